@@ -1,0 +1,43 @@
+"""Rectified flow: z_t = t x + (1 - t) noise, target x - noise, t in [0, 1] from noise to data."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from diffmoe.models.dit import DiT, ModelOutput
+from diffmoe.moe.routing import RoutingRule
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def flow_loss(model: Callable[..., ModelOutput], x: Tensor, noise: Tensor, t: Tensor, y: Tensor,
+              rule: RoutingRule) -> tuple[Tensor, ModelOutput]:
+    """Mean squared error of the velocity, in fp32, and the model's output.  x, noise [B, C, H, W]; t [B]; y [B].
+
+    A model with learned sigma has 2 C output channels; the flow reads the first C."""
+    time = t.view(-1, 1, 1, 1)
+    output = model(time * x + (1 - time) * noise, t, y, rule)
+    velocity = output.prediction[:, : x.shape[1]].to(x.dtype)
+    return (velocity - (x - noise)).square().mean(), output
+
+
+def guided_velocity(model: DiT, y: Tensor, cfg: float, rule: RoutingRule) -> Velocity:
+    """The field v(z, t) with classifier-free guidance: null + cfg (conditional - null) on all channels.
+
+    The two passes are two pools, as published.  ``cfg = 1`` runs the conditional pass alone."""
+    null = torch.full_like(y, model.model.classes)
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        def run(labels: Tensor) -> Tensor:
+            return model(z, t, labels, rule).prediction[:, : z.shape[1]].to(z.dtype)
+
+        conditional = run(y)
+        if cfg == 1.0:
+            return conditional
+        unconditional = run(null)
+        return unconditional + cfg * (conditional - unconditional)
+
+    return velocity

@@ -1,0 +1,157 @@
+"""The one diffusion transformer for all four families; a block's MLP is the only difference between them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Iterator, Optional
+
+import torch
+from torch import Tensor, nn
+
+from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.models.layers import (
+    Attention, FinalLayer, LabelEmbedding, PatchEmbedding, TimestepEmbedding, modulate, sine_positions,
+)
+from diffmoe.moe.experts import Experts, Mlp
+from diffmoe.moe.layer import MoELayer, MoEStats
+from diffmoe.moe.routing import RoutingRule
+from diffmoe.parallel.groups import ParallelGroups, single_process
+from diffmoe.parallel.recompute import recomputed
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """``prediction`` [B, out_channels, H, W]; ``moe`` holds one report per MoE layer, in order of depth."""
+
+    prediction: Tensor
+    moe: tuple[MoEStats, ...]
+
+
+def is_moe_block(model: ModelConfig, moe: MoEConfig, index: int) -> bool:
+    """Whether block ``index`` is a mixture: every one, or with ``interleave`` every second (1, 3, …)."""
+    return model.family != "dense" and (not moe.interleave or index % 2 == 1)
+
+
+class DiTBlock(nn.Module):
+    """adaLN-Zero block: attention, then an MLP or a mixture, each scaled, shifted and gated by the condition."""
+
+    def __init__(self, model: ModelConfig, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(model.width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(model.width, model.heads, model.qk_norm)
+        self.norm2 = nn.LayerNorm(model.width, elementwise_affine=False, eps=1e-6)
+        self.mlp = mlp
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(model.width, 6 * model.width))
+
+    def forward(self, x: Tensor, c: Tensor, rule: RoutingRule) -> tuple[Tensor, Optional[MoEStats]]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        h = modulate(self.norm2(x), shift2, scale2)
+        y, stats = self.mlp(h, rule) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
+        return x + gate2.unsqueeze(1) * y, stats
+
+
+class DiT(nn.Module):
+    """Diffusion transformer (Peebles & Xie 2023) with DiffMoE's mixture layers.
+
+    ``pool`` is in samples and only matters for the training rule; ``groups`` says which experts live here."""
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, *, pool: int = 1, groups: ParallelGroups | None = None,
+                 recompute: str = "none", time_scale: float = 1.0) -> None:
+        super().__init__()
+        groups = groups or single_process()
+        self.model, self.moe, self.recompute, self.time_scale = model, moe, recompute, time_scale
+        self.x_embedder = PatchEmbedding(model.channels, model.patch, model.width)
+        self.t_embedder = TimestepEmbedding(model.width)
+        self.y_embedder = LabelEmbedding(model.classes, model.width)
+        self.blocks = nn.ModuleList(
+            DiTBlock(model, MoELayer(model, moe, pool, groups) if is_moe_block(model, moe, i)
+                     else Mlp(model.width, model.hidden))
+            for i in range(model.depth))
+        self.final_layer = FinalLayer(model.width, model.patch, model.out_channels)
+        positions = sine_positions(model.width, model.input_size // model.patch)
+        self.register_buffer("pos_embed", positions.unsqueeze(0), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule) -> ModelOutput:
+        """x [B, C, H, W] noised latents, t [B] times, y [B] classes (``classes`` = null)."""
+        dtype = self.final_layer.linear.bias.dtype
+        h = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)
+        c = self.t_embedder(t * self.time_scale) + self.y_embedder(y)
+        reports = []
+        for block in self.blocks:
+            h, stats = recomputed(block, self.recompute if self.training else "none", h, c, rule)
+            if stats is not None:
+                reports.append(stats)
+        return ModelOutput(self._unpatchify(self.final_layer(h, c)), tuple(reports))
+
+    def _unpatchify(self, h: Tensor) -> Tensor:
+        B, N, _ = h.shape
+        p, side = self.model.patch, int(N ** 0.5)
+        h = h.view(B, side, side, p, p, self.model.out_channels)
+        return h.permute(0, 5, 1, 3, 2, 4).reshape(B, self.model.out_channels, side * p, side * p)
+
+    def moe_layers(self) -> Iterator[tuple[int, MoELayer]]:
+        """(block index, layer) of every mixture, in order of depth."""
+        for i, block in enumerate(self.blocks):
+            if isinstance(block.mlp, MoELayer):
+                yield i, block.mlp
+
+
+@dataclass(frozen=True)
+class LogicalTensor:
+    """A parameter under its logical name.  ``experts``: its owner when dimension 0 counts experts, else None."""
+
+    name: str
+    parameter: nn.Parameter
+    experts: Optional[Experts]
+
+    def pieces(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(logical name, tensor): experts one by one under their global numbers, so that no layout shows."""
+        if self.experts is None:
+            yield self.name, value
+            return
+        stem, leaf = self.name.rsplit(".", 1)
+        for i in range(self.experts.local):
+            yield f"{stem}.{self.experts.first + i}.{leaf}", value[i]
+
+    def piece_names(self) -> list[str]:
+        """The logical names of this rank's pieces, in order."""
+        if self.experts is None:
+            return [self.name]
+        stem, leaf = self.name.rsplit(".", 1)
+        return [f"{stem}.{self.experts.first + i}.{leaf}" for i in range(self.experts.local)]
+
+
+def logical_tensors(model: DiT) -> list[LogicalTensor]:
+    """Every parameter of the model, in a fixed order."""
+    owners = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    return [LogicalTensor(name, p, owners.get(name.rpartition(".")[0])) for name, p in model.named_parameters()]
+
+
+def initialize(model: DiT, seed: int) -> None:
+    """DiT's initialisation, each tensor (and each expert) from its own logical name: the same in any layout.
+
+    Linears Xavier uniform with zero bias, embeddings N(0, 0.02), gates N(0, 0.006), adaLN and output layers zero."""
+    for tensor in logical_tensors(model):
+        for name, value in tensor.pieces(tensor.parameter.data):
+            _initialize_tensor(name, value, seed)
+
+
+def _initialize_tensor(name: str, value: Tensor, seed: int) -> None:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    fresh = torch.empty(value.shape)
+    if "_norm.weight" in name:
+        fresh.fill_(1.0)
+    elif "bias" in name.rpartition(".")[2] or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+        fresh.zero_()
+    elif name.endswith(".router"):
+        fresh.normal_(std=0.006, generator=generator)
+    elif name.startswith(("t_embedder", "y_embedder")):
+        fresh.normal_(std=0.02, generator=generator)
+    else:  # Xavier over the matrix that the tensor is applied as
+        fan_out, fan_in = value.shape[0], value[0].numel()
+        bound = (6.0 / (fan_in + fan_out)) ** 0.5
+        fresh.uniform_(-bound, bound, generator=generator)
+    value.copy_(fresh)

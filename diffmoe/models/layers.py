@@ -1,0 +1,98 @@
+"""The transformer's parts: attention, MLP, embeddings, final layer.  Shapes: B samples, N tokens, D width."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: x [B, N, D], shift and scale [B, D]."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over [B, N, D] with torch's fused kernels; ``qk_norm`` normalises each head's q and k."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(y.transpose(1, 2).reshape(B, N, D))
+
+
+class PatchEmbedding(nn.Module):
+    """[B, C, H, W] -> [B, N, D], patches in row order."""
+
+    def __init__(self, channels: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedding(nn.Module):
+    """t [B] -> [B, D]: 256 sines and cosines (ADM ``timestep_embedding``), then Linear, SiLU, Linear."""
+
+    frequencies = 256
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.frequencies // 2
+        # Angles in fp32 at least: bf16 cannot tell t = 998 from t = 1000.
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+        angles = t[:, None] * rates
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """y [B] -> [B, D]; row ``classes`` is the null class of classifier-free guidance."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class FinalLayer(nn.Module):
+    """adaLN, then D -> patch * patch * out_channels per token."""
+
+    def __init__(self, width: int, patch: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch * patch * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+def sine_positions(width: int, side: int) -> Tensor:
+    """Fixed 2-d sine-cosine positions [side * side, width] (MAE ``get_2d_sincos_pos_embed``): the first half of the
+    channels codes the column, the second the row.  Computed in fp64, returned in fp32."""
+    rates = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    parts = []
+    for place in (column, row):
+        angles = place.reshape(-1, 1).double() * rates
+        parts += [angles.sin(), angles.cos()]
+    return torch.cat(parts, dim=1).float()

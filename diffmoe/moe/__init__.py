@@ -1,0 +1,1 @@
+"""Mixture of experts: routing, capacity, dispatch, experts.  Knows nothing of DeepSpeed."""

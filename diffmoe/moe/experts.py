@@ -1,0 +1,71 @@
+"""The dense MLP and stacked expert MLPs.  e local experts, R rows, D width, F inner width."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    """DiT's MLP: Linear, tanh-GELU, Linear.  Dense blocks and shared experts are this."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def swiglu_hidden(hidden: int) -> int:
+    """Inner width that gives three matrices the parameters of two: 2/3, rounded up to a multiple of 8."""
+    return -(-2 * hidden // 3 // 8) * 8
+
+
+class Experts(nn.Module):
+    """Experts ``first … first + local`` of ``experts``, as tensors [e, …].
+
+    GELU: fc2(gelu(fc1 x)) with biases, DiT's MLP.  SwiGLU: fc2(silu(gate x) * fc1 x) without biases."""
+
+    def __init__(self, width: int, hidden: int, experts: int, local: int, first: int,
+                 activation: Literal["gelu", "swiglu"]) -> None:
+        super().__init__()
+        self.experts, self.first, self.local, self.activation = experts, first, local, activation
+        if activation == "gelu":
+            self.fc1_weight = nn.Parameter(torch.empty(local, hidden, width))
+            self.fc1_bias = nn.Parameter(torch.empty(local, hidden))
+            self.fc2_weight = nn.Parameter(torch.empty(local, width, hidden))
+            self.fc2_bias = nn.Parameter(torch.empty(local, width))
+        else:
+            hidden = swiglu_hidden(hidden)
+            self.gate_weight = nn.Parameter(torch.empty(local, hidden, width))
+            self.fc1_weight = nn.Parameter(torch.empty(local, hidden, width))
+            self.fc2_weight = nn.Parameter(torch.empty(local, width, hidden))
+
+    def forward(self, rows_RD: Tensor, counts: int | list[int]) -> Tensor:
+        """Rows grouped by expert: ``counts`` each (one batched matmul), or ``counts[i]`` for expert i (one after
+        another; an expert without rows still takes part, so that its gradient exists on every rank)."""
+        if isinstance(counts, int):
+            grouped = rows_RD.view(self.local, counts, rows_RD.shape[1])
+            return self._batched(grouped).view(rows_RD.shape)
+        parts = rows_RD.split(counts)
+        return torch.cat([self._one(i, part) for i, part in enumerate(parts)])
+
+    def _batched(self, x: Tensor) -> Tensor:
+        if self.activation == "gelu":
+            h = torch.baddbmm(self.fc1_bias.unsqueeze(1), x, self.fc1_weight.transpose(1, 2))
+            h = F.gelu(h, approximate="tanh")
+            return torch.baddbmm(self.fc2_bias.unsqueeze(1), h, self.fc2_weight.transpose(1, 2))
+        h = F.silu(torch.bmm(x, self.gate_weight.transpose(1, 2))) * torch.bmm(x, self.fc1_weight.transpose(1, 2))
+        return torch.bmm(h, self.fc2_weight.transpose(1, 2))
+
+    def _one(self, i: int, x: Tensor) -> Tensor:
+        if self.activation == "gelu":
+            h = F.gelu(F.linear(x, self.fc1_weight[i], self.fc1_bias[i]), approximate="tanh")
+            return F.linear(h, self.fc2_weight[i], self.fc2_bias[i])
+        h = F.silu(F.linear(x, self.gate_weight[i])) * F.linear(x, self.fc1_weight[i])
+        return F.linear(h, self.fc2_weight[i])

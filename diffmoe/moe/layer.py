@@ -1,0 +1,116 @@
+"""The MoE layer: route, dispatch, experts, combine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.moe.capacity import CapacityPredictor, Thresholds, predictor_loss
+from diffmoe.moe.dispatch import combine, dispatch
+from diffmoe.moe.experts import Experts, Mlp
+from diffmoe.moe.pool import choose
+from diffmoe.moe.routing import (
+    Routing, RoutingRule, balance_loss, choose_experts, gate_scores, predicted_counts, predicted_tokens, ragged_routing,
+)
+from diffmoe.parallel.collectives import sum_over
+from diffmoe.parallel.groups import ParallelGroups
+
+
+@dataclass(frozen=True)
+class MoEStats:
+    """What one layer reports about one forward pass; nothing is kept in the layer.
+
+    ``predictor_loss`` and ``balance_loss`` carry gradients (None where the family has none, or at inference).
+    ``threshold_sum_E`` is this rank's share of the sum over all pools.  ``tokens_BE``: tokens of each sample that each
+    expert took.  ``mask_TE``, ``logits_TE``: the choice and the predictor's view of it."""
+
+    tokens_BE: Tensor
+    mask_TE: Tensor
+    logits_TE: Optional[Tensor] = None
+    predictor_loss: Optional[Tensor] = None
+    balance_loss: Optional[Tensor] = None
+    threshold_sum_E: Optional[Tensor] = None
+
+
+@dataclass(frozen=True)
+class _Route:
+    routing: Routing
+    scores_TE: Tensor
+    stats: MoEStats
+
+
+class MoELayer(nn.Module):
+    """Mixture of experts for the families tc, ec and diffmoe.
+
+    ``pool`` counts samples (resolved, see ``config.resolve_layout``); this rank holds experts
+    ``[ep.index * E / ep.size, …)``."""
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups) -> None:
+        super().__init__()
+        local = moe.experts // groups.ep.size
+        self.family, self.moe, self.pool, self.groups = model.family, moe, pool, groups
+        self.router = nn.Parameter(torch.empty(moe.experts, model.width))
+        self.experts = Experts(model.width, model.hidden, moe.experts, local, groups.ep.index * local, moe.activation)
+        self.shared = Mlp(model.width, moe.shared_experts * model.hidden) if moe.shared_experts else None
+        if model.family == "diffmoe":
+            self.capacity_predictor = CapacityPredictor(model.width, moe.experts)
+            self.thresholds = Thresholds(moe.experts, moe.threshold_decay)
+
+    def forward(self, x_BND: Tensor, rule: RoutingRule) -> tuple[Tensor, MoEStats]:
+        """[B, N, D] -> [B, N, D] and the layer's report.  A token that no expert takes gets zero."""
+        x_TD = x_BND.flatten(0, 1)
+        route = self._route(x_TD, x_BND.shape[0], rule)
+        rows_RD, meta = dispatch(x_TD, route.routing, self.groups.ep)
+        rows_RD = self.experts(rows_RD, meta.counts)
+        y_TD = combine(rows_RD, self._gate(route), meta, route.routing, len(x_TD), self.groups.ep).to(x_TD.dtype)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD.view_as(x_BND), route.stats
+
+    def _gate(self, route: _Route) -> Tensor:
+        """The raw softmax value of every chosen (token, expert), not renormalised (paper, equation 6): [R]."""
+        place = route.routing.token_R * route.scores_TE.shape[1] + route.routing.expert_R
+        return route.scores_TE.flatten().gather(0, place)
+
+    def _route(self, x_TD: Tensor, samples: int, rule: RoutingRule) -> _Route:
+        scores = gate_scores(x_TD, self.router)
+        logits = self.capacity_predictor(x_TD) if self.family == "diffmoe" else None
+        tokens = len(x_TD) // samples
+        pool_tokens = self.pool * tokens
+        observed = predicted = balance = None
+        if self.family == "tc":
+            mask = choose_experts(scores, self.moe.top_k)
+            routing = ragged_routing(mask)
+            balance = self._balance(scores, mask, tokens, samples)
+        elif self.family == "ec" or rule.kind == "train":
+            choice = choose(scores, logits, pool_tokens, rule.capacity, self.groups)
+            routing, mask, observed = choice.routing, choice.mask_TE, choice.threshold_sum_E
+            predicted = None if logits is None else predictor_loss(logits, mask)
+        else:
+            threshold = self.thresholds.value if rule.gamma is None else torch.full_like(
+                self.thresholds.value, rule.gamma)
+            mask = (predicted_counts(scores, logits, threshold) if rule.kind == "batch"
+                    else predicted_tokens(logits, threshold))
+            routing = ragged_routing(mask)
+        tokens_BE = mask.view(samples, tokens, -1).sum(dim=1)
+        return _Route(routing, scores, MoEStats(tokens_BE, mask, logits, predicted, balance, observed))
+
+    def _balance(self, scores_TE: Tensor, mask_TE: Tensor, tokens: int, samples: int) -> Optional[Tensor]:
+        """Balance loss over pools: counts are summed over the ranks of a pool, each rank keeps its tokens' share.
+
+        Samples are taken in runs that divide both the pool and this rank's batch, each of which is in one pool."""
+        if not torch.is_grad_enabled():
+            return None
+        run = math.gcd(self.pool, samples)
+        counts = mask_TE.view(samples // run, run * tokens, -1).sum(dim=1)
+        first = self.groups.pool.index * samples
+        pool_of_run = (first + torch.arange(0, samples, run, device=counts.device)) // self.pool
+        pools = max(1, samples * self.groups.pool.size // self.pool)
+        per_pool = counts.new_zeros(pools, counts.shape[1]).index_add(0, pool_of_run, counts)
+        return balance_loss(scores_TE, sum_over(per_pool, self.groups.pool)[pool_of_run], self.pool * tokens,
+                            self.moe.top_k)

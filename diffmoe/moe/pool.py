@@ -1,0 +1,69 @@
+"""Exact expert choice over a token pool, inside a rank or across ranks.
+
+Across ranks an expert's owner decides: scores and capacity logits travel to it, it takes the top K of each pool and sends
+the choice back as a mask, so ranks cannot disagree.  When a pool spans several EP groups the owners of one expert first
+share what they hold; each then decides from the same bits, with unique keys, hence the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from diffmoe.config import rows_taken
+from diffmoe.moe.routing import (
+    Routing, choose_tokens, equal_routing, mask_of, pool_thresholds, ragged_routing,
+)
+from diffmoe.parallel.collectives import exchange_equal, gather_stack
+from diffmoe.parallel.groups import ParallelGroups
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the pool decided about this rank's tokens: the rows, the mask [T, E], and this rank's share of the sum
+    over all pools of the thresholds observed [E] (None without a capacity predictor)."""
+
+    routing: Routing
+    mask_TE: Tensor
+    threshold_sum_E: Optional[Tensor]
+
+
+def choose(scores_TE: Tensor, logits_TE: Optional[Tensor], pool_tokens: int, capacity: float,
+           groups: ParallelGroups) -> Choice:
+    """Every expert takes its K best tokens of each pool.  All ranks of the pool call it with as many tokens each."""
+    K = rows_taken(pool_tokens, scores_TE.shape[1], capacity)
+    if groups.pool.size == 1:
+        return _choose_here(scores_TE, logits_TE, pool_tokens, K)
+    return _choose_at_owner(scores_TE, logits_TE, pool_tokens, K, groups)
+
+
+def _choose_here(scores_TE: Tensor, logits_TE: Optional[Tensor], pool_tokens: int, K: int) -> Choice:
+    tokens_EK = choose_tokens(scores_TE, pool_tokens, K)
+    observed = None if logits_TE is None else pool_thresholds(logits_TE, pool_tokens, K).sum(dim=0)
+    return Choice(equal_routing(tokens_EK), mask_of(tokens_EK, len(scores_TE)), observed)
+
+
+def _choose_at_owner(scores_TE: Tensor, logits_TE: Optional[Tensor], pool_tokens: int, K: int,
+                     groups: ParallelGroups) -> Choice:
+    T, E = scores_TE.shape
+    ep, local = groups.ep, E // groups.ep.size
+    facts = [scores_TE.detach()] + ([] if logits_TE is None else [logits_TE.detach().to(scores_TE.dtype)])
+    # [owner, facts, T, e] -> [source, facts, T, e] -> [EP group of the pool, source, facts, T, e]
+    held = exchange_equal(torch.stack(facts).view(len(facts), T, ep.size, local).permute(2, 0, 1, 3), ep)
+    held = gather_stack(held, groups.pool_owners)
+    # Ranks are consecutive in a pool group, so (EP group, source, T) is the order of the samples.
+    scores, *logits = held.permute(2, 0, 1, 3, 4).reshape(len(facts), -1, local)
+    chosen_eK = choose_tokens(scores, pool_tokens, K)
+    mask = mask_of(chosen_eK, len(scores)).view(groups.pool_owners.size, ep.size, T, local)
+    mine = mask[groups.pool_owners.index]
+    mask_TE = exchange_equal(mine.to(torch.uint8), ep).permute(1, 0, 2).reshape(T, E).bool()
+    observed = None
+    if logits:
+        observed = scores.new_zeros(ep.size, local)
+        if groups.pool_owners.index == 0:  # the other owners observe the same pools
+            observed[ep.index] = pool_thresholds(logits[0], pool_tokens, K).sum(dim=0)
+        observed = observed.view(E)
+    return Choice(ragged_routing(mask_TE, received=mine.sum(dim=1)), mask_TE, observed)

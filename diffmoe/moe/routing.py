@@ -1,0 +1,124 @@
+"""Who takes which token: pure functions of scores, without communication.
+
+Shapes: T tokens, E experts, P tokens of a pool, K rows an expert takes per pool, R rows in all.  Scores are fp32 softmax
+values (fp64 in an fp64 model).  Ties go to the lower number, whatever kernel, layout or recompute asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """What the caller asks of every MoE layer in this forward pass.
+
+    ``train``: exact choice over the pool at ``capacity``.  ``batch``: the paper's inference rule (equation 16: as many
+    tokens as the predictor marks, but those with the highest gate in this rank's batch).  ``token``: the tokens that the
+    predictor marks, which no batch-mate can change.  ``gamma`` replaces the learned thresholds by one constant."""
+
+    kind: Literal["train", "batch", "token"] = "train"
+    capacity: float = 1.0
+    gamma: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Rows of this rank's tokens, sorted by (expert, token).
+
+    ``each``: rows per expert when that is the same number for all and known without asking the device, else None.
+    ``received``: [EP ranks, local experts] rows that each rank will send here, when the choice was made here."""
+
+    token_R: Tensor
+    expert_R: Tensor
+    counts_E: Tensor
+    each: Optional[int] = None
+    received: Optional[Tensor] = None
+
+
+def gate_scores(x_TD: Tensor, router_ED: Tensor) -> Tensor:
+    """Softmax over experts of x W (paper, equation 2), in fp32 at least: bf16 scores tie by the thousand."""
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    return F.linear(x_TD.to(dtype), router_ED.to(dtype)).softmax(dim=-1)
+
+
+def ranking_keys(scores: Tensor, dim: int) -> Tensor:
+    """int64 keys that order scores >= 0 along ``dim``, ties by lower place: unique, so that top-k has one answer.
+
+    A non-negative float's bits grow with its value; the place fills the low half."""
+    bits = scores.detach().float().contiguous().view(torch.int32).long()
+    shape = [1] * scores.dim()
+    shape[dim] = scores.shape[dim]
+    place = torch.arange(scores.shape[dim], device=scores.device).view(shape)
+    return (bits << 32) | (0x7FFFFFFF - place)
+
+
+def choose_tokens(scores_TE: Tensor, pool_tokens: int, K: int) -> Tensor:
+    """Expert choice: each expert takes its K best tokens of each pool of ``pool_tokens`` consecutive tokens.
+
+    Returns token numbers [E, pools * K], ascending."""
+    T, E = scores_TE.shape
+    keys = ranking_keys(scores_TE.view(T // pool_tokens, pool_tokens, E), dim=1)
+    chosen = keys.transpose(1, 2).topk(K, dim=2, sorted=False).indices.sort(dim=2).values  # [pools, E, K]
+    starts = torch.arange(0, T, pool_tokens, device=scores_TE.device).view(-1, 1, 1)
+    return (chosen + starts).transpose(0, 1).reshape(E, -1)
+
+
+def pool_thresholds(logits_TE: Tensor, pool_tokens: int, K: int) -> Tensor:
+    """The K-th largest sigmoid of each pool [pools, E]: the threshold that lets about K tokens pass."""
+    T, E = logits_TE.shape
+    pools = logits_TE.detach().view(T // pool_tokens, pool_tokens, E)
+    return pools.kthvalue(pool_tokens - K + 1, dim=1).values.sigmoid()
+
+
+def mask_of(tokens_EK: Tensor, T: int) -> Tensor:
+    """[E, K] token numbers -> [T, E] truth."""
+    E = tokens_EK.shape[0]
+    return torch.zeros(E, T, dtype=torch.bool, device=tokens_EK.device).scatter_(1, tokens_EK, True).t()
+
+
+def equal_routing(tokens_EK: Tensor) -> Routing:
+    """Rows for an equal number of tokens per expert; shapes are static, no host sync."""
+    E, K = tokens_EK.shape
+    expert = torch.arange(E, device=tokens_EK.device)
+    return Routing(tokens_EK.reshape(-1), expert.repeat_interleave(K), torch.full_like(expert, K), each=K)
+
+
+def ragged_routing(mask_TE: Tensor, received: Optional[Tensor] = None) -> Routing:
+    """Rows for any mask [T, E]; the number of rows is read from the device."""
+    expert, token = mask_TE.t().nonzero(as_tuple=True)
+    return Routing(token, expert, mask_TE.sum(dim=0), received=received)
+
+
+def choose_experts(scores_TE: Tensor, top_k: int) -> Tensor:
+    """Token choice: each token takes its ``top_k`` best experts; mask [T, E]."""
+    chosen = ranking_keys(scores_TE, dim=1).topk(top_k, dim=1).indices
+    return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+def predicted_counts(scores_TE: Tensor, logits_TE: Tensor, threshold_E: Tensor) -> Tensor:
+    """The paper's inference rule (equations 14-16) over these tokens; mask [T, E]."""
+    count_E = (logits_TE.sigmoid() > threshold_E).sum(dim=0)
+    order = ranking_keys(scores_TE, dim=0).argsort(dim=0, descending=True)
+    place = torch.arange(order.shape[0], device=order.device).unsqueeze(1)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(0, order, place < count_E)
+
+
+def predicted_tokens(logits_TE: Tensor, threshold_E: Tensor) -> Tensor:
+    """The tokens that the predictor itself marks; mask [T, E].  No token's fate depends on another's."""
+    return logits_TE.sigmoid() > threshold_E
+
+
+def balance_loss(scores_TE: Tensor, counts_pE: Tensor, pool_tokens: int, top_k: int) -> Tensor:
+    """Token choice's balance loss, sum_i f_i P_i (Switch, equation 4, with f_i = 1 when balanced), this rank's share.
+
+    ``counts_pE``: each expert's tokens in the pool of every token run, [parts of a pool here, E], summed over the
+    ranks of the pool; scores are split in the same parts.  The mean over ranks is the mean over pools."""
+    parts, E = counts_pE.shape
+    share = counts_pE.to(scores_TE.dtype) * E / (pool_tokens * top_k)
+    return (scores_TE.view(parts, -1, E).mean(dim=1) * share).sum(dim=1).mean()

@@ -1,0 +1,1 @@
+"""Ranks, groups, collectives and recompute.  Knows nothing of models."""

@@ -1,0 +1,70 @@
+"""Collectives over a :class:`Group`; every one is a no-op for a group of one rank.
+
+``exchange_rows`` is differentiable and uses torch's functional collective: recompute may then keep its result.  A
+hand-written in-place all-to-all under selective recompute gives wrong gradients without a word.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+
+from diffmoe.parallel.groups import Group
+
+
+def exchange_rows(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group) -> Tensor:
+    """Differentiable all-to-all of the first dimension: ``send[r]`` rows go to rank r of the group, ``receive[r]``
+    come from it, in rank order; None for both: equal shares.  Every rank of the group must call it, also with no
+    rows, and backward sends the gradients the other way."""
+    if group.size == 1:
+        return rows
+    return functional.wait_tensor(
+        functional.all_to_all_single_autograd(rows.contiguous(), receive, send, group.handle))
+
+
+def exchange_equal(parts: Tensor, group: Group) -> Tensor:
+    """Not differentiable: part ``parts[r]`` goes to rank r; returns [size, …] in rank order."""
+    if group.size == 1:
+        return parts
+    assert parts.shape[0] == group.size
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, parts.contiguous(), group=group.handle)
+    return received
+
+
+def gather_stack(part: Tensor, group: Group) -> Tensor:
+    """Not differentiable: every rank's ``part``, stacked in rank order [size, …]."""
+    if group.size == 1:
+        return part.unsqueeze(0)
+    stacked = part.new_empty((group.size, *part.shape))
+    dist.all_gather_into_tensor(stacked, part.contiguous(), group=group.handle)
+    return stacked
+
+
+def sum_over(value: Tensor, group: Group) -> Tensor:
+    """Not differentiable: the sum over the group, in a new tensor."""
+    if group.size == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total, group=group.handle)
+    return total
+
+
+def raise_together(error: Exception | None, group: Group) -> None:
+    """Raises on every rank when any rank holds an error: the first rank's message, as ValueError.
+
+    For set-up steps that can fail on one node only (a missing shard, a full disk): nobody is left waiting."""
+    message = None if error is None else str(error)
+    if group.size > 1:
+        messages: list[str | None] = [None] * group.size
+        dist.all_gather_object(messages, message, group=group.handle)
+        found = [(rank, text) for rank, text in zip(group.ranks, messages) if text is not None]
+        if not found:
+            return
+        rank, text = found[0]
+        everywhere = len(found) == group.size
+        message = text if everywhere else f"rank {rank}: {text}"
+    if message is not None:
+        raise ValueError(message) from error
