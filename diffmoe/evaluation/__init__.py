@@ -1,0 +1,1 @@
+"""Generating samples, measuring them, and drawing what was measured."""
