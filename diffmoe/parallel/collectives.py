@@ -1,12 +1,11 @@
 """Collectives over a :class:`Group`; every one is a no-op for a group of one rank.
 
-``exchange_rows`` is differentiable and uses torch's functional collective: recompute may then keep its result.  A
-hand-written in-place all-to-all under selective recompute gives wrong gradients without a word.
+All are torch's functional collectives, which return new tensors: selective recompute may keep those.  Keeping an in-place
+collective keeps its handle and not what it wrote, and gives wrong gradients without a word.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
@@ -29,27 +28,22 @@ def exchange_equal(parts: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return parts
     assert parts.shape[0] == group.size
-    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(received, parts.contiguous(), group=group.handle)
-    return received
+    return functional.wait_tensor(functional.all_to_all_single(parts.detach().contiguous(), None, None, group.handle))
 
 
 def gather_stack(part: Tensor, group: Group) -> Tensor:
     """Not differentiable: every rank's ``part``, stacked in rank order [size, …]."""
     if group.size == 1:
         return part.unsqueeze(0)
-    stacked = part.new_empty((group.size, *part.shape))
-    dist.all_gather_into_tensor(stacked, part.contiguous(), group=group.handle)
-    return stacked
+    flat = functional.wait_tensor(functional.all_gather_tensor(part.detach().reshape(-1), 0, group.handle))
+    return flat.view(group.size, *part.shape)
 
 
 def sum_over(value: Tensor, group: Group) -> Tensor:
     """Not differentiable: the sum over the group, in a new tensor."""
     if group.size == 1:
         return value
-    total = value.clone()
-    dist.all_reduce(total, group=group.handle)
-    return total
+    return functional.wait_tensor(functional.all_reduce(value.detach().contiguous(), "sum", group.handle))
 
 
 def raise_together(error: Exception | None, group: Group) -> None:

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 _ROUTING = [torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable]
 _EXPENSIVE = [
     torch.ops._c10d_functional.all_to_all_single.default,
+    torch.ops._c10d_functional.all_gather_into_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.wait_tensor.default,
-    torch.ops.c10d.alltoall_base_.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

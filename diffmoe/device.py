@@ -1,0 +1,48 @@
+"""The device of this rank: one place that knows about CPU and CUDA."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+# Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity).
+_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
+
+
+def local_device(local_rank: int) -> torch.device:
+    """This rank's device; selects the GPU.  More ranks than GPUs on a node is a ValueError."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"local rank ({local_rank}) needs more GPUs than this node has ({torch.cuda.device_count()})")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def backend(device: torch.device) -> str:
+    """torch.distributed's backend for the device."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most device memory that torch has allocated, GiB; 0 on CPU, where torch does not count."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+
+
+@functools.lru_cache(maxsize=None)
+def peak_flops(device: torch.device) -> tuple[float, str]:
+    """(FLOP/s, where the figure comes from): the data sheet's bf16 peak of a known GPU, else a measured fp32 matmul."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, flops in _PEAKS.items():
+            if known in name:
+                return flops, f"{name} data sheet"
+    a = torch.randn(768, 768, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 768**3 / best, "measured fp32 matmul"

@@ -1,0 +1,116 @@
+"""Parameters and arithmetic of a model, counted from its configuration alone.
+
+No torch here: a planner on a login node asks for these numbers before there is a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffmoe.config import ModelConfig, MoEConfig
+
+_FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a model holds, and what one sample uses.
+
+    ``total``: every parameter, router and capacity predictor included.  ``experts``: the part of it in routed
+    experts, which expert parallelism shares out.  ``activated``: everything but routed experts, plus ``capacity``
+    experts in each mixture.  ``positions``: the fixed position table, a parameter without gradient in the research code
+    and a computed buffer here; published figures are ``total + positions`` and ``activated + positions``.
+
+    ``forward_macs``: multiply-accumulates of one sample's forward pass: every matrix product (patches, time step,
+    adaLN, q k v and output, both products of attention, MLPs, experts, router, predictor, final layer) and nothing else
+    (no bias, norm, softmax, activation, gating or table look-up).  Half of what torch's ``FlopCounterMode`` counts."""
+
+    total: int
+    experts: int
+    activated: int
+    positions: int
+    forward_macs: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Parameters, and the weights among them that multiply each row: one row's MACs."""
+
+    parameters: int
+    weights: int
+
+    def __add__(self, other: _Part) -> _Part:
+        return _Part(self.parameters + other.parameters, self.weights + other.weights)
+
+    def __mul__(self, times: int) -> _Part:
+        return _Part(self.parameters * times, self.weights * times)
+
+
+def _linear(fan_in: int, fan_out: int, bias: bool = True) -> _Part:
+    return _Part(fan_in * fan_out + bias * fan_out, fan_in * fan_out)
+
+
+def _mlp(width: int, hidden: int) -> _Part:
+    return _linear(width, hidden) + _linear(hidden, width)
+
+
+def swiglu_hidden(hidden: int) -> int:
+    """Inner width that gives three matrices the parameters of two: 2/3, rounded up to a multiple of 8."""
+    return -(-2 * hidden // 3 // 8) * 8
+
+
+def _expert(model: ModelConfig, moe: MoEConfig) -> _Part:
+    if moe.activation == "gelu":
+        return _mlp(model.width, model.hidden)
+    return _linear(model.width, swiglu_hidden(model.hidden), bias=False) * 3
+
+
+def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> Counts:
+    """Counts of ``DiT(model, moe)`` when a token meets ``capacity`` experts on average in each mixture.
+
+    Without ``capacity``, as trained: ``moe.top_k`` for token choice, ``moe.capacity`` for the others.  Rows that
+    rounding leaves out (K is a whole number of tokens of a pool) are not considered."""
+    D, tokens = model.width, model.tokens
+    mixtures = _mixtures(model, moe)
+    if capacity is None:
+        capacity = moe.top_k if model.family == "tc" else moe.capacity
+    per_token = (
+        _linear(model.channels * model.patch**2, D)
+        + (_linear(D, 3 * D) + _linear(D, D)) * model.depth
+        + _mlp(D, model.hidden) * (model.depth - mixtures)
+        + _around_experts(model, moe) * mixtures
+        + _linear(D, model.patch**2 * model.out_channels))
+    per_sample = (
+        _linear(_FREQUENCIES, D) + _linear(D, D)
+        + _linear(D, 6 * D) * model.depth
+        + _linear(D, 2 * D))
+    unmultiplied = (model.classes + 1) * D
+    if model.qk_norm:
+        unmultiplied += model.depth * 4 * (D // model.heads)
+    fixed = per_token.parameters + per_sample.parameters + unmultiplied
+    expert = _expert(model, moe) * mixtures
+    attention = model.depth * 2 * tokens * tokens * D
+    return Counts(
+        total=fixed + moe.experts * expert.parameters,
+        experts=moe.experts * expert.parameters,
+        activated=fixed + round(capacity * expert.parameters),
+        positions=tokens * D,
+        forward_macs=(tokens * per_token.weights + per_sample.weights + attention
+                      + round(tokens * capacity * expert.weights)),
+    )
+
+
+def _mixtures(model: ModelConfig, moe: MoEConfig) -> int:
+    if model.family == "dense":
+        return 0
+    return model.depth // 2 if moe.interleave else model.depth
+
+
+def _around_experts(model: ModelConfig, moe: MoEConfig) -> _Part:
+    """What every token passes in a mixture beside its experts: router, predictor, shared experts."""
+    part = _linear(model.width, moe.experts, bias=False)
+    if model.family == "diffmoe":
+        part += _linear(model.width, model.width) + _linear(model.width, moe.experts)
+    if moe.shared_experts:
+        part += _mlp(model.width, moe.shared_experts * model.hidden)
+    return part

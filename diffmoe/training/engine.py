@@ -1,0 +1,328 @@
+"""DeepSpeed's engine as this trainer needs it; the only module that imports deepspeed.
+
+The heart of it: experts that DeepSpeed does not know as experts are overwritten with rank 0's at ``initialize``, without a
+word.  So expert tensors are tagged, their groups registered, a parameterless marker tells the engine that there are
+experts, and after start every tensor is compared with what was given.  Leans on DeepSpeed 0.19.8's private names; the parity table
+(``run.py verify``) is the first thing to run on an upgrade.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from diffmoe.config import Config, Layout, TrainConfig, merge_deepspeed
+from diffmoe.models.dit import DiT, LogicalTensor, ModelOutput, logical_tensors
+from diffmoe.moe.routing import RoutingRule
+from diffmoe.parallel.collectives import raise_together, sum_over
+from diffmoe.parallel.groups import ParallelGroups
+
+MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
+
+
+def import_deepspeed():
+    """DeepSpeed, quietly, without its JIT-built shared-memory op (30 s of compiling for a CPU start)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Engine:
+    """One rank's share of training: forward, backward, step, and the fp32 state behind the parameters.
+
+    Fp32 state is held as flat shards, congruent for masters, both moments and whatever :meth:`new_shards` makes
+    (EMA): one mechanism reads and writes all of them by logical name."""
+
+    def __init__(self, model: DiT, config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups,
+                 device: torch.device) -> None:
+        self.deepspeed = import_deepspeed()
+        self.model, self.groups, self.device, self.clip = model, groups, device, config.train.clip
+        self.tensors = logical_tensors(model)
+        self.expert_parallel = groups.ep.size > 1
+        tree = _effective_deepspeed(merge_deepspeed(deepspeed_tree, config, layout), self.expert_parallel)
+        self.stage = tree["zero_optimization"].get("stage", 0)
+        if self.expert_parallel:
+            self._declare_experts()
+        given = [t.parameter.detach().clone() for t in self.tensors]
+        offload = (tree["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") == "cpu"
+        self._adam = _build_optimizer(self._parameter_groups(), config.train, device, offload)
+        if not dist.is_initialized():
+            raise AssertionError("init_process_group comes first")
+        self.deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        try:
+            self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
+                model=model, optimizer=self._adam, config=tree, dist_init_required=False)
+            error = None
+        except (AssertionError, ValueError, KeyError) as problem:
+            error = ValueError(f"DeepSpeed refuses the configuration: {problem}")
+        raise_together(error, groups.world)
+        self._masters = self._find_masters()
+        self._start_adam()
+        self._assert_weights_survived(given)
+
+    # ------------------------------------------------------------------------------------------------ start
+
+    def _parameter_groups(self) -> list[dict]:
+        dense = [t.parameter for t in self.tensors if not (self.expert_parallel and t.experts)]
+        groups = [{"params": dense, "name": "dense"}]
+        if self.expert_parallel:
+            experts = [t.parameter for t in self.tensors if t.experts]
+            groups.append({"params": experts, "name": self._ep_name, "moe": True})
+        return groups
+
+    @property
+    def _ep_name(self) -> str:
+        return f"ep_size_{self.groups.ep.size}"
+
+    def _declare_experts(self) -> None:
+        """Tags, groups and marker: all that makes DeepSpeed reduce, clip and shard experts over their EDP group."""
+        from deepspeed.utils import groups as registry
+
+        name, ep, edp = self._ep_name, self.groups.ep, self.groups.edp
+        registry._EXPERT_PARALLEL_GROUP[name] = ep.handle
+        registry._EXPERT_DATA_PARALLEL_GROUP[name] = edp.handle
+        registry._EXPERT_PARALLEL_GROUP_RANKS[name] = list(ep.ranks)
+        registry._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(edp.ranks)
+        for tensor in self.tensors:
+            if tensor.experts is not None:
+                tensor.parameter.allreduce = False
+                tensor.parameter.group_name = name
+                tensor.parameter.ds_zero_placement_family = "autoep_expert"
+                tensor.parameter.ds_zero_partition_group_name = name
+                tensor.parameter.ds_zero_partition_process_group = edp.handle
+        self.model.add_module("deepspeed_marker", _marker(self.model.moe.experts, ep, name))
+
+    def _find_masters(self) -> list[Tensor]:
+        if self.stage == 0:
+            return [t.parameter.data for t in self.tensors]
+        for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
+            shards = getattr(self.optimizer, name, None)
+            if shards:
+                return list(shards)
+        raise AssertionError(f"no fp32 masters in {type(self.optimizer).__name__}: another DeepSpeed than 0.19.8?")
+
+    def _state_keys(self) -> list[Tensor]:
+        return [t.parameter for t in self.tensors] if self.stage == 0 else self._masters
+
+    def _start_adam(self) -> None:
+        """Zero moments and step 0, on every rank: some DeepSpeed optimizers take a dummy step at start, which would
+        shift the bias correction; others have no state yet, which a checkpoint could not fill."""
+        for key in self._state_keys():
+            state = self._adam.state[key]
+            for name in (FIRST_MOMENT, SECOND_MOMENT):
+                state[name] = torch.zeros_like(key.data) if name not in state else state[name].zero_()
+        self.set_adam_step(0)
+
+    def _assert_weights_survived(self, given: list[Tensor]) -> None:
+        changed = []
+        for tensor, before in zip(self.tensors, given):
+            now = self._full(tensor)
+            wanted = before.float().to(now.device)
+            if not torch.equal(now, wanted):
+                changed.append(tensor.name)
+        error = AssertionError(f"DeepSpeed overwrote {changed[:3]} at initialize") if changed else None
+        raise_together(error, self.groups.world)
+
+    # ------------------------------------------------------------------------------------------------- step
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule) -> ModelOutput:
+        """The model's forward, through the engine (ZeRO 3 gathers parameters on the way)."""
+        return self.engine(x, t, y, rule)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch's mean loss; the engine divides by accumulation and averages over ranks."""
+        self.engine.backward(loss)
+
+    def step(self, lr: float) -> float:
+        """Closes a micro-batch; on the last one clips by the true global norm and updates.  Returns that norm
+        before clipping (0 on the others)."""
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        norm = 0.0
+        if boundary:
+            for group in self._adam.param_groups:
+                group["lr"] = lr
+            if self.stage == 0:
+                norm = self._clip_unsharded()
+        self.engine.step()
+        if boundary and self.stage > 0:
+            norm = float(self.engine.get_global_grad_norm())
+        return norm
+
+    def _clip_unsharded(self) -> float:
+        """ZeRO 0: gradients are whole and reduced; every tensor counts once, experts once per EP rank."""
+        def square(experts: bool) -> Tensor:
+            grads = [t.parameter.grad for t in self.tensors
+                     if t.parameter.grad is not None and (self.expert_parallel and t.experts is not None) == experts]
+            zero = torch.zeros((), device=self.device)
+            return torch.stack([zero, *(g.float().square().sum() for g in grads)]).sum()
+
+        norm = (square(False) + sum_over(square(True), self.groups.ep)).sqrt()
+        if self.clip > 0:
+            scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+            for tensor in self.tensors:
+                if tensor.parameter.grad is not None:
+                    tensor.parameter.grad.mul_(scale)
+        return norm.item()
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def masters(self) -> list[Tensor]:
+        """This rank's flat fp32 shards of the weights (the parameters themselves at ZeRO 0)."""
+        return self._masters
+
+    def shards(self, kind: str) -> list[Tensor]:
+        """The shards of ``master``, ``exp_avg`` or ``exp_avg_sq``, congruent with each other."""
+        if kind == MASTER:
+            return self._masters
+        return [self._adam.state[key][kind] for key in self._state_keys()]
+
+    def set_adam_step(self, step: int) -> None:
+        """Adam's step count, on which bias correction depends."""
+        for key in self._state_keys():
+            # Each its own tensor: a shared one would count once per shard.
+            self._adam.state[key]["step"] = torch.tensor(float(step), device=self._step_device(key))
+
+    def _step_device(self, key: Tensor) -> torch.device:
+        fused = any(group.get("fused") for group in self._adam.param_groups)
+        return key.device if fused else torch.device("cpu")
+
+    @contextlib.contextmanager
+    def _in_place_of_masters(self, shards: list[Tensor]) -> Iterator[None]:
+        if shards is self._masters:
+            yield
+            return
+        _swap(self._masters, shards)
+        try:
+            yield
+        finally:
+            _swap(self._masters, shards)
+
+    def read(self, shards: list[Tensor]) -> Iterator[tuple[LogicalTensor, Tensor]]:
+        """(logical tensor, full fp32 value of this rank's layout) one by one.  Collective: every rank iterates to
+        the end.  Any shards congruent with the masters will do."""
+        with self._in_place_of_masters(shards):
+            for tensor in self.tensors:
+                yield tensor, self._full(tensor)
+
+    def write(self, shards: list[Tensor], values: Iterator[Tensor]) -> None:
+        """The inverse of :meth:`read`: full values in the order of the logical tensors, into shards."""
+        with self._in_place_of_masters(shards):
+            for tensor, value in zip(self.tensors, values, strict=True):
+                value = value.to(self.device, torch.float32)
+                if self.stage == 0:
+                    tensor.parameter.data.copy_(value)
+                else:
+                    self.deepspeed.utils.safe_set_full_fp32_param(tensor.parameter, value)
+
+    def _full(self, tensor: LogicalTensor) -> Tensor:
+        if self.stage == 0:
+            return tensor.parameter.data.float()
+        return self.deepspeed.utils.safe_get_full_fp32_param(tensor.parameter)
+
+    def publish(self) -> None:
+        """Makes the parameters equal the masters, after the masters were written or swapped."""
+        if self.stage in (1, 2):
+            self.optimizer.update_lp_params()
+        elif self.stage == 3:
+            persistent = self.optimizer.persistent_parameters
+            if persistent:
+                persistent[0].partition(persistent)
+            for i in range(len(self._masters)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
+            if persistent:
+                persistent[0].all_gather(persistent)
+
+    @contextlib.contextmanager
+    def weights(self, shards: list[Tensor]) -> Iterator[DiT]:
+        """The model with these weights (EMA, say) in eval mode, for sampling; all ranks together."""
+        _swap(self._masters, shards)
+        self.publish()
+        self.engine.eval()
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.engine.train()
+            _swap(self._masters, shards)
+            self.publish()
+
+
+def _swap(left: list[Tensor], right: list[Tensor]) -> None:
+    """Exchanges contents in place: other code holds views of both."""
+    with torch.no_grad():
+        for a, b in zip(left, right, strict=True):
+            kept = a.detach().clone()
+            a.data.copy_(b.data)
+            b.data.copy_(kept)
+
+
+def _marker(experts: int, ep, name: str) -> nn.Module:
+    """A parameterless module that DeepSpeed takes for one of its expert layers: it switches on reduction, clipping
+    and sharding of tagged parameters at every ZeRO stage.  Its forward is never called."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    class ExpertMarker(AutoEPMoELayer):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts, self.num_local_experts = experts, experts // ep.size
+            self.ep_size, self.ep_rank, self.ep_group, self.ep_group_name = ep.size, ep.index, ep.handle, name
+            self.folding_group_handles = self.tp_group = None
+
+        def set_deepspeed_parallelism(self, *_args, **_kwargs) -> None:
+            """The groups are registered already."""
+
+    return ExpertMarker()
+
+
+def _effective_deepspeed(tree: dict, expert_parallel: bool) -> dict:
+    zero = dict(tree.get("zero_optimization") or {})
+    stage = zero.setdefault("stage", 0)
+    if stage == 0 and (tree.get("bf16") or {}).get("enabled"):
+        # Fp32 masters need a home; ZeRO 1 is the least that gives them one.
+        zero["stage"] = stage = 1
+        if dist.get_rank() == 0:
+            print("DeepSpeed: bf16 at ZeRO 0 has no fp32 masters that can be checkpointed; running as ZeRO 1")
+    if expert_parallel and stage in (1, 2):
+        for key in ("reduce_scatter", "contiguous_gradients"):
+            if zero.get(key) is False:
+                raise ValueError(f"DeepSpeed's zero_optimization.{key} (false) must be true with expert parallelism "
+                                 f"at ZeRO stage {stage}")
+    if stage == 0:
+        # DeepSpeed's own clipping at stage 0 forgets experts on other ranks; Engine clips.
+        tree = {**tree, "gradient_clipping": 0.0}
+    return {**tree, "zero_optimization": zero}
+
+
+def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool):
+    """AdamW: torch's fused one, DeepSpeed's, or Apex's where it is installed from NVIDIA's source."""
+    common = dict(lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
+    if offload or (train.optimizer == "deepspeed" and device.type == "cpu"):
+        if train.optimizer != "deepspeed":
+            raise ValueError(f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's "
+                             "offload_optimizer.device is cpu")
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+    if train.optimizer == "deepspeed":
+        from deepspeed.ops.adam import FusedAdam
+
+        return FusedAdam(groups, adam_w_mode=True, **common)
+    if train.optimizer == "apex":
+        try:
+            from apex.optimizers import FusedAdam as ApexAdam
+        except ImportError:
+            raise ValueError("train.optimizer (apex) needs NVIDIA's apex, built from its source; "
+                             "PyPI's apex is another package") from None
+        return ApexAdam(groups, adam_w_mode=True, **common)
+    return torch.optim.AdamW(groups, fused=True, **common)
