@@ -1,0 +1,141 @@
+"""One optimizer step: micro-batches through the engine, then everything that changes once per step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffmoe.config import Config, Layout
+from diffmoe.data.shards import Batch
+from diffmoe.diffusion.randomness import training_draws
+from diffmoe.diffusion.rectified_flow import flow_loss
+from diffmoe.models.dit import DiT, ModelOutput
+from diffmoe.moe.layer import MoEStats
+from diffmoe.moe.routing import RoutingRule
+from diffmoe.parallel.collectives import sum_over
+from diffmoe.parallel.groups import ParallelGroups
+from diffmoe.training.ema import Ema
+from diffmoe.training.engine import Engine
+
+TIME_BINS = 10
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Global means of one optimizer step.  ``predictor_loss`` is the mean over layers, in nats; ``stop`` says that
+    some rank was asked to stop.  ``load``: this rank's tokens by [layer, time bin, expert], with the samples that
+    fell in each bin, on the device: reduced only when somebody looks."""
+
+    loss: float
+    predictor_loss: float
+    balance_loss: float
+    grad_norm: float
+    lr: float
+    capacity: float
+    stop: bool
+    load_LbE: Tensor
+    samples_b: Tensor
+
+
+@dataclass(frozen=True)
+class MicroLoss:
+    """Parts of one micro-batch's loss; ``total`` carries the gradient.  Predictor and balance are summed over layers."""
+
+    total: Tensor
+    mse: Tensor
+    predictor: Tensor
+    balance: Tensor
+    output: ModelOutput
+    time_bin_B: Tensor
+
+
+def micro_loss(forward: Callable[..., ModelOutput], batch: Batch, config: Config, rule: RoutingRule,
+               device: torch.device) -> MicroLoss:
+    """Draws noise, time and label drop by the samples' global numbers and computes the training loss."""
+    draws = training_draws(config.run.seed, batch.positions, tuple(batch.x.shape[1:]))
+    y = torch.where(draws.drop < config.train.label_drop, config.model.classes, batch.y)
+    x, noise, t, y = (value.to(device, non_blocking=True) for value in (batch.x, draws.noise, draws.t, y))
+    mse, output = flow_loss(forward, x, noise, t, y, rule)
+    zero = torch.zeros((), device=device)
+    predictor = sum((r.predictor_loss for r in output.moe if r.predictor_loss is not None), zero)
+    balance = sum((r.balance_loss for r in output.moe if r.balance_loss is not None), zero)
+    total = mse + config.moe.predictor_weight * predictor + config.moe.balance_weight * balance
+    return MicroLoss(total, mse.detach(), predictor.detach(), balance.detach(), output,
+                     (t * TIME_BINS).long().clamp_(max=TIME_BINS - 1))
+
+
+def train_step(engine: Engine, ema: Ema, batches: Sequence[Batch], config: Config, layout: Layout,
+               groups: ParallelGroups, step: int, stop: bool = False) -> StepReport:
+    """Optimizer step ``step`` (0-based) on this rank's ``accumulation`` micro-batches.
+
+    Raises ValueError on every rank when the global loss is not finite."""
+    assert len(batches) == layout.accumulation
+    rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
+    lr = config.train.lr_at(step)
+    tally = _Tally(engine.model, config, engine.device)
+    norm = 0.0
+    for batch in batches:
+        loss = micro_loss(engine.forward, batch, config, rule, engine.device)
+        engine.backward(loss.total)
+        norm = engine.step(lr)
+        tally.add(loss)
+    means = tally.reduce(groups, layout, stop)
+    if not math.isfinite(means.loss):
+        raise ValueError(f"loss is {means.loss} at step {step}; the last checkpoint is untouched")
+    commit_thresholds(engine.model, means.thresholds_LE)
+    ema.update()
+    return StepReport(means.loss, means.predictor, means.balance, norm, lr, rule.capacity, means.stop,
+                      tally.load_LbE, tally.samples_b)
+
+
+def commit_thresholds(model: DiT, observed_LE: Tensor) -> None:
+    """Gives every mixture its observation of this step."""
+    if observed_LE.numel():
+        for (_, layer), observed in zip(model.moe_layers(), observed_LE, strict=True):
+            layer.thresholds.commit(observed)
+
+
+@dataclass(frozen=True)
+class _Means:
+    loss: float
+    predictor: float
+    balance: float
+    stop: bool
+    thresholds_LE: Tensor
+
+
+class _Tally:
+    """Sums over a step's micro-batches, on the device; one small reduction for all layers at the end."""
+
+    def __init__(self, model: DiT, config: Config, device: torch.device) -> None:
+        self.layers = len(list(model.moe_layers()))
+        self.experts = config.moe.experts
+        self.parts = torch.zeros(3, dtype=torch.float64, device=device)
+        predicts = model.model.family == "diffmoe"
+        self.thresholds_LE = torch.zeros(self.layers if predicts else 0, self.experts, device=device)
+        self.load_LbE = torch.zeros(self.layers, TIME_BINS, self.experts, device=device)
+        self.samples_b = torch.zeros(TIME_BINS, device=device)
+
+    def add(self, loss: MicroLoss) -> None:
+        self.parts += torch.stack([loss.mse, loss.predictor, loss.balance]).double()
+        self.samples_b.index_add_(0, loss.time_bin_B, torch.ones_like(loss.time_bin_B, dtype=torch.float32))
+        for layer, stats in enumerate(loss.output.moe):
+            self._add_layer(layer, stats, loss.time_bin_B)
+
+    def _add_layer(self, layer: int, stats: MoEStats, time_bin_B: Tensor) -> None:
+        self.load_LbE[layer].index_add_(0, time_bin_B, stats.tokens_BE.float())
+        if stats.threshold_sum_E is not None:
+            self.thresholds_LE[layer] += stats.threshold_sum_E
+
+    def reduce(self, groups: ParallelGroups, layout: Layout, stop: bool) -> _Means:
+        flag = torch.tensor([float(stop)], dtype=torch.float64, device=self.parts.device)
+        sums = sum_over(torch.cat([self.parts, flag, self.thresholds_LE.flatten().double()]), groups.world)
+        passes = layout.ranks * layout.accumulation
+        loss, predictor, balance, stopped = sums[:4].tolist()
+        observed = sums[4:].view_as(self.thresholds_LE) / (layout.pools * layout.accumulation)
+        layers = max(1, self.layers)
+        return _Means(loss / passes, predictor / passes / layers, balance / passes / layers, stopped > 0, observed)
