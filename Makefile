@@ -1,0 +1,54 @@
+# Everything runs in .venv inside the checkout; PYTHON is only what makes that environment.
+#   make setup PYTHON=python3.12      another interpreter
+#   make test ARGS="-k routing -x"    arguments for pytest
+# pip keeps its ordinary configuration. Where an index or folder offers a CPU build of torch, pip
+# prefers it (2.13.0+cpu is newer than 2.13.0 to it): point PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL there.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
+# The tests' ranks share the machine: one thread each, and the CPU even where there is a GPU.
+TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}
+
+.PHONY: help setup demo test test-slow clean
+
+help:
+	@echo "make demo       train, sample and score a small model on this machine, 2 ranks, no download"
+	@echo "make test       quick tests"
+	@echo "make test-slow  the slow ones"
+	@echo "make setup      $(VENV) with everything in requirements.lock (the others do this first)"
+	@echo "make clean      remove build outputs and caches; keeps $(VENV) and runs/"
+
+setup: $(STAMP)
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 14) or sys.exit("PYTHON ($(PYTHON)) is %d.%d: diffmoe needs >=3.10,<3.14" % v)'
+	@echo "setup: $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch comes first and nothing is built in isolation: deepspeed's set-up looks at the torch it will
+# run with, and an isolated build would fetch its own tools (or a second torch).
+$(STAMP): requirements.lock pyproject.toml | $(BIN)/pip
+	@echo "setup: torch and build tools"
+	@$(PIP) $$(grep -E '^(torch|setuptools|wheel)==' requirements.lock)
+	@echo "setup: requirements.lock"
+	@$(PIP) --no-build-isolation -r requirements.lock
+	@echo "setup: diffmoe"
+	@$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
+
+test: setup
+	@$(TEST_ENV) $(BIN)/python -m pytest -q $(ARGS)
+
+test-slow: setup
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -m slow $(ARGS)
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

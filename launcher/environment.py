@@ -1,0 +1,206 @@
+"""Who am I among the ranks? One answer under torchrun, the deepspeed command, srun and plain python.
+
+The environment is the authority: torchrun leaves the argument ``--local_rank`` at -1.
+"""
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Literal
+
+Source = Literal["torchrun", "deepspeed", "environment", "srun", "single"]
+
+# Slurm numbers its own steps (batch script, salloc's shell, ...) from here on: no step of srun's.
+_FIRST_SPECIAL_STEP = 0xFFFF_FFF0
+
+# All below 32768, where Linux starts to hand out ports of its own accord.
+_FIRST_PORT = 10_000
+_STEPS_PER_JOB = 32
+_JOBS = 688
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """A process's place among all ranks, and how the ranks find each other."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    source: Source
+    # None: torch's default env://, over the two fields below once export() has written them.
+    init_method: str | None = None
+    master_addr: str = "127.0.0.1"
+    # 0 lets the one rank of a single process take any free port.
+    master_port: int = 0
+
+
+def detect(environ: Mapping[str, str] = os.environ) -> RankEnvironment:
+    """Reads the launcher's variables: RANK and its companions first, then srun's step, else one process.
+
+    ``DIFFMOE_STORE`` (a file's path) replaces the rendezvous by address and port. It must be a fresh file for
+    each start of the ranks, on a file system that all of them see.
+    """
+    if "RANK" in environ:
+        return _from_rank(environ)
+    if _in_srun_step(environ):
+        return _from_srun(environ)
+    if "WORLD_SIZE" in environ and _integer(environ, "WORLD_SIZE", "RANK") != 1:
+        raise ValueError(f"WORLD_SIZE ({environ['WORLD_SIZE']}) is set but RANK is unset")
+    return RankEnvironment(0, 1, 0, 1, "single", _file_store(environ))
+
+
+def export(env: RankEnvironment, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Writes the variables that torch's ``env://`` and DeepSpeed read.
+
+    With ``init_method`` set, pass that to the initialisation: the address and port then are placeholders.
+    """
+    environ["RANK"] = str(env.rank)
+    environ["WORLD_SIZE"] = str(env.world)
+    environ["LOCAL_RANK"] = str(env.local_rank)
+    environ["LOCAL_WORLD_SIZE"] = str(env.local_world)
+    environ["MASTER_ADDR"] = env.master_addr
+    environ["MASTER_PORT"] = str(env.master_port)
+
+
+def expand_nodelist(nodelist: str) -> list[str]:
+    """Host names of a Slurm node list: ``node[01-03,7],other`` is node01 node02 node03 node7 other."""
+    if not re.fullmatch(r"(?!,)(?:[^\[\],\s]|,(?=[^,\s])|\[[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*\])+", nodelist):
+        raise ValueError(f"node list ({nodelist!r}) is not one of Slurm's: name, name[01-03,7], ...")
+    return [host for pattern in re.split(r",(?![^\[]*\])", nodelist) if pattern for host in _expand_pattern(pattern)]
+
+
+def expand_task_counts(counts: str) -> list[int]:
+    """Tasks on each node from Slurm's short form: ``2(x3),1`` is 2 2 2 1."""
+    expanded: list[int] = []
+    for item in counts.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", item)
+        if match is None:
+            raise ValueError(f"task counts ({counts!r}) are not of Slurm's form 2(x3),1")
+        expanded += [int(match[1])] * int(match[2] or 1)
+    return expanded
+
+
+def rendezvous_port(job: int, step: int) -> int:
+    """The port on which rank 0 of a job's step listens, the same for every rank without a word between them.
+
+    10000 + (32 * job + step) mod 22016: steps below 32 of any 688 consecutive jobs have ports of their own.
+    """
+    return _FIRST_PORT + (_STEPS_PER_JOB * job + step) % (_STEPS_PER_JOB * _JOBS)
+
+
+def _from_rank(environ: Mapping[str, str]) -> RankEnvironment:
+    rank = _integer(environ, "RANK", "WORLD_SIZE")
+    world = _integer(environ, "WORLD_SIZE", "RANK")
+    local_rank = _integer(environ, "LOCAL_RANK", "RANK")
+    # The deepspeed command says LOCAL_SIZE. Variables set by hand may say neither: that is one node.
+    local_world_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), "WORLD_SIZE")
+    local_world = _integer(environ, local_world_name, "RANK")
+    _check_below("RANK", rank, "WORLD_SIZE", world)
+    _check_below("LOCAL_RANK", local_rank, local_world_name, local_world)
+    if local_world > world:
+        raise ValueError(f"{local_world_name} ({local_world}) must not exceed WORLD_SIZE ({world})")
+    source: Source = "environment"
+    if "TORCHELASTIC_RUN_ID" in environ:
+        source = "torchrun"
+    elif "CROSS_RANK" in environ:
+        source = "deepspeed"
+    store = _file_store(environ)
+    if store is not None or (world == 1 and "MASTER_ADDR" not in environ):
+        return RankEnvironment(rank, world, local_rank, local_world, source, store)
+    if "MASTER_ADDR" not in environ:
+        raise ValueError(f"WORLD_SIZE ({world}) needs MASTER_ADDR and MASTER_PORT (or DIFFMOE_STORE), which are unset")
+    port = _integer(environ, "MASTER_PORT", "MASTER_ADDR")
+    return RankEnvironment(rank, world, local_rank, local_world, source, None, environ["MASTER_ADDR"], port)
+
+
+def _in_srun_step(environ: Mapping[str, str]) -> bool:
+    # A batch script and salloc's shell carry SLURM_PROCID=0 and the job's SLURM_NTASKS, yet are one process.
+    if "SLURM_STEP_ID" not in environ:
+        return False
+    return _integer(environ, "SLURM_STEP_ID", "SLURM_JOB_ID") < _FIRST_SPECIAL_STEP
+
+
+def _from_srun(environ: Mapping[str, str]) -> RankEnvironment:
+    rank = _integer(environ, "SLURM_PROCID", "SLURM_STEP_ID")
+    world = _integer(environ, "SLURM_NTASKS", "SLURM_STEP_ID")
+    local_rank = _integer(environ, "SLURM_LOCALID", "SLURM_STEP_ID")
+    _check_below("SLURM_PROCID", rank, "SLURM_NTASKS", world)
+    if "WORLD_SIZE" in environ and _integer(environ, "WORLD_SIZE", "SLURM_NTASKS") != world:
+        raise ValueError(f"WORLD_SIZE ({environ['WORLD_SIZE']}) must equal SLURM_NTASKS ({world})")
+    local_world = _srun_local_world(environ, world)
+    _check_below("SLURM_LOCALID", local_rank, "tasks on this node", local_world)
+    store = _file_store(environ)
+    if store is not None:
+        return RankEnvironment(rank, world, local_rank, local_world, "srun", store)
+    address, port = _srun_master(environ)
+    return RankEnvironment(rank, world, local_rank, local_world, "srun", None, address, port)
+
+
+def _srun_local_world(environ: Mapping[str, str], world: int) -> int:
+    name = _first_set(environ, ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"), "SLURM_STEP_ID")
+    counts = expand_task_counts(environ[name])
+    if sum(counts) != world:
+        raise ValueError(f"{name} ({environ[name]}) must add up to SLURM_NTASKS ({world})")
+    node = _integer(environ, "SLURM_NODEID", "SLURM_STEP_ID")
+    _check_below("SLURM_NODEID", node, f"number of nodes in {name}", len(counts))
+    return counts[node]
+
+
+def _srun_master(environ: Mapping[str, str]) -> tuple[str, int]:
+    # A job script that sets them knows better (another network, say).
+    if "MASTER_ADDR" in environ:
+        address = environ["MASTER_ADDR"]
+    else:
+        name = _first_set(environ, ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), "SLURM_STEP_ID")
+        address = expand_nodelist(environ[name])[0]
+    if "MASTER_PORT" in environ:
+        return address, _integer(environ, "MASTER_PORT", "MASTER_ADDR")
+    job = _integer(environ, "SLURM_JOB_ID", "SLURM_STEP_ID")
+    return address, rendezvous_port(job, _integer(environ, "SLURM_STEP_ID", "SLURM_JOB_ID"))
+
+
+def _file_store(environ: Mapping[str, str]) -> str | None:
+    path = environ.get("DIFFMOE_STORE")
+    return f"file://{os.path.abspath(path)}" if path else None
+
+
+def _expand_pattern(pattern: str) -> list[str]:
+    head, bracket, rest = pattern.partition("[")
+    if not bracket:
+        return [pattern]
+    ranges, _, tail = rest.partition("]")
+    tails = _expand_pattern(tail)
+    return [f"{head}{number}{end}" for item in ranges.split(",") for number in _expand_range(item) for end in tails]
+
+
+def _expand_range(item: str) -> list[str]:
+    first, dash, last = item.partition("-")
+    if not dash:
+        return [first]
+    if int(first) > int(last):
+        raise ValueError(f"node list's range ({item}) starts at {first}, after its end {last}")
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+
+
+def _first_set(environ: Mapping[str, str], names: tuple[str, str], companion: str) -> str:
+    for name in names:
+        if name in environ:
+            return name
+    raise ValueError(f"{' and '.join(names)} are unset but {companion} is {environ[companion]}")
+
+
+def _integer(environ: Mapping[str, str], name: str, companion: str) -> int:
+    """The variable as an integer >= 0; ``companion`` is the variable that makes us expect it."""
+    if name not in environ:
+        raise ValueError(f"{name} is unset but {companion} is {environ.get(companion, 'unset')}")
+    text = environ[name]
+    if not re.fullmatch(r"[0-9]+", text):
+        raise ValueError(f"{name} ({text!r}) must be an integer >= 0 ({companion}={environ.get(companion, 'unset')})")
+    return int(text)
+
+
+def _check_below(name: str, value: int, limit_name: str, limit: int) -> None:
+    if value >= limit:
+        raise ValueError(f"{name} ({value}) must be below {limit_name} ({limit})")

@@ -1,0 +1,184 @@
+"""Ranks from the environments that torchrun, deepspeed, srun, a batch script and plain python make."""
+
+import pytest
+
+from launcher.environment import RankEnvironment, detect, expand_nodelist, expand_task_counts, export, rendezvous_port
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+DEEPSPEED = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "2",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "29500",
+}
+# As seen in a job of 2 nodes x 2 tasks (Slurm 22.05): first the batch script's shell, then the last task of a
+# step of 3 tasks in it.
+SLURM_BATCH = {
+    "SLURM_JOB_ID": "42",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+}
+SLURM_STEP = SLURM_BATCH | {
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "3",
+    "SLURM_PROCID": "2",
+    "SLURM_STEP_ID": "5",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+    "SLURM_TASKS_PER_NODE": "2,1",
+}
+
+
+def without(environ: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in names}
+
+
+def test_plain_python_is_one_rank():
+    assert detect({}) == RankEnvironment(rank=0, world=1, local_rank=0, local_world=1, source="single")
+
+
+def test_torchrun():
+    assert detect(TORCHRUN) == RankEnvironment(3, 4, 1, 2, "torchrun", None, "host", 29500)
+
+
+def test_deepspeed_command():
+    assert detect(DEEPSPEED) == RankEnvironment(3, 4, 1, 2, "deepspeed", None, "host", 29500)
+
+
+def test_variables_by_hand_mean_one_node():
+    environ = without(TORCHRUN, "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE")
+    assert detect(environ) == RankEnvironment(3, 4, 1, 4, "environment", None, "host", 29500)
+
+
+def test_one_rank_by_hand_needs_no_address():
+    environ = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    assert detect(environ) == RankEnvironment(0, 1, 0, 1, "environment")
+
+
+def test_srun_step():
+    port = rendezvous_port(job=42, step=5)
+    assert detect(SLURM_STEP) == RankEnvironment(2, 3, 0, 1, "srun", None, "node1", port)
+
+
+def test_srun_prefers_the_job_scripts_address():
+    env = detect(SLURM_STEP | {"MASTER_ADDR": "node1-ib", "MASTER_PORT": "1234"})
+    assert (env.master_addr, env.master_port) == ("node1-ib", 1234)
+
+
+def test_srun_takes_the_jobs_nodes_where_the_step_names_none():
+    assert detect(without(SLURM_STEP, "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")).master_addr == "node1"
+
+
+def test_torchrun_inside_a_step_counts_torchruns_ranks():
+    assert detect(SLURM_STEP | TORCHRUN) == detect(TORCHRUN)
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [SLURM_BATCH, SLURM_BATCH | {"SLURM_STEP_ID": str(0xFFFFFFFA)}],
+    ids=["batch script", "salloc's interactive step"],
+)
+def test_a_jobs_own_shell_is_one_rank(shell):
+    assert detect(shell).source == "single"
+
+
+@pytest.mark.parametrize("environ", [{}, TORCHRUN, SLURM_STEP], ids=["single", "torchrun", "srun"])
+def test_file_store(environ, tmp_path):
+    env = detect(without(environ, "MASTER_ADDR", "MASTER_PORT") | {"DIFFMOE_STORE": str(tmp_path / "store")})
+    assert env.init_method == f"file://{tmp_path}/store"
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (without(TORCHRUN, "WORLD_SIZE"), "WORLD_SIZE is unset but RANK is 3"),
+        (without(TORCHRUN, "LOCAL_RANK"), "LOCAL_RANK is unset but RANK is 3"),
+        (without(TORCHRUN, "MASTER_ADDR"), "WORLD_SIZE (4) needs MASTER_ADDR and MASTER_PORT (or DIFFMOE_STORE)"),
+        (without(TORCHRUN, "MASTER_PORT"), "MASTER_PORT is unset but MASTER_ADDR is host"),
+        (TORCHRUN | {"RANK": "4"}, "RANK (4) must be below WORLD_SIZE (4)"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "LOCAL_RANK (2) must be below LOCAL_WORLD_SIZE (2)"),
+        (TORCHRUN | {"LOCAL_RANK": "-1"}, "LOCAL_RANK ('-1') must be an integer >= 0 (RANK=3)"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE (8) must not exceed WORLD_SIZE (4)"),
+        (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE ('four') must be an integer >= 0 (RANK=3)"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE (2) is set but RANK is unset"),
+        (without(SLURM_STEP, "SLURM_NTASKS"), "SLURM_NTASKS is unset but SLURM_STEP_ID is 5"),
+        (without(SLURM_STEP, "SLURM_PROCID"), "SLURM_PROCID is unset but SLURM_STEP_ID is 5"),
+        (SLURM_STEP | {"SLURM_PROCID": "3"}, "SLURM_PROCID (3) must be below SLURM_NTASKS (3)"),
+        (SLURM_STEP | {"SLURM_NTASKS": "4"}, "SLURM_STEP_TASKS_PER_NODE (2,1) must add up to SLURM_NTASKS (4)"),
+        (SLURM_STEP | {"SLURM_LOCALID": "1"}, "SLURM_LOCALID (1) must be below tasks on this node (1)"),
+        (SLURM_STEP | {"SLURM_NODEID": "2"}, "SLURM_NODEID (2) must be below number of nodes in SLURM_STEP_TASKS"),
+        (SLURM_STEP | {"WORLD_SIZE": "8"}, "WORLD_SIZE (8) must equal SLURM_NTASKS (3)"),
+        (
+            without(SLURM_STEP, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"),
+            "SLURM_STEP_NODELIST and SLURM_JOB_NODELIST are unset but SLURM_STEP_ID is 5",
+        ),
+    ],
+)
+def test_inconsistent_variables_are_named(environ, message):
+    with pytest.raises(ValueError) as error:
+        detect(environ)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("environ", [{}, TORCHRUN, DEEPSPEED, SLURM_STEP])
+def test_what_is_exported_is_detected_again(environ):
+    env = detect(environ)
+    exported: dict[str, str] = {}
+    export(env, exported)
+    again = detect(exported)
+    assert (again.rank, again.world, again.local_rank, again.local_world) == (
+        env.rank,
+        env.world,
+        env.local_rank,
+        env.local_world,
+    )
+    assert (again.master_addr, again.master_port) == (env.master_addr, env.master_port)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "hosts"),
+    [
+        ("node1", ["node1"]),
+        ("node[01-03,7],other", ["node01", "node02", "node03", "node7", "other"]),
+        ("a,b[9-11]", ["a", "b9", "b10", "b11"]),
+        ("rack[1-2]n[3,05]-ib", ["rack1n3-ib", "rack1n05-ib", "rack2n3-ib", "rack2n05-ib"]),
+        ("127.0.77.[1-2]", ["127.0.77.1", "127.0.77.2"]),
+    ],
+)
+def test_expand_nodelist(nodelist, hosts):
+    assert expand_nodelist(nodelist) == hosts
+
+
+@pytest.mark.parametrize("nodelist", ["", "a,", ",a", "a[1", "a]", "a[1-]", "a[x]", "a[3-1]", "a[1,,2]", "a b"])
+def test_a_broken_nodelist_is_refused(nodelist):
+    with pytest.raises(ValueError, match="node list"):
+        expand_nodelist(nodelist)
+
+
+def test_expand_task_counts():
+    assert expand_task_counts("2(x3),1") == [2, 2, 2, 1]
+    with pytest.raises(ValueError, match="task counts"):
+        expand_task_counts("2(x3")
+
+
+def test_ports_of_jobs_that_share_a_node_differ():
+    ports = {rendezvous_port(job, step) for job in range(5_000_000, 5_000_688) for step in range(32)}
+    assert len(ports) == 688 * 32
+    assert min(ports) >= 10_000 and max(ports) < 32_768
