@@ -439,6 +439,11 @@ def rows_taken(pool_tokens: int, experts: int, capacity: float) -> int:
     return min(pool_tokens, int(pool_tokens * capacity / experts + 1e-9))
 
 
+def swiglu_hidden(hidden: int) -> int:
+    """Inner width that gives three matrices the parameters of two: 2/3, rounded up to a multiple of 8."""
+    return -(-2 * hidden // 3 // 8) * 8
+
+
 def _check_taken(config: Config, pool: int) -> None:
     if config.model.family in ("ec", "diffmoe"):
         tokens = pool * config.model.tokens

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.config import ModelConfig, MoEConfig, swiglu_hidden
 
 _FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
 
@@ -52,11 +52,6 @@ def _linear(fan_in: int, fan_out: int, bias: bool = True) -> _Part:
 
 def _mlp(width: int, hidden: int) -> _Part:
     return _linear(width, hidden) + _linear(hidden, width)
-
-
-def swiglu_hidden(hidden: int) -> int:
-    """Inner width that gives three matrices the parameters of two: 2/3, rounded up to a multiple of 8."""
-    return -(-2 * hidden // 3 // 8) * 8
 
 
 def _expert(model: ModelConfig, moe: MoEConfig) -> _Part:

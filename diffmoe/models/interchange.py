@@ -42,11 +42,6 @@ def from_research(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {ours: value for name, value in state.items() if (ours := logical_name(name)) is not None}
 
 
-def buffer_names(model: DiT) -> list[str]:
-    """Logical names of the state that is not a parameter: the thresholds of every mixture."""
-    return [name for name, _ in model.named_buffers() if ".thresholds." in name]
-
-
 @torch.no_grad()
 def load_logical(model: DiT, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors by logical name into the model's own layout.
@@ -65,10 +60,15 @@ def load_logical(model: DiT, tensors: Mapping[str, Tensor]) -> None:
                 target.copy_(value)
     if missing or misshaped:
         raise ValueError(f"weights do not fit the model: missing {missing or 'none'}; misshaped {misshaped or 'none'}")
-    for _, layer in model.moe_layers():
-        if hasattr(layer, "thresholds"):
-            stem = next(name for name, module in model.named_modules() if module is layer.thresholds)
-            if f"{stem}.value" in tensors:
-                layer.thresholds.value.copy_(tensors[f"{stem}.value"])
-                # A file without a count comes from elsewhere: its thresholds have been observed.
-                layer.thresholds.observations.copy_(tensors.get(f"{stem}.observations", torch.tensor(1)))
+    load_buffers(model, tensors)
+
+
+@torch.no_grad()
+def load_buffers(model: DiT, tensors: Mapping[str, Tensor]) -> None:
+    """Copies the thresholds that are among the tensors; a model without predictors has none."""
+    for index, layer in model.moe_layers():
+        stem = f"blocks.{index}.mlp.thresholds"
+        if f"{stem}.value" in tensors:
+            layer.thresholds.value.copy_(tensors[f"{stem}.value"])
+            # A file without a count comes from elsewhere: its thresholds have been observed.
+            layer.thresholds.observations.copy_(tensors.get(f"{stem}.observations", torch.tensor(1)))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffmoe.config import swiglu_hidden
+
 
 class Mlp(nn.Module):
     """DiT's MLP: Linear, tanh-GELU, Linear.  Dense blocks and shared experts are this."""
@@ -19,11 +21,6 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-def swiglu_hidden(hidden: int) -> int:
-    """Inner width that gives three matrices the parameters of two: 2/3, rounded up to a multiple of 8."""
-    return -(-2 * hidden // 3 // 8) * 8
 
 
 class Experts(nn.Module):

@@ -35,7 +35,7 @@ def gather_stack(part: Tensor, group: Group) -> Tensor:
     """Not differentiable: every rank's ``part``, stacked in rank order [size, …]."""
     if group.size == 1:
         return part.unsqueeze(0)
-    flat = functional.wait_tensor(functional.all_gather_tensor(part.detach().reshape(-1), 0, group.handle))
+    flat = functional.wait_tensor(functional.all_gather_single(part.detach().reshape(-1), 0, group.handle))
     return flat.view(group.size, *part.shape)
 
 
@@ -46,8 +46,12 @@ def sum_over(value: Tensor, group: Group) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(value.detach().contiguous(), "sum", group.handle))
 
 
+class AgreedError(ValueError):
+    """The same error on every rank at the same place: one of them may speak for all."""
+
+
 def raise_together(error: Exception | None, group: Group) -> None:
-    """Raises on every rank when any rank holds an error: the first rank's message, as ValueError.
+    """Raises AgreedError on every rank when any rank holds an error, with the first such rank's message.
 
     For set-up steps that can fail on one node only (a missing shard, a full disk): nobody is left waiting."""
     message = None if error is None else str(error)
@@ -61,4 +65,4 @@ def raise_together(error: Exception | None, group: Group) -> None:
         everywhere = len(found) == group.size
         message = text if everywhere else f"rank {rank}: {text}"
     if message is not None:
-        raise ValueError(message) from error
+        raise AgreedError(message) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from typing import Iterator
 
 import torch
@@ -31,6 +32,8 @@ def import_deepspeed():
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed 0.19.8 calls torch 2.13's collectives by their older names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -125,14 +128,15 @@ class Engine:
         self.set_adam_step(0)
 
     def _assert_weights_survived(self, given: list[Tensor]) -> None:
+        """DeepSpeed holds what it was given, up to the parameters' precision; then the masters get it in full."""
         changed = []
-        for tensor, before in zip(self.tensors, given):
+        for tensor, before in zip(self.tensors, given, strict=True):
             now = self._full(tensor)
-            wanted = before.float().to(now.device)
-            if not torch.equal(now, wanted):
+            if not torch.equal(now, before.to(now.device, tensor.parameter.dtype).float()):
                 changed.append(tensor.name)
         error = AssertionError(f"DeepSpeed overwrote {changed[:3]} at initialize") if changed else None
         raise_together(error, self.groups.world)
+        self.write(self._masters, iter(given))
 
     # ------------------------------------------------------------------------------------------------- step
 

@@ -1,0 +1,174 @@
+"""The verbs of run.py that need torch: train and sample."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+from diffmoe.config import (
+    Config, Layout, config_to_tree, load_config, merge_deepspeed, read_deepspeed, resolve_layout, validate,
+)
+from diffmoe.device import backend, local_device
+from diffmoe.evaluation.generate import generate_everywhere
+from diffmoe.evaluation.plots import image_grid
+from diffmoe.models.count import count
+from diffmoe.models.dit import DiT
+from diffmoe.models.interchange import load_buffers, load_logical
+from diffmoe.parallel.groups import build_groups
+from diffmoe.training.checkpoint import EMA, MASTER, Checkpoint
+from launcher.environment import RankEnvironment
+
+
+def run(verb: str, arguments: list[str], environment: RankEnvironment) -> int:
+    """Runs ``train`` or ``sample``.  ValueError for bad input."""
+    return {"train": _train, "sample": _sample}[verb](arguments, environment)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaint is a ValueError: one line, on one rank."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message} (see run.py {self.prog} --help)")
+
+
+def _train(arguments: list[str], environment: RankEnvironment) -> int:
+    parser = _Parser(prog="train", description="Train a model; resumes from the newest checkpoint in run.folder.")
+    parser.add_argument("--config", help="YAML file, see configs/")
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
+    parser.add_argument("--dry-run", action="store_true", help="print everything that would be run, and exit")
+    parser.add_argument("--ranks", type=int, help="with --dry-run: the number of ranks to resolve for")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_intermixed_args(arguments)
+    if options.config is None and not options.dry_run:
+        raise ValueError("train needs --config")
+    if options.ranks is not None and (not options.dry_run or options.ranks < 1):
+        raise ValueError(f"--ranks ({options.ranks}) goes with --dry-run and must be at least 1")
+    config = load_config(options.config, options.overrides)
+    layout = resolve_layout(config, options.ranks or environment.world)
+    deepspeed_tree = read_deepspeed(options.deepspeed_config)
+    merged = merge_deepspeed(deepspeed_tree, config, layout)
+    if environment.rank == 0:
+        print(describe(config, layout, merged, complete=options.dry_run), flush=True)
+    if options.dry_run:
+        return 0
+    from diffmoe.training.loop import train
+
+    device = _join(environment)
+    train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks), device)
+    _leave()
+    return 0
+
+
+def _join(environment: RankEnvironment) -> torch.device:
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one node share its cores; torch would give every one of them all.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment.local_world))
+    device = local_device(environment.local_rank)
+    dist.init_process_group(
+        backend(device), init_method=environment.init_method, rank=environment.rank, world_size=environment.world,
+        timeout=datetime.timedelta(minutes=30), device_id=device if device.type == "cuda" else None)
+    return device
+
+
+def _leave() -> None:
+    dist.barrier()  # a rank that leaves early makes the others abort
+    dist.destroy_process_group()
+
+
+def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: bool) -> str:
+    """What is about to run: sizes, batch arithmetic, pool; with ``complete`` the whole resolved configuration."""
+    model, moe = config.model, config.moe
+    counts = count(model, moe)
+    zero = deepspeed_tree.get("zero_optimization", {}).get("stage", 0)
+    precision = "bf16, fp32 masters" if deepspeed_tree.get("bf16", {}).get("enabled") else "fp32"
+    lines = []
+    if complete:
+        lines += [yaml.safe_dump(config_to_tree(config), sort_keys=False), f"deepspeed: {deepspeed_tree}", ""]
+    published = counts.positions  # the tables count the fixed position table
+    lines.append(f"model    {model.family} {model.depth} x {model.width}, {(counts.total + published) / 1e6:.2f} M parameters "
+                 f"({(counts.activated + published) / 1e6:.2f} M activated), {counts.forward_macs / 1e9:.2f} GMACs a sample")
+    lines.append(f"batch    {layout.micro_batch} micro x {layout.ranks} ranks x {layout.accumulation} accumulation = "
+                 f"{layout.batch}")
+    if model.family != "dense":
+        lines.append(f"experts  {moe.experts} over {layout.ep} expert-parallel ranks, in {layout.ranks // layout.ep} copies")
+        lines.append(f"pool     {layout.pool} samples = {layout.pool * model.tokens} tokens (moe.pool: {moe.pool}), "
+                     f"held by {layout.pool_ranks} rank{'s' * (layout.pool_ranks > 1)}")
+    lines.append(f"engine   ZeRO {zero}, {precision}, recompute {config.parallel.recompute}")
+    return "\n".join(lines)
+
+
+def _sample(arguments: list[str], environment: RankEnvironment) -> int:
+    parser = _Parser(prog="sample", description="Images from a checkpoint: a PNG grid and an npz (images, labels).")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
+    parser.add_argument("--classes", default="all", help="'all', or numbers and ranges: 0,3,7-9")
+    parser.add_argument("--count", type=int, help="images in all, classes in turn (default: ten of each class)")
+    parser.add_argument("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
+    parser.add_argument("--seed", type=int, help="seed of the noise (default: run.seed)")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
+    parser.add_argument("overrides", nargs="*", metavar="sample.field=value")
+    options = parser.parse_intermixed_args(arguments)
+    checkpoint = Checkpoint(Path(options.checkpoint))
+    config = _sampling_config(checkpoint.config(), options)
+    classes = _parse_classes(options.classes, config.model.classes)
+    total = options.count if options.count is not None else 10 * len(classes)
+    if total < 1:
+        raise ValueError(f"--count ({total}) must be at least 1")
+    labels = [classes[i % len(classes)] for i in range(total)]
+    device = _join(environment)
+    groups = build_groups(1, 1)  # every rank holds the whole model
+    model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
+    load_logical(model, checkpoint.tensors(EMA if options.weights == "ema" else MASTER))
+    load_buffers(model, checkpoint.tensors("buffers"))
+    model.to(device).eval()
+    images = generate_everywhere(model, config, labels, groups.world, device, progress=environment.rank == 0)
+    if environment.rank == 0:
+        out = Path(options.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(out.with_suffix(".npz"), images=images.numpy(), labels=np.array(labels))
+        shown = images[: 10 * config.sample.columns].numpy()
+        image_grid(shown, config.sample.columns, out.with_suffix(".png"))
+        print(f"step {checkpoint.step}, {options.weights} weights, {config.sample.sampler} {config.sample.steps} steps, "
+              f"cfg {config.sample.cfg}, {config.sample.routing} routing: {total} images in {out.with_suffix('.npz')}, "
+              f"{len(shown)} of them in {out.with_suffix('.png')}", flush=True)
+    _leave()
+    return 0
+
+
+def _sampling_config(config: Config, options: argparse.Namespace) -> Config:
+    """The run's configuration with what the command line says; only the ``sample`` section may be overridden."""
+    strangers = [text for text in options.overrides if not text.startswith("sample.")]
+    if strangers:
+        raise ValueError(f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change")
+    over = load_config(None, options.overrides).sample
+    named = {text.partition("=")[0].removeprefix("sample.") for text in options.overrides}
+    sample = dataclasses.replace(config.sample, **{name: getattr(over, name) for name in named})
+    if options.cfg is not None:
+        sample = dataclasses.replace(sample, cfg=options.cfg)
+    run = config.run if options.seed is None else dataclasses.replace(config.run, seed=options.seed)
+    config = dataclasses.replace(config, sample=sample, run=run)
+    validate(config)
+    return config
+
+
+def _parse_classes(text: str, classes: int) -> list[int]:
+    if text == "all":
+        return list(range(classes))
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"--classes {text!r} must be 'all' or numbers and ranges such as 0,3,7-9")
+        chosen += range(int(first), int(last or first) + 1)
+    if not chosen or max(chosen) >= classes:
+        raise ValueError(f"--classes {text!r} must name classes from 0 to {classes - 1} (model.classes = {classes})")
+    return chosen

@@ -1,0 +1,52 @@
+"""Images from a trained model: by number, so that image i is the same in any batch and on any number of ranks.
+
+(In the per-token routing mode; the paper's rule looks at the whole batch, see ``moe.routing``.)
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffmoe.config import Config, MoEConfig, SampleConfig
+from diffmoe.diffusion.randomness import sampling_noise
+from diffmoe.diffusion.rectified_flow import guided_velocity
+from diffmoe.diffusion.sampling import SAMPLERS
+from diffmoe.models.dit import DiT
+from diffmoe.moe.routing import RoutingRule
+from diffmoe.parallel.collectives import gather_stack
+from diffmoe.parallel.groups import Group
+
+
+def inference_rule(moe: MoEConfig, sample: SampleConfig) -> RoutingRule:
+    """The routing rule that a sampling configuration asks for."""
+    return RoutingRule(sample.routing, capacity=moe.capacity, gamma=sample.gamma)
+
+
+@torch.no_grad()
+def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequence[int], device: torch.device,
+             progress: bool = False) -> Tensor:
+    """Images [n, C, H, W], fp32 on the CPU, of classes ``labels`` from the noise of images ``numbers``."""
+    sizes, sample = config.model, config.sample
+    shape = (sizes.channels, sizes.input_size, sizes.input_size)
+    images = []
+    for start in tqdm(range(0, len(numbers), sample.batch), disable=not progress, desc="sampling"):
+        part = slice(start, start + sample.batch)
+        noise = sampling_noise(config.run.seed, numbers[part], shape).to(device)
+        y = torch.tensor(labels[part], device=device)
+        velocity = guided_velocity(model, y, sample.cfg, inference_rule(config.moe, sample))
+        images.append(SAMPLERS[sample.sampler](velocity, noise, sample.steps).cpu())
+    return torch.cat(images)
+
+
+def generate_everywhere(model: DiT, config: Config, labels: Sequence[int], world: Group, device: torch.device,
+                        progress: bool = False) -> Tensor:
+    """Images 0 … len(labels) - 1, an equal share on every rank (surplus numbers fill the last), all of them on all
+    ranks.  Ranks make the same number of passes, so the experts may be spread over them."""
+    each = -(-len(labels) // world.size)
+    numbers = range(world.index * each, (world.index + 1) * each)
+    mine = generate(model, config, [labels[i % len(labels)] for i in numbers], numbers, device, progress)
+    return gather_stack(mine.to(device), world).flatten(0, 1)[: len(labels)].cpu()

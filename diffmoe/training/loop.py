@@ -1,0 +1,201 @@
+"""Training from start to end, top to bottom: start, resume, and the loop."""
+
+from __future__ import annotations
+
+import json
+import signal
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import yaml
+
+from diffmoe.config import Config, Layout, config_to_tree
+from diffmoe.data.shards import BatchStream, ShardIndex, ShardReader, load_index
+from diffmoe.evaluation.generate import generate_everywhere
+from diffmoe.evaluation.plots import image_grid
+from diffmoe.models.dit import DiT, initialize
+from diffmoe.parallel.collectives import raise_together
+from diffmoe.parallel.groups import ParallelGroups
+from diffmoe.training import checkpoint
+from diffmoe.training.ema import Ema
+from diffmoe.training.engine import Engine
+from diffmoe.training.metrics import Meter, Writer
+from diffmoe.training.step import train_step
+
+
+@dataclass
+class Run:
+    """Everything that one rank of a training run holds."""
+
+    config: Config
+    layout: Layout
+    groups: ParallelGroups
+    device: torch.device
+    engine: Engine
+    ema: Ema
+    index: ShardIndex
+    done: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.folder)
+
+
+def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device) -> None:
+    """Trains to ``train.steps``, from the newest checkpoint in the run folder if there is one.
+
+    Ctrl-C, SIGTERM and SIGUSR1 end the run in order: the ranks agree at a step boundary, save, and return."""
+    run = start(config, layout, deepspeed_tree, groups, device)
+    writer = _writer(run)
+    meter = Meter(config, groups, device)
+    reader = ShardReader(run.index, seed=config.run.seed, window=config.data.window, flip=config.data.flip)
+    stream = BatchStream(reader, batch=layout.batch, micro_batch=layout.micro_batch, accumulation=layout.accumulation,
+                         rank=groups.rank, world=layout.ranks, start_step=run.done, prefetch=config.data.prefetch)
+    saved = run.done
+    with stream, _stop_requests() as asked:
+        while run.done < config.train.steps:
+            report = train_step(run.engine, run.ema, next(stream), config, layout, groups, run.done, bool(asked))
+            run.done += 1
+            last = report.stop or run.done == config.train.steps
+            meter.add(report)
+            if last or run.done % config.train.log_every == 0:
+                record, load = meter.collect(run.done)
+                if writer:
+                    writer.record(record)
+                    writer.load_picture(load, run.done)
+            if _due(run.done, config.train.sample_every, last):
+                _sample(run, writer)
+            if _due(run.done, config.train.save_every, last):
+                saved = _save(run)
+            if report.stop:
+                _say(run, f"stopped in order at step {run.done}; the same command goes on from there")
+                break
+    assert saved == run.done
+    if writer:
+        writer.close()
+
+
+def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device) -> Run:
+    """Model, engine, EMA and data of a run, resumed from its newest checkpoint.  All ranks raise together."""
+    index, problem = None, None
+    try:
+        index = _open_data(config)
+        if groups.rank == 0:
+            _write_resolved(config, layout, deepspeed_tree)
+        newest = _resumable(config, layout)
+    except (ValueError, OSError) as error:
+        problem, newest = error, None
+    raise_together(problem, groups.world)
+    model = DiT(config.model, config.moe, pool=layout.pool, groups=groups, recompute=config.parallel.recompute,
+                time_scale=config.diffusion.time_scale)
+    initialize(model, config.run.seed)
+    engine = Engine(model, config, layout, deepspeed_tree, groups, device)
+    ema = Ema(engine, config.train.ema)
+    run = Run(config, layout, groups, device, engine, ema, index, 0)
+    if newest is not None:
+        run.done = checkpoint.restore(newest, engine, ema, groups)
+        _say(run, f"resumed from {newest} at step {run.done}")
+    return run
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    """Every ``every`` steps, and at the end; 0 means only at the end."""
+    return last or (every > 0 and step % every == 0)
+
+
+def _open_data(config: Config) -> ShardIndex:
+    model = config.model
+    if not config.data.shards:
+        raise ValueError("data.shards ('') must name a folder of shards with an index.json")
+    index = load_index(config.data.shards)
+    wanted = (model.channels, model.input_size, model.input_size)
+    if tuple(index.x_shape) != wanted:
+        raise ValueError(f"data.shards ({config.data.shards}) holds samples of shape {tuple(index.x_shape)}; model.channels "
+                         f"and model.input_size make {wanted}")
+    if index.meta.classes != model.classes:
+        raise ValueError(f"data.shards ({config.data.shards}) has {index.meta.classes} classes; model.classes is "
+                         f"{model.classes}")
+    return index
+
+
+def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> None:
+    folder = Path(config.run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config_to_tree(config), sort_keys=False))
+    (folder / "deepspeed.json").write_text(json.dumps(deepspeed_tree, indent=1) + "\n")
+    (folder / "layout.json").write_text(json.dumps(vars(layout), indent=1) + "\n")
+
+
+# What may not change between a checkpoint and the run that goes on from it: the model, the data order, the noise.
+_MEANING = ("model", "moe", "diffusion")
+
+
+def _resumable(config: Config, layout: Layout) -> Path | None:
+    """The newest complete checkpoint of the run folder; ValueError when it belongs to another run."""
+    found = checkpoint.complete_folders(Path(config.run.folder) / "checkpoints")
+    if not found:
+        return None
+    saved = checkpoint.Checkpoint(found[-1])
+    old, new = config_to_tree(saved.config()), config_to_tree(config)
+    pairs = [(f"{s}.{k}", old[s][k], new[s][k]) for s in _MEANING for k in old[s] if (s, k) != ("moe", "pool")]
+    pairs += [("run.seed", old["run"]["seed"], new["run"]["seed"]),
+              ("train.batch", old["train"]["batch"], new["train"]["batch"]),
+              ("data.window", old["data"]["window"], new["data"]["window"])]
+    if config.model.family != "dense":
+        pairs.append(("moe.pool (samples)", saved.pool, layout.pool))
+    changed = [f"{name}: {before} there, {now} here" for name, before, now in pairs if before != now]
+    if changed:
+        raise ValueError(f"{found[-1]} belongs to another run ({'; '.join(changed)}); choose another run.folder")
+    return found[-1]
+
+
+def _sample(run: Run, writer: Writer | None) -> None:
+    """A grid from the EMA weights, classes in turn; every rank makes its share."""
+    count = run.config.sample.columns * min(run.config.model.classes, run.config.sample.columns)
+    labels = [i % run.config.model.classes for i in range(count)]
+    with run.engine.weights(run.ema.shards) as model:
+        images = generate_everywhere(model, run.config, labels, run.groups.world, run.device)
+    if writer:
+        path = run.folder / f"samples_{run.done:08d}.png"
+        image_grid(images.numpy(), run.config.sample.columns, path)
+        writer.sample_picture(path, run.done)
+
+
+def _save(run: Run) -> int:
+    """A failed save is said aloud and does not end the run: earlier checkpoints stand."""
+    path = checkpoint.save(run.folder / "checkpoints", run.done, run.engine, run.ema, run.config, run.layout, run.groups,
+                           run.config.train.keep)
+    _say(run, f"saved {path}")
+    return run.done
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Signals received, in order; the second Ctrl-C interrupts at once."""
+    asked: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    kept = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield asked
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _writer(run: Run) -> Writer | None:
+    if run.groups.rank != 0:
+        return None
+    return Writer(run.folder, run.config.train.steps, [f"block {i}" for i, _ in run.engine.model.moe_layers()])
+
+
+def _say(run: Run, text: str) -> None:
+    if run.groups.rank == 0:
+        print(text, flush=True)

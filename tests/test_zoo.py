@@ -1,0 +1,193 @@
+"""The zoo: every configuration loads and fits its ranks, and counts equal both the published table and the model."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffmoe.config import (
+    Config, ModelConfig, MoEConfig, ParallelConfig, load_config, merge_deepspeed, read_deepspeed, read_yaml,
+    resolve_layout,
+)
+from diffmoe.config import swiglu_hidden
+from diffmoe.models.count import Counts, count
+from diffmoe.models.dit import DiT
+from diffmoe.moe import experts
+from diffmoe.moe.experts import Experts
+from diffmoe.moe.routing import RoutingRule
+
+ROOT = Path(__file__).parents[1]
+ZOO = sorted((ROOT / "configs").glob("*.yaml"))
+EVERY_YAML = sorted((ROOT / "configs").rglob("*.yaml"))
+DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
+IMAGENET = sorted(path for path in ZOO if re.fullmatch(r"(dense|diffmoe|tc|ec)_(s|b|l|xl)(_e\d+)?_flow", path.stem))
+
+# model, experts (0: dense): parameters in millions, activated at capacity 1, forward GMACs; None: not in the table.
+# Decimals as published.
+TABLE = [
+    ("s", 0, "32.96", None, "6.06"),
+    ("s", 8, "83.5", "33.9", None),
+    ("s", 16, "140.3", "33.9", "6.30"),
+    ("b", 0, "130.5", None, "23.01"),
+    ("b", 8, "332.5", "134.1", None),
+    ("b", 16, "559.2", "134.2", "23.95"),
+    ("l", 0, "458.1", None, "80.70"),
+    ("l", 2, "571.5", None, None),
+    ("l", 4, "773.0", None, None),
+    ("l", 8, "1176.0", "470.9", None),
+    ("l", 16, "1982.0", "471.1", "84.02"),
+    ("xl", 0, "675.1", None, "118.62"),
+    ("xl", 8, "1735.0", "694.0", None),
+    ("xl", 16, "2925.0", "694.2", "123.51"),
+]
+
+
+def stem(path: Path) -> str:
+    return path.relative_to(path.parents[1]).with_suffix("").as_posix()
+
+
+def like(printed: str, value: float) -> str:
+    return f"{value:.{len(printed.partition('.')[2])}f}"
+
+
+@pytest.mark.parametrize("size, number, total, activated, gmacs", TABLE)
+def test_published_table(size: str, number: int, total: str, activated: str | None, gmacs: str | None) -> None:
+    name = f"diffmoe_{size}_e{number}" if number else f"dense_{size}"
+    config = load_config(ROOT / "configs" / f"{name}_flow.yaml")
+    assert number in (0, config.moe.experts)
+    counts = count(config.model, config.moe, capacity=1.0)
+    assert like(total, (counts.total + counts.positions) / 1e6) == total
+    if activated:
+        assert like(activated, (counts.activated + counts.positions) / 1e6) == activated
+    if gmacs:
+        assert like(gmacs, counts.forward_macs / 1e9) == gmacs
+
+
+def meta_counts(model: ModelConfig, moe: MoEConfig) -> Counts:
+    """Totals of the real model, and activated parameters of one in which every mixture has one expert."""
+    with torch.device("meta"):
+        dit = DiT(model, moe)
+    total = sum(p.numel() for p in dit.parameters())
+    routed = sum(p.numel() for m in dit.modules() if isinstance(m, Experts) for p in m.parameters())
+    return Counts(total, routed, total - routed + routed // moe.experts, dit.pos_embed.numel(), 0)
+
+
+@pytest.mark.parametrize("path", IMAGENET, ids=stem)
+def test_zoo_counts_equal_the_model(path: Path) -> None:
+    config = load_config(path)
+    assert replace(count(config.model, config.moe), forward_macs=0) == meta_counts(config.model, config.moe)
+
+
+SMALL = ModelConfig(width=48, depth=5, heads=3, classes=10, input_size=8)
+
+
+@pytest.mark.parametrize("model, moe", [
+    ({"family": "dense"}, {}),
+    ({"family": "dense", "qk_norm": True, "learn_sigma": False}, {}),
+    ({"family": "tc"}, {"experts": 3}),
+    ({"family": "ec"}, {"experts": 5, "pool": 1, "interleave": False}),
+    ({"family": "diffmoe"}, {"experts": 6}),
+    ({"family": "diffmoe", "qk_norm": True}, {"experts": 4, "activation": "swiglu"}),
+    ({"family": "diffmoe", "mlp_ratio": 2.5}, {"shared_experts": 2, "interleave": False}),
+    ({"family": "tc", "patch": 4, "channels": 3}, {"activation": "swiglu", "shared_experts": 1}),
+])
+def test_counts_equal_the_model(model: dict, moe: dict) -> None:
+    model, moe = replace(SMALL, **model), MoEConfig(**moe)
+    assert replace(count(model, moe), forward_macs=0) == meta_counts(model, moe)
+
+
+@pytest.mark.parametrize("family", ["dense", "diffmoe"])
+def test_macs_equal_half_of_torchs_flops(family: str) -> None:
+    """Every expert takes every token; attention spelled out, because torch does not count the CPU's fused kernel."""
+    model, moe = replace(SMALL, family=family), MoEConfig(experts=4, activation="swiglu", shared_experts=1)
+    dit = DiT(model, moe, pool=2)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        dit(torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long), RoutingRule(capacity=4.0))
+    assert counter.get_total_flops() == 2 * 2 * count(model, moe, capacity=4.0).forward_macs
+
+
+def test_capacity_scales_experts_only() -> None:
+    moe = MoEConfig(experts=8)
+    one, half, all_of_them = (count(SMALL, moe, capacity=c) for c in (1.0, 0.5, 8.0))
+    assert all_of_them.activated == all_of_them.total
+    assert one.activated - half.activated == one.experts // 8 // 2
+    weights = 2 * 2 * SMALL.width * SMALL.hidden  # of one expert in each of 2 mixtures
+    assert all_of_them.forward_macs - one.forward_macs == 7 * SMALL.tokens * weights
+    assert count(replace(SMALL, family="tc"), MoEConfig(top_k=2, capacity=5.0)) == count(
+        replace(SMALL, family="tc"), MoEConfig(), capacity=2)
+
+
+def test_swiglu_experts_have_the_parameters_of_gelu_experts() -> None:
+    assert all(2 * h <= 3 * swiglu_hidden(h) < 2 * h + 24 for h in range(1, 600))
+
+
+def test_counting_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import diffmoe.models.count"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_zoo_is_complete() -> None:
+    names = {path.stem for path in ZOO}
+    assert {f"dense_{s}_flow" for s in "s b l xl".split()} <= names
+    assert {f"diffmoe_{s}_e{e}_flow" for s in "s b l xl".split() for e in (8, 16)} <= names
+    assert {"diffmoe_l_e2_flow", "diffmoe_l_e4_flow", "tc_l_e16_flow", "ec_l_e16_flow"} <= names
+    assert {path.name for path in DEEPSPEED} >= {
+        "zero0_fp32.json", "zero1_fp32.json", "zero1_bf16.json", "zero2_bf16.json", "zero3_bf16.json"}
+
+
+@pytest.mark.parametrize("path", EVERY_YAML, ids=stem)
+def test_every_yaml_loads(path: Path) -> None:
+    load_config(path)
+
+
+@pytest.mark.parametrize("path", ZOO, ids=stem)
+def test_every_config_fits_its_ranks(path: Path) -> None:
+    config = load_config(path)
+    assert resolve_layout(replace(config, parallel=ParallelConfig(ep=1)), 1).pool_ranks == 1
+    for ranks in {config.parallel.ep, *((8, 32) if path in IMAGENET else ())}:
+        layout = resolve_layout(config, ranks)
+        assert layout.micro_batch * ranks * layout.accumulation == config.train.batch
+
+
+@pytest.mark.parametrize("path", IMAGENET, ids=stem)
+def test_imagenet_configs_share_one_recipe(path: Path) -> None:
+    config = load_config(path)
+    reference = load_config(ROOT / "configs" / "base" / "imagenet256_flow.yaml")
+    assert (config.train, config.data, config.diffusion, config.sample) == (
+        reference.train, reference.data, reference.diffusion, reference.sample)
+    assert config.run.folder == f"runs/{path.stem}"
+    assert path.stem.startswith(config.model.family)
+    family, pool = config.model.family, resolve_layout(config, 32).pool
+    assert pool == {"dense": 1, "ec": 1}.get(family, 64)
+    assert config.train.micro_batch is None
+
+
+def test_leaves_stay_short() -> None:
+    for path in IMAGENET:
+        assert set(read_yaml(path)) <= {"run", "model", "moe", "diffusion", "data", "train", "sample", "parallel"}
+        assert len(path.read_text().splitlines()) < 16
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.name)
+def test_deepspeed_files_merge(path: Path) -> None:
+    tree = read_deepspeed(path)
+    config = load_config(ROOT / "configs" / "diffmoe_l_e16_flow.yaml")
+    merged = merge_deepspeed(tree, config, resolve_layout(config, 16))
+    assert {key: merged[key] for key in tree} == tree
+    assert merged["train_batch_size"] == 256
+    stage, dtype = re.fullmatch(r"zero(\d)_(\w+)", path.stem).groups()
+    zero = tree["zero_optimization"]
+    assert zero["stage"] == int(stage)
+    assert tree.get("bf16", {"enabled": False})["enabled"] == (dtype == "bf16")
+    if dtype == "bf16":
+        assert tree["data_types"] == {"grad_accum_dtype": "fp32"}
+    if zero["stage"] > 0:  # expert parallelism at stages 1 and 2
+        assert zero["reduce_scatter"] and zero["contiguous_gradients"]
