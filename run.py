@@ -6,7 +6,6 @@ The same file under ``deepspeed``, ``torchrun``, ``srun`` or plain ``python`` (o
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from launcher.environment import RankEnvironment, detect, export

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import datetime
 import os
-import sys
 from pathlib import Path
 
 import numpy as np

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffmoe.config import Config
 from diffmoe.device import peak_flops, peak_memory_gib
-from diffmoe.evaluation.plots import expert_load
+from diffmoe.evaluation.plots import expert_load, loss_curve
 from diffmoe.models.count import count
 from diffmoe.moe.capacity import trivial_predictor_loss
 from diffmoe.parallel.collectives import sum_over
@@ -118,8 +118,12 @@ class Writer:
         self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
+        """Closes the files and draws ``loss.png`` from the whole of ``metrics.jsonl``, earlier starts included."""
         self._lines.close()
         self._board.close()
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        if lines:
+            loss_curve([json.loads(line) for line in lines], self.folder / "loss.png")
 
 
 def progress_line(record: dict, total: int) -> str:
