@@ -57,7 +57,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "dense": ("model.family=dense",),
 }
 _COMMON = ("model.input_size=8", "model.width=32", "model.depth=4", "model.heads=2", "model.mlp_ratio=2",
-           "model.classes=10", "moe.experts=4", "moe.threshold_decay=0.5", "moe.balance_weight=0.1", "train.lr=0.01",
+           "model.classes=10", "moe.experts=4", "moe.threshold_decay=0.5", "moe.balance_weight=0.1", "train.lr=0.1",
            "train.eps=1e-3", "train.weight_decay=0.05", "train.clip=0.3", "train.ema=0.5", "train.label_drop=0.3")
 
 
@@ -346,7 +346,7 @@ def train_and_compare(case: Case, reference_path: str, device: str,
 
 
 def _pieces(engine: Engine, shards: list[Tensor]) -> list[tuple[str, Tensor]]:
-    return [(name, piece.cpu()) for tensor, value in engine.read(shards) for name, piece in tensor.pieces(value)]
+    return [(name, piece.cpu().clone()) for tensor, value in engine.read(shards) for name, piece in tensor.pieces(value)]
 
 
 def _tensor_pairs(pieces: Iterable[tuple[str, Tensor]], wanted: dict[str, Tensor],

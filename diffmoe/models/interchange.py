@@ -22,6 +22,7 @@ _RENAMES = [
     (r"\.mlp\.shared_experts\.", ".mlp.shared."),
     (r"\.mlp\.expert_threshold$", ".mlp.thresholds.value"),
 ]
+_EXPERT_MATRIX = re.compile(r"\.experts\.\d+\.\w+_weight$")
 # Constants that the research code stores and this model computes.
 _COMPUTED = re.compile(r"(^pos_embed|\.ema_decay)$")
 
@@ -38,8 +39,9 @@ def logical_name(research_name: str) -> str | None:
 
 
 def from_research(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A research state dict under logical names."""
-    return {ours: value for name, value in state.items() if (ours := logical_name(name)) is not None}
+    """A research state dict under logical names.  Expert matrices are stored [in, out] here, [out, in] there."""
+    renamed = ((logical_name(name), value) for name, value in state.items())
+    return {name: value.t() if _EXPERT_MATRIX.search(name) else value for name, value in renamed if name is not None}
 
 
 @torch.no_grad()

@@ -24,24 +24,23 @@ class Mlp(nn.Module):
 
 
 class Experts(nn.Module):
-    """Experts ``first … first + local`` of ``experts``, as tensors [e, …].
+    """Experts ``first … first + local`` of ``experts``, as tensors [e, in, out] and [e, out].
 
+    In that order the weights' gradients come out of the batched matmul contiguous; the other way round each is copied.
     GELU: fc2(gelu(fc1 x)) with biases, DiT's MLP.  SwiGLU: fc2(silu(gate x) * fc1 x) without biases."""
 
     def __init__(self, width: int, hidden: int, experts: int, local: int, first: int,
                  activation: Literal["gelu", "swiglu"]) -> None:
         super().__init__()
         self.experts, self.first, self.local, self.activation = experts, first, local, activation
+        inner = hidden if activation == "gelu" else swiglu_hidden(hidden)
+        self.fc1_weight = nn.Parameter(torch.empty(local, width, inner))
+        self.fc2_weight = nn.Parameter(torch.empty(local, inner, width))
         if activation == "gelu":
-            self.fc1_weight = nn.Parameter(torch.empty(local, hidden, width))
-            self.fc1_bias = nn.Parameter(torch.empty(local, hidden))
-            self.fc2_weight = nn.Parameter(torch.empty(local, width, hidden))
+            self.fc1_bias = nn.Parameter(torch.empty(local, inner))
             self.fc2_bias = nn.Parameter(torch.empty(local, width))
         else:
-            hidden = swiglu_hidden(hidden)
-            self.gate_weight = nn.Parameter(torch.empty(local, hidden, width))
-            self.fc1_weight = nn.Parameter(torch.empty(local, hidden, width))
-            self.fc2_weight = nn.Parameter(torch.empty(local, width, hidden))
+            self.gate_weight = nn.Parameter(torch.empty(local, width, inner))
 
     def forward(self, rows_RD: Tensor, counts: int | list[int]) -> Tensor:
         """Rows grouped by expert: ``counts`` each (one batched matmul), or ``counts[i]`` for expert i (one after
@@ -54,15 +53,14 @@ class Experts(nn.Module):
 
     def _batched(self, x: Tensor) -> Tensor:
         if self.activation == "gelu":
-            h = torch.baddbmm(self.fc1_bias.unsqueeze(1), x, self.fc1_weight.transpose(1, 2))
-            h = F.gelu(h, approximate="tanh")
-            return torch.baddbmm(self.fc2_bias.unsqueeze(1), h, self.fc2_weight.transpose(1, 2))
-        h = F.silu(torch.bmm(x, self.gate_weight.transpose(1, 2))) * torch.bmm(x, self.fc1_weight.transpose(1, 2))
-        return torch.bmm(h, self.fc2_weight.transpose(1, 2))
+            h = F.gelu(torch.baddbmm(self.fc1_bias.unsqueeze(1), x, self.fc1_weight), approximate="tanh")
+            return torch.baddbmm(self.fc2_bias.unsqueeze(1), h, self.fc2_weight)
+        h = F.silu(torch.bmm(x, self.gate_weight)) * torch.bmm(x, self.fc1_weight)
+        return torch.bmm(h, self.fc2_weight)
 
     def _one(self, i: int, x: Tensor) -> Tensor:
         if self.activation == "gelu":
-            h = F.gelu(F.linear(x, self.fc1_weight[i], self.fc1_bias[i]), approximate="tanh")
-            return F.linear(h, self.fc2_weight[i], self.fc2_bias[i])
-        h = F.silu(F.linear(x, self.gate_weight[i])) * F.linear(x, self.fc1_weight[i])
-        return F.linear(h, self.fc2_weight[i])
+            h = F.gelu(torch.addmm(self.fc1_bias[i], x, self.fc1_weight[i]), approximate="tanh")
+            return torch.addmm(self.fc2_bias[i], h, self.fc2_weight[i])
+        h = F.silu(x @ self.gate_weight[i]) * (x @ self.fc1_weight[i])
+        return h @ self.fc2_weight[i]
