@@ -366,6 +366,7 @@ def validate(config: Config) -> None:
     need(all(0 <= b < 1 for b in train.betas), f"train.betas ({train.betas}) must each be in [0, 1)")
     need(0 <= train.label_drop <= 1, f"train.label_drop ({train.label_drop}) must be in [0, 1]")
     need(0 <= train.ema < 1, f"train.ema ({train.ema}) must be in [0, 1)")
+    need(0 <= config.run.seed < 2**64, f"run.seed ({config.run.seed}) must be in [0, 2^64)")
     need(config.data.window >= 1, f"data.window ({config.data.window}) must be at least 1 shard")
     need(config.data.prefetch >= 1, f"data.prefetch ({config.data.prefetch}) must be at least 1 step")
     for name in ("steps", "batch", "columns"):

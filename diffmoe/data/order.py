@@ -1,4 +1,4 @@
-"""Which sample a training position is, and the random streams that belong to a position.
+"""Which sample a training position is.
 
 Everything here is a function of (seed, position): nothing depends on ranks, and any position is found without replay.
 """
@@ -6,24 +6,11 @@ Everything here is a function of (seed, position): nothing depends on ranks, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
 
-
-class Use(IntEnum):
-    """First word of the Philox counter, one per use, so that no two uses (here or elsewhere) share a stream."""
-
-    SHARD_ORDER = 0x6461_7461_0000_0000
-    WINDOW_ORDER = 0x6461_7461_0000_0001
-    FLIP = 0x6461_7461_0000_0002
-    MOMENTS = 0x6461_7461_0000_0003
-
-
-def philox(use: Use, seed: int, first: int, second: int = 0) -> np.random.Philox:
-    """The bit generator of one use at (seed, first, second), all in [0, 2^64)."""
-    return np.random.Philox(key=np.array([seed, first], np.uint64), counter=np.array([0, 0, second, use], np.uint64))
+from diffmoe.random_streams import Use, philox
 
 
 def _permutation(use: Use, seed: int, first: int, second: int, size: int) -> np.ndarray:

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffmoe.data.order import SampleOrder, Use, philox
+from diffmoe.data.order import SampleOrder
 from diffmoe.data.tar import ShardArrays, read_tar, replacing, sha256, write_tar
+from diffmoe.random_streams import Use, philox
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"

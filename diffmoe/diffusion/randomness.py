@@ -1,4 +1,4 @@
-"""Noise, times and label drops as functions of (seed, number of the sample): no generator has a state to lose.
+"""Noise, times and label drops as functions of (seed, number of the sample).
 
 Sample i of step s has the number s * batch + i whatever rank holds it, so a run draws the same on 1 GPU or 64 and a
 resumed run goes on exactly.
@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# One stream per use: a sample's training noise is not its sampling noise.
-TRAINING, SAMPLING = 1, 2
-
+from diffmoe.random_streams import Use, philox
 
 @dataclass(frozen=True)
 class Draws:
@@ -26,16 +24,12 @@ class Draws:
     drop: Tensor
 
 
-def _generator(stream: int, seed: int, number: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[(stream << 56) ^ (seed & (2**56 - 1)), number]))
-
-
 def training_draws(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Draws:
     """What training needs for the samples with these global numbers; ``shape`` is one sample's."""
     noise = torch.empty(len(numbers), *shape)
     uniform = torch.empty(len(numbers), 2, dtype=torch.float64)
     for row, number in enumerate(numbers):
-        generator = _generator(TRAINING, seed, number)
+        generator = np.random.Generator(philox(Use.TRAINING, seed, number))
         uniform[row] = torch.from_numpy(generator.random(2))
         noise[row] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
     return Draws(noise, uniform[:, 0].float(), uniform[:, 1].float())
@@ -44,5 +38,6 @@ def training_draws(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) ->
 def sampling_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Start of the images with these numbers: image i is the same in any batch, on any rank."""
     return torch.stack([
-        torch.from_numpy(_generator(SAMPLING, seed, number).standard_normal(shape, dtype=np.float32))
+        torch.from_numpy(
+            np.random.Generator(philox(Use.SAMPLING, seed, number)).standard_normal(shape, dtype=np.float32))
         for number in numbers])

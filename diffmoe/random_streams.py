@@ -1,0 +1,25 @@
+"""Counter-based random streams: every random number is a function of (use, seed, number), so no generator has a state to
+lose, and any rank draws what belongs to a sample without the others.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Use(IntEnum):
+    """First word of the Philox counter, one per use, so that no two uses share a stream."""
+
+    SHARD_ORDER = 1
+    WINDOW_ORDER = 2
+    FLIP = 3
+    MOMENTS = 4
+    TRAINING = 5
+    SAMPLING = 6
+
+
+def philox(use: Use, seed: int, first: int, second: int = 0) -> np.random.Philox:
+    """The bit generator of one use at (seed, first, second), all in [0, 2^64)."""
+    return np.random.Philox(key=np.array([seed, first], np.uint64), counter=np.array([0, 0, second, use], np.uint64))
