@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffmoe.random_streams import Use, philox
 
+
 @dataclass(frozen=True)
 class Draws:
     """``noise`` [B, C, H, W] fp32 normal, ``t`` [B] uniform in [0, 1), ``drop`` [B] uniform in [0, 1)."""
