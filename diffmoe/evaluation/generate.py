@@ -33,7 +33,7 @@ def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequenc
     sizes, sample = config.model, config.sample
     shape = (sizes.channels, sizes.input_size, sizes.input_size)
     images = []
-    for start in tqdm(range(0, len(numbers), sample.batch), disable=not progress, desc="sampling"):
+    for start in tqdm(range(0, len(numbers), sample.batch), disable=None if progress else True, desc="sampling"):
         part = slice(start, start + sample.batch)
         noise = sampling_noise(config.run.seed, numbers[part], shape).to(device)
         y = torch.tensor(labels[part], device=device)

@@ -20,10 +20,11 @@ _GAP_FACTOR = 5  # a curve breaks where steps are this many times further apart 
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f5fa8", "#d9731a", "#2e8b57", "#8a8a8a"
 
 
-def image_grid(images: np.ndarray, columns: int, path: str | Path, upscale: int = 4) -> None:
+def image_grid(images: np.ndarray, columns: int, path: str | Path, upscale: int | None = None) -> None:
     """Write images [n, C, H, W] in [-1, 1] (values beyond are clipped) as one PNG, row by row.
 
-    C is 1 (grey), 3 (RGB) or 4 (latents: the first three channels). Every value becomes `upscale` x `upscale` pixels.
+    C is 1 (grey), 3 (RGB) or 4 (latents: the first three channels). Every value becomes `upscale` x `upscale` pixels; left out,
+    small images grow to about 56 pixels.
 
     Raises:
         ValueError: another shape, values that are not finite, or columns or upscale below 1.
@@ -31,6 +32,7 @@ def image_grid(images: np.ndarray, columns: int, path: str | Path, upscale: int 
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3, 4):
         raise ValueError(f"images {images.shape} must be [n, C, H, W] with n > 0 and C 1, 3 or 4")
+    upscale = max(1, 56 // images.shape[2]) if upscale is None else upscale
     if columns < 1 or upscale < 1:
         raise ValueError(f"columns ({columns}) and upscale ({upscale}) must be at least 1")
     if not np.isfinite(images).all():

@@ -61,7 +61,7 @@ def load_logical(model: DiT, tensors: Mapping[str, Tensor]) -> None:
             else:
                 target.copy_(value)
     if missing or misshaped:
-        raise ValueError(f"weights do not fit the model: missing {missing or 'none'}; misshaped {misshaped or 'none'}")
+        raise ValueError(f"weights do not fit the model: {_some('missing', missing)}, {_some('misshaped', misshaped)}")
     load_buffers(model, tensors)
 
 
@@ -74,3 +74,8 @@ def load_buffers(model: DiT, tensors: Mapping[str, Tensor]) -> None:
             layer.thresholds.value.copy_(tensors[f"{stem}.value"])
             # A file without a count comes from elsewhere: its thresholds have been observed.
             layer.thresholds.observations.copy_(tensors.get(f"{stem}.observations", torch.tensor(1)))
+
+
+def _some(what: str, names: list[str]) -> str:
+    shown = f" ({', '.join(names[:3])}{', …' * (len(names) > 3)})" if names else ""
+    return f"{len(names)} {what}{shown}"
