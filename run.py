@@ -14,7 +14,7 @@ VERBS = ("train", "sample", "verify")
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a verb.  Returns the exit code: 0, 1 (verify missed), 2 (bad input, one line on stderr)."""
+    """Runs a verb.  Returns the exit code: 0, 1 (verify missed), 2 (bad input, one line on stderr), 130 (interrupted)."""
     environment = None
     try:
         environment = detect()
@@ -30,6 +30,8 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         _complain(error, environment)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _verb(arguments: list[str]) -> tuple[str, list[str]]:

@@ -1,4 +1,5 @@
-"""The verbs of run.py that need torch: train and sample."""
+"""The verbs train and sample.  torch comes in once the command line and configuration are known to be good: mistakes and
+``--dry-run`` answer at once, also where there is no torch."""
 
 from __future__ import annotations
 
@@ -6,25 +7,20 @@ import argparse
 import dataclasses
 import datetime
 import os
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-import torch.distributed as dist
 import yaml
 
 from diffmoe.config import (
     Config, Layout, config_to_tree, load_config, merge_deepspeed, read_deepspeed, resolve_layout, validate,
 )
-from diffmoe.device import backend, local_device
-from diffmoe.evaluation.generate import generate_everywhere
-from diffmoe.evaluation.plots import image_grid
 from diffmoe.models.count import count
-from diffmoe.models.dit import DiT
-from diffmoe.models.interchange import load_buffers, load_logical
-from diffmoe.parallel.groups import build_groups
-from diffmoe.training.checkpoint import EMA, MASTER, Checkpoint
 from launcher.environment import RankEnvironment
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run(verb: str, arguments: list[str], environment: RankEnvironment) -> int:
@@ -59,6 +55,7 @@ def _train(arguments: list[str], environment: RankEnvironment) -> int:
         print(describe(config, layout, merged, complete=options.dry_run), flush=True)
     if options.dry_run:
         return 0
+    from diffmoe.parallel.groups import build_groups
     from diffmoe.training.loop import train
 
     device = _join(environment)
@@ -68,10 +65,15 @@ def _train(arguments: list[str], environment: RankEnvironment) -> int:
 
 
 def _join(environment: RankEnvironment) -> torch.device:
+    import torch
+    import torch.distributed as dist
+
+    from diffmoe.device import backend, local_device
+
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one node share its cores; torch would give every one of them all.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment.local_world))
-    device = local_device(environment.local_rank)
+    device = local_device(environment.local_rank, environment.local_world)
     dist.init_process_group(
         backend(device), init_method=environment.init_method, rank=environment.rank, world_size=environment.world,
         timeout=datetime.timedelta(minutes=30), device_id=device if device.type == "cuda" else None)
@@ -79,6 +81,8 @@ def _join(environment: RankEnvironment) -> torch.device:
 
 
 def _leave() -> None:
+    import torch.distributed as dist
+
     dist.barrier()  # a rank that leaves early makes the others abort
     dist.destroy_process_group()
 
@@ -116,6 +120,16 @@ def _sample(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
     parser.add_argument("overrides", nargs="*", metavar="sample.field=value")
     options = parser.parse_intermixed_args(arguments)
+    import numpy as np
+
+    from diffmoe.evaluation.generate import generate_everywhere
+    from diffmoe.evaluation.plots import image_grid
+    from diffmoe.models.dit import DiT
+    from diffmoe.models.interchange import load_buffers, load_logical
+    from diffmoe.parallel.collectives import raise_together
+    from diffmoe.parallel.groups import build_groups
+    from diffmoe.training.checkpoint import EMA, MASTER, Checkpoint
+
     checkpoint = Checkpoint(Path(options.checkpoint))
     config = _sampling_config(checkpoint.config(), options)
     classes = _parse_classes(options.classes, config.model.classes)
@@ -126,19 +140,25 @@ def _sample(arguments: list[str], environment: RankEnvironment) -> int:
     device = _join(environment)
     groups = build_groups(1, 1)  # every rank holds the whole model
     model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
-    load_logical(model, checkpoint.tensors(EMA if options.weights == "ema" else MASTER))
-    load_buffers(model, checkpoint.tensors("buffers"))
+    out = Path(options.out.removesuffix(".npz").removesuffix(".png"))
+    npz, png = Path(f"{out}.npz"), Path(f"{out}.png")  # with_suffix would cut cfg1.5 to cfg1
+    problem: Exception | None = None
+    try:
+        load_logical(model, checkpoint.tensors(EMA if options.weights == "ema" else MASTER))
+        load_buffers(model, checkpoint.tensors("buffers"))
+        npz.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        problem = error
+    raise_together(problem, groups.world)
     model.to(device).eval()
     images = generate_everywhere(model, config, labels, groups.world, device, progress=environment.rank == 0)
     if environment.rank == 0:
-        out = Path(options.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(out.with_suffix(".npz"), images=images.numpy(), labels=np.array(labels))
+        np.savez(npz, images=images.numpy(), labels=np.array(labels))
         shown = images[: 10 * config.sample.columns].numpy()
-        image_grid(shown, config.sample.columns, out.with_suffix(".png"))
+        image_grid(shown, config.sample.columns, png)
         print(f"step {checkpoint.step}, {options.weights} weights, {config.sample.sampler} {config.sample.steps} steps, "
-              f"cfg {config.sample.cfg}, {config.sample.routing} routing: {total} images in {out.with_suffix('.npz')}, "
-              f"{len(shown)} of them in {out.with_suffix('.png')}", flush=True)
+              f"cfg {config.sample.cfg}, {config.sample.routing} routing: {total} images in {npz}, "
+              f"{len(shown)} of them in {png}", flush=True)
     _leave()
     return 0
 
@@ -165,7 +185,7 @@ def _parse_classes(text: str, classes: int) -> list[int]:
     chosen: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        if not re.fullmatch("[0-9]+(-[0-9]+)?", part):
             raise ValueError(f"--classes {text!r} must be 'all' or numbers and ranges such as 0,3,7-9")
         chosen += range(int(first), int(last or first) + 1)
     if not chosen or max(chosen) >= classes:

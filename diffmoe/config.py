@@ -184,7 +184,9 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise ValueError(f"{node.start_mark.name}: key {key!r} on line {key_node.start_mark.line + 1} must be a text")
         if key in seen:
             raise ValueError(
                 f"{node.start_mark.name}: key {key!r} stands twice, on lines {seen[key]} and "
@@ -207,14 +209,19 @@ def read_yaml(path: str | Path, _stack: tuple[Path, ...] = ()) -> dict:
         origin = f" (included from {_stack[-1]})" if _stack else ""
         raise ValueError(f"config file {path} does not exist{origin}")
     try:
-        tree = yaml.load(path.read_text(), _StrictLoader) or {}
-    except yaml.YAMLError as error:
+        with path.open(encoding="utf-8") as stream:
+            tree = yaml.load(stream, _StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping, not {type(tree).__name__}")
     includes = tree.pop("include", [])
+    includes = [includes] if isinstance(includes, str) else includes
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise ValueError(f"{path}: include ({includes!r}) must be a file name or a list of file names")
     merged: dict = {}
-    for name in [includes] if isinstance(includes, str) else includes:
+    for name in includes:
         merged = _merge(merged, read_yaml(path.parent / name, (*_stack, path)))
     return _merge(merged, tree)
 
@@ -296,13 +303,11 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
         if value is None:
             return None
     elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                pass
+        try:
+            if not isinstance(value, bool) and math.isfinite(number := float(value)):
+                return number
+        except (ValueError, TypeError, OverflowError):
+            pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise ValueError(f"{name} = {value!r} must be {_describe(kind)}")
@@ -316,7 +321,7 @@ def _describe(kind: Any) -> str:
         return "one of " + ", ".join(map(str, args))
     if origin is tuple:
         return f"{len(args)} numbers"
-    return {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}[kind]
+    return {int: "an integer", float: "a finite number", str: "a text", bool: "true or false", type(None): "null"}[kind]
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -336,7 +341,7 @@ def validate(config: Config) -> None:
          f"model.input_size ({model.input_size}) must divide by model.patch ({model.patch})")
     need(model.width % model.heads == 0, f"model.width ({model.width}) must divide by model.heads ({model.heads})")
     need(model.width % 4 == 0, f"model.width ({model.width}) must divide by 4 for the 2-d sine position embedding")
-    need(model.mlp_ratio > 0, f"model.mlp_ratio ({model.mlp_ratio}) must be above 0")
+    need(model.hidden >= 1, f"model.mlp_ratio ({model.mlp_ratio}) x model.width ({model.width}) must be at least 1")
     need(parallel.ep >= 1, f"parallel.ep ({parallel.ep}) must be at least 1")
     need(model.family != "dense" or parallel.ep == 1,
          f"parallel.ep ({parallel.ep}) must be 1 for model.family (dense): it has no experts")
@@ -361,7 +366,9 @@ def validate(config: Config) -> None:
     for name in ("batch", "micro_batch", "accumulation", "log_every", "keep"):
         value = getattr(train, name)
         need(value is None or value >= 1, f"train.{name} ({value}) must be at least 1")
-    for name in ("lr", "warmup", "clip", "weight_decay", "sample_every", "save_every"):
+    for name in ("balance_weight", "predictor_weight"):
+        need(getattr(moe, name) >= 0, f"moe.{name} ({getattr(moe, name)}) must be at least 0")
+    for name in ("lr", "warmup", "eps", "clip", "weight_decay", "sample_every", "save_every"):
         need(getattr(train, name) >= 0, f"train.{name} ({getattr(train, name)}) must be at least 0")
     need(all(0 <= b < 1 for b in train.betas), f"train.betas ({train.betas}) must each be in [0, 1)")
     need(0 <= train.label_drop <= 1, f"train.label_drop ({train.label_drop}) must be in [0, 1]")
@@ -481,12 +488,19 @@ def read_deepspeed(path: str | Path | None) -> dict:
     if not path.is_file():
         raise ValueError(f"--deepspeed_config {path} does not exist")
     try:
-        tree = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object_without_duplicates)
+    except ValueError as error:
         raise ValueError(f"--deepspeed_config {path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"--deepspeed_config {path} must hold an object, not {type(tree).__name__}")
     return tree
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+    for i, (key, _) in enumerate(pairs):
+        if key in dict(pairs[:i]):
+            raise ValueError(f"key {key!r} stands twice")
+    return dict(pairs)
 
 
 def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
@@ -508,14 +522,23 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
         elif key in _OWNED_BLOCKS:
             raise ValueError(f"DeepSpeed's {key!r} block is not read: the YAML owns it as {_OWNED_BLOCKS[key]}")
         elif key == "fp16":
-            if (value or {}).get("enabled", False):
+            if _block(tree, key).get("enabled", False):
                 raise ValueError("DeepSpeed's fp16.enabled (true) is not supported: use bf16.enabled")
         elif key not in _PASSED:
             close = difflib.get_close_matches(key, [*_PASSED, *owned], n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"unknown key {key} (value {value!r}) in the DeepSpeed JSON{hint}")
-    zero = tree.get("zero_optimization") or {}
+    for key in ("bf16", "data_types"):
+        _block(tree, key)
+    zero = _block(tree, "zero_optimization")
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise ValueError(f"DeepSpeed's zero_optimization.stage ({zero['stage']}) must be 0, 1, 2 or 3")
-    passed = {key: value for key, value in tree.items() if key in _PASSED}
+    passed = {key: value for key, value in tree.items() if key in _PASSED and value is not None}
     return {"steps_per_print": 10**9, **passed, **owned}
+
+
+def _block(tree: dict, key: str) -> dict:
+    block = {} if tree.get(key) is None else tree[key]
+    if not isinstance(block, dict):
+        raise ValueError(f"DeepSpeed's {key} ({block!r}) must be an object")
+    return block

@@ -11,12 +11,12 @@ import torch
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
 
 
-def local_device(local_rank: int) -> torch.device:
-    """This rank's device; selects the GPU.  More ranks than GPUs on a node is a ValueError."""
+def local_device(local_rank: int, local_world: int) -> torch.device:
+    """This rank's device; selects the GPU.  More ranks than GPUs on a node is a ValueError, on every rank of it."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"local rank ({local_rank}) needs more GPUs than this node has ({torch.cuda.device_count()})")
+    if local_world > torch.cuda.device_count():
+        raise ValueError(f"ranks on this node ({local_world}) must not exceed its GPUs ({torch.cuda.device_count()})")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -40,13 +40,16 @@ def save(folder: Path, step: int, engine: Engine, ema: Ema, config: Config, layo
     A rank that cannot write raises ValueError on every rank and leaves earlier checkpoints alone."""
     final = folder / f"step_{step:08d}"
     partial = folder / f".{final.name}.partial"
+    problem: Exception | None = None
     if groups.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    raise_together(None, groups.world)  # the folder exists before anybody writes
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            problem = error
+    raise_together(problem, groups.world)  # the folder exists before anybody writes
     for kind, shards in _kinds(engine, ema).items():
         _save_kind(partial, kind, shards, engine, groups)
-    problem: Exception | None = None
     if groups.rank == 0:
         try:
             _save_rest(partial, step, engine.model, config, layout)
@@ -55,7 +58,7 @@ def save(folder: Path, step: int, engine: Engine, ema: Ema, config: Config, layo
             _sync(folder)
             for old in complete_folders(folder)[:-keep]:
                 shutil.rmtree(old)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             problem = error
     raise_together(problem, groups.world)
     return final
@@ -70,24 +73,21 @@ def complete_folders(folder: Path) -> list[Path]:
 
 def restore(path: Path, engine: Engine, ema: Ema, groups: ParallelGroups) -> int:
     """Loads a checkpoint into a freshly started engine of any layout.  Returns the number of steps done."""
-    checkpoint = _open_together(path, groups)
-    for kind, shards in _kinds(engine, ema).items():
-        tensors = checkpoint.tensors(kind)
-        engine.write(shards, (_assemble(tensor, tensors) for tensor in engine.tensors))
-    engine.publish()
-    engine.set_adam_step(checkpoint.step)
-    load_buffers(engine.model, checkpoint.tensors("buffers"))
-    return checkpoint.step
-
-
-def _open_together(path: Path, groups: ParallelGroups) -> Checkpoint:
-    checkpoint, problem = None, None
+    kinds, problem = _kinds(engine, ema), None
     try:
         checkpoint = Checkpoint(path)
-    except ValueError as error:
+        tensors = {kind: checkpoint.tensors(kind) for kind in (*kinds, "buffers")}
+        for kind in kinds:
+            _check_names(engine.tensors, tensors[kind], kind, path)
+    except (ValueError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
-    return checkpoint
+    for kind, shards in kinds.items():
+        engine.write(shards, (_assemble(tensor, tensors[kind]) for tensor in engine.tensors))
+    engine.publish()
+    engine.set_adam_step(checkpoint.step)
+    load_buffers(engine.model, tensors["buffers"])
+    return checkpoint.step
 
 
 class Checkpoint:
@@ -101,9 +101,7 @@ class Checkpoint:
                 raise ValueError(f"no complete checkpoint in {path}")
             path, meta = newest[-1], newest[-1] / "checkpoint.json"
         self.path = path
-        self.meta: dict[str, Any] = json.loads(meta.read_text())
-        if self.meta["format"] != FORMAT:
-            raise ValueError(f"{meta} has format {self.meta['format']}; this program reads {FORMAT}")
+        self.meta = _read_meta(meta)
         for name, size in self.meta["files"].items():
             there = path / Path(name).name
             if not there.is_file() or there.stat().st_size != size:
@@ -126,6 +124,19 @@ class Checkpoint:
         """Tensors of ``master``, ``ema``, ``exp_avg``, ``exp_avg_sq`` or ``buffers`` by logical name."""
         names = [n for n in self.meta["files"] if n == f"{kind}.safetensors" or n.startswith(f"{kind}-")]
         return _Tensors([self.path / Path(n).name for n in names])
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    missing = {"format", "step", "pool", "config", "files"} - set(meta if isinstance(meta, dict) else ())
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
+    if meta["format"] != FORMAT:
+        raise ValueError(f"{path} has format {meta['format']}; this program reads {FORMAT}")
+    return meta
 
 
 class _Tensors(Mapping[str, Tensor]):
@@ -158,11 +169,14 @@ def _kinds(engine: Engine, ema: Ema) -> dict[str, list[Tensor]]:
     return {**kinds, EMA: ema.shards}
 
 
+def _check_names(wanted: list[LogicalTensor], tensors: Mapping[str, Tensor], kind: str, path: Path) -> None:
+    missing = [name for tensor in wanted for name in tensor.piece_names() if name not in tensors]
+    if missing:
+        raise ValueError(f"{path} lacks {kind} of {', '.join(missing[:3])} ({len(missing)} missing)")
+
+
 def _assemble(tensor: LogicalTensor, tensors: Mapping[str, Tensor]) -> Tensor:
     names = tensor.piece_names()
-    missing = [name for name in names if name not in tensors]
-    if missing:
-        raise ValueError(f"checkpoint lacks {missing[:3]}")
     if tensor.experts is None:
         return tensors[names[0]]
     return torch.stack([tensors[name] for name in names])

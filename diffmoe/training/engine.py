@@ -12,11 +12,12 @@ import contextlib
 import logging
 import os
 import warnings
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from diffmoe.config import Config, Layout, TrainConfig, merge_deepspeed
 from diffmoe.models.dit import DiT, LogicalTensor, ModelOutput, logical_tensors
@@ -53,23 +54,30 @@ class Engine:
         self.model, self.groups, self.device, self.clip = model, groups, device, config.train.clip
         self.tensors = logical_tensors(model)
         self.expert_parallel = groups.ep.size > 1
-        tree = _effective_deepspeed(merge_deepspeed(deepspeed_tree, config, layout), self.expert_parallel)
+        tree, error = {}, None
+        try:
+            tree = _effective_deepspeed(merge_deepspeed(deepspeed_tree, config, layout), self.expert_parallel)
+            offload = (tree["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") == "cpu"
+            self._adam = _build_optimizer(self._parameter_groups(), config.train, device, offload)
+        except ValueError as problem:
+            error = problem
+        raise_together(error, groups.world)
         self.stage = tree["zero_optimization"].get("stage", 0)
         if self.expert_parallel:
             self._declare_experts()
         given = [t.parameter.detach().clone() for t in self.tensors]
-        offload = (tree["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") == "cpu"
-        self._adam = _build_optimizer(self._parameter_groups(), config.train, device, offload)
         if not dist.is_initialized():
             raise AssertionError("init_process_group comes first")
         self.deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         try:
             self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
                 model=model, optimizer=self._adam, config=tree, dist_init_required=False)
-            error = None
         except (AssertionError, ValueError, KeyError) as problem:
-            error = ValueError(f"DeepSpeed refuses the configuration: {problem}")
+            # pydantic's complaints have several lines.
+            error = ValueError(f"DeepSpeed refuses the configuration: {' '.join(str(problem).split())}")
         raise_together(error, groups.world)
+        if self.stage == 3:
+            _hide_gathers_from_recompute(self.optimizer.parameter_offload)
         self._masters = self._find_masters()
         self._start_adam()
         self._assert_weights_survived(given)
@@ -231,7 +239,7 @@ class Engine:
 
     def _full(self, tensor: LogicalTensor) -> Tensor:
         if self.stage == 0:
-            return tensor.parameter.data.float()
+            return tensor.parameter.data.float().clone()  # the caller may keep it while shards are swapped back
         return self.deepspeed.utils.safe_get_full_fp32_param(tensor.parameter)
 
     def publish(self) -> None:
@@ -269,6 +277,20 @@ def _swap(left: list[Tensor], right: list[Tensor]) -> None:
             kept = a.detach().clone()
             a.data.copy_(b.data)
             b.data.copy_(kept)
+
+
+def _hide_gathers_from_recompute(offload) -> None:
+    """ZeRO 3 gathers and frees parameters in module hooks, as they are needed: when recompute runs a block again it may
+    gather what the first pass already had (after a restore, say).  Selective recompute insists that both passes run the
+    same operators, so these stay out of its sight."""
+    def hidden(function: Callable) -> Callable:
+        def call(*args):
+            with _disable_current_modes():
+                return function(*args)
+        return call
+
+    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+        setattr(offload, name, hidden(getattr(offload, name)))
 
 
 def _marker(experts: int, ep, name: str) -> nn.Module:

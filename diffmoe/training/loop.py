@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from diffmoe.config import Config, Layout, config_to_tree
-from diffmoe.data.shards import BatchStream, ShardIndex, ShardReader, load_index
+from diffmoe.data.shards import Batch, BatchStream, ShardReader, load_index
 from diffmoe.evaluation.generate import generate_everywhere
 from diffmoe.evaluation.plots import image_grid
 from diffmoe.models.dit import DiT, initialize
@@ -36,7 +36,7 @@ class Run:
     device: torch.device
     engine: Engine
     ema: Ema
-    index: ShardIndex
+    reader: ShardReader
     done: int
 
     @property
@@ -51,41 +51,48 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     run = start(config, layout, deepspeed_tree, groups, device)
     writer = _writer(run)
     meter = Meter(config, groups, device)
-    reader = ShardReader(run.index, seed=config.run.seed, window=config.data.window, flip=config.data.flip)
-    stream = BatchStream(reader, batch=layout.batch, micro_batch=layout.micro_batch, accumulation=layout.accumulation,
+    stream = BatchStream(run.reader, batch=layout.batch, micro_batch=layout.micro_batch, accumulation=layout.accumulation,
                          rank=groups.rank, world=layout.ranks, start_step=run.done, prefetch=config.data.prefetch)
     saved = run.done
     with stream, _stop_requests() as asked:
+        batches, problem = _fetch(stream, run.done < config.train.steps)
+        raise_together(problem, groups.world)
         while run.done < config.train.steps:
-            report = train_step(run.engine, run.ema, next(stream), config, layout, groups, run.done, bool(asked))
+            # A step ahead: what one rank cannot read must stop all of them, and a step's reduction can still say so.
+            upcoming, problem = _fetch(stream, run.done + 1 < config.train.steps)
+            stop = bool(asked) or problem is not None
+            report = train_step(run.engine, run.ema, batches, config, layout, groups, run.done, stop)
+            batches = upcoming
             run.done += 1
-            last = report.stop or run.done == config.train.steps
+            finished = run.done == config.train.steps
+            last = report.stop or finished
             meter.add(report)
             if last or run.done % config.train.log_every == 0:
                 record, load = meter.collect(run.done)
                 if writer:
                     writer.record(record)
                     writer.load_picture(load, run.done)
-            if _due(run.done, config.train.sample_every, last):
-                _sample(run, writer)
             if _due(run.done, config.train.save_every, last):
                 saved = _save(run)
+            if _due(run.done, config.train.sample_every, finished):  # not at a stop, whose grace is for saving
+                _sample(run, writer)
             if report.stop:
                 _say(run, f"stopped in order at step {run.done}; the same command goes on from there")
                 break
     assert saved == run.done
     if writer:
         writer.close()
+    raise_together(problem, groups.world)
 
 
 def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device) -> Run:
     """Model, engine, EMA and data of a run, resumed from its newest checkpoint.  All ranks raise together."""
-    index, problem = None, None
+    reader, problem = None, None
     try:
-        index = _open_data(config)
+        reader = _open_data(config)
+        newest = _resumable(config, layout)  # before anything of an earlier run is overwritten
         if groups.rank == 0:
             _write_resolved(config, layout, deepspeed_tree)
-        newest = _resumable(config, layout)
     except (ValueError, OSError) as error:
         problem, newest = error, None
     raise_together(problem, groups.world)
@@ -94,11 +101,19 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     initialize(model, config.run.seed)
     engine = Engine(model, config, layout, deepspeed_tree, groups, device)
     ema = Ema(engine, config.train.ema)
-    run = Run(config, layout, groups, device, engine, ema, index, 0)
+    run = Run(config, layout, groups, device, engine, ema, reader, 0)
     if newest is not None:
         run.done = checkpoint.restore(newest, engine, ema, groups)
         _say(run, f"resumed from {newest} at step {run.done}")
     return run
+
+
+def _fetch(stream: BatchStream, wanted: bool) -> tuple[list[Batch] | None, Exception | None]:
+    """The next step's micro-batches, or why this rank cannot read them."""
+    try:
+        return (next(stream) if wanted else None), None
+    except (ValueError, OSError) as error:
+        return None, error
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -106,7 +121,7 @@ def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def _open_data(config: Config) -> ShardIndex:
+def _open_data(config: Config) -> ShardReader:
     model = config.model
     if not config.data.shards:
         raise ValueError("data.shards ('') must name a folder of shards with an index.json")
@@ -118,15 +133,18 @@ def _open_data(config: Config) -> ShardIndex:
     if index.meta.classes != model.classes:
         raise ValueError(f"data.shards ({config.data.shards}) has {index.meta.classes} classes; model.classes is "
                          f"{model.classes}")
-    return index
+    return ShardReader(index, seed=config.run.seed, window=config.data.window, flip=config.data.flip)
 
 
 def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> None:
     folder = Path(config.run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config_to_tree(config), sort_keys=False))
-    (folder / "deepspeed.json").write_text(json.dumps(deepspeed_tree, indent=1) + "\n")
-    (folder / "layout.json").write_text(json.dumps(vars(layout), indent=1) + "\n")
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config_to_tree(config), sort_keys=False))
+        (folder / "deepspeed.json").write_text(json.dumps(deepspeed_tree, indent=1) + "\n")
+        (folder / "layout.json").write_text(json.dumps(vars(layout), indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"run.folder ({folder}) cannot be written: {error}") from error
 
 
 # What may not change between a checkpoint and the run that goes on from it: the model, the data order, the noise.
@@ -165,7 +183,7 @@ def _sample(run: Run, writer: Writer | None) -> None:
 
 
 def _save(run: Run) -> int:
-    """A failed save is said aloud and does not end the run: earlier checkpoints stand."""
+    """A failed save ends the run on every rank; earlier checkpoints stand."""
     path = checkpoint.save(run.folder / "checkpoints", run.done, run.engine, run.ema, run.config, run.layout, run.groups,
                            run.config.train.keep)
     _say(run, f"saved {path}")

@@ -45,7 +45,7 @@ class Meter:
         seconds, self._started = now - self._started, now
         train, model, moe = self.config.train, self.config.model, self.config.moe
         last = reports[-1]
-        load = self._load(reports)
+        load, per_expert = self._load(reports)
         images = len(reports) * train.batch / seconds
         macs = count(model, moe, capacity=last.capacity).forward_macs
         record = {
@@ -62,19 +62,19 @@ class Meter:
         if model.family == "tc":
             record["balance_loss"] = float(np.mean([r.balance_loss for r in reports]))
         if load.size:
-            per_expert = np.nanmean(load, axis=1)
             record["load_max"], record["load_min"] = float(per_expert.max()), float(per_expert.min())
         return record, load
 
-    def _load(self, reports: list[StepReport]) -> np.ndarray:
+    def _load(self, reports: list[StepReport]) -> tuple[np.ndarray, np.ndarray]:
+        """Load by [layer, time bin, expert] and, over all times, by [layer, expert]."""
         load: Tensor = sum_over(torch.stack([r.load_LbE for r in reports]).sum(0), self.groups.world)
         samples = sum_over(torch.stack([r.samples_b for r in reports]).sum(0), self.groups.world)
         layers, _, experts = load.shape
         if layers == 0:
-            return np.zeros((0, TIME_BINS, experts))
+            return np.zeros((0, TIME_BINS, experts)), np.zeros((0, experts))
         mean_rows = samples * self.config.model.tokens / experts  # what an expert takes of a bin at capacity 1
         with np.errstate(divide="ignore", invalid="ignore"):
-            return (load / mean_rows[:, None]).cpu().numpy()
+            return (load / mean_rows[:, None]).cpu().numpy(), (load.sum(1) / mean_rows.sum()).cpu().numpy()
 
 
 @dataclass

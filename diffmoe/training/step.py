@@ -16,7 +16,7 @@ from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.layer import MoEStats
 from diffmoe.moe.routing import RoutingRule
-from diffmoe.parallel.collectives import sum_over
+from diffmoe.parallel.collectives import AgreedError, sum_over
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
@@ -72,7 +72,7 @@ def train_step(engine: Engine, ema: Ema, batches: Sequence[Batch], config: Confi
                groups: ParallelGroups, step: int, stop: bool = False) -> StepReport:
     """Optimizer step ``step`` (0-based) on this rank's ``accumulation`` micro-batches.
 
-    Raises ValueError on every rank when the global loss is not finite."""
+    Raises AgreedError when the global loss or gradient norm is not finite."""
     assert len(batches) == layout.accumulation
     rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
     lr = config.train.lr_at(step)
@@ -84,8 +84,8 @@ def train_step(engine: Engine, ema: Ema, batches: Sequence[Batch], config: Confi
         norm = engine.step(lr)
         tally.add(loss)
     means = tally.reduce(groups, layout, stop)
-    if not math.isfinite(means.loss):
-        raise ValueError(f"loss is {means.loss} at step {step}; the last checkpoint is untouched")
+    if not (math.isfinite(means.loss) and math.isfinite(norm)):
+        raise AgreedError(f"loss is {means.loss} and gradient norm {norm} at step {step}; the last checkpoint is untouched")
     commit_thresholds(engine.model, means.thresholds_LE)
     ema.update()
     return StepReport(means.loss, means.predictor, means.balance, norm, lr, rule.capacity, means.stop,

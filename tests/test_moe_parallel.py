@@ -1,0 +1,314 @@
+"""The MoE layer over ranks, in fp64 and without the engine, against the same layer in one process."""
+
+import contextlib
+import zlib
+from collections import Counter
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffmoe.config import load_config, resolve_layout, rows_taken
+from diffmoe.moe.dispatch import combine, dispatch
+from diffmoe.moe.layer import MoELayer
+from diffmoe.moe.routing import RoutingRule, equal_routing, ragged_routing
+from diffmoe.parallel.collectives import sum_over
+from diffmoe.parallel.groups import build_groups, single_process
+from diffmoe.parallel.recompute import recomputed
+from diffmoe.parallel.spawn import Ranks
+
+TRAIN, TOKENS, WIDTH, EXPERTS = RoutingRule("train", 1.0), 16, 16, 4
+GRIDS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+# (samples a rank, pool): pools inside a rank, of a group, of all, and straddling ranks of 3 samples.
+POOLS = [(2, "rank"), (2, "group"), (2, "global"), (3, "2")]
+
+groups_of = lru_cache(build_groups)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with contextlib.ExitStack() as stack:
+        yield {world: stack.enter_context(Ranks(world, timeout=60)) for world in (2, 4)}
+
+
+def settings(world, ep, samples, pool, family="diffmoe"):
+    config = load_config(None, [
+        f"model.width={WIDTH}", "model.heads=2", "model.input_size=8", "model.mlp_ratio=2", f"model.family={family}",
+        f"moe.experts={EXPERTS}", "moe.top_k=2", f"moe.pool={pool}", f"parallel.ep={ep}",
+        f"train.batch={samples * world}"])
+    return config, resolve_layout(config, world)
+
+
+def make_layer(config, pool, groups):
+    """Every tensor by its name, each expert the same wherever it lives."""
+    layer = MoELayer(config.model, config.moe, pool, groups).double()
+    for name, p in layer.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        shape = (EXPERTS, *p.shape[1:]) if is_expert(name) else p.shape
+        whole = 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        p.data.copy_(owned(layer, name, whole))
+    return layer
+
+
+def is_expert(name):
+    return name.startswith("experts.")
+
+
+def owned(layer, name, whole):
+    """The part of a tensor over all experts that this layer holds."""
+    first = layer.experts.first
+    return whole[first:first + layer.experts.local] if is_expert(name) else whole
+
+
+def make_samples(count):
+    return torch.randn(count, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def run(layer, x, rule, share=1.0, weight=None, mode="none"):
+    """(output, input gradient, report) after backward of a weighted sum plus ``share`` of the layer's own losses."""
+    x = x.clone().requires_grad_()
+    weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) if weight is None else weight
+    y, stats = recomputed(layer, mode, x, rule)
+    extra = [loss for loss in (stats.predictor_loss, stats.balance_loss) if loss is not None]
+    ((y * weight).sum() + share * sum(extra)).backward()
+    return y.detach(), x.grad, stats
+
+
+def gradients(layer):
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in layer.named_parameters()}
+
+
+def relative(found, wanted):
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9)).item()
+
+
+# ------------------------------------------------------------------------------------------------- parity
+
+
+def differences(ep, samples, pool, family, rule):
+    """A rank's largest relative differences from one process that holds everything."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    config, layout = settings(world, ep, samples, pool, family)
+    groups = groups_of(ep, layout.pool_ranks)
+    x = make_samples(samples * world)
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    alone = make_layer(config, layout.pool, single_process())
+    # The paper's inference rule looks at one rank's batch; every other result is that of the whole batch.
+    parts = world if rule.kind == "batch" else 1
+    runs = [run(alone, *part, rule, weight=w) for *part, w in zip(x.chunk(parts), weight.chunk(parts))]
+    y, x_grad = (torch.cat([part[i] for part in runs]).chunk(world)[rank] for i in (0, 1))
+
+    layer = make_layer(config, layout.pool, groups)
+    our_y, our_x_grad, stats = run(layer, x.chunk(world)[rank], rule, 1 / world, weight.chunk(world)[rank])
+    found = {"output": relative(our_y, y), "input gradient": relative(our_x_grad, x_grad)}
+    wanted = gradients(alone)
+    for name, gradient in gradients(layer).items():
+        total = sum_over(gradient, groups.edp if is_expert(name) else groups.world)
+        found[name] = relative(total, owned(layer, name, wanted[name]))
+    if stats.threshold_sum_E is not None:
+        found["thresholds"] = relative(sum_over(stats.threshold_sum_E, groups.world), runs[0][2].threshold_sum_E)
+    return found
+
+
+def assert_equal_to_one_process(ranks, world, *args):
+    for rank, found in enumerate(ranks[world].run(differences, *args)):
+        assert max(found.values()) < 1e-12, f"rank {rank}: {found}"
+        assert {"output", "input gradient", "router"} < found.keys()
+
+
+@pytest.mark.parametrize("samples,pool", POOLS)
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_training(ranks, world, ep, samples, pool):
+    assert_equal_to_one_process(ranks, world, ep, samples, pool, "diffmoe", TRAIN)
+
+
+@pytest.mark.parametrize("samples,pool", POOLS)
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_token_choice_with_its_balance_loss(ranks, world, ep, samples, pool):
+    assert_equal_to_one_process(ranks, world, ep, samples, pool, "tc", TRAIN)
+
+
+@pytest.mark.parametrize("kind", ["batch", "token"])
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_inference_rules(ranks, world, ep, kind):
+    assert_equal_to_one_process(ranks, world, ep, 2, "global", "diffmoe", RoutingRule(kind))
+
+
+# ---------------------------------------------------------------------------------------------- recompute
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operations that really run, in forward, backward and recompute.  ``poison``: once a collective has
+    finished, what it sent becomes NaN, as if the allocator had given the block away."""
+
+    def __init__(self, poison=False):
+        super().__init__()
+        self.poison, self.counts, self.sent, self.poisoned = poison, Counter(), {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.name().partition("::")[2]
+        self.counts[name] += 1
+        if self.poison and name in ("all_to_all_single", "all_gather_into_tensor") and args[0].is_floating_point():
+            self.sent[out.data_ptr()] = args[0]
+        if name == "wait_tensor" and args[0].data_ptr() in self.sent:
+            self.sent.pop(args[0].data_ptr()).fill_(float("nan"))
+            self.poisoned += 1
+        return out
+
+
+def watched(ep, samples, pool, family, mode, poison):
+    """(counts, results) of one training pass of the layer."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    config, layout = settings(world, ep, samples, pool, family)
+    layer = make_layer(config, layout.pool, groups_of(ep, layout.pool_ranks))
+    x = make_samples(samples * world).chunk(world)[rank]
+    with Watch(poison) as watch:
+        y, x_grad, stats = run(layer, x, TRAIN, mode=mode)
+    assert not poison or ep == 1 or watch.poisoned > 0
+    found = {"output": y, "input": x_grad, "mask": stats.mask_TE, **gradients(layer)}
+    if stats.threshold_sum_E is not None:
+        found["thresholds"] = stats.threshold_sum_E
+    return watch.counts, found
+
+
+def same_bits(left, right):
+    assert left.keys() == right.keys()
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+def recompute_and_poison(ep, samples, pool, family):
+    """Names that differ from plain training in any bit, and the counts, by (mode, poison)."""
+    plain_counts, plain = watched(ep, samples, pool, family, "none", False)
+    differing, counts = {}, {("none", False): plain_counts}
+    for key in [("none", True), ("block", False), ("block", True), ("selective", False), ("selective", True)]:
+        counts[key], found = watched(ep, samples, pool, family, *key)
+        differing[key] = same_bits(plain, found)
+    return differing, counts
+
+
+@pytest.mark.parametrize("family", ["diffmoe", "tc"])
+@pytest.mark.parametrize("samples,pool", POOLS)
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_recompute_and_a_poisoned_buffer_change_no_bit(ranks, world, ep, samples, pool, family):
+    for differing, counts in ranks[world].run(recompute_and_poison, ep, samples, pool, family):
+        assert not any(differing.values()), differing
+        plain, block, selective = (counts[mode, False] for mode in ("none", "block", "selective"))
+        assert plain["topk"] == 1
+        assert block["topk"] == selective["topk"] == 1, "routing was decided twice"
+        for name in ("all_to_all_single", "all_gather_into_tensor", "all_reduce"):
+            assert selective[name] == plain[name], f"selective recompute communicates again: {name}"
+        if ep > 1:
+            assert plain["all_to_all_single"] >= 4 and block["all_to_all_single"] > plain["all_to_all_single"]
+
+
+# ------------------------------------------------------------------------------------ nobody's tokens, ties
+
+
+def nobody(ep, kind, gamma, empty_ranks):
+    """Inference with tokens that no expert takes: on all ranks, or on ``empty_ranks``, whose tokens are zero."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    config, layout = settings(world, ep, 2, "global")
+    layer = make_layer(config, layout.pool, groups_of(ep, layout.pool_ranks))
+    torch.nn.init.zeros_(layer.capacity_predictor[0].bias)
+    layer.capacity_predictor[2].bias.data.fill_(-1.0)
+    x = make_samples(2 * world).chunk(world)[rank]
+    x = torch.zeros_like(x) if rank in empty_ranks else x
+    y, x_grad, stats = run(layer, x, RoutingRule(kind, gamma=gamma))
+    return y, x_grad, stats.mask_TE, gradients(layer)
+
+
+@pytest.mark.parametrize("kind", ["batch", "token"])
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_experts_without_tokens_give_zeros(ranks, world, ep, kind):
+    for y, x_grad, mask, grads in ranks[world].run(nobody, ep, kind, 1.0, ()):
+        assert not mask.any()
+        assert torch.count_nonzero(y) == torch.count_nonzero(x_grad) == 0
+        assert all(torch.count_nonzero(g) == 0 for g in grads.values())
+
+
+@pytest.mark.parametrize("kind", ["batch", "token"])
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_a_rank_without_tokens_waits_for_nobody(ranks, world, ep, kind):
+    for rank, (y, x_grad, mask, grads) in enumerate(ranks[world].run(nobody, ep, kind, 0.5, (1,))):
+        assert mask.any() == (rank != 1)
+        assert (torch.count_nonzero(y) > 0) == (rank != 1)
+        assert torch.isfinite(x_grad).all() and all(torch.isfinite(g).all() for g in grads.values())
+
+
+def tied(ep, samples, pool, family):
+    """The mask when all scores are equal, and what a person would choose."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    config, layout = settings(world, ep, samples, pool, family)
+    layer = make_layer(config, layout.pool, groups_of(ep, layout.pool_ranks))
+    layer.router.data.zero_()
+    _, _, stats = run(layer, make_samples(samples * world).chunk(world)[rank], TRAIN)
+    pool_tokens = layout.pool * TOKENS
+    number = torch.arange(samples * TOKENS) + rank * samples * TOKENS
+    first = (number % pool_tokens) < rows_taken(pool_tokens, EXPERTS, TRAIN.capacity)
+    return stats.mask_TE, first
+
+
+@pytest.mark.parametrize("samples,pool", POOLS)
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_ties_go_to_the_lowest_token_on_every_layout(ranks, world, ep, samples, pool):
+    for mask, first in ranks[world].run(tied, ep, samples, pool, "diffmoe"):
+        assert torch.equal(mask, first.unsqueeze(1).expand_as(mask))
+
+
+def test_ties_go_to_the_lowest_expert(ranks):
+    for mask, _ in ranks[2].run(tied, 2, 2, "rank", "tc"):
+        assert mask[:, :2].all() and not mask[:, 2:].any()
+
+
+# ------------------------------------------------------------------------------------------------ dispatch
+
+
+def send_and_return(ep, masks):
+    """Tokens 10 * rank + t of width 1 to one expert per rank and back with unit gates: (arrived, returned)."""
+    rank, groups = dist.get_rank(), groups_of(ep, 1)
+    x = 10 * rank + torch.arange(3, dtype=torch.float64).unsqueeze(1)
+    routing = ragged_routing(torch.tensor(masks[rank], dtype=torch.bool))
+    rows, meta = dispatch(x, routing, groups.ep)
+    y = combine(rows, torch.ones(len(routing.token_R), dtype=x.dtype), meta, routing, 3, groups.ep)
+    return rows.flatten().tolist(), y.flatten().tolist()
+
+
+def test_rows_arrive_by_expert_then_rank_then_token(ranks):
+    masks = [[[1, 0], [1, 1], [0, 0]],  # rank 0: its token 0 to expert 0, token 1 to both, token 2 to nobody
+             [[0, 1], [0, 1], [1, 0]]]
+    (arrived0, returned0), (arrived1, returned1) = ranks[2].run(send_and_return, 2, masks)
+    assert arrived0 == [0, 1, 12] and arrived1 == [1, 10, 11]
+    assert returned0 == [0, 2, 0] and returned1 == [10, 11, 12]
+
+
+def test_an_expert_that_nobody_sends_to(ranks):
+    masks = [[[0, 1], [0, 1], [0, 1]], [[0, 0], [0, 0], [0, 0]]]
+    (arrived0, returned0), (arrived1, returned1) = ranks[2].run(send_and_return, 2, masks)
+    assert (arrived0, arrived1) == ([], [0, 1, 2])
+    assert (returned0, returned1) == ([0, 1, 2], [0, 0, 0])
+
+
+def there_and_back(ep):
+    """Integers, unit gates, both forms of routing: (returned, expected)."""
+    rank, groups = dist.get_rank(), groups_of(ep, 1)
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randint(-99, 99, (24, 3), generator=generator).double()
+    mask = torch.rand(24, EXPERTS, generator=generator) < 0.2 * (rank + 1)
+    chosen = torch.stack([torch.randperm(24, generator=generator)[:7].sort().values for _ in range(EXPERTS)])
+    times = torch.zeros(24).index_add(0, chosen.flatten(), torch.ones(chosen.numel()))
+    pairs = []
+    for routing, count in ((ragged_routing(mask), mask.sum(1)), (equal_routing(chosen), times)):
+        rows, meta = dispatch(x, routing, groups.ep)
+        gates = torch.ones(len(routing.token_R), dtype=x.dtype)
+        pairs.append((combine(rows, gates, meta, routing, 24, groups.ep), x * count.unsqueeze(1)))
+    return pairs
+
+
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_dispatch_then_combine_counts_the_experts_of_each_token(ranks, world, ep):
+    for pairs in ranks[world].run(there_and_back, ep):
+        for returned, expected in pairs:
+            assert torch.equal(returned, expected)

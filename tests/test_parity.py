@@ -1,0 +1,133 @@
+"""The parity table: every number within 1e-5 of one plain process, and the table fails when training is spoiled."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffmoe import verify
+from diffmoe.parallel.spawn import Ranks
+from diffmoe.verify import BOUND, COLUMNS, Case
+
+CPU = torch.device("cpu")
+SPOILED = Case(2, 2, 1, "none", 1, "group", 16)
+
+
+def assert_within_bound(rows):
+    assert [row.case.label + ": " + row.error for row in rows if row.error] == []
+    for row in rows:
+        assert row.differences.keys() == set(COLUMNS)
+        assert max(row.differences.values()) <= BOUND, (row.case.label, row.differences)
+
+
+def test_quick_table():
+    rows = list(verify.run_cases(verify.quick_table((2, 4))))
+    assert {(row.case.ep, row.case.zero) for row in rows if row.case.world == 4} >= {(2, zero) for zero in range(4)}
+    assert_within_bound(rows)
+
+
+@pytest.mark.slow
+def test_full_table():
+    assert_within_bound(list(verify.run_cases(verify.full_table())))
+
+
+def test_cases_are_legal_and_no_case_stands_twice():
+    cases = verify.full_table()
+    assert len(set(cases)) == len(cases)
+    wanted = {(world, ep, zero, recompute, accumulation) for world in (1, 2, 4) for ep in (1, 2, 4) if world % ep == 0
+              for zero in range(4) for recompute in ("none", "block", "selective") for accumulation in (1, 2)}
+    assert wanted <= {(c.world, c.ep, c.zero, c.recompute, c.accumulation) for c in cases if c.variant == "diffmoe"}
+    for case in cases:
+        for word in filter(None, case.words.split("=")):
+            same = Case(case.world, case.ep, case.zero, case.recompute, case.accumulation, word, case.batch)
+            assert same.layout().pool == case.layout().pool
+    assert any(case.layout().pool % case.layout().micro_batch for case in cases), "no pool straddles ranks unevenly"
+
+
+def test_command_line(tmp_path, capsys):
+    path = tmp_path / "table.json"
+    assert verify.main(["--quick", "--worlds", "1", "--json", str(path)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("verify: 2 cases, largest relative difference ") and last.endswith("bound 1e-05: ok")
+    table = json.loads(path.read_text())
+    assert table["ok"] and len(table["rows"]) == 2 and table["rows"][0]["case"]["world"] == 1
+    with pytest.raises(ValueError, match=r"--worlds \(3\) must be of 1, 2, 4"):
+        verify.main(["--worlds", "3"])
+
+
+# ------------------------------------------------------------------------------------- the table can fail
+
+
+def expert_gradients_times_ep(training):
+    for tensor in training.engine.tensors:
+        if tensor.experts is not None:
+            tensor.parameter.register_hook(lambda gradient: gradient * training.layout.ep)
+
+
+def one_expert_gradient_lost(training):
+    for tensor in training.engine.tensors:
+        if tensor.experts is not None and training.groups.rank == 1:
+            tensor.parameter.register_hook(lambda gradient: gradient * torch.tensor([1.0, 0.0]).view(-1, *[1] * (
+                gradient.dim() - 1)))
+
+
+def thresholds_twice_as_high(training):
+    for _, layer in training.engine.model.moe_layers():
+        commit = layer.thresholds.commit
+        layer.thresholds.commit = lambda observed, commit=commit: commit(2 * observed)
+
+
+def moving_average_twice_a_step(training):
+    update = training.ema.update
+    training.ema.update = lambda: (update(), update())
+
+
+def norm_of_one_rank(training):
+    step = training.engine.step
+    training.engine.step = lambda lr: step(lr) * 2**-0.5
+
+
+def learning_rate_off(training):
+    step = training.engine.step
+    training.engine.step = lambda lr: step(lr * 1.0001)
+
+
+@pytest.fixture(scope="module")
+def compare(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reference") / "reference.pt"
+    torch.save(verify.reference_for(SPOILED, CPU), path)
+    with Ranks(SPOILED.world, timeout=60) as ranks:
+        def differences(tamper):
+            results = ranks.run(verify.train_and_compare, SPOILED, str(path), "cpu", tamper)
+            return {column: max(found[column] for found, _ in results) for column in COLUMNS}
+        yield differences
+
+
+@pytest.mark.parametrize("tamper,columns", [
+    (expert_gradients_times_ep, {"gradient", "norm", "weights", "ema", "loss", "thresholds"}),
+    (one_expert_gradient_lost, {"gradient", "norm", "weights", "ema", "loss", "thresholds"}),
+    (thresholds_twice_as_high, {"thresholds"}),
+    (moving_average_twice_a_step, {"ema"}),
+    (norm_of_one_rank, {"norm"}),
+    (learning_rate_off, {"weights", "ema", "loss", "norm", "thresholds"}),
+])
+def test_spoiled_training_is_a_miss(compare, tamper, columns):
+    found = compare(tamper)
+    assert {column for column in COLUMNS if found[column] > BOUND} == columns, found
+
+
+def test_what_was_spoiled_does_not_stay(compare):
+    assert max(compare(None).values()) <= BOUND
+
+
+def one_rank_raises_at_zero_1(training):
+    if training.engine.stage == 1 and training.groups.rank == 1:
+        raise ValueError("spoiled (1) must be 0")
+
+
+def test_a_case_that_raises_is_a_row_and_the_table_goes_on():
+    cases = [SPOILED, replace(SPOILED, zero=2)]
+    bad, good = verify.run_cases(cases, tamper=one_rank_raises_at_zero_1, timeout=60)
+    assert bad.error == "rank 1: ValueError: spoiled (1) must be 0" and not bad.ok
+    assert good.ok

@@ -1,0 +1,60 @@
+"""Ranks as child processes: results in order, errors with their rank, no hang, and a fresh world after a failure."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from diffmoe.parallel.spawn import RankError, Ranks, run_ranks
+
+
+def add_up(value):
+    total = torch.full((2,), float(value))
+    dist.all_reduce(total)
+    return dist.get_rank(), total, torch.get_num_threads()
+
+
+def fail_alone(how):
+    if dist.get_rank() == 1:
+        if how == "raise":
+            raise ValueError("depth (3) must be 4")
+        if how == "die":
+            os._exit(3)
+        time.sleep(60)
+    dist.barrier()
+
+
+def process_id():
+    return os.getpid()
+
+
+def test_results_errors_and_fresh_worlds():
+    with Ranks(2) as ranks:
+        for value in (1, 2):
+            for rank, (number, total, threads) in enumerate(ranks.run(add_up, value)):
+                assert (number, threads) == (rank, 1) and torch.equal(total, torch.full((2,), 2.0 * value))
+        with pytest.raises(RankError, match=r"(?s)rank 1: ValueError: depth \(3\) must be 4.*in fail_alone") as error:
+            ranks.run(fail_alone, "raise")
+        assert (error.value.rank, error.value.kind) == (1, "ValueError")
+        children = ranks.run(process_id)
+        with pytest.raises(RankError, match="rank 1: RuntimeError: the process died"):
+            ranks.run(fail_alone, "die")
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
+def test_a_rank_that_hangs():
+    with Ranks(2) as ranks:
+        ranks.run(process_id)
+        ranks.timeout = 3.0
+        with pytest.raises(RankError, match=r"TimeoutError: no answer after 3 s from ranks \[0, 1\]"):
+            ranks.run(fail_alone, "sleep")
+
+
+def test_run_ranks():
+    assert [total[0].item() for _, total, _ in run_ranks(1, add_up, 5)] == [5.0]
+    with pytest.raises(ValueError, match=r"world \(0\)"):
+        run_ranks(0, add_up, 5)
