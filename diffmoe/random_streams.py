@@ -18,6 +18,7 @@ class Use(IntEnum):
     MOMENTS = 4
     TRAINING = 5
     SAMPLING = 6
+    ANCESTRAL = 7
 
 
 def philox(use: Use, seed: int, first: int, second: int = 0) -> np.random.Philox:
