@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from diffmoe.config import (
-    Config, Layout, config_to_tree, load_config, merge_deepspeed, read_deepspeed, resolve_layout, validate,
-)
+from diffmoe.config import Config, config_to_tree, load_config, validate
+from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.layout import Layout, resolve_layout
 from diffmoe.models.count import count
 from launcher.environment import RankEnvironment
 

@@ -87,12 +87,23 @@ class MoEConfig:
         return self.experts + share * (self.capacity - self.experts)
 
 
+def swiglu_hidden(hidden: int) -> int:
+    """Inner width that gives three matrices the parameters of two: 2/3, rounded up to a multiple of 8."""
+    return -(-2 * hidden // 3 // 8) * 8
+
+
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Rectified flow.  ``time_scale`` multiplies t in [0, 1] before the embedding (published: 1)."""
+    """``flow``: rectified flow; ``ddpm``: ADM's 1000 linear steps with learned range.
 
-    process: Literal["flow"] = "flow"
+    For the flow ``time_scale`` multiplies t in [0, 1] before the embedding (published: 1), and ``time_sampling`` says how
+    training draws t; ``time_mean`` and ``time_std`` belong to the logit-normal."""
+
+    process: Literal["flow", "ddpm"] = "flow"
     time_scale: float = 1.0
+    time_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -148,12 +159,16 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sampling.  ``routing``: ``batch`` is the paper's rule, ``token`` the batch-invariant one.  ``gamma``: one
-    constant threshold for every expert in place of the learned ones."""
+    """Sampling.  ``sampler``: euler, heun, dopri5 for the flow; ancestral, ddim for DDPM.  ``eta`` is DDIM's noise,
+    ``tolerance`` dopri5's error per step (``steps`` is then the most that it may take).  ``routing``: ``batch`` is the
+    paper's rule, ``token`` the batch-invariant one.  ``gamma``: one constant threshold for every expert in place of
+    the learned ones."""
 
-    sampler: Literal["euler", "heun"] = "euler"
+    sampler: Literal["euler", "heun", "dopri5", "ancestral", "ddim"] = "euler"
     steps: int = 50
     cfg: float = 1.5
+    eta: float = 0.0
+    tolerance: float = 1e-4
     routing: Literal["batch", "token"] = "token"
     gamma: Optional[float] = None
     batch: int = 64
@@ -329,216 +344,80 @@ def _describe(kind: Any) -> str:
 
 def validate(config: Config) -> None:
     """Everything that can be checked without knowing the number of ranks.  Raises ValueError."""
-    model, moe, train, parallel, sample = config.model, config.moe, config.train, config.parallel, config.sample
+    _validate_model(config.model)
+    _validate_moe(config)
+    _validate_diffusion(config)
+    _validate_train(config.train)
+    _need(0 <= config.run.seed < 2**64, f"run.seed ({config.run.seed}) must be in [0, 2^64)")
+    _need(config.data.window >= 1, f"data.window ({config.data.window}) must be at least 1 shard")
+    _need(config.data.prefetch >= 1, f"data.prefetch ({config.data.prefetch}) must be at least 1 step")
 
-    def need(good: bool, message: str) -> None:
-        if not good:
-            raise ValueError(message)
 
+def _need(good: bool, message: str) -> None:
+    if not good:
+        raise ValueError(message)
+
+
+def _validate_model(model: ModelConfig) -> None:
     for name in ("input_size", "channels", "patch", "width", "depth", "heads", "classes"):
-        need(getattr(model, name) >= 1, f"model.{name} ({getattr(model, name)}) must be at least 1")
-    need(model.input_size % model.patch == 0,
-         f"model.input_size ({model.input_size}) must divide by model.patch ({model.patch})")
-    need(model.width % model.heads == 0, f"model.width ({model.width}) must divide by model.heads ({model.heads})")
-    need(model.width % 4 == 0, f"model.width ({model.width}) must divide by 4 for the 2-d sine position embedding")
-    need(model.hidden >= 1, f"model.mlp_ratio ({model.mlp_ratio}) x model.width ({model.width}) must be at least 1")
-    need(parallel.ep >= 1, f"parallel.ep ({parallel.ep}) must be at least 1")
-    need(model.family != "dense" or parallel.ep == 1,
-         f"parallel.ep ({parallel.ep}) must be 1 for model.family (dense): it has no experts")
-    if model.family != "dense":
-        need(model.depth >= 2 or not moe.interleave,
-             f"model.depth ({model.depth}) leaves no MoE block with moe.interleave (true)")
-        need(moe.experts >= 1, f"moe.experts ({moe.experts}) must be at least 1")
-        need(moe.experts % parallel.ep == 0,
-             f"moe.experts ({moe.experts}) must divide by parallel.ep ({parallel.ep})")
-        need(moe.shared_experts >= 0, f"moe.shared_experts ({moe.shared_experts}) must be at least 0")
-        need(0 < moe.capacity <= moe.experts,
-             f"moe.capacity ({moe.capacity}) must be above 0 and at most moe.experts ({moe.experts})")
-        need(1 <= moe.top_k <= moe.experts,
-             f"moe.top_k ({moe.top_k}) must be from 1 to moe.experts ({moe.experts})")
-        need(0 <= moe.capacity_hold <= moe.capacity_until,
-             f"moe.capacity_hold ({moe.capacity_hold}) must be from 0 to moe.capacity_until ({moe.capacity_until})")
-        need(0 <= moe.threshold_decay < 1, f"moe.threshold_decay ({moe.threshold_decay}) must be in [0, 1)")
-        need(not isinstance(moe.pool, int) or moe.pool >= 1, f"moe.pool ({moe.pool}) must be at least 1 sample")
-        need(model.family != "ec" or moe.pool == 1,
-             f"moe.pool ({moe.pool}) must be 1 for model.family (ec): its experts choose inside each sample")
-    need(train.steps >= 0, f"train.steps ({train.steps}) must be at least 0")
+        _need(getattr(model, name) >= 1, f"model.{name} ({getattr(model, name)}) must be at least 1")
+    _need(model.input_size % model.patch == 0,
+          f"model.input_size ({model.input_size}) must divide by model.patch ({model.patch})")
+    _need(model.width % model.heads == 0, f"model.width ({model.width}) must divide by model.heads ({model.heads})")
+    _need(model.width % 4 == 0, f"model.width ({model.width}) must divide by 4 for the 2-d sine position embedding")
+    _need(model.hidden >= 1, f"model.mlp_ratio ({model.mlp_ratio}) x model.width ({model.width}) must be at least 1")
+
+
+def _validate_moe(config: Config) -> None:
+    model, moe, ep = config.model, config.moe, config.parallel.ep
+    _need(ep >= 1, f"parallel.ep ({ep}) must be at least 1")
+    if model.family == "dense":
+        _need(ep == 1, f"parallel.ep ({ep}) must be 1 for model.family (dense): it has no experts")
+        return
+    _need(model.depth >= 2 or not moe.interleave,
+          f"model.depth ({model.depth}) leaves no MoE block with moe.interleave (true)")
+    _need(moe.experts >= 1, f"moe.experts ({moe.experts}) must be at least 1")
+    _need(moe.experts % ep == 0, f"moe.experts ({moe.experts}) must divide by parallel.ep ({ep})")
+    for name in ("shared_experts", "balance_weight", "predictor_weight"):
+        _need(getattr(moe, name) >= 0, f"moe.{name} ({getattr(moe, name)}) must be at least 0")
+    _need(0 < moe.capacity <= moe.experts,
+          f"moe.capacity ({moe.capacity}) must be above 0 and at most moe.experts ({moe.experts})")
+    _need(1 <= moe.top_k <= moe.experts, f"moe.top_k ({moe.top_k}) must be from 1 to moe.experts ({moe.experts})")
+    _need(0 <= moe.capacity_hold <= moe.capacity_until,
+          f"moe.capacity_hold ({moe.capacity_hold}) must be from 0 to moe.capacity_until ({moe.capacity_until})")
+    _need(0 <= moe.threshold_decay < 1, f"moe.threshold_decay ({moe.threshold_decay}) must be in [0, 1)")
+    _need(not isinstance(moe.pool, int) or moe.pool >= 1, f"moe.pool ({moe.pool}) must be at least 1 sample")
+    _need(model.family != "ec" or moe.pool == 1,
+          f"moe.pool ({moe.pool}) must be 1 for model.family (ec): its experts choose inside each sample")
+
+
+def _validate_diffusion(config: Config) -> None:
+    diffusion, sample = config.diffusion, config.sample
+    _need(diffusion.time_std > 0, f"diffusion.time_std ({diffusion.time_std}) must be above 0")
+    fitting = {"flow": ("euler", "heun", "dopri5"), "ddpm": ("ancestral", "ddim")}[diffusion.process]
+    _need(sample.sampler in fitting,
+          f"sample.sampler ({sample.sampler}) must be one of {', '.join(fitting)} for diffusion.process "
+          f"({diffusion.process})")
+    if diffusion.process == "ddpm":
+        _need(config.model.learn_sigma, "model.learn_sigma (false) must be true for diffusion.process (ddpm)")
+        _need(diffusion.time_scale == 1.0,
+              f"diffusion.time_scale ({diffusion.time_scale}) must be 1 for diffusion.process (ddpm)")
+        _need(diffusion.time_sampling == "uniform",
+              f"diffusion.time_sampling ({diffusion.time_sampling}) must be uniform for diffusion.process (ddpm)")
+        _need(2 <= sample.steps <= 1000, f"sample.steps ({sample.steps}) must be from 2 to DDPM's 1000 steps")
+    for name in ("steps", "batch", "columns"):
+        _need(getattr(sample, name) >= 1, f"sample.{name} ({getattr(sample, name)}) must be at least 1")
+    _need(0 <= sample.eta <= 1, f"sample.eta ({sample.eta}) must be in [0, 1]")
+    _need(sample.tolerance > 0, f"sample.tolerance ({sample.tolerance}) must be above 0")
+    _need(sample.gamma is None or 0 <= sample.gamma <= 1, f"sample.gamma ({sample.gamma}) must be in [0, 1]")
+
+
+def _validate_train(train: TrainConfig) -> None:
     for name in ("batch", "micro_batch", "accumulation", "log_every", "keep"):
         value = getattr(train, name)
-        need(value is None or value >= 1, f"train.{name} ({value}) must be at least 1")
-    for name in ("balance_weight", "predictor_weight"):
-        need(getattr(moe, name) >= 0, f"moe.{name} ({getattr(moe, name)}) must be at least 0")
-    for name in ("lr", "warmup", "eps", "clip", "weight_decay", "sample_every", "save_every"):
-        need(getattr(train, name) >= 0, f"train.{name} ({getattr(train, name)}) must be at least 0")
-    need(all(0 <= b < 1 for b in train.betas), f"train.betas ({train.betas}) must each be in [0, 1)")
-    need(0 <= train.label_drop <= 1, f"train.label_drop ({train.label_drop}) must be in [0, 1]")
-    need(0 <= train.ema < 1, f"train.ema ({train.ema}) must be in [0, 1)")
-    need(0 <= config.run.seed < 2**64, f"run.seed ({config.run.seed}) must be in [0, 2^64)")
-    need(config.data.window >= 1, f"data.window ({config.data.window}) must be at least 1 shard")
-    need(config.data.prefetch >= 1, f"data.prefetch ({config.data.prefetch}) must be at least 1 step")
-    for name in ("steps", "batch", "columns"):
-        need(getattr(sample, name) >= 1, f"sample.{name} ({getattr(sample, name)}) must be at least 1")
-    need(sample.gamma is None or 0 <= sample.gamma <= 1, f"sample.gamma ({sample.gamma}) must be in [0, 1]")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Numbers that depend on the number of ranks, resolved once and printed.
-
-    ``pool`` is in samples; ``pool_ranks`` is the number of consecutive ranks that together hold whole pools
-    (1: pools inside a rank; otherwise whole expert-parallel groups)."""
-
-    ranks: int
-    ep: int
-    batch: int
-    micro_batch: int
-    accumulation: int
-    pool: int
-    pool_ranks: int
-
-    @property
-    def pools(self) -> int:
-        """Pools in the forward pass of all ranks together."""
-        return self.micro_batch * self.ranks // self.pool
-
-
-def resolve_layout(config: Config, ranks: int) -> Layout:
-    """Batch arithmetic, pool and expert groups for ``ranks`` ranks.  Raises ValueError naming both numbers."""
-    train, ep = config.train, config.parallel.ep
-    if ranks % ep:
-        raise ValueError(f"world size ({ranks}) must divide by parallel.ep ({ep})")
-    micro, accumulation = train.micro_batch, train.accumulation
-    if accumulation is None:
-        per_pass = train.batch if micro is None else micro * ranks
-        if train.batch % per_pass:
-            raise ValueError(f"train.batch ({train.batch}) must divide by train.micro_batch ({micro}) x ranks ({ranks})")
-        accumulation = train.batch // per_pass
-    if micro is None:
-        if train.batch % (accumulation * ranks):
-            raise ValueError(
-                f"train.batch ({train.batch}) must divide by ranks ({ranks}) x train.accumulation ({accumulation})")
-        micro = train.batch // (accumulation * ranks)
-    if micro * ranks * accumulation != train.batch:
-        raise ValueError(
-            f"train.micro_batch ({micro}) x ranks ({ranks}) x train.accumulation ({accumulation}) = "
-            f"{micro * ranks * accumulation} must equal train.batch ({train.batch})")
-    words = {"rank": micro, "group": micro * ep, "global": micro * ranks}
-    pool = words.get(config.moe.pool, config.moe.pool)
-    if config.model.family == "dense":
-        pool = 1
-    if (micro * ranks) % pool:
-        raise ValueError(
-            f"moe.pool ({pool} samples) must divide the forward batch train.micro_batch ({micro}) x ranks ({ranks}) = "
-            f"{micro * ranks}")
-    _check_taken(config, pool)
-    return Layout(ranks, ep, train.batch, micro, accumulation, pool, _pool_ranks(pool, micro, ep))
-
-
-def _pool_ranks(pool: int, micro: int, ep: int) -> int:
-    if micro % pool == 0:
-        return 1
-    if (micro * ep) % pool == 0:
-        return ep
-    return math.lcm(pool // math.gcd(pool, micro), ep)
-
-
-def rows_taken(pool_tokens: int, experts: int, capacity: float) -> int:
-    """K = floor(pool tokens / experts x capacity), at most every token of the pool (paper, equation 5)."""
-    return min(pool_tokens, int(pool_tokens * capacity / experts + 1e-9))
-
-
-def swiglu_hidden(hidden: int) -> int:
-    """Inner width that gives three matrices the parameters of two: 2/3, rounded up to a multiple of 8."""
-    return -(-2 * hidden // 3 // 8) * 8
-
-
-def _check_taken(config: Config, pool: int) -> None:
-    if config.model.family in ("ec", "diffmoe"):
-        tokens = pool * config.model.tokens
-        if rows_taken(tokens, config.moe.experts, config.moe.capacity) < 1:
-            raise ValueError(
-                f"moe.pool ({pool} samples = {tokens} tokens) gives each of moe.experts ({config.moe.experts}) less "
-                f"than one token at moe.capacity ({config.moe.capacity})")
-
-
-# --------------------------------------------------------------------------------------------- DeepSpeed JSON
-
-# Keys that DeepSpeed would read and that the YAML owns: allowed only with the YAML's own value.
-_OWNED = {
-    "train_batch_size": "train.batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.accumulation",
-    "gradient_clipping": "train.clip",
-}
-_OWNED_BLOCKS = {"optimizer": "train.optimizer, train.lr, …", "scheduler": "train.schedule, train.warmup"}
-# DeepSpeed ignores unknown keys without a word, so the ones that we pass on are listed.
-_PASSED = {
-    "zero_optimization", "bf16", "data_types", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "aio",
-    "disable_allgather", "seed",
-}
-
-
-def read_deepspeed(path: str | Path | None) -> dict:
-    """The DeepSpeed JSON as a dict (ZeRO 1 in fp32 when no file is given).  Raises ValueError."""
-    if path is None:
-        return {"zero_optimization": {"stage": 1}}
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--deepspeed_config {path} does not exist")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object_without_duplicates)
-    except ValueError as error:
-        raise ValueError(f"--deepspeed_config {path} is not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"--deepspeed_config {path} must hold an object, not {type(tree).__name__}")
-    return tree
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
-    for i, (key, _) in enumerate(pairs):
-        if key in dict(pairs[:i]):
-            raise ValueError(f"key {key!r} stands twice")
-    return dict(pairs)
-
-
-def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
-    """The dict that ``deepspeed.initialize`` gets: the JSON plus the numbers that the YAML owns.
-
-    Raises ValueError for unknown keys, for a number named twice with different values and for what this trainer
-    does not support (fp16, ZeRO stages outside 0-3)."""
-    owned = {
-        "train_batch_size": layout.batch,
-        "train_micro_batch_size_per_gpu": layout.micro_batch,
-        "gradient_accumulation_steps": layout.accumulation,
-        "gradient_clipping": config.train.clip,
-    }
-    for key, value in tree.items():
-        if key in owned:
-            if value not in ("auto", owned[key]):
-                raise ValueError(
-                    f"DeepSpeed's {key} ({value}) contradicts the YAML's {_OWNED[key]} ({owned[key]}); the YAML owns it")
-        elif key in _OWNED_BLOCKS:
-            raise ValueError(f"DeepSpeed's {key!r} block is not read: the YAML owns it as {_OWNED_BLOCKS[key]}")
-        elif key == "fp16":
-            if _block(tree, key).get("enabled", False):
-                raise ValueError("DeepSpeed's fp16.enabled (true) is not supported: use bf16.enabled")
-        elif key not in _PASSED:
-            close = difflib.get_close_matches(key, [*_PASSED, *owned], n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"unknown key {key} (value {value!r}) in the DeepSpeed JSON{hint}")
-    for key in ("bf16", "data_types"):
-        _block(tree, key)
-    zero = _block(tree, "zero_optimization")
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise ValueError(f"DeepSpeed's zero_optimization.stage ({zero['stage']}) must be 0, 1, 2 or 3")
-    passed = {key: value for key, value in tree.items() if key in _PASSED and value is not None}
-    return {"steps_per_print": 10**9, **passed, **owned}
-
-
-def _block(tree: dict, key: str) -> dict:
-    block = {} if tree.get(key) is None else tree[key]
-    if not isinstance(block, dict):
-        raise ValueError(f"DeepSpeed's {key} ({block!r}) must be an object")
-    return block
+        _need(value is None or value >= 1, f"train.{name} ({value}) must be at least 1")
+    for name in ("steps", "lr", "warmup", "eps", "clip", "weight_decay", "sample_every", "save_every"):
+        _need(getattr(train, name) >= 0, f"train.{name} ({getattr(train, name)}) must be at least 0")
+    _need(all(0 <= b < 1 for b in train.betas), f"train.betas ({train.betas}) must each be in [0, 1)")
+    _need(0 <= train.label_drop <= 1, f"train.label_drop ({train.label_drop}) must be in [0, 1]")
+    _need(0 <= train.ema < 1, f"train.ema ({train.ema}) must be in [0, 1)")

@@ -14,7 +14,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from diffmoe.config import Config, rows_taken
+from diffmoe.config import Config
+from diffmoe.layout import rows_taken
 from diffmoe.data.shards import Batch
 from diffmoe.diffusion.randomness import training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss

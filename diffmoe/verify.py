@@ -35,7 +35,8 @@ from typing import Callable, Iterable, Iterator, Optional
 import torch
 from torch import Tensor
 
-from diffmoe.config import Config, Layout, load_config, resolve_layout
+from diffmoe.config import Config, load_config
+from diffmoe.layout import Layout, resolve_layout
 from diffmoe.parallel.groups import ParallelGroups, build_groups
 from diffmoe.parallel.spawn import RankError, Ranks
 from diffmoe.reference import Reference, build_model, plain_training, synthetic_batch

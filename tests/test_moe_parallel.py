@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffmoe.config import load_config, resolve_layout, rows_taken
+from diffmoe.config import load_config
+from diffmoe.layout import resolve_layout, rows_taken
 from diffmoe.moe.dispatch import combine, dispatch
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule, equal_routing, ragged_routing

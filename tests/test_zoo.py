@@ -13,10 +13,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffmoe.config import (
-    Config, ModelConfig, MoEConfig, ParallelConfig, load_config, merge_deepspeed, read_deepspeed, read_yaml,
-    resolve_layout,
-)
+from diffmoe.config import Config, ModelConfig, MoEConfig, ParallelConfig, load_config, read_yaml
+from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.layout import resolve_layout
 from diffmoe.config import swiglu_hidden
 from diffmoe.models.count import Counts, count
 from diffmoe.models.dit import DiT

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe.config import Config, MoEConfig, SampleConfig
+from diffmoe.diffusion.ddpm import ancestral_noise, guided_epsilon
 from diffmoe.diffusion.randomness import sampling_noise
 from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import SAMPLERS
@@ -37,9 +38,22 @@ def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequenc
         part = slice(start, start + sample.batch)
         noise = sampling_noise(config.run.seed, numbers[part], shape).to(device)
         y = torch.tensor(labels[part], device=device)
-        velocity = guided_velocity(model, y, sample.cfg, inference_rule(config.moe, sample))
-        images.append(SAMPLERS[sample.sampler](velocity, noise, sample.steps).cpu())
+        field = _field(model, config, y)
+        step_noise = ancestral_noise(config.run.seed, numbers[part], shape, device)
+        images.append(SAMPLERS[sample.sampler](field, noise, sample.steps, step_noise, **_options(sample)).cpu())
     return torch.cat(images)
+
+
+def _field(model: DiT, config: Config, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """What the sampler integrates.  As published, DDPM guides the first 3 channels and the flow all of them."""
+    rule = inference_rule(config.moe, config.sample)
+    if config.diffusion.process == "ddpm":
+        return guided_epsilon(model, y, config.sample.cfg, rule, channels=min(3, config.model.channels))
+    return guided_velocity(model, y, config.sample.cfg, rule)
+
+
+def _options(sample: SampleConfig) -> dict[str, float]:
+    return {"dopri5": {"tolerance": sample.tolerance}, "ddim": {"eta": sample.eta}}.get(sample.sampler, {})
 
 
 def generate_everywhere(model: DiT, config: Config, labels: Sequence[int], world: Group, device: torch.device,

@@ -47,7 +47,7 @@ class _Route:
 class MoELayer(nn.Module):
     """Mixture of experts for the families tc, ec and diffmoe.
 
-    ``pool`` counts samples (resolved, see ``config.resolve_layout``); this rank holds experts
+    ``pool`` counts samples (resolved, see ``layout.resolve_layout``); this rank holds experts
     ``[ep.index * E / ep.size, …)``."""
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups) -> None:

@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from diffmoe.config import rows_taken
+from diffmoe.layout import rows_taken
 from diffmoe.moe.routing import (
     Routing, choose_tokens, equal_routing, mask_of, pool_thresholds, ragged_routing,
 )

@@ -62,7 +62,7 @@ def single_process() -> ParallelGroups:
 def build_groups(ep: int, pool_ranks: int) -> ParallelGroups:
     """Creates the groups.  Every rank calls it, in the same order, after ``init_process_group``.
 
-    ``pool_ranks`` is 1 (pools inside a rank) or a multiple of ``ep`` (see ``config.resolve_layout``)."""
+    ``pool_ranks`` is 1 (pools inside a rank) or a multiple of ``ep`` (see ``layout.resolve_layout``)."""
     world, rank = dist.get_world_size(), dist.get_rank()
     made: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(world)): dist.group.WORLD}
 

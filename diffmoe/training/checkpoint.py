@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffmoe.config import Config, Layout, config_from_tree, config_to_tree
+from diffmoe.config import Config, config_from_tree, config_to_tree
+from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, LogicalTensor
 from diffmoe.models.interchange import load_buffers
 from diffmoe.parallel.collectives import raise_together

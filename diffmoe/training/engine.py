@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from diffmoe.config import Config, Layout, TrainConfig, merge_deepspeed
+from diffmoe.config import Config, TrainConfig
+from diffmoe.deepspeed_json import merge_deepspeed
+from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, LogicalTensor, ModelOutput, logical_tensors
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import raise_together, sum_over

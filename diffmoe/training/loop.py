@@ -12,7 +12,8 @@ from typing import Iterator
 import torch
 import yaml
 
-from diffmoe.config import Config, Layout, config_to_tree
+from diffmoe.config import Config, config_to_tree
+from diffmoe.layout import Layout
 from diffmoe.data.shards import Batch, BatchStream, ShardReader, load_index
 from diffmoe.evaluation.generate import generate_everywhere
 from diffmoe.evaluation.plots import image_grid

@@ -9,10 +9,13 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diffmoe.config import Config, Layout
+from diffmoe.config import Config, DiffusionConfig
+from diffmoe.layout import Layout
 from diffmoe.data.shards import Batch
+from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.randomness import training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss
+from diffmoe.diffusion.times import logit_normal, uniform_steps
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.layer import MoEStats
 from diffmoe.moe.routing import RoutingRule
@@ -22,6 +25,7 @@ from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 
 TIME_BINS = 10
+_DDPM = linear_schedule()
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,11 @@ class StepReport:
 
 @dataclass(frozen=True)
 class MicroLoss:
-    """Parts of one micro-batch's loss; ``total`` carries the gradient.  Predictor and balance are summed over layers."""
+    """Parts of one micro-batch's loss; ``total`` carries the gradient.  ``denoising``: the flow's mean squared error, or
+    DDPM's with the variational bound of its variance.  Predictor and balance are summed over layers."""
 
     total: Tensor
-    mse: Tensor
+    denoising: Tensor
     predictor: Tensor
     balance: Tensor
     output: ModelOutput
@@ -58,14 +63,29 @@ def micro_loss(forward: Callable[..., ModelOutput], batch: Batch, config: Config
     """Draws noise, time and label drop by the samples' global numbers and computes the training loss."""
     draws = training_draws(config.run.seed, batch.positions, tuple(batch.x.shape[1:]))
     y = torch.where(draws.drop < config.train.label_drop, config.model.classes, batch.y)
-    x, noise, t, y = (value.to(device, non_blocking=True) for value in (batch.x, draws.noise, draws.t, y))
-    mse, output = flow_loss(forward, x, noise, t, y, rule)
+    t = _training_time(draws.t, config.diffusion)
+    x, noise, t, y = (value.to(device, non_blocking=True) for value in (batch.x, draws.noise, t, y))
+    if config.diffusion.process == "ddpm":
+        denoising, output = ddpm_loss(forward, x, noise, t, y, rule, _DDPM)
+        progress = 1 - (t + 0.5) / len(_DDPM)  # like the flow's t: noise at 0, data at 1
+    else:
+        denoising, output = flow_loss(forward, x, noise, t, y, rule)
+        progress = t
     zero = torch.zeros((), device=device)
     predictor = sum((r.predictor_loss for r in output.moe if r.predictor_loss is not None), zero)
     balance = sum((r.balance_loss for r in output.moe if r.balance_loss is not None), zero)
-    total = mse + config.moe.predictor_weight * predictor + config.moe.balance_weight * balance
-    return MicroLoss(total, mse.detach(), predictor.detach(), balance.detach(), output,
-                     (t * TIME_BINS).long().clamp_(max=TIME_BINS - 1))
+    total = denoising + config.moe.predictor_weight * predictor + config.moe.balance_weight * balance
+    return MicroLoss(total, denoising.detach(), predictor.detach(), balance.detach(), output,
+                     (progress * TIME_BINS).long().clamp_(max=TIME_BINS - 1))
+
+
+def _training_time(u: Tensor, diffusion: DiffusionConfig) -> Tensor:
+    """Uniform draws in [0, 1) -> flow times or DDPM steps, [B]."""
+    if diffusion.process == "ddpm":
+        return uniform_steps(u, len(_DDPM))
+    if diffusion.time_sampling == "logit_normal":
+        return logit_normal(u, diffusion.time_mean, diffusion.time_std)
+    return u
 
 
 def train_step(engine: Engine, ema: Ema, batches: Sequence[Batch], config: Config, layout: Layout,
@@ -121,7 +141,7 @@ class _Tally:
         self.samples_b = torch.zeros(TIME_BINS, device=device)
 
     def add(self, loss: MicroLoss) -> None:
-        self.parts += torch.stack([loss.mse, loss.predictor, loss.balance]).double()
+        self.parts += torch.stack([loss.denoising, loss.predictor, loss.balance]).double()
         self.samples_b.index_add_(0, loss.time_bin_B, torch.ones_like(loss.time_bin_B, dtype=torch.float32))
         for layer, stats in enumerate(loss.output.moe):
             self._add_layer(layer, stats, loss.time_bin_B)

@@ -1,0 +1,83 @@
+"""What follows from a configuration and a number of ranks: batch arithmetic, accumulation, the pool in samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from diffmoe.config import Config
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Numbers that depend on the number of ranks, resolved once and printed.
+
+    ``pool`` is in samples; ``pool_ranks`` is the number of consecutive ranks that together hold whole pools
+    (1: pools inside a rank; otherwise whole expert-parallel groups)."""
+
+    ranks: int
+    ep: int
+    batch: int
+    micro_batch: int
+    accumulation: int
+    pool: int
+    pool_ranks: int
+
+    @property
+    def pools(self) -> int:
+        """Pools in the forward pass of all ranks together."""
+        return self.micro_batch * self.ranks // self.pool
+
+
+def resolve_layout(config: Config, ranks: int) -> Layout:
+    """Batch arithmetic, pool and expert groups for ``ranks`` ranks.  Raises ValueError naming both numbers."""
+    train, ep = config.train, config.parallel.ep
+    if ranks % ep:
+        raise ValueError(f"world size ({ranks}) must divide by parallel.ep ({ep})")
+    micro, accumulation = train.micro_batch, train.accumulation
+    if accumulation is None:
+        per_pass = train.batch if micro is None else micro * ranks
+        if train.batch % per_pass:
+            raise ValueError(f"train.batch ({train.batch}) must divide by train.micro_batch ({micro}) x ranks ({ranks})")
+        accumulation = train.batch // per_pass
+    if micro is None:
+        if train.batch % (accumulation * ranks):
+            raise ValueError(
+                f"train.batch ({train.batch}) must divide by ranks ({ranks}) x train.accumulation ({accumulation})")
+        micro = train.batch // (accumulation * ranks)
+    if micro * ranks * accumulation != train.batch:
+        raise ValueError(
+            f"train.micro_batch ({micro}) x ranks ({ranks}) x train.accumulation ({accumulation}) = "
+            f"{micro * ranks * accumulation} must equal train.batch ({train.batch})")
+    words = {"rank": micro, "group": micro * ep, "global": micro * ranks}
+    pool = words.get(config.moe.pool, config.moe.pool)
+    if config.model.family == "dense":
+        pool = 1
+    if (micro * ranks) % pool:
+        raise ValueError(
+            f"moe.pool ({pool} samples) must divide the forward batch train.micro_batch ({micro}) x ranks ({ranks}) = "
+            f"{micro * ranks}")
+    _check_taken(config, pool)
+    return Layout(ranks, ep, train.batch, micro, accumulation, pool, _pool_ranks(pool, micro, ep))
+
+
+def _pool_ranks(pool: int, micro: int, ep: int) -> int:
+    if micro % pool == 0:
+        return 1
+    if (micro * ep) % pool == 0:
+        return ep
+    return math.lcm(pool // math.gcd(pool, micro), ep)
+
+
+def rows_taken(pool_tokens: int, experts: int, capacity: float) -> int:
+    """K = floor(pool tokens / experts x capacity), at most every token of the pool (paper, equation 5)."""
+    return min(pool_tokens, int(pool_tokens * capacity / experts + 1e-9))
+
+
+def _check_taken(config: Config, pool: int) -> None:
+    if config.model.family in ("ec", "diffmoe"):
+        tokens = pool * config.model.tokens
+        if rows_taken(tokens, config.moe.experts, config.moe.capacity) < 1:
+            raise ValueError(
+                f"moe.pool ({pool} samples = {tokens} tokens) gives each of moe.experts ({config.moe.experts}) less "
+                f"than one token at moe.capacity ({config.moe.capacity})")
