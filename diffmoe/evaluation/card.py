@@ -1,0 +1,136 @@
+"""A score with everything that moves it: two people with the same card have the same number, or one of them has a bug."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import diffmoe
+from diffmoe.data.tar import replacing
+
+JSON_NAME, MARKDOWN_NAME = "card.json", "card.md"
+_PACKAGES = ("torch", "deepspeed", "numpy")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured; None: this extractor or reference cannot give it. Lower is better for `fid` and `sfid`."""
+
+    fid: float
+    sfid: float | None = None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """One evaluation.
+
+    `weights_sha256` is `evaluate.weights_digest` of the model. `sampling` is the whole configuration section, for what has no
+    field of its own. `capacity` is the dial at inference, `gamma` the constant
+    threshold; with neither, the learned thresholds decided. `batch` images were sampled together, and with the batch routing
+    rule they shape each other. `splits`: of the Inception Score. `reference_count` None: the file does not say. `seconds` is
+    the wall time of this evaluation's last start.
+    """
+
+    scores: Scores
+    checkpoint: str
+    weights: str
+    step: int
+    weights_sha256: str
+    family: str
+    process: str
+    vae: str | None
+    vae_sha256: str | None
+    latent_scale: float | None
+    cfg: float
+    sampler: str
+    steps: int
+    sampling: dict[str, object]
+    routing: str
+    capacity: float | None
+    gamma: float | None
+    batch: int
+    seed: int
+    labels: str
+    count: int
+    splits: int
+    reference: str
+    reference_sha256: str
+    reference_count: int | None
+    extractor: str
+    extractor_sha256: str
+    ranks: int
+    hardware: str
+    versions: dict[str, str]
+    time: str
+    seconds: float
+
+    def to_json(self) -> str:
+        """The card as JSON; `card_from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        """The card for people: the scores, then every setting."""
+        named = {"fid": "FID ↓", "sfid": "sFID ↓", "inception_score": "Inception Score ↑", "precision": "precision ↑",
+                 "recall": "recall ↑"}
+        lines = [f"# {self.count} images of {self.family} at step {self.step}, {self.weights} weights, cfg {self.cfg:g}", "",
+                 "| score | value |", "|---|---|"]
+        for field, name in named.items():
+            value = getattr(self.scores, field)
+            shown = "not measured" if value is None else f"{value:.4f}"
+            if field == "inception_score" and value is not None:
+                shown += f" ± {self.scores.inception_score_std:.4f} over {self.splits} splits"
+            lines.append(f"| {name} | {shown} |")
+        lines += ["", "| setting | value |", "|---|---|"]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                value = ", ".join(f"{name} {entry}" for name, entry in value.items())
+            if field.name != "scores":
+                lines.append(f"| {field.name.replace('_', ' ')} | {'–' if value is None else value} |")
+        return "\n".join(lines) + "\n"
+
+
+def card_from_json(text: str) -> Card:
+    """A card back from its JSON.
+
+    Raises:
+        ValueError: not a card, or a card with other fields.
+    """
+    try:
+        tree = json.loads(text)
+        return Card(**{**tree, "scores": Scores(**tree["scores"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a score card: {error}") from None
+
+
+def write_card(card: Card, folder: Path) -> None:
+    """Write card.md, then card.json: a folder with the JSON has both."""
+    for name, text in ((MARKDOWN_NAME, card.to_markdown()), (JSON_NAME, card.to_json())):
+        with replacing(folder / name) as stream:
+            stream.write(text.encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that can move a score ("absent" where not installed)."""
+    found = {"diffmoe": diffmoe.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def hardware(device: torch.device) -> str:
+    """The device of a rank, in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"

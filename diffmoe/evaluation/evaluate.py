@@ -1,0 +1,380 @@
+"""The evaluation run: generate N images by number, measure them against a reference, write scores with their card.
+
+Image i has label, noise and batch-mates from its number alone: chunk c is images [c * batch, (c + 1) * batch), sampled
+together, by rank c modulo the number of ranks. So the scores of a checkpoint are the same on any number of ranks, also under
+the routing rule that looks at the whole batch. A finished chunk is a file `chunks/000012.npz` (images and features) that
+appears whole; to resume, run the same command again, on as many ranks as there are. The folder must be one that all ranks
+see, as for checkpoints. At the end the chunks become `samples.npz` in ADM's format, next to `card.json` and `card.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import hashlib
+import json
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from diffmoe.config import Config
+from diffmoe.data.tar import replacing
+from diffmoe.evaluation.card import JSON_NAME, Card, Scores, card_from_json, hardware, versions, write_card
+from diffmoe.evaluation.features import (
+    DIGITS_NAME, Decoder, Extractor, Features, digits_extractor, load_decoder, load_extractor, to_uint8,
+)
+from diffmoe.evaluation.generate import generate
+from diffmoe.evaluation.reference import Gaussian, Reference, load_reference, save_reference
+from diffmoe.evaluation.scores import (
+    Moments, SplitTotals, frechet_distance, inception_score_of, merge, merge_over, moments_of, precision_recall,
+    split_numbers, split_totals, totals_over,
+)
+from diffmoe.models.dit import DiT
+from diffmoe.models.interchange import load_buffers, load_logical
+from diffmoe.parallel.collectives import gather_stack, raise_together
+from diffmoe.parallel.groups import Group, build_groups
+from diffmoe.random_streams import Use, philox
+from launcher.environment import RankEnvironment
+
+SETTINGS_NAME, CHUNKS_NAME, SAMPLES_NAME = "settings.json", "chunks", "samples.npz"
+SPLIT_SIZE = 5_000  # samples of one split of the Inception Score, as in ADM's evaluator: 10 splits of 50,000
+_LABEL_WORD = 1  # second word of the sampling stream; the noise has 0
+_HASHED_ENTRIES = 4096
+
+_DESCRIPTION = ("FID, sFID, Inception Score, precision and recall of a checkpoint. Interrupted, it goes on where it was when "
+                "the same command runs again.")
+
+Labels = Literal["balanced", "random"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose images: the checkpoint's path and step, and which of its weights (`ema` or `raw`)."""
+
+    checkpoint: str
+    step: int
+    weights: str
+
+
+def evaluate(model: DiT, config: Config, subject: Subject, count: int, labels: Labels, reference: Reference,
+             extractor: Extractor, out: Path, world: Group, device: torch.device, *, decoder: Decoder | None = None,
+             splits: int | None = None, keep_samples: bool = True, progress: bool = False) -> Card | None:
+    """Scores of `count` images of a whole model (every rank holds all of it) with their card, on rank 0; None elsewhere.
+
+    Args:
+        config: the run's, with `sample` and `run.seed` as wanted; `sample.batch` images are sampled together.
+        labels: `balanced`: image i is of class i modulo classes; `random`: a uniform class from (seed, i).
+        out: folder of the results; one that is half done with the same settings is completed, a finished one is returned.
+        decoder: needed where the model samples latents.
+        splits: of the Inception Score; left out, one per 5,000 images.
+        keep_samples: also write `samples.npz`: `arr_0` uint8 [N, H, W, 3], `arr_1` labels [N].
+
+    Raises:
+        ValueError: too few images, `out` with other settings, images or features that are not finite, or a reference of
+            another width.
+    """
+    start = time.monotonic()
+    splits = max(1, count // SPLIT_SIZE) if splits is None else splits
+    settings = _settings(model, config, subject, count, labels, reference, extractor, decoder, splits, keep_samples)
+    problem: Exception | None = None
+    finished = False
+    try:
+        _check_plan(config, count, reference, decoder, splits)
+        finished = world.index == 0 and _claim(out, settings)
+    except (OSError, ValueError) as error:
+        problem = error
+    raise_together(problem, world)
+    # Rank 0's word: another node may see a file a little later.
+    finished = bool(gather_stack(torch.tensor([finished], dtype=torch.int64, device=device), world)[0])
+    if not finished:
+        for index in _mine(settings, world, progress):
+            # Without waiting for the others: an error here ends this rank, and its launcher the rest; chunks stay.
+            if not _chunk_path(out, index).is_file():
+                _make_chunk(model, config, settings, index, reference, extractor, decoder, out, device)
+        raise_together(None, world)  # until every chunk is there
+        scores = _scores(out, settings, reference, world, device)
+        if world.index == 0:
+            try:
+                if keep_samples:
+                    _write_samples(out, settings)
+                write_card(_card(config, settings, scores, reference, world, device, time.monotonic() - start), out)
+            except (OSError, ValueError) as error:
+                problem = error
+        raise_together(problem, world)
+    if world.index != 0:
+        return None
+    shutil.rmtree(out / CHUNKS_NAME, ignore_errors=True)
+    return card_from_json((out / JSON_NAME).read_text())
+
+
+def class_labels(kind: Labels, numbers: range, classes: int, seed: int) -> list[int]:
+    """The classes of the images with these numbers, whatever rank or batch they are in."""
+    if kind == "balanced":
+        return [number % classes for number in numbers]
+    return [int(philox(Use.SAMPLING, seed, number, _LABEL_WORD).random_raw()) % classes for number in numbers]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and the first 4,096 entries of every tensor: tells two checkpoints apart in no time."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().flatten()[:_HASHED_ENTRIES].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _settings(model: DiT, config: Config, subject: Subject, count: int, labels: Labels, reference: Reference,
+              extractor: Extractor, decoder: Decoder | None, splits: int, keep_samples: bool) -> dict:
+    """Everything that moves the scores, as JSON knows it: a folder holds the results of one such tree."""
+    return json.loads(json.dumps({
+        **dataclasses.asdict(subject), "weights_sha256": weights_digest(model), "seed": config.run.seed, "count": count,
+        "labels": labels, "classes": config.model.classes, "splits": splits, "keep_samples": keep_samples,
+        "sample": {name: value for name, value in dataclasses.asdict(config.sample).items() if name != "columns"},
+        "diffusion": dataclasses.asdict(config.diffusion), "reference_sha256": reference.sha256,
+        "extractor": extractor.name, "extractor_sha256": extractor.sha256,
+        "decoder_sha256": decoder and decoder.sha256, "decoder": decoder and decoder.name,
+        "latent_scale": decoder and decoder.latent_scale}))
+
+
+def _check_plan(config: Config, count: int, reference: Reference, decoder: Decoder | None, splits: int) -> None:
+    """What can be known before hours of sampling."""
+    widths = {"pool": reference.pool, "spatial": reference.spatial}
+    for name, gaussian in widths.items():
+        if gaussian is not None and count < len(gaussian.mean) + 1:
+            raise ValueError(f"count ({count}) must be at least the {name} features' width + 1 ({len(gaussian.mean) + 1})")
+    if not 1 <= splits <= count:
+        raise ValueError(f"splits ({splits}) must lie in 1..count ({count})")
+    if decoder is None and config.model.channels not in (1, 3):
+        raise ValueError(f"model.channels ({config.model.channels}) are latents: a decoder is needed to score images")
+
+
+def _claim(out: Path, settings: dict) -> bool:
+    """Take a folder for these settings, or find it taken for the same; whether it holds their finished results."""
+    path = out / SETTINGS_NAME
+    (out / CHUNKS_NAME).mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        if (out / JSON_NAME).exists():
+            raise ValueError(f"out ({out}) holds {JSON_NAME} but no {SETTINGS_NAME}: choose another folder")
+        with replacing(path) as stream:
+            stream.write(json.dumps(settings, indent=1).encode() + b"\n")
+        return False
+    try:
+        there = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    for name in sorted({*settings, *there}):
+        if settings.get(name) != there.get(name):
+            raise ValueError(f"out ({out}) was begun with {name} {there.get(name)!r}, this run has {settings.get(name)!r}: "
+                             "choose another folder, or remove it")
+    return (out / JSON_NAME).is_file()
+
+
+def _chunks(settings: dict) -> int:
+    return -(-settings["count"] // settings["sample"]["batch"])
+
+
+def _numbers(settings: dict, index: int) -> range:
+    batch = settings["sample"]["batch"]
+    return range(index * batch, min(settings["count"], (index + 1) * batch))
+
+
+def _chunk_path(out: Path, index: int) -> Path:
+    return out / CHUNKS_NAME / f"{index:06d}.npz"
+
+
+def _mine(settings: dict, world: Group, progress: bool) -> Iterator[int]:
+    chunks = range(world.index, _chunks(settings), world.size)
+    return iter(tqdm(chunks, disable=None if progress else True, desc=f"batches of {settings['sample']['batch']}"))
+
+
+def _make_chunk(model: DiT, config: Config, settings: dict, index: int, reference: Reference, extractor: Extractor,
+                decoder: Decoder | None, out: Path, device: torch.device) -> None:
+    numbers = _numbers(settings, index)
+    labels = class_labels(settings["labels"], numbers, config.model.classes, config.run.seed)
+    try:
+        x = generate(model, config, labels, numbers, device)
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{int((~torch.isfinite(x)).flatten(1).any(1).sum())} of {len(x)} samples are not finite")
+        x = x if decoder is None else decoder.function(x)
+        images = to_uint8(x)
+        features = extractor(images)
+    except ValueError as error:
+        raise ValueError(f"images {numbers.start}..{numbers.stop - 1}: {error}") from error
+    _check_width("pool", features.pool, reference.pool)
+    if features.spatial is not None and reference.spatial is not None:
+        _check_width("spatial", features.spatial, reference.spatial)
+    kept = {"images": images.permute(0, 2, 3, 1).numpy()} if settings["keep_samples"] else {}
+    with replacing(_chunk_path(out, index)) as stream:
+        np.savez(stream, **features.parts(), **kept)
+
+
+def _check_width(name: str, features: np.ndarray, reference: Gaussian) -> None:
+    if features.shape[1] != len(reference.mean):
+        raise ValueError(f"{name} features have width {features.shape[1]}, the reference's {len(reference.mean)}: it was "
+                         "measured with another extractor")
+
+
+def _read_chunk(out: Path, index: int) -> Features:
+    path = _chunk_path(out, index)
+    try:
+        with np.load(path, allow_pickle=False) as chunk:
+            return Features(*(chunk[name] if name in chunk.files else None for name in ("pool", "spatial", "probabilities")))
+    except FileNotFoundError:
+        raise ValueError(f"chunk {path} is missing: all ranks must see the same folder") from None
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"chunk {path} is damaged ({error}): remove it and run again") from None
+
+
+def _scores(out: Path, settings: dict, reference: Reference, world: Group, device: torch.device) -> Scores | None:
+    """The scores on rank 0, None elsewhere: moments and sums of every rank's share of the chunks, added over ranks."""
+    problem: Exception | None = None
+    pool = spatial = totals = scores = None
+    try:
+        pool, spatial, totals = _share(out, settings, world)
+    except ValueError as error:
+        problem = error
+    raise_together(problem, world)
+    pool = merge_over(pool, world, device)
+    spatial = None if spatial is None else merge_over(spatial, world, device)
+    totals = None if totals is None else totals_over(totals, world, device)
+    if world.index == 0:
+        try:
+            assert pool.count == settings["count"], (pool.count, settings["count"])
+            inception = (None, None) if totals is None else inception_score_of(totals)
+            precision = (None, None)
+            if reference.features is not None:
+                chunks = [_read_chunk(out, index).pool for index in range(_chunks(settings))]
+                precision = precision_recall(reference.features, np.concatenate(chunks))
+            sfid = None if spatial is None or reference.spatial is None else _distance(spatial, reference.spatial)
+            scores = Scores(_distance(pool, reference.pool), sfid, *inception, *precision)
+        except ValueError as error:
+            problem = error
+    raise_together(problem, world)
+    return scores
+
+
+def _share(out: Path, settings: dict, world: Group) -> tuple[Moments, Moments | None, SplitTotals | None]:
+    """Totals of this rank's chunks. A rank without any reads the first and counts none of it: widths must agree."""
+    pool = spatial = totals = None
+    mine = range(world.index, _chunks(settings), world.size)
+    for index in mine or [0]:
+        numbers = _numbers(settings, index) if mine else range(0)
+        features = _read_chunk(out, index)
+        for name, value in features.parts().items():
+            if len(value) != len(_numbers(settings, index)):
+                raise ValueError(f"chunk {_chunk_path(out, index)}: {name} {value.shape} must have "
+                                 f"{len(_numbers(settings, index))} rows")
+        part = moments_of(features.pool[: len(numbers)])
+        pool = part if pool is None else merge(pool, part)
+        if features.spatial is not None:
+            part = moments_of(features.spatial[: len(numbers)])
+            spatial = part if spatial is None else merge(spatial, part)
+        if features.probabilities is not None:
+            split = split_numbers(numbers, settings["count"], settings["splits"])
+            sums = split_totals(features.probabilities[: len(numbers)], split, settings["splits"])
+            totals = sums if totals is None else totals + sums
+    return pool, spatial, totals
+
+
+def _distance(moments: Moments, reference: Gaussian) -> float:
+    return frechet_distance(moments.mean, moments.covariance(), reference.mean, reference.covariance)
+
+
+def _write_samples(out: Path, settings: dict) -> None:
+    """ADM's npz, written chunk by chunk: 50,000 images of 256 x 256 are 10 GB and need not fit into memory."""
+    with replacing(out / SAMPLES_NAME) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            for index in range(_chunks(settings)):
+                with np.load(_chunk_path(out, index), allow_pickle=False) as chunk:
+                    images = chunk["images"]
+                if index == 0:
+                    shape = (settings["count"], *images.shape[1:])
+                    np.lib.format.write_array_header_1_0(
+                        member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                member.write(np.ascontiguousarray(images).tobytes())
+        with archive.open("arr_1.npy", "w") as member:
+            labels = class_labels(settings["labels"], range(settings["count"]), settings["classes"], settings["seed"])
+            np.lib.format.write_array(member, np.array(labels, np.int64))
+
+
+def _card(config: Config, settings: dict, scores: Scores, reference: Reference, world: Group, device: torch.device,
+          seconds: float) -> Card:
+    sample = settings["sample"]
+    return Card(
+        scores=scores, checkpoint=settings["checkpoint"], weights=settings["weights"], step=settings["step"],
+        weights_sha256=settings["weights_sha256"], family=config.model.family, process=config.diffusion.process,
+        vae=settings["decoder"], vae_sha256=settings["decoder_sha256"], latent_scale=settings["latent_scale"],
+        cfg=sample["cfg"], sampler=sample["sampler"], steps=sample["steps"], sampling=sample,
+        routing=sample["routing"], capacity=sample.get("capacity"), gamma=sample["gamma"], batch=sample["batch"],
+        seed=settings["seed"], labels=settings["labels"], count=settings["count"], splits=settings["splits"],
+        reference=reference.source, reference_sha256=reference.sha256, reference_count=reference.count,
+        extractor=settings["extractor"], extractor_sha256=settings["extractor_sha256"], ranks=world.size,
+        hardware=hardware(device), versions=versions(), time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        seconds=round(seconds, 1))
+
+
+def main(arguments: list[str], environment: RankEnvironment) -> int:
+    """The verb `evaluate`; returns the exit code. Raises ValueError for bad input."""
+    from diffmoe import commands
+    from diffmoe.training.checkpoint import EMA, MASTER, Checkpoint  # brings DeepSpeed, which scores do not need
+
+    options = _described(commands._Parser(prog="evaluate", description=_DESCRIPTION)).parse_intermixed_args(arguments)
+    checkpoint = Checkpoint(Path(options.checkpoint))
+    config = commands._sampling_config(checkpoint.config(), options)
+    first = environment.rank == 0
+    device = commands._join(environment)
+    world = build_groups(1, 1).world  # every rank holds the whole model
+    model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
+    decoder = None
+    problem: Exception | None = None
+    try:
+        load_logical(model, checkpoint.tensors(EMA if options.weights == "ema" else MASTER))
+        load_buffers(model, checkpoint.tensors("buffers"))
+        digits = options.extractor == DIGITS_NAME
+        extractor = digits_extractor() if digits else load_extractor(options.extractor, device)
+        if options.decoder is not None:
+            decoder = load_decoder(options.decoder, options.latent_scale, device)
+    except (ValueError, OSError) as error:
+        problem = error
+    raise_together(problem, world)
+    reference = load_reference(options.reference, extractor, world, device, progress=first)
+    if options.save_reference is not None and first:
+        save_reference(reference, options.save_reference)
+    subject = Subject(str(checkpoint.path), checkpoint.step, options.weights)
+    card = evaluate(model.to(device).eval(), config, subject, options.count, options.labels, reference, extractor,
+                    Path(options.out), world, device, decoder=decoder, splits=options.splits,
+                    keep_samples=not options.no_samples, progress=first)
+    if card is not None:
+        print(card.to_markdown() + f"\nwritten to {options.out}", flush=True)
+    commands._leave()
+    return 0
+
+
+def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
+    parser.add_argument("--reference", required=True,
+                        help="npz (ADM's, or one saved here), folder of pictures, or folder of pixel shards")
+    parser.add_argument("--extractor", required=True, help="TorchScript file (inception-2015-12-05.pt), or 'digits'")
+    parser.add_argument("--decoder", help="TorchScript file of the VAE's decoder, for models that sample latents")
+    parser.add_argument("--latent-scale", type=float, default=0.18215, help="what the decoder's latents were multiplied with")
+    parser.add_argument("--count", type=int, default=50_000, help="images (default: 50,000)")
+    parser.add_argument("--classes", dest="labels", choices=("balanced", "random"), default="balanced")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
+    parser.add_argument("--seed", type=int, help="seed of noise and random classes (default: run.seed)")
+    parser.add_argument("--splits", type=int, help="of the Inception Score (default: one per 5,000 images)")
+    parser.add_argument("--save-reference", help="also write the reference's statistics here (npz), to skip measuring it again")
+    parser.add_argument("--no-samples", action="store_true", help="do not write samples.npz (10 GB for 50,000 of 256 x 256)")
+    parser.add_argument("--out", default="evaluation", help="folder: card.json, card.md, samples.npz")
+    parser.add_argument("overrides", nargs="*", metavar="sample.field=value")
+    return parser
