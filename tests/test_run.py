@@ -1,0 +1,244 @@
+"""Training through run.py: what a run leaves behind, resuming, stopping, precision, and the four families."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from diffmoe.config import load_config
+from diffmoe.deepspeed_json import read_deepspeed
+from diffmoe.layout import resolve_layout
+from diffmoe.parallel.spawn import Ranks
+from programs import REPOSITORY, losses, run_cases, run_program, start_launcher, start_program, tiny, tiny_config, trained
+
+KINDS = {"master", "ema", "exp_avg", "exp_avg_sq"}  # and buffers, where there are capacity predictors
+
+
+def tensors(step_folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint as ``kind/logical name``, whatever files they lie in."""
+    found = {}
+    for path in sorted(step_folder.glob("*.safetensors")):
+        kind = re.sub(r"-\d{3}$", "", path.stem)
+        with safe_open(path, "pt") as handle:
+            for name in handle.keys():
+                assert f"{kind}/{name}" not in found
+                found[f"{kind}/{name}"] = handle.get_tensor(name)
+    assert {name.split("/")[0] for name in found} - {"buffers"} == KINDS
+    return found
+
+
+def assert_same_tensors(here: Path, there: Path) -> None:
+    first, second = tensors(here), tensors(there)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
+
+
+def copy_run(to: Path, step: int) -> Path:
+    """A run folder as if the undisturbed run had been killed after ``step``."""
+    shutil.copytree(trained()[0] / "checkpoints" / f"step_{step:08d}", to / "checkpoints" / f"step_{step:08d}")
+    return to
+
+
+def train_here(arguments: list[str], world: int) -> None:
+    """What run.py does between joining and leaving, in a rank that lives on."""
+    from diffmoe.parallel.groups import build_groups
+    from diffmoe.training.loop import train
+
+    config = load_config(tiny_config_of(arguments), [a for a in arguments if "=" in a])
+    layout = resolve_layout(config, world)
+    json_of = arguments[arguments.index("--deepspeed_config") + 1] if "--deepspeed_config" in arguments else None
+    train(config, layout, read_deepspeed(json_of), build_groups(layout.ep, layout.pool_ranks), torch.device("cpu"))
+
+
+def tiny_config_of(arguments: list[str]) -> str:
+    return arguments[arguments.index("--config") + 1]
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    with Ranks(2, timeout=240.0) as ranks:
+        yield ranks
+
+
+# ------------------------------------------------------------------------------------------------ a whole run
+
+
+def test_a_run_leaves_everything_it_promises():
+    folder, results = trained()
+    assert [r.returncode for r in results] == [0, 0], results
+    assert results[1].stdout == "" and "Traceback" not in results[0].stderr + results[1].stderr
+    for name in ("config.yaml", "layout.json", "deepspeed.json", "metrics.jsonl", "expert_load.png", "loss.png",
+                 "samples_00000008.png"):
+        assert (folder / name).stat().st_size > 0, name
+    for picture in folder.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert steps(folder) == [4, 8]
+    assert not [path for path in (folder / "checkpoints").iterdir() if "partial" in path.name]
+
+
+def test_the_written_configuration_is_the_resolved_one():
+    folder, _ = trained()
+    written = load_config(folder / "config.yaml")
+    assert written == load_config(tiny_config(), [f"run.folder={folder}"])
+    layout = json.loads((folder / "layout.json").read_text())
+    assert layout == {"ranks": 2, "ep": 2, "batch": 16, "micro_batch": 8, "accumulation": 1, "pool": 16, "pool_ranks": 2}
+    assert json.loads((folder / "deepspeed.json").read_text()) == {"zero_optimization": {"stage": 1}}
+
+
+def test_metrics_say_what_happened():
+    folder, _ = trained()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    config = load_config(folder / "config.yaml")
+    assert [r["step"] for r in records] == list(range(1, 9))
+    assert [r["samples"] for r in records] == [16 * s for s in range(1, 9)]
+    assert [r["lr"] for r in records] == pytest.approx([config.train.lr_at(s) for s in range(8)])
+    for record in records:
+        assert all(record[key] >= 0 for key in ("loss", "grad_norm", "images_per_s", "mfu", "predictor_loss"))
+        assert record["load_min"] == pytest.approx(1) and record["load_max"] == pytest.approx(1), "balance is exact"
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+# --------------------------------------------------------------------------------------------------- resuming
+
+
+def test_stopped_by_a_signal_to_one_rank_the_same_command_goes_on_bit_for_bit(tmp_path):
+    """2k steps == k, SIGTERM, resume, k; half-written folders are ignored and only train.keep checkpoints stay."""
+    undisturbed, _ = trained()
+    folder = tmp_path / "run"
+    command = tiny(folder, "train.save_every=1", "train.keep=2")
+    with start_program(2, *command) as program:
+        program.wait_for("step 2/8")
+        program.signal(1, signal.SIGTERM)
+        results = program.wait()
+    assert [r.returncode for r in results] == [0, 0], results
+    stopped = int(re.search(r"stopped in order at step (\d+)", results[0].stdout)[1])
+    assert 2 <= stopped < 8
+    assert steps(folder) == [stopped - 1, stopped]
+    assert not list(folder.glob("samples_*")), "a stop's grace is for saving"
+    assert losses(folder).keys() == set(range(1, stopped + 1))
+    partial = folder / "checkpoints" / ".step_00000007.partial"
+    partial.mkdir(exist_ok=True)
+    (partial / "checkpoint.json").write_text('{"half": ')
+    (folder / "checkpoints" / "step_00000099").mkdir()  # no checkpoint.json: not complete
+
+    results = run_program(2, *command)
+    assert [r.returncode for r in results] == [0, 0], results
+    assert f"at step {stopped}" in results[0].stdout and f"step {stopped + 1}/8" in results[0].stdout
+    (folder / "checkpoints" / "step_00000099").rmdir()
+    assert steps(folder) == [7, 8]
+    assert not partial.exists(), "the save of step 7 wrote over it"
+    assert losses(folder) == losses(undisturbed)
+    assert_same_tensors(undisturbed / "checkpoints/step_00000008", folder / "checkpoints/step_00000008")
+
+
+def test_ctrl_c_under_the_deepspeed_command_leaves_a_checkpoint(tmp_path):
+    """The launcher answers Ctrl-C itself: it ends its ranks, which must have saved by then."""
+    arguments = tiny(tmp_path, "train.steps=100000", "train.log_every=5", "train.save_every=0")
+    with start_launcher("deepspeed", *arguments) as program:
+        program.wait_for("step 5/")
+        program.interrupt()
+        program.wait_for("stopped in order at step", even_after_the_end=True)
+    assert len(steps(tmp_path)) == 1
+
+
+def test_a_finished_run_does_nothing_and_a_folder_of_another_run_is_refused(tmp_path):
+    folder = copy_run(tmp_path / "run", 8)
+    before = tensors(folder / "checkpoints/step_00000008")
+    other = ["model.width=64", "run.seed=5", "train.batch=32", "moe.pool=8"]
+    finished, *refused = run_cases(2, [tiny(folder), *(tiny(folder, change) for change in other)])
+    assert [r.returncode for r in finished] == [0, 0], finished
+    assert "resumed from" in finished[0].stdout and "saved" not in finished[0].stdout
+    assert steps(folder) == [8] and tensors(folder / "checkpoints/step_00000008").keys() == before.keys()
+    for change, results, text in zip(other, refused, (
+            "model.width: 32 there, 64 here", "run.seed: 0 there, 5 here", "train.batch: 16 there, 32 here",
+            "moe.pool (samples): 16 there, 8 here"), strict=True):
+        assert [r.returncode for r in results] == [2, 2], results
+        assert f"belongs to another run ({text}); choose another run.folder" in results[0].stderr
+        assert (results[0].stderr + results[1].stderr).count("\n") == 1
+    written = load_config(folder / "config.yaml")
+    assert written.model.width == 32 and written.run.seed == 0, "a refused run must not overwrite the folder's config"
+
+
+@pytest.mark.parametrize(("world", "json_text", "overrides"), [
+    (1, '{"zero_optimization": {"stage": 0}}', ["parallel.ep=1"]),
+    (4, '{"zero_optimization": {"stage": 3}}', ["parallel.ep=2", "parallel.recompute=selective", "train.sample_every=3"]),
+])
+def test_another_layout_goes_on_with_the_same_losses(tmp_path, world, json_text, overrides):
+    (tmp_path / "ds.json").write_text(json_text)
+    folder = copy_run(tmp_path / "run", 4)
+    results = run_program(world, *tiny(folder, "--deepspeed_config", str(tmp_path / "ds.json"), *overrides))
+    assert [r.returncode for r in results] == [0] * world, results
+    expected, found = losses(trained()[0]), losses(folder)
+    assert found.keys() == {5, 6, 7, 8}
+    assert (folder / "samples_00000006.png").exists() == (world == 4), "EMA weights come and go in the middle of training"
+    assert [found[s] for s in found] == pytest.approx([expected[s] for s in found], rel=1e-5)
+    there, here = (tensors(path / "checkpoints/step_00000008") for path in (trained()[0], folder))
+    assert there.keys() == here.keys()
+    for name in (n for n in there if n.startswith(("master/", "ema/"))):
+        # Adam divides by the root of tiny second moments: an element may move by a part of lr for rounding.
+        torch.testing.assert_close(here[name], there[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ---------------------------------------------------------------------------------------- precision, families
+
+
+@pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16", "zero3_bf16"])
+def test_bf16_trains_near_fp32_and_keeps_fp32_masters(two_ranks, tmp_path, name):
+    arguments = tiny(tmp_path, "--deepspeed_config", str(REPOSITORY / f"ds_configs/{name}.json"))
+    two_ranks.run(train_here, arguments, 2)
+    expected, found = losses(trained()[0]), losses(tmp_path)
+    assert [found[s] for s in expected] == pytest.approx([expected[s] for s in expected], rel=0.03)
+    assert found != expected, "this did not run in bf16"
+    state = tensors(tmp_path / "checkpoints/step_00000008")
+    assert {t.dtype for n, t in state.items() if not n.endswith("observations")} == {torch.float32}
+    masters = [t for n, t in state.items() if n.startswith("master/")]
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in masters), "masters were rounded to bf16"
+
+
+@pytest.mark.parametrize(("family", "ep", "pool"), [("dense", 1, 16), ("tc", 2, 16), ("ec", 2, 1), ("diffmoe", 2, 8)])
+def test_every_family_trains_and_resumes(two_ranks, tmp_path, family, ep, pool):
+    more = [f"model.family={family}", f"parallel.ep={ep}", f"moe.pool={pool}", "train.schedule=constant",
+            "train.save_every=2"]
+    two_ranks.run(train_here, tiny(tmp_path / "a", *more, "train.steps=3"), 2)
+    found = losses(tmp_path / "a")
+    assert found.keys() == {1, 2, 3} and all(0 < loss < 10 for loss in found.values())
+    assert (tmp_path / "a/expert_load.png").exists() == (family != "dense")
+    shutil.copytree(tmp_path / "a/checkpoints/step_00000002", tmp_path / "b/checkpoints/step_00000002")
+    two_ranks.run(train_here, tiny(tmp_path / "b", *more, "train.steps=3"), 2)
+    assert_same_tensors(tmp_path / "a/checkpoints/step_00000003", tmp_path / "b/checkpoints/step_00000003")
+
+
+def complaint(arguments: list[str], world: int) -> tuple[str, str]:
+    """The error that ends training on this rank, which lives on."""
+    try:
+        train_here(arguments, world)
+    except ValueError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(two_ranks, tmp_path):
+    arguments = tiny(tmp_path, "train.lr=1e30", "train.clip=0", "train.warmup=0", "train.save_every=3")
+    first, second = two_ranks.run(complaint, arguments, 2)
+    assert first == second and first[0] == "AgreedError"
+    assert re.fullmatch(r"loss is \S+ and gradient norm \S+ at step \d; the last checkpoint is untouched", first[1])
+    assert steps(tmp_path) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_every_rank_and_leaves_the_earlier_one(two_ranks, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/.step_00000002.partial").write_text("in the way")
+    first, second = two_ranks.run(complaint, tiny(tmp_path, "train.save_every=1"), 2)
+    assert first == second and first[0] == "AgreedError"
+    assert first[1].startswith("rank 0: ") and ".step_00000002.partial" in first[1]
+    assert steps(tmp_path) == [1]
