@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffmoe.config import Config, config_from_tree, config_to_tree
 from diffmoe.layout import Layout
-from diffmoe.models.dit import DiT, LogicalTensor
+from diffmoe.models.dit import LogicalTensor
 from diffmoe.models.interchange import load_buffers
 from diffmoe.parallel.collectives import raise_together
 from diffmoe.parallel.groups import ParallelGroups
@@ -31,6 +31,7 @@ from diffmoe.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine
 
 EMA = "ema"
 FORMAT = 1
+_PART_BYTES = 2**31
 _FOLDER = re.compile(r"step_(\d{8})")
 
 
@@ -53,7 +54,8 @@ def save(folder: Path, step: int, engine: Engine, ema: Ema, config: Config, layo
         _save_kind(partial, kind, shards, engine, groups)
     if groups.rank == 0:
         try:
-            _save_rest(partial, step, engine.model, config, layout)
+            buffers = {name: value.cpu() for name, value in engine.model.named_buffers() if ".thresholds." in name}
+            _save_rest(partial, step, buffers, config, layout)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _sync(folder)
@@ -63,6 +65,58 @@ def save(folder: Path, step: int, engine: Engine, ema: Ema, config: Config, layo
             problem = error
     raise_together(problem, groups.world)
     return final
+
+
+def save_start(folder: Path, config: Config, layout: Layout, kinds: Mapping[str, Iterable[tuple[str, Tensor]]],
+               buffers: Mapping[str, Tensor]) -> Path:
+    """Writes weights from elsewhere as the state before step 0; one process, a part of a kind in memory at a time.
+
+    ``kinds``: (logical name, fp32 tensor) pairs of ``master`` and ``ema``; other kinds are kept with the checkpoint and not
+    restored.  Adam's moments are not stored: before the first step they are zero.  Raises ValueError when ``folder``
+    already has a checkpoint."""
+    there = complete_folders(folder)
+    if there:
+        raise ValueError(f"{folder} already has {there[-1].name}; choose another run.folder")
+    final = folder / "step_00000000"
+    partial = folder / f".{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for kind, tensors in kinds.items():
+            save_parts(partial, kind, tensors, _PART_BYTES)
+        _save_rest(partial, 0, buffers, config, layout)
+        partial.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{final} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def save_parts(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], limit: int) -> dict[str, Path]:
+    """Writes ``stem-000.safetensors``, …, of at most ``limit`` bytes each unless one tensor alone has more.
+
+    Returns the file of every tensor.  One part is in memory at a time."""
+    where: dict[str, Path] = {}
+    part: dict[str, Tensor] = {}
+    filled = number = 0
+
+    def close() -> None:
+        path = folder / f"{stem}-{number:03d}.safetensors"
+        save_file(part, path)
+        _sync(path)
+        where.update(dict.fromkeys(part, path))
+
+    for name, value in tensors:
+        if part and filled + value.nbytes > limit:
+            close()
+            part, filled, number = {}, 0, number + 1
+        part[name] = value.detach().clone(memory_format=torch.contiguous_format)  # never a view of something larger
+        filled += value.nbytes
+    if part:
+        close()
+    return where
 
 
 def complete_folders(folder: Path) -> list[Path]:
@@ -78,6 +132,9 @@ def restore(path: Path, engine: Engine, ema: Ema, groups: ParallelGroups) -> int
     try:
         checkpoint = Checkpoint(path)
         tensors = {kind: checkpoint.tensors(kind) for kind in (*kinds, "buffers")}
+        for kind in (FIRST_MOMENT, SECOND_MOMENT):
+            if checkpoint.step == 0 and not tensors[kind]:
+                del kinds[kind]  # weights from elsewhere, see save_start: the engine's moments are zero already
         for kind in kinds:
             _check_names(engine.tensors, tensors[kind], kind, path)
     except (ValueError, OSError) as error:
@@ -201,9 +258,8 @@ def _save_kind(partial: Path, kind: str, shards: list[Tensor], engine: Engine, g
     raise_together(problem, groups.world)
 
 
-def _save_rest(partial: Path, step: int, model: DiT, config: Config, layout: Layout) -> None:
-    buffers = {name: value.cpu().clone() for name, value in model.named_buffers() if ".thresholds." in name}
-    save_file(buffers, partial / "buffers.safetensors")
+def _save_rest(partial: Path, step: int, buffers: Mapping[str, Tensor], config: Config, layout: Layout) -> None:
+    save_file({name: value.clone() for name, value in buffers.items()}, partial / "buffers.safetensors")
     _sync(partial / "buffers.safetensors")
     files = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
     meta = {"format": FORMAT, "step": step, "samples": step * layout.batch, "pool": layout.pool, "ranks": layout.ranks,

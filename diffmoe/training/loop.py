@@ -72,7 +72,8 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
                 record, load = meter.collect(run.done)
                 if writer:
                     writer.record(record)
-                    writer.load_picture(load, run.done)
+                    if _due(run.done, 10 * config.train.log_every, last):  # drawing takes a while
+                        writer.load_picture(load, run.done)
             if _due(run.done, config.train.save_every, last):
                 saved = _save(run)
             if _due(run.done, config.train.sample_every, finished):  # not at a stop, whose grace is for saving
