@@ -1,16 +1,26 @@
 #!/usr/bin/env python
-"""The one program: ``run.py [train | sample | verify] --config C.yaml --deepspeed_config D.json section.field=value …``
+"""The one program: ``run.py [VERB] --config C.yaml --deepspeed_config D.json section.field=value …``, verb train if none is named.
 
 The same file under ``deepspeed``, ``torchrun``, ``srun`` or plain ``python`` (one rank).
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Callable
 
 from launcher.environment import RankEnvironment, detect, export
 
-VERBS = ("train", "sample", "verify")
+VERBS = {
+    "train": "train a model, or go on with it (the default)",
+    "sample": "images from a checkpoint",
+    "evaluate": "FID, sFID, Inception Score, precision and recall of a checkpoint, with a card",
+    "encode": "pictures -> VAE moments (or pixels) in shards",
+    "import": "research weights -> a checkpoint; dense weights -> a mixture",
+    "export": "a checkpoint -> research weights or a Hugging Face folder",
+    "verify": "the parity table: EP x ZeRO x recompute x accumulation x pool against one process",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -19,19 +29,42 @@ def main(arguments: list[str]) -> int:
     try:
         environment = detect()
         export(environment)
+        if arguments[:1] in (["-h"], ["--help"]):
+            print(__doc__ + "\nverbs (run.py VERB --help says more):\n"
+                  + "\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items()))
+            return 0
         verb, rest = _verb(arguments)
-        if verb == "verify":
-            from diffmoe import verify
-
-            return verify.main(rest)
-        from diffmoe import commands
-
-        return commands.run(verb, rest, environment)
+        return _main_of(verb)(rest, environment)
     except ValueError as error:
+        if os.environ.get("DIFFMOE_TRACEBACK"):
+            raise
         _complain(error, environment)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _main_of(verb: str) -> Callable[[list[str], RankEnvironment], int]:
+    """A verb's function; its module is imported only now, since several bring torch."""
+    if verb in ("train", "sample"):
+        from diffmoe import commands
+
+        return {"train": commands.train, "sample": commands.sample}[verb]
+    if verb in ("import", "export"):
+        from diffmoe import exchange
+
+        return {"import": exchange.import_main, "export": exchange.export_main}[verb]
+    if verb == "evaluate":
+        from diffmoe.evaluation import evaluate
+
+        return evaluate.main
+    if verb == "encode":
+        from diffmoe.data import encode
+
+        return encode.main
+    from diffmoe import verify
+
+    return lambda rest, _environment: verify.main(rest)
 
 
 def _verb(arguments: list[str]) -> tuple[str, list[str]]:

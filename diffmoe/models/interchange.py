@@ -145,7 +145,8 @@ def _why_refused(path: Path, error: Exception) -> str:
     if named:
         return f"it is a pickle with code and not only tensors: {named[1]}"
     # torch's advice to load it without safety stays out.
-    return f"it is no whole file of tensors ({' '.join(str(error).split('WeightsUnpickler error:')[-1].split())[:150]})"
+    words = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:150]
+    return f"it is no whole file of tensors ({type(error).__name__}{words and ': '}{words})"
 
 
 def check_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig, source: str) -> None:

@@ -181,7 +181,12 @@ class Checkpoint:
     def tensors(self, kind: str) -> Mapping[str, Tensor]:
         """Tensors of ``master``, ``ema``, ``exp_avg``, ``exp_avg_sq`` or ``buffers`` by logical name."""
         names = [n for n in self.meta["files"] if n == f"{kind}.safetensors" or n.startswith(f"{kind}-")]
-        return _Tensors([self.path / Path(n).name for n in names])
+        return open_tensors([self.path / Path(n).name for n in names])
+
+
+def open_tensors(paths: list[Path]) -> Mapping[str, Tensor]:
+    """The tensors of safetensors files by name, read when asked for.  ValueError for a damaged file or a doubled name."""
+    return _Tensors(paths)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

@@ -1,0 +1,227 @@
+"""The verbs import and export: weights from and to the published research code's files, and to Hugging Face folders.
+
+torch comes in once the command line and configuration are known to be good.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import ChainMap
+from pathlib import Path
+from typing import TYPE_CHECKING, Iterator, Mapping
+
+from diffmoe.commands import _Parser
+from diffmoe.config import Config, load_config
+from diffmoe.layout import Layout, resolve_layout
+from launcher.environment import RankEnvironment
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffmoe.models.upcycling import Receipt
+    from diffmoe.training.checkpoint import Checkpoint
+
+# What a checkpoint holds beside its weights so that an export gives the imported file back bit for bit.
+RESEARCH = "research"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def import_main(arguments: list[str], environment: RankEnvironment) -> int:
+    """``run.py import``: writes the checkpoint that a run starts from.  ValueError for bad input."""
+    parser = _Parser(prog="import", description="Weights of the research code, as the checkpoint that run.folder starts from "
+                                                "(sample, train and evaluate read it).")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--research", metavar="FILE", help="research checkpoint (.pt) of the model that --config names")
+    source.add_argument("--dense", metavar="FILE", help="research checkpoint of a dense DiT or SiT: every expert of the mixture "
+                                                        "that --config names starts as a copy of the dense MLP")
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("--ranks", type=int, help="ranks that moe.pool is resolved for, where it is a word (default: "
+                                                  "parallel.ep)")
+    parser.add_argument("--weights", choices=("ema", "model"), help="with --dense: which of the file's two (default: ema)")
+    parser.add_argument("--scale-experts", action="store_true", help="with --dense: multiply the experts' second linear so that "
+                                                                     "a token's gates sum to 1 on average")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_intermixed_args(arguments)
+    _one_process("import", environment)
+    if options.research and (options.weights or options.scale_experts):
+        raise ValueError("--weights and --scale-experts go with --dense")
+    if options.ranks is not None and options.ranks < 1:
+        raise ValueError(f"--ranks ({options.ranks}) must be at least 1")
+    config = load_config(options.config, options.overrides)
+    layout = resolve_layout(config, options.ranks or config.parallel.ep)
+    path = Path(options.research or options.dense)
+    if not path.is_file():
+        raise ValueError(f"research checkpoint {path} does not exist")
+    if options.research:
+        written = import_research(path, config, layout)
+    else:
+        written = import_dense(path, config, layout, options.weights, options.scale_experts)
+    pool = "" if config.model.family == "dense" else f", pool {layout.pool} samples"
+    print(f"saved {written} (step 0{pool}); training with this configuration and run.folder starts from it", flush=True)
+    return 0
+
+
+def import_research(path: Path, config: Config, layout: Layout) -> Path:
+    """A research checkpoint of the model in ``config`` becomes ``run.folder``'s checkpoint of step 0.  Returns its folder.
+
+    Raises ValueError when the file is not whole, holds code, or does not fit the configuration tensor by tensor."""
+    from diffmoe.models.interchange import check_research, from_research, kept_as_they_were, observed_buffers, read_research
+    from diffmoe.training.checkpoint import EMA, save_start
+    from diffmoe.training.engine import MASTER
+
+    model, moe = config.model, config.moe
+    states = read_research(path)
+    for which, state in states.items():
+        check_research(state, model, moe, f"{path} ({which})")
+    _say_what_is_there(path, states)
+    states = {which: states.get(which) or next(iter(states.values())) for which in ("model", "ema")}
+    buffers = observed_buffers(states["model"], model, moe)
+
+    def weights(which: str) -> Iterator[tuple[str, Tensor]]:
+        for name, value in from_research(states[which]).items():
+            if name not in buffers:
+                yield name, value.float()
+
+    kinds = {MASTER: weights("model"), EMA: weights("ema"), RESEARCH: kept_as_they_were(states, buffers, model, moe)}
+    return save_start(_checkpoints(config), config, layout, kinds, buffers)
+
+
+def _say_what_is_there(path: Path, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    count = len(next(iter(states.values())))
+    print(f"read {path}: {' and '.join(states)}, {count} tensors each" if len(states) == 2 else
+          f"read {path}: only {next(iter(states))}, {count} tensors; weights and EMA both start from it", flush=True)
+
+
+def import_dense(path: Path, config: Config, layout: Layout, weights: str | None, scale: bool) -> Path:
+    """A dense research checkpoint starts the mixture of ``config``: writes ``run.folder``'s checkpoint of step 0 and
+    prints how far the function moved.  ``weights``: ``ema`` or ``model`` (None: ema where there is one)."""
+    from diffmoe.models.interchange import fresh_buffers, read_research
+    from diffmoe.models.dit import logical_tensors
+    from diffmoe.models.upcycling import balancing_factor, check_upcycling, copy_experts, load_dense, measure, upcycle
+    from diffmoe.training.checkpoint import EMA, save_start
+    from diffmoe.training.engine import MASTER
+
+    check_upcycling(config)
+    states = read_research(path)
+    which = weights or ("ema" if "ema" in states else "model")
+    if which not in states:
+        raise ValueError(f"--weights ({which}) is not in {path}, which has only {', '.join(states)}")
+    dense = load_dense(states[which], config, f"{path} ({which})")
+    model = upcycle(dense, config, layout.pool)
+    blocks = len(list(model.moe_layers()))
+    print(f"read {path}: {which} of {', '.join(states)}; weights and EMA both start from it\n"
+          f"upcycled {blocks} blocks x {config.moe.experts} experts, each a copy of its block's dense MLP; router"
+          f"{' and capacity predictor' * (config.model.family == 'diffmoe')} new from run.seed {config.run.seed}", flush=True)
+    print(describe_receipt(measure(model, dense, config), scale), flush=True)
+    if scale:
+        copy_experts(model, dense, balancing_factor(config.moe, config.model.family))
+
+    def pieces() -> Iterator[tuple[str, Tensor]]:
+        for tensor in logical_tensors(model):
+            yield from tensor.pieces(tensor.parameter.data)
+
+    return save_start(_checkpoints(config), config, layout, {MASTER: pieces(), EMA: pieces()},
+                      fresh_buffers(config.model, config.moe))
+
+
+def describe_receipt(receipt: Receipt, scale: bool) -> str:
+    """The receipt as lines; ``scale``: which of the two starts is written."""
+    rows = [("plain copies", receipt.copied, "" if scale else "<- written"),
+            ("plain copies, gates renormalised", receipt.renormalised, "for comparison: training does not renormalise"),
+            (f"fc2 x {receipt.factor:g} (--scale-experts)", receipt.scaled, "<- written" if scale else "")]
+    if receipt.everywhere is not None:
+        rows.append(("plain copies, every expert takes every token", receipt.everywhere,
+                     "how training starts with moe.capacity_hold above 0"))
+    head = (f"how far the function moved at step 0: relative L2 of the outputs, {receipt.samples} random samples in pools of "
+            f"{receipt.pool}, capacity {receipt.capacity:g}, {receipt.untaken:.1%} of tokens in no expert")
+    return "\n".join([head, *(f"  {name:<46} {value:.6f}  {note}".rstrip() for name, value, note in rows)])
+
+
+def export_main(arguments: list[str], environment: RankEnvironment) -> int:
+    """``run.py export``: a checkpoint as a research file or a Hugging Face folder.  ValueError for bad input."""
+    parser = _Parser(prog="export", description="A checkpoint in other people's formats.")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
+    parser.add_argument("--format", required=True, choices=("research", "hf"), help="research: one .pt file with model and ema; "
+                                                                                    "hf: a Hugging Face folder")
+    parser.add_argument("--out", required=True, help="the file or folder to write; must not exist")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="with hf: which weights (default: ema)")
+    parser.add_argument("--shard-size", help="with hf: largest file, such as 5GB or 500MB (default: 5GB)")
+    parser.add_argument("--scores", nargs="+", default=[], metavar="CARD", help="with hf: card.json files of these weights")
+    options = parser.parse_args(arguments)
+    _one_process("export", environment)
+    if options.format == "research" and (options.weights or options.shard_size or options.scores):
+        raise ValueError("--weights, --shard-size and --scores go with --format hf")
+    limit = parse_size(options.shard_size or "5GB")
+    out = Path(options.out)
+    if out.exists():
+        raise ValueError(f"--out {out} already exists")
+    from diffmoe.training.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(Path(options.checkpoint))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if options.format == "research":
+            tensors = export_research(checkpoint, out)
+            print(f"saved {out}: model and ema of step {checkpoint.step}, {tensors} tensors each", flush=True)
+        else:
+            from diffmoe.huggingface import write_folder
+
+            files = write_folder(checkpoint, out, options.weights or "ema", limit, [Path(card) for card in options.scores])
+            print(f"saved {out}: {options.weights or 'ema'} weights of step {checkpoint.step} in {files} "
+                  f"file{'s' * (files > 1)}", flush=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error}") from error
+    return 0
+
+
+def export_research(checkpoint: Checkpoint, out: Path) -> int:
+    """Writes ``{"model": …, "ema": …}`` with the research code's names.  Returns the number of tensors of each.
+
+    A checkpoint that :func:`import_research` wrote gives the imported tensors back bit for bit."""
+    import torch
+
+    from diffmoe.data.tar import replacing
+    from diffmoe.models.interchange import to_research
+    from diffmoe.training.checkpoint import EMA
+    from diffmoe.training.engine import MASTER
+
+    config = checkpoint.config()
+    kept = checkpoint.tensors(RESEARCH)
+    states = {}
+    for which, kind in (("model", MASTER), ("ema", EMA)):
+        tensors = whole_model(checkpoint, kind)
+        states[which] = {name: kept[f"{which}/{name}"] if f"{which}/{name}" in kept else value
+                         for name, value in to_research(tensors, config.model, config.moe)}
+    with replacing(out) as stream:
+        torch.save(states, stream)
+    return len(states["model"])
+
+
+def whole_model(checkpoint: Checkpoint, kind: str) -> Mapping[str, Tensor]:
+    """Weights of a kind and the thresholds by logical name, unread.  Raises ValueError when the checkpoint lacks any."""
+    from diffmoe.models.interchange import logical_template
+
+    config = checkpoint.config()
+    tensors: Mapping[str, Tensor] = ChainMap(checkpoint.tensors(kind), checkpoint.tensors("buffers"))
+    missing = [name for name in logical_template(config.model, config.moe) if name not in tensors]
+    if missing:
+        raise ValueError(f"{checkpoint.path} lacks {kind} of {', '.join(missing[:3])} ({len(missing)} missing)")
+    return tensors
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a text such as 5GB, 500MB or 1000000."""
+    parts = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMG]B)?", text.upper())
+    size = int(float(parts[1]) * _UNITS[parts[2] or ""]) if parts else 0
+    if size < 1:
+        raise ValueError(f"--shard-size {text!r} must be a size such as 5GB, 500MB or 1000000 (bytes)")
+    return size
+
+
+def _checkpoints(config: Config) -> Path:
+    return Path(config.run.folder) / "checkpoints"
+
+
+def _one_process(verb: str, environment: RankEnvironment) -> None:
+    if environment.world != 1:
+        raise ValueError(f"{verb} runs in one process; WORLD_SIZE is {environment.world}")
