@@ -23,20 +23,16 @@ if TYPE_CHECKING:
     import torch
 
 
-def run(verb: str, arguments: list[str], environment: RankEnvironment) -> int:
-    """Runs ``train`` or ``sample``.  ValueError for bad input."""
-    return {"train": _train, "sample": _sample}[verb](arguments, environment)
-
-
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse whose complaint is a ValueError: one line, on one rank."""
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message} (see run.py {self.prog} --help)")
 
 
-def _train(arguments: list[str], environment: RankEnvironment) -> int:
-    parser = _Parser(prog="train", description="Train a model; resumes from the newest checkpoint in run.folder.")
+def train(arguments: list[str], environment: RankEnvironment) -> int:
+    """The verb ``train``; returns the exit code.  ValueError for bad input."""
+    parser = Parser(prog="train", description="Train a model; resumes from the newest checkpoint in run.folder.")
     parser.add_argument("--config", help="YAML file, see configs/")
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
     parser.add_argument("--dry-run", action="store_true", help="print everything that would be run, and exit")
@@ -56,15 +52,15 @@ def _train(arguments: list[str], environment: RankEnvironment) -> int:
     if options.dry_run:
         return 0
     from diffmoe.parallel.groups import build_groups
-    from diffmoe.training.loop import train
+    from diffmoe.training import loop
 
-    device = _join(environment)
-    train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks), device)
-    _leave()
+    device = join(environment)
+    loop.train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks), device)
+    leave()
     return 0
 
 
-def _join(environment: RankEnvironment) -> torch.device:
+def join(environment: RankEnvironment) -> torch.device:
     import torch
     import torch.distributed as dist
 
@@ -80,7 +76,7 @@ def _join(environment: RankEnvironment) -> torch.device:
     return device
 
 
-def _leave() -> None:
+def leave() -> None:
     import torch.distributed as dist
 
     dist.barrier()  # a rank that leaves early makes the others abort
@@ -109,8 +105,9 @@ def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: boo
     return "\n".join(lines)
 
 
-def _sample(arguments: list[str], environment: RankEnvironment) -> int:
-    parser = _Parser(prog="sample", description="Images from a checkpoint: a PNG grid and an npz (images, labels).")
+def sample(arguments: list[str], environment: RankEnvironment) -> int:
+    """The verb ``sample``; returns the exit code.  ValueError for bad input."""
+    parser = Parser(prog="sample", description="Images from a checkpoint: a PNG grid and an npz (images, labels).")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
     parser.add_argument("--classes", default="all", help="'all', or numbers and ranges: 0,3,7-9")
     parser.add_argument("--count", type=int, help="images in all, classes in turn (default: ten of each class)")
@@ -131,13 +128,13 @@ def _sample(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.training.checkpoint import EMA, MASTER, Checkpoint
 
     checkpoint = Checkpoint(Path(options.checkpoint))
-    config = _sampling_config(checkpoint.config(), options)
+    config = sampling_config(checkpoint.config(), options)
     classes = _parse_classes(options.classes, config.model.classes)
     total = options.count if options.count is not None else 10 * len(classes)
     if total < 1:
         raise ValueError(f"--count ({total}) must be at least 1")
     labels = [classes[i % len(classes)] for i in range(total)]
-    device = _join(environment)
+    device = join(environment)
     groups = build_groups(1, 1)  # every rank holds the whole model
     model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
     out = Path(options.out.removesuffix(".npz").removesuffix(".png"))
@@ -159,11 +156,11 @@ def _sample(arguments: list[str], environment: RankEnvironment) -> int:
         print(f"step {checkpoint.step}, {options.weights} weights, {config.sample.sampler} {config.sample.steps} steps, "
               f"cfg {config.sample.cfg}, {config.sample.routing} routing: {total} images in {npz}, "
               f"{len(shown)} of them in {png}", flush=True)
-    _leave()
+    leave()
     return 0
 
 
-def _sampling_config(config: Config, options: argparse.Namespace) -> Config:
+def sampling_config(config: Config, options: argparse.Namespace) -> Config:
     """The run's configuration with what the command line says; only the ``sample`` section may be overridden."""
     strangers = [text for text in options.overrides if not text.startswith("sample.")]
     if strangers:

@@ -10,7 +10,7 @@ from collections import ChainMap
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, Mapping
 
-from diffmoe.commands import _Parser
+from diffmoe.commands import Parser
 from diffmoe.config import Config, load_config
 from diffmoe.layout import Layout, resolve_layout
 from launcher.environment import RankEnvironment

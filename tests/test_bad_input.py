@@ -22,7 +22,7 @@ def assert_one_line(results: list[Result], *texts: str) -> None:
 # ------------------------------------------------------------ what the command line and the configuration show
 
 BEFORE_JOINING = {
-    "verb": (["trian"], "verb 'trian' must be one of train, sample, verify"),
+    "verb": (["trian"], "verb 'trian' must be one of train, sample, evaluate, encode, import, export, verify"),
     "no config": (["train.steps=3"], "train needs --config"),
     "unknown option": (["--tpyo", "--config", "TINY"], "unrecognized arguments: --tpyo (see run.py train --help)"),
     "ranks without dry run": (["--config", "TINY", "--ranks", "3"], "--ranks (3) goes with --dry-run"),

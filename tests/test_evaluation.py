@@ -623,8 +623,8 @@ def test_the_verb_scores_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
     (folder / "checkpoint.json").write_text(json.dumps(
         {"format": 1, "step": 8, "samples": 128, "pool": 16, "ranks": 1, "config": config_to_tree(config), "files": files}))
     write_digits(tmp_path / "digits")
-    monkeypatch.setattr("diffmoe.commands._join", lambda environment: CPU)
-    monkeypatch.setattr("diffmoe.commands._leave", lambda: None)
+    monkeypatch.setattr("diffmoe.commands.join", lambda environment: CPU)
+    monkeypatch.setattr("diffmoe.commands.leave", lambda: None)
     monkeypatch.setattr(evaluation, "build_groups", lambda ep, pool_ranks: single_process())
     from launcher.environment import detect
 

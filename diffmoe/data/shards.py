@@ -52,6 +52,30 @@ class ShardMeta:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """How `run.py encode` made a data set: all that decides its bytes, then what came of it.
+
+    `vae` "" means pixels. `images` counts the source's pictures, the unusable ones in `skipped` (by address) included.
+    `channel_mean` and `channel_std` are those of latents sampled from the stored moments (of both mirror images), before
+    shift and scale; for pixels, of the stored values.
+    """
+
+    source_sha256: str
+    images: int
+    image_size: int
+    image_channels: int
+    vae: str
+    vae_sha256: str
+    precision: str
+    batch: int
+    samples_per_shard: int
+    class_names: tuple[str, ...] = ()
+    channel_mean: tuple[float, ...] = ()
+    channel_std: tuple[float, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ShardFile:
     """One tar: its name in the folder, samples, bytes and SHA-256."""
 
@@ -72,6 +96,7 @@ class ShardIndex:
     flips: bool
     count: int
     shards: tuple[ShardFile, ...]
+    encoding: Encoding | None = None
 
     @property
     def x_shape(self) -> tuple[int, int, int]:
@@ -137,11 +162,18 @@ def write_shards(
         flush()
     index = ShardIndex(folder, meta, first[1].shape, first[1].dtype.name, len(first) == 4,
                        sum(shard.count for shard in shards), tuple(shards))
+    write_index(index)
+    return index
+
+
+def write_index(index: ShardIndex) -> None:
+    """Write `index.json`, which makes the data set in `index.folder` a finished one; atomic, equal indexes equal bytes."""
     record = {"format": FORMAT_VERSION, **asdict(index)}
     del record["folder"]
-    with replacing(folder / INDEX_NAME) as stream:
+    if index.encoding is None:
+        del record["encoding"]
+    with replacing(index.folder / INDEX_NAME) as stream:
         stream.write(json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
-    return index
 
 
 def _checked_members(sample: tuple, first: tuple, meta: ShardMeta) -> dict[str, object]:
@@ -186,7 +218,7 @@ def load_index(path: str | Path) -> ShardIndex:
             raise ValueError(f"format ({record['format']}) is not the one this program reads ({FORMAT_VERSION})")
         shards = tuple(ShardFile(**shard) for shard in record["shards"])
         index = ShardIndex(folder, ShardMeta(**record["meta"]), tuple(record["shape"]), record["dtype"],
-                           record["flips"], record["count"], shards)
+                           record["flips"], record["count"], shards, load_encoding(record.get("encoding")))
         np.dtype(index.dtype)
         if len(index.shape) != 3:
             raise ValueError(f"shape ({index.shape}) must have three numbers, channels first")
@@ -198,6 +230,13 @@ def load_index(path: str | Path) -> ShardIndex:
     for shard in shards:
         _check_shard_file(folder, shard)
     return index
+
+
+def load_encoding(record: dict | None) -> Encoding | None:
+    """An `Encoding` from its JSON form (None stays None). TypeError where fields are missing or unknown."""
+    if record is None:
+        return None
+    return Encoding(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
 def _check_shard_file(folder: Path, shard: ShardFile) -> None:

@@ -328,11 +328,11 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe import commands
     from diffmoe.training.checkpoint import EMA, MASTER, Checkpoint  # brings DeepSpeed, which scores do not need
 
-    options = _described(commands._Parser(prog="evaluate", description=_DESCRIPTION)).parse_intermixed_args(arguments)
+    options = _described(commands.Parser(prog="evaluate", description=_DESCRIPTION)).parse_intermixed_args(arguments)
     checkpoint = Checkpoint(Path(options.checkpoint))
-    config = commands._sampling_config(checkpoint.config(), options)
+    config = commands.sampling_config(checkpoint.config(), options)
     first = environment.rank == 0
-    device = commands._join(environment)
+    device = commands.join(environment)
     world = build_groups(1, 1).world  # every rank holds the whole model
     model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
     decoder = None
@@ -356,7 +356,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
                     keep_samples=not options.no_samples, progress=first)
     if card is not None:
         print(card.to_markdown() + f"\nwritten to {options.out}", flush=True)
-    commands._leave()
+    commands.leave()
     return 0
 
 
