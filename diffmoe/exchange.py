@@ -28,7 +28,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def import_main(arguments: list[str], environment: RankEnvironment) -> int:
     """``run.py import``: writes the checkpoint that a run starts from.  ValueError for bad input."""
-    parser = _Parser(prog="import", description="Weights of the research code, as the checkpoint that run.folder starts from "
+    parser = Parser(prog="import", description="Weights of the research code, as the checkpoint that run.folder starts from "
                                                 "(sample, train and evaluate read it).")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--research", metavar="FILE", help="research checkpoint (.pt) of the model that --config names")
@@ -139,7 +139,7 @@ def describe_receipt(receipt: Receipt, scale: bool) -> str:
 
 def export_main(arguments: list[str], environment: RankEnvironment) -> int:
     """``run.py export``: a checkpoint as a research file or a Hugging Face folder.  ValueError for bad input."""
-    parser = _Parser(prog="export", description="A checkpoint in other people's formats.")
+    parser = Parser(prog="export", description="A checkpoint in other people's formats.")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
     parser.add_argument("--format", required=True, choices=("research", "hf"), help="research: one .pt file with model and ema; "
                                                                                     "hf: a Hugging Face folder")
