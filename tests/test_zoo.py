@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffmoe.commands import train
 from diffmoe.config import Config, ModelConfig, MoEConfig, ParallelConfig, load_config, read_yaml
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import resolve_layout
@@ -22,6 +23,7 @@ from diffmoe.models.dit import DiT
 from diffmoe.moe import experts
 from diffmoe.moe.experts import Experts
 from diffmoe.moe.routing import RoutingRule
+from launcher.environment import RankEnvironment
 
 ROOT = Path(__file__).parents[1]
 ZOO = sorted((ROOT / "configs").glob("*.yaml"))
@@ -167,6 +169,28 @@ def test_imagenet_configs_share_one_recipe(path: Path) -> None:
     family, pool = config.model.family, resolve_layout(config, 32).pool
     assert pool == {"dense": 1, "ec": 1}.get(family, 64)
     assert config.train.micro_batch is None
+
+
+@pytest.mark.parametrize("path", IMAGENET, ids=stem)
+def test_every_flow_config_has_its_ddpm_twin(path: Path) -> None:
+    twin = path.with_stem(path.stem.replace("_flow", "_ddpm"))
+    flow, ddpm = load_config(path), load_config(twin)
+    assert (ddpm.diffusion.process, ddpm.sample.sampler, ddpm.sample.steps) == ("ddpm", "ancestral", 250)
+    assert (ddpm.model, ddpm.moe, ddpm.train, ddpm.data, ddpm.parallel) == (
+        flow.model, flow.moe, flow.train, flow.data, flow.parallel)
+    assert ddpm.run.folder == f"runs/{twin.stem}"
+
+
+@pytest.mark.parametrize("process", ["flow", "ddpm"])
+@pytest.mark.parametrize("size, number, total, activated, gmacs", TABLE)
+def test_dry_run_prints_the_published_numbers(size, number, total, activated, gmacs, process, capsys) -> None:
+    name = f"diffmoe_{size}_e{number}" if number else f"dense_{size}"
+    environment = RankEnvironment(0, 1, 0, 1, "single")
+    assert train(["--config", str(ROOT / "configs" / f"{name}_{process}.yaml"), "--dry-run", "--ranks", "8"], environment) == 0
+    printed = re.search(r"([\d.]+) M parameters \(([\d.]+) M activated\), ([\d.]+) GMACs", capsys.readouterr().out)
+    assert like(total, float(printed[1])) == total
+    assert activated is None or like(activated, float(printed[2])) == activated
+    assert gmacs is None or printed[3] == gmacs
 
 
 def test_leaves_stay_short() -> None:
