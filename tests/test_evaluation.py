@@ -21,8 +21,9 @@ from diffmoe.data.digits import write_digits
 from diffmoe.evaluation import evaluate as evaluation
 from diffmoe.evaluation.card import Card, Scores, card_from_json, versions
 from diffmoe.evaluation.evaluate import SAMPLES_NAME, Subject, class_labels, evaluate, weights_digest
+from diffmoe.evaluation.decoding import Decoder
 from diffmoe.evaluation.features import (
-    Decoder, Extractor, Features, digits_extractor, load_decoder, load_extractor, to_uint8,
+    Extractor, Features, digits_extractor, load_extractor, to_uint8,
 )
 from diffmoe.evaluation.reference import (
     Gaussian, ImageSource, Reference, load_reference, measure_reference, open_images, save_reference,
@@ -244,12 +245,9 @@ def test_plain_torchscript_gives_pool_features_only(tmp_path: Path) -> None:
         def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
             return img.float().mean(dim=(2, 3))
 
-    torch.jit.trace(lambda z: 2 * z, torch.zeros(1, 4, 2, 2)).save(str(tmp_path / "decoder.pt"))
     torch.jit.script(Plain()).save(str(tmp_path / "plain.pt"))
     features = load_extractor(tmp_path / "plain.pt")(random_images(3))
     assert features.pool.shape == (3, 3) and features.spatial is None and features.probabilities is None
-    decoder = load_decoder(tmp_path / "decoder.pt", 0.5, CPU)
-    torch.testing.assert_close(decoder.function(torch.ones(1, 4, 2, 2)), torch.full((1, 4, 2, 2), 4.0))
 
 
 def test_extractor_checks_images_and_features() -> None:
@@ -578,11 +576,12 @@ def test_a_mistake_is_the_same_error_on_every_rank(tmp_path: Path, ranks) -> Non
 
 def test_latents_pass_the_decoder(tmp_path: Path) -> None:
     model, config = setting()
-    decoder = Decoder("upsample", "abc", 0.5, lambda z: (z / 0.5).tanh().repeat_interleave(2, 2).repeat_interleave(2, 3))
+    decoder = Decoder("upsample", "abc", 0.5, 0.1, lambda z: to_uint8(
+        (z / 0.5 + 0.1).tanh().repeat_interleave(2, 2).repeat_interleave(2, 3)))
     reference = Reference("x", "", None, Gaussian(np.zeros(4), np.eye(4)))
     arguments = (Subject("c", 1, "raw"), 20, "balanced", reference, tiny_extractor())
     card = evaluate(model, config, *arguments, tmp_path / "decoded", ALONE, CPU, decoder=decoder)
-    assert (card.vae, card.vae_sha256, card.latent_scale) == ("upsample", "abc", 0.5)
+    assert (card.vae, card.vae_sha256, card.latent_scale, card.latent_shift) == ("upsample", "abc", 0.5, 0.1)
     assert np.load(tmp_path / "decoded" / SAMPLES_NAME)["arr_0"].shape == (20, 16, 16, 3)
     assert card.scores.sfid is None and card.scores.precision is None and card.reference_count is None
     assert "| sFID ↓ | not measured |" in (tmp_path / "decoded" / "card.md").read_text()

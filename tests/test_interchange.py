@@ -436,7 +436,7 @@ def card(checkpoint, **changes):
     fields = dict(
         scores=Scores(fid=12.345678, inception_score=80.0, inception_score_std=1.0), checkpoint="x", weights="ema", step=0,
         weights_sha256=weights_digest(model), family=config.model.family, process="flow", vae=None, vae_sha256=None,
-        latent_scale=None, cfg=1.5, sampler="euler", steps=250, sampling={}, routing="token", capacity=None, gamma=0.4, batch=64,
+        latent_scale=None, latent_shift=None, cfg=1.5, sampler="euler", steps=250, sampling={}, routing="token", capacity=None, gamma=0.4, batch=64,
         seed=0, labels="balanced", count=50000, splits=10, reference="ref.npz", reference_sha256="ab" * 32,
         reference_count=None, extractor="inception", extractor_sha256="cd" * 32, ranks=1, hardware="CPU", versions={},
         time="now", seconds=1.0)

@@ -15,17 +15,19 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from diffmoe.data.order import SampleOrder
-from diffmoe.data.tar import ShardArrays, read_tar, replacing, sha256, write_tar
+from diffmoe.data.tar import ShardArrays, ShardFile, read_tar, replacing, sha256, write_tar
 from diffmoe.random_streams import Use, philox
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 KINDS = ("pixels", "moments")
+T = TypeVar("T")
 _KEY = re.compile(r"(?!__)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")  # webdataset splits names at the first dot, skips __x__
 
 
@@ -55,9 +57,9 @@ class ShardMeta:
 class Encoding:
     """How `run.py encode` made a data set: all that decides its bytes, then what came of it.
 
-    `vae` "" means pixels. `images` counts the source's pictures, the unusable ones in `skipped` (by address) included.
-    `channel_mean` and `channel_std` are those of latents sampled from the stored moments (of both mirror images), before
-    shift and scale; for pixels, of the stored values.
+    `vae` "" means pixels (`precision` "", `batch` 0). `images` counts the unusable ones in `skipped` (by address) as well.
+    `channel_mean`, `channel_std`: of latents sampled from the moments (both mirror images), before shift and scale; of
+    pixels as stored.
     """
 
     source_sha256: str
@@ -73,16 +75,6 @@ class Encoding:
     channel_mean: tuple[float, ...] = ()
     channel_std: tuple[float, ...] = ()
     skipped: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """One tar: its name in the folder, samples, bytes and SHA-256."""
-
-    name: str
-    count: int
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -218,7 +210,8 @@ def load_index(path: str | Path) -> ShardIndex:
             raise ValueError(f"format ({record['format']}) is not the one this program reads ({FORMAT_VERSION})")
         shards = tuple(ShardFile(**shard) for shard in record["shards"])
         index = ShardIndex(folder, ShardMeta(**record["meta"]), tuple(record["shape"]), record["dtype"],
-                           record["flips"], record["count"], shards, load_encoding(record.get("encoding")))
+                           record["flips"], record["count"], shards,
+                           from_json(Encoding, record["encoding"]) if "encoding" in record else None)
         np.dtype(index.dtype)
         if len(index.shape) != 3:
             raise ValueError(f"shape ({index.shape}) must have three numbers, channels first")
@@ -232,11 +225,9 @@ def load_index(path: str | Path) -> ShardIndex:
     return index
 
 
-def load_encoding(record: dict | None) -> Encoding | None:
-    """An `Encoding` from its JSON form (None stays None). TypeError where fields are missing or unknown."""
-    if record is None:
-        return None
-    return Encoding(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
+def from_json(kind: type[T], record: dict) -> T:
+    """A dataclass of numbers, texts and tuples from its JSON form. TypeError where fields are missing or unknown."""
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
 def _check_shard_file(folder: Path, shard: ShardFile) -> None:

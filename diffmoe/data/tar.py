@@ -21,6 +21,16 @@ from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 
 @dataclass(frozen=True)
+class ShardFile:
+    """One tar: its name in the folder, samples, bytes and SHA-256."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ShardArrays:
     """One shard in memory: arrays [count, *shape], the flipped images' arrays (or None), labels int64 [count]."""
 

@@ -51,6 +51,7 @@ class Card:
     vae: str | None
     vae_sha256: str | None
     latent_scale: float | None
+    latent_shift: float | None
     cfg: float
     sampler: str
     steps: int

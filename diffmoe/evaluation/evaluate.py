@@ -30,8 +30,9 @@ from tqdm import tqdm
 from diffmoe.config import Config
 from diffmoe.data.tar import replacing
 from diffmoe.evaluation.card import JSON_NAME, Card, Scores, card_from_json, hardware, versions, write_card
+from diffmoe.evaluation.decoding import Decoder, open_decoder
 from diffmoe.evaluation.features import (
-    DIGITS_NAME, Decoder, Extractor, Features, digits_extractor, load_decoder, load_extractor, to_uint8,
+    DIGITS_NAME, Extractor, Features, digits_extractor, load_extractor, to_uint8,
 )
 from diffmoe.evaluation.generate import generate
 from diffmoe.evaluation.reference import Gaussian, Reference, load_reference, save_reference
@@ -143,7 +144,7 @@ def _settings(model: DiT, config: Config, subject: Subject, count: int, labels: 
         "diffusion": dataclasses.asdict(config.diffusion), "reference_sha256": reference.sha256,
         "extractor": extractor.name, "extractor_sha256": extractor.sha256,
         "decoder_sha256": decoder and decoder.sha256, "decoder": decoder and decoder.name,
-        "latent_scale": decoder and decoder.latent_scale}))
+        "latent_scale": decoder and decoder.scale, "latent_shift": decoder and decoder.shift}))
 
 
 def _check_plan(config: Config, count: int, reference: Reference, decoder: Decoder | None, splits: int) -> None:
@@ -205,8 +206,7 @@ def _make_chunk(model: DiT, config: Config, settings: dict, index: int, referenc
         x = generate(model, config, labels, numbers, device)
         if not torch.isfinite(x).all():
             raise ValueError(f"{int((~torch.isfinite(x)).flatten(1).any(1).sum())} of {len(x)} samples are not finite")
-        x = x if decoder is None else decoder.function(x)
-        images = to_uint8(x)
+        images = to_uint8(x) if decoder is None else decoder.function(x)
         features = extractor(images)
     except ValueError as error:
         raise ValueError(f"images {numbers.start}..{numbers.stop - 1}: {error}") from error
@@ -313,7 +313,7 @@ def _card(config: Config, settings: dict, scores: Scores, reference: Reference, 
     return Card(
         scores=scores, checkpoint=settings["checkpoint"], weights=settings["weights"], step=settings["step"],
         weights_sha256=settings["weights_sha256"], family=config.model.family, process=config.diffusion.process,
-        vae=settings["decoder"], vae_sha256=settings["decoder_sha256"], latent_scale=settings["latent_scale"],
+        vae=settings["decoder"], vae_sha256=settings["decoder_sha256"], latent_scale=settings["latent_scale"], latent_shift=settings["latent_shift"],
         cfg=sample["cfg"], sampler=sample["sampler"], steps=sample["steps"], sampling=sample,
         routing=sample["routing"], capacity=sample.get("capacity"), gamma=sample["gamma"], batch=sample["batch"],
         seed=settings["seed"], labels=settings["labels"], count=settings["count"], splits=settings["splits"],
@@ -342,8 +342,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         load_buffers(model, checkpoint.tensors("buffers"))
         digits = options.extractor == DIGITS_NAME
         extractor = digits_extractor() if digits else load_extractor(options.extractor, device)
-        if options.decoder is not None:
-            decoder = load_decoder(options.decoder, options.latent_scale, device)
+        if options.vae is not None:
+            decoder = open_decoder(options.vae, config, options.latent_scale, options.latent_shift, device)
     except (ValueError, OSError) as error:
         problem = error
     raise_together(problem, world)
@@ -365,8 +365,9 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--reference", required=True,
                         help="npz (ADM's, or one saved here), folder of pictures, or folder of pixel shards")
     parser.add_argument("--extractor", required=True, help="TorchScript file (inception-2015-12-05.pt), or 'digits'")
-    parser.add_argument("--decoder", help="TorchScript file of the VAE's decoder, for models that sample latents")
-    parser.add_argument("--latent-scale", type=float, default=0.18215, help="what the decoder's latents were multiplied with")
+    parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
+    parser.add_argument("--latent-scale", type=float, help="(default: the training data's, else the VAE's own)")
+    parser.add_argument("--latent-shift", type=float, help="(default: the training data's, else the VAE's own)")
     parser.add_argument("--count", type=int, default=50_000, help="images (default: 50,000)")
     parser.add_argument("--classes", dest="labels", choices=("balanced", "random"), default="balanced")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")

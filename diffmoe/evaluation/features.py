@@ -76,17 +76,6 @@ class Extractor:
         return features
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """From latents to pictures: `function` takes what the model samples, fp32 [B, C, h, w], and returns [B, 3, H, W] in
-    [-1, 1]. `latent_scale` is the factor that it takes out first."""
-
-    name: str
-    sha256: str
-    latent_scale: float
-    function: Callable[[Tensor], Tensor]
-
-
 def to_uint8(x: Tensor) -> Tensor:
     """Images [B, 1 or 3, H, W] in [-1, 1] as uint8 [B, 3, H, W]: rounded to the nearest of 256 levels, as published.
 
@@ -129,22 +118,6 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
         return Features(_array(pool), _array(spatial), _array(probabilities))
 
     return Extractor(path.name, sha256(path), extract)
-
-
-def load_decoder(path: str | Path, latent_scale: float, device: torch.device) -> Decoder:
-    """A VAE's decoder as a TorchScript file: `module(latents / latent_scale)` → pictures [B, 3, H, W] in [-1, 1].
-
-    Raises:
-        ValueError: no such file, or no TorchScript.
-    """
-    path = Path(path)
-    module = _load_script("decoder", path, device, "")
-
-    @torch.inference_mode()
-    def decode(latents: Tensor) -> Tensor:
-        return module(latents.to(device) / latent_scale).float().cpu()
-
-    return Decoder(path.name, sha256(path), latent_scale, decode)
 
 
 def _load_script(kind: str, path: Path, device: torch.device, hint: str) -> torch.nn.Module:

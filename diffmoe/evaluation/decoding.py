@@ -1,0 +1,53 @@
+"""From what a latent model samples to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffmoe.config import Config
+from diffmoe.data.shards import load_index
+from diffmoe.data.vae import decode_latents, load_vae
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """From latents to pictures: `function` takes what the model samples, fp32 [B, C, h, w], and returns uint8
+    [B, 3, H, W]. `scale` and `shift` are what it takes out of the latents first."""
+
+    name: str
+    sha256: str
+    scale: float
+    shift: float
+    function: Callable[[Tensor], Tensor]
+
+
+def open_decoder(path: str, config: Config, scale: float | None, shift: float | None, device: torch.device) -> Decoder:
+    """The diffusers autoencoder at `path` as decoder of the run's latents.
+
+    Where `scale` and `shift` are None they are those of the run's training data (`data.shards`) if it is here, else the
+    VAE's own.
+
+    Raises:
+        ValueError: no such autoencoder, or another one than the training data was encoded with.
+    """
+    vae = load_vae(path, device=device)
+    own_scale, own_shift = vae.scale, vae.shift
+    try:
+        index = load_index(config.data.shards)
+    except ValueError:
+        index = None  # sampling elsewhere than training
+    if index is not None and index.encoding is not None:
+        if index.encoding.vae_sha256 not in ("", vae.sha256):
+            raise ValueError(f"vae {path} has weights {vae.sha256[:12]}; data.shards ({config.data.shards}) was encoded with "
+                             f"{index.encoding.vae_sha256[:12]}")
+        own_scale, own_shift = index.meta.scale, index.meta.mean
+    scale, shift = own_scale if scale is None else scale, own_shift if shift is None else shift
+
+    def decode(latents: Tensor) -> Tensor:
+        return decode_latents(vae, latents, scale, shift).expand(-1, 3, -1, -1).contiguous()
+
+    return Decoder(vae.name, vae.sha256, scale, shift, decode)

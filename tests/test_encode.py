@@ -1,0 +1,566 @@
+"""Pictures to shards: the crop, listings, a real autoencoder, corrupt pictures, ranks, and kills at any moment."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from programs import scratch
+from sklearn.datasets import load_digits, load_sample_images
+
+from diffmoe.data import images
+from diffmoe.data.encode import Request, main
+from diffmoe.data.encode_shards import encode
+from diffmoe.data.images import BadImage, center_crop, list_source, read_picture
+from diffmoe.data.shards import ShardIndex, ShardMeta, ShardReader, load_index, write_shards
+from diffmoe.data.tar import read_tar, sha256
+from diffmoe.data.vae import decode_latents, encode_moments, load_vae
+from diffmoe.parallel.groups import Group, build_groups, single_process
+from launcher.environment import detect
+
+SIZE = 16
+CPU = torch.device("cpu")
+
+
+@functools.cache
+def pictures() -> Path:
+    """29 real pictures in 3 class folders: parts of scikit-learn's photographs, and digits blown up; every format."""
+    folder = scratch() / "pictures"
+    for number, (name, photo) in enumerate(zip(("n01 temple", "n02"), load_sample_images().images)):
+        (folder / name / "inner").mkdir(parents=True)
+        whole = Image.fromarray(photo)
+        for i, side in enumerate((90, 40, 33, 32, 31, 20, 16, 9, 200)):
+            part = whole.crop((31 * i, 17 * i, 31 * i + side + 7 * number, 17 * i + side))
+            part.save(folder / name / ("inner" if i == 3 else "") / f"{i}.{('JPEG', 'png', 'webp', 'jpg')[i % 4]}")
+    (folder / "n03").mkdir()
+    for i, digit in enumerate(load_digits().images[:9]):
+        Image.fromarray((digit * 15.9).astype(np.uint8)).resize((50, 40)).save(folder / "n03" / f"{i}.png")
+    whole.convert("P").save(folder / "n03" / "palette.png")
+    whole.convert("CMYK").save(folder / "n03" / "print.jpg")
+    (folder / "n03" / "notes.txt").write_text("no picture")
+    (folder / "n03" / ".hidden.png").write_text("no picture")
+    return folder
+
+
+@functools.cache
+def vae_folder() -> Path:
+    """An AutoencoderKL of random weights, 2 pixels a latent."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+                  up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.25,
+                  sample_size=SIZE).save_pretrained(scratch() / "vae")
+    return scratch() / "vae"
+
+
+def request(out: Path, vae: bool = True, **changes: object) -> Request:
+    settings = {"source": str(pictures()), "image_size": SIZE, "batch": 3, "samples_per_shard": 4, "workers": 2}
+    return Request(out=out, vae=str(vae_folder()) if vae else None, **(settings | changes))
+
+
+def run(wanted: Request, group: Group | None = None) -> ShardIndex:
+    lines: list[str] = []
+    return encode(wanted, group or single_process().world, CPU, lines.append)
+
+
+@functools.cache
+def encoded() -> ShardIndex:
+    """The undisturbed set with the VAE, by one rank; do not write there."""
+    return run(request(scratch() / "encoded"))
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def stored(index: ShardIndex, flipped: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """All arrays (or the flips') and labels, in the order of the shards."""
+    parts = [read_tar(index.folder / shard.name, count=shard.count, shape=index.shape, dtype=index.dtype,
+                      classes=index.meta.classes, flipped=index.flips) for shard in index.shards]
+    return (np.concatenate([part.flipped if flipped else part.arrays for part in parts]),
+            np.concatenate([part.labels for part in parts]))
+
+
+def cropped(channels: int = 3) -> np.ndarray:
+    source = list_source(str(pictures()))
+    return np.stack([read_picture(source, picture, SIZE, channels) for picture in source.pictures])
+
+
+# ---- the crop
+
+
+def reference_crop(pixels: np.ndarray, size: int) -> np.ndarray:
+    """ADM's crop in float arithmetic: box halvings, then Keys's cubic (a = -1/2) stretched where it shrinks."""
+    def box(t: np.ndarray) -> np.ndarray:
+        return ((t > -0.5) & (t <= 0.5)).astype(float)
+
+    def cubic(t: np.ndarray) -> np.ndarray:
+        t = np.abs(t)
+        return np.where(t < 1, 1.5 * t**3 - 2.5 * t**2 + 1, np.where(t < 2, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2, 0))
+
+    def resize(x: np.ndarray, shape: tuple[int, ...], kernel: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        for axis, length in enumerate(shape):
+            ratio = x.shape[axis] / length
+            centre = (np.arange(length) + 0.5) * ratio
+            weights = kernel((np.arange(x.shape[axis]) + 0.5 - centre[:, None]) / max(ratio, 1.0))
+            x = np.moveaxis(np.tensordot(weights / weights.sum(1, keepdims=True), x, (1, axis)), 0, axis)
+        return x
+
+    x = pixels.astype(np.float64)
+    while min(x.shape[:2]) >= 2 * size:
+        x = resize(x, (x.shape[0] // 2, x.shape[1] // 2), box)
+    height, width = (round(side * size / min(x.shape[:2])) for side in x.shape[:2])
+    x = resize(x, (height, width), cubic)
+    top, left = (height - size) // 2, (width - size) // 2
+    return x[top : top + size, left : left + size].clip(0, 255)
+
+
+@pytest.mark.parametrize("shape", [(100, 160), (64, 64), (96, 128), (63, 40), (33, 32), (20, 31), (427, 640)])
+def test_crop_is_the_formula(shape: tuple[int, int]) -> None:
+    photo = load_sample_images().images[0][: shape[0], : shape[1]]
+    ours = np.asarray(center_crop(Image.fromarray(photo), 32), np.float64)
+    assert ours.shape == (32, 32, 3)
+    assert np.abs(ours - reference_crop(photo, 32)).max() <= 3  # Pillow rounds to 8 bits after every pass
+
+
+def test_crop_of_its_own_size_is_the_middle() -> None:
+    photo = load_sample_images().images[1][:32, :101]
+    assert np.array_equal(center_crop(Image.fromarray(photo), 32), photo[:, 34:66])
+
+
+def test_crop_refuses_a_thread(tmp_path: Path) -> None:
+    with pytest.raises(BadImage, match="1 x 60000 pixels would become 256 x 15360000"):
+        center_crop(Image.new("RGB", (1, 60000)), 256)
+
+
+# ---- listings
+
+
+def test_classes_are_folders_by_name() -> None:
+    source = list_source(str(pictures()))
+    assert (source.classes, source.class_names) == (3, ("n01 temple", "n02", "n03"))
+    assert [source.pictures[i].address for i in (0, 1, 8, 9)] == [
+        "n01 temple/0.JPEG", "n01 temple/1.png", "n01 temple/inner/3.jpg", "n02/0.JPEG"]
+    assert [p.label for p in source.pictures] == [0] * 9 + [1] * 9 + [2] * 11
+    assert list_source(str(pictures()), 10).classes == 10
+    assert list_source(str(pictures())).sha256 == source.sha256
+    with pytest.raises(ValueError, match=r"classes \(2\) must be at least the 3"):
+        list_source(str(pictures()), 2)
+
+
+def test_strange_file_names_are_printable(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "two\nlines.png").write_bytes(b"")
+    (tmp_path / "a" / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    addresses = [picture.address for picture in list_source(str(tmp_path)).pictures]
+    assert addresses == ["a/two\\nlines.png", "a/\\udcff.png"]
+
+
+def make_tar(path: Path, members: list[tuple[str, bytes | None]]) -> None:
+    """None makes a symbolic link."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, payload in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(payload or b"")
+            if payload is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(info, io.BytesIO(payload or b""))
+
+
+@pytest.mark.parametrize("members, message", [
+    ([("../a.png", b""), ("../a.cls", b"0")], r"member '../a.png': unsafe name"),
+    ([("/a.png", b""), ("/a.cls", b"0")], r"member '/a.png': unsafe name"),
+    ([("a.png", None), ("a.cls", b"0")], r"member 'a.png': must be a plain file"),
+    ([("a.png", b""), ("b.cls", b"0"), ("b.jpg", b"")], r"sample 'a' has no .cls"),
+    ([("a.cls", b"0"), ("b.cls", b"0"), ("b.jpg", b"")], r"sample 'a' has no picture"),
+    ([("a.png", b""), ("a.jpg", b""), ("a.cls", b"0")], r"member 'a.jpg': second of its kind"),
+    ([("a.png", b""), ("a.cls", b"cat")], r"label b'cat' must be a class number"),
+    ([("a.png", b""), ("a.cls", b"-1")], r"label b'-1' must be a class number"),
+    ([("a.txt", b"")], r"holds no pictures"),
+])
+def test_bad_tars(tmp_path: Path, members: list[tuple[str, bytes | None]], message: str) -> None:
+    make_tar(tmp_path / "x.tar", members)
+    with pytest.raises(ValueError, match=message):
+        list_source(str(tmp_path))
+
+
+def test_bad_sources(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no pictures"):
+        list_source(str(tmp_path))
+    with pytest.raises(ValueError, match="x-1.tar does not exist"):
+        list_source(str(tmp_path / "x-{1,2}.tar"))
+    (tmp_path / "cut.tar").write_bytes(b"x" * 700)
+    with pytest.raises(ValueError, match="cut.tar is unreadable"):
+        list_source(str(tmp_path))
+    (tmp_path / "class").mkdir()
+    with pytest.raises(ValueError, match="must hold one kind"):
+        list_source(str(tmp_path))
+
+
+def test_a_busy_file_system_is_no_bad_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = list_source(str(pictures()))
+    tries: list[object] = []
+
+    def stale(*arguments: object) -> None:
+        tries.append(arguments)
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(images, "open", stale, raising=False)
+    monkeypatch.setattr(images, "_READ_PAUSE", 0.0)
+    with pytest.raises(OSError, match="Stale file handle: .*n01 temple/0.JPEG"):
+        read_picture(source, source.pictures[0], SIZE, 3)
+    assert len(tries) == 3
+
+
+# ---- the autoencoder
+
+
+def test_decoding_gives_the_autoencoders_own_reconstruction() -> None:
+    index, vae = encoded(), load_vae(vae_folder())
+    assert (index.shape, index.x_shape, index.dtype, index.flips, index.count) == ((8, 8, 8), (4, 8, 8), "float16", True, 29)
+    assert index.meta == ShardMeta("moments", 3, scale=0.5, mean=0.25)
+    moments, labels = stored(index)
+    assert labels.tolist() == [p.label for p in list_source(str(pictures())).pictures]
+    x = torch.from_numpy(cropped()).float() / 127.5 - 1
+    with torch.no_grad():
+        latent = vae.model.encode(x).latent_dist
+        expected = vae.model.decode(latent.mean).sample
+    ours = torch.from_numpy(moments).float()
+    torch.testing.assert_close(ours, torch.cat([latent.mean, latent.std], 1), rtol=1e-3, atol=1e-3)
+    shown = decode_latents(vae, (ours[:, :4] - 0.25) * 0.5, scale=0.5, shift=0.25)
+    assert (shown.dtype, shown.shape) == (torch.uint8, (29, 3, SIZE, SIZE))
+    assert (shown.float() - (127.5 * expected + 127.5).clamp(0, 255)).abs().max() < 1.1
+    assert shown.float().std() > 1  # something to see
+
+
+def test_flips_are_those_of_the_mirrored_picture() -> None:
+    moments, _ = stored(encoded(), flipped=True)
+    mirrored = torch.from_numpy(cropped()[..., ::-1].copy())
+    torch.testing.assert_close(torch.from_numpy(moments).float(), encode_moments(load_vae(vae_folder()), mirrored),
+                               rtol=1e-3, atol=1e-3)
+
+
+def test_the_loader_reads_it() -> None:
+    index = load_index(encoded().folder)
+    assert index == encoded()
+    batch = ShardReader(index, seed=0, flip=True).read(range(2 * index.count))
+    assert batch.x.shape == (58, 4, 8, 8) and torch.isfinite(batch.x).all()
+    assert sorted(batch.y[:29].tolist()) == [0] * 9 + [1] * 9 + [2] * 11
+    with pytest.raises(ValueError, match=r"latents \(58, 8, 8, 8\) must be \[B, 4, h, w\]"):
+        decode_latents(load_vae(vae_folder()), batch.x.repeat(1, 2, 1, 1), 0.5, 0.25)
+
+
+def test_the_index_says_how_it_was_made() -> None:
+    index, made = encoded(), encoded().encoding
+    assert (made.images, made.image_size, made.image_channels, made.skipped) == (29, SIZE, 3, ())
+    assert (made.vae, made.precision, made.class_names) == (str(vae_folder()), "fp32", ("n01 temple", "n02", "n03"))
+    assert made.vae_sha256 == load_vae(vae_folder()).sha256 and len(made.vae_sha256) == 64
+    both = np.concatenate([stored(index)[0], stored(index, flipped=True)[0]]).astype(np.float64)
+    rng = np.random.default_rng(0)
+    latents = np.concatenate([both[:, :4] + both[:, 4:] * rng.standard_normal(both[:, 4:].shape) for _ in range(20)])
+    np.testing.assert_allclose(made.channel_mean, latents.mean((0, 2, 3)), atol=0.02)
+    np.testing.assert_allclose(made.channel_std, latents.std((0, 2, 3)), rtol=0.01)
+
+
+def test_a_set_without_encoding_loads_and_keeps_its_bytes(tmp_path: Path) -> None:
+    index = write_shards([("0", np.zeros((1, 2, 2), np.uint8), 0)], tmp_path, samples_per_shard=1,
+                         meta=ShardMeta("pixels", 1))
+    assert "encoding" not in json.loads((tmp_path / "index.json").read_text())
+    assert load_index(tmp_path) == index and index.encoding is None
+
+
+def test_bf16_is_near_fp32(tmp_path: Path) -> None:
+    index = run(request(tmp_path, precision="bf16", scale=0.3, shift=-1.0))
+    assert (index.meta.scale, index.meta.mean, index.encoding.precision) == (0.3, -1.0, "bf16")
+    difference = np.abs(stored(index)[0].astype(float) - stored(encoded())[0])
+    assert 0 < difference.mean() < 0.02
+
+
+def test_bad_autoencoders(tmp_path: Path) -> None:
+    for path, message in ((tmp_path / "none", "must be a folder, or an id of the hub"), (tmp_path, "has no config.json")):
+        with pytest.raises(ValueError, match=message):
+            load_vae(path)
+    copy = tmp_path / "copy"
+    shutil.copytree(vae_folder(), copy / "vae")
+    assert load_vae(copy).sha256 == load_vae(vae_folder()).sha256  # a pipeline's folder
+    config = json.loads((copy / "vae/config.json").read_text())
+    for change, message in (({"layers_per_block": 2}, "does not fit AutoencoderKL: missing keys|cannot be loaded"),
+                            ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "normalises latents by channel")):
+        (copy / "vae/config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            load_vae(copy)
+    weights = next((copy / "vae").glob("*.safetensors"))
+    torch.save({}, weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_vae(copy / "vae")  # a pickle is all there is
+
+
+# ---- pixels, tars, corrupt pictures
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_take_the_same_path(tmp_path: Path, channels: int) -> None:
+    index = run(request(tmp_path, vae=False, channels=channels))
+    arrays, _ = stored(index)
+    assert (index.dtype, index.shape, index.flips) == ("uint8", (channels, SIZE, SIZE), False)
+    assert np.array_equal(arrays, cropped(channels))
+    np.testing.assert_allclose(index.encoding.channel_mean, arrays.mean((0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(index.encoding.channel_std, arrays.std((0, 2, 3)), rtol=1e-9)
+    x = ShardReader(index, seed=0, flip=True).read(range(index.count)).x
+    assert (x.min().item(), x.max().item()) == pytest.approx((-1, 1), abs=1e-6) and x.shape[1] == channels
+
+
+def test_tars_of_pictures_give_what_the_folder_gives(tmp_path: Path) -> None:
+    source = list_source(str(pictures()))
+    members = [(f"dir.d/{i:03d}.{ext}", data) for i, p in enumerate(source.pictures)
+               for ext, data in (("cls", str(p.label).encode()),
+                                 (p.file.rpartition(".")[2], (source.root / p.file).read_bytes()))]
+    make_tar(tmp_path / "in-0.tar", members[:22])
+    make_tar(tmp_path / "in-1.tar", members[22:])
+    index = run(request(tmp_path / "out", vae=False, source=str(tmp_path / "in-{0,1}.tar")))
+    expected = run(request(tmp_path / "folder", vae=False))
+    assert index.shards == expected.shards and index.encoding.class_names == ()
+    again = run(request(tmp_path / "again", vae=False, source=str(tmp_path / "in-*.tar"), classes=7))
+    assert again.shards == expected.shards and again.meta.classes == 7
+
+
+def spoil(folder: Path) -> list[str]:
+    """Damages five pictures of a copy in as many ways; their addresses."""
+    (folder / "n02/0.JPEG").write_bytes((folder / "n02/0.JPEG").read_bytes()[:300])
+    (folder / "n02/1.png").write_bytes(b"<html>404</html>")
+    (folder / "n03/0.png").write_bytes(b"")
+    (folder / "n03/1.png").unlink()
+    (folder / "n03/1.png").symlink_to("nowhere")
+    Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(folder / "n03/2.png")
+    return ["n02/0.JPEG", "n02/1.png", "n03/0.png", "n03/1.png", "n03/2.png"]
+
+
+def test_corrupt_pictures_are_left_out_and_nothing_else_changes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(pictures(), tmp_path / "in")
+    bad = spoil(tmp_path / "in")
+    index = run(request(tmp_path / "out", source=str(tmp_path / "in"), bad_share=0.2))
+    errors = capsys.readouterr().err.splitlines()
+    assert index.encoding.skipped == tuple(bad) and index.count == 24
+    assert [line.split(": ")[1] for line in errors] == bad and "more than 8 bits" in errors[-1]
+    kept = [i for i, p in enumerate(list_source(str(tmp_path / "in")).pictures) if p.address not in bad]
+    assert np.array_equal(stored(index)[0], stored(encoded())[0][kept])  # bit for bit: neighbours do not matter
+    good = [i for i, (a, b) in enumerate(zip(index.shards, encoded().shards)) if a == b]
+    assert good == [0, 1, 3, 6, 7]
+    assert load_index(index.folder).encoding == index.encoding
+
+
+def test_too_many_bad_pictures_stop_it(tmp_path: Path) -> None:
+    shutil.copytree(pictures(), tmp_path / "in")
+    spoil(tmp_path / "in")
+    strict = request(tmp_path / "out", vae=False, source=str(tmp_path / "in"), bad_share=0.1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"of 29 images are bad, more than bad_share \(0.1\) allows: n02/0.JPEG, "):
+            run(strict)
+        assert not (tmp_path / "out/index.json").exists()
+    assert run(request(tmp_path / "out", vae=False, source=str(tmp_path / "in"), bad_share=0.2)).count == 24
+
+
+def test_a_shard_without_a_good_picture_is_left_out(tmp_path: Path) -> None:
+    shutil.copytree(pictures(), tmp_path / "in")
+    for number in (4, 5, 6, 7):
+        next((tmp_path / "in/n01 temple").glob(f"{number}.*")).write_bytes(b"")
+    out = tmp_path / "out"
+    index = run(request(out, source=str(tmp_path / "in"), vae=False, bad_share=0.5, samples_per_shard=2))
+    assert "shard-000002.tar" not in [shard.name for shard in index.shards] and not (out / "shard-000002.tar").exists()
+    assert ShardReader(load_index(out), seed=0).read(range(50)).x.shape[0] == 50
+
+
+# ---- going on, ranks, kills
+
+
+def test_a_folder_is_finished_only_by_the_same_command(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    index = run(request(out, vae=False))
+    before = checksums(out)
+    assert run(request(out, vae=False, bad_share=0.5, workers=1)) == index and checksums(out) == before
+    for change, message in (({"image_size": 8}, r"image_size \(8\) is not that of .* \(16\)"),
+                            ({"samples_per_shard": 5}, r"samples_per_shard \(5\)"), ({"channels": 1}, "image_channels"),
+                            ({"classes": 9}, r"classes \(9\)")):
+        with pytest.raises(ValueError, match=message):
+            run(request(out, vae=False, **change))
+    (out / "index.json").unlink()
+    with pytest.raises(ValueError, match="must be empty, or begun by encode; it holds shard-0"):
+        run(request(out, vae=False))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"image_size": 0}, r"image_size \(0\)"), ({"channels": 2}, r"channels \(2\) must be 1 or 3"),
+    ({"precision": "fp16"}, "precision"), ({"bad_share": 1.0}, "bad_share"), ({"scale": float("nan")}, "scale"),
+    ({"vae": None, "scale": 1.0}, r"scale \(1.0\) goes with vae"), ({"image_size": 15}, "must divide by 2"),
+    ({"channels": 1}, r"channels \(1\) must be those of"), ({"source": "/nowhere"}, "/nowhere does not exist")])
+def test_bad_requests(tmp_path: Path, change: dict, message: str) -> None:
+    settings = {"vae": str(vae_folder()), "source": str(pictures()), "image_size": SIZE} | change
+    with pytest.raises(ValueError, match=message):
+        run(Request(out=tmp_path / "out", **settings))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_must_not_lie_in_the_source() -> None:
+    with pytest.raises(ValueError, match="must not lie in source"):
+        request(pictures() / "out")
+
+
+def serve(rank: int, world: int, store: str, requests: tuple[Request, ...]) -> None:
+    torch.set_num_threads(1)
+    group = single_process().world
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        group = build_groups(1, 1).world
+    for wanted in requests:
+        run(wanted, group)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def start(world: int, store: Path, *requests: Request) -> list[multiprocessing.process.BaseProcess]:
+    """Ranks forked from a server that has everything imported, which the imports' seconds are too long to do each time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffusers.models.autoencoders.autoencoder_kl", __name__])
+    processes = [context.Process(target=serve, args=(rank, world, str(store), requests)) for rank in range(world)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server takes no path from us before Python 3.12
+        for process in processes:
+            process.start()
+    return processes
+
+
+def join(processes: list[multiprocessing.process.BaseProcess], limit: float = 60.0) -> None:
+    deadline = time.monotonic() + limit
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def appears(path: Path, limit: float = 60.0) -> float:
+    """When the file came to be."""
+    deadline = time.monotonic() + limit
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.001)
+    return time.monotonic()
+
+
+def test_ranks_write_what_one_rank_writes(tmp_path: Path) -> None:
+    run(request(tmp_path / "one", vae=False))
+    join(start(3, tmp_path / "store", request(tmp_path / "a"), request(tmp_path / "b", vae=False)))
+    assert checksums(tmp_path / "a") == checksums(encoded().folder)
+    assert checksums(tmp_path / "b") == checksums(tmp_path / "one")
+
+
+def kill_and_finish(tmp_path: Path, trials: int, world: int) -> None:
+    """Each trial: start, kill -9 at a random moment of the work, look, run to the end, compare with the undisturbed set."""
+    moments = random.Random(world)
+    encoded()
+    processes = start(world, tmp_path / "store", request(tmp_path / "timed"))  # span: of the work alone
+    span = -appears(tmp_path / "timed/.encode/plan.json") + appears(tmp_path / "timed/index.json")
+    join(processes)
+    halfway = 0
+    for trial in range(trials):
+        out = tmp_path / f"out{trial}"
+        processes = start(world, tmp_path / f"store{trial}", request(out))
+        appears(out / ".encode/plan.json")
+        time.sleep(span * (trial + moments.random()) / trials)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        finished = (out / "index.json").exists()
+        halfway += not finished and any(out.glob("*.tar"))
+        if finished:
+            load_index(out)
+        run(request(out))
+        assert checksums(out) == checksums(encoded().folder), trial
+    assert halfway, "no kill fell between the first shard and the last"
+
+
+def test_killed_at_random_moments_it_ends_the_same(tmp_path: Path) -> None:
+    kill_and_finish(tmp_path, trials=5, world=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_at_many_moments_it_ends_the_same(tmp_path: Path, world: int) -> None:
+    kill_and_finish(tmp_path, trials=20, world=world)
+
+
+@pytest.mark.parametrize("moment", ["temporary tar", "tar without record", "short tar", "index", "index, state half gone"])
+def test_every_moment_of_a_kill(tmp_path: Path, moment: str) -> None:
+    """The states between two file operations, which random kills seldom meet."""
+    out = tmp_path / "out"
+    run(request(out, vae=False))
+    expected = checksums(out)
+    (tmp_path / "index.json").write_bytes((out / "index.json").read_bytes())
+    shutil.rmtree(out)
+    state = out / ".encode"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffmoe.data.encode_shards.write_index", lambda index: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(ValueError, match="killed"):
+            run(request(out, vae=False))
+    if moment == "temporary tar":
+        (out / ".shard-000001.tar.123").write_bytes(b"half")
+        (state / ".shard-000001.json.123").write_bytes(b"half")
+        (state / "shard-000001.json").unlink()
+        (out / "shard-000001.tar").unlink()
+    elif moment == "tar without record":
+        (state / "shard-000001.json").unlink()
+        (out / "shard-000001.tar").write_bytes(b"of a stranger")
+    elif moment == "short tar":
+        (out / "shard-000001.tar").write_bytes(b"half")
+    else:
+        shutil.copy(tmp_path / "index.json", out)
+        if "half" in moment:
+            (state / "plan.json").unlink()
+    run(request(out, vae=False))
+    assert checksums(out) == expected
+
+
+# ---- the command line
+
+
+def test_main(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--source", str(pictures()), "--out", str(tmp_path / "out"), "--vae", str(vae_folder()), "--image-size",
+                 str(SIZE), "--batch", "3", "--samples-per-shard", "4"]
+    assert main(arguments, detect({"DIFFMOE_STORE": str(tmp_path / "store")})) == 0
+    assert checksums(tmp_path / "out") == checksums(encoded().folder)
+    said = capsys.readouterr().out
+    assert "29 of 29 images (100.0%)" in said and "images/s" in said
+    assert "29 samples of 3 classes, 0 bad, in 8 shards" in said
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "required: --source, --out, --image-size"), (["--image-size", "big"], "invalid int value: 'big'"),
+    (["--source", "a", "--out", "b", "--image-size", "8", "--channels", "2"], r"channels \(2\) must be 1 or 3")])
+def test_main_complains_at_once(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(arguments, detect({}))
+
+
+def test_weights_hash_does_not_depend_on_the_file() -> None:
+    vae = load_vae(vae_folder(), dtype=torch.bfloat16)
+    assert vae.sha256 == load_vae(vae_folder()).sha256
+    assert vae.sha256 != hashlib.sha256().hexdigest() and (vae.factor, vae.scale, vae.shift) == (2, 0.5, 0.25)
