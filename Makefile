@@ -13,10 +13,11 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 # The tests' ranks share the machine: one thread each, and the CPU even where there is a GPU.
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}
 
-.PHONY: help setup demo test test-slow clean
+.PHONY: help setup demo cards test test-slow clean
 
 help:
 	@echo "make demo       train, sample and score a small model on this machine, 2 ranks, no download"
+	@echo "make cards      score cards of the demo's model: two capacities, two routing rules (minutes)"
 	@echo "make test       quick tests"
 	@echo "make test-slow  the slow ones"
 	@echo "make setup      $(VENV) with everything in requirements.lock (the others do this first)"
@@ -42,6 +43,9 @@ $(STAMP): requirements.lock pyproject.toml | $(BIN)/pip
 
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
+
+cards: demo
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/cards.sh
 
 test: setup
 	@$(TEST_ENV) $(BIN)/python -m pytest -q $(ARGS)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import os
 import re
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from diffmoe.config import Config, config_to_tree, load_config, validate
+from diffmoe.config import Config, config_to_tree, load_config, override
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.models.count import count
@@ -112,14 +111,22 @@ def sample(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--classes", default="all", help="'all', or numbers and ranges: 0,3,7-9")
     parser.add_argument("--count", type=int, help="images in all, classes in turn (default: ten of each class)")
     parser.add_argument("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
+    parser.add_argument("--capacity", type=float, help="experts per token on average (default: sample.capacity of the run, or "
+                        "else the learned thresholds)")
     parser.add_argument("--seed", type=int, help="seed of the noise (default: run.seed)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
     parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
+    parser.add_argument("--report", action="store_true",
+                        help="also write the capacity used, by layer, time and class: OUT.capacity.json, .md and .png")
     parser.add_argument("overrides", nargs="*", metavar="sample.field=value")
     options = parser.parse_intermixed_args(arguments)
     import numpy as np
+    import torch
 
-    from diffmoe.evaluation.generate import generate_everywhere
+    from diffmoe.evaluation.capacity_report import CapacityMeter, write_report
+    from diffmoe.evaluation.decoding import Decoder, open_decoder
+    from diffmoe.evaluation.generate import check_dial, generate_everywhere
     from diffmoe.evaluation.plots import image_grid
     from diffmoe.models.dit import DiT
     from diffmoe.models.interchange import load_buffers, load_logical
@@ -140,22 +147,37 @@ def sample(arguments: list[str], environment: RankEnvironment) -> int:
     out = Path(options.out.removesuffix(".npz").removesuffix(".png"))
     npz, png = Path(f"{out}.npz"), Path(f"{out}.png")  # with_suffix would cut cfg1.5 to cfg1
     problem: Exception | None = None
+    decoder: Decoder | None = None
+    meter: CapacityMeter | None = None
     try:
         load_logical(model, checkpoint.tensors(EMA if options.weights == "ema" else MASTER))
         load_buffers(model, checkpoint.tensors("buffers"))
+        check_dial(model, config.sample)
+        decoder = None if options.vae is None else open_decoder(options.vae, config, None, None, device)
+        meter = CapacityMeter(model, config, total, device) if options.report else None
         npz.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
     model.to(device).eval()
-    images = generate_everywhere(model, config, labels, groups.world, device, progress=environment.rank == 0)
+    images = generate_everywhere(model, config, labels, groups.world, device, progress=environment.rank == 0,
+                                 meter=meter)
+    used = None if meter is None else meter.merged(groups.world)
     if environment.rank == 0:
+        if decoder is not None:
+            parts = images.split(config.sample.batch)
+            images = torch.cat([decoder.function(part).float() / 127.5 - 1 for part in parts])
         np.savez(npz, images=images.numpy(), labels=np.array(labels))
         shown = images[: 10 * config.sample.columns].numpy()
         image_grid(shown, config.sample.columns, png)
+        if config.sample.capacity is not None and options.weights == "raw":
+            print("note: the dial was set on the EMA weights; raw weights may use another capacity, see --report")
         print(f"step {checkpoint.step}, {options.weights} weights, {config.sample.sampler} {config.sample.steps} steps, "
               f"cfg {config.sample.cfg}, {config.sample.routing} routing: {total} images in {npz}, "
               f"{len(shown)} of them in {png}", flush=True)
+        if used is not None:
+            paths = write_report(used, config, str(out))
+            print(f"capacity used: {used.mean():.4f} experts per token; {', '.join(map(str, paths))}", flush=True)
     leave()
     return 0
 
@@ -165,15 +187,9 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
     strangers = [text for text in options.overrides if not text.startswith("sample.")]
     if strangers:
         raise ValueError(f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change")
-    over = load_config(None, options.overrides).sample
-    named = {text.partition("=")[0].removeprefix("sample.") for text in options.overrides}
-    sample = dataclasses.replace(config.sample, **{name: getattr(over, name) for name in named})
-    if options.cfg is not None:
-        sample = dataclasses.replace(sample, cfg=options.cfg)
-    run = config.run if options.seed is None else dataclasses.replace(config.run, seed=options.seed)
-    config = dataclasses.replace(config, sample=sample, run=run)
-    validate(config)
-    return config
+    said = {"sample.cfg": options.cfg, "run.seed": options.seed,
+            "sample.capacity": getattr(options, "capacity", None)}  # not every verb that samples has the last
+    return override(config, options.overrides + [f"{name}={value}" for name, value in said.items() if value is not None])
 
 
 def _parse_classes(text: str, classes: int) -> list[int]:

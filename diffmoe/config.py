@@ -162,7 +162,7 @@ class SampleConfig:
     """Sampling.  ``sampler``: euler, heun, dopri5 for the flow; ancestral, ddim for DDPM.  ``eta`` is DDIM's noise,
     ``tolerance`` dopri5's error per step (``steps`` is then the most that it may take).  ``routing``: ``batch`` is the
     paper's rule, ``token`` the batch-invariant one.  ``gamma``: one constant threshold for every expert in place of
-    the learned ones."""
+    the learned ones; ``capacity``: the experts that a token gets on average, by thresholds from the predictor's histograms."""
 
     sampler: Literal["euler", "heun", "dopri5", "ancestral", "ddim"] = "euler"
     steps: int = 50
@@ -171,6 +171,7 @@ class SampleConfig:
     tolerance: float = 1e-4
     routing: Literal["batch", "token"] = "token"
     gamma: Optional[float] = None
+    capacity: Optional[float] = None
     batch: int = 64
     columns: int = 10
 
@@ -271,6 +272,13 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     config = config_from_tree(_merge(tree, _override_tree(overrides or [])))
     validate(config)
     return config
+
+
+def override(config: Config, overrides: list[str]) -> Config:
+    """``config`` with ``a.b=c`` overrides, typed and validated.  Raises ValueError naming the field."""
+    changed = config_from_tree(_merge(config_to_tree(config), _override_tree(overrides)))
+    validate(changed)
+    return changed
 
 
 def config_from_tree(tree: dict) -> Config:
@@ -410,6 +418,15 @@ def _validate_diffusion(config: Config) -> None:
     _need(0 <= sample.eta <= 1, f"sample.eta ({sample.eta}) must be in [0, 1]")
     _need(sample.tolerance > 0, f"sample.tolerance ({sample.tolerance}) must be above 0")
     _need(sample.gamma is None or 0 <= sample.gamma <= 1, f"sample.gamma ({sample.gamma}) must be in [0, 1]")
+    if sample.capacity is not None:
+        _need(config.model.family == "diffmoe",
+              f"sample.capacity ({sample.capacity}) needs a capacity predictor, which model.family ({config.model.family}) "
+              "has not")
+        _need(sample.gamma is None,
+              f"sample.capacity ({sample.capacity}) and sample.gamma ({sample.gamma}) both set the thresholds; one must be "
+              "null")
+        _need(0 < sample.capacity <= config.moe.experts,
+              f"sample.capacity ({sample.capacity}) must be above 0 and at most moe.experts ({config.moe.experts})")
 
 
 def _validate_train(train: TrainConfig) -> None:

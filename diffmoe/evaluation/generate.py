@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from typing import Callable, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from diffmoe.diffusion.ddpm import ancestral_noise, guided_epsilon
 from diffmoe.diffusion.randomness import sampling_noise
 from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import SAMPLERS
+from diffmoe.evaluation.capacity_report import CapacityMeter, WatchedModel
 from diffmoe.models.dit import DiT
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import gather_stack
@@ -24,13 +25,24 @@ from diffmoe.parallel.groups import Group
 
 def inference_rule(moe: MoEConfig, sample: SampleConfig) -> RoutingRule:
     """The routing rule that a sampling configuration asks for."""
-    return RoutingRule(sample.routing, capacity=moe.capacity, gamma=sample.gamma)
+    return RoutingRule(sample.routing, capacity=moe.capacity, gamma=sample.gamma, dial=sample.capacity)
+
+
+def check_dial(model: DiT, sample: SampleConfig) -> None:
+    """Raises ValueError where the capacity dial is asked for and a layer has no histogram of its predictor's outputs."""
+    if sample.capacity is not None and not all(layer.thresholds.has_histogram for _, layer in model.moe_layers()):
+        raise ValueError(f"sample.capacity ({sample.capacity}) needs histograms of the predictors' outputs, which training "
+                         "writes into its checkpoints; this one has none (an older or an imported one): train on from it, "
+                         "or set sample.gamma")
 
 
 @torch.no_grad()
 def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequence[int], device: torch.device,
-             progress: bool = False) -> Tensor:
-    """Images [n, C, H, W], fp32 on the CPU, of classes ``labels`` from the noise of images ``numbers``."""
+             progress: bool = False, meter: Optional[CapacityMeter] = None) -> Tensor:
+    """Images [n, C, H, W], fp32 on the CPU, of classes ``labels`` from the noise of images ``numbers``.
+
+    ``meter`` counts the capacity used.  Raises ValueError where :func:`check_dial` does."""
+    check_dial(model, config.sample)
     sizes, sample = config.model, config.sample
     shape = (sizes.channels, sizes.input_size, sizes.input_size)
     images = []
@@ -38,13 +50,13 @@ def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequenc
         part = slice(start, start + sample.batch)
         noise = sampling_noise(config.run.seed, numbers[part], shape).to(device)
         y = torch.tensor(labels[part], device=device)
-        field = _field(model, config, y)
+        field = _field(model if meter is None else meter.watch(model, numbers[part]), config, y)
         step_noise = ancestral_noise(config.run.seed, numbers[part], shape, device)
         images.append(SAMPLERS[sample.sampler](field, noise, sample.steps, step_noise, **_options(sample)).cpu())
     return torch.cat(images)
 
 
-def _field(model: DiT, config: Config, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _field(model: DiT | WatchedModel, config: Config, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """What the sampler integrates.  As published, DDPM guides the first 3 channels and the flow all of them."""
     rule = inference_rule(config.moe, config.sample)
     if config.diffusion.process == "ddpm":
@@ -57,10 +69,10 @@ def _options(sample: SampleConfig) -> dict[str, float]:
 
 
 def generate_everywhere(model: DiT, config: Config, labels: Sequence[int], world: Group, device: torch.device,
-                        progress: bool = False) -> Tensor:
+                        progress: bool = False, meter: Optional[CapacityMeter] = None) -> Tensor:
     """Images 0 … len(labels) - 1, an equal share on every rank (surplus numbers fill the last), all of them on all
     ranks.  Ranks make the same number of passes, so the experts may be spread over them."""
     each = -(-len(labels) // world.size)
     numbers = range(world.index * each, (world.index + 1) * each)
-    mine = generate(model, config, [labels[i % len(labels)] for i in numbers], numbers, device, progress)
+    mine = generate(model, config, [labels[i % len(labels)] for i in numbers], numbers, device, progress, meter)
     return gather_stack(mine.to(device), world).flatten(0, 1)[: len(labels)].cpu()

@@ -126,6 +126,73 @@ def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) 
     _save(figure, path)
 
 
+def capacity_used(layer_time: np.ndarray, conditional: np.ndarray, null: np.ndarray | None,
+                  ranking: Sequence[tuple[int, float]], path: str | Path, layer_names: Sequence[str],
+                  target: float | None = None) -> None:
+    """Draw the capacity that sampling used (experts per token): over time, by layer and time, and by class.
+
+    Args:
+        layer_time: [layers, time_bins], time from noise (0) to data (1); NaN where nothing ran.
+        conditional: [time_bins], mean over layers of the passes with a class; `null`: of those without, if there were any.
+        ranking: (class, capacity) from the hardest class to the easiest.
+        target: the capacity that was asked for, drawn as a line.
+
+    Raises:
+        ValueError: another rank, or not one name a layer.
+    """
+    layer_time = np.asarray(layer_time, np.float64)
+    if layer_time.ndim != 2 or 0 in layer_time.shape or len(layer_names) != len(layer_time):
+        raise ValueError(f"layer_time {layer_time.shape} must be [layers, time_bins] with {len(layer_names)} layer_names")
+    layers, bins = layer_time.shape
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    (over_time, heat), (by_class, _) = grid = figure.subplots(2, 2, height_ratios=[1.2, 1])
+    for ax in grid[1]:
+        ax.remove()
+    by_class = figure.add_subplot(grid[1, 0].get_gridspec()[1, :])
+    centers = (np.arange(bins) + 0.5) / bins
+    dots = {"marker": "o", "markersize": 3.5} if bins <= 30 else {}
+    over_time.plot(centers, conditional, color=_BLUE, linewidth=1.8, label="with class", **dots)
+    if null is not None:
+        over_time.plot(centers, null, color=_ORANGE, linewidth=1.8, label="null class", **dots)
+    if target is not None:
+        over_time.axhline(target, color=_GREY, linestyle="--", linewidth=1.2, label=f"dialled {target:g}")
+    over_time.legend(frameon=False, fontsize=9)
+    over_time.set_xlabel("time t (0 noise, 1 data)")
+    over_time.set_title("Over time, mean of layers", fontsize=11)
+    _tidy(over_time, "experts per token")
+    mesh = heat.imshow(np.ma.masked_invalid(layer_time), cmap="viridis", aspect="auto", interpolation="nearest",
+                       extent=(0.0, 1.0, layers - 0.5, -0.5))
+    every = max(1, math.ceil(layers / 16))
+    heat.set_yticks(range(0, layers, every), layer_names[::every], fontsize=9)
+    heat.set_facecolor("#c8c8c8")
+    heat.set_xlabel("time t (0 noise, 1 data)")
+    heat.set_title("By layer and time, all passes", fontsize=11)
+    figure.colorbar(mesh, ax=heat, shrink=0.95, pad=0.02).set_label("experts per token")
+    _class_ranking(by_class, ranking)
+    figure.suptitle("Capacity used in sampling", fontsize=13)
+    _save(figure, path)
+
+
+def _class_ranking(ax: Axes, ranking: Sequence[tuple[int, float]]) -> None:
+    """Bars with class numbers where they can be read, else a curve with the three classes at either end named."""
+    values = np.array([value for _, value in ranking])
+    places = np.arange(1, len(values) + 1)
+    if len(values) <= 40:
+        ax.bar(places, values, color=_BLUE, width=0.75)
+        ax.set_xticks(places, [str(c) for c, _ in ranking], fontsize=9)
+        ax.set_xlabel("class, from the hardest to the easiest")
+    else:
+        ax.plot(places, values, color=_BLUE, linewidth=1.8)
+        ends = [", ".join(str(c) for c, _ in part) for part in (ranking[:3], ranking[-3:])]
+        ax.set_xlabel(f"place of the class, from the hardest ({ends[0]}, …) to the easiest (…, {ends[1]})")
+    spread = float(np.ptp(values)) or 0.1 * float(values.max())
+    ax.set_ylim(max(0.0, float(values.min()) - spread), float(values.max()) + 0.25 * spread)
+    ax.axhline(float(values.mean()), color=_GREY, linestyle="--", linewidth=1.2, label=f"mean {values.mean():.3f}")
+    ax.legend(frameon=False, fontsize=9, loc="upper right")
+    ax.set_title("By class, passes with class (the axis does not start at 0)", fontsize=11)
+    _tidy(ax, "experts per token")
+
+
 def _series(by_step: Mapping[int, Mapping[str, object]], name: str) -> tuple[np.ndarray, np.ndarray]:
     pairs = [(step, float(record[name])) for step, record in sorted(by_step.items()) if record.get(name) is not None]
     pairs = [pair for pair in pairs if math.isfinite(pair[1])]

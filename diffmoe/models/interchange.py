@@ -212,13 +212,10 @@ def load_logical(model: DiT, tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def load_buffers(model: DiT, tensors: Mapping[str, Tensor]) -> None:
-    """Copies the thresholds that are among the tensors; a model without predictors has none."""
+    """Copies the thresholds and histograms that are among the tensors; a model without predictors has none."""
     for index, layer in model.moe_layers():
-        stem = f"blocks.{index}.mlp.thresholds"
-        if f"{stem}.value" in tensors:
-            layer.thresholds.value.copy_(tensors[f"{stem}.value"])
-            # A file without a count comes from elsewhere: its thresholds have been observed.
-            layer.thresholds.observations.copy_(tensors.get(f"{stem}.observations", torch.tensor(1)))
+        if layer.family == "diffmoe":
+            layer.thresholds.load(tensors, f"blocks.{index}.mlp.thresholds")
 
 
 def _some(what: str, names: Iterable[str]) -> str:

@@ -92,8 +92,7 @@ class MoELayer(nn.Module):
             routing, mask, observed = choice.routing, choice.mask_TE, choice.threshold_sum_E
             predicted = None if logits is None else predictor_loss(logits, mask)
         else:
-            threshold = self.thresholds.value if rule.gamma is None else torch.full_like(
-                self.thresholds.value, rule.gamma)
+            threshold = self.thresholds.chosen(rule.gamma, rule.dial)
             mask = (predicted_counts(scores, logits, threshold) if rule.kind == "batch"
                     else predicted_tokens(logits, threshold))
             routing = ragged_routing(mask)

@@ -1,0 +1,182 @@
+"""The capacity that sampling used, by layer, by time and by class: experts per token, mean over tokens (a token that no expert
+took counts 0).  The paper's figures 1c and 1d, as JSON, a Markdown table and a picture.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffmoe.config import Config, ModelConfig
+from diffmoe.diffusion.ddpm import linear_schedule
+from diffmoe.evaluation.plots import capacity_used
+from diffmoe.models.dit import DiT, ModelOutput
+from diffmoe.moe.layer import MoEStats
+from diffmoe.moe.routing import RoutingRule
+from diffmoe.parallel.collectives import sum_over
+from diffmoe.parallel.groups import Group
+
+MAX_TIME_BINS = 100
+_TABLE_TIMES, _TABLE_CLASSES = 20, 50
+
+
+@dataclass(frozen=True)
+class CapacityUsed:
+    """Sums over all images and passes of a sampling: ``taken_LbC``, the experts per token that samples got, by layer, time
+    bin (noise to data) and class, and ``samples_bC``, how many samples those are.  The last class is the null class of
+    guidance.  float64."""
+
+    taken_LbC: np.ndarray
+    samples_bC: np.ndarray
+    layers: tuple[str, ...]
+
+    def mean(self, classes: slice = slice(None)) -> float:
+        """Experts per token over all layers and times; NaN where nothing ran."""
+        return float(_ratio(self.taken_LbC[..., classes].sum(), self.samples_bC[:, classes].sum() * len(self.layers)))
+
+    def by_layer(self) -> np.ndarray:
+        """[L]"""
+        return _ratio(self.taken_LbC.sum((1, 2)), self.samples_bC.sum())
+
+    def by_time(self, classes: slice = slice(None)) -> np.ndarray:
+        """[b], mean over layers; NaN where nothing ran."""
+        return _ratio(self.taken_LbC[..., classes].sum((0, 2)), self.samples_bC[:, classes].sum(1) * len(self.layers))
+
+    def by_layer_and_time(self) -> np.ndarray:
+        """[L, b]"""
+        return _ratio(self.taken_LbC.sum(2), self.samples_bC.sum(1))
+
+    def by_class(self) -> list[tuple[int, float]]:
+        """(class, capacity) of the classes that were sampled, from the hardest, which used most, to the easiest.  Passes
+        with the null class have no class and do not count."""
+        used = _ratio(self.taken_LbC.sum((0, 1)), self.samples_bC.sum(0) * len(self.layers))[:-1]
+        return sorted(((c, float(v)) for c, v in enumerate(used) if np.isfinite(v)), key=lambda pair: (-pair[1], pair[0]))
+
+
+CONDITIONAL, NULL = slice(0, -1), slice(-1, None)
+
+
+class CapacityMeter:
+    """Adds up what the layers report while sampling, on the device and without asking it for anything.
+
+    ``images``: those with higher numbers only fill up a rank's batch and are left out.  Raises ValueError for a model
+    without experts."""
+
+    def __init__(self, model: DiT, config: Config, images: int, device: torch.device) -> None:
+        self.layers = tuple(f"block {i}" for i, _ in model.moe_layers())
+        if not self.layers:
+            raise ValueError(f"model.family ({config.model.family}) has no experts whose capacity could be reported")
+        self.images, self.process = images, config.diffusion.process
+        self.bins = min(config.sample.steps, MAX_TIME_BINS)
+        classes = config.model.classes + 1
+        self.taken_LbC = torch.zeros(len(self.layers), self.bins, classes, dtype=torch.float64, device=device)
+        self.samples_bC = torch.zeros(self.bins, classes, dtype=torch.float64, device=device)
+
+    def watch(self, model: DiT, numbers: Sequence[int]) -> WatchedModel:
+        """The model, whose passes over the images with these numbers are counted."""
+        counted = torch.tensor([float(number < self.images) for number in numbers], device=self.samples_bC.device)
+        return WatchedModel(model, self, counted)
+
+    def add(self, t: Tensor, y: Tensor, counted: Tensor, reports: tuple[MoEStats, ...], tokens: int) -> None:
+        """One pass: times t [B], labels y [B], weights ``counted`` [B], and the layers' reports."""
+        progress = 1 - (t + 0.5) / len(linear_schedule()) if self.process == "ddpm" else t
+        # A step's start, i / steps, may round to just below the bin that it begins.
+        bins = (progress.double() * self.bins + 1e-3).long().clamp(0, self.bins - 1)
+        place, weight = bins * self.samples_bC.shape[1] + y, counted.to(self.samples_bC.dtype)
+        self.samples_bC.view(-1).index_add_(0, place, weight)
+        taken_LB = torch.stack([stats.tokens_BE.sum(1) for stats in reports]) * (weight / tokens)
+        self.taken_LbC.view(len(self.layers), -1).index_add_(1, place, taken_LB)
+
+    def merged(self, world: Group) -> CapacityUsed:
+        """What all ranks saw; all of them call it."""
+        taken, samples = (sum_over(value, world).cpu().numpy() for value in (self.taken_LbC, self.samples_bC))
+        return CapacityUsed(taken, samples, self.layers)
+
+
+class WatchedModel:
+    """Called like the model, for the model's guided fields."""
+
+    def __init__(self, model: DiT, meter: CapacityMeter, counted_B: Tensor) -> None:
+        self._dit, self._meter, self._counted = model, meter, counted_B
+
+    @property
+    def model(self) -> ModelConfig:
+        return self._dit.model
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule) -> ModelOutput:
+        output = self._dit(x, t, y, rule)
+        # DDPM's guidance runs both halves as one batch.
+        counted = self._counted.repeat(len(y) // len(self._counted))
+        self._meter.add(t, y, counted, output.moe, self._dit.model.tokens)
+        return output
+
+
+def write_report(used: CapacityUsed, config: Config, stem: str) -> list[Path]:
+    """Writes STEM.capacity.json, .md and .png; returns their paths."""
+    paths = [Path(f"{stem}.capacity.{ending}") for ending in ("json", "md", "png")]
+    tree = report_tree(used, config)
+    paths[0].write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
+    paths[1].write_text(_markdown(tree))
+    guided = bool(used.samples_bC[:, NULL].any())
+    capacity_used(used.by_layer_and_time(), used.by_time(CONDITIONAL), used.by_time(NULL) if guided else None,
+                  used.by_class(), paths[2], used.layers, target=config.sample.capacity)
+    return paths
+
+
+def report_tree(used: CapacityUsed, config: Config) -> dict:
+    """The report as plain numbers; null where nothing ran."""
+    sample, bins = config.sample, len(used.samples_bC)
+    thresholds = ("dial" if sample.capacity is not None else "gamma" if sample.gamma is not None else "learned")
+    return {
+        "capacity": used.mean(), "conditional": used.mean(CONDITIONAL), "null": _number(used.mean(NULL)),
+        "thresholds": thresholds if config.model.family == "diffmoe" else None, "dial": sample.capacity,
+        "gamma": sample.gamma, "routing": sample.routing, "sampler": sample.sampler, "steps": sample.steps,
+        "cfg": sample.cfg, "passes": int(used.samples_bC.sum()),
+        "by_layer": dict(zip(used.layers, map(float, used.by_layer()))),
+        "by_time": [{"t": (i + 0.5) / bins, "conditional": _number(c), "null": _number(n), "layers": list(map(_number, row))}
+                    for i, (c, n, row) in enumerate(zip(used.by_time(CONDITIONAL), used.by_time(NULL),
+                                                        used.by_layer_and_time().T))],
+        "by_class": [{"class": c, "capacity": value} for c, value in used.by_class()],
+    }
+
+
+def _markdown(tree: dict) -> str:
+    wanted = f", dialled {tree['dial']:g}" if tree["dial"] is not None else ""
+    times = tree["by_time"][:: -(-len(tree["by_time"]) // _TABLE_TIMES)]
+    ranking = list(enumerate(tree["by_class"], 1))
+    cut = len(ranking) > _TABLE_CLASSES
+    half = _TABLE_CLASSES // 2
+    shown = ranking[:half] + ranking[-half:] if cut else ranking
+    return "\n".join([
+        f"# Capacity used: {tree['capacity']:.4f} experts per token{wanted}", "",
+        f"{tree['sampler']}, {tree['steps']} steps, cfg {tree['cfg']:g}, {tree['routing']} routing"
+        + (f", {tree['thresholds']} thresholds" if tree["thresholds"] else "") + f"; {tree['passes']} passes of one image.", "",
+        *_table(("layer", "capacity"), [(name, value) for name, value in tree["by_layer"].items()]), "",
+        "t is 0 at noise and 1 at data.", "",
+        *_table(("t", "conditional", "null"), [(f"{row['t']:.3f}", row["conditional"], row["null"]) for row in times]), "",
+        "Classes from the hardest (most capacity) to the easiest, conditional passes"
+        + (f"; the first and last {half} of {len(ranking)}." if cut else "."), "",
+        *_table(("rank", "class", "capacity"), [(str(i), str(row["class"]), row["capacity"]) for i, row in shown]), "",
+    ])
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> list[str]:
+    def line(cells: Sequence) -> str:
+        return "| " + " | ".join("–" if c is None else c if isinstance(c, str) else f"{c:.4f}" for c in cells) + " |"
+
+    return [line(head), line(["---"] * len(head)), *map(line, rows)]
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None  # JSON has no NaN
+
+
+def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(sums) / np.asarray(counts)
