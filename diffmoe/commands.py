@@ -60,6 +60,7 @@ def train(arguments: list[str], environment: RankEnvironment) -> int:
 
 
 def join(environment: RankEnvironment) -> torch.device:
+    """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device."""
     import torch
     import torch.distributed as dist
 
@@ -76,6 +77,7 @@ def join(environment: RankEnvironment) -> torch.device:
 
 
 def leave() -> None:
+    """Waits for the other ranks and parts from them."""
     import torch.distributed as dist
 
     dist.barrier()  # a rank that leaves early makes the others abort

@@ -159,7 +159,8 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sampling.  ``sampler``: euler, heun, dopri5 for the flow; ancestral, ddim for DDPM.  ``eta`` is DDIM's noise,
+    """Sampling.  ``sampler``: euler, heun, dopri5 for the flow; ancestral, ddim for DDPM.  ``cfg_channels``: channels that
+    DDPM's guidance moves (published: the first 3; the flow guides all).  ``eta`` is DDIM's noise,
     ``tolerance`` dopri5's error per step (``steps`` is then the most that it may take).  ``routing``: ``batch`` is the
     paper's rule, ``token`` the batch-invariant one.  ``gamma``: one constant threshold for every expert in place of
     the learned ones; ``capacity``: the experts that a token gets on average, by thresholds from the predictor's histograms."""
@@ -167,6 +168,7 @@ class SampleConfig:
     sampler: Literal["euler", "heun", "dopri5", "ancestral", "ddim"] = "euler"
     steps: int = 50
     cfg: float = 1.5
+    cfg_channels: int = 3
     eta: float = 0.0
     tolerance: float = 1e-4
     routing: Literal["batch", "token"] = "token"
@@ -413,7 +415,7 @@ def _validate_diffusion(config: Config) -> None:
         _need(diffusion.time_sampling == "uniform",
               f"diffusion.time_sampling ({diffusion.time_sampling}) must be uniform for diffusion.process (ddpm)")
         _need(2 <= sample.steps <= 1000, f"sample.steps ({sample.steps}) must be from 2 to DDPM's 1000 steps")
-    for name in ("steps", "batch", "columns"):
+    for name in ("steps", "batch", "columns", "cfg_channels"):
         _need(getattr(sample, name) >= 1, f"sample.{name} ({getattr(sample, name)}) must be at least 1")
     _need(0 <= sample.eta <= 1, f"sample.eta ({sample.eta}) must be in [0, 1]")
     _need(sample.tolerance > 0, f"sample.tolerance ({sample.tolerance}) must be above 0")

@@ -1,15 +1,18 @@
 """DDPM against the published research code's numbers, and against what its formulas must satisfy."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from diffmoe.config import load_config
 from diffmoe.diffusion.ddpm import (
     ancestral_noise, ddim_sample_loop, ddpm_loss, discretized_gaussian_log_likelihood, guided_epsilon, linear_schedule,
     p_mean_variance, p_sample_loop, q_sample, respace, space_timesteps, training_losses, vb_terms_bpd,
 )
 from diffmoe.diffusion.sampling import ancestral, ddim
+from diffmoe.evaluation import generate
 from diffmoe.moe.routing import RoutingRule
 from reference_models import FAMILIES, PREDICTOR_WEIGHT, close, reference
 
@@ -156,3 +159,19 @@ def test_noise_is_asked_for():
     for sampler in (ancestral, lambda *args: ddim(*args, eta=0.5)):
         with pytest.raises(ValueError, match="needs noise"):
             sampler(field, torch.zeros(1, 1, 2, 2), 3)
+
+
+def test_the_configuration_says_which_channels_are_guided() -> None:
+    dit, numbers = reference("diffmoe")
+    x, y, t = numbers["in/x"], numbers["in/y"], numbers["in/t_ddpm"]
+    epsilon = {}
+    for cfg, channels in ((1.0, 3), (2.0, 3), (2.0, 4)):
+        config = load_config(None, ["diffusion.process=ddpm", "sample.sampler=ddim", "sample.routing=token",
+                                    f"sample.cfg={cfg}", f"sample.cfg_channels={channels}"])
+        config = replace(config, model=dit.model, moe=dit.moe)
+        with torch.no_grad():
+            epsilon[cfg, channels] = generate._field(dit.eval(), config, y)(x, t)[:, :4]
+    plain, three, four = epsilon.values()
+    torch.testing.assert_close(three[:, 3], plain[:, 3], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(three[:, :3], four[:, :3])
+    assert (four[:, 3] - plain[:, 3]).abs().max() > 1e-3

@@ -57,10 +57,10 @@ def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequenc
 
 
 def _field(model: DiT | WatchedModel, config: Config, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """What the sampler integrates.  As published, DDPM guides the first 3 channels and the flow all of them."""
+    """What the sampler integrates.  The flow is guided on all channels, as published."""
     rule = inference_rule(config.moe, config.sample)
     if config.diffusion.process == "ddpm":
-        return guided_epsilon(model, y, config.sample.cfg, rule, channels=min(3, config.model.channels))
+        return guided_epsilon(model, y, config.sample.cfg, rule, channels=min(config.sample.cfg_channels, config.model.channels))
     return guided_velocity(model, y, config.sample.cfg, rule)
 
 
