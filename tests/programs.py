@@ -204,10 +204,10 @@ def tiny(folder: Path, *more: str) -> list[str]:
 
 
 @functools.cache
-def trained() -> tuple[Path, list[Result]]:
+def trained(*overrides: str) -> tuple[Path, list[Result]]:
     """The undisturbed run (2 ranks, EP 2, ZeRO 1, fp32, 8 steps) that others are compared with; do not write there."""
-    folder = scratch() / "trained"
-    return folder, run_program(2, *tiny(folder))
+    folder = Path(tempfile.mkdtemp(prefix="trained-", dir=scratch()))
+    return folder, run_program(2, *tiny(folder, *overrides))
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -113,9 +113,10 @@ def test_metrics_say_what_happened():
 
 def test_stopped_by_a_signal_to_one_rank_the_same_command_goes_on_bit_for_bit(tmp_path):
     """2k steps == k, SIGTERM, resume, k; half-written folders are ignored and only train.keep checkpoints stay."""
-    undisturbed, _ = trained()
+    saving = ("train.save_every=1", "train.keep=2")
+    undisturbed, _ = trained(*saving)
     folder = tmp_path / "run"
-    command = tiny(folder, "train.save_every=1", "train.keep=2")
+    command = tiny(folder, *saving)
     with start_program(2, *command) as program:
         program.wait_for("step 2/8")
         program.signal(1, signal.SIGTERM)
