@@ -32,8 +32,10 @@ def open_decoder(path: str, config: Config, scale: float | None, shift: float | 
     VAE's own.
 
     Raises:
-        ValueError: no such autoencoder, or another one than the training data was encoded with.
+        ValueError: a model of pixels, no such autoencoder, or another one than the training data was encoded with.
     """
+    if config.model.channels in (1, 3):
+        raise ValueError(f"model.channels ({config.model.channels}) are pixels: there is nothing for vae {path} to decode")
     vae = load_vae(path, device=device)
     own_scale, own_shift = vae.scale, vae.shift
     try:

@@ -55,6 +55,8 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     stream = BatchStream(run.reader, batch=layout.batch, micro_batch=layout.micro_batch, accumulation=layout.accumulation,
                          rank=groups.rank, world=layout.ranks, start_step=run.done, prefetch=config.data.prefetch)
     saved = run.done
+    if run.done >= config.train.steps:
+        _say(run, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
     with stream, _stop_requests() as asked:
         batches, problem = _fetch(stream, run.done < config.train.steps)
         raise_together(problem, groups.world)

@@ -2,7 +2,7 @@
 # What the train_*.sh job scripts share: one srun task per GPU, a clean stop before the time limit, requeue.
 #
 #   sbatch scripts/slurm/train_l_e16.sh [key=value ...]                       from the repository's root
-#   sbatch --nodes=4 --gpus-per-node=4 scripts/slurm/train_l_e16.sh optimizer.lr=2e-4
+#   sbatch --nodes=4 --gpus-per-node=4 scripts/slurm/train_l_e16.sh train.lr=2e-4
 #
 # From the environment: DIFFMOE_CONFIG and DIFFMOE_DEEPSPEED_CONFIG (other files than the script's), DIFFMOE_ROOT (the
 # repository, when submitted from elsewhere), DIFFMOE_VENV (another environment than the repository's .venv).
