@@ -64,7 +64,11 @@ def _main_of(verb: str) -> Callable[[list[str], RankEnvironment], int]:
         return encode.main
     from diffmoe import verify
 
-    return lambda rest, _environment: verify.main(rest)
+    return lambda rest, environment: verify.main(rest) if environment.world == 1 else _refuse_ranks(environment)
+
+
+def _refuse_ranks(environment: RankEnvironment) -> int:
+    raise ValueError(f"verify starts its own ranks: run it in one process, not in {environment.world}")
 
 
 def _verb(arguments: list[str]) -> tuple[str, list[str]]:

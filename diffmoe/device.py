@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 
 import torch
@@ -12,8 +13,8 @@ _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4
 
 
 def local_device(local_rank: int, local_world: int) -> torch.device:
-    """This rank's device; selects the GPU.  More ranks than GPUs on a node is a ValueError, on every rank of it."""
-    if not torch.cuda.is_available():
+    """This rank's device; selects the GPU (``DS_ACCELERATOR=cpu`` asks for the CPU, as of DeepSpeed).  More ranks than GPUs on a node is a ValueError, on every rank of it."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_world > torch.cuda.device_count():
         raise ValueError(f"ranks on this node ({local_world}) must not exceed its GPUs ({torch.cuda.device_count()})")

@@ -193,6 +193,16 @@ def test_another_layout_goes_on_with_the_same_losses(tmp_path, world, json_text,
 # ---------------------------------------------------------------------------------------- precision, families
 
 
+def test_every_micro_batch_counts_once_in_bf16(two_ranks, tmp_path):
+    norms = {}
+    for name in ("zero1_fp32", "zero1_bf16", "zero2_bf16", "zero3_bf16"):
+        arguments = tiny(tmp_path / name, "--deepspeed_config", str(REPOSITORY / f"ds_configs/{name}.json"),
+                         "train.accumulation=2", "train.steps=1", "train.clip=0", "moe.pool=8")
+        two_ranks.run(train_here, arguments, 2)
+        norms[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"]
+    assert norms == pytest.approx(dict.fromkeys(norms, norms["zero1_fp32"]), rel=0.02)
+
+
 @pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16", "zero3_bf16"])
 def test_bf16_trains_near_fp32_and_keeps_fp32_masters(two_ranks, tmp_path, name):
     arguments = tiny(tmp_path, "--deepspeed_config", str(REPOSITORY / f"ds_configs/{name}.json"))

@@ -19,7 +19,7 @@ from diffmoe.diffusion.sampling import SAMPLERS
 from diffmoe.evaluation.capacity_report import CapacityMeter, WatchedModel
 from diffmoe.models.dit import DiT
 from diffmoe.moe.routing import RoutingRule
-from diffmoe.parallel.collectives import gather_stack
+from diffmoe.parallel.collectives import gather_stack, sum_over
 from diffmoe.parallel.groups import Group
 
 
@@ -38,10 +38,10 @@ def check_dial(model: DiT, sample: SampleConfig) -> None:
 
 @torch.no_grad()
 def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequence[int], device: torch.device,
-             progress: bool = False, meter: Optional[CapacityMeter] = None) -> Tensor:
+             progress: bool = False, meter: Optional[CapacityMeter] = None, together: Optional[Group] = None) -> Tensor:
     """Images [n, C, H, W], fp32 on the CPU, of classes ``labels`` from the noise of images ``numbers``.
 
-    ``meter`` counts the capacity used.  Raises ValueError where :func:`check_dial` does."""
+    ``together``: ranks whose passes must keep step, since the model communicates in them.  ``meter`` counts the capacity used.  Raises ValueError where :func:`check_dial` does."""
     check_dial(model, config.sample)
     sizes, sample = config.model, config.sample
     shape = (sizes.channels, sizes.input_size, sizes.input_size)
@@ -52,7 +52,7 @@ def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequenc
         y = torch.tensor(labels[part], device=device)
         field = _field(model if meter is None else meter.watch(model, numbers[part]), config, y)
         step_noise = ancestral_noise(config.run.seed, numbers[part], shape, device)
-        images.append(SAMPLERS[sample.sampler](field, noise, sample.steps, step_noise, **_options(sample)).cpu())
+        images.append(SAMPLERS[sample.sampler](field, noise, sample.steps, step_noise, **_options(sample, together, device)).cpu())
     return torch.cat(images)
 
 
@@ -64,8 +64,16 @@ def _field(model: DiT | WatchedModel, config: Config, y: Tensor) -> Callable[[Te
     return guided_velocity(model, y, config.sample.cfg, rule)
 
 
-def _options(sample: SampleConfig) -> dict[str, float]:
-    return {"dopri5": {"tolerance": sample.tolerance}, "ddim": {"eta": sample.eta}}.get(sample.sampler, {})
+def _options(sample: SampleConfig, together: Optional[Group], device: torch.device) -> dict:
+    """What only one sampler takes.  dopri5's ranks go on until the last of them is done: passes may hold collectives."""
+    if sample.sampler == "ddim":
+        return {"eta": sample.eta}
+    if sample.sampler != "dopri5":
+        return {}
+    options: dict = {"tolerance": sample.tolerance}
+    if together is not None and together.size > 1:
+        options["anyone"] = lambda mine: bool(sum_over(torch.tensor([float(mine)], device=device), together) > 0)
+    return options
 
 
 def generate_everywhere(model: DiT, config: Config, labels: Sequence[int], world: Group, device: torch.device,
@@ -74,5 +82,5 @@ def generate_everywhere(model: DiT, config: Config, labels: Sequence[int], world
     ranks.  Ranks make the same number of passes, so the experts may be spread over them."""
     each = -(-len(labels) // world.size)
     numbers = range(world.index * each, (world.index + 1) * each)
-    mine = generate(model, config, [labels[i % len(labels)] for i in numbers], numbers, device, progress, meter)
+    mine = generate(model, config, [labels[i % len(labels)] for i in numbers], numbers, device, progress, meter, world)
     return gather_stack(mine.to(device), world).flatten(0, 1)[: len(labels)].cpu()

@@ -45,7 +45,8 @@ def save(folder: Path, step: int, engine: Engine, ema: Ema, config: Config, layo
     problem: Exception | None = None
     if groups.rank == 0:
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in folder.glob(".step_*.partial"):  # of saves that failed
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
         except OSError as error:
             problem = error

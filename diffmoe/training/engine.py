@@ -47,7 +47,7 @@ def import_deepspeed():
 class Engine:
     """One rank's share of training: forward, backward, step, and the fp32 state behind the parameters.
 
-    Fp32 state is held as flat shards, congruent for masters, both moments and whatever :meth:`new_shards` makes
+    Fp32 state is held as flat shards, congruent for masters, both moments and whatever copies them
     (EMA): one mechanism reads and writes all of them by logical name."""
 
     def __init__(self, model: DiT, config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups,
@@ -206,6 +206,9 @@ class Engine:
         for key in self._state_keys():
             # Each its own tensor: a shared one would count once per shard.
             self._adam.state[key]["step"] = torch.tensor(float(step), device=self._step_device(key))
+        for group in self._adam.param_groups:
+            if "step" in group or type(self._adam).__module__.startswith("apex"):
+                group["step"] = step  # Apex counts here
 
     def _step_device(self, key: Tensor) -> torch.device:
         fused = any(group.get("fused") for group in self._adam.param_groups)
@@ -321,6 +324,10 @@ def _effective_deepspeed(tree: dict, expert_parallel: bool) -> dict:
         zero["stage"] = stage = 1
         if dist.get_rank() == 0:
             print("DeepSpeed: bf16 at ZeRO 0 has no fp32 masters that can be checkpointed; running as ZeRO 1")
+    if stage == 1 and (tree.get("bf16") or {}).get("enabled"):
+        # With fp32 accumulation DeepSpeed 0.19.8 adds a micro-batch's bf16 gradient to its fp32 sum after every
+        # micro-batch without clearing it, so that early ones count twice; updating at once is right.
+        tree = {**tree, "bf16": {**tree["bf16"], "immediate_grad_update": True}}
     if expert_parallel and stage in (1, 2):
         for key in ("reduce_scatter", "contiguous_gradients"):
             if zero.get(key) is False:

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from diffmoe.config import Config, config_to_tree
+from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.layout import Layout
 from diffmoe.data.shards import Batch, BatchStream, ShardReader, load_index
 from diffmoe.evaluation.generate import generate_everywhere
@@ -80,6 +81,8 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
                 saved = _save(run)
             if _due(run.done, config.train.sample_every, finished):  # not at a stop, whose grace is for saving
                 _sample(run, writer)
+            if run.done % config.train.log_every == 0:
+                meter.restart_clock()  # saving, sampling and drawing are not training
             if report.stop:
                 _say(run, f"stopped in order at step {run.done}; the same command goes on from there")
                 break
@@ -145,7 +148,7 @@ def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> Non
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config_to_tree(config), sort_keys=False))
-        (folder / "deepspeed.json").write_text(json.dumps(deepspeed_tree, indent=1) + "\n")
+        (folder / "deepspeed.json").write_text(json.dumps(merge_deepspeed(deepspeed_tree, config, layout), indent=1) + "\n")
         (folder / "layout.json").write_text(json.dumps(vars(layout), indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"run.folder ({folder}) cannot be written: {error}") from error

@@ -29,12 +29,16 @@ class Meter:
 
     def __init__(self, config: Config, groups: ParallelGroups, device: torch.device) -> None:
         self.config, self.groups, self.device = config, groups, device
-        self.peak, self.peak_source = peak_flops(device)
+        self.peak, _ = peak_flops(device)
         self._reports: list[StepReport] = []
         self._started = time.perf_counter()
 
     def add(self, report: StepReport) -> None:
         self._reports.append(report)
+
+    def restart_clock(self) -> None:
+        """Leaves out what took time since the last record and was not training."""
+        self._started = time.perf_counter()
 
     def collect(self, step: int) -> tuple[dict, np.ndarray]:
         """(record, load [layers, time bins, experts] as share of the mean) of the steps since the last call.
@@ -47,7 +51,7 @@ class Meter:
         last = reports[-1]
         load, per_expert = self._load(reports)
         images = len(reports) * train.batch / seconds
-        macs = count(model, moe, capacity=last.capacity).forward_macs
+        macs = count(model, moe, capacity=None if model.family == "tc" else last.capacity).forward_macs
         record = {
             "step": step, "samples": step * train.batch,
             "loss": float(np.mean([r.loss for r in reports])),
