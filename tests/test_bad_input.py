@@ -80,6 +80,7 @@ def test_a_dry_run_resolves_for_ranks_that_are_not_there():
 
 def test_more_ranks_than_gpus_is_every_ranks_error(monkeypatch):
     """The ranks that have a GPU would otherwise wait for the one that has none."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     for rank in (0, 1):

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from diffmoe.config import load_config
-from diffmoe.deepspeed_json import read_deepspeed
+from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import resolve_layout
 from diffmoe.parallel.spawn import Ranks
 from programs import REPOSITORY, losses, run_cases, run_program, start_launcher, start_program, tiny, tiny_config, trained
@@ -92,7 +92,9 @@ def test_the_written_configuration_is_the_resolved_one():
     assert written == load_config(tiny_config(), [f"run.folder={folder}"])
     layout = json.loads((folder / "layout.json").read_text())
     assert layout == {"ranks": 2, "ep": 2, "batch": 16, "micro_batch": 8, "accumulation": 1, "pool": 16, "pool_ranks": 2}
-    assert json.loads((folder / "deepspeed.json").read_text()) == {"zero_optimization": {"stage": 1}}
+    deepspeed = json.loads((folder / "deepspeed.json").read_text())
+    assert deepspeed == merge_deepspeed(read_deepspeed(None), written, resolve_layout(written, 2))
+    assert deepspeed["train_batch_size"] == 16 and deepspeed["zero_optimization"] == {"stage": 1}
 
 
 def test_metrics_say_what_happened():
