@@ -6,6 +6,7 @@ The same file under ``deepspeed``, ``torchrun``, ``srun`` or plain ``python`` (o
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from typing import Callable
@@ -46,29 +47,11 @@ def main(arguments: list[str]) -> int:
 
 def _main_of(verb: str) -> Callable[[list[str], RankEnvironment], int]:
     """A verb's function; its module is imported only now, since several bring torch."""
-    if verb in ("train", "sample"):
-        from diffmoe import commands
-
-        return {"train": commands.train, "sample": commands.sample}[verb]
     if verb in ("import", "export"):
-        from diffmoe import exchange
+        from diffmoe.commands import exchange
 
         return {"import": exchange.import_main, "export": exchange.export_main}[verb]
-    if verb == "evaluate":
-        from diffmoe.evaluation import evaluate
-
-        return evaluate.main
-    if verb == "encode":
-        from diffmoe.data import encode
-
-        return encode.main
-    from diffmoe import verify
-
-    return lambda rest, environment: verify.main(rest) if environment.world == 1 else _refuse_ranks(environment)
-
-
-def _refuse_ranks(environment: RankEnvironment) -> int:
-    raise ValueError(f"verify starts its own ranks: run it in one process, not in {environment.world}")
+    return importlib.import_module(f"diffmoe.commands.{verb}").main
 
 
 def _verb(arguments: list[str]) -> tuple[str, list[str]]:

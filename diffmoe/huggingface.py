@@ -12,11 +12,10 @@ from torch import Tensor
 import diffmoe
 from diffmoe.config import Config, config_from_tree, config_to_tree, validate
 from diffmoe.evaluation.card import Card, card_from_json
-from diffmoe.evaluation.evaluate import weights_digest
-from diffmoe.exchange import whole_model
+from diffmoe.markdown import table
 from diffmoe.models.count import count
 from diffmoe.models.dit import DiT
-from diffmoe.models.interchange import load_logical, logical_template
+from diffmoe.models.interchange import load_logical, logical_template, weights_digest, whole_weights
 from diffmoe.training.checkpoint import EMA, Checkpoint, open_tensors, save_parts
 from diffmoe.training.engine import MASTER
 
@@ -31,7 +30,9 @@ def write_folder(checkpoint: Checkpoint, out: Path, weights: str, limit: int, ca
     ``limit``: bytes of a file (a larger tensor has one of its own).  ``cards``: score cards; one of other weights is a
     ValueError.  The folder appears whole or not at all."""
     config = checkpoint.config()
-    tensors = whole_model(checkpoint, EMA if weights == "ema" else MASTER)
+    kind = EMA if weights == "ema" else MASTER
+    tensors = whole_weights(checkpoint.tensors(kind), checkpoint.tensors("buffers"), config.model, config.moe,
+                            f"{kind} of {checkpoint.path}")
     scores = _read_cards(cards, checkpoint, weights, tensors)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -151,7 +152,7 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: list[
         *(["- mixture-of-experts"] if mixture else []), "---", "",
         f"# {model.family} {model.depth} x {model.width}, step {step}", "",
         "A class-conditional diffusion transformer trained with the DiffMoE trainer (method: arXiv 2503.14487).", "",
-        "## Model", "", *_table(("", ""), rows), "", "## Recipe", "", *_table(("", ""), recipe), "",
+        "## Model", "", *table(("", ""), rows), "", "## Recipe", "", *table(("", ""), recipe), "",
         "## Scores", "", *_score_table(scores), "", "## Use", "", "```python", "from pathlib import Path",
         "from diffmoe.huggingface import load_folder", "", 'model, config = load_folder(Path("this folder"))', "```", ""])
 
@@ -165,12 +166,8 @@ def _score_table(scores: list[Card]) -> list[str]:
         routing = card.routing if card.gamma is None else f"{card.routing}, gamma {card.gamma:g}"
         if card.capacity is not None:
             routing += f", capacity {card.capacity:g}"
-        rows.append((*("–" if v is None else f"{v:.4f}" for v in values), card.count, f"{card.cfg:g}",
+        rows.append((*values, card.count, f"{card.cfg:g}",
                      f"{card.sampler}, {card.steps}", routing, f"{card.reference} ({card.reference_sha256[:12]})",
                      f"{card.extractor} ({card.extractor_sha256[:12]})"))
-    return _table(("FID ↓", "sFID ↓", "IS ↑", "precision ↑", "recall ↑", "images", "cfg", "sampler, steps", "routing",
-                   "reference", "features"), rows)
-
-
-def _table(head: tuple, rows: list[tuple]) -> list[str]:
-    return [f"| {' | '.join(map(str, row))} |" for row in (head, ("---",) * len(head), *rows)]
+    return table(("FID ↓", "sFID ↓", "IS ↑", "precision ↑", "recall ↑", "images", "cfg", "sampler, steps", "routing",
+                  "reference", "features"), rows)

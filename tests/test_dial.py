@@ -23,10 +23,11 @@ from diffmoe.moe.capacity import HISTOGRAM_BINS, HISTOGRAM_DECAY, Thresholds, di
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import build_groups, single_process
 from diffmoe.parallel.spawn import Ranks
-from diffmoe.reference import build_model, plain_training, synthetic_batch
+from diffmoe.parity.cases import Case
+from diffmoe.parity.plain import build_model, plain_training, synthetic_batch
+from diffmoe.parity.table import start_training
 from diffmoe.training.checkpoint import EMA, Checkpoint
 from diffmoe.training.step import counts_for_dial, micro_loss
-from diffmoe.verify import Case, start_training
 from programs import TINY, run_cases
 
 CPU = torch.device("cpu")
@@ -118,7 +119,7 @@ def counted(case):
 
 
 def counted_plainly(case):
-    """The same from :mod:`diffmoe.reference`: its moving average after two steps, on the second step's samples."""
+    """The same from :mod:`diffmoe.parity.plain`: its moving average after two steps, on the second step's samples."""
     config = case.config()
     reference = plain_training(config, accumulation=1, pool=case.layout().pool, steps=2, device=CPU)
     model = build_model(config, case.layout().pool, single_process()).eval()

@@ -24,8 +24,9 @@ from PIL import Image
 from programs import scratch
 from sklearn.datasets import load_digits, load_sample_images
 
+from diffmoe.commands.encode import main
 from diffmoe.data import images
-from diffmoe.data.encode import Request, main
+from diffmoe.data.encode_request import Request
 from diffmoe.data.encode_shards import encode
 from diffmoe.data.images import BadImage, center_crop, list_source, read_picture
 from diffmoe.data.shards import ShardIndex, ShardMeta, ShardReader, load_index, write_shards

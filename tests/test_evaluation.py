@@ -18,21 +18,23 @@ from torch import Tensor, nn
 
 from diffmoe.config import Config, config_to_tree, load_config
 from diffmoe.data.digits import write_digits
+from diffmoe.commands import evaluate as command
 from diffmoe.evaluation import evaluate as evaluation
 from diffmoe.evaluation.card import Card, Scores, card_from_json, versions
-from diffmoe.evaluation.evaluate import SAMPLES_NAME, Subject, class_labels, evaluate, weights_digest
+from diffmoe.evaluation.evaluate import SAMPLES_NAME, Subject, class_labels, evaluate
 from diffmoe.evaluation.decoding import Decoder
 from diffmoe.evaluation.features import (
     Extractor, Features, digits_extractor, load_extractor, to_uint8,
 )
-from diffmoe.evaluation.reference import (
+from diffmoe.evaluation.reference_statistics import (
     Gaussian, ImageSource, Reference, load_reference, measure_reference, open_images, save_reference,
 )
 from diffmoe.evaluation.scores import (
-    Moments, frechet_distance, inception_score, inception_score_of, merge, merge_over, moments_of, precision_recall,
+    Moments, frechet_distance, inception_score_of, merge, merge_over, moments_of, precision_recall,
     split_numbers, split_totals, totals_over,
 )
 from diffmoe.models.dit import DiT, initialize, logical_tensors
+from diffmoe.models.interchange import weights_digest
 from diffmoe.parallel.groups import Group, single_process
 from diffmoe.parallel.spawn import Ranks
 
@@ -106,6 +108,11 @@ def test_moments_in_any_cut_are_numpys() -> None:
         merge(total, moments_of(x[:, :6]))
     with pytest.raises(ValueError, match="features holds 1 values"):
         moments_of(np.where(np.arange(14).reshape(2, 7) == 3, np.nan, 1.0))
+
+
+def inception_score(p: np.ndarray, splits: int = 1) -> tuple[float, float]:
+    """Of all samples at once."""
+    return inception_score_of(split_totals(p, split_numbers(range(len(p)), len(p), splits), splits))
 
 
 def brute_inception_score(p: np.ndarray, splits: int) -> tuple[float, float]:
@@ -365,7 +372,7 @@ def test_reference_from_shards_and_refusals(tmp_path: Path, monkeypatch: pytest.
     pixels = load_digits().data
     np.testing.assert_allclose(reference.spatial.mean, pixels.mean(axis=0), atol=0.02)
     assert reference.count == len(reference.features) == 1797
-    monkeypatch.setattr("diffmoe.evaluation.reference.NEIGHBOUR_FEATURES", 100)
+    monkeypatch.setattr("diffmoe.evaluation.reference_statistics.NEIGHBOUR_FEATURES", 100)
     few = load_reference(tmp_path / "digits", extractor, ALONE, CPU, batch=77)
     np.testing.assert_allclose(few.features, reference.features[::18], atol=1e-9)
     images = random_images(4)
@@ -622,20 +629,20 @@ def test_the_verb_scores_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
     (folder / "checkpoint.json").write_text(json.dumps(
         {"format": 1, "step": 8, "samples": 128, "pool": 16, "ranks": 1, "config": config_to_tree(config), "files": files}))
     write_digits(tmp_path / "digits")
-    monkeypatch.setattr("diffmoe.commands.join", lambda environment: CPU)
-    monkeypatch.setattr("diffmoe.commands.leave", lambda: None)
-    monkeypatch.setattr(evaluation, "build_groups", lambda ep, pool_ranks: single_process())
+    monkeypatch.setattr(command, "join", lambda environment: CPU)
+    monkeypatch.setattr(command, "leave", lambda: None)
+    monkeypatch.setattr("diffmoe.parallel.groups.build_groups", lambda ep, pool_ranks: single_process())
     from launcher.environment import detect
 
     arguments = ["--checkpoint", str(tmp_path / "run"), "--reference", str(tmp_path / "digits"), "--extractor", "digits",
                  "--count", "100", "--out", str(tmp_path / "out"), "--save-reference", str(tmp_path / "digits.npz"),
                  "--cfg", "1", "sample.batch=50"]
-    assert evaluation.main(arguments, detect()) == 0
+    assert command.main(arguments, detect()) == 0
     card = card_from_json((tmp_path / "out" / "card.json").read_text())
     assert (card.step, card.cfg, card.batch, card.routing, card.extractor) == (8, 1.0, 50, "token", "digits")
     assert card.scores.fid > 10 and "FID" in capsys.readouterr().out
     arguments[3], arguments[9] = str(tmp_path / "digits.npz"), str(tmp_path / "again")
-    assert evaluation.main(arguments, detect()) == 0
+    assert command.main(arguments, detect()) == 0
     close(card_from_json((tmp_path / "again" / "card.json").read_text()).scores, card.scores)
     with pytest.raises(ValueError, match="extractor file .nowhere.pt. does not exist"):
-        evaluation.main([*arguments[:5], "nowhere.pt", *arguments[6:]], detect())
+        command.main([*arguments[:5], "nowhere.pt", *arguments[6:]], detect())

@@ -14,16 +14,15 @@ import pytest
 import torch
 import yaml
 
-import diffmoe.exchange as exchange
+from diffmoe.commands import exchange
 from diffmoe.config import config_to_tree, load_config
 from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import euler
 from diffmoe.evaluation.card import Card, Scores
-from diffmoe.evaluation.evaluate import weights_digest
 from diffmoe.evaluation.generate import generate
 from diffmoe.huggingface import load_folder
 from diffmoe.models.dit import DiT, initialize, logical_tensors
-from diffmoe.models.interchange import fresh_buffers, load_buffers, load_logical, same_bits, to_research
+from diffmoe.models.interchange import fresh_buffers, load_buffers, load_logical, same_bits, to_research, weights_digest
 from diffmoe.models.upcycling import load_dense, measure, upcycle
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.training.checkpoint import EMA, Checkpoint

@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffmoe import verify
+from diffmoe.commands import verify
 from diffmoe.parallel.spawn import Ranks
-from diffmoe.verify import BOUND, COLUMNS, Case
+from diffmoe.parity import table
+from diffmoe.parity.cases import Case, full_table, quick_table
+from diffmoe.parity.table import BOUND, COLUMNS
+from launcher.environment import detect
 
 CPU = torch.device("cpu")
 SPOILED = Case(2, 2, 1, "none", 1, "group", 16)
@@ -22,18 +25,18 @@ def assert_within_bound(rows):
 
 
 def test_quick_table():
-    rows = list(verify.run_cases(verify.quick_table((2, 4))))
+    rows = list(table.run_cases(quick_table((2, 4))))
     assert {(row.case.ep, row.case.zero) for row in rows if row.case.world == 4} >= {(2, zero) for zero in range(4)}
     assert_within_bound(rows)
 
 
 @pytest.mark.slow
 def test_full_table():
-    assert_within_bound(list(verify.run_cases(verify.full_table())))
+    assert_within_bound(list(table.run_cases(full_table())))
 
 
 def test_cases_are_legal_and_no_case_stands_twice():
-    cases = verify.full_table()
+    cases = full_table()
     assert len(set(cases)) == len(cases)
     wanted = {(world, ep, zero, recompute, accumulation) for world in (1, 2, 4) for ep in (1, 2, 4) if world % ep == 0
               for zero in range(4) for recompute in ("none", "block", "selective") for accumulation in (1, 2)}
@@ -47,13 +50,13 @@ def test_cases_are_legal_and_no_case_stands_twice():
 
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "table.json"
-    assert verify.main(["--quick", "--worlds", "1", "--json", str(path)]) == 0
+    assert verify.main(["--quick", "--worlds", "1", "--json", str(path)], detect()) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("verify: 2 cases, largest relative difference ") and last.endswith("bound 1e-05: ok")
-    table = json.loads(path.read_text())
-    assert table["ok"] and len(table["rows"]) == 2 and table["rows"][0]["case"]["world"] == 1
+    written = json.loads(path.read_text())
+    assert written["ok"] and len(written["rows"]) == 2 and written["rows"][0]["case"]["world"] == 1
     with pytest.raises(ValueError, match=r"--worlds \(3\) must be of 1, 2, 4"):
-        verify.main(["--worlds", "3"])
+        verify.main(["--worlds", "3"], detect())
 
 
 # ------------------------------------------------------------------------------------- the table can fail
@@ -96,10 +99,10 @@ def learning_rate_off(training):
 @pytest.fixture(scope="module")
 def compare(tmp_path_factory):
     path = tmp_path_factory.mktemp("reference") / "reference.pt"
-    torch.save(verify.reference_for(SPOILED, CPU), path)
+    torch.save(table.reference_for(SPOILED, CPU), path)
     with Ranks(SPOILED.world, timeout=60) as ranks:
         def differences(tamper):
-            results = ranks.run(verify.train_and_compare, SPOILED, str(path), "cpu", tamper)
+            results = ranks.run(table.train_and_compare, SPOILED, str(path), "cpu", tamper)
             return {column: max(found[column] for found, _ in results) for column in COLUMNS}
         yield differences
 
@@ -128,6 +131,6 @@ def one_rank_raises_at_zero_1(training):
 
 def test_a_case_that_raises_is_a_row_and_the_table_goes_on():
     cases = [SPOILED, replace(SPOILED, zero=2)]
-    bad, good = verify.run_cases(cases, tamper=one_rank_raises_at_zero_1, timeout=60)
+    bad, good = table.run_cases(cases, tamper=one_rank_raises_at_zero_1, timeout=60)
     assert bad.error == "rank 1: ValueError: spoiled (1) must be 0" and not bad.ok
     assert good.ok

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffmoe import verify
 from diffmoe.parallel.spawn import Ranks
-from diffmoe.reference import plain_training
-from diffmoe.verify import BOUND, MARGIN, Case
+from diffmoe.parity.cases import Case
+from diffmoe.parity.plain import plain_training
+from diffmoe.parity.table import BOUND, MARGIN, start_training
 
 STEPS, POOL, LR = 20, 8, 3e-3
 # Pools of 8 samples of 16: inside a rank of 1 and 2, over 2 of 4 ranks, over EP groups and inside one.
@@ -23,7 +23,7 @@ def gently(config):
 
 def losses(case, seed):
     """(loss, predictor loss, gradient norm) of every step."""
-    training = verify.start_training(case, seed, torch.device("cpu"), STEPS)
+    training = start_training(case, seed, torch.device("cpu"), STEPS)
     training.config = gently(training.config)
     reports = [training.step(step) for step in range(STEPS)]
     training.engine.engine.destroy()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffmoe.commands import _parse_classes
+from diffmoe.commands.sample import parse_classes
 from diffmoe.diffusion.sampling import euler, heun
 from diffmoe.evaluation.generate import generate
 from diffmoe.models.dit import DiT
@@ -121,13 +121,13 @@ def test_it_says_what_it_did(samples):
     ("all", list(range(10))), ("3", [3]), ("0,3,7-9", [0, 3, 7, 8, 9]), ("9,0", [9, 0]), ("2-2", [2]), ("1,1", [1, 1]),
 ])
 def test_classes_on_the_command_line(text, classes):
-    assert _parse_classes(text, 10) == classes
+    assert parse_classes(text, 10) == classes
 
 
 @pytest.mark.parametrize("text", ["", "10", "3-", "-3", "a", "1,,2", "5-2", "0-10", "1.5", "all,1", "²"])
 def test_classes_that_are_refused(text):
     with pytest.raises(ValueError, match="--classes"):
-        _parse_classes(text, 10)
+        parse_classes(text, 10)
 
 
 # -------------------------------------------------------------------------------------------------- guidance

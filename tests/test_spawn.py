@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from diffmoe.parallel.spawn import RankError, Ranks, run_ranks
+from diffmoe.parallel.spawn import RankError, Ranks
 
 
 def add_up(value):
@@ -54,7 +54,8 @@ def test_a_rank_that_hangs():
             ranks.run(fail_alone, "sleep")
 
 
-def test_run_ranks():
-    assert [total[0].item() for _, total, _ in run_ranks(1, add_up, 5)] == [5.0]
+def test_one_rank_and_none():
+    with Ranks(1) as ranks:
+        assert [total[0].item() for _, total, _ in ranks.run(add_up, 5)] == [5.0]
     with pytest.raises(ValueError, match=r"world \(0\)"):
-        run_ranks(0, add_up, 5)
+        Ranks(0)

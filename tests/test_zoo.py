@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffmoe.commands import train
+from diffmoe.commands.train import main as train
 from diffmoe.config import Config, ModelConfig, MoEConfig, ParallelConfig, load_config, read_yaml
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import resolve_layout

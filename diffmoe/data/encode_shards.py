@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from diffmoe.data.encode import Request
+from diffmoe.data.encode_request import Request
 from diffmoe.data.images import BadImage, Source, list_source, read_picture
 from diffmoe.data.shards import INDEX_NAME, Encoding, ShardIndex, ShardMeta, from_json, load_index, write_index
 from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar

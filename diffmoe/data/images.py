@@ -169,20 +169,28 @@ def read_picture(source: Source, picture: Picture, size: int, channels: int) -> 
         BadImage: it is missing, damaged, or of a kind that has no 8-bit form.
         OSError: the file system fails, also when asked again; says nothing about the picture.
     """
-    data = _read_bytes(source.root / picture.file, picture)
+    cropped = center_crop(decode_picture(_read_bytes(source.root / picture.file, picture), channels), size)
+    return np.asarray(cropped).reshape(size, size, channels).transpose(2, 0, 1).copy()
+
+
+def decode_picture(data: bytes, channels: int) -> Image.Image:
+    """A picture file's bytes as an 8-bit image of 1 (grey) or 3 channels.
+
+    Raises:
+        BadImage: damaged, or of a kind that has no 8-bit form.
+    """
     try:
         # Pillow's decoders raise nearly anything over damaged bytes (SyntaxError, struct.error, …): all mean the same.
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.mode[0] in "IF":
                 raise BadImage(f"mode {image.mode}: more than 8 bits a channel")
-            cropped = center_crop(image.convert(_MODES[channels]), size)
+            return image.convert(_MODES[channels])
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
         raise BadImage(f"not a picture of a known kind ({', '.join(_FORMATS)})") from None
     except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
-    return np.asarray(cropped).reshape(size, size, channels).transpose(2, 0, 1).copy()
 
 
 def _read_bytes(path: Path, picture: Picture) -> bytes:

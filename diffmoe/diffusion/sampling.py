@@ -17,17 +17,6 @@ from diffmoe.diffusion.ddpm import Noise, ddim_sample_loop, linear_schedule, p_s
 Field = Callable[[Tensor, Tensor], Tensor]
 
 
-class CountedField:
-    """A field that counts its ``evaluations`` (of the whole batch): what a sampler costs."""
-
-    def __init__(self, field: Field) -> None:
-        self.field, self.evaluations = field, 0
-
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        self.evaluations += 1
-        return self.field(z, t)
-
-
 def euler(field: Field, z: Tensor, steps: int, noise: Optional[Noise] = None) -> Tensor:
     """Explicit Euler, first order, ``steps`` evaluations.  z [B, …]."""
     for i in range(steps):

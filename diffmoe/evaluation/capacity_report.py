@@ -16,6 +16,7 @@ from torch import Tensor
 from diffmoe.config import Config, ModelConfig
 from diffmoe.diffusion.ddpm import linear_schedule
 from diffmoe.evaluation.plots import capacity_used
+from diffmoe.markdown import table
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.layer import MoEStats
 from diffmoe.moe.routing import RoutingRule
@@ -157,20 +158,13 @@ def _markdown(tree: dict) -> str:
         f"# Capacity used: {tree['capacity']:.4f} experts per token{wanted}", "",
         f"{tree['sampler']}, {tree['steps']} steps, cfg {tree['cfg']:g}, {tree['routing']} routing"
         + (f", {tree['thresholds']} thresholds" if tree["thresholds"] else "") + f"; {tree['passes']} passes of one image.", "",
-        *_table(("layer", "capacity"), [(name, value) for name, value in tree["by_layer"].items()]), "",
+        *table(("layer", "capacity"), [(name, value) for name, value in tree["by_layer"].items()]), "",
         "t is 0 at noise and 1 at data.", "",
-        *_table(("t", "conditional", "null"), [(f"{row['t']:.3f}", row["conditional"], row["null"]) for row in times]), "",
+        *table(("t", "conditional", "null"), [(f"{row['t']:.3f}", row["conditional"], row["null"]) for row in times]), "",
         "Classes from the hardest (most capacity) to the easiest, conditional passes"
         + (f"; the first and last {half} of {len(ranking)}." if cut else "."), "",
-        *_table(("rank", "class", "capacity"), [(str(i), str(row["class"]), row["capacity"]) for i, row in shown]), "",
+        *table(("rank", "class", "capacity"), [(str(i), str(row["class"]), row["capacity"]) for i, row in shown]), "",
     ])
-
-
-def _table(head: tuple[str, ...], rows: list[tuple]) -> list[str]:
-    def line(cells: Sequence) -> str:
-        return "| " + " | ".join("–" if c is None else c if isinstance(c, str) else f"{c:.4f}" for c in cells) + " |"
-
-    return [line(head), line(["---"] * len(head)), *map(line, rows)]
 
 
 def _number(value: float) -> float | None:

@@ -13,6 +13,7 @@ import torch
 
 import diffmoe
 from diffmoe.data.tar import replacing
+from diffmoe.markdown import table
 
 JSON_NAME, MARKDOWN_NAME = "card.json", "card.md"
 _PACKAGES = ("torch", "deepspeed", "numpy")
@@ -34,7 +35,7 @@ class Scores:
 class Card:
     """One evaluation.
 
-    `weights_sha256` is `evaluate.weights_digest` of the model. `sampling` is the whole configuration section, for what has no
+    `weights_sha256` is `interchange.weights_digest` of the model. `sampling` is the whole configuration section, for what has no
     field of its own. `capacity` is the dial at inference, `gamma` the constant
     threshold; with neither, the learned thresholds decided. `batch` images were sampled together, and with the batch routing
     rule they shape each other. `splits`: of the Inception Score. `reference_count` None: the file does not say. `seconds` is
@@ -83,22 +84,22 @@ class Card:
         """The card for people: the scores, then every setting."""
         named = {"fid": "FID ↓", "sfid": "sFID ↓", "inception_score": "Inception Score ↑", "precision": "precision ↑",
                  "recall": "recall ↑"}
-        lines = [f"# {self.count} images of {self.family} at step {self.step}, {self.weights} weights, cfg {self.cfg:g}", "",
-                 "| score | value |", "|---|---|"]
+        scores: list[tuple[str, str]] = []
         for field, name in named.items():
             value = getattr(self.scores, field)
             shown = "not measured" if value is None else f"{value:.4f}"
             if field == "inception_score" and value is not None:
                 shown += f" ± {self.scores.inception_score_std:.4f} over {self.splits} splits"
-            lines.append(f"| {name} | {shown} |")
-        lines += ["", "| setting | value |", "|---|---|"]
+            scores.append((name, shown))
+        settings: list[tuple[str, str | None]] = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, dict):
                 value = ", ".join(f"{name} {entry}" for name, entry in value.items())
             if field.name != "scores":
-                lines.append(f"| {field.name.replace('_', ' ')} | {'–' if value is None else value} |")
-        return "\n".join(lines) + "\n"
+                settings.append((field.name.replace("_", " "), None if value is None else str(value)))
+        title = f"# {self.count} images of {self.family} at step {self.step}, {self.weights} weights, cfg {self.cfg:g}"
+        return "\n".join([title, "", *table(("score", "value"), scores), "", *table(("setting", "value"), settings)]) + "\n"
 
 
 def card_from_json(text: str) -> Card:

@@ -9,10 +9,8 @@ see, as for checkpoints. At the end the chunks become `samples.npz` in ADM's for
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
-import hashlib
 import json
 import shutil
 import time
@@ -24,36 +22,28 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from diffmoe.config import Config
 from diffmoe.data.tar import replacing
 from diffmoe.evaluation.card import JSON_NAME, Card, Scores, card_from_json, hardware, versions, write_card
-from diffmoe.evaluation.decoding import Decoder, open_decoder
-from diffmoe.evaluation.features import (
-    DIGITS_NAME, Extractor, Features, digits_extractor, load_extractor, to_uint8,
-)
+from diffmoe.evaluation.decoding import Decoder
+from diffmoe.evaluation.features import Extractor, Features, to_uint8
 from diffmoe.evaluation.generate import generate
-from diffmoe.evaluation.reference import Gaussian, Reference, load_reference, save_reference
+from diffmoe.evaluation.reference_statistics import Gaussian, Reference
 from diffmoe.evaluation.scores import (
     Moments, SplitTotals, frechet_distance, inception_score_of, merge, merge_over, moments_of, precision_recall,
     split_numbers, split_totals, totals_over,
 )
 from diffmoe.models.dit import DiT
-from diffmoe.models.interchange import load_buffers, load_logical
+from diffmoe.models.interchange import weights_digest
 from diffmoe.parallel.collectives import gather_stack, raise_together
-from diffmoe.parallel.groups import Group, build_groups
+from diffmoe.parallel.groups import Group
 from diffmoe.random_streams import Use, philox
-from launcher.environment import RankEnvironment
 
 SETTINGS_NAME, CHUNKS_NAME, SAMPLES_NAME = "settings.json", "chunks", "samples.npz"
 SPLIT_SIZE = 5_000  # samples of one split of the Inception Score, as in ADM's evaluator: 10 splits of 50,000
 _LABEL_WORD = 1  # second word of the sampling stream; the noise has 0
-_HASHED_ENTRIES = 4096
-
-_DESCRIPTION = ("FID, sFID, Inception Score, precision and recall of a checkpoint. Interrupted, it goes on where it was when "
-                "the same command runs again.")
 
 Labels = Literal["balanced", "random"]
 
@@ -123,15 +113,6 @@ def class_labels(kind: Labels, numbers: range, classes: int, seed: int) -> list[
     if kind == "balanced":
         return [number % classes for number in numbers]
     return [int(philox(Use.SAMPLING, seed, number, _LABEL_WORD).random_raw()) % classes for number in numbers]
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and the first 4,096 entries of every tensor: tells two checkpoints apart in no time."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().flatten()[:_HASHED_ENTRIES].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _settings(model: DiT, config: Config, subject: Subject, count: int, labels: Labels, reference: Reference,
@@ -321,61 +302,3 @@ def _card(config: Config, settings: dict, scores: Scores, reference: Reference, 
         extractor=settings["extractor"], extractor_sha256=settings["extractor_sha256"], ranks=world.size,
         hardware=hardware(device), versions=versions(), time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=round(seconds, 1))
-
-
-def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb `evaluate`; returns the exit code. Raises ValueError for bad input."""
-    from diffmoe import commands
-    from diffmoe.training.checkpoint import EMA, MASTER, Checkpoint  # brings DeepSpeed, which scores do not need
-
-    options = _described(commands.Parser(prog="evaluate", description=_DESCRIPTION)).parse_intermixed_args(arguments)
-    checkpoint = Checkpoint(Path(options.checkpoint))
-    config = commands.sampling_config(checkpoint.config(), options)
-    first = environment.rank == 0
-    device = commands.join(environment)
-    world = build_groups(1, 1).world  # every rank holds the whole model
-    model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
-    decoder = None
-    problem: Exception | None = None
-    try:
-        load_logical(model, checkpoint.tensors(EMA if options.weights == "ema" else MASTER))
-        load_buffers(model, checkpoint.tensors("buffers"))
-        digits = options.extractor == DIGITS_NAME
-        extractor = digits_extractor() if digits else load_extractor(options.extractor, device)
-        if options.vae is not None:
-            decoder = open_decoder(options.vae, config, options.latent_scale, options.latent_shift, device)
-    except (ValueError, OSError) as error:
-        problem = error
-    raise_together(problem, world)
-    reference = load_reference(options.reference, extractor, world, device, progress=first)
-    if options.save_reference is not None and first:
-        save_reference(reference, options.save_reference)
-    subject = Subject(str(checkpoint.path), checkpoint.step, options.weights)
-    card = evaluate(model.to(device).eval(), config, subject, options.count, options.labels, reference, extractor,
-                    Path(options.out), world, device, decoder=decoder, splits=options.splits,
-                    keep_samples=not options.no_samples, progress=first)
-    if card is not None:
-        print(card.to_markdown() + f"\nwritten to {options.out}", flush=True)
-    commands.leave()
-    return 0
-
-
-def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
-    parser.add_argument("--reference", required=True,
-                        help="npz (ADM's, or one saved here), folder of pictures, or folder of pixel shards")
-    parser.add_argument("--extractor", required=True, help="TorchScript file (inception-2015-12-05.pt), or 'digits'")
-    parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
-    parser.add_argument("--latent-scale", type=float, help="(default: the training data's, else the VAE's own)")
-    parser.add_argument("--latent-shift", type=float, help="(default: the training data's, else the VAE's own)")
-    parser.add_argument("--count", type=int, default=50_000, help="images (default: 50,000)")
-    parser.add_argument("--classes", dest="labels", choices=("balanced", "random"), default="balanced")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    parser.add_argument("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
-    parser.add_argument("--seed", type=int, help="seed of noise and random classes (default: run.seed)")
-    parser.add_argument("--splits", type=int, help="of the Inception Score (default: one per 5,000 images)")
-    parser.add_argument("--save-reference", help="also write the reference's statistics here (npz), to skip measuring it again")
-    parser.add_argument("--no-samples", action="store_true", help="do not write samples.npz (10 GB for 50,000 of 256 x 256)")
-    parser.add_argument("--out", default="evaluation", help="folder: card.json, card.md, samples.npz")
-    parser.add_argument("overrides", nargs="*", metavar="sample.field=value")
-    return parser

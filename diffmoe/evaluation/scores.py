@@ -177,14 +177,6 @@ def inception_score_of(totals: SplitTotals) -> tuple[float, float]:
     return float(scores.mean()), float(scores.std())
 
 
-def inception_score(probabilities: np.ndarray, splits: int = 1) -> tuple[float, float]:
-    """Mean and standard deviation of the Inception Score of `splits` equal runs of samples, probabilities [n, c].
-
-    The original has 10 splits of 5,000 samples each. Raises ValueError as its parts do."""
-    return inception_score_of(split_totals(probabilities, split_numbers(range(len(probabilities)), len(probabilities),
-                                                                        splits), splits))
-
-
 def split_numbers(numbers: range, count: int, splits: int) -> np.ndarray:
     """The split of each of these samples when `count` are cut into `splits` equal runs."""
     return np.asarray(numbers, np.int64) * splits // max(1, count)

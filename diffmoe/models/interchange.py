@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import zipfile
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.models.dit import DiT, is_moe_block, logical_tensors
@@ -31,6 +33,7 @@ _RENAMES = [
 _EXPERT_MATRIX = re.compile(r"\.experts\.\d+\.\w+_weight$")
 # Constants that the research code stores and this model computes.
 _COMPUTED = re.compile(r"(^pos_embed|\.ema_decay)$")
+_HASHED_ENTRIES = 4096
 _SWIGLU = {"gate": "gate_proj", "fc1": "up_proj", "fc2": "down_proj"}
 
 
@@ -85,6 +88,16 @@ def logical_template(model: ModelConfig, moe: MoEConfig) -> dict[str, Tensor]:
         shapes = {name: piece for tensor in logical_tensors(whole) for name, piece in tensor.pieces(tensor.parameter)}
     values = {name: value for name, value in whole.named_buffers() if name.endswith(".thresholds.value")}
     return {**shapes, **values}
+
+
+def whole_weights(weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig,
+                  source: str) -> Mapping[str, Tensor]:
+    """Weights and thresholds in one mapping, unread.  Raises ValueError, naming ``source``, where the model needs more."""
+    tensors: Mapping[str, Tensor] = ChainMap(weights, buffers)
+    missing = [name for name in logical_template(model, moe) if name not in tensors]
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing[:3])} ({len(missing)} missing)")
+    return tensors
 
 
 def fresh_buffers(model: ModelConfig, moe: MoEConfig) -> dict[str, Tensor]:
@@ -216,6 +229,15 @@ def load_buffers(model: DiT, tensors: Mapping[str, Tensor]) -> None:
     for index, layer in model.moe_layers():
         if layer.family == "diffmoe":
             layer.thresholds.load(tensors, f"blocks.{index}.mlp.thresholds")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and the first 4,096 entries of every tensor: tells two checkpoints apart in no time."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().flatten()[:_HASHED_ENTRIES].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _some(what: str, names: Iterable[str]) -> str:

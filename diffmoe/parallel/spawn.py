@@ -123,12 +123,6 @@ class Ranks:
             self._end()
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """``function(*args)`` on ``world`` fresh CPU ranks; their results in order.  Raises RankError (see Ranks.run)."""
-    with Ranks(world, timeout=timeout) as ranks:
-        return ranks.run(function, *args)
-
-
 def _answer(rank: int, connection: Connection) -> Any:
     try:
         good, value = pickle.loads(connection.recv_bytes())

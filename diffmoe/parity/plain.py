@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from diffmoe.config import Config
-from diffmoe.layout import rows_taken
 from diffmoe.data.shards import Batch
 from diffmoe.diffusion.randomness import training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss
+from diffmoe.layout import rows_taken
 from diffmoe.models.dit import DiT, ModelOutput, initialize, logical_tensors
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule, gate_scores
 from diffmoe.parallel.groups import ParallelGroups, single_process
-
 
 
 def build_model(config: Config, pool: int, groups: ParallelGroups) -> DiT:

@@ -6,11 +6,10 @@ torch comes in once the command line and configuration are known to be good.
 from __future__ import annotations
 
 import re
-from collections import ChainMap
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, Mapping
 
-from diffmoe.commands import Parser
+from diffmoe.commands.common import Parser, one_process
 from diffmoe.config import Config, load_config
 from diffmoe.layout import Layout, resolve_layout
 from launcher.environment import RankEnvironment
@@ -42,7 +41,7 @@ def import_main(arguments: list[str], environment: RankEnvironment) -> int:
                                                                      "a token's gates sum to 1 on average")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
-    _one_process("import", environment)
+    one_process("import", environment)
     if options.research and (options.weights or options.scale_experts):
         raise ValueError("--weights and --scale-experts go with --dense")
     if options.ranks is not None and options.ranks < 1:
@@ -148,7 +147,7 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--shard-size", help="with hf: largest file, such as 5GB or 500MB (default: 5GB)")
     parser.add_argument("--scores", nargs="+", default=[], metavar="CARD", help="with hf: card.json files of these weights")
     options = parser.parse_args(arguments)
-    _one_process("export", environment)
+    one_process("export", environment)
     if options.format == "research" and (options.weights or options.shard_size or options.scores):
         raise ValueError("--weights, --shard-size and --scores go with --format hf")
     limit = parse_size(options.shard_size or "5GB")
@@ -181,7 +180,7 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
     import torch
 
     from diffmoe.data.tar import replacing
-    from diffmoe.models.interchange import to_research
+    from diffmoe.models.interchange import to_research, whole_weights
     from diffmoe.training.checkpoint import EMA
     from diffmoe.training.engine import MASTER
 
@@ -189,24 +188,13 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
     kept = checkpoint.tensors(RESEARCH)
     states = {}
     for which, kind in (("model", MASTER), ("ema", EMA)):
-        tensors = whole_model(checkpoint, kind)
+        tensors = whole_weights(checkpoint.tensors(kind), checkpoint.tensors("buffers"), config.model, config.moe,
+                                f"{kind} of {checkpoint.path}")
         states[which] = {name: kept[f"{which}/{name}"] if f"{which}/{name}" in kept else value
                          for name, value in to_research(tensors, config.model, config.moe)}
     with replacing(out) as stream:
         torch.save(states, stream)
     return len(states["model"])
-
-
-def whole_model(checkpoint: Checkpoint, kind: str) -> Mapping[str, Tensor]:
-    """Weights of a kind and the thresholds by logical name, unread.  Raises ValueError when the checkpoint lacks any."""
-    from diffmoe.models.interchange import logical_template
-
-    config = checkpoint.config()
-    tensors: Mapping[str, Tensor] = ChainMap(checkpoint.tensors(kind), checkpoint.tensors("buffers"))
-    missing = [name for name in logical_template(config.model, config.moe) if name not in tensors]
-    if missing:
-        raise ValueError(f"{checkpoint.path} lacks {kind} of {', '.join(missing[:3])} ({len(missing)} missing)")
-    return tensors
 
 
 def parse_size(text: str) -> int:
@@ -220,8 +208,3 @@ def parse_size(text: str) -> int:
 
 def _checkpoints(config: Config) -> Path:
     return Path(config.run.folder) / "checkpoints"
-
-
-def _one_process(verb: str, environment: RankEnvironment) -> None:
-    if environment.world != 1:
-        raise ValueError(f"{verb} runs in one process; WORLD_SIZE is {environment.world}")

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from diffmoe.data.images import EXTENSIONS, BadImage, decode_picture
 from diffmoe.data.shards import INDEX_NAME, ShardReader, load_index
 from diffmoe.data.tar import replacing, sha256
 from diffmoe.evaluation.features import Extractor, to_uint8
@@ -27,7 +27,6 @@ from diffmoe.parallel.collectives import gather_stack, raise_together
 from diffmoe.parallel.groups import Group
 
 NEIGHBOUR_FEATURES = 10_000  # real images in precision and recall, as in ADM's reference batches
-_PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -167,9 +166,9 @@ def open_images(path: str | Path) -> ImageSource:
         return _open_shards(path)
     if not path.is_dir():
         raise ValueError(f"reference ({path}) does not exist")
-    pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in _PICTURES)
+    pictures = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in EXTENSIONS)
     if not pictures:
-        raise ValueError(f"reference folder ({path}) holds neither {INDEX_NAME} nor pictures ({', '.join(sorted(_PICTURES))})")
+        raise ValueError(f"reference folder ({path}) holds neither {INDEX_NAME} nor pictures (.{', .'.join(EXTENSIONS)})")
 
     def read(start: int, stop: int) -> Tensor:
         images = [_read_picture(p) for p in [pictures[0], *pictures[start:stop]]]
@@ -184,9 +183,8 @@ def open_images(path: str | Path) -> ImageSource:
 
 def _read_picture(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
+        return np.asarray(decode_picture(path.read_bytes(), channels=3))
+    except (BadImage, OSError) as error:
         raise ValueError(f"picture {path} cannot be read: {error}") from None
 
 

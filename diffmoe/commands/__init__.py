@@ -1,0 +1,1 @@
+"""One module a verb: its command line, and what it calls in which order."""

@@ -1,0 +1,79 @@
+"""What several verbs need: the parser, the ranks' coming and going, the model of a checkpoint.
+
+torch comes in only where ranks join: mistakes on the command line answer at once, also where there is no torch."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+from typing import TYPE_CHECKING
+
+from diffmoe.config import Config, override
+from launcher.environment import RankEnvironment
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffmoe.models.dit import DiT
+    from diffmoe.training.checkpoint import Checkpoint
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is a ValueError: one line, on one rank."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message} (see run.py {self.prog} --help)")
+
+
+def one_process(verb: str, environment: RankEnvironment) -> None:
+    """Raises ValueError where a verb that does its work in one process was started as several."""
+    if environment.world != 1:
+        raise ValueError(f"{verb} runs in one process; WORLD_SIZE is {environment.world}")
+
+
+def join(environment: RankEnvironment) -> torch.device:
+    """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device."""
+    import torch
+    import torch.distributed as dist
+
+    from diffmoe.device import backend, local_device
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one node share its cores; torch would give every one of them all.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment.local_world))
+    device = local_device(environment.local_rank, environment.local_world)
+    dist.init_process_group(
+        backend(device), init_method=environment.init_method, rank=environment.rank, world_size=environment.world,
+        timeout=datetime.timedelta(minutes=30), device_id=device if device.type == "cuda" else None)
+    return device
+
+
+def leave() -> None:
+    """Waits for the other ranks and parts from them."""
+    import torch.distributed as dist
+
+    dist.barrier()  # a rank that leaves early makes the others abort
+    dist.destroy_process_group()
+
+
+def sampling_config(config: Config, options: argparse.Namespace) -> Config:
+    """The run's configuration with what the command line says; only the ``sample`` section may be overridden."""
+    strangers = [text for text in options.overrides if not text.startswith("sample.")]
+    if strangers:
+        raise ValueError(f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change")
+    said = {"sample.cfg": options.cfg, "run.seed": options.seed,
+            "sample.capacity": getattr(options, "capacity", None)}  # not every verb that samples has the last
+    return override(config, options.overrides + [f"{name}={value}" for name, value in said.items() if value is not None])
+
+
+def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:
+    """A model with all experts on the CPU, holding a checkpoint's ``ema`` or ``raw`` weights.  ValueError where they do not fit."""
+    from diffmoe.models.dit import DiT
+    from diffmoe.models.interchange import load_buffers, load_logical
+    from diffmoe.training.checkpoint import EMA, MASTER
+
+    model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
+    load_logical(model, checkpoint.tensors(EMA if weights == "ema" else MASTER))
+    load_buffers(model, checkpoint.tensors("buffers"))
+    return model

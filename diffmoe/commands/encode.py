@@ -1,0 +1,45 @@
+"""The verb ``encode``."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from diffmoe.commands.common import Parser, join, leave
+from diffmoe.data.encode_request import Request
+from launcher.environment import RankEnvironment
+
+
+def main(arguments: list[str], environment: RankEnvironment) -> int:
+    """The verb ``encode``; returns the exit code.  ValueError for bad input."""
+    parser = Parser(prog="encode", description="Pictures to shards of VAE moments (or of pixels, without --vae). "
+                                                "Interrupted, it goes on when the same command runs again.")
+    parser.add_argument("--source", required=True, help="folder of class folders, folder of tars, or tars by pattern")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the shards, seen by all ranks")
+    parser.add_argument("--image-size", required=True, type=int, help="side of the square that is cut out, pixels")
+    parser.add_argument("--channels", type=int, default=3, help="1 (grey) or 3")
+    parser.add_argument("--vae", help="AutoencoderKL: a folder, or the hub's owner/name")
+    parser.add_argument("--precision", default="fp32", help="fp32 or bf16, of the VAE")
+    parser.add_argument("--scale", type=float, help="x = (z - shift) * scale (default: the VAE's scaling_factor)")
+    parser.add_argument("--shift", type=float, help="(default: the VAE's shift_factor)")
+    parser.add_argument("--batch", type=int, default=32, help="pictures that pass the VAE together")
+    parser.add_argument("--samples-per-shard", type=int, default=1024)
+    parser.add_argument("--classes", type=int, help="number of classes (default: what the source has)")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // environment.local_world),
+                        help="threads that read pictures, a rank")
+    parser.add_argument("--bad-share", type=float, default=0.01, help="give up when more of the pictures are bad")
+    request = Request(**vars(parser.parse_args(arguments)))
+    from diffmoe.data.encode_shards import encode
+    from diffmoe.parallel.groups import build_groups
+
+    device = join(environment)
+    began = time.monotonic()
+    say = (lambda line: print(line, flush=True)) if environment.rank == 0 else (lambda line: None)
+    index = encode(request, build_groups(1, 1).world, device, say)
+    made = index.encoding
+    statistics = ", ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(made.channel_mean, made.channel_std))
+    say(f"encode: {index.count} samples of {index.meta.classes} classes, {made.images - index.count} bad, in "
+        f"{len(index.shards)} shards at {index.folder} ({time.monotonic() - began:.0f} s); channels {statistics}")
+    leave()
+    return 0

@@ -1,0 +1,98 @@
+"""The verb ``sample``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from diffmoe.commands.common import Parser, join, leave, sampling_config, whole_model
+from launcher.environment import RankEnvironment
+
+
+def main(arguments: list[str], environment: RankEnvironment) -> int:
+    """The verb ``sample``; returns the exit code.  ValueError for bad input."""
+    parser = Parser(prog="sample", description="Images from a checkpoint: a PNG grid and an npz (images, labels).")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
+    parser.add_argument("--classes", default="all", help="'all', or numbers and ranges: 0,3,7-9")
+    parser.add_argument("--count", type=int, help="images in all, classes in turn (default: ten of each class)")
+    parser.add_argument("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
+    parser.add_argument("--capacity", type=float, help="experts per token on average (default: sample.capacity of the run, or "
+                        "else the learned thresholds)")
+    parser.add_argument("--seed", type=int, help="seed of the noise (default: run.seed)")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
+    parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
+    parser.add_argument("--report", action="store_true",
+                        help="also write the capacity used, by layer, time and class: OUT.capacity.json, .md and .png")
+    parser.add_argument("overrides", nargs="*", metavar="sample.field=value")
+    options = parser.parse_intermixed_args(arguments)
+    import numpy as np
+    import torch
+
+    from diffmoe.evaluation.capacity_report import CapacityMeter, write_report
+    from diffmoe.evaluation.decoding import Decoder, open_decoder
+    from diffmoe.evaluation.generate import check_dial, generate_everywhere
+    from diffmoe.evaluation.plots import image_grid
+    from diffmoe.parallel.collectives import raise_together
+    from diffmoe.parallel.groups import build_groups
+    from diffmoe.training.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(Path(options.checkpoint))
+    config = sampling_config(checkpoint.config(), options)
+    classes = parse_classes(options.classes, config.model.classes)
+    total = options.count if options.count is not None else 10 * len(classes)
+    if total < 1:
+        raise ValueError(f"--count ({total}) must be at least 1")
+    labels = [classes[i % len(classes)] for i in range(total)]
+    device = join(environment)
+    groups = build_groups(1, 1)  # every rank holds the whole model
+    out = Path(options.out.removesuffix(".npz").removesuffix(".png"))
+    npz, png = Path(f"{out}.npz"), Path(f"{out}.png")  # with_suffix would cut cfg1.5 to cfg1
+    problem: Exception | None = None
+    decoder: Decoder | None = None
+    meter: CapacityMeter | None = None
+    try:
+        model = whole_model(checkpoint, config, options.weights)
+        check_dial(model, config.sample)
+        decoder = None if options.vae is None else open_decoder(options.vae, config, None, None, device)
+        meter = CapacityMeter(model, config, total, device) if options.report else None
+        npz.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        problem = error
+    raise_together(problem, groups.world)
+    model.to(device).eval()
+    images = generate_everywhere(model, config, labels, groups.world, device, progress=environment.rank == 0,
+                                 meter=meter)
+    used = None if meter is None else meter.merged(groups.world)
+    if environment.rank == 0:
+        if decoder is not None:
+            parts = images.split(config.sample.batch)
+            images = torch.cat([decoder.function(part).float() / 127.5 - 1 for part in parts])
+        np.savez(npz, images=images.numpy(), labels=np.array(labels))
+        shown = images[: 10 * config.sample.columns].numpy()
+        image_grid(shown, config.sample.columns, png)
+        if config.sample.capacity is not None and options.weights == "raw":
+            print("note: the dial was set on the EMA weights; raw weights may use another capacity, see --report")
+        print(f"step {checkpoint.step}, {options.weights} weights, {config.sample.sampler} {config.sample.steps} steps, "
+              f"cfg {config.sample.cfg}, {config.sample.routing} routing: {total} images in {npz}, "
+              f"{len(shown)} of them in {png}", flush=True)
+        if used is not None:
+            paths = write_report(used, config, str(out))
+            print(f"capacity used: {used.mean():.4f} experts per token; {', '.join(map(str, paths))}", flush=True)
+    leave()
+    return 0
+
+
+def parse_classes(text: str, classes: int) -> list[int]:
+    """Class numbers in a text such as ``all`` or ``0,3,7-9``.  Raises ValueError, also for one outside 0 … classes - 1."""
+    if text == "all":
+        return list(range(classes))
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not re.fullmatch("[0-9]+(-[0-9]+)?", part):
+            raise ValueError(f"--classes {text!r} must be 'all' or numbers and ranges such as 0,3,7-9")
+        chosen += range(int(first), int(last or first) + 1)
+    if not chosen or max(chosen) >= classes:
+        raise ValueError(f"--classes {text!r} must name classes from 0 to {classes - 1} (model.classes = {classes})")
+    return chosen

@@ -1,0 +1,65 @@
+"""The verb ``train``.  torch comes in once the command line and configuration are known to be good: mistakes and
+``--dry-run`` answer at once, also where there is no torch."""
+
+from __future__ import annotations
+
+import yaml
+
+from diffmoe.commands.common import Parser, join, leave
+from diffmoe.config import Config, config_to_tree, load_config
+from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.layout import Layout, resolve_layout
+from diffmoe.models.count import count
+from launcher.environment import RankEnvironment
+
+
+def main(arguments: list[str], environment: RankEnvironment) -> int:
+    """The verb ``train``; returns the exit code.  ValueError for bad input."""
+    parser = Parser(prog="train", description="Train a model; resumes from the newest checkpoint in run.folder.")
+    parser.add_argument("--config", help="YAML file, see configs/")
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
+    parser.add_argument("--dry-run", action="store_true", help="print everything that would be run, and exit")
+    parser.add_argument("--ranks", type=int, help="with --dry-run: the number of ranks to resolve for")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_intermixed_args(arguments)
+    if options.config is None and not options.dry_run:
+        raise ValueError("train needs --config")
+    if options.ranks is not None and (not options.dry_run or options.ranks < 1):
+        raise ValueError(f"--ranks ({options.ranks}) goes with --dry-run and must be at least 1")
+    config = load_config(options.config, options.overrides)
+    layout = resolve_layout(config, options.ranks or environment.world)
+    deepspeed_tree = read_deepspeed(options.deepspeed_config)
+    merged = merge_deepspeed(deepspeed_tree, config, layout)
+    if environment.rank == 0:
+        print(describe(config, layout, merged, complete=options.dry_run), flush=True)
+    if options.dry_run:
+        return 0
+    from diffmoe.parallel.groups import build_groups
+    from diffmoe.training import loop
+
+    device = join(environment)
+    loop.train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks), device)
+    leave()
+    return 0
+
+
+def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: bool) -> str:
+    """What is about to run: sizes, batch arithmetic, pool; with ``complete`` the whole resolved configuration."""
+    model, moe = config.model, config.moe
+    counts = count(model, moe)
+    zero = deepspeed_tree.get("zero_optimization", {}).get("stage", 0)
+    precision = "bf16, fp32 masters" if deepspeed_tree.get("bf16", {}).get("enabled") else "fp32"
+    lines = []
+    if complete:
+        lines += [yaml.safe_dump(config_to_tree(config), sort_keys=False), f"deepspeed: {deepspeed_tree}", ""]
+    published = counts.positions  # the tables count the fixed position table
+    lines.append(f"model    {model.family} {model.depth} x {model.width}, {(counts.total + published) / 1e6:.2f} M parameters "
+                 f"({(counts.activated + published) / 1e6:.2f} M activated), {counts.forward_macs / 1e9:.2f} GMACs a sample")
+    lines.append(f"batch    {layout.micro_batch} micro x {layout.ranks} ranks x {layout.accumulation} accumulation = "
+                 f"{layout.batch}")
+    if model.family != "dense":
+        lines.append(f"experts  {moe.experts} over {layout.ep} expert-parallel ranks, in {layout.ranks // layout.ep} copies")
+        lines.append(f"pool     {layout.pool} samples = {layout.pool * model.tokens} tokens (moe.pool: {moe.pool}), "
+                     f"held by {layout.pool_ranks} rank{'s' * (layout.pool_ranks > 1)}")
+    lines.append(f"engine   ZeRO {zero}, {precision}, recompute {config.parallel.recompute}")
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""The verb ``verify``: the parity table in print and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from diffmoe.commands.common import Parser, one_process
+from diffmoe.parity.cases import WORLDS, full_table, quick_table
+from diffmoe.parity.table import BOUND, COLUMNS, Row, run_cases
+from launcher.environment import RankEnvironment
+
+_HEAD = (f"{'':>9} {'world':>5} {'ep':>2} {'zero':>4} {'recompute':9} {'acc':>3} {'pool':>20} {'samples':>7} "
+         f"{'model':7} " + " ".join(f"{column:>10}" for column in COLUMNS))
+
+
+def _line(number: int, total: int, row: Row) -> str:
+    case = row.case
+    start = (f"{number:>4}/{total:<4} {case.world:>5} {case.ep:>2} {case.zero:>4} {case.recompute:9} "
+             f"{case.accumulation:>3} {case.words or case.pool:>20} {case.layout().pool:>7} {case.variant:7} ")
+    if row.error:
+        return start + "error: " + " ".join(row.error.split())
+    return start + " ".join(f"{row.differences[c]:>10.1e}" for c in COLUMNS) + ("  ok" if row.ok else "  MISS")
+
+
+def _json_row(row: Row) -> dict:
+    # JSON has no infinity.
+    differences = {c: v if math.isfinite(v) else str(v) for c, v in row.differences.items()}
+    return {**asdict(row), "differences": differences, "ok": row.ok}
+
+
+def main(arguments: list[str], environment: RankEnvironment) -> int:
+    """The verb ``verify``: prints the table as it grows; 0 when every number is within the bound.  ValueError for bad input."""
+    parser = Parser(prog="verify", description="Training over ranks equals one plain process.")
+    parser.add_argument("--quick", action="store_true", help="about a minute: a pruned table")
+    parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks, of 1, 2 and 4")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU a rank")
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    options = parser.parse_args(arguments)
+    one_process("verify", environment)  # it starts its own ranks
+    worlds = _parse_worlds(options.worlds, options.device)
+    cases = quick_table(worlds) if options.quick else full_table(worlds)
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
+    rows, began = [], time.monotonic()
+    print(_HEAD)
+    for row in run_cases(cases, device=options.device):
+        rows.append(row)
+        print(_line(len(rows), len(cases), row), flush=True)
+    worst = max(rows, key=lambda row: row.largest)
+    good = all(row.ok for row in rows)
+    if options.json:
+        tree = {"bound": BOUND, "device": options.device, "seconds": round(time.monotonic() - began, 1), "ok": good,
+                "torch": torch.__version__, "rows": [_json_row(row) for row in rows]}
+        options.json.write_text(json.dumps(tree, indent=1) + "\n")
+    print("largest: " + ", ".join(f"{c} {max(r.differences.get(c, 0.0) for r in rows):.1e}" for c in COLUMNS)
+          + f"; {time.monotonic() - began:.0f} s")
+    print(f"verify: {len(rows)} cases, largest relative difference {worst.largest:.1e} (case {worst.case.label}), "
+          f"bound {BOUND:.0e}: {'ok' if good else 'MISS'}")
+    return 0 if good else 1
+
+
+def _parse_worlds(text: str, device: str) -> list[int]:
+    worlds = sorted({int(part) if part.strip().isdigit() else 0 for part in text.split(",")})
+    if not set(worlds) <= set(WORLDS):
+        raise ValueError(f"--worlds ({text}) must be of {', '.join(map(str, WORLDS))}")
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        if not gpus:
+            raise ValueError(f"--device (cuda) needs a GPU; torch sees {gpus}")
+        worlds = [world for world in worlds if world <= gpus]
+    return worlds

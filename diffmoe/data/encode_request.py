@@ -1,0 +1,52 @@
+"""What is to be encoded, and how: checked before anything is opened, without torch. The work is in `encode_shards`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own.
+
+    Raises:
+        ValueError: a field out of its range, by name.
+    """
+
+    source: str
+    out: Path
+    image_size: int
+    channels: int = 3
+    vae: str | None = None
+    precision: str = "fp32"
+    batch: int = 32
+    samples_per_shard: int = 1024
+    workers: int = 4
+    bad_share: float = 0.01
+    scale: float | None = None
+    shift: float | None = None
+    classes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "batch", "samples_per_shard", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels ({self.channels}) must be 1 or 3")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision ({self.precision!r}) must be one of {', '.join(PRECISIONS)}")
+        if not 0 <= self.bad_share < 1:
+            raise ValueError(f"bad_share ({self.bad_share}) must lie in [0, 1)")
+        for name in ("scale", "shift"):
+            value = getattr(self, name)
+            if value is not None and self.vae is None:
+                raise ValueError(f"{name} ({value}) goes with vae (None): pixels become [-1, 1]")
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} ({value}) must be finite")
+        source, out = Path(self.source).resolve(), self.out.resolve()
+        if source.is_dir() and (out == source or source in out.parents):
+            raise ValueError(f"out ({self.out}) must not lie in source ({self.source})")

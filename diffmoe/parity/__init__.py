@@ -1,0 +1,1 @@
+"""Proof that training spread over ranks equals one plain process."""

@@ -1,0 +1,120 @@
+"""The rows of the parity table: which layouts, and the recipe that makes the comparison sharp.
+
+Adam's eps is 1e-3: with the usual 1e-8 the first update is lr * sign(g), which turns rounding of a zero gradient into a
+whole step.  Learning rate and weight decay are large, so that every tensor moves by much more than its own rounding.
+Clipping bites at every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterable, Iterator
+
+from diffmoe.config import Config, load_config
+from diffmoe.layout import Layout, resolve_layout
+
+STEPS = 2
+RECOMPUTE = ("none", "block", "selective")
+WORLDS = (1, 2, 4)
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "diffmoe": (),
+    "rich": ("moe.activation=swiglu", "moe.shared_experts=1", "model.qk_norm=true", "moe.interleave=true",
+             "model.depth=4", "moe.capacity=1.5"),
+    "tc": ("model.family=tc", "moe.top_k=2"),
+    "ec": ("model.family=ec",),
+    "dense": ("model.family=dense",),
+}
+_COMMON = (
+    "model.input_size=8", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_ratio=2", "model.classes=10",
+    "moe.experts=4", "moe.interleave=false", "moe.threshold_decay=0.5", "moe.balance_weight=0.1",
+    "train.lr=0.1", "train.eps=1e-3", "train.weight_decay=0.5", "train.clip=0.5", "train.ema=0.25",
+    "train.label_drop=0.3",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.  ``pool`` is what the configuration says, a word or samples; ``words``: other words for the same."""
+
+    world: int
+    ep: int
+    zero: int
+    recompute: str
+    accumulation: int
+    pool: str
+    batch: int
+    variant: str = "diffmoe"
+    words: str = ""
+
+    def config(self, seed: int = 0, steps: int = STEPS) -> Config:
+        """The configuration of this row.  Raises ValueError where the numbers do not fit."""
+        return load_config(None, [
+            *_COMMON, f"run.seed={seed}", f"parallel.ep={self.ep}", f"parallel.recompute={self.recompute}",
+            f"moe.pool={self.pool}", f"train.batch={self.batch}", f"train.accumulation={self.accumulation}",
+            f"train.steps={steps}", *VARIANTS[self.variant]])
+
+    def layout(self) -> Layout:
+        return resolve_layout(self.config(), self.world)
+
+    @property
+    def label(self) -> str:
+        return (f"world {self.world}, ep {self.ep}, zero {self.zero}, {self.recompute}, accumulation "
+                f"{self.accumulation}, pool {self.words or self.pool}, {self.variant}")
+
+
+def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
+    """Every legal combination of the published family, and the other families and options at every ZeRO stage."""
+    cases = []
+    for world, ep in _grids(worlds):
+        for pool, words in _pools(world, ep):
+            cases += [Case(world, ep, zero, recompute, accumulation, pool, 16, words=words)
+                      for zero in range(4) for recompute in RECOMPUTE for accumulation in (1, 2)]
+        for i, (variant, pool) in enumerate([("rich", "global"), ("tc", "global"), ("tc", "rank"), ("ec", "1"),
+                                             ("dense", "1")]):
+            if variant != "dense" or ep == 1:
+                cases += [Case(world, ep, zero, RECOMPUTE[(zero + i + ep) % 3], 1 + (zero + i + ep // 2) % 2, pool, 16,
+                               variant) for zero in range(4)]
+        cases += [Case(world, ep, zero, RECOMPUTE[(zero + ep) % 3], 1 + zero % 2, pool, 3 * world * (1 + zero % 2))
+                  for pool in _uneven_pools(world) for zero in range(4)]
+    return cases
+
+
+def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
+    """A minute's worth: each value of each axis, most pairs, and 4 ranks with EP 2 at every ZeRO stage."""
+    cases = [
+        Case(1, 1, 0, "block", 1, "global", 16),
+        Case(1, 1, 3, "selective", 2, "8", 16, "rich"),
+        Case(2, 2, 1, "none", 2, "rank", 16),
+        Case(2, 1, 2, "selective", 1, "global", 16),
+        Case(2, 2, 3, "block", 1, "group", 16, "rich"),
+        Case(4, 2, 0, "selective", 2, "global", 16),
+        Case(4, 2, 1, "block", 1, "group", 16),
+        Case(4, 2, 2, "none", 2, "rank", 16),
+        Case(4, 2, 3, "selective", 1, "4", 12),
+        Case(4, 4, 0, "none", 2, "group", 16, "rich"),
+        Case(4, 4, 2, "selective", 1, "2", 12),
+        Case(4, 1, 3, "block", 2, "2", 24),
+        Case(4, 2, 1, "selective", 2, "global", 16, "tc"),
+        Case(4, 4, 3, "none", 1, "rank", 16, "tc"),
+        Case(4, 2, 0, "block", 1, "1", 16, "ec"),
+        Case(4, 1, 2, "block", 2, "1", 16, "dense"),
+    ]
+    return [case for case in cases if case.world in set(worlds)]
+
+
+def _grids(worlds: Iterable[int]) -> list[tuple[int, int]]:
+    return [(world, ep) for world in worlds for ep in (1, 2, 4) if world % ep == 0]
+
+
+def _pools(world: int, ep: int) -> Iterator[tuple[str, str]]:
+    """The pool's words, once where several mean the same number of samples: (word, all of its names)."""
+    names: dict[int, list[str]] = {}
+    for word, ranks in (("rank", 1), ("group", ep), ("global", world)):
+        names.setdefault(ranks, []).append(word)
+    for words in names.values():
+        yield words[0], "=".join(words)
+
+
+def _uneven_pools(world: int) -> list[str]:
+    """Pools that straddle ranks of 3 samples each."""
+    return {1: [], 2: ["2"], 4: ["2", "4"]}[world]

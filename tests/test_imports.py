@@ -1,0 +1,99 @@
+"""The arrows between modules run downward: every import in the tree, those inside functions and for type checkers too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# From the top.  A module imports its own entry and what lies below; entries of one line do not know each other.
+LAYERS = [
+    ["run"],
+    ["diffmoe.commands"],
+    ["diffmoe.parity", "diffmoe.huggingface"],
+    ["diffmoe.training"],
+    ["diffmoe.evaluation"],
+    ["diffmoe.diffusion", "diffmoe.data"],
+    ["diffmoe.models"],
+    ["diffmoe.moe"],
+    ["diffmoe.parallel"],
+    ["diffmoe.deepspeed_json"],
+    ["diffmoe.layout"],
+    ["diffmoe.config", "diffmoe.device", "diffmoe.markdown", "diffmoe.random_streams"],
+    ["diffmoe", "launcher"],
+]
+HEIGHT = {entry: -i for i, entries in enumerate(LAYERS) for entry in entries}
+# Packages that only some may import, wherever in the module it stands.
+ONLY = {"deepspeed": ["diffmoe.training.engine"], "diffmoe.commands": ["run", "diffmoe.commands"]}
+
+
+def source_files():
+    return [ROOT / "run.py", *sorted(path for top in ("diffmoe", "launcher") for path in (ROOT / top).rglob("*.py"))]
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def entry_of(module):
+    """The layers' entry that a module belongs to; a module without one, also other people's, stands for itself."""
+    packages = (entry for entry in HEIGHT if entry != "diffmoe" and (module + ".").startswith(entry + "."))
+    return next(packages, module)
+
+
+def imports_of(tree, modules):
+    """Full names of the modules that a module imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute here"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in modules else node.module
+
+
+def faults(module, text, modules):
+    """What is wrong with a module's imports, in words."""
+    own, found = entry_of(module), []
+    for name in sorted(set(imports_of(ast.parse(text), modules))):
+        entry = entry_of(name)
+        if entry in HEIGHT and entry != own and HEIGHT[entry] >= HEIGHT[own]:
+            found.append(f"{module} imports {name}, which does not lie below it")
+        found += [f"{module} imports {name}, which is for {', '.join(allowed)}" for package, allowed in ONLY.items()
+                  if (name + ".").startswith(package + ".") and not (module + ".").startswith(tuple(a + "." for a in allowed))]
+    return found
+
+
+MODULES = {module_of(path): path.read_text() for path in source_files()}
+
+
+def test_every_module_has_a_layer():
+    lost = [module for module in MODULES if entry_of(module) not in HEIGHT]
+    assert not lost, f"{lost}: give them a place in LAYERS"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_run_downward(module):
+    assert faults(module, MODULES[module], MODULES) == []
+
+
+@pytest.mark.parametrize(("module", "line"), [
+    ("diffmoe.moe.layer", "from diffmoe.models.dit import DiT"),
+    ("diffmoe.evaluation.card", "def f():\n    from diffmoe.training import checkpoint"),
+    ("diffmoe.evaluation.card", "from diffmoe import training"),
+    ("diffmoe.data.shards", "import diffmoe.commands.common"),
+    ("diffmoe.data.shards", "from diffmoe.diffusion.times import uniform_steps"),
+    ("diffmoe.moe.layer", "from deepspeed.utils import groups"),
+    ("launcher.environment", "from diffmoe.config import Config"),
+])
+def test_an_upward_arrow_is_found(module, line):
+    assert faults(module, line, {*MODULES, "diffmoe.training"})
+
+
+def test_the_launcher_needs_no_torch_to_be_imported():
+    for module, text in MODULES.items():
+        if module.startswith("launcher"):
+            top = ast.Module([node for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+            assert "torch" not in {name.split(".")[0] for name in imports_of(top, MODULES)}
