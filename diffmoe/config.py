@@ -118,7 +118,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe.  ``batch`` is the global batch of one optimizer step; micro_batch x ranks x accumulation = batch."""
+    """The recipe.  ``batch`` is the global batch of one optimizer step; micro_batch x ranks x accumulation = batch.
+
+    ``ema``: one decay or several, of which the first is the one that samples.  The newest ``keep`` checkpoints stay, and besides
+    them every one whose step divides by ``keep_every`` (0: none); ``async_save`` writes them while training goes on."""
 
     steps: int = 700_000
     batch: int = 256
@@ -133,11 +136,18 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip: float = 0.0
     label_drop: float = 0.1
-    ema: float = 0.9999
+    ema: Union[float, tuple[float, ...]] = 0.9999
     log_every: int = 50
     sample_every: int = 0
     save_every: int = 10_000
     keep: int = 3
+    keep_every: int = 0
+    async_save: bool = True
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """The decays of ``ema``, also where it is one number."""
+        return self.ema if isinstance(self.ema, tuple) else (self.ema,)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of optimizer step ``step`` (0-based): linear warm-up, then the schedule down to 0."""
@@ -322,6 +332,8 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
         if value in args and type(value) in {type(a) for a in args}:
             return value
     elif origin is tuple:
+        if isinstance(value, (list, tuple)) and args[1:] == (...,):
+            args = args[:1] * len(value)
         if isinstance(value, (list, tuple)) and len(value) == len(args):
             return tuple(_typed(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
     elif kind is type(None):
@@ -345,7 +357,7 @@ def _describe(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is tuple:
-        return f"{len(args)} numbers"
+        return "a list of numbers" if args[1:] == (...,) else f"{len(args)} numbers"
     return {int: "an integer", float: "a finite number", str: "a text", bool: "true or false", type(None): "null"}[kind]
 
 
@@ -435,8 +447,10 @@ def _validate_train(train: TrainConfig) -> None:
     for name in ("batch", "micro_batch", "accumulation", "log_every", "keep"):
         value = getattr(train, name)
         _need(value is None or value >= 1, f"train.{name} ({value}) must be at least 1")
-    for name in ("steps", "lr", "warmup", "eps", "clip", "weight_decay", "sample_every", "save_every"):
+    for name in ("steps", "lr", "warmup", "eps", "clip", "weight_decay", "sample_every", "save_every", "keep_every"):
         _need(getattr(train, name) >= 0, f"train.{name} ({getattr(train, name)}) must be at least 0")
     _need(all(0 <= b < 1 for b in train.betas), f"train.betas ({train.betas}) must each be in [0, 1)")
     _need(0 <= train.label_drop <= 1, f"train.label_drop ({train.label_drop}) must be in [0, 1]")
-    _need(0 <= train.ema < 1, f"train.ema ({train.ema}) must be in [0, 1)")
+    _need(len(train.ema_decays) > 0, "train.ema ([]) must have at least one decay")
+    _need(all(0 <= decay < 1 for decay in train.ema_decays), f"train.ema ({train.ema}) must be in [0, 1)")
+    _need(len(set(train.ema_decays)) == len(train.ema_decays), f"train.ema ({train.ema}) must not name a decay twice")

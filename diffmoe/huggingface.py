@@ -10,14 +10,14 @@ from pathlib import Path
 from torch import Tensor
 
 import diffmoe
+from diffmoe.checkpoints.reader import BUFFERS, Checkpoint, open_tensors
+from diffmoe.checkpoints.writer import save_parts
 from diffmoe.config import Config, config_from_tree, config_to_tree, validate
 from diffmoe.evaluation.card import Card, card_from_json
 from diffmoe.markdown import table
 from diffmoe.models.count import count
 from diffmoe.models.dit import DiT
 from diffmoe.models.interchange import load_logical, logical_template, weights_digest, whole_weights
-from diffmoe.training.checkpoint import EMA, Checkpoint, open_tensors, save_parts
-from diffmoe.training.engine import MASTER
 
 _INDEX = "model.safetensors.index.json"
 _PRIVATE = {"run": "folder", "data": "shards"}  # paths of the machine that trained
@@ -25,14 +25,13 @@ _SCORES = ("fid", "sfid", "inception_score", "precision", "recall")
 
 
 def write_folder(checkpoint: Checkpoint, out: Path, weights: str, limit: int, cards: list[Path]) -> int:
-    """Writes the ``ema`` or ``raw`` weights of a checkpoint.  Returns the number of weight files.
+    """Writes the ``raw``, ``ema`` or ``ema:0.999`` weights of a checkpoint.  Returns the number of weight files.
 
     ``limit``: bytes of a file (a larger tensor has one of its own).  ``cards``: score cards; one of other weights is a
     ValueError.  The folder appears whole or not at all."""
     config = checkpoint.config()
-    kind = EMA if weights == "ema" else MASTER
-    tensors = whole_weights(checkpoint.tensors(kind), checkpoint.tensors("buffers"), config.model, config.moe,
-                            f"{kind} of {checkpoint.path}")
+    tensors = whole_weights(checkpoint.weights(weights), checkpoint.tensors(BUFFERS), config.model, config.moe,
+                            f"{weights} of {checkpoint.path}")
     scores = _read_cards(cards, checkpoint, weights, tensors)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -42,7 +41,7 @@ def write_folder(checkpoint: Checkpoint, out: Path, weights: str, limit: int, ca
 
         def pieces() -> Iterator[tuple[str, Tensor]]:
             nonlocal total
-            buffers = [name for name in checkpoint.tensors("buffers") if ".thresholds." in name]
+            buffers = [name for name in checkpoint.tensors(BUFFERS) if ".thresholds." in name]
             for name in dict.fromkeys([*logical_template(config.model, config.moe), *buffers]):
                 value = tensors[name]
                 total += value.nbytes
@@ -145,7 +144,7 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: list[
               ("batch", train.batch),
               ("optimizer", f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup}, betas {train.betas}, weight "
                             f"decay {train.weight_decay:g}, clipping {f'{train.clip:g}' if train.clip else 'off'}"),
-              ("EMA", f"{train.ema:g}; these are the {'EMA' if weights == 'ema' else 'raw'} weights"),
+              ("EMA", f"{', '.join(f'{decay:g}' for decay in train.ema_decays)}; these are the {weights.replace('ema', 'EMA')} weights"),
               ("label drop", f"{train.label_drop:g}"), ("flip", "yes" if config.data.flip else "no"), ("seed", config.run.seed)]
     return "\n".join([
         "---", "library_name: diffmoe", "tags:", "- diffusion-transformer", "- class-conditional-image-generation",

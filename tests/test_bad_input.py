@@ -125,8 +125,10 @@ def after_joining(tmp_path_factory):
     size = (digits() / "shard-000003.tar").stat().st_size
     (tmp / "typo.json").write_text('{"zero_optimization": {"stage": 1, "overlap_com": true}}')
     (tmp / "scatter.json").write_text('{"zero_optimization": {"stage": 2, "reduce_scatter": false}}')
-    master = "master-000.safetensors"
+    master = "master-00000.safetensors"
     whole = (trained()[0] / "checkpoints/step_00000008" / master).read_bytes()
+
+    other = (trained()[0] / "checkpoints/step_00000008/ema_0.7-00001.safetensors").stat().st_size
 
     def train(*more) -> list[str]:
         return tiny(tmp / "run", *map(str, more))
@@ -155,12 +157,12 @@ def after_joining(tmp_path_factory):
         "garbage checkpoint.json": (train(f"run.folder={damaged_run(tmp / 'b', 'checkpoint.json', cut=50)}"),
                                     "checkpoint.json is not valid JSON"),
         "poor checkpoint.json": (train(f"run.folder={damaged_run(tmp / 'd', 'checkpoint.json', b'{}')}"),
-                                 "checkpoint.json lacks config, files, format, pool, step"),
+                                 "checkpoint.json lacks config, counters, emas, files, format"),
         "sample: none": (["sample", "--checkpoint", str(tmp / "empty")], f"no complete checkpoint in {tmp}/empty"),
         "sample: gone": (["sample", "--checkpoint", "/nowhere"], "no complete checkpoint in /nowhere"),
         "sample: cut": (["sample", "--checkpoint", str(tmp / "a")], "must have", "bytes and has 100"),
-        "sample: garbage": (["sample", "--checkpoint", str(damaged_run(tmp / "e", "ema-001.safetensors", b"\xff" * len(whole)))],
-                            "ema-001.safetensors"),
+        "sample: garbage": (["sample", "--checkpoint", str(damaged_run(tmp / "e", "ema_0.7-00001.safetensors", b"\xff" * other))],
+                            "ema_0.7-00001.safetensors"),
         "sample: class 10": (sample("--classes", "0,8-10"), "--classes '0,8-10' must name classes from 0 to 9 (model.classes = 10)"),
         "sample: classes": (sample("--classes", "cat"), "--classes 'cat' must be 'all' or numbers and ranges such as 0,3,7-9"),
         "sample: backwards": (sample("--classes", "9-3"), "--classes '9-3' must"),

@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from diffmoe.config import Config, config_to_tree, load_config
+from diffmoe.checkpoints.reader import ema_kind
+from diffmoe.checkpoints.writer import save_start
+from diffmoe.config import Config, load_config
 from diffmoe.data.digits import write_digits
 from diffmoe.commands import evaluate as command
 from diffmoe.evaluation import evaluate as evaluation
@@ -33,6 +34,7 @@ from diffmoe.evaluation.scores import (
     Moments, frechet_distance, inception_score_of, merge, merge_over, moments_of, precision_recall,
     split_numbers, split_totals, totals_over,
 )
+from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, initialize, logical_tensors
 from diffmoe.models.interchange import weights_digest
 from diffmoe.parallel.groups import Group, single_process
@@ -619,15 +621,10 @@ def test_card_names_everything_that_moves_the_score(tmp_path: Path) -> None:
 def test_the_verb_scores_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                       capsys: pytest.CaptureFixture[str]) -> None:
     model, config = setting("token")
-    folder = tmp_path / "run" / "checkpoints" / "step_00000008"
-    folder.mkdir(parents=True)
     pieces = {name: piece.clone() for tensor in logical_tensors(model) for name, piece in tensor.pieces(tensor.parameter.data)}
-    save_file(pieces, folder / "ema-000.safetensors")
-    save_file({name: value.clone() for name, value in model.named_buffers() if ".thresholds." in name},
-              folder / "buffers.safetensors")
-    files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    (folder / "checkpoint.json").write_text(json.dumps(
-        {"format": 1, "step": 8, "samples": 128, "pool": 16, "ranks": 1, "config": config_to_tree(config), "files": files}))
+    buffers = {name: value for name, value in model.named_buffers() if ".thresholds." in name}
+    save_start(tmp_path / "run" / "checkpoints", config, Layout(1, 1, 16, 16, 1, 16, 1),
+               {ema_kind(config.train.ema): pieces.items()}, buffers)
     write_digits(tmp_path / "digits")
     monkeypatch.setattr(command, "join", lambda environment: CPU)
     monkeypatch.setattr(command, "leave", lambda: None)
@@ -639,7 +636,7 @@ def test_the_verb_scores_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
                  "--cfg", "1", "sample.batch=50"]
     assert command.main(arguments, detect()) == 0
     card = card_from_json((tmp_path / "out" / "card.json").read_text())
-    assert (card.step, card.cfg, card.batch, card.routing, card.extractor) == (8, 1.0, 50, "token", "digits")
+    assert (card.step, card.cfg, card.batch, card.routing, card.extractor) == (0, 1.0, 50, "token", "digits")
     assert card.scores.fid > 10 and "FID" in capsys.readouterr().out
     arguments[3], arguments[9] = str(tmp_path / "digits.npz"), str(tmp_path / "again")
     assert command.main(arguments, detect()) == 0

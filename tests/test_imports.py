@@ -14,7 +14,7 @@ LAYERS = [
     ["diffmoe.parity", "diffmoe.huggingface"],
     ["diffmoe.training"],
     ["diffmoe.evaluation"],
-    ["diffmoe.diffusion", "diffmoe.data"],
+    ["diffmoe.diffusion", "diffmoe.data", "diffmoe.checkpoints"],
     ["diffmoe.models"],
     ["diffmoe.moe"],
     ["diffmoe.parallel"],

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from diffmoe.checkpoints.reader import Checkpoint, ema_kind
 from diffmoe.commands import exchange
 from diffmoe.config import config_to_tree, load_config
 from diffmoe.diffusion.rectified_flow import guided_velocity
@@ -25,8 +26,6 @@ from diffmoe.models.dit import DiT, initialize, logical_tensors
 from diffmoe.models.interchange import fresh_buffers, load_buffers, load_logical, same_bits, to_research, weights_digest
 from diffmoe.models.upcycling import load_dense, measure, upcycle
 from diffmoe.moe.routing import RoutingRule
-from diffmoe.training.checkpoint import EMA, Checkpoint
-from diffmoe.training.engine import MASTER
 from launcher.environment import detect
 from programs import TINY, digits, losses, run_cases, start_program
 from reference_models import DATA, FAMILIES, POOL, close, reference
@@ -79,11 +78,11 @@ def imported(request, tmp_path_factory):
     return family, folder, states
 
 
-def sampling_model(checkpoint, kind):
+def sampling_model(checkpoint, weights):
     """As ``run.py sample`` builds it."""
     config = checkpoint.config()
     model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
-    load_logical(model, checkpoint.tensors(kind))
+    load_logical(model, checkpoint.weights(weights))
     load_buffers(model, checkpoint.tensors("buffers"))
     return model.eval(), config
 
@@ -135,11 +134,11 @@ def test_one_of_two_states_serves_as_both(tmp_path, wrap, said):
 def test_an_imported_checkpoint_samples_what_the_research_code_samples(imported):
     family, folder, states = imported
     _, numbers = reference(family)
-    model, _ = sampling_model(Checkpoint(folder / f"run_{family}"), MASTER)
+    model, _ = sampling_model(Checkpoint(folder / f"run_{family}"), "raw")
     with torch.no_grad():
         velocity = guided_velocity(model, numbers["in/y"], 1.5, RoutingRule("batch"))
         close(euler(velocity, numbers["in/noise"], 8), numbers["flow/euler_8_cfg1.5"], "flow/euler_8_cfg1.5")
-    ema, _ = sampling_model(Checkpoint(folder / f"run_{family}"), EMA)
+    ema, _ = sampling_model(Checkpoint(folder / f"run_{family}"), "ema")
     assert torch.equal(ema.x_embedder.proj.weight, states["ema"]["x_embedder.proj.weight"])
 
 
@@ -164,7 +163,7 @@ def test_names_of_the_codes_options_go_both_ways(tmp_path, moe):
     state = dict(to_research({**logical, **fresh_buffers(config.model, config.moe)}, config.model, config.moe))
     torch.save({"model": state}, tmp_path / "in.pt")
     call(exchange.import_main, "--research", tmp_path / "in.pt", "--config", tmp_path / "diffmoe.yaml")
-    tensors = Checkpoint(tmp_path / "run_diffmoe").tensors(MASTER)
+    tensors = Checkpoint(tmp_path / "run_diffmoe").weights("raw")
     assert set(tensors) == set(logical) and all(torch.equal(tensors[name], value) for name, value in logical.items())
 
 
@@ -189,8 +188,8 @@ def test_training_starts_from_an_import_as_from_its_own_weights(tmp_path):
     assert "step 0, ema weights" in sampled.stdout and "at step 0" in resumed.stdout
     assert len(losses(tmp_path / "fresh")) == 3 and losses(tmp_path / "imported") == losses(tmp_path / "fresh")
     ours, theirs = (Checkpoint(tmp_path / name) for name in ("imported", "fresh"))
-    assert ours.step == 3 and "research-000.safetensors" not in ours.meta["files"]
-    for kind in (MASTER, EMA, "exp_avg_sq"):
+    assert ours.step == 3 and "research" not in ours.kinds()
+    for kind in ("master", ema_kind(0.7), "exp_avg_sq"):
         for name, value in theirs.tensors(kind).items():
             assert torch.equal(ours.tensors(kind)[name], value), f"{kind} {name}"
 
@@ -304,7 +303,7 @@ def test_every_expert_is_a_copy_and_the_rest_is_the_dense_model(tmp_path):
     config = config_of("diffmoe", tmp_path)
     said = call(exchange.import_main, "--dense", dense_file(tmp_path), "--config", config)
     assert "ema of model, ema" in said and "2 blocks x 4 experts" in said
-    model, _ = sampling_model(Checkpoint(tmp_path / "run_diffmoe"), MASTER)
+    model, _ = sampling_model(Checkpoint(tmp_path / "run_diffmoe"), "raw")
     state, fresh = state_of("dense"), DiT(model.model, model.moe)
     initialize(fresh, 0)
     for index, layer in model.moe_layers():
@@ -316,8 +315,8 @@ def test_every_expert_is_a_copy_and_the_rest_is_the_dense_model(tmp_path):
         assert torch.equal(layer.capacity_predictor[0].weight, fresh.blocks[index].mlp.capacity_predictor[0].weight)
         assert layer.thresholds.observations == 0
     assert torch.equal(model.blocks[2].mlp.fc1.weight, state["blocks.2.mlp.fc1.weight"])
-    ema = Checkpoint(tmp_path / "run_diffmoe").tensors(EMA)
-    assert all(torch.equal(value, ema[name]) for name, value in Checkpoint(tmp_path / "run_diffmoe").tensors(MASTER).items())
+    ema = Checkpoint(tmp_path / "run_diffmoe").weights("ema")
+    assert all(torch.equal(value, ema[name]) for name, value in Checkpoint(tmp_path / "run_diffmoe").weights("raw").items())
 
 
 @pytest.mark.parametrize("family", ["tc", "ec", "diffmoe"])
@@ -370,7 +369,7 @@ def test_scaled_experts_are_written_and_said(tmp_path):
                 "--scale-experts", "--weights", "model")
     rows = {line[:48].strip(): line[48:].split() for line in said.splitlines() if line.startswith("  ")}
     assert rows["fc2 x 4 (--scale-experts)"][1:] == ["<-", "written"] and len(rows["plain copies"]) == 1
-    model, config = sampling_model(Checkpoint(tmp_path / "run_tc"), MASTER)
+    model, config = sampling_model(Checkpoint(tmp_path / "run_tc"), "raw")
     dense = load_dense(other_state("dense"), config, "dense")
     assert torch.equal(model.blocks[1].mlp.experts.fc2_bias[3], 4 * dense.blocks[1].mlp.fc2.bias)
     assert measure(upcycle(dense, config, 6), dense, config).scaled == pytest.approx(
@@ -413,7 +412,7 @@ def test_a_hugging_face_folder_loads_back_and_samples_the_same(imported, tmp_pat
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"].values()) == set(weights)
     model, config = load_folder(out)
-    ours, our_config = sampling_model(Checkpoint(run), EMA)
+    ours, our_config = sampling_model(Checkpoint(run), "ema")
     labels, numbers = [1, 2, 3], range(3)
     assert torch.equal(generate(model, config, labels, numbers, torch.device("cpu")),
                        generate(ours, our_config, labels, numbers, torch.device("cpu")))
@@ -431,7 +430,7 @@ def test_a_hugging_face_folder_loads_back_and_samples_the_same(imported, tmp_pat
 
 
 def card(checkpoint, **changes):
-    model, config = sampling_model(checkpoint, EMA)
+    model, config = sampling_model(checkpoint, "ema")
     fields = dict(
         scores=Scores(fid=12.345678, inception_score=80.0, inception_score_std=1.0), checkpoint="x", weights="ema", step=0,
         weights_sha256=weights_digest(model), family=config.model.family, process="flow", vae=None, vae_sha256=None,

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.commands.sample import parse_classes
 from diffmoe.diffusion.sampling import euler, heun
 from diffmoe.evaluation.generate import generate
 from diffmoe.models.dit import DiT
 from diffmoe.models.interchange import load_buffers, load_logical
-from diffmoe.training.checkpoint import Checkpoint
 from programs import Result, run_cases, trained
 
 # Matrix products of other batch sizes round differently, by some 1e-7 an evaluation. A token within that of its threshold
@@ -137,7 +137,7 @@ def images_in_process(cfg: float, routing: str = "token") -> torch.Tensor:
     checkpoint = Checkpoint(trained()[0])
     config = checkpoint.config()
     model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
-    load_logical(model, checkpoint.tensors("ema"))
+    load_logical(model, checkpoint.weights("ema"))
     load_buffers(model, checkpoint.tensors("buffers"))
     changed = type(config.sample)(steps=1, cfg=cfg, routing=routing)
     config = type(config)(**{**vars(config), "sample": changed})

@@ -15,8 +15,8 @@ from launcher.environment import RankEnvironment
 if TYPE_CHECKING:
     import torch
 
+    from diffmoe.checkpoints.reader import Checkpoint
     from diffmoe.models.dit import DiT
-    from diffmoe.training.checkpoint import Checkpoint
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,12 +68,13 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:
-    """A model with all experts on the CPU, holding a checkpoint's ``ema`` or ``raw`` weights.  ValueError where they do not fit."""
+    """A model with all experts on the CPU, holding a checkpoint's ``raw``, ``ema`` or ``ema:0.999`` weights.  ValueError where
+    there are none such or they do not fit."""
+    from diffmoe.checkpoints.reader import BUFFERS
     from diffmoe.models.dit import DiT
     from diffmoe.models.interchange import load_buffers, load_logical
-    from diffmoe.training.checkpoint import EMA, MASTER
 
     model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
-    load_logical(model, checkpoint.tensors(EMA if weights == "ema" else MASTER))
-    load_buffers(model, checkpoint.tensors("buffers"))
+    load_logical(model, checkpoint.weights(weights))
+    load_buffers(model, checkpoint.tensors(BUFFERS))
     return model

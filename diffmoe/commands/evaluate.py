@@ -15,13 +15,13 @@ _DESCRIPTION = ("FID, sFID, Inception Score, precision and recall of a checkpoin
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The verb ``evaluate``; returns the exit code.  ValueError for bad input."""
     options = _described(Parser(prog="evaluate", description=_DESCRIPTION)).parse_intermixed_args(arguments)
+    from diffmoe.checkpoints.reader import Checkpoint
     from diffmoe.evaluation.decoding import open_decoder
     from diffmoe.evaluation.evaluate import Subject, evaluate
     from diffmoe.evaluation.features import DIGITS_NAME, digits_extractor, load_extractor
     from diffmoe.evaluation.reference_statistics import load_reference, save_reference
     from diffmoe.parallel.collectives import raise_together
     from diffmoe.parallel.groups import build_groups
-    from diffmoe.training.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(Path(options.checkpoint))
     config = sampling_config(checkpoint.config(), options)
@@ -62,7 +62,7 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--latent-shift", type=float, help="(default: the training data's, else the VAE's own)")
     parser.add_argument("--count", type=int, default=50_000, help="images (default: 50,000)")
     parser.add_argument("--classes", dest="labels", choices=("balanced", "random"), default="balanced")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--weights", default="ema", help="ema (the first of train.ema), ema:0.999 (by its decay) or raw")
     parser.add_argument("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
     parser.add_argument("--seed", type=int, help="seed of noise and random classes (default: run.seed)")
     parser.add_argument("--splits", type=int, help="of the Inception Score (default: one per 5,000 images)")

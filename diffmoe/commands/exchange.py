@@ -17,8 +17,8 @@ from launcher.environment import RankEnvironment
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffmoe.checkpoints.reader import Checkpoint
     from diffmoe.models.upcycling import Receipt
-    from diffmoe.training.checkpoint import Checkpoint
 
 # What a checkpoint holds beside its weights so that an export gives the imported file back bit for bit.
 RESEARCH = "research"
@@ -64,9 +64,9 @@ def import_research(path: Path, config: Config, layout: Layout) -> Path:
     """A research checkpoint of the model in ``config`` becomes ``run.folder``'s checkpoint of step 0.  Returns its folder.
 
     Raises ValueError when the file is not whole, holds code, or does not fit the configuration tensor by tensor."""
+    from diffmoe.checkpoints.reader import MASTER, ema_kind
+    from diffmoe.checkpoints.writer import save_start
     from diffmoe.models.interchange import check_research, from_research, kept_as_they_were, observed_buffers, read_research
-    from diffmoe.training.checkpoint import EMA, save_start
-    from diffmoe.training.engine import MASTER
 
     model, moe = config.model, config.moe
     states = read_research(path)
@@ -81,7 +81,8 @@ def import_research(path: Path, config: Config, layout: Layout) -> Path:
             if name not in buffers:
                 yield name, value.float()
 
-    kinds = {MASTER: weights("model"), EMA: weights("ema"), RESEARCH: kept_as_they_were(states, buffers, model, moe)}
+    averages = {ema_kind(decay): weights("ema") for decay in config.train.ema_decays}
+    kinds = {MASTER: weights("model"), **averages, RESEARCH: kept_as_they_were(states, buffers, model, moe)}
     return save_start(_checkpoints(config), config, layout, kinds, buffers)
 
 
@@ -94,11 +95,11 @@ def _say_what_is_there(path: Path, states: Mapping[str, Mapping[str, Tensor]]) -
 def import_dense(path: Path, config: Config, layout: Layout, weights: str | None, scale: bool) -> Path:
     """A dense research checkpoint starts the mixture of ``config``: writes ``run.folder``'s checkpoint of step 0 and
     prints how far the function moved.  ``weights``: ``ema`` or ``model`` (None: ema where there is one)."""
+    from diffmoe.checkpoints.reader import MASTER, ema_kind
+    from diffmoe.checkpoints.writer import save_start
     from diffmoe.models.interchange import fresh_buffers, read_research
     from diffmoe.models.dit import logical_tensors
     from diffmoe.models.upcycling import balancing_factor, check_upcycling, copy_experts, load_dense, measure, upcycle
-    from diffmoe.training.checkpoint import EMA, save_start
-    from diffmoe.training.engine import MASTER
 
     check_upcycling(config)
     states = read_research(path)
@@ -119,8 +120,8 @@ def import_dense(path: Path, config: Config, layout: Layout, weights: str | None
         for tensor in logical_tensors(model):
             yield from tensor.pieces(tensor.parameter.data)
 
-    return save_start(_checkpoints(config), config, layout, {MASTER: pieces(), EMA: pieces()},
-                      fresh_buffers(config.model, config.moe))
+    kinds = {kind: pieces() for kind in (MASTER, *map(ema_kind, config.train.ema_decays))}
+    return save_start(_checkpoints(config), config, layout, kinds, fresh_buffers(config.model, config.moe))
 
 
 def describe_receipt(receipt: Receipt, scale: bool) -> str:
@@ -143,7 +144,7 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--format", required=True, choices=("research", "hf"), help="research: one .pt file with model and ema; "
                                                                                     "hf: a Hugging Face folder")
     parser.add_argument("--out", required=True, help="the file or folder to write; must not exist")
-    parser.add_argument("--weights", choices=("ema", "raw"), help="with hf: which weights (default: ema)")
+    parser.add_argument("--weights", help="with hf: ema (default; the first of train.ema), ema:0.999 (by its decay) or raw")
     parser.add_argument("--shard-size", help="with hf: largest file, such as 5GB or 500MB (default: 5GB)")
     parser.add_argument("--scores", nargs="+", default=[], metavar="CARD", help="with hf: card.json files of these weights")
     options = parser.parse_args(arguments)
@@ -154,7 +155,7 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
     out = Path(options.out)
     if out.exists():
         raise ValueError(f"--out {out} already exists")
-    from diffmoe.training.checkpoint import Checkpoint
+    from diffmoe.checkpoints.reader import Checkpoint
 
     checkpoint = Checkpoint(Path(options.checkpoint))
     try:
@@ -179,17 +180,16 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
     A checkpoint that :func:`import_research` wrote gives the imported tensors back bit for bit."""
     import torch
 
+    from diffmoe.checkpoints.reader import BUFFERS
     from diffmoe.data.tar import replacing
     from diffmoe.models.interchange import to_research, whole_weights
-    from diffmoe.training.checkpoint import EMA
-    from diffmoe.training.engine import MASTER
 
     config = checkpoint.config()
     kept = checkpoint.tensors(RESEARCH)
     states = {}
-    for which, kind in (("model", MASTER), ("ema", EMA)):
-        tensors = whole_weights(checkpoint.tensors(kind), checkpoint.tensors("buffers"), config.model, config.moe,
-                                f"{kind} of {checkpoint.path}")
+    for which, weights in (("model", "raw"), ("ema", "ema")):
+        tensors = whole_weights(checkpoint.weights(weights), checkpoint.tensors(BUFFERS), config.model, config.moe,
+                                f"{weights} of {checkpoint.path}")
         states[which] = {name: kept[f"{which}/{name}"] if f"{which}/{name}" in kept else value
                          for name, value in to_research(tensors, config.model, config.moe)}
     with replacing(out) as stream:

@@ -19,7 +19,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--capacity", type=float, help="experts per token on average (default: sample.capacity of the run, or "
                         "else the learned thresholds)")
     parser.add_argument("--seed", type=int, help="seed of the noise (default: run.seed)")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--weights", default="ema", help="ema (the first of train.ema), ema:0.999 (by its decay) or raw")
     parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
     parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
     parser.add_argument("--report", action="store_true",
@@ -29,13 +29,13 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     import numpy as np
     import torch
 
+    from diffmoe.checkpoints.reader import Checkpoint
     from diffmoe.evaluation.capacity_report import CapacityMeter, write_report
     from diffmoe.evaluation.decoding import Decoder, open_decoder
     from diffmoe.evaluation.generate import check_dial, generate_everywhere
     from diffmoe.evaluation.plots import image_grid
     from diffmoe.parallel.collectives import raise_together
     from diffmoe.parallel.groups import build_groups
-    from diffmoe.training.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(Path(options.checkpoint))
     config = sampling_config(checkpoint.config(), options)
@@ -71,8 +71,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         np.savez(npz, images=images.numpy(), labels=np.array(labels))
         shown = images[: 10 * config.sample.columns].numpy()
         image_grid(shown, config.sample.columns, png)
-        if config.sample.capacity is not None and options.weights == "raw":
-            print("note: the dial was set on the EMA weights; raw weights may use another capacity, see --report")
+        if config.sample.capacity is not None and options.weights != "ema":
+            print("note: the dial was set on the EMA weights (the default); these may use another capacity, see --report")
         print(f"step {checkpoint.step}, {options.weights} weights, {config.sample.sampler} {config.sample.steps} steps, "
               f"cfg {config.sample.cfg}, {config.sample.routing} routing: {total} images in {npz}, "
               f"{len(shown)} of them in {png}", flush=True)

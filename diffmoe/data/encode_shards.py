@@ -23,14 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from diffmoe.data.encode_request import Request
 from diffmoe.data.images import BadImage, Source, list_source, read_picture
 from diffmoe.data.shards import INDEX_NAME, Encoding, ShardIndex, ShardMeta, from_json, load_index, write_index
 from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
 from diffmoe.data.vae import Vae, encode_moments, load_vae
-from diffmoe.parallel.collectives import AgreedError, raise_together
+from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_together
 from diffmoe.parallel.groups import Group
 
 STATE_NAME, PLAN_NAME = ".encode", "plan.json"
@@ -131,7 +130,7 @@ def encode(request: Request, group: Group, device: torch.device, report: Callabl
     except (ValueError, OSError) as error:
         problem = error
     raise_together(problem, group)
-    openings = _gather(opening, group)
+    openings = gather_objects(opening, group)
     for rank, (other, _) in enumerate(openings):
         plan.check_same(other, Path(f"rank {rank}"))
     records = openings[0][1]
@@ -218,15 +217,6 @@ def _name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def _gather(value: Any, group: Group) -> list[Any]:
-    """Every rank's `value`, in rank order."""
-    if group.size == 1:
-        return [value]
-    values: list[Any] = [None] * group.size
-    dist.all_gather_object(values, value, group=group.handle)
-    return values
-
-
 def _encode_pending(request: Request, plan: Plan, source: Source, vae: Vae | None, records: dict[int, ShardRecord],
                     group: Group, report: Callable[[str], None]) -> None:
     """Encodes the shards that `records` lacks, in rounds of one shard a rank, and adds them there."""
@@ -248,7 +238,7 @@ def _encode_pending(request: Request, plan: Plan, source: Source, vae: Vae | Non
                 problem = error
             # Agreed on every round: a rank that fails stops all at once, and none waits for the slowest at the very end.
             raise_together(problem, group)
-            fresh = [r for r in _gather(record, group) if r is not None]
+            fresh = [r for r in gather_objects(record, group) if r is not None]
             records.update((r.number, r) for r in fresh)
             progress.bad = sum(len(r.skipped) for r in records.values())
             progress.finish(sum(len(plan.shard(r.number)) for r in fresh))

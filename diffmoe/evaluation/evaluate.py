@@ -50,7 +50,7 @@ Labels = Literal["balanced", "random"]
 
 @dataclass(frozen=True)
 class Subject:
-    """Whose images: the checkpoint's path and step, and which of its weights (`ema` or `raw`)."""
+    """Whose images: the checkpoint's path and step, and which of its weights (`ema`, `ema:0.999` or `raw`)."""
 
     checkpoint: str
     step: int

@@ -6,6 +6,9 @@ collective keeps its handle and not what it wrote, and gives wrong gradients wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
@@ -46,6 +49,14 @@ def sum_over(value: Tensor, group: Group) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(value.detach().contiguous(), "sum", group.handle))
 
 
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Every rank's small picklable value, in rank order."""
+    values: list[Any] = [value] * group.size
+    if group.size > 1:
+        dist.all_gather_object(values, value, group=group.handle)
+    return values
+
+
 class AgreedError(ValueError):
     """The same error on every rank at the same place: one of them may speak for all."""
 
@@ -54,15 +65,15 @@ def raise_together(error: Exception | None, group: Group) -> None:
     """Raises AgreedError on every rank when any rank holds an error, with the first such rank's message.
 
     For set-up steps that can fail on one node only (a missing shard, a full disk): nobody is left waiting."""
-    message = None if error is None else str(error)
-    if group.size > 1:
-        messages: list[str | None] = [None] * group.size
-        dist.all_gather_object(messages, message, group=group.handle)
-        found = [(rank, text) for rank, text in zip(group.ranks, messages) if text is not None]
-        if not found:
-            return
-        rank, text = found[0]
-        everywhere = len(found) == group.size
-        message = text if everywhere else f"rank {rank}: {text}"
+    message = first_complaint(gather_objects(None if error is None else str(error), group), group)
     if message is not None:
         raise AgreedError(message) from error
+
+
+def first_complaint(messages: Sequence[str | None], group: Group) -> str | None:
+    """What to say when every rank gave a message or None: the first, and whose it is unless all had one."""
+    found = [(rank, text) for rank, text in zip(group.ranks, messages, strict=True) if text is not None]
+    if not found:
+        return None
+    rank, text = found[0]
+    return text if len(found) == group.size else f"rank {rank}: {text}"

@@ -89,7 +89,8 @@ def plain_training(config: Config, *, accumulation: int, pool: int, steps: int, 
         gradient = gradient or _by_name(model, lambda p: p.grad)
         adam.step()
         weights = _by_name(model, lambda p: p.data)
-        ema = {name: train.ema * ema[name] + (1 - train.ema) * weights[name] for name in weights}
+        decay = train.ema_decays[0]
+        ema = {name: decay * ema[name] + (1 - decay) * weights[name] for name in weights}
         seen = [sum(layer) / accumulation for layer in zip(*(observed for _, observed in passes))]
         decay = config.moe.threshold_decay
         thresholds = [decay * old + (1 - decay) * new for old, new in zip(thresholds, seen)] if step else seen

@@ -86,7 +86,7 @@ def start_training(case: Case, seed: int, device: torch.device, steps: int = STE
     groups = _groups(layout.ep, layout.pool_ranks)
     model = build_model(config, layout.pool, groups)
     engine = Engine(model, config, layout, {"zero_optimization": {"stage": case.zero}}, groups, device)
-    return Training(config, layout, groups, engine, Ema(engine, config.train.ema))
+    return Training(config, layout, groups, engine, Ema(engine, config.train.ema_decays))
 
 
 def train_and_compare(case: Case, reference_path: str, device: str,

@@ -1,283 +1,310 @@
-"""Checkpoints that know no topology: tensors under logical names, experts by global number.
+"""Checkpoints of a training run: which one to go on from, loading it in any layout, and saving while training goes on.
 
-A checkpoint is a folder ``step_00001000`` of safetensors files (``<kind>-<EP rank>.safetensors`` for the fp32 weights, EMA and
-both Adam moments, ``buffers.safetensors`` for thresholds) and ``checkpoint.json``.  It is written under another name and
-renamed when complete, so a folder with its final name is whole.  Any EP size, ZeRO stage and number of ranks reads it.
+The collectives here run in the main thread, between steps.  What a background thread does is files only: process groups
+demand one order of operations on all ranks, and training owns it.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from diffmoe.config import Config, config_from_tree, config_to_tree
+from diffmoe.checkpoints import writer
+from diffmoe.checkpoints.check import check_tensors
+from diffmoe.checkpoints.reader import (
+    BUFFERS, FIRST_MOMENT, MASTER, SECOND_MOMENT, Checkpoint, Tensors, complete_folders, ema_kind, step_folder,
+)
+from diffmoe.checkpoints.tensor_file import Damaged
+from diffmoe.config import Config
 from diffmoe.layout import Layout
-from diffmoe.models.dit import LogicalTensor
 from diffmoe.models.interchange import load_buffers
-from diffmoe.parallel.collectives import raise_together
+from diffmoe.parallel.collectives import AgreedError, first_complaint, gather_objects, raise_together
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.training.ema import Ema
-from diffmoe.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine
+from diffmoe.training.engine import Engine
+from diffmoe.training.state import Place, held, owned
 
-EMA = "ema"
-FORMAT = 1
-_PART_BYTES = 2**31
-_FOLDER = re.compile(r"step_(\d{8})")
+_POLL_S = 0.05
+_GRACE_S = 30.0
+# What a save without a snapshot, or a load, takes of a rank's memory beside its state: chunks on their way.  Tests hold it to that.
+STREAMING_BYTES = 64 * 2**20
+
+Say = Callable[[str], None]
 
 
-def save(folder: Path, step: int, engine: Engine, ema: Ema, config: Config, layout: Layout, groups: ParallelGroups,
-         keep: int) -> Path:
-    """Writes the state after ``step`` optimizer steps; all ranks together.  Keeps the newest ``keep`` folders.
+def newest_usable(folder: Path, groups: ParallelGroups, say: Say) -> Checkpoint | None:
+    """The newest complete checkpoint that is not damaged, the same on every rank; None where there is none at all.
 
-    A rank that cannot write raises ValueError on every rank and leaves earlier checkpoints alone."""
-    final = folder / f"step_{step:08d}"
-    partial = folder / f".{final.name}.partial"
-    problem: Exception | None = None
-    if groups.rank == 0:
-        try:
-            for left in folder.glob(".step_*.partial"):  # of saves that failed
-                shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            problem = error
-    raise_together(problem, groups.world)  # the folder exists before anybody writes
-    for kind, shards in _kinds(engine, ema).items():
-        _save_kind(partial, kind, shards, engine, groups)
-    if groups.rank == 0:
-        try:
-            buffers = {name: value.cpu() for name, value in engine.model.named_buffers() if ".thresholds." in name}
-            _save_rest(partial, step, buffers, config, layout)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _sync(folder)
-            for old in complete_folders(folder)[:-keep]:
-                shutil.rmtree(old)
-        except (OSError, SafetensorError) as error:
-            problem = error
+    Every byte is checked, the files divided among the ranks.  ``say`` hears of each one that is passed over.  Raises
+    AgreedError when all are damaged, or when the newest is not damaged but cannot be read (another format)."""
+    names, problem = [], None
+    try:
+        names = [path.name for path in complete_folders(folder)]
+    except OSError as error:
+        problem = error
     raise_together(problem, groups.world)
-    return final
+    names = gather_objects(names, groups.world)[0]  # rank 0's: others may see what was there a moment ago
+    complaints = []
+    for name in reversed(names):
+        if complaints:
+            say(f"{complaints[-1]}; falling back to {name}")
+        damage, problem, checkpoint = None, None, None
+        try:
+            checkpoint = Checkpoint(folder / name)
+            damage = _damage(checkpoint, groups)
+        except Damaged as error:
+            damage = str(error)
+        except (ValueError, OSError) as error:
+            problem = error
+        raise_together(problem, groups.world)
+        found = first_complaint(gather_objects(damage, groups.world), groups.world)
+        if found is None:
+            return checkpoint
+        complaints.append(f"{name} is damaged ({found})")
+    if complaints:
+        raise AgreedError(f"no checkpoint in {folder} is usable: {'; '.join(complaints)}")
+    return None
 
 
-def save_start(folder: Path, config: Config, layout: Layout, kinds: Mapping[str, Iterable[tuple[str, Tensor]]],
-               buffers: Mapping[str, Tensor]) -> Path:
-    """Writes weights from elsewhere as the state before step 0; one process, a part of a kind in memory at a time.
+def _damage(checkpoint: Checkpoint, groups: ParallelGroups) -> str | None:
+    """What is wrong with this rank's share of a checkpoint."""
+    if groups.rank == 0:
+        wrong = next(check_tensors(checkpoint), None)
+        if wrong is not None:
+            return wrong
+    for name in list(checkpoint.manifest.files)[groups.rank :: groups.world.size]:
+        checkpoint.check_file(name)
+    return None
 
-    ``kinds``: (logical name, fp32 tensor) pairs of ``master`` and ``ema``; other kinds are kept with the checkpoint and not
-    restored.  Adam's moments are not stored: before the first step they are zero.  Raises ValueError when ``folder``
-    already has a checkpoint."""
-    there = complete_folders(folder)
-    if there:
-        raise ValueError(f"{folder} already has {there[-1].name}; choose another run.folder")
-    final = folder / "step_00000000"
-    partial = folder / f".{final.name}.partial"
+
+def restore(checkpoint: Checkpoint, engine: Engine, ema: Ema, groups: ParallelGroups, say: Say) -> int:
+    """Loads a checkpoint into an engine of any layout; every rank reads what it holds.  Returns the number of steps done.
+
+    An average with a decay that the checkpoint has not starts from its weights, which ``say`` hears of.  Raises AgreedError."""
+    problem: Exception | None = None
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for kind, tensors in kinds.items():
-            save_parts(partial, kind, tensors, _PART_BYTES)
-        _save_rest(partial, 0, buffers, config, layout)
-        partial.rename(final)
-        _sync(folder)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{final} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return final
-
-
-def save_parts(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], limit: int) -> dict[str, Path]:
-    """Writes ``stem-000.safetensors``, …, of at most ``limit`` bytes each unless one tensor alone has more.
-
-    Returns the file of every tensor.  One part is in memory at a time."""
-    where: dict[str, Path] = {}
-    part: dict[str, Tensor] = {}
-    filled = number = 0
-
-    def close() -> None:
-        path = folder / f"{stem}-{number:03d}.safetensors"
-        save_file(part, path)
-        _sync(path)
-        where.update(dict.fromkeys(part, path))
-
-    for name, value in tensors:
-        if part and filled + value.nbytes > limit:
-            close()
-            part, filled, number = {}, 0, number + 1
-        part[name] = value.detach().clone(memory_format=torch.contiguous_format)  # never a view of something larger
-        filled += value.nbytes
-    if part:
-        close()
-    return where
-
-
-def complete_folders(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if _FOLDER.fullmatch(p.name) and (p / "checkpoint.json").is_file())
-
-
-def restore(path: Path, engine: Engine, ema: Ema, groups: ParallelGroups) -> int:
-    """Loads a checkpoint into a freshly started engine of any layout.  Returns the number of steps done."""
-    kinds, problem = _kinds(engine, ema), None
-    try:
-        checkpoint = Checkpoint(path)
-        tensors = {kind: checkpoint.tensors(kind) for kind in (*kinds, "buffers")}
-        for kind in (FIRST_MOMENT, SECOND_MOMENT):
-            if checkpoint.step == 0 and not tensors[kind]:
-                del kinds[kind]  # weights from elsewhere, see save_start: the engine's moments are zero already
-        for kind in kinds:
-            _check_names(engine.tensors, tensors[kind], kind, path)
+        places = held(engine)
+        for kind, shards in _kinds(engine, ema).items():
+            stored = checkpoint.tensors(kind)
+            if not stored and kind in (FIRST_MOMENT, SECOND_MOMENT) and checkpoint.step == 0:
+                for shard in shards:  # weights from elsewhere, see writer.save_start
+                    shard.detach().zero_()
+                continue
+            if not stored and kind not in (MASTER, FIRST_MOMENT, SECOND_MOMENT):
+                say(f"{checkpoint.path} has no {kind}; it starts from the weights")
+                stored = checkpoint.tensors(MASTER)
+            _load(places, shards, stored, f"{kind} of {checkpoint.path}")
+        load_buffers(engine.model, checkpoint.tensors(BUFFERS))
     except (ValueError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
-    for kind, shards in kinds.items():
-        engine.write(shards, (_assemble(tensor, tensors[kind]) for tensor in engine.tensors))
     engine.publish()
     engine.set_adam_step(checkpoint.step)
-    load_buffers(engine.model, tensors["buffers"])
     return checkpoint.step
 
 
-class Checkpoint:
-    """A complete checkpoint, opened: nothing is read before it is asked for, and nothing in it is ever executed."""
-
-    def __init__(self, path: Path) -> None:
-        meta = path / "checkpoint.json"
-        if not meta.is_file():
-            newest = complete_folders(path / "checkpoints") or complete_folders(path)
-            if not newest:
-                raise ValueError(f"no complete checkpoint in {path}")
-            path, meta = newest[-1], newest[-1] / "checkpoint.json"
-        self.path = path
-        self.meta = _read_meta(meta)
-        for name, size in self.meta["files"].items():
-            there = path / Path(name).name
-            if not there.is_file() or there.stat().st_size != size:
-                found = there.stat().st_size if there.is_file() else "no"
-                raise ValueError(f"{there} must have {size} bytes and has {found}")
-
-    @property
-    def step(self) -> int:
-        return self.meta["step"]
-
-    @property
-    def pool(self) -> int:
-        return self.meta["pool"]
-
-    def config(self) -> Config:
-        """The resolved configuration of the run that wrote it."""
-        return config_from_tree(self.meta["config"])
-
-    def tensors(self, kind: str) -> Mapping[str, Tensor]:
-        """Tensors of ``master``, ``ema``, ``exp_avg``, ``exp_avg_sq`` or ``buffers`` by logical name."""
-        names = [n for n in self.meta["files"] if n == f"{kind}.safetensors" or n.startswith(f"{kind}-")]
-        return open_tensors([self.path / Path(n).name for n in names])
-
-
-def open_tensors(paths: list[Path]) -> Mapping[str, Tensor]:
-    """The tensors of safetensors files by name, read when asked for.  ValueError for a damaged file or a doubled name."""
-    return _Tensors(paths)
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    missing = {"format", "step", "pool", "config", "files"} - set(meta if isinstance(meta, dict) else ())
+def _load(places: list[Place], shards: list[Tensor], stored: Tensors, source: str) -> None:
+    missing = [place.piece.name for place in places if place.piece.name not in stored]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
-    if meta["format"] != FORMAT:
-        raise ValueError(f"{path} has format {meta['format']}; this program reads {FORMAT}")
-    return meta
-
-
-class _Tensors(Mapping[str, Tensor]):
-    """Lazily read tensors of several safetensors files; a name in two files is an error, never silence."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self._where: dict[str, Any] = {}
-        for path in paths:
-            try:
-                handle = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-            for name in handle.keys():
-                if name in self._where:
-                    raise ValueError(f"tensor {name} is in two files, {path} the second")
-                self._where[name] = handle
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._where[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
+        raise ValueError(f"{source} lacks {', '.join(missing[:3])} ({len(missing)} missing)")
+    for place in places:
+        if stored.shape(place.piece.name) != place.piece.shape:
+            raise ValueError(f"{source} has {place.piece.name} with shape {list(stored.shape(place.piece.name))} instead of "
+                             f"{list(place.piece.shape)}")
+        stored.read_into(place.piece.name, place.piece.start, place.of(shards))
 
 
 def _kinds(engine: Engine, ema: Ema) -> dict[str, list[Tensor]]:
-    kinds = {kind: engine.shards(kind) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)}
-    return {**kinds, EMA: ema.shards}
+    """Shards by kind; the masters first."""
+    return {**{kind: engine.shards(kind) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)},
+            **{ema_kind(decay): shards for decay, shards in ema.by_decay.items()}}
 
 
-def _check_names(wanted: list[LogicalTensor], tensors: Mapping[str, Tensor], kind: str, path: Path) -> None:
-    missing = [name for tensor in wanted for name in tensor.piece_names() if name not in tensors]
-    if missing:
-        raise ValueError(f"{path} lacks {kind} of {', '.join(missing[:3])} ({len(missing)} missing)")
+# ------------------------------------------------------------------------------------------------------ saving
 
 
-def _assemble(tensor: LogicalTensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    names = tensor.piece_names()
-    if tensor.experts is None:
-        return tensors[names[0]]
-    return torch.stack([tensors[name] for name in names])
+@dataclass(frozen=True)
+class Saved:
+    """A save that is done: on rank 0 the folder ``path`` is complete, on the others their part of it is written.
+
+    ``stall_s``: how long training stood still; ``write_s``: from then until it was done."""
+
+    step: int
+    path: Path
+    stall_s: float
+    write_s: float
 
 
-def _save_kind(partial: Path, kind: str, shards: list[Tensor], engine: Engine, groups: ParallelGroups) -> None:
-    """One file per EP rank of the first EP group: its experts, and on EP rank 0 everything else."""
-    writer = groups.edp.index == 0
-    pieces: dict[str, Tensor] = {}
-    for tensor, value in engine.read(shards):  # collective: every rank goes through all of it
-        if writer and (groups.ep.index == 0 or tensor.experts is not None):
-            pieces.update({name: piece.cpu().clone() for name, piece in tensor.pieces(value)})
-    problem: Exception | None = None
-    if writer:
+@dataclass(frozen=True)
+class SaveFailed:
+    """A save that came to nothing, the same on every rank.  What it wrote is gone, and earlier checkpoints stand."""
+
+    step: int
+    message: str
+
+
+class Saver:
+    """Writes checkpoints of a run, one at a time.  Every rank writes the state that it owns.
+
+    With ``train.async_save`` the state is first copied to host memory, which costs one copy of what this rank owns, kept for the
+    next save; training goes on while a thread writes it.  Otherwise it is streamed and takes ``STREAMING_BYTES`` at most.
+
+    As a context it gives a save in flight half a minute on the way out, for the sake of errors elsewhere: who ends a run in
+    order calls :meth:`settle`."""
+
+    def __init__(self, folder: Path, config: Config, layout: Layout, groups: ParallelGroups) -> None:
+        self.folder, self.config, self.layout, self.groups = folder, config, layout, groups
+        self._job: _Job | None = None
+        self._outcomes: list[Saved | SaveFailed] = []
+        self._host: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._job is not None:
+            self._job.join(_GRACE_S)
+            self._job.stop.set()
+            self._job.join(_GRACE_S)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save was started and not settled; the same on every rank."""
+        return self._job is not None
+
+    @property
+    def trouble(self) -> bool:
+        """Whether this rank's part of the save in flight has failed.  When any rank has trouble, all call :meth:`settle`."""
+        return self._job is not None and self._job.problem is not None
+
+    def outcomes(self) -> list[Saved | SaveFailed]:
+        """What became known since the last call, oldest first."""
+        self._tell()
+        told, self._outcomes = self._outcomes, []
+        return told
+
+    def save(self, step: int, engine: Engine, ema: Ema, counters: Mapping[str, Any] | None = None) -> None:
+        """Starts saving the state after ``step`` optimizer steps; all ranks together.  Settles the save before it first.
+
+        ``counters``: what else the loop counts, ready for JSON; rank 0's are kept.  What a disk may do is not raised but
+        among the :meth:`outcomes`."""
+        began = time.perf_counter()
+        self.settle()
+        problem = None
+        if self.groups.rank == 0:
+            try:
+                writer.prepare(self.folder, step)
+            except OSError as error:
+                problem = str(error)
+        message = first_complaint(gather_objects(problem, self.groups.world), self.groups.world)
+        if message is not None:
+            self._outcomes.append(SaveFailed(step, message))
+            return
+        self._job = _Job(self, step, self._shares(engine, ema), dict(counters or {}))
+        self._job.stall_s = time.perf_counter() - began
+        self._job.start()
+        if not self.config.train.async_save:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits until the save in flight, if any, is complete or given up; all ranks together."""
+        job, world = self._job, self.groups.world
+        if job is None:
+            return
+        while True:
+            job.join(_POLL_S)
+            states = gather_objects((not job.is_alive(), job.problem), world)
+            message = first_complaint([problem for _, problem in states], world)
+            if message is not None or all(done for done, _ in states):
+                break
+        if message is not None:
+            job.stop.set()
+            job.join()
+            gather_objects(None, world)  # nobody writes any more
+            if world.index == 0:
+                shutil.rmtree(writer.partial_folder(self.folder, job.step), ignore_errors=True)
+            self._outcomes.append(SaveFailed(job.step, message))
+        self._tell()
+        self._job = None
+
+    def _tell(self) -> None:
+        job = self._job
+        if job is not None and job.finished and not job.told:
+            job.told = True
+            stall_s = job.stall_s if self.config.train.async_save else job.stall_s + job.write_s
+            self._outcomes.append(Saved(job.step, step_folder(self.folder, job.step), stall_s, job.write_s))
+
+    def _shares(self, engine: Engine, ema: Ema) -> dict[str, writer.Share]:
+        places = owned(engine)
+        kinds = _kinds(engine, ema)
+        if self.config.train.async_save:
+            values = self._snapshot(places, kinds, engine.device)
+        else:
+            values = {kind: [place.of(shards) for place in places] for kind, shards in kinds.items()}
+        shares = {kind: writer.Share([(place.piece, torch.float32) for place in places], values[kind]) for kind in kinds}
+        if self.groups.rank == 0:
+            buffers = {name: value.detach().cpu().clone() for name, value in engine.model.named_buffers() if ".thresholds." in name}
+            shares[BUFFERS] = writer.whole_tensors(buffers)
+        return shares
+
+    def _snapshot(self, places: list[Place], kinds: Mapping[str, list[Tensor]], device: torch.device) -> dict[str, list[Tensor]]:
+        """Copies in host memory, taken now; the memory is kept and pinned where a GPU copies into it."""
+        sizes = [place.piece.stop - place.piece.start for place in places]
+        on_gpu = device.type == "cuda"
+        for kind, shards in kinds.items():
+            if kind not in self._host:
+                self._host[kind] = torch.empty(sum(sizes), pin_memory=on_gpu)
+            for place, target in zip(places, self._host[kind].split(sizes), strict=True):
+                target.copy_(place.of(shards), non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return {kind: list(self._host[kind].split(sizes)) for kind in kinds}
+
+
+class _Job(threading.Thread):
+    """One rank's part of a save; on rank 0 also the commit, when every part is there."""
+
+    def __init__(self, saver: Saver, step: int, shares: dict[str, writer.Share], counters: dict[str, Any]) -> None:
+        super().__init__(name=f"save-{step}", daemon=True)
+        self.saver, self.step, self.counters = saver, step, counters
+        self.shares = {kind: writer.Share(share.pieces, self._until_stopped(share.values)) for kind, share in shares.items()}
+        self.stop = threading.Event()
+        self.problem: str | None = None
+        self.finished = self.told = False
+        self.stall_s = self.write_s = 0.0
+
+    def run(self) -> None:
+        began = time.perf_counter()
         try:
-            path = partial / f"{kind}-{groups.ep.index:03d}.safetensors"
-            save_file(pieces, path)
-            _sync(path)
-        except (OSError, SafetensorError) as error:
-            problem = error
-    raise_together(problem, groups.world)
+            self._write()
+        except writer.Stopped:  # by settle, or since another rank failed, which says why
+            pass
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            self.problem = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+        else:
+            self.write_s = time.perf_counter() - began
+            self.finished = True
 
+    def _write(self) -> None:
+        saver = self.saver
+        partial = writer.partial_folder(saver.folder, self.step)
+        writer.write_part(partial, saver.groups.rank, self.shares)
+        if saver.groups.rank == 0:
+            files, shapes = writer.join_parts(partial, saver.groups.world.size, self.stop.is_set)
+            manifest = writer.describe(self.step, saver.config, saver.layout, self.counters, files, shapes)
+            writer.commit(partial, step_folder(saver.folder, self.step), manifest)
+            writer.prune(saver.folder, self.step, saver.config.train.keep, saver.config.train.keep_every)
 
-def _save_rest(partial: Path, step: int, buffers: Mapping[str, Tensor], config: Config, layout: Layout) -> None:
-    save_file({name: value.clone() for name, value in buffers.items()}, partial / "buffers.safetensors")
-    _sync(partial / "buffers.safetensors")
-    files = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
-    meta = {"format": FORMAT, "step": step, "samples": step * layout.batch, "pool": layout.pool, "ranks": layout.ranks,
-            "config": config_to_tree(config), "files": files}
-    (partial / "checkpoint.json").write_text(json.dumps(meta, indent=1))
-    _sync(partial / "checkpoint.json")
-    _sync(partial)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def _until_stopped(self, values: Iterable[Tensor]) -> Iterator[Tensor]:
+        for value in values:
+            if self.stop.is_set():
+                raise writer.Stopped("given up")
+            yield value

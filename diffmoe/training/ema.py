@@ -1,6 +1,8 @@
-"""Exponential moving average of the weights, fp32, from the masters, sharded as the optimizer is."""
+"""Exponential moving averages of the weights, fp32, from the masters, sharded as the optimizer is."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,15 +11,22 @@ from diffmoe.training.engine import Engine
 
 
 class Ema:
-    """Flat shards congruent with the engine's masters; no rank ever holds a full copy.
+    """Flat shards congruent with the engine's masters, one set for each decay; no rank ever holds a full copy.
 
     Parameters only: thresholds are already running means and are taken as they are."""
 
-    def __init__(self, engine: Engine, decay: float) -> None:
-        self.engine, self.decay = engine, decay
-        self.shards: list[Tensor] = [master.detach().clone() for master in engine.masters()]
+    def __init__(self, engine: Engine, decays: Sequence[float]) -> None:
+        self.engine = engine
+        self.by_decay = {decay: [master.detach().clone() for master in engine.masters()] for decay in decays}
+
+    @property
+    def shards(self) -> list[Tensor]:
+        """Those of the first decay, the one that samples."""
+        return next(iter(self.by_decay.values()))
 
     @torch.no_grad()
     def update(self) -> None:
         """ema <- decay ema + (1 - decay) weights, once per optimizer step."""
-        torch._foreach_lerp_(self.shards, [m.detach() for m in self.engine.masters()], 1.0 - self.decay)
+        masters = [master.detach() for master in self.engine.masters()]
+        for decay, shards in self.by_decay.items():
+            torch._foreach_lerp_(shards, masters, 1.0 - decay)

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import warnings
+from dataclasses import dataclass
 from typing import Callable, Iterator
 
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from diffmoe.config import Config, TrainConfig
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.layout import Layout
@@ -27,7 +29,15 @@ from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import raise_together, sum_over
 from diffmoe.parallel.groups import ParallelGroups
 
-MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
+
+@dataclass(frozen=True)
+class Span:
+    """``count`` elements from ``start`` on of a flattened parameter: they lie from ``offset`` on in flat shard ``shard``."""
+
+    start: int
+    shard: int
+    offset: int
+    count: int
 
 
 def import_deepspeed():
@@ -47,8 +57,8 @@ def import_deepspeed():
 class Engine:
     """One rank's share of training: forward, backward, step, and the fp32 state behind the parameters.
 
-    Fp32 state is held as flat shards, congruent for masters, both moments and whatever copies them
-    (EMA): one mechanism reads and writes all of them by logical name."""
+    Fp32 state is held as flat shards, congruent for masters, both moments and whatever copies them (EMA).  :meth:`span`
+    says which elements of a parameter lie where in them, :meth:`read` puts whole tensors together."""
 
     def __init__(self, model: DiT, config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups,
                  device: torch.device) -> None:
@@ -146,7 +156,7 @@ class Engine:
                 changed.append(tensor.name)
         error = AssertionError(f"DeepSpeed overwrote {changed[:3]} at initialize") if changed else None
         raise_together(error, self.groups.world)
-        self.write(self._masters, iter(given))
+        self._write_masters(given)
 
     # ------------------------------------------------------------------------------------------------- step
 
@@ -214,6 +224,26 @@ class Engine:
         fused = any(group.get("fused") for group in self._adam.param_groups)
         return key.device if fused else torch.device("cpu")
 
+    def span(self, index: int) -> Span:
+        """What this rank holds of parameter number ``index`` of ``tensors``, perhaps nothing.  Not collective."""
+        parameter = self.tensors[index].parameter
+        if self.stage == 0:
+            return Span(0, index, 0, parameter.numel())
+        if self.stage == 3:
+            shard, offset, count = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            start = count * self.optimizer._get_param_partition_rank(parameter)
+            return Span(start, shard, offset, max(0, min(count, parameter.ds_numel - start)))  # the last ranks' are padded
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return Span(0, 0, 0, 0)
+        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Span(here.start, mapping.param_group_index, there.start, there.numel)
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """The shape of parameter number ``index``, also where ZeRO 3 has it in parts."""
+        parameter = self.tensors[index].parameter
+        return tuple(parameter.ds_shape if self.stage == 3 else parameter.shape)
+
     @contextlib.contextmanager
     def _in_place_of_masters(self, shards: list[Tensor]) -> Iterator[None]:
         if shards is self._masters:
@@ -232,15 +262,12 @@ class Engine:
             for tensor in self.tensors:
                 yield tensor, self._full(tensor)
 
-    def write(self, shards: list[Tensor], values: Iterator[Tensor]) -> None:
-        """The inverse of :meth:`read`: full values in the order of the logical tensors, into shards."""
-        with self._in_place_of_masters(shards):
-            for tensor, value in zip(self.tensors, values, strict=True):
-                value = value.to(self.device, torch.float32)
-                if self.stage == 0:
-                    tensor.parameter.data.copy_(value)
-                else:
-                    self.deepspeed.utils.safe_set_full_fp32_param(tensor.parameter, value)
+    def _write_masters(self, values: list[Tensor]) -> None:
+        """Full fp32 values in the order of the logical tensors, into the masters."""
+        for index, value in enumerate(values):
+            span = self.span(index)
+            place = self._masters[span.shard].detach().view(-1)[span.offset : span.offset + span.count]
+            place.copy_(value.reshape(-1)[span.start : span.start + span.count])
 
     def _full(self, tensor: LogicalTensor) -> Tensor:
         if self.stage == 0:

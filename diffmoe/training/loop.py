@@ -12,6 +12,7 @@ from typing import Iterator
 import torch
 import yaml
 
+from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.config import Config, config_to_tree
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.layout import Layout
@@ -19,9 +20,9 @@ from diffmoe.data.shards import Batch, BatchStream, ShardReader, load_index
 from diffmoe.evaluation.generate import generate_everywhere
 from diffmoe.evaluation.plots import image_grid
 from diffmoe.models.dit import DiT, initialize
-from diffmoe.parallel.collectives import raise_together
+from diffmoe.parallel.collectives import AgreedError, raise_together
 from diffmoe.parallel.groups import ParallelGroups
-from diffmoe.training import checkpoint
+from diffmoe.training.checkpoint import SaveFailed, Saver, newest_usable, restore
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.metrics import Meter, Writer
@@ -58,7 +59,8 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     saved = run.done
     if run.done >= config.train.steps:
         _say(run, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
-    with stream, _stop_requests() as asked:
+    saver = Saver(run.folder / "checkpoints", config, layout, groups)
+    with stream, saver, _stop_requests() as asked:
         batches, problem = _fetch(stream, run.done < config.train.steps)
         raise_together(problem, groups.world)
         while run.done < config.train.steps:
@@ -73,14 +75,19 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
             meter.add(report)
             if last or run.done % config.train.log_every == 0:
                 record, load = meter.collect(run.done)
+                record.update(_report_saves(run, saver))
                 if writer:
                     writer.record(record)
                     if _due(run.done, 10 * config.train.log_every, last):  # drawing takes a while
                         writer.load_picture(load, run.done)
             if _due(run.done, config.train.save_every, last):
-                saved = _save(run)
+                saver.save(run.done, run.engine, run.ema)
+                saved = run.done
             if _due(run.done, config.train.sample_every, finished):  # not at a stop, whose grace is for saving
                 _sample(run, writer)
+            if last:
+                saver.settle()
+                _report_saves(run, saver)
             if run.done % config.train.log_every == 0:
                 meter.restart_clock()  # saving, sampling and drawing are not training
             if report.stop:
@@ -94,24 +101,30 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 
 def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device) -> Run:
     """Model, engine, EMA and data of a run, resumed from its newest checkpoint.  All ranks raise together."""
+    def say(text: str) -> None:
+        if groups.rank == 0:
+            print(text, flush=True)
+
+    newest = newest_usable(Path(config.run.folder) / "checkpoints", groups, say)
     reader, problem = None, None
     try:
         reader = _open_data(config)
-        newest = _resumable(config, layout)  # before anything of an earlier run is overwritten
+        if newest is not None:
+            _check_resumable(newest, config, layout)  # before anything of an earlier run is overwritten
         if groups.rank == 0:
             _write_resolved(config, layout, deepspeed_tree)
     except (ValueError, OSError) as error:
-        problem, newest = error, None
+        problem = error
     raise_together(problem, groups.world)
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups, recompute=config.parallel.recompute,
                 time_scale=config.diffusion.time_scale)
     initialize(model, config.run.seed)
     engine = Engine(model, config, layout, deepspeed_tree, groups, device)
-    ema = Ema(engine, config.train.ema)
+    ema = Ema(engine, config.train.ema_decays)
     run = Run(config, layout, groups, device, engine, ema, reader, 0)
     if newest is not None:
-        run.done = checkpoint.restore(newest, engine, ema, groups)
-        _say(run, f"resumed from {newest} at step {run.done}")
+        run.done = restore(newest, engine, ema, groups, say)
+        say(f"resumed from {newest.path} at step {run.done}")
     return run
 
 
@@ -158,12 +171,8 @@ def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> Non
 _MEANING = ("model", "moe", "diffusion")
 
 
-def _resumable(config: Config, layout: Layout) -> Path | None:
-    """The newest complete checkpoint of the run folder; ValueError when it belongs to another run."""
-    found = checkpoint.complete_folders(Path(config.run.folder) / "checkpoints")
-    if not found:
-        return None
-    saved = checkpoint.Checkpoint(found[-1])
+def _check_resumable(saved: Checkpoint, config: Config, layout: Layout) -> None:
+    """Raises ValueError when a checkpoint belongs to another run."""
     old, new = config_to_tree(saved.config()), config_to_tree(config)
     pairs = [(f"{s}.{k}", old[s][k], new[s][k]) for s in _MEANING for k in old[s] if (s, k) != ("moe", "pool")]
     pairs += [("run.seed", old["run"]["seed"], new["run"]["seed"]),
@@ -173,8 +182,7 @@ def _resumable(config: Config, layout: Layout) -> Path | None:
         pairs.append(("moe.pool (samples)", saved.pool, layout.pool))
     changed = [f"{name}: {before} there, {now} here" for name, before, now in pairs if before != now]
     if changed:
-        raise ValueError(f"{found[-1]} belongs to another run ({'; '.join(changed)}); choose another run.folder")
-    return found[-1]
+        raise ValueError(f"{saved.path} belongs to another run ({'; '.join(changed)}); choose another run.folder")
 
 
 def _sample(run: Run, writer: Writer | None) -> None:
@@ -189,12 +197,15 @@ def _sample(run: Run, writer: Writer | None) -> None:
         writer.sample_picture(path, run.done)
 
 
-def _save(run: Run) -> int:
-    """A failed save ends the run on every rank; earlier checkpoints stand."""
-    path = checkpoint.save(run.folder / "checkpoints", run.done, run.engine, run.ema, run.config, run.layout, run.groups,
-                           run.config.train.keep)
-    _say(run, f"saved {path}")
-    return run.done
+def _report_saves(run: Run, saver: Saver) -> dict[str, float]:
+    """Says what became of saves; the last one's times for the metrics.  A failed one ends the run on every rank."""
+    times: dict[str, float] = {}
+    for outcome in saver.outcomes():
+        if isinstance(outcome, SaveFailed):
+            raise AgreedError(outcome.message)
+        _say(run, f"saved {outcome.path}: training stood still for {outcome.stall_s:.2f} s, written in {outcome.write_s:.2f} s")
+        times = {"save_stall_s": outcome.stall_s, "save_write_s": outcome.write_s}
+    return times
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Checkpoints on disk, without DeepSpeed and without a process group."""

@@ -1,0 +1,124 @@
+"""``checkpoint.json``: what a complete checkpoint consists of, and nothing that could lead out of its folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffmoe.checkpoints.tensor_file import CHUNK, Damaged, Piece, Written
+
+FORMAT = 2
+MANIFEST = "checkpoint.json"
+_FILE = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)-([0-9]{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file: its bytes and checksums, and the elements [start, stop) that it holds of each tensor."""
+
+    bytes: int
+    crc32: tuple[int, ...]
+    tensors: Mapping[str, tuple[int, int]]
+
+    @property
+    def written(self) -> Written:
+        return Written(self.bytes, self.crc32)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``config``: the resolved configuration.  ``counters``: what the training loop counts besides steps.  ``emas``: decays, the
+    default first.  ``shapes``: whole shapes by tensor name.  ``ranks``: how many wrote it, which no reader needs."""
+
+    step: int
+    samples: int
+    pool: int
+    ranks: int
+    emas: tuple[float, ...]
+    counters: Mapping[str, Any]
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    files: Mapping[str, FileRecord]
+
+    def pieces(self, file: str) -> list[Piece]:
+        """What a file must hold, in its order."""
+        return [Piece(name, self.shapes[name], *span) for name, span in self.files[file].tensors.items()]
+
+
+def file_name(kind: str, part: int) -> str:
+    """The file of a kind of tensors (``master``, ``exp_avg``, …) that a rank or a part writes."""
+    name = f"{kind}-{part:05d}.safetensors"
+    assert _FILE.fullmatch(name), name
+    return name
+
+
+def kind_of(file: str) -> str:
+    """The inverse of :func:`file_name`."""
+    return _FILE.fullmatch(file)[1]
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The file's text, which carries its own checksum."""
+    tree = {"format": FORMAT, **asdict(manifest)}
+    return json.dumps({**tree, "crc32": _checksum(tree)}, separators=(",", ":"))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises Damaged for a file that is not what was written, and ValueError for one of another format."""
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except ValueError as error:
+        raise Damaged(f"{path} is not valid JSON: {error}") from None
+    tree = tree if isinstance(tree, dict) else {}
+    if "crc32" in tree and tree.pop("crc32") != _checksum(tree):
+        raise Damaged(f"{path} is not what was written: its checksum is wrong")
+    if tree.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{path} has format {tree['format']}; this program reads {FORMAT}")
+    missing = {"format", *Manifest.__dataclass_fields__} - set(tree)
+    if missing:
+        raise Damaged(f"{path} lacks {', '.join(sorted(missing))}")
+    try:
+        return _parse(tree)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise Damaged(f"{path} is no manifest: {error}") from None
+
+
+def _checksum(tree: dict) -> int:
+    return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
+
+
+def _parse(tree: dict) -> Manifest:
+    shapes = {name: tuple(_natural(size) for size in shape) for name, shape in tree["shapes"].items()}
+    files = {name: _parse_file(name, record, shapes) for name, record in tree["files"].items()}
+    if not isinstance(tree["config"], dict) or not isinstance(tree["counters"], dict):
+        raise ValueError("config and counters must be mappings")
+    return Manifest(*(_natural(tree[key]) for key in ("step", "samples", "pool", "ranks")), tuple(map(float, tree["emas"])),
+                    tree["counters"], tree["config"], shapes, files)
+
+
+def _parse_file(name: str, record: dict, shapes: Mapping[str, tuple[int, ...]]) -> FileRecord:
+    if not _FILE.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a file of a checkpoint")
+    spans = {tensor: (_natural(start), _natural(stop)) for tensor, (start, stop) in record["tensors"].items()}
+    strangers = [tensor for tensor in spans if tensor not in shapes]
+    if strangers:
+        raise ValueError(f"{name} holds {strangers[0]}, which has no shape")
+    if sum(stop - start for start, stop in spans.values()) > _natural(record["bytes"]):
+        raise ValueError(f"{name} cannot hold as many elements in {record['bytes']} bytes")
+    written = FileRecord(_natural(record["bytes"]), tuple(map(_natural, record["crc32"])), spans)
+    if len(written.crc32) != -(-written.bytes // CHUNK):
+        raise ValueError(f"{name} has {len(written.crc32)} checksums for {written.bytes} bytes")
+    return written
+
+
+def _natural(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} must be a whole number")
+    return value

@@ -1,0 +1,176 @@
+"""Reading checkpoints: nothing is read before it is asked for, everything is checked as it is read, nothing is ever executed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmoe.checkpoints.manifest import MANIFEST, kind_of, read_manifest
+from diffmoe.checkpoints.tensor_file import Damaged, Piece, TensorFile, whole_entry_pieces
+from diffmoe.config import Config, config_from_tree
+
+MASTER, FIRST_MOMENT, SECOND_MOMENT, BUFFERS = "master", "exp_avg", "exp_avg_sq", "buffers"
+_FOLDER = re.compile(r"step_(\d{8})")
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / f"step_{step:08d}"
+
+
+def ema_kind(decay: float) -> str:
+    """The kind of the tensors that one EMA keeps."""
+    return f"ema_{decay!r}"
+
+
+def complete_folders(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first: found by their step, never by a pointer that could be old."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file())
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Tensors by name, put together from the files that hold their pieces.
+
+    Raises Damaged when the pieces of a tensor leave a gap or overlap.  One file is open and one chunk in memory at a time."""
+
+    def __init__(self, pieces: list[tuple[Piece, TensorFile]], source: str) -> None:
+        self._pieces: dict[str, list[tuple[Piece, TensorFile]]] = {}
+        self._last: TensorFile | None = None
+        for piece, file in pieces:
+            self._pieces.setdefault(piece.name, []).append((piece, file))
+        for name, found in self._pieces.items():
+            found.sort(key=lambda pair: (pair[0].start, pair[0].stop))
+            at = 0
+            for piece, file in found:
+                if piece.start < at:
+                    raise Damaged(f"{source}: tensor {name} is twice there from element {piece.start} on, {file.path.name} the second")
+                if piece.start > at or piece.stop < piece.start:
+                    raise Damaged(f"{source} lacks elements {at} to {piece.start} of {name}")
+                at = piece.stop
+            if at != prod(found[0][0].shape):
+                raise Damaged(f"{source} has {at} elements of {name}, whose shape is {list(found[0][0].shape)}")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._pieces[name][0][0].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Opens one file."""
+        piece, file = self._pieces[name][0]
+        return self._use(file).dtype(piece.key)
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Copies the elements from ``start`` on into the flat tensor ``out``, on any device, and touches no others."""
+        stop = start + out.numel()
+        for piece, file in self._pieces[name]:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first < last:
+                self._use(file).read_into(piece.key, first - piece.start, out[first - start : last - start])
+
+    def _use(self, file: TensorFile) -> TensorFile:
+        if self._last is not None and self._last is not file:
+            self._last.release()
+        self._last = file
+        return file
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = torch.empty(self.shape(name), dtype=self.dtype(name))
+        self.read_into(name, 0, value.view(-1))
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+
+def open_tensors(paths: list[Path]) -> Tensors:
+    """The tensors of safetensors files that belong to no checkpoint, by name.  Damaged for a bad file or a doubled name."""
+    files = [TensorFile(path) for path in paths]
+    opened = Tensors([(piece, file) for file in files for piece in whole_entry_pieces(file)], "together the files")
+    for file in files:
+        file.release()
+    return opened
+
+
+class Checkpoint:
+    """A complete checkpoint, opened: ``path`` is its folder, or a run's folder whose newest one is meant.
+
+    Opening compares names and sizes.  Raises Damaged (a ValueError) for damage, ValueError when there is none or its format
+    is another."""
+
+    def __init__(self, path: Path) -> None:
+        if not (path / MANIFEST).is_file():
+            newest = complete_folders(path / "checkpoints") or complete_folders(path)
+            if not newest:
+                raise ValueError(f"no complete checkpoint in {path}")
+            path = newest[-1]
+        self.path = path
+        self.manifest = read_manifest(path / MANIFEST)
+        self._files: dict[str, TensorFile] = {}
+        for name, record in self.manifest.files.items():
+            there = path / name
+            if not there.is_file() or there.stat().st_size != record.bytes:
+                found = there.stat().st_size if there.is_file() else "no"
+                raise Damaged(f"{there} must have {record.bytes} bytes and has {found}")
+            self._files[name] = TensorFile(there, record.written)
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def samples(self) -> int:
+        return self.manifest.samples
+
+    @property
+    def pool(self) -> int:
+        return self.manifest.pool
+
+    @property
+    def ranks(self) -> int:
+        return self.manifest.ranks
+
+    @property
+    def counters(self) -> Mapping[str, Any]:
+        return self.manifest.counters
+
+    def config(self) -> Config:
+        """The resolved configuration of the run that wrote it."""
+        return config_from_tree(self.manifest.config)
+
+    def kinds(self) -> list[str]:
+        """The kinds of tensors that are there."""
+        return list(dict.fromkeys(map(kind_of, self.manifest.files)))
+
+    def tensors(self, kind: str) -> Tensors:
+        """Tensors of ``master``, ``exp_avg``, ``exp_avg_sq``, ``buffers`` or an :func:`ema_kind`; empty if there are none."""
+        return Tensors([(piece, file) for name, file in self._files.items() if kind_of(name) == kind
+                        for piece in self.manifest.pieces(name)], f"{kind} of {self.path}")
+
+    def weights(self, which: str) -> Tensors:
+        """Weights of ``raw`` (what is trained), ``ema`` (the default EMA) or ``ema:0.999``.  Raises ValueError for others."""
+        names = {"raw": MASTER, "ema": ema_kind(self.manifest.emas[0]),
+                 **{f"ema:{decay!r}": ema_kind(decay) for decay in self.manifest.emas}}
+        kind, _, decay = which.partition(":")
+        if kind == "ema" and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", decay):
+            which = f"ema:{float(decay)!r}"  # 0.9990 is 0.999
+        if which not in names:
+            raise ValueError(f"weights {which!r} must be one of {', '.join(names)} for {self.path}")
+        return self.tensors(names[which])
+
+    def check_file(self, name: str) -> None:
+        """Reads a whole file.  Raises Damaged unless its bytes and its header are what the manifest says."""
+        file, pieces = self._files[name], self.manifest.pieces(name)
+        file.check()
+        shapes = {piece.key: piece.shape if piece.whole else (piece.stop - piece.start,) for piece in pieces}
+        if {key: entry.shape for key, entry in file.entries().items()} != shapes:
+            raise Damaged(f"{file.path} does not hold the tensors that {MANIFEST} says")
