@@ -8,6 +8,7 @@ import torch
 
 from diffmoe.checkpoints.reader import BUFFERS, FIRST_MOMENT, MASTER, SECOND_MOMENT, Checkpoint, ema_kind
 from diffmoe.checkpoints.tensor_file import CHUNK, Damaged
+from diffmoe.config import Config
 from diffmoe.models.interchange import fresh_buffers, logical_template
 
 
@@ -15,12 +16,15 @@ def expected_shapes(checkpoint: Checkpoint) -> dict[str, dict[str, tuple[int, ..
     """Shapes by kind and logical name of all that training goes on from, by the checkpoint's own configuration.
 
     Adam's moments need not be there before the first step (see ``writer.save_start``)."""
-    config = checkpoint.config()
+    return expected_shapes_of(checkpoint.config(), moments=checkpoint.step > 0 or FIRST_MOMENT in checkpoint.kinds())
+
+
+def expected_shapes_of(config: Config, moments: bool) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The same for a configuration alone."""
     buffers = {name: tuple(value.shape) for name, value in fresh_buffers(config.model, config.moe).items()}
-    weights = {name: tuple(value.shape) for name, value in logical_template(config.model, config.moe).items() if name not in buffers}
-    kinds = [MASTER, *map(ema_kind, checkpoint.manifest.emas)]
-    if checkpoint.step > 0 or FIRST_MOMENT in checkpoint.kinds():
-        kinds += [FIRST_MOMENT, SECOND_MOMENT]
+    template = logical_template(config.model, config.moe)
+    weights = {name: tuple(value.shape) for name, value in template.items() if name not in buffers}
+    kinds = [MASTER, *map(ema_kind, config.train.ema_decays), *((FIRST_MOMENT, SECOND_MOMENT) if moments else ())]
     return {**dict.fromkeys(kinds, weights), BUFFERS: buffers}
 
 

@@ -133,9 +133,9 @@ def _kinds(engine: Engine, ema: Ema) -> dict[str, list[Tensor]]:
 
 @dataclass(frozen=True)
 class Saved:
-    """A save that is done: on rank 0 the folder ``path`` is complete, on the others their part of it is written.
+    """A save that is done: the folder ``path`` is complete.
 
-    ``stall_s``: how long training stood still; ``write_s``: from then until it was done."""
+    ``stall_s``: how long training stood still on this rank; ``write_s``: how long its thread took (rank 0's until the commit)."""
 
     step: int
     path: Path
@@ -186,8 +186,9 @@ class Saver:
         return self._job is not None and self._job.problem is not None
 
     def outcomes(self) -> list[Saved | SaveFailed]:
-        """What became known since the last call, oldest first."""
-        self._tell()
+        """What became known since the last call, oldest first; on rank 0 as soon as a folder is complete, else when settled."""
+        if self._job is not None and self._job.finished and self.groups.rank == 0:
+            self._tell(self._job)
         told, self._outcomes = self._outcomes, []
         return told
 
@@ -231,13 +232,14 @@ class Saver:
             gather_objects(None, world)  # nobody writes any more
             if world.index == 0:
                 shutil.rmtree(writer.partial_folder(self.folder, job.step), ignore_errors=True)
+            gather_objects(None, world)
             self._outcomes.append(SaveFailed(job.step, message))
-        self._tell()
+        else:
+            self._tell(job)
         self._job = None
 
-    def _tell(self) -> None:
-        job = self._job
-        if job is not None and job.finished and not job.told:
+    def _tell(self, job: _Job) -> None:
+        if not job.told:
             job.told = True
             stall_s = job.stall_s if self.config.train.async_save else job.stall_s + job.write_s
             self._outcomes.append(Saved(job.step, step_folder(self.folder, job.step), stall_s, job.write_s))
