@@ -22,10 +22,12 @@ import yaml
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and what all its randomness comes from."""
+    """Where a run lives and what all its randomness comes from.  ``timeout_s``: a rank that makes no progress for so long
+    ends the job, with a report (three times as long until the first step is done; 0: nobody looks)."""
 
     folder: str = "runs/default"
     seed: int = 0
+    timeout_s: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,12 @@ class TrainConfig:
     """The recipe.  ``batch`` is the global batch of one optimizer step; micro_batch x ranks x accumulation = batch.
 
     ``ema``: one decay or several, of which the first is the one that samples.  The newest ``keep`` checkpoints stay, and besides
-    them every one whose step divides by ``keep_every`` (0: none); ``async_save`` writes them while training goes on."""
+    them every one whose step divides by ``keep_every`` (0: none); ``async_save`` writes them while training goes on.
+
+    ``on_nonfinite``: a step whose loss or gradient is not finite changes nothing and is passed over (``skip``, at most
+    ``nonfinite_limit`` in a row), or ends the run (``stop``).  ``spike_factor`` above 0: a step whose loss is above so many
+    times the median of the last ``spike_window`` steps sends the run back to its last checkpoint, and is left out from then
+    on; more than ``spike_limit`` times back to one checkpoint ends the run."""
 
     steps: int = 700_000
     batch: int = 256
@@ -136,6 +143,11 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip: float = 0.0
     label_drop: float = 0.1
+    on_nonfinite: Literal["skip", "stop"] = "stop"
+    nonfinite_limit: int = 10
+    spike_factor: float = 0.0
+    spike_window: int = 64
+    spike_limit: int = 3
     ema: Union[float, tuple[float, ...]] = 0.9999
     log_every: int = 50
     sample_every: int = 0
@@ -371,6 +383,7 @@ def validate(config: Config) -> None:
     _validate_diffusion(config)
     _validate_train(config.train)
     _need(0 <= config.run.seed < 2**64, f"run.seed ({config.run.seed}) must be in [0, 2^64)")
+    _need(config.run.timeout_s >= 0, f"run.timeout_s ({config.run.timeout_s}) must be at least 0 seconds")
     _need(config.data.window >= 1, f"data.window ({config.data.window}) must be at least 1 shard")
     _need(config.data.prefetch >= 1, f"data.prefetch ({config.data.prefetch}) must be at least 1 step")
 
@@ -444,11 +457,13 @@ def _validate_diffusion(config: Config) -> None:
 
 
 def _validate_train(train: TrainConfig) -> None:
-    for name in ("batch", "micro_batch", "accumulation", "log_every", "keep"):
+    for name in ("batch", "micro_batch", "accumulation", "log_every", "keep", "nonfinite_limit", "spike_window", "spike_limit"):
         value = getattr(train, name)
         _need(value is None or value >= 1, f"train.{name} ({value}) must be at least 1")
     for name in ("steps", "lr", "warmup", "eps", "clip", "weight_decay", "sample_every", "save_every", "keep_every"):
         _need(getattr(train, name) >= 0, f"train.{name} ({getattr(train, name)}) must be at least 0")
+    _need(train.spike_factor == 0 or train.spike_factor > 1,
+          f"train.spike_factor ({train.spike_factor}) must be above 1, or 0 for no guard")
     _need(all(0 <= b < 1 for b in train.betas), f"train.betas ({train.betas}) must each be in [0, 1)")
     _need(0 <= train.label_drop <= 1, f"train.label_drop ({train.label_drop}) must be in [0, 1]")
     _need(len(train.ema_decays) > 0, "train.ema ([]) must have at least one decay")

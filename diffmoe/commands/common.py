@@ -32,8 +32,8 @@ def one_process(verb: str, environment: RankEnvironment) -> None:
         raise ValueError(f"{verb} runs in one process; WORLD_SIZE is {environment.world}")
 
 
-def join(environment: RankEnvironment) -> torch.device:
-    """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device."""
+def join(environment: RankEnvironment, timeout: datetime.timedelta = datetime.timedelta(minutes=30)) -> torch.device:
+    """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device.  ``timeout``: of a collective."""
     import torch
     import torch.distributed as dist
 
@@ -45,7 +45,7 @@ def join(environment: RankEnvironment) -> torch.device:
     device = local_device(environment.local_rank, environment.local_world)
     dist.init_process_group(
         backend(device), init_method=environment.init_method, rank=environment.rank, world_size=environment.world,
-        timeout=datetime.timedelta(minutes=30), device_id=device if device.type == "cuda" else None)
+        timeout=timeout, device_id=device if device.type == "cuda" else None)
     return device
 
 

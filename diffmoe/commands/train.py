@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 import yaml
 
 from diffmoe.commands.common import Parser, join, leave
@@ -10,11 +12,17 @@ from diffmoe.config import Config, config_to_tree, load_config
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.models.count import count
+from diffmoe.training.stop import stop_requests
 from launcher.environment import RankEnvironment
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``train``; returns the exit code.  ValueError for bad input."""
+    """The verb ``train``; returns the exit code, 0 also for a run that was asked to stop.  ValueError for bad input."""
+    with stop_requests() as asked:  # from the first lines on: importing torch and joining take a while
+        return _train(arguments, environment, asked)
+
+
+def _train(arguments: list[str], environment: RankEnvironment, asked: list[int]) -> int:
     parser = Parser(prog="train", description="Train a model; resumes from the newest checkpoint in run.folder.")
     parser.add_argument("--config", help="YAML file, see configs/")
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
@@ -35,10 +43,13 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     if options.dry_run:
         return 0
     from diffmoe.parallel.groups import build_groups
-    from diffmoe.training import loop
+    from diffmoe.training import loop, watchdog
 
-    device = join(environment)
-    loop.train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks), device)
+    # The watchdog is quicker; without it this is what ends a hang.
+    patience = datetime.timedelta(seconds=watchdog.START_FACTOR * config.run.timeout_s or 1800)
+    watchdog.record_collectives()
+    device = join(environment, patience)
+    loop.train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks, patience), device, asked)
     leave()
     return 0
 

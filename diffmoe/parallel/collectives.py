@@ -22,8 +22,9 @@ def exchange_rows(rows: Tensor, send: list[int] | None, receive: list[int] | Non
     rows, and backward sends the gradients the other way."""
     if group.size == 1:
         return rows
-    return functional.wait_tensor(
-        functional.all_to_all_single_autograd(rows.contiguous(), receive, send, group.handle))
+    with group.trace.inside("all-to-all of rows", group.ranks):
+        return functional.wait_tensor(
+            functional.all_to_all_single_autograd(rows.contiguous(), receive, send, group.handle))
 
 
 def exchange_equal(parts: Tensor, group: Group) -> Tensor:
@@ -31,14 +32,16 @@ def exchange_equal(parts: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return parts
     assert parts.shape[0] == group.size
-    return functional.wait_tensor(functional.all_to_all_single(parts.detach().contiguous(), None, None, group.handle))
+    with group.trace.inside("all-to-all of scores", group.ranks):
+        return functional.wait_tensor(functional.all_to_all_single(parts.detach().contiguous(), None, None, group.handle))
 
 
 def gather_stack(part: Tensor, group: Group) -> Tensor:
     """Not differentiable: every rank's ``part``, stacked in rank order [size, …]."""
     if group.size == 1:
         return part.unsqueeze(0)
-    flat = functional.wait_tensor(functional.all_gather_single(part.detach().reshape(-1), 0, group.handle))
+    with group.trace.inside("all-gather", group.ranks):
+        flat = functional.wait_tensor(functional.all_gather_single(part.detach().reshape(-1), 0, group.handle))
     return flat.view(group.size, *part.shape)
 
 
@@ -46,14 +49,21 @@ def sum_over(value: Tensor, group: Group) -> Tensor:
     """Not differentiable: the sum over the group, in a new tensor."""
     if group.size == 1:
         return value
-    return functional.wait_tensor(functional.all_reduce(value.detach().contiguous(), "sum", group.handle))
+    with group.trace.inside("all-reduce", group.ranks):
+        return functional.wait_tensor(functional.all_reduce(value.detach().contiguous(), "sum", group.handle))
+
+
+def anyone(mine: bool, group: Group) -> bool:
+    """Whether any rank says yes; the same answer on all."""
+    return any(gather_objects(mine, group))
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
     """Every rank's small picklable value, in rank order."""
     values: list[Any] = [value] * group.size
     if group.size > 1:
-        dist.all_gather_object(values, value, group=group.handle)
+        with group.trace.inside("all-gather of objects", group.ranks):
+            dist.all_gather_object(values, value, group=group.handle)
     return values
 
 

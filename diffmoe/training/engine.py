@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -170,7 +171,10 @@ class Engine:
 
     def step(self, lr: float) -> float:
         """Closes a micro-batch; on the last one clips by the true global norm and updates.  Returns that norm
-        before clipping (0 on the others)."""
+        before clipping (0 on the others).
+
+        A norm that is not finite changes neither weights nor moments nor ``updates``, on any rank: the norm, and so the
+        decision, is the same on all of them."""
         boundary = self.engine.is_gradient_accumulation_boundary()
         norm = 0.0
         if boundary:
@@ -179,8 +183,13 @@ class Engine:
             if self.stage == 0:
                 norm = self._clip_unsharded()
         self.engine.step()
-        if boundary and self.stage > 0:
-            norm = float(self.engine.get_global_grad_norm())
+        if boundary:
+            norm = norm if self.stage == 0 else float(self.engine.get_global_grad_norm())
+            if math.isfinite(norm):
+                self.updates += 1
+            elif self.stage == 0:
+                self.set_adam_step(self.updates)  # some optimizers count for a group, gradients or none
+            assert self.stage == 0 or self.engine.was_step_applied() == math.isfinite(norm), norm
         return norm
 
     def _clip_unsharded(self) -> float:
@@ -192,7 +201,10 @@ class Engine:
             return torch.stack([zero, *(g.float().square().sum() for g in grads)]).sum()
 
         norm = (square(False) + sum_over(square(True), self.groups.ep)).sqrt()
-        if self.clip > 0:
+        if not norm.isfinite():
+            for tensor in self.tensors:
+                tensor.parameter.grad = None  # what no optimizer touches
+        elif self.clip > 0:
             scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
             for tensor in self.tensors:
                 if tensor.parameter.grad is not None:
@@ -212,7 +224,8 @@ class Engine:
         return [self._adam.state[key][kind] for key in self._state_keys()]
 
     def set_adam_step(self, step: int) -> None:
-        """Adam's step count, on which bias correction depends."""
+        """Adam's count of updates, on which bias correction depends."""
+        self.updates = step
         for key in self._state_keys():
             # Each its own tensor: a shared one would count once per shard.
             self._adam.state[key]["step"] = torch.tensor(float(step), device=self._step_device(key))
@@ -260,6 +273,7 @@ class Engine:
         the end.  Any shards congruent with the masters will do."""
         with self._in_place_of_masters(shards):
             for tensor in self.tensors:
+                self.groups.trace.at(tensor.name)
                 yield tensor, self._full(tensor)
 
     def _write_masters(self, values: list[Tensor]) -> None:
@@ -355,6 +369,8 @@ def _effective_deepspeed(tree: dict, expert_parallel: bool) -> dict:
         # With fp32 accumulation DeepSpeed 0.19.8 adds a micro-batch's bf16 gradient to its fp32 sum after every
         # micro-batch without clearing it, so that early ones count twice; updating at once is right.
         tree = {**tree, "bf16": {**tree["bf16"], "immediate_grad_update": True}}
+    if (tree.get("bf16") or {}).get("enabled"):
+        tree = {**tree, "bf16": {**tree["bf16"], "check_grad_overflow": True}}  # a step that is not finite changes nothing
     if expert_parallel and stage in (1, 2):
         for key in ("reduce_scatter", "contiguous_gradients"):
             if zero.get(key) is False:

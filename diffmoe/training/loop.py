@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import json
-import signal
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator
+from typing import Sequence
 
 import torch
 import yaml
 
-from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.config import Config, config_to_tree
-from diffmoe.deepspeed_json import merge_deepspeed
-from diffmoe.layout import Layout
 from diffmoe.data.shards import Batch, BatchStream, ShardReader, load_index
+from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.evaluation.generate import generate_everywhere
-from diffmoe.evaluation.plots import image_grid
+from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, initialize
-from diffmoe.parallel.collectives import AgreedError, raise_together
+from diffmoe.parallel.collectives import AgreedError, anyone, gather_objects, raise_together
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.training.checkpoint import SaveFailed, Saver, newest_usable, restore
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
+from diffmoe.training.guard import Guard, Verdict, find_nonfinite
 from diffmoe.training.metrics import Meter, Writer
-from diffmoe.training.step import train_step
+from diffmoe.training.resume import check_resumable, fingerprint, read_left_out, write_left_out
+from diffmoe.training.step import StepReport, train_step
+from diffmoe.training.watchdog import Watchdog, watch_layers
 
 
 @dataclass
 class Run:
-    """Everything that one rank of a training run holds."""
+    """Everything that one rank of a training run holds.  ``writer`` is rank 0's alone."""
 
     config: Config
     layout: Layout
@@ -40,78 +39,62 @@ class Run:
     engine: Engine
     ema: Ema
     reader: ShardReader
-    done: int
+    saver: Saver
+    guard: Guard
+    meter: Meter
+    writer: Writer | None
+    done: int = 0
+    failed_saves: list[int] = field(default_factory=list)
+    save_times: dict[str, float] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
         return Path(self.config.run.folder)
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
-def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device) -> None:
-    """Trains to ``train.steps``, from the newest checkpoint in the run folder if there is one.
 
-    Ctrl-C, SIGTERM and SIGUSR1 end the run in order: the ranks agree at a step boundary, save, and return."""
-    run = start(config, layout, deepspeed_tree, groups, device)
-    writer = _writer(run)
-    meter = Meter(config, groups, device)
-    stream = BatchStream(run.reader, batch=layout.batch, micro_batch=layout.micro_batch, accumulation=layout.accumulation,
-                         rank=groups.rank, world=layout.ranks, start_step=run.done, prefetch=config.data.prefetch)
-    saved = run.done
-    if run.done >= config.train.steps:
-        _say(run, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
-    saver = Saver(run.folder / "checkpoints", config, layout, groups)
-    with stream, saver, _stop_requests() as asked:
-        batches, problem = _fetch(stream, run.done < config.train.steps)
-        raise_together(problem, groups.world)
-        while run.done < config.train.steps:
-            # A step ahead: what one rank cannot read must stop all of them, and a step's reduction can still say so.
-            upcoming, problem = _fetch(stream, run.done + 1 < config.train.steps)
-            stop = bool(asked) or problem is not None
-            report = train_step(run.engine, run.ema, batches, config, layout, groups, run.done, stop)
-            batches = upcoming
-            run.done += 1
-            finished = run.done == config.train.steps
-            last = report.stop or finished
-            meter.add(report)
-            if last or run.done % config.train.log_every == 0:
-                record, load = meter.collect(run.done)
-                record.update(_report_saves(run, saver))
-                if writer:
-                    writer.record(record)
-                    if _due(run.done, 10 * config.train.log_every, last):  # drawing takes a while
-                        writer.load_picture(load, run.done)
-            if _due(run.done, config.train.save_every, last):
-                saver.save(run.done, run.engine, run.ema)
-                saved = run.done
-            if _due(run.done, config.train.sample_every, finished):  # not at a stop, whose grace is for saving
-                _sample(run, writer)
-            if last:
-                saver.settle()
-                _report_saves(run, saver)
-            if run.done % config.train.log_every == 0:
-                meter.restart_clock()  # saving, sampling and drawing are not training
-            if report.stop:
-                _say(run, f"stopped in order at step {run.done}; the same command goes on from there")
-                break
-    assert saved == run.done
-    if writer:
-        writer.close()
-    raise_together(problem, groups.world)
+def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device,
+          asked: Sequence[int] = ()) -> None:
+    """Trains to ``train.steps``, from the newest usable checkpoint in the run folder if there is one.
+
+    Any rank whose ``asked`` fills (see ``training.stop``) ends the run in order: the ranks agree at a step boundary, save, and
+    return.  Raises AgreedError when the run cannot go on, or its last state cannot be saved; a rank that dies or hangs ends
+    the process with ``watchdog.EXIT_LOST``."""
+    with Watchdog(groups, config.run.timeout_s):
+        if anyone(bool(asked), groups.world):
+            return _say(groups, "stopped in order before the start; the same command begins again")
+        run = start(config, layout, deepspeed_tree, groups, device)
+        if run.done >= config.train.steps:
+            _say(groups, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
+        elif anyone(bool(asked), groups.world):
+            return _say(groups, f"stopped in order at step {run.done}, before the first step of this start; the same command "
+                                "goes on from there")
+        with run.saver:
+            if config.train.spike_factor > 0 and run.done == 0:
+                _save(run)  # so that there is always something to go back to
+            spiked = _train_steps(run, asked)
+            while spiked is not None:
+                _go_back(run, spiked)
+                spiked = _train_steps(run, asked)
 
 
 def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device) -> Run:
-    """Model, engine, EMA and data of a run, resumed from its newest checkpoint.  All ranks raise together."""
+    """Model, engine, EMA and data of a run, resumed from its newest usable checkpoint.  All ranks raise together."""
     def say(text: str) -> None:
-        if groups.rank == 0:
-            print(text, flush=True)
+        _say(groups, text)
 
-    newest = newest_usable(Path(config.run.folder) / "checkpoints", groups, say)
-    reader, problem = None, None
+    folder = Path(config.run.folder)
+    newest = newest_usable(folder / "checkpoints", groups, say)
+    reader, problem, accepted, left_out = None, None, [], []
     try:
         reader = _open_data(config)
-        if newest is not None:
-            _check_resumable(newest, config, layout)  # before anything of an earlier run is overwritten
+        if newest is not None:  # before anything of an earlier run is overwritten
+            accepted = check_resumable(newest, config, layout, fingerprint(reader.index))
         if groups.rank == 0:
+            left_out = read_left_out(folder)
             _write_resolved(config, layout, deepspeed_tree)
     except (ValueError, OSError) as error:
         problem = error
@@ -120,12 +103,156 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
                 time_scale=config.diffusion.time_scale)
     initialize(model, config.run.seed)
     engine = Engine(model, config, layout, deepspeed_tree, groups, device)
+    watch_layers(model.blocks, groups.trace)
     ema = Ema(engine, config.train.ema_decays)
-    run = Run(config, layout, groups, device, engine, ema, reader, 0)
+    guard = Guard.from_counters(config.train, {} if newest is None else newest.counters)
+    guard.left_out = sorted({*guard.left_out, *gather_objects(left_out, groups.world)[0]})
+    writer = Writer(folder, config.train.steps, [f"block {i}" for i, _ in model.moe_layers()]) if groups.rank == 0 else None
+    run = Run(config, layout, groups, device, engine, ema, reader, Saver(folder / "checkpoints", config, layout, groups), guard,
+              Meter(config, groups, device), writer)
     if newest is not None:
+        for change in accepted:
+            say(f"changed since {newest.path.name}: {change}")
         run.done = restore(newest, engine, ema, groups, say)
+        engine.set_adam_step(newest.counters.get("updates", newest.step))
         say(f"resumed from {newest.path} at step {run.done}")
     return run
+
+
+def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
+    """Trains to the end or to a stop (None), or to a step whose loss spiked, which is returned."""
+    config, layout, groups, meter = run.config, run.layout, run.groups, run.meter
+    stream = BatchStream(run.reader, batch=layout.batch, micro_batch=layout.micro_batch, accumulation=layout.accumulation,
+                         rank=groups.rank, world=layout.ranks, start_step=run.done, prefetch=config.data.prefetch)
+    with stream:
+        groups.trace.enter("reading data", run.done)
+        batches, problem = _fetch(stream, run.done < config.train.steps)
+        raise_together(problem, groups.world)
+        meter.restart_clock()
+        while run.done < config.train.steps:
+            # A step ahead: what one rank cannot read must stop all of them, and a step's reduction can still say so.
+            groups.trace.enter("reading data", run.done)
+            upcoming, problem = _fetch(stream, run.done + 1 < config.train.steps)
+            stop, verdict = _step(run, batches, bool(asked) or problem is not None)
+            if verdict == "spike":
+                return run.done
+            batches = upcoming
+            run.done += 1
+            groups.trace.warm = True
+            finished = run.done == config.train.steps
+            last = stop or finished
+            if last or run.done % config.train.log_every == 0:
+                _record(run, last)
+            if _due(run.done, config.train.save_every, last):
+                _save(run)
+            if _due(run.done, config.train.sample_every, finished):  # not at a stop, whose grace is for saving
+                _sample(run)
+            if last:
+                _finish_saving(run)
+            if run.done % config.train.log_every == 0:
+                meter.restart_clock()  # saving, sampling and drawing are not training
+            if stop:
+                _say(groups, f"stopped in order at step {run.done}; the same command goes on from there")
+                break
+    if run.writer:
+        run.writer.close()
+    raise_together(problem, groups.world)
+    return None
+
+
+def _step(run: Run, batches: list[Batch], stop: bool) -> tuple[bool, Verdict]:
+    """Step ``run.done``: whether all ranks stop after it, and what became of it."""
+    if run.done in run.guard.left_out:
+        _event(run, "left out", "left out, as its loss spiked before")
+        return anyone(stop, run.groups.world), "left out"
+    report = train_step(run.engine, run.ema, batches, run.config, run.layout, run.groups, run.done, stop, run.saver.trouble)
+    if report.trouble:
+        run.saver.settle()
+        _hear_of_saves(run)
+    verdict = run.guard.judge(report, run.done)
+    if verdict == "good":
+        run.meter.add(report)
+    elif verdict == "not finite":
+        _not_finite(run, report, batches)
+    else:
+        _event(run, "spike", f"loss {report.loss:.6g} is above train.spike_factor ({run.config.train.spike_factor:g}) times the "
+                             f"median of the last {run.config.train.spike_window} steps")
+    return report.stop, verdict
+
+
+def _not_finite(run: Run, report: StepReport, batches: list[Batch]) -> None:
+    """The step has changed nothing anywhere; says where it went wrong, and raises AgreedError unless the run may go on."""
+    train = run.config.train
+    text = (f"loss is {report.loss} and gradient norm {report.grad_norm} at step {run.done}, "
+            f"{find_nonfinite(run.engine, batches, run.config, run.groups, run.done)}")
+    if train.on_nonfinite == "skip" and run.guard.in_a_row <= train.nonfinite_limit:
+        _event(run, "skipped", f"{text}; skipped, {run.guard.in_a_row} in a row of at most {train.nonfinite_limit}")
+        return
+    run.saver.settle()
+    _hear_of_saves(run)
+    limit = f" (train.nonfinite_limit ({train.nonfinite_limit}) steps in a row were skipped before)"
+    raise AgreedError(f"{text}{limit if train.on_nonfinite == 'skip' else ''}; the last checkpoint is untouched")
+
+
+def _go_back(run: Run, spiked: int) -> None:
+    """Restores the newest checkpoint, from which the run goes on without step ``spiked``.  All ranks together."""
+    run.groups.trace.enter("going back")
+    run.saver.settle()
+    _hear_of_saves(run)
+    newest = newest_usable(run.checkpoints, run.groups, lambda text: _say(run.groups, text))
+    if newest is None:
+        raise AgreedError(f"the loss spiked at step {spiked}, and {run.checkpoints} has no checkpoint to go back to")
+    run.guard.go_back(spiked, newest.step, Guard.from_counters(run.config.train, newest.counters))
+    run.done = restore(newest, run.engine, run.ema, run.groups, lambda text: _say(run.groups, text))
+    run.engine.set_adam_step(newest.counters.get("updates", newest.step))
+    run.meter.discard()
+    _event(run, "went back", f"went back to {newest.path.name}; step {spiked} is left out from now on")
+    if run.writer:
+        with run.writer.unless_refused("left_out.json"):
+            write_left_out(run.folder, run.guard.left_out)
+
+
+def _record(run: Run, last: bool) -> None:
+    """Numbers since the last record; every rank takes part, rank 0 writes."""
+    run.groups.trace.enter("recording")
+    record, load = run.meter.collect(run.done)
+    _hear_of_saves(run)
+    record |= {"skipped_steps": run.guard.skipped(run.done), "rollbacks": run.guard.rollbacks,
+               "failed_saves": len(run.failed_saves), **run.save_times}
+    run.save_times = {}
+    if run.writer:
+        run.writer.record(record)
+        if _due(run.done, 10 * run.config.train.log_every, last):  # drawing takes a while
+            run.writer.load_picture(load, run.done)
+
+
+def _save(run: Run) -> None:
+    """Begins a save of the present state; what became of earlier ones is heard here.  A failed one is tried again when due."""
+    run.groups.trace.enter("saving")
+    run.saver.save(run.done, run.engine, run.ema, {**run.guard.as_counters(), "updates": run.engine.updates,
+                                                   "data": fingerprint(run.reader.index)})
+    _hear_of_saves(run)
+
+
+def _finish_saving(run: Run) -> None:
+    """Waits for the last save.  Raises AgreedError when it failed: this state would be lost."""
+    run.groups.trace.enter("waiting for the last save")
+    run.saver.settle()
+    _hear_of_saves(run)
+    if run.done in run.failed_saves:
+        raise AgreedError(f"the state of step {run.done} could not be saved; what the run has is the checkpoint before")
+
+
+def _hear_of_saves(run: Run) -> None:
+    for outcome in run.saver.outcomes():
+        if isinstance(outcome, SaveFailed):
+            run.failed_saves.append(outcome.step)
+            _event(run, "save failed", f"error: step {outcome.step} was NOT saved: {outcome.message}; training goes on, the "
+                                       "checkpoint before stays, the next save is tried as planned")
+        else:
+            run.save_times = {"save_stall_s": outcome.stall_s, "save_write_s": outcome.write_s}
+            _say(run.groups, f"saved {outcome.path}: training stood still for {outcome.stall_s:.2f} s, written in "
+                             f"{outcome.write_s:.2f} s")
 
 
 def _fetch(stream: BatchStream, wanted: bool) -> tuple[list[Batch] | None, Exception | None]:
@@ -167,71 +294,22 @@ def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> Non
         raise ValueError(f"run.folder ({folder}) cannot be written: {error}") from error
 
 
-# What may not change between a checkpoint and the run that goes on from it: the model, the data order, the noise.
-_MEANING = ("model", "moe", "diffusion")
-
-
-def _check_resumable(saved: Checkpoint, config: Config, layout: Layout) -> None:
-    """Raises ValueError when a checkpoint belongs to another run."""
-    old, new = config_to_tree(saved.config()), config_to_tree(config)
-    pairs = [(f"{s}.{k}", old[s][k], new[s][k]) for s in _MEANING for k in old[s] if (s, k) != ("moe", "pool")]
-    pairs += [("run.seed", old["run"]["seed"], new["run"]["seed"]),
-              ("train.batch", old["train"]["batch"], new["train"]["batch"]),
-              ("data.window", old["data"]["window"], new["data"]["window"])]
-    if config.model.family != "dense":
-        pairs.append(("moe.pool (samples)", saved.pool, layout.pool))
-    changed = [f"{name}: {before} there, {now} here" for name, before, now in pairs if before != now]
-    if changed:
-        raise ValueError(f"{saved.path} belongs to another run ({'; '.join(changed)}); choose another run.folder")
-
-
-def _sample(run: Run, writer: Writer | None) -> None:
+def _sample(run: Run) -> None:
     """A grid from the EMA weights, classes in turn; every rank makes its share."""
-    count = run.config.sample.columns * min(run.config.model.classes, run.config.sample.columns)
-    labels = [i % run.config.model.classes for i in range(count)]
+    run.groups.trace.enter("sampling")
+    columns, classes = run.config.sample.columns, run.config.model.classes
+    labels = [i % classes for i in range(columns * min(classes, columns))]
     with run.engine.weights(run.ema.shards) as model:
         images = generate_everywhere(model, run.config, labels, run.groups.world, run.device)
-    if writer:
-        path = run.folder / f"samples_{run.done:08d}.png"
-        image_grid(images.numpy(), run.config.sample.columns, path)
-        writer.sample_picture(path, run.done)
+    if run.writer:
+        run.writer.sample_picture(images.numpy(), columns, run.done)
 
 
-def _report_saves(run: Run, saver: Saver) -> dict[str, float]:
-    """Says what became of saves; the last one's times for the metrics.  A failed one ends the run on every rank."""
-    times: dict[str, float] = {}
-    for outcome in saver.outcomes():
-        if isinstance(outcome, SaveFailed):
-            raise AgreedError(outcome.message)
-        _say(run, f"saved {outcome.path}: training stood still for {outcome.stall_s:.2f} s, written in {outcome.write_s:.2f} s")
-        times = {"save_stall_s": outcome.stall_s, "save_write_s": outcome.write_s}
-    return times
+def _event(run: Run, kind: str, text: str) -> None:
+    if run.writer:
+        run.writer.event(run.done, kind, text)
 
 
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Signals received, in order; the second Ctrl-C interrupts at once."""
-    asked: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        if number == signal.SIGINT and number in asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    kept = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield asked
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
-def _writer(run: Run) -> Writer | None:
-    if run.groups.rank != 0:
-        return None
-    return Writer(run.folder, run.config.train.steps, [f"block {i}" for i, _ in run.engine.model.moe_layers()])
-
-
-def _say(run: Run, text: str) -> None:
-    if run.groups.rank == 0:
+def _say(groups: ParallelGroups, text: str) -> None:
+    if groups.rank == 0:
         print(text, flush=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Iterator
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from diffmoe.config import Config
 from diffmoe.device import peak_flops, peak_memory_gib
-from diffmoe.evaluation.plots import expert_load, loss_curve
+from diffmoe.evaluation.plots import expert_load, image_grid, loss_curve
 from diffmoe.models.count import count
 from diffmoe.moe.capacity import trivial_predictor_loss
 from diffmoe.parallel.collectives import sum_over
@@ -40,11 +42,18 @@ class Meter:
         """Leaves out what took time since the last record and was not training."""
         self._started = time.perf_counter()
 
+    def discard(self) -> None:
+        """Forgets the steps since the last record: the run went back."""
+        self._reports = []
+
     def collect(self, step: int) -> tuple[dict, np.ndarray]:
         """(record, load [layers, time bins, experts] as share of the mean) of the steps since the last call.
 
-        Losses are means over those steps, norms the last; load is NaN in a time bin that had no sample."""
+        Losses are means over those steps, norms the last; load is NaN in a time bin that had no sample.  When all of those steps
+        were passed over there is no loss (None) and no load."""
         reports, self._reports = self._reports, []
+        if not reports:
+            return {"step": step, "samples": step * self.config.train.batch, "loss": None}, np.zeros((0, TIME_BINS, 0))
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
         train, model, moe = self.config.train, self.config.model, self.config.moe
@@ -81,58 +90,128 @@ class Meter:
             return (load / mean_rows[:, None]).cpu().numpy(), (load.sum(1) / mean_rows.sum()).cpu().numpy()
 
 
-@dataclass
 class Writer:
-    """Rank 0's files in the run folder: ``metrics.jsonl``, TensorBoard scalars and pictures."""
+    """Rank 0's files in the run folder: ``metrics.jsonl``, ``events.jsonl``, TensorBoard scalars and pictures.
 
-    folder: Path
-    total_steps: int
-    layer_names: list[str]
+    What a disk refuses is said once, on stderr, and does not stop the run; lines wait in memory and are written when they can be."""
 
-    def __post_init__(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(self.folder / "tensorboard"))
-        self._lines = (self.folder / "metrics.jsonl").open("a")
+    def __init__(self, folder: Path, total_steps: int, layer_names: list[str]) -> None:
+        self.folder, self.total_steps, self.layer_names = folder, total_steps, layer_names
+        self._waiting = {name: _start_of_line(folder / name) for name in ("metrics.jsonl", "events.jsonl")}
+        self._board: Any = None
+        self._refused: set[str] = set()
 
     def record(self, record: dict) -> None:
-        """One line of JSON, flushed; the same numbers as scalars; one line on the terminal."""
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
-        for name, value in record.items():
-            if name not in ("step", "samples"):
-                self._board.add_scalar(name, value, record["step"])
+        """One line of JSON, on disk at once; the same numbers as scalars; one line on the terminal."""
+        self._line("metrics.jsonl", record)
+        with self.unless_refused("tensorboard"):
+            for name, value in record.items():
+                if name not in ("step", "samples") and value is not None:
+                    self._open_board().add_scalar(name, value, record["step"])
         print(progress_line(record, self.total_steps), flush=True)
+
+    def event(self, step: int, kind: str, text: str) -> None:
+        """Something that should not pass unseen: a line of ``events.jsonl`` and of stderr."""
+        print(f"step {step}: {text}", file=sys.stderr, flush=True)
+        self._line("events.jsonl", {"step": step, "event": kind, "text": text})
 
     def load_picture(self, load: np.ndarray, step: int) -> None:
         """``expert_load.png``: which expert works at which flow time, layer by layer."""
         if load.size:
             path = self.folder / "expert_load.png"
-            expert_load(load, path, self.layer_names)
-            self._picture("expert_load", path, step)
+            with self.unless_refused(path.name):
+                expert_load(load, path, self.layer_names)
+                self._picture("expert_load", path, step)
 
-    def sample_picture(self, path: Path, step: int) -> None:
-        self._picture("samples", path, step)
+    def sample_picture(self, images: np.ndarray, columns: int, step: int) -> None:
+        """``samples_<step>.png``."""
+        path = self.folder / f"samples_{step:08d}.png"
+        with self.unless_refused("samples"):
+            image_grid(images, columns, path)
+            self._picture("samples", path, step)
+
+    def close(self) -> None:
+        """Closes the files and draws ``loss.png`` from the whole of ``metrics.jsonl``, earlier starts included."""
+        for name in self._waiting:
+            self._line(name, None)
+        with self.unless_refused("tensorboard"):
+            if self._board is not None:
+                self._board.close()
+        with self.unless_refused("loss.png"):
+            records = [r for r in read_metrics(self.folder / "metrics.jsonl") if r["loss"] is not None]
+            if records:
+                loss_curve(records, self.folder / "loss.png")
+
+    def _line(self, name: str, record: dict | None) -> None:
+        if record is not None:
+            self._waiting[name] += json.dumps(record).encode() + b"\n"
+        if self._waiting[name]:
+            with self.unless_refused(name), (self.folder / name).open("ab", buffering=0) as file:
+                while self._waiting[name]:
+                    self._waiting[name] = self._waiting[name][file.write(self._waiting[name]):]
+
+    def _open_board(self) -> Any:
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        return self._board
 
     def _picture(self, name: str, path: Path, step: int) -> None:
         from matplotlib.image import imread
 
         pixels = imread(path)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels[..., :3]
-        self._board.add_image(name, pixels, step, dataformats="HWC")
+        self._open_board().add_image(name, pixels, step, dataformats="HWC")
 
-    def close(self) -> None:
-        """Closes the files and draws ``loss.png`` from the whole of ``metrics.jsonl``, earlier starts included."""
-        self._lines.close()
-        self._board.close()
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        if lines:
-            loss_curve([json.loads(line) for line in lines], self.folder / "loss.png")
+    @contextmanager
+    def unless_refused(self, name: str) -> Iterator[None]:
+        """Says the first refusal of ``name`` and when it is over.  ValueError is a picture's of values that are not finite."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if name == "tensorboard":
+                self._board = None  # its thread is dead; the next record opens another file
+            if name not in self._refused:
+                print(f"error: {self.folder / name} cannot be written: {error}; training goes on", file=sys.stderr, flush=True)
+            self._refused.add(name)
+        else:
+            if name in self._refused:
+                print(f"{self.folder / name} can be written again", file=sys.stderr, flush=True)
+                self._refused.remove(name)
+
+
+def _start_of_line(path: Path) -> bytes:
+    """What must come before the next line: a run that was killed, or a full disk, may have left half a line."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-1, 2)
+            return b"" if file.read(1) == b"\n" else b"\n"
+    except OSError:  # no such file, or an empty one
+        return b""
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of ``metrics.jsonl``, one a step, in order: of a step that was trained twice (after a kill) the last.
+
+    Half a line, which a kill may leave, is passed over."""
+    records: dict[int, dict] = {}
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records[record["step"]] = record
+    return [records[step] for step in sorted(records)]
 
 
 def progress_line(record: dict, total: int) -> str:
     """``step 100/1500  loss 0.812  predictor 0.31 (trivial 0.377)  …``"""
-    parts = [f"step {record['step']}/{total}", f"loss {record['loss']:.4f}"]
+    parts = [f"step {record['step']}/{total}"]
+    parts += [f"{name.replace('_', ' ')} {record[name]}" for name in ("skipped_steps", "rollbacks", "failed_saves") if record.get(name)]
+    if record["loss"] is None:
+        return "  ".join([*parts, "no step counted"])
+    parts.append(f"loss {record['loss']:.4f}")
     if "predictor_loss" in record:
         parts.append(f"predictor {record['predictor_loss']:.3f} (trivial {record['trivial_predictor_loss']:.3f})")
     if "balance_loss" in record:

@@ -20,7 +20,7 @@ from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.capacity import HISTOGRAM_BINS, histogram
 from diffmoe.moe.layer import MoEStats
 from diffmoe.moe.routing import RoutingRule
-from diffmoe.parallel.collectives import AgreedError, sum_over
+from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
@@ -33,7 +33,8 @@ _DIAL_EVERY = 256
 @dataclass(frozen=True)
 class StepReport:
     """Global means of one optimizer step.  ``predictor_loss`` is the mean over layers, in nats; ``stop`` says that
-    some rank was asked to stop.  ``load``: this rank's tokens by [layer, time bin, expert], with the samples that
+    some rank was asked to stop, ``trouble`` that some rank's save has failed; ``applied`` is false where loss or gradient was
+    not finite and the step changed nothing.  All of these are the same on every rank.  ``load``: this rank's tokens by [layer, time bin, expert], with the samples that
     fell in each bin, on the device: reduced only when somebody looks."""
 
     loss: float
@@ -43,6 +44,8 @@ class StepReport:
     lr: float
     capacity: float
     stop: bool
+    trouble: bool
+    applied: bool
     load_LbE: Tensor
     samples_b: Tensor
 
@@ -91,29 +94,40 @@ def _training_time(u: Tensor, diffusion: DiffusionConfig) -> Tensor:
 
 
 def train_step(engine: Engine, ema: Ema, batches: Sequence[Batch], config: Config, layout: Layout,
-               groups: ParallelGroups, step: int, stop: bool = False) -> StepReport:
+               groups: ParallelGroups, step: int, stop: bool = False, trouble: bool = False) -> StepReport:
     """Optimizer step ``step`` (0-based) on this rank's ``accumulation`` micro-batches.
 
-    Raises AgreedError when the global loss or gradient norm is not finite."""
+    When loss or gradient is not finite on any rank, nothing changes on any: weights, moments, EMA, thresholds."""
     assert len(batches) == layout.accumulation
     rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
     lr = config.train.lr_at(step)
     tally = _Tally(engine.model, config, engine.device)
     norm = 0.0
     for batch in batches:
+        groups.trace.enter("forward", step)
         loss = micro_loss(engine.forward, batch, config, rule, engine.device)
-        engine.backward(loss.total)
+        groups.trace.enter("backward")
+        engine.backward(_all_or_nothing(loss.total))
+        groups.trace.enter("optimizer step")
         norm = engine.step(lr)
         tally.add(loss)
-    means = tally.reduce(groups, layout, stop)
-    if not (math.isfinite(means.loss) and math.isfinite(norm)):
-        raise AgreedError(f"loss is {means.loss} and gradient norm {norm} at step {step}; the last checkpoint is untouched")
-    commit_thresholds(engine.model, means.thresholds_LE)
-    ema.update()
-    if config.model.family == "diffmoe" and counts_for_dial(config.train, step):
-        _count_for_dial(engine, ema, batches, config, groups, step)
-    return StepReport(means.loss, means.predictor, means.balance, norm, lr, rule.capacity, means.stop,
+    means = tally.reduce(groups, layout, stop, trouble)
+    applied = math.isfinite(norm)
+    assert applied <= math.isfinite(means.loss), (means.loss, norm)
+    if applied:
+        commit_thresholds(engine.model, means.thresholds_LE)
+        ema.update()
+        if config.model.family == "diffmoe" and counts_for_dial(config.train, step):
+            groups.trace.enter("counting for the dial")
+            _count_for_dial(engine, ema, batches, config, groups, step)
+    return StepReport(means.loss, means.predictor, means.balance, norm, lr, rule.capacity, means.stop, means.trouble, applied,
                       tally.load_LbE, tally.samples_b)
+
+
+def _all_or_nothing(loss: Tensor) -> Tensor:
+    """``loss``; where it is not finite, neither is any gradient: the gradient's norm alone, which all ranks share, then decides
+    about the step, without another reduction or look at the device.  Bit for bit the loss where it is finite."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def commit_thresholds(model: DiT, observed_LE: Tensor) -> None:
@@ -155,6 +169,7 @@ class _Means:
     predictor: float
     balance: float
     stop: bool
+    trouble: bool
     thresholds_LE: Tensor
 
 
@@ -181,11 +196,12 @@ class _Tally:
         if stats.threshold_sum_E is not None:
             self.thresholds_LE[layer] += stats.threshold_sum_E
 
-    def reduce(self, groups: ParallelGroups, layout: Layout, stop: bool) -> _Means:
-        flag = torch.tensor([float(stop)], dtype=torch.float64, device=self.parts.device)
-        sums = sum_over(torch.cat([self.parts, flag, self.thresholds_LE.flatten().double()]), groups.world)
+    def reduce(self, groups: ParallelGroups, layout: Layout, stop: bool, trouble: bool) -> _Means:
+        flags = torch.tensor([float(stop), float(trouble)], dtype=torch.float64, device=self.parts.device)
+        sums = sum_over(torch.cat([self.parts, flags, self.thresholds_LE.flatten().double()]), groups.world)
         passes = layout.ranks * layout.accumulation
-        loss, predictor, balance, stopped = sums[:4].tolist()
-        observed = sums[4:].view_as(self.thresholds_LE) / (layout.pools * layout.accumulation)
+        loss, predictor, balance, stopped, troubled = sums[:5].tolist()
+        observed = sums[5:].view_as(self.thresholds_LE) / (layout.pools * layout.accumulation)
         layers = max(1, self.layers)
-        return _Means(loss / passes, predictor / passes / layers, balance / passes / layers, stopped > 0, observed)
+        return _Means(loss / passes, predictor / passes / layers, balance / passes / layers, stopped > 0, troubled > 0,
+                      observed)

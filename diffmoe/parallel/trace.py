@@ -1,0 +1,51 @@
+"""Where a rank is: noted by its main thread, told by the watchdog's thread.  Knows nothing of torch's collectives."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Iterator
+
+
+@dataclass
+class Trace:
+    """A few words and a count that grows with each of them; writing one costs less than a microsecond.
+
+    ``waiting`` says that the main thread is inside ``collective``; on a GPU a collective returns at once and the thread waits
+    later, so there it only says what was issued last.  ``warm``: the first optimizer step is done."""
+
+    step: int = 0
+    phase: str = "start"
+    layer: str = ""
+    collective: str = ""
+    waiting: bool = False
+    warm: bool = False
+    count: int = 0
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """The main thread begins ``phase`` (of optimizer step ``step``)."""
+        self.phase, self.layer = phase, ""
+        self.step = self.step if step is None else step
+        self.count += 1
+
+    def at(self, layer: str) -> None:
+        """The main thread enters ``layer`` in the direction of the phase."""
+        self.layer = layer
+        self.count += 1
+
+    @contextmanager
+    def inside(self, collective: str, ranks: tuple[int, ...]) -> Iterator[None]:
+        """Around a collective over ``ranks``.  An error leaves it noted as the one that the thread is inside of."""
+        self.collective, self.waiting = f"{collective} of ranks {shortened(ranks)}", True
+        self.count += 1
+        yield
+        self.waiting = False
+        self.count += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def shortened(ranks: tuple[int, ...]) -> str:
+    """``0, 1, 2, 3``; of more than eight the first, the second and the last."""
+    return ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}, {ranks[1]}, … {ranks[-1]}"
