@@ -157,8 +157,8 @@ def test_a_finished_run_does_nothing_and_a_folder_of_another_run_is_refused(tmp_
     assert "resumed from" in finished[0].stdout and "saved" not in finished[0].stdout
     assert steps(folder) == [8] and tensors(folder / "checkpoints/step_00000008").keys() == before.keys()
     for change, results, text in zip(other, refused, (
-            "model.width: 32 there, 64 here", "run.seed: 0 there, 5 here", "train.batch: 16 there, 32 here",
-            "moe.pool (samples): 16 there, 8 here"), strict=True):
+            "model.width: 32 -> 64", "run.seed: 0 -> 5", "train.batch: 16 -> 32",
+            "moe.pool (samples): 16 -> 8"), strict=True):
         assert [r.returncode for r in results] == [2, 2], results
         assert f"belongs to another run ({text}); choose another run.folder" in results[0].stderr
         assert (results[0].stderr + results[1].stderr).count("\n") == 1
@@ -238,14 +238,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(two_ranks, tm
     arguments = tiny(tmp_path, "train.lr=1e30", "train.clip=0", "train.warmup=0", "train.save_every=3")
     first, second = two_ranks.run(complaint, arguments, 2)
     assert first == second and first[0] == "AgreedError"
-    assert re.fullmatch(r"loss is \S+ and gradient norm \S+ at step \d; the last checkpoint is untouched", first[1])
+    assert re.fullmatch(r"loss is \S+ and gradient norm \S+ at step \d, first in the .* on ranks 0, 1; the last checkpoint is "
+                        "untouched", first[1])
     assert steps(tmp_path) == []
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_every_rank_and_leaves_the_earlier_one(two_ranks, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/.step_00000002.partial").write_text("in the way")
-    first, second = two_ranks.run(complaint, tiny(tmp_path, "train.save_every=1"), 2)
-    assert first == second and first[0] == "AgreedError"
-    assert first[1].startswith("rank 0: ") and ".step_00000002.partial" in first[1]
-    assert steps(tmp_path) == [1]
+def test_a_save_that_fails_is_tried_again_and_only_the_last_state_must_be_saved(two_ranks, tmp_path):
+    for run, way in (("a", "step_00000002"), ("b", "step_00000008")):
+        (tmp_path / run / "checkpoints").mkdir(parents=True)
+        (tmp_path / run / f"checkpoints/.{way}.partial").write_text("in the way")
+    assert two_ranks.run(complaint, tiny(tmp_path / "a", "train.save_every=1"), 2) == [("", "")] * 2
+    assert steps(tmp_path / "a") == [6, 7, 8]
+    records = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["failed_saves"] == 1
+    event = json.loads((tmp_path / "a/events.jsonl").read_text())
+    assert event["event"] == "save failed" and ".step_00000002.partial" in event["text"]
+    first, second = two_ranks.run(complaint, tiny(tmp_path / "b", "train.save_every=4"), 2)
+    assert first == second == ("AgreedError", "the state of step 8 could not be saved; what the run has is the checkpoint before")
+    assert steps(tmp_path / "b") == [4]
