@@ -232,7 +232,7 @@ class Watchdog:
         others = [s for _, s in sorted(self._seen.items()) if s not in first]
         lines = [f"watchdog: {'; '.join(headlines[:_SHOWN])} (run.timeout_s {self.timeout_s:g}); the job ends with exit code "
                  f"{EXIT_LOST}, the same command goes on from the last checkpoint"]
-        lines += [f"  {s.beat.who()}: {s.beat.where()}" for s in [*first, *others][:_SHOWN]]
+        lines += [f"  {s.beat.who()}: {'when last heard, ' if s in first else ''}{s.beat.where()}" for s in [*first, *others][:_SHOWN]]
         return "\n".join(lines + [f"  … {len(self._seen) - _SHOWN} more ranks"] * (len(self._seen) > _SHOWN))
 
     def _end(self, text: str) -> None:
@@ -263,7 +263,7 @@ class Watchdog:
         now = time.monotonic()
         if count != self.trace.count:
             self._rests = (self.trace.count, now)
-        elif now - since > self.limit / 2 or self._lost_at is not None:
+        elif now - since > self.limit / 2 and self._lost_at is None:
             return ", ".join(part for part in (_pending_collective(), _main_thread_at()) if part)
         return ""
 
