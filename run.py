@@ -25,7 +25,8 @@ VERBS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a verb.  Returns the exit code: 0, 1 (verify missed), 2 (bad input, one line on stderr), 130 (interrupted)."""
+    """Runs a verb.  Returns the exit code: 0, 1 (verify missed), 2 (bad input, or a run that cannot
+    go on: one line on stderr), 130 (interrupted).  A lost rank ends the others with 75 (``training/watchdog.py``)."""
     environment = None
     try:
         environment = detect()
