@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 
 import yaml
 
@@ -42,6 +43,8 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
         print(describe(config, layout, merged, complete=options.dry_run), flush=True)
     if options.dry_run:
         return 0
+    # c10d prints a stack of its own for every broken connection; the watchdog says it in one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from diffmoe.parallel.groups import build_groups
     from diffmoe.training import loop, watchdog
 

@@ -30,7 +30,7 @@ from diffmoe.training.watchdog import Watchdog, watch_layers
 
 @dataclass
 class Run:
-    """Everything that one rank of a training run holds.  ``writer`` is rank 0's alone."""
+    """Everything that one rank of a training run holds.  ``writer`` is rank 0's alone; ``fresh``: no checkpoint was there."""
 
     config: Config
     layout: Layout
@@ -43,6 +43,7 @@ class Run:
     guard: Guard
     meter: Meter
     writer: Writer | None
+    fresh: bool
     done: int = 0
     failed_saves: list[int] = field(default_factory=list)
     save_times: dict[str, float] = field(default_factory=dict)
@@ -63,7 +64,7 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     Any rank whose ``asked`` fills (see ``training.stop``) ends the run in order: the ranks agree at a step boundary, save, and
     return.  Raises AgreedError when the run cannot go on, or its last state cannot be saved; a rank that dies or hangs ends
     the process with ``watchdog.EXIT_LOST``."""
-    with Watchdog(groups, config.run.timeout_s):
+    with Watchdog(groups, config.run.timeout_s) as watchdog:
         if anyone(bool(asked), groups.world):
             return _say(groups, "stopped in order before the start; the same command begins again")
         run = start(config, layout, deepspeed_tree, groups, device)
@@ -72,8 +73,8 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
         elif anyone(bool(asked), groups.world):
             return _say(groups, f"stopped in order at step {run.done}, before the first step of this start; the same command "
                                 "goes on from there")
-        with run.saver:
-            if config.train.spike_factor > 0 and run.done == 0:
+        with run.saver, watchdog.hears_first():
+            if config.train.spike_factor > 0 and run.fresh:
                 _save(run)  # so that there is always something to go back to
             spiked = _train_steps(run, asked)
             while spiked is not None:
@@ -109,7 +110,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     guard.left_out = sorted({*guard.left_out, *gather_objects(left_out, groups.world)[0]})
     writer = Writer(folder, config.train.steps, [f"block {i}" for i, _ in model.moe_layers()]) if groups.rank == 0 else None
     run = Run(config, layout, groups, device, engine, ema, reader, Saver(folder / "checkpoints", config, layout, groups), guard,
-              Meter(config, groups, device), writer)
+              Meter(config, groups, device), writer, newest is None)
     if newest is not None:
         for change in accepted:
             say(f"changed since {newest.path.name}: {change}")

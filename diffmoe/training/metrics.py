@@ -162,7 +162,8 @@ class Writer:
 
         pixels = imread(path)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels[..., :3]
-        self._open_board().add_image(name, pixels, step, dataformats="HWC")
+        with self.unless_refused("tensorboard"):
+            self._open_board().add_image(name, pixels, step, dataformats="HWC")
 
     @contextmanager
     def unless_refused(self, name: str) -> Iterator[None]:

@@ -16,11 +16,12 @@ import socket
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 import torch.distributed as dist
@@ -89,9 +90,12 @@ class Watchdog:
         self._store = self._open_store()
         self._seen: dict[int, _Seen] = {}
         self._rests = (-1, 0.0)  # the main thread's count when it last moved, and when that was
-        self._store_failed: float | None = None
+        self._contact, self._store_error = time.monotonic(), ""  # when the store last answered, and what it said when it did not
+        self._verdict: str | None = None
         self._lost_at: float | None = None
         self._stopping = threading.Event()
+        # Two, since a store whose process is stopped answers never: one talks to it, the other looks at the clock.
+        self._talker = threading.Thread(target=self._talk, name="watchdog-store", daemon=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def _open_store(self) -> dist.Store:
@@ -105,11 +109,26 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         self._tell()
         if self.timeout_s:
-            self._thread.start()
+            self._begin()
         return self
 
+    def _begin(self) -> None:
+        self._contact = time.monotonic()
+        self._talker.start()
+        self._thread.start()
+
+    @contextmanager
+    def hears_first(self) -> Iterator[None]:
+        """Inside contexts whose own end may wait for a rank that has gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world > 1 and is_lost_peer(error):
+                self._lost(error)
+            raise
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
-        if error is not None and is_lost_peer(error):
+        if error is not None and self.world > 1 and is_lost_peer(error):
             self._lost(error)
         if error is not None and not isinstance(error, AgreedError) and self.world > 1:
             # The others may be waiting for this rank: they shall not wait long, and know why.
@@ -123,8 +142,9 @@ class Watchdog:
     def stop(self) -> None:
         """Ends the watch; every rank calls it before any of them leaves, since rank 0 may hold the store."""
         self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in (self._thread, self._talker):
+            if thread.is_alive():
+                thread.join(2 * self.interval + 5)
 
     @property
     def limit(self) -> float:
@@ -133,16 +153,21 @@ class Watchdog:
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _watch(self) -> None:
-        while not self._stopping.wait(self.interval):
-            verdict = None
-            try:
-                self._tell()
-                verdict = self._look()
-                self._store_failed = None
-            except RuntimeError as error:  # torch's errors of a store
-                verdict = self._without_store(error)
+        while not self._stopping.wait(self.interval / 2):
+            verdict = self._verdict or self._without_store()
             if verdict and not self._stopping.is_set():
                 self._end(verdict)
+
+    def _talk(self) -> None:
+        while not self._stopping.wait(self.interval) and self._verdict is None:
+            try:
+                self._tell()
+                self._verdict = self._look()
+                self._contact = time.monotonic()
+            except RuntimeError as error:  # torch's errors of a store
+                self._store_error = f" ({str(error).splitlines()[0][:120]})"
+                if not self._stopping.is_set() and "imeout" not in str(error) and "imed out" not in str(error):
+                    return  # a broken connection does not mend
 
     def _tell(self) -> None:
         self._mine = replace(self._mine, tick=self._mine.tick + 1, place=self._place())
@@ -217,15 +242,16 @@ class Watchdog:
             return f"rank {self.rank} ends with exit code {EXIT_LOST}: {'; '.join(headlines[:_SHOWN])}"
         return self._report(headlines, gone)
 
-    def _without_store(self, error: RuntimeError) -> str | None:
-        now = time.monotonic()
-        self._store_failed = self._store_failed or now
-        allowed = 2.5 * self.interval + 1 if self._lost_at is not None else self.limit
-        if now - self._store_failed < allowed:
+    def _without_store(self) -> str | None:
+        """The store has been silent for too long: its process is lost or stopped."""
+        silence = time.monotonic() - self._contact
+        if silence < (self.limit if self._lost_at is None else 3.5 * self.interval) + 2 * self.interval:
             return None
+        by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         first = self._seen[0].beat.who() if 0 in self._seen else "rank 0"
-        return self._report([f"the store, which {first} or its launcher holds, has not answered for "
-                             f"{now - self._store_failed:.0f} s ({str(error).splitlines()[0][:120]})"], [])
+        holder = "the launcher" if by_launcher else first
+        return self._report([f"{holder}, which holds the store, has not answered for {silence:.0f} s{self._store_error}"],
+                            [self._seen[0]] if 0 in self._seen and not by_launcher else [])
 
     def _report(self, headlines: list[str], first: list[_Seen]) -> str:
         """One line that names the culprits, then where each rank is, culprits first."""
@@ -237,12 +263,9 @@ class Watchdog:
 
     def _end(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
-        if self.rank == 0 and self.world > 1 and self._store_failed is None:
-            try:
-                self._store.set("verdict", text)
-                time.sleep(2 * self.interval)  # the store may die with this process: the others read it first
-            except RuntimeError:
-                pass
+        if self.rank == 0 and self.world > 1 and self._verdict is not None:
+            threading.Thread(target=self._store.set, args=("verdict", text), daemon=True).start()
+            time.sleep(2 * self.interval)  # the store may die with this process: the others read it first
         sys.stdout.flush()
         os._exit(EXIT_LOST)
 
@@ -253,8 +276,8 @@ class Watchdog:
         self._mine = replace(self._mine, state="lost")
         self._lost_at = time.monotonic()
         if not self._thread.is_alive():
-            self._thread.start()
-        self._thread.join(4 * self.interval + 10)
+            self._begin()
+        self._thread.join(8 * self.interval + 10)
         self._end(f"rank {self.rank} ends with exit code {EXIT_LOST}: {' '.join(str(error).split())[:200]}")
 
     def _place(self) -> str:
