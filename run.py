@@ -20,12 +20,14 @@ VERBS = {
     "encode": "pictures -> VAE moments (or pixels) in shards",
     "import": "research weights -> a checkpoint; dense weights -> a mixture",
     "export": "a checkpoint -> research weights or a Hugging Face folder",
+    "check-checkpoint": "whether checkpoints are whole, bit for bit and tensor by tensor",
+    "bench": "measurements: run.py bench names them",
     "verify": "the parity table: EP x ZeRO x recompute x accumulation x pool against one process",
 }
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a verb.  Returns the exit code: 0, 1 (verify missed), 2 (bad input, or a run that cannot
+    """Runs a verb.  Returns the exit code: 0, 1 (verify missed, a checkpoint or a data set is damaged), 2 (bad input, or a run that cannot
     go on: one line on stderr), 130 (interrupted).  A lost rank ends the others with 75 (``training/watchdog.py``)."""
     environment = None
     try:
@@ -33,7 +35,7 @@ def main(arguments: list[str]) -> int:
         export(environment)
         if arguments[:1] in (["-h"], ["--help"]):
             print(__doc__ + "\nverbs (run.py VERB --help says more):\n"
-                  + "\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items()))
+                  + "\n".join(f"  {verb:16} {text}" for verb, text in VERBS.items()))
             return 0
         verb, rest = _verb(arguments)
         return _main_of(verb)(rest, environment)
@@ -52,7 +54,7 @@ def _main_of(verb: str) -> Callable[[list[str], RankEnvironment], int]:
         from diffmoe.commands import exchange
 
         return {"import": exchange.import_main, "export": exchange.export_main}[verb]
-    return importlib.import_module(f"diffmoe.commands.{verb}").main
+    return importlib.import_module(f"diffmoe.commands.{verb.replace('-', '_')}").main
 
 
 def _verb(arguments: list[str]) -> tuple[str, list[str]]:

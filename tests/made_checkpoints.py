@@ -104,9 +104,9 @@ def peak_growth(function, *args) -> int:
     return status("VmHWM:") - before
 
 
-def measured(folder: Path, ranks: int, overrides: list[str]) -> tuple[int, int, int]:
+def measured(folder: Path, ranks: int, overrides: list[str], file: str | None = None) -> tuple[int, int, int]:
     """(bytes of the checkpoint, growth of resident memory while writing, while reading)."""
-    config = load_config(None, overrides)
+    config = load_config(file, overrides)
     make_checkpoint(folder / "warm", load_config(None, ["model.width=32", "model.depth=2", "model.heads=2"]), 1)
     read_all(Checkpoint(folder / "warm"))
     writing = peak_growth(make_checkpoint, folder / "big", config, 1, ranks)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -18,11 +19,13 @@ from diffmoe.checkpoints.check import check_files, check_tensors, check_values
 from diffmoe.checkpoints.manifest import MANIFEST
 from diffmoe.checkpoints.reader import Checkpoint, Tensors, complete_folders, open_tensors
 from diffmoe.checkpoints.tensor_file import CHUNK, Damaged, Piece, TensorFile, whole_piece, write_tensors
+from diffmoe.commands import check_checkpoint
 from diffmoe.config import load_config
 from diffmoe.layout import Layout
 from diffmoe.parallel.collectives import AgreedError
 from diffmoe.parallel.groups import single_process
 from diffmoe.training.checkpoint import newest_usable
+from launcher.environment import detect
 from made_checkpoints import assert_rewriting_is_faithful, made_whole, make_checkpoint, rewrite_manifest
 from programs import REPOSITORY
 
@@ -310,3 +313,29 @@ print(*measured(Path({str(tmp_path)!r}), 8, ["model.width=192", "model.depth=4",
     size, writing, reading = map(int, result.stdout.split())
     assert size > 130e6
     assert writing < 40e6 and reading < 40e6, (size, writing, reading)
+
+
+# ------------------------------------------------------------------------------------------------------- the verb
+
+
+def check(capsys, *arguments) -> tuple[int, str]:
+    code = check_checkpoint.main([str(argument) for argument in arguments], detect())
+    return code, capsys.readouterr().out
+
+
+def test_the_verb_names_file_and_tensor(made_once, tmp_path, capsys):
+    for step in (3, 5, 7):
+        shutil.copytree(made_once, tmp_path / f"checkpoints/step_{step:08d}")
+    newest = tmp_path / "checkpoints/step_00000007"
+    code, text = check(capsys, tmp_path, "--values")
+    assert code == 0 and [line[:6] for line in text.splitlines()] == ["whole "] * 3
+    assert re.search(r"step_00000007: step 7, 11 files, 0.00 GB, master, ema_0.9, ema_0.5, exp_avg, exp_avg_sq, buffers$", text)
+    flip(newest / "ema_0.5-00001.safetensors", 4000)
+    rewrite_manifest(tmp_path / "checkpoints/step_00000005", lambda tree: tree["files"].pop("exp_avg-00001.safetensors"))
+    code, text = check(capsys, tmp_path)
+    assert code == 1 and [line[:8] for line in text.splitlines()].count("whole   ") == 1
+    assert "step_00000007/ema_0.5-00001.safetensors is not what was written: its checksum is wrong" in text
+    assert "damaged  exp_avg of" in text and "step_00000005" in text
+    assert check(capsys, newest.parent / "step_00000003")[0] == 0
+    with pytest.raises(ValueError, match="no complete checkpoint in "):
+        check(capsys, tmp_path / "nowhere")

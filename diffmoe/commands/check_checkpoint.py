@@ -1,0 +1,50 @@
+"""The verb ``check-checkpoint``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffmoe.commands.common import Parser, one_process
+from launcher.environment import RankEnvironment
+
+
+def main(arguments: list[str], environment: RankEnvironment) -> int:
+    """The verb ``check-checkpoint``; returns 0 when everything is whole, else 1.  ValueError where there is no checkpoint."""
+    parser = Parser(prog="check-checkpoint", description="Whether checkpoints are whole: the manifest, every file's size and "
+                                                         "checksums, every tensor that the configuration needs. Exit code 0 or 1.")
+    parser.add_argument("folder", nargs="+", help="checkpoint folder, or run folder (all of its checkpoints)")
+    parser.add_argument("--values", action="store_true", help="also look for values that are not finite")
+    options = parser.parse_args(arguments)
+    one_process("check-checkpoint", environment)
+    from diffmoe.checkpoints.manifest import MANIFEST
+    from diffmoe.checkpoints.reader import complete_folders
+
+    problems = 0
+    for folder in map(Path, options.folder):
+        found = [folder] if (folder / MANIFEST).is_file() else complete_folders(folder / "checkpoints") or complete_folders(folder)
+        if not found:
+            raise ValueError(f"no complete checkpoint in {folder}")
+        for path in found:
+            problems += _check(path, options.values)
+    return 1 if problems else 0
+
+
+def _check(path: Path, values: bool) -> int:
+    """Prints what is wrong with one checkpoint, or what it is.  Returns the number of problems."""
+    from diffmoe.checkpoints.check import check_files, check_tensors, check_values
+    from diffmoe.checkpoints.reader import Checkpoint
+
+    try:
+        checkpoint = Checkpoint(path)
+        problems = [*check_files(checkpoint), *check_tensors(checkpoint)]
+        if values and not problems:  # what is damaged cannot be read
+            problems += check_values(checkpoint)
+    except (ValueError, OSError) as error:
+        problems = [str(error)]
+    for problem in problems:
+        print(f"damaged  {problem}", flush=True)
+    if not problems:
+        files = checkpoint.manifest.files
+        print(f"whole    {path}: step {checkpoint.step}, {len(files)} files, {sum(f.bytes for f in files.values()) / 1e9:.2f} GB, "
+              f"{', '.join(checkpoint.kinds())}", flush=True)
+    return len(problems)
