@@ -19,6 +19,7 @@ class Use(IntEnum):
     TRAINING = 5
     SAMPLING = 6
     ANCESTRAL = 7
+    SUBSTITUTE = 8
 
 
 def philox(use: Use, seed: int, first: int, second: int = 0) -> np.random.Philox:

@@ -65,6 +65,10 @@ class SampleOrder:
         shard, row = self._window_order(epoch, stream, window)[offset - windows[window]]
         return int(shard), int(row)
 
+    def streams_of(self, positions: Sequence[int]) -> int:
+        """How many streams these positions belong to."""
+        return len(np.unique(np.searchsorted(self._first_slot, np.asarray(positions) % self.batch, side="right")))
+
     def _positions_before(self, position: int) -> np.ndarray:
         """[streams]: how many of the positions below this one each stream has."""
         return position // self.batch * self._slots + np.clip(position % self.batch - self._first_slot, 0, self._slots)

@@ -113,7 +113,6 @@ def scan_rows(stream: BinaryIO, name: str, kinds: Sequence[str], count: int | No
                     raise BadShard(name, f", member {info.name}: second member of this name, or one sample more than the "
                                          f"index's {count}")
                 row[kind] = info
-                tar.members = []  # tarfile would keep them all
             labels = [_label(name, stream, row["cls"], classes) for row in found.values() if "cls" in row]
             end = tar.offset
     except (tarfile.TarError, OSError, EOFError) as error:

@@ -81,8 +81,9 @@ def write_tar_to(stream: BinaryIO, name: str, samples: Mapping[str, Mapping[str,
             tar.write({"__key__": key, **members})
     # The table is of what is there, and takes the room that was kept for it.
     table = scan_rows(stream, name, kinds, len(samples), 2**62)
+    packed = pack_table(replace(table, crcs=_checksums(stream, table)))
     stream.seek(BLOCK)
-    stream.write(pack_table(replace(table, crcs=_checksums(stream, table))))
+    stream.write(packed)
 
 
 def _checksums(stream: BinaryIO, table: RowTable) -> np.ndarray:

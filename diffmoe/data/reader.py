@@ -1,0 +1,217 @@
+"""Samples by training position. No torch here: the loader's processes start without it.
+
+Position p (samples seen so far, over the whole run) decides everything about a sample: which one it is, its flip, its VAE
+noise. So the same run reads the same samples on any number of ranks, and resumes anywhere without replay.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from diffmoe.data.cache import Cache
+from diffmoe.data.order import SampleOrder
+from diffmoe.data.rows import BadShard, OpenShard
+from diffmoe.data.shards import ShardIndex
+from diffmoe.data.sources import again
+from diffmoe.data.tar import ShardFile, sha256
+from diffmoe.random_streams import Use, philox
+
+_FETCHES = 8  # at the same time
+# numpy converts half floats one by one in software; a table of all 65,536 is faster.
+_FLOAT_OF_HALF = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+class ShardReader:
+    """Reads samples by training position. Not for use by several threads at once; picklable.
+
+    Args:
+        index: the data set.
+        seed: fixes order, flips and VAE noise.
+        batch, streams, window: see `SampleOrder`.
+        flip: mirror about half of the samples, each by its position's own coin.
+        cache: where copies of remote shards are held; not needed for local ones.
+        excluded: shards by name, each with the step from which its samples are replaced by others, drawn by position.
+
+    Raises:
+        ValueError: `flip` asked of moments that were written without flipped ones; no cache for remote shards; nothing left
+            that is not excluded.
+    """
+
+    def __init__(self, index: ShardIndex, *, seed: int, batch: int = 1, streams: int = 1, window: int = 1, flip: bool = False,
+                 cache: Cache | None = None, excluded: Mapping[str, int] | None = None) -> None:
+        if flip and index.meta.kind == "moments" and not index.flips:
+            raise ValueError(f"flip (True) needs flipped moments; the data set {index.where} has none (flips False)")
+        if index.place and cache is None:
+            raise ValueError(f"the data set {index.where} is remote and needs a cache")
+        self.index, self.seed, self.flip, self.cache = index, seed, flip, cache
+        self.batch, self.streams, self.window = batch, streams, window
+        self.excluded = dict(excluded or {})
+        numbers = {shard.name: number for number, shard in enumerate(index.shards)}
+        self._excluded = {numbers[name]: step for name, step in self.excluded.items() if name in numbers}
+        if len(self._excluded) == len(index.shards):
+            raise ValueError(f"every shard of {index.where} is bad: {', '.join(sorted(self.excluded)[:3])}, …")
+        self._order = SampleOrder([shard.count for shard in index.shards], seed=seed, batch=batch, streams=streams, window=window)
+        self._capacity = 0
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._verified: set[int] = set()
+        self._ahead: ThreadPoolExecutor | None = None
+
+    def __reduce__(self) -> tuple:
+        return _reader, (self.index, {"seed": self.seed, "batch": self.batch, "streams": self.streams, "window": self.window,
+                                      "flip": self.flip, "cache": self.cache, "excluded": self.excluded})
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Shard number and row in it of a position, after exclusions."""
+        number, row = self._order.locate(position)
+        if self._excluded and self._excluded.get(number, 2**63) <= position // self.batch:
+            return self._substitute(position)
+        return number, row
+
+    def _substitute(self, position: int) -> tuple[int, int]:
+        """Some sample of a shard that is good at this position."""
+        counts = self._order.counts.copy()
+        counts[[number for number, step in self._excluded.items() if step <= position // self.batch]] = 0
+        ends = np.cumsum(counts)
+        draw = int(philox(Use.SUBSTITUTE, self.seed, position).random_raw()) % int(ends[-1])
+        number = int(np.searchsorted(ends, draw, side="right"))
+        return number, draw - int(ends[number] - counts[number])
+
+    def read(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Samples at `positions` (any integers >= 0, over any epochs): x float32 [n, C, H, W], y int64 [n]."""
+        x, y = np.empty((len(positions), *self.index.x_shape), np.float32), np.empty(len(positions), np.int64)
+        self.fill(positions, x, y)
+        return x, y
+
+    def fill(self, positions: Sequence[int], x: np.ndarray, y: np.ndarray) -> None:
+        """`read` into given arrays.
+
+        Raises:
+            BadShard: a shard or member that is missing, damaged or unsafe, by name.
+        """
+        meta = self.index.meta
+        noise = np.empty(self.index.x_shape, np.float32)
+        places = [self.locate(position) for position in positions]
+        # What the windows of these positions' streams hold, and what the end of one and the start of the next share.
+        self._capacity = max(self._capacity, self._order.streams_of(positions) * (self.window + 1) + 2)
+        if self.index.place:
+            self._fetch({number for number, _ in places})
+        for i, (position, (number, row)) in enumerate(zip(positions, places)):
+            shard = self._shard(number)
+            mirrored = self.flip and int(philox(Use.FLIP, self.seed, position).random_raw()) >> 63 == 1
+            stored = _retried(shard, row, int(mirrored and self.index.flips))
+            y[i] = shard.table.labels[row]
+            if meta.kind == "pixels":
+                np.subtract(stored[..., ::-1] if mirrored else stored, np.float32(meta.mean), out=x[i], dtype=np.float32)
+            else:
+                values = self._to_float(stored)
+                mean, spread = values[: len(noise)], values[len(noise) :]
+                if meta.spread == "logvar":
+                    spread = np.exp(np.float32(0.5) * spread)
+                np.random.Generator(philox(Use.MOMENTS, self.seed, position)).standard_normal(dtype=np.float32, out=noise)
+                np.multiply(spread, noise, out=x[i])
+                np.add(mean, x[i], out=x[i])
+                np.subtract(x[i], np.float32(meta.mean), out=x[i])
+            np.multiply(x[i], np.float32(meta.scale), out=x[i])
+
+    def _to_float(self, stored: np.ndarray) -> np.ndarray:
+        if self.index.dtype == "float16":
+            return _FLOAT_OF_HALF.take(stored.view(np.uint16))
+        if self.index.dtype == "bfloat16":
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.float32)
+
+    def fetch_ahead(self, positions: Sequence[int]) -> None:
+        """Begins to bring what these positions need, where it is remote; failures show when the positions are read."""
+        if not self.index.place:
+            return
+        self._ahead = self._ahead or ThreadPoolExecutor(2, thread_name_prefix="fetch-ahead")
+        wanted = {number for number, _ in map(self.locate, positions)} - self._open.keys()
+        for number in wanted:
+            self._ahead.submit(lambda file=self.index.shards[number]: os.close(self._descriptor(file)))
+
+    def _fetch(self, numbers: set[int]) -> None:
+        """Opens the missing ones of these shards, several at a time."""
+        missing = sorted(numbers - self._open.keys())
+        if len(missing) > 1:
+            with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch") as pool:
+                opening = {number: pool.submit(self._open_shard, number) for number in missing}
+            for number, future in opening.items():
+                if future.exception() is None:  # an error shows when the row is read, at its place
+                    self._keep(number, future.result())
+
+    def _shard(self, number: int) -> OpenShard:
+        if number in self._open:
+            self._open.move_to_end(number)
+        else:
+            self._keep(number, self._open_shard(number))
+        return self._open[number]
+
+    def _keep(self, number: int, shard: OpenShard) -> None:
+        while len(self._open) >= self._capacity:
+            self._open.popitem(last=False)[1].close()
+        if len(self._open) % 64 == 0:
+            _allow_open_files(self._capacity)
+        self._open[number] = shard
+
+    def _open_shard(self, number: int) -> OpenShard:
+        file = self.index.shards[number]
+        descriptor = self._descriptor(file)
+        try:
+            shard = OpenShard(descriptor, file.name, count=file.count, size=file.bytes, shape=self.index.shape,
+                              dtype=self.index.dtype, classes=self.index.meta.classes, flipped=self.flip and self.index.flips)
+            # Without the rows' own checksums, the whole file's: once a run, since it costs a pass over the file.
+            if shard.scanned and number not in self._verified:
+                if sha256(Path(f"/proc/self/fd/{descriptor}")) != file.sha256:
+                    raise BadShard(file.name, f" in {self.index.where}: SHA-256 is not the index's ({file.sha256})")
+                self._verified.add(number)
+            return shard
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def _descriptor(self, file: ShardFile) -> int:
+        address = self.index.address(file)
+        if self.index.place:
+            return self.cache.open(file, address)
+        try:
+            return again(lambda: os.open(address, os.O_RDONLY), address)
+        except FileNotFoundError as error:
+            raise BadShard(file.name, f" is missing from {self.index.where}") from error
+        except OSError as error:
+            raise BadShard(file.name, f" cannot be opened: {error}") from error
+
+    def close(self) -> None:
+        """Closes all files; harmless when repeated."""
+        if self._ahead:
+            self._ahead.shutdown(cancel_futures=True)
+            self._ahead = None
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def _reader(index: ShardIndex, settings: dict) -> ShardReader:
+    return ShardReader(index, **settings)
+
+
+def _retried(shard: OpenShard, row: int, kind: int) -> np.ndarray:
+    try:
+        return again(lambda: shard.array(row, kind), f"shard {shard.name}")
+    except OSError as error:
+        raise BadShard(shard.name, f", row {row}: {error}") from error
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's soft limit of open files where it is in the way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 256  # what else a training process has open
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise ValueError(f"data.streams x data.window need {count} open files; this system allows {hard} (ulimit -Hn)")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
