@@ -21,11 +21,11 @@ from diffmoe.data.rows import BadShard, OpenShard
 from diffmoe.data.shards import ShardIndex
 from diffmoe.data.sources import again
 from diffmoe.data.tar import ShardFile, sha256
+from diffmoe.data.values import std_of, to_float
 from diffmoe.random_streams import Use, philox
 
+_SETTINGS = ("seed", "batch", "streams", "window", "flip", "cache", "excluded")
 _FETCHES = 8  # at the same time
-# numpy converts half floats one by one in software; a table of all 65,536 is faster.
-_FLOAT_OF_HALF = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
 class ShardReader:
@@ -64,8 +64,12 @@ class ShardReader:
         self._ahead: ThreadPoolExecutor | None = None
 
     def __reduce__(self) -> tuple:
-        return _reader, (self.index, {"seed": self.seed, "batch": self.batch, "streams": self.streams, "window": self.window,
-                                      "flip": self.flip, "cache": self.cache, "excluded": self.excluded})
+        return _reader, (self.index, {name: getattr(self, name) for name in _SETTINGS})
+
+    def without(self, excluded: Mapping[str, int]) -> ShardReader:
+        """A reader of the same data that leaves out these shards, each from its step on."""
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        return ShardReader(self.index, **(settings | {"excluded": excluded}))
 
     def locate(self, position: int) -> tuple[int, int]:
         """Shard number and row in it of a position, after exclusions."""
@@ -110,22 +114,13 @@ class ShardReader:
             if meta.kind == "pixels":
                 np.subtract(stored[..., ::-1] if mirrored else stored, np.float32(meta.mean), out=x[i], dtype=np.float32)
             else:
-                values = self._to_float(stored)
-                mean, spread = values[: len(noise)], values[len(noise) :]
-                if meta.spread == "logvar":
-                    spread = np.exp(np.float32(0.5) * spread)
+                values = to_float(stored, self.index.dtype)
+                mean, std = values[: len(noise)], std_of(values[len(noise) :], meta.spread)
                 np.random.Generator(philox(Use.MOMENTS, self.seed, position)).standard_normal(dtype=np.float32, out=noise)
-                np.multiply(spread, noise, out=x[i])
+                np.multiply(std, noise, out=x[i])
                 np.add(mean, x[i], out=x[i])
                 np.subtract(x[i], np.float32(meta.mean), out=x[i])
             np.multiply(x[i], np.float32(meta.scale), out=x[i])
-
-    def _to_float(self, stored: np.ndarray) -> np.ndarray:
-        if self.index.dtype == "float16":
-            return _FLOAT_OF_HALF.take(stored.view(np.uint16))
-        if self.index.dtype == "bfloat16":
-            return (stored.astype(np.uint32) << 16).view(np.float32)
-        return stored.astype(np.float32)
 
     def fetch_ahead(self, positions: Sequence[int]) -> None:
         """Begins to bring what these positions need, where it is remote; failures show when the positions are read."""

@@ -219,7 +219,8 @@ class OpenShard:
             raise BadShard(self.name, f", member {member_name(data)}: the file ends at byte {offset + len(data)}")
         if table.crcs is not None:
             if zlib.crc32(data) != table.crcs[row, kind]:
-                raise BadShard(self.name, f", member {member_name(data)}: altered, {_altered(data, table.crcs[row, kind], offset)}")
+                raise BadShard(self.name, f", member {member_name(data) or f'of row {row}'}: altered, "
+                                          f"{_altered(data, table.crcs[row, kind], offset)}")
             if data[0] == 47 or b".." in data[:100]:
                 check_name(self.name, member_name(data))
         if data[BLOCK : self._body] == self._npy_header and size == self._body - BLOCK + self._bytes:

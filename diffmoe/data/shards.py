@@ -258,7 +258,8 @@ def _pick(index: ShardIndex, names: tuple[str, ...]) -> ShardIndex:
     if strangers:
         raise ValueError(f"shard {min(strangers)} is not in the index of {index.where}")
     shards = tuple(shard for shard in index.shards if shard.name in names)
-    return replace(index, shards=shards, count=sum(shard.count for shard in shards))
+    made = index.encoding and replace(index.encoding, channel_mean=(), channel_std=())  # those of all shards
+    return replace(index, shards=shards, count=sum(shard.count for shard in shards), encoding=made)
 
 
 def from_json(kind: type[T], record: dict) -> T:

@@ -16,7 +16,9 @@ from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.config import Config, config_to_tree
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.layout import Layout
-from diffmoe.data.shards import Batch, BatchStream, ShardReader, load_index
+from diffmoe.data.feed import Feed, open_reader
+from diffmoe.data.reader import ShardReader
+from diffmoe.data.share import Share
 from diffmoe.evaluation.generate import generate_everywhere
 from diffmoe.evaluation.plots import image_grid
 from diffmoe.models.dit import DiT, initialize
@@ -54,24 +56,24 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     run = start(config, layout, deepspeed_tree, groups, device)
     writer = _writer(run)
     meter = Meter(config, groups, device)
-    stream = BatchStream(run.reader, batch=layout.batch, micro_batch=layout.micro_batch, accumulation=layout.accumulation,
-                         rank=groups.rank, world=layout.ranks, start_step=run.done, prefetch=config.data.prefetch)
+    share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
+    feed = Feed(run.reader, share, groups.world, run.folder, range(run.done, config.train.steps), config.data,
+                pin=device.type == "cuda", say=lambda text: _say(run, text))
     saved = run.done
     if run.done >= config.train.steps:
         _say(run, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
     saver = Saver(run.folder / "checkpoints", config, layout, groups)
-    with stream, saver, _stop_requests() as asked:
-        batches, problem = _fetch(stream, run.done < config.train.steps)
-        raise_together(problem, groups.world)
+    with feed, saver, _stop_requests() as asked:
+        batches = feed.first()
         while run.done < config.train.steps:
             # A step ahead: what one rank cannot read must stop all of them, and a step's reduction can still say so.
-            upcoming, problem = _fetch(stream, run.done + 1 < config.train.steps)
-            stop = bool(asked) or problem is not None
+            stop = feed.read_ahead() or bool(asked)
             report = train_step(run.engine, run.ema, batches, config, layout, groups, run.done, stop)
-            batches = upcoming
             run.done += 1
             finished = run.done == config.train.steps
-            last = report.stop or finished
+            stop = report.stop and feed.settle(bool(asked))
+            batches = feed.take()
+            last = stop or finished
             meter.add(report)
             if last or run.done % config.train.log_every == 0:
                 record, load = meter.collect(run.done)
@@ -90,13 +92,14 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
                 _report_saves(run, saver)
             if run.done % config.train.log_every == 0:
                 meter.restart_clock()  # saving, sampling and drawing are not training
-            if report.stop:
+            if stop:
                 _say(run, f"stopped in order at step {run.done}; the same command goes on from there")
                 break
     assert saved == run.done
     if writer:
         writer.close()
-    raise_together(problem, groups.world)
+    if feed.failure:
+        raise feed.failure
 
 
 def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device) -> Run:
@@ -108,7 +111,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     newest = newest_usable(Path(config.run.folder) / "checkpoints", groups, say)
     reader, problem = None, None
     try:
-        reader = _open_data(config)
+        reader = open_reader(config)
         if newest is not None:
             _check_resumable(newest, config, layout)  # before anything of an earlier run is overwritten
         if groups.rank == 0:
@@ -128,32 +131,9 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     return run
 
 
-def _fetch(stream: BatchStream, wanted: bool) -> tuple[list[Batch] | None, Exception | None]:
-    """The next step's micro-batches, or why this rank cannot read them."""
-    try:
-        return (next(stream) if wanted else None), None
-    except (ValueError, OSError) as error:
-        return None, error
-
-
 def _due(step: int, every: int, last: bool) -> bool:
     """Every ``every`` steps, and at the end; 0 means only at the end."""
     return last or (every > 0 and step % every == 0)
-
-
-def _open_data(config: Config) -> ShardReader:
-    model = config.model
-    if not config.data.shards:
-        raise ValueError("data.shards ('') must name a folder of shards with an index.json")
-    index = load_index(config.data.shards)
-    wanted = (model.channels, model.input_size, model.input_size)
-    if tuple(index.x_shape) != wanted:
-        raise ValueError(f"data.shards ({config.data.shards}) holds samples of shape {tuple(index.x_shape)}; model.channels "
-                         f"and model.input_size make {wanted}")
-    if index.meta.classes != model.classes:
-        raise ValueError(f"data.shards ({config.data.shards}) has {index.meta.classes} classes; model.classes is "
-                         f"{model.classes}")
-    return ShardReader(index, seed=config.run.seed, window=config.data.window, flip=config.data.flip)
 
 
 def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> None:
@@ -177,7 +157,7 @@ def _check_resumable(saved: Checkpoint, config: Config, layout: Layout) -> None:
     pairs = [(f"{s}.{k}", old[s][k], new[s][k]) for s in _MEANING for k in old[s] if (s, k) != ("moe", "pool")]
     pairs += [("run.seed", old["run"]["seed"], new["run"]["seed"]),
               ("train.batch", old["train"]["batch"], new["train"]["batch"]),
-              ("data.window", old["data"]["window"], new["data"]["window"])]
+              *((f"data.{k}", old["data"][k], new["data"][k]) for k in ("streams", "window"))]
     if config.model.family != "dense":
         pairs.append(("moe.pool (samples)", saved.pool, layout.pool))
     changed = [f"{name}: {before} there, {now} here" for name, before, now in pairs if before != now]
