@@ -129,7 +129,7 @@ class ShardReader:
         self._ahead = self._ahead or ThreadPoolExecutor(2, thread_name_prefix="fetch-ahead")
         wanted = {number for number, _ in map(self.locate, positions)} - self._open.keys()
         for number in wanted:
-            self._ahead.submit(lambda file=self.index.shards[number]: os.close(self._descriptor(file)))
+            self._ahead.submit(lambda file=self.index.shards[number]: os.close(self.descriptor(file)))
 
     def _fetch(self, numbers: set[int]) -> None:
         """Opens the missing ones of these shards, several at a time."""
@@ -157,7 +157,7 @@ class ShardReader:
 
     def _open_shard(self, number: int) -> OpenShard:
         file = self.index.shards[number]
-        descriptor = self._descriptor(file)
+        descriptor = self.descriptor(file)
         try:
             shard = OpenShard(descriptor, file.name, count=file.count, size=file.bytes, shape=self.index.shape,
                               dtype=self.index.dtype, classes=self.index.meta.classes, flipped=self.flip and self.index.flips)
@@ -171,7 +171,8 @@ class ShardReader:
             os.close(descriptor)
             raise
 
-    def _descriptor(self, file: ShardFile) -> int:
+    def descriptor(self, file: ShardFile) -> int:
+        """An open descriptor of a shard's tar, which the caller closes. BadShard where it cannot be had."""
         address = self.index.address(file)
         if self.index.place:
             return self.cache.open(file, address)

@@ -72,6 +72,7 @@ class Encoding:
     channel_mean: tuple[float, ...] = ()
     channel_std: tuple[float, ...] = ()
     skipped: tuple[str, ...] = ()
+    storage: str = "float16"
 
 
 @dataclass(frozen=True)
