@@ -18,8 +18,10 @@ VERBS = {
     "sample": "images from a checkpoint",
     "evaluate": "FID, sFID, Inception Score, precision and recall of a checkpoint, with a card",
     "encode": "pictures -> VAE moments (or pixels) in shards",
+    "inspect-data": "a data set against its index: counts, checksums, classes, statistics, and a look at it",
     "import": "research weights -> a checkpoint; dense weights -> a mixture",
     "export": "a checkpoint -> research weights or a Hugging Face folder",
+    "bench": "measurements side by side: run.py bench KIND",
     "verify": "the parity table: EP x ZeRO x recompute x accumulation x pool against one process",
 }
 
@@ -32,7 +34,7 @@ def main(arguments: list[str]) -> int:
         export(environment)
         if arguments[:1] in (["-h"], ["--help"]):
             print(__doc__ + "\nverbs (run.py VERB --help says more):\n"
-                  + "\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items()))
+                  + "\n".join(f"  {verb:12} {text}" for verb, text in VERBS.items()))
             return 0
         verb, rest = _verb(arguments)
         return _main_of(verb)(rest, environment)
@@ -51,7 +53,7 @@ def _main_of(verb: str) -> Callable[[list[str], RankEnvironment], int]:
         from diffmoe.commands import exchange
 
         return {"import": exchange.import_main, "export": exchange.export_main}[verb]
-    return importlib.import_module(f"diffmoe.commands.{verb}").main
+    return importlib.import_module(f"diffmoe.commands.{verb.replace('-', '_')}").main
 
 
 def _verb(arguments: list[str]) -> tuple[str, list[str]]:

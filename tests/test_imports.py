@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["run"],
     ["diffmoe.commands"],
-    ["diffmoe.parity", "diffmoe.huggingface"],
+    ["diffmoe.parity", "diffmoe.huggingface", "diffmoe.bench"],
     ["diffmoe.training"],
     ["diffmoe.evaluation"],
     ["diffmoe.diffusion", "diffmoe.data", "diffmoe.checkpoints"],
