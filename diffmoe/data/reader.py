@@ -21,8 +21,8 @@ from diffmoe.data.rows import BadShard, OpenShard
 from diffmoe.data.shards import ShardIndex
 from diffmoe.data.sources import again
 from diffmoe.data.tar import ShardFile, sha256
-from diffmoe.data.values import std_of, to_float
-from diffmoe.random_streams import Use, philox
+from diffmoe.data.values import normals, std_of, to_float
+from diffmoe.random_streams import Use, Words, philox
 
 _SETTINGS = ("seed", "batch", "streams", "window", "flip", "cache", "excluded")
 _FETCHES = 8  # at the same time
@@ -61,6 +61,7 @@ class ShardReader:
         self._capacity = 0
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._verified: set[int] = set()
+        self._coins, self._noise = Words(Use.FLIP, seed), Words(Use.MOMENTS, seed)
         self._ahead: ThreadPoolExecutor | None = None
 
     def __reduce__(self) -> tuple:
@@ -100,7 +101,8 @@ class ShardReader:
             BadShard: a shard or member that is missing, damaged or unsafe, by name.
         """
         meta = self.index.meta
-        noise = np.empty(self.index.x_shape, np.float32)
+        shape = self.index.x_shape
+        words = -(-int(np.prod(shape)) // 4)
         places = [self.locate(position) for position in positions]
         # What the windows of these positions' streams hold, and what the end of one and the start of the next share.
         self._capacity = max(self._capacity, self._order.streams_of(positions) * (self.window + 1) + 2)
@@ -108,18 +110,18 @@ class ShardReader:
             self._fetch({number for number, _ in places})
         for i, (position, (number, row)) in enumerate(zip(positions, places)):
             shard = self._shard(number)
-            mirrored = self.flip and int(philox(Use.FLIP, self.seed, position).random_raw()) >> 63 == 1
+            mirrored = self.flip and int(self._coins.at(position, 1)[0]) >> 63 == 1
             stored = _retried(shard, row, int(mirrored and self.index.flips))
             y[i] = shard.table.labels[row]
             if meta.kind == "pixels":
                 np.subtract(stored[..., ::-1] if mirrored else stored, np.float32(meta.mean), out=x[i], dtype=np.float32)
             else:
                 values = to_float(stored, self.index.dtype)
-                mean, std = values[: len(noise)], std_of(values[len(noise) :], meta.spread)
-                np.random.Generator(philox(Use.MOMENTS, self.seed, position)).standard_normal(dtype=np.float32, out=noise)
-                np.multiply(std, noise, out=x[i])
+                mean, std = values[: shape[0]], std_of(values[shape[0] :], meta.spread)
+                np.multiply(std, normals(self._noise.at(position, words), shape), out=x[i])
                 np.add(mean, x[i], out=x[i])
-                np.subtract(x[i], np.float32(meta.mean), out=x[i])
+                if meta.mean:
+                    np.subtract(x[i], np.float32(meta.mean), out=x[i])
             np.multiply(x[i], np.float32(meta.scale), out=x[i])
 
     def fetch_ahead(self, positions: Sequence[int]) -> None:

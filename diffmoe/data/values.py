@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from statistics import NormalDist
+
 import numpy as np
 
 # numpy converts half floats one by one in software; a table of all 65,536 is faster.
 _FLOAT_OF_HALF = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+@functools.cache
+def _normal_table() -> np.ndarray:
+    """The normal distribution's quantiles in the middle of 65,536 equal shares, scaled to variance 1."""
+    upper = np.array([NormalDist().inv_cdf(0.5 + (i + 0.5) / 65536) for i in range(32768)])
+    upper = (upper / np.sqrt(np.mean(upper**2))).astype(np.float32)
+    return np.concatenate([-upper[::-1], upper])
+
+
+def normals(words: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal numbers of 16 random bits each, four a word, as float32 of this shape.
+
+    For the noise of moments, which are stored with 11 bits themselves: looked up, so a third of the time of numpy's, and the
+    same bits on every machine and with every numpy. They end at 4.3 deviations."""
+    size = int(np.prod(shape))
+    return _normal_table().take(words.view(np.uint16)[:size]).reshape(shape)
 
 
 def to_float(stored: np.ndarray, dtype: str) -> np.ndarray:
