@@ -166,6 +166,8 @@ class ShardReader:
             # Without the rows' own checksums, the whole file's: once a run, since it costs a pass over the file.
             if shard.scanned and number not in self._verified:
                 if sha256(Path(f"/proc/self/fd/{descriptor}")) != file.sha256:
+                    for row, kind in np.ndindex(shard.table.offsets.shape):
+                        shard.array(row, kind)  # names the member, if it is one that cannot be decoded
                     raise BadShard(file.name, f" in {self.index.where}: SHA-256 is not the index's ({file.sha256})")
                 self._verified.add(number)
             return shard
