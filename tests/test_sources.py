@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import http.server
-import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import REPOSITORY
 
 from diffmoe.data import sources
 from diffmoe.data.cache import Cache
@@ -79,7 +81,10 @@ def serving(folder: Path, *faults: str) -> Iterator[Server]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as httpd:
+    class Listener(http.server.ThreadingHTTPServer):
+        request_queue_size = 128
+
+    with Listener(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as httpd:
         server.address = f"http://127.0.0.1:{httpd.server_address[1]}"
         threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield server
@@ -156,11 +161,11 @@ def test_a_source_that_stays_bad_is_an_error_that_names_it(index: ShardIndex, tm
         remote = load_index(server.address)
         server.faults += ["500"] * 1000
         with pytest.raises(BadShard, match=r"shard shard-0.*tar cannot be fetched from http:.*HTTP status 500"):
-            numbers(remote, cache(tmp_path))
+            numbers(remote, cache(tmp_path), range(1))
         assert len(server.served) == 1 + sources.TRIES
         server.faults = ["404"] * 1000
         with pytest.raises(BadShard, match="HTTP status 404"):
-            numbers(remote, cache(tmp_path))
+            numbers(remote, cache(tmp_path), range(1))
         assert len(server.served) == 2 + sources.TRIES  # asked once: it said no
         with pytest.raises(ValueError, match="nowhere/index.json cannot be read: HTTP status 404"):
             load_index(f"{server.address}/nowhere")
@@ -191,22 +196,24 @@ def test_the_cache_is_bounded_and_what_is_open_stays(index: ShardIndex, tmp_path
             os.close(descriptor)
 
 
-def fetch_all(index: ShardIndex, store: Cache, results) -> None:
-    results.put(numbers(index, store))
+_READ = """
+import sys
+from pathlib import Path
+from diffmoe.data.cache import Cache
+from diffmoe.data.reader import ShardReader
+from diffmoe.data.shards import load_index
+reader = ShardReader(load_index(sys.argv[1]), seed=0, batch=11, streams=11, cache=Cache(Path(sys.argv[2]), 1 << 30))
+print(reader.read(range(103))[0][:, 0, 0, 0].astype(int).tolist())
+"""
 
 
 def test_processes_share_the_cache_and_fetch_each_shard_once(index: ShardIndex, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     with serving(index.folder) as server:
-        remote, results = load_index(server.address), context.Queue()
-        processes = [context.Process(target=fetch_all, args=(remote, cache(tmp_path), results)) for _ in range(3)]
-        for process in processes:
-            process.start()
-        found = [results.get(timeout=120) for _ in processes]
-        for process in processes:
-            process.join(60)
-    assert found == [numbers(index, None)] * 3
-    assert sorted(server.served[1:]) == [shard.name for shard in index.shards]
+        command = [sys.executable, "-c", _READ, server.address, str(tmp_path / "cache")]
+        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) for _ in range(3)]
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    assert said == [f"{numbers(index, None, batch=11, streams=11)}\n"] * 3
+    assert sorted(name for name in server.served if name != "index.json") == [shard.name for shard in index.shards]
 
 
 def test_what_a_killed_process_left_is_cleared_away(index: ShardIndex, tmp_path: Path) -> None:

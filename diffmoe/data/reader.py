@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,6 +59,7 @@ class ShardReader:
             raise ValueError(f"every shard of {index.where} is bad: {', '.join(sorted(self.excluded)[:3])}, …")
         self._order = SampleOrder([shard.count for shard in index.shards], seed=seed, batch=batch, streams=streams, window=window)
         self._capacity = 0
+        self._failed: dict[int, Exception] = {}  # of shards that were opened before their row's turn
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._verified: set[int] = set()
         self._coins, self._noise = Words(Use.FLIP, seed), Words(Use.MOMENTS, seed)
@@ -104,10 +105,11 @@ class ShardReader:
         shape = self.index.x_shape
         words = -(-int(np.prod(shape)) // 4)
         places = [self.locate(position) for position in positions]
-        # What the windows of these positions' streams hold, and what the end of one and the start of the next share.
-        self._capacity = max(self._capacity, self._order.streams_of(positions) * (self.window + 1) + 2)
+        # What the windows of these positions' streams hold, and one each where a window ends and the next begins.
+        self._capacity = max(self._capacity, self._order.streams_of(positions) * (self.window + 1))
+        self._failed.clear()
         if self.index.place:
-            self._fetch({number for number, _ in places})
+            self._fetch(dict.fromkeys(number for number, _ in places))
         for i, (position, (number, row)) in enumerate(zip(positions, places)):
             shard = self._shard(number)
             mirrored = self.flip and int(self._coins.at(position, 1)[0]) >> 63 == 1
@@ -133,29 +135,37 @@ class ShardReader:
         for number in wanted:
             self._ahead.submit(lambda file=self.index.shards[number]: os.close(self.descriptor(file)))
 
-    def _fetch(self, numbers: set[int]) -> None:
-        """Opens the missing ones of these shards, several at a time."""
-        missing = sorted(numbers - self._open.keys())
-        if len(missing) > 1:
-            with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch") as pool:
-                opening = {number: pool.submit(self._open_shard, number) for number in missing}
-            for number, future in opening.items():
-                if future.exception() is None:  # an error shows when the row is read, at its place
-                    self._keep(number, future.result())
+    def _fetch(self, numbers: Iterable[int]) -> None:
+        """Opens the missing ones of these shards, several at a time; what fails is raised at its row's turn."""
+        missing = [number for number in numbers if number not in self._open][: self._capacity]
+        if len(missing) < 2:
+            return
+        self._make_way(len(missing))
+        with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch") as pool:
+            opening = {number: pool.submit(self._open_shard, number) for number in missing}
+        for number, future in opening.items():
+            error = future.exception()
+            if error is None:
+                self._open[number] = future.result()
+            else:
+                self._failed[number] = error
 
     def _shard(self, number: int) -> OpenShard:
         if number in self._open:
             self._open.move_to_end(number)
+        elif number in self._failed:
+            raise self._failed[number]
         else:
-            self._keep(number, self._open_shard(number))
+            self._make_way(1)
+            self._open[number] = self._open_shard(number)
         return self._open[number]
 
-    def _keep(self, number: int, shard: OpenShard) -> None:
-        while len(self._open) >= self._capacity:
+    def _make_way(self, count: int) -> None:
+        """Closes what was used longest ago, so that there is room for so many more open shards."""
+        while self._open and len(self._open) + count > self._capacity:
             self._open.popitem(last=False)[1].close()
-        if len(self._open) % 64 == 0:
+        if not self._open:
             _allow_open_files(self._capacity)
-        self._open[number] = shard
 
     def _open_shard(self, number: int) -> OpenShard:
         file = self.index.shards[number]
