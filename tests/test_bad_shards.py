@@ -76,37 +76,33 @@ def test_a_run_stops_in_order_at_a_bad_byte_that_one_rank_meets(tmp_path: Path) 
 
 
 def test_bad_shards_are_left_out_alike_on_every_layout_and_when_going_on(tmp_path: Path) -> None:
-    """One rank; two ranks with workers; and two ranks that stop half-way and go on as one: the same losses, the same record."""
-    order = sorted((first_steps(digits(), s.name, 150)[0], s.name) for s in load_index(digits()).shards)
-    (step, name), = [pair for pair in order if 2 <= pair[0]][:1]
-    shards = spoiled(tmp_path / "digits", name, "flipped byte")
+    """One rank with a thread; two ranks with processes that stop half-way and go on as one: the same record and losses."""
+    step, name = min((first_steps(digits(), s.name, 150)[0], s.name) for s in load_index(digits()).shards
+                     if first_steps(digits(), s.name, 150)[0] >= 2)
     gone = next(s.name for s in load_index(digits()).shards if s.name != name)
+    shards = spoiled(tmp_path / "digits", name, "flipped byte")
     (shards / gone).unlink()
-    settings = [f"data.shards={shards}", "data.on_bad_shard=skip", "data.bad_share=0.3", f"train.steps={step + 4}",
-                "train.save_every=0", "moe.experts=4", "parallel.ep=1"]
-    one = run_program(1, *tiny(tmp_path / "one", *settings))
-    two = run_program(2, *tiny(tmp_path / "two", *settings, "data.workers=1"))
-    half = run_program(2, *tiny(tmp_path / "half", *settings[:3], f"train.steps={step + 2}", *settings[4:], "train.schedule=constant"))
-    assert [r.returncode for r in one + two + half] == [0] * 5, (one, two, half)
+    settings = [f"data.shards={shards}", "data.on_bad_shard=skip", "data.bad_share=0.3", "train.save_every=0",
+                "train.schedule=constant", "parallel.ep=1"]
+    one, = run_program(1, *tiny(tmp_path / "one", *settings, f"train.steps={step + 4}"))
+    two = run_program(2, *tiny(tmp_path / "two", *settings, f"train.steps={step + 2}", "data.workers=1"))
+    assert [r.returncode for r in (one, *two)] == [0] * 3, (one, two)
     record = json.loads((tmp_path / "one/bad_shards.json").read_text())
     assert [(entry["shard"], entry["step"]) for entry in record] == [(gone, first_steps(digits(), gone, None)[0]), (name, step)]
     assert "altered, byte" in record[1]["problem"]
-    for other in ("two", "half"):
-        assert json.loads((tmp_path / other / "bad_shards.json").read_text()) == record
-    expected = losses(tmp_path / "one")
-    assert losses(tmp_path / "two") == pytest.approx(expected, rel=1e-5)
+    assert json.loads((tmp_path / "two/bad_shards.json").read_text()) == record
     assert f"left out from step {step} on: shard {name}, member" in two[0].stdout
-    on = run_program(1, *tiny(tmp_path / "half", *settings, "train.schedule=constant"))
-    assert on[0].returncode == 0 and "2 bad shards are left out" in on[0].stdout
-    whole = run_program(1, *tiny(tmp_path / "whole", *settings, "train.schedule=constant"))
-    assert whole[0].returncode == 0
-    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    on, = run_program(1, *tiny(tmp_path / "two", *settings, f"train.steps={step + 4}"))
+    assert on.returncode == 0 and "2 bad shards are left out" in on.stdout
+    # Summed in another order by two ranks; other samples would differ in the second digit.
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
 @pytest.mark.parametrize("how, text", [("removed", "is missing from"), ("truncated", "has 100000 bytes, its index says")])
 def test_a_lost_or_cut_shard_stops_the_start_or_is_left_out(tmp_path: Path, how: str, text: str) -> None:
     shards = spoiled(tmp_path / "digits", "shard-000003.tar", how)
-    common = [f"data.shards={shards}", "train.steps=1", "train.save_every=0"]
+    steps = first_steps(digits(), "shard-000003.tar", None)[0] + 1
+    common = [f"data.shards={shards}", f"train.steps={steps}", "train.save_every=0"]
     stop, little, skip = run_cases(2, [
         tiny(tmp_path / "stop", *common), tiny(tmp_path / "little", *common, "data.on_bad_shard=skip"),
         tiny(tmp_path / "skip", *common, "data.on_bad_shard=skip", "data.bad_share=0.2")])
@@ -115,6 +111,7 @@ def test_a_lost_or_cut_shard_stops_the_start_or_is_left_out(tmp_path: Path, how:
     assert "1 bad shards hold 200 of 1797 samples, more than data.bad_share (0.01)" in errors(little)[0]
     assert text in errors(little)[0] and not list((tmp_path / "little/checkpoints").iterdir())
     assert [r.returncode for r in skip] == [0, 0], skip
+    assert [entry["step"] for entry in json.loads((tmp_path / "skip/bad_shards.json").read_text())] == [steps - 1]
 
 
 def test_a_killed_data_worker_ends_the_run_on_every_rank(tmp_path: Path) -> None:
@@ -196,11 +193,11 @@ def test_the_first_bad_shard_and_byte_are_named(tmp_path: Path, capsys, where: s
 def test_statistics_are_held_against_the_index(tmp_path: Path, capsys) -> None:
     shutil.copytree(digits(), tmp_path / "set")
     record = json.loads((tmp_path / "set/index.json").read_text())
-    made = {"source_sha256": "", "images": 1797, "image_size": 8, "image_channels": 1, "vae": "", "vae_sha256": "", "precision": "",
-            "batch": 0, "samples_per_shard": 200, "channel_mean": [4.884], "channel_std": [6.0]}
+    made = {"source_sha256": "", "images": 1797, "image_size": 8, "image_channels": 1, "vae": "", "vae_sha256": "",
+            "precision": "", "batch": 0, "samples_per_shard": 200, "channel_mean": [4.884], "channel_std": [6.0]}
     (tmp_path / "set/index.json").write_text(json.dumps(record | {"encoding": made}))
     code, said = inspected(capsys, tmp_path / "set", "--grid", tmp_path / "grid.png")
-    assert code == 1 and re.search(r"the first: channel 0: mean and deviation 4.884\d* ± 6.016\d*, the index says 4.884 ± 6", said), said
+    assert code == 1 and re.search(r"the first: channel 0: mean and deviation 4.884\d* ± 6.01\d*, the index says 4.884 ± 6", said)
 
 
 def test_tars_of_others_get_an_index(tmp_path: Path, capsys) -> None:

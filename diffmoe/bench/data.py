@@ -236,12 +236,13 @@ def _table(record: dict) -> str:
     lines = [f"{record['machine']}, Python {record['python']}, torch {record['torch']}; {record['samples']} samples, median of "
              f"{record['repeats']}, page cache {'dropped' if record['cold'] else 'warm'}, one core", "",
              "| contender | samples/s | of tar | lowest to highest |", "|---|---|---|---|"]
-    lines += [f"| {name} | {rate:,.0f} | {ratios[name]:.2f} | {record['spread'][name][0]:,.0f} to {record['spread'][name][1]:,.0f} |"
-              for name, rate in rates.items()]
-    lines += ["", f"The loader is {record['ratio_to_webdataset']:.1f} x webdataset's pipeline, {record['ratio_to_npz']:.1f} x one npz an "
-                  "image.", f"Resume at random cursors of {record['resume_index_samples']:,} samples, seconds to the first batch: "
-              + "; ".join(f"{workers} workers " + ", ".join(f"{s:.2f}" for s in times)
-                          for workers, times in record["resume_seconds"].items()),
+    lines += [f"| {name} | {rate:,.0f} | {ratios[name]:.2f} | {lowest:,.0f} to {highest:,.0f} |"
+              for (name, rate), (lowest, highest) in zip(rates.items(), record["spread"].values())]
+    resumes = "; ".join(f"{workers} workers " + ", ".join(f"{s:.2f}" for s in times)
+                        for workers, times in record["resume_seconds"].items())
+    lines += ["", f"The loader is {record['ratio_to_webdataset']:.1f} x webdataset's pipeline, {record['ratio_to_npz']:.1f} x one "
+              "npz an image.",
+              f"Resume at random cursors of {record['resume_index_samples']:,} samples, seconds to the first batch: {resumes}.",
               "Resident memory over an epoch of 65,536 samples, loader and one worker, MiB: "
-              + ", ".join(f"{m:.0f}" for m in record["memory_mib"])]
+              + ", ".join(f"{m:.0f}" for m in record["memory_mib"]) + "."]
     return "\n".join(lines)

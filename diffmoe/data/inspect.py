@@ -147,7 +147,8 @@ def index_tars(folder: Path, meta: ShardMeta) -> ShardIndex:
         except (ValueError, EOFError, TypeError) as error:
             raise ValueError(f"shard {tars[0].name}: its first array cannot be read: {error}") from error
     if array.ndim != 3 or (meta.kind == "moments" and (array.shape[0] % 2 or array.dtype.kind != "f")):
-        raise ValueError(f"shard {tars[0].name}: arrays {array.dtype} {array.shape} do not fit kind {meta.kind} ([C,H,W] or [2C,H,W])")
+        raise ValueError(f"shard {tars[0].name}: arrays {array.dtype} {array.shape} do not fit kind {meta.kind} ([C,H,W] or "
+                         "[2C,H,W])")
     shards = []
     for path in tars:
         with open(path, "rb") as stream:
