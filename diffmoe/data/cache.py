@@ -99,7 +99,8 @@ class Cache:
                 total -= size
         if total > self.limit:
             raise ValueError(f"data.cache_gib ({self.limit / 2**30:.3g}) is too small: {self.folder} would hold "
-                             f"{total / 2**30:.3g} GiB of shards in use with shard {file.name}; raise it, or lower data.window or data.streams")
+                             f"{total / 2**30:.3g} GiB of shards in use with shard {file.name}; raise it, or lower data.window or "
+                             "data.streams")
 
 
 def _remove_unused(path: str) -> bool:
