@@ -18,17 +18,18 @@ VERBS = {
     "sample": "images from a checkpoint",
     "evaluate": "FID, sFID, Inception Score, precision and recall of a checkpoint, with a card",
     "encode": "pictures -> VAE moments (or pixels) in shards",
+    "inspect-data": "a data set against its index: counts, checksums, classes, statistics, and a look at it",
     "import": "research weights -> a checkpoint; dense weights -> a mixture",
     "export": "a checkpoint -> research weights or a Hugging Face folder",
     "check-checkpoint": "whether checkpoints are whole, bit for bit and tensor by tensor",
-    "bench": "measurements: run.py bench names them",
+    "bench": "measurements side by side: run.py bench KIND",
     "verify": "the parity table: EP x ZeRO x recompute x accumulation x pool against one process",
 }
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a verb.  Returns the exit code: 0, 1 (verify missed, a checkpoint or a data set is damaged), 2 (bad input, or a run that cannot
-    go on: one line on stderr), 130 (interrupted).  A lost rank ends the others with 75 (``training/watchdog.py``)."""
+    """Runs a verb.  Returns the exit code: 0, 1 (verify missed, a checkpoint or a data set is damaged), 2 (bad input, or a run
+    that cannot go on: one line on stderr), 130 (interrupted).  A lost rank ends the others with 75 (``training/watchdog.py``)."""
     environment = None
     try:
         environment = detect()

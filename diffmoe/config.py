@@ -110,12 +110,24 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Webdataset shards with an ``index.json``; ``window`` shards are shuffled together."""
+    """Webdataset shards with an ``index.json`` (``index`` where it does not lie beside them).
+
+    ``streams`` runs of samples feed a batch, and each shuffles ``window`` shards together: both decide the order, while
+    ``workers`` (processes a rank; 0: a thread) and ``prefetch`` (steps) do not.  ``cache``: folder for copies of remote shards, at
+    most ``cache_gib`` a node.  ``on_bad_shard: skip`` goes on without a shard that cannot be read, as long as bad ones hold no
+    more than ``bad_share`` of the samples."""
 
     shards: str = ""
+    index: str = ""
     flip: bool = False
-    window: int = 8
+    streams: int = 64
+    window: int = 4
+    workers: int = 0
     prefetch: int = 2
+    cache: str = ""
+    cache_gib: float = 64.0
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+    bad_share: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -384,8 +396,7 @@ def validate(config: Config) -> None:
     _validate_train(config.train)
     _need(0 <= config.run.seed < 2**64, f"run.seed ({config.run.seed}) must be in [0, 2^64)")
     _need(config.run.timeout_s >= 0, f"run.timeout_s ({config.run.timeout_s}) must be at least 0 seconds")
-    _need(config.data.window >= 1, f"data.window ({config.data.window}) must be at least 1 shard")
-    _need(config.data.prefetch >= 1, f"data.prefetch ({config.data.prefetch}) must be at least 1 step")
+    _validate_data(config.data)
 
 
 def _need(good: bool, message: str) -> None:
@@ -454,6 +465,14 @@ def _validate_diffusion(config: Config) -> None:
               "null")
         _need(0 < sample.capacity <= config.moe.experts,
               f"sample.capacity ({sample.capacity}) must be above 0 and at most moe.experts ({config.moe.experts})")
+
+
+def _validate_data(data: DataConfig) -> None:
+    for name, unit in (("streams", "stream"), ("window", "shard"), ("prefetch", "step")):
+        _need(getattr(data, name) >= 1, f"data.{name} ({getattr(data, name)}) must be at least 1 {unit}")
+    _need(data.workers >= 0, f"data.workers ({data.workers}) must be at least 0")
+    _need(data.cache_gib > 0, f"data.cache_gib ({data.cache_gib}) must be above 0")
+    _need(0 <= data.bad_share < 1, f"data.bad_share ({data.bad_share}) must be in [0, 1)")
 
 
 def _validate_train(train: TrainConfig) -> None:

@@ -193,21 +193,6 @@ def test_mistakes_that_data_folders_and_checkpoints_show(after_joining):
     assert not wrong, "\n".join(f"{name}: {error}" for name, error in wrong.items())
 
 
-def test_a_shard_damaged_where_only_one_rank_reads_it_stops_all_in_order(tmp_path):
-    """Same size, so that the start cannot see it; the ranks agree, save, and one line names rank and shard."""
-    shards = tmp_path / "digits"
-    shutil.copytree(digits(), shards)
-    path = shards / "shard-000004.tar"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 : len(content) // 2 + 600] = bytes(600)
-    path.write_bytes(content)
-    # A window of one shard and the first shard 4 in 24 steps: rank 1 meets it first, in the middle of a batch.
-    results = run_program(2, *tiny(tmp_path / "run", f"data.shards={shards}", "data.window=1", "train.steps=150",
-                                   "train.log_every=50", "train.save_every=0"))
-    assert_one_line(results, "error: rank 1: shard shard-000004.tar")
-    assert list((tmp_path / "run/checkpoints").glob("step_*/checkpoint.json")), results
-
-
 # ---------------------------------------------------------------------------------------- the real launchers
 
 

@@ -1,10 +1,14 @@
-"""Shards, their order and the batch stream: exactly once, the same on every layout, loud when damaged."""
+"""Shards, their order and the batch stream: exactly once, the same on every layout and number of workers, loud when damaged."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import tarfile
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,14 @@ import pytest
 import torch
 
 from diffmoe.data.digits import write_digits
-from diffmoe.data.shards import BatchStream, ShardIndex, ShardMeta, ShardReader, load_index, write_shards
+from diffmoe.data.order import SampleOrder
+from diffmoe.data.reader import ShardReader
+from diffmoe.data.rows import BadShard, altered_byte
+from diffmoe.data.share import Share
+from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_shards
+from diffmoe.data.stream import Batch, BatchStream
+from diffmoe.data.values import normals, to_float
+from diffmoe.random_streams import Use, Words, philox
 
 PIXELS = ShardMeta(kind="pixels", classes=10, scale=0.5, mean=1.0)
 MOMENTS = ShardMeta(kind="moments", classes=10, scale=0.18215)
@@ -35,22 +46,41 @@ def write_moments(folder: Path, *, flips: bool) -> ShardIndex:
     return write_shards(samples, folder, samples_per_shard=10, meta=MOMENTS)
 
 
-def sample_numbers(x: torch.Tensor) -> list[int]:
+def sample_numbers(x: np.ndarray) -> list[int]:
     """The sample numbers of a batch that `write_pixels` wrote."""
-    return (x[:, 0, 0, 0] / PIXELS.scale + PIXELS.mean).round().int().tolist()
+    return (x[:, 0, 0, 0] / PIXELS.scale + PIXELS.mean).round().astype(int).tolist()
 
 
-def global_step(index: ShardIndex, step: int, *, batch: int, world: int, accumulation: int, **reader) -> tuple:
-    """x and y of one global batch, put together from every rank's micro-batches."""
-    parts = []
+def reader_of(index: ShardIndex, batch: int, seed: int = 3, **more) -> ShardReader:
+    """Five streams, which divide no batch used below, of windows of two shards."""
+    return ShardReader(index, seed=seed, batch=batch, streams=5, window=2, **more)
+
+
+def take(stream: BatchStream, steps: int) -> list[list[Batch]]:
+    """Copies: a stream's memory is used again."""
+    return [[Batch(b.x.clone(), b.y.clone(), b.positions) for b in next(stream)] for _ in range(steps)]
+
+
+def global_batches(index: ShardIndex, start: int, steps: int, *, batch: int, world: int, accumulation: int = 1, workers: int = 0,
+                   **reader) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """x and y of global batches, put together from every rank's micro-batches; every rank takes as many."""
+    ranks = []
     for rank in range(world):
-        stream = BatchStream(ShardReader(index, seed=3, window=4, **reader), batch=batch, accumulation=accumulation,
-                             micro_batch=batch // world // accumulation, rank=rank, world=world, start_step=step)
-        with stream:
-            parts.append(next(stream))
-    ordered = [parts[rank][j] for j in range(accumulation) for rank in range(world)]
-    assert [p for part in ordered for p in part.positions] == list(range(step * batch, (step + 1) * batch))
-    return torch.cat([part.x for part in ordered]), torch.cat([part.y for part in ordered])
+        share = Share(batch, batch // world // accumulation, accumulation, rank, world)
+        with BatchStream(reader_of(index, batch, **reader), share, start_step=start, workers=workers) as stream:
+            ranks.append(take(stream, steps))
+    whole = []
+    for step in range(steps):
+        ordered = [ranks[rank][step][j] for j in range(accumulation) for rank in range(world)]
+        wanted = range((start + step) * batch, (start + step + 1) * batch)
+        assert [p for part in ordered for p in part.positions] == list(wanted)
+        whole.append((torch.cat([part.x for part in ordered]), torch.cat([part.y for part in ordered])))
+    return whole
+
+
+def assert_same(one: list[tuple[torch.Tensor, torch.Tensor]], other: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for (x, y), (other_x, other_y) in zip(one, other, strict=True):
+        assert torch.equal(x, other_x) and torch.equal(y, other_y)
 
 
 def rewrite_shard(index: ShardIndex, number: int, members: list[tuple[str, bytes]]) -> None:
@@ -85,60 +115,139 @@ def npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def test_every_sample_once_per_epoch_and_epochs_differ(tmp_path: Path) -> None:
-    reader = ShardReader(write_pixels(tmp_path), seed=0, window=3)
-    epochs = [sample_numbers(reader.read(range(e * COUNT, (e + 1) * COUNT)).x) for e in range(3)]
+@pytest.mark.parametrize("counts", [[10] * 10 + [3], [200] * 8 + [197], [5], [1] * 3, [7, 1, 30, 2]])
+@pytest.mark.parametrize(("batch", "streams", "window"), [(24, 64, 4), (7, 3, 1), (16, 5, 2), (1, 1, 1), (64, 64, 100)])
+def test_every_sample_once_per_epoch(counts: list[int], batch: int, streams: int, window: int) -> None:
+    order = SampleOrder(counts, seed=3, batch=batch, streams=streams, window=window)
+    total = sum(counts)
+    everything = [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
+    epochs = [[order.locate(p) for p in range(epoch * total, (epoch + 1) * total)] for epoch in range(4)]
     for epoch in epochs:
-        assert sorted(epoch) == list(range(COUNT))
-        assert epoch != list(range(COUNT))
-    assert epochs[0] != epochs[1] != epochs[2]
-    other = ShardReader(reader.index, seed=1, window=3).read(range(COUNT))
-    assert sample_numbers(other.x) != epochs[0]
+        assert sorted(epoch) == everything
+    if total > max(20, batch):
+        assert epochs[0] != epochs[1] != epochs[2] != everything
+
+
+def test_seeds_and_epochs_have_their_own_order(tmp_path: Path) -> None:
+    index = write_pixels(tmp_path)
+    orders = [sample_numbers(reader_of(index, 24, seed=seed).read(range(start, start + COUNT))[0])
+              for seed, start in ((0, 0), (0, COUNT), (1, 0))]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2]) == list(range(COUNT))
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+
+
+def test_the_order_is_written_down() -> None:
+    """A change of it would change every run and every resumed run."""
+    order = SampleOrder([4, 4, 4, 3], seed=5, batch=6, streams=3, window=2)
+    found = [order.locate(p) for p in range(9)]
+    assert found == [(1, 0), (1, 2), (0, 3), (3, 1), (2, 3), (2, 1), (0, 1), (0, 0), (3, 2)]
+
+
+def test_a_rank_reads_the_shards_of_its_streams_only() -> None:
+    counts = [1024] * 1250
+    order = SampleOrder(counts, seed=0, batch=256, streams=64, window=4)
+    of_ranks = [{order.locate(p)[0] for step in range(40) for p in Share(256, 32, 1, rank, 8).positions(step).reshape(-1)}
+                for rank in range(8)]
+    together = set().union(*of_ranks)
+    assert sum(map(len, of_ranks)) <= len(together) + 8  # a shard at the seam of two streams is read by both
+    assert all(len(shards) <= 8 * 5 for shards in of_ranks)
+
+
+def test_a_batch_mixes_the_whole_data_set() -> None:
+    """Shards are written class by class: a batch must not see a few classes only."""
+    order = SampleOrder([1024] * 1250, seed=0, batch=256, streams=64, window=4)
+    assert len({order.locate(p)[0] for p in range(7 * 256, 8 * 256)}) > 150
 
 
 def test_values_and_labels(tmp_path: Path) -> None:
     index = write_pixels(tmp_path)
-    batch = ShardReader(index, seed=0).read([5, 400])
-    numbers = sample_numbers(batch.x)
+    x, y = reader_of(index, 24).read([5, 400])
+    numbers = sample_numbers(x)
     expected = np.stack([np.arange(i, i + 6).reshape(1, 2, 3) for i in numbers])
-    assert torch.equal(batch.x, torch.tensor((expected - 1.0) * 0.5, dtype=torch.float32))
-    assert batch.y.tolist() == [i % 10 for i in numbers]
-    assert (batch.x.dtype, batch.y.dtype, batch.positions) == (torch.float32, torch.int64, (5, 400))
-    assert index.x_shape == (1, 2, 3)
+    assert np.array_equal(x, ((expected - 1.0) * 0.5).astype(np.float32))
+    assert y.tolist() == [i % 10 for i in numbers]
+    assert (x.dtype, y.dtype, index.x_shape) == (np.float32, np.int64, (1, 2, 3))
 
 
-def test_window_mixes_only_its_own_shards_and_bounds_memory(tmp_path: Path) -> None:
-    reader = ShardReader(write_pixels(tmp_path, count=120), seed=0, window=3)
-    numbers = sample_numbers(reader.read(range(120)).x)
-    windows = [{n // 10 for n in numbers[start : start + 30]} for start in range(0, 120, 30)]
-    assert [len(window) for window in windows] == [3, 3, 3, 3]
-    assert set.union(*windows) == set(range(12))
-    reader.read(range(120, 600))
-    assert len(reader._cache) <= 6
-
-
-@pytest.mark.parametrize("step", [0, 4, 9])  # of 24: step 4 straddles epochs 0 and 1 of 103 samples
-def test_global_batch_is_the_same_on_every_layout(tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize("flip", [False, True])
+def test_global_batches_are_the_same_on_every_layout(tmp_path: Path, flip: bool) -> None:
+    """Steps 3 to 11 of 24 samples: over the seams of epochs of 103, with a last shard of 3."""
     index = write_pixels(tmp_path)
-    x, y = global_step(index, step, batch=24, world=1, accumulation=1, flip=True)
-    for world in (1, 2, 4):
-        for accumulation in (1, 2):
-            other_x, other_y = global_step(index, step, batch=24, world=world, accumulation=accumulation, flip=True)
-            assert torch.equal(x, other_x) and torch.equal(y, other_y), (world, accumulation)
+    expected = global_batches(index, 3, 9, batch=24, world=1, flip=flip)
+    for world, accumulation in ((1, 3), (2, 1), (2, 2), (4, 1), (4, 3), (8, 1)):
+        assert_same(expected, global_batches(index, 3, 9, batch=24, world=world, accumulation=accumulation, flip=flip))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_number_of_workers_gives_the_same_and_goes_on_anywhere(tmp_path: Path, world: int, workers: int) -> None:
+    """Begun by one rank with a thread, gone on with at another number of ranks and workers, and back: one sequence."""
+    index = write_moments(tmp_path, flips=True)
+    straight = global_batches(index, 0, 8, batch=16, world=1, flip=True)
+    for start in (1, 5):  # 40 samples: steps 2 and 5 straddle epochs
+        layout = {"batch": 16, "world": world, "accumulation": 2, "workers": workers, "flip": True}
+        assert_same(straight[start : start + 2], global_batches(index, start, 2, **layout))
 
 
 def test_resuming_at_any_step_continues_exactly(tmp_path: Path) -> None:
     index = write_moments(tmp_path, flips=True)
-    layout = {"batch": 16, "micro_batch": 4, "accumulation": 2, "rank": 1, "world": 2}
-    with BatchStream(ShardReader(index, seed=5, flip=True), start_step=0, **layout) as stream:
-        straight = [next(stream) for _ in range(7)]
+    share = Share(16, 4, 2, 1, 2)
+    with BatchStream(reader_of(index, 16, flip=True), share, start_step=0) as stream:
+        straight = take(stream, 7)
     for step in range(7):
-        with BatchStream(ShardReader(index, seed=5, flip=True), start_step=step, **layout) as resumed:
+        with BatchStream(reader_of(index, 16, flip=True), share, start_step=step) as resumed:
             assert resumed.step == step
             for mine, theirs in zip(next(resumed), straight[step], strict=True):
                 assert torch.equal(mine.x, theirs.x) and torch.equal(mine.y, theirs.y)
                 assert mine.positions == theirs.positions
             assert resumed.step == step + 1
+
+
+def test_the_cursor_of_a_large_index_is_found_at_once() -> None:
+    began = time.monotonic()
+    order = SampleOrder([1024] * 1250, seed=0, batch=256, streams=64, window=4)
+    for step in (1, 123_456, 700_000):
+        assert len({order.locate(p) for p in range(step * 256, (step + 1) * 256)}) == 256
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_steps_stay_valid_and_memory_stays_flat(tmp_path: Path, workers: int) -> None:
+    index = write_pixels(tmp_path)
+    with BatchStream(reader_of(index, 24), Share(24, 24, 1, 0, 1), start_step=0, workers=workers, prefetch=1) as stream:
+        places = set()
+        current, = next(stream)
+        for _ in range(40):
+            before = current.x.clone()
+            upcoming, = next(stream)
+            assert torch.equal(current.x, before)
+            places.add(upcoming.x.data_ptr())
+            current = upcoming
+    assert len(places) == 3  # two that are held, one ahead
+
+
+def test_host_memory_stays_flat_over_an_epoch(tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    samples = ((f"{i:05d}", np.full((8, 16, 16), i, np.float16), i % 10) for i in range(4096))
+    index = write_shards(samples, tmp_path, samples_per_shard=128, meta=MOMENTS)  # 17 MB in 32 shards
+    reader = ShardReader(index, seed=0, batch=64, streams=4, window=1)
+    own, used = psutil.Process(), []
+    with BatchStream(reader, Share(64, 64, 1, 0, 1), start_step=0) as stream:
+        for _ in range(64):
+            next(stream)
+            used.append(own.memory_info().rss)
+    assert max(used[16:]) - used[16] < 2 * 2**20, used
+    assert len(reader._open) <= 4 * 2
+
+
+def test_workers_bring_no_torch(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, diffmoe.data.worker; print([m for m in ('torch', 'webdataset', 'PIL') if m in sys.modules])"
+    root = Path(__file__).resolve().parent.parent
+    said = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert said.stdout.strip() == "[]", said
 
 
 def test_two_writings_have_equal_bytes(tmp_path: Path) -> None:
@@ -154,37 +263,61 @@ def test_moments_follow_the_formula_with_their_own_noise(tmp_path: Path) -> None
     index = write_moments(tmp_path, flips=False)
     reader = ShardReader(index, seed=9)
     positions = range(30, 50)  # two epochs
-    x = reader.read(positions).x.numpy()
+    x, _ = reader.read(positions)
     for row, position in zip(x, positions):
         use = 4  # Use.MOMENTS, written out: a change of stream would change every run
         words = np.random.Philox(key=np.array([9, position], np.uint64), counter=np.array([0, 0, 0, use], np.uint64))
-        eps = np.random.Generator(words).standard_normal((2, 2, 2), dtype=np.float32)
+        eps = normals(words.random_raw(2), (2, 2, 2))
         number = row.mean() / 0.18215 / (1 + eps.mean() / 100)
         i = round(float(number))
         np.testing.assert_allclose(row, (i + np.float16(i / 100) * eps) * 0.18215, rtol=1e-5, atol=1e-6)
     assert index.x_shape == (2, 2, 2)
-    alone = np.stack([ShardReader(index, seed=9).read([p]).x.numpy()[0] for p in reversed(positions)])[::-1]
+    alone = np.stack([ShardReader(index, seed=9).read([p])[0][0] for p in reversed(positions)])[::-1]
     assert np.array_equal(x, alone)
-    assert not np.array_equal(x, ShardReader(index, seed=10).read(positions).x.numpy())
+    assert not np.array_equal(x, ShardReader(index, seed=10).read(positions)[0])
+
+
+def test_noise_is_normal_and_words_are_philoxs() -> None:
+    words = Words(Use.MOMENTS, 11)
+    for number in (5, 2**63, 5):
+        assert np.array_equal(words.at(number, 7), philox(Use.MOMENTS, 11, number).random_raw(7))
+    z = np.concatenate([normals(words.at(i, 1000), (4000,)) for i in range(250)]).astype(np.float64)
+    assert abs(z.mean()) < 4e-3 and abs(z.var() - 1) < 6e-3 and abs((z**4).mean() - 3) < 0.03
+    assert abs(np.corrcoef(z[:-1], z[1:])[0, 1]) < 4e-3 and abs((np.abs(z) < 1).mean() - 0.6827) < 2e-3
+
+
+def test_log_variances_and_bfloat16(tmp_path: Path) -> None:
+    half = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    assert np.array_equal(to_float(half, "float16"), half.astype(np.float32), equal_nan=True)
+    exact = torch.randn(1000).bfloat16()
+    assert np.array_equal(to_float(exact.view(torch.int16).numpy().view(np.uint16), "bfloat16"), exact.float().numpy())
+    moments = np.concatenate([np.full((1, 2, 2), 3.0), np.full((1, 2, 2), 0.5)]).astype(np.float32)
+    logs = np.concatenate([moments[:1], 2 * np.log(moments[1:])])
+    pairs = [write_shards([("a", array, 0)], tmp_path / spread, samples_per_shard=1, meta=ShardMeta("moments", 1, spread=spread))
+             for array, spread in ((moments, "std"), (logs, "logvar"))]
+    one, other = (ShardReader(load_index(index.folder), seed=0).read(range(5))[0] for index in pairs)
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    with pytest.raises(ValueError, match="spread"):
+        ShardMeta("moments", 1, spread="variance")
 
 
 def test_flipped_moments_come_from_their_own_member(tmp_path: Path) -> None:
     index = write_moments(tmp_path / "with", flips=True)
-    plain = ShardReader(index, seed=1).read(range(400)).x
-    flipped = ShardReader(index, seed=1, flip=True).read(range(400)).x
-    assert (plain.mean(dim=(1, 2, 3)) >= 0).all()
-    mirrored = flipped.mean(dim=(1, 2, 3)) < 0
+    plain, _ = ShardReader(index, seed=1).read(range(400))
+    flipped, _ = ShardReader(index, seed=1, flip=True).read(range(400))
+    assert (plain.mean((1, 2, 3)) >= 0).all()
+    mirrored = flipped.mean((1, 2, 3)) < 0
     assert 150 < int(mirrored.sum()) < 240
-    assert torch.equal(flipped[~mirrored], plain[~mirrored])
+    assert np.array_equal(flipped[~mirrored], plain[~mirrored])
     with pytest.raises(ValueError, match="flip .True. needs flipped moments"):
         ShardReader(write_moments(tmp_path / "without", flips=False), seed=1, flip=True)
 
 
 def test_pixels_flip_mirrors_the_last_axis(tmp_path: Path) -> None:
     index = write_pixels(tmp_path)
-    plain, flipped = (ShardReader(index, seed=1, flip=flip).read(range(206)).x for flip in (False, True))
-    mirrored = (plain != flipped).flatten(1).any(dim=1)
-    assert torch.equal(flipped[mirrored], plain[mirrored].flip(-1))
+    plain, flipped = (ShardReader(index, seed=1, flip=flip).read(range(206))[0] for flip in (False, True))
+    mirrored = (plain != flipped).any((1, 2, 3))
+    assert np.array_equal(flipped[mirrored], plain[mirrored][..., ::-1])
     assert 70 < int(mirrored.sum()) < 136
     assert (mirrored[:103] != mirrored[103:]).any()  # a coin per position, not per sample or per epoch
 
@@ -203,7 +336,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match="shard shard-000003.tar is missing"):
         load_index(tmp_path)
-    with pytest.raises(ValueError, match="shard shard-000003.tar is missing"):
+    with pytest.raises(BadShard, match="shard shard-000003.tar is missing"):
         ShardReader(index, seed=0).read(range(COUNT))  # vanished after the start
 
 
@@ -242,31 +375,93 @@ def test_malformed_index_is_refused(tmp_path: Path, change: dict, message: str) 
 def test_bad_members_are_named(tmp_path: Path, member: str, payload: bytes, message: str) -> None:
     index = write_pixels(tmp_path)
     replaced = "024.cls" if member.endswith(".cls") else "024.npy"
-    members = [(member, payload) if name == replaced else (name, old) for name, old in shard_members(index, 2)]
+    members = [(member, payload) if name == replaced else (name, old) for name, old in shard_members(index, 2)
+               if name != "__rows__"]  # a tar of others
     rewrite_shard(index, 2, members)
     with pytest.raises(ValueError, match=message) as caught:
         read_everything(index)
     assert "shard-000002.tar" in str(caught.value)
 
 
-def test_truncated_and_altered_shards_are_named(tmp_path: Path) -> None:
+def test_a_shard_that_was_cut_names_the_first_lost_member(tmp_path: Path) -> None:
     index = write_pixels(tmp_path)
     path = tmp_path / "shard-000002.tar"
-    content = path.read_bytes()
-    cut_array = 3 * 2048 + 1024 + 512 + 100  # a member is a header and a block, a sample is .cls and .npy
-    for size, message in ((cut_array, "shard-000002.tar: unreadable at or after member 023.npy"),
-                          (4 * 2048, "shard-000002.tar: ends after 4 samples .last member 023.npy., its index says 10"),
-                          (0, "shard-000002.tar: unreadable at or after member .none yet.")):
-        path.write_bytes(content[:size])
-        set_size(index, 2)
-        with pytest.raises(ValueError, match=message):
-            read_everything(index)
-    flipped_bit = bytearray(content)
-    flipped_bit[1024 + 512 + 128] ^= 1  # first data byte of 020.npy: still a fine array
-    path.write_bytes(bytes(flipped_bit))
-    set_size(index, 2)
-    with pytest.raises(ValueError, match="shard-000002.tar.*SHA-256"):
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        third = tar.getmember("023.npy")
+    for size, lost in ((third.offset_data + 100, "; member 023.npy is the first that is not whole"),
+                       (third.offset - 600, "; member of row 3 is the first that is not whole"), (0, "")):
+        path.write_bytes(whole[:size])
+        with pytest.raises(BadShard, match=f"shard-000002.tar has {size} bytes, its index says {len(whole)}{lost}$"):
+            ShardReader(index, seed=0).read(range(COUNT))
+
+
+def test_any_flipped_byte_of_an_array_is_named_with_its_place(tmp_path: Path) -> None:
+    index = write_pixels(tmp_path)
+    path = tmp_path / "shard-000002.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        member = tar.getmember("025.npy")
+    for byte in (member.offset_data + 130, member.offset_data + 5, member.offset + 200):
+        damaged = bytearray(whole)
+        damaged[byte] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(BadShard, match=f"shard shard-000002.tar, member 025.npy: altered, byte {byte} is {damaged[byte]:#04x} "
+                                           f"and was {whole[byte]:#04x}") as caught:
+            ShardReader(index, seed=0).read(range(COUNT))
+        assert caught.value.shard == "shard-000002.tar"
+    damaged[member.offset_data : member.offset_data + 128] = bytes(128)
+    path.write_bytes(damaged)
+    with pytest.raises(BadShard, match=f"member 025.npy: altered, in several of the bytes {member.offset} to"):
+        ShardReader(index, seed=0).read(range(COUNT))
+    damaged = bytearray(whole)
+    damaged[700] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(BadShard, match="member __rows__: its CRC-32 is wrong"):
+        ShardReader(index, seed=0).read(range(COUNT))
+
+
+def test_the_altered_byte_is_found_wherever_it_is() -> None:
+    rng = np.random.default_rng(0)
+    data = rng.bytes(3000)
+    for position in (0, 1, 1500, 2998, 2999):
+        for change in (1, 128, 255):
+            damaged = bytearray(data)
+            damaged[position] ^= change
+            assert altered_byte(bytes(damaged), zlib.crc32(data)) == (position, data[position])
+    assert altered_byte(rng.bytes(3000), zlib.crc32(data)) is None
+
+
+def test_tars_of_others_are_checked_by_their_whole_checksum(tmp_path: Path) -> None:
+    index = write_pixels(tmp_path)
+    rewrite_shard(index, 2, [(name, data) for name, data in shard_members(index, 2) if name != "__rows__"])
+    with pytest.raises(BadShard, match="shard-000002.tar.*SHA-256"):
         read_everything(index)
+    path = tmp_path / "shard-000002.tar"
+    path.write_bytes(path.read_bytes()[: 4 * 2048])
+    set_size(index, 2)
+    with pytest.raises(BadShard, match="000002.tar: ends after 4 samples .last member 023.npy, byte 8192., its index says 10"):
+        read_everything(index)
+
+
+def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
+    import webdataset
+
+    index = write_moments(tmp_path, flips=True)
+    urls = [index.address(shard) for shard in index.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == [f"{i:03d}" for i in range(40)]
+    assert all(sample["cls"] == i % 10 and sample["npy"][0, 0, 0] == i and sample["flip.npy"][0, 0, 0] == -i
+               for i, sample in enumerate(samples))
+
+
+def test_fingerprints_are_of_the_content(tmp_path: Path) -> None:
+    first, second = (write_moments(tmp_path / name, flips=True) for name in ("a", "b"))
+    other = write_moments(tmp_path / "c", flips=False)
+    assert load_index(first.folder).fingerprint == second.fingerprint != other.fingerprint
+    subset = load_index(str(tmp_path / "a" / "shard-00000{0,2}.tar"))
+    assert [s.name for s in subset.shards] == ["shard-000000.tar", "shard-000002.tar"] and subset.count == 20
+    assert subset.fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -296,32 +491,88 @@ def test_finished_data_sets_are_not_overwritten(tmp_path: Path) -> None:
         write_shards([], tmp_path / "empty", samples_per_shard=4, meta=PIXELS)
 
 
-def test_prefetch_error_surfaces_after_the_good_batches_and_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_error_ahead_surfaces_after_the_good_batches_and_stays(tmp_path: Path, workers: int) -> None:
     index = write_pixels(tmp_path)
-    reader = ShardReader(index, seed=0, window=1)  # one shard at a time: the damaged one comes later than the first
-    order = [reader._order.locate(p)[0] for p in range(COUNT)]
-    assert order[0] != order[40]
-    (tmp_path / index.shards[order[40]].name).unlink()
-    with BatchStream(reader, batch=2, micro_batch=2, accumulation=1, rank=0, world=1, start_step=0) as stream:
-        for _ in range(order.index(order[40]) // 2):
+    reader = ShardReader(index, seed=0, batch=2, streams=1, window=1)  # one shard at a time
+    shards = [reader.locate(p)[0] for p in range(COUNT)]
+    assert shards[0] != shards[40]
+    (tmp_path / index.shards[shards[40]].name).unlink()
+    with BatchStream(reader, Share(2, 2, 1, 0, 1), start_step=0, workers=workers) as stream:
+        for _ in range(shards.index(shards[40]) // 2):
             next(stream)
         for _ in range(2):
-            with pytest.raises(ValueError, match="is missing"):
+            with pytest.raises(BadShard, match="is missing"):
                 next(stream)
-    assert not stream._thread.is_alive()
 
 
-def test_close_stops_the_thread(tmp_path: Path) -> None:
-    reader = ShardReader(write_pixels(tmp_path), seed=0)
-    stream = BatchStream(reader, batch=8, micro_batch=8, accumulation=1, rank=0, world=1, start_step=0, prefetch=1)
-    next(stream)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_close_ends_the_workers(tmp_path: Path, workers: int) -> None:
+    reader = reader_of(write_pixels(tmp_path), 8)
+    stream = BatchStream(reader, Share(8, 8, 1, 0, 1), start_step=0, prefetch=1, workers=workers)
+    batch, = next(stream)
     stream.close()
     stream.close()
-    assert not stream._thread.is_alive()
+    if workers:
+        assert [worker._process.returncode for worker in stream._workers] == [0, 0]
+    else:
+        assert not stream._workers[0]._thread.is_alive()
+    assert torch.isfinite(batch.x).all()
     with pytest.raises(RuntimeError, match="closed"):
         next(stream)
     with pytest.raises(AssertionError):
-        BatchStream(reader, batch=8, micro_batch=3, accumulation=1, rank=0, world=1, start_step=0)
+        Share(8, 3, 1, 0, 1)
+
+
+def test_a_killed_worker_is_an_error_and_signals_to_stop_are_not_its_own(tmp_path: Path) -> None:
+    stream = BatchStream(reader_of(write_pixels(tmp_path), 24), Share(24, 24, 1, 0, 1), start_step=0, workers=2)
+    with stream:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(stream._workers[0]._process.pid, number)
+        take(stream, 5)
+        os.kill(stream._workers[1]._process.pid, signal.SIGKILL)
+        with pytest.raises(OSError, match="data worker 1 of rank 0 was killed by signal 9"):
+            take(stream, 10)
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    """Also where the parent is killed and closes nothing."""
+    import multiprocessing
+
+    index = write_pixels(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    pids = context.Queue()
+    parent = context.Process(target=_hold_a_stream, args=(index, pids))
+    parent.start()
+    worker = pids.get(timeout=60)
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _hold_a_stream(index: ShardIndex, pids) -> None:
+    stream = BatchStream(reader_of(index, 24), Share(24, 24, 1, 0, 1), start_step=0, workers=1)
+    next(stream)
+    pids.put(stream._workers[0]._process.pid)
+    time.sleep(60)
+
+
+def test_what_is_left_out_is_replaced_by_position_and_nothing_else_moves(tmp_path: Path) -> None:
+    index = write_pixels(tmp_path)
+    plain = reader_of(index, 24).read(range(240))[0]
+    without = {index.shards[4].name: 3}
+    x, _ = reader_of(index, 24, excluded=without).read(range(240))
+    before, after = sample_numbers(plain), sample_numbers(x)
+    assert after[:72] == before[:72] and 40 <= min(n for n in before[:72] if 40 <= n < 50)
+    for old, new in zip(before[72:], after[72:]):
+        assert new == old if not 40 <= old < 50 else not 40 <= new < 50
+    assert_same(global_batches(index, 2, 4, batch=24, world=4, excluded=without),
+                global_batches(index, 2, 4, batch=24, world=1, workers=2, excluded=without))
+    with pytest.raises(ValueError, match="every shard of .* is bad"):
+        reader_of(index, 24, excluded={shard.name: 0 for shard in index.shards})
 
 
 def test_digits_are_real_in_range_and_written_once(tmp_path: Path) -> None:
@@ -330,10 +581,10 @@ def test_digits_are_real_in_range_and_written_once(tmp_path: Path) -> None:
     assert write_digits(tmp_path) == index
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
     assert [shard.count for shard in index.shards] == [200] * 8 + [197]
-    batch = ShardReader(index, seed=0).read(range(1797))
-    assert (float(batch.x.min()), float(batch.x.max())) == (-1.0, 1.0)
-    assert batch.x.shape == (1797, 1, 8, 8)
-    assert np.bincount(batch.y).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    x, y = ShardReader(index, seed=0).read(range(1797))
+    assert (float(x.min()), float(x.max())) == (-1.0, 1.0)
+    assert x.shape == (1797, 1, 8, 8)
+    assert np.bincount(y).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
 def test_digits_refuse_another_data_set(tmp_path: Path) -> None:

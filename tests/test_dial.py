@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.config import TrainConfig, load_config
 from diffmoe.data.digits import DIGITS_META
-from diffmoe.data.shards import Batch, write_shards
+from diffmoe.data.shards import write_shards
+from diffmoe.data.stream import Batch
 from diffmoe.evaluation.capacity_report import NULL, CapacityMeter, CapacityUsed, report_tree, write_report
 from diffmoe.evaluation.generate import generate, generate_everywhere
 from diffmoe.models.dit import DiT, initialize

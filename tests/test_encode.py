@@ -29,8 +29,11 @@ from diffmoe.data import images
 from diffmoe.data.encode_request import Request
 from diffmoe.data.encode_shards import encode
 from diffmoe.data.images import BadImage, center_crop, list_source, read_picture
-from diffmoe.data.shards import ShardIndex, ShardMeta, ShardReader, load_index, write_shards
-from diffmoe.data.tar import read_tar, sha256
+from diffmoe.data.reader import ShardReader
+from diffmoe.data.rows import OpenShard
+from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_shards
+from diffmoe.data.tar import sha256
+from diffmoe.data.values import to_float
 from diffmoe.data.vae import decode_latents, encode_moments, load_vae
 from diffmoe.parallel.groups import Group, build_groups, single_process
 from launcher.environment import detect
@@ -93,10 +96,14 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def stored(index: ShardIndex, flipped: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """All arrays (or the flips') and labels, in the order of the shards."""
-    parts = [read_tar(index.folder / shard.name, count=shard.count, shape=index.shape, dtype=index.dtype,
-                      classes=index.meta.classes, flipped=index.flips) for shard in index.shards]
-    return (np.concatenate([part.flipped if flipped else part.arrays for part in parts]),
-            np.concatenate([part.labels for part in parts]))
+    arrays, labels = [], []
+    for file in index.shards:
+        shard = OpenShard(os.open(index.folder / file.name, os.O_RDONLY), file.name, count=file.count, size=file.bytes,
+                          shape=index.shape, dtype=index.dtype, classes=index.meta.classes, flipped=index.flips)
+        arrays += [shard.array(row, int(flipped)) for row in range(file.count)]
+        labels.append(shard.table.labels)
+        shard.close()
+    return np.stack(arrays), np.concatenate(labels)
 
 
 def cropped(channels: int = 3) -> np.ndarray:
@@ -261,11 +268,11 @@ def test_flips_are_those_of_the_mirrored_picture() -> None:
 def test_the_loader_reads_it() -> None:
     index = load_index(encoded().folder)
     assert index == encoded()
-    batch = ShardReader(index, seed=0, flip=True).read(range(2 * index.count))
-    assert batch.x.shape == (58, 4, 8, 8) and torch.isfinite(batch.x).all()
-    assert sorted(batch.y[:29].tolist()) == [0] * 9 + [1] * 9 + [2] * 11
+    x, y = ShardReader(index, seed=0, flip=True).read(range(2 * index.count))
+    assert x.shape == (58, 4, 8, 8) and np.isfinite(x).all()
+    assert sorted(y[:29].tolist()) == [0] * 9 + [1] * 9 + [2] * 11
     with pytest.raises(ValueError, match=r"latents \(58, 8, 8, 8\) must be \[B, 4, h, w\]"):
-        decode_latents(load_vae(vae_folder()), batch.x.repeat(1, 2, 1, 1), 0.5, 0.25)
+        decode_latents(load_vae(vae_folder()), torch.from_numpy(x).repeat(1, 2, 1, 1), 0.5, 0.25)
 
 
 def test_the_index_says_how_it_was_made() -> None:
@@ -292,6 +299,20 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
     assert (index.meta.scale, index.meta.mean, index.encoding.precision) == (0.3, -1.0, "bf16")
     difference = np.abs(stored(index)[0].astype(float) - stored(encoded())[0])
     assert 0 < difference.mean() < 0.02
+
+
+def test_bf16_storage_is_the_rounded_moments(tmp_path: Path) -> None:
+    index = run(request(tmp_path, storage="bfloat16"))
+    assert load_index(tmp_path) == index and index.dtype == "bfloat16" and index.encoding.storage == "bfloat16"
+    arrays, _ = stored(index)
+    assert arrays.dtype == np.uint16
+    difference = np.abs(to_float(arrays, "bfloat16") - stored(encoded())[0].astype(np.float32))
+    assert 0 < difference.max() < 0.02  # 8 bits of mantissa, moments of the order of 1
+    np.testing.assert_allclose(index.encoding.channel_mean, encoded().encoding.channel_mean, atol=2e-3)
+    x, _ = ShardReader(index, seed=0).read(range(29))
+    np.testing.assert_allclose(x, ShardReader(encoded(), seed=0).read(range(29))[0], atol=0.02)
+    with pytest.raises(ValueError, match=r"storage \(float16\) is not that of"):
+        run(request(tmp_path))
 
 
 def test_bad_autoencoders(tmp_path: Path) -> None:
@@ -325,7 +346,7 @@ def test_pixels_take_the_same_path(tmp_path: Path, channels: int) -> None:
     assert np.array_equal(arrays, cropped(channels))
     np.testing.assert_allclose(index.encoding.channel_mean, arrays.mean((0, 2, 3)), rtol=1e-9)
     np.testing.assert_allclose(index.encoding.channel_std, arrays.std((0, 2, 3)), rtol=1e-9)
-    x = ShardReader(index, seed=0, flip=True).read(range(index.count)).x
+    x, _ = ShardReader(index, seed=0, flip=True).read(range(index.count))
     assert (x.min().item(), x.max().item()) == pytest.approx((-1, 1), abs=1e-6) and x.shape[1] == channels
 
 
@@ -386,7 +407,7 @@ def test_a_shard_without_a_good_picture_is_left_out(tmp_path: Path) -> None:
     out = tmp_path / "out"
     index = run(request(out, source=str(tmp_path / "in"), vae=False, bad_share=0.5, samples_per_shard=2))
     assert "shard-000002.tar" not in [shard.name for shard in index.shards] and not (out / "shard-000002.tar").exists()
-    assert ShardReader(load_index(out), seed=0).read(range(50)).x.shape[0] == 50
+    assert ShardReader(load_index(out), seed=0).read(range(50))[0].shape[0] == 50
 
 
 # ---- going on, ranks, kills

@@ -12,7 +12,7 @@ LAYERS = [
     ["run"],
     ["diffmoe.bench"],  # more of the verb bench, which loads its kinds by name
     ["diffmoe.commands"],
-    ["diffmoe.parity", "diffmoe.huggingface"],
+    ["diffmoe.parity", "diffmoe.huggingface", "diffmoe.bench"],
     ["diffmoe.training"],
     ["diffmoe.evaluation"],
     ["diffmoe.diffusion", "diffmoe.data", "diffmoe.checkpoints"],

@@ -1,1 +1,1 @@
-"""Measurements that ``run.py bench`` makes, one module a kind; contenders are interleaved in one run."""
+"""Measurements side by side in one process: ``run.py bench KIND …``, one module a kind with ``main(arguments) -> int``."""

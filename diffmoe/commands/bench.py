@@ -9,6 +9,7 @@ from launcher.environment import RankEnvironment
 
 KINDS = {
     "checkpoint": "how long a save stalls training and takes, against torch.save of a full state dict",
+    "data": "the loader against plain tar reading, webdataset and one npz an image; resume; host memory",
 }
 
 
@@ -21,5 +22,5 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     kind, rest = arguments[0], arguments[1:]
     if kind not in KINDS:
         raise ValueError(f"bench kind {kind!r} must be one of {', '.join(KINDS)}")
-    one_process("bench", environment)  # it starts its own ranks
+    one_process(f"bench {kind}", environment)
     return importlib.import_module(f"diffmoe.bench.{kind.replace('-', '_')}").main(rest)

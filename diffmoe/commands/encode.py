@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from diffmoe.commands.common import Parser, join, leave
-from diffmoe.data.encode_request import Request
+from diffmoe.data.encode_request import STORAGES, Request
 from launcher.environment import RankEnvironment
 
 
@@ -21,6 +21,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--channels", type=int, default=3, help="1 (grey) or 3")
     parser.add_argument("--vae", help="AutoencoderKL: a folder, or the hub's owner/name")
     parser.add_argument("--precision", default="fp32", help="fp32 or bf16, of the VAE")
+    parser.add_argument("--storage", default="fp16", type=lambda text: STORAGES.get(text, text), help="fp16 or bf16, of the moments")
     parser.add_argument("--scale", type=float, help="x = (z - shift) * scale (default: the VAE's scaling_factor)")
     parser.add_argument("--shift", type=float, help="(default: the VAE's shift_factor)")
     parser.add_argument("--batch", type=int, default=32, help="pictures that pass the VAE together")

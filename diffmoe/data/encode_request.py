@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PRECISIONS = ("fp32", "bf16")
+STORAGES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Request:
     scale: float | None = None
     shift: float | None = None
     classes: int | None = None
+    storage: str = "float16"
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch", "samples_per_shard", "workers"):
@@ -39,6 +41,8 @@ class Request:
             raise ValueError(f"channels ({self.channels}) must be 1 or 3")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision ({self.precision!r}) must be one of {', '.join(PRECISIONS)}")
+        if self.storage not in STORAGES.values():
+            raise ValueError(f"storage ({self.storage!r}) must be one of {', '.join(STORAGES)}")
         if not 0 <= self.bad_share < 1:
             raise ValueError(f"bad_share ({self.bad_share}) must lie in [0, 1)")
         for name in ("scale", "shift"):

@@ -28,6 +28,7 @@ from diffmoe.data.encode_request import Request
 from diffmoe.data.images import BadImage, Source, list_source, read_picture
 from diffmoe.data.shards import INDEX_NAME, Encoding, ShardIndex, ShardMeta, from_json, load_index, write_index
 from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
+from diffmoe.data.values import channel_sums, mean_and_std, to_float
 from diffmoe.data.vae import Vae, encode_moments, load_vae
 from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_together
 from diffmoe.parallel.groups import Group
@@ -174,7 +175,8 @@ def _plan(request: Request, source: Source, vae: Vae | None) -> Plan:
                          mean=vae.shift if request.shift is None else request.shift)
     made_by = ("", "", "", 0) if vae is None else (vae.name, vae.sha256, request.precision, request.batch)
     return Plan(meta, Encoding(source.sha256, len(source.pictures), request.image_size, request.channels, *made_by,
-                               request.samples_per_shard, source.class_names))
+                               request.samples_per_shard, source.class_names,
+                               storage="uint8" if vae is None else request.storage))
 
 
 def _open_folder(folder: Path, plan: Plan) -> dict[int, ShardRecord] | None:
@@ -292,10 +294,11 @@ def _encode_shard(request: Request, plan: Plan, source: Source, vae: Vae | None,
                 print(f"bad image: {skipped[-1]}: {result}", file=sys.stderr, flush=True)
         for i, arrays in zip(window, _to_arrays(request, vae, read), strict=True):
             if arrays is not None:
-                if not all(np.isfinite(array).all() for array in arrays.values()):
-                    raise ValueError(f"image {source.pictures[i].address} has moments that are not finite in fp16")
+                if vae and not all(np.isfinite(to_float(array, request.storage)).all() for array in arrays.values()):
+                    raise ValueError(f"image {source.pictures[i].address} has moments that are not finite in {request.storage}")
                 samples[f"{i:08d}"] = {"npy": arrays["npy"], "cls": source.pictures[i].label, **arrays}
-                sums = sums + sum(_sums(array, plan.meta.kind) for array in arrays.values())
+                sums = sums + sum(channel_sums(to_float(array, plan.encoding.storage), plan.meta.kind)
+                                  for array in arrays.values())
         progress.tick(window.stop - shard.start)
     tar = request.out / _name(number)
     if samples:
@@ -308,7 +311,7 @@ def _encode_shard(request: Request, plan: Plan, source: Source, vae: Vae | None,
 
 
 def _to_arrays(request: Request, vae: Vae | None, read: list[np.ndarray | BadImage]) -> list[dict[str, np.ndarray] | None]:
-    """Each picture's arrays by extension (None: a bad one): uint8 [C, S, S], or fp16 moments [2L, s, s] and the flip's."""
+    """Each picture's arrays by extension (None: a bad one): uint8 [C, S, S], or moments [2L, s, s] and the flip's."""
     if vae is None:
         return [None if isinstance(result, BadImage) else {"npy": result} for result in read]
     # Always the full batch, zeros where no picture is: kernels are chosen by shape, and so neighbours cannot matter.
@@ -317,16 +320,15 @@ def _to_arrays(request: Request, vae: Vae | None, read: list[np.ndarray | BadIma
         if not isinstance(result, BadImage):
             pixels[slot] = result
     x = torch.from_numpy(pixels).to(vae.model.device)
-    moments, flipped = (encode_moments(vae, part).half().cpu().numpy() for part in (x, x.flip(-1)))
+    moments, flipped = (_to_storage(encode_moments(vae, part), request.storage) for part in (x, x.flip(-1)))
     return [None if isinstance(result, BadImage) else {"npy": moments[slot], "flip.npy": flipped[slot]}
             for slot, result in enumerate(read)]
 
 
-def _sums(array: np.ndarray, kind: str) -> np.ndarray:
-    """[2, C]: the channels' sums of expected values and of expected squares; of moments, over the latents' noise too."""
-    values = array.astype(np.float64)
-    mean, std = np.split(values, 2) if kind == "moments" else (values, np.zeros(1))
-    return np.stack([mean.sum((1, 2)), (mean**2 + std**2).sum((1, 2))])
+def _to_storage(moments: torch.Tensor, storage: str) -> np.ndarray:
+    if storage == "float16":
+        return moments.half().cpu().numpy()
+    return moments.bfloat16().cpu().view(torch.int16).numpy().view(np.uint16)  # numpy has no bfloat16
 
 
 def _channels(plan: Plan, vae: Vae | None) -> int:
@@ -338,14 +340,13 @@ def _index(request: Request, plan: Plan, vae: Vae | None, records: dict[int, Sha
     side = plan.encoding.image_size // (1 if vae is None else vae.factor)
     count = sum(record.count for record in ordered)
     values = count * side**2 * (1 if vae is None else 2)
-    total, squares = (np.sum([getattr(record, name) for record in ordered], axis=0) for name in ("total", "squares"))
-    mean = total / values
-    std = np.sqrt(np.maximum(squares / values - mean**2, 0))
-    encoding = replace(plan.encoding, channel_mean=tuple(map(float, mean)), channel_std=tuple(map(float, std)),
+    sums = np.array([np.sum([getattr(record, name) for record in ordered], axis=0) for name in ("total", "squares")])
+    mean, std = mean_and_std(sums, values)
+    encoding = replace(plan.encoding, channel_mean=mean, channel_std=std,
                        skipped=tuple(address for record in ordered for address in record.skipped))
     files = tuple(ShardFile(_name(r.number), r.count, r.bytes, r.sha256) for r in ordered if r.count)
     shape = (_channels(plan, vae) * (1 if vae is None else 2), side, side)
-    return ShardIndex(request.out, plan.meta, shape, "uint8" if vae is None else "float16", vae is not None, count, files,
+    return ShardIndex(request.out, plan.meta, shape, plan.encoding.storage, vae is not None, count, files,
                       encoding)
 
 

@@ -1,6 +1,11 @@
 """Which sample a training position is.
 
-Everything here is a function of (seed, position): nothing depends on ranks, and any position is found without replay.
+Everything here is a function of (seed, position) and of the run's own numbers (batch, streams, window): nothing depends on
+ranks or workers, and any position is found without replay.
+
+A global batch is cut into `streams` equal runs of slots, and every epoch into as many runs of samples, one a stream. So a
+rank, which holds consecutive slots, reads the shards of its own streams and no others, in any layout; and a batch mixes
+samples from all over the data set, whatever order they were written in.
 """
 
 from __future__ import annotations
@@ -19,39 +24,79 @@ def _permutation(use: Use, seed: int, first: int, second: int, size: int) -> np.
 
 
 class SampleOrder:
-    """Training position → (shard, row), from (seed, epoch) alone; every epoch visits every sample exactly once.
+    """Training position → (shard, row); every epoch of sum(counts) positions visits every sample exactly once.
 
-    Shards are permuted by (seed, epoch), joined into windows of `window` shards, and samples permuted inside a window.
+    The shards, permuted by (seed, epoch), are laid end to end and cut into one run a stream, as long as the stream has slots in
+    the epoch. `window` consecutive shards of a run are shuffled together.
+
+    Args:
+        counts: samples of each shard.
+        batch: positions of one step; slot b of a step is position step * batch + b.
+        streams: runs of slots, at most one a slot.
     """
 
-    def __init__(self, counts: Sequence[int], *, seed: int, window: int) -> None:
+    def __init__(self, counts: Sequence[int], *, seed: int, batch: int, streams: int, window: int) -> None:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed ({seed}) must lie in [0, 2^64)")
-        if window < 1:
-            raise ValueError(f"window ({window}) must be at least 1 shard")
-        self._counts, self._seed, self._window = np.asarray(counts, np.int64), seed, window
-        self._total = int(self._counts.sum())
-        # Two of each: a batch may straddle two windows, or two epochs.
+        for name, value, unit in (("batch", batch, "sample"), ("streams", streams, "stream"), ("window", window, "shard")):
+            if value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1 {unit}")
+        self.counts, self.batch, self.window = np.asarray(counts, np.int64), batch, window
+        self._seed, self._total = seed, int(self.counts.sum())
+        self.streams = min(streams, batch)
+        edges = np.arange(self.streams + 1) * batch // self.streams
+        self._first_slot, self._slots = edges[:-1], np.diff(edges)
+        # Two of each: a batch may straddle two epochs, and every stream two windows.
         self._shard_order = lru_cache(2)(self._draw_shard_order)
-        self._window_order = lru_cache(2)(self._draw_window_order)
+        self._stream = lru_cache(2 * self.streams)(self._draw_stream)
+        self._window_order = lru_cache(2 * self.streams)(self._draw_window_order)
 
     def locate(self, position: int) -> tuple[int, int]:
         """Shard number and row in that shard of training position `position` (>= 0)."""
         assert position >= 0, position
-        epoch, offset = divmod(position, self._total)
-        _, starts = self._shard_order(epoch)
-        window = int(np.searchsorted(starts, offset, side="right")) - 1
-        shard, row = self._window_order(epoch, window)[offset - starts[window]]
+        epoch = position // self._total
+        slot = position % self.batch
+        stream = int(np.searchsorted(self._first_slot, slot, side="right")) - 1
+        _, starts, _, before = self._shard_order(epoch)
+        first, size = int(self._first_slot[stream]), int(self._slots[stream])
+        offset = position // self.batch * size + slot - first - int(before[stream])
+        windows, _ = self._stream(epoch, stream)
+        window = int(np.searchsorted(windows, offset, side="right")) - 1
+        shard, row = self._window_order(epoch, stream, window)[offset - windows[window]]
         return int(shard), int(row)
 
-    def _draw_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        order = _permutation(Use.SHARD_ORDER, self._seed, epoch, 0, len(self._counts))
-        before = np.concatenate([[0], np.cumsum(self._counts[order])])
-        return order, before[: -1 : self._window]
+    def streams_of(self, positions: Sequence[int]) -> int:
+        """How many streams these positions belong to."""
+        return len(np.unique(np.searchsorted(self._first_slot, np.asarray(positions) % self.batch, side="right")))
 
-    def _draw_window_order(self, epoch: int, window: int) -> np.ndarray:
-        shards = self._shard_order(epoch)[0][window * self._window : (window + 1) * self._window]
-        counts = self._counts[shards]
-        rows = np.concatenate([np.arange(count) for count in counts])
-        pairs = np.stack([np.repeat(shards, counts), rows], axis=1)
-        return pairs[_permutation(Use.WINDOW_ORDER, self._seed, epoch, window, len(pairs))]
+    def _positions_before(self, position: int) -> np.ndarray:
+        """[streams]: how many of the positions below this one each stream has."""
+        return position // self.batch * self._slots + np.clip(position % self.batch - self._first_slot, 0, self._slots)
+
+    def _draw_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Shards in order; where each begins among the epoch's samples; where each stream's run begins there; positions that
+        each stream had before the epoch."""
+        order = _permutation(Use.SHARD_ORDER, self._seed, epoch, 0, len(self.counts))
+        starts = np.concatenate([[0], np.cumsum(self.counts[order])])
+        before = self._positions_before(epoch * self._total)
+        runs = np.concatenate([[0], np.cumsum(self._positions_before((epoch + 1) * self._total) - before)])
+        return order, starts, runs, before
+
+    def _draw_stream(self, epoch: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each window begins in the stream's run, and the run's pieces [n, 3]: shard, its first row and the row after
+        its last."""
+        order, starts, runs, _ = self._shard_order(epoch)
+        begin, end = runs[stream], runs[stream + 1]
+        first = np.searchsorted(starts, begin, side="right") - 1
+        last = np.searchsorted(starts, end, side="left")
+        pieces = np.stack([order[first:last], np.maximum(begin, starts[first:last]) - starts[first:last],
+                           np.minimum(end, starts[first + 1 : last + 1]) - starts[first:last]], axis=1)
+        lengths = np.concatenate([[0], np.cumsum(pieces[:, 2] - pieces[:, 1])])
+        return lengths[:-1][:: self.window], pieces
+
+    def _draw_window_order(self, epoch: int, stream: int, window: int) -> np.ndarray:
+        pieces = self._stream(epoch, stream)[1][window * self.window : (window + 1) * self.window]
+        shards = np.repeat(pieces[:, 0], pieces[:, 2] - pieces[:, 1])
+        rows = np.concatenate([np.arange(first, last) for _, first, last in pieces])
+        order = _permutation(Use.WINDOW_ORDER, self._seed, epoch, stream << 32 | window, len(rows))
+        return np.stack([shards, rows], axis=1)[order]

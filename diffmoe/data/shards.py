@@ -1,32 +1,25 @@
-"""Shards of samples on disk, and the one order in which training reads them.
-
-A data set is a folder of webdataset tars plus `index.json`, written last: a folder without it is unfinished.
-Training position p (samples seen so far, over the whole run) decides everything about a sample: which one it is, its
-flip, its VAE noise. So the same run reads the same samples on any number of ranks, and resumes anywhere without replay.
-"""
+"""A data set: a place with webdataset tars plus `index.json`, written last: a folder without it is unfinished."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import queue
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 
-from diffmoe.data.order import SampleOrder
-from diffmoe.data.tar import ShardArrays, ShardFile, read_tar, replacing, sha256, write_tar
-from diffmoe.random_streams import Use, philox
+from diffmoe.data.rows import stored_dtype
+from diffmoe.data.sources import is_remote, read_all, resolve
+from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 KINDS = ("pixels", "moments")
+SPREADS = ("std", "logvar")
 T = TypeVar("T")
 _KEY = re.compile(r"(?!__)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")  # webdataset splits names at the first dot, skips __x__
 
@@ -36,17 +29,21 @@ class ShardMeta:
     """What the stored arrays mean.
 
     `kind` "pixels": arrays [C, H, W], x = (array - mean) * scale.
-    `kind` "moments": arrays [2C, H, W] (VAE mean, then VAE standard deviation), x = (mu + std * eps - mean) * scale.
+    `kind` "moments": arrays [2C, H, W] (VAE mean, then VAE standard deviation, or, with `spread` "logvar", the logarithm of
+    its square), x = (mu + std * eps - mean) * scale.
     """
 
     kind: str
     classes: int
     scale: float = 1.0
     mean: float = 0.0
+    spread: str = "std"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind ({self.kind!r}) must be one of {', '.join(KINDS)}")
+        if self.spread not in SPREADS:
+            raise ValueError(f"spread ({self.spread!r}) must be one of {', '.join(SPREADS)}")
         if self.classes < 1:
             raise ValueError(f"classes ({self.classes}) must be at least 1")
         if not (np.isfinite(self.scale) and np.isfinite(self.mean) and self.scale != 0):
@@ -75,11 +72,15 @@ class Encoding:
     channel_mean: tuple[float, ...] = ()
     channel_std: tuple[float, ...] = ()
     skipped: tuple[str, ...] = ()
+    storage: str = "float16"
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """A finished data set. `shape` is the stored array's; `x_shape` is the model input's."""
+    """A finished data set. `shape` is the stored array's; `x_shape` is the model input's.
+
+    `dtype` is numpy's name, or "bfloat16". `place` is where the tars are when that is not `folder`: an address with `{name}`.
+    """
 
     folder: Path
     meta: ShardMeta
@@ -89,21 +90,29 @@ class ShardIndex:
     count: int
     shards: tuple[ShardFile, ...]
     encoding: Encoding | None = None
+    place: str = ""
+
+    def address(self, shard: ShardFile) -> str:
+        """Path or URL of a shard's tar."""
+        return self.place.replace("{name}", shard.name) if self.place else str(self.folder / shard.name)
+
+    @property
+    def where(self) -> str:
+        """The data set's place, for messages."""
+        return self.place or str(self.folder)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that training reads: what the arrays mean, and every shard's count and bytes in order. It does
+        not depend on where the data set lies nor on what its files are called."""
+        content = [asdict(self.meta), list(self.shape), self.dtype, self.flips, [(s.count, s.sha256) for s in self.shards]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def x_shape(self) -> tuple[int, int, int]:
         """Shape [C, H, W] of one training sample."""
         channels, height, width = self.shape
         return (channels // 2 if self.meta.kind == "moments" else channels, height, width)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples in the order of `positions`: x float32 [n, C, H, W], y int64 [n]."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-    positions: tuple[int, ...]
 
 
 def write_shards(
@@ -161,7 +170,7 @@ def write_shards(
 def write_index(index: ShardIndex) -> None:
     """Write `index.json`, which makes the data set in `index.folder` a finished one; atomic, equal indexes equal bytes."""
     record = {"format": FORMAT_VERSION, **asdict(index)}
-    del record["folder"]
+    del record["folder"], record["place"]
     if index.encoding is None:
         del record["encoding"]
     with replacing(index.folder / INDEX_NAME) as stream:
@@ -192,37 +201,66 @@ def _checked_members(sample: tuple, first: tuple, meta: ShardMeta) -> dict[str, 
     return members | ({"flip.npy": np.ascontiguousarray(flip[0])} if flip else {})
 
 
-def load_index(path: str | Path) -> ShardIndex:
-    """Load the index of a data set from its folder (or from its index.json) and check every shard's size.
+def load_index(path: str | Path, index_at: str = "", check_files: bool = True) -> ShardIndex:
+    """The index of a data set; where that is a local one, every shard's size is checked.
+
+    Args:
+        path: its folder, its index.json, or tars of it (path, glob, braces, `pipe:`): then only those. URLs alike.
+        index_at: path or URL of index.json where it does not lie beside the shards.
+        check_files: whether missing shards, or shards of another size, are an error.
 
     Raises:
         ValueError: no such folder, no or malformed index.json, a missing shard, or a shard of another size.
     """
-    path = Path(path)
-    folder = path.parent if path.name == INDEX_NAME else path
-    if not folder.is_dir():
+    place, names = resolve(str(path))
+    remote = is_remote(place)
+    folder = Path() if remote else Path(place).parent
+    index_at = index_at or place.replace("{name}", INDEX_NAME)
+    if not remote and not folder.is_dir():
         raise ValueError(f"data folder ({folder}) does not exist")
-    if not (folder / INDEX_NAME).is_file():
-        raise ValueError(f"data folder ({folder}) has no {INDEX_NAME}: no data set, or unfinished")
+    if not is_remote(index_at) and not Path(index_at).is_file():
+        tars = " (tars of others get one by `run.py inspect-data --write-index`)" if any(folder.glob("*.tar")) else ""
+        raise ValueError(f"data folder ({Path(index_at).parent}) has no {Path(index_at).name}: no data set, or unfinished{tars}")
+    text = read_all(index_at)
     try:
-        record = json.loads((folder / INDEX_NAME).read_text())
-        if record["format"] != FORMAT_VERSION:
-            raise ValueError(f"format ({record['format']}) is not the one this program reads ({FORMAT_VERSION})")
-        shards = tuple(ShardFile(**shard) for shard in record["shards"])
-        index = ShardIndex(folder, ShardMeta(**record["meta"]), tuple(record["shape"]), record["dtype"],
-                           record["flips"], record["count"], shards,
-                           from_json(Encoding, record["encoding"]) if "encoding" in record else None)
-        np.dtype(index.dtype)
-        if len(index.shape) != 3:
-            raise ValueError(f"shape ({index.shape}) must have three numbers, channels first")
-        if index.count != sum(shard.count for shard in shards) or index.count < 1:
-            raise ValueError(f"count ({index.count}) must be positive and the sum over its shards "
-                             f"({sum(shard.count for shard in shards)})")
+        index = _parse(json.loads(text), folder, place if remote else "")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / INDEX_NAME} is malformed: {type(error).__name__}: {error}") from error
-    for shard in shards:
-        _check_shard_file(folder, shard)
+        raise ValueError(f"{index_at} is malformed: {type(error).__name__}: {error}") from error
+    if names is not None:
+        index = _pick(index, names)
+    for shard in index.shards:
+        if Path(shard.name).name != shard.name:
+            raise ValueError(f"{index_at}: shard name ({shard.name!r}) must be a plain file name")
+        if check_files and not remote:
+            _check_shard_file(folder, shard)
     return index
+
+
+def _parse(record: dict, folder: Path, place: str) -> ShardIndex:
+    if record["format"] != FORMAT_VERSION:
+        raise ValueError(f"format ({record['format']}) is not the one this program reads ({FORMAT_VERSION})")
+    shards = tuple(ShardFile(**shard) for shard in record["shards"])
+    index = ShardIndex(folder, ShardMeta(**record["meta"]), tuple(record["shape"]), record["dtype"], record["flips"],
+                       record["count"], shards, from_json(Encoding, record["encoding"]) if "encoding" in record else None, place)
+    stored_dtype(index.dtype)
+    if index.dtype == "bfloat16" and index.meta.kind != "moments":
+        raise ValueError(f"dtype (bfloat16) goes with kind moments, not {index.meta.kind}")
+    if len(index.shape) != 3:
+        raise ValueError(f"shape ({index.shape}) must have three numbers, channels first")
+    if index.count != sum(shard.count for shard in shards) or index.count < 1:
+        raise ValueError(f"count ({index.count}) must be positive and the sum over its shards "
+                         f"({sum(shard.count for shard in shards)})")
+    return index
+
+
+def _pick(index: ShardIndex, names: tuple[str, ...]) -> ShardIndex:
+    """The data set of these shards alone, in the index's order."""
+    strangers = set(names) - {shard.name for shard in index.shards}
+    if strangers:
+        raise ValueError(f"shard {min(strangers)} is not in the index of {index.where}")
+    shards = tuple(shard for shard in index.shards if shard.name in names)
+    made = index.encoding and replace(index.encoding, channel_mean=(), channel_std=())  # those of all shards
+    return replace(index, shards=shards, count=sum(shard.count for shard in shards), encoding=made)
 
 
 def from_json(kind: type[T], record: dict) -> T:
@@ -231,165 +269,8 @@ def from_json(kind: type[T], record: dict) -> T:
 
 
 def _check_shard_file(folder: Path, shard: ShardFile) -> None:
-    if Path(shard.name).name != shard.name:
-        raise ValueError(f"{folder / INDEX_NAME}: shard name ({shard.name!r}) must be a plain file name")
     if not (folder / shard.name).is_file():
         raise ValueError(f"shard {shard.name} is missing from {folder}")
     size = (folder / shard.name).stat().st_size
     if size != shard.bytes:
         raise ValueError(f"shard {shard.name} in {folder} has {size} bytes, its index says {shard.bytes}")
-
-
-class ShardReader:
-    """Reads samples by training position. Not for use by several threads at once.
-
-    Args:
-        index: the data set.
-        seed: fixes order, flips and VAE noise.
-        window: shards mixed together; memory is bounded by 2 * window shards.
-        flip: mirror about half of the samples, each by its position's own coin.
-
-    Raises:
-        ValueError: `flip` asked of moments that were written without flipped ones; later, from `read`, a damaged shard.
-    """
-
-    def __init__(self, index: ShardIndex, *, seed: int, window: int = 8, flip: bool = False) -> None:
-        if flip and index.meta.kind == "moments" and not index.flips:
-            raise ValueError(f"flip (True) needs flipped moments; the data set {index.folder} has none (flips False)")
-        self.index, self.seed, self.window, self.flip = index, seed, window, flip
-        self._order = SampleOrder([shard.count for shard in index.shards], seed=seed, window=window)
-        self._cache: OrderedDict[int, ShardArrays] = OrderedDict()
-        self._verified: set[int] = set()
-
-    def read(self, positions: Sequence[int]) -> Batch:
-        """Samples at `positions` (any integers >= 0, over any epochs): x [n, C, H, W] float32, y [n] int64.
-
-        Raises:
-            ValueError: a shard or member that is missing, damaged or unsafe, by name.
-        """
-        arrays = np.empty((len(positions), *self.index.shape), np.float32)
-        labels = np.empty(len(positions), np.int64)
-        for i, position in enumerate(positions):
-            number, row = self._order.locate(position)
-            shard = self._shard(number)
-            mirrored = self.flip and int(philox(Use.FLIP, self.seed, position).random_raw()) >> 63 == 1
-            if mirrored and shard.flipped is not None:
-                arrays[i] = shard.flipped[row]
-            else:
-                arrays[i] = shard.arrays[row][..., ::-1] if mirrored else shard.arrays[row]
-            labels[i] = shard.labels[row]
-        if self.index.meta.kind == "moments":
-            arrays = self._sample_moments(arrays, positions)
-        x = (arrays - np.float32(self.index.meta.mean)) * np.float32(self.index.meta.scale)
-        return Batch(torch.from_numpy(x), torch.from_numpy(labels), tuple(positions))
-
-    def _sample_moments(self, moments: np.ndarray, positions: Sequence[int]) -> np.ndarray:
-        mean, std = np.split(moments, 2, axis=1)
-        eps = np.empty_like(mean)
-        for i, position in enumerate(positions):
-            generator = np.random.Generator(philox(Use.MOMENTS, self.seed, position))
-            eps[i] = generator.standard_normal(eps.shape[1:], dtype=np.float32)
-        return mean + std * eps
-
-    def _shard(self, number: int) -> ShardArrays:
-        if number in self._cache:
-            self._cache.move_to_end(number)
-            return self._cache[number]
-        file = self.index.shards[number]
-        _check_shard_file(self.index.folder, file)
-        while len(self._cache) >= 2 * self.window:
-            self._cache.popitem(last=False)
-        shard = read_tar(
-            self.index.folder / file.name,
-            count=file.count,
-            shape=self.index.shape,
-            dtype=self.index.dtype,
-            classes=self.index.meta.classes,
-            flipped=self.flip and self.index.flips,
-        )
-        # After reading, so that an error that can name a member does; once a run, since it costs a pass over the file.
-        if number not in self._verified and sha256(self.index.folder / file.name) != file.sha256:
-            raise ValueError(f"shard {file.name} in {self.index.folder}: SHA-256 is not the index's ({file.sha256})")
-        self._verified.add(number)
-        self._cache[number] = shard
-        return shard
-
-
-class BatchStream(Iterator[list[Batch]]):
-    """This rank's micro-batches, step after step without end, read ahead by one background thread.
-
-    Step s is positions [s * batch, (s + 1) * batch); micro-step j of rank r holds `micro_batch` positions from
-    s * batch + j * batch / accumulation + r * micro_batch. An error while reading ahead is raised by `next`.
-
-    Args:
-        reader: used by the background thread alone from here on.
-        start_step: the first step returned; nothing before it is read.
-        prefetch: steps held ready.
-    """
-
-    def __init__(
-        self,
-        reader: ShardReader,
-        *,
-        batch: int,
-        micro_batch: int,
-        accumulation: int,
-        rank: int,
-        world: int,
-        start_step: int,
-        prefetch: int = 2,
-    ) -> None:
-        assert micro_batch * world * accumulation == batch, (micro_batch, world, accumulation, batch)
-        assert 0 <= rank < world and start_step >= 0 and prefetch >= 1, (rank, world, start_step, prefetch)
-        self._reader, self._batch, self._micro_batch = reader, batch, micro_batch
-        self._accumulation, self._rank = accumulation, rank
-        self.step = start_step  # of the micro-batches that `next` returns next
-        self._failure: BaseException | None = None
-        self._stopped = threading.Event()
-        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(prefetch)
-        self._thread = threading.Thread(target=self._work, args=(start_step,), name="batch-stream", daemon=True)
-        self._thread.start()
-
-    def __next__(self) -> list[Batch]:
-        """The next step's `accumulation` micro-batches; raises what the reader raised."""
-        if self._stopped.is_set():
-            raise RuntimeError("this batch stream is closed")
-        item = self._failure or self._ready.get()
-        if isinstance(item, BaseException):
-            self._failure = item
-            raise item
-        self.step += 1
-        return item
-
-    def close(self) -> None:
-        """Stop the thread; harmless when repeated."""
-        self._stopped.set()
-        self._thread.join()
-
-    def __enter__(self) -> BatchStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _positions(self, step: int, micro_step: int) -> range:
-        start = step * self._batch + micro_step * (self._batch // self._accumulation) + self._rank * self._micro_batch
-        return range(start, start + self._micro_batch)
-
-    def _work(self, step: int) -> None:
-        while not self._stopped.is_set():
-            try:
-                item = [self._reader.read(self._positions(step, j)) for j in range(self._accumulation)]
-            except BaseException as error:  # every error belongs to the caller: a thread that dies silently is a hang
-                item = error
-            self._offer(item)
-            if isinstance(item, BaseException):
-                return
-            step += 1
-
-    def _offer(self, item: list[Batch] | BaseException) -> None:
-        while not self._stopped.is_set():
-            try:
-                return self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue

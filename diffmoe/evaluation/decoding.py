@@ -39,7 +39,7 @@ def open_decoder(path: str, config: Config, scale: float | None, shift: float | 
     vae = load_vae(path, device=device)
     own_scale, own_shift = vae.scale, vae.shift
     try:
-        index = load_index(config.data.shards)
+        index = load_index(config.data.shards, config.data.index, check_files=False)
     except ValueError:
         index = None  # sampling elsewhere than training
     if index is not None and index.encoding is not None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe.data.images import EXTENSIONS, BadImage, decode_picture
-from diffmoe.data.shards import INDEX_NAME, ShardReader, load_index
+from diffmoe.data.reader import ShardReader
+from diffmoe.data.shards import INDEX_NAME, load_index
 from diffmoe.data.tar import replacing, sha256
 from diffmoe.evaluation.features import Extractor, to_uint8
 from diffmoe.evaluation.scores import Moments, merge, merge_over, moments_of
@@ -192,8 +193,9 @@ def _open_shards(path: Path) -> ImageSource:
     index = load_index(path)
     if index.meta.kind != "pixels":
         raise ValueError(f"reference shards ({path}) hold {index.meta.kind}, not pixels: latents have no Inception features")
-    reader = ShardReader(index, seed=0, window=1)  # one epoch in any order is every image once
-    return ImageSource(str(path), index.count, lambda start, stop: to_uint8(reader.read(range(start, stop)).x))
+    reader = ShardReader(index, seed=0)  # one epoch in any order is every image once
+    return ImageSource(str(path), index.count,
+                       lambda start, stop: to_uint8(torch.from_numpy(reader.read(range(start, stop))[0])))
 
 
 def _open_npz(path: Path) -> ImageSource:

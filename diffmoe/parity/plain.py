@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.config import Config
-from diffmoe.data.shards import Batch
+from diffmoe.data.stream import Batch
 from diffmoe.diffusion.randomness import training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.layout import rows_taken

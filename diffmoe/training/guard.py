@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.config import Config, TrainConfig
-from diffmoe.data.shards import Batch
+from diffmoe.data.stream import Batch
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import AgreedError, gather_objects
 from diffmoe.parallel.groups import ParallelGroups

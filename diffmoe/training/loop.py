@@ -11,7 +11,10 @@ import torch
 import yaml
 
 from diffmoe.config import Config, config_to_tree
-from diffmoe.data.shards import Batch, BatchStream, ShardReader, load_index
+from diffmoe.data.feed import Feed, open_reader
+from diffmoe.data.reader import ShardReader
+from diffmoe.data.share import Share
+from diffmoe.data.stream import Batch
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.evaluation.generate import generate_everywhere
 from diffmoe.layout import Layout
@@ -23,7 +26,7 @@ from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
 from diffmoe.training.metrics import Meter, Writer
-from diffmoe.training.resume import check_resumable, fingerprint, read_left_out, write_left_out
+from diffmoe.training.resume import check_resumable, read_left_out, write_left_out
 from diffmoe.training.step import StepReport, train_step
 from diffmoe.training.watchdog import Watchdog, watch_layers
 
@@ -91,9 +94,9 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     newest = newest_usable(folder / "checkpoints", groups, say)
     reader, problem, accepted, left_out = None, None, [], []
     try:
-        reader = _open_data(config)
+        reader = open_reader(config)
         if newest is not None:  # before anything of an earlier run is overwritten
-            accepted = check_resumable(newest, config, layout, fingerprint(reader.index))
+            accepted = check_resumable(newest, config, layout, reader.index.fingerprint)
         if groups.rank == 0:
             left_out = read_left_out(folder)
             _write_resolved(config, layout, deepspeed_tree)
@@ -123,24 +126,24 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
     """Trains to the end or to a stop (None), or to a step whose loss spiked, which is returned."""
     config, layout, groups, meter = run.config, run.layout, run.groups, run.meter
-    stream = BatchStream(run.reader, batch=layout.batch, micro_batch=layout.micro_batch, accumulation=layout.accumulation,
-                         rank=groups.rank, world=layout.ranks, start_step=run.done, prefetch=config.data.prefetch)
-    with stream:
+    share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
+    feed = Feed(run.reader, share, groups.world, run.folder, range(run.done, config.train.steps), config.data,
+                pin=run.device.type == "cuda", say=lambda text: _say(groups, text))
+    with feed:
         groups.trace.enter("reading data", run.done)
-        batches, problem = _fetch(stream, run.done < config.train.steps)
-        raise_together(problem, groups.world)
+        batches = feed.first()
         meter.restart_clock()
         while run.done < config.train.steps:
-            # A step ahead: what one rank cannot read must stop all of them, and a step's reduction can still say so.
+            # A step ahead: what one rank cannot read concerns all of them, and a step's reduction can still say so.
             groups.trace.enter("reading data", run.done)
-            upcoming, problem = _fetch(stream, run.done + 1 < config.train.steps)
-            stop, verdict = _step(run, batches, bool(asked) or problem is not None)
+            stop, verdict = _step(run, batches, feed.read_ahead() or bool(asked))
             if verdict == "spike":
                 return run.done
-            batches = upcoming
             run.done += 1
             groups.trace.warm = True
             finished = run.done == config.train.steps
+            stop = stop and feed.settle(bool(asked))
+            batches = feed.take()
             last = stop or finished
             if last or run.done % config.train.log_every == 0:
                 _record(run, last)
@@ -157,7 +160,8 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
                 break
     if run.writer:
         run.writer.close()
-    raise_together(problem, groups.world)
+    if feed.failure:
+        raise feed.failure
     return None
 
 
@@ -231,7 +235,7 @@ def _save(run: Run) -> None:
     """Begins a save of the present state; what became of earlier ones is heard here.  A failed one is tried again when due."""
     run.groups.trace.enter("saving")
     run.saver.save(run.done, run.engine, run.ema, {**run.guard.as_counters(), "updates": run.engine.updates,
-                                                   "data": fingerprint(run.reader.index)})
+                                                   "data": run.reader.index.fingerprint})
     _hear_of_saves(run)
 
 
@@ -256,32 +260,9 @@ def _hear_of_saves(run: Run) -> None:
                              f"{outcome.write_s:.2f} s")
 
 
-def _fetch(stream: BatchStream, wanted: bool) -> tuple[list[Batch] | None, Exception | None]:
-    """The next step's micro-batches, or why this rank cannot read them."""
-    try:
-        return (next(stream) if wanted else None), None
-    except (ValueError, OSError) as error:
-        return None, error
-
-
 def _due(step: int, every: int, last: bool) -> bool:
     """Every ``every`` steps, and at the end; 0 means only at the end."""
     return last or (every > 0 and step % every == 0)
-
-
-def _open_data(config: Config) -> ShardReader:
-    model = config.model
-    if not config.data.shards:
-        raise ValueError("data.shards ('') must name a folder of shards with an index.json")
-    index = load_index(config.data.shards)
-    wanted = (model.channels, model.input_size, model.input_size)
-    if tuple(index.x_shape) != wanted:
-        raise ValueError(f"data.shards ({config.data.shards}) holds samples of shape {tuple(index.x_shape)}; model.channels "
-                         f"and model.input_size make {wanted}")
-    if index.meta.classes != model.classes:
-        raise ValueError(f"data.shards ({config.data.shards}) has {index.meta.classes} classes; model.classes is "
-                         f"{model.classes}")
-    return ShardReader(index, seed=config.run.seed, window=config.data.window, flip=config.data.flip)
 
 
 def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from diffmoe.config import Config, config_to_tree
-from diffmoe.data.shards import INDEX_NAME, ShardIndex
 from diffmoe.layout import Layout
 
 # What may not change: the model, the data and their order, the noise.  Whole sections, then single fields.
 _MEANING_SECTIONS = ("model", "moe", "diffusion")
-_MEANING_FIELDS = ("run.seed", "train.batch", "data.window", "data.flip")
+_MEANING_FIELDS = ("run.seed", "train.batch", "data.streams", "data.window", "data.flip")
 # Resolved to numbers (moe.pool, micro-batches) or about this place only.
 _NO_CHANGE = ("moe.pool", "run.folder")
 _LEFT_OUT = "left_out.json"
@@ -46,11 +44,6 @@ def check_resumable(checkpoint: Any, config: Config, layout: Layout, data: str) 
     if checkpoint.ranks != layout.ranks:
         accepted.append(f"ranks: {checkpoint.ranks} -> {layout.ranks}")
     return accepted
-
-
-def fingerprint(index: ShardIndex) -> str:
-    """What the index says of a data set's contents (every shard's SHA-256 among it), as one hash; not where it lies."""
-    return hashlib.sha256((index.folder / INDEX_NAME).read_bytes()).hexdigest()
 
 
 def read_left_out(folder: Path) -> list[int]:

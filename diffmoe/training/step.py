@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffmoe.config import Config, DiffusionConfig, TrainConfig
 from diffmoe.layout import Layout
-from diffmoe.data.shards import Batch
+from diffmoe.data.stream import Batch
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.randomness import training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss

@@ -1,0 +1,189 @@
+"""What training takes its batches from: a stream, and what the ranks agree on when data cannot be read.
+
+Shards that are left out are a part of the run: `bad_shards.json` in its folder says which, and from which step. From there on
+the positions that fall on them get samples of the other shards, drawn by position. So the order stays a function of position,
+whatever the layout, and a run that goes on later reads the same again. All other samples keep their places.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from diffmoe.config import Config, DataConfig
+from diffmoe.data.cache import Cache
+from diffmoe.data.reader import ShardReader
+from diffmoe.data.rows import BadShard
+from diffmoe.data.share import Share
+from diffmoe.data.shards import load_index
+from diffmoe.data.stream import Batch, BatchStream
+from diffmoe.data.tar import replacing
+from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_together
+from diffmoe.parallel.groups import Group
+
+RECORD_NAME = "bad_shards.json"
+
+
+def open_reader(config: Config) -> ShardReader:
+    """The reader of a run's data. ValueError when it is not there, or does not fit the model."""
+    data, model = config.data, config.model
+    if not data.shards:
+        raise ValueError("data.shards ('') must name a folder of shards with an index.json")
+    index = load_index(data.shards, data.index, check_files=data.on_bad_shard == "stop")
+    wanted = (model.channels, model.input_size, model.input_size)
+    if tuple(index.x_shape) != wanted:
+        raise ValueError(f"data.shards ({data.shards}) holds samples of shape {tuple(index.x_shape)}; model.channels "
+                         f"and model.input_size make {wanted}")
+    if index.meta.classes != model.classes:
+        raise ValueError(f"data.shards ({data.shards}) has {index.meta.classes} classes; model.classes is {model.classes}")
+    return ShardReader(index, seed=config.run.seed, batch=config.train.batch, streams=data.streams, window=data.window,
+                       flip=data.flip, cache=cache_of(data))
+
+
+def cache_of(data: DataConfig) -> Cache:
+    """Where this node holds copies of remote shards."""
+    folder = Path(data.cache) if data.cache else Path(tempfile.gettempdir()) / f"diffmoe-cache-{os.getuid()}"
+    return Cache(folder, int(data.cache_gib * 2**30))
+
+
+class Feed:
+    """The batches of a run's steps, in order, for this rank; a context manager that leaves no worker behind.
+
+    Args:
+        reader: of the data set.
+        share: this rank's positions.
+        group: the ranks that agree.
+        folder: of the run, where shards that are left out are written down.
+        steps: the first step to read and the one after the last.
+        pin: pin memory, for copies to a CUDA device.
+        say: takes a line for the user, on rank 0.
+    """
+
+    def __init__(self, reader: ShardReader, share: Share, group: Group, folder: Path, steps: range, data: DataConfig, *,
+                 pin: bool, say: Callable[[str], None]) -> None:
+        self._reader, self._share, self._group, self._data = reader, share, group, data
+        self._record, self._steps, self._pin, self._say = folder / RECORD_NAME, steps, pin, say
+        self._next = steps.start
+        self._stream: BatchStream | None = None
+        self._upcoming: list[Batch] | None = None
+        self._problem: Exception | None = None
+        self.failure: AgreedError | None = None  # why the run must end, the same on every rank
+
+    def first(self) -> list[Batch] | None:
+        """The first step's micro-batches, or None where there is no step left; collective. Raises AgreedError."""
+        self._agree_on_data()
+        self.read_ahead()
+        self.settle(False)
+        if self.failure:
+            raise self.failure
+        return self.take()
+
+    def read_ahead(self) -> bool:
+        """Reads the step after the one that was taken last, if there is one; whether this rank cannot."""
+        self._upcoming, self._problem = None, None
+        if self._next >= self._steps.stop:
+            return False
+        try:
+            self._stream = self._stream or BatchStream(self._reader, self._share, start_step=self._next, pin=self._pin,
+                                                       workers=self._data.workers, prefetch=self._data.prefetch)
+            self._upcoming = next(self._stream)
+        except (ValueError, OSError) as error:
+            self._problem = error
+        return self._problem is not None
+
+    def take(self) -> list[Batch] | None:
+        """What `read_ahead` read; valid until the second reading after."""
+        self._next += 1
+        return self._upcoming
+
+    def settle(self, asked: bool) -> bool:
+        """Collective, where some rank was `asked` to stop or could not read: whether the run stops here. With
+        `data.on_bad_shard: skip` it goes on without the shards that any rank found bad, from the step that was read ahead."""
+        while True:
+            states = gather_objects((asked, self._bad_shard()), self._group)
+            try:
+                raise_together(None if self._bad_shard() else self._problem, self._group)
+                if any(was_asked for was_asked, _ in states):
+                    return True
+                found = dict(bad for _, bad in states if bad)
+                if not found:
+                    return False
+                self._leave_out(found)
+            except AgreedError as failure:
+                self.failure = failure
+                return True
+            self.read_ahead()
+
+    def _bad_shard(self) -> tuple[str, str] | None:
+        """Name and problem of the shard that this rank may do without."""
+        if self._data.on_bad_shard == "skip" and isinstance(self._problem, BadShard):
+            return self._problem.shard, self._problem.problem
+        return None
+
+    def _leave_out(self, found: dict[str, str]) -> None:
+        entries = self._entries() + [{"shard": name, "step": self._next, "problem": found[name]} for name in sorted(found)]
+        excluded = {entry["shard"]: entry["step"] for entry in entries}
+        lost = sum(shard.count for shard in self._reader.index.shards if shard.name in excluded)
+        total = self._reader.index.count
+        if lost > self._data.bad_share * total:
+            raise AgreedError(f"{len(excluded)} bad shards hold {lost} of {total} samples, more than data.bad_share "
+                              f"({self._data.bad_share}) allows; the last: shard {max(found)}{found[max(found)]}")
+        problem: Exception | None = None
+        try:
+            if self._group.index == 0:
+                with replacing(self._record) as stream:
+                    stream.write(json.dumps(entries, indent=1).encode() + b"\n")
+        except OSError as error:
+            problem = error
+        raise_together(problem, self._group)
+        for name in sorted(found):
+            self._say(f"left out from step {self._next} on: shard {name}{found[name]} ({self._record})")
+        self._read_without(excluded)
+
+    def _read_without(self, excluded: dict[str, int]) -> None:
+        self.close()
+        self._reader = self._reader.without(excluded)
+
+    def _agree_on_data(self) -> None:
+        """The same data set on every rank, and the same shards left out."""
+        problem: Exception | None = None
+        entries: list[dict] = []
+        try:
+            entries = self._entries()
+        except ValueError as error:
+            problem = error
+        raise_together(problem, self._group)
+        prints = gather_objects(self._reader.index.fingerprint, self._group)
+        for rank, other in zip(self._group.ranks, prints):
+            if other != prints[0]:
+                raise AgreedError(f"data.shards ({self._data.shards}): rank {rank} sees another data set ({other[:12]}) than rank "
+                                  f"{self._group.ranks[0]} ({prints[0][:12]})")
+        entries = gather_objects(entries, self._group)[0]
+        if entries:
+            self._say(f"{len(entries)} bad shards are left out, as {self._record} says")
+            self._read_without({entry["shard"]: entry["step"] for entry in entries})
+
+    def _entries(self) -> list[dict]:
+        """Shards left out so far: name, first step without it, and why."""
+        if not self._record.exists():
+            return []
+        try:
+            entries = json.loads(self._record.read_text())
+            return [{"shard": str(e["shard"]), "step": int(e["step"]), "problem": str(e["problem"])} for e in entries]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self._record} is malformed: {type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        """Ends the workers; harmless when repeated."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

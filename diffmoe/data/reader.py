@@ -1,0 +1,227 @@
+"""Samples by training position. No torch here: the loader's processes start without it.
+
+Position p (samples seen so far, over the whole run) decides everything about a sample: which one it is, its flip, its VAE
+noise. So the same run reads the same samples on any number of ranks, and resumes anywhere without replay.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from diffmoe.data.cache import Cache
+from diffmoe.data.order import SampleOrder
+from diffmoe.data.rows import BadShard, OpenShard
+from diffmoe.data.shards import ShardIndex
+from diffmoe.data.sources import again
+from diffmoe.data.tar import ShardFile, sha256
+from diffmoe.data.values import normals, std_of, to_float
+from diffmoe.random_streams import Use, Words, philox
+
+_SETTINGS = ("seed", "batch", "streams", "window", "flip", "cache", "excluded")
+_FETCHES = 8  # at the same time
+
+
+class ShardReader:
+    """Reads samples by training position. Not for use by several threads at once; picklable.
+
+    Args:
+        index: the data set.
+        seed: fixes order, flips and VAE noise.
+        batch, streams, window: see `SampleOrder`.
+        flip: mirror about half of the samples, each by its position's own coin.
+        cache: where copies of remote shards are held; not needed for local ones.
+        excluded: shards by name, each with the step from which its samples are replaced by others, drawn by position.
+
+    Raises:
+        ValueError: `flip` asked of moments that were written without flipped ones; no cache for remote shards; nothing left
+            that is not excluded.
+    """
+
+    def __init__(self, index: ShardIndex, *, seed: int, batch: int = 1, streams: int = 1, window: int = 1, flip: bool = False,
+                 cache: Cache | None = None, excluded: Mapping[str, int] | None = None) -> None:
+        if flip and index.meta.kind == "moments" and not index.flips:
+            raise ValueError(f"flip (True) needs flipped moments; the data set {index.where} has none (flips False)")
+        if index.place and cache is None:
+            raise ValueError(f"the data set {index.where} is remote and needs a cache")
+        self.index, self.seed, self.flip, self.cache = index, seed, flip, cache
+        self.batch, self.streams, self.window = batch, streams, window
+        self.excluded = dict(excluded or {})
+        numbers = {shard.name: number for number, shard in enumerate(index.shards)}
+        self._excluded = {numbers[name]: step for name, step in self.excluded.items() if name in numbers}
+        if len(self._excluded) == len(index.shards):
+            raise ValueError(f"every shard of {index.where} is bad: {', '.join(sorted(self.excluded)[:3])}, …")
+        self._order = SampleOrder([shard.count for shard in index.shards], seed=seed, batch=batch, streams=streams, window=window)
+        self._capacity = 0
+        self._failed: dict[int, Exception] = {}  # of shards that were opened before their row's turn
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._verified: set[int] = set()
+        self._coins, self._noise = Words(Use.FLIP, seed), Words(Use.MOMENTS, seed)
+        self._ahead: ThreadPoolExecutor | None = None
+
+    def __reduce__(self) -> tuple:
+        return _reader, (self.index, {name: getattr(self, name) for name in _SETTINGS})
+
+    def without(self, excluded: Mapping[str, int]) -> ShardReader:
+        """A reader of the same data that leaves out these shards, each from its step on."""
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        return ShardReader(self.index, **(settings | {"excluded": excluded}))
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Shard number and row in it of a position, after exclusions."""
+        number, row = self._order.locate(position)
+        if self._excluded and self._excluded.get(number, 2**63) <= position // self.batch:
+            return self._substitute(position)
+        return number, row
+
+    def _substitute(self, position: int) -> tuple[int, int]:
+        """Some sample of a shard that is good at this position."""
+        counts = self._order.counts.copy()
+        counts[[number for number, step in self._excluded.items() if step <= position // self.batch]] = 0
+        ends = np.cumsum(counts)
+        draw = int(philox(Use.SUBSTITUTE, self.seed, position).random_raw()) % int(ends[-1])
+        number = int(np.searchsorted(ends, draw, side="right"))
+        return number, draw - int(ends[number] - counts[number])
+
+    def read(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Samples at `positions` (any integers >= 0, over any epochs): x float32 [n, C, H, W], y int64 [n]."""
+        x, y = np.empty((len(positions), *self.index.x_shape), np.float32), np.empty(len(positions), np.int64)
+        self.fill(positions, x, y)
+        return x, y
+
+    def fill(self, positions: Sequence[int], x: np.ndarray, y: np.ndarray) -> None:
+        """`read` into given arrays.
+
+        Raises:
+            BadShard: a shard or member that is missing, damaged or unsafe, by name.
+        """
+        meta = self.index.meta
+        shape = self.index.x_shape
+        words = -(-int(np.prod(shape)) // 4)
+        places = [self.locate(position) for position in positions]
+        # What the windows of these positions' streams hold, and one each where a window ends and the next begins.
+        self._capacity = max(self._capacity, self._order.streams_of(positions) * (self.window + 1))
+        self._failed.clear()
+        if self.index.place:
+            self._fetch(dict.fromkeys(number for number, _ in places))
+        for i, (position, (number, row)) in enumerate(zip(positions, places)):
+            shard = self._shard(number)
+            mirrored = self.flip and int(self._coins.at(position, 1)[0]) >> 63 == 1
+            stored = _retried(shard, row, int(mirrored and self.index.flips))
+            y[i] = shard.table.labels[row]
+            if meta.kind == "pixels":
+                np.subtract(stored[..., ::-1] if mirrored else stored, np.float32(meta.mean), out=x[i], dtype=np.float32)
+            else:
+                values = to_float(stored, self.index.dtype)
+                mean, std = values[: shape[0]], std_of(values[shape[0] :], meta.spread)
+                np.multiply(std, normals(self._noise.at(position, words), shape), out=x[i])
+                np.add(mean, x[i], out=x[i])
+                if meta.mean:
+                    np.subtract(x[i], np.float32(meta.mean), out=x[i])
+            np.multiply(x[i], np.float32(meta.scale), out=x[i])
+
+    def fetch_ahead(self, positions: Sequence[int]) -> None:
+        """Begins to bring what these positions need, where it is remote; failures show when the positions are read."""
+        if not self.index.place:
+            return
+        self._ahead = self._ahead or ThreadPoolExecutor(2, thread_name_prefix="fetch-ahead")
+        wanted = {number for number, _ in map(self.locate, positions)} - self._open.keys()
+        for number in wanted:
+            self._ahead.submit(lambda file=self.index.shards[number]: os.close(self.descriptor(file)))
+
+    def _fetch(self, numbers: Iterable[int]) -> None:
+        """Opens the missing ones of these shards, several at a time; what fails is raised at its row's turn."""
+        missing = [number for number in numbers if number not in self._open][: self._capacity]
+        if len(missing) < 2:
+            return
+        self._make_way(len(missing))
+        with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch") as pool:
+            opening = {number: pool.submit(self._open_shard, number) for number in missing}
+        for number, future in opening.items():
+            error = future.exception()
+            if error is None:
+                self._open[number] = future.result()
+            else:
+                self._failed[number] = error
+
+    def _shard(self, number: int) -> OpenShard:
+        if number in self._open:
+            self._open.move_to_end(number)
+        elif number in self._failed:
+            raise self._failed[number]
+        else:
+            self._make_way(1)
+            self._open[number] = self._open_shard(number)
+        return self._open[number]
+
+    def _make_way(self, count: int) -> None:
+        """Closes what was used longest ago, so that there is room for so many more open shards."""
+        while self._open and len(self._open) + count > self._capacity:
+            self._open.popitem(last=False)[1].close()
+        if not self._open:
+            _allow_open_files(self._capacity)
+
+    def _open_shard(self, number: int) -> OpenShard:
+        file = self.index.shards[number]
+        descriptor = self.descriptor(file)
+        try:
+            shard = OpenShard(descriptor, file.name, count=file.count, size=file.bytes, shape=self.index.shape,
+                              dtype=self.index.dtype, classes=self.index.meta.classes, flipped=self.flip and self.index.flips)
+            # Without the rows' own checksums, the whole file's: once a run, since it costs a pass over the file.
+            if shard.scanned and number not in self._verified:
+                if sha256(Path(f"/proc/self/fd/{descriptor}")) != file.sha256:
+                    for row, kind in np.ndindex(shard.table.offsets.shape):
+                        shard.array(row, kind)  # names the member, if it is one that cannot be decoded
+                    raise BadShard(file.name, f" in {self.index.where}: SHA-256 is not the index's ({file.sha256})")
+                self._verified.add(number)
+            return shard
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def descriptor(self, file: ShardFile) -> int:
+        """An open descriptor of a shard's tar, which the caller closes. BadShard where it cannot be had."""
+        address = self.index.address(file)
+        if self.index.place:
+            return self.cache.open(file, address)
+        try:
+            return again(lambda: os.open(address, os.O_RDONLY), address)
+        except FileNotFoundError as error:
+            raise BadShard(file.name, f" is missing from {self.index.where}") from error
+        except OSError as error:
+            raise BadShard(file.name, f" cannot be opened: {error}") from error
+
+    def close(self) -> None:
+        """Closes all files; harmless when repeated."""
+        if self._ahead:
+            self._ahead.shutdown(cancel_futures=True)
+            self._ahead = None
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def _reader(index: ShardIndex, settings: dict) -> ShardReader:
+    return ShardReader(index, **settings)
+
+
+def _retried(shard: OpenShard, row: int, kind: int) -> np.ndarray:
+    try:
+        return again(lambda: shard.array(row, kind), f"shard {shard.name}")
+    except OSError as error:
+        raise BadShard(shard.name, f", row {row}: {error}") from error
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's soft limit of open files where it is in the way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 256  # what else a training process has open
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise ValueError(f"data.streams x data.window need {count} open files; this system allows {hard} (ulimit -Hn)")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,0 +1,79 @@
+"""A rank's share of every step, and what each of its workers fills of it. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffmoe.data.reader import ShardReader
+
+
+@dataclass(frozen=True)
+class Share:
+    """Step s is positions [s * batch, (s + 1) * batch); micro-step j of rank r holds `micro_batch` of them from
+    s * batch + j * batch / accumulation + r * micro_batch."""
+
+    batch: int
+    micro_batch: int
+    accumulation: int
+    rank: int
+    world: int
+
+    def __post_init__(self) -> None:
+        assert self.micro_batch * self.world * self.accumulation == self.batch and 0 <= self.rank < self.world, self
+
+    @property
+    def count(self) -> int:
+        """Samples of this rank in a step."""
+        return self.micro_batch * self.accumulation
+
+    def positions(self, step: int) -> np.ndarray:
+        """[accumulation, micro_batch]."""
+        starts = step * self.batch + np.arange(self.accumulation) * (self.batch // self.accumulation)
+        return starts[:, None] + self.rank * self.micro_batch + np.arange(self.micro_batch)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Worker `number` of `workers`: a run of the rank's slots, and so of its streams."""
+
+    share: Share
+    number: int
+    workers: int
+
+    @property
+    def slots(self) -> slice:
+        count = self.share.count
+        return slice(self.number * count // self.workers, (self.number + 1) * count // self.workers)
+
+    def positions(self, step: int) -> list[int]:
+        """This worker's positions of a step."""
+        return self.share.positions(step).reshape(-1)[self.slots].tolist()
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Room for the samples of some steps in one block of memory: all x (float32), then all y (int64)."""
+
+    slots: int
+    count: int
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return self.slots * self.count * (4 * int(np.prod(self.shape)) + 8) + 64
+
+    def arrays(self, memory: memoryview) -> tuple[np.ndarray, np.ndarray]:
+        """Views of the block: x [slots, count, *shape], y [slots, count]."""
+        values = self.slots * self.count * int(np.prod(self.shape))
+        y_at = -(-4 * values // 64) * 64
+        x = np.frombuffer(memory, np.float32, values).reshape(self.slots, self.count, *self.shape)
+        return x, np.frombuffer(memory, np.int64, self.slots * self.count, y_at).reshape(self.slots, self.count)
+
+
+def fill_step(reader: ShardReader, part: Part, step: int, ahead: int, x: np.ndarray, y: np.ndarray) -> None:
+    """Reads the worker's samples of a step into its slots of that step's [count, …] arrays; brings nearer what step + ahead
+    needs."""
+    reader.fetch_ahead(part.positions(step + ahead))
+    reader.fill(part.positions(step), x[part.slots], y[part.slots])

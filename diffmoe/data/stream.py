@@ -1,0 +1,226 @@
+"""The batches of one rank, step after step, read ahead by a thread or by processes into one block of memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from diffmoe.data.reader import ShardReader
+from diffmoe.data.share import Part, Ring, Share, fill_step
+from diffmoe.data.worker import STOP_SIGNALS
+
+HELD = 2  # steps that the consumer may still look at
+_FETCH_AHEAD = 16  # steps, of remote shards
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples in the order of `positions`: x float32 [n, C, H, W], y int64 [n]."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    positions: tuple[int, ...]
+
+
+class BatchStream(Iterator[list[Batch]]):
+    """This rank's micro-batches, step after step without end. Which samples they are does not depend on `workers`.
+
+    The memory is one block, reused: a step's batches are valid until the second `next` after theirs. On CUDA it is pinned, and
+    workers write where the copy to the device reads.
+
+    Args:
+        reader: used by the workers alone from here on.
+        share: the rank's positions.
+        start_step: the first step returned; nothing before it is read.
+        workers: processes that read; 0: a thread of this one.
+        prefetch: steps held ready.
+        pin: pin the memory, for copies to a CUDA device.
+    """
+
+    def __init__(self, reader: ShardReader, share: Share, *, start_step: int, workers: int = 0, prefetch: int = 2,
+                 pin: bool = False) -> None:
+        assert start_step >= 0 and prefetch >= 1 and workers >= 0, (start_step, prefetch, workers)
+        self._share, self.step = share, start_step  # the step that `next` returns next
+        self._ring = Ring(prefetch + HELD, share.count, reader.index.x_shape)
+        self._memory_file = os.memfd_create("diffmoe-batches")
+        os.ftruncate(self._memory_file, self._ring.bytes)
+        self._memory = mmap.mmap(self._memory_file, self._ring.bytes)
+        x, y = self._ring.arrays(memoryview(self._memory))
+        self._x, self._y = torch.from_numpy(x), torch.from_numpy(y)
+        self._pinned = pin and _pin(self._x, self._ring.bytes)
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._workers: list[_Worker] = []
+        try:
+            for number in range(max(1, workers)):
+                part = Part(share, number, max(1, workers))
+                self._workers.append(_Process(reader, part, self._ring, self._memory_file) if workers else
+                                     _Thread(reader, part, x, y))
+            for step in range(start_step, start_step + prefetch):
+                self._ask(step)
+        except BaseException:
+            self.close()
+            raise
+
+    def __next__(self) -> list[Batch]:
+        """The next step's `accumulation` micro-batches.
+
+        Raises:
+            BadShard: a shard that this step needs is bad; the steps before it were returned.
+            ValueError, OSError: the reader's other errors, and the death of a worker. Once raised, always raised.
+        """
+        if self._closed:
+            raise RuntimeError("this batch stream is closed")
+        if self._failure is None:
+            self._ask(self.step + self._ring.slots - HELD)
+            # All of them, also after a failure: which error is raised is then no matter of which worker was faster.
+            failures = [failure for failure in [worker.wait() for worker in self._workers] if failure is not None]
+            self._failure = failures[0] if failures else None
+        if self._failure is not None:
+            raise self._failure
+        slot, positions = self.step % self._ring.slots, self._share.positions(self.step)
+        self.step += 1
+        size = self._share.micro_batch
+        return [Batch(self._x[slot, j * size : (j + 1) * size], self._y[slot, j * size : (j + 1) * size], tuple(row.tolist()))
+                for j, row in enumerate(positions)]
+
+    def _ask(self, step: int) -> None:
+        for worker in self._workers:
+            worker.ask(step, step % self._ring.slots)
+
+    def close(self) -> None:
+        """Ends the workers; harmless when repeated. Batches stay readable."""
+        if self._closed:
+            return
+        self._closed = True
+        for worker in self._workers:
+            worker.stop()
+        for worker in self._workers:
+            worker.join()
+        if self._pinned:
+            torch.cuda.synchronize()  # copies under way
+            torch.cuda.cudart().cudaHostUnregister(self._x.data_ptr())
+        os.close(self._memory_file)
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _pin(x: torch.Tensor, size: int) -> bool:
+    code = int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), size, 0))
+    if code:
+        print(f"data: memory for batches could not be pinned (CUDA error {code}); copies will wait", file=sys.stderr, flush=True)
+    return code == 0
+
+
+class _Worker(Protocol):
+    """Fills its slots of the steps that it is asked for, in that order."""
+
+    def ask(self, step: int, slot: int) -> None: ...
+
+    def wait(self) -> BaseException | None:
+        """Until the oldest step asked for is filled: why it could not be, or None."""
+
+    def stop(self) -> None: ...
+
+    def join(self) -> None: ...
+
+
+class _Thread:
+    """The worker of this process."""
+
+    def __init__(self, reader: ShardReader, part: Part, x, y) -> None:
+        self._reader, self._part, self._x, self._y = reader, part, x, y
+        self._asked: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name="batch-stream", daemon=True)
+        self._thread.start()
+
+    def ask(self, step: int, slot: int) -> None:
+        self._asked.put((step, slot))
+
+    def wait(self) -> BaseException | None:
+        return self._answers.get()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._asked.put(None)
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (task := self._asked.get()) is not None and not self._stopped:
+            step, slot = task
+            try:
+                fill_step(self._reader, self._part, step, _FETCH_AHEAD, self._x[slot], self._y[slot])
+                self._answers.put(None)
+            except BaseException as error:  # every error belongs to the caller: a thread that dies silently is a hang
+                self._answers.put(error)
+        self._reader.close()
+
+
+class _Process:
+    """A worker in a process of its own: see `worker.py`."""
+
+    def __init__(self, reader: ShardReader, part: Part, ring: Ring, memory_file: int) -> None:
+        self._name = f"data worker {part.number} of rank {part.share.rank}"
+        root = str(Path(__file__).resolve().parent.parent.parent)
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        # What stops a run stops this process, which then ends the worker: the worker's own ear opens once it is deaf to it.
+        kept = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "diffmoe.data.worker", str(memory_file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                pass_fds=[memory_file], env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+        self._send(pickle.dumps((reader, part, ring, _FETCH_AHEAD)))
+
+    def ask(self, step: int, slot: int) -> None:
+        self._send(f"{step} {slot}\n".encode())
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it is dead, and `wait` says so
+
+    def wait(self) -> BaseException | None:
+        try:
+            return pickle.load(self._process.stdout)
+        except (EOFError, pickle.UnpicklingError):
+            code = self._process.wait()
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
+            return ChildProcessError(f"{self._name} {how}")
+
+    def stop(self) -> None:
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass
+
+    def join(self) -> None:
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:  # in the middle of a download
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
