@@ -21,6 +21,7 @@ VERBS = {
     "import": "research weights -> a checkpoint; dense weights -> a mixture",
     "export": "a checkpoint -> research weights or a Hugging Face folder",
     "verify": "the parity table: EP x ZeRO x recompute x accumulation x pool against one process",
+    "bench": "speed and memory: layer, step, sampling, communication",
 }
 
 

@@ -1,0 +1,28 @@
+"""The verb ``bench``: measurements, one module of :mod:`diffmoe.bench` a kind."""
+
+from __future__ import annotations
+
+import importlib
+
+from launcher.environment import RankEnvironment
+
+KINDS = {
+    "moe-layer": "a mixture layer's training pass against the dense MLP, the textbook loop and DeepSpeed's layer",
+    "step": "a whole training step against the dense model's; recompute; cost per token",
+    "sampling": "the mixtures of a sampler at capacity 0.7 against 1.0",
+    "communication": "collectives of a training step by ranks: calls, bytes, time",
+}
+
+
+def main(arguments: list[str], environment: RankEnvironment) -> int:
+    """The verb ``bench``; returns the exit code.  ValueError for bad input."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("run.py bench KIND … (--help after the kind says more):\n"
+              + "\n".join(f"  {kind:13} {text}" for kind, text in KINDS.items()))
+        return 0
+    kind, rest = arguments[0], arguments[1:]
+    if kind not in KINDS:
+        raise ValueError(f"bench kind {kind!r} must be one of {', '.join(KINDS)}")
+    if environment.world > 1:
+        raise ValueError(f"bench starts its own ranks: run it in one process, not in {environment.world}")
+    return importlib.import_module(f"diffmoe.bench.{kind.replace('-', '_')}").main(rest)
