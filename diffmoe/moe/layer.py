@@ -65,9 +65,10 @@ class MoELayer(nn.Module):
         """[B, N, D] -> [B, N, D] and the layer's report.  A token that no expert takes gets zero."""
         x_TD = x_BND.flatten(0, 1)
         route = self._route(x_TD, x_BND.shape[0], rule)
-        rows_RD, meta = dispatch(x_TD, route.routing, self.groups.ep)
-        rows_RD = self.experts(rows_RD, meta.counts)
-        y_TD = combine(rows_RD, self._gate(route), meta, route.routing, len(x_TD), self.groups.ep).to(x_TD.dtype)
+        gate_R = self._gate(route)
+        rows_SD, meta = dispatch(x_TD, route.routing, self.groups.ep)
+        rows_SD = self.experts(rows_SD, meta.place_R, meta.counts, gate_R if meta.here else None)
+        y_TD = combine(rows_SD, gate_R, meta, route.routing, len(x_TD), self.groups.ep)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(x_BND), route.stats
