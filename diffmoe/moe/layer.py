@@ -13,6 +13,7 @@ from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.moe.capacity import CapacityPredictor, Thresholds, predictor_loss
 from diffmoe.moe.dispatch import combine, dispatch
 from diffmoe.moe.experts import Experts, Mlp
+from diffmoe.moe.gating import scores_and_capacity
 from diffmoe.moe.pool import choose
 from diffmoe.moe.routing import (
     Routing, RoutingRule, balance_loss, choose_experts, gate_scores, predicted_counts, predicted_tokens, ragged_routing,
@@ -79,8 +80,10 @@ class MoELayer(nn.Module):
         return route.scores_TE.flatten().gather(0, place)
 
     def _route(self, x_TD: Tensor, samples: int, rule: RoutingRule) -> _Route:
-        scores = gate_scores(x_TD, self.router)
-        logits = self.capacity_predictor(x_TD) if self.family == "diffmoe" else None
+        if self.family == "diffmoe":
+            scores, logits = scores_and_capacity(x_TD, self.router, self.capacity_predictor)
+        else:
+            scores, logits = gate_scores(x_TD, self.router), None
         tokens = len(x_TD) // samples
         pool_tokens = self.pool * tokens
         observed = predicted = balance = None
