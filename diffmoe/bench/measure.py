@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffmoe.evaluation import plots
+from diffmoe.training.engine import import_deepspeed
 
 
 def synchronize(device: torch.device) -> None:
@@ -126,14 +127,12 @@ def peak_bytes(pass_: Callable[[], object], modules: Iterable[nn.Module], device
 
 def surroundings(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, for a record that can be compared."""
-    import deepspeed
-
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         processor = models[0] if models else processor
-    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__,
+    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": import_deepspeed().__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
             "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 

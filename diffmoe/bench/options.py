@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffmoe.commands import Parser
+from diffmoe.commands.common import Parser
 from diffmoe.config import Config, load_config
 from diffmoe.device import local_device
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from diffmoe.commands.common import one_process
 from launcher.environment import RankEnvironment
 
 KINDS = {
@@ -23,6 +24,5 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     kind, rest = arguments[0], arguments[1:]
     if kind not in KINDS:
         raise ValueError(f"bench kind {kind!r} must be one of {', '.join(KINDS)}")
-    if environment.world > 1:
-        raise ValueError(f"bench starts its own ranks: run it in one process, not in {environment.world}")
+    one_process("bench", environment)  # it starts its own ranks
     return importlib.import_module(f"diffmoe.bench.{kind.replace('-', '_')}").main(rest)
