@@ -13,6 +13,7 @@ from diffmoe.config import ModelConfig
 from diffmoe.layout import rows_taken
 from diffmoe.moe.capacity import CapacityPredictor, predictor_loss
 from diffmoe.moe.experts import Mlp
+from diffmoe.moe.routing import gate_scores
 from diffmoe.training.engine import import_deepspeed
 
 
@@ -30,7 +31,7 @@ class TextbookLoop(nn.Module):
         """(output [T, D], predictor loss, K-th largest sigmoids [E]) with all tokens as one pool."""
         (T, D), E = x_TD.shape, len(self.experts)
         K = rows_taken(T, E, capacity)
-        scores = self.router(x_TD.float()).softmax(dim=1)
+        scores = gate_scores(x_TD, self.router.weight)
         gates, chosen = scores.t().topk(K, dim=1)
         rows = torch.cat([gates[i].unsqueeze(1) * expert(x_TD[chosen[i]]) for i, expert in enumerate(self.experts)])
         place = torch.cat([i * T + chosen[i] for i in range(E)])
