@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from diffmoe.bench import measure
 from diffmoe.bench.contenders import TextbookLoop, deepspeed_layer
 from diffmoe.bench.options import bench_parser, sized_config
-from diffmoe.config import Config
+from diffmoe.config import Config, override
 from diffmoe.moe.capacity import CapacityPredictor, predictor_loss
 from diffmoe.moe.experts import Mlp
 from diffmoe.moe.layer import MoELayer
@@ -33,6 +33,7 @@ from diffmoe.parallel.groups import single_process
 
 RULE = RoutingRule("train", 1.0)
 CONTENDERS = ("ours", "dense", "floor", "loop", "deepspeed")
+SWEPT_TOKENS, SWEPT_EXPERTS = (2048, 4096, 16384, 65536), (4, 8, 16, 32, 64)
 
 
 class _Floor(nn.Module):
@@ -134,13 +135,41 @@ def ratios(found: dict[str, dict[str, float]]) -> dict[str, Any]:
     return facts
 
 
+def sweep(config: Config, repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Microseconds a token of our layer, over tokens at the configured experts and over experts at 16,384 tokens."""
+    cases = [(tokens, config.moe.experts) for tokens in SWEPT_TOKENS] + [(16384, experts) for experts in SWEPT_EXPERTS]
+    passes = {}
+    for tokens, experts in dict.fromkeys(cases):
+        samples = tokens // config.model.tokens
+        case = override(config, [f"moe.experts={experts}"])
+        module = build("ours", case, samples, device, dtype)
+        x, dy = (torch.randn(samples, case.model.tokens, case.model.width).to(device, dtype) for _ in range(2))
+        x.requires_grad_()
+        step = partial(training_pass, module, partial(forward, "ours", module, x, None), x, dy)
+        passes[f"{tokens} tokens, {experts} experts"] = step
+    seconds = measure.interleaved(passes, repeats, device)
+    return {name: 1e6 * value / int(name.split()[0]) for name, value in seconds.items()}
+
+
+def _main_of_sweep(options: Any, config: Config, device: torch.device, dtype: torch.dtype) -> int:
+    cost = sweep(config, options.repeats, device, dtype)
+    middle = (max(cost.values()) + min(cost.values())) / 2
+    facts = {"model": options.model, "dtype": options.dtype, "repeats": options.repeats, "microseconds_a_token": cost,
+             "spread": max(cost.values()) / middle - 1, **measure.surroundings(device)}
+    text = measure.table(["layer", "µs a token", "of the middle"], [[name, c, c / middle] for name, c in cost.items()])
+    return measure.report(f"moe_layer_{options.model}_sweep", facts, text, cost, "µs a token, forward + backward", options)
+
+
 def main(arguments: list[str]) -> int:
     """The kind ``moe-layer``; returns the exit code."""
     parser = bench_parser("moe-layer", "Forward and backward of one mixture layer beside dense, loop and DeepSpeed's.")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens, whole samples of the model (default 16384)")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by commas")
+    parser.add_argument("--sweep", action="store_true", help="our layer's cost a token over tokens and experts instead")
     options = parser.parse_args(arguments)
     config, device, dtype = sized_config(options)
+    if options.sweep:
+        return _main_of_sweep(options, config, device, dtype)
     names = tuple(options.only.split(","))
     if not {"ours", "dense"} <= set(names) <= set(CONTENDERS):
         raise ValueError(f"--only ({options.only}) must hold ours and dense, and beside them some of {', '.join(CONTENDERS)}")
