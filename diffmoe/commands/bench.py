@@ -8,6 +8,10 @@ from diffmoe.commands.common import one_process
 from launcher.environment import RankEnvironment
 
 KINDS = {
+    "moe-layer": "a mixture layer's training pass against the dense MLP, the textbook loop and DeepSpeed's layer",
+    "step": "a whole training step against the dense model's; recompute; cost per token",
+    "sampling": "the mixtures of a sampler at capacity 0.7 against 1.0",
+    "communication": "collectives of a training step by ranks: calls, bytes, time",
     "checkpoint": "how long a save stalls training and takes, against torch.save of a full state dict",
     "data": "the loader against plain tar reading, webdataset and one npz an image; resume; host memory",
 }
@@ -22,5 +26,5 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     kind, rest = arguments[0], arguments[1:]
     if kind not in KINDS:
         raise ValueError(f"bench kind {kind!r} must be one of {', '.join(KINDS)}")
-    one_process(f"bench {kind}", environment)
+    one_process("bench", environment)  # it starts its own ranks
     return importlib.import_module(f"diffmoe.bench.{kind.replace('-', '_')}").main(rest)

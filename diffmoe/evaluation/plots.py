@@ -243,3 +243,23 @@ def _tidy(ax: Axes, ylabel: str) -> None:
 def _save(figure: Figure, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png", dpi=_DPI)
+
+
+def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -> None:
+    """Draw one horizontal bar for each name, with its figure, top down in the given order.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError(f"values ({len(values)} of them) must hold at least one bar")
+    figure = Figure(figsize=(8, 1.2 + 0.36 * len(values)), layout="constrained")
+    ax = figure.subplots()
+    drawn = ax.barh(list(values), list(values.values()), color=_BLUE)
+    ax.bar_label(drawn, fmt=" {:.3g}", fontsize=9)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.set_xlabel(unit)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(title, fontsize=12)
+    _save(figure, path)

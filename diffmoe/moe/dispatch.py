@@ -12,6 +12,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from diffmoe.moe.expert_mlp import scaled
 from diffmoe.moe.routing import Routing
 from diffmoe.parallel.collectives import exchange_equal, exchange_rows
 from diffmoe.parallel.groups import Group
@@ -19,50 +20,64 @@ from diffmoe.parallel.groups import Group
 
 @dataclass(frozen=True)
 class Dispatched:
-    """What ``combine`` needs to undo ``dispatch``.
+    """Where experts find their rows, and what ``combine`` needs to undo ``dispatch``.
 
-    ``counts``: rows per local expert, one number when all are equal.  ``by_expert_S``: place of each row, grouped by
-    expert, in the order of arrival; None when nothing was moved."""
+    ``place_R``: each row's place in the tensor that ``dispatch`` returned, rows being grouped by expert.  ``counts``: rows per
+    local expert, one number when all are equal.  ``here``: nothing was moved, so experts gate and add up by themselves."""
 
+    place_R: Tensor
     counts: int | list[int]
-    send: Optional[list[int]]
-    receive: Optional[list[int]]
-    by_expert_S: Optional[Tensor]
+    send: Optional[list[int]] = None
+    receive: Optional[list[int]] = None
+    here: bool = False
 
 
 def dispatch(x_TD: Tensor, routing: Routing, ep: Group) -> tuple[Tensor, Dispatched]:
-    """Tokens [T, D] -> rows [S, D] grouped by this rank's experts."""
-    rows = x_TD.index_select(0, routing.token_R)
+    """Tokens [T, D] -> what this rank's experts read: the tokens themselves with one EP rank, else arrived rows [S, D]."""
     if ep.size == 1:
         counts = routing.each if routing.each is not None else routing.counts_E.tolist()
-        return rows, Dispatched(counts, None, None, None)
+        return x_TD, Dispatched(routing.token_R, counts, here=True)
+    rows = x_TD.index_select(0, routing.token_R)
     local = routing.counts_E.numel() // ep.size
     if routing.each is not None:
         received = routing.counts_E.new_full((ep.size, local), routing.each)
         arrived = exchange_rows(rows, None, None, ep)
-        meta = Dispatched(ep.size * routing.each, None, None, _by_expert(received, len(arrived)))
-    else:
-        sent = routing.counts_E.view(ep.size, local)
-        received = routing.received if routing.received is not None else exchange_equal(sent, ep)
-        # The one host read of a ragged layer: split sizes for the exchange and for the experts.
-        numbers = torch.cat([sent.sum(1), received.sum(1), received.sum(0)]).tolist()
-        send, receive, counts = numbers[:ep.size], numbers[ep.size:2 * ep.size], numbers[2 * ep.size:]
-        arrived = exchange_rows(rows, send, receive, ep)
-        equal = len(set(counts)) == 1
-        meta = Dispatched(counts[0] if equal else counts, send, receive, _by_expert(received, len(arrived)))
-    return arrived.index_select(0, meta.by_expert_S), meta
+        return arrived, Dispatched(_by_expert(received, len(arrived)), ep.size * routing.each)
+    sent = routing.counts_E.view(ep.size, local)
+    received = routing.received if routing.received is not None else exchange_equal(sent, ep)
+    # The one host read of a ragged layer: split sizes for the exchange and for the experts.
+    numbers = torch.cat([sent.sum(1), received.sum(1), received.sum(0)]).tolist()
+    send, receive, counts = numbers[:ep.size], numbers[ep.size:2 * ep.size], numbers[2 * ep.size:]
+    arrived = exchange_rows(rows, send, receive, ep)
+    equal = len(set(counts)) == 1
+    return arrived, Dispatched(_by_expert(received, len(arrived)), counts[0] if equal else counts, send, receive)
 
 
 def combine(rows_SD: Tensor, gate_R: Tensor, meta: Dispatched, routing: Routing, tokens: int, ep: Group) -> Tensor:
     """Rows come home, are scaled by their gate and added up per token in the gate's precision: [T, D].
 
-    The gate multiplies here, where its scores live, so that its gradient needs no communication."""
-    if meta.by_expert_S is not None:
-        arrival = torch.empty_like(meta.by_expert_S)
-        arrival[meta.by_expert_S] = torch.arange(len(arrival), device=arrival.device)
-        rows_SD = exchange_rows(rows_SD.index_select(0, arrival), meta.receive, meta.send, ep)
-    scaled = rows_SD.to(gate_R.dtype) * gate_R.unsqueeze(1)
-    return scaled.new_zeros(tokens, rows_SD.shape[1]).index_add(0, routing.token_R, scaled)
+    The gate multiplies here, where its scores live, so that its gradient needs no communication.  Rows that never left
+    are added up already."""
+    if meta.here:
+        return rows_SD
+    rows_RD = exchange_rows(rows_SD, meta.receive, meta.send, ep)
+    return _WeightedSum.apply(rows_RD, gate_R, routing.token_R, tokens)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """y[token_r] += gate_r * rows_r in the gate's precision, without a copy of the rows in it for backward."""
+
+    @staticmethod
+    def forward(ctx, rows_RD, gate_R, token_R, tokens):
+        ctx.save_for_backward(rows_RD, gate_R, token_R)
+        y = torch.zeros(tokens, rows_RD.shape[1], dtype=gate_R.dtype, device=rows_RD.device)
+        return y.index_add_(0, token_R, rows_RD * gate_R.unsqueeze(1)).to(rows_RD.dtype)
+
+    @staticmethod
+    def backward(ctx, dy_TD):
+        rows_RD, gate_R, token_R = ctx.saved_tensors
+        g = dy_TD.index_select(0, token_R)
+        return scaled(g, gate_R.unsqueeze(1)), (g * rows_RD).sum(1, dtype=gate_R.dtype), None, None
 
 
 def _by_expert(received: Tensor, total: int) -> Tensor:

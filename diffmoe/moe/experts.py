@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import swiglu_hidden
+from diffmoe.moe.expert_mlp import ExpertWeights, expert_mlp
 
 
 class Mlp(nn.Module):
@@ -42,25 +43,12 @@ class Experts(nn.Module):
         else:
             self.gate_weight = nn.Parameter(torch.empty(local, width, inner))
 
-    def forward(self, rows_RD: Tensor, counts: int | list[int]) -> Tensor:
-        """Rows grouped by expert: ``counts`` each (one batched matmul), or ``counts[i]`` for expert i (one after
-        another; an expert without rows still takes part, so that its gradient exists on every rank)."""
-        if isinstance(counts, int):
-            grouped = rows_RD.view(self.local, counts, rows_RD.shape[1])
-            return self._batched(grouped).view(rows_RD.shape)
-        parts = rows_RD.split(counts)
-        return torch.cat([self._one(i, part) for i, part in enumerate(parts)])
+    def forward(self, source_SD: Tensor, place_R: Tensor, counts: int | list[int], gate_R: Optional[Tensor]) -> Tensor:
+        """y[place_r] += gate_r * expert(source[place_r]) over rows grouped by expert, ``counts`` each or ``counts[i]`` for
+        expert i: [S, D] -> [S, D].  See :mod:`diffmoe.moe.expert_mlp`."""
+        return expert_mlp(source_SD, place_R, counts, gate_R, self._weights())
 
-    def _batched(self, x: Tensor) -> Tensor:
+    def _weights(self) -> ExpertWeights:
         if self.activation == "gelu":
-            h = F.gelu(torch.baddbmm(self.fc1_bias.unsqueeze(1), x, self.fc1_weight), approximate="tanh")
-            return torch.baddbmm(self.fc2_bias.unsqueeze(1), h, self.fc2_weight)
-        h = F.silu(torch.bmm(x, self.gate_weight)) * torch.bmm(x, self.fc1_weight)
-        return torch.bmm(h, self.fc2_weight)
-
-    def _one(self, i: int, x: Tensor) -> Tensor:
-        if self.activation == "gelu":
-            h = F.gelu(torch.addmm(self.fc1_bias[i], x, self.fc1_weight[i]), approximate="tanh")
-            return torch.addmm(self.fc2_bias[i], h, self.fc2_weight[i])
-        h = F.silu(x @ self.gate_weight[i]) * (x @ self.fc1_weight[i])
-        return h @ self.fc2_weight[i]
+            return ExpertWeights(((self.fc1_weight, self.fc1_bias),), self.fc2_weight, self.fc2_bias)
+        return ExpertWeights(((self.gate_weight, None), (self.fc1_weight, None)), self.fc2_weight, None)

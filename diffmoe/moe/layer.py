@@ -13,6 +13,7 @@ from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.moe.capacity import CapacityPredictor, Thresholds, predictor_loss
 from diffmoe.moe.dispatch import combine, dispatch
 from diffmoe.moe.experts import Experts, Mlp
+from diffmoe.moe.gating import scores_and_capacity
 from diffmoe.moe.pool import choose
 from diffmoe.moe.routing import (
     Routing, RoutingRule, balance_loss, choose_experts, gate_scores, predicted_counts, predicted_tokens, ragged_routing,
@@ -65,9 +66,10 @@ class MoELayer(nn.Module):
         """[B, N, D] -> [B, N, D] and the layer's report.  A token that no expert takes gets zero."""
         x_TD = x_BND.flatten(0, 1)
         route = self._route(x_TD, x_BND.shape[0], rule)
-        rows_RD, meta = dispatch(x_TD, route.routing, self.groups.ep)
-        rows_RD = self.experts(rows_RD, meta.counts)
-        y_TD = combine(rows_RD, self._gate(route), meta, route.routing, len(x_TD), self.groups.ep).to(x_TD.dtype)
+        gate_R = self._gate(route)
+        rows_SD, meta = dispatch(x_TD, route.routing, self.groups.ep)
+        rows_SD = self.experts(rows_SD, meta.place_R, meta.counts, gate_R if meta.here else None)
+        y_TD = combine(rows_SD, gate_R, meta, route.routing, len(x_TD), self.groups.ep)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(x_BND), route.stats
@@ -78,8 +80,10 @@ class MoELayer(nn.Module):
         return route.scores_TE.flatten().gather(0, place)
 
     def _route(self, x_TD: Tensor, samples: int, rule: RoutingRule) -> _Route:
-        scores = gate_scores(x_TD, self.router)
-        logits = self.capacity_predictor(x_TD) if self.family == "diffmoe" else None
+        if self.family == "diffmoe":
+            scores, logits = scores_and_capacity(x_TD, self.router, self.capacity_predictor)
+        else:
+            scores, logits = gate_scores(x_TD, self.router), None
         tokens = len(x_TD) // samples
         pool_tokens = self.pool * tokens
         observed = predicted = balance = None

@@ -1,0 +1,172 @@
+"""How things are measured: interleaved repeats in one process, medians, bytes kept for backward, real peak."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any, Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffmoe.evaluation import plots
+from diffmoe.training.engine import import_deepspeed
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the GPU; a CPU is always done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int, device: torch.device,
+                warm_up: int = 1) -> dict[str, float]:
+    """Median seconds of each contender.  Every round runs all of them, starting with another one each time, so that a
+    machine that slows down slows all alike."""
+    names = list(contenders)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warm_up, repeats):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            gc.collect()
+            synchronize(device)
+            start = time.perf_counter()
+            contenders[name]()
+            synchronize(device)
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def kept_for_backward(forward: Callable[[], object], modules: Iterable[nn.Module]) -> int:
+    """Bytes that autograd holds after ``forward``: every storage that it saved counted once, weights left out.  The
+    layer's input counts."""
+    weights = {p.untyped_storage().data_ptr() for m in modules for p in (*m.parameters(), *m.buffers())}
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()  # alive until counted, so that no address is used twice
+    total = sum(held.values())
+    del result
+    return total
+
+
+class _Allocations(TorchDispatchMode):
+    """Every storage that an operation returns, from then until it dies.  What a kernel needs inside is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[int, int]] = []  # (number of the storage, bytes: less than 0 when it dies)
+        self.alive: dict[int, int] = {}  # storage's address -> number
+        self._count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and not {_storage(tensor)} & (given | self.alive.keys()):
+                self._born(tensor.untyped_storage())
+        return out
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        number, address, size = self._count, storage._cdata, storage.nbytes()
+        self._count += 1
+        self.alive[address] = number
+        self.events.append((number, size))
+
+        def dies() -> None:
+            self.alive.pop(address, None)
+            self.events.append((number, -size))
+
+        weakref.finalize(storage, dies).atexit = False
+
+    def peak(self, without: Iterable[Tensor]) -> int:
+        """The most bytes alive at once, the storages of ``without`` left out."""
+        left_out = {self.alive.get(_storage(t)) for t in without}
+        now = most = 0
+        for number, size in self.events:
+            now += 0 if number in left_out else size
+            most = max(most, now)
+        return most
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def peak_bytes(pass_: Callable[[], object], modules: Iterable[nn.Module], device: torch.device) -> int:
+    """The most bytes of activations that ``pass_`` holds at once, beyond what was there and what it leaves in weights'
+    gradients.  On a CPU: the tensors that operations return; on a GPU: what the allocator says, gradients taken off at the
+    peak as if all of them were there."""
+    gc.collect()
+    gradients = lambda: [p.grad for module in modules for p in module.parameters() if p.grad is not None]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        pass_()
+        return torch.cuda.max_memory_allocated(device) - before - sum(g.nbytes for g in gradients())
+    with _Allocations() as allocations:
+        pass_()
+    return allocations.peak(gradients())
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, for a record that can be compared."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = models[0] if models else processor
+    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": import_deepspeed().__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+            "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, size: int = 0, seconds: float = 1.0) -> float:
+    """Measured FLOP/s of a large square matmul: what utilisation is a share of."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; floats with three digits."""
+    texts = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in texts]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def report(name: str, facts: Mapping[str, Any], text: str, bars: Mapping[str, float], unit: str, options: Any) -> int:
+    """Prints one JSON line (``--json``) or the table, and with ``--out`` keeps both and a plot there; returns 0."""
+    line = json.dumps({"bench": name, **facts})
+    print(line if options.json else text, flush=True)
+    if options.out:
+        folder = Path(options.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(line + "\n")
+        (folder / f"{name}.md").write_text(f"{text}\n\n`run.py bench {' '.join(sys.argv[2:])}`\n")
+        plots.bars(bars, unit, name.replace("_", " "), folder / f"{name}.png")
+    return 0

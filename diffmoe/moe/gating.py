@@ -1,0 +1,77 @@
+"""Router and capacity predictor of one layer as one pass over its tokens.
+
+Both read the same token, so one matmul serves the router and the predictor's first layer; the predictor sees the token
+detached, so only the router's part goes back into it.  Kept for backward: the token and the first layer's output; the
+activated one is made again.  T tokens, D width, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffmoe.moe.capacity import CapacityPredictor
+
+# On a CPU tokens pass in blocks, whose intermediates stay in the cache.
+_CPU_BLOCK = 2048
+
+
+def scores_and_capacity(x_TD: Tensor, router_ED: Tensor, predictor: CapacityPredictor) -> tuple[Tensor, Tensor]:
+    """(softmax over experts of x W [T, E], the predictor's logits [T, E]), both in fp32 at least.
+
+    The same as ``gate_scores(x, router)`` and ``predictor(x)``.  In bf16 the router's product is taken in fp32, so there the
+    two matmuls stay apart."""
+    first, _, second = predictor
+    scores, capacity = _Gating.apply(x_TD, router_ED, first.weight, first.bias, second.weight, second.bias)
+    return scores.softmax(dim=-1), capacity
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    size = _CPU_BLOCK if x.device.type == "cpu" and not torch.compiler.is_compiling() else max(1, len(x))
+    return [slice(start, start + size) for start in range(0, len(x), size)]
+
+
+class _Gating(torch.autograd.Function):
+    """(router's logits, predictor's logits)."""
+
+    @staticmethod
+    def forward(ctx, x, router, w1, b1, w2, b2):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        T, D, E = len(x), w1.shape[0], router.shape[0]
+        scores, capacity = (torch.empty(T, E, dtype=wide, device=x.device) for _ in range(2))
+        hidden = x.new_empty(T, D)
+        both, bias = torch.cat([w1, router]), torch.cat([b1, b1.new_zeros(E)])
+        for rows in _blocks(x):
+            if wide == x.dtype:
+                z = F.linear(x[rows], both, bias)
+                hidden[rows], scores[rows] = z[:, :D], z[:, D:]
+            else:
+                hidden[rows] = F.linear(x[rows], w1, b1)
+                scores[rows] = F.linear(x[rows].to(wide), router.to(wide))
+            capacity[rows] = F.linear(F.silu(hidden[rows]), w2, b2)
+        ctx.save_for_backward(x, hidden, router, w1, w2)
+        return scores, capacity
+
+    @staticmethod
+    def backward(ctx, d_scores, d_capacity):
+        x, hidden, router, w1, w2 = ctx.saved_tensors
+        wide, D = d_scores.dtype, len(w1)
+        # Sums over blocks are kept wide, whatever the precision of the products.
+        d_both = torch.zeros(D + len(router), x.shape[1], dtype=wide, device=x.device)
+        d_b1, d_w2, d_b2 = (torch.zeros(shape, dtype=wide, device=x.device) for shape in (D, w2.shape, len(w2)))
+        dx = torch.empty_like(x)
+        for rows in _blocks(x):
+            d_out = d_capacity[rows].to(x.dtype)
+            d_w2 += d_out.mT @ F.silu(hidden[rows])
+            d_b2 += d_capacity[rows].sum(0)
+            d_hidden = torch.ops.aten.silu_backward(d_out @ w2, hidden[rows])
+            d_b1 += d_hidden.sum(0, dtype=wide)
+            if wide == x.dtype:
+                d_both.addmm_(torch.cat([d_hidden, d_scores[rows]], dim=1).mT, x[rows])
+            else:
+                d_both[:D] += d_hidden.mT @ x[rows]
+                d_both[D:].addmm_(d_scores[rows].mT, x[rows].to(wide))
+            dx[rows] = d_scores[rows] @ router.to(wide)
+        d_w1, d_router = d_both.split([D, len(router)])
+        return dx, d_router.to(router.dtype), *(g.to(x.dtype) for g in (d_w1, d_b1, d_w2, d_b2))
