@@ -24,7 +24,6 @@ VERBS = {
     "check-checkpoint": "whether checkpoints are whole, bit for bit and tensor by tensor",
     "bench": "measurements side by side: run.py bench KIND",
     "verify": "the parity table: EP x ZeRO x recompute x accumulation x pool against one process",
-    "bench": "speed and memory: layer, step, sampling, communication",
 }
 
 
