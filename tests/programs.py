@@ -144,6 +144,9 @@ class _ForkedProgram(Program):
     def __init__(self, nursery: Nursery, world: int, arguments: Sequence[str]) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="diffmoe-program-")
         self._folder = Path(self._scratch.name)
+        for rank in range(world):
+            (self._folder / f"out{rank}").touch()
+            (self._folder / f"err{rank}").touch()
         pids = nursery.ask({"folder": str(self._folder), "world": world, "arguments": list(map(str, arguments))})
         self.processes = [_Forked(pid, self._folder / f"code{rank}") for rank, pid in enumerate(pids)]
 
@@ -154,8 +157,9 @@ class Nursery:
     For tests that kill ranks over and over.  ``main`` is ``module:function`` in tests/, called in place of run.py's."""
 
     def __init__(self, main: str = "run:main") -> None:
-        self._process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "nursery", main], cwd=REPOSITORY, text=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), start_new_session=True)
+        self._process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "nursery", main], cwd=REPOSITORY,
+                                         env=environment(), start_new_session=True, text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def start(self, world: int, *arguments: str) -> Program:
         return _ForkedProgram(self, world, arguments)

@@ -122,7 +122,8 @@ def bad_steps(folder, stage, bf16, accumulation):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_at_any_zero_stage(tmp_path):
-    """Weights, moments, Adam's count, EMA, thresholds and histograms, on all of 4 ranks; the next step is as if it had not been."""
+    """Weights, moments, Adam's count, EMA, thresholds and histograms, on all of 4 ranks; the next step is as if it had not
+    been."""
     with Ranks(4, timeout=400.0) as ranks:
         for stage, bf16, accumulation in ((0, False, 1), (1, False, 2), (2, False, 1), (3, False, 2), (1, True, 2), (3, True, 1)):
             results = ranks.run(bad_steps, tmp_path / f"{stage}{bf16}", stage, bf16, accumulation)
@@ -131,7 +132,7 @@ def test_a_step_that_is_not_finite_changes_nothing_at_any_zero_stage(tmp_path):
                 assert [applied for applied, _ in found] == [False] * 3, (stage, bf16, rank)
             assert len({str(found) for _, found in results}) == 1, "all ranks say the same"
             places = [place for _, place in results[0][1]]
-            assert places[0] == "first in the output of x_embedder.proj on rank 1" or "x_embedder" in places[0], places
+            assert re.fullmatch(r"first in the output of x_embedder\S* on rank 1", places[0]), places
             assert places[1].endswith("on rank 1"), places
             if stage < 3:
                 assert re.fullmatch(r"first in the gradient of blocks\.1\.mlp\.experts\.\w+ on rank 1", places[2]), places
@@ -142,16 +143,16 @@ def test_skipped_steps_are_counted_recorded_and_the_same_after_a_resume(two_rank
     said, complaint = hear(two_ranks, tiny(tmp_path / "a", *more), math.nan, {2, 5, 6})
     assert complaint == "" and "skipped steps 3" in said
     assert [(e["step"], e["event"]) for e in events(tmp_path / "a")] == [(2, "skipped"), (5, "skipped"), (6, "skipped")]
-    assert re.search(r"loss is nan and gradient norm (inf|nan) at step 5, first in the output of x_embedder\S* on rank 1; skipped, 1 "
-                     "in a row of at most 2", events(tmp_path / "a")[1]["text"])
+    assert re.search(r"loss is nan and gradient norm (inf|nan) at step 5, first in the output of x_embedder\S* on rank 1; "
+                     "skipped, 1 in a row of at most 2", events(tmp_path / "a")[1]["text"])
     assert losses(tmp_path / "a")[3] is None and losses(tmp_path / "a")[4] > 0
     shutil.copytree(tmp_path / "a/checkpoints/step_00000004", tmp_path / "b/checkpoints/step_00000004")
     said, complaint = hear(two_ranks, tiny(tmp_path / "b", *more), math.nan, {2, 5, 6})
     assert complaint == "" and "skipped steps 3" in said
     assert_same_tensors(tmp_path / "a/checkpoints/step_00000008", tmp_path / "b/checkpoints/step_00000008")
     said, complaint = hear(two_ranks, tiny(tmp_path / "c", *more), math.nan, {2, 3, 4})
-    assert re.fullmatch(r"loss is nan .* at step 4, first in .* on rank 1 \(train\.nonfinite_limit \(2\) steps in a row were skipped "
-                        r"before\); the last checkpoint is untouched", complaint)
+    assert re.fullmatch(r"loss is nan .* at step 4, first in .* on rank 1 \(train\.nonfinite_limit \(2\) steps in a row were "
+                        r"skipped before\); the last checkpoint is untouched", complaint)
     assert steps(tmp_path / "c") == [4], "a step that changes nothing can be saved"
 
 
@@ -180,9 +181,11 @@ def test_a_spike_sends_the_run_back_and_leaves_its_batch_out_for_good(two_ranks,
 
 def test_a_spike_before_any_checkpoint_goes_back_to_the_start_and_going_back_has_a_limit(two_ranks, tmp_path):
     said, complaint = hear(two_ranks, tiny(tmp_path / "a", *SPIKES, "train.spike_limit=2"), 60.0, {3, 4, 5, 6})
-    assert complaint == ("the loss spiked at step 5, after train.spike_limit (2) returns to the checkpoint of step 0, each without "
-                         "the step that had spiked: the batches are not what is wrong") or "checkpoint of step 4" in complaint
-    assert events(tmp_path / "a")[1]["text"] == "went back to step_00000000; step 3 is left out from now on"
+    # Without step 3 the run gets to a checkpoint at step 4, to which it then returns for steps 4 and 5.
+    assert complaint == ("the loss spiked at step 6, after train.spike_limit (2) returns to the checkpoint of step 4, each "
+                         "without the step that had spiked: the batches are not what is wrong")
+    assert [e["text"] for e in events(tmp_path / "a") if e["event"] == "went back"] == [
+        f"went back to step_0000000{to}; step {step} is left out from now on" for to, step in ((0, 3), (4, 4), (4, 5))]
 
 
 def report(loss, applied=True):

@@ -58,8 +58,9 @@ class Guard:
         ``spike_limit`` returns there did not help."""
         self.returns = self.returns + 1 if to == self.returned_to else 1
         if self.returns > self.train.spike_limit:
-            raise AgreedError(f"the loss spiked at step {step}, after train.spike_limit ({self.train.spike_limit}) returns to the "
-                              f"checkpoint of step {to}, each without the step that had spiked: the batches are not what is wrong")
+            raise AgreedError(f"the loss spiked at step {step}, after train.spike_limit ({self.train.spike_limit}) returns to "
+                              f"the checkpoint of step {to}, each without the step that had spiked: the batches are not what "
+                              "is wrong")
         self.returned_to, self.rollbacks = to, self.rollbacks + 1
         self.left_out = sorted({*self.left_out, step})
         self.nonfinite, self.losses, self.in_a_row = list(before.nonfinite), list(before.losses), before.in_a_row
@@ -83,9 +84,9 @@ class Guard:
 def find_nonfinite(engine: Engine, batches: Sequence[Batch], config: Config, groups: ParallelGroups, step: int) -> str:
     """Where the first value that is not finite appears, and on which ranks: ``output of blocks.1.mlp on rank 2``.
 
-    Runs the step's samples again, forward and backward, beside the engine: nothing accumulates and nothing is updated.  Outputs of
-    modules come first, in the order of execution; then gradients of those outputs, from the loss downwards; then, below
-    ZeRO 3, gradients of parameters.  All ranks together."""
+    Runs the step's samples again, forward and backward, beside the engine: nothing accumulates and nothing is updated.
+    Outputs of modules come first, in the order of execution; then gradients of those outputs, from the loss downwards; then,
+    below ZeRO 3, gradients of parameters.  All ranks together."""
     groups.trace.enter("looking for what is not finite", step)
     rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
     finds: list[tuple[int, int, str]] = []

@@ -93,7 +93,7 @@ class Meter:
 class Writer:
     """Rank 0's files in the run folder: ``metrics.jsonl``, ``events.jsonl``, TensorBoard scalars and pictures.
 
-    What a disk refuses is said once, on stderr, and does not stop the run; lines wait in memory and are written when they can be."""
+    What a disk refuses is said once, on stderr, and does not stop the run; lines wait in memory until they can be written."""
 
     def __init__(self, folder: Path, total_steps: int, layer_names: list[str]) -> None:
         self.folder, self.total_steps, self.layer_names = folder, total_steps, layer_names
@@ -209,7 +209,8 @@ def read_metrics(path: Path) -> list[dict]:
 def progress_line(record: dict, total: int) -> str:
     """``step 100/1500  loss 0.812  predictor 0.31 (trivial 0.377)  …``"""
     parts = [f"step {record['step']}/{total}"]
-    parts += [f"{name.replace('_', ' ')} {record[name]}" for name in ("skipped_steps", "rollbacks", "failed_saves") if record.get(name)]
+    parts += [f"{name.replace('_', ' ')} {record[name]}" for name in ("skipped_steps", "rollbacks", "failed_saves")
+              if record.get(name)]
     if record["loss"] is None:
         return "  ".join([*parts, "no step counted"])
     parts.append(f"loss {record['loss']:.4f}")

@@ -34,8 +34,8 @@ _DIAL_EVERY = 256
 class StepReport:
     """Global means of one optimizer step.  ``predictor_loss`` is the mean over layers, in nats; ``stop`` says that
     some rank was asked to stop, ``trouble`` that some rank's save has failed; ``applied`` is false where loss or gradient was
-    not finite and the step changed nothing.  All of these are the same on every rank.  ``load``: this rank's tokens by [layer, time bin, expert], with the samples that
-    fell in each bin, on the device: reduced only when somebody looks."""
+    not finite and the step changed nothing.  All of these are the same on every rank.  ``load``: this rank's tokens by
+    [layer, time bin, expert], with the samples that fell in each bin, on the device: reduced only when somebody looks."""
 
     loss: float
     predictor_loss: float

@@ -85,12 +85,14 @@ class Watchdog:
     def __init__(self, groups: ParallelGroups, timeout_s: float) -> None:
         self.groups, self.trace, self.timeout_s = groups, groups.trace, timeout_s
         self.rank, self.world = groups.rank, groups.world.size
-        self.interval = min(5.0, timeout_s / 10) if timeout_s else 5.0
+        self.interval = min(5.0, max(1.0, timeout_s / 20)) if timeout_s else 5.0
         self._mine = Beat(self.rank, socket.gethostname(), os.getpid(), 0, self.trace)
         self._store = self._open_store()
         self._seen: dict[int, _Seen] = {}
         self._rests = (-1, 0.0)  # the main thread's count when it last moved, and when that was
-        self._contact, self._store_error = time.monotonic(), ""  # when the store last answered, and what it said when it did not
+        self._contact = time.monotonic()  # when the store last answered
+        self._store_error = ""
+        self._broken = False
         self._verdict: str | None = None
         self._lost_at: float | None = None
         self._stopping = threading.Event()
@@ -137,6 +139,8 @@ class Watchdog:
                 self._tell()
             except RuntimeError:
                 pass  # the store is gone: the others have noticed
+            if self.rank == 0:
+                time.sleep(2 * self.interval)  # the store may end with this process: the others read it first
         self.stop()
 
     def stop(self) -> None:
@@ -166,8 +170,9 @@ class Watchdog:
                 self._contact = time.monotonic()
             except RuntimeError as error:  # torch's errors of a store
                 self._store_error = f" ({str(error).splitlines()[0][:120]})"
-                if not self._stopping.is_set() and "imeout" not in str(error) and "imed out" not in str(error):
-                    return  # a broken connection does not mend
+                if "imeout" not in str(error) and "imed out" not in str(error):
+                    self._broken = True  # and does not mend
+                    return
 
     def _tell(self) -> None:
         self._mine = replace(self._mine, tick=self._mine.tick + 1, place=self._place())
@@ -218,9 +223,14 @@ class Watchdog:
 
     def _judge_first_rank(self) -> str | None:
         now, first = time.monotonic(), self._seen.get(0)
-        if first is None or now - first.ticked <= self.limit + 2 * self.interval:
-            return None  # it judges the others, so it gets a little longer
-        headline = f"{first.beat.who()} has not answered for {now - first.ticked:.0f} s"
+        if first is None:
+            return None
+        if first.beat.state not in ("", "lost"):
+            headline = f"{first.beat.who()} ended by {first.beat.state}"
+        elif now - first.ticked > self.limit + 2 * self.interval:  # it judges the others, so it gets a little longer
+            headline = f"{first.beat.who()} has not answered for {now - first.ticked:.0f} s"
+        else:
+            return None
         if self.rank > 1:
             return f"rank {self.rank} ends with exit code {EXIT_LOST}: {headline}"
         self._read(range(self.world))
@@ -245,7 +255,8 @@ class Watchdog:
     def _without_store(self) -> str | None:
         """The store has been silent for too long: its process is lost or stopped."""
         silence = time.monotonic() - self._contact
-        if silence < (self.limit if self._lost_at is None else 3.5 * self.interval) + 2 * self.interval:
+        sure = self._broken or self._lost_at is not None
+        if silence < (3.5 * self.interval if sure else self.limit) + 2 * self.interval:
             return None
         by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         first = self._seen[0].beat.who() if 0 in self._seen else "rank 0"
@@ -258,7 +269,8 @@ class Watchdog:
         others = [s for _, s in sorted(self._seen.items()) if s not in first]
         lines = [f"watchdog: {'; '.join(headlines[:_SHOWN])} (run.timeout_s {self.timeout_s:g}); the job ends with exit code "
                  f"{EXIT_LOST}, the same command goes on from the last checkpoint"]
-        lines += [f"  {s.beat.who()}: {'when last heard, ' if s in first else ''}{s.beat.where()}" for s in [*first, *others][:_SHOWN]]
+        heard = [f"  {s.beat.who()}: when last heard, {s.beat.where()}" for s in first]
+        lines += [*heard, *(f"  {s.beat.who()}: {s.beat.where()}" for s in others)][:_SHOWN]
         return "\n".join(lines + [f"  … {len(self._seen) - _SHOWN} more ranks"] * (len(self._seen) > _SHOWN))
 
     def _end(self, text: str) -> None:
@@ -324,13 +336,13 @@ def _pending_collective() -> str:
     dump = getattr(library, "_dump_nccl_trace_json", None) or getattr(library, "_dump_fr_trace_json", None)
     if dump is None:
         return ""
-    record = json.loads(dump(includeCollectives=True, onlyActive=True))
-    waiting = [entry for entry in record.get("entries") or [] if not entry.get("retired")]
-    if not waiting:
-        return ""
-    entry = waiting[0]
-    return (f"unfinished {entry['profiling_name']} {entry['input_sizes']}, number {entry['collective_seq_id']} of group "
-            f"{entry['process_group'][0]}")
+    try:
+        entries = json.loads(dump(includeCollectives=True, onlyActive=True)).get("entries") or []
+        entry = next((entry for entry in entries if not entry.get("retired")), None)
+        return "" if entry is None else (f"unfinished {entry['profiling_name']} {entry['input_sizes']}, number "
+                                         f"{entry['collective_seq_id']} of group {entry['process_group'][0]}")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # private, and another form must not end a run
+        return f"torch's flight recorder is not readable ({type(error).__name__})"
 
 
 def _main_thread_at() -> str:
