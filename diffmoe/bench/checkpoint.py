@@ -22,7 +22,7 @@ from diffmoe.commands.common import Parser
 from diffmoe.config import Config, load_config
 from diffmoe.layout import resolve_layout
 from diffmoe.markdown import table
-from diffmoe.models.dit import DiT
+from diffmoe.models.dit import DiT, initialize
 from diffmoe.parallel.collectives import raise_together
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks
@@ -75,6 +75,7 @@ def _measure(folder: str, config: Config, stage: int, repeats: int) -> tuple[int
     layout = resolve_layout(config, torch.distributed.get_world_size())
     groups = build_groups(layout.ep, layout.pool_ranks)
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups)
+    initialize(model, config.run.seed)
     engine = Engine(model, config, layout, {"zero_optimization": {"stage": stage}}, groups, torch.device("cpu"))
     ema = Ema(engine, config.train.ema_decays)
     savers = {way: Saver(Path(folder) / way.replace(" ", "_"), _with(config, way == "beside training"), layout, groups)
