@@ -311,8 +311,9 @@ def _build(cls: type, tree: Any, path: str) -> Any:
     for key, value in tree.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in hints:
+            prefix = f"{path}." if path else ""
             close = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(hints)}"
+            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(hints)}"
             raise ValueError(f"unknown key {name} (value {value!r}){hint}")
         kind = hints[key]
         values[key] = _build(kind, value, name) if dataclasses.is_dataclass(kind) else _typed(kind, value, name)

@@ -54,7 +54,7 @@ def test_config_py_needs_no_torch():
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("model: {widht: 3}", "unknown key model.widht (value 3); did you mean width?"),
+    ("model: {widht: 3}", "unknown key model.widht (value 3); did you mean model.width?"),
     ("modle: {width: 3}", "unknown key modle (value {'width': 3}); did you mean model?"),
     ("zzz: 1", "unknown key zzz (value 1); known: run, model, moe, diffusion, data, train, parallel, sample"),
     ("model: 3", "model must be a mapping, not 3"),
@@ -155,7 +155,7 @@ def test_overrides_come_last_and_in_order(write):
     (".steps=3", "override '.steps=3' must look like section.field=value"),
     ("train.betas=[1", "override 'train.betas=[1': '[1' is not a YAML value"),
     ("steps=3", "unknown key steps (value 3); known: "),
-    ("train.step=3", "unknown key train.step (value 3); did you mean steps?"),
+    ("train.step=3", "unknown key train.step (value 3); did you mean train.steps?"),
     ("train.steps.more=3", "train.steps = {'more': 3} must be an integer"),
     ("train=3", "train must be a mapping, not 3"),
 ])
@@ -317,6 +317,30 @@ def test_deepspeed_gets_its_own_keys_and_the_yaml_s_numbers():
     assert merged({"zero_optimization": zero, "bf16": None, "fp16": {"enabled": False}}) == {
         "zero_optimization": zero, "train_batch_size": 48, "train_micro_batch_size_per_gpu": 6,
         "gradient_accumulation_steps": 2, "gradient_clipping": 0.5, "steps_per_print": 10**9}
+
+
+BF16_AT_ZERO = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}
+
+
+def test_what_is_merged_is_what_runs():
+    """Nothing is left for the engine to change, so the printed and the written file are the truth."""
+    bf16 = merged(BF16_AT_ZERO)
+    assert bf16["zero_optimization"] == {"stage": 1} and bf16["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert merged({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}})["bf16"] == {"enabled": True}
+    assert merged({"zero_optimization": None})["zero_optimization"] == {"stage": 0}
+    assert "gradient_clipping" not in merged({}), "at ZeRO 0 the engine clips, DeepSpeed must not"
+    for tree in (BF16_AT_ZERO, {}, {"zero_optimization": {"stage": 2}, "train_batch_size": 48}):
+        assert merged(merged(tree)) == merged(tree)
+
+
+def test_what_expert_parallelism_and_bf16_need_is_not_turned_off():
+    refusal = refused(merged, {"bf16": {"enabled": True, "immediate_grad_update": False}})
+    assert refusal.startswith("DeepSpeed's bf16.immediate_grad_update (false) must be true at ZeRO stage 1")
+    for key in ("reduce_scatter", "contiguous_gradients"):
+        tree = {"zero_optimization": {"stage": 2, key: False}}
+        assert merged(tree)["zero_optimization"] == tree["zero_optimization"]
+        assert refused(merged, tree, "parallel.ep=2") == (f"DeepSpeed's zero_optimization.{key} (false) must be true with "
+                                                          "expert parallelism at ZeRO stage 2")
 
 
 def test_equal_values_and_auto_pass():
