@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import time
 
 import torch
+from torch.distributed import Store
 
 # Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity).
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
 
 
 def local_device(local_rank: int, local_world: int) -> torch.device:
-    """This rank's device; selects the GPU (``DS_ACCELERATOR=cpu`` asks for the CPU, as of DeepSpeed).  More ranks than GPUs on a node is a ValueError, on every rank of it."""
+    """This rank's device; selects the GPU (``DS_ACCELERATOR=cpu`` asks for the CPU, as of DeepSpeed).
+
+    Of several visible GPUs each rank of a node takes its own by local rank; where a process sees one (``srun
+    --gpus-per-task=1``), it is that one, and :func:`check_own_gpu` tells whether others see the same.  Fewer visible GPUs
+    than ranks otherwise is a ValueError, on every rank of the node."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_world > torch.cuda.device_count():
-        raise ValueError(f"ranks on this node ({local_world}) must not exceed its GPUs ({torch.cuda.device_count()})")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    visible = torch.cuda.device_count()
+    if 1 < visible < local_world:
+        raise ValueError(f"ranks on this node ({local_world}) must not exceed its GPUs ({visible})")
+    device = torch.device("cuda", local_rank if visible > 1 else 0)
+    torch.cuda.set_device(device)
+    os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of this process's GPU
+    return device
+
+
+def check_own_gpu(device: torch.device, local_rank: int, local_world: int, store: Store) -> None:
+    """Raises ValueError, on all ranks of a node, where two of them have the same GPU.  The ranks of a node wait for each
+    other; ``store`` is that of all ranks."""
+    if device.type == "cpu" or local_world == 1:
+        return
+    node = socket.gethostname()
+    store.set(f"gpu/{node}/{local_rank}", str(torch.cuda.get_device_properties(device).uuid))
+    taken = {store.get(f"gpu/{node}/{rank}") for rank in range(local_world)}
+    if len(taken) < local_world:
+        raise ValueError(f"ranks on this node ({local_world}) must not exceed its GPUs ({len(taken)})")
 
 
 def backend(device: torch.device) -> str:
@@ -34,16 +55,33 @@ def peak_memory_gib(device: torch.device) -> float:
 
 @functools.lru_cache(maxsize=None)
 def peak_flops(device: torch.device) -> tuple[float, str]:
-    """(FLOP/s, where the figure comes from): the data sheet's bf16 peak of a known GPU, else a measured fp32 matmul."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, flops in _PEAKS.items():
-            if known in name:
-                return flops, f"{name} data sheet"
-    a = torch.randn(512, 512, device=device)
+    """(FLOP/s, where the figure comes from): the data sheet's bf16 peak of a known GPU, else :func:`measured_flops` in the
+    precision that training uses there, bf16 on a GPU and fp32 on a CPU."""
+    if device.type == "cpu":
+        return measured_flops(device, torch.float32, 512, 100), "measured fp32 matmul"
+    name = torch.cuda.get_device_name(device)
+    for known, flops in _PEAKS.items():
+        if known in name:
+            return flops, f"{name} data sheet"
+    return measured_flops(device, torch.bfloat16, 8192, 20), f"{name}, measured bf16 matmul"
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int, tries: int) -> float:
+    """FLOP/s of the fastest of ``tries`` square matmuls after a fifth as many that do not count: what a program can reach,
+    below what a data sheet promises.  On a GPU take a size that fills it (8192: 1.1e12 FLOP, half a GB in bf16) and several
+    tries, since clocks rise under load; on a shared CPU many, to find a quiet moment."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(100):  # long enough to find a quiet moment on a shared machine
+    for i in range(-(-tries // 5) + tries):
+        _finish(device)
         start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 512**3 / best, "measured fp32 matmul"
+        torch.mm(a, b)
+        _finish(device)
+        if i >= -(-tries // 5):
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

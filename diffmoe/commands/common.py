@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from diffmoe.checkpoints.reader import Checkpoint
     from diffmoe.models.dit import DiT
 
+_PATIENCE = datetime.timedelta(minutes=30)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaint is a ValueError: one line, on one rank."""
@@ -37,15 +39,19 @@ def join(environment: RankEnvironment) -> torch.device:
     import torch
     import torch.distributed as dist
 
-    from diffmoe.device import backend, local_device
+    from diffmoe.device import backend, check_own_gpu, local_device
 
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one node share its cores; torch would give every one of them all.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment.local_world))
     device = local_device(environment.local_rank, environment.local_world)
-    dist.init_process_group(
-        backend(device), init_method=environment.init_method, rank=environment.rank, world_size=environment.world,
-        timeout=datetime.timedelta(minutes=30), device_id=device if device.type == "cuda" else None)
+    # The store comes first, by itself: NCCL's own words for two ranks on one GPU are not for users.
+    store, _, _ = next(dist.rendezvous(environment.init_method or "env://", environment.rank, environment.world,
+                                       timeout=_PATIENCE))
+    store.set_timeout(_PATIENCE)
+    check_own_gpu(device, environment.local_rank, environment.local_world, store)
+    dist.init_process_group(backend(device), store=dist.PrefixStore("ranks", store), rank=environment.rank, world_size=environment.world,
+                            timeout=_PATIENCE, device_id=device if device.type == "cuda" else None)
     return device
 
 
