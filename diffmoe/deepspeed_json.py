@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: read, checked against the YAML, merged.
+"""The DeepSpeed JSON: read, checked against the YAML, merged, resolved to what runs.
 
 The JSON owns ZeRO, precision, communication and offload; the YAML owns batch, clipping, optimizer and schedule.
 """
@@ -54,7 +54,8 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
-    """The dict that ``deepspeed.initialize`` gets: the JSON plus the numbers that the YAML owns.
+    """The dict that ``deepspeed.initialize`` gets, to the last key: the JSON plus the numbers that the YAML owns, and what
+    DeepSpeed 0.19.8 must be told to train right.  Merging the result again changes nothing.
 
     Raises ValueError for unknown keys, for a number named twice with different values and for what this trainer
     does not support (fp16, ZeRO stages outside 0-3)."""
@@ -78,13 +79,39 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
             close = difflib.get_close_matches(key, [*_PASSED, *owned], n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"unknown key {key} (value {value!r}) in the DeepSpeed JSON{hint}")
-    for key in ("bf16", "data_types"):
-        _block(tree, key)
-    zero = _block(tree, "zero_optimization")
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise ValueError(f"DeepSpeed's zero_optimization.stage ({zero['stage']}) must be 0, 1, 2 or 3")
+    _block(tree, "data_types")
+    if zero_stage(tree) not in (0, 1, 2, 3):
+        raise ValueError(f"DeepSpeed's zero_optimization.stage ({zero_stage(tree)}) must be 0, 1, 2 or 3")
     passed = {key: value for key, value in tree.items() if key in _PASSED and value is not None}
-    return {"steps_per_print": 10**9, **passed, **owned}
+    return _resolve({"steps_per_print": 10**9, **passed, **owned}, expert_parallel=layout.ep > 1)
+
+
+def zero_stage(tree: dict) -> int:
+    """The ZeRO stage that a DeepSpeed JSON names; 0 where it names none."""
+    return _block(tree, "zero_optimization").get("stage", 0)
+
+
+def _resolve(tree: dict, expert_parallel: bool) -> dict:
+    zero, bf16 = {"stage": 0, **_block(tree, "zero_optimization")}, _block(tree, "bf16")
+    if bf16.get("enabled"):
+        # Fp32 masters need a home that can be checkpointed by name; ZeRO 1 is the least that gives them one.
+        zero["stage"] = max(1, zero["stage"])
+        if zero["stage"] == 1:
+            # With fp32 accumulation DeepSpeed 0.19.8 adds a micro-batch's bf16 gradient to its fp32 sum after every
+            # micro-batch without clearing it, so that early ones count twice; updating at once is right.
+            if not bf16.get("immediate_grad_update", True):
+                raise ValueError("DeepSpeed's bf16.immediate_grad_update (false) must be true at ZeRO stage 1, where "
+                                 "fp32 accumulation goes wrong without it")
+            tree = {**tree, "bf16": {**bf16, "immediate_grad_update": True}}
+    if expert_parallel and zero["stage"] in (1, 2):
+        for key in ("reduce_scatter", "contiguous_gradients"):
+            if zero.get(key) is False:
+                raise ValueError(f"DeepSpeed's zero_optimization.{key} (false) must be true with expert parallelism "
+                                 f"at ZeRO stage {zero['stage']}")
+    if zero["stage"] == 0:
+        # DeepSpeed's own clipping at stage 0 forgets experts on other ranks; the engine clips by itself, to train.clip.
+        tree = {key: value for key, value in tree.items() if key != "gradient_clipping"}
+    return {**tree, "zero_optimization": zero}
 
 
 def _block(tree: dict, key: str) -> dict:

@@ -7,7 +7,7 @@ import yaml
 
 from diffmoe.commands.common import Parser, join, leave
 from diffmoe.config import Config, config_to_tree, load_config
-from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed, zero_stage
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.models.count import count
 from launcher.environment import RankEnvironment
@@ -32,6 +32,9 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     merged = merge_deepspeed(deepspeed_tree, config, layout)
     if environment.rank == 0:
         print(describe(config, layout, merged, complete=options.dry_run), flush=True)
+        if zero_stage(deepspeed_tree) != zero_stage(merged):
+            print(f"note: bf16 at ZeRO {zero_stage(deepspeed_tree)} has no fp32 masters that could be checkpointed; it runs as "
+                  f"ZeRO {zero_stage(merged)}", flush=True)
     if options.dry_run:
         return 0
     from diffmoe.parallel.groups import build_groups
@@ -44,10 +47,10 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
 
 def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: bool) -> str:
-    """What is about to run: sizes, batch arithmetic, pool; with ``complete`` the whole resolved configuration."""
+    """What is about to run: sizes, batch arithmetic, pool; with ``complete`` the whole resolved configuration.
+    ``deepspeed_tree``: the merged one."""
     model, moe = config.model, config.moe
     counts = count(model, moe)
-    zero = deepspeed_tree.get("zero_optimization", {}).get("stage", 0)
     precision = "bf16, fp32 masters" if deepspeed_tree.get("bf16", {}).get("enabled") else "fp32"
     lines = []
     if complete:
@@ -61,5 +64,5 @@ def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: boo
         lines.append(f"experts  {moe.experts} over {layout.ep} expert-parallel ranks, in {layout.ranks // layout.ep} copies")
         lines.append(f"pool     {layout.pool} samples = {layout.pool * model.tokens} tokens (moe.pool: {moe.pool}), "
                      f"held by {layout.pool_ranks} rank{'s' * (layout.pool_ranks > 1)}")
-    lines.append(f"engine   ZeRO {zero}, {precision}, recompute {config.parallel.recompute}")
+    lines.append(f"engine   ZeRO {zero_stage(deepspeed_tree)}, {precision}, recompute {config.parallel.recompute}")
     return "\n".join(lines)

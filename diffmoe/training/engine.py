@@ -68,7 +68,7 @@ class Engine:
         self.expert_parallel = groups.ep.size > 1
         tree, error = {}, None
         try:
-            tree = _effective_deepspeed(merge_deepspeed(deepspeed_tree, config, layout), self.expert_parallel)
+            tree = merge_deepspeed(deepspeed_tree, config, layout)
             offload = (tree["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") == "cpu"
             self._adam = _build_optimizer(self._parameter_groups(), config.train, device, offload)
         except ValueError as problem:
@@ -341,29 +341,6 @@ def _marker(experts: int, ep, name: str) -> nn.Module:
             """The groups are registered already."""
 
     return ExpertMarker()
-
-
-def _effective_deepspeed(tree: dict, expert_parallel: bool) -> dict:
-    zero = dict(tree.get("zero_optimization") or {})
-    stage = zero.setdefault("stage", 0)
-    if stage == 0 and (tree.get("bf16") or {}).get("enabled"):
-        # Fp32 masters need a home; ZeRO 1 is the least that gives them one.
-        zero["stage"] = stage = 1
-        if dist.get_rank() == 0:
-            print("DeepSpeed: bf16 at ZeRO 0 has no fp32 masters that can be checkpointed; running as ZeRO 1")
-    if stage == 1 and (tree.get("bf16") or {}).get("enabled"):
-        # With fp32 accumulation DeepSpeed 0.19.8 adds a micro-batch's bf16 gradient to its fp32 sum after every
-        # micro-batch without clearing it, so that early ones count twice; updating at once is right.
-        tree = {**tree, "bf16": {**tree["bf16"], "immediate_grad_update": True}}
-    if expert_parallel and stage in (1, 2):
-        for key in ("reduce_scatter", "contiguous_gradients"):
-            if zero.get(key) is False:
-                raise ValueError(f"DeepSpeed's zero_optimization.{key} (false) must be true with expert parallelism "
-                                 f"at ZeRO stage {stage}")
-    if stage == 0:
-        # DeepSpeed's own clipping at stage 0 forgets experts on other ranks; Engine clips.
-        tree = {**tree, "gradient_clipping": 0.0}
-    return {**tree, "zero_optimization": zero}
 
 
 def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool):
