@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from diffmoe.config import Config, load_config
 from diffmoe.data.digits import write_digits
 from diffmoe.commands import evaluate as command
 from diffmoe.evaluation import evaluate as evaluation
-from diffmoe.evaluation.card import Card, Scores, card_from_json, versions
+from diffmoe.evaluation.card import Card, Scores, card_from_json, commit, versions
 from diffmoe.evaluation.evaluate import SAMPLES_NAME, Subject, class_labels, evaluate
 from diffmoe.evaluation.decoding import Decoder
 from diffmoe.evaluation.features import (
@@ -609,13 +610,36 @@ def test_card_names_everything_that_moves_the_score(tmp_path: Path) -> None:
     assert (card.cfg, card.sampler, card.steps, card.seed) == (config.sample.cfg, config.sample.sampler, 2, 0)
     assert card.sampling["tolerance"] == config.sample.tolerance and "tolerance 0.0001" in (tmp_path / "card.md").read_text()
     assert (card.reference, card.reference_count, card.extractor_sha256) == ("noise", 50, "tiny-4")
-    assert set(card.versions) == {"diffmoe", "python", "torch", "deepspeed", "numpy"} and card.versions == versions()
+    assert set(card.versions) == {"diffmoe", "commit", "python", "torch", "deepspeed", "numpy"} and card.versions == versions()
     text = (tmp_path / "card.md").read_text()
-    assert f"| FID ↓ | {card.scores.fid:.4f} |" in text and "over 1 splits" in text
+    assert f"| FID ↓ | {card.scores.fid:.4f} |" in text
+    assert f"| Inception Score ↑ | {card.scores.inception_score:.4f} over 1 split |" in text, "one split has no spread"
+    assert " over 3 splits |" in dataclasses.replace(card, splits=3).to_markdown()
     for field in dataclasses.fields(card):
         assert field.name == "scores" or f"| {field.name.replace('_', ' ')} |" in text
     with pytest.raises(ValueError, match="not a score card"):
         card_from_json('{"scores": {"fid": 1}}')
+
+
+def test_a_card_knows_the_commit_it_was_made_with(tmp_path: Path) -> None:
+    assert commit(tmp_path) is None, "no checkout"
+    (tmp_path / ".git").mkdir()
+    assert commit(tmp_path) is None, "a folder that git does not take for one of its own"
+    (tmp_path / ".git").rmdir()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    (tmp_path / "new.txt").write_text("not tracked")
+    assert commit(tmp_path) == head
+    subprocess.run([*git, "add", "new.txt"], check=True)
+    assert commit(tmp_path) == head + "+changes"
+
+
+def test_no_git_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit(tmp_path) is None
 
 
 def test_the_verb_scores_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

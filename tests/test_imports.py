@@ -20,7 +20,7 @@ LAYERS = [
     ["diffmoe.parallel"],
     ["diffmoe.deepspeed_json"],
     ["diffmoe.layout"],
-    ["diffmoe.config", "diffmoe.device", "diffmoe.markdown", "diffmoe.random_streams"],
+    ["diffmoe.config", "diffmoe.device", "diffmoe.markdown", "diffmoe.progress", "diffmoe.random_streams"],
     ["diffmoe", "launcher"],
 ]
 HEIGHT = {entry: -i for i, entries in enumerate(LAYERS) for entry in entries}

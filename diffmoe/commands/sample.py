@@ -27,7 +27,6 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("overrides", nargs="*", metavar="sample.field=value")
     options = parser.parse_intermixed_args(arguments)
     import numpy as np
-    import torch
 
     from diffmoe.checkpoints.reader import Checkpoint
     from diffmoe.evaluation.capacity_report import CapacityMeter, write_report
@@ -61,13 +60,11 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         problem = error
     raise_together(problem, groups.world)
     model.to(device).eval()
+    decode = None if decoder is None else lambda latents: decoder.function(latents).float() / 127.5 - 1
     images = generate_everywhere(model, config, labels, groups.world, device, progress=environment.rank == 0,
-                                 meter=meter)
+                                 meter=meter, decode=decode)
     used = None if meter is None else meter.merged(groups.world)
     if environment.rank == 0:
-        if decoder is not None:
-            parts = images.split(config.sample.batch)
-            images = torch.cat([decoder.function(part).float() / 127.5 - 1 for part in parts])
         np.savez(npz, images=images.numpy(), labels=np.array(labels))
         shown = images[: 10 * config.sample.columns].numpy()
         image_grid(shown, config.sample.columns, png)

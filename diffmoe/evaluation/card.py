@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +90,8 @@ class Card:
             value = getattr(self.scores, field)
             shown = "not measured" if value is None else f"{value:.4f}"
             if field == "inception_score" and value is not None:
-                shown += f" ± {self.scores.inception_score_std:.4f} over {self.splits} splits"
+                spread = f" ± {self.scores.inception_score_std:.4f} over {self.splits} splits"
+                shown += spread if self.splits > 1 else " over 1 split"
             scores.append((name, shown))
         settings: list[tuple[str, str | None]] = []
         for field in dataclasses.fields(self):
@@ -123,14 +125,28 @@ def write_card(card: Card, folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that can move a score ("absent" where not installed)."""
-    found = {"diffmoe": diffmoe.__version__, "python": platform.python_version()}
+    """Versions of this package, Python and the libraries that can move a score ("absent" where not installed), and the
+    commit of a git checkout that this runs from."""
+    found = {"diffmoe": diffmoe.__version__, "commit": commit() or "unknown", "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "absent"
     return found
+
+
+def commit(checkout: Path = Path(diffmoe.__file__).parent.parent) -> str | None:
+    """The commit that is checked out in a folder, with "+changes" where tracked files differ from it; None where the folder
+    is no checkout or git is not there."""
+    if not (checkout / ".git").exists():  # else git would look further up: an installed package in somebody's project
+        return None
+    try:
+        said = [subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True, timeout=30, check=True).stdout
+                for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said[0].strip() + "+changes" * bool(said[1].strip())
 
 
 def hardware(device: torch.device) -> str:

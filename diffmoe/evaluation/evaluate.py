@@ -22,7 +22,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from diffmoe.config import Config
 from diffmoe.data.tar import replacing
@@ -39,6 +38,7 @@ from diffmoe.models.dit import DiT
 from diffmoe.models.interchange import weights_digest
 from diffmoe.parallel.collectives import gather_stack, raise_together
 from diffmoe.parallel.groups import Group
+from diffmoe.progress import shown
 from diffmoe.random_streams import Use, philox
 
 SETTINGS_NAME, CHUNKS_NAME, SAMPLES_NAME = "settings.json", "chunks", "samples.npz"
@@ -176,7 +176,7 @@ def _chunk_path(out: Path, index: int) -> Path:
 
 def _mine(settings: dict, world: Group, progress: bool) -> Iterator[int]:
     chunks = range(world.index, _chunks(settings), world.size)
-    return iter(tqdm(chunks, disable=None if progress else True, desc=f"batches of {settings['sample']['batch']}"))
+    return shown(chunks, f"images, batches of {settings['sample']['batch']} on each rank", progress)
 
 
 def _make_chunk(model: DiT, config: Config, settings: dict, index: int, reference: Reference, extractor: Extractor,

@@ -9,7 +9,6 @@ from typing import Callable, Optional, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffmoe.config import Config, MoEConfig, SampleConfig
 from diffmoe.diffusion.ddpm import ancestral_noise, guided_epsilon
@@ -21,6 +20,7 @@ from diffmoe.models.dit import DiT
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import gather_stack, sum_over
 from diffmoe.parallel.groups import Group
+from diffmoe.progress import shown
 
 
 def inference_rule(moe: MoEConfig, sample: SampleConfig) -> RoutingRule:
@@ -46,7 +46,7 @@ def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequenc
     sizes, sample = config.model, config.sample
     shape = (sizes.channels, sizes.input_size, sizes.input_size)
     images = []
-    for start in tqdm(range(0, len(numbers), sample.batch), disable=None if progress else True, desc="sampling"):
+    for start in shown(range(0, len(numbers), sample.batch), f"sampling, batches of {sample.batch}", progress):
         part = slice(start, start + sample.batch)
         noise = sampling_noise(config.run.seed, numbers[part], shape).to(device)
         y = torch.tensor(labels[part], device=device)
@@ -77,10 +77,14 @@ def _options(sample: SampleConfig, together: Optional[Group], device: torch.devi
 
 
 def generate_everywhere(model: DiT, config: Config, labels: Sequence[int], world: Group, device: torch.device,
-                        progress: bool = False, meter: Optional[CapacityMeter] = None) -> Tensor:
+                        progress: bool = False, meter: Optional[CapacityMeter] = None,
+                        decode: Optional[Callable[[Tensor], Tensor]] = None) -> Tensor:
     """Images 0 … len(labels) - 1, an equal share on every rank (surplus numbers fill the last), all of them on all
-    ranks.  Ranks make the same number of passes, so the experts may be spread over them."""
+    ranks.  Ranks make the same number of passes, so the experts may be spread over them.  ``decode`` turns a batch of
+    samples into the images, each rank's share on that rank."""
     each = -(-len(labels) // world.size)
     numbers = range(world.index * each, (world.index + 1) * each)
     mine = generate(model, config, [labels[i % len(labels)] for i in numbers], numbers, device, progress, meter, world)
+    if decode is not None:
+        mine = torch.cat([decode(part) for part in mine.split(config.sample.batch)])
     return gather_stack(mine.to(device), world).flatten(0, 1)[: len(labels)].cpu()

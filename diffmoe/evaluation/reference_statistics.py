@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffmoe.data.images import EXTENSIONS, BadImage, decode_picture
 from diffmoe.data.shards import INDEX_NAME, ShardReader, load_index
@@ -25,6 +24,7 @@ from diffmoe.evaluation.features import Extractor, to_uint8
 from diffmoe.evaluation.scores import Moments, merge, merge_over, moments_of
 from diffmoe.parallel.collectives import gather_stack, raise_together
 from diffmoe.parallel.groups import Group
+from diffmoe.progress import shown
 
 NEIGHBOUR_FEATURES = 10_000  # real images in precision and recall, as in ADM's reference batches
 
@@ -129,7 +129,7 @@ def _measure(source: ImageSource, extractor: Extractor, world: Group, device: to
     problem: Exception | None = None
     try:
         # A rank without a share looks at one image and keeps nothing: it must know the widths.
-        for start in tqdm(mine[::batch] or range(1), disable=None if progress else True, desc="reference"):
+        for start in shown(mine[::batch] or range(1), f"reference, batches of {batch}", progress):
             images = source.read(start, min(start + batch, mine.stop) if mine else 1)
             features = extractor(images)
             rows = slice(None) if mine else slice(0, 0)
