@@ -27,6 +27,7 @@ def assert_within_bound(rows):
 def test_quick_table():
     rows = list(table.run_cases(quick_table((2, 4))))
     assert {(row.case.ep, row.case.zero) for row in rows if row.case.world == 4} >= {(2, zero) for zero in range(4)}
+    assert {row.case.world for row in rows if row.case.config().diffusion.process == "ddpm"} == {2, 4}
     assert_within_bound(rows)
 
 

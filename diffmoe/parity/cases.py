@@ -23,6 +23,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "tc": ("model.family=tc", "moe.top_k=2"),
     "ec": ("model.family=ec",),
     "dense": ("model.family=dense",),
+    "ddpm": ("diffusion.process=ddpm", "diffusion.time_sampling=uniform", "diffusion.time_scale=1", "sample.sampler=ancestral"),
 }
 _COMMON = (
     "model.input_size=8", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_ratio=2", "model.classes=10",
@@ -70,7 +71,7 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
             cases += [Case(world, ep, zero, recompute, accumulation, pool, 16, words=words)
                       for zero in range(4) for recompute in RECOMPUTE for accumulation in (1, 2)]
         for i, (variant, pool) in enumerate([("rich", "global"), ("tc", "global"), ("tc", "rank"), ("ec", "1"),
-                                             ("dense", "1")]):
+                                             ("dense", "1"), ("ddpm", "global")]):
             if variant != "dense" or ep == 1:
                 cases += [Case(world, ep, zero, RECOMPUTE[(zero + i + ep) % 3], 1 + (zero + i + ep // 2) % 2, pool, 16,
                                variant) for zero in range(4)]
@@ -98,6 +99,8 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 4, 3, "none", 1, "rank", 16, "tc"),
         Case(4, 2, 0, "block", 1, "1", 16, "ec"),
         Case(4, 1, 2, "block", 2, "1", 16, "dense"),
+        Case(2, 2, 3, "selective", 2, "global", 16, "ddpm"),
+        Case(4, 2, 1, "block", 2, "group", 16, "ddpm"),
     ]
     return [case for case in cases if case.world in set(worlds)]
 

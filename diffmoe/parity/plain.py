@@ -16,8 +16,10 @@ from torch import Tensor
 
 from diffmoe.config import Config
 from diffmoe.data.shards import Batch
+from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.randomness import training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss
+from diffmoe.diffusion.times import uniform_steps
 from diffmoe.layout import rows_taken
 from diffmoe.models.dit import DiT, ModelOutput, initialize, logical_tensors
 from diffmoe.moe.layer import MoELayer
@@ -104,15 +106,20 @@ def _loss(model: DiT, batch: Batch, config: Config, device: torch.device) -> tup
     """The training loss, and its parts under StepReport's names (predictor and balance as means over layers)."""
     draws = training_draws(config.run.seed, batch.positions, tuple(batch.x.shape[1:]))
     y = torch.where(draws.drop < config.train.label_drop, config.model.classes, batch.y)
-    values = [value.to(device) for value in (batch.x, draws.noise, draws.t, y)]
-    mse, output = flow_loss(model, *values, RoutingRule("train", config.moe.capacity))
+    rule = RoutingRule("train", config.moe.capacity)
+    if config.diffusion.process == "ddpm":
+        schedule = linear_schedule()
+        t = uniform_steps(draws.t, len(schedule))
+        denoising, output = ddpm_loss(model, *(value.to(device) for value in (batch.x, draws.noise, t, y)), rule, schedule)
+    else:
+        denoising, output = flow_loss(model, *(value.to(device) for value in (batch.x, draws.noise, draws.t, y)), rule)
     none = torch.zeros((), device=device)
     predictor = sum((s.predictor_loss for s in output.moe if s.predictor_loss is not None), none)
     balance = sum((s.balance_loss for s in output.moe if s.balance_loss is not None), none)
     layers = max(1, len(output.moe))
-    numbers = {"loss": mse.item(), "predictor_loss": predictor.item() / layers,
+    numbers = {"loss": denoising.item(), "predictor_loss": predictor.item() / layers,
                "balance_loss": balance.item() / layers}
-    return mse + config.moe.predictor_weight * predictor + config.moe.balance_weight * balance, output, numbers
+    return denoising + config.moe.predictor_weight * predictor + config.moe.balance_weight * balance, output, numbers
 
 
 def _by_name(model: DiT, value: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Every row trains a tiny model through the Engine (expert parallelism, ZeRO, reco
 and compares it with :mod:`diffmoe.parity.plain`, the same steps in one process without any of that.  Largest relative
 differences are printed:
 
-loss        mean squared error, predictor and balance loss of every step
+loss        denoising (flow: mean squared error; ddpm: with the bound), predictor and balance loss of every step
 gradient    every tensor's (every expert's) clipped averaged gradient of step 0, as the optimizer received it
 norm        the gradient's norm before clipping, of every step
 weights     every tensor's change over all steps; ema: the same for the moving average
