@@ -101,6 +101,6 @@ def test_another_vae_than_the_training_datas_is_refused(work: Path) -> None:
     torch.manual_seed(1)
     AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
                   up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16).save_pretrained(work / "other")
-    (result,) = run_program(1, "sample", "--checkpoint", str(work / "succeed" / "run"), "--vae", str(work / "other"), "--count", "2", "--out",
-                            str(work / "no"), timeout=120)
+    (result,) = run_program(1, "sample", "--checkpoint", str(work / "succeed" / "run"), "--vae", str(work / "other"),
+                            "--count", "2", "--out", str(work / "no"), timeout=120)
     assert result.returncode == 2 and "was encoded with" in result.stderr and "Traceback" not in result.stderr

@@ -46,6 +46,7 @@ class Case:
     batch: int
     variant: str = "diffmoe"
     words: str = ""
+    precision: str = "fp32"
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
         """The configuration of this row.  Raises ValueError where the numbers do not fit."""
@@ -54,13 +55,20 @@ class Case:
             f"moe.pool={self.pool}", f"train.batch={self.batch}", f"train.accumulation={self.accumulation}",
             f"train.steps={steps}", *VARIANTS[self.variant]])
 
+    def deepspeed(self) -> dict:
+        """The DeepSpeed JSON of this row."""
+        zero = {"zero_optimization": {"stage": self.zero}}
+        if self.precision == "fp32":
+            return zero
+        return {**zero, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
     def layout(self) -> Layout:
         return resolve_layout(self.config(), self.world)
 
     @property
     def label(self) -> str:
         return (f"world {self.world}, ep {self.ep}, zero {self.zero}, {self.recompute}, accumulation "
-                f"{self.accumulation}, pool {self.words or self.pool}, {self.variant}")
+                f"{self.accumulation}, pool {self.words or self.pool}, {self.variant}, {self.precision}")
 
 
 def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
@@ -77,6 +85,7 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
                                variant) for zero in range(4)]
         cases += [Case(world, ep, zero, RECOMPUTE[(zero + ep) % 3], 1 + zero % 2, pool, 3 * world * (1 + zero % 2))
                   for pool in _uneven_pools(world) for zero in range(4)]
+        cases += [Case(world, ep, zero, "none", 2, "1", 16, precision="bf16") for zero in (1, 2, 3)]
     return cases
 
 
@@ -101,6 +110,8 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 1, 2, "block", 2, "1", 16, "dense"),
         Case(2, 2, 3, "selective", 2, "global", 16, "ddpm"),
         Case(4, 2, 1, "block", 2, "group", 16, "ddpm"),
+        Case(2, 2, 1, "none", 2, "1", 16, precision="bf16"),
+        Case(4, 2, 3, "none", 2, "1", 16, precision="bf16"),
     ]
     return [case for case in cases if case.world in set(worlds)]
 
