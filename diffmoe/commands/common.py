@@ -50,8 +50,9 @@ def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) 
                                        timeout=timeout))
     store.set_timeout(timeout)
     check_own_gpu(device, environment.local_rank, environment.local_world, store)
-    dist.init_process_group(backend(device), store=dist.PrefixStore("ranks", store), rank=environment.rank, world_size=environment.world,
-                            timeout=timeout, device_id=device if device.type == "cuda" else None)
+    dist.init_process_group(
+        backend(device), store=dist.PrefixStore("ranks", store), rank=environment.rank, world_size=environment.world,
+        timeout=timeout, device_id=device if device.type == "cuda" else None)
     return device
 
 

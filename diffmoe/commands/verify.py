@@ -57,8 +57,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     worst = max(exact, key=lambda row: row.largest)
     good = all(row.ok for row in rows)
     if options.json:
-        tree = {"bound": BOUND, "bf16_bounds": BF16_BOUNDS, "device": options.device, "seconds": round(time.monotonic() - began, 1), "ok": good,
-                "torch": torch.__version__, "rows": [_json_row(row) for row in rows]}
+        tree = {"bound": BOUND, "bf16_bounds": BF16_BOUNDS, "device": options.device, "ok": good,
+                "seconds": round(time.monotonic() - began, 1), "torch": torch.__version__, "rows": [_json_row(row) for row in rows]}
         options.json.write_text(json.dumps(tree, indent=1) + "\n")
     for name, some in (("fp32", exact), ("bf16", [row for row in rows if row.case.precision == "bf16"])):
         if some:

@@ -41,7 +41,8 @@ def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequenc
              progress: bool = False, meter: Optional[CapacityMeter] = None, together: Optional[Group] = None) -> Tensor:
     """Images [n, C, H, W], fp32 on the CPU, of classes ``labels`` from the noise of images ``numbers``.
 
-    ``together``: ranks whose passes must keep step, since the model communicates in them.  ``meter`` counts the capacity used.  Raises ValueError where :func:`check_dial` does."""
+    ``together``: ranks whose passes must keep step, since the model communicates in them.  ``meter`` counts the capacity
+    used.  Raises ValueError where :func:`check_dial` does."""
     check_dial(model, config.sample)
     sizes, sample = config.model, config.sample
     shape = (sizes.channels, sizes.input_size, sizes.input_size)
