@@ -13,6 +13,7 @@ VERBS = {
     "submit": "render a Slurm job from a configuration, and submit it",
     "preflight": "check the nodes of a job before it computes: versions, GPUs, links, shards, disks, clocks",
     "scaling": "measure a step on 1 ... N ranks or nodes: table, plot, where the time goes",
+    "job": "for the job scripts: a job's folder, and whether to start the job again",
     "simulate": "extend measured figures to thousands of GPUs",
 }
 
