@@ -31,17 +31,23 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         if os.environ.get("DIFFMOE_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _complain(str(error))
         return 2
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "launcher", "diffmoe") or os.environ.get("DIFFMOE_TRACEBACK"):
             raise
-        print(f"error: launcher {arguments[0]} needs the package {package}, which {sys.executable} does not have: run make "
-              "setup and use .venv/bin/python", file=sys.stderr, flush=True)
+        _complain(f"launcher {arguments[0]} needs the package {package}, which {sys.executable} does not have: run make setup and "
+                  "use .venv/bin/python")
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _complain(text: str) -> None:
+    """One line on stderr; of several ranks, one a node."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 def _help() -> str:
