@@ -5,6 +5,7 @@ Every rank measures (``launcher/probe.py``), rank 0 judges and prints, and all r
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import statistics
@@ -21,10 +22,11 @@ from launcher.environment import RankEnvironment, detect
 from launcher.probe import Absent, Exchange, Links, Report
 
 CLOCK_TOLERANCE = 1.0  # seconds
-# A link below this share of what is expected is slow: expected is what the command line says, else the median link.
-SLOW = {"told": 0.5, "cuda": 0.5, "cpu": 0.1}
+# A link below this share of what is expected is slow: expected is what the command line says, else what the better quarter
+# of the links reach (half of all links are slow when a quarter of the nodes are).
+SLOW = {"told": 0.5, "cuda": 0.4, "cpu": 0.1}
 SLOW_GPU = 0.8
-_ENOUGH = 3  # links or GPUs that it takes for a median to mean anything
+_ENOUGH = 3  # links or GPUs that it takes to compare them with each other
 # fp32 weights, EMA and both Adam moments of a parameter, in bytes.
 _CHECKPOINT_BYTES = 16
 
@@ -39,7 +41,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Expected:
-    """GB/s that a rank should reach to one on another node, and on its own; None: the median is the measure."""
+    """GB/s that a rank should reach to one on another node, and on its own; None: they are compared with each other."""
 
     between_nodes: float | None = None
     within_nodes: float | None = None
@@ -49,7 +51,7 @@ def judge(reports: list[Report], links: Links, expected: Expected, kind: str) ->
     """What is wrong with these nodes, worst first named by host.  ``kind``: cuda or cpu, how even links are."""
     hosts = [report.host for report in reports]
     problems = [Problem((report.host,), f"{report.host}: {text}") for report in reports for text in report.problems]
-    problems += _judge_versions(reports) + _judge_clocks(reports) + _judge_speeds(reports)
+    problems += _judge_versions(reports) + _judge_sharing(reports) + _judge_clocks(reports) + _judge_speeds(reports)
     problems += _judge_links(links.between_nodes, expected.between_nodes, kind, "node {} - node {}".format, lambda host: host)
     problems += _judge_links(links.within_nodes, expected.within_nodes, kind,
                              lambda a, b: f"{hosts[a]}: rank {a} - rank {b}", lambda rank: hosts[rank])
@@ -72,6 +74,16 @@ def _judge_versions(reports: list[Report]) -> list[Problem]:
     return problems
 
 
+def _judge_sharing(reports: list[Report]) -> list[Problem]:
+    """Rank 0's node is the odd one when most others do not see its file; of two nodes nobody knows which."""
+    nodes = dict.fromkeys(report.host for report in reports)
+    blind = dict.fromkeys(report.host for report in reports if not report.shares)
+    if not blind:
+        return []
+    odd = tuple(blind) if 2 * len(blind) < len(nodes) else () if len(nodes) == 2 else (reports[0].host,)
+    return [Problem(odd, f"the run folder is not shared: {', '.join(blind)} see{'s' * (len(blind) == 1)} no file that {reports[0].host} writes there")]
+
+
 def _judge_clocks(reports: list[Report]) -> list[Problem]:
     middle = statistics.median_low([report.clock for report in reports])
     return [Problem((report.host,), f"{report.host}: its clock is {report.clock - middle:+.0f} s off")
@@ -91,9 +103,10 @@ def _judge_speeds(reports: list[Report]) -> list[Problem]:
 def _judge_links(speeds: dict[tuple[Any, Any], float], expected: float | None, kind: str,
                  name_of: Callable[[Any, Any], str], host_of: Callable[[Any], str]) -> list[Problem]:
     """Slow links, each with the end to blame: the one that most slow links share."""
-    if expected is None and len(speeds) < _ENOUGH:
+    if not speeds or (expected is None and len(speeds) < _ENOUGH):
         return []
-    goal, share = (statistics.median(speeds.values()), SLOW[kind]) if expected is None else (expected, SLOW["told"])
+    better_quarter = sorted(speeds.values())[math.ceil(0.75 * (len(speeds) - 1))]
+    goal, share = (better_quarter, SLOW[kind]) if expected is None else (expected, SLOW["told"])
     slow = {pair: speed for pair, speed in speeds.items() if speed < share * goal}
     guilty = blame(list(slow))
     return [Problem(tuple(dict.fromkeys(host_of(end) for end in pair if end in guilty)),
@@ -153,9 +166,9 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
     if first:
         problems += probe.gpu_problems(device) + probe.disk_problems(run, needed)
         problems += probe.shard_problems(shards) if shards is not None else []
-    problems += probe.shared_folder_problems(run, environment)
+    shares = probe.sees_rank_0(run, environment)
     versions = probe.versions(Path(__file__).resolve().parent.parent, device)
-    report = Report(environment.rank, host, versions, tuple(problems), probe.clock_offset(clock), probe.matmul_speed(device))
+    report = Report(environment.rank, host, versions, tuple(problems), shares, probe.clock_offset(clock), probe.matmul_speed(device))
     reports: list[Any] = [None] * environment.world
     dist.all_gather_object(reports, report)
     # A rank without its GPU would wait for NCCL's others for ever: the links are then left alone.
@@ -219,8 +232,8 @@ def main(arguments: list[str]) -> int:
                     "torchrun --standalone --nproc-per-node 2 -m launcher preflight --config configs/demo.yaml")
     parser.add_argument("--config", help="YAML file: its shards, its run folder, room for its checkpoints")
     parser.add_argument("--from", dest="base", type=Path, default=Path.cwd(), help="where its relative paths start (default: here)")
-    parser.add_argument("--between-nodes", type=float, metavar="GB/s", help="what a rank should reach to another node (default: the "
-                        "median of all pairs is the measure)")
+    parser.add_argument("--between-nodes", type=float, metavar="GB/s", help="what a rank should reach to another node (default: pairs "
+                        "are compared with each other)")
     parser.add_argument("--within-nodes", type=float, metavar="GB/s", help="what a rank should reach to another of its node")
     parser.add_argument("--megabytes", type=int, help="size of the buffers that are swapped (default: 64 on GPUs, 2 on CPUs)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a rank (default: %(default)s)")

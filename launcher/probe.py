@@ -34,12 +34,14 @@ _MOST_ROUNDS = 15
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank knows about itself.  ``clock``: seconds ahead of rank 0; ``speed``: FLOP/s of its GPU, 0 on CPUs."""
+    """What one rank knows about itself.  ``shares``: it sees rank 0's run folder; ``clock``: seconds ahead of rank 0;
+    ``speed``: FLOP/s of its GPU, 0 on CPUs."""
 
     rank: int
     host: str
     versions: dict[str, str]
     problems: tuple[str, ...]
+    shares: bool = True
     clock: float = 0.0
     speed: float = 0.0
 
@@ -183,30 +185,24 @@ def disk_problems(run: Path, needed: int) -> list[str]:
     return wrong
 
 
-def shared_folder_problems(run: Path, environment: RankEnvironment, patience: float = 3.0) -> list[str]:
-    """Whether a file that rank 0 writes into the run folder is seen from this node.  Collective."""
+def sees_rank_0(run: Path, environment: RankEnvironment, patience: float = 3.0) -> bool:
+    """Whether a file that rank 0 writes into the run folder is seen from here, as checkpoints must be.  Collective."""
     import torch.distributed as dist
 
-    token: list[str | None] = [None]
-    if environment.rank == 0:
-        path = _existing(run) / f".preflight-{os.getpid()}-{time.time_ns()}"
-        try:
-            path.write_text("")
-            token = [str(path)]
-        except OSError:
-            pass  # disk_problems says so
+    folder, token = _existing(run), [f".preflight-{os.getpid()}-{time.time_ns()}"]
     dist.broadcast_object_list(token, src=0)
-    wrong: list[str] = []
-    if token[0] is not None and environment.local_rank == 0:
-        deadline = time.monotonic() + patience  # a network file system may show it a little later
-        while not os.path.exists(token[0]) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if not os.path.exists(token[0]):
-            wrong.append(f"{run} is not shared: a file that rank 0 wrote there is not seen")
+    path = folder / token[0]
+    if environment.rank == 0 and os.access(folder, os.W_OK):
+        path.touch()
     dist.barrier()
-    if environment.rank == 0 and token[0] is not None:
-        Path(token[0]).unlink(missing_ok=True)
-    return wrong
+    deadline = time.monotonic() + patience  # a network file system may show it a little later
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = path.exists()
+    dist.barrier()
+    if environment.rank == 0:
+        path.unlink(missing_ok=True)
+    return seen
 
 
 def clock_offset(clock: Callable[[], float]) -> float:

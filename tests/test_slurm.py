@@ -123,32 +123,42 @@ def rank_processes(cluster: Cluster, node: str) -> list[int]:
     return found
 
 
-def test_the_signal_before_the_limit_and_a_cancelled_job(cluster, work):
+def test_the_signal_before_the_limit_a_preemption_and_a_cancelled_job(cluster, work):
     """The batch shell gets USR1, hands it on and requeues; scancel is the user's word, and stays."""
     run = work / "limit"
-    job = train(cluster, run, "train.steps=100000")
+    job = train(cluster, run, "train.steps=100000", "train.save_every=0")
     job.wait_until(lambda: steps_done(run) >= 3, "reach step 3")
     cluster.slurm("scancel", "--signal=USR1", "--batch", job.number)  # as --signal=B:USR1@120 does
     job.start_again_now(1)
-    assert "asks the ranks to save and end" in job.said()
-    job.wait_until(lambda: steps_done(run) >= 6, "reach step 6")
+    assert job.said().count("asks the ranks to save and end") == 1
+    before = steps_done(run)
+    assert f"not finished (status 0, step {before} of 100000)" in job.said()
+    job.wait_until(lambda: steps_done(run) > before, "go on")
+    (work / "urgent.sh").write_text("#!/bin/sh\n:\n")
+    urgent = cluster.submit(work / "urgent.sh", options=("--partition=urgent", "--exclusive", "--nodes=3"), log=work / "urgent.out")
+    assert urgent.wait(60) == "COMPLETED"
+    job.start_again_now(2)
+    assert job.said().count("asks the ranks to save and end") == 2 and job.said().count("not finished (status 0, step") == 2
+    before = steps_done(run)
+    job.wait_until(lambda: steps_done(run) > before, "go on")
     cluster.slurm("scancel", job.number)
     assert job.wait() == "CANCELLED"
     time.sleep(2)
     assert job.show()["JobState"] == "CANCELLED"
+    assert "resumed from" in "".join(path.read_text() for path in (run / "jobs" / job.number / "logs").iterdir())
 
 
 def test_a_job_whose_starts_bring_nothing_is_given_up(cluster, work):
-    """The shards vanish after the configuration was good: three starts, then the end."""
-    run = work / "fruitless"
-    (work / "wrong_venv/bin").mkdir(parents=True)
-    job = cluster.submit("train_l_e16.sh", *SMALL, f"data.shards={digits()}", f"run.folder={run}", "parallel.ep=1",
-                         options=("--nodes=1", "--gpus-per-node=1", "--mem=4G"), log=work / "fruitless.out",
-                         env={"DIFFMOE_PREFLIGHT": "no", "DIFFMOE_STORE": "/nowhere/store"})  # no rank can meet another
+    """Ranks that die before their first step, for a reason that no restart cures: three starts, then the end."""
+    ill = work / "ill"
+    ill.mkdir()
+    (ill / "sitecustomize.py").write_text("import os, sys\nif any(w.endswith('code/run.py') for w in sys.orig_argv): os._exit(9)\n")
+    job = cluster.submit("train_l_e16.sh", *SMALL, f"data.shards={digits()}", f"run.folder={work / 'fruitless'}", options=SBATCH,
+                         log=work / "fruitless.out", env={"DIFFMOE_PREFLIGHT": "no", "PYTHONPATH": str(ill)})
     for start in (1, 2):
         job.start_again_now(start)
-    assert job.wait(180) == "FAILED"
-    assert "given up" in job.said() and "3 starts in a row brought no progress" in job.said(), job.said()
+    assert job.wait(120) == "FAILED"
+    assert "given up (status 9, step 0 of 60): 3 starts in a row brought no progress" in job.said(), job.said()
 
 
 def test_preflight_stops_a_job_and_says_why(cluster, work, tmp_path):

@@ -61,11 +61,10 @@ enter_repository() {
     exit 2
   fi
   ranks=$((SLURM_JOB_NUM_NODES * tasks))
-}
-
-# Tasks are counted in full: the header's --ntasks-per-node does not follow a --gpus-per-node given to sbatch.
-step() {
-  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$tasks" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@"
+  # Tasks are counted in full: the header's --ntasks-per-node does not follow a --gpus-per-node given to sbatch.
+  # Peers of a rank that ended with an error get a minute to end by themselves: killed at once, their code would hide the error's.
+  step=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$tasks"
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=60)
 }
 
 # Are these nodes fit for it?  Prints which to exclude if not.
@@ -73,17 +72,16 @@ preflight() {
   [[ ${DIFFMOE_PREFLIGHT:-} != no ]] || return 0
   local here=$PWD
   # shellcheck disable=SC2086  # options, one a word
-  (cd "$code" && step --kill-on-bad-exit=0 python -m launcher preflight --config "$job/config.yaml" --from "$here" ${DIFFMOE_PREFLIGHT:-})
+  (cd "$code" && "${step[@]}" python -m launcher preflight --config "$job/config.yaml" --from "$here" ${DIFFMOE_PREFLIGHT:-})
 }
 
 # on_ranks COMMAND: leaves srun's exit code in $status.
-# Peers of a rank that ended with an error get a minute to end by themselves: killed at once, their code would hide the error's.
 on_ranks() {
   local srun
   trap 'say "asks the ranks to save and end"; kill -USR1 "$srun"' USR1
   trap 'say "is being ended"' TERM # by scancel, requeue, preemption or the limit; Slurm tells the ranks itself
-  # In the background, because bash runs a trap only while it waits.
-  step --kill-on-bad-exit=0 --wait=60 --open-mode=append --output="$job/logs/%N.log" "$@" &
+  # In the background, because bash runs a trap only while it waits; not in a function, since $! must be srun itself.
+  "${step[@]}" --open-mode=append --output="$job/logs/%N.log" "$@" &
   srun=$!
   status=0
   wait "$srun" || status=$?
