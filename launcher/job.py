@@ -11,11 +11,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.command_line import Parser
+from launcher.sources import commit
 
 # The exit code that asks the job's script for a requeue (EX_TEMPFAIL of sysexits.h); 2 is bad input, as everywhere.
 START_AGAIN, BAD_INPUT = 75, 2
@@ -66,16 +66,6 @@ def prepare(config_path: str, deepspeed_path: str | None, ranks: int, overrides:
     except OSError as error:
         raise ValueError(f"run.folder ({config.run.folder}) cannot be written: {error}") from error
     return folder
-
-
-def commit(root: Path) -> str:
-    """The commit of the tree and whether it was changed since, or ``unknown (why)``."""
-    try:
-        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                              capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"unknown ({error})"
-    return done.stdout.strip() if done.returncode == 0 else f"unknown ({done.stderr.strip().splitlines()[0]})"
 
 
 def newest_step(run: Path) -> int:

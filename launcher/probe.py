@@ -5,7 +5,6 @@ Every rank takes every collective.  Ranks of one node share a host name; nodes a
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import gpus
 from launcher.environment import RankEnvironment, expand_nodelist
-from launcher.job import commit
+from launcher.sources import commit, digest
 
 if TYPE_CHECKING:
     import torch
@@ -136,10 +135,7 @@ def versions(root: Path, device: torch.device) -> dict[str, str]:
         found["device"] = torch.cuda.get_device_name(device)
         found["cuda"] = torch.version.cuda or "none"
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    digest = hashlib.sha256()
-    for path in sorted([root / "run.py", *(p for package in ("diffmoe", "launcher") for p in (root / package).rglob("*.py"))]):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    found["code"] = digest.hexdigest()[:12]
+    found["code"] = digest(root)
     written = root.parent / "commit.txt"  # a job's snapshot has no git
     found["commit"] = written.read_text().strip() if written.is_file() else commit(root)
     return found

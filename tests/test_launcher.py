@@ -201,7 +201,7 @@ def test_two_nodes_of_torchrun_and_of_deepspeeds_hostfile(tool, tmp_path):
     forget = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE DIFFMOE_STORE"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with Program(["sh", "-c", f"node=$RANK; unset {forget}; exec {start} {words}"], 2, {"PATH": path}) as program:
-        ends = program.wait(240)
+        ends = program.wait(400)
     assert [end.returncode for end in ends] == [0, 0], ends
     assert "1 ranks" not in ends[0].stdout and "2 expert-parallel ranks" in ends[0].stdout
     undisturbed = losses(trained()[0])
