@@ -38,6 +38,13 @@ def cluster():
         yield running
 
 
+@pytest.fixture(autouse=True)
+def alone(cluster):
+    """A test that failed leaves no job to the others."""
+    yield
+    cluster.cancel_everything()
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("slurm")
@@ -136,7 +143,7 @@ def test_the_signal_before_the_limit_a_preemption_and_a_cancelled_job(cluster, w
     job.wait_until(lambda: steps_done(run) > before, "go on")
     (work / "urgent.sh").write_text("#!/bin/sh\n:\n")
     urgent = cluster.submit(work / "urgent.sh", options=("--partition=urgent", "--exclusive", "--nodes=3"), log=work / "urgent.out")
-    assert urgent.wait(60) == "COMPLETED"
+    assert urgent.wait(120) == "COMPLETED"
     job.start_again_now(2)
     assert job.said().count("asks the ranks to save and end") == 2 and job.said().count("not finished (status 0, step") == 2
     before = steps_done(run)

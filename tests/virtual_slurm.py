@@ -34,7 +34,7 @@ class Cluster:
         self.env = {name: value for name, value in environment().items() if not name.startswith(("SLURM_", "SBATCH_"))}
 
     def __enter__(self) -> Cluster:
-        self._run([_SCRIPTS / "virtual/up.sh", self.folder], NODES=str(self.nodes), PREFIX=f"n{os.getpid()}-")
+        self._run([_SCRIPTS / "virtual/up.sh", self.folder], NODES=str(self.nodes), PREFIX=f"n{os.getpid()}-", KILL_WAIT="30")
         for name, value in re.findall(r'^export (\w+)="?([^"\n]*)"?$', (self.folder / "env.sh").read_text(), re.M):
             self.env[name] = value
         self.names = self.env["VIRTUAL_SLURM_NODES"].split()
@@ -67,6 +67,9 @@ class Cluster:
         """The node loses power, and Slurm is told so (it would notice after SlurmdTimeout)."""
         self._run([_SCRIPTS / "virtual/node.sh", "kill", name, self.folder])
         self.slurm("scontrol", "update", f"nodename={name}", "state=down", "reason=killed")
+
+    def cancel_everything(self) -> None:
+        self.slurm("scancel", f"--user={os.getuid()}")
 
     def start_node(self, name: str) -> None:
         self._run([_SCRIPTS / "virtual/node.sh", "start", name, self.folder])
@@ -107,12 +110,16 @@ class Job:
 
     def start_again_now(self, start: int) -> None:
         """Waits for its start number ``start``.  A requeued job waits out its credential's age: not for tests."""
+        pending = 0
 
         def started() -> bool:
+            nonlocal pending
             fields = self.show()
             if fields["JobState"] == "PENDING" and fields["Restarts"] == str(start):
-                with contextlib.suppress(RuntimeError):  # it may have started by itself meanwhile
-                    self.cluster.slurm("scontrol", "update", f"jobid={self.number}", "StartTime=now")
+                pending += 1
+                if pending >= 15:  # a second and a half: a node that is still clearing up refuses the job's next start
+                    with contextlib.suppress(RuntimeError):  # it may have started by itself meanwhile
+                        self.cluster.slurm("scontrol", "update", f"jobid={self.number}", "StartTime=now")
             return fields["JobState"] == "RUNNING" and fields["Restarts"] == str(start)
 
         self.wait_until(started, f"start for the {start}th time again")
