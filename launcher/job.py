@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
         return _main_after(arguments[1:])
     if arguments[:1] == ["prepare"]:
         return _main_prepare(arguments[1:])
-    print(f"usage: python -m launcher job prepare|after ...\n\n{__doc__}")
+    print(f"usage: python -m launcher job prepare|after ...\n\n{__doc__}\nexample:\n  python -m launcher job after runs/mine/jobs/7 143")
     return 0 if arguments[:1] in (["-h"], ["--help"]) else BAD_INPUT
 
 

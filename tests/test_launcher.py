@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -135,6 +136,20 @@ def test_a_jobs_folder_is_a_snapshot_that_a_requeue_finds_again(tmp_path):
     done = subprocess.run([sys.executable, folder / "code/run.py", "--config", folder / "config.yaml", "--dry-run", "--ranks", "4"], cwd="/",
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "lr: 0.5" in done.stdout
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "scripts/slurm").glob("*.sh")), ids=lambda path: path.stem)
+def test_job_scripts_parse_and_ask_for_ranks_that_their_configuration_divides(script, tmp_path):
+    text = script.read_text()
+    subprocess.run(["bash", "-n", script], check=True)
+    trained = re.search(r'^train (\S+) "\$@"$', text, re.M)
+    assert (trained is not None) == script.stem.startswith("train_")
+    if trained is None:
+        return
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.M))
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"] and asked["signal"] == "B:USR1@120" and "#SBATCH --requeue" in text
+    job.prepare(str(REPOSITORY / trained[1]), str(REPOSITORY / "ds_configs/zero1_bf16.json"), int(asked["nodes"]) * int(asked["gpus-per-node"]),
+                [f"run.folder={tmp_path}"], "1", REPOSITORY)
 
 
 def reach(run: Path, step: int) -> None:
