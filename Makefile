@@ -13,13 +13,14 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 # The tests' ranks share the machine: one thread each, and the CPU even where there is a GPU.
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}
 
-.PHONY: help setup demo cards test test-slow clean
+.PHONY: help setup demo cards test test-slow test-slurm clean
 
 help:
 	@echo "make demo       train, sample and score a small model on this machine, 2 ranks, no download"
 	@echo "make cards      score cards of the demo's model: two capacities, two routing rules (minutes)"
 	@echo "make test       quick tests"
 	@echo "make test-slow  the slow ones"
+	@echo "make test-slurm the job scripts under a real Slurm, which they start on this machine"
 	@echo "make setup      $(VENV) with everything in requirements.lock (the others do this first)"
 	@echo "make clean      remove build outputs and caches; keeps $(VENV) and runs/"
 
@@ -52,6 +53,9 @@ test: setup
 
 test-slow: setup
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -m slow $(ARGS)
+
+test-slurm: setup
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -m slurm $(ARGS)
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache

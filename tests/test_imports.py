@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the top.  A module imports its own entry and what lies below; entries of one line do not know each other.
 LAYERS = [
-    ["run"],
+    ["run", "launcher.doctor", "launcher.preflight", "launcher.submit"],
+    ["launcher.job", "launcher.probe"],
     ["diffmoe.bench"],  # more of the verb bench, which loads its kinds by name
     ["diffmoe.commands"],
     ["diffmoe.parity", "diffmoe.huggingface", "diffmoe.bench"],

@@ -1,49 +1,39 @@
 # shellcheck shell=bash
-# What the train_*.sh job scripts share: one srun task per GPU, a clean stop before the time limit, requeue.
+# What the job scripts share: one srun task per GPU, a clean stop before the time limit or a preemption, requeue, logs.
 #
 #   sbatch scripts/slurm/train_l_e16.sh [key=value ...]                       from the repository's root
 #   sbatch --nodes=4 --gpus-per-node=4 scripts/slurm/train_l_e16.sh train.lr=2e-4
 #
-# From the environment: DIFFMOE_CONFIG and DIFFMOE_DEEPSPEED_CONFIG (other files than the script's), DIFFMOE_ROOT (the
-# repository, when submitted from elsewhere), DIFFMOE_VENV (another environment than the repository's .venv).
+# From the environment: DIFFMOE_CONFIG and DIFFMOE_DEEPSPEED_CONFIG (other files than the script's), DIFFMOE_PREFLIGHT (no: skip
+# it; otherwise options for it), DIFFMOE_ROOT (the repository, when submitted from elsewhere), DIFFMOE_VENV (another environment than its .venv).
 #
-# The signal before the limit comes to this shell alone (--signal=B:USR1@120). It hands SIGTERM on to the ranks, which
-# save and end, and then requeues the job. A SIGTERM from scancel never passes here, so a cancelled job stays cancelled.
-# A save that needs longer: sbatch --signal=B:USR1@600.
+# The signal before the limit comes to this shell alone (--signal=B:USR1@120; a save that needs longer: sbatch
+# --signal=B:USR1@600).  It hands SIGUSR1 on to the ranks, which save and end.  Ranks that ended short of their goal, for
+# whatever reason, make the job requeue itself, unless their input was wrong or three starts brought no progress.
 
-# train CONFIG [key=value ...]: the rest of the job.
+# train CONFIG [key=value ...]: a training job, all of it.
 train() {
-  local config=${DIFFMOE_CONFIG:-$1} deepspeed_config=${DIFFMOE_DEEPSPEED_CONFIG:-ds_configs/zero1_bf16.json}
+  local config=${DIFFMOE_CONFIG:-$1} deepspeed_config=${DIFFMOE_DEEPSPEED_CONFIG:-ds_configs/zero1_bf16.json} folder=()
   shift
   enter_repository
-  local tasks folder arguments=() status=0 step
-  tasks=$(tasks_per_node)
   # The job's number survives a requeue: the next start finds this one's checkpoints.
-  folder=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
-  [[ " $* " == *" run.folder="* ]] || arguments+=("run.folder=$folder")
-  echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes x $tasks tasks, $config, $deepspeed_config"
+  [[ " $* " == *" run.folder="* ]] || folder=("run.folder=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID")
+  job=$(python -m launcher job prepare --config "$config" --deepspeed_config "$deepspeed_config" --ranks "$ranks" "${folder[@]}" "$@")
+  code=$job/code
+  say "$config, $deepspeed_config, logs in $job/logs"
+  preflight
+  on_ranks python "$code/run.py" --config "$job/config.yaml" --deepspeed_config "$job/deepspeed.json"
+  conclude
+}
 
-  stop_asked=no
-  trap ask_to_stop USR1
-  # Tasks are counted in full here: the header's --ntasks-per-node does not follow a --gpus-per-node given to sbatch.
-  # In the background, because bash runs a trap only while it waits.
-  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" \
-    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 \
-    python run.py --config "$config" --deepspeed_config "$deepspeed_config" "${arguments[@]}" "$@" &
-  step=$!
-  wait "$step" || status=$?
-  while kill -0 "$step" 2>/dev/null; do # the trap ended the wait, not the step
-    status=0
-    wait "$step" || status=$?
-  done
-
-  # A run that had finished by itself just now finds nothing left to do after a requeue.
-  if [[ $stop_asked = yes ]] || preempted; then
-    echo "job $SLURM_JOB_ID: stopped when asked (status $status), requeued"
-    scontrol requeue "$SLURM_JOB_ID"
-    return
-  fi
-  return "$status"
+# run_verb VERB [options]: a job of another verb.  evaluate and encode go on from what lies in the folder after --out.
+run_verb() {
+  enter_repository
+  job=$PWD/runs/jobs/$SLURM_JOB_NAME-$SLURM_JOB_ID code=$PWD
+  mkdir -p "$job/logs"
+  say "run.py $*, logs in $job/logs"
+  on_ranks python run.py "$@"
+  conclude --out "$(option --out "$@")"
 }
 
 # sbatch runs a copy of the script, so where it lies says nothing.
@@ -62,27 +52,70 @@ enter_repository() {
   # shellcheck disable=SC1091  # made by make setup
   source "$venv/bin/activate"
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} PYTHONUNBUFFERED=1
-}
-
-# As many ranks on a node as GPUs; without GPUs (a CPU cluster) as --ntasks-per-node says.
-tasks_per_node() {
-  local gpus=${SLURM_GPUS_PER_NODE:-0}
-  gpus=${gpus##*:} # h200:8
-  if [[ ! $gpus =~ ^[0-9]+$ ]]; then
+  # As many ranks on a node as GPUs; without GPUs (sbatch --gpus-per-node=0) as --ntasks-per-node says.
+  tasks=${SLURM_GPUS_PER_NODE:-0}
+  tasks=${tasks##*:} # h200:8
+  [[ $tasks != 0 ]] || tasks=${SLURM_NTASKS_PER_NODE:-1}
+  if [[ ! $tasks =~ ^[0-9]+$ ]]; then
     echo "SLURM_GPUS_PER_NODE ($SLURM_GPUS_PER_NODE) is not a number of GPUs, with or without a type" >&2
     exit 2
   fi
-  if ((gpus > 0)); then echo "$gpus"; else echo "${SLURM_NTASKS_PER_NODE:-1}"; fi
+  ranks=$((SLURM_JOB_NUM_NODES * tasks))
+  # Tasks are counted in full: the header's --ntasks-per-node does not follow a --gpus-per-node given to sbatch.
+  # Peers of a rank that ended with an error get a minute to end by themselves: killed at once, their code would hide the error's.
+  step=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$tasks"
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=60)
 }
 
-ask_to_stop() {
-  stop_asked=yes
-  echo "job $SLURM_JOB_ID: asks the ranks to save and end"
-  # The job's one srun is step 0, after a requeue too.
-  scancel --signal=TERM "$SLURM_JOB_ID.0" || true
+# Are these nodes fit for it?  Prints which to exclude if not.
+preflight() {
+  [[ ${DIFFMOE_PREFLIGHT:-} != no ]] || return 0
+  local here=$PWD
+  # shellcheck disable=SC2086  # options, one a word
+  (cd "$code" && "${step[@]}" python -m launcher preflight --config "$job/config.yaml" --from "$here" ${DIFFMOE_PREFLIGHT:-})
 }
 
-# Slurm requeues what it preempts at the end of the grace time, but not a job that has ended cleanly before.
-preempted() {
-  scontrol show job "$SLURM_JOB_ID" | grep -q '\bPreemptTime=[0-9]'
+# on_ranks COMMAND: leaves srun's exit code in $status.
+on_ranks() {
+  local srun
+  trap 'say "asks the ranks to save and end"; kill -USR1 "$srun"' USR1
+  trap 'say "is being ended"' TERM # by scancel, requeue, preemption or the limit; Slurm tells the ranks itself
+  # In the background, because bash runs a trap only while it waits; not in a function, since $! must be srun itself.
+  "${step[@]}" --open-mode=append --output="$job/logs/%N.log" "$@" &
+  srun=$!
+  status=0
+  wait "$srun" || status=$?
+  while kill -0 "$srun" 2>/dev/null; do # a trap ended the wait, not the step
+    status=0
+    wait "$srun" || status=$?
+  done
+  ((status == 0)) || tail -n 5 "$job"/logs/*.log
+}
+
+# conclude [--out FOLDER]: done, failed for good, or once more?  A job that Slurm is ending or requeueing is not ours to requeue.
+conclude() {
+  local code_of_job=0 verdict
+  verdict=$(cd "$code" && python -m launcher job after "$job" "$status" "$@") || code_of_job=$?
+  say "$verdict"
+  if ((code_of_job == 75)) && [[ $(scontrol -o show job "$SLURM_JOB_ID") == *" JobState=RUNNING "* ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$code_of_job"
+}
+
+# The value of an option among words: --name value, --name=value.
+option() {
+  local name=$1
+  shift
+  while (($# > 0)); do
+    case $1 in
+      "$name") echo "${2:-}" ;;
+      "$name"=*) echo "${1#*=}" ;;
+    esac
+    shift
+  done
+}
+
+say() {
+  echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $*"
 }

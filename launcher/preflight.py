@@ -1,0 +1,257 @@
+"""The verb ``preflight``: are these nodes fit for this run?  Under srun, torchrun, deepspeed or alone; seconds, not minutes.
+
+Every rank measures (``launcher/probe.py``), rank 0 judges and prints, and all return the same exit code.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.command_line import Parser
+from launcher.environment import RankEnvironment, detect
+from launcher.probe import Absent, Exchange, Links, Report
+
+CLOCK_TOLERANCE = 1.0  # seconds
+# A link below this share of what is expected is slow: expected is what the command line says, else what the better quarter
+# of the links reach (half of all links are slow when a quarter of the nodes are).
+SLOW = {"told": 0.5, "cuda": 0.4, "cpu": 0.1}
+SLOW_GPU = 0.8
+_ENOUGH = 3  # links or GPUs that it takes to compare them with each other
+# fp32 weights, EMA and both Adam moments of a parameter, in bytes.
+_CHECKPOINT_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong, and the hosts to leave out for it (none: nobody knows which)."""
+
+    hosts: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Expected:
+    """GB/s that a rank should reach to one on another node, and on its own; None: they are compared with each other."""
+
+    between_nodes: float | None = None
+    within_nodes: float | None = None
+
+
+def judge(reports: list[Report], links: Links, expected: Expected, kind: str) -> list[Problem]:
+    """What is wrong with these nodes, worst first named by host.  ``kind``: cuda or cpu, how even links are."""
+    hosts = [report.host for report in reports]
+    problems = [Problem((report.host,), f"{report.host}: {text}") for report in reports for text in report.problems]
+    problems += _judge_versions(reports) + _judge_sharing(reports) + _judge_clocks(reports) + _judge_speeds(reports)
+    problems += _judge_links(links.between_nodes, expected.between_nodes, kind, "node {} - node {}".format, lambda host: host)
+    problems += _judge_links(links.within_nodes, expected.within_nodes, kind,
+                             lambda a, b: f"{hosts[a]}: rank {a} - rank {b}", lambda rank: hosts[rank])
+    nodes = len(set(hosts))
+    limit = expected.between_nodes if nodes > 1 else expected.within_nodes
+    for name, speed in links.whole.items():
+        if limit is not None and speed < SLOW["told"] * limit:
+            problems.append(Problem((), f"{name} of all ranks: {speed:.3g} GB/s a rank, {limit:.3g} expected"))
+    return list(dict.fromkeys(problems))
+
+
+def _judge_versions(reports: list[Report]) -> list[Problem]:
+    """The commonest version is right; where two are as common, that of the lower rank."""
+    problems = []
+    for name in dict.fromkeys(name for report in reports for name in report.versions):
+        said = [report.versions.get(name, "none") for report in reports]
+        common = Counter(said).most_common(1)[0][0]
+        problems += [Problem((report.host,), f"{report.host}: {name} is {version}, elsewhere {common}")
+                     for report, version in zip(reports, said) if version != common]
+    return problems
+
+
+def _judge_sharing(reports: list[Report]) -> list[Problem]:
+    """Rank 0's node is the odd one when most others do not see its file; of two nodes nobody knows which."""
+    nodes = dict.fromkeys(report.host for report in reports)
+    blind = dict.fromkeys(report.host for report in reports if not report.shares)
+    if not blind:
+        return []
+    odd = tuple(blind) if 2 * len(blind) < len(nodes) else () if len(nodes) == 2 else (reports[0].host,)
+    return [Problem(odd, f"the run folder is not shared: {', '.join(blind)} see{'s' * (len(blind) == 1)} no file that {reports[0].host} writes there")]
+
+
+def _judge_clocks(reports: list[Report]) -> list[Problem]:
+    middle = statistics.median_low([report.clock for report in reports])
+    return [Problem((report.host,), f"{report.host}: its clock is {report.clock - middle:+.0f} s off")
+            for report in reports if abs(report.clock - middle) > CLOCK_TOLERANCE]
+
+
+def _judge_speeds(reports: list[Report]) -> list[Problem]:
+    speeds = [report.speed for report in reports if report.speed > 0]
+    if len(speeds) < _ENOUGH:
+        return []
+    middle = statistics.median(speeds)
+    return [Problem((report.host,), f"{report.host}: the GPU of rank {report.rank} computes {report.speed / 1e12:.0f} TFLOP/s, "
+                                    f"others {middle / 1e12:.0f}")
+            for report in reports if 0 < report.speed < SLOW_GPU * middle]
+
+
+def _judge_links(speeds: dict[tuple[Any, Any], float], expected: float | None, kind: str,
+                 name_of: Callable[[Any, Any], str], host_of: Callable[[Any], str]) -> list[Problem]:
+    """Slow links, each with the end to blame: the one that most slow links share."""
+    if not speeds or (expected is None and len(speeds) < _ENOUGH):
+        return []
+    better_quarter = sorted(speeds.values())[math.ceil(0.75 * (len(speeds) - 1))]
+    goal, share = (better_quarter, SLOW[kind]) if expected is None else (expected, SLOW["told"])
+    slow = {pair: speed for pair, speed in speeds.items() if speed < share * goal}
+    guilty = blame(list(slow))
+    return [Problem(tuple(dict.fromkeys(host_of(end) for end in pair if end in guilty)),
+                    f"{name_of(*pair)}: {speed:.3g} GB/s, {goal:.3g} expected") for pair, speed in slow.items()]
+
+
+def blame(slow: list[tuple[Any, Any]]) -> set[Any]:
+    """The fewest ends that explain the slow links, as far as greed finds them; both ends of a link that stands alone."""
+    guilty: set[Any] = set()
+    left = list(slow)
+    while left:
+        counts = Counter(end for pair in left for end in pair)
+        worst, count = counts.most_common(1)[0]
+        found = {worst} if count > 1 else set(left[0])
+        guilty |= found
+        left = [pair for pair in left if not found & set(pair)]
+    return guilty
+
+
+def exclude_line(problems: list[Problem]) -> str | None:
+    """Slurm's option that leaves the bad hosts out, or None."""
+    hosts = sorted({host for problem in problems for host in problem.hosts})
+    return f"--exclude={','.join(hosts)}" if hosts else None
+
+
+def preflight(environment: RankEnvironment, config_path: str | None, overrides: list[str], base: Path, expected: Expected,
+              timeout: float, megabytes: int, *, host: str | None = None, clock: Callable[[], float] = time.time,
+              exchange_with: Callable[..., Any] = Exchange) -> int:
+    """Measures, judges, prints; returns 0 or 1 on every rank.  Relative paths of the configuration start from ``base``.
+
+    ``host``, ``clock`` and ``exchange_with`` stand in for this machine's own: one machine can then play several, some of them ill."""
+    from launcher import probe
+
+    started = time.monotonic()
+    host = host or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    shards, run, needed, problem = None, base, 0, None
+    try:
+        if config_path is not None:
+            shards, run, needed = _demands(config_path, overrides, base)
+        from diffmoe.device import local_device
+
+        device = local_device(environment.local_rank, environment.local_world)
+    except ValueError as error:
+        if environment.world == 1:
+            raise
+        import torch
+
+        problem, device = str(error), torch.device("cpu")
+    try:
+        probe.meet(environment, device, timeout, host)
+    except Absent as absent:
+        return _absent(absent, environment)
+    import torch.distributed as dist
+
+    first = environment.local_rank == 0
+    problems = [problem] if problem else []
+    if first:
+        problems += probe.gpu_problems(device) + probe.disk_problems(run, needed)
+        problems += probe.shard_problems(shards) if shards is not None else []
+    shares = probe.sees_rank_0(run, environment)
+    versions = probe.versions(Path(__file__).resolve().parent.parent, device)
+    report = Report(environment.rank, host, versions, tuple(problems), shares, probe.clock_offset(clock), probe.matmul_speed(device))
+    reports: list[Any] = [None] * environment.world
+    dist.all_gather_object(reports, report)
+    # A rank without its GPU would wait for NCCL's others for ever: the links are then left alone.
+    links = Links()
+    if len({report.versions["device"] == "cpu" for report in reports}) == 1:
+        size = megabytes * 2**20
+        links = probe.measure_links(environment, [report.host for report in reports],
+                                    exchange_with(environment, device, size), size, device)
+    found = judge(reports, links, expected, device.type)
+    if environment.rank == 0:
+        _print(reports, links, found, time.monotonic() - started)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 1 if found else 0
+
+
+def _demands(config_path: str, overrides: list[str], base: Path) -> tuple[Path | None, Path, int]:
+    """Shards, run folder, and the bytes that its checkpoints will take."""
+    from diffmoe.config import load_config
+    from diffmoe.models.count import count
+
+    config = load_config(config_path, overrides)
+    needed = int(1.1 * _CHECKPOINT_BYTES * count(config.model, config.moe).total * (config.train.keep + 1))
+    return base / config.data.shards if config.data.shards else None, base / config.run.folder, needed
+
+
+def _absent(absent: Absent, environment: RankEnvironment) -> int:
+    """Not everybody came: one line from each node that did, the exclusion from rank 0."""
+    if environment.local_rank == 0:
+        print(f"preflight: {absent}", file=sys.stderr, flush=True)
+    line = exclude_line([Problem(absent.hosts, str(absent))])
+    if environment.rank == 0 and line:
+        print(line, flush=True)
+    return 1
+
+
+def _print(reports: list[Report], links: Links, problems: list[Problem], seconds: float) -> None:
+    nodes = len({report.host for report in reports})
+    versions = reports[0].versions
+    clocks = [report.clock for report in reports]
+    lines = [f"preflight: {nodes} nodes, {len(reports)} ranks, {seconds:.1f} s",
+             "  versions  " + ", ".join(f"{name} {version}" for name, version in versions.items()),
+             f"  clocks    within {max(clocks) - min(clocks):.3f} s"]
+    for title, speeds in (("nodes", links.between_nodes), ("ranks", links.within_nodes)):
+        if speeds:
+            (a, b), least = min(speeds.items(), key=lambda item: item[1])
+            lines.append(f"  {title:8}  {len(speeds)} pairs swap at {statistics.median(speeds.values()):.3g} GB/s each way, least "
+                         f"{least:.3g} ({a} - {b})")
+    if links.whole:
+        lines.append("  together  " + ", ".join(f"{name} {speed:.3g} GB/s a rank" for name, speed in links.whole.items()))
+    lines += [f"  wrong     {problem.text}" for problem in problems] or ["  nothing wrong"]
+    line = exclude_line(problems)
+    print("\n".join(lines + ([line] if line else [])), flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """The verb ``preflight``; returns 0, or 1 when something is wrong.  ValueError for bad input."""
+    parser = Parser("preflight", "Checks the nodes of a job: versions and code, GPUs, links, shards, disks, clocks.  Exit code 1 and "
+                    "Slurm's --exclude=... when something is wrong.",
+                    "srun --ntasks-per-node=8 python -m launcher preflight --config configs/diffmoe_l_e16_flow.yaml\n"
+                    "torchrun --standalone --nproc-per-node 2 -m launcher preflight --config configs/demo.yaml")
+    parser.add_argument("--config", help="YAML file: its shards, its run folder, room for its checkpoints")
+    parser.add_argument("--from", dest="base", type=Path, default=Path.cwd(), help="where its relative paths start (default: here)")
+    parser.add_argument("--between-nodes", type=float, metavar="GB/s", help="what a rank should reach to another node (default: pairs "
+                        "are compared with each other)")
+    parser.add_argument("--within-nodes", type=float, metavar="GB/s", help="what a rank should reach to another of its node")
+    parser.add_argument("--megabytes", type=int, help="size of the buffers that are swapped (default: 64 on GPUs, 2 on CPUs)")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a rank (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_intermixed_args(arguments)
+    for name in ("between_nodes", "within_nodes", "megabytes", "timeout"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be above 0")
+    if options.overrides and options.config is None:
+        raise ValueError(f"override {options.overrides[0]!r} needs --config")
+    if options.config is not None:
+        _demands(options.config, options.overrides, options.base)  # bad input is known before anybody waits
+    import torch
+
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return preflight(detect(), options.config, options.overrides, options.base,
+                     Expected(options.between_nodes, options.within_nodes), options.timeout,
+                     options.megabytes or (64 if on_gpu else 2))

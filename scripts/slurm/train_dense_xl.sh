@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=diffmoe-dense-xl
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+# The dense DiT-XL/2, rectified flow, on two nodes of 8 GPUs. From the repository's root:
+#   sbatch scripts/slurm/train_dense_xl.sh [key=value ...]
+set -euo pipefail
+root=${DIFFMOE_ROOT:-${SLURM_SUBMIT_DIR:?is unset: start this with sbatch}}
+# shellcheck source=scripts/slurm/_common.sh
+source "$root/scripts/slurm/_common.sh"
+train configs/dense_xl_flow.yaml "$@"

@@ -1,0 +1,130 @@
+"""Preflight: what it finds on ranks that play several nodes, and how it judges what they report."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from launcher import gpus
+from launcher.preflight import Expected, blame, exclude_line, judge
+from launcher.probe import Links, Report, rounds
+from programs import REPOSITORY, Program, digits
+
+VERSIONS = {"torch": "2.13.0", "code": "aa"}
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """What each case's ranks returned and said."""
+    folder = tmp_path_factory.mktemp("preflight")
+    for name in ("good", "own"):
+        shutil.copytree(digits(), folder / name / "data/digits")
+    (folder / "bad").mkdir()
+    with Program([sys.executable, str(REPOSITORY / "tests/preflight_ranks.py"), str(folder)], 4) as program:
+        ends = program.wait(200)
+    assert all(end.returncode == 0 for end in ends), ends
+    return {path.name.split(".")[0]: [json.loads((folder / f"{path.name.split('.')[0]}.{rank}.json").read_text()) for rank in range(4)]
+            for path in folder.glob("*.0.json")}
+
+
+def assert_found(ranks, exclude, *texts, codes=(1, 1, 1, 1)):
+    said = ranks[0]["said"]
+    assert tuple(rank["code"] for rank in ranks) == codes, said
+    assert [line for line in said.splitlines() if line.startswith("--exclude")] == ([f"--exclude={exclude}"] if exclude else []), said
+    for text in texts:
+        assert text in said
+
+
+def test_healthy_nodes_pass(played):
+    assert_found(played["healthy"], None, "4 nodes, 4 ranks", "6 pairs swap at", "all-reduce", "all-to-all", "nothing wrong", codes=(0,) * 4)
+    assert [rank["said"] for rank in played["healthy"][1:]] == ["", "", ""]
+
+
+def test_another_version_on_one_node(played):
+    assert_found(played["versions"], "node1", "node1: torch is 2.12.0, elsewhere 2.13", "node1: code is 0123456789ab")
+
+
+def test_a_slow_link_is_blamed_on_the_node_that_all_slow_pairs_share(played):
+    assert_found(played["link"], "node2", "node node0 - node node2", "node node1 - node node2", "node node2 - node node3")
+
+
+def test_a_node_without_the_shards(played):
+    assert_found(played["shards"], "node3", "node3: shards: data folder")
+
+
+def test_a_clock_that_is_off(played):
+    assert_found(played["clock"], "node2", "node2: its clock is +90 s off")
+
+
+def test_a_run_folder_that_is_not_shared(played):
+    assert_found(played["own_disk"], "node0", "the run folder is not shared: node1, node2, node3 see no file that node0 writes there")
+
+
+def test_a_node_that_does_not_come(played):
+    assert_found(played["absent"], "node3", "ranks 3 of 4 did not come within 3 s: node3", codes=(1, 1, 1, 0))
+
+
+def report(rank, host=None, **fields):
+    return Report(rank, host or f"n{rank}", fields.pop("versions", VERSIONS), fields.pop("problems", ()), **fields)
+
+
+def links(nodes, slow=(), speed=50.0):
+    return Links({(f"n{a}", f"n{b}"): (1.0 if a in slow or b in slow else speed) for a in range(nodes) for b in range(a + 1, nodes)})
+
+
+def test_blame_takes_the_fewest_ends_that_explain_slow_links():
+    assert blame([]) == set()
+    assert blame([("a", "b")]) == {"a", "b"}  # nobody can tell which
+    assert blame([("a", "b"), ("a", "c"), ("a", "d"), ("e", "b"), ("e", "c")]) == {"a", "e"}
+
+
+@pytest.mark.parametrize(("slow", "expected", "exclude"), [
+    ((), Expected(), None), ((3,), Expected(), "--exclude=n3"), ((1, 4), Expected(), "--exclude=n1,n4"),
+    ((), Expected(between_nodes=90), None), ((), Expected(between_nodes=400), "--exclude=n0,n1,n2,n3,n4,n5"),
+])
+def test_links_against_each_other_or_what_was_told(slow, expected, exclude):
+    found = judge([report(rank) for rank in range(6)], links(6, slow), expected, "cuda")
+    line = exclude_line(found)
+    if expected.between_nodes == 400:  # every link is slow: greed leaves one node, and everybody is named in the lines
+        assert len(found) == 15 and line is not None
+    else:
+        assert line == exclude
+
+
+def test_two_nodes_with_one_slow_link_need_an_expectation():
+    pair = Links({("n0", "n1"): 1.0}, whole={"all-to-all": 1.0})
+    assert judge([report(0), report(1)], pair, Expected(), "cuda") == []
+    found = judge([report(0), report(1)], pair, Expected(between_nodes=40), "cuda")
+    assert exclude_line(found) == "--exclude=n0,n1" and "all-to-all of all ranks: 1 GB/s a rank, 40 expected" in [p.text for p in found]
+
+
+def test_slow_and_missing_gpus():
+    speeds = [700e12, 720e12, 300e12, 710e12]
+    found = judge([report(rank, speed=speed) for rank, speed in enumerate(speeds)], Links(), Expected(), "cuda")
+    assert [problem.text for problem in found] == ["n2: the GPU of rank 2 computes 300 TFLOP/s, others 705"]
+    kinds = ["H200", "H200", "cpu"]
+    found = judge([report(rank, versions={"device": kind}) for rank, kind in enumerate(kinds)], Links(), Expected(), "cuda")
+    assert exclude_line(found) == "--exclude=n2"
+
+
+def test_what_nvidia_smi_says():
+    ok, hot, broken = gpus.parse("0, NVIDIA H200, 570.1, 143771, 34, 0, 0x0000000000000004\n1, NVIDIA H200, 570.1, 143771, 91, [N/A], "
+                                 "0x0000000000000060\n2, NVIDIA H200, 570.1, 143771, 40, 3, 0x0000000000000001\n")
+    assert (ok.trouble, ok.memory, ok.driver) == ((), 143771, "570.1")
+    assert hot.trouble == ("software thermal slowdown at 91 C", "hardware thermal slowdown at 91 C")
+    assert broken.trouble == ("3 uncorrected ECC errors",)
+    with pytest.raises(ValueError, match="which is not 7 fields"):
+        gpus.parse("No devices were found")
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_rounds_let_everybody_meet_once_and_nobody_play_twice(count):
+    played = rounds(count)
+    assert all(len({end for pair in pairs for end in pair}) == 2 * len(pairs) for pairs in played)
+    assert sorted(pair for pairs in played for pair in pairs) == [(a, b) for a in range(count) for b in range(a + 1, count)]
+
+
+def test_rounds_of_many_nodes_are_few():
+    played = rounds(512)
+    assert len(played) == 15 and all(len(pairs) == 256 for pairs in played)

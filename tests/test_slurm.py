@@ -1,0 +1,228 @@
+"""The job scripts under a real Slurm: virtual nodes, the very files that users submit.  `make test-slurm` runs them.
+
+On a machine without Slurm they skip; where DIFFMOE_REQUIRE_SLURM is set (CI), that is an error.
+"""
+
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from programs import digits, losses
+from virtual_slurm import Cluster, Job, missing_tools, steps_done
+
+pytestmark = pytest.mark.slurm
+
+# DiffMoE-L-E16's script at less than the demo's size, over 2 nodes x 2 ranks, experts over all four.
+NODES, PER_NODE, STEPS = 2, 2, 60
+SBATCH = (f"--nodes={NODES}", f"--gpus-per-node={PER_NODE}", "--cpus-per-task=1", "--mem=4G", "--time=30")
+SMALL = ("model.input_size=8", "model.channels=1", "model.width=32", "model.depth=2", "model.heads=2", "model.classes=10",
+         "model.learn_sigma=false", "moe.experts=4", "moe.pool=16", "parallel.ep=4", "train.batch=16", "train.lr=1e-2",
+         "train.ema=0.7", f"train.steps={STEPS}", "train.save_every=5", "train.log_every=1", "sample.steps=2", "sample.columns=4")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    missing = missing_tools()
+    if missing:
+        text = f"no Slurm here: {', '.join(missing)} missing (apt-get install slurmctld slurmd slurm-client munge)"
+        if os.environ.get("DIFFMOE_REQUIRE_SLURM"):
+            pytest.fail(text)
+        pytest.skip(text)
+    # Unix sockets lie below this folder: pytest's own are too long a path.
+    with Cluster(Path(tempfile.mkdtemp(prefix="slurm-")) / "c", nodes=3) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def alone(cluster):
+    """A test that failed leaves no job to the others."""
+    yield
+    cluster.cancel_everything()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("slurm")
+
+
+def train(cluster: Cluster, run: Path, *more: str, script: str = "train_l_e16.sh", options: tuple[str, ...] = (),
+          preflight: str = "no") -> Job:
+    return cluster.submit(script, *SMALL, f"data.shards={digits()}", f"run.folder={run}", *more, options=(*SBATCH, *options),
+                          log=run.with_suffix(".out"), env={"DIFFMOE_PREFLIGHT": preflight})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, work) -> list[Path]:
+    """Two equal jobs that ran at once on the same nodes, the first with its preflight."""
+    nodes = f"--nodelist={','.join(cluster.names[:NODES])}"
+    jobs = [train(cluster, work / f"undisturbed{i}", options=(nodes,), preflight=("", "no")[i]) for i in range(2)]
+    for job in jobs:
+        assert job.wait(420) == "COMPLETED", job.said()
+    windows = [(job.show()["StartTime"], job.show()["EndTime"]) for job in jobs]
+    assert max(start for start, _ in windows) < min(end for _, end in windows), windows
+    return [work / f"undisturbed{i}" for i in range(2)]
+
+
+def test_two_jobs_at_once_on_the_same_nodes_do_not_collide(undisturbed, cluster):
+    first, second = map(losses, undisturbed)
+    assert sorted(first) == list(range(1, STEPS + 1))
+    assert first == second
+
+
+def test_a_run_folder_holds_code_configuration_and_logs_per_node(undisturbed, cluster):
+    run = undisturbed[0]
+    (job,) = (run / "jobs").iterdir()
+    assert {path.name for path in job.iterdir()} == {"code", "commit.txt", "config.yaml", "deepspeed.json", "logs", "starts.json"}
+    assert (job / "code/run.py").is_file() and not list((job / "code").rglob("__pycache__/*.tests*"))
+    assert {path.name for path in (job / "logs").iterdir()} == {f"{name}.log" for name in cluster.names[:NODES]}
+    assert "4 expert-parallel ranks" in (job / f"logs/{cluster.names[0]}.log").read_text()
+    said = run.with_suffix(".out").read_text()
+    assert "preflight: 2 nodes, 4 ranks" in said and "nothing wrong" in said
+    assert f"finished (step {STEPS} of {STEPS})" in said
+
+
+def test_signal_requeue_dead_rank_and_dead_node_each_end_in_a_resumed_run(cluster, work, undisturbed):
+    """One job suffers all of them in turn, at steps of its own choosing; its losses are those of the undisturbed run."""
+    run = work / "disturbed"
+    job = train(cluster, run)
+
+    def at(step: int) -> None:
+        job.wait_until(lambda: steps_done(run) >= step, f"reach step {step}")
+
+    at(4)
+    cluster.slurm("scancel", "--signal=USR1", job.number)  # to the ranks
+    job.start_again_now(1)
+    assert "not finished (status 0, step " in job.said()
+    at(steps_done(run) + 6)
+    cluster.slurm("scontrol", "requeue", job.number)
+    job.start_again_now(2)
+    at(steps_done(run) + 6)
+    victim = max(rank_processes(cluster, cluster.names[1]))
+    os.kill(victim, signal.SIGKILL)
+    job.start_again_now(3)
+    assert "status 137" in job.said() or "status 1," in job.said(), job.said()
+    at(steps_done(run) + 6)
+    nodes = job.show()["NodeList"]
+    lost = cluster.names[1]
+    cluster.kill_node(lost)
+    job.start_again_now(4)
+    assert job.show()["NodeList"] != nodes
+    assert job.wait(300) == "COMPLETED", job.said()
+    cluster.start_node(lost)
+    assert losses(run) == losses(undisturbed[0])
+    log = "".join(path.read_text() for path in (run / "jobs" / job.number / "logs").iterdir())
+    assert log.count("resumed from ") == 4, log
+
+
+def rank_processes(cluster: Cluster, node: str) -> list[int]:
+    """The ranks on a node, without the daemons and shells above them."""
+    found = []
+    for pid in cluster.processes(node):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"python" in words[0] and any(word.endswith(b"code/run.py") for word in words):
+            found.append(pid)
+    assert len(found) >= PER_NODE
+    return found
+
+
+def test_the_signal_before_the_limit_a_preemption_and_a_cancelled_job(cluster, work):
+    """The batch shell gets USR1, hands it on and requeues; scancel is the user's word, and stays."""
+    run = work / "limit"
+    job = train(cluster, run, "train.steps=100000", "train.save_every=0")
+    job.wait_until(lambda: steps_done(run) >= 3, "reach step 3")
+    cluster.slurm("scancel", "--signal=USR1", "--batch", job.number)  # as --signal=B:USR1@120 does
+    job.start_again_now(1)
+    assert job.said().count("asks the ranks to save and end") == 1
+    before = steps_done(run)
+    assert f"not finished (status 0, step {before} of 100000)" in job.said()
+    job.wait_until(lambda: steps_done(run) > before, "go on")
+    (work / "urgent.sh").write_text("#!/bin/sh\n:\n")
+    urgent = cluster.submit(work / "urgent.sh", options=("--partition=urgent", "--exclusive", "--nodes=3"), log=work / "urgent.out")
+    assert urgent.wait(120) == "COMPLETED"
+    job.start_again_now(2)
+    assert job.said().count("asks the ranks to save and end") == 2 and job.said().count("not finished (status 0, step") == 2
+    before = steps_done(run)
+    job.wait_until(lambda: steps_done(run) > before, "go on")
+    cluster.slurm("scancel", job.number)
+    assert job.wait() == "CANCELLED"
+    time.sleep(2)
+    assert job.show()["JobState"] == "CANCELLED"
+    assert "resumed from" in "".join(path.read_text() for path in (run / "jobs" / job.number / "logs").iterdir())
+
+
+def test_a_job_whose_starts_bring_nothing_is_given_up(cluster, work):
+    """Ranks that die before their first step, for a reason that no restart cures: three starts, then the end."""
+    ill = work / "ill"
+    ill.mkdir()
+    (ill / "sitecustomize.py").write_text("import os, sys\nif any(w.endswith('code/run.py') for w in sys.orig_argv): os._exit(9)\n")
+    job = cluster.submit("train_l_e16.sh", *SMALL, f"data.shards={digits()}", f"run.folder={work / 'fruitless'}", options=SBATCH,
+                         log=work / "fruitless.out", env={"DIFFMOE_PREFLIGHT": "no", "PYTHONPATH": str(ill)})
+    for start in (1, 2):
+        job.start_again_now(start)
+    assert job.wait(120) == "FAILED"
+    assert "given up (status 9, step 0 of 60): 3 starts in a row brought no progress" in job.said(), job.said()
+
+
+def test_preflight_stops_a_job_and_says_why(cluster, work, tmp_path):
+    job = cluster.submit("train_l_e16.sh", *SMALL, f"data.shards={tmp_path}", f"run.folder={work / 'stopped'}", options=SBATCH,
+                         log=work / "stopped.out")
+    assert job.wait(180) == "FAILED"
+    assert f"shards: data folder ({tmp_path}) has no index.json" in job.said()
+    assert f"--exclude={','.join(cluster.names[:2])}" in job.said(), job.said()
+
+
+def test_bad_input_ends_the_job_with_its_line(cluster, work):
+    job = train(cluster, work / "bad", "moe.experts=3")
+    assert job.wait(60) == "FAILED" and job.show()["Restarts"] == "0"
+    assert "error: moe.experts (3) must divide by parallel.ep (4)" in job.said()
+
+
+def test_sample_evaluate_and_encode(cluster, work, undisturbed):
+    from PIL import Image
+
+    for name in ("a", "b"):
+        (work / "pictures" / name).mkdir(parents=True, exist_ok=True)
+        for i in range(4):
+            Image.fromarray(np.full((10, 10, 3), 20 * i + 100 * (name == "b"), np.uint8)).save(work / "pictures" / name / f"{i}.png")
+    one = ("--nodes=1", "--gpus-per-node=2", "--cpus-per-task=1", "--mem=4G")
+    run = undisturbed[0]
+    jobs = [
+        cluster.submit("sample.sh", "--checkpoint", run, "--count", 20, "--out", work / "drawn", options=one, log=work / "sample.out"),
+        cluster.submit("evaluate.sh", "--checkpoint", run, "--reference", digits(), "--extractor", "digits", "--count", 200, "--no-samples",
+                       "--out", work / "scores", options=one, log=work / "evaluate.out"),
+        cluster.submit("encode.sh", "--source", work / "pictures", "--image-size", 8, "--out", work / "shards", options=one,
+                       log=work / "encode.out")]
+    for job in jobs:
+        assert job.wait(300) == "COMPLETED", job.said()
+    assert np.load(work / "drawn.npz")["images"].shape == (20, 1, 8, 8)
+    assert (work / "scores/card.json").is_file()
+    assert (work / "shards/index.json").is_file()
+
+
+@pytest.mark.parametrize("script", ["train_s_e16.sh", "train_l_e8.sh", "train_xl_e16.sh", "train_dense_xl.sh"])
+def test_slurm_accepts_the_other_scripts(cluster, script, work):
+    """`sbatch --test-only`: header and size; the body is that of train_l_e16.sh but for the configuration's name."""
+    nodes = {"train_xl_e16.sh": "--nodes=3"}.get(script, "--nodes=1")  # the cluster has three
+    cluster.submit(script, options=("--test-only", nodes), log=work / "x.out")
+
+
+def test_submit_submits(cluster, work):
+    import subprocess
+    import sys
+
+    run = work / "submitted"
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "submit", "--config", "configs/demo.yaml", "--deepspeed_config", "ds_configs/zero1_fp32.json",
+         "--nodes", "2", "--gpus-per-node", "1", "--memory", "4G", "--cpus-per-rank", "1", "--time", "20", "--partition", "gpu", "--account", "me",
+         f"--sbatch=--output={work}/submitted.out", *SMALL, "parallel.ep=2", "train.steps=3", f"data.shards={digits()}", f"run.folder={run}"],
+        env={**cluster.env, "DIFFMOE_PREFLIGHT": "no"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    job = Job(cluster, done.stdout.split()[1].rstrip(":"), work / "submitted.out")
+    assert job.show()["Partition"] == "gpu" and job.show()["Account"] == "me"
+    assert job.wait(240) == "COMPLETED", job.said()
+    assert steps_done(run) == 3 and (run / "submit.sh").is_file()
