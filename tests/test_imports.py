@@ -13,7 +13,7 @@ LAYERS = [
     ["launcher.job", "launcher.probe"],
     ["diffmoe.bench"],  # more of the verb bench, which loads its kinds by name
     ["diffmoe.commands"],
-    ["diffmoe.parity", "diffmoe.huggingface", "diffmoe.bench"],
+    ["diffmoe.parity", "diffmoe.huggingface"],
     ["diffmoe.training"],
     ["diffmoe.evaluation"],
     ["diffmoe.diffusion", "diffmoe.data", "diffmoe.checkpoints"],
