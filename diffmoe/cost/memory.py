@@ -208,7 +208,8 @@ def _block_bytes(config: Config, layout: Layout, element: int, mixture: bool) ->
     if not mixture:
         return _Block(attention + half + 2 * T * model.hidden * element, 0, T * D * element + T * model.heads * _FP32, 0,
                       round(2.4 * T * D * element))
-    rows = round(T * (moe.top_k if model.family == "tc" else moe.capacity))
+    # A schedule of the capacity begins with the most rows.
+    rows = round(T * (moe.top_k if model.family == "tc" else max(moe.capacity, moe.capacity_at(0))))
     kept, exchange = _mixture_bytes(config, rows, T, element, layout.ep > 1)
     routing = rows * 8 * 2
     return _Block(attention + half + kept, exchange, T * D * element + T * model.heads * _FP32, routing,
