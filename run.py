@@ -20,6 +20,7 @@ VERBS = {
     "encode": "pictures -> VAE moments (or pixels) in shards",
     "import": "research weights -> a checkpoint; dense weights -> a mixture",
     "export": "a checkpoint -> research weights or a Hugging Face folder",
+    "profile": "time, memory and traffic of real training steps, against the plan and the least possible",
     "verify": "the parity table: EP x ZeRO x recompute x accumulation x pool against one process",
 }
 

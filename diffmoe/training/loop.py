@@ -108,7 +108,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     newest = newest_usable(Path(config.run.folder) / "checkpoints", groups, say)
     reader, problem = None, None
     try:
-        reader = _open_data(config)
+        reader = open_data(config)
         if newest is not None:
             _check_resumable(newest, config, layout)  # before anything of an earlier run is overwritten
         if groups.rank == 0:
@@ -141,7 +141,8 @@ def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def _open_data(config: Config) -> ShardReader:
+def open_data(config: Config) -> ShardReader:
+    """The shards, checked against the model.  Raises ValueError."""
     model = config.model
     if not config.data.shards:
         raise ValueError("data.shards ('') must name a folder of shards with an index.json")

@@ -9,20 +9,19 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Sequence, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from diffmoe.data.shards import Batch
 from diffmoe.parallel.traffic import CommunicationCount
-from diffmoe.training.loop import Run
-from diffmoe.training.step import train_step
+from diffmoe.training.engine import Engine
 
 PHASES = ("compute", "all_to_all", "reduction", "data", "other")
 _STEP, _DATA = "diffmoe: step", "diffmoe: data"
 Span = tuple[int, int]  # from, to, in ns
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,33 +38,34 @@ class RankProfile:
     traffic: list[dict]
 
 
-def profile_rank(run: Run, batches: Iterator[Sequence[Batch]], warmup: int, steps: int, traced: int = 2) -> RankProfile:
-    """``warmup`` steps, ``steps`` timed ones, ``traced`` traced ones, one counted; every rank together.
+def profile_rank(engine: Engine, fetch: Callable[[], T], train: Callable[[T], Any], warmup: int, steps: int,
+                 traced: int = 2) -> RankProfile:
+    """``warmup`` steps, ``steps`` timed ones, ``traced`` traced ones, one counted; every rank together.  A step is
+    ``train(fetch())``: a batch, and what is done with it."""
+    device = engine.device
 
-    Training proper, but nothing is saved, and the dial's histograms are not filled when ``train.save_every`` is 0."""
     def step() -> None:
         with record_function(_DATA):
-            batch = next(batches)
+            batch = fetch()
         with record_function(_STEP):
-            train_step(run.engine, run.ema, batch, run.config, run.layout, run.groups, run.done)
-            _synchronize(run.device)
-        run.done += 1
+            train(batch)
+            _synchronize(device)
 
     for _ in range(warmup):
         step()
-    if run.groups.world.size > 1:
+    if engine.groups.world.size > 1:
         dist.barrier()
     step_s = []
     for _ in range(steps):
         began = time.perf_counter()
         step()
         step_s.append(time.perf_counter() - began)
-    static = live_bytes(run.device)
-    events, traced_s = _trace(step, traced, run.device)
-    count = CommunicationCount((f"block {i}", layer, layer.experts) for i, layer in run.engine.model.moe_layers())
+    static = live_bytes(device)
+    events, traced_s = _trace(step, traced, device)
+    count = CommunicationCount((f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers())
     with count:
         step()
-    return RankProfile(step_s, traced_s, split(events), static, _peak(events, static, run.device), count.table())
+    return RankProfile(step_s, traced_s, split(events), static, _peak(events, static, device), count.table())
 
 
 def _trace(step: Callable[[], None], times: int, device: torch.device) -> tuple[list[Any], float]:
