@@ -84,7 +84,8 @@ def _bars(axes: Axes, names: Sequence[str], heights: Mapping[str, Sequence[float
         axes.bar(range(len(names)), values, bottom=base, color=_COLOURS[phase], label=phase.replace("_", "-"))
         base = [a + b for a, b in zip(base, values)]
     axes.set_xticks(range(len(names)), names, fontsize=7)
-    axes.legend(fontsize=8)
+    axes.margins(y=0.2)  # room for the legend
+    axes.legend(fontsize=8, ncols=len(heights), loc="upper center", handlelength=1, columnspacing=1)
 
 
 def _save(figure: Figure, path: Path) -> None:
