@@ -8,15 +8,15 @@ import json
 from pathlib import Path
 
 from diffmoe.config import Config, load_config
-from diffmoe.cost.hardware import Hardware, choose, read_table, write_entry
+from diffmoe.cost.hardware import write_entry
 from diffmoe.cost.layouts import (
     GIB, RECOMPUTE, Candidate, Cluster, Nearest, Pins, candidates, evaluate, fixed_pool, largest_parts, nearest_fit, reasons,
 )
-from diffmoe.cost.records import calibrated_by
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.models.count import count
 from launcher.command_line import Parser
+from launcher.hardware_options import add_hardware_options, hardware_of
 
 _EXAMPLE = """
 python -m launcher plan --config configs/diffmoe_xl_e16_flow.yaml --deepspeed_config ds_configs/zero1_bf16.json --gpu h100 --nodes 2
@@ -27,8 +27,7 @@ python -m launcher plan --config configs/diffmoe_xl_e16_flow.yaml --gpu a100 --n
 def main(arguments: list[str]) -> int:
     """Returns 0, or 1 when nothing fits as asked (the nearest layout that would is printed).  ValueError for bad input."""
     options = _parse(arguments)
-    table = read_table(options.hardware)
-    hardware = hardware_of(options, choose(table, options.gpu))
+    hardware = hardware_of(options)
     cluster = Cluster(options.nodes, options.gpus_per_node or hardware.gpus_per_node, hardware)
     config, tree = load_config(options.config, options.overrides), read_deepspeed(options.deepspeed_config)
     if config.train.batch < cluster.ranks:
@@ -73,24 +72,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} ({value}) must be above 0")
     return options
-
-
-def add_hardware_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say what the machines are; see :func:`hardware_of`."""
-    parser.add_argument("--gpu", default="h100", help="entry of the hardware table: h100, h200, a100, cpu (default: h100)")
-    parser.add_argument("--memory", type=float, help="GiB of a GPU, in place of the table's")
-    parser.add_argument("--hardware", type=Path, help="another table than configs/hardware.yaml")
-    parser.add_argument("--calibrate", type=Path, metavar="RECORDS",
-                        help="take what is reached of the peaks from records of run.py profile --json or launcher scaling")
-
-
-def hardware_of(options: argparse.Namespace, hardware: Hardware) -> Hardware:
-    """The table's entry as the command line changes it."""
-    if options.memory is not None:
-        if options.memory <= hardware.reserve_gib:
-            raise ValueError(f"--memory ({options.memory:g} GiB) must be above the reserve of {hardware.reserve_gib:g} GiB")
-        hardware = dataclasses.replace(hardware, memory_gib=options.memory)
-    return calibrated_by(options.calibrate, hardware) if options.calibrate else hardware
 
 
 def _as_configured(config: Config, tree: dict, cluster: Cluster) -> tuple[Candidate | None, str]:
@@ -188,22 +169,11 @@ def _write_json(path: Path, config: Config, cluster: Cluster, configured: Candid
     tree = {
         "cluster": {**dataclasses.asdict(cluster), "ranks": cluster.ranks},
         "parameters": dataclasses.asdict(count(config.model, config.moe)),
-        "configured": configured and as_dict(configured),
-        "layouts": [as_dict(c) for c in found],
-        "nearest": nearest and {**as_dict(nearest.candidate), "nodes": nearest.cluster.nodes, "changes": nearest.changes},
+        "configured": configured and configured.table(),
+        "layouts": [c.table() for c in found],
+        "nearest": nearest and {**nearest.candidate.table(), "nodes": nearest.cluster.nodes, "changes": nearest.changes},
     }
     try:
         path.write_text(json.dumps(tree, indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"--json ({path}) cannot be written: {error}") from None
-
-
-def as_dict(candidate: Candidate) -> dict:
-    """All numbers of a layout, for JSON."""
-    return {
-        "layout": dataclasses.asdict(candidate.layout), "zero": candidate.engine.stage,
-        "recompute": candidate.config.parallel.recompute, "fits": candidate.fits, "memory": candidate.memory.table(),
-        "time": candidate.time.table(), "images_per_s": candidate.images_per_s,
-        "traffic": [dataclasses.asdict(m) for m in step_traffic(candidate.config, candidate.layout, candidate.engine)],
-        "least": dataclasses.asdict(least_traffic(candidate.config, candidate.layout, candidate.engine)),
-    }

@@ -22,7 +22,7 @@ from diffmoe.config import Config, load_config, override
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import resolve_layout
 from launcher.command_line import Parser
-from launcher.scaling_report import write_report
+from launcher.scaling_report import grouped, write_table
 
 _EXAMPLE = """
 python -m launcher scaling --config configs/demo.yaml --ranks 1,2 --ep 1,2 --repeats 2 --synthetic --out runs/scaling
@@ -271,6 +271,21 @@ def _outcome(record: dict) -> str:
     if "error" in record:
         return record["error"]
     return f"{1e3 * record['step_s']:.1f} ms a step, {record['batch'] / record['step_s']:.1f} images/s"
+
+
+def write_report(records: list[dict], folder: Path) -> str:
+    """Writes ``table.md`` and, where matplotlib is installed, the plots into ``folder``; returns what to print."""
+    groups = grouped(records)
+    if not groups:
+        return "no run ended well; nothing to tabulate"
+    lines = write_table(groups, next(record for record in records if "error" not in record), folder / "table.md")
+    try:
+        from launcher.scaling_plots import draw_efficiency, draw_split
+    except ModuleNotFoundError as error:
+        return "\n".join([*lines, f"{folder / 'table.md'}; no plots, because {error.name} is not installed here"])
+    draw_efficiency(groups, folder / "efficiency.png")
+    draw_split(groups, folder / "split.png")
+    return "\n".join([*lines, f"{folder}: runs.jsonl, table.md, efficiency.png, split.png"])
 
 
 def _commit() -> str:

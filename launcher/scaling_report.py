@@ -1,4 +1,4 @@
-"""What ``launcher scaling`` writes about its runs: a table, and plots where matplotlib is installed."""
+"""What ``launcher scaling`` says about its runs: repeats together, efficiencies, a table."""
 
 from __future__ import annotations
 
@@ -65,25 +65,15 @@ def _over_least(by_rank: list[list[dict]]) -> float | None:
     return sum(row["wire"] for row in sent) / rows if rows else None
 
 
-def write_report(records: list[dict], folder: Path) -> str:
-    """Writes ``table.md`` and the plots into ``folder``; returns what to print."""
-    groups = grouped(records)
-    if not groups:
-        return "no run ended well; nothing to tabulate"
+def write_table(groups: list[Group], good: dict, path: Path) -> list[str]:
+    """Writes ``table.md``, under a head that says where it comes from (``good``: any good record); returns the table's lines."""
     lines = _lines(groups)
-    good = next(record for record in records if "error" not in record)
     head = [f"{good['device']}, {good['threads']} thread{'s' * (good['threads'] > 1)} a rank, torch {good['torch']}, DeepSpeed "
             f"{good['deepspeed_version']}, commit {good['commit']}, started by {good['start']}, {good['when']}.",
             "Times are medians of runs, split by phase in traced steps of the same runs; efficiency is images per second and rank "
             "against the fewest ranks.", ""]
-    (folder / "table.md").write_text("\n".join(head + lines) + "\n")
-    try:
-        from launcher.scaling_plots import draw_efficiency, draw_split
-    except ModuleNotFoundError as error:
-        return "\n".join([*lines, f"{folder / 'table.md'}; no plots, because {error.name} is not installed here"])
-    draw_efficiency(groups, folder / "efficiency.png")
-    draw_split(groups, folder / "split.png")
-    return "\n".join([*lines, f"{folder}: runs.jsonl, table.md, efficiency.png, split.png"])
+    path.write_text("\n".join(head + lines) + "\n")
+    return lines
 
 
 def _lines(groups: list[Group]) -> list[str]:

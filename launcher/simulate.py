@@ -10,11 +10,10 @@ from pathlib import Path
 
 from diffmoe.config import load_config
 from diffmoe.cost.extrapolation import MODES, WORDS, Point, extrapolate, stops
-from diffmoe.cost.hardware import choose, read_table
 from diffmoe.cost.layouts import GIB, RECOMPUTE, Pins
 from diffmoe.deepspeed_json import read_deepspeed
 from launcher.command_line import Parser
-from launcher.plan import add_hardware_options, as_dict, hardware_of
+from launcher.hardware_options import add_hardware_options, hardware_of
 
 _EXAMPLE = """
 python -m launcher simulate --config configs/diffmoe_xl_e16_flow.yaml --deepspeed_config ds_configs/zero1_bf16.json --gpu h100 --ep 8
@@ -25,8 +24,7 @@ python -m launcher simulate --config configs/diffmoe_l_e16_flow.yaml --gpu h200 
 def main(arguments: list[str]) -> int:
     """Returns 0, or 1 when not even the smallest size fits.  ValueError for bad input."""
     options = _parse(arguments)
-    table = read_table(options.hardware)
-    hardware = hardware_of(options, choose(table, options.gpu))
+    hardware = hardware_of(options)
     per_node = options.gpus_per_node or hardware.gpus_per_node
     config, tree = load_config(options.config, options.overrides), read_deepspeed(options.deepspeed_config)
     sizes = _sizes(options.min_gpus or per_node, options.max_gpus)
@@ -109,8 +107,8 @@ def _table(mode: str, points: list[Point]) -> list[str]:
 
 
 def _as_dict(point: Point) -> dict:
-    tree = {**dataclasses.asdict(dataclasses.replace(point, candidate=None)), "candidate": point.candidate and as_dict(point.candidate)}
-    return tree
+    bare = dataclasses.asdict(dataclasses.replace(point, candidate=None))
+    return {**bare, "candidate": point.candidate and point.candidate.table()}
 
 
 def _write(path: Path, text: str) -> None:

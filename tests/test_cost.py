@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 
+from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from diffmoe.config import load_config
 from diffmoe.cost.hardware import choose, read_table
 from diffmoe.cost.layouts import Cluster, Pins, candidates, nearest_fit, reasons
@@ -23,7 +24,7 @@ from diffmoe.parallel.spawn import Ranks
 from diffmoe.parallel.traffic import CommunicationCount, wire_bytes
 from diffmoe.parity.plain import build_model, synthetic_batch
 from diffmoe.training.ema import Ema
-from diffmoe.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine
+from diffmoe.training.engine import Engine
 from diffmoe.training.profiling import live_bytes, profile_rank, split, union, without
 from diffmoe.training.step import micro_loss, train_step
 
@@ -86,13 +87,13 @@ def _measured_memory(overrides, tree):
     held = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     before = live_bytes(CPU)
     engine = Engine(build_model(config, layout.pool, groups), config, layout, tree, groups, CPU)
-    ema = Ema(engine, 0.9)
+    ema = Ema(engine, config.train.ema_decays)
     micro = layout.micro_batch
     batches = [synthetic_batch(config, range(groups.rank * micro, (groups.rank + 1) * micro))] * layout.accumulation
     steps = iter(range(100))
     found = profile_rank(engine, lambda: batches, lambda b: train_step(engine, ema, b, config, layout, groups, next(steps)), 1, 1, 1)
     kinds = {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in (
-        (MASTER, engine.shards(MASTER)), ("moments", engine.shards(FIRST_MOMENT) + engine.shards(SECOND_MOMENT)), ("ema", ema.shards))}
+        (MASTER, engine.shards(MASTER)), ("moments", engine.shards(FIRST_MOMENT) + engine.shards(SECOND_MOMENT)), ("ema", [t for shards in ema.by_decay.values() for t in shards]))}
     engine.engine.destroy()
     del held
     return kinds, found.static_bytes - before, found.peak_bytes - before
@@ -111,6 +112,7 @@ def _measured_memory(overrides, tree):
 def test_memory_is_what_was_planned(worlds, ranks, ep, zero, recompute, bf16, accumulation, bucket):
     """State exactly, what lives between steps within half a per cent (scalars, batches), the most at once within 10."""
     overrides = [*MODEL, f"parallel.ep={ep}", f"parallel.recompute={recompute}", f"train.accumulation={accumulation}", "moe.pool=group"]
+    overrides += ["train.ema=[0.9, 0.99]"] if zero == 3 else []
     tree = _deepspeed(zero, bf16, bucket)
     config = load_config(None, overrides)
     plan = rank_memory(config, resolve_layout(config, ranks), engine_facts(tree))

@@ -9,12 +9,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the top.  A module imports its own entry and what lies below; entries of one line do not know each other.
 LAYERS = [
-    ["run"],
+    ["run", "launcher.plan", "launcher.scaling", "launcher.simulate"],
+    ["launcher.scaling_plots", "launcher.hardware_options"],
+    ["launcher.scaling_report"],
     ["diffmoe.commands"],
     ["diffmoe.parity", "diffmoe.huggingface"],
     ["diffmoe.training"],
     ["diffmoe.evaluation"],
-    ["diffmoe.diffusion", "diffmoe.data", "diffmoe.checkpoints"],
+    ["diffmoe.diffusion", "diffmoe.data", "diffmoe.checkpoints", "diffmoe.cost"],
     ["diffmoe.models"],
     ["diffmoe.moe"],
     ["diffmoe.parallel"],

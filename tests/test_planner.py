@@ -8,8 +8,8 @@ from argparse import ArgumentTypeError
 import pytest
 
 from launcher import plan, scaling, simulate
-from launcher.scaling import Trial, command_of
-from launcher.scaling_report import grouped, write_report
+from launcher.scaling import Trial, command_of, write_report
+from launcher.scaling_report import grouped
 from tests.programs import REPOSITORY, environment
 
 XL = ["--config", str(REPOSITORY / "configs/diffmoe_xl_e16_flow.yaml"), "--deepspeed_config", str(REPOSITORY / "ds_configs/zero1_bf16.json")]

@@ -89,7 +89,7 @@ def _measure(config: Config, layout: Layout, tree: dict, environment: RankEnviro
                 time_scale=config.diffusion.time_scale)
     initialize(model, config.run.seed)
     engine = Engine(model, config, layout, tree, groups, device)
-    ema, numbers = Ema(engine, config.train.ema), itertools.count()
+    ema, numbers = Ema(engine, config.train.ema_decays), itertools.count()
     found = profile_rank(engine, lambda: next(batches),
                          lambda batch: train_step(engine, ema, batch, config, layout, groups, next(numbers)),
                          options.warmup, options.steps)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Iterator, Optional
 
 from diffmoe.config import Config, override
 from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, Memory, engine_facts, rank_memory
 from diffmoe.cost.step_time import StepTime, step_time
+from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.layout import Layout, resolve_layout
 
 RECOMPUTE = ("none", "selective", "block")
@@ -61,6 +62,15 @@ class Candidate:
     def label(self) -> str:
         return (f"EP {self.layout.ep}, ZeRO {self.engine.stage}, recompute {self.config.parallel.recompute}, micro-batch "
                 f"{self.layout.micro_batch} x {self.layout.accumulation}")
+
+    def table(self) -> dict:
+        """All numbers as plain dicts, for JSON."""
+        return {
+            "layout": asdict(self.layout), "zero": self.engine.stage, "recompute": self.config.parallel.recompute,
+            "fits": self.fits, "memory": self.memory.table(), "time": self.time.table(), "images_per_s": self.images_per_s,
+            "traffic": [asdict(m) for m in step_traffic(self.config, self.layout, self.engine)],
+            "least": asdict(least_traffic(self.config, self.layout, self.engine)),
+        }
 
     @property
     def knobs(self) -> tuple[int, int, str, int]:

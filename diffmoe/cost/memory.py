@@ -55,7 +55,7 @@ def _number(zero: dict, name: str, default: float) -> int:
 class Memory:
     """Bytes of one rank.
 
-    Live between steps (``static``): ``weights``, fp32 ``masters``, ``moments`` (two), ``ema``, ``gradient_sums`` and ZeRO 3's
+    Live between steps (``static``): ``weights``, fp32 ``masters``, ``moments`` (two), ``ema`` (of every decay), ``gradient_sums`` and ZeRO 3's
     bucket.  During a step: ``gathered`` weights (ZeRO 3); ``buckets`` in which gradients are collected; ``accumulated`` gradients of earlier micro-batches;
     ``activations`` that forward keeps; ``exchange``: rows that arrived from other ranks, kept too; ``working``: a block's
     temporaries, recomputed activations included; ``gradients`` that have gathered when backward ends; ``reduction``: what
@@ -125,7 +125,8 @@ def rank_memory(config: Config, layout: Layout, engine: EngineFacts) -> Memory:
     sums, buckets, accumulated, gradients, reduction = _gradients(sizes, engine, layout.accumulation > 1)
     activations, exchange, working = _activations(config, layout, engine.element)
     working += engine.element * max(dense + experts)  # a gradient, before it is in its bucket
-    return Memory(weights, masters, 2 * _FP32 * sizes.shard, _FP32 * sizes.shard, sums, gathered, buckets, accumulated,
+    averages = len(config.train.ema_decays) * _FP32 * sizes.shard
+    return Memory(weights, masters, 2 * _FP32 * sizes.shard, averages, sums, gathered, buckets, accumulated,
                   activations, exchange, working, gradients, reduction)
 
 

@@ -79,8 +79,9 @@ def _moved(config: Config, layout: Layout, engine: EngineFacts, memory: Memory) 
     plain = rank_memory(_without_recompute(config), layout, engine)
     activations = plain.activations + plain.exchange
     passes = 4 if config.parallel.recompute == "none" else 5
-    shard = memory.ema / 4  # elements
-    return passes * activations * layout.accumulation + shard * (2 * 16 + 4 + engine.element)
+    state = memory.moments * 3 / 2 + memory.ema  # with masters, which at ZeRO 0 are the weights
+    gradients_and_weights = memory.moments / 8 * (4 + engine.element)
+    return passes * activations * layout.accumulation + 2 * state + gradients_and_weights
 
 
 def _without_recompute(config: Config) -> Config:
