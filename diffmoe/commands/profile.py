@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import importlib.metadata
 import itertools
 import json
 import platform
@@ -120,7 +121,6 @@ def _batches(config: Config, layout: Layout, groups: ParallelGroups, synthetic: 
 def _record(config: Config, layout: Layout, tree: dict, environment: RankEnvironment, device: torch.device,
             found: RankProfile) -> dict:
     """What all ranks saw, as one plain dict: the slowest rank's step time, the mean split, the most memory, all traffic."""
-    import deepspeed
     import torch
     import torch.distributed as dist
 
@@ -138,7 +138,7 @@ def _record(config: Config, layout: Layout, tree: dict, environment: RankEnviron
         "traffic": [p.traffic for p in everyone],
         "device": torch.cuda.get_device_name(device) if cuda else f"{platform.processor() or platform.machine()} CPU",
         "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-        "deepspeed_version": deepspeed.__version__,
+        "deepspeed_version": importlib.metadata.version("deepspeed"),
         "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
