@@ -23,6 +23,7 @@ VERBS = {
     "export": "a checkpoint -> research weights or a Hugging Face folder",
     "check-checkpoint": "whether checkpoints are whole, bit for bit and tensor by tensor",
     "bench": "measurements side by side: run.py bench KIND",
+    "profile": "time, memory and traffic of real training steps, against the plan and the least possible",
     "verify": "the parity table: EP x ZeRO x recompute x accumulation x pool against one process",
 }
 

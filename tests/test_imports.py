@@ -9,14 +9,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the top.  A module imports its own entry and what lies below; entries of one line do not know each other.
 LAYERS = [
-    ["run", "launcher.doctor", "launcher.preflight", "launcher.submit"],
-    ["launcher.job", "launcher.probe"],
+    ["run", "launcher.doctor", "launcher.plan", "launcher.preflight", "launcher.scaling", "launcher.simulate", "launcher.submit"],
+    ["launcher.job", "launcher.probe", "launcher.scaling_plots", "launcher.hardware_options"],
+    ["launcher.scaling_report"],
     ["diffmoe.bench"],  # more of the verb bench, which loads its kinds by name
     ["diffmoe.commands"],
     ["diffmoe.parity", "diffmoe.huggingface"],
     ["diffmoe.training"],
     ["diffmoe.evaluation"],
-    ["diffmoe.diffusion", "diffmoe.data", "diffmoe.checkpoints"],
+    ["diffmoe.diffusion", "diffmoe.data", "diffmoe.checkpoints", "diffmoe.cost"],
     ["diffmoe.models"],
     ["diffmoe.moe"],
     ["diffmoe.parallel"],

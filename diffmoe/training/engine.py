@@ -19,7 +19,6 @@ from typing import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from diffmoe.config import Config, TrainConfig
@@ -29,6 +28,7 @@ from diffmoe.models.dit import DiT, LogicalTensor, ModelOutput, logical_tensors
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import raise_together, sum_over
 from diffmoe.parallel.groups import ParallelGroups
+from diffmoe.parallel.traffic import only_counting
 
 
 @dataclass(frozen=True)
@@ -331,7 +331,7 @@ def _hide_gathers_from_recompute(offload) -> None:
     same operators, so these stay out of its sight."""
     def hidden(function: Callable) -> Callable:
         def call(*args):
-            with _disable_current_modes():
+            with only_counting():
                 return function(*args)
         return call
 

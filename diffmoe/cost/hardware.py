@@ -1,0 +1,109 @@
+"""The hardware table: what machines can do, and how much of it programs reach."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from diffmoe.config import read_yaml
+
+TABLE = Path(__file__).resolve().parents[2] / "configs" / "hardware.yaml"
+
+
+@dataclass(frozen=True)
+class Link:
+    """One direction of a rank's link: 1e9 bytes a second, and microseconds until the first byte arrives."""
+
+    gb_s: float
+    latency_us: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A kind of machine; fields as ``configs/hardware.yaml`` explains them.  ``matmul``, ``bandwidth`` and ``link`` are the
+    shares of a peak that are reached (above 1 where the peak was set too low).  ``asynchronous``: the host launches operators
+    while the device computes."""
+
+    name: str
+    memory_gib: float
+    reserve_gib: float
+    tflops_bf16: float
+    tflops_fp32: float
+    memory_gb_s: float
+    gpus_per_node: int
+    node: Link
+    network: Link
+    matmul: float
+    bandwidth: float
+    link: float
+    operator_us: float
+    asynchronous: bool = True
+    calibrated: Optional[str] = None
+
+    @property
+    def usable_bytes(self) -> int:
+        """What tensors may take."""
+        return int((self.memory_gib - self.reserve_gib) * 2**30)
+
+
+def read_table(path: str | Path | None) -> dict[str, Hardware]:
+    """The table in a YAML file (default: the repository's).  Raises ValueError naming machine and field."""
+    tree = read_yaml(TABLE if path is None else path)
+    return {name: _hardware(f"{name}", entry) for name, entry in tree.items()}
+
+
+def choose(table: dict[str, Hardware], name: str) -> Hardware:
+    """The machine called ``name``.  Raises ValueError."""
+    if name not in table:
+        close = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"--gpu ({name}) must be one of {', '.join(table)}{hint}")
+    return table[name]
+
+
+def named_like(table: dict[str, Hardware], device_name: str) -> Hardware | None:
+    """The entry whose key is part of a device's own name (``NVIDIA H200`` -> h200), or None."""
+    return next((hardware for key, hardware in table.items() if key in device_name.lower()), None)
+
+
+def write_entry(path: str | Path, name: str, hardware: Hardware) -> None:
+    """Puts one entry into a table file, which may be new; other entries stay.  Raises ValueError."""
+    path = Path(path)
+    tree = read_yaml(path) if path.exists() else {}
+    tree[name] = dataclasses.asdict(hardware)
+    try:
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    except OSError as error:
+        raise ValueError(f"--write-hardware ({path}) cannot be written: {error}") from None
+
+
+def _hardware(name: str, entry: Any) -> Hardware:
+    if not isinstance(entry, dict):
+        raise ValueError(f"hardware table: {name} must be a mapping, not {entry!r}")
+    values = dict(entry)
+    for link in ("node", "network"):
+        values[link] = _build(Link, f"{name}.{link}", values.get(link, {}))
+    return _build(Hardware, name, values)
+
+
+def _build(cls: type, name: str, values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"hardware table: {name} must be a mapping, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+    if values.keys() - hints.keys():
+        raise ValueError(f"hardware table: unknown key {name}.{sorted(values.keys() - hints.keys())[0]}")
+    if needed - values.keys():
+        raise ValueError(f"hardware table: {name}.{sorted(needed - values.keys())[0]} is missing")
+    for key, value in values.items():
+        if hints[key] in (int, float):
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+            if not good or (value == 0 and key not in ("reserve_gib", "latency_us", "operator_us")):
+                raise ValueError(f"hardware table: {name}.{key} ({value!r}) must be a number above 0")
+    return cls(**values)

@@ -1,0 +1,186 @@
+"""Where a training step's time, memory and traffic go: some real steps, timed, then traced, then counted.
+
+Three kinds of steps, because each way of looking slows down what the others look at: plain ones give the time, traced ones
+(``torch.profiler``) the split and the memory, counted ones (``parallel/traffic.py``) the messages.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, Sequence, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from diffmoe.parallel.traffic import CommunicationCount
+from diffmoe.training.engine import Engine
+
+PHASES = ("compute", "all_to_all", "reduction", "data", "other")
+_STEP, _DATA = "diffmoe: step", "diffmoe: data"
+Span = tuple[int, int]  # from, to, in ns
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RankProfile:
+    """What one rank saw.  ``step_s``: seconds of each plain step, data included.  ``split``: share of a traced step's time by
+    phase.  ``static_bytes``: tensors that live between steps; ``peak_bytes``: most that lived at once.  ``traffic``: one dict a
+    kind of message of one step (``CommunicationCount.table``)."""
+
+    step_s: list[float]
+    traced_step_s: float
+    split: dict[str, float]
+    static_bytes: int
+    peak_bytes: int
+    traffic: list[dict]
+
+
+def profile_rank(engine: Engine, fetch: Callable[[], T], train: Callable[[T], Any], warmup: int, steps: int,
+                 traced: int = 2) -> RankProfile:
+    """``warmup`` steps, ``steps`` timed ones, ``traced`` traced ones, one counted; every rank together.  A step is
+    ``train(fetch())``: a batch, and what is done with it."""
+    device = engine.device
+
+    def step() -> None:
+        with record_function(_DATA):
+            batch = fetch()
+        with record_function(_STEP):
+            train(batch)
+            _synchronize(device)
+
+    for _ in range(warmup):
+        step()
+    if engine.groups.world.size > 1:
+        dist.barrier()
+    step_s = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step()
+        step_s.append(time.perf_counter() - began)
+    static = live_bytes(device)
+    events, traced_s = _trace(step, traced, device)
+    count = CommunicationCount((f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers())
+    with count:
+        step()
+    return RankProfile(step_s, traced_s, split(events), static, _peak(events, static, device), count.table())
+
+
+def _trace(step: Callable[[], None], times: int, device: torch.device) -> tuple[list[Any], float]:
+    """torch.profiler's raw events of ``times`` steps, and seconds a step."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with profile(activities=activities, profile_memory=device.type == "cpu") as trace:
+        began = time.perf_counter()
+        for _ in range(times):
+            step()
+        seconds = (time.perf_counter() - began) / times
+    return list(trace.profiler.kineto_results.events()), seconds
+
+
+def live_bytes(device: torch.device) -> int:
+    """Bytes of all tensors' memory on the device.  On the CPU every tensor that Python can see, each storage once."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def _peak(events: Iterable[Any], static: int, device: torch.device) -> int:
+    """The most bytes allocated at once: on CUDA the allocator's own figure; on the CPU what lived before, and what the traced
+    steps allocated and freed from there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return static + most
+
+
+def split(events: Sequence[Any]) -> dict[str, float]:
+    """Shares of the steps' time by phase; they add up to 1.
+
+    ``compute``: some kernel (on the CPU: some operator) runs that is no communication.  ``all_to_all``, ``reduction``: none
+    does, and such a collective is under way: what is not hidden behind compute, waiting for slower ranks included.  ``data``:
+    none of these, and the step waits for its batch.  ``other``: Python, launches, waiting for the host."""
+    on_device = any(_is_cuda(e) for e in events)
+    spans: dict[str, list[Span]] = {name: [] for name in (*PHASES, "step")}
+    for event in events:
+        name = _phase_of(event, on_device)
+        if name is not None:
+            spans[name].append((event.start_ns(), event.start_ns() + event.duration_ns()))
+    spans["step"] += spans["data"]
+    left = union(spans["step"])
+    total = length(left)
+    shares = {}
+    for phase in ("compute", "all_to_all", "reduction", "data"):
+        rest = without(left, union(spans[phase]))
+        shares[phase], left = (length(left) - length(rest)) / total, rest
+    return {**shares, "other": length(left) / total}
+
+
+def _phase_of(event: Any, on_device: bool) -> str | None:
+    name: str = event.name()
+    if name in (_STEP, _DATA):
+        return None if _is_cuda(event) else ("step" if name == _STEP else "data")
+    if on_device:
+        if not _is_cuda(event) or name.startswith(("diffmoe:", "gpu_user_annotation")):
+            return None
+        if "nccl" not in name.lower():
+            return "compute"
+        # NCCL moves all-to-alls by its send-and-receive kernel.
+        return "all_to_all" if "sendrecv" in name.lower() else "reduction"
+    if name.startswith("gloo:"):
+        return "all_to_all" if name == "gloo:all_to_all" else "reduction"
+    return "compute" if name.startswith("aten::") else None
+
+
+def _is_cuda(event: Any) -> bool:
+    return event.device_type() == torch.autograd.DeviceType.CUDA
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """Sorted, disjoint spans that cover the same time."""
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
+    """``spans`` less ``taken``; both sorted and disjoint."""
+    kept, first = [], 0
+    for start, end in spans:
+        while first < len(taken) and taken[first][1] <= start:
+            first += 1
+        place, i = start, first
+        while i < len(taken) and taken[i][0] < end:
+            if taken[i][0] > place:
+                kept.append((place, taken[i][0]))
+            place = max(place, taken[i][1])
+            i += 1
+        if place < end:
+            kept.append((place, end))
+    return kept
+
+
+def length(spans: Iterable[Span]) -> int:
+    return sum(end - start for start, end in spans)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

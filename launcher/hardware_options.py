@@ -1,0 +1,29 @@
+"""The options by which plan and simulate are told what the machines are."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from diffmoe.cost.hardware import Hardware, choose, read_table
+from diffmoe.cost.records import calibrated_by
+
+
+def add_hardware_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what the machines are; see :func:`hardware_of`."""
+    parser.add_argument("--gpu", default="h100", help="entry of the hardware table: h100, h200, a100, cpu (default: h100)")
+    parser.add_argument("--memory", type=float, help="GiB of a GPU, in place of the table's")
+    parser.add_argument("--hardware", type=Path, help="another table than configs/hardware.yaml")
+    parser.add_argument("--calibrate", type=Path, metavar="RECORDS",
+                        help="take what is reached of the peaks from records of run.py profile --json or launcher scaling")
+
+
+def hardware_of(options: argparse.Namespace) -> Hardware:
+    """The table's entry as the command line changes it.  Raises ValueError."""
+    hardware = choose(read_table(options.hardware), options.gpu)
+    if options.memory is not None:
+        if options.memory <= hardware.reserve_gib:
+            raise ValueError(f"--memory ({options.memory:g} GiB) must be above the reserve of {hardware.reserve_gib:g} GiB")
+        hardware = dataclasses.replace(hardware, memory_gib=options.memory)
+    return calibrated_by(options.calibrate, hardware) if options.calibrate else hardware

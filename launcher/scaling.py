@@ -1,0 +1,296 @@
+"""``launcher scaling``: measures real training steps on 1 ... N ranks or nodes, strong and weak, with several layouts and repeats.
+
+Every run is ``run.py profile`` under srun (inside an allocation), torchrun or deepspeed; repeats are interleaved, so that a slow
+minute of the machine hits all layouts alike.  This process needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from diffmoe.config import Config, load_config, override
+from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.layout import resolve_layout
+from launcher.command_line import Parser
+from launcher.scaling_report import grouped, write_table
+
+_EXAMPLE = """
+python -m launcher scaling --config configs/demo.yaml --ranks 1,2 --ep 1,2 --repeats 2 --synthetic --out runs/scaling
+sbatch scripts/slurm/scaling.sh        # the same inside an allocation, by nodes
+"""
+_ROOT = Path(__file__).resolve().parent.parent
+STARTS = ("srun", "torchrun", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run to measure: ``ranks`` on ``nodes``, ``batch`` samples a step."""
+
+    mode: str
+    ranks: int
+    nodes: int
+    ep: int
+    zero: int
+    batch: int
+    repeat: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.mode}, {self.ranks} ranks on {self.nodes} nodes, EP {self.ep}, ZeRO {self.zero}, repeat {self.repeat}"
+
+
+def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
+    """Returns 0, or 1 when a run failed (its line says why, the others stand).  ValueError for bad input."""
+    options = _parse(arguments)
+    config, tree = load_config(options.config, options.overrides), read_deepspeed(options.deepspeed_config)
+    start = _start(options, environ)
+    per_node = options.per_node or _ranks_per_node(environ)
+    sizes = _sizes(options, environ, per_node, start)
+    trials, left_out = plan_trials(config, tree, options, sizes)
+    for text in left_out:
+        print(f"left out: {text}", flush=True)
+    if not trials:
+        raise ValueError("no layout of --ranks, --ep and --zero divides evenly; nothing to measure")
+    pool = _pool(config, trials[0])
+    options.out.mkdir(parents=True, exist_ok=True)
+    records = []
+    with (options.out / "runs.jsonl").open("w") as lines:
+        for number, trial in enumerate(trials, 1):
+            record = {**asdict(trial), "start": start, "commit": _commit(), **_run(trial, options, start, pool)}
+            records.append(record)
+            lines.write(json.dumps(record) + "\n")
+            lines.flush()
+            print(f"{number}/{len(trials)} {trial.label}: {_outcome(record)}", flush=True)
+    print("\n" + write_report(records, options.out), flush=True)
+    return 1 if any("error" in record for record in records) else 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser("scaling", "Measures a training step on 1 ... N ranks or nodes: runs.jsonl, table.md, efficiency.png, split.png.",
+                    _EXAMPLE)
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
+    parser.add_argument("--out", required=True, type=Path, help="folder for what is written")
+    parser.add_argument("--ranks", type=_numbers, help="ranks of each run: 1,2,4 (default: 1, 2, 4 ... GPUs or cores)")
+    parser.add_argument("--nodes", type=_numbers, help="instead of --ranks: nodes of each run (default in an allocation: 1, 2, 4 ... all)")
+    parser.add_argument("--per-node", type=int, help="ranks on a node (default: the allocation's GPUs or tasks a node)")
+    parser.add_argument("--mode", default="strong,weak", help="strong: train.batch stays; weak: it is that of the smallest run, and grows "
+                        "with the ranks (default: both)")
+    parser.add_argument("--ep", type=_numbers, help="expert-parallel sizes (default: the configuration's)")
+    parser.add_argument("--zero", type=_numbers, help="ZeRO stages (default: the JSON's)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of a run (default 10)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind, interleaved (default 3)")
+    parser.add_argument("--synthetic", action="store_true", help="made-up samples in place of data.shards")
+    parser.add_argument("--start", choices=("auto", *STARTS), default="auto", help="auto: srun in an allocation, else torchrun")
+    parser.add_argument("--hostfile", type=Path, help="for --start deepspeed over several nodes")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that one run may take (default 600)")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_intermixed_args(arguments)
+    for name in ("per_node", "steps", "repeats", "timeout"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be above 0")
+    options.mode = options.mode.split(",")
+    if not options.mode or not set(options.mode) <= {"strong", "weak"}:
+        raise ValueError(f"--mode ({','.join(options.mode)}) must be strong, weak or strong,weak")
+    if options.ranks and options.nodes:
+        raise ValueError(f"--ranks ({options.ranks}) and --nodes ({options.nodes}) say the same thing; give one")
+    if options.zero and not set(options.zero) <= {0, 1, 2, 3}:
+        raise ValueError(f"--zero ({options.zero}) must be of 0, 1, 2, 3")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out ({options.out}) must be a folder")
+    return options
+
+
+def _numbers(text: str) -> list[int]:
+    if not all(part.isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers such as 1,2,4")
+    return sorted({int(part) for part in text.split(",")})
+
+
+# ------------------------------------------------------------------------------------------------ what to run
+
+
+def _start(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
+    inside = "SLURM_JOB_ID" in environ
+    start = options.start if options.start != "auto" else ("srun" if inside else "torchrun")
+    if start == "srun" and not inside:
+        raise ValueError("--start (srun) needs an allocation: SLURM_JOB_ID is unset")
+    if options.hostfile and start != "deepspeed":
+        raise ValueError(f"--hostfile ({options.hostfile}) goes with --start deepspeed, not {start}")
+    return start
+
+
+def _ranks_per_node(environ: Mapping[str, str]) -> int:
+    if "SLURM_JOB_ID" not in environ:
+        return _gpus() or os.cpu_count() or 1
+    for name in ("SLURM_GPUS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        number = environ.get(name, "").rpartition(":")[2]  # h200:8
+        if number.isdigit() and int(number) > 0:
+            return int(number)
+    return 1
+
+
+def _gpus() -> int:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    listed = subprocess.run([tool, "-L"], capture_output=True, text=True)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def _sizes(options: argparse.Namespace, environ: Mapping[str, str], per_node: int, start: str) -> list[tuple[int, int]]:
+    """(ranks, nodes) of the runs."""
+    available = int(environ.get("SLURM_JOB_NUM_NODES", "1")) if start == "srun" else None
+    if options.ranks:
+        sizes = [(ranks, -(-ranks // per_node) if start == "srun" else 1) for ranks in options.ranks]
+    elif options.nodes or start == "srun":
+        sizes = [(nodes * per_node, nodes) for nodes in options.nodes or _doubling(available or 1)]
+    else:
+        sizes = [(ranks, 1) for ranks in _doubling(per_node)]
+    for ranks, nodes in sizes:
+        if ranks < 1:
+            raise ValueError(f"--ranks ({ranks}) must be at least 1")
+        if available is not None and nodes > available:
+            raise ValueError(f"{ranks} ranks need {nodes} nodes of {per_node}; the allocation has {available}")
+        if nodes > 1 and start == "torchrun":
+            raise ValueError(f"--nodes ({nodes}) needs srun in an allocation, or --start deepspeed with --hostfile")
+        if nodes > 1 and start == "deepspeed" and options.hostfile is None:
+            raise ValueError(f"--nodes ({nodes}) with --start deepspeed needs --hostfile")
+        if ranks % nodes:
+            raise ValueError(f"--ranks ({ranks}) must divide by the {nodes} nodes they need")
+    return sizes
+
+
+def _doubling(most: int) -> list[int]:
+    return [n for n in (2**i for i in range(20)) if n < most] + [most]
+
+
+def plan_trials(config: Config, tree: dict, options: argparse.Namespace, sizes: list[tuple[int, int]]) -> tuple[list[Trial], list[str]]:
+    """(trials in the order to run them, what does not divide and is left out)."""
+    stage = (tree.get("zero_optimization") or {}).get("stage", 0)
+    trials, left_out = [], []
+    for mode in options.mode:
+        for ranks, nodes in sizes:
+            batch = config.train.batch * (ranks // sizes[0][0] if mode == "weak" else 1)
+            for ep in options.ep or [config.parallel.ep]:
+                for zero in options.zero or [stage]:
+                    trial = Trial(mode, ranks, nodes, ep, zero, batch, 1)
+                    try:
+                        sized = override(config, _overrides(trial, _pool(config, Trial(mode, *sizes[0], 1, zero, config.train.batch, 1))))
+                        merge_deepspeed(tree, sized, resolve_layout(sized, ranks))
+                        trials.append(trial)
+                    except ValueError as error:
+                        left_out.append(f"{trial.label.rpartition(',')[0]}: {error}")
+    repeated = [Trial(**{**asdict(trial), "repeat": repeat}) for repeat in range(1, options.repeats + 1) for trial in trials]
+    return repeated, left_out
+
+
+def _pool(config: Config, smallest: Trial) -> int | None:
+    """The pool in samples, the same in every run: a word would mean another model at another size."""
+    if config.model.family == "dense":
+        return None
+    if isinstance(config.moe.pool, int):
+        return config.moe.pool
+    sized = override(config, [f"train.batch={smallest.batch}", f"parallel.ep={smallest.ep}"])
+    return resolve_layout(sized, smallest.ranks).pool
+
+
+def _overrides(trial: Trial, pool: int | None) -> list[str]:
+    return [f"train.batch={trial.batch}", f"parallel.ep={trial.ep}"] + ([] if pool is None else [f"moe.pool={pool}"])
+
+
+# ------------------------------------------------------------------------------------------------- running
+
+
+def command_of(trial: Trial, options: argparse.Namespace, start: str, pool: int | None, record: Path) -> list[str]:
+    """The command line of one run."""
+    program = [str(_ROOT / "run.py"), "profile", "--config", str(options.config), "--zero", str(trial.zero), "--steps",
+               str(options.steps), "--warmup", str(options.warmup), "--json", str(record)]
+    program += ["--deepspeed_config", str(options.deepspeed_config)] if options.deepspeed_config else []
+    program += ["--synthetic"] if options.synthetic else []
+    program += [*options.overrides, *_overrides(trial, pool)]
+    here = trial.ranks // trial.nodes
+    tools = Path(sys.executable).parent
+    if start == "srun":
+        return ["srun", f"--nodes={trial.nodes}", f"--ntasks={trial.ranks}", f"--ntasks-per-node={here}",
+                f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}", "--kill-on-bad-exit=1", sys.executable, *program]
+    if start == "torchrun":
+        return [str(tools / "torchrun"), "--standalone", "--nproc-per-node", str(trial.ranks), *program]
+    hosts = ["--hostfile", str(options.hostfile), "--num_nodes", str(trial.nodes)] if options.hostfile else []
+    return [str(tools / "deepspeed"), *hosts, "--log_level", "error", "--num_gpus", str(here), *program]
+
+
+def _run(trial: Trial, options: argparse.Namespace, start: str, pool: int | None) -> dict:
+    """The run's own record, or ``error`` and how it ended."""
+    with tempfile.TemporaryDirectory(prefix=".run-", dir=options.out) as folder:
+        record = Path(folder).absolute() / "record.json"
+        command = command_of(trial, options, start, pool, record)
+        began = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        try:
+            code, said = _execute(command, options.timeout)
+        except OSError as error:
+            return {"error": f"{command[0]} cannot be started: {error}", "when": began}
+        if code == 0 and record.exists():
+            return json.loads(record.read_text())
+        errors = [line for line in said.splitlines() if line.startswith("error:")] or said.strip().splitlines()[-1:]
+        ending = f"no end after {options.timeout:g} s" if code is None else f"exit code {code}"
+        return {"error": f"{ending}: {errors[0] if errors else 'nothing was said'}", "when": began}
+
+
+def _execute(command: list[str], timeout: float) -> tuple[int | None, str]:
+    """(exit code, or None when it had to be killed; what it said)."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT, start_new_session=True)
+    try:
+        said, _ = process.communicate(timeout=timeout)
+        return process.returncode, said
+    except BaseException as error:  # a Ctrl-C too must leave no rank behind
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            said, _ = process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None, said
+        raise
+
+
+def _outcome(record: dict) -> str:
+    if "error" in record:
+        return record["error"]
+    return f"{1e3 * record['step_s']:.1f} ms a step, {record['batch'] / record['step_s']:.1f} images/s"
+
+
+def write_report(records: list[dict], folder: Path) -> str:
+    """Writes ``table.md`` and, where matplotlib is installed, the plots into ``folder``; returns what to print."""
+    groups = grouped(records)
+    if not groups:
+        return "no run ended well; nothing to tabulate"
+    lines = write_table(groups, next(record for record in records if "error" not in record), folder / "table.md")
+    try:
+        from launcher.scaling_plots import draw_efficiency, draw_split
+    except ModuleNotFoundError as error:
+        return "\n".join([*lines, f"{folder / 'table.md'}; no plots, because {error.name} is not installed here"])
+    draw_efficiency(groups, folder / "efficiency.png")
+    draw_split(groups, folder / "split.png")
+    return "\n".join([*lines, f"{folder}: runs.jsonl, table.md, efficiency.png, split.png"])
+
+
+def _commit() -> str:
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    said = subprocess.run([git, "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return said.stdout.strip() or "unknown"
