@@ -25,7 +25,7 @@ from launcher.environment import RankEnvironment
 if TYPE_CHECKING:
     import torch
 
-    from diffmoe.data.shards import Batch
+    from diffmoe.data.stream import Batch
     from diffmoe.parallel.groups import ParallelGroups
     from diffmoe.training.profiling import RankProfile
 
