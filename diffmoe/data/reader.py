@@ -110,9 +110,11 @@ class ShardReader:
         self._failed.clear()
         if self.index.place:
             self._fetch(dict.fromkeys(number for number, _ in places))
-        for i, (position, (number, row)) in enumerate(zip(positions, places)):
+        mirrorings = [self.flip and int(self._coins.at(position, 1)[0]) >> 63 == 1 for position in positions]
+        for (number, row), mirrored in zip(places, mirrorings):
+            self._shard(number).advise(row, int(mirrored and self.index.flips))
+        for i, (position, (number, row), mirrored) in enumerate(zip(positions, places, mirrorings)):
             shard = self._shard(number)
-            mirrored = self.flip and int(self._coins.at(position, 1)[0]) >> 63 == 1
             stored = _retried(shard, row, int(mirrored and self.index.flips))
             y[i] = shard.table.labels[row]
             if meta.kind == "pixels":

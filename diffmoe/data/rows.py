@@ -210,6 +210,11 @@ class OpenShard:
         member = member_name(os.pread(self._descriptor, BLOCK, int(self.table.offsets[rows[first], kinds[first]])))
         return f"; member {member or f'of row {rows[first]}'} is the first that is not whole"
 
+    def advise(self, row: int, kind: int = 0) -> None:
+        """Tells the system that this array will be read: what lies on a disk is then fetched while others are worked on."""
+        os.posix_fadvise(self._descriptor, int(self.table.offsets[row, kind]), BLOCK + int(self.table.sizes[row, kind]),
+                         os.POSIX_FADV_WILLNEED)
+
     def array(self, row: int, kind: int = 0) -> np.ndarray:
         """Row's array, read-only; kind 1 is the flip's. BadShard, naming member and bytes, when it is not as it was written."""
         table = self.table
