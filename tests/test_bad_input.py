@@ -21,7 +21,8 @@ def assert_one_line(results: list[Result], *texts: str) -> None:
 # ------------------------------------------------------------ what the command line and the configuration show
 
 BEFORE_JOINING = {
-    "verb": (["trian"], "verb 'trian' must be one of train, sample, evaluate, encode, import, export, verify"),
+    "verb": (["trian"], "verb 'trian' must be one of train, sample, evaluate, encode, inspect-data, import, export, "
+             "check-checkpoint, bench, profile, verify"),
     "no config": (["train.steps=3"], "train needs --config"),
     "unknown option": (["--tpyo", "--config", "TINY"], "unrecognized arguments: --tpyo (see run.py train --help)"),
     "ranks without dry run": (["--config", "TINY", "--ranks", "3"], "--ranks (3) goes with --dry-run"),

@@ -13,6 +13,7 @@ import torch
 
 from diffmoe.config import TrainConfig, load_config
 from diffmoe.data.reader import ShardReader
+from diffmoe.data.stream import Batch
 from diffmoe.layout import resolve_layout
 from diffmoe.parallel.collectives import AgreedError
 from diffmoe.parallel.groups import build_groups
@@ -30,6 +31,11 @@ BATCH = 16
 def two_ranks():
     with Ranks(2, timeout=400.0) as ranks:
         yield ranks
+
+
+def batch_at(reader, positions):
+    x, y = reader.read(positions)
+    return Batch(torch.from_numpy(x), torch.from_numpy(y), tuple(positions))
 
 
 def heard(arguments, world, *, factor=1.0, at=()):
@@ -92,7 +98,7 @@ def bad_steps(folder, stage, bf16, accumulation):
     def batches(run, step):
         each, micro = layout.batch // layout.accumulation, layout.micro_batch
         starts = [step * layout.batch + j * each + groups.rank * micro for j in range(layout.accumulation)]
-        return [run.reader.read(range(start, start + micro)) for start in starts]
+        return [batch_at(run.reader, range(start, start + micro)) for start in starts]
 
     def train(run, step, given):
         return train_step(run.engine, run.ema, given, config, layout, groups, step)

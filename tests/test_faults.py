@@ -85,7 +85,7 @@ def undisturbed(nursery, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_any_point_it_goes_on_from_a_complete_checkpoint_to_the_same_weights(nursery, undisturbed, tmp_path, kills):
     hits = kill_until_finished(nursery, tmp_path, kills, seed=kills)
     assert len(hits) == kills
@@ -386,7 +386,7 @@ def train_layout(folder, ep, stage, world, more):
                torch.device("cpu"))
 
 
-@pytest.mark.parametrize("layouts", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"])
+@pytest.mark.parametrize("layouts", [pytest.param(FEW, marks=pytest.mark.slow), pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"])
 def test_table_of_layouts_in_which_the_next_20_losses_are_the_same(tmp_path, capsys, layouts):
     """From a checkpoint of step 4 in one layout to others; at the same layout bit for bit."""
     rows = []

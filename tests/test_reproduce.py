@@ -65,7 +65,7 @@ def succeed_under_torchrun(world: int, *arguments: object) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("ranks", [succeed, succeed_under_torchrun])
+@pytest.mark.parametrize("ranks", [succeed, pytest.param(succeed_under_torchrun, marks=pytest.mark.slow)])
 def test_a_published_row_from_pictures_to_its_card(work: Path, ranks: Callable[..., str]) -> None:
     out = work / ranks.__name__
     ranks(2, "encode", "--source", work / "pictures", "--image-size", 16, "--vae", work / "vae", "--out", out / "latents",

@@ -220,13 +220,15 @@ def _block_bytes(config: Config, layout: Layout, element: int, mixture: bool) ->
 def _mixture_bytes(config: Config, rows: int, T: int, element: int, moved: bool) -> tuple[int, int]:
     model, moe = config.model, config.moe
     D, E, inner = model.width, moe.experts, inner_width(model, moe)
-    wide = (2 if moe.activation == "gelu" else 4) * inner
-    kept = rows * ((2 * D + wide) * element) + T * D * element
+    wide = (1 if moe.activation == "gelu" else 2) * inner  # pre-activations; the rest is made again (moe/expert_mlp.py)
+    kept = rows * wide * element + T * D * element
+    if moved:
+        kept += rows * D * element  # rows that came home wait for their gate's gradient
     kept += T * E * (3 * _FP32 + 1)  # scores, logits, mask as numbers and as truth
-    if element == 2:
-        kept += (rows + T) * D * _FP32  # the router reads, and the combination scales, in fp32
     if model.family == "diffmoe":
-        kept += 2 * T * D * element
+        kept += T * D * element  # the predictor's first layer (moe/gating.py)
+    elif element == 2:
+        kept += T * D * _FP32  # the router reads in fp32
     if moe.shared_experts:
         kept += T * (2 * moe.shared_experts * model.hidden + D) * element
     return kept, (rows * D * element if moved else 0)
