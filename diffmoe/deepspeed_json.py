@@ -67,7 +67,8 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
     }
     for key, value in tree.items():
         if key in owned:
-            if value not in ("auto", owned[key]):
+            resolved = key == "gradient_clipping" and value == 0.0 and zero_stage(tree) == 0  # see _resolve
+            if value not in ("auto", owned[key]) and not resolved:
                 raise ValueError(
                     f"DeepSpeed's {key} ({value}) contradicts the YAML's {_OWNED[key]} ({owned[key]}); the YAML owns it")
         elif key in _OWNED_BLOCKS:
@@ -111,7 +112,8 @@ def _resolve(tree: dict, expert_parallel: bool) -> dict:
                                  f"at ZeRO stage {zero['stage']}")
     if zero["stage"] == 0:
         # DeepSpeed's own clipping at stage 0 forgets experts on other ranks; the engine clips by itself, to train.clip.
-        tree = {key: value for key, value in tree.items() if key != "gradient_clipping"}
+        # Said, not left out: DeepSpeed 0.19.8's default is 1.
+        tree = {**tree, "gradient_clipping": 0.0}
     return {**tree, "zero_optimization": zero}
 
 

@@ -14,7 +14,7 @@ def add_hardware_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what the machines are; see :func:`hardware_of`."""
     parser.add_argument("--gpu", default="h100", help="entry of the hardware table: h100, h200, a100, cpu (default: h100)")
     parser.add_argument("--memory", type=float, help="GiB of a GPU, in place of the table's")
-    parser.add_argument("--hardware", type=Path, help="another table than configs/hardware.yaml")
+    parser.add_argument("--hardware", type=Path, help="another table than launcher/hardware.yaml")
     parser.add_argument("--calibrate", type=Path, metavar="RECORDS",
                         help="take what is reached of the peaks from records of run.py profile --json or launcher scaling")
 

@@ -332,9 +332,9 @@ def test_what_is_merged_is_what_runs():
     bf16 = merged(BF16_AT_ZERO)
     assert bf16["zero_optimization"] == {"stage": 1} and bf16["bf16"] == {"enabled": True, "immediate_grad_update": True,
                                                                              "check_grad_overflow": True}
-    assert merged({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}})["bf16"] == {"enabled": True}
+    assert merged({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}})["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert merged({"zero_optimization": None})["zero_optimization"] == {"stage": 0}
-    assert "gradient_clipping" not in merged({}), "at ZeRO 0 the engine clips, DeepSpeed must not"
+    assert merged({})["gradient_clipping"] == 0, "at ZeRO 0 the engine clips, DeepSpeed must not, whose default is 1"
     for tree in (BF16_AT_ZERO, {}, {"zero_optimization": {"stage": 2}, "train_batch_size": 48}):
         assert merged(merged(tree)) == merged(tree)
 

@@ -266,7 +266,7 @@ def test_the_plans_own_error():
     entries, line = plan_error(config, layout, tree, "NVIDIA H200", 2, 0.5, 2**31)
     assert entries["plan_memory_error"] == pytest.approx(entries["plan_memory_gib"] / 2 - 1) and "measured 2.00" in line
     assert plan_error(config, layout, tree, "Radeon", 2, 0.5, 0) == (
-        {}, "plan: no entry in configs/hardware.yaml is part of 'Radeon', so there is nothing to compare")
+        {}, "plan: no entry in launcher/hardware.yaml is part of 'Radeon', so there is nothing to compare")
 
 
 # ------------------------------------------------------------------------------------------------ layouts

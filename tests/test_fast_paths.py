@@ -208,7 +208,7 @@ def test_selective_recompute_saves_work_for_little_memory():
     for name, gradient in wanted.items():
         assert torch.equal(gradient, by_block[name]) and torch.equal(gradient, by_selective[name]), name
     assert selective <= 1.5 * block
-    assert least < some < most
+    assert least < some <= most  # the counter does not count attention
 
 
 # ------------------------------------------------------------------------------------------------ compiled

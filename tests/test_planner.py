@@ -47,7 +47,7 @@ def test_a_login_node_plans_xl(nodes, tmp_path):
 
 
 def test_what_cannot_fit_gets_the_nearest_that_does(capsys):
-    ask = [*XL, "--gpu", "a100", "--memory", "24", "--ep", "1", "--recompute", "none", "--micro-batch", "32"]
+    ask = [*XL, "--gpu", "a100", "--memory", "20", "--ep", "1", "--recompute", "none", "--micro-batch", "32"]
     assert plan.main(ask) == 1
     said = capsys.readouterr().out
     assert "nothing fits: the smallest layout asked for needs" in said and "what to change: recompute none -> " in said

@@ -13,7 +13,7 @@ import yaml
 
 from diffmoe.config import read_yaml
 
-TABLE = Path(__file__).resolve().parents[2] / "configs" / "hardware.yaml"
+TABLE = Path(__file__).resolve().parents[2] / "launcher" / "hardware.yaml"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A kind of machine; fields as ``configs/hardware.yaml`` explains them.  ``matmul``, ``bandwidth`` and ``link`` are the
+    """A kind of machine; fields as ``launcher/hardware.yaml`` explains them.  ``matmul``, ``bandwidth`` and ``link`` are the
     shares of a peak that are reached (above 1 where the peak was set too low).  ``asynchronous``: the host launches operators
     while the device computes."""
 

@@ -21,7 +21,7 @@ def plan_error(config: Config, layout: Layout, deepspeed_tree: dict, device_name
     table = read_table(None)
     hardware = choose(table, "cpu") if device_name == "cpu" else named_like(table, device_name)
     if hardware is None:
-        return {}, f"plan: no entry in configs/hardware.yaml is part of {device_name!r}, so there is nothing to compare"
+        return {}, f"plan: no entry in launcher/hardware.yaml is part of {device_name!r}, so there is nothing to compare"
     engine = engine_facts(deepspeed_tree)
     seconds, memory = step_time(config, layout, engine, hardware, per_node).total, rank_memory(config, layout, engine).peak
     entries = {"plan_step_s": seconds, "plan_step_error": seconds / step_s - 1, "plan_memory_gib": memory / 2**30}
