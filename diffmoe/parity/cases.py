@@ -57,7 +57,10 @@ class Case:
 
     def deepspeed(self) -> dict:
         """The DeepSpeed JSON of this row."""
-        zero = {"zero_optimization": {"stage": self.zero}}
+        stage = {"stage": self.zero}
+        if self.zero == 3:
+            stage["stage3_param_persistence_threshold"] = 0  # else tensors as small as these would never be sharded
+        zero = {"zero_optimization": stage}
         if self.precision == "fp32":
             return zero
         return {**zero, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
