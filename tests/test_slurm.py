@@ -204,6 +204,15 @@ def test_sample_evaluate_and_encode(cluster, work, undisturbed):
     assert (work / "shards/index.json").is_file()
 
 
+def test_a_scaling_benchmark_over_two_nodes(cluster, work):
+    out = work / "scaling"
+    job = cluster.submit("scaling.sh", "--steps", 2, "--warmup", 1, "--repeats", 1, "--mode", "strong", "--out", out, *SMALL, "parallel.ep=2",
+                         f"data.shards={digits()}", options=SBATCH, log=work / "scaling.out")
+    assert job.wait(300) == "COMPLETED", job.said()
+    assert {path.name for path in out.iterdir()} >= {"runs.jsonl", "table.md", "efficiency.png", "split.png"}
+    assert len((out / "runs.jsonl").read_text().splitlines()) == NODES  # one node, two nodes
+
+
 @pytest.mark.parametrize("script", ["train_s_e16.sh", "train_l_e8.sh", "train_xl_e16.sh", "train_dense_xl.sh"])
 def test_slurm_accepts_the_other_scripts(cluster, script, work):
     """`sbatch --test-only`: header and size; the body is that of train_l_e16.sh but for the configuration's name."""
