@@ -110,7 +110,8 @@ def again(action: Callable[[], T], what: str) -> T:
         except OSError as error:
             if attempt == TRIES or isinstance(error, (Refused, FileNotFoundError, PermissionError)):
                 raise
-            print(f"data: {what}: {error}; trying again in {pause:g} s ({attempt} of {TRIES - 1})", file=sys.stderr, flush=True)
+            # One write: several threads fetch, and print would let their lines run into each other.
+            sys.stderr.write(f"data: {what}: {error}; trying again in {pause:g} s ({attempt} of {TRIES - 1})\n")
             time.sleep(pause)
             pause *= 2
     raise AssertionError("unreachable")
