@@ -246,6 +246,31 @@ def test_host_memory_stays_flat_over_an_epoch(tmp_path: Path) -> None:
     assert len(reader._open) <= 4 * 2
 
 
+@pytest.mark.slow
+def test_the_benchmark_sets_all_ways_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its two statements that hold on a busy machine too: a resume takes seconds, and memory does not grow."""
+    from diffmoe.bench.data import RESUME_LIMIT, main
+
+    main(["--samples", "2048", "--repeats", "1", "--folder", str(tmp_path), "--out", str(tmp_path / "out")])
+    record = json.loads((tmp_path / "out/data.json").read_text())
+    assert set(record["samples_per_second"]) == {"loader", "loader, reading only", "webdataset", "npz", "tar", "bytes"}
+    assert min(record["samples_per_second"].values()) > 0
+    assert record["resume_index_samples"] >= 1_281_167 and record["resume_seconds_max"] < RESUME_LIMIT
+    assert max(record["memory_mib"][1:]) - record["memory_mib"][1] < 4, record["memory_mib"]
+    assert capsys.readouterr().out == (tmp_path / "out/data.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--samples", "1000"], r"--samples \(1000\) must divide by 1024"), (["--repeats", "0"], r"--repeats \(0\) must be at least 1"),
+    (["--samples", "some"], "invalid int value: 'some'")])
+def test_the_benchmark_refuses_bad_numbers(arguments: list[str], message: str) -> None:
+    from diffmoe.bench.data import main
+
+    with pytest.raises(ValueError, match=message):
+        main(arguments)
+
+
 def test_workers_bring_no_torch(tmp_path: Path) -> None:
     import subprocess
     import sys
