@@ -18,7 +18,7 @@ import torch
 from diffmoe.data.digits import write_digits
 from diffmoe.data.order import SampleOrder
 from diffmoe.data.reader import ShardReader
-from diffmoe.data.rows import BadShard, altered_byte
+from diffmoe.data.rows import BadShard, altered_byte, pack_table
 from diffmoe.data.share import Share
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_shards
 from diffmoe.data.stream import Batch, BatchStream
@@ -412,6 +412,28 @@ def test_bad_members_are_named(tmp_path: Path, member: str, payload: bytes, mess
     with pytest.raises(ValueError, match=message) as caught:
         read_everything(index)
     assert "shard-000002.tar" in str(caught.value)
+
+
+@pytest.mark.parametrize("name, message", [("/etc/024.npy", "unsafe name"), ("../024.npy", "unsafe name"),
+                                           ("024.npy", "Object arrays cannot be loaded")])
+def test_a_table_that_fits_lets_nothing_bad_through(tmp_path: Path, name: str, message: str) -> None:
+    """Whoever makes a shard can make its checksums too."""
+    index = write_pixels(tmp_path)
+    path = tmp_path / "shard-000002.tar"
+    content = bytearray(path.read_bytes())
+    reader = ShardReader(index, seed=0)
+    table = reader._open_shard(2).table
+    header, payload = int(table.offsets[4, 0]), int(table.offsets[4, 0]) + 512
+    pickled = npy(np.array([{"a": 1}], dtype=object)) if "Object" in message else content[payload : payload + table.sizes[4, 0]]
+    content[header : header + 100] = name.encode().ljust(100, b"\0")
+    content[payload : payload + len(pickled)] = pickled
+    table.sizes[4, 0] = len(pickled)
+    table.crcs[4, 0] = zlib.crc32(content[header : payload + len(pickled)])
+    packed = pack_table(table)
+    content[512 : 512 + len(packed)] = packed
+    path.write_bytes(content)
+    with pytest.raises(BadShard, match=f"shard shard-000002.tar, member {name}: {message}"):
+        reader.read(range(COUNT))
 
 
 def test_a_shard_that_was_cut_names_the_first_lost_member(tmp_path: Path) -> None:
