@@ -13,6 +13,7 @@ S source rows, R rows of experts sorted by expert, D width, F inner width, e exp
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Optional, Sequence
 
@@ -21,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Arrangement = Literal["each", "batched", "grouped"]
+
+_GELU_SLOPE, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
+_CPU_BLOCK = 1 << 16  # numbers of a block whose intermediates stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -259,10 +263,22 @@ def scaled(x: Tensor, scale: Tensor) -> Tensor:
 
 def _activate(pre: Sequence[Tensor], out: Optional[Tensor]) -> Tensor:
     """gelu(h), or silu(g) * h."""
-    aten = torch.ops.aten
     if len(pre) == 1:
-        return F.gelu(pre[0], approximate="tanh") if out is None else aten.gelu.out(pre[0], approximate="tanh", out=out)
-    return (F.silu(pre[0]) if out is None else aten.silu.out(pre[0], out=out)).mul_(pre[1])
+        return F.gelu(pre[0], approximate="tanh") if out is None else _gelu(pre[0], out)
+    return (F.silu(pre[0]) if out is None else torch.ops.aten.silu.out(pre[0], out=out)).mul_(pre[1])
+
+
+def _gelu(h: Tensor, out: Tensor) -> Tensor:
+    """tanh-GELU of the rows [R, F], in ``out``.  On a CPU as h / (1 + exp(-2z)), the same function as h (1 + tanh z) / 2, in
+    blocks: in half the time of torch's kernel, whose tanh costs more than everything else.  Not in bf16, where that kernel
+    rounds once."""
+    if h.device.type != "cpu" or h.dtype.itemsize < 4:
+        return torch.ops.aten.gelu.out(h, approximate="tanh", out=out)
+    slope = h.new_tensor(_GELU_SLOPE)
+    rows = max(1, _CPU_BLOCK // h.shape[1])
+    for x, y in zip(h.split(rows), out.split(rows)):
+        torch.addcmul(slope, x, x, value=_GELU_SLOPE * _GELU_CUBE, out=y).mul_(x).sigmoid_().mul_(x)
+    return out
 
 
 def _activation_gradients(u: Tensor, pre: Sequence[Tensor], a: Tensor) -> list[Tensor]:
