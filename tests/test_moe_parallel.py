@@ -142,7 +142,7 @@ def test_inference_rules(ranks, world, ep, kind):
 
 class Watch(TorchDispatchMode):
     """Counts the operations that really run, in forward, backward and recompute.  ``poison``: once a collective has
-    finished, what it sent becomes NaN, as if the allocator had given the block away."""
+    finished, what it sent becomes NaN (or -1), as if the allocator had given the block away."""
 
     def __init__(self, poison=False):
         super().__init__()
@@ -152,10 +152,11 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.name().partition("::")[2]
         self.counts[name] += 1
-        if self.poison and name in ("all_to_all_single", "all_gather_into_tensor") and args[0].is_floating_point():
+        if self.poison and name in ("all_to_all_single", "all_gather_into_tensor"):
             self.sent[out.data_ptr()] = args[0]
         if name == "wait_tensor" and args[0].data_ptr() in self.sent:
-            self.sent.pop(args[0].data_ptr()).fill_(float("nan"))
+            sent = self.sent.pop(args[0].data_ptr())
+            sent.fill_(float("nan") if sent.is_floating_point() else -1)
             self.poisoned += 1
         return out
 

@@ -104,6 +104,14 @@ def test_metrics_say_what_happened():
     assert records[-1]["loss"] < records[0]["loss"]
 
 
+def test_a_progress_line_has_the_losses_the_speed_and_the_memory():
+    said = [line for line in trained()[1][0].stdout.splitlines() if line.startswith("step ")]
+    assert len(said) == 8
+    for line in said:  # a predictor that always says 1/4 has 0.562 nats: 1/4 ln 4 + 3/4 ln 4/3
+        assert re.fullmatch(r"step [1-8]/8  loss \d\.\d{4}  predictor \d\.\d{3} \(trivial 0\.562\)  norm \d+\.\d{3}  lr \S+  "
+                            r"\d+ images/s  MFU \d+\.\d %  \d+\.\d GiB", line), line
+
+
 # --------------------------------------------------------------------------------------------------- resuming
 
 
