@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import json
 import math
 import types
@@ -301,8 +302,10 @@ def _override_tree(overrides: list[str]) -> dict:
         name, equals, value = text.partition("=")
         if not equals or not all(name.split(".")):
             raise ValueError(f"override {text!r} must look like section.field=value")
+        stream = io.StringIO(value)
+        stream.name = f"override {text!r}"  # what the loader calls it
         try:
-            leaf: Any = yaml.load(value, _StrictLoader)
+            leaf: Any = yaml.load(stream, _StrictLoader)
         except (yaml.YAMLError, RecursionError):
             raise ValueError(f"override {text!r}: {value!r} is not a YAML value") from None
         for part in reversed(name.split(".")):

@@ -159,7 +159,7 @@ def test_overrides_come_last_and_in_order(write):
     ("train.step=3", "unknown key train.step (value 3); did you mean train.steps?"),
     ("train.steps.more=3", "train.steps = {'more': 3} must be an integer"),
     ("train=3", "train must be a mapping, not 3"),
-    ("train={steps: 1, steps: 2}", "<unicode string>: key 'steps' stands twice, on lines 1 and 1"),
+    ("train={steps: 1, steps: 2}", "override 'train={steps: 1, steps: 2}': key 'steps' stands twice, on lines 1 and 1"),
 ])
 def test_bad_overrides(override, message):
     assert refused(overridden, override).startswith(message)

@@ -142,7 +142,8 @@ def test_inference_rules(ranks, world, ep, kind):
 
 class Watch(TorchDispatchMode):
     """Counts the operations that really run, in forward, backward and recompute.  ``poison``: once a collective has
-    finished, what it sent becomes NaN (or -1), as if the allocator had given the block away."""
+    finished, what it sent becomes NaN (or -1), as if the allocator had given the block away, and whatever is allocated
+    without a value begins so."""
 
     def __init__(self, poison=False):
         super().__init__()
@@ -167,8 +168,10 @@ def watched(ep, samples, pool, family, mode, poison):
     config, layout = settings(world, ep, samples, pool, family)
     layer = make_layer(config, layout.pool, groups_of(ep, layout.pool_ranks))
     x = make_samples(samples * world).chunk(world)[rank]
+    torch.use_deterministic_algorithms(poison)  # which fills what torch.empty returns
     with Watch(poison) as watch:
         y, x_grad, stats = run(layer, x, TRAIN, mode=mode)
+    torch.use_deterministic_algorithms(False)
     assert not poison or ep == 1 or watch.poisoned > 0
     found = {"output": y, "input": x_grad, "mask": stats.mask_TE, **gradients(layer)}
     if stats.threshold_sum_E is not None:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.config import load_config
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import resolve_layout
 from diffmoe.parallel.spawn import Ranks
+from diffmoe.training.metrics import Writer
 from programs import REPOSITORY, losses, run_cases, run_program, start_launcher, start_program, tiny, tiny_config, trained
 
 KINDS = {"master", "ema_0.7", "exp_avg", "exp_avg_sq"}  # and buffers, where there are capacity predictors
@@ -75,7 +77,10 @@ def test_a_run_leaves_everything_it_promises():
         assert (folder / name).stat().st_size > 0, name
     for picture in folder.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
-    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, 9))
+    assert {"predictor_loss", "trivial_predictor_loss", "images_per_s", "mfu", "memory_gib"} <= set(board.Tags()["scalars"])
+    assert set(board.Tags()["images"]) == {"samples", "expert_load"}
     assert steps(folder) == [4, 8]
     assert not [path for path in (folder / "checkpoints").iterdir() if "partial" in path.name]
 
@@ -110,6 +115,11 @@ def test_a_progress_line_has_the_losses_the_speed_and_the_memory():
     for line in said:  # a predictor that always says 1/4 has 0.562 nats: 1/4 ln 4 + 3/4 ln 4/3
         assert re.fullmatch(r"step [1-8]/8  loss \d\.\d{4}  predictor \d\.\d{3} \(trivial 0\.562\)  norm \d+\.\d{3}  lr \S+  "
                             r"\d+ images/s  MFU \d+\.\d %  \d+\.\d GiB", line), line
+
+
+def test_a_run_without_a_record_complains_of_nothing(tmp_path, capsys):
+    Writer(tmp_path, 0, []).close()
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------- resuming
