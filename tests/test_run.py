@@ -11,10 +11,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffmoe.checkpoints.reader import Checkpoint
-from diffmoe.config import load_config
+from diffmoe.config import TrainConfig, load_config
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import resolve_layout
 from diffmoe.parallel.spawn import Ranks
+from diffmoe.training.engine import _build_optimizer
 from diffmoe.training.metrics import Writer
 from programs import REPOSITORY, losses, run_cases, run_program, start_launcher, start_program, tiny, tiny_config, trained
 
@@ -228,6 +229,24 @@ def test_bf16_trains_near_fp32_and_keeps_fp32_masters(two_ranks, tmp_path, name)
     assert {t.dtype for n, t in state.items() if not n.endswith(("observations", "counted_at"))} == {torch.float32}
     masters = [t for n, t in state.items() if n.startswith("master/")]
     assert any(not torch.equal(t, t.bfloat16().float()) for t in masters), "masters were rounded to bf16"
+
+
+@pytest.mark.slow  # compiles it, where nobody has
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_deepspeeds_optimizer_trains_as_torchs_does(two_ranks, tmp_path, offload):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": offload}}}))
+    arguments = tiny(tmp_path, "train.optimizer=deepspeed", "--deepspeed_config", str(tmp_path / "ds.json"))
+    two_ranks.run(train_here, arguments, 2)
+    assert losses(tmp_path) == pytest.approx(losses(trained()[0]), rel=1e-5)
+
+
+def test_an_optimizer_that_does_not_compile_is_one_line(monkeypatch):
+    def no_ninja(*_, **__):
+        raise RuntimeError("Unable to JIT load the cpu_adam op\ndue to ninja not being installed.")
+
+    monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", no_ninja)
+    with pytest.raises(ValueError, match=r"train.optimizer \(deepspeed\) cannot be compiled here: Unable to .* op due to ninja"):
+        _build_optimizer([], TrainConfig(optimizer="deepspeed"), torch.device("cpu"), offload=False)
 
 
 @pytest.mark.parametrize(("family", "ep", "pool"), [("dense", 1, 16), ("tc", 2, 16), ("ec", 2, 1), ("diffmoe", 2, 8)])
