@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import json
 import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, TextIO, Union
 
 import yaml
 
@@ -251,20 +252,29 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
+def open_text(path: Path, what: str, origin: str = "") -> TextIO:
+    """A file that a person names, open to be read.  Raises ValueError, which calls it ``what``, where that cannot be done."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{what} {path} must be a file, not a folder or device{origin}")
+        return path.open(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{what} {path} does not exist{origin}") from None
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read: {error.strerror}{origin}") from None
+
+
 def read_yaml(path: str | Path, _stack: tuple[Path, ...] = ()) -> dict:
     """Reads a YAML file and what it includes (``include: file`` or a list, relative to the file, later ones win,
     the file itself last).  Raises ValueError for a missing file, bad YAML, a doubled key or a circle."""
     path = Path(path).resolve()
     if path in _stack:
         raise ValueError(f"include goes in a circle: {' -> '.join(p.name for p in (*_stack, path))}")
-    if not path.is_file():
-        origin = f" (included from {_stack[-1]})" if _stack else ""
-        raise ValueError(f"config file {path} does not exist{origin}")
-    try:
-        with path.open(encoding="utf-8") as stream:
+    with open_text(path, "config file", f" (included from {_stack[-1]})" if _stack else "") as stream:
+        try:
             tree = yaml.load(stream, _StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping, not {type(tree).__name__}")
@@ -292,9 +302,11 @@ def _override_tree(overrides: list[str]) -> dict:
         name, equals, value = text.partition("=")
         if not equals or not all(name.split(".")):
             raise ValueError(f"override {text!r} must look like section.field=value")
+        stream = io.StringIO(value)
+        stream.name = f"override {text!r}"  # what the loader calls it
         try:
-            leaf: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
+            leaf: Any = yaml.load(stream, _StrictLoader)
+        except (yaml.YAMLError, RecursionError):
             raise ValueError(f"override {text!r}: {value!r} is not a YAML value") from None
         for part in reversed(name.split(".")):
             leaf = {part: leaf}
@@ -396,7 +408,8 @@ def validate(config: Config) -> None:
     _validate_diffusion(config)
     _validate_train(config.train)
     _need(0 <= config.run.seed < 2**64, f"run.seed ({config.run.seed}) must be in [0, 2^64)")
-    _need(config.run.timeout_s >= 0, f"run.timeout_s ({config.run.timeout_s}) must be at least 0 seconds")
+    _need(0 <= config.run.timeout_s <= 1e7, f"run.timeout_s ({config.run.timeout_s}) must be from 0 to 1e7 seconds")
+    _need(config.run.folder != "", "run.folder ('') must name a folder")
     _validate_data(config.data)
 
 

@@ -89,7 +89,7 @@ def parse_classes(text: str, classes: int) -> list[int]:
         first, _, last = part.partition("-")
         if not re.fullmatch("[0-9]+(-[0-9]+)?", part):
             raise ValueError(f"--classes {text!r} must be 'all' or numbers and ranges such as 0,3,7-9")
+        if not int(first) <= int(last or first) < classes:
+            raise ValueError(f"--classes {text!r} must name classes from 0 to {classes - 1} (model.classes = {classes})")
         chosen += range(int(first), int(last or first) + 1)
-    if not chosen or max(chosen) >= classes:
-        raise ValueError(f"--classes {text!r} must name classes from 0 to {classes - 1} (model.classes = {classes})")
     return chosen

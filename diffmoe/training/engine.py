@@ -360,17 +360,18 @@ def _marker(experts: int, ep, name: str) -> nn.Module:
 def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool):
     """AdamW: torch's fused one, DeepSpeed's, or Apex's where it is installed from NVIDIA's source."""
     common = dict(lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
-    if offload or (train.optimizer == "deepspeed" and device.type == "cpu"):
-        if train.optimizer != "deepspeed":
-            raise ValueError(f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's "
-                             "offload_optimizer.device is cpu")
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+    if offload and train.optimizer != "deepspeed":
+        raise ValueError(f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's offload_optimizer.device is cpu")
     if train.optimizer == "deepspeed":
-        from deepspeed.ops.adam import FusedAdam
+        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-        return FusedAdam(groups, adam_w_mode=True, **common)
+        try:  # the first start on a machine compiles it, which takes minutes
+            if offload or device.type == "cpu":
+                return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+            return FusedAdam(groups, adam_w_mode=True, **common)
+        except RuntimeError as problem:
+            reason = " ".join(str(problem).split())[:200]
+            raise ValueError(f"train.optimizer (deepspeed) cannot be compiled here: {reason}") from None
     if train.optimizer == "apex":
         try:
             from apex.optimizers import FusedAdam as ApexAdam

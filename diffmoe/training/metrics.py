@@ -138,7 +138,8 @@ class Writer:
             if self._board is not None:
                 self._board.close()
         with self.unless_refused("loss.png"):
-            records = [r for r in read_metrics(self.folder / "metrics.jsonl") if r["loss"] is not None]
+            metrics = self.folder / "metrics.jsonl"
+            records = [r for r in read_metrics(metrics) if r["loss"] is not None] if metrics.exists() else []
             if records:
                 loss_curve(records, self.folder / "loss.png")
 
@@ -219,7 +220,5 @@ def progress_line(record: dict, total: int) -> str:
     if "balance_loss" in record:
         parts.append(f"balance {record['balance_loss']:.3f}")
     parts += [f"norm {record['grad_norm']:.3f}", f"lr {record['lr']:.2e}", f"{record['images_per_s']:.0f} images/s",
-              f"MFU {100 * record['mfu']:.1f} %"]
-    if record["memory_gib"]:
-        parts.append(f"{record['memory_gib']:.1f} GiB")
+              f"MFU {100 * record['mfu']:.1f} %", f"{record['memory_gib']:.1f} GiB"]
     return "  ".join(parts)
