@@ -184,7 +184,8 @@ def test_a_disk_that_answers_no_more_is_a_hang_too(tmp_path):
     assert [r.returncode for r in results] == [EXIT_LOST] * 2, results
     assert "step 4/" in results[0].stdout and "step 5/" not in results[0].stdout, results
     assert re.search(r"watchdog: rank 1 on \S+ \(process \d+\) has made no progress for 1\d s", results[0].stderr), results
-    assert re.search(r"  rank 1 on .*, step 3, saving, files, last collective save, in which this rank still writes", results[0].stderr), results
+    assert re.search(r"  rank 1 on .*, step 3, saving, files, last collective save, in which this rank still writes",
+                     results[0].stderr), results
     assert re.search(r"  rank 0 on .*, saving, files, in save, in which other ranks still write", results[0].stderr), results
 
 

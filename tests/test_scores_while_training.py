@@ -21,6 +21,12 @@ COUNT = 80  # in batches of 16 on two ranks: the last round has more images than
 SCORES = ["train.score_every=4", f"score.reference={digits()}", "score.extractor=digits", f"score.count={COUNT}", "sample.batch=16"]
 
 
+@pytest.fixture(scope="module")
+def two_ranks():
+    with Ranks(2, timeout=240.0) as ranks:
+        yield ranks
+
+
 def scored(arguments, fails_at):
     """Trains in this rank; rank 1 finds images not finite in round ``fails_at`` of its life."""
     original, rounds = while_training.to_uint8, 0
@@ -38,11 +44,10 @@ def scored(arguments, fails_at):
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(tmp_path, stage):
+def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(two_ranks, tmp_path, stage):
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     arguments = tiny(tmp_path, *SCORES, "train.ema=[0.7, 0.5]", "--deepspeed_config", str(tmp_path / "ds.json"))
-    with Ranks(2, timeout=240.0) as ranks:
-        (said, complaint), _ = ranks.run(scored, arguments, 4)
+    (said, complaint), _ = two_ranks.run(scored, arguments, 4)
     assert complaint == "" and said.count("\nscores of step 8, ema:0.") == 2, said
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [(line["step"], line["weights"]) for line in lines] == [(4, "ema:0.7"), (8, "ema:0.7"), (8, "ema:0.5")]
@@ -65,12 +70,11 @@ def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(t
             assert all(torch.equal(value, here.tensors(kind)[name]) for name, value in there.tensors(kind).items()), kind
 
 
-def test_what_scores_need_is_asked_for_before_the_first_step(tmp_path):
+def test_what_scores_need_is_asked_for_before_the_first_step(two_ranks, tmp_path):
     with pytest.raises(ValueError, match=r"score.reference \(''\) must be given for train.score_every \(5\)"):
         load_config(tiny_config(), ["train.score_every=5"])
-    with Ranks(2, timeout=240.0) as ranks:
-        for wrong, text in ((f"score.reference={tmp_path}/none", f"{tmp_path}/none"), ("score.extractor=none.pt", "none.pt"),
-                            ("score.count=20", r"count (20) must be at least"), ("score.vae=none", "pixels")):
-            results = ranks.run(scored, tiny(tmp_path, *SCORES, wrong), 0)
-            assert results[0][1] == results[1][1] and text in results[0][1], results
+    for wrong, text in ((f"score.reference={tmp_path}/none", f"{tmp_path}/none"), ("score.extractor=none.pt", "none.pt"),
+                        ("score.count=20", r"count (20) must be at least"), ("score.vae=none", "pixels")):
+        results = two_ranks.run(scored, tiny(tmp_path, *SCORES, wrong), 0)
+        assert results[0][1] == results[1][1] and text in results[0][1], results
     assert not (tmp_path / "metrics.jsonl").exists()
