@@ -135,7 +135,8 @@ class DataConfig:
 class TrainConfig:
     """The recipe.  ``batch`` is the global batch of one optimizer step; micro_batch x ranks x accumulation = batch.
 
-    ``ema``: one decay or several, of which the first is the one that samples.  The newest ``keep`` checkpoints stay, and besides
+    ``ema``: one decay or several, of which the first is the one that samples and every one is scored (``score_every`` steps; 0:
+    never).  The newest ``keep`` checkpoints stay, and besides
     them every one whose step divides by ``keep_every`` (0: none); ``async_save`` writes them while training goes on.
 
     ``on_nonfinite``: a step whose loss or gradient is not finite changes nothing and is passed over (``skip``, at most
@@ -164,6 +165,7 @@ class TrainConfig:
     ema: Union[float, tuple[float, ...]] = 0.9999
     log_every: int = 50
     sample_every: int = 0
+    score_every: int = 0
     save_every: int = 10_000
     keep: int = 3
     keep_every: int = 0
@@ -214,6 +216,17 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """Scores while training (``train.score_every``): of ``count`` images, as the ``sample`` section makes them, against ``reference``
+    by ``extractor``, both as the verb ``evaluate`` takes them; ``vae`` decodes latents."""
+
+    reference: str = ""
+    extractor: str = ""
+    vae: str = ""
+    count: int = 10_000
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole tree."""
 
@@ -225,6 +238,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -411,6 +425,7 @@ def validate(config: Config) -> None:
     _need(0 <= config.run.timeout_s <= 1e7, f"run.timeout_s ({config.run.timeout_s}) must be from 0 to 1e7 seconds")
     _need(config.run.folder != "", "run.folder ('') must name a folder")
     _validate_data(config.data)
+    _validate_score(config)
 
 
 def _need(good: bool, message: str) -> None:
@@ -481,6 +496,13 @@ def _validate_diffusion(config: Config) -> None:
               f"sample.capacity ({sample.capacity}) must be above 0 and at most moe.experts ({config.moe.experts})")
 
 
+def _validate_score(config: Config) -> None:
+    score, every = config.score, config.train.score_every
+    _need(score.count >= 1, f"score.count ({score.count}) must be at least 1")
+    for name in ("reference", "extractor"):
+        _need(every == 0 or getattr(score, name) != "", f"score.{name} ('') must be given for train.score_every ({every})")
+
+
 def _validate_data(data: DataConfig) -> None:
     for name, unit in (("streams", "stream"), ("window", "shard"), ("prefetch", "step")):
         _need(getattr(data, name) >= 1, f"data.{name} ({getattr(data, name)}) must be at least 1 {unit}")
@@ -493,7 +515,8 @@ def _validate_train(train: TrainConfig) -> None:
     for name in ("batch", "micro_batch", "accumulation", "log_every", "keep", "nonfinite_limit", "spike_window", "spike_limit"):
         value = getattr(train, name)
         _need(value is None or value >= 1, f"train.{name} ({value}) must be at least 1")
-    for name in ("steps", "lr", "warmup", "eps", "clip", "weight_decay", "sample_every", "save_every", "keep_every"):
+    for name in ("steps", "lr", "warmup", "eps", "clip", "weight_decay", "sample_every", "score_every", "save_every",
+                 "keep_every"):
         _need(getattr(train, name) >= 0, f"train.{name} ({getattr(train, name)}) must be at least 0")
     _need(train.spike_factor == 0 or train.spike_factor > 1,
           f"train.spike_factor ({train.spike_factor}) must be above 1, or 0 for no guard")

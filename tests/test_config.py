@@ -56,7 +56,7 @@ def test_config_py_needs_no_torch():
 @pytest.mark.parametrize(("text", "message"), [
     ("model: {widht: 3}", "unknown key model.widht (value 3); did you mean model.width?"),
     ("modle: {width: 3}", "unknown key modle (value {'width': 3}); did you mean model?"),
-    ("zzz: 1", "unknown key zzz (value 1); known: run, model, moe, diffusion, data, train, parallel, sample"),
+    ("zzz: 1", "unknown key zzz (value 1); known: run, model, moe, diffusion, data, train, parallel, sample, score"),
     ("model: 3", "model must be a mapping, not 3"),
     ("model:", "model must be a mapping, not None"),
     ("model: {width: 3.5}", "model.width = 3.5 must be an integer"),

@@ -30,6 +30,8 @@ from diffmoe.parallel.collectives import raise_together, sum_over
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.traffic import only_counting
 
+_SWAPPED = 2**22  # elements at a time
+
 
 @dataclass(frozen=True)
 class Span:
@@ -317,12 +319,13 @@ class Engine:
 
 
 def _swap(left: list[Tensor], right: list[Tensor]) -> None:
-    """Exchanges contents in place: other code holds views of both."""
+    """Exchanges contents in place: other code holds views of both.  A piece at a time: a shard may be all that a rank has."""
     with torch.no_grad():
         for a, b in zip(left, right, strict=True):
-            kept = a.detach().clone()
-            a.data.copy_(b.data)
-            b.data.copy_(kept)
+            for here, there in zip(a.data.view(-1).split(_SWAPPED), b.data.view(-1).split(_SWAPPED), strict=True):
+                kept = here.clone()
+                here.copy_(there)
+                there.copy_(kept)
 
 
 def _hide_gathers_from_recompute(offload) -> None:
