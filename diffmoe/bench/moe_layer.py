@@ -7,6 +7,7 @@ dense       the MLP of a dense block: what the chosen rows alone would cost, the
 floor       dense, and beside it router, softmax, predictor and its loss, which any DiffMoE layer must compute
 loop        the textbook loop over experts
 deepspeed   ``deepspeed.moe.layer.MoE``: token choice, the same experts, capacity 1, its balance loss included
+deepspeed+predictor   the same with DiffMoE's predictor and its loss beside it, which makes the arithmetic equal to ours
 
 Time is the median of interleaved repeats.  ``kept``: bytes that autograd holds between forward and backward, weights
 left out (the input counts).  ``peak``: the most bytes of activations alive at once during the whole pass, in the kernels' inputs
@@ -32,23 +33,24 @@ from diffmoe.moe.routing import RoutingRule, gate_scores
 from diffmoe.parallel.groups import single_process
 
 RULE = RoutingRule("train", 1.0)
-CONTENDERS = ("ours", "dense", "floor", "loop", "deepspeed")
+CONTENDERS = ("ours", "dense", "floor", "loop", "deepspeed", "deepspeed+predictor")
 SWEPT_TOKENS, SWEPT_EXPERTS = (2048, 4096, 16384, 65536), (4, 8, 16, 32, 64)
 
 
-class _Floor(nn.Module):
-    """The dense MLP, router and predictor; the choice is made beforehand."""
+class _WithPredictor(nn.Module):
+    """A layer and DiffMoE's predictor beside it, and with ``router`` also its router; the choice is made beforehand."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, layer: nn.Module, config: Config, router: bool) -> None:
         super().__init__()
-        self.mlp = Mlp(config.model.width, config.model.hidden)
-        self.router = nn.Parameter(torch.empty(config.moe.experts, config.model.width))
-        self.predictor = CapacityPredictor(config.model.width, config.moe.experts)
+        self.layer, self.predictor = layer, CapacityPredictor(config.model.width, config.moe.experts)
+        self.router = nn.Parameter(torch.empty(config.moe.experts, config.model.width)) if router else None
 
-    def forward(self, x_BND: Tensor, mask_TE: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x_BND: Tensor, mask_TE: Tensor) -> tuple[Any, list[Tensor]]:
         x_TD = x_BND.flatten(0, 1)
-        scores = gate_scores(x_TD, self.router)
-        return self.mlp(x_BND), [predictor_loss(self.predictor(x_TD), mask_TE), scores.sum()]
+        losses = [predictor_loss(self.predictor(x_TD), mask_TE)]
+        if self.router is not None:
+            losses.append(gate_scores(x_TD, self.router).sum())
+        return self.layer(x_BND), losses
 
 
 def build(name: str, config: Config, samples: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -60,11 +62,13 @@ def build(name: str, config: Config, samples: int, device: torch.device, dtype: 
     elif name == "dense":
         module = Mlp(model.width, model.hidden)
     elif name == "floor":
-        module = _Floor(config)
+        module = _WithPredictor(Mlp(model.width, model.hidden), config, router=True)
     elif name == "loop":
         module = TextbookLoop(model, experts)
-    else:
+    elif name == "deepspeed":
         module = deepspeed_layer(model, experts)
+    else:
+        module = _WithPredictor(deepspeed_layer(model, experts), config, router=False)
     for p in module.parameters():
         nn.init.normal_(p, std=0.02)
     return module.to(device, dtype)
@@ -82,8 +86,8 @@ def forward(name: str, module: nn.Module, x_BND: Tensor, mask_TE: Tensor) -> tup
     if name == "loop":
         y, loss, _ = module(x_BND.flatten(0, 1), RULE.capacity)
         return y.view_as(x_BND), [loss]
-    y, balance, _ = module(x_BND)
-    return y, [balance]
+    (y, balance, _), losses = (module(x_BND), []) if name == "deepspeed" else module(x_BND, mask_TE)
+    return y, [balance, *losses]
 
 
 def training_pass(module: nn.Module, forward: Callable[[], tuple[Tensor, list[Tensor]]], x: Tensor, dy: Tensor) -> None:
@@ -132,6 +136,8 @@ def ratios(found: dict[str, dict[str, float]]) -> dict[str, Any]:
     if "deepspeed" in found:
         facts["deepspeed_time_over_ours"] = seconds["deepspeed"] / seconds["ours"]
         facts["activation_memory_over_deepspeed"] = peak["ours"] / peak["deepspeed"]
+    if "deepspeed+predictor" in found:
+        facts["deepspeed_with_predictor_time_over_ours"] = seconds["deepspeed+predictor"] / seconds["ours"]
     return facts
 
 
