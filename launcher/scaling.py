@@ -62,9 +62,13 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
     if not trials:
         raise ValueError("no layout of --ranks, --ep and --zero divides evenly; nothing to measure")
     pool = _pool(config, trials[0])
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        lines = (options.out / "runs.jsonl").open("w")
+    except OSError as error:
+        raise ValueError(f"--out ({options.out}) cannot be written: {error}") from None
     records = []
-    with (options.out / "runs.jsonl").open("w") as lines:
+    with lines:
         for number, trial in enumerate(trials, 1):
             record = {**asdict(trial), "start": start, "commit": _commit(), **_run(trial, options, start, pool)}
             records.append(record)
@@ -101,6 +105,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} ({value}) must be above 0")
+    if options.warmup < 0:
+        raise ValueError(f"--warmup ({options.warmup}) must be at least 0")
+    if options.hostfile and not options.hostfile.is_file():
+        raise ValueError(f"--hostfile ({options.hostfile}) does not exist")
     options.mode = options.mode.split(",")
     if not options.mode or not set(options.mode) <= {"strong", "weak"}:
         raise ValueError(f"--mode ({','.join(options.mode)}) must be strong, weak or strong,weak")

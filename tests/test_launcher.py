@@ -64,7 +64,10 @@ def test_every_verb_has_help_with_an_example(capsys):
     (["preflight", "train.steps=3"], "override 'train.steps=3' needs --config"),
     (["preflight", "--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
     (["job", "after", "/nowhere", "0"], "folder (/nowhere) does not exist"),
+    (["preflight", "--from", "/nowhere"], "--from (/nowhere) does not exist"),
+    (["job", "after", "tests", "0"], "folder (tests) has no config.yaml: it is no training job's"),
     (["job", "prepare", *DEMO, "--ranks", "2"], "SLURM_JOB_ID is unset"),
+    (["job", "prepare", *DEMO, "--ranks", "0"], "--ranks (0) must be at least 1"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, text, capsys, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
