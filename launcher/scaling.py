@@ -23,6 +23,7 @@ from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import resolve_layout
 from launcher.command_line import Parser
 from launcher.scaling_report import grouped, write_table
+from launcher.sources import commit
 
 _EXAMPLE = """
 python -m launcher scaling --config configs/demo.yaml --ranks 1,2 --ep 1,2 --repeats 2 --synthetic --out runs/scaling
@@ -70,7 +71,7 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
     records = []
     with lines:
         for number, trial in enumerate(trials, 1):
-            record = {**asdict(trial), "start": start, "commit": _commit(), **_run(trial, options, start, pool)}
+            record = {**asdict(trial), "start": start, "commit": commit(_ROOT), **_run(trial, options, start, pool)}
             records.append(record)
             lines.write(json.dumps(record) + "\n")
             lines.flush()
@@ -295,10 +296,3 @@ def write_report(records: list[dict], folder: Path) -> str:
     draw_split(groups, folder / "split.png")
     return "\n".join([*lines, f"{folder}: runs.jsonl, table.md, efficiency.png, split.png"])
 
-
-def _commit() -> str:
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-    said = subprocess.run([git, "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    return said.stdout.strip() or "unknown"
