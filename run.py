@@ -72,10 +72,11 @@ def _complain(error: ValueError, environment: RankEnvironment | None) -> None:
     """One line for an error that every rank has; one line a rank for an error of its own."""
     agreed = type(error).__name__ == "AgreedError" or not _started()
     rank = environment.rank if environment else 0
+    text = " ".join(str(error).splitlines())  # a name with a line break in it, say
     if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {text}", file=sys.stderr, flush=True)
     elif not agreed or environment.local_rank == 0:
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        print(f"error: rank {rank}: {text}", file=sys.stderr, flush=True)
 
 
 def _started() -> bool:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import json
 import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, TextIO, Union
 
 import yaml
 
@@ -134,7 +135,8 @@ class DataConfig:
 class TrainConfig:
     """The recipe.  ``batch`` is the global batch of one optimizer step; micro_batch x ranks x accumulation = batch.
 
-    ``ema``: one decay or several, of which the first is the one that samples.  The newest ``keep`` checkpoints stay, and besides
+    ``ema``: one decay or several, of which the first is the one that samples and every one is scored (``score_every`` steps; 0:
+    never).  The newest ``keep`` checkpoints stay, and besides
     them every one whose step divides by ``keep_every`` (0: none); ``async_save`` writes them while training goes on.
 
     ``on_nonfinite``: a step whose loss or gradient is not finite changes nothing and is passed over (``skip``, at most
@@ -163,6 +165,7 @@ class TrainConfig:
     ema: Union[float, tuple[float, ...]] = 0.9999
     log_every: int = 50
     sample_every: int = 0
+    score_every: int = 0
     save_every: int = 10_000
     keep: int = 3
     keep_every: int = 0
@@ -213,6 +216,17 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """Scores while training (``train.score_every``): of ``count`` images, as the ``sample`` section makes them, against ``reference``
+    by ``extractor``, both as the verb ``evaluate`` takes them; ``vae`` decodes latents."""
+
+    reference: str = ""
+    extractor: str = ""
+    vae: str = ""
+    count: int = 10_000
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole tree."""
 
@@ -224,6 +238,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -251,20 +266,29 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
+def open_text(path: Path, what: str, origin: str = "") -> TextIO:
+    """A file that a person names, open to be read.  Raises ValueError, which calls it ``what``, where that cannot be done."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{what} {path} must be a file, not a folder or device{origin}")
+        return path.open(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{what} {path} does not exist{origin}") from None
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read: {error.strerror}{origin}") from None
+
+
 def read_yaml(path: str | Path, _stack: tuple[Path, ...] = ()) -> dict:
     """Reads a YAML file and what it includes (``include: file`` or a list, relative to the file, later ones win,
     the file itself last).  Raises ValueError for a missing file, bad YAML, a doubled key or a circle."""
     path = Path(path).resolve()
     if path in _stack:
         raise ValueError(f"include goes in a circle: {' -> '.join(p.name for p in (*_stack, path))}")
-    if not path.is_file():
-        origin = f" (included from {_stack[-1]})" if _stack else ""
-        raise ValueError(f"config file {path} does not exist{origin}")
-    try:
-        with path.open(encoding="utf-8") as stream:
+    with open_text(path, "config file", f" (included from {_stack[-1]})" if _stack else "") as stream:
+        try:
             tree = yaml.load(stream, _StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping, not {type(tree).__name__}")
@@ -292,9 +316,11 @@ def _override_tree(overrides: list[str]) -> dict:
         name, equals, value = text.partition("=")
         if not equals or not all(name.split(".")):
             raise ValueError(f"override {text!r} must look like section.field=value")
+        stream = io.StringIO(value)
+        stream.name = f"override {text!r}"  # what the loader calls it
         try:
-            leaf: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
+            leaf: Any = yaml.load(stream, _StrictLoader)
+        except (yaml.YAMLError, RecursionError):
             raise ValueError(f"override {text!r}: {value!r} is not a YAML value") from None
         for part in reversed(name.split(".")):
             leaf = {part: leaf}
@@ -396,8 +422,10 @@ def validate(config: Config) -> None:
     _validate_diffusion(config)
     _validate_train(config.train)
     _need(0 <= config.run.seed < 2**64, f"run.seed ({config.run.seed}) must be in [0, 2^64)")
-    _need(config.run.timeout_s >= 0, f"run.timeout_s ({config.run.timeout_s}) must be at least 0 seconds")
+    _need(0 <= config.run.timeout_s <= 1e7, f"run.timeout_s ({config.run.timeout_s}) must be from 0 to 1e7 seconds")
+    _need(config.run.folder != "", "run.folder ('') must name a folder")
     _validate_data(config.data)
+    _validate_score(config)
 
 
 def _need(good: bool, message: str) -> None:
@@ -468,6 +496,13 @@ def _validate_diffusion(config: Config) -> None:
               f"sample.capacity ({sample.capacity}) must be above 0 and at most moe.experts ({config.moe.experts})")
 
 
+def _validate_score(config: Config) -> None:
+    score, every = config.score, config.train.score_every
+    _need(score.count >= 1, f"score.count ({score.count}) must be at least 1")
+    for name in ("reference", "extractor"):
+        _need(every == 0 or getattr(score, name) != "", f"score.{name} ('') must be given for train.score_every ({every})")
+
+
 def _validate_data(data: DataConfig) -> None:
     for name, unit in (("streams", "stream"), ("window", "shard"), ("prefetch", "step")):
         _need(getattr(data, name) >= 1, f"data.{name} ({getattr(data, name)}) must be at least 1 {unit}")
@@ -480,7 +515,8 @@ def _validate_train(train: TrainConfig) -> None:
     for name in ("batch", "micro_batch", "accumulation", "log_every", "keep", "nonfinite_limit", "spike_window", "spike_limit"):
         value = getattr(train, name)
         _need(value is None or value >= 1, f"train.{name} ({value}) must be at least 1")
-    for name in ("steps", "lr", "warmup", "eps", "clip", "weight_decay", "sample_every", "save_every", "keep_every"):
+    for name in ("steps", "lr", "warmup", "eps", "clip", "weight_decay", "sample_every", "score_every", "save_every",
+                 "keep_every"):
         _need(getattr(train, name) >= 0, f"train.{name} ({getattr(train, name)}) must be at least 0")
     _need(train.spike_factor == 0 or train.spike_factor > 1,
           f"train.spike_factor ({train.spike_factor}) must be above 1, or 0 for no guard")

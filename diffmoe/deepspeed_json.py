@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffmoe.config import Config
+from diffmoe.config import Config, open_text
 from diffmoe.layout import Layout
 
 # Keys that DeepSpeed would read and that the YAML owns: allowed only with the YAML's own value.
@@ -21,26 +21,26 @@ _OWNED = {
     "gradient_clipping": "train.clip",
 }
 _OWNED_BLOCKS = {"optimizer": "train.optimizer, train.lr, …", "scheduler": "train.schedule, train.warmup"}
-# DeepSpeed ignores unknown keys without a word, so the ones that we pass on are listed.
-_PASSED = {
-    "zero_optimization", "bf16", "data_types", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "aio",
-    "disable_allgather", "seed",
+# DeepSpeed ignores unknown keys without a word, so the ones that we pass on are listed; and it trips over many a wrong type
+# only later, on some rank, so theirs are too.
+_PASSED: dict[str, type] = {
+    "zero_optimization": dict, "bf16": dict, "data_types": dict, "communication_data_type": str, "prescale_gradients": bool,
+    "gradient_predivide_factor": float, "zero_allow_untested_optimizer": bool, "zero_force_ds_cpu_optimizer": bool,
+    "steps_per_print": int, "wall_clock_breakdown": bool, "memory_breakdown": bool, "dump_state": bool, "comms_logger": dict,
+    "flops_profiler": dict, "aio": dict, "disable_allgather": bool, "seed": int,
 }
+_WORDS = {dict: "an object", str: "a text", bool: "true or false", float: "a number", int: "an integer"}
 
 
 def read_deepspeed(path: str | Path | None) -> dict:
     """The DeepSpeed JSON as a dict (ZeRO 1 in fp32 when no file is given).  Raises ValueError."""
     if path is None:
         return {"zero_optimization": {"stage": 1}}
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--deepspeed_config {path} does not exist")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object_without_duplicates)
-    except ValueError as error:
-        raise ValueError(f"--deepspeed_config {path} is not valid JSON: {error}") from None
+    with open_text(Path(path), "--deepspeed_config") as stream:
+        try:
+            tree = json.load(stream, object_pairs_hook=_object_without_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"--deepspeed_config {path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"--deepspeed_config {path} must hold an object, not {type(tree).__name__}")
     return tree
@@ -80,9 +80,13 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
             close = difflib.get_close_matches(key, [*_PASSED, *owned], n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"unknown key {key} (value {value!r}) in the DeepSpeed JSON{hint}")
-    _block(tree, "data_types")
-    if zero_stage(tree) not in (0, 1, 2, 3):
-        raise ValueError(f"DeepSpeed's zero_optimization.stage ({zero_stage(tree)}) must be 0, 1, 2 or 3")
+        else:
+            _check_type(key, value, _PASSED[key])
+    _check_type("bf16.enabled", _block(tree, "bf16").get("enabled"), bool)
+    for key in ("offload_optimizer", "offload_param"):
+        _check_type(f"zero_optimization.{key}", _block(tree, "zero_optimization").get(key), dict)
+    if type(zero_stage(tree)) is not int or zero_stage(tree) not in (0, 1, 2, 3):
+        raise ValueError(f"DeepSpeed's zero_optimization.stage ({zero_stage(tree)!r}) must be 0, 1, 2 or 3")
     passed = {key: value for key, value in tree.items() if key in _PASSED and value is not None}
     return _resolve({"steps_per_print": 10**9, **passed, **owned}, expert_parallel=layout.ep > 1)
 
@@ -118,7 +122,10 @@ def _resolve(tree: dict, expert_parallel: bool) -> dict:
 
 
 def _block(tree: dict, key: str) -> dict:
-    block = {} if tree.get(key) is None else tree[key]
-    if not isinstance(block, dict):
-        raise ValueError(f"DeepSpeed's {key} ({block!r}) must be an object")
-    return block
+    _check_type(key, tree.get(key), dict)
+    return tree.get(key) or {}
+
+
+def _check_type(key: str, value: Any, kind: type) -> None:
+    if value is not None and type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"DeepSpeed's {key} ({value!r}) must be {_WORDS[kind]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
 import socket
 import time
 
@@ -49,8 +50,10 @@ def backend(device: torch.device) -> str:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most device memory that torch has allocated, GiB; 0 on CPU, where torch does not count."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    """Most memory so far, GiB: on a GPU what torch has allocated there, on a CPU what this process has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
 @functools.lru_cache(maxsize=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -15,10 +17,15 @@ import pytest
 from programs import digits, losses, run_cases, run_program, start_program, tiny
 
 from diffmoe.commands.inspect_data import main as inspect_main
+from diffmoe.config import DataConfig
+from diffmoe.data.feed import Feed
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share
 from diffmoe.data.shards import ShardMeta, load_index, write_shards
 from diffmoe.data.tar import write_tar
+from diffmoe.parallel.collectives import AgreedError, anyone
+from diffmoe.parallel.groups import build_groups, single_process
+from diffmoe.parallel.spawn import Ranks
 from launcher.environment import detect
 
 BATCH = 16
@@ -114,6 +121,51 @@ def test_a_lost_or_cut_shard_stops_the_start_or_is_left_out(tmp_path: Path, how:
     assert [entry["step"] for entry in json.loads((tmp_path / "skip/bad_shards.json").read_text())] == [steps - 1]
 
 
+def read_digits(shards: Path, folder: Path, policy: str, workers: int) -> tuple[list[np.ndarray], str]:
+    """What this rank reads of 120 steps, as training would, and why it ended before (or nothing)."""
+    world = build_groups(1, 1).world
+    share = Share(BATCH, BATCH // world.size, 1, world.index, world.size)
+    reader = ShardReader(load_index(shards, check_files=False), seed=0, batch=BATCH, streams=64, window=4)
+    read = []
+    with Feed(reader, share, world, folder, range(120), DataConfig(on_bad_shard=policy, bad_share=0.2, workers=workers), pin=False,
+              say=lambda line: None) as feed, contextlib.suppress(AgreedError):
+        batches = feed.first()
+        while batches is not None:
+            read += [batch.x.numpy().copy() for batch in batches]
+            if anyone(feed.read_ahead(), world) and feed.settle(False):
+                break
+            batches = feed.take()
+    return read, str(feed.failure or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_layout_meets_every_damage_alike(tmp_path: Path, world: int) -> None:
+    """Nine shards; all ranks stop before the step that needs what is not there, or go on with the same batches to the end."""
+    name = "shard-000003.tar"
+    met = {"removed": (None, "is missing from"), "truncated": (None, "has 100000 bytes, .*; member .* is the first that is not"),
+           "flipped byte": (150, r", member \d+.npy: altered, byte \d+ is")}
+    with Ranks(world, timeout=120) as ranks:
+        for how, (row, text) in met.items():
+            step, _ = first_steps(digits(), name, row)
+            shards = spoiled(tmp_path / how, name, how)
+            mended = ShardReader(load_index(digits()), seed=0, batch=BATCH, streams=64, window=4, excluded={name: step})
+            whole = [mended.read(range(i * BATCH, (i + 1) * BATCH))[0] for i in range(120)]
+            for workers, policy in itertools.product((0, 1, 3), ("stop", "skip")):
+                folder = tmp_path / f"{how} {workers} {policy}"
+                folder.mkdir()
+                found = ranks.run(read_digits, shards, folder, policy, workers)
+                reasons = {reason for _, reason in found}
+                steps = step if policy == "stop" else 120
+                assert [len(read) for read, _ in found] == [steps] * world
+                assert all(np.array_equal(np.concatenate(parts), x) for *parts, x in zip(*(read for read, _ in found), whole))
+                if policy == "stop":
+                    assert len(reasons) == 1 and re.search(f"shard {name}.*{text}", reasons.pop()), (how, found[0][1])
+                else:
+                    record = json.loads((folder / "bad_shards.json").read_text())
+                    assert reasons == {""} and [(entry["shard"], entry["step"]) for entry in record] == [(name, step)]
+
+
 def test_a_killed_data_worker_ends_the_run_on_every_rank(tmp_path: Path) -> None:
     with start_program(2, *tiny(tmp_path / "run", "data.workers=2", "train.steps=5000", "train.save_every=0")) as program:
         deadline = time.monotonic() + 180
@@ -140,10 +192,6 @@ def _parent(process: Path) -> int:
 
 def test_ranks_that_see_different_data_do_not_start(tmp_path: Path) -> None:
     """A node with another copy: the same shapes, other bytes."""
-    from diffmoe.config import DataConfig
-    from diffmoe.data.feed import Feed
-    from diffmoe.parallel.groups import single_process
-
     index = load_index(digits())
     feed = Feed(ShardReader(index, seed=0, batch=8), Share(8, 8, 1, 0, 1), single_process().world, tmp_path, range(3),
                 DataConfig(), pin=False, say=print)

@@ -21,6 +21,7 @@ from diffmoe.checkpoints.reader import Checkpoint, Tensors, complete_folders, op
 from diffmoe.checkpoints.tensor_file import CHUNK, Damaged, Piece, TensorFile, whole_piece, write_tensors
 from diffmoe.commands import check_checkpoint
 from diffmoe.config import load_config
+from diffmoe.evaluation.decoding import checkpoint_data
 from diffmoe.layout import Layout
 from diffmoe.parallel.collectives import AgreedError
 from diffmoe.parallel.groups import single_process
@@ -234,6 +235,19 @@ def test_a_pickle_is_refused_and_not_run(folder, tmp_path, monkeypatch):
     (folder.parent / "latest").write_bytes(bomb)
     with pytest.raises(Damaged, match="is not what was written"):
         Checkpoint(folder).tensors("master")["x_embedder.proj.weight"]
+    assert not (tmp_path / "poisoned").exists()
+
+
+@pytest.mark.parametrize("field", ["shards", "index"])
+@pytest.mark.parametrize("address", ["pipe:touch poisoned; cat {name}.tar", "gs://x';touch poisoned;'/a.tar", "s3://a/b.tar"])
+def test_no_address_in_a_configuration_runs_a_program(folder, tmp_path, monkeypatch, field, address):
+    """Sampling latents looks for the scale of the training data, where the checkpoint says."""
+    monkeypatch.chdir(tmp_path)
+    rewrite_manifest(folder, lambda tree: tree["config"]["data"].update({field: address}))
+    config = Checkpoint(folder).config()
+    with pytest.raises(ValueError, match=rf"data.{field} \({re.escape(address)}\) would start a program, which no checkpoint may"):
+        checkpoint_data(config, 0.18, None)
+    assert checkpoint_data(config, 0.18, 0.0) is None
     assert not (tmp_path / "poisoned").exists()
 
 

@@ -56,7 +56,7 @@ def test_config_py_needs_no_torch():
 @pytest.mark.parametrize(("text", "message"), [
     ("model: {widht: 3}", "unknown key model.widht (value 3); did you mean model.width?"),
     ("modle: {width: 3}", "unknown key modle (value {'width': 3}); did you mean model?"),
-    ("zzz: 1", "unknown key zzz (value 1); known: run, model, moe, diffusion, data, train, parallel, sample"),
+    ("zzz: 1", "unknown key zzz (value 1); known: run, model, moe, diffusion, data, train, parallel, sample, score"),
     ("model: 3", "model must be a mapping, not 3"),
     ("model:", "model must be a mapping, not None"),
     ("model: {width: 3.5}", "model.width = 3.5 must be an integer"),
@@ -94,6 +94,7 @@ def test_wrong_keys_and_types_are_named(write, text, message):
     ("1: 2", "key 1 on line 1 must be a text"),
     ("include: 3", "include (3) must be a file name or a list of file names"),
     ("include: [a.yaml, 3]", "include (['a.yaml', 3]) must be a file name or a list of file names"),
+    ("[" * 3000, "is not valid YAML: maximum recursion depth exceeded"),
     ("include:", "include (None) must be a file name or a list of file names"),
 ])
 def test_a_bad_file_is_named_with_the_place(write, text, message):
@@ -158,6 +159,7 @@ def test_overrides_come_last_and_in_order(write):
     ("train.step=3", "unknown key train.step (value 3); did you mean train.steps?"),
     ("train.steps.more=3", "train.steps = {'more': 3} must be an integer"),
     ("train=3", "train must be a mapping, not 3"),
+    ("train={steps: 1, steps: 2}", "override 'train={steps: 1, steps: 2}': key 'steps' stands twice, on lines 1 and 1"),
 ])
 def test_bad_overrides(override, message):
     assert refused(overridden, override).startswith(message)
@@ -206,6 +208,8 @@ def test_bad_overrides(override, message):
     (["data.prefetch=0"], "data.prefetch (0) must be at least 1 step"),
     (["sample.steps=0"], "sample.steps (0) must be at least 1"),
     (["sample.gamma=2"], "sample.gamma (2.0) must be in [0, 1]"),
+    (["run.timeout_s=1e23"], "run.timeout_s (1e+23) must be from 0 to 1e7 seconds"),
+    (["run.folder=''"], "run.folder ('') must name a folder"),
 ])
 def test_values_out_of_range_are_named_with_what_bounds_them(overrides, message):
     assert refused(overridden, *overrides) == message
@@ -370,7 +374,13 @@ def test_equal_values_and_auto_pass():
     ({"bf16": True}, "DeepSpeed's bf16 (True) must be an object"),
     ({"zero_optimization": 3}, "DeepSpeed's zero_optimization (3) must be an object"),
     ({"zero_optimization": {"stage": 4}}, "DeepSpeed's zero_optimization.stage (4) must be 0, 1, 2 or 3"),
-    ({"zero_optimization": {"stage": "2"}}, "DeepSpeed's zero_optimization.stage (2) must be 0, 1, 2 or 3"),
+    ({"zero_optimization": {"stage": "2"}}, "DeepSpeed's zero_optimization.stage ('2') must be 0, 1, 2 or 3"),
+    ({"zero_optimization": {"stage": True}}, "DeepSpeed's zero_optimization.stage (True) must be 0, 1, 2 or 3"),
+    ({"zero_optimization": {"offload_optimizer": 3}}, "DeepSpeed's zero_optimization.offload_optimizer (3) must be an object"),
+    ({"bf16": {"enabled": "no"}}, "DeepSpeed's bf16.enabled ('no') must be true or false"),
+    ({"steps_per_print": "often"}, "DeepSpeed's steps_per_print ('often') must be an integer"),
+    ({"gradient_predivide_factor": True}, "DeepSpeed's gradient_predivide_factor (True) must be a number"),
+    ({"comms_logger": 3}, "DeepSpeed's comms_logger (3) must be an object"),
     ({"zero_optimisation": {}}, "unknown key zero_optimisation (value {}) in the DeepSpeed JSON; did you mean zero_optimization?"),
     ({"xyz": 1}, "unknown key xyz (value 1) in the DeepSpeed JSON"),
 ])
@@ -393,6 +403,7 @@ def test_every_published_json_is_good(path):
     ('{"a": 1,}', "is not valid JSON: "),
     ("", "is not valid JSON: "),
     ("[1]", "must hold an object, not list"),
+    ("[" * 100_000, "is not valid JSON: maximum recursion depth exceeded"),
     ('{"zero_optimization": {"stage": 1, "stage": 2}}', "is not valid JSON: key 'stage' stands twice"),
 ])
 def test_a_bad_json_is_named(write, text, message):

@@ -18,7 +18,7 @@ import torch
 from diffmoe.data.digits import write_digits
 from diffmoe.data.order import SampleOrder
 from diffmoe.data.reader import ShardReader
-from diffmoe.data.rows import BadShard, altered_byte
+from diffmoe.data.rows import BadShard, altered_byte, pack_table
 from diffmoe.data.share import Share
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_shards
 from diffmoe.data.stream import Batch, BatchStream
@@ -36,13 +36,13 @@ def write_pixels(folder: Path, count: int = COUNT) -> ShardIndex:
     return write_shards(samples, folder, samples_per_shard=10, meta=PIXELS)
 
 
-def write_moments(folder: Path, *, flips: bool) -> ShardIndex:
-    """Sample i has mean i, standard deviation i / 100; the flipped image's mean is -i."""
+def write_moments(folder: Path, *, flips: bool, count: int = 40) -> ShardIndex:
+    """Sample i has mean i, standard deviation i / 1000; the flipped image's mean is -i."""
 
     def moments(mean: float, i: int) -> np.ndarray:
-        return np.concatenate([np.full((2, 2, 2), mean), np.full((2, 2, 2), i / 100)]).astype(np.float16)
+        return np.concatenate([np.full((2, 2, 2), mean), np.full((2, 2, 2), i / 1000)]).astype(np.float16)
 
-    samples = ((f"{i:03d}", moments(i, i), i % 10, *([moments(-i, i)] if flips else [])) for i in range(40))
+    samples = ((f"{i:03d}", moments(i, i), i % 10, *([moments(-i, i)] if flips else [])) for i in range(count))
     return write_shards(samples, folder, samples_per_shard=10, meta=MOMENTS)
 
 
@@ -178,15 +178,21 @@ def test_global_batches_are_the_same_on_every_layout(tmp_path: Path, flip: bool)
         assert_same(expected, global_batches(index, 3, 9, batch=24, world=world, accumulation=accumulation, flip=flip))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_any_number_of_workers_gives_the_same_and_goes_on_anywhere(tmp_path: Path, world: int, workers: int) -> None:
-    """Begun by one rank with a thread, gone on with at another number of ranks and workers, and back: one sequence."""
-    index = write_moments(tmp_path, flips=True)
-    straight = global_batches(index, 0, 8, batch=16, world=1, flip=True)
-    for start in (1, 5):  # 40 samples: steps 2 and 5 straddle epochs
-        layout = {"batch": 16, "world": world, "accumulation": 2, "workers": workers, "flip": True}
-        assert_same(straight[start : start + 2], global_batches(index, start, 2, **layout))
+@pytest.mark.parametrize(("world", "workers"), [
+    pytest.param(world, workers, marks=[] if workers == 0 or (world, workers) == (2, 3) else pytest.mark.slow)
+    for world in (1, 2, 4) for workers in (0, 1, 3)])
+def test_every_layout_reads_every_sample_once_and_goes_on_anywhere(tmp_path: Path, world: int, workers: int) -> None:
+    """Two epochs of 11 shards, the last one short: begun by these ranks and workers, gone on with by one rank and a thread in
+    the middle of an epoch, and in the next one as before."""
+    index = write_moments(tmp_path, flips=True, count=COUNT)
+    layout = {"batch": 16, "world": world, "accumulation": 2, "workers": workers, "flip": True}
+    read = [*global_batches(index, 0, 3, **layout), *global_batches(index, 3, 5, batch=16, world=1, flip=True),
+            *global_batches(index, 8, 5, **layout)]
+    assert_same(global_batches(index, 0, 13, batch=16, world=1, flip=True), read)
+    x = torch.cat([x for x, _ in read]).numpy()
+    numbers = np.abs(x.mean((1, 2, 3)) / MOMENTS.scale).round().astype(int).tolist()
+    assert torch.cat([y for _, y in read]).tolist() == [number % 10 for number in numbers]
+    assert sorted(numbers[:COUNT]) == sorted(numbers[COUNT : 2 * COUNT]) == list(range(COUNT))
 
 
 def test_resuming_at_any_step_continues_exactly(tmp_path: Path) -> None:
@@ -240,6 +246,31 @@ def test_host_memory_stays_flat_over_an_epoch(tmp_path: Path) -> None:
     assert len(reader._open) <= 4 * 2
 
 
+@pytest.mark.slow
+def test_the_benchmark_sets_all_ways_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its two statements that hold on a busy machine too: a resume takes seconds, and memory does not grow."""
+    from diffmoe.bench.data import RESUME_LIMIT, main
+
+    main(["--samples", "2048", "--repeats", "1", "--folder", str(tmp_path), "--out", str(tmp_path / "out")])
+    record = json.loads((tmp_path / "out/data.json").read_text())
+    assert set(record["samples_per_second"]) == {"loader", "loader, reading only", "webdataset", "npz", "tar", "bytes"}
+    assert min(record["samples_per_second"].values()) > 0
+    assert record["resume_index_samples"] >= 1_281_167 and record["resume_seconds_max"] < RESUME_LIMIT
+    assert max(record["memory_mib"][1:]) - record["memory_mib"][1] < 4, record["memory_mib"]
+    assert capsys.readouterr().out == (tmp_path / "out/data.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--samples", "1000"], r"--samples \(1000\) must divide by 1024"), (["--repeats", "0"], r"--repeats \(0\) must be at least 1"),
+    (["--samples", "some"], "invalid int value: 'some'")])
+def test_the_benchmark_refuses_bad_numbers(arguments: list[str], message: str) -> None:
+    from diffmoe.bench.data import main
+
+    with pytest.raises(ValueError, match=message):
+        main(arguments)
+
+
 def test_workers_bring_no_torch(tmp_path: Path) -> None:
     import subprocess
     import sys
@@ -268,9 +299,9 @@ def test_moments_follow_the_formula_with_their_own_noise(tmp_path: Path) -> None
         use = 4  # Use.MOMENTS, written out: a change of stream would change every run
         words = np.random.Philox(key=np.array([9, position], np.uint64), counter=np.array([0, 0, 0, use], np.uint64))
         eps = normals(words.random_raw(2), (2, 2, 2))
-        number = row.mean() / 0.18215 / (1 + eps.mean() / 100)
+        number = row.mean() / 0.18215 / (1 + eps.mean() / 1000)
         i = round(float(number))
-        np.testing.assert_allclose(row, (i + np.float16(i / 100) * eps) * 0.18215, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(row, (i + np.float16(i / 1000) * eps) * 0.18215, rtol=1e-5, atol=1e-6)
     assert index.x_shape == (2, 2, 2)
     alone = np.stack([ShardReader(index, seed=9).read([p])[0][0] for p in reversed(positions)])[::-1]
     assert np.array_equal(x, alone)
@@ -381,6 +412,28 @@ def test_bad_members_are_named(tmp_path: Path, member: str, payload: bytes, mess
     with pytest.raises(ValueError, match=message) as caught:
         read_everything(index)
     assert "shard-000002.tar" in str(caught.value)
+
+
+@pytest.mark.parametrize("name, message", [("/etc/024.npy", "unsafe name"), ("../024.npy", "unsafe name"),
+                                           ("024.npy", "Object arrays cannot be loaded")])
+def test_a_table_that_fits_lets_nothing_bad_through(tmp_path: Path, name: str, message: str) -> None:
+    """Whoever makes a shard can make its checksums too."""
+    index = write_pixels(tmp_path)
+    path = tmp_path / "shard-000002.tar"
+    content = bytearray(path.read_bytes())
+    reader = ShardReader(index, seed=0)
+    table = reader._open_shard(2).table
+    header, payload = int(table.offsets[4, 0]), int(table.offsets[4, 0]) + 512
+    pickled = npy(np.array([{"a": 1}], dtype=object)) if "Object" in message else content[payload : payload + table.sizes[4, 0]]
+    content[header : header + 100] = name.encode().ljust(100, b"\0")
+    content[payload : payload + len(pickled)] = pickled
+    table.sizes[4, 0] = len(pickled)
+    table.crcs[4, 0] = zlib.crc32(content[header : payload + len(pickled)])
+    packed = pack_table(table)
+    content[512 : 512 + len(packed)] = packed
+    path.write_bytes(content)
+    with pytest.raises(BadShard, match=f"shard shard-000002.tar, member {name}: {message}"):
+        reader.read(range(COUNT))
 
 
 def test_a_shard_that_was_cut_names_the_first_lost_member(tmp_path: Path) -> None:

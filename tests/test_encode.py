@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
 import tarfile
@@ -25,6 +26,7 @@ from programs import scratch
 from sklearn.datasets import load_digits, load_sample_images
 
 from diffmoe.commands.encode import main
+from diffmoe.commands.inspect_data import main as inspect_main
 from diffmoe.data import images
 from diffmoe.data.encode_request import Request
 from diffmoe.data.encode_shards import encode
@@ -273,6 +275,22 @@ def test_the_loader_reads_it() -> None:
     assert sorted(y[:29].tolist()) == [0] * 9 + [1] * 9 + [2] * 11
     with pytest.raises(ValueError, match=r"latents \(58, 8, 8, 8\) must be \[B, 4, h, w\]"):
         decode_latents(load_vae(vae_folder()), torch.from_numpy(x).repeat(1, 2, 1, 1), 0.5, 0.25)
+
+
+def test_inspect_data_shows_decoded_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few at a time, and as the autoencoder decodes them; another autoencoder is refused before anything is read."""
+    grids: list[np.ndarray] = []
+    monkeypatch.setattr("diffmoe.evaluation.plots.image_grid", lambda images, columns, path: grids.append(images))
+    assert inspect_main([str(encoded().folder), "--vae", str(vae_folder())], detect({})) == 0
+    x, _ = ShardReader(encoded(), seed=0).read(range(29))
+    expected = decode_latents(load_vae(vae_folder()), torch.from_numpy(x), scale=0.5, shift=0.25)
+    assert grids[0].shape == (29, 3, SIZE, SIZE) and np.abs(127.5 * (grids[0] + 1) - expected.numpy()).max() <= 1
+    vae = load_vae(vae_folder()).model
+    next(vae.parameters()).data.add_(1)
+    vae.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr("diffmoe.data.inspect.inspect", None)
+    with pytest.raises(ValueError, match="other. has weights .* was encoded with"):
+        inspect_main([str(encoded().folder), "--vae", str(tmp_path / "other")], detect({}))
 
 
 def test_the_index_says_how_it_was_made() -> None:
@@ -570,7 +588,7 @@ def test_main(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(arguments, detect({"DIFFMOE_STORE": str(tmp_path / "store")})) == 0
     assert checksums(tmp_path / "out") == checksums(encoded().folder)
     said = capsys.readouterr().out
-    assert "29 of 29 images (100.0%)" in said and "images/s" in said
+    assert re.search(r"encode: 29 of 29 images \(100.0%\), \d+\.\d images/s, 0 s left, 0 bad", said)
     assert "29 samples of 3 classes, 0 bad, in 8 shards" in said
 
 

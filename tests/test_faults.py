@@ -123,7 +123,7 @@ def test_a_dead_or_hung_rank_ends_the_job_with_a_report(nursery, tmp_path, world
         results = program.wait()
     print(f"\n{number.name} to rank {rank} of {world}: the others ended after {took:.1f} s\n" + results[others[0]].stderr)
     assert [results[r].returncode for r in others] == [EXIT_LOST] * len(others), results
-    assert took < 3 * LIMIT + 20, "seconds, not half an hour"
+    assert took < LIMIT + 20, "the stated time, and what a busy machine adds"
     text = "".join(results[r].stderr for r in others)
     assert "Traceback" not in text, text
     found = re.search(rf"watchdog: rank {rank} on (\S+) \(process {program.processes[rank].pid}\) "
@@ -137,15 +137,19 @@ def test_a_dead_or_hung_rank_ends_the_job_with_a_report(nursery, tmp_path, world
 
 
 def misbehave(arguments):
-    """run.py's main, but in step 2 rank 1 hangs in its second block, or fails, as the first argument says."""
+    """run.py's main, but in step 2 rank 1 hangs in its second block, or fails, as the first argument says; or its disk answers
+    no more."""
     import diffmoe.training.loop as loop
     import run
+    from diffmoe.checkpoints import writer
 
     how, *arguments = arguments
+    if how == "disk" and os.environ["RANK"] == "1":
+        writer.write_tensors = lambda *_: time.sleep(1000)
     original = loop.train_step
 
     def train_step(engine, ema, batches, config, layout, groups, step, *flags):
-        if step == 2 and groups.rank == 1:
+        if step == 2 and groups.rank == 1 and how != "disk":
             if how == "fail":
                 raise KeyError("a mistake of ours")
             engine.model.blocks[1].register_forward_hook(lambda *_: time.sleep(1000))
@@ -170,6 +174,19 @@ def test_a_rank_that_hangs_or_fails_alone_is_named_with_what_it_did(tmp_path):
     assert failed[0].returncode == EXIT_LOST and "Traceback" not in failed[0].stderr, failed
     assert re.search(r"watchdog: rank 1 on \S+ \(process \d+\) ended by KeyError: 'a mistake of ours'",
                      failed[0].stderr), failed
+
+
+@pytest.mark.slow
+def test_a_disk_that_answers_no_more_is_a_hang_too(tmp_path):
+    """The thread that saves hangs; training goes on until it needs the save to be over."""
+    with Nursery("test_faults:misbehave") as nursery:
+        results = nursery.run(2, "disk", *tiny(tmp_path, "run.timeout_s=10", "train.save_every=2"))
+    assert [r.returncode for r in results] == [EXIT_LOST] * 2, results
+    assert "step 4/" in results[0].stdout and "step 5/" not in results[0].stdout, results
+    assert re.search(r"watchdog: rank 1 on \S+ \(process \d+\) has made no progress for 1\d s", results[0].stderr), results
+    assert re.search(r"  rank 1 on .*, step 3, saving, files, last collective save, in which this rank still writes",
+                     results[0].stderr), results
+    assert re.search(r"  rank 0 on .*, saving, files, in save, in which other ranks still write", results[0].stderr), results
 
 
 # ------------------------------------------------------------------------------------------------ stop requests
@@ -362,12 +379,12 @@ def test_a_changed_configuration_is_shown(two_ranks, whole, tmp_path):
 
 
 RECIPE = ("train.steps=24", "train.save_every=4", "train.keep=9", "train.eps=1e-3", "train.lr=1e-3", "train.sample_every=0")
-# Ranks, EP, ZeRO: (who saved, who goes on)
-FEW = {(2, 2, 1): [(2, 2, 1), (1, 1, 0), (2, 1, 2), (4, 2, 3), (4, 4, 0)]}
-ALL = {(2, 2, 1): [(2, 2, 1), (1, 1, 0), (1, 1, 3), (2, 1, 1), (2, 2, 0), (2, 2, 2), (2, 2, 3), (4, 1, 2), (4, 2, 1), (4, 2, 3),
-                   (4, 4, 0), (4, 4, 2)],
-       (1, 1, 0): [(1, 1, 0), (2, 2, 3), (4, 2, 1)],
-       (4, 4, 3): [(4, 4, 3), (1, 1, 1), (2, 1, 0), (2, 2, 1), (4, 2, 2)]}
+# Ranks, EP, ZeRO: (who saved, who goes on).  Every pair of EP sizes, of ZeRO stages and of numbers of ranks, both ways.
+LAYOUTS = {(2, 2, 1): [(2, 2, 1), (1, 1, 0), (1, 1, 3), (2, 1, 1), (2, 2, 0), (2, 2, 2), (2, 2, 3), (4, 1, 2), (4, 2, 1), (4, 2, 3),
+                       (4, 4, 0), (4, 4, 2)],
+           (1, 1, 0): [(1, 1, 0), (2, 2, 3), (4, 2, 1), (4, 4, 2)],
+           (4, 4, 3): [(4, 4, 3), (1, 1, 1), (2, 1, 0), (2, 2, 1), (4, 2, 2)],
+           (2, 1, 2): [(2, 1, 2), (1, 1, 0), (4, 4, 1), (2, 2, 3)]}
 
 
 def train_layout(folder, ep, stage, world, more):
@@ -386,13 +403,19 @@ def train_layout(folder, ep, stage, world, more):
                torch.device("cpu"))
 
 
-@pytest.mark.parametrize("layouts", [pytest.param(FEW, marks=pytest.mark.slow), pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"])
-def test_table_of_layouts_in_which_the_next_20_losses_are_the_same(tmp_path, capsys, layouts):
+def test_the_table_leaves_out_no_change():
+    moves = [(saved, to) for saved, targets in LAYOUTS.items() for to in targets]
+    for what, values in enumerate(((1, 2, 4), (1, 2, 4), range(4))):
+        assert {(saved[what], to[what]) for saved, to in moves} == {(a, b) for a in values for b in values}
+
+
+@pytest.mark.slow
+def test_table_of_layouts_in_which_the_next_20_losses_are_the_same(tmp_path, capsys):
     """From a checkpoint of step 4 in one layout to others; at the same layout bit for bit."""
     rows = []
     with Ranks(1, timeout=400.0) as one, Ranks(2, timeout=400.0) as two, Ranks(4, timeout=400.0) as four:
         ranks = {1: one, 2: two, 4: four}
-        for (world, ep, stage), targets in layouts.items():
+        for (world, ep, stage), targets in LAYOUTS.items():
             origin = tmp_path / f"{world}{ep}{stage}"
             ranks[world].run(train_layout, origin, ep, stage, world, ())
             expected = losses(origin)

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffmoe.checkpoints.reader import Checkpoint
-from diffmoe.config import load_config
+from diffmoe.config import TrainConfig, load_config
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import resolve_layout
 from diffmoe.parallel.spawn import Ranks
+from diffmoe.training.engine import _build_optimizer
+from diffmoe.training.metrics import Writer
 from programs import REPOSITORY, losses, run_cases, run_program, start_launcher, start_program, tiny, tiny_config, trained
 
 KINDS = {"master", "ema_0.7", "exp_avg", "exp_avg_sq"}  # and buffers, where there are capacity predictors
@@ -77,7 +80,10 @@ def test_a_run_leaves_everything_it_promises():
         assert (folder / name).stat().st_size > 0, name
     for picture in folder.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
-    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, 9))
+    assert {"predictor_loss", "trivial_predictor_loss", "images_per_s", "mfu", "memory_gib"} <= set(board.Tags()["scalars"])
+    assert set(board.Tags()["images"]) == {"samples", "expert_load"}
     assert steps(folder) == [4, 8]
     assert not [path for path in (folder / "checkpoints").iterdir() if "partial" in path.name]
 
@@ -104,6 +110,19 @@ def test_metrics_say_what_happened():
         assert all(record[key] >= 0 for key in ("loss", "grad_norm", "images_per_s", "mfu", "predictor_loss"))
         assert record["load_min"] == pytest.approx(1) and record["load_max"] == pytest.approx(1), "balance is exact"
     assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_a_progress_line_has_the_losses_the_speed_and_the_memory():
+    said = [line for line in trained()[1][0].stdout.splitlines() if line.startswith("step ")]
+    assert len(said) == 8
+    for line in said:  # a predictor that always says 1/4 has 0.562 nats: 1/4 ln 4 + 3/4 ln 4/3
+        assert re.fullmatch(r"step [1-8]/8  loss \d\.\d{4}  predictor \d\.\d{3} \(trivial 0\.562\)  norm \d+\.\d{3}  lr \S+  "
+                            r"\d+ images/s  MFU \d+\.\d %  \d+\.\d GiB", line), line
+
+
+def test_a_run_without_a_record_complains_of_nothing(tmp_path, capsys):
+    Writer(tmp_path, 0, []).close()
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------- resuming
@@ -212,6 +231,24 @@ def test_bf16_trains_near_fp32_and_keeps_fp32_masters(two_ranks, tmp_path, name)
     assert {t.dtype for n, t in state.items() if not n.endswith(("observations", "counted_at"))} == {torch.float32}
     masters = [t for n, t in state.items() if n.startswith("master/")]
     assert any(not torch.equal(t, t.bfloat16().float()) for t in masters), "masters were rounded to bf16"
+
+
+@pytest.mark.slow  # compiles it, where nobody has
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_deepspeeds_optimizer_trains_as_torchs_does(two_ranks, tmp_path, offload):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": offload}}}))
+    arguments = tiny(tmp_path, "train.optimizer=deepspeed", "--deepspeed_config", str(tmp_path / "ds.json"))
+    two_ranks.run(train_here, arguments, 2)
+    assert losses(tmp_path) == pytest.approx(losses(trained()[0]), rel=1e-5)
+
+
+def test_an_optimizer_that_does_not_compile_is_one_line(monkeypatch):
+    def no_ninja(*_, **__):
+        raise RuntimeError("Unable to JIT load the cpu_adam op\ndue to ninja not being installed.")
+
+    monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", no_ninja)
+    with pytest.raises(ValueError, match=r"train.optimizer \(deepspeed\) cannot be compiled here: Unable to .* op due to ninja"):
+        _build_optimizer([], TrainConfig(optimizer="deepspeed"), torch.device("cpu"), offload=False)
 
 
 @pytest.mark.parametrize(("family", "ep", "pool"), [("dense", 1, 16), ("tc", 2, 16), ("ec", 2, 1), ("diffmoe", 2, 8)])

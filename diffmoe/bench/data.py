@@ -6,7 +6,6 @@ sequential reading of the same shards, which decodes nothing and samples nothing
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ import numpy as np
 import psutil
 import torch
 
+from diffmoe.commands.common import Parser
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import OpenShard
 from diffmoe.data.share import Share
@@ -36,8 +36,8 @@ GOAL = 0.95  # of plain tar reading
 
 def main(arguments: list[str]) -> int:
     """``run.py bench data``: prints the table; 0 when both goals are met."""
-    parser = argparse.ArgumentParser(prog="bench data", description=__doc__)
-    parser.add_argument("--samples", type=int, default=8192, help="of the measured data set (default 8192: 146 MB)")
+    parser = Parser(prog="bench data", description=__doc__)
+    parser.add_argument("--samples", type=int, default=8192, help=f"measured, in whole shards of {_PER_SHARD} (default 8192)")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of all contenders (default 5)")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each timing")
     parser.add_argument("--folder", type=Path, help="where the data are written (default: a temporary folder)")
@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
     for name in ("samples", "repeats"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} ({getattr(options, name)}) must be at least 1")
+    if options.samples % _PER_SHARD:
+        raise ValueError(f"--samples ({options.samples}) must divide by {_PER_SHARD}, the samples of a shard")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="diffmoe-bench-", dir=options.folder) as folder:
         record = measure(Path(folder), options.samples, options.repeats, options.cold)

@@ -73,7 +73,7 @@ class Training:
         self.model.to(device)
         bf16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
         self.engine = Engine(self.model, self.config, self.layout, bf16 if dtype == torch.bfloat16 else {}, self.groups, device)
-        self.ema = Ema(self.engine, self.config.train.ema)
+        self.ema = Ema(self.engine, self.config.train.ema_decays)
         self.batch = synthetic_batch(self.config, range(samples))
         self.steps = 0
 

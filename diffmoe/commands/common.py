@@ -34,6 +34,12 @@ def one_process(verb: str, environment: RankEnvironment) -> None:
         raise ValueError(f"{verb} runs in one process; WORLD_SIZE is {environment.world}")
 
 
+def add_latent_options(parser: argparse.ArgumentParser) -> None:
+    """What ``--vae`` takes out of latents."""
+    for name in ("--latent-scale", "--latent-shift"):
+        parser.add_argument(name, type=float, help="(default: the training data's, else the VAE's own)")
+
+
 def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) -> torch.device:
     """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device.  ``timeout``: of a collective."""
     import torch

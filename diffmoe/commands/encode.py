@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from diffmoe.commands.common import Parser, join, leave
 from diffmoe.data.encode_request import STORAGES, Request
 from launcher.environment import RankEnvironment
+
+# Ranks that have no shard left in the last round wait for those that have, which on a CPU takes hours.
+_PATIENCE = datetime.timedelta(hours=12)
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
@@ -34,7 +38,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.data.encode_shards import encode
     from diffmoe.parallel.groups import build_groups
 
-    device = join(environment)
+    device = join(environment, _PATIENCE)
     began = time.monotonic()
     say = (lambda line: print(line, flush=True)) if environment.rank == 0 else (lambda line: None)
     index = encode(request, build_groups(1, 1).world, device, say)

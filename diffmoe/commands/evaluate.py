@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffmoe.commands.common import Parser, join, leave, sampling_config, whole_model
+from diffmoe.commands.common import Parser, add_latent_options, join, leave, sampling_config, whole_model
 from launcher.environment import RankEnvironment
 
 _DESCRIPTION = ("FID, sFID, Inception Score, precision and recall of a checkpoint. Interrupted, it goes on where it was when "
@@ -16,9 +16,9 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The verb ``evaluate``; returns the exit code.  ValueError for bad input."""
     options = _described(Parser(prog="evaluate", description=_DESCRIPTION)).parse_intermixed_args(arguments)
     from diffmoe.checkpoints.reader import Checkpoint
-    from diffmoe.evaluation.decoding import open_decoder
+    from diffmoe.evaluation.decoding import checkpoint_data, open_decoder
     from diffmoe.evaluation.evaluate import Subject, evaluate
-    from diffmoe.evaluation.features import DIGITS_NAME, digits_extractor, load_extractor
+    from diffmoe.evaluation.features import open_extractor
     from diffmoe.evaluation.reference_statistics import load_reference, save_reference
     from diffmoe.parallel.collectives import raise_together
     from diffmoe.parallel.groups import build_groups
@@ -32,10 +32,10 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     problem: Exception | None = None
     try:
         model = whole_model(checkpoint, config, options.weights)
-        digits = options.extractor == DIGITS_NAME
-        extractor = digits_extractor() if digits else load_extractor(options.extractor, device)
+        extractor = open_extractor(options.extractor, device)
         if options.vae is not None:
-            decoder = open_decoder(options.vae, config, options.latent_scale, options.latent_shift, device)
+            numbers = (options.latent_scale, options.latent_shift)
+            decoder = open_decoder(options.vae, config, checkpoint_data(config, *numbers), *numbers, device)
     except (ValueError, OSError) as error:
         problem = error
     raise_together(problem, world)
@@ -58,8 +58,7 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                         help="npz (ADM's, or one saved here), folder of pictures, or folder of pixel shards")
     parser.add_argument("--extractor", required=True, help="TorchScript file (inception-2015-12-05.pt), or 'digits'")
     parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
-    parser.add_argument("--latent-scale", type=float, help="(default: the training data's, else the VAE's own)")
-    parser.add_argument("--latent-shift", type=float, help="(default: the training data's, else the VAE's own)")
+    add_latent_options(parser)
     parser.add_argument("--count", type=int, default=50_000, help="images (default: 50,000)")
     parser.add_argument("--classes", dest="labels", choices=("balanced", "random"), default="balanced")
     parser.add_argument("--weights", default="ema", help="ema (the first of train.ema), ema:0.999 (by its decay) or raw")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffmoe.commands.common import Parser, one_process
 from launcher.environment import RankEnvironment
 
+if TYPE_CHECKING:
+    from diffmoe.data.cache import Cache
+    from diffmoe.data.shards import ShardIndex
+    from diffmoe.data.vae import Vae
+
 _COLUMNS = 8
+_DECODED = 8  # pictures together: all 64 of a published autoencoder would take tens of gigabytes
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
@@ -43,6 +50,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         made = index_tars(Path(options.shards), ShardMeta(**described))
         print(f"wrote {made.folder / 'index.json'}: {made.count} samples in {len(made.shards)} shards")
     index = load_index(options.shards, options.index, check_files=False)
+    vae = None if options.vae is None else _open_vae(options.vae, index)  # before a long reading, not after
     cache = cache_of(DataConfig(cache=options.cache, cache_gib=options.cache_gib))
     print(f"{index.where}: {index.count} samples of {index.meta.classes} classes in {len(index.shards)} shards, {index.dtype} "
           f"{list(index.shape)} ({index.meta.kind}{', with flips' * index.flips}), fingerprint {index.fingerprint[:16]}")
@@ -54,12 +62,26 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     if found.problems:
         print(f"{len(found.problems)} problems; the first: {found.problems[0]}")
         return 1
-    _draw(index, cache, options.vae, options.grid)
+    _draw(index, cache, vae, options.grid)
     print(f"all is as the index says{' (--quick: arrays were not all read)' * options.quick}; samples in {options.grid}")
     return 0
 
 
-def _draw(index, cache, vae_path: str | None, path: Path) -> None:
+def _open_vae(path: str, index: ShardIndex) -> Vae:
+    """The data set's autoencoder.  ValueError for data of another one, or of none."""
+    from diffmoe.data.vae import load_vae
+    from diffmoe.device import local_device
+
+    if index.meta.kind != "moments":
+        raise ValueError(f"--vae ({path}) decodes moments; {index.where} holds {index.meta.kind}")
+    vae = load_vae(path, device=local_device(0, 1))
+    if index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):
+        raise ValueError(f"--vae ({path}) has weights {vae.sha256[:12]}; {index.where} was encoded with "
+                         f"{index.encoding.vae_sha256[:12]} ({index.encoding.vae})")
+    return vae
+
+
+def _draw(index: ShardIndex, cache: Cache, vae: Vae | None, path: Path) -> None:
     """A grid of samples from all over the data set, in its order."""
     import numpy as np
     import torch
@@ -69,10 +91,11 @@ def _draw(index, cache, vae_path: str | None, path: Path) -> None:
 
     count = min(_COLUMNS**2, index.count)
     x, _ = ShardReader(index, seed=0, cache=cache).read([i * index.count // count for i in range(count)])
-    if vae_path is not None:
-        from diffmoe.data.vae import decode_latents, load_vae
+    if vae is not None:
+        from diffmoe.data.vae import decode_latents
 
-        x = decode_latents(load_vae(vae_path), torch.from_numpy(x), index.meta.scale, index.meta.mean).float().numpy() / 127.5 - 1
+        parts = torch.from_numpy(x).split(_DECODED)
+        x = torch.cat([decode_latents(vae, part, index.meta.scale, index.meta.mean) for part in parts]).numpy() / 127.5 - 1
     elif index.meta.kind == "moments":
         x = x / np.abs(x).max()
     image_grid(x[:, : 3 if x.shape[1] > 2 else 1], _COLUMNS, path)

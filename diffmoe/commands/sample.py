@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from diffmoe.commands.common import Parser, join, leave, sampling_config, whole_model
+from diffmoe.commands.common import Parser, add_latent_options, join, leave, sampling_config, whole_model
 from launcher.environment import RankEnvironment
 
 
@@ -21,6 +21,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--seed", type=int, help="seed of the noise (default: run.seed)")
     parser.add_argument("--weights", default="ema", help="ema (the first of train.ema), ema:0.999 (by its decay) or raw")
     parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
+    add_latent_options(parser)
     parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
     parser.add_argument("--report", action="store_true",
                         help="also write the capacity used, by layer, time and class: OUT.capacity.json, .md and .png")
@@ -30,7 +31,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
     from diffmoe.checkpoints.reader import Checkpoint
     from diffmoe.evaluation.capacity_report import CapacityMeter, write_report
-    from diffmoe.evaluation.decoding import Decoder, open_decoder
+    from diffmoe.evaluation.decoding import Decoder, checkpoint_data, open_decoder
     from diffmoe.evaluation.generate import check_dial, generate_everywhere
     from diffmoe.evaluation.plots import image_grid
     from diffmoe.parallel.collectives import raise_together
@@ -53,7 +54,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     try:
         model = whole_model(checkpoint, config, options.weights)
         check_dial(model, config.sample)
-        decoder = None if options.vae is None else open_decoder(options.vae, config, None, None, device)
+        numbers = (options.latent_scale, options.latent_shift)
+        decoder = None if options.vae is None else open_decoder(options.vae, config, checkpoint_data(config, *numbers), *numbers, device)
         meter = CapacityMeter(model, config, total, device) if options.report else None
         npz.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -89,7 +91,7 @@ def parse_classes(text: str, classes: int) -> list[int]:
         first, _, last = part.partition("-")
         if not re.fullmatch("[0-9]+(-[0-9]+)?", part):
             raise ValueError(f"--classes {text!r} must be 'all' or numbers and ranges such as 0,3,7-9")
+        if not int(first) <= int(last or first) < classes:
+            raise ValueError(f"--classes {text!r} must name classes from 0 to {classes - 1} (model.classes = {classes})")
         chosen += range(int(first), int(last or first) + 1)
-    if not chosen or max(chosen) >= classes:
-        raise ValueError(f"--classes {text!r} must name classes from 0 to {classes - 1} (model.classes = {classes})")
     return chosen

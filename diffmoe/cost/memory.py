@@ -207,14 +207,14 @@ def _block_bytes(config: Config, layout: Layout, element: int, mixture: bool) ->
     attention = T * (8 * D * element + model.heads * _FP32) + (2 * T * D * element if model.qk_norm else 0)
     half = 4 * T * D * element
     if not mixture:
-        return _Block(attention + half + 2 * T * model.hidden * element, 0, T * D * element + T * model.heads * _FP32, 0,
-                      round(2.4 * T * D * element))
+        return _Block(attention + half + 2 * T * model.hidden * element, 0, T * D * element, 0, round(2.4 * T * D * element))
     # A schedule of the capacity begins with the most rows.
     rows = round(T * (moe.top_k if model.family == "tc" else max(moe.capacity, moe.capacity_at(0))))
     kept, exchange = _mixture_bytes(config, rows, T, element, layout.ep > 1)
     routing = rows * 8 * 2
-    return _Block(attention + half + kept, exchange, T * D * element + T * model.heads * _FP32, routing,
-                  round((2.2 * element) * T * D))
+    # Outputs of experts, with EP also as they came home, and of the shared expert.
+    second = (rows * (2 if layout.ep > 1 else 1) + (T if moe.shared_experts else 0)) * D * element
+    return _Block(attention + half + kept, exchange, second, routing, round((2.2 * element) * T * D))
 
 
 def _mixture_bytes(config: Config, rows: int, T: int, element: int, moved: bool) -> tuple[int, int]:

@@ -9,15 +9,13 @@ from typing import Iterable
 from diffmoe.config import Config
 from diffmoe.cost.hardware import Hardware, Link
 from diffmoe.cost.memory import EngineFacts, Memory, rank_memory
-from diffmoe.cost.parameters import mixtures
+from diffmoe.cost.parameters import inner_width, mixtures
 from diffmoe.cost.traffic import Message, step_traffic
 from diffmoe.layout import Layout
 from diffmoe.models.count import count
 
 # Operators that the host launches in a forward pass (torch.profiler, this model); backward launches about twice as many.
 _OPERATORS_DENSE, _OPERATORS_MIXTURE, _OPERATORS_AROUND = 45, 130, 120
-# Share of a block's arithmetic that selective recompute repeats: all but attention's two products and the exchanges.
-_SELECTIVE = 0.9
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,19 @@ def _flops(hardware: Hardware, engine: EngineFacts) -> float:
 
 
 def _products(config: Config, layout: Layout) -> float:
-    """FLOPs of a rank's step: backward is twice forward; recompute repeats forward."""
-    again = {"none": 0.0, "block": 1.0, "selective": _SELECTIVE}[config.parallel.recompute]
+    """FLOPs of a rank's step: backward is twice forward; recompute repeats forward, ``selective`` without second layers."""
     macs = count(config.model, config.moe).forward_macs
-    return 2 * macs * (3 + again) * layout.micro_batch * layout.accumulation
+    again = {"none": 0, "block": macs, "selective": macs - _second_layers(config)}[config.parallel.recompute]
+    return 2 * (3 * macs + again) * layout.micro_batch * layout.accumulation
+
+
+def _second_layers(config: Config) -> int:
+    """MACs of a sample in the second layers of MLPs and experts, which are at least twice as wide inside."""
+    model, moe = config.model, config.moe
+    mixed = mixtures(model, moe)
+    experts = moe.top_k if model.family == "tc" else moe.capacity
+    inside = (model.depth - mixed + mixed * moe.shared_experts) * model.hidden + mixed * experts * inner_width(model, moe)
+    return round(model.tokens * model.width * inside)
 
 
 def _moved(config: Config, layout: Layout, engine: EngineFacts, memory: Memory) -> float:

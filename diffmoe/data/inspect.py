@@ -16,6 +16,7 @@ from diffmoe.data.rows import BLOCK, BadShard, OpenShard, check_name, kinds_of, 
 from diffmoe.data.shards import INDEX_NAME, ShardIndex, ShardMeta, write_index
 from diffmoe.data.tar import ShardFile, sha256, write_tar_to
 from diffmoe.data.values import channel_sums, mean_and_std, to_float
+from diffmoe.progress import shown
 
 _TOLERANCE = 1e-6  # of statistics, relative to the standard deviation: sums of the same numbers in another order
 
@@ -50,7 +51,7 @@ def inspect(index: ShardIndex, cache: Cache | None, *, quick: bool, report: Call
         problems.append(problem)
         report(problem)
 
-    for file in index.shards:
+    for file in shown(index.shards, "inspect-data", True):
         try:
             descriptor = reader.descriptor(file)
             try:

@@ -56,12 +56,13 @@ class SampleOrder:
         assert position >= 0, position
         epoch = position // self._total
         slot = position % self.batch
-        stream = int(np.searchsorted(self._first_slot, slot, side="right")) - 1
+        # The methods of arrays, here: numpy's functions of that name look twice at everything, and this is for every sample.
+        stream = int(self._first_slot.searchsorted(slot, side="right")) - 1
         _, starts, _, before = self._shard_order(epoch)
         first, size = int(self._first_slot[stream]), int(self._slots[stream])
         offset = position // self.batch * size + slot - first - int(before[stream])
         windows, _ = self._stream(epoch, stream)
-        window = int(np.searchsorted(windows, offset, side="right")) - 1
+        window = int(windows.searchsorted(offset, side="right")) - 1
         shard, row = self._window_order(epoch, stream, window)[offset - windows[window]]
         return int(shard), int(row)
 

@@ -39,6 +39,11 @@ def is_remote(address: str) -> bool:
     return re.match(r"pipe:|[a-z][a-z0-9+.-]*://", address) is not None
 
 
+def runs_a_program(address: str) -> bool:
+    """Whether reading from the address starts a program with words of the address: `pipe:`, and all that is not http(s)."""
+    return is_remote(address) and not address.startswith(("http://", "https://"))
+
+
 def resolve(address: str) -> tuple[str, tuple[str, ...] | None]:
     """The place (with `{name}`) that an address means, and the names that it picks (None: all).
 

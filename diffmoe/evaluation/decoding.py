@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from diffmoe.config import Config
-from diffmoe.data.shards import load_index
+from diffmoe.data.shards import ShardIndex, load_index
+from diffmoe.data.sources import runs_a_program
 from diffmoe.data.vae import decode_latents, load_vae
 
 
@@ -25,11 +26,32 @@ class Decoder:
     function: Callable[[Tensor], Tensor]
 
 
-def open_decoder(path: str, config: Config, scale: float | None, shift: float | None, device: torch.device) -> Decoder:
+def checkpoint_data(config: Config, scale: float | None, shift: float | None) -> ShardIndex | None:
+    """The index of the training data that a checkpoint's configuration names, if it is here.
+
+    A checkpoint may be anybody's: an address for which a program would be started is not opened.
+
+    Raises:
+        ValueError: such an address, unless `scale` and `shift` are both known without it.
+    """
+    name = "index" if config.data.index else "shards"
+    address = getattr(config.data, name)
+    if runs_a_program(address):
+        if scale is None or shift is None:
+            raise ValueError(f"data.{name} ({address}) would start a program, which no checkpoint may: say --latent-scale and "
+                             "--latent-shift")
+        return None
+    try:
+        return load_index(config.data.shards, config.data.index, check_files=False)
+    except ValueError:
+        return None  # sampling elsewhere than training
+
+
+def open_decoder(path: str, config: Config, index: ShardIndex | None, scale: float | None, shift: float | None,
+                 device: torch.device) -> Decoder:
     """The diffusers autoencoder at `path` as decoder of the run's latents.
 
-    Where `scale` and `shift` are None they are those of the run's training data (`data.shards`) if it is here, else the
-    VAE's own.
+    Where `scale` and `shift` are None they are those of the training data whose `index` this is, else the VAE's own.
 
     Raises:
         ValueError: a model of pixels, no such autoencoder, or another one than the training data was encoded with.
@@ -38,10 +60,6 @@ def open_decoder(path: str, config: Config, scale: float | None, shift: float | 
         raise ValueError(f"model.channels ({config.model.channels}) are pixels: there is nothing for vae {path} to decode")
     vae = load_vae(path, device=device)
     own_scale, own_shift = vae.scale, vae.shift
-    try:
-        index = load_index(config.data.shards, config.data.index, check_files=False)
-    except ValueError:
-        index = None  # sampling elsewhere than training
     if index is not None and index.encoding is not None:
         if index.encoding.vae_sha256 not in ("", vae.sha256):
             raise ValueError(f"vae {path} has weights {vae.sha256[:12]}; data.shards ({config.data.shards}) was encoded with "

@@ -30,10 +30,8 @@ from diffmoe.evaluation.decoding import Decoder
 from diffmoe.evaluation.features import Extractor, Features, to_uint8
 from diffmoe.evaluation.generate import generate
 from diffmoe.evaluation.reference_statistics import Gaussian, Reference
-from diffmoe.evaluation.scores import (
-    Moments, SplitTotals, frechet_distance, inception_score_of, merge, merge_over, moments_of, precision_recall,
-    split_numbers, split_totals, totals_over,
-)
+from diffmoe.evaluation.scores import precision_recall
+from diffmoe.evaluation.tally import SPLIT_SIZE, Tally
 from diffmoe.models.dit import DiT
 from diffmoe.models.interchange import weights_digest
 from diffmoe.parallel.collectives import gather_stack, raise_together
@@ -42,7 +40,6 @@ from diffmoe.progress import shown
 from diffmoe.random_streams import Use, philox
 
 SETTINGS_NAME, CHUNKS_NAME, SAMPLES_NAME = "settings.json", "chunks", "samples.npz"
-SPLIT_SIZE = 5_000  # samples of one split of the Inception Score, as in ADM's evaluator: 10 splits of 50,000
 _LABEL_WORD = 1  # second word of the sampling stream; the noise has 0
 
 Labels = Literal["balanced", "random"]
@@ -80,7 +77,7 @@ def evaluate(model: DiT, config: Config, subject: Subject, count: int, labels: L
     problem: Exception | None = None
     finished = False
     try:
-        _check_plan(config, count, reference, decoder, splits)
+        check_plan(config, count, reference, decoder, splits)
         finished = world.index == 0 and _claim(out, settings)
     except (OSError, ValueError) as error:
         problem = error
@@ -128,7 +125,7 @@ def _settings(model: DiT, config: Config, subject: Subject, count: int, labels: 
         "latent_scale": decoder and decoder.scale, "latent_shift": decoder and decoder.shift}))
 
 
-def _check_plan(config: Config, count: int, reference: Reference, decoder: Decoder | None, splits: int) -> None:
+def check_plan(config: Config, count: int, reference: Reference, decoder: Decoder | None, splits: int) -> None:
     """What can be known before hours of sampling."""
     widths = {"pool": reference.pool, "spatial": reference.spatial}
     for name, gaussian in widths.items():
@@ -191,12 +188,17 @@ def _make_chunk(model: DiT, config: Config, settings: dict, index: int, referenc
         features = extractor(images)
     except ValueError as error:
         raise ValueError(f"images {numbers.start}..{numbers.stop - 1}: {error}") from error
-    _check_width("pool", features.pool, reference.pool)
-    if features.spatial is not None and reference.spatial is not None:
-        _check_width("spatial", features.spatial, reference.spatial)
+    check_widths(features, reference)
     kept = {"images": images.permute(0, 2, 3, 1).numpy()} if settings["keep_samples"] else {}
     with replacing(_chunk_path(out, index)) as stream:
         np.savez(stream, **features.parts(), **kept)
+
+
+def check_widths(features: Features, reference: Reference) -> None:
+    """Raises ValueError where another network measured the reference."""
+    _check_width("pool", features.pool, reference.pool)
+    if features.spatial is not None and reference.spatial is not None:
+        _check_width("spatial", features.spatial, reference.spatial)
 
 
 def _check_width(name: str, features: np.ndarray, reference: Gaussian) -> None:
@@ -219,34 +221,29 @@ def _read_chunk(out: Path, index: int) -> Features:
 def _scores(out: Path, settings: dict, reference: Reference, world: Group, device: torch.device) -> Scores | None:
     """The scores on rank 0, None elsewhere: moments and sums of every rank's share of the chunks, added over ranks."""
     problem: Exception | None = None
-    pool = spatial = totals = scores = None
+    tally = scores = None
     try:
-        pool, spatial, totals = _share(out, settings, world)
+        tally = _share(out, settings, world)
     except ValueError as error:
         problem = error
     raise_together(problem, world)
-    pool = merge_over(pool, world, device)
-    spatial = None if spatial is None else merge_over(spatial, world, device)
-    totals = None if totals is None else totals_over(totals, world, device)
+    tally.add_ranks(world, device)
     if world.index == 0:
         try:
-            assert pool.count == settings["count"], (pool.count, settings["count"])
-            inception = (None, None) if totals is None else inception_score_of(totals)
             precision = (None, None)
             if reference.features is not None:
                 chunks = [_read_chunk(out, index).pool for index in range(_chunks(settings))]
                 precision = precision_recall(reference.features, np.concatenate(chunks))
-            sfid = None if spatial is None or reference.spatial is None else _distance(spatial, reference.spatial)
-            scores = Scores(_distance(pool, reference.pool), sfid, *inception, *precision)
+            scores = tally.scores(reference, *precision)
         except ValueError as error:
             problem = error
     raise_together(problem, world)
     return scores
 
 
-def _share(out: Path, settings: dict, world: Group) -> tuple[Moments, Moments | None, SplitTotals | None]:
-    """Totals of this rank's chunks. A rank without any reads the first and counts none of it: widths must agree."""
-    pool = spatial = totals = None
+def _share(out: Path, settings: dict, world: Group) -> Tally:
+    """Of this rank's chunks. A rank without any reads the first and counts none of it."""
+    tally = Tally(settings["count"], settings["splits"])
     mine = range(world.index, _chunks(settings), world.size)
     for index in mine or [0]:
         numbers = _numbers(settings, index) if mine else range(0)
@@ -255,20 +252,8 @@ def _share(out: Path, settings: dict, world: Group) -> tuple[Moments, Moments | 
             if len(value) != len(_numbers(settings, index)):
                 raise ValueError(f"chunk {_chunk_path(out, index)}: {name} {value.shape} must have "
                                  f"{len(_numbers(settings, index))} rows")
-        part = moments_of(features.pool[: len(numbers)])
-        pool = part if pool is None else merge(pool, part)
-        if features.spatial is not None:
-            part = moments_of(features.spatial[: len(numbers)])
-            spatial = part if spatial is None else merge(spatial, part)
-        if features.probabilities is not None:
-            split = split_numbers(numbers, settings["count"], settings["splits"])
-            sums = split_totals(features.probabilities[: len(numbers)], split, settings["splits"])
-            totals = sums if totals is None else totals + sums
-    return pool, spatial, totals
-
-
-def _distance(moments: Moments, reference: Gaussian) -> float:
-    return frechet_distance(moments.mean, moments.covariance(), reference.mean, reference.covariance)
+        tally.add(features, numbers)
+    return tally
 
 
 def _write_samples(out: Path, settings: dict) -> None:

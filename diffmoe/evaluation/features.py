@@ -120,6 +120,11 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
     return Extractor(path.name, sha256(path), extract)
 
 
+def open_extractor(name: str, device: torch.device) -> Extractor:
+    """`digits`, or the TorchScript file of that name.  ValueError as `load_extractor`."""
+    return digits_extractor() if name == DIGITS_NAME else load_extractor(name, device)
+
+
 def _load_script(kind: str, path: Path, device: torch.device, hint: str) -> torch.nn.Module:
     if not path.is_file():
         raise ValueError(f"{kind} file ({path}) does not exist, and nothing is downloaded in a run{hint}")

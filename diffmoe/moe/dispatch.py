@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffmoe.moe.expert_mlp import scaled
 from diffmoe.moe.routing import Routing
-from diffmoe.parallel.collectives import exchange_equal, exchange_rows
+from diffmoe.parallel.collectives import arrived, exchange_equal, send_rows
 from diffmoe.parallel.groups import Group
 
 
@@ -33,7 +33,8 @@ class Dispatched:
 
 
 def dispatch(x_TD: Tensor, routing: Routing, ep: Group) -> tuple[Tensor, Dispatched]:
-    """Tokens [T, D] -> what this rank's experts read: the tokens themselves with one EP rank, else arrived rows [S, D]."""
+    """Tokens [T, D] -> what this rank's experts read: the tokens themselves with one EP rank, else rows [S, D] that are on
+    their way until ``arrived``."""
     if ep.size == 1:
         counts = routing.each if routing.each is not None else routing.counts_E.tolist()
         return x_TD, Dispatched(routing.token_R, counts, here=True)
@@ -41,16 +42,16 @@ def dispatch(x_TD: Tensor, routing: Routing, ep: Group) -> tuple[Tensor, Dispatc
     local = routing.counts_E.numel() // ep.size
     if routing.each is not None:
         received = routing.counts_E.new_full((ep.size, local), routing.each)
-        arrived = exchange_rows(rows, None, None, ep)
-        return arrived, Dispatched(_by_expert(received, len(arrived)), ep.size * routing.each)
+        coming = send_rows(rows, None, None, ep)
+        return coming, Dispatched(_by_expert(received, len(coming)), ep.size * routing.each)
     sent = routing.counts_E.view(ep.size, local)
     received = routing.received if routing.received is not None else exchange_equal(sent, ep)
     # The one host read of a ragged layer: split sizes for the exchange and for the experts.
     numbers = torch.cat([sent.sum(1), received.sum(1), received.sum(0)]).tolist()
     send, receive, counts = numbers[:ep.size], numbers[ep.size:2 * ep.size], numbers[2 * ep.size:]
-    arrived = exchange_rows(rows, send, receive, ep)
+    coming = send_rows(rows, send, receive, ep)
     equal = len(set(counts)) == 1
-    return arrived, Dispatched(_by_expert(received, len(arrived)), counts[0] if equal else counts, send, receive)
+    return coming, Dispatched(_by_expert(received, len(coming)), counts[0] if equal else counts, send, receive)
 
 
 def combine(rows_SD: Tensor, gate_R: Tensor, meta: Dispatched, routing: Routing, tokens: int, ep: Group) -> Tensor:
@@ -60,7 +61,7 @@ def combine(rows_SD: Tensor, gate_R: Tensor, meta: Dispatched, routing: Routing,
     are added up already."""
     if meta.here:
         return rows_SD
-    rows_RD = exchange_rows(rows_SD, meta.receive, meta.send, ep)
+    rows_RD = arrived(send_rows(rows_SD, meta.receive, meta.send, ep), ep)
     return _WeightedSum.apply(rows_RD, gate_R, routing.token_R, tokens)
 
 

@@ -13,6 +13,7 @@ S source rows, R rows of experts sorted by expert, D width, F inner width, e exp
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Optional, Sequence
 
@@ -21,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Arrangement = Literal["each", "batched", "grouped"]
+
+_GELU_SLOPE, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
+_CPU_BLOCK = 1 << 16  # numbers of a block whose intermediates stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,6 @@ class _Part:
 
     def column(self, value_R: Tensor) -> Tensor:
         return value_R[self.start:self.end].view(*self.shape, 1)
-
-    def rows(self, value_RF: Tensor) -> Tensor:
-        return value_RF[self.start:self.end].view(*self.shape, value_RF.shape[-1])
 
     def times(self, x: Tensor, w: Tensor, out: Optional[Tensor] = None) -> Tensor:
         """Rows times weights, or transposed rows times rows: the weights' gradients."""
@@ -148,19 +149,17 @@ class _Buffers:
 
 def _forward(source: Tensor, gate: Optional[Tensor], place: Tensor, counts: int | list[int], how: Arrangement,
              weights: ExpertWeights, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """The output, and with ``keep`` the pre-activations [R, F] of the first layers."""
-    inner = weights.second.shape[1]
+    """The output, and with ``keep`` each part's pre-activations of the first layers: a tensor a part, which the allocator
+    can use again sooner than one over all rows."""
     parts = _parts(counts, weights.second.shape[0], how, source.device)
     y = torch.zeros_like(source, dtype=source.dtype if gate is None else gate.dtype)
-    one_by_one = how == "each"
-    kept = [source.new_empty(len(place), inner) for _ in weights.firsts] if keep and one_by_one else []
-    buffers = _Buffers(1 if keep else 1 + len(weights.firsts), parts, source, inner)
+    kept: list[Tensor] = []
+    buffers = _Buffers(1 if keep else 1 + len(weights.firsts), parts, source, weights.second.shape[1])
     for part in parts:
         x = part.gather(source, place)
-        hidden = [part.affine(x, w, b, part.rows(kept[n]) if kept else buffers(1 + n, part) if not keep else None)
-                  for n, (w, b) in enumerate(weights.firsts)]
-        if keep and not one_by_one:
-            kept = [h.flatten(0, -2) for h in hidden]
+        hidden = [part.affine(x, w, b, None if keep else buffers(1 + n, part)) for n, (w, b) in enumerate(weights.firsts)]
+        if keep:
+            kept += hidden
         # A new tensor: selective recompute may keep it.
         rows = part.affine(_activate(hidden, buffers(0, part)), weights.second, weights.second_bias)
         if gate is not None:
@@ -175,23 +174,24 @@ class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, source, gate, place, counts, how, *flat):
         y, kept = _forward(source, gate, place, counts, how, ExpertWeights.of(flat), keep=True)
-        ctx.save_for_backward(source, gate, place, *kept, *flat)
-        ctx.counts, ctx.how, ctx.layers = counts, how, len(kept)
+        ctx.save_for_backward(source, gate, place, *flat, *kept)
+        ctx.counts, ctx.how, ctx.flat = counts, how, len(flat)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         source, gate, place, *rest = ctx.saved_tensors
-        kept, weights = rest[:ctx.layers], ExpertWeights.of(rest[ctx.layers:])
+        weights, kept = ExpertWeights.of(rest[:ctx.flat]), rest[ctx.flat:]
         experts, inner, _ = weights.second.shape
         parts = _parts(ctx.counts, experts, ctx.how, source.device)
         buffers = _Buffers(3, parts, source, inner)
         # Several experts add to one token: in the gate's precision, like the output.
         d_source = torch.zeros_like(source, dtype=source.dtype if gate is None else gate.dtype)
         d_gate = None if gate is None else torch.empty_like(gate)
-        d_flat = _Gradients(weights)
-        for part in parts:
-            dx, dg = _backward_part(part, source, gate, place, [part.rows(h) for h in kept], weights, dy, buffers, d_flat)
+        d_flat, firsts = _Gradients(weights), len(weights.firsts)
+        for n, part in enumerate(parts):
+            pre = kept[n * firsts:(n + 1) * firsts]
+            dx, dg = _backward_part(part, source, gate, place, pre, weights, dy, buffers, d_flat)
             d_source.index_add_(0, place[part.start:part.end], dx.flatten(0, -2))
             if gate is not None:
                 d_gate[part.start:part.end] = dg.flatten()
@@ -259,10 +259,22 @@ def scaled(x: Tensor, scale: Tensor) -> Tensor:
 
 def _activate(pre: Sequence[Tensor], out: Optional[Tensor]) -> Tensor:
     """gelu(h), or silu(g) * h."""
-    aten = torch.ops.aten
     if len(pre) == 1:
-        return F.gelu(pre[0], approximate="tanh") if out is None else aten.gelu.out(pre[0], approximate="tanh", out=out)
-    return (F.silu(pre[0]) if out is None else aten.silu.out(pre[0], out=out)).mul_(pre[1])
+        return F.gelu(pre[0], approximate="tanh") if out is None else _gelu(pre[0], out)
+    return (F.silu(pre[0]) if out is None else torch.ops.aten.silu.out(pre[0], out=out)).mul_(pre[1])
+
+
+def _gelu(h: Tensor, out: Tensor) -> Tensor:
+    """tanh-GELU of the rows [R, F], in ``out``.  On a CPU as h / (1 + exp(-2z)), the same function as h (1 + tanh z) / 2, in
+    blocks: in half the time of torch's kernel, whose tanh costs more than everything else.  Not in bf16, where that kernel
+    rounds once."""
+    if h.device.type != "cpu" or h.dtype.itemsize < 4:
+        return torch.ops.aten.gelu.out(h, approximate="tanh", out=out)
+    slope = h.new_tensor(_GELU_SLOPE)
+    rows = max(1, _CPU_BLOCK // h.shape[1])
+    for x, y in zip(h.split(rows), out.split(rows)):
+        torch.addcmul(slope, x, x, value=_GELU_SLOPE * _GELU_CUBE, out=y).mul_(x).sigmoid_().mul_(x)
+    return out
 
 
 def _activation_gradients(u: Tensor, pre: Sequence[Tensor], a: Tensor) -> list[Tensor]:

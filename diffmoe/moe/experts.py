@@ -21,7 +21,9 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        # As [T, D]: of more dimensions DeepSpeed's linear at ZeRO 3 adds the bias in place, into a product that selective
+        # recompute keeps.
+        return self.fc2(F.gelu(self.fc1(x.flatten(0, -2)), approximate="tanh")).view_as(x)
 
 
 class Experts(nn.Module):

@@ -39,36 +39,39 @@ class _Gating(torch.autograd.Function):
     def forward(ctx, x, router, w1, b1, w2, b2):
         wide = torch.promote_types(x.dtype, torch.float32)
         T, D, E = len(x), w1.shape[0], router.shape[0]
+        together = wide == x.dtype
+        # [hidden, scores] of one matmul, or hidden alone.
+        both = torch.cat([w1, router]) if together else w1
+        bias = torch.cat([b1, b1.new_zeros(E)]) if together else b1
+        first = x.new_empty(T, len(both))
         scores, capacity = (torch.empty(T, E, dtype=wide, device=x.device) for _ in range(2))
-        hidden = x.new_empty(T, D)
-        both, bias = torch.cat([w1, router]), torch.cat([b1, b1.new_zeros(E)])
         for rows in _blocks(x):
-            if wide == x.dtype:
-                z = F.linear(x[rows], both, bias)
-                hidden[rows], scores[rows] = z[:, :D], z[:, D:]
-            else:
-                hidden[rows] = F.linear(x[rows], w1, b1)
-                scores[rows] = F.linear(x[rows].to(wide), router.to(wide))
-            capacity[rows] = F.linear(F.silu(hidden[rows]), w2, b2)
-        ctx.save_for_backward(x, hidden, router, w1, w2)
+            z = torch.addmm(bias, x[rows], both.mT, out=first[rows])
+            scores[rows] = z[:, D:] if together else F.linear(x[rows].to(wide), router.to(wide))
+            capacity[rows] = F.linear(F.silu(z[:, :D]), w2, b2)
+        ctx.save_for_backward(x, first, router, w1, w2)
         return scores, capacity
 
     @staticmethod
     def backward(ctx, d_scores, d_capacity):
-        x, hidden, router, w1, w2 = ctx.saved_tensors
+        x, first, router, w1, w2 = ctx.saved_tensors
         wide, D = d_scores.dtype, len(w1)
+        together = first.shape[1] > D
         # Sums over blocks are kept wide, whatever the precision of the products.
         d_both = torch.zeros(D + len(router), x.shape[1], dtype=wide, device=x.device)
         d_b1, d_w2, d_b2 = (torch.zeros(shape, dtype=wide, device=x.device) for shape in (D, w2.shape, len(w2)))
         dx = torch.empty_like(x)
         for rows in _blocks(x):
-            d_out = d_capacity[rows].to(x.dtype)
-            d_w2 += d_out.mT @ F.silu(hidden[rows])
+            hidden, d_out = first[rows, :D], d_capacity[rows].to(x.dtype)
+            d_w2 += d_out.mT @ F.silu(hidden)
             d_b2 += d_capacity[rows].sum(0)
-            d_hidden = torch.ops.aten.silu_backward(d_out @ w2, hidden[rows])
+            d_first = first.new_empty(len(hidden), first.shape[1])
+            d_hidden = d_first[:, :D]
+            torch.ops.aten.silu_backward.grad_input(d_out @ w2, hidden, grad_input=d_hidden)
             d_b1 += d_hidden.sum(0, dtype=wide)
-            if wide == x.dtype:
-                d_both.addmm_(torch.cat([d_hidden, d_scores[rows]], dim=1).mT, x[rows])
+            if together:
+                d_first[:, D:] = d_scores[rows]
+                d_both.addmm_(d_first.mT, x[rows])
             else:
                 d_both[:D] += d_hidden.mT @ x[rows]
                 d_both[D:].addmm_(d_scores[rows].mT, x[rows].to(wide))

@@ -18,7 +18,7 @@ from diffmoe.moe.pool import choose
 from diffmoe.moe.routing import (
     Routing, RoutingRule, balance_loss, choose_experts, gate_scores, predicted_counts, predicted_tokens, ragged_routing,
 )
-from diffmoe.parallel.collectives import sum_over
+from diffmoe.parallel.collectives import arrived, sum_over
 from diffmoe.parallel.groups import ParallelGroups
 
 
@@ -67,11 +67,12 @@ class MoELayer(nn.Module):
         x_TD = x_BND.flatten(0, 1)
         route = self._route(x_TD, x_BND.shape[0], rule)
         gate_R = self._gate(route)
-        rows_SD, meta = dispatch(x_TD, route.routing, self.groups.ep)
-        rows_SD = self.experts(rows_SD, meta.place_R, meta.counts, gate_R if meta.here else None)
+        coming_SD, meta = dispatch(x_TD, route.routing, self.groups.ep)
+        shared_TD = None if self.shared is None else self.shared(x_TD)  # while rows travel
+        rows_SD = self.experts(arrived(coming_SD, self.groups.ep), meta.place_R, meta.counts, gate_R if meta.here else None)
         y_TD = combine(rows_SD, gate_R, meta, route.routing, len(x_TD), self.groups.ep)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BND), route.stats
 
     def _gate(self, route: _Route) -> Tensor:

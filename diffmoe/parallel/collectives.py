@@ -16,15 +16,22 @@ from torch import Tensor
 from diffmoe.parallel.groups import Group
 
 
-def exchange_rows(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group) -> Tensor:
-    """Differentiable all-to-all of the first dimension: ``send[r]`` rows go to rank r of the group, ``receive[r]``
-    come from it, in rank order; None for both: equal shares.  Every rank of the group must call it, also with no
-    rows, and backward sends the gradients the other way."""
+def send_rows(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group) -> Tensor:
+    """Begins a differentiable all-to-all of the first dimension: ``send[r]`` rows go to rank r of the group,
+    ``receive[r]`` come from it, in rank order; None for both: equal shares.  What it returns may be read only through
+    ``arrived``.  Every rank of the group must call it, also with no rows, and backward sends the gradients the other way."""
     if group.size == 1:
         return rows
     with group.trace.inside("all-to-all of rows", group.ranks):
-        return functional.wait_tensor(
-            functional.all_to_all_single_autograd(rows.contiguous(), receive, send, group.handle))
+        return functional.all_to_all_single_autograd(rows.contiguous(), receive, send, group.handle)
+
+
+def arrived(rows: Tensor, group: Group) -> Tensor:
+    """The rows that ``send_rows`` began to exchange, once they are here."""
+    if group.size == 1:
+        return rows
+    with group.trace.inside("all-to-all of rows", group.ranks):
+        return functional.wait_tensor(rows)
 
 
 def exchange_equal(parts: Tensor, group: Group) -> Tensor:

@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from diffmoe.layout import Layout
 from diffmoe.models.interchange import load_buffers
 from diffmoe.parallel.collectives import AgreedError, first_complaint, gather_objects, raise_together
 from diffmoe.parallel.groups import ParallelGroups
+from diffmoe.parallel.trace import Trace
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.state import Place, held, owned
@@ -216,16 +217,26 @@ class Saver:
             self.settle()
 
     def settle(self) -> None:
-        """Waits until the save in flight, if any, is complete or given up; all ranks together."""
+        """Waits until the save in flight, if any, is complete or given up; all ranks together.
+
+        To ask each other is no progress, and to write is: a disk that answers no more is the watchdog's, like any other hang."""
         job, world = self._job, self.groups.world
         if job is None:
             return
+        asking = replace(world, trace=Trace())
+        before = -1
         while True:
             job.join(_POLL_S)
-            states = gather_objects((not job.is_alive(), job.problem), world)
-            message = first_complaint([problem for _, problem in states], world)
-            if message is not None or all(done for done, _ in states):
+            states = gather_objects((not job.is_alive(), job.problem, job.begun), asking)
+            message = first_complaint([problem for _, problem, _ in states], world)
+            if message is not None or all(done for done, _, _ in states):
                 break
+            if (begun := sum(begun for _, _, begun in states)) != before:
+                before = begun
+                world.trace.at("files")
+            world.trace.collective = "save, in which other ranks still write" if job.waits else "save, in which this rank still writes"
+            world.trace.waiting = job.waits
+        world.trace.waiting = False
         if message is not None:
             job.stop.set()
             job.join()
@@ -280,6 +291,8 @@ class _Job(threading.Thread):
         self.shares = {kind: writer.Share(share.pieces, self._until_stopped(share.values)) for kind, share in shares.items()}
         self.stop = threading.Event()
         self.problem: str | None = None
+        self.begun = 0  # pieces that it began to write
+        self.waits = False  # for the other ranks
         self.finished = self.told = False
         self.stall_s = self.write_s = 0.0
 
@@ -299,8 +312,10 @@ class _Job(threading.Thread):
         saver = self.saver
         partial = writer.partial_folder(saver.folder, self.step)
         writer.write_part(partial, saver.groups.rank, self.shares)
+        self.waits = True
         if saver.groups.rank == 0:
             files, shapes = writer.join_parts(partial, saver.groups.world.size, self.stop.is_set)
+            self.waits = False
             manifest = writer.describe(self.step, saver.config, saver.layout, self.counters, files, shapes)
             writer.commit(partial, step_folder(saver.folder, self.step), manifest)
             writer.prune(saver.folder, self.step, saver.config.train.keep, saver.config.train.keep_every)
@@ -309,4 +324,5 @@ class _Job(threading.Thread):
         for value in values:
             if self.stop.is_set():
                 raise writer.Stopped("given up")
+            self.begun += 1
             yield value

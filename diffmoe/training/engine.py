@@ -30,6 +30,8 @@ from diffmoe.parallel.collectives import raise_together, sum_over
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.traffic import only_counting
 
+_SWAPPED = 2**22  # elements at a time
+
 
 @dataclass(frozen=True)
 class Span:
@@ -317,12 +319,13 @@ class Engine:
 
 
 def _swap(left: list[Tensor], right: list[Tensor]) -> None:
-    """Exchanges contents in place: other code holds views of both."""
+    """Exchanges contents in place: other code holds views of both.  A piece at a time: a shard may be all that a rank has."""
     with torch.no_grad():
         for a, b in zip(left, right, strict=True):
-            kept = a.detach().clone()
-            a.data.copy_(b.data)
-            b.data.copy_(kept)
+            for here, there in zip(a.data.view(-1).split(_SWAPPED), b.data.view(-1).split(_SWAPPED), strict=True):
+                kept = here.clone()
+                here.copy_(there)
+                there.copy_(kept)
 
 
 def _hide_gathers_from_recompute(offload) -> None:
@@ -360,17 +363,18 @@ def _marker(experts: int, ep, name: str) -> nn.Module:
 def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool):
     """AdamW: torch's fused one, DeepSpeed's, or Apex's where it is installed from NVIDIA's source."""
     common = dict(lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
-    if offload or (train.optimizer == "deepspeed" and device.type == "cpu"):
-        if train.optimizer != "deepspeed":
-            raise ValueError(f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's "
-                             "offload_optimizer.device is cpu")
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+    if offload and train.optimizer != "deepspeed":
+        raise ValueError(f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's offload_optimizer.device is cpu")
     if train.optimizer == "deepspeed":
-        from deepspeed.ops.adam import FusedAdam
+        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-        return FusedAdam(groups, adam_w_mode=True, **common)
+        try:  # the first start on a machine compiles it, which takes minutes
+            if offload or device.type == "cpu":
+                return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+            return FusedAdam(groups, adam_w_mode=True, **common)
+        except RuntimeError as problem:
+            reason = " ".join(str(problem).split())[:200]
+            raise ValueError(f"train.optimizer (deepspeed) cannot be compiled here: {reason}") from None
     if train.optimizer == "apex":
         try:
             from apex.optimizers import FusedAdam as ApexAdam

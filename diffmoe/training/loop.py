@@ -18,6 +18,7 @@ from diffmoe.data.share import Share
 from diffmoe.data.stream import Batch
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.evaluation.generate import generate_everywhere
+from diffmoe.evaluation.while_training import Scorer, open_scorer, score
 from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, initialize
 from diffmoe.parallel.collectives import AgreedError, anyone, gather_objects, raise_together
@@ -35,7 +36,8 @@ from diffmoe.training.watchdog import Watchdog, watch_layers
 
 @dataclass
 class Run:
-    """Everything that one rank of a training run holds.  ``writer`` is rank 0's alone; ``fresh``: no checkpoint was there."""
+    """Everything that one rank of a training run holds.  ``writer`` is rank 0's alone; ``scorer``: None where nobody asked for
+    scores; ``fresh``: no checkpoint was there."""
 
     config: Config
     layout: Layout
@@ -49,6 +51,7 @@ class Run:
     meter: Meter
     plan: PlanCheck
     writer: Writer | None
+    scorer: Scorer | None
     fresh: bool
     done: int = 0
     failed_saves: list[int] = field(default_factory=list)
@@ -108,6 +111,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     except (ValueError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
+    scorer = open_scorer(config, reader.index, groups.world, device) if config.train.score_every else None
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups, recompute=config.parallel.recompute,
                 time_scale=config.diffusion.time_scale)
     initialize(model, config.run.seed)
@@ -119,7 +123,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     writer = Writer(folder, config.train.steps, [f"block {i}" for i, _ in model.moe_layers()]) if groups.rank == 0 else None
     run = Run(config, layout, groups, device, engine, ema, reader, Saver(folder / "checkpoints", config, layout, groups), guard,
               Meter(config, groups, device), PlanCheck(config, layout, deepspeed_tree, device, per_node or layout.ranks), writer,
-              newest is None)
+              scorer, newest is None)
     if newest is not None:
         for change in accepted:
             say(f"changed since {newest.path.name}: {change}")
@@ -160,6 +164,8 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
                 _save(run)
             if _due(run.done, config.train.sample_every, finished):  # not at a stop, whose grace is for saving
                 _sample(run)
+            if run.scorer is not None and _due(run.done, config.train.score_every, finished):
+                _score(run)
             if last:
                 _finish_saving(run)
             if run.done % config.train.log_every == 0:
@@ -294,6 +300,21 @@ def _sample(run: Run) -> None:
         images = generate_everywhere(model, run.config, labels, run.groups.world, run.device)
     if run.writer:
         run.writer.sample_picture(images.numpy(), columns, run.done)
+
+
+def _score(run: Run) -> None:
+    """Scores of every average, a line of ``scores.jsonl`` each.  What cannot be scored is said, and the run goes on."""
+    run.groups.trace.enter("scoring")
+    for decay, shards in run.ema.by_decay.items():
+        weights = f"ema:{decay!r}"
+        try:
+            with run.engine.weights(shards) as model:
+                scores = score(model, run.config, run.scorer, run.groups.world, run.device)
+        except AgreedError as error:
+            _event(run, "not scored", f"no scores of {weights}: {error}")
+            continue
+        if run.writer:
+            run.writer.scores(run.done, weights, run.scorer.count, scores)
 
 
 def _event(run: Run, kind: str, text: str) -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from diffmoe.config import Config
 from diffmoe.device import peak_flops, peak_memory_gib
+from diffmoe.evaluation.card import Scores
 from diffmoe.evaluation.plots import expert_load, image_grid, loss_curve
 from diffmoe.models.count import count
 from diffmoe.moe.capacity import trivial_predictor_loss
@@ -91,13 +93,13 @@ class Meter:
 
 
 class Writer:
-    """Rank 0's files in the run folder: ``metrics.jsonl``, ``events.jsonl``, TensorBoard scalars and pictures.
+    """Rank 0's files in the run folder: ``metrics.jsonl``, ``events.jsonl``, ``scores.jsonl``, TensorBoard scalars and pictures.
 
     What a disk refuses is said once, on stderr, and does not stop the run; lines wait in memory until they can be written."""
 
     def __init__(self, folder: Path, total_steps: int, layer_names: list[str]) -> None:
         self.folder, self.total_steps, self.layer_names = folder, total_steps, layer_names
-        self._waiting = {name: _start_of_line(folder / name) for name in ("metrics.jsonl", "events.jsonl")}
+        self._waiting = {name: _start_of_line(folder / name) for name in ("metrics.jsonl", "events.jsonl", "scores.jsonl")}
         self._board: Any = None
         self._refused: set[str] = set()
 
@@ -114,6 +116,16 @@ class Writer:
         """Something that should not pass unseen: a line of ``events.jsonl`` and of stderr."""
         print(f"step {step}: {text}", file=sys.stderr, flush=True)
         self._line("events.jsonl", {"step": step, "event": kind, "text": text})
+
+    def scores(self, step: int, weights: str, count: int, scores: Scores) -> None:
+        """A line of ``scores.jsonl`` and of the terminal, and scalars such as ``fid/ema:0.999``."""
+        found = {name: value for name, value in asdict(scores).items() if value is not None}
+        self._line("scores.jsonl", {"step": step, "weights": weights, "count": count, **found})
+        with self.unless_refused("tensorboard"):
+            for name, value in found.items():
+                self._open_board().add_scalar(f"{name}/{weights}", value, step)
+        print(f"scores of step {step}, {weights} weights, {count} images: "
+              + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items()), flush=True)
 
     def load_picture(self, load: np.ndarray, step: int) -> None:
         """``expert_load.png``: which expert works at which flow time, layer by layer."""
@@ -138,7 +150,8 @@ class Writer:
             if self._board is not None:
                 self._board.close()
         with self.unless_refused("loss.png"):
-            records = [r for r in read_metrics(self.folder / "metrics.jsonl") if r["loss"] is not None]
+            metrics = self.folder / "metrics.jsonl"
+            records = [r for r in read_metrics(metrics) if r["loss"] is not None] if metrics.exists() else []
             if records:
                 loss_curve(records, self.folder / "loss.png")
 
@@ -219,7 +232,5 @@ def progress_line(record: dict, total: int) -> str:
     if "balance_loss" in record:
         parts.append(f"balance {record['balance_loss']:.3f}")
     parts += [f"norm {record['grad_norm']:.3f}", f"lr {record['lr']:.2e}", f"{record['images_per_s']:.0f} images/s",
-              f"MFU {100 * record['mfu']:.1f} %"]
-    if record["memory_gib"]:
-        parts.append(f"{record['memory_gib']:.1f} GiB")
+              f"MFU {100 * record['mfu']:.1f} %", f"{record['memory_gib']:.1f} GiB"]
     return "  ".join(parts)

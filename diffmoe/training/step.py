@@ -139,10 +139,10 @@ def commit_thresholds(model: DiT, observed_LE: Tensor) -> None:
 
 def counts_for_dial(train: TrainConfig, step: int) -> bool:
     """Whether the dial's histograms are filled after step ``step``: on the last steps before whatever is sure to use them, a
-    checkpoint or a grid of samples (a 16th of all steps, but no more than 32 at a time), and now and then between, for a
+    checkpoint, a grid of samples or scores (a 16th of all steps, but no more than 32 at a time), and now and then between, for a
     checkpoint that nobody planned.  A function of the step alone: a run that is stopped and goes on stays the same bit for
     bit.  One costs 0.3 of a step (it is a forward pass): 2 % of the demo, 0.2 % of the published recipe."""
-    periods = (train.save_every, train.sample_every, train.steps)
+    periods = (train.save_every, train.sample_every, train.score_every, train.steps)
     planned = any(every > 0 and -(step + 1) % every < min(32, max(1, every // 16)) for every in periods)
     return planned or (step + 1) % _DIAL_EVERY == 0
 

@@ -346,7 +346,7 @@ def _pending_collective() -> str:
 
 
 def _main_thread_at() -> str:
-    """``collectives.py:27 exchange_rows``: this program's innermost frame of the main thread, or else the innermost."""
+    """``collectives.py:27 send_rows``: this program's innermost frame of the main thread, or else the innermost."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     here = str(Path(__file__).parents[1])
     found = frame

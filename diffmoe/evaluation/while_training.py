@@ -1,0 +1,87 @@
+"""Scores of a model that is being trained: the images that the verb `evaluate` would make, measured at once and kept nowhere.
+
+Experts may be spread over ranks and weights sharded, so every rank makes as many passes over as many images as the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from diffmoe.config import Config
+from diffmoe.data.shards import ShardIndex
+from diffmoe.evaluation.card import Scores
+from diffmoe.evaluation.decoding import Decoder, open_decoder
+from diffmoe.evaluation.evaluate import check_plan, check_widths, class_labels
+from diffmoe.evaluation.features import Extractor, open_extractor, to_uint8
+from diffmoe.evaluation.generate import generate
+from diffmoe.evaluation.reference_statistics import Reference, load_reference
+from diffmoe.evaluation.tally import SPLIT_SIZE, Tally
+from diffmoe.models.dit import DiT
+from diffmoe.parallel.collectives import raise_together
+from diffmoe.parallel.groups import Group
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What the section `score` of a configuration means, opened."""
+
+    count: int
+    reference: Reference
+    extractor: Extractor
+    decoder: Decoder | None
+
+
+def open_scorer(config: Config, index: ShardIndex, world: Group, device: torch.device) -> Scorer:
+    """All ranks together, before hours of training; `index` is the training data's.  Raises AgreedError."""
+    score = config.score
+    problem: Exception | None = None
+    extractor = decoder = None
+    try:
+        extractor = open_extractor(score.extractor, device)
+        decoder = open_decoder(score.vae, config, index, None, None, device) if score.vae else None
+    except (OSError, ValueError) as error:
+        problem = error
+    raise_together(problem, world)
+    reference = load_reference(score.reference, extractor, world, device)
+    try:
+        check_plan(config, score.count, reference, decoder, _splits(score.count))
+    except ValueError as error:
+        problem = error
+    raise_together(problem, world)
+    return Scorer(score.count, reference, extractor, decoder)
+
+
+def score(model: DiT, config: Config, scorer: Scorer, world: Group, device: torch.device) -> Scores:
+    """Scores of images 0 … count - 1, classes in turn, the same on every rank: those of the verb `evaluate` (whose last batch
+    is smaller, which the batch routing rule sees), but for precision and recall, which need all features in one place.
+
+    Raises:
+        AgreedError: images or features that are not finite, on any rank; all have made their passes.
+    """
+    batch, tally = config.sample.batch, Tally(scorer.count, _splits(scorer.count))
+    rounds = -(-scorer.count // (batch * world.size))
+    problem: Exception | None = None
+    for index in range(world.index, rounds * world.size, world.size):
+        numbers = range(index * batch, (index + 1) * batch)
+        labels = class_labels("balanced", numbers, config.model.classes, config.run.seed)
+        x = generate(model, config, labels, numbers, device, together=world)
+        try:
+            features = scorer.extractor(to_uint8(x) if scorer.decoder is None else scorer.decoder.function(x))
+            check_widths(features, scorer.reference)
+            tally.add(features, range(scorer.count)[numbers.start : numbers.stop])  # the last rounds may have more than that
+        except ValueError as error:
+            problem = problem or error
+    raise_together(problem, world)
+    tally.add_ranks(world, device)
+    try:
+        return tally.scores(scorer.reference)
+    except ValueError as error:
+        problem = error
+    raise_together(problem, world)
+    raise AssertionError("unreachable")
+
+
+def _splits(count: int) -> int:
+    return max(1, count // SPLIT_SIZE)

@@ -1,0 +1,90 @@
+"""The documents against the code: the README's tree, and every command that a page names."""
+
+import argparse
+import importlib
+import re
+import shlex
+
+import pytest
+
+import run
+from diffmoe.config import Config, override
+from launcher.__main__ import VERBS as LAUNCHER_VERBS
+from programs import REPOSITORY
+
+PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "docs/results/README.md"]
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_readmes_tree_has_one_line_a_module():
+    tree = next(block for block in blocks((REPOSITORY / "README.md").read_text()) if block.startswith("run.py "))
+    listed, folder = [], ""
+    for line in filter(None, tree.splitlines()):
+        name = line.split()[0]
+        folder = name if name.endswith("/") else folder if line.startswith(" ") else ""
+        assert (REPOSITORY / folder / name.removeprefix(folder)).exists(), line
+        listed += [] if name.endswith("/") else [folder + name]
+    modules = {str(path.relative_to(REPOSITORY)) for top in ("diffmoe", "launcher") for path in (REPOSITORY / top).rglob("*.py")
+               if path.name != "__init__.py"}
+    assert len(listed) == len(set(listed))
+    assert {name for name in listed if name.endswith(".py")} == {"run.py", *modules}
+
+
+def commands(page: str) -> list[list[str]]:
+    """Command lines of a page's blocks, and of its text where they are set as code."""
+    text = page.replace("\\\n", " ")
+    lines = [re.sub(r"\s#.*", "", line) for block in blocks(text) for line in block.splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [shlex.split(line) for line in [*lines, *re.findall(r"`([^`\n]+)`", prose)]
+            if re.search(r"^\s*make |\brun\.py -|\brun\.py [a-z]|-m launcher [a-z]|\bsbatch ", line)
+            and "…" not in line]
+
+
+class Options(Exception):
+    """What a parser knows."""
+
+
+@pytest.fixture
+def options_of(monkeypatch):
+    def tell(parser, *_):
+        raise Options({option for action in parser._actions for option in action.option_strings})
+
+    for name in ("parse_args", "parse_known_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, tell)
+
+    def options(main, *arguments):
+        with pytest.raises(Options) as caught:
+            main(*arguments)
+        return caught.value.args[0]
+    return options
+
+
+def known_options(words: list[str], options_of) -> tuple[list[str], set[str]]:
+    """(what follows the verb, the verb's options)."""
+    if "run.py" in words:
+        rest = words[words.index("run.py") + 1:]
+        verb, rest = (rest[0], rest[1:]) if rest and rest[0] in run.VERBS else ("train", rest)
+        return rest, options_of(run._main_of(verb), rest, run.detect())
+    rest = words[words.index("launcher") + 1:]
+    assert rest[0] in LAUNCHER_VERBS, words
+    return rest[1:], options_of(importlib.import_module(f"launcher.{rest[0]}").main, rest[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_commands_name_verbs_options_fields_and_files_that_exist(page, options_of):
+    targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    for words in commands(page.read_text()):
+        if words[0] == "make":
+            assert words[1] in targets, words
+            continue
+        rest = words
+        if "sbatch" not in words:
+            rest, options = known_options(words, options_of)
+            assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= options, words
+        for word in rest:
+            if word.startswith(("configs/", "ds_configs/", "scripts/")):
+                assert (REPOSITORY / word).is_file(), words
+        override(Config(), [word for word in rest if re.match(r"[a-z]+\.\w+=", word)])
