@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 
 from diffmoe.cost.hardware import Hardware, choose, read_table
@@ -23,7 +24,7 @@ def hardware_of(options: argparse.Namespace) -> Hardware:
     """The table's entry as the command line changes it.  Raises ValueError."""
     hardware = choose(read_table(options.hardware), options.gpu)
     if options.memory is not None:
-        if options.memory <= hardware.reserve_gib:
-            raise ValueError(f"--memory ({options.memory:g} GiB) must be above the reserve of {hardware.reserve_gib:g} GiB")
+        if not hardware.reserve_gib < options.memory < math.inf:
+            raise ValueError(f"--memory ({options.memory:g} GiB) must be a number above the reserve of {hardware.reserve_gib:g} GiB")
         hardware = dataclasses.replace(hardware, memory_gib=options.memory)
     return calibrated_by(options.calibrate, hardware) if options.calibrate else hardware

@@ -136,6 +136,8 @@ def _main_prepare(arguments: list[str]) -> int:
     parser.add_argument("--ranks", type=int, required=True, help="ranks that the job will have")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
+    if options.ranks < 1:
+        raise ValueError(f"--ranks ({options.ranks}) must be at least 1")
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         raise ValueError("SLURM_JOB_ID is unset: job prepare is for a job's script")
@@ -152,6 +154,8 @@ def _main_after(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.folder.is_dir():
         raise ValueError(f"folder ({options.folder}) does not exist")
+    if options.out is None and not (options.folder / "config.yaml").is_file():
+        raise ValueError(f"folder ({options.folder}) has no config.yaml: it is no training job's (of another: --out OUT)")
     verdict = (after_training(options.folder, options.status) if options.out is None
                else after_writing(options.folder, options.status, options.out))
     print(verdict.text)

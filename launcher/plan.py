@@ -10,7 +10,8 @@ from pathlib import Path
 from diffmoe.config import Config, load_config
 from diffmoe.cost.hardware import write_entry
 from diffmoe.cost.layouts import (
-    GIB, RECOMPUTE, Candidate, Cluster, Nearest, Pins, candidates, evaluate, fixed_pool, largest_parts, nearest_fit, reasons,
+    GIB, MOST_NODES, RECOMPUTE, Candidate, Cluster, Nearest, Pins, candidates, evaluate, fixed_pool, largest_parts, nearest_fit, node_counts,
+    reasons,
 )
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
@@ -41,7 +42,9 @@ def main(arguments: list[str]) -> int:
     steps = options.steps or config.train.steps
     print(_report(config, cluster, configured, problem, found[:options.top], len(found), len(fitting), steps))
     if not fitting:
-        print(_nothing_fits(found, nearest, cluster))
+        divides = found or any(candidates(config, tree, dataclasses.replace(cluster, nodes=nodes))
+                               for nodes in node_counts(config, cluster, MOST_NODES))
+        print(_nothing_fits(found, nearest, cluster, bool(divides)))
     if options.json:
         _write_json(options.json, config, cluster, configured, found, nearest)
     if options.write_hardware:
@@ -144,7 +147,8 @@ def _table(shown: list[Candidate], steps: int) -> list[str]:
     return lines
 
 
-def _nothing_fits(found: list[Candidate], nearest: Nearest | None, cluster: Cluster) -> str:
+def _nothing_fits(found: list[Candidate], nearest: Nearest | None, cluster: Cluster, divides: bool) -> str:
+    """``divides``: there are layouts, if not as asked or on as few nodes."""
     usable = cluster.hardware.usable_bytes / GIB
     if found:
         smallest = found[0]
@@ -153,7 +157,8 @@ def _nothing_fits(found: list[Candidate], nearest: Nearest | None, cluster: Clus
     else:
         lines = ["\nnothing fits: no layout as asked divides experts, batch and pool evenly"]
     if nearest is None:
-        return "\n".join(lines + ["no layout on up to 512 nodes fits either: a GPU with more memory is needed"])
+        needed = "a GPU with more memory is needed" if divides else "train.batch, moe.pool or moe.experts must change"
+        return "\n".join(lines + [f"no layout on up to {MOST_NODES} nodes fits either: {needed}"])
     c = nearest.candidate
     return "\n".join(lines + [
         f"nearest that fits: {c.label} on {nearest.cluster.nodes} x {nearest.cluster.per_node} GPUs, {c.memory.peak / GIB:.2f} GiB, "

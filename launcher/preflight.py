@@ -15,11 +15,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.command_line import Parser
 from launcher.environment import RankEnvironment, detect
 from launcher.probe import Absent, Exchange, Links, Report
+
+if TYPE_CHECKING:
+    from diffmoe.config import DataConfig
 
 CLOCK_TOLERANCE = 1.0  # seconds
 # A link below this share of what is expected is slow: expected is what the command line says, else what the better quarter
@@ -142,10 +145,10 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
 
     started = time.monotonic()
     host = host or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    shards, run, needed, problem = None, base, 0, None
+    data, run, needed, problem = None, base, 0, None
     try:
         if config_path is not None:
-            shards, run, needed = _demands(config_path, overrides, base)
+            data, run, needed = _demands(config_path, overrides, base)
         from diffmoe.device import local_device
 
         device = local_device(environment.local_rank, environment.local_world)
@@ -165,7 +168,7 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
     problems = [problem] if problem else []
     if first:
         problems += probe.gpu_problems(device) + probe.disk_problems(run, needed)
-        problems += probe.shard_problems(shards) if shards is not None else []
+        problems += probe.shard_problems(data, base) if data is not None else []
     shares = probe.sees_rank_0(run, environment)
     versions = probe.versions(Path(__file__).resolve().parent.parent, device)
     report = Report(environment.rank, host, versions, tuple(problems), shares, probe.clock_offset(clock), probe.matmul_speed(device))
@@ -185,14 +188,14 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
     return 1 if found else 0
 
 
-def _demands(config_path: str, overrides: list[str], base: Path) -> tuple[Path | None, Path, int]:
-    """Shards, run folder, and the bytes that its checkpoints will take."""
+def _demands(config_path: str, overrides: list[str], base: Path) -> tuple[DataConfig | None, Path, int]:
+    """Where shards are (None: nowhere), run folder, and the bytes that its checkpoints will take."""
     from diffmoe.config import load_config
     from diffmoe.models.count import count
 
     config = load_config(config_path, overrides)
     needed = int(1.1 * _CHECKPOINT_BYTES * count(config.model, config.moe).total * (config.train.keep + 1))
-    return base / config.data.shards if config.data.shards else None, base / config.run.folder, needed
+    return config.data if config.data.shards else None, base / config.run.folder, needed
 
 
 def _absent(absent: Absent, environment: RankEnvironment) -> int:
@@ -245,13 +248,17 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"--{name.replace('_', '-')} ({value}) must be above 0")
     if options.overrides and options.config is None:
         raise ValueError(f"override {options.overrides[0]!r} needs --config")
+    if not options.base.is_dir():
+        raise ValueError(f"--from ({options.base}) does not exist")
     if options.config is not None:
+        options.config = str(Path(options.config).absolute())
         _demands(options.config, options.overrides, options.base)  # bad input is known before anybody waits
+    os.chdir(options.base)  # where the run will be when it opens its shards (pipe: may name relative paths)
     import torch
 
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    return preflight(detect(), options.config, options.overrides, options.base,
+    return preflight(detect(), options.config, options.overrides, Path.cwd(),
                      Expected(options.between_nodes, options.within_nodes), options.timeout,
                      options.megabytes or (64 if on_gpu else 2))

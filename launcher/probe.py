@@ -5,6 +5,7 @@ Every rank takes every collective.  Ranks of one node share a host name; nodes a
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -23,6 +24,8 @@ from launcher.sources import commit, digest
 if TYPE_CHECKING:
     import torch
     from torch.distributed import Store
+
+    from diffmoe.config import DataConfig
 
 GIB = 2**30
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "webdataset")
@@ -154,14 +157,28 @@ def gpu_problems(device: torch.device) -> list[str]:
     return wrong
 
 
-def shard_problems(folder: Path) -> list[str]:
-    """Whether every shard of the index is there in its size, and one can be read; asked once a node."""
+def shard_problems(data: DataConfig, base: Path) -> list[str]:
+    """Whether every shard of the index is there in its size (of remote ones nobody says), and one can be read; asked once a node.
+    A run that goes on without bad shards (``on_bad_shard: skip``) needs no more than the index."""
     from diffmoe.data.shards import load_index
+    from diffmoe.data.sources import again, chunks, is_remote
+
+    def at(address: str) -> str:
+        return address if not address or is_remote(address) else str(base / address)
+
+    def first_bytes() -> None:
+        address = index.address(index.shards[-1])
+        if is_remote(address):
+            with contextlib.closing(chunks(address)) as stream:
+                next(stream, b"")
+        else:
+            with open(address, "rb") as file:
+                file.read(2**16)
 
     try:
-        index = load_index(folder)
-        with open(index.folder / index.shards[-1].name, "rb") as stream:
-            stream.read(2**16)
+        index = load_index(at(data.shards), at(data.index), check_files=data.on_bad_shard == "stop")
+        if data.on_bad_shard == "stop":
+            again(first_bytes, index.address(index.shards[-1]))
     except (ValueError, OSError) as error:
         return [f"shards: {error}"]
     return []

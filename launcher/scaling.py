@@ -23,6 +23,7 @@ from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import resolve_layout
 from launcher.command_line import Parser
 from launcher.scaling_report import grouped, write_table
+from launcher.sources import commit
 
 _EXAMPLE = """
 python -m launcher scaling --config configs/demo.yaml --ranks 1,2 --ep 1,2 --repeats 2 --synthetic --out runs/scaling
@@ -62,11 +63,15 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
     if not trials:
         raise ValueError("no layout of --ranks, --ep and --zero divides evenly; nothing to measure")
     pool = _pool(config, trials[0])
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        lines = (options.out / "runs.jsonl").open("w")
+    except OSError as error:
+        raise ValueError(f"--out ({options.out}) cannot be written: {error}") from None
     records = []
-    with (options.out / "runs.jsonl").open("w") as lines:
+    with lines:
         for number, trial in enumerate(trials, 1):
-            record = {**asdict(trial), "start": start, "commit": _commit(), **_run(trial, options, start, pool)}
+            record = {**asdict(trial), "start": start, "commit": commit(_ROOT), **_run(trial, options, start, pool)}
             records.append(record)
             lines.write(json.dumps(record) + "\n")
             lines.flush()
@@ -101,6 +106,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} ({value}) must be above 0")
+    if options.warmup < 0:
+        raise ValueError(f"--warmup ({options.warmup}) must be at least 0")
+    if options.hostfile and not options.hostfile.is_file():
+        raise ValueError(f"--hostfile ({options.hostfile}) does not exist")
     options.mode = options.mode.split(",")
     if not options.mode or not set(options.mode) <= {"strong", "weak"}:
         raise ValueError(f"--mode ({','.join(options.mode)}) must be strong, weak or strong,weak")
@@ -287,10 +296,3 @@ def write_report(records: list[dict], folder: Path) -> str:
     draw_split(groups, folder / "split.png")
     return "\n".join([*lines, f"{folder}: runs.jsonl, table.md, efficiency.png, split.png"])
 
-
-def _commit() -> str:
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-    said = subprocess.run([git, "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    return said.stdout.strip() or "unknown"

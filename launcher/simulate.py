@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     hardware = hardware_of(options)
     per_node = options.gpus_per_node or hardware.gpus_per_node
     config, tree = load_config(options.config, options.overrides), read_deepspeed(options.deepspeed_config)
-    sizes = _sizes(options.min_gpus or per_node, options.max_gpus)
+    sizes = _sizes(options.min_gpus or per_node, options.max_gpus, per_node)
     pins = Pins(options.ep, options.zero, options.recompute, options.micro_batch)
     draw = _plotter() if options.plot else None
     curves = {mode: extrapolate(config, tree, hardware, per_node, sizes, mode, pins)
@@ -68,12 +68,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _sizes(least: int, most: int) -> list[int]:
+def _sizes(least: int, most: int, per_node: int) -> list[int]:
     if most < least:
         raise ValueError(f"--max-gpus ({most}) must be at least the smallest size ({least})")
     sizes = [least]
     while 2 * sizes[-1] <= most:
         sizes.append(2 * sizes[-1])
+    for size in sizes:
+        if size > per_node and size % per_node:
+            raise ValueError(f"--min-gpus ({least}), doubled, gives {size} GPUs, which are not whole nodes of {per_node}")
     return sizes
 
 

@@ -34,15 +34,13 @@ def launcher(*arguments, **kept):
 def test_every_verb_has_help_with_an_example(capsys):
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
-    for verb in VERBS:
-        assert verb in listed
-        if not (REPOSITORY / f"launcher/{verb}.py").is_file():
-            continue
-        words = ["prepare"] if verb == "job" else []
+    assert "example:" in listed and all(f"  {verb} " in listed for verb in VERBS)
+    for words in (*([verb] for verb in VERBS if verb != "job"), ["job", "prepare"], ["job", "after"]):
         with pytest.raises(SystemExit) as end:
-            main([verb, *words, "--help"])
+            main([*words, "--help"])
         said = capsys.readouterr().out
-        assert end.value.code == 0 and "example:" in said and f"python -m launcher {verb}" in said.partition("example:")[2] + said, verb
+        assert end.value.code == 0 and f"python -m launcher {' '.join(words)}" in said.partition("example:")[2], words
+    assert main(["job", "--help"]) == 0 and "python -m launcher job" in capsys.readouterr().out.partition("example:")[2]
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
@@ -64,7 +62,10 @@ def test_every_verb_has_help_with_an_example(capsys):
     (["preflight", "train.steps=3"], "override 'train.steps=3' needs --config"),
     (["preflight", "--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
     (["job", "after", "/nowhere", "0"], "folder (/nowhere) does not exist"),
+    (["preflight", "--from", "/nowhere"], "--from (/nowhere) does not exist"),
+    (["job", "after", "tests", "0"], "folder (tests) has no config.yaml: it is no training job's"),
     (["job", "prepare", *DEMO, "--ranks", "2"], "SLURM_JOB_ID is unset"),
+    (["job", "prepare", *DEMO, "--ranks", "0"], "--ranks (0) must be at least 1"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, text, capsys, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)

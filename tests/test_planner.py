@@ -55,6 +55,10 @@ def test_what_cannot_fit_gets_the_nearest_that_does(capsys):
     assert "what to change: nodes 1 -> " in capsys.readouterr().out
     assert plan.main([*XL, "--gpu", "a100", "--memory", "4.1"]) == 1
     assert "a GPU with more memory is needed" in capsys.readouterr().out
+    assert plan.main([*XL, "--nodes", "3"]) == 1  # 24 GPUs for a batch of 256
+    assert "what to change: nodes 3 -> 4\n" in capsys.readouterr().out
+    assert plan.main([*XL, "moe.pool=7"]) == 1
+    assert "fits either: train.batch, moe.pool or moe.experts must change" in capsys.readouterr().out
 
 
 def test_a_configuration_that_does_not_resolve_is_said_and_others_are_offered(capsys):
@@ -67,18 +71,23 @@ def test_a_configuration_that_does_not_resolve_is_said_and_others_are_offered(ca
     (plan, [], "the following arguments are required: --config"),
     (plan, [*DEMO, "--gpu", "h1000"], "--gpu (h1000) must be one of h100, h200, a100, cpu; did you mean h100?"),
     (plan, [*DEMO, "--nodes", "0"], "--nodes (0) must be above 0"),
-    (plan, [*DEMO, "--memory", "1"], "--memory (1 GiB) must be above the reserve of 4 GiB"),
+    (plan, [*DEMO, "--memory", "1"], "--memory (1 GiB) must be a number above the reserve of 4 GiB"),
+    (plan, [*DEMO, "--memory", "inf"], "--memory (inf GiB) must be a number above the reserve of 4 GiB"),
     (plan, [*DEMO, "--nodes", "100"], "train.batch (128) must be at least one sample for each of 800 GPUs"),
     (plan, [*DEMO, "moe.expert=4"], "unknown key moe.expert"),
     (plan, [*DEMO, "--calibrate", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
     (plan, [*DEMO, "--hardware", "nowhere.yaml"], "nowhere.yaml does not exist"),
     (simulate, [*DEMO, "--max-gpus", "4"], "--max-gpus (4) must be at least the smallest size (8)"),
+    (simulate, [*DEMO, "--min-gpus", "6", "--max-gpus", "12"], "--min-gpus (6), doubled, gives 12 GPUs, which are not whole nodes of 8"),
     (simulate, ["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
     (scaling, [*DEMO], "the following arguments are required: --out"),
     (scaling, [*DEMO, "--out", "x", "--ranks", "1,b"], "'1,b' must be numbers"),
     (scaling, [*DEMO, "--out", "x", "--ranks", "1", "--nodes", "1"], "say the same thing"),
     (scaling, [*DEMO, "--out", "x", "--mode", "sideways"], "--mode (sideways) must be strong, weak or strong,weak"),
     (scaling, [*DEMO, "--out", "x", "--zero", "4"], "--zero ([4]) must be of 0, 1, 2, 3"),
+    (scaling, [*DEMO, "--out", "x", "--warmup", "-1"], "--warmup (-1) must be at least 0"),
+    (scaling, [*DEMO, "--out", "x", "--start", "deepspeed", "--hostfile", "nowhere"], "--hostfile (nowhere) does not exist"),
+    (scaling, [*DEMO, "--out", f"{__file__}/x", "--ranks", "2", "--ep", "2"], "/x) cannot be written: "),
     (scaling, [*DEMO, "--out", "x", "--start", "srun"], "--start (srun) needs an allocation"),
     (scaling, [*DEMO, "--out", "x", "--nodes", "2"], "--nodes (2) needs srun in an allocation"),
     (scaling, [*DEMO, "--out", "x", "--ranks", "3"], "nothing to measure"),
@@ -151,12 +160,14 @@ def test_every_size_trains_the_same_pool_and_repeats_are_interleaved():
 @pytest.mark.parametrize(("start", "first"), [
     ("srun", ["srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]),
     ("torchrun", ["torchrun", "--standalone", "--nproc-per-node", "4"]),
-    ("deepspeed", ["deepspeed", "--hostfile", "hosts", "--num_nodes", "2"]),
+    ("deepspeed", ["deepspeed", "--hostfile", "HOSTS", "--num_nodes", "2"]),
 ])
 def test_ranks_are_started_by(start, first, tmp_path):
-    options = _options("train.lr=1e-3", "--synthetic", *(["--hostfile", "hosts"] if start == "deepspeed" else []))
+    (tmp_path / "hosts").write_text("here slots=2\nthere slots=2\n")
+    hosts = str(tmp_path / "hosts")
+    options = _options("train.lr=1e-3", "--synthetic", *(["--hostfile", hosts] if start == "deepspeed" else []))
     command = command_of(Trial("weak", 4, 2, 2, 1, 512, 1), options, start, 128, tmp_path / "record.json")
-    assert [command[0].rpartition("/")[2], *command[1:len(first)]] == first
+    assert [command[0].rpartition("/")[2], *command[1:len(first)]] == [hosts if word == "HOSTS" else word for word in first]
     profile = command[command.index("profile"):]
     assert profile[-4:] == ["train.lr=1e-3", "train.batch=512", "parallel.ep=2", "moe.pool=128"] and "--synthetic" in profile
 

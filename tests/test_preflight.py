@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
+from diffmoe.config import load_config
 from launcher import gpus
 from launcher.preflight import Expected, blame, exclude_line, judge
-from launcher.probe import Links, Report, rounds
+from launcher.probe import Links, Report, rounds, shard_problems
 from programs import REPOSITORY, Program, digits
 
 VERSIONS = {"torch": "2.13.0", "code": "aa"}
@@ -63,6 +64,25 @@ def test_a_run_folder_that_is_not_shared(played):
 
 def test_a_node_that_does_not_come(played):
     assert_found(played["absent"], "node3", "ranks 3 of 4 did not come within 3 s: node3", codes=(1, 1, 1, 0))
+
+
+@pytest.mark.parametrize(("settings", "complaint"), [
+    (["shards=whole"], None),
+    (["shards=whole/shard-00000{0..1}.tar"], None),
+    (["shards=pipe:cat whole/shard-000001.tar", "index=whole/index.json"], None),
+    (["shards=pipe:cat elsewhere/shard-000001.tar", "index=whole/index.json"], "command ended with exit status 1"),
+    (["shards=http://127.0.0.1:9/set"], "http://127.0.0.1:9/set/index.json cannot be read"),
+    (["shards=torn"], "shard shard-000001.tar is missing from"),
+    (["shards=torn", "on_bad_shard=skip"], None),
+])
+def test_shards_are_looked_for_where_the_run_will_look(tmp_path, monkeypatch, settings, complaint):
+    monkeypatch.setattr("diffmoe.data.sources.TRIES", 1)
+    monkeypatch.chdir(tmp_path)
+    for name in ("whole", "torn"):
+        shutil.copytree(digits(), tmp_path / name)
+    (tmp_path / "torn/shard-000001.tar").unlink()
+    found = shard_problems(load_config(None, [f"data.{setting}" for setting in settings]).data, tmp_path)
+    assert found == [] if complaint is None else complaint in found[0]
 
 
 def report(rank, host=None, **fields):

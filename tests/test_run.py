@@ -1,5 +1,7 @@
 """Training through run.py: what a run leaves behind, resuming, stopping, precision, and the four families."""
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -260,6 +262,23 @@ def test_every_family_trains_and_resumes(two_ranks, tmp_path, family, ep, pool):
     shutil.copytree(tmp_path / "a/checkpoints/step_00000002", tmp_path / "b/checkpoints/step_00000002")
     two_ranks.run(train_here, tiny(tmp_path / "b", *more, "train.steps=3"), 2)
     assert_same_tensors(tmp_path / "a/checkpoints/step_00000003", tmp_path / "b/checkpoints/step_00000003")
+
+
+def said_by(arguments: list[str], world: int) -> str:
+    """What this rank prints while it trains."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train_here(arguments, world)
+    return said.getvalue()
+
+
+def test_after_twenty_steps_a_run_says_how_wrong_its_plan_was(two_ranks, tmp_path):
+    first, second = two_ranks.run(said_by, tiny(tmp_path, "model.depth=2", "train.steps=22", "train.log_every=11", "train.save_every=0"), 2)
+    line, = (line for line in first.splitlines() if line.startswith("plan: "))
+    planned, measured, error = map(float, re.match(r"plan: (\S+) ms a step, measured (\S+) \((\S+) %\); ", line).groups())
+    assert error == pytest.approx(100 * (planned / measured - 1), abs=1) and second == ""
+    before, after = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert "plan_step_error" not in before and 100 * after["plan_step_error"] == pytest.approx(error, abs=0.5)
 
 
 def complaint(arguments: list[str], world: int) -> tuple[str, str]:

@@ -34,7 +34,9 @@ class Cluster:
         self.env = {name: value for name, value in environment().items() if not name.startswith(("SLURM_", "SBATCH_"))}
 
     def __enter__(self) -> Cluster:
-        self._run([_SCRIPTS / "virtual/up.sh", self.folder], NODES=str(self.nodes), PREFIX=f"n{os.getpid()}-", KILL_WAIT="30")
+        # Of a node that dies Slurm is told (kill_node): one that only answers late, on a busy machine, is not to be given up.
+        self._run([_SCRIPTS / "virtual/up.sh", self.folder], NODES=str(self.nodes), PREFIX=f"n{os.getpid()}-", KILL_WAIT="30",
+                  SLURMD_TIMEOUT="600")
         for name, value in re.findall(r'^export (\w+)="?([^"\n]*)"?$', (self.folder / "env.sh").read_text(), re.M):
             self.env[name] = value
         self.names = self.env["VIRTUAL_SLURM_NODES"].split()
@@ -46,7 +48,7 @@ class Cluster:
         self._run([_SCRIPTS / "virtual/down.sh", self.folder])
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _run(self, command: list[object], timeout: float = 120.0, **more: str) -> str:
+    def _run(self, command: list[object], timeout: float = 300.0, **more: str) -> str:
         done = subprocess.run([str(word) for word in command], env={**self.env, **more}, cwd=REPOSITORY, capture_output=True,
                               text=True, timeout=timeout, stdin=subprocess.DEVNULL)
         if done.returncode:
@@ -79,50 +81,56 @@ class Cluster:
 
 
 class Job:
-    """A submitted job."""
+    """A submitted job.  Limits of time are for jobs that hang: no test depends on how fast this machine is."""
 
     def __init__(self, cluster: Cluster, number: str, log: Path) -> None:
         self.cluster, self.number, self.log = cluster, number, log
+        self._pending = 0
 
     def show(self) -> dict[str, str]:
         """Slurm's fields about it."""
         text = self.cluster.slurm("scontrol", "-o", "show", "job", self.number)
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def wait(self, timeout: float = 300.0) -> str:
+    @property
+    def restarts(self) -> int:
+        return int(self.show()["Restarts"])
+
+    def wait(self, timeout: float = 900.0) -> str:
         """Its final state."""
         seen = 0
 
         def ended() -> bool:
             nonlocal seen
-            seen = seen + 1 if self.show()["JobState"] in _ENDED else 0
+            seen = seen + 1 if self._hurry()["JobState"] in _ENDED else 0
             return seen >= 3  # an ended job may still become pending again
 
         self.wait_until(ended, "to end", timeout)
         return self.show()["JobState"]
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 180.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 900.0) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
                 raise AssertionError(f"job {self.number} was to {what} within {timeout:g} s: {self.show()}\n{self.said()}")
             time.sleep(0.1)
 
-    def start_again_now(self, start: int) -> None:
-        """Waits for its start number ``start``.  A requeued job waits out its credential's age: not for tests."""
-        pending = 0
-
+    def wait_for_start_after(self, restarts: int) -> None:
+        """Until it runs again, having been started again more often than ``restarts`` times."""
         def started() -> bool:
-            nonlocal pending
-            fields = self.show()
-            if fields["JobState"] == "PENDING" and fields["Restarts"] == str(start):
-                pending += 1
-                if pending >= 15:  # a second and a half: a node that is still clearing up refuses the job's next start
-                    with contextlib.suppress(RuntimeError):  # it may have started by itself meanwhile
-                        self.cluster.slurm("scontrol", "update", f"jobid={self.number}", "StartTime=now")
-            return fields["JobState"] == "RUNNING" and fields["Restarts"] == str(start)
+            fields = self._hurry()
+            return fields["JobState"] == "RUNNING" and int(fields["Restarts"]) > restarts
 
-        self.wait_until(started, f"start for the {start}th time again")
+        self.wait_until(started, f"start again after {restarts} times")
+
+    def _hurry(self) -> dict[str, str]:
+        """:meth:`show`; a requeued job, which would wait out its credential's age, is told to start."""
+        fields = self.show()
+        self._pending = self._pending + 1 if fields["JobState"] == "PENDING" and fields["Restarts"] != "0" else 0
+        if self._pending >= 15:  # a second and a half: credentials are told apart by the second
+            with contextlib.suppress(RuntimeError):  # it may have started by itself meanwhile
+                self.cluster.slurm("scontrol", "update", f"jobid={self.number}", "StartTime=now")
+        return fields
 
     def said(self) -> str:
         return self.log.read_text(errors="replace") if self.log.is_file() else ""

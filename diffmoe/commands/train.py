@@ -55,7 +55,8 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     patience = datetime.timedelta(seconds=watchdog.START_FACTOR * config.run.timeout_s or 1800)
     watchdog.record_collectives()
     device = join(environment, patience)
-    loop.train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks, patience), device, asked)
+    loop.train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks, patience), device, asked,
+               environment.local_world)
     leave()
     return 0
 

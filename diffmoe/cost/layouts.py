@@ -14,6 +14,8 @@ from diffmoe.layout import Layout, resolve_layout
 
 RECOMPUTE = ("none", "selective", "block")
 GIB = 2**30
+# Nobody is offered more than these.
+MOST_NODES = 512
 
 
 @dataclass(frozen=True)
@@ -167,19 +169,22 @@ class Nearest:
     changes: tuple[str, ...]
 
 
-def nearest_fit(config: Config, tree: dict, cluster: Cluster, pins: Pins, most_nodes: int = 512) -> Nearest | None:
+def nearest_fit(config: Config, tree: dict, cluster: Cluster, pins: Pins, most_nodes: int = MOST_NODES) -> Nearest | None:
     """The nearest layout that fits: first on the same ranks with as few of the pins changed as possible (the quickest among
-    equals), else on more nodes, doubling.  None when even ``most_nodes`` are not enough."""
-    nodes = cluster.nodes
-    while nodes <= most_nodes:
+    equals), else on more nodes.  None when even ``most_nodes`` are not enough."""
+    for nodes in node_counts(config, cluster, most_nodes):
         larger = replace(cluster, nodes=nodes)
         more = (f"nodes {cluster.nodes} -> {nodes}",) if nodes > cluster.nodes else ()
         fitting = [c for c in candidates(config, tree, larger) if c.fits]
         if fitting:
             best = min(fitting, key=lambda c: (len(_changes(c, pins)), c.time.total))
             return Nearest(best, larger, more + _changes(best, pins))
-        nodes *= 2
     return None
+
+
+def node_counts(config: Config, cluster: Cluster, most_nodes: int) -> list[int]:
+    """The cluster's nodes and more of them, where the batch divides by their ranks."""
+    return [nodes for nodes in range(cluster.nodes, most_nodes + 1) if config.train.batch % (nodes * cluster.per_node) == 0]
 
 
 def _changes(candidate: Candidate, pins: Pins) -> tuple[str, ...]:

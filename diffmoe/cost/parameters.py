@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from diffmoe.config import ModelConfig, MoEConfig, swiglu_hidden
@@ -18,7 +19,8 @@ class Parameter:
     expert: bool = False
 
 
-def rank_parameters(model: ModelConfig, moe: MoEConfig, ep: int) -> list[Parameter]:
+@functools.lru_cache(maxsize=64)  # the planner asks for every layout
+def rank_parameters(model: ModelConfig, moe: MoEConfig, ep: int) -> tuple[Parameter, ...]:
     """Every parameter of ``DiT(model, moe)`` on a rank that holds ``moe.experts / ep`` experts."""
     D = model.width
     found = _linear("x_embedder.proj", model.channels * model.patch**2, D)
@@ -27,7 +29,7 @@ def rank_parameters(model: ModelConfig, moe: MoEConfig, ep: int) -> list[Paramet
     for i in range(model.depth):
         found += _block(f"blocks.{i}", model, moe, ep, is_mixture(model, moe, i))
     found += _linear("final_layer.linear", D, model.patch**2 * model.out_channels)
-    return found + _linear("final_layer.adaLN_modulation.1", D, 2 * D)
+    return (*found, *_linear("final_layer.adaLN_modulation.1", D, 2 * D))
 
 
 def is_mixture(model: ModelConfig, moe: MoEConfig, index: int) -> bool:

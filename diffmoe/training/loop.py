@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Sequence
@@ -27,6 +28,7 @@ from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
 from diffmoe.training.metrics import Meter, Writer
+from diffmoe.training.plan_check import PlanCheck
 from diffmoe.training.resume import check_resumable, read_left_out, write_left_out
 from diffmoe.training.step import StepReport, train_step
 from diffmoe.training.watchdog import Watchdog, watch_layers
@@ -47,6 +49,7 @@ class Run:
     saver: Saver
     guard: Guard
     meter: Meter
+    plan: PlanCheck
     writer: Writer | None
     scorer: Scorer | None
     fresh: bool
@@ -64,8 +67,9 @@ class Run:
 
 
 def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device,
-          asked: Sequence[int] = ()) -> None:
-    """Trains to ``train.steps``, from the newest usable checkpoint in the run folder if there is one.
+          asked: Sequence[int] = (), per_node: int | None = None) -> None:
+    """Trains to ``train.steps``, from the newest usable checkpoint in the run folder if there is one.  ``per_node``: ranks
+    on a node (default: all).
 
     Any rank whose ``asked`` fills (see ``training.stop``) ends the run in order: the ranks agree at a step boundary, save, and
     return.  Raises AgreedError when the run cannot go on, or its last state cannot be saved; a rank that dies or hangs ends
@@ -73,7 +77,7 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     with Watchdog(groups, config.run.timeout_s) as watchdog:
         if anyone(bool(asked), groups.world):
             return _say(groups, "stopped in order before the start; the same command begins again")
-        run = start(config, layout, deepspeed_tree, groups, device)
+        run = start(config, layout, deepspeed_tree, groups, device, per_node)
         if run.done >= config.train.steps:
             _say(groups, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
         elif anyone(bool(asked), groups.world):
@@ -88,7 +92,8 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
                 spiked = _train_steps(run, asked)
 
 
-def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device) -> Run:
+def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device,
+          per_node: int | None = None) -> Run:
     """Model, engine, EMA and data of a run, resumed from its newest usable checkpoint.  All ranks raise together."""
     def say(text: str) -> None:
         _say(groups, text)
@@ -117,7 +122,8 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     guard.left_out = sorted({*guard.left_out, *gather_objects(left_out, groups.world)[0]})
     writer = Writer(folder, config.train.steps, [f"block {i}" for i, _ in model.moe_layers()]) if groups.rank == 0 else None
     run = Run(config, layout, groups, device, engine, ema, reader, Saver(folder / "checkpoints", config, layout, groups), guard,
-              Meter(config, groups, device), writer, scorer, newest is None)
+              Meter(config, groups, device), PlanCheck(config, layout, deepspeed_tree, device, per_node or layout.ranks), writer,
+              scorer, newest is None)
     if newest is not None:
         for change in accepted:
             say(f"changed since {newest.path.name}: {change}")
@@ -140,6 +146,7 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
         while run.done < config.train.steps:
             # A step ahead: what one rank cannot read concerns all of them, and a step's reduction can still say so.
             groups.trace.enter("reading data", run.done)
+            began = time.perf_counter()
             stop, verdict = _step(run, batches, feed.read_ahead() or bool(asked))
             if verdict == "spike":
                 return run.done
@@ -148,6 +155,8 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
             finished = run.done == config.train.steps
             stop = stop and feed.settle(bool(asked))
             batches = feed.take()
+            if (compared := run.plan.add(time.perf_counter() - began)) is not None:
+                _say(groups, compared)
             last = stop or finished
             if last or run.done % config.train.log_every == 0:
                 _record(run, last)
@@ -229,8 +238,8 @@ def _record(run: Run, last: bool) -> None:
     record, load = run.meter.collect(run.done)
     _hear_of_saves(run)
     record |= {"skipped_steps": run.guard.skipped(run.done), "rollbacks": run.guard.rollbacks,
-               "failed_saves": len(run.failed_saves), **run.save_times}
-    run.save_times = {}
+               "failed_saves": len(run.failed_saves), **run.save_times, **run.plan.entries}
+    run.save_times, run.plan.entries = {}, {}
     if run.writer:
         run.writer.record(record)
         if _due(run.done, 10 * run.config.train.log_every, last):  # drawing takes a while

@@ -1,0 +1,36 @@
+"""The planner's own error: what it says of this run's steps, beside what they took."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+from diffmoe.config import Config
+from diffmoe.cost.plan_error import AFTER_STEPS, plan_error
+from diffmoe.device import peak_memory_gib
+from diffmoe.layout import Layout
+
+
+class PlanCheck:
+    """Times of the first ``AFTER_STEPS`` steps of a start; their median, and the memory so far, are then compared with the plan.
+
+    ``entries`` are then numbers for the next record of the metrics, which takes them."""
+
+    def __init__(self, config: Config, layout: Layout, deepspeed_tree: dict, device: torch.device, per_node: int) -> None:
+        self._asked = (config, layout, deepspeed_tree)
+        self._device, self._per_node = device, per_node
+        self._times: list[float] = []
+        self.entries: dict[str, float] = {}
+
+    def add(self, seconds: float) -> str | None:
+        """One more step; after the last that it takes to compare, what came of it."""
+        if len(self._times) == AFTER_STEPS:
+            return None
+        self._times.append(seconds)
+        if len(self._times) < AFTER_STEPS:
+            return None
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+        self.entries, line = plan_error(*self._asked, name, self._per_node, statistics.median(self._times),
+                                        peak_memory_gib(self._device) * 2**30)
+        return line
