@@ -262,7 +262,7 @@ def test_the_plans_own_error():
     layout, tree = resolve_layout(config, 2), {"zero_optimization": {"stage": 1}}
     entries, line = plan_error(config, layout, tree, "cpu", 2, 0.5, 0)
     assert entries["plan_step_error"] == pytest.approx(entries["plan_step_s"] / 0.5 - 1) and "plan_memory_error" not in entries
-    assert "measured 500.0" in line and "does not measure memory" in line
+    assert "measured 500.0" in line and "of a CPU rank it is not measured" in line
     entries, line = plan_error(config, layout, tree, "NVIDIA H200", 2, 0.5, 2**31)
     assert entries["plan_memory_error"] == pytest.approx(entries["plan_memory_gib"] / 2 - 1) and "measured 2.00" in line
     assert plan_error(config, layout, tree, "Radeon", 2, 0.5, 0) == (

@@ -30,5 +30,5 @@ def plan_error(config: Config, layout: Layout, deepspeed_tree: dict, device_name
         entries["plan_memory_error"] = memory / peak_bytes - 1
         line += f"{memory / 2**30:.2f} GiB, measured {peak_bytes / 2**30:.2f} ({100 * (memory / peak_bytes - 1):+.0f} %)"
     else:
-        line += f"{memory / 2**30:.2f} GiB (torch does not measure memory on this device)"
+        line += f"{memory / 2**30:.2f} GiB (of a CPU rank it is not measured apart from its process)"
     return entries, line + ("" if hardware.calibrated else "; the hardware table's figures are not calibrated here")

@@ -30,7 +30,9 @@ class PlanCheck:
         self._times.append(seconds)
         if len(self._times) < AFTER_STEPS:
             return None
-        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
-        self.entries, line = plan_error(*self._asked, name, self._per_node, statistics.median(self._times),
-                                        peak_memory_gib(self._device) * 2**30)
+        # A CPU's figure is the whole process's, Python and libraries included: nothing that a plan speaks of.
+        name, peak = "cpu", 0.0
+        if self._device.type == "cuda":
+            name, peak = torch.cuda.get_device_name(self._device), peak_memory_gib(self._device) * 2**30
+        self.entries, line = plan_error(*self._asked, name, self._per_node, statistics.median(self._times), peak)
         return line
