@@ -10,7 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
-# The tests' ranks share the machine: one thread each, and the CPU even where there is a GPU.
+# The tests' ranks share the machine: one thread each, and the CPU even where there is a GPU.  Two files of tests at a time,
+# since much of a test is ranks that start or wait for each other.
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}
 
 .PHONY: help setup demo cards test test-slow test-slurm clean
@@ -49,7 +50,7 @@ cards: demo
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/cards.sh
 
 test: setup
-	@$(TEST_ENV) $(BIN)/python -m pytest -q $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 test-slow: setup
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -m slow $(ARGS)
