@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffmoe.config import Config, open_text
+from diffmoe.config import Config
 from diffmoe.layout import Layout
+from diffmoe.strict_yaml import open_text
 
 # Keys that DeepSpeed would read and that the YAML owns: allowed only with the YAML's own value.
 _OWNED = {

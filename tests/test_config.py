@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, read_yaml
+from diffmoe.config import Config, config_from_tree, config_to_tree, load_config
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import resolve_layout
+from diffmoe.strict_yaml import read_yaml
 from programs import REPOSITORY
 
 

@@ -24,6 +24,7 @@ LAYERS = [
     ["diffmoe.deepspeed_json"],
     ["diffmoe.layout"],
     ["diffmoe.config", "diffmoe.device", "diffmoe.markdown", "diffmoe.progress", "diffmoe.random_streams"],
+    ["diffmoe.strict_yaml"],
     ["diffmoe", "launcher"],
 ]
 HEIGHT = {entry: -i for i, entries in enumerate(LAYERS) for entry in entries}

@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 import yaml
 
-from diffmoe.config import read_yaml
+from diffmoe.strict_yaml import read_yaml
 
 TABLE = Path(__file__).resolve().parents[2] / "launcher" / "hardware.yaml"
 

@@ -1,0 +1,164 @@
+"""Strict YAML: files with ``include``, ``a.b=c`` overrides, and dataclasses filled from trees of dicts.
+
+Doubled and unknown keys, values of another type and files that cannot be read are ValueErrors that name them.  Nothing here
+knows what is in a configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TextIO, Union
+
+import yaml
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key written twice: PyYAML keeps the last one without a word."""
+
+
+def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise ValueError(f"{node.start_mark.name}: key {key!r} on line {key_node.start_mark.line + 1} must be a text")
+        if key in seen:
+            raise ValueError(
+                f"{node.start_mark.name}: key {key!r} stands twice, on lines {seen[key]} and "
+                f"{key_node.start_mark.line + 1}"
+            )
+        seen[key] = key_node.start_mark.line + 1
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def open_text(path: Path, what: str, origin: str = "") -> TextIO:
+    """A file that a person names, open to be read.  Raises ValueError, which calls it ``what``, where that cannot be done."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{what} {path} must be a file, not a folder or device{origin}")
+        return path.open(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{what} {path} does not exist{origin}") from None
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read: {error.strerror}{origin}") from None
+
+
+def read_yaml(path: str | Path, _stack: tuple[Path, ...] = ()) -> dict:
+    """Reads a YAML file and what it includes (``include: file`` or a list, relative to the file, later ones win,
+    the file itself last).  Raises ValueError for a missing file, bad YAML, a doubled key or a circle."""
+    path = Path(path).resolve()
+    if path in _stack:
+        raise ValueError(f"include goes in a circle: {' -> '.join(p.name for p in (*_stack, path))}")
+    with open_text(path, "config file", f" (included from {_stack[-1]})" if _stack else "") as stream:
+        try:
+            tree = yaml.load(stream, _StrictLoader)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping, not {type(tree).__name__}")
+    includes = tree.pop("include", [])
+    includes = [includes] if isinstance(includes, str) else includes
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise ValueError(f"{path}: include ({includes!r}) must be a file name or a list of file names")
+    merged: dict = {}
+    for name in includes:
+        merged = merge(merged, read_yaml(path.parent / name, (*_stack, path)))
+    return merge(merged, tree)
+
+
+def merge(base: dict, over: dict) -> dict:
+    """``base`` with what ``over`` says, dict by dict."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def tree_of_overrides(overrides: list[str]) -> dict:
+    """``section.field=value`` texts as one tree; later ones win."""
+    tree: dict = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals or not all(name.split(".")):
+            raise ValueError(f"override {text!r} must look like section.field=value")
+        stream = io.StringIO(value)
+        stream.name = f"override {text!r}"  # what the loader calls it
+        try:
+            leaf: Any = yaml.load(stream, _StrictLoader)
+        except (yaml.YAMLError, RecursionError):
+            raise ValueError(f"override {text!r}: {value!r} is not a YAML value") from None
+        for part in reversed(name.split(".")):
+            leaf = {part: leaf}
+        tree = merge(tree, leaf)
+    return tree
+
+
+def build(cls: type, tree: Any, path: str = "") -> Any:
+    """The dataclass ``cls``, and those in it, from nested dicts.  ``path``: its name in error messages."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path or 'config'} must be a mapping, not {tree!r}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            prefix = f"{path}." if path else ""
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(hints)}"
+            raise ValueError(f"unknown key {name} (value {value!r}){hint}")
+        kind = hints[key]
+        values[key] = build(kind, value, name) if dataclasses.is_dataclass(kind) else _typed(kind, value, name)
+    return cls(**values)
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """``value`` as ``kind``, or ValueError.  Accepts 1 for 1.0 and the text '1e-4', which YAML 1.1 reads as a string."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        for option in args:
+            try:
+                return _typed(option, value, name)
+            except ValueError:
+                continue
+    elif origin is Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)) and args[1:] == (...,):
+            args = args[:1] * len(value)
+        if isinstance(value, (list, tuple)) and len(value) == len(args):
+            return tuple(_typed(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
+    elif kind is type(None):
+        if value is None:
+            return None
+    elif kind is float:
+        try:
+            if not isinstance(value, bool) and math.isfinite(number := float(value)):
+                return number
+        except (ValueError, TypeError, OverflowError):
+            pass
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{name} = {value!r} must be {_describe(kind)}")
+
+
+def _describe(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(a) for a in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        return "a list of numbers" if args[1:] == (...,) else f"{len(args)} numbers"
+    return {int: "an integer", float: "a finite number", str: "a text", bool: "true or false", type(None): "null"}[kind]
