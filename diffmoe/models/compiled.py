@@ -53,6 +53,7 @@ class _Regions:
                 ) -> tuple[Tensor, Optional[MoEStats]]:
         if not block.training:
             return eager(x, c, rule)
+        assert x.is_contiguous() and c.is_contiguous()  # see PatchEmbedding
         if not isinstance(block.mlp, MoELayer):
             return self.whole(eager, self.recompute, x, c, self.settled)  # any rule is the same to it
         if block.mlp.has_static_shapes and rule == self.settled:
