@@ -138,7 +138,9 @@ class TrainConfig:
     ``on_nonfinite``: a step whose loss or gradient is not finite changes nothing and is passed over (``skip``, at most
     ``nonfinite_limit`` in a row), or ends the run (``stop``).  ``spike_factor`` above 0: a step whose loss is above so many
     times the median of the last ``spike_window`` steps sends the run back to its last checkpoint, and is left out from then
-    on; more than ``spike_limit`` times back to one checkpoint ends the run."""
+    on; more than ``spike_limit`` times back to one checkpoint ends the run.
+
+    ``compile``: blocks run through torch.compile where their shapes are static."""
 
     steps: int = 700_000
     batch: int = 256
@@ -166,6 +168,7 @@ class TrainConfig:
     keep: int = 3
     keep_every: int = 0
     async_save: bool = True
+    compile: bool = False
 
     @property
     def ema_decays(self) -> tuple[float, ...]:

@@ -88,6 +88,8 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
         _check_type(f"zero_optimization.{key}", _block(tree, "zero_optimization").get(key), dict)
     if type(zero_stage(tree)) is not int or zero_stage(tree) not in (0, 1, 2, 3):
         raise ValueError(f"DeepSpeed's zero_optimization.stage ({zero_stage(tree)!r}) must be 0, 1, 2 or 3")
+    if config.train.compile and zero_stage(tree) == 3:  # which gathers weights in hooks of modules, where no graph can go
+        raise ValueError("train.compile (true) needs a DeepSpeed zero_optimization.stage (3) of at most 2")
     passed = {key: value for key, value in tree.items() if key in _PASSED and value is not None}
     return _resolve({"steps_per_print": 10**9, **passed, **owned}, expert_parallel=layout.ep > 1)
 

@@ -166,7 +166,7 @@ def _compilers(facts: Facts) -> list[Finding]:
     if facts.compiler is None:
         fix = "apt-get install -y g++   # or: module load gcc"
         found.append(Finding("wrong" if facts.gpus else "note", "compiler", "no C++ compiler: DeepSpeed cannot build its operators "
-                             "(train.optimizer=deepspeed, offload)", fix if facts.gpus else ""))
+                             "(train.optimizer=deepspeed, offload), nor torch what train.compile needs", fix if facts.gpus else ""))
     else:
         found.append(Finding("good", "compiler", facts.compiler))
     cuda = facts.torch["cuda"] if isinstance(facts.torch, dict) else None

@@ -17,7 +17,7 @@ $python run.py verify --quick --worlds "$worlds" --device $device --json "$out/p
 for size in "l 16" "xl 8"; do
     read -r model experts <<< "$size"
     $python run.py bench moe-layer --model "$model" --experts "$experts" --tokens $tokens --dtype $dtype --repeats $repeats --out "$out" $wide
-    $python run.py bench step --model "$model" --experts "$experts" --samples $samples --dtype $dtype --repeats $repeats --out "$out" $deep
+    $python run.py bench step --compile --model "$model" --experts "$experts" --samples $samples --dtype $dtype --repeats $repeats --out "$out" $deep
     $python run.py bench sampling --model "$model" --experts "$experts" --samples $samples --dtype $dtype --repeats $repeats --out "$out" $deep
 done
 $python run.py bench step --model l --recompute --samples $samples --dtype $dtype --repeats $repeats --out "$out" $deep

@@ -3,10 +3,11 @@
 ours       the mixture model, by default S-E16
 dense      the dense model of equal activated width
 block, selective   ours with that activation checkpointing (``--recompute``)
+compiled, compiled-dense   ours and dense with ``train.compile`` (``--compile``)
 loop       ours with every mixture replaced by the textbook loop (``--loop``)
 
 Time is the median of interleaved repeats.  ``peak``: the most bytes of activations alive at once in forward and backward of the
-micro-batch, beyond weights and their gradients.  One process; ZeRO 0 in fp32, ZeRO 1 in bf16.
+micro-batch, beyond weights and their gradients (not of compiled ones on a CPU, where nobody can see them).  One process; ZeRO 0 in fp32, ZeRO 1 in bf16.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import dataclasses
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from diffmoe.bench.contenders import TextbookLoop
 from diffmoe.bench.options import bench_parser, sized_config
 from diffmoe.config import Config
 from diffmoe.layout import resolve_layout
+from diffmoe.models.compiled import check_compiler, compile_blocks
 from diffmoe.models.count import count
 from diffmoe.models.dit import DiT, initialize
 from diffmoe.moe.layer import MoELayer, MoEStats
@@ -55,7 +57,8 @@ class Training:
     """A model with engine, EMA and one batch: ``step()`` is one optimizer step."""
 
     def __init__(self, name: str, config: Config, samples: int, dtype: torch.dtype, device: torch.device) -> None:
-        family = "dense" if name == "dense" else "diffmoe"
+        family = "dense" if name.endswith("dense") else "diffmoe"
+        self.compiled = name.startswith("compiled")
         recompute = name if name in ("block", "selective") else "none"
         self.config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, family=family),
@@ -70,6 +73,8 @@ class Training:
             for _, layer in list(self.model.moe_layers()):
                 block = next(b for b in self.model.blocks if b.mlp is layer)
                 block.mlp = _LoopLayer(layer, self.config)
+        if self.compiled:
+            compile_blocks(self.model)
         self.model.to(device)
         bf16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
         self.engine = Engine(self.model, self.config, self.layout, bf16 if dtype == torch.bfloat16 else {}, self.groups, device)
@@ -86,7 +91,9 @@ class Training:
         rule = RoutingRule("train", self.config.moe.capacity)
         micro_loss(self.model, self.batch, self.config, rule, self.device).total.backward()
 
-    def peak_bytes(self) -> int:
+    def peak_bytes(self) -> Optional[int]:
+        if self.compiled and self.device.type == "cpu":
+            return None
         peak = measure.peak_bytes(self.backward_only, [self.model], self.device)
         self.model.zero_grad(set_to_none=True)
         return peak
@@ -97,12 +104,16 @@ def main(arguments: list[str]) -> int:
     parser = bench_parser("step", "A whole optimizer step beside the dense model's.")
     parser.add_argument("--samples", type=int, default=32, help="samples of a step (default 32)")
     parser.add_argument("--recompute", action="store_true", help="also with block and selective recompute")
+    parser.add_argument("--compile", action="store_true", help="also compiled, and dense compiled")
     parser.add_argument("--loop", action="store_true", help="also with the textbook loop")
     options = parser.parse_args(arguments)
     config, device, dtype = sized_config(options)
     if options.samples < 1:
         raise ValueError(f"--samples ({options.samples}) must be at least 1")
-    names = ["ours", "dense"] + ["block", "selective"] * options.recompute + ["loop"] * options.loop
+    if options.compile:
+        check_compiler(device)
+    names = (["ours", "dense"] + ["block", "selective"] * options.recompute + ["compiled", "compiled-dense"] * options.compile
+             + ["loop"] * options.loop)
     if not dist.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=f"file://{store}", rank=0, world_size=1)
@@ -112,14 +123,16 @@ def main(arguments: list[str]) -> int:
     facts = {"model": options.model, "experts": config.moe.experts, "samples": options.samples, "dtype": options.dtype,
              "repeats": options.repeats, **_ratios(seconds, peaks), **_utilization(trainings, seconds, device, dtype),
              "seconds": seconds, "peak_bytes": peaks, **measure.surroundings(device)}
-    rows = [[name, 1e3 * seconds[name], seconds[name] / seconds["dense"], peaks[name] / 2**20, peaks[name] / peaks["dense"],
+    rows = [[name, 1e3 * seconds[name], seconds[name] / seconds["dense"],
+             *(["-", "-"] if peaks[name] is None else [peaks[name] / 2**20, peaks[name] / peaks["dense"]]),
              facts["mfu"][name]] for name in names]
     text = measure.table(["step", "ms", "of dense", "peak MiB", "of dense", "of matmul ceiling"], rows)
-    title = f"step_{options.model}_e{config.moe.experts}_{options.samples}" + "_recompute" * options.recompute
+    title = (f"step_{options.model}_e{config.moe.experts}_{options.samples}" + "_recompute" * options.recompute
+             + "_compile" * options.compile)
     return measure.report(title, facts, text, {n: 1e3 * s for n, s in seconds.items()}, "ms, one optimizer step", options)
 
 
-def _ratios(seconds: dict[str, float], peaks: dict[str, int]) -> dict[str, Any]:
+def _ratios(seconds: dict[str, float], peaks: dict[str, Optional[int]]) -> dict[str, Any]:
     facts: dict[str, Any] = {"time_over_dense": seconds["ours"] / seconds["dense"],
                              "activation_memory_over_dense": peaks["ours"] / peaks["dense"]}
     if "loop" in seconds:
@@ -129,6 +142,9 @@ def _ratios(seconds: dict[str, float], peaks: dict[str, int]) -> dict[str, Any]:
         extra = {name: seconds[name] - seconds["ours"] for name in ("block", "selective")}
         facts["selective_over_block_extra_time"] = extra["selective"] / extra["block"]
         facts["selective_over_block_memory"] = peaks["selective"] / peaks["block"]
+    if "compiled" in seconds:
+        facts["compiled_time_over_ours"] = seconds["compiled"] / seconds["ours"]
+        facts["compiled_time_over_compiled_dense"] = seconds["compiled"] / seconds["compiled-dense"]
     return facts
 
 

@@ -77,6 +77,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _measure(config: Config, layout: Layout, tree: dict, environment: RankEnvironment, device: torch.device,
              options: argparse.Namespace) -> dict:
     """A fresh model's steps, of which nothing is left."""
+    from diffmoe.models.compiled import check_compiler, compile_blocks
     from diffmoe.models.dit import DiT, initialize
     from diffmoe.parallel.groups import build_groups
     from diffmoe.training.ema import Ema
@@ -89,6 +90,9 @@ def _measure(config: Config, layout: Layout, tree: dict, environment: RankEnviro
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups, recompute=config.parallel.recompute,
                 time_scale=config.diffusion.time_scale)
     initialize(model, config.run.seed)
+    if config.train.compile:
+        check_compiler(device)
+        compile_blocks(model)
     engine = Engine(model, config, layout, tree, groups, device)
     ema, numbers = Ema(engine, config.train.ema_decays), itertools.count()
     found = profile_rank(engine, lambda: next(batches),

@@ -79,5 +79,6 @@ def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: boo
         lines.append(f"experts  {moe.experts} over {layout.ep} expert-parallel ranks, in {layout.ranks // layout.ep} copies")
         lines.append(f"pool     {layout.pool} samples = {layout.pool * model.tokens} tokens (moe.pool: {moe.pool}), "
                      f"held by {layout.pool_ranks} rank{'s' * (layout.pool_ranks > 1)}")
-    lines.append(f"engine   ZeRO {zero_stage(deepspeed_tree)}, {precision}, recompute {config.parallel.recompute}")
+    lines.append(f"engine   ZeRO {zero_stage(deepspeed_tree)}, {precision}, recompute {config.parallel.recompute}"
+                 + ", compiled" * config.train.compile)
     return "\n".join(lines)

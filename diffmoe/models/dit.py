@@ -45,11 +45,18 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(model.width, 6 * model.width))
 
     def forward(self, x: Tensor, c: Tensor, rule: RoutingRule) -> tuple[Tensor, Optional[MoEStats]]:
+        return self.feed(*self.attend(x, c), rule)
+
+    def attend(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything before the MLP: (x after attention, the MLP's input, the gate [B, D] of its output)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
-        h = modulate(self.norm2(x), shift2, scale2)
+        return x, modulate(self.norm2(x), shift2, scale2), gate2
+
+    def feed(self, x: Tensor, h: Tensor, gate: Tensor, rule: RoutingRule) -> tuple[Tensor, Optional[MoEStats]]:
+        """The MLP or mixture, and its report."""
         y, stats = self.mlp(h, rule) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
-        return x + gate2.unsqueeze(1) * y, stats
+        return x + gate.unsqueeze(1) * y, stats
 
 
 class DiT(nn.Module):

@@ -40,7 +40,9 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # Contiguous, as then is every sum down the residual stream: norms would copy each of them, and Inductor's kernels on a
+        # CPU (torch 2.13) give wrong gradients for transposed ones.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedding(nn.Module):

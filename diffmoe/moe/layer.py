@@ -62,6 +62,11 @@ class MoELayer(nn.Module):
             self.capacity_predictor = CapacityPredictor(model.width, moe.experts)
             self.thresholds = Thresholds(moe.experts, moe.threshold_decay)
 
+    @property
+    def has_static_shapes(self) -> bool:
+        """Whether every expert takes equally many rows in training, without asking the device or another rank."""
+        return self.family != "tc" and self.groups.pool.size == 1 and self.groups.ep.size == 1
+
     def forward(self, x_BND: Tensor, rule: RoutingRule) -> tuple[Tensor, MoEStats]:
         """[B, N, D] -> [B, N, D] and the layer's report.  A token that no expert takes gets zero."""
         x_TD = x_BND.flatten(0, 1)

@@ -123,7 +123,8 @@ def _run_watched(engine: Engine, batch: Batch, config: Config, rule: RoutingRule
     handles = [module.register_forward_hook(partial(on_output, name))
                for name, module in engine.model.named_modules() if name and not name.startswith("deepspeed_marker")]
     try:
-        loss = micro_loss(engine.model, batch, config, rule, engine.device).total
+        with torch.compiler.set_stance("force_eager"):  # compiled code calls no hooks of the modules in it
+            loss = micro_loss(engine.model, batch, config, rule, engine.device).total
     finally:
         for handle in handles:
             handle.remove()

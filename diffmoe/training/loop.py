@@ -20,6 +20,7 @@ from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.evaluation.generate import generate_everywhere
 from diffmoe.evaluation.while_training import Scorer, open_scorer, score
 from diffmoe.layout import Layout
+from diffmoe.models.compiled import check_compiler, compile_blocks
 from diffmoe.models.dit import DiT, initialize
 from diffmoe.parallel.collectives import AgreedError, anyone, gather_objects, raise_together
 from diffmoe.parallel.groups import ParallelGroups
@@ -103,6 +104,8 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     reader, problem, accepted, left_out = None, None, [], []
     try:
         reader = open_reader(config)
+        if config.train.compile:
+            check_compiler(device)
         if newest is not None:  # before anything of an earlier run is overwritten
             accepted = check_resumable(newest, config, layout, reader.index.fingerprint)
         if groups.rank == 0:
@@ -115,6 +118,8 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups, recompute=config.parallel.recompute,
                 time_scale=config.diffusion.time_scale)
     initialize(model, config.run.seed)
+    if config.train.compile:
+        compile_blocks(model)
     engine = Engine(model, config, layout, deepspeed_tree, groups, device)
     watch_layers(model.blocks, groups.trace)
     ema = Ema(engine, config.train.ema_decays)
