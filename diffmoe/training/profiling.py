@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterable, Sequence, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import is_fake
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from diffmoe.parallel.traffic import CommunicationCount
@@ -63,7 +64,7 @@ def profile_rank(engine: Engine, fetch: Callable[[], T], train: Callable[[T], An
     static = live_bytes(device)
     events, traced_s = _trace(step, traced, device)
     count = CommunicationCount((f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers())
-    with count:
+    with torch.compiler.set_stance("force_eager"), count:  # which nothing compiled can run under; messages are the same
         step()
     return RankProfile(step_s, traced_s, split(events), static, _peak(events, static, device), count.table())
 
@@ -88,7 +89,9 @@ def live_bytes(device: torch.device) -> int:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+        if not issubclass(type(thing), torch.Tensor) or is_fake(thing):  # a compiler's tensors have no memory
+            continue
+        if thing.device.type == "cpu" and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
