@@ -24,7 +24,7 @@ from torch import Tensor
 Arrangement = Literal["each", "batched", "grouped"]
 
 _GELU_SLOPE, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
-_CPU_BLOCK = 1 << 16  # numbers of a block whose intermediates stay in a core's cache
+_CPU_BLOCK = 1 << 18  # numbers of a block whose intermediates stay in the cores' caches
 
 
 @dataclass(frozen=True)

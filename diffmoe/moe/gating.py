@@ -32,6 +32,16 @@ def _blocks(x: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
+class _Buffer:
+    """The activated hidden layer of one block after another, in the same memory."""
+
+    def __init__(self, x: Tensor, width: int) -> None:
+        self._held = x.new_empty(min(len(x), _blocks(x)[0].stop) if len(x) else 0, width)
+
+    def silu(self, hidden: Tensor) -> Tensor:
+        return torch.ops.aten.silu.out(hidden, out=self._held[:len(hidden)])
+
+
 class _Gating(torch.autograd.Function):
     """(router's logits, predictor's logits)."""
 
@@ -45,10 +55,11 @@ class _Gating(torch.autograd.Function):
         bias = torch.cat([b1, b1.new_zeros(E)]) if together else b1
         first = x.new_empty(T, len(both))
         scores, capacity = (torch.empty(T, E, dtype=wide, device=x.device) for _ in range(2))
+        active = _Buffer(x, D)
         for rows in _blocks(x):
             z = torch.addmm(bias, x[rows], both.mT, out=first[rows])
             scores[rows] = z[:, D:] if together else F.linear(x[rows].to(wide), router.to(wide))
-            capacity[rows] = F.linear(F.silu(z[:, :D]), w2, b2)
+            capacity[rows] = F.linear(active.silu(z[:, :D]), w2, b2)
         ctx.save_for_backward(x, first, router, w1, w2)
         return scores, capacity
 
@@ -60,10 +71,10 @@ class _Gating(torch.autograd.Function):
         # Sums over blocks are kept wide, whatever the precision of the products.
         d_both = torch.zeros(D + len(router), x.shape[1], dtype=wide, device=x.device)
         d_b1, d_w2, d_b2 = (torch.zeros(shape, dtype=wide, device=x.device) for shape in (D, w2.shape, len(w2)))
-        dx = torch.empty_like(x)
+        dx, active = torch.empty_like(x), _Buffer(x, D)
         for rows in _blocks(x):
             hidden, d_out = first[rows, :D], d_capacity[rows].to(x.dtype)
-            d_w2 += d_out.mT @ F.silu(hidden)
+            d_w2 += d_out.mT @ active.silu(hidden)
             d_b2 += d_capacity[rows].sum(0)
             d_first = first.new_empty(len(hidden), first.shape[1])
             d_hidden = d_first[:, :D]
