@@ -1,5 +1,7 @@
 """Every fast path against the plain definition it replaces; what it keeps for backward."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ from diffmoe.moe.expert_mlp import ExpertWeights, arrangement, expert_mlp
 from diffmoe.moe.experts import Mlp
 from diffmoe.moe.gating import scores_and_capacity
 from diffmoe.moe.layer import MoELayer
+from diffmoe.moe import recycled
+from diffmoe.moe.recycled import Recycled
 from diffmoe.moe.routing import RoutingRule, gate_scores
 from diffmoe.parallel.groups import single_process
 
@@ -86,19 +90,52 @@ def test_expert_mlp_is_its_definition(how, name, kind, gated):
     weights = experts(kind, dtype)
     source, place, gate, each = inputs(COUNTS[name], gated, dtype)
     leaves = [source, gate, *weights.flat()]
-    y, wanted = expert_mlp(source, place, COUNTS[name], gate, weights, how), plain(source, place, gate, each, weights)
+    y, wanted = expert_mlp(source, place, COUNTS[name], gate, weights, Recycled(), how), plain(source, place, gate, each, weights)
     assert_close(y.detach(), wanted.detach(), bound)
     for found, expected in zip(gradients(y, *leaves), gradients(wanted, *leaves), strict=True):
         assert_close(found, torch.zeros_like(found) if expected is None else expected, bound)
     with torch.no_grad():
-        assert torch.equal(expert_mlp(source, place, COUNTS[name], gate, weights, how), y)
+        assert torch.equal(expert_mlp(source, place, COUNTS[name], gate, weights, Recycled(), how), y)
+
+
+def test_recycled_memory_is_taken_again_but_never_from_a_living_tensor(monkeypatch):
+    monkeypatch.setattr(recycled, "LARGE", 0)
+    memory, like = Recycled(), torch.empty(3, 5, dtype=torch.bfloat16)
+    first = memory.empty_like(like)
+    assert first.shape == like.shape and first.dtype == like.dtype and first.is_contiguous()
+    held, place = first[1].fill_(7), first.data_ptr()
+    del first  # but a part of it lives
+    second = memory.empty_like(like).fill_(1)
+    assert second.data_ptr() != place and held.eq(7).all()
+    del held
+    assert memory.empty_like(like).data_ptr() == place
+    assert copy.deepcopy(memory).empty_like(like).data_ptr() != place
+
+
+def test_gradients_in_recycled_memory_are_the_same_and_stay_what_they_were(monkeypatch):
+    weights = experts("gelu", torch.float64)
+    source, place, gate, _ = inputs(24, True, torch.float64)
+
+    def gradients_of(memory, factor):
+        return gradients(factor * expert_mlp(source, place, 24, gate, weights, memory), *weights.flat())
+
+    wanted = [gradients_of(Recycled(), factor) for factor in (1.0, 2.0, 3.0)]
+    monkeypatch.setattr(recycled, "LARGE", 0)
+    memory = Recycled()
+    kept = [gradients_of(memory, factor) for factor in (1.0, 2.0)]
+    places = {g.data_ptr() for step in kept for g in step}
+    assert len(places) == 2 * len(weights.flat())
+    assert all(map(torch.equal, wanted[0] + wanted[1], kept[0] + kept[1]))
+    kept.clear()
+    again = gradients_of(memory, 3.0)
+    assert all(map(torch.equal, wanted[2], again)) and {g.data_ptr() for g in again} < places
 
 
 def test_bf16_adds_up_in_fp32():
     weights, (source, place, gate, each) = experts("gelu", torch.bfloat16), inputs(24, True, torch.bfloat16)
     wide = ExpertWeights(tuple((w.detach().double(), b.detach().double()) for w, b in weights.firsts),
                          weights.second.detach().double(), weights.second_bias.detach().double())
-    y, wanted = expert_mlp(source, place, 24, gate, weights), plain(source.double(), place, gate.double(), each, wide)
+    y, wanted = expert_mlp(source, place, 24, gate, weights, Recycled()), plain(source.double(), place, gate.double(), each, wide)
     assert y.dtype == torch.bfloat16 and gradients(y, gate)[0].dtype == torch.float32
     assert_close(y.double(), wanted, 2e-2)
 

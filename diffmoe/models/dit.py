@@ -15,6 +15,7 @@ from diffmoe.models.layers import (
 )
 from diffmoe.moe.experts import Experts, Mlp
 from diffmoe.moe.layer import MoELayer, MoEStats
+from diffmoe.moe.recycled import Recycled
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import ParallelGroups, single_process
 from diffmoe.parallel.recompute import recomputed
@@ -72,8 +73,9 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedding(model.channels, model.patch, model.width)
         self.t_embedder = TimestepEmbedding(model.width)
         self.y_embedder = LabelEmbedding(model.classes, model.width)
+        memory = Recycled()
         self.blocks = nn.ModuleList(
-            DiTBlock(model, MoELayer(model, moe, pool, groups) if is_moe_block(model, moe, i)
+            DiTBlock(model, MoELayer(model, moe, pool, groups, memory) if is_moe_block(model, moe, i)
                      else Mlp(model.width, model.hidden))
             for i in range(model.depth))
         self.final_layer = FinalLayer(model.width, model.patch, model.out_channels)

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffmoe.moe.recycled import Recycled
+
 Arrangement = Literal["each", "batched", "grouped"]
 
 _GELU_SLOPE, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -58,15 +60,15 @@ def arrangement(device: torch.device, dtype: torch.dtype, counts: int | list[int
 
 
 def expert_mlp(source_SD: Tensor, place_R: Tensor, counts: int | list[int], gate_R: Optional[Tensor], weights: ExpertWeights,
-               how: Optional[Arrangement] = None) -> Tensor:
+               memory: Recycled, how: Optional[Arrangement] = None) -> Tensor:
     """[S, D] -> [S, D], a source row that no row names becoming zero.  ``counts``: rows of each expert, or of all alike.
 
     With a gate rows add up in the gate's precision; without one ``place_R`` must name every row once.  An expert without
-    rows gets a gradient of zeros, so that it exists on every rank."""
+    rows gets a gradient of zeros, so that it exists on every rank.  ``memory``: where the weights' gradients come from."""
     how = how or arrangement(source_SD.device, source_SD.dtype, counts)
     if not torch.is_grad_enabled():
         return _forward(source_SD, gate_R, place_R, counts, how, weights, keep=False)[0]
-    return _ExpertMlp.apply(source_SD, gate_R, place_R, counts, how, *weights.flat())
+    return _ExpertMlp.apply(source_SD, gate_R, place_R, counts, how, memory, *weights.flat())
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,10 @@ class _ExpertMlp(torch.autograd.Function):
     """See the module's docstring."""
 
     @staticmethod
-    def forward(ctx, source, gate, place, counts, how, *flat):
+    def forward(ctx, source, gate, place, counts, how, memory, *flat):
         y, kept = _forward(source, gate, place, counts, how, ExpertWeights.of(flat), keep=True)
         ctx.save_for_backward(source, gate, place, *flat, *kept)
-        ctx.counts, ctx.how, ctx.flat = counts, how, len(flat)
+        ctx.counts, ctx.how, ctx.memory, ctx.flat = counts, how, memory, len(flat)
         return y
 
     @staticmethod
@@ -188,21 +190,21 @@ class _ExpertMlp(torch.autograd.Function):
         # Several experts add to one token: in the gate's precision, like the output.
         d_source = torch.zeros_like(source, dtype=source.dtype if gate is None else gate.dtype)
         d_gate = None if gate is None else torch.empty_like(gate)
-        d_flat, firsts = _Gradients(weights), len(weights.firsts)
+        d_flat, firsts = _Gradients(weights, ctx.memory), len(weights.firsts)
         for n, part in enumerate(parts):
             pre = kept[n * firsts:(n + 1) * firsts]
             dx, dg = _backward_part(part, source, gate, place, pre, weights, dy, buffers, d_flat)
             d_source.index_add_(0, place[part.start:part.end], dx.flatten(0, -2))
             if gate is not None:
                 d_gate[part.start:part.end] = dg.flatten()
-        return d_source.to(source.dtype), d_gate, None, None, None, *d_flat.finished()
+        return d_source.to(source.dtype), d_gate, None, None, None, None, *d_flat.finished()
 
 
 class _Gradients:
     """Gradients of stacked weights, filled part by part."""
 
-    def __init__(self, weights: ExpertWeights) -> None:
-        self._weights = weights.flat()
+    def __init__(self, weights: ExpertWeights, memory: Recycled) -> None:
+        self._weights, self._memory = weights.flat(), memory
         self._held: list[Optional[Tensor]] = [None] * len(self._weights)
 
     def take(self, n: int, part: _Part, value: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -211,7 +213,7 @@ class _Gradients:
             self._held[n] = part.times(*value) if isinstance(value, tuple) else value
             return
         if self._held[n] is None:
-            self._held[n] = torch.empty_like(self._weights[n], memory_format=torch.contiguous_format)
+            self._held[n] = self._memory.empty_like(self._weights[n])
         if isinstance(value, tuple):
             part.times(*value, out=self._held[n][part.index])
         else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import swiglu_hidden
 from diffmoe.moe.expert_mlp import ExpertWeights, expert_mlp
+from diffmoe.moe.recycled import Recycled
 
 
 class Mlp(nn.Module):
@@ -33,9 +34,9 @@ class Experts(nn.Module):
     GELU: fc2(gelu(fc1 x)) with biases, DiT's MLP.  SwiGLU: fc2(silu(gate x) * fc1 x) without biases."""
 
     def __init__(self, width: int, hidden: int, experts: int, local: int, first: int,
-                 activation: Literal["gelu", "swiglu"]) -> None:
+                 activation: Literal["gelu", "swiglu"], memory: Recycled) -> None:
         super().__init__()
-        self.experts, self.first, self.local, self.activation = experts, first, local, activation
+        self.experts, self.first, self.local, self.activation, self.memory = experts, first, local, activation, memory
         inner = hidden if activation == "gelu" else swiglu_hidden(hidden)
         self.fc1_weight = nn.Parameter(torch.empty(local, width, inner))
         self.fc2_weight = nn.Parameter(torch.empty(local, inner, width))
@@ -48,7 +49,7 @@ class Experts(nn.Module):
     def forward(self, source_SD: Tensor, place_R: Tensor, counts: int | list[int], gate_R: Optional[Tensor]) -> Tensor:
         """y[place_r] += gate_r * expert(source[place_r]) over rows grouped by expert, ``counts`` each or ``counts[i]`` for
         expert i: [S, D] -> [S, D].  See :mod:`diffmoe.moe.expert_mlp`."""
-        return expert_mlp(source_SD, place_R, counts, gate_R, self._weights())
+        return expert_mlp(source_SD, place_R, counts, gate_R, self._weights(), self.memory)
 
     def _weights(self) -> ExpertWeights:
         if self.activation == "gelu":

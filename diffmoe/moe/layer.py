@@ -15,6 +15,7 @@ from diffmoe.moe.dispatch import combine, dispatch
 from diffmoe.moe.experts import Experts, Mlp
 from diffmoe.moe.gating import scores_and_capacity
 from diffmoe.moe.pool import choose
+from diffmoe.moe.recycled import Recycled
 from diffmoe.moe.routing import (
     Routing, RoutingRule, balance_loss, choose_experts, gate_scores, predicted_counts, predicted_tokens, ragged_routing,
 )
@@ -49,14 +50,16 @@ class MoELayer(nn.Module):
     """Mixture of experts for the families tc, ec and diffmoe.
 
     ``pool`` counts samples (resolved, see ``layout.resolve_layout``); this rank holds experts
-    ``[ep.index * E / ep.size, …)``."""
+    ``[ep.index * E / ep.size, …)``.  ``memory`` may be shared by all layers of a model."""
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups) -> None:
+    def __init__(self, model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups,
+                 memory: Optional[Recycled] = None) -> None:
         super().__init__()
         local = moe.experts // groups.ep.size
         self.family, self.moe, self.pool, self.groups = model.family, moe, pool, groups
         self.router = nn.Parameter(torch.empty(moe.experts, model.width))
-        self.experts = Experts(model.width, model.hidden, moe.experts, local, groups.ep.index * local, moe.activation)
+        self.experts = Experts(model.width, model.hidden, moe.experts, local, groups.ep.index * local, moe.activation,
+                               memory or Recycled())
         self.shared = Mlp(model.width, moe.shared_experts * model.hidden) if moe.shared_experts else None
         if model.family == "diffmoe":
             self.capacity_predictor = CapacityPredictor(model.width, moe.experts)
