@@ -83,9 +83,10 @@ class _Gating(torch.autograd.Function):
             if together:
                 d_first[:, D:] = d_scores[rows]
                 d_both.addmm_(d_first.mT, x[rows])
+                torch.mm(d_scores[rows], router, out=dx[rows])
             else:
                 d_both[:D] += d_hidden.mT @ x[rows]
                 d_both[D:].addmm_(d_scores[rows].mT, x[rows].to(wide))
-            dx[rows] = d_scores[rows] @ router.to(wide)
+                dx[rows] = d_scores[rows] @ router.to(wide)
         d_w1, d_router = d_both.split([D, len(router)])
         return dx, d_router.to(router.dtype), *(g.to(x.dtype) for g in (d_w1, d_b1, d_w2, d_b2))
