@@ -26,6 +26,13 @@ def fail_alone(how):
     dist.barrier()
 
 
+def lose_rank_1():
+    if dist.get_rank() == 1:
+        time.sleep(0.5)
+        os._exit(3)
+    raise RuntimeError("Read error: Connection reset by peer")
+
+
 def process_id():
     return os.getpid()
 
@@ -44,6 +51,13 @@ def test_results_errors_and_fresh_worlds():
     for child in children:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
+
+
+def test_the_rank_that_died_is_told_of_and_not_the_one_that_lost_it():
+    with Ranks(2) as ranks:
+        ranks.run(process_id)
+        with pytest.raises(RankError, match="rank 1: RuntimeError: the process died"):
+            ranks.run(lose_rank_1)
 
 
 def test_a_rank_that_hangs():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import re
 import sys
 import tempfile
 import time
@@ -22,6 +23,9 @@ from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
+
+_LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe")
+_MOMENT = 2.0  # seconds by which the news of a rank that fails may come after those of the ranks that lose it
 
 
 class RankError(RuntimeError):
@@ -89,7 +93,11 @@ class Ranks:
                 raise RankError(min(waiting.values()), "TimeoutError",
                                 f"no answer after {self.timeout:g} s from ranks {sorted(waiting.values())}")
             for rank, connection in sorted((waiting[c], c) for c in ready):
-                results[rank] = _answer(rank, connection)
+                try:
+                    results[rank] = _answer(rank, connection)
+                except RankError as error:
+                    others = {c: r for c, r in waiting.items() if r != rank and r not in results}
+                    raise _cause(error, others) from None
         return [results[rank] for rank in range(self.world)]
 
     def close(self) -> None:
@@ -121,6 +129,22 @@ class Ranks:
             self.close()
         else:
             self._end()
+
+
+def _cause(first: RankError, others: dict[Connection, int]) -> RankError:
+    """The failure to tell of: that of a rank which only lost another may be the first to arrive, a moment before the other's."""
+    deadline = time.monotonic() + _MOMENT
+    while _LOST_PEER.search(first.reason) and others:
+        ready = wait(list(others), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for connection in ready:
+            try:
+                _answer(others.pop(connection), connection)
+            except RankError as error:
+                if not _LOST_PEER.search(error.reason):
+                    return error
+    return first
 
 
 def _answer(rank: int, connection: Connection) -> Any:
