@@ -181,6 +181,7 @@ def without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
 
 
 def length(spans: Iterable[Span]) -> int:
+    """What spans that do not overlap measure together."""
     return sum(end - start for start, end in spans)
 
 
