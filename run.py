@@ -30,7 +30,7 @@ VERBS = {
 
 def main(arguments: list[str]) -> int:
     """Runs a verb.  Returns the exit code: 0, 1 (verify missed, a checkpoint or a data set is damaged), 2 (bad input, or a run
-    that cannot go on: one line on stderr), 130 (interrupted).  A lost rank ends the others with 75 (``training/watchdog.py``)."""
+    that cannot go on: one line on stderr), 75 (another rank was lost: the same command goes on), 130 (interrupted)."""
     environment = None
     try:
         environment = detect()
@@ -46,6 +46,16 @@ def main(arguments: list[str]) -> int:
             raise
         _complain(error, environment)
         return 2
+    except RuntimeError as error:  # outside training's watchdog: while the ranks meet, and in the other verbs
+        if os.environ.get("DIFFMOE_TRACEBACK") or "torch" not in sys.modules:
+            raise
+        from diffmoe.parallel.collectives import EXIT_LOST, is_lost_peer
+
+        if not is_lost_peer(error):
+            raise
+        print(f"error: rank {environment.rank}: another rank is lost or does not answer: {' '.join(str(error).split())[:200]}",
+              file=sys.stderr, flush=True)
+        return EXIT_LOST
     except KeyboardInterrupt:
         return 130
 

@@ -16,8 +16,8 @@ import time
 
 import pytest
 
+from diffmoe.parallel.collectives import EXIT_LOST
 from diffmoe.parallel.spawn import Ranks
-from diffmoe.training.watchdog import EXIT_LOST
 from programs import Nursery, losses, tiny
 from test_bad_steps import hear, heard
 from test_run import assert_same_tensors, steps, train_here
@@ -187,6 +187,31 @@ def test_a_disk_that_answers_no_more_is_a_hang_too(tmp_path):
     assert re.search(r"  rank 1 on .*, step 3, saving, files, last collective save, in which this rank still writes",
                      results[0].stderr), results
     assert re.search(r"  rank 0 on .*, saving, files, in save, in which other ranks still write", results[0].stderr), results
+
+
+def lose_a_rank(arguments):
+    """run.py's main, but rank 1 never comes ("start"), or is killed on its way out, when all work is done ("end")."""
+    import run
+
+    when, *arguments = arguments
+    if os.environ["RANK"] == "1":
+        if when == "start":
+            return 3
+        import torch.distributed as dist
+
+        dist.barrier = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    return run.main(arguments)
+
+
+def test_a_rank_that_is_lost_before_or_after_the_work_is_one_line(tmp_path):
+    with Nursery("test_faults:lose_a_rank") as nursery:
+        start, end = (nursery.run(2, when, *tiny(tmp_path / when, "run.timeout_s=1" if when == "start" else "run.timeout_s=20"))
+                      for when in ("start", "end"))
+    assert start[0].returncode == EXIT_LOST, start
+    assert re.fullmatch(r"error: rank 0: another rank is lost or does not answer: .*\n", start[0].stderr), start
+    assert (end[0].returncode, end[1].returncode) == (0, -signal.SIGKILL), end
+    assert end[0].stderr == "note: another rank was lost on its way out, after the work was done\n", end
+    assert steps(tmp_path / "end")[-1] == 8
 
 
 # ------------------------------------------------------------------------------------------------ stop requests

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from diffmoe.config import Config, override
@@ -63,10 +64,18 @@ def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) 
 
 
 def leave() -> None:
-    """Waits for the other ranks and parts from them."""
+    """Waits for the other ranks and parts from them.  This rank's work is done: one that is lost on its way out is noted, and
+    its own exit code tells its launcher."""
     import torch.distributed as dist
 
-    dist.barrier()  # a rank that leaves early makes the others abort
+    from diffmoe.parallel.collectives import is_lost_peer
+
+    try:
+        dist.barrier()  # a rank that leaves early makes the others abort
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        print("note: another rank was lost on its way out, after the work was done", file=sys.stderr, flush=True)
     dist.destroy_process_group()
 
 

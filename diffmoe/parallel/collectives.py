@@ -6,14 +6,19 @@ collective keeps its handle and not what it wrote, and gives wrong gradients wit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 from diffmoe.parallel.groups import Group
+
+EXIT_LOST = 75  # sysexits' "temporary failure": the same command goes on from the last checkpoint
+_LOST_PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|[Ww]ait timeout")
 
 
 def send_rows(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group) -> Tensor:
@@ -76,6 +81,12 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
 
 class AgreedError(ValueError):
     """The same error on every rank at the same place: one of them may speak for all."""
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an exception is how torch says that another rank has gone, or does not answer."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+                                                 and _LOST_PEER.search(str(error)) is not None)
 
 
 def raise_together(error: Exception | None, group: Group) -> None:

@@ -74,7 +74,7 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 
     Any rank whose ``asked`` fills (see ``training.stop``) ends the run in order: the ranks agree at a step boundary, save, and
     return.  Raises AgreedError when the run cannot go on, or its last state cannot be saved; a rank that dies or hangs ends
-    the process with ``watchdog.EXIT_LOST``."""
+    the process with ``EXIT_LOST``."""
     with Watchdog(groups, config.run.timeout_s) as watchdog:
         if anyone(bool(asked), groups.world):
             return _say(groups, "stopped in order before the start; the same command begins again")

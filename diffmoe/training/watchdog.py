@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import sys
 import threading
@@ -27,14 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from diffmoe.parallel.collectives import AgreedError
+from diffmoe.parallel.collectives import EXIT_LOST, AgreedError, is_lost_peer
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.trace import Trace
 
-EXIT_LOST = 75  # sysexits' "temporary failure": the same command goes on from the last checkpoint
 START_FACTOR = 3
 _SHOWN = 16  # ranks in a report
-_LOST_PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out")
 
 
 @dataclass(frozen=True)
@@ -301,12 +298,6 @@ class Watchdog:
         elif now - since > self.limit / 2 and self._lost_at is None:
             return ", ".join(part for part in (_pending_collective(), _main_thread_at()) if part)
         return ""
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an exception is how torch says that another rank has gone, or does not answer."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
-                                                 and _LOST_PEER.search(str(error)) is not None)
 
 
 def watch_layers(blocks: nn.ModuleList, trace: Trace) -> None:
