@@ -3,10 +3,10 @@
 y[place_r] += gate_r * fc2_i(act(fc1_i(source[place_r])))     for every row r, of expert i
 
 One autograd function with its backward by hand, for three reasons.  Autograd would keep the gathered rows, the activated
-hidden layer and the experts' outputs, 6 widths a row; here only the pre-activations are kept (4), and backward gathers and
-activates again, which is cheaper than fetching it from memory.  It would write every intermediate as one array over all
-rows; here one expert at a time passes through the same few buffers, which stay in the cache.  And the gate's gradient,
-dy . fc2(a), is taken as (dy W2^T) . a + dy . b2, whose first factor backward needs anyway, so outputs are not kept.
+hidden layer, the experts' outputs and the pre-activations, 10 widths a row; here only the last two are kept (5), and backward
+gathers and activates again, which is cheaper than fetching it from memory.  It would write every intermediate as one array
+over all rows; here a few experts at a time pass through the same few buffers, which stay in the cache.  And activating again
+and the activation's gradient are one computation.
 
 S source rows, R rows of experts sorted by expert, D width, F inner width, e experts.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Optional, Sequence
+from typing import Any, Iterator, Literal, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ from diffmoe.moe.recycled import Recycled
 Arrangement = Literal["each", "batched", "grouped"]
 
 _GELU_SLOPE, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
-_CPU_BLOCK = 1 << 18  # numbers of a block whose intermediates stay in the cores' caches
+# On a CPU: numbers of a block whose intermediates stay in the cores' caches, and of hidden layers that one core takes at once.
+_CPU_BLOCK, _CPU_SMALL = 1 << 18, 1 << 19
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class ExpertWeights:
 def arrangement(device: torch.device, dtype: torch.dtype, counts: int | list[int]) -> Arrangement:
     """How the matmuls of all experts are laid out.
 
-    ``each``: one after another.  On a CPU at every shape that was measured (docs/results): an expert's rows and their hidden
-    layer fit the cache, and its matmul fills all cores alone.  ``batched``: one batched matmul, where counts are equal: on a
+    ``each``: one after another, or on a CPU as many at once as it has threads, where they have few rows (``_at_once``).  On a
+    CPU at every shape that was measured (docs/results): what they pass through fits the cache.  ``batched``: one batched matmul, where counts are equal: on a
     GPU, where many small launches cost more, and when compiling, which would unroll a loop.  ``grouped``: torch's grouped
     matmul over ragged counts, where the GPU has that kernel (bf16 from compute capability 9.0)."""
     if isinstance(counts, int):
@@ -73,7 +74,7 @@ def expert_mlp(source_SD: Tensor, place_R: Tensor, counts: int | list[int], gate
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows ``start … end`` of expert ``index``, or of all experts (``slice(None)``).  ``shape``: leading dimensions of its
+    """Rows ``start … end`` of expert ``index``, of some, or of all (``slice(None)``).  ``shape``: leading dimensions of its
     tensors of rows; ``ends``: where each expert ends, for the grouped matmul."""
 
     index: int | slice
@@ -81,6 +82,10 @@ class _Part:
     end: int
     shape: tuple[int, ...]
     ends: Optional[Tensor] = None
+
+    @property
+    def all(self) -> bool:
+        return self.index == slice(None)
 
     def gather(self, source: Tensor, place: Tensor) -> Tensor:
         return source.index_select(0, place[self.start:self.end]).view(*self.shape, source.shape[-1])
@@ -101,7 +106,8 @@ class _Part:
             return self.times(x, w, out)
         if self.ends is not None:
             return self.times(x, w) + b.index_select(0, self.expert())
-        multiply, b = (torch.addmm, b[self.index]) if x.dim() == 2 else (torch.baddbmm, b.unsqueeze(1))
+        b = b[self.index]
+        multiply, b = (torch.addmm, b) if x.dim() == 2 else (torch.baddbmm, b.unsqueeze(1))
         return multiply(b, x, w) if out is None else multiply(b, x, w, out=out)
 
     def sums(self, x: Tensor, experts: int) -> Tensor:
@@ -110,26 +116,18 @@ class _Part:
             return x.sum(-2)
         return x.new_zeros(experts, x.shape[-1]).index_add_(0, self.expert(), x)
 
-    def weighted_sums(self, weight: Tensor, x: Tensor, experts: int) -> Tensor:
-        """The same, each row times its weight."""
-        if self.ends is None:
-            return (weight.to(x.dtype).mT @ x).squeeze(-2)
-        return self.sums((x * weight).to(x.dtype), experts)
-
-    def dot(self, x: Tensor, b: Tensor) -> Tensor:
-        """Each row's product with its expert's vector."""
-        if self.ends is None:
-            return (x @ b[self.index].unsqueeze(-1)).squeeze(-1)
-        return (x * b.index_select(0, self.expert())).sum(-1)
-
     def expert(self) -> Tensor:
         """Each row's expert, in the grouped form."""
         return torch.searchsorted(self.ends, torch.arange(self.end, device=self.ends.device), right=True)
 
 
-def _parts(counts: int | list[int], experts: int, how: Arrangement, device: torch.device) -> list[_Part]:
+def _parts(counts: int | list[int], weights: ExpertWeights, how: Arrangement, device: torch.device) -> list[_Part]:
+    experts, inner, _ = weights.second.shape
     if how == "batched":
         return [_Part(slice(None), 0, counts * experts, (experts, counts))]
+    if isinstance(counts, int) and (many := _at_once(experts, counts, inner, device)) > 1:
+        starts = range(0, experts, many)
+        return [_Part(slice(i, i + n), i * counts, (i + n) * counts, (n, counts)) for i in starts for n in [min(many, experts - i)]]
     each = [counts] * experts if isinstance(counts, int) else counts
     if how == "grouped":
         ends = torch.tensor(each).cumsum(0).to(torch.int32)
@@ -138,22 +136,31 @@ def _parts(counts: int | list[int], experts: int, how: Arrangement, device: torc
     return [_Part(i, ends[i], ends[i + 1], (each[i],)) for i in range(experts)]
 
 
+def _at_once(experts: int, count: int, inner: int, device: torch.device) -> int:
+    """How many experts of ``count`` rows share one batched matmul.  On a CPU few rows do not occupy several cores: there
+    each core takes experts of its own, all together at most a quarter of them, for the sake of memory."""
+    if device.type != "cpu" or not count:
+        return 1
+    threads = torch.get_num_threads()
+    return max(1, min((_CPU_SMALL - 1) // (count * inner), experts // (4 * threads)) * threads)
+
+
 class _Buffers:
-    """``number`` buffers [rows, width] that one expert after another passes through; none where all pass at once."""
+    """``number`` buffers [rows, width] that one part after another passes through; none where all pass at once."""
 
     def __init__(self, number: int, parts: Sequence[_Part], like: Tensor, width: int) -> None:
         rows = max(part.end - part.start for part in parts)
-        self._held = [like.new_empty(rows, width) for _ in range(number)] if isinstance(parts[0].index, int) else []
+        self._width, self._held = width, [] if parts[0].all else [like.new_empty(rows, width) for _ in range(number)]
 
     def __call__(self, n: int, part: _Part) -> Optional[Tensor]:
-        return self._held[n][:part.end - part.start] if self._held else None
+        return self._held[n][:part.end - part.start].view(*part.shape, self._width) if self._held else None
 
 
 def _forward(source: Tensor, gate: Optional[Tensor], place: Tensor, counts: int | list[int], how: Arrangement,
              weights: ExpertWeights, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """The output, and with ``keep`` each part's pre-activations of the first layers: a tensor a part, which the allocator
-    can use again sooner than one over all rows."""
-    parts = _parts(counts, weights.second.shape[0], how, source.device)
+    """The output, and with ``keep`` for each part the pre-activations of the first layers and, with a gate, the experts'
+    outputs: tensors of a part, which the allocator can use again sooner than those over all rows."""
+    parts = _parts(counts, weights, how, source.device)
     y = torch.zeros_like(source, dtype=source.dtype if gate is None else gate.dtype)
     kept: list[Tensor] = []
     buffers = _Buffers(1 if keep else 1 + len(weights.firsts), parts, source, weights.second.shape[1])
@@ -165,6 +172,7 @@ def _forward(source: Tensor, gate: Optional[Tensor], place: Tensor, counts: int 
         # A new tensor: selective recompute may keep it.
         rows = part.affine(_activate(hidden, buffers(0, part)), weights.second, weights.second_bias)
         if gate is not None:
+            kept += [rows] * keep
             rows = rows * part.column(gate)
         y.index_add_(0, place[part.start:part.end], rows.flatten(0, -2))
     return y.to(source.dtype), kept
@@ -184,17 +192,16 @@ class _ExpertMlp(torch.autograd.Function):
     def backward(ctx, dy):
         source, gate, place, *rest = ctx.saved_tensors
         weights, kept = ExpertWeights.of(rest[:ctx.flat]), rest[ctx.flat:]
-        experts, inner, _ = weights.second.shape
-        parts = _parts(ctx.counts, experts, ctx.how, source.device)
-        buffers = _Buffers(3, parts, source, inner)
+        parts = _parts(ctx.counts, weights, ctx.how, source.device)
+        buffers = _Buffers(3, parts, source, weights.second.shape[1])
         # Several experts add to one token: in the gate's precision, like the output.
         d_source = torch.zeros_like(source, dtype=source.dtype if gate is None else gate.dtype)
         d_gate = None if gate is None else torch.empty_like(gate)
-        d_flat, firsts = _Gradients(weights, ctx.memory), len(weights.firsts)
+        d_flat, each = _Gradients(weights, ctx.memory), len(kept) // len(parts)
         for n, part in enumerate(parts):
-            pre = kept[n * firsts:(n + 1) * firsts]
-            dx, dg = _backward_part(part, source, gate, place, pre, weights, dy, buffers, d_flat)
-            d_source.index_add_(0, place[part.start:part.end], dx.flatten(0, -2))
+            of_part = kept[n * each:(n + 1) * each]
+            dx, dg = _backward_part(part, source, gate, place, of_part, weights, dy, buffers, d_flat)
+            d_source.index_add_(0, place[part.start:part.end], dx.flatten(0, -2).to(d_source.dtype))
             if gate is not None:
                 d_gate[part.start:part.end] = dg.flatten()
         return d_source.to(source.dtype), d_gate, None, None, None, None, *d_flat.finished()
@@ -209,7 +216,7 @@ class _Gradients:
 
     def take(self, n: int, part: _Part, value: Tensor | tuple[Tensor, Tensor]) -> None:
         """The gradient of tensor ``n``: given, or the product of two matrices, written in its place."""
-        if isinstance(part.index, slice):
+        if part.all:
             self._held[n] = part.times(*value) if isinstance(value, tuple) else value
             return
         if self._held[n] is None:
@@ -223,35 +230,29 @@ class _Gradients:
         return self._held
 
 
-def _backward_part(part: _Part, source: Tensor, gate: Optional[Tensor], place: Tensor, pre: list[Tensor],
+def _backward_part(part: _Part, source: Tensor, gate: Optional[Tensor], place: Tensor, kept: list[Tensor],
                    weights: ExpertWeights, dy: Tensor, buffers: _Buffers, gradients: _Gradients
                    ) -> tuple[Tensor, Optional[Tensor]]:
     """Gradients of one part's rows and gates; those of its weights go into ``gradients``."""
-    i, experts, seconds = part.index, weights.second.shape[0], 2 * len(weights.firsts)
-    x, g = part.gather(source, place), part.gather(dy, place)
-    a = _activate(pre, buffers(0, part))
-    u = part.times(g, weights.second[i].mT, buffers(1, part))
-    d_gate = None
+    i, experts, firsts = part.index, weights.second.shape[0], len(weights.firsts)
+    x, g, d_gate = part.gather(source, place), part.gather(dy, place), None
     if gate is not None:
-        d_gate = torch.mul(u, a, out=buffers(2, part)).sum(-1, dtype=gate.dtype)
-        if weights.second_bias is not None:
-            d_gate += part.dot(g, weights.second_bias)
-        # Rows are scaled where they are D wide, not F: x for fc1's gradient, dy for fc2's, dx at the end.
-        scale = part.column(gate)
-        x, g = scaled(x, scale), scaled(g, scale)
-    gradients.take(seconds, part, (a.mT, g))
+        d_gate = (g * kept[firsts]).sum(-1, dtype=gate.dtype)
+        g = scaled(g, part.column(gate))
+    u = part.times(g, weights.second[i].mT, buffers(0, part))
+    a, d_pre = _activate_back(u, kept[:firsts], buffers(1, part), buffers(2, part))
+    gradients.take(2 * firsts, part, (a.mT, g))
     if weights.second_bias is not None:
-        gradients.take(seconds + 1, part, part.sums(g, experts))
+        gradients.take(2 * firsts + 1, part, part.sums(g, experts))
     dx = None
-    for n, du in enumerate(_activation_gradients(u, pre, a)):
+    for n, du in enumerate(d_pre):
         w, b = weights.firsts[n]
         gradients.take(2 * n, part, (x.mT, du))
         if b is not None:
-            sums = part.sums(du, experts) if gate is None else part.weighted_sums(scale, du, experts)
-            gradients.take(2 * n + 1, part, sums)
+            gradients.take(2 * n + 1, part, part.sums(du, experts))
         back = part.times(du, w[i].mT)
         dx = back if dx is None else dx.add_(back)
-    return (dx if gate is None else dx * part.column(gate)), d_gate
+    return dx, d_gate
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
@@ -266,24 +267,57 @@ def _activate(pre: Sequence[Tensor], out: Optional[Tensor]) -> Tensor:
     return (F.silu(pre[0]) if out is None else torch.ops.aten.silu.out(pre[0], out=out)).mul_(pre[1])
 
 
+def _activate_back(u: Tensor, pre: Sequence[Tensor], out: Optional[Tensor], spare: Optional[Tensor]
+                   ) -> tuple[Tensor, list[Tensor]]:
+    """What ``_activate`` gave, and the gradients of the pre-activations for the activation's gradient ``u``, which is used
+    up."""
+    aten = torch.ops.aten
+    if len(pre) == 2:
+        a, through = _activate(pre, out), F.silu(pre[0]).mul_(u)
+        u.mul_(pre[1])
+        return a, [aten.silu_backward.grad_input(u, pre[0], grad_input=u), through]
+    if out is not None and _by_blocks(u):
+        return _gelu_back(pre[0], u, out, spare)
+    return _activate(pre, out), [aten.gelu_backward.grad_input(u, pre[0], approximate="tanh", grad_input=u)]
+
+
+def _by_blocks(h: Tensor) -> bool:
+    """Whether tanh-GELU is taken as h / (1 + exp(-2z)), the same function as h (1 + tanh z) / 2, block by block: on a CPU in
+    half the time of torch's kernel, whose tanh costs more than everything else, and its gradient in a quarter.  Not in bf16,
+    where that kernel rounds once."""
+    return h.device.type == "cpu" and h.dtype.itemsize >= 4
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, a block after another, all of about one size."""
+    number = -(-tensors[0].numel() // _CPU_BLOCK) or 1
+    return zip(*(t.flatten(0, -2).chunk(number) for t in tensors))
+
+
+def _twice_z(h: Tensor, slope: Tensor, z: Tensor) -> Tensor:
+    """2z = sqrt(8 / pi) (h + 0.044715 h^3), in ``z``."""
+    return torch.addcmul(slope, h, h, value=_GELU_SLOPE * _GELU_CUBE, out=z).mul_(h)
+
+
 def _gelu(h: Tensor, out: Tensor) -> Tensor:
-    """tanh-GELU of the rows [R, F], in ``out``.  On a CPU as h / (1 + exp(-2z)), the same function as h (1 + tanh z) / 2, in
-    blocks: in half the time of torch's kernel, whose tanh costs more than everything else.  Not in bf16, where that kernel
-    rounds once."""
-    if h.device.type != "cpu" or h.dtype.itemsize < 4:
+    """tanh-GELU of the rows [..., F], in ``out``."""
+    if not _by_blocks(h):
         return torch.ops.aten.gelu.out(h, approximate="tanh", out=out)
     slope = h.new_tensor(_GELU_SLOPE)
-    rows = max(1, _CPU_BLOCK // h.shape[1])
-    for x, y in zip(h.split(rows), out.split(rows)):
-        torch.addcmul(slope, x, x, value=_GELU_SLOPE * _GELU_CUBE, out=y).mul_(x).sigmoid_().mul_(x)
+    for x, y in _blocks(h, out):
+        _twice_z(x, slope, y).sigmoid_().mul_(x)
     return out
 
 
-def _activation_gradients(u: Tensor, pre: Sequence[Tensor], a: Tensor) -> list[Tensor]:
-    """Gradients of the pre-activations for the activation's gradient ``u``, which is used up, as is ``a``."""
-    aten = torch.ops.aten
-    if len(pre) == 1:
-        return [aten.gelu_backward.grad_input(u, pre[0], approximate="tanh", grad_input=u)]
-    through = F.silu(pre[0]).mul_(u)
-    u.mul_(pre[1])
-    return [aten.silu_backward.grad_input(u, pre[0], grad_input=u), through]
+def _gelu_back(h: Tensor, u: Tensor, out: Tensor, spare: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """(tanh-GELU of the rows in ``out``, [its gradient times ``u``, in ``u``]).
+
+    With s = sigmoid(2z): gelu = h s and gelu' = s + s (1 - s) h (2z)', where h (2z)' = 3 (2z) - 2 sqrt(8 / pi) h."""
+    slope = h.new_tensor(_GELU_SLOPE)
+    for x, v, y, z in _blocks(h, u, out, spare):
+        s = torch.sigmoid(_twice_z(x, slope, z), out=y)
+        inner = torch.add(x, z, alpha=-1.5 / _GELU_SLOPE, out=z)
+        torch.ops.aten.sigmoid_backward.grad_input(inner, s, grad_input=inner)
+        v.mul_(torch.add(s, inner, alpha=-2 * _GELU_SLOPE, out=inner))
+        s.mul_(x)
+    return out, [u]

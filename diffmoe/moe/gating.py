@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from diffmoe.moe.capacity import CapacityPredictor
 
 # On a CPU tokens pass in blocks, whose intermediates stay in the cache.
-_CPU_BLOCK = 2048
+_CPU_BLOCK = 1024
+
+silu, silu_backward = torch.ops.aten.silu, torch.ops.aten.silu_backward
 
 
 def scores_and_capacity(x_TD: Tensor, router_ED: Tensor, predictor: CapacityPredictor) -> tuple[Tensor, Tensor]:
@@ -32,14 +34,9 @@ def _blocks(x: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
-class _Buffer:
-    """The activated hidden layer of one block after another, in the same memory."""
-
-    def __init__(self, x: Tensor, width: int) -> None:
-        self._held = x.new_empty(min(len(x), _blocks(x)[0].stop) if len(x) else 0, width)
-
-    def silu(self, hidden: Tensor) -> Tensor:
-        return torch.ops.aten.silu.out(hidden, out=self._held[:len(hidden)])
+def _buffer(x: Tensor, width: int) -> Tensor:
+    """Memory [rows, width] for one block after another."""
+    return x.new_empty(min(len(x), _blocks(x)[0].stop) if len(x) else 0, width)
 
 
 class _Gating(torch.autograd.Function):
@@ -55,11 +52,11 @@ class _Gating(torch.autograd.Function):
         bias = torch.cat([b1, b1.new_zeros(E)]) if together else b1
         first = x.new_empty(T, len(both))
         scores, capacity = (torch.empty(T, E, dtype=wide, device=x.device) for _ in range(2))
-        active = _Buffer(x, D)
+        active = _buffer(x, D)
         for rows in _blocks(x):
             z = torch.addmm(bias, x[rows], both.mT, out=first[rows])
             scores[rows] = z[:, D:] if together else F.linear(x[rows].to(wide), router.to(wide))
-            capacity[rows] = F.linear(active.silu(z[:, :D]), w2, b2)
+            capacity[rows] = F.linear(silu.out(z[:, :D], out=active[:len(z)]), w2, b2)
         ctx.save_for_backward(x, first, router, w1, w2)
         return scores, capacity
 
@@ -71,14 +68,14 @@ class _Gating(torch.autograd.Function):
         # Sums over blocks are kept wide, whatever the precision of the products.
         d_both = torch.zeros(D + len(router), x.shape[1], dtype=wide, device=x.device)
         d_b1, d_w2, d_b2 = (torch.zeros(shape, dtype=wide, device=x.device) for shape in (D, w2.shape, len(w2)))
-        dx, active = torch.empty_like(x), _Buffer(x, D)
+        dx, active, held = torch.empty_like(x), _buffer(x, D), _buffer(x, first.shape[1])
         for rows in _blocks(x):
             hidden, d_out = first[rows, :D], d_capacity[rows].to(x.dtype)
-            d_w2 += d_out.mT @ active.silu(hidden)
-            d_b2 += d_capacity[rows].sum(0)
-            d_first = first.new_empty(len(hidden), first.shape[1])
+            a, d_first = active[:len(hidden)], held[:len(hidden)]
             d_hidden = d_first[:, :D]
-            torch.ops.aten.silu_backward.grad_input(d_out @ w2, hidden, grad_input=d_hidden)
+            d_w2 += d_out.mT @ silu.out(hidden, out=a)
+            d_b2 += d_capacity[rows].sum(0)
+            silu_backward.grad_input(torch.mm(d_out, w2, out=a), hidden, grad_input=d_hidden)
             d_b1 += d_hidden.sum(0, dtype=wide)
             if together:
                 d_first[:, D:] = d_scores[rows]
