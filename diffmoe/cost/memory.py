@@ -8,7 +8,7 @@ width, R rows that this rank's experts take.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from diffmoe.config import Config
+from diffmoe.config import Config, attention_kept
 from diffmoe.cost.parameters import inner_width, is_mixture, rank_parameters
 from diffmoe.layout import Layout
 
@@ -171,7 +171,7 @@ def _activations(config: Config, layout: Layout, element: int) -> tuple[int, int
     """(bytes kept for backward, of which rows that travelled are counted apart, temporaries)."""
     model, moe = config.model, config.moe
     recompute = config.parallel.recompute
-    blocks = [_block_bytes(config, layout, element, is_mixture(model, moe, i)) for i in range(model.depth)]
+    blocks = [_block_bytes(config, layout, element, i) for i in range(model.depth)]
     token = layout.micro_batch * model.tokens * model.width * element
     around = 3 * token + layout.micro_batch * model.tokens * model.patch**2 * model.channels * _FP32 * 4
     kept = sum(_kept(block, recompute, token) for block in blocks) + around
@@ -199,31 +199,32 @@ def _kept(block: _Block, recompute: str, token: int) -> int:
     return token + block.routing + (block.selective if recompute == "selective" else 0)
 
 
-def _block_bytes(config: Config, layout: Layout, element: int, mixture: bool) -> _Block:
+def _block_bytes(config: Config, layout: Layout, element: int, number: int) -> _Block:
     """Attention keeps its input, norm, modulated input, q, k, v, output, projection (8 D a token); the other half its
     input, norm, modulated input and result (4 D)."""
     model, moe = config.model, config.moe
     T, D = layout.micro_batch * model.tokens, model.width
     attention = T * (8 * D * element + model.heads * _FP32) + (2 * T * D * element if model.qk_norm else 0)
     half = 4 * T * D * element
-    if not mixture:
-        return _Block(attention + half + 2 * T * model.hidden * element, 0, T * D * element, 0, round(2.4 * T * D * element))
+    attended = T * (D * element + model.heads * _FP32) if number < attention_kept(model.depth) else 0
+    if not is_mixture(model, moe, number):
+        return _Block(attention + half + 2 * T * model.hidden * element, 0, T * D * element + attended, 0,
+                      round(2.4 * T * D * element))
     # A schedule of the capacity begins with the most rows.
     rows = round(T * (moe.top_k if model.family == "tc" else max(moe.capacity, moe.capacity_at(0))))
     kept, exchange = _mixture_bytes(config, rows, T, element, layout.ep > 1)
     routing = rows * 8 * 2
     # Outputs of experts, with EP also as they came home, and of the shared expert.
     second = (rows * (2 if layout.ep > 1 else 1) + (T if moe.shared_experts else 0)) * D * element
-    return _Block(attention + half + kept, exchange, second, routing, round((2.2 * element) * T * D))
+    return _Block(attention + half + kept, exchange, second + attended, routing, round((2.2 * element) * T * D))
 
 
 def _mixture_bytes(config: Config, rows: int, T: int, element: int, moved: bool) -> tuple[int, int]:
     model, moe = config.model, config.moe
     D, E, inner = model.width, moe.experts, inner_width(model, moe)
     wide = (1 if moe.activation == "gelu" else 2) * inner  # pre-activations; the rest is made again (moe/expert_mlp.py)
-    kept = rows * wide * element + T * D * element
-    if moved:
-        kept += rows * D * element  # rows that came home wait for their gate's gradient
+    kept = (rows * wide + T * D) * element
+    kept += rows * D * element  # outputs, here or when they came home, wait for their gate's gradient
     kept += T * E * (3 * _FP32 + 1)  # scores, logits, mask as numbers and as truth
     if model.family == "diffmoe":
         kept += T * D * element  # the predictor's first layer (moe/gating.py)

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Iterable
 
-from diffmoe.config import Config
+from diffmoe.config import Config, attention_kept
 from diffmoe.cost.hardware import Hardware, Link
 from diffmoe.cost.memory import EngineFacts, Memory, rank_memory
 from diffmoe.cost.parameters import inner_width, mixtures
@@ -64,19 +64,20 @@ def _flops(hardware: Hardware, engine: EngineFacts) -> float:
 
 
 def _products(config: Config, layout: Layout) -> float:
-    """FLOPs of a rank's step: backward is twice forward; recompute repeats forward, ``selective`` without second layers."""
+    """FLOPs of a rank's step: backward is twice forward; recompute repeats forward, ``selective`` without what it keeps."""
     macs = count(config.model, config.moe).forward_macs
-    again = {"none": 0, "block": macs, "selective": macs - _second_layers(config)}[config.parallel.recompute]
+    again = {"none": 0, "block": macs, "selective": macs - _kept_by_selective(config)}[config.parallel.recompute]
     return 2 * (3 * macs + again) * layout.micro_batch * layout.accumulation
 
 
-def _second_layers(config: Config) -> int:
-    """MACs of a sample in the second layers of MLPs and experts, which are at least twice as wide inside."""
+def _kept_by_selective(config: Config) -> int:
+    """MACs of a sample in the second layers of MLPs and experts, which are at least twice as wide inside, and in the attention
+    of the blocks that keep its output."""
     model, moe = config.model, config.moe
     mixed = mixtures(model, moe)
     experts = moe.top_k if model.family == "tc" else moe.capacity
     inside = (model.depth - mixed + mixed * moe.shared_experts) * model.hidden + mixed * experts * inner_width(model, moe)
-    return round(model.tokens * model.width * inside)
+    return round(model.tokens * model.width * (inside + attention_kept(model.depth) * 2 * model.tokens))
 
 
 def _moved(config: Config, layout: Layout, engine: EngineFacts, memory: Memory) -> float:

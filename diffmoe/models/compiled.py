@@ -36,29 +36,29 @@ def compile_blocks(model: DiT) -> None:
     Dense blocks, and mixtures of static shapes at the capacity that training ends with, are compiled as a whole; of other
     mixtures what comes before the experts.  Evaluation, whose counts are ragged, stays eager."""
     regions = _Regions(model)
-    for block in model.blocks:
-        block.forward = partial(regions.forward, block, block.forward)
-    model.recompute = "none"  # it is in the regions
+    for block, form in zip(model.blocks, model.recompute):
+        block.forward = partial(regions.forward, block, form, block.forward)
+    model.recompute = ["none"] * len(model.blocks)  # it is in the regions
 
 
 class _Regions:
     """The compiled functions, which all blocks share, and what they are compiled for."""
 
     def __init__(self, model: DiT) -> None:
-        self.recompute, self.settled = model.recompute, RoutingRule("train", model.moe.capacity)
+        self.settled = RoutingRule("train", model.moe.capacity)
         self.whole = torch.compile(recomputed, fullgraph=True, dynamic=False)
         self.attend = torch.compile(DiTBlock.attend, fullgraph=True, dynamic=False)
 
-    def forward(self, block: DiTBlock, eager: Callable, x: Tensor, c: Tensor, rule: RoutingRule
+    def forward(self, block: DiTBlock, form: str, eager: Callable, x: Tensor, c: Tensor, rule: RoutingRule
                 ) -> tuple[Tensor, Optional[MoEStats]]:
         if not block.training:
             return eager(x, c, rule)
         assert x.is_contiguous() and c.is_contiguous()  # see PatchEmbedding
         if not isinstance(block.mlp, MoELayer):
-            return self.whole(eager, self.recompute, x, c, self.settled)  # any rule is the same to it
+            return self.whole(eager, form, x, c, self.settled)  # any rule is the same to it
         if block.mlp.has_static_shapes and rule == self.settled:
-            return self.whole(eager, self.recompute, x, c, rule)
-        return recomputed(partial(self._mixture_apart, block), self.recompute, x, c, rule)
+            return self.whole(eager, form, x, c, rule)
+        return recomputed(partial(self._mixture_apart, block), form, x, c, rule)
 
     def _mixture_apart(self, block: DiTBlock, x: Tensor, c: Tensor, rule: RoutingRule) -> tuple[Tensor, Optional[MoEStats]]:
         return block.feed(*self.attend(block, x, c), rule)

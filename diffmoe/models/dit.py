@@ -18,7 +18,7 @@ from diffmoe.moe.layer import MoELayer, MoEStats
 from diffmoe.moe.recycled import Recycled
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import ParallelGroups, single_process
-from diffmoe.parallel.recompute import recomputed
+from diffmoe.parallel.recompute import forms, recomputed
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class DiT(nn.Module):
                  recompute: str = "none", time_scale: float = 1.0) -> None:
         super().__init__()
         groups = groups or single_process()
-        self.model, self.moe, self.recompute, self.time_scale = model, moe, recompute, time_scale
+        self.model, self.moe, self.time_scale = model, moe, time_scale
+        self.recompute = forms(recompute, model.depth)  # of each block
         self.x_embedder = PatchEmbedding(model.channels, model.patch, model.width)
         self.t_embedder = TimestepEmbedding(model.width)
         self.y_embedder = LabelEmbedding(model.classes, model.width)
@@ -88,8 +89,8 @@ class DiT(nn.Module):
         h = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)
         c = self.t_embedder(t * self.time_scale) + self.y_embedder(y)
         reports = []
-        for block in self.blocks:
-            h, stats = recomputed(block, self.recompute if self.training else "none", h, c, rule)
+        for block, form in zip(self.blocks, self.recompute):
+            h, stats = recomputed(block, form if self.training else "none", h, c, rule)
             if stats is not None:
                 reports.append(stats)
         return ModelOutput(self._unpatchify(self.final_layer(h, c)), tuple(reports))

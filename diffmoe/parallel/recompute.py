@@ -1,10 +1,10 @@
-"""Activation checkpointing of a block: none | block | selective.
+"""Activation checkpointing of a block: none | block | selective | selective+attention.
 
 Both forms keep the routing decision (the outputs of top-k), so that backward can never route a token elsewhere than
 forward did.  ``block`` computes and communicates everything else again; ``selective`` also keeps what came over the
 network, so that backward neither re-routes nor re-communicates, and the outputs of matmuls that contract: an MLP's or
-expert's second layer, a third of a block's arithmetic in one width a token, where the attention's output would save a
-tenth for as much memory.
+expert's second layer, a third of a block's arithmetic in one width a token.  The attention's output saves a tenth for as
+much memory: ``selective+attention`` is the form of as many blocks of a ``selective`` model as have room for it.
 
 What is kept must not be written into afterwards: recompute would get it with the write in it, and write again.
 """
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from diffmoe.config import attention_kept
+
 _ROUTING = [torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable]
 _COMMUNICATION = [
     torch.ops._c10d_functional.all_to_all_single.default,
@@ -25,13 +27,26 @@ _COMMUNICATION = [
     torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.wait_tensor.default,
 ]
-_KEPT = {"block": frozenset(_ROUTING), "selective": frozenset(_ROUTING + _COMMUNICATION)}
+_ATTENTION = [
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+_KEPT = {"block": frozenset(_ROUTING), "selective": frozenset(_ROUTING + _COMMUNICATION),
+         "selective+attention": frozenset(_ROUTING + _COMMUNICATION + _ATTENTION)}
 _MATMULS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1,
             torch.ops.aten.bmm.default: 0, torch.ops.aten.baddbmm.default: 1}  # op -> where its left factor stands
 
 
-def _policy(mode: str, _context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    kept = op in _KEPT[mode] or mode == "selective" and op in _MATMULS and _contracts(*args[_MATMULS[op]:][:2])
+def forms(recompute: str, depth: int) -> list[str]:
+    """The form of each of ``depth`` blocks for ``parallel.recompute``."""
+    more = attention_kept(depth) if recompute == "selective" else 0
+    return ["selective+attention"] * more + [recompute] * (depth - more)
+
+
+def _policy(form: str, _context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    kept = op in _KEPT[form] or form != "block" and op in _MATMULS and _contracts(*args[_MATMULS[op]:][:2])
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -40,10 +55,10 @@ def _contracts(left: Tensor, right: Tensor) -> bool:
     return 2 * right.shape[-1] <= left.shape[-1]
 
 
-def recomputed(block: Callable, mode: str, *args: Any) -> Any:
-    """``block(*args)`` whose activations backward computes again, as ``mode`` says."""
-    if mode == "none" or not torch.is_grad_enabled():
+def recomputed(block: Callable, form: str, *args: Any) -> Any:
+    """``block(*args)`` whose activations backward computes again, as ``form`` says."""
+    if form == "none" or not torch.is_grad_enabled():
         return block(*args)
-    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, mode))
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, form))
     # Nothing random happens inside the model, so there is no generator state to keep.
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
