@@ -95,30 +95,53 @@ class _Part:
 
     def times(self, x: Tensor, w: Tensor, out: Optional[Tensor] = None) -> Tensor:
         """Rows times weights, or transposed rows times rows: the weights' gradients."""
-        if self.ends is not None:
-            return F.grouped_mm(x, w, offs=self.ends)
-        return torch.matmul(x, w) if out is None else torch.matmul(x, w, out=out)
+        return _times(x, w, self.ends, out)
 
-    def affine(self, x: Tensor, w: Tensor, b: Optional[Tensor], out: Optional[Tensor] = None) -> Tensor:
+    def first_layer(self, x: Tensor, w: Tensor, b: Optional[Tensor], out: Optional[Tensor]) -> Tensor:
         """x w + b of stacked weights."""
-        w = w[self.index]
-        if b is None:
-            return self.times(x, w, out)
-        if self.ends is not None:
-            return self.times(x, w) + b.index_select(0, self.expert())
-        b = b[self.index]
-        multiply, b = (torch.addmm, b) if x.dim() == 2 else (torch.baddbmm, b.unsqueeze(1))
-        return multiply(b, x, w) if out is None else multiply(b, x, w, out=out)
+        return _affine(x, w[self.index], None if b is None else b[self.index], self.ends, out)
+
+    def second_layer(self, pre: list[Tensor], weights: ExpertWeights, spare: Optional[Tensor], keep: bool) -> Tensor:
+        """Activation and second layer; with ``keep`` as one operator, whose output, a new tensor, selective recompute keeps."""
+        w, b = weights.second[self.index], weights.second_bias
+        as_one = torch.ops.diffmoe.second_layer if keep and not torch.compiler.is_compiling() else _second_layer
+        return as_one(pre, w, None if b is None else b[self.index], self.ends, spare)
 
     def sums(self, x: Tensor, experts: int) -> Tensor:
         """Sums over each expert's rows, as stacked biases have them."""
         if self.ends is None:
             return x.sum(-2)
-        return x.new_zeros(experts, x.shape[-1]).index_add_(0, self.expert(), x)
+        return x.new_zeros(experts, x.shape[-1]).index_add_(0, _experts(x, self.ends), x)
 
-    def expert(self) -> Tensor:
-        """Each row's expert, in the grouped form."""
-        return torch.searchsorted(self.ends, torch.arange(self.end, device=self.ends.device), right=True)
+
+def _experts(x: Tensor, ends: Tensor) -> Tensor:
+    """Each row's expert, in the grouped form."""
+    return torch.searchsorted(ends, torch.arange(len(x), device=ends.device), right=True)
+
+
+def _times(x: Tensor, w: Tensor, ends: Optional[Tensor], out: Optional[Tensor] = None) -> Tensor:
+    if ends is not None:
+        return F.grouped_mm(x, w, offs=ends)
+    return torch.matmul(x, w) if out is None else torch.matmul(x, w, out=out)
+
+
+def _affine(x: Tensor, w: Tensor, b: Optional[Tensor], ends: Optional[Tensor], out: Optional[Tensor] = None) -> Tensor:
+    if b is None:
+        return _times(x, w, ends, out)
+    if ends is not None:
+        return _times(x, w, ends) + b.index_select(0, _experts(x, ends))
+    multiply, b = (torch.addmm, b) if x.dim() == 2 else (torch.baddbmm, b.unsqueeze(1))
+    return multiply(b, x, w) if out is None else multiply(b, x, w, out=out)
+
+
+def _second_layer(pre: list[Tensor], w: Tensor, b: Optional[Tensor], ends: Optional[Tensor], spare: Optional[Tensor]
+                  ) -> Tensor:
+    return _affine(_activate(pre, spare), w, b, ends)
+
+
+_operators = torch.library.Library("diffmoe", "DEF")
+_operators.define("second_layer(Tensor[] pre, Tensor w, Tensor? b, Tensor? ends, Tensor(a!)? spare) -> Tensor")
+_operators.impl("second_layer", _second_layer, "CompositeExplicitAutograd")
 
 
 def _parts(counts: int | list[int], weights: ExpertWeights, how: Arrangement, device: torch.device) -> list[_Part]:
@@ -166,11 +189,10 @@ def _forward(source: Tensor, gate: Optional[Tensor], place: Tensor, counts: int 
     buffers = _Buffers(1 if keep else 1 + len(weights.firsts), parts, source, weights.second.shape[1])
     for part in parts:
         x = part.gather(source, place)
-        hidden = [part.affine(x, w, b, None if keep else buffers(1 + n, part)) for n, (w, b) in enumerate(weights.firsts)]
+        hidden = [part.first_layer(x, w, b, None if keep else buffers(1 + n, part)) for n, (w, b) in enumerate(weights.firsts)]
         if keep:
             kept += hidden
-        # A new tensor: selective recompute may keep it.
-        rows = part.affine(_activate(hidden, buffers(0, part)), weights.second, weights.second_bias)
+        rows = part.second_layer(hidden, weights, buffers(0, part), keep)
         if gate is not None:
             kept += [rows] * keep
             rows = rows * part.column(gate)

@@ -2,8 +2,8 @@
 
 Both forms keep the routing decision (the outputs of top-k), so that backward can never route a token elsewhere than
 forward did.  ``block`` computes and communicates everything else again; ``selective`` also keeps what came over the
-network, so that backward neither re-routes nor re-communicates, and the outputs of matmuls that contract: an MLP's or
-expert's second layer, a third of a block's arithmetic in one width a token.  The attention's output saves a tenth for as
+network, so that backward neither re-routes nor re-communicates, and the outputs of an MLP's or expert's second layer, a
+third of a block's arithmetic in one width a token: matmuls that contract, and this program's own operators.  The attention's output saves a tenth for as
 much memory: ``selective+attention`` is the form of as many blocks of a ``selective`` model as have room for it.
 
 What is kept must not be written into afterwards: recompute would get it with the write in it, and write again.
@@ -46,7 +46,8 @@ def forms(recompute: str, depth: int) -> list[str]:
 
 
 def _policy(form: str, _context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    kept = op in _KEPT[form] or form != "block" and op in _MATMULS and _contracts(*args[_MATMULS[op]:][:2])
+    kept = op in _KEPT[form] or form != "block" and (
+        op.namespace == "diffmoe" or op in _MATMULS and _contracts(*args[_MATMULS[op]:][:2]))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
