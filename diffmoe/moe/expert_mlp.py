@@ -74,44 +74,72 @@ def expert_mlp(source_SD: Tensor, place_R: Tensor, counts: int | list[int], gate
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows ``start … end`` of expert ``index``, of some, or of all (``slice(None)``).  ``shape``: leading dimensions of its
-    tensors of rows; ``ends``: where each expert ends, for the grouped matmul."""
+    """One expert, some or all of them (``index``), and their n rows.  ``place_n``, ``gate_n1``: theirs; ``weights``: of one
+    expert without its dimension.  ``shape``: rows' dimensions where they meet weights; ``ends``: where each expert's rows end,
+    for the grouped matmul."""
 
     index: int | slice
-    start: int
-    end: int
+    place_n: Tensor
+    gate_n1: Optional[Tensor]
+    weights: ExpertWeights
     shape: tuple[int, ...]
     ends: Optional[Tensor] = None
 
-    @property
-    def all(self) -> bool:
-        return self.index == slice(None)
+    def gather(self, source: Tensor) -> Tensor:
+        return source.index_select(0, self.place_n)
 
-    def gather(self, source: Tensor, place: Tensor) -> Tensor:
-        return source.index_select(0, place[self.start:self.end]).view(*self.shape, source.shape[-1])
-
-    def column(self, value_R: Tensor) -> Tensor:
-        return value_R[self.start:self.end].view(*self.shape, 1)
+    def stacked(self, rows: Tensor) -> Tensor:
+        return rows.view(*self.shape, rows.shape[-1]) if len(self.shape) > 1 else rows
 
     def times(self, x: Tensor, w: Tensor, out: Optional[Tensor] = None) -> Tensor:
         """Rows times weights, or transposed rows times rows: the weights' gradients."""
         return _times(x, w, self.ends, out)
 
     def first_layer(self, x: Tensor, w: Tensor, b: Optional[Tensor], out: Optional[Tensor]) -> Tensor:
-        """x w + b of stacked weights."""
-        return _affine(x, w[self.index], None if b is None else b[self.index], self.ends, out)
+        return _affine(self.stacked(x), w, b, self.ends, out)
 
-    def second_layer(self, pre: list[Tensor], weights: ExpertWeights, spare: Optional[Tensor], keep: bool) -> Tensor:
-        """Activation and second layer; with ``keep`` as one operator, whose output, a new tensor, selective recompute keeps."""
-        w, b = weights.second[self.index], weights.second_bias
+    def second_layer(self, pre: list[Tensor], spare: Optional[Tensor], keep: bool) -> Tensor:
+        """Activation and second layer [n, D]; with ``keep`` as one operator, whose output selective recompute keeps."""
         as_one = torch.ops.diffmoe.second_layer if keep and not torch.compiler.is_compiling() else _second_layer
-        return as_one(pre, w, None if b is None else b[self.index], self.ends, spare)
+        return as_one(pre, self.weights.second, self.weights.second_bias, self.ends, spare).flatten(0, -2)
 
     def sums(self, x: Tensor, experts: int) -> Tensor:
         """Sums over each expert's rows, as stacked biases have them."""
         if self.ends is None:
             return x.sum(-2)
         return x.new_zeros(experts, x.shape[-1]).index_add_(0, _experts(x, self.ends), x)
+
+
+def _parts(place: Tensor, gate: Optional[Tensor], counts: int | list[int], weights: ExpertWeights, how: Arrangement
+           ) -> list[_Part]:
+    experts, inner, _ = weights.second.shape
+    gate = None if gate is None else gate.unsqueeze(1)
+    if how == "grouped":
+        each = [counts] * experts if isinstance(counts, int) else counts
+        ends = torch.tensor(each).cumsum(0).to(torch.int32).to(place.device, non_blocking=True)
+        return [_Part(slice(None), place, gate, weights, (len(place),), ends)]
+    if how == "batched":
+        return [_Part(slice(None), place, gate, weights, (experts, counts))]
+    many = _at_once(experts, counts, inner, place.device) if isinstance(counts, int) else 1
+    if many == 1:
+        indices, shapes = range(experts), [(n,) for n in ([counts] * experts if isinstance(counts, int) else counts)]
+    else:
+        indices = [slice(i, min(i + many, experts)) for i in range(0, experts, many)]
+        shapes = [(i.stop - i.start, counts) for i in indices]
+    sizes = [math.prod(shape) for shape in shapes]
+    split = [[None] * len(sizes) if t is None else t.unbind(0) if many == 1 else t.split(many) for t in weights.flat()]
+    gates = [None] * len(sizes) if gate is None else gate.split(sizes)
+    return [_Part(i, p, g, ExpertWeights.of(w), shape)
+            for i, p, g, w, shape in zip(indices, place.split(sizes), gates, zip(*split), shapes)]
+
+
+def _at_once(experts: int, count: int, inner: int, device: torch.device) -> int:
+    """How many experts of ``count`` rows share one batched matmul.  On a CPU few rows do not occupy several cores: there
+    each core takes experts of its own, all together at most a quarter of them, for the sake of memory."""
+    if device.type != "cpu" or not count:
+        return 1
+    threads = torch.get_num_threads()
+    return max(1, min((_CPU_SMALL - 1) // (count * inner), experts // (4 * threads)) * threads)
 
 
 def _experts(x: Tensor, ends: Tensor) -> Tensor:
@@ -126,6 +154,7 @@ def _times(x: Tensor, w: Tensor, ends: Optional[Tensor], out: Optional[Tensor] =
 
 
 def _affine(x: Tensor, w: Tensor, b: Optional[Tensor], ends: Optional[Tensor], out: Optional[Tensor] = None) -> Tensor:
+    """x w + b of stacked weights."""
     if b is None:
         return _times(x, w, ends, out)
     if ends is not None:
@@ -144,59 +173,36 @@ _operators.define("second_layer(Tensor[] pre, Tensor w, Tensor? b, Tensor? ends,
 _operators.impl("second_layer", _second_layer, "CompositeExplicitAutograd")
 
 
-def _parts(counts: int | list[int], weights: ExpertWeights, how: Arrangement, device: torch.device) -> list[_Part]:
-    experts, inner, _ = weights.second.shape
-    if how == "batched":
-        return [_Part(slice(None), 0, counts * experts, (experts, counts))]
-    if isinstance(counts, int) and (many := _at_once(experts, counts, inner, device)) > 1:
-        starts = range(0, experts, many)
-        return [_Part(slice(i, i + n), i * counts, (i + n) * counts, (n, counts)) for i in starts for n in [min(many, experts - i)]]
-    each = [counts] * experts if isinstance(counts, int) else counts
-    if how == "grouped":
-        ends = torch.tensor(each).cumsum(0).to(torch.int32)
-        return [_Part(slice(None), 0, sum(each), (sum(each),), ends.to(device, non_blocking=True))]
-    ends = [sum(each[:i]) for i in range(experts + 1)]
-    return [_Part(i, ends[i], ends[i + 1], (each[i],)) for i in range(experts)]
-
-
-def _at_once(experts: int, count: int, inner: int, device: torch.device) -> int:
-    """How many experts of ``count`` rows share one batched matmul.  On a CPU few rows do not occupy several cores: there
-    each core takes experts of its own, all together at most a quarter of them, for the sake of memory."""
-    if device.type != "cpu" or not count:
-        return 1
-    threads = torch.get_num_threads()
-    return max(1, min((_CPU_SMALL - 1) // (count * inner), experts // (4 * threads)) * threads)
-
-
 class _Buffers:
     """``number`` buffers [rows, width] that one part after another passes through; none where all pass at once."""
 
     def __init__(self, number: int, parts: Sequence[_Part], like: Tensor, width: int) -> None:
-        rows = max(part.end - part.start for part in parts)
-        self._width, self._held = width, [] if parts[0].all else [like.new_empty(rows, width) for _ in range(number)]
+        rows, at_once = max(len(part.place_n) for part in parts), parts[0].index == slice(None)
+        self._width, self._held = width, [] if at_once else [like.new_empty(rows, width) for _ in range(number)]
 
     def __call__(self, n: int, part: _Part) -> Optional[Tensor]:
-        return self._held[n][:part.end - part.start].view(*part.shape, self._width) if self._held else None
+        return part.stacked(self._held[n][:len(part.place_n)]) if self._held else None
 
 
 def _forward(source: Tensor, gate: Optional[Tensor], place: Tensor, counts: int | list[int], how: Arrangement,
              weights: ExpertWeights, keep: bool) -> tuple[Tensor, list[Tensor]]:
     """The output, and with ``keep`` for each part the pre-activations of the first layers and, with a gate, the experts'
     outputs: tensors of a part, which the allocator can use again sooner than those over all rows."""
-    parts = _parts(counts, weights, how, source.device)
+    parts = _parts(place, gate, counts, weights, how)
     y = torch.zeros_like(source, dtype=source.dtype if gate is None else gate.dtype)
     kept: list[Tensor] = []
     buffers = _Buffers(1 if keep else 1 + len(weights.firsts), parts, source, weights.second.shape[1])
     for part in parts:
-        x = part.gather(source, place)
-        hidden = [part.first_layer(x, w, b, None if keep else buffers(1 + n, part)) for n, (w, b) in enumerate(weights.firsts)]
+        x = part.gather(source)
+        hidden = [part.first_layer(x, w, b, None if keep else buffers(1 + n, part))
+                  for n, (w, b) in enumerate(part.weights.firsts)]
         if keep:
             kept += hidden
-        rows = part.second_layer(hidden, weights, buffers(0, part), keep)
+        rows = part.second_layer(hidden, buffers(0, part), keep)
         if gate is not None:
             kept += [rows] * keep
-            rows = rows * part.column(gate)
-        y.index_add_(0, place[part.start:part.end], rows.flatten(0, -2))
+            rows = rows * part.gate_n1
+        y.index_add_(0, part.place_n, rows)
     return y.to(source.dtype), kept
 
 
@@ -214,19 +220,17 @@ class _ExpertMlp(torch.autograd.Function):
     def backward(ctx, dy):
         source, gate, place, *rest = ctx.saved_tensors
         weights, kept = ExpertWeights.of(rest[:ctx.flat]), rest[ctx.flat:]
-        parts = _parts(ctx.counts, weights, ctx.how, source.device)
+        parts = _parts(place, gate, ctx.counts, weights, ctx.how)
         buffers = _Buffers(3, parts, source, weights.second.shape[1])
         # Several experts add to one token: in the gate's precision, like the output.
         d_source = torch.zeros_like(source, dtype=source.dtype if gate is None else gate.dtype)
-        d_gate = None if gate is None else torch.empty_like(gate)
-        d_flat, each = _Gradients(weights, ctx.memory), len(kept) // len(parts)
+        d_gates, d_flat, each = [], _Gradients(weights, ctx.memory), len(kept) // len(parts)
         for n, part in enumerate(parts):
-            of_part = kept[n * each:(n + 1) * each]
-            dx, dg = _backward_part(part, source, gate, place, of_part, weights, dy, buffers, d_flat)
-            d_source.index_add_(0, place[part.start:part.end], dx.flatten(0, -2).to(d_source.dtype))
-            if gate is not None:
-                d_gate[part.start:part.end] = dg.flatten()
-        return d_source.to(source.dtype), d_gate, None, None, None, None, *d_flat.finished()
+            dx, d_gate = _backward_part(part, source, kept[n * each:(n + 1) * each], dy, buffers, d_flat)
+            d_source.index_add_(0, part.place_n, dx.to(d_source.dtype))
+            d_gates.append(d_gate)
+        return (d_source.to(source.dtype), None if gate is None else torch.cat(d_gates), None, None, None, None,
+                *d_flat.finished())
 
 
 class _Gradients:
@@ -238,7 +242,7 @@ class _Gradients:
 
     def take(self, n: int, part: _Part, value: Tensor | tuple[Tensor, Tensor]) -> None:
         """The gradient of tensor ``n``: given, or the product of two matrices, written in its place."""
-        if part.all:
+        if part.index == slice(None):
             self._held[n] = part.times(*value) if isinstance(value, tuple) else value
             return
         if self._held[n] is None:
@@ -252,16 +256,16 @@ class _Gradients:
         return self._held
 
 
-def _backward_part(part: _Part, source: Tensor, gate: Optional[Tensor], place: Tensor, kept: list[Tensor],
-                   weights: ExpertWeights, dy: Tensor, buffers: _Buffers, gradients: _Gradients
+def _backward_part(part: _Part, source: Tensor, kept: list[Tensor], dy: Tensor, buffers: _Buffers, gradients: _Gradients
                    ) -> tuple[Tensor, Optional[Tensor]]:
-    """Gradients of one part's rows and gates; those of its weights go into ``gradients``."""
-    i, experts, firsts = part.index, weights.second.shape[0], len(weights.firsts)
-    x, g, d_gate = part.gather(source, place), part.gather(dy, place), None
-    if gate is not None:
-        d_gate = (g * kept[firsts]).sum(-1, dtype=gate.dtype)
-        g = scaled(g, part.column(gate))
-    u = part.times(g, weights.second[i].mT, buffers(0, part))
+    """Gradients of one part's rows [n, D] and gates [n]; those of its weights go into ``gradients``."""
+    weights, experts, firsts = part.weights, len(part.weights.second), len(part.weights.firsts)
+    x, g, d_gate = part.stacked(part.gather(source)), part.gather(dy), None
+    if part.gate_n1 is not None:
+        d_gate = (g * kept[firsts]).sum(-1, dtype=part.gate_n1.dtype)
+        g = scaled(g, part.gate_n1)
+    g = part.stacked(g)
+    u = part.times(g, weights.second.mT, buffers(0, part))
     a, d_pre = _activate_back(u, kept[:firsts], buffers(1, part), buffers(2, part))
     gradients.take(2 * firsts, part, (a.mT, g))
     if weights.second_bias is not None:
@@ -272,9 +276,9 @@ def _backward_part(part: _Part, source: Tensor, gate: Optional[Tensor], place: T
         gradients.take(2 * n, part, (x.mT, du))
         if b is not None:
             gradients.take(2 * n + 1, part, part.sums(du, experts))
-        back = part.times(du, w[i].mT)
+        back = part.times(du, w.mT)
         dx = back if dx is None else dx.add_(back)
-    return dx, d_gate
+    return dx.flatten(0, -2), d_gate
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
