@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe.bench import measure
@@ -14,6 +15,7 @@ from diffmoe.models.dit import DiT, initialize
 from diffmoe.moe.capacity import CapacityPredictor
 from diffmoe.moe.dispatch import _WeightedSum
 from diffmoe.moe.expert_mlp import ExpertWeights, arrangement, expert_mlp
+from diffmoe.moe import expert_mlp as expert_mlp_module
 from diffmoe.moe.experts import Mlp
 from diffmoe.moe.gating import scores_and_capacity
 from diffmoe.moe.layer import MoELayer
@@ -21,6 +23,7 @@ from diffmoe.moe import recycled
 from diffmoe.moe.recycled import Recycled
 from diffmoe.moe.routing import RoutingRule, gate_scores
 from diffmoe.parallel.groups import single_process
+from diffmoe.parallel.recompute import forms
 
 S, D, HIDDEN, EXPERTS = 24, 16, 32, 4
 COUNTS = {"equal": 6, "ragged": [3, 0, 9, 4], "nobody": [0, 0, 0, 0]}
@@ -96,6 +99,36 @@ def test_expert_mlp_is_its_definition(how, name, kind, gated):
         assert_close(found, torch.zeros_like(found) if expected is None else expected, bound)
     with torch.no_grad():
         assert torch.equal(expert_mlp(source, place, COUNTS[name], gate, weights, Recycled(), how), y)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+def test_some_experts_at_once_and_rows_by_blocks_are_the_same(monkeypatch, kind, gated):
+    monkeypatch.setattr(expert_mlp_module, "_at_once", lambda *_: 3)  # of four, so one is left
+    monkeypatch.setattr(expert_mlp_module, "_CPU_BLOCK", 5 * HIDDEN)
+    test_expert_mlp_is_its_definition("each", "equal", kind, gated)
+
+
+def test_few_rows_share_a_product_as_threads_and_caches_allow(monkeypatch):
+    cpu = torch.device("cpu")
+    for threads, wanted in ((1, [2, 1, 1, 1, 1]), (2, [4, 2, 1, 1, 1])):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        shapes = [(16, 128, 1536), (16, 256, 1536), (16, 1024, 1536), (16, 128, 4096), (16, 0, 1536)]
+        assert [expert_mlp_module._at_once(*shape, cpu) for shape in shapes] == wanted
+        assert expert_mlp_module._at_once(16, 128, 1536, torch.device("meta")) == 1
+
+
+@pytest.mark.parametrize("h", [0.0, 1e-30, -1e-4, 0.5, -0.75, 3.0, -5.0, 8.0, -30.0, 1e4, -1e4])
+def test_gelu_and_its_gradient_are_torchs(h):
+    """Also where the sigmoid is 0 or 1 to the last bit."""
+    pre = torch.full((2, 3), h, dtype=torch.float64, requires_grad=True)
+    wanted = F.gelu(pre, approximate="tanh")
+    slope, = torch.autograd.grad(wanted.sum(), pre)
+    u, out, spare = torch.full((2, 3), 2.0, dtype=torch.float64), *(torch.empty(2, 3, dtype=torch.float64) for _ in range(2))
+    found, (du,) = expert_mlp_module._gelu_back(pre.detach(), u, out, spare)
+    assert_close(found, wanted.detach(), 1e-9)  # torch's 1 + tanh cancels on the left
+    assert torch.allclose(du, 2 * slope, rtol=1e-9, atol=1e-15)
+    assert torch.equal(found, expert_mlp_module._gelu(pre.detach(), torch.empty_like(found)))
 
 
 def test_recycled_memory_is_taken_again_but_never_from_a_living_tensor(monkeypatch):
@@ -244,7 +277,34 @@ def test_selective_recompute_saves_work_for_little_memory():
     for name, gradient in wanted.items():
         assert torch.equal(gradient, by_block[name]) and torch.equal(gradient, by_selective[name]), name
     assert selective <= 1.5 * block
-    assert least < some <= most  # the counter does not count attention
+    assert least < some <= most  # the counter does not count attention and the experts' second layers
+
+
+def test_selective_recompute_runs_second_layers_and_attention_once():
+    again = {mode: operators_called(mode) for mode in ("none", "block", "selective")}
+    for name, times in again["none"].items():
+        assert times > 0 and again["block"][name] == 2 * times, name
+    assert again["selective"] == again["none"], "depth 8 has room for all attention outputs"
+
+
+def operators_called(mode):
+    calls = {"diffmoe.second_layer.default": 0, "aten._scaled_dot_product_flash_attention_for_cpu.default": 0}
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if str(func) in calls:
+                calls[str(func)] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        training_peak(mode)
+    return calls
+
+
+@pytest.mark.parametrize(("depth", "kept"), [(1, 1), (8, 8), (12, 6), (24, 0), (28, 0)])
+def test_attention_is_kept_where_there_is_room(depth, kept):
+    assert forms("selective", depth) == ["selective+attention"] * kept + ["selective"] * (depth - kept)
+    assert forms("block", depth) == ["block"] * depth
 
 
 def test_the_arrangement_follows_device_and_shape():

@@ -141,8 +141,28 @@ def ratios(found: dict[str, dict[str, float]]) -> dict[str, Any]:
     return facts
 
 
-def sweep(config: Config, repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Microseconds a token of our layer, over tokens at the configured experts and over experts at 16,384 tokens."""
+def products(experts: nn.Module, rows: int) -> Callable[[], None]:
+    """The six matmuls of a training pass of every expert over ``rows`` rows, one expert after another, and nothing else."""
+    w1, w2 = experts.fc1_weight.detach(), experts.fc2_weight.detach()
+    x, a, u = (w1.new_empty(rows, width).normal_() for width in (*w1.shape[1:], w1.shape[2]))
+    d1, d2, y = torch.empty_like(w1), torch.empty_like(w2), torch.empty_like(x)
+
+    def run() -> None:
+        for i in range(len(w1)):
+            torch.mm(x, w1[i], out=u)
+            torch.mm(a, w2[i], out=y)
+        for i in range(len(w1)):
+            torch.mm(x, w2[i].mT, out=u)
+            torch.mm(a.mT, x, out=d2[i])
+            torch.mm(x.mT, a, out=d1[i])
+            torch.mm(a, w1[i].mT, out=y)
+
+    return run
+
+
+def sweep(config: Config, repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Microseconds a token of our layer (``layer``) and of its experts' matmuls alone (``products``), over tokens at the
+    configured experts and over experts at 16,384 tokens."""
     cases = [(tokens, config.moe.experts) for tokens in SWEPT_TOKENS] + [(16384, experts) for experts in SWEPT_EXPERTS]
     passes = {}
     for tokens, experts in dict.fromkeys(cases):
@@ -152,17 +172,24 @@ def sweep(config: Config, repeats: int, device: torch.device, dtype: torch.dtype
         x, dy = (torch.randn(samples, case.model.tokens, case.model.width).to(device, dtype) for _ in range(2))
         x.requires_grad_()
         step = partial(training_pass, module, partial(forward, "ours", module, x, None), x, dy)
-        passes[f"{tokens} tokens, {experts} experts"] = step
+        name = f"{tokens} tokens, {experts} experts"
+        passes["layer", name], passes["products", name] = step, products(module.experts, tokens // experts)
     seconds = measure.interleaved(passes, repeats, device)
-    return {name: 1e6 * value / int(name.split()[0]) for name, value in seconds.items()}
+    costs: dict[str, dict[str, float]] = {"layer": {}, "products": {}}
+    for (what, name), value in seconds.items():
+        costs[what][name] = 1e6 * value / int(name.split()[0])
+    return costs
 
 
 def _main_of_sweep(options: Any, config: Config, device: torch.device, dtype: torch.dtype) -> int:
-    cost = sweep(config, options.repeats, device, dtype)
-    middle = (max(cost.values()) + min(cost.values())) / 2
+    costs = sweep(config, options.repeats, device, dtype)
+    cost, bare = costs["layer"], costs["products"]
+    middle, bare_middle = ((max(c.values()) + min(c.values())) / 2 for c in (cost, bare))
     facts = {"model": options.model, "dtype": options.dtype, "repeats": options.repeats, "microseconds_a_token": cost,
-             "spread": max(cost.values()) / middle - 1, **measure.surroundings(device)}
-    text = measure.table(["layer", "µs a token", "of the middle"], [[name, c, c / middle] for name, c in cost.items()])
+             "spread": max(cost.values()) / middle - 1, "products_microseconds_a_token": bare,
+             "products_spread": max(bare.values()) / bare_middle - 1, **measure.surroundings(device)}
+    text = measure.table(["layer", "µs a token", "of the middle", "its six matmuls alone, µs", "of their middle"],
+                         [[name, c, c / middle, bare[name], bare[name] / bare_middle] for name, c in cost.items()])
     return measure.report(f"moe_layer_{options.model}_sweep", facts, text, cost, "µs a token, forward + backward", options)
 
 
