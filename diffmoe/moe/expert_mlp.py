@@ -50,10 +50,10 @@ class ExpertWeights:
 def arrangement(device: torch.device, dtype: torch.dtype, counts: int | list[int]) -> Arrangement:
     """How the matmuls of all experts are laid out.
 
-    ``each``: one after another, or on a CPU as many at once as it has threads, where they have few rows (``_at_once``).  On a
-    CPU at every shape that was measured (docs/results): what they pass through fits the cache.  ``batched``: one batched matmul, where counts are equal: on a
-    GPU, where many small launches cost more, and when compiling, which would unroll a loop.  ``grouped``: torch's grouped
-    matmul over ragged counts, where the GPU has that kernel (bf16 from compute capability 9.0)."""
+    ``each``: one after another, or a few at once where they have few rows (``_at_once``).  On a CPU at every shape that was
+    measured (docs/results): what they pass through fits the cache.  ``batched``: one batched matmul, where counts are equal:
+    on a GPU, where many small launches cost more, and when compiling, which would unroll a loop.  ``grouped``: torch's
+    grouped matmul over ragged counts, where the GPU has that kernel (bf16 from compute capability 9.0)."""
     if isinstance(counts, int):
         return "batched" if device.type == "cuda" or torch.compiler.is_compiling() else "each"
     kernel = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -16,7 +16,7 @@ from diffmoe.moe.capacity import CapacityPredictor
 # On a CPU tokens pass in blocks, whose intermediates stay in the cache.
 _CPU_BLOCK = 1024
 
-silu, silu_backward = torch.ops.aten.silu, torch.ops.aten.silu_backward
+_silu, _silu_backward = torch.ops.aten.silu, torch.ops.aten.silu_backward
 
 
 def scores_and_capacity(x_TD: Tensor, router_ED: Tensor, predictor: CapacityPredictor) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class _Gating(torch.autograd.Function):
         for rows in _blocks(x):
             z = torch.addmm(bias, x[rows], both.mT, out=first[rows])
             scores[rows] = z[:, D:] if together else F.linear(x[rows].to(wide), router.to(wide))
-            capacity[rows] = F.linear(silu.out(z[:, :D], out=active[:len(z)]), w2, b2)
+            capacity[rows] = F.linear(_silu.out(z[:, :D], out=active[:len(z)]), w2, b2)
         ctx.save_for_backward(x, first, router, w1, w2)
         return scores, capacity
 
@@ -73,9 +73,9 @@ class _Gating(torch.autograd.Function):
             hidden, d_out = first[rows, :D], d_capacity[rows].to(x.dtype)
             a, d_first = active[:len(hidden)], held[:len(hidden)]
             d_hidden = d_first[:, :D]
-            d_w2 += d_out.mT @ silu.out(hidden, out=a)
+            d_w2 += d_out.mT @ _silu.out(hidden, out=a)
             d_b2 += d_capacity[rows].sum(0)
-            silu_backward.grad_input(torch.mm(d_out, w2, out=a), hidden, grad_input=d_hidden)
+            _silu_backward.grad_input(torch.mm(d_out, w2, out=a), hidden, grad_input=d_hidden)
             d_b1 += d_hidden.sum(0, dtype=wide)
             if together:
                 d_first[:, D:] = d_scores[rows]
