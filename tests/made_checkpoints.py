@@ -35,6 +35,7 @@ def made(kind: str, piece: Piece) -> Tensor:
 
 
 def made_whole(kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The whole tensor that ``made`` gives pieces of."""
     return made(kind, Piece(name, shape, 0, math.prod(shape))).view(shape)
 
 

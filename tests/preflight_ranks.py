@@ -35,6 +35,7 @@ class SlowLink(probe.Exchange):
 
 
 def other_versions(root: Path, device: Any) -> dict[str, str]:
+    """The versions of a node that has another torch and other code."""
     return {**VERSIONS(root, device), "torch": "2.12.0", "code": "0123456789ab"}
 
 
@@ -42,6 +43,7 @@ VERSIONS = probe.versions
 
 
 def run(case: str, base: Path, *, timeout: float = 60.0, here: bool = True, **stand_ins: Any) -> None:
+    """One case's preflight on this rank (not where it is not ``here``); what it said and its code go into a file."""
     out = io.StringIO()
     code = 0
     if here:
@@ -53,6 +55,7 @@ def run(case: str, base: Path, *, timeout: float = 60.0, here: bool = True, **st
 
 
 def main() -> None:
+    """All cases in turn, as one rank of a job."""
     good = FOLDER / "good"
     run("healthy", good)
     probe.versions = other_versions if RANK == 1 else VERSIONS
