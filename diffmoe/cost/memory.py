@@ -223,8 +223,8 @@ def _mixture_bytes(config: Config, rows: int, T: int, element: int, moved: bool)
     model, moe = config.model, config.moe
     D, E, inner = model.width, moe.experts, inner_width(model, moe)
     wide = (1 if moe.activation == "gelu" else 2) * inner  # pre-activations; the rest is made again (moe/expert_mlp.py)
-    kept = (rows * wide + T * D) * element
-    kept += rows * D * element  # outputs, here or when they came home, wait for their gate's gradient
+    # Outputs, here or when they came home, wait for their gate's gradient.
+    kept = (rows * (wide + D) + T * D) * element
     kept += T * E * (3 * _FP32 + 1)  # scores, logits, mask as numbers and as truth
     if model.family == "diffmoe":
         kept += T * D * element  # the predictor's first layer (moe/gating.py)
