@@ -17,6 +17,7 @@ from diffmoe.moe.dispatch import _WeightedSum
 from diffmoe.moe.expert_mlp import ExpertWeights, arrangement, expert_mlp
 from diffmoe.moe import expert_mlp as expert_mlp_module
 from diffmoe.moe.experts import Mlp
+from diffmoe.moe import gating
 from diffmoe.moe.gating import scores_and_capacity
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe import recycled
@@ -196,6 +197,13 @@ def test_gating_is_router_and_predictor(dtype, bound):
     ours, theirs = gradients(torch.cat([scores, logits]), *leaves), gradients(torch.cat(wanted), *leaves)
     for found, expected in zip(ours, theirs, strict=True):
         assert_close(found.double(), expected.double(), bound)
+
+
+def test_two_bf16_numbers_carry_16_bits():
+    x = torch.randn(64, EXPERTS, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 64)[:, None]
+    halves = gating._in_two(x, torch.bfloat16)
+    assert halves.dtype == torch.bfloat16
+    assert (halves.float().view(64, 2, EXPERTS).sum(1) - x).abs().le(2.0 ** -16 * x.abs()).all()
 
 
 def layer_and_loop():

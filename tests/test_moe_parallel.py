@@ -200,8 +200,8 @@ def test_recompute_and_a_poisoned_buffer_change_no_bit(ranks, world, ep, samples
     for differing, counts in ranks[world].run(recompute_and_poison, ep, samples, pool, family):
         assert not any(differing.values()), differing
         plain, block, selective = (counts[mode, False] for mode in ("none", "block", "selective"))
-        assert plain["topk"] == 1
-        assert block["topk"] == selective["topk"] == 1, "routing was decided twice"
+        assert plain["topk"] in (1, 2)  # the choice, and a diffmoe pool's threshold where it is observed
+        assert block["topk"] == selective["topk"] == plain["topk"], "routing was decided twice"
         for name in ("all_to_all_single", "all_gather_into_tensor", "all_reduce"):
             assert selective[name] == plain[name], f"selective recompute communicates again: {name}"
         if ep > 1:

@@ -159,6 +159,8 @@ def _affine(x: Tensor, w: Tensor, b: Optional[Tensor], ends: Optional[Tensor], o
         return _times(x, w, ends, out)
     if ends is not None:
         return _times(x, w, ends) + b.index_select(0, _experts(x, ends))
+    if torch.compiler.is_compiling():
+        return torch.matmul(x, w) + b.unsqueeze(-2)  # which becomes a part of the activation
     multiply, b = (torch.addmm, b) if x.dim() == 2 else (torch.baddbmm, b.unsqueeze(1))
     return multiply(b, x, w) if out is None else multiply(b, x, w, out=out)
 

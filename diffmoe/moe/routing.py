@@ -74,8 +74,9 @@ def choose_tokens(scores_TE: Tensor, pool_tokens: int, K: int) -> Tensor:
 def pool_thresholds(logits_TE: Tensor, pool_tokens: int, K: int) -> Tensor:
     """The K-th largest sigmoid of each pool [pools, E]: the threshold that lets about K tokens pass."""
     T, E = logits_TE.shape
-    pools = logits_TE.detach().view(T // pool_tokens, pool_tokens, E)
-    return pools.kthvalue(pool_tokens - K + 1, dim=1).values.sigmoid()
+    pools = logits_TE.detach().view(T // pool_tokens, pool_tokens, E).transpose(1, 2)
+    # Not kthvalue: twice the time on a CPU, and on CUDA one block of threads for each expert (topk: many).
+    return pools.topk(K, dim=2, sorted=False).values.amin(dim=2).sigmoid()
 
 
 def mask_of(tokens_EK: Tensor, T: int) -> Tensor:

@@ -1,0 +1,129 @@
+"""Training passes on CUDA tensors that hold nothing (torch's fake tensors): what the host does is real, kernels are not run.
+
+    python tests/fake_cuda_cases.py LIBRARY
+
+LIBRARY is built from ``fake_cuda.cpp``.  Prints a line of JSON for each case: [name, what came of it].
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    _torch = Path(importlib.util.find_spec("torch").origin).parent / "lib"
+    for _library in (_torch / "libtorch_global_deps.so", _torch / "libc10.so", _torch / "libtorch_cpu.so", sys.argv[1]):
+        ctypes.CDLL(str(_library), mode=ctypes.RTLD_GLOBAL)
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.diffusion.rectified_flow import flow_loss
+from diffmoe.models.compiled import compile_blocks
+from diffmoe.models.dit import DiT
+from diffmoe.moe.expert_mlp import ExpertWeights, arrangement, expert_mlp
+from diffmoe.moe.recycled import Recycled
+from diffmoe.moe.routing import RoutingRule
+from diffmoe.parallel.groups import ParallelGroups, build_groups, single_process
+
+BATCH, EXPERTS, WIDTH, HIDDEN = 8, 8, 64, 256
+
+
+class OnlyOneDevice(TorchDispatchMode):
+    """Raises where an operator gets a tensor from the host: a copy for which it would wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        host = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim()]
+        if host:
+            raise AssertionError(f"{func} reads {[tuple(x.shape) for x in host]} from the host")
+        return func(*args, **(kwargs or {}))
+
+
+def model(family: str, recompute: str, dtype: torch.dtype, groups: ParallelGroups) -> DiT:
+    config = ModelConfig(family=family, width=WIDTH, depth=4, heads=2, input_size=16, classes=10)
+    dit = DiT(config, MoEConfig(experts=EXPERTS), pool=BATCH, groups=groups, recompute=recompute)
+    for module in dit.modules():  # Module.to cannot swap fake parameters
+        for name, p in module._parameters.items():
+            module._parameters[name] = None if p is None else torch.nn.Parameter(p.detach().to(dtype))
+    return dit
+
+
+def training_pass(family: str, recompute: str, dtype: torch.dtype, groups: ParallelGroups, compiled: bool = False) -> None:
+    """Forward, losses and backward, as a micro-batch has them."""
+    with torch.device("cuda"):  # not around the pass, where it would find the device for who forgot it
+        dit = model(family, recompute, dtype, groups)
+        x, noise = (torch.empty(BATCH, 4, 16, 16) for _ in range(2))
+        t, y = torch.empty(BATCH), torch.empty(BATCH, dtype=torch.long)
+    if compiled:
+        compile_blocks(dit)
+    with contextlib.nullcontext() if compiled else OnlyOneDevice():  # torch.compile bears no such mode
+        loss, output = flow_loss(dit, x, noise, t, y, RoutingRule("train", 1.0))
+        (loss + sum(r.predictor_loss for r in output.moe if r.predictor_loss is not None)).backward()
+    for p in dit.parameters():
+        assert p.grad.device.type == "cuda" and p.grad.dtype == dtype and p.grad.shape == p.shape
+
+
+def experts_pass(how: str, activation: str, gated: bool) -> None:
+    """Forward and backward of experts that got unequal numbers of rows, one of them none."""
+    counts, dtype = [24, 0, 40, 8, 16, 8, 8, 24], torch.bfloat16
+    assert arrangement(torch.device("cuda"), dtype, counts) == how
+
+    def leaf(*shape):
+        return torch.empty(shape, dtype=dtype, device="cuda", requires_grad=True)
+
+    firsts = [(leaf(EXPERTS, WIDTH, HIDDEN), leaf(EXPERTS, HIDDEN) if activation == "gelu" else None)
+              for _ in range(1 if activation == "gelu" else 2)]
+    weights = ExpertWeights(tuple(firsts), leaf(EXPERTS, HIDDEN, WIDTH), leaf(EXPERTS, WIDTH) if activation == "gelu" else None)
+    source, place = leaf(sum(counts), WIDTH), torch.empty(sum(counts), dtype=torch.long, device="cuda")
+    gate = torch.empty(sum(counts), device="cuda", requires_grad=True) if gated else None
+    y = expert_mlp(source, place, counts, gate, weights, Recycled())
+    assert y.dtype == dtype and y.shape == source.shape
+    y.backward(torch.empty_like(y))
+    for x in [source, gate, *weights.flat()]:
+        assert x is None or x.grad.shape == x.shape and x.grad.dtype == x.dtype
+
+
+def attempt(name: str, case, *args) -> None:
+    torch._dynamo.reset()
+    try:
+        with FakeTensorMode():
+            case(*args)
+        found = "done"
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        found = f"the host reads {error.func}"
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    print(json.dumps([name, found]), flush=True)
+
+
+def main() -> None:
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for family in ("dense", "ec", "diffmoe"):
+            for recompute in ("none", "block", "selective"):
+                attempt(f"{family}, {recompute}, {dtype}", training_pass, family, recompute, dtype, single_process())
+    attempt("tc", training_pass, "tc", "none", torch.bfloat16, single_process())
+    torch.compile = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    for recompute in ("none", "selective"):
+        attempt(f"compiled, {recompute}", training_pass, "diffmoe", recompute, torch.bfloat16, single_process(), True)
+    for activation in ("gelu", "swiglu"):
+        for gated in (True, False):
+            attempt(f"grouped, {activation}, gated {gated}", experts_pass, "grouped", activation, gated)
+    torch.cuda.get_device_capability = lambda *_: (8, 0)
+    attempt("each", experts_pass, "each", "gelu", True)
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=8)
+    for recompute in ("none", "selective"):
+        attempt(f"EP 4 of 8 ranks, {recompute}", training_pass, "diffmoe", recompute, torch.bfloat16, build_groups(4, 1))
+
+
+if __name__ == "__main__":
+    main()

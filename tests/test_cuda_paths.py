@@ -1,0 +1,46 @@
+"""What only runs on CUDA, seen without a GPU: shapes, dtypes and devices, and that the host reads nothing from the device.
+
+A GPU's own numbers are another matter: ``run.py verify --device cuda``."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+CASES = [*(f"{family}, {recompute}, {dtype}" for dtype in (torch.float32, torch.bfloat16) for family in ("dense", "ec", "diffmoe")
+           for recompute in ("none", "block", "selective")),
+         "compiled, none", "compiled, selective",
+         *(f"grouped, {activation}, gated {gated}" for activation in ("gelu", "swiglu") for gated in (True, False)),
+         "each", "EP 4 of 8 ranks, none", "EP 4 of 8 ranks, selective"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Case -> what came of it, of one run in a process of its own."""
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has a CUDA of its own, which cannot be replaced")
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is missing, which builds the device")
+    library, where = tmp_path_factory.mktemp("fake_cuda") / "fake_cuda.so", Path(torch.__file__).parent
+    subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", f"-I{where}/include", f"-L{where}/lib", str(HERE / "fake_cuda.cpp"),
+                    "-o", str(library), "-lc10", "-ltorch_cpu"], check=True, timeout=120)
+    run = subprocess.run([sys.executable, str(HERE / "fake_cuda_cases.py"), str(library)], capture_output=True, text=True,
+                         timeout=240)
+    assert run.returncode == 0, run.stderr
+    return dict(json.loads(line) for line in run.stdout.splitlines())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_pass_stays_on_the_device(found, case):
+    assert found[case] == "done"
+
+
+def test_a_read_by_the_host_would_be_seen(found):
+    """Token choice has as many rows as the router says: there the host must ask."""
+    assert found["tc"] == "the host reads aten.nonzero.default"
+    assert found.keys() == {*CASES, "tc"}
