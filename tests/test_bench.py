@@ -2,16 +2,20 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
-from programs import run_cases
+from diffmoe.bench.step import most_samples
+from programs import REPOSITORY, run_cases
 
 SMALL = ["--experts", "4", "--repeats", "1", "--json", "--set", "model.width=32", "model.heads=2", "model.depth=2",
          "model.input_size=8"]
 KINDS = {
     "moe-layer": ["--tokens", "64"],
-    "step": ["--samples", "2", "--recompute", "--loop"],
+    "step": ["--samples", "2", "--accumulation", "2", "--recompute", "--loop", "--profile"],
     "sampling": ["--samples", "2"],
     "communication": ["--samples", "1", "--worlds", "2"],
 }
@@ -45,6 +49,43 @@ def test_a_step_with_recompute(records):
     assert set(record["seconds"]) == {"ours", "dense", "block", "selective", "loop"}
     assert record["peak_bytes"]["block"] < record["peak_bytes"]["selective"] < record["peak_bytes"]["ours"]
     assert math.isclose(record["time_over_dense"], record["seconds"]["ours"] / record["seconds"]["dense"])
+    assert record["images_per_second"]["ours"] == pytest.approx(2 * 2 / record["seconds"]["ours"])
+
+
+def test_a_profile_says_where_the_time_goes(records):
+    profile = records["step"]["profile"]
+    assert set(profile) == set(records["step"]["seconds"])
+    calls = {name: {operator: calls for operator, _, calls in rows} for name, rows in profile.items()}
+    assert calls["ours"]["_ExpertMlpBackward"] == 2  # one mixture, two micro-batches
+    assert "_ExpertMlpBackward" not in calls["dense"] and "_ExpertMlpBackward" not in calls["loop"]
+    assert all(ms == sorted(ms, reverse=True) for ms in ([row[1] for row in rows] for rows in profile.values()))
+
+
+@pytest.mark.parametrize("room,wanted", [(1000, 64), (660, 64), (650, 32), (60, 4), (39, 1), (30, 1)])
+def test_as_many_samples_as_fit(room, wanted):
+    """20 bytes, and 10 for each sample."""
+    assert most_samples(20 + 40, 20 + 80, 4, room) == wanted
+
+
+def test_no_room_for_a_sample_is_refused():
+    with pytest.raises(ValueError, match=r"^--samples \(fit\): one sample needs 30 bytes, there is room for 25$"):
+        most_samples(20 + 40, 20 + 80, 4, 25)
+
+
+def test_the_gpus_script_refuses_what_it_does_not_know(tmp_path):
+    run = subprocess.run(["bash", str(REPOSITORY / "scripts/bench_gpu.sh"), str(tmp_path), "paritty"], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr == "error: part (paritty) must be parity, layer, step, sampling or train\n"
+
+
+@pytest.mark.slow
+def test_the_gpus_script_runs_dry(tmp_path):
+    """Three minutes: every part on the CPU, at sizes that say nothing."""
+    env = {**os.environ, "BENCH_TINY": "1", "PYTHON": sys.executable, "DS_ACCELERATOR": "cpu"}
+    subprocess.run(["bash", str(REPOSITORY / "scripts/bench_gpu.sh"), str(tmp_path)], env=env, check=True, timeout=900)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert {"parity.json", "moe_layer_l_e16_256.json", "step_xl_e8_1_compile.json", "step_l_e16_1_recompute.json",
+            "sampling_xl_e8_1.json", "train_l_e16.txt"} <= kept
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 4
 
 
 def test_sampling_meets_as_many_experts_as_it_is_asked(records):

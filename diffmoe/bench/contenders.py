@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig
+from diffmoe.device import backend
 from diffmoe.layout import rows_taken
 from diffmoe.moe.capacity import CapacityPredictor, predictor_loss
 from diffmoe.moe.experts import Mlp
@@ -43,14 +44,14 @@ class TextbookLoop(nn.Module):
         return y, predictor_loss(logits, mask), observed
 
 
-def deepspeed_layer(model: ModelConfig, experts: int) -> nn.Module:
+def deepspeed_layer(model: ModelConfig, experts: int, device: torch.device) -> nn.Module:
     """``deepspeed.moe.layer.MoE``: token choice, one expert a token, capacity 1, the same expert MLPs.  Joins a world of one
-    if nobody has."""
+    if nobody has: it always exchanges rows, also with itself, so through the device's own backend."""
     deepspeed = import_deepspeed()
     if not dist.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        dist.init_process_group(backend(device), init_method=f"file://{store}", rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend(device), auto_mpi_discovery=False, verbose=False)
     layer = deepspeed.moe.layer.MoE(model.width, Mlp(model.width, model.hidden), num_experts=experts, k=1, capacity_factor=1.0)
     layer.set_deepspeed_parallelism()
     return layer

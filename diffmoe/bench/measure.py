@@ -15,6 +15,8 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -137,18 +139,24 @@ def surroundings(device: torch.device) -> dict[str, Any]:
             "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
-def matmul_ceiling(device: torch.device, dtype: torch.dtype, size: int = 0, seconds: float = 1.0) -> float:
-    """Measured FLOP/s of a large square matmul: what utilisation is a share of."""
-    size = size or (8192 if device.type == "cuda" else 1024)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
+def profiles(passes: Mapping[str, Callable[[], object]], device: torch.device, top: int = 16
+             ) -> tuple[dict[str, list[tuple[str, float, int]]], str]:
+    """Where each pass's time goes: (operator or, on a GPU, kernel; ms; calls) of the dearest, and tables of them."""
+    activity, kind, unit = ((ProfilerActivity.CUDA, DeviceType.CUDA, "kernel") if device.type == "cuda" else
+                            (ProfilerActivity.CPU, DeviceType.CPU, "operator"))
+    found, text = {}, ""
+    for name, pass_ in passes.items():
         synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        with profile(activities=[activity], acc_events=True) as trace:
+            pass_()
+            synchronize(device)
+        events = [e for e in trace.key_averages() if e.device_type == kind]
+        took = {e.key: e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total for e in events}
+        dearest = sorted(events, key=lambda e: -took[e.key])[:top]
+        found[name] = [(e.key[:80], took[e.key] / 1e3, e.count) for e in dearest]
+        rows = [[key, ms, 1e5 * ms / sum(took.values()), calls] for key, ms, calls in found[name]]
+        text += f"\n\n{name}: {sum(took.values()) / 1e3:.4g} ms\n\n" + table([unit, "ms", "%", "calls"], rows)
+    return found, text
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

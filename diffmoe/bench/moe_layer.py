@@ -66,9 +66,9 @@ def build(name: str, config: Config, samples: int, device: torch.device, dtype: 
     elif name == "loop":
         module = TextbookLoop(model, experts)
     elif name == "deepspeed":
-        module = deepspeed_layer(model, experts)
+        module = deepspeed_layer(model, experts, device)
     else:
-        module = _WithPredictor(deepspeed_layer(model, experts), config, router=False)
+        module = _WithPredictor(deepspeed_layer(model, experts, device), config, router=False)
     for p in module.parameters():
         nn.init.normal_(p, std=0.02)
     return module.to(device, dtype)
@@ -99,8 +99,8 @@ def training_pass(module: nn.Module, forward: Callable[[], tuple[Tensor, list[Te
 
 
 def compare(config: Config, tokens: int, names: tuple[str, ...], repeats: int, device: torch.device,
-            dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Contender -> seconds, bytes kept, peak bytes."""
+            dtype: torch.dtype, profile: bool = False) -> tuple[dict[str, dict[str, float]], dict[str, list], str]:
+    """Contender -> seconds, bytes kept, peak bytes; with ``profile`` what ``measure.profiles`` says of them, else nothing."""
     samples = tokens // config.model.tokens
     shape = (samples, config.model.tokens, config.model.width)
     generator = torch.Generator().manual_seed(0)
@@ -111,13 +111,14 @@ def compare(config: Config, tokens: int, names: tuple[str, ...], repeats: int, d
     forwards = {name: partial(forward, name, module, x, mask_TE) for name, module in modules.items()}
     passes = {name: partial(training_pass, module, forwards[name], x, dy) for name, module in modules.items()}
     result = {name: {"seconds": seconds} for name, seconds in measure.interleaved(passes, repeats, device).items()}
+    profiles, tables = measure.profiles(passes, device) if profile else ({}, "")
     for name, module in modules.items():
         module.zero_grad(set_to_none=True)
         x.grad = None
         result[name]["kept_bytes"] = measure.kept_for_backward(forwards[name], [module])
         result[name]["peak_bytes"] = measure.peak_bytes(passes[name], [module], device)
         module.zero_grad(set_to_none=True)
-    return result
+    return result, profiles, tables
 
 
 def ratios(found: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def _main_of_sweep(options: Any, config: Config, device: torch.device, dtype: to
 
 def main(arguments: list[str]) -> int:
     """The kind ``moe-layer``; returns the exit code."""
-    parser = bench_parser("moe-layer", "Forward and backward of one mixture layer beside dense, loop and DeepSpeed's.")
+    parser = bench_parser("moe-layer", "Forward and backward of one mixture layer beside dense, loop and DeepSpeed's.", profile=True)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens, whole samples of the model (default 16384)")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by commas")
     parser.add_argument("--sweep", action="store_true", help="our layer's cost a token over tokens and experts instead")
@@ -208,13 +209,14 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--only ({options.only}) must hold ours and dense, and beside them some of {', '.join(CONTENDERS)}")
     if options.tokens < 1 or options.tokens % config.model.tokens:
         raise ValueError(f"--tokens ({options.tokens}) must be whole samples of {config.model.tokens} tokens")
-    found = compare(config, options.tokens, names, options.repeats, device, dtype)
+    found, profiles, tables = compare(config, options.tokens, names, options.repeats, device, dtype, options.profile)
     facts = {"model": options.model, "experts": config.moe.experts, "tokens": options.tokens, "dtype": options.dtype,
-             "repeats": options.repeats, **ratios(found), "contenders": found, **measure.surroundings(device)}
+             "repeats": options.repeats, **ratios(found), "contenders": found,
+             **({"profile": profiles} if profiles else {}), **measure.surroundings(device)}
     rows = [[name, 1e3 * v["seconds"], v["seconds"] / found["dense"]["seconds"], v["kept_bytes"] / 2**20,
              v["kept_bytes"] / found["dense"]["kept_bytes"], v["peak_bytes"] / 2**20,
              v["peak_bytes"] / found["dense"]["peak_bytes"]] for name, v in found.items()]
-    text = measure.table(["layer", "ms", "of dense", "kept MiB", "of dense", "peak MiB", "of dense"], rows)
+    text = measure.table(["layer", "ms", "of dense", "kept MiB", "of dense", "peak MiB", "of dense"], rows) + tables
     title = f"moe_layer_{options.model}_e{config.moe.experts}_{options.tokens}"
     return measure.report(title, facts, text, {name: 1e3 * v["seconds"] for name, v in found.items()}, "ms, forward + backward",
                           options)

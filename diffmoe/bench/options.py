@@ -15,13 +15,15 @@ _SIZES = Path(__file__).resolve().parents[2] / "configs" / "base"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def bench_parser(kind: str, description: str) -> argparse.ArgumentParser:
-    """--model, --experts, --dtype, --repeats, --json, --out and overrides."""
+def bench_parser(kind: str, description: str, profile: bool = False) -> argparse.ArgumentParser:
+    """--model, --experts, --dtype, --repeats, --json, --out, overrides, and with ``profile`` --profile."""
     parser = Parser(prog=f"bench {kind}", description=description)
     parser.add_argument("--model", choices=["s", "b", "l", "xl"], default="s", help="size (default s)")
     parser.add_argument("--experts", type=int, default=16, help="default 16")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="default fp32")
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default 7)")
+    if profile:
+        parser.add_argument("--profile", action="store_true", help="also where the time goes, by operator or kernel")
     parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")
     parser.add_argument("--out", help="folder that keeps table, JSON and plot")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to the configuration")

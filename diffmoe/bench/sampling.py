@@ -42,7 +42,7 @@ class _Clock:
 
 def main(arguments: list[str]) -> int:
     """The kind ``sampling``; returns the exit code."""
-    parser = bench_parser("sampling", "A sampler's pass at capacity 1.0 and lower, per-token routing.")
+    parser = bench_parser("sampling", "A sampler's pass at capacity 1.0 and lower, per-token routing.", profile=True)
     parser.add_argument("--samples", type=int, default=16, help="images a pass (default 16)")
     parser.add_argument("--capacities", type=float, nargs="+", default=CAPACITIES, help="default 1.0 0.7; the first is the base")
     options = parser.parse_args(arguments)
@@ -71,16 +71,17 @@ def main(arguments: list[str]) -> int:
 
         passes = {f"{c:g}": partial(run, c) for c in options.capacities}
         whole = measure.interleaved(passes, options.repeats, device)
-    mixtures = {name: statistics.median(values[1:]) for name, values in inside.items()}
+        profiles, tables = measure.profiles(passes, device) if options.profile else ({}, "")
+    mixtures = {name: statistics.median(values[1:options.repeats + 1]) for name, values in inside.items()}
     base = f"{options.capacities[0]:g}"
     rows = [[name, met[name], 1e3 * mixtures[name], mixtures[name] / mixtures[base], 1e3 * whole[name], whole[name] / whole[base]]
             for name in whole]
-    text = measure.table(["capacity", "experts", "mixtures ms", f"of {base}", "pass ms", f"of {base}"], rows)
+    text = measure.table(["capacity", "experts", "mixtures ms", f"of {base}", "pass ms", f"of {base}"], rows) + tables
     facts = {"model": options.model, "experts": config.moe.experts, "samples": options.samples, "dtype": options.dtype,
              "repeats": options.repeats, "mixtures_over_first": {n: s / mixtures[base] for n, s in mixtures.items()},
              "pass_over_first": {n: s / whole[base] for n, s in whole.items()}, "experts_met": met,
              "mixtures_seconds": mixtures, "pass_seconds": whole, "images_per_second": {n: options.samples / s for n, s in whole.items()},
-             **measure.surroundings(device)}
+             **({"profile": profiles} if profiles else {}), **measure.surroundings(device)}
     bars = {f"capacity {name}": 1e3 * s for name, s in mixtures.items()}
     return measure.report(f"sampling_{options.model}_e{config.moe.experts}_{options.samples}", facts, text, bars,
                           "ms in the mixtures, one pass", options)

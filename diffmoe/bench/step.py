@@ -6,17 +6,17 @@ block, selective   ours with that activation checkpointing (``--recompute``)
 compiled, compiled-dense   ours and dense with ``train.compile`` (``--compile``)
 loop       ours with every mixture replaced by the textbook loop (``--loop``)
 
-Time is the median of interleaved repeats.  ``peak``: the most bytes of activations alive at once in forward and backward of the
-micro-batch, beyond weights and their gradients (not of compiled ones on a CPU, where nobody can see them).  One process; ZeRO 0 in fp32, ZeRO 1 in bf16.
+Time is the median of interleaved repeats.  ``peak``: the most bytes of activations alive at once in forward and backward of a
+micro-batch, beyond weights and their gradients (not of compiled ones on a CPU, where nobody can see them).  One process; ZeRO 0
+in fp32, ZeRO 1 in bf16.  Contenders of the same model share its weights and optimizer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
-from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 import torch.distributed as dist
@@ -26,17 +26,26 @@ from diffmoe.bench import measure
 from diffmoe.bench.contenders import TextbookLoop
 from diffmoe.bench.options import bench_parser, sized_config
 from diffmoe.config import Config
+from diffmoe.device import backend, measured_flops
 from diffmoe.layout import resolve_layout
 from diffmoe.models.compiled import check_compiler, compile_blocks
 from diffmoe.models.count import count
-from diffmoe.models.dit import DiT, initialize
 from diffmoe.moe.layer import MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import build_groups
-from diffmoe.parity.plain import synthetic_batch
+from diffmoe.parallel.recompute import forms
+from diffmoe.parity.plain import build_model, synthetic_batch
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.step import micro_loss, train_step
+
+# Contender -> (whose weights it trains, activation checkpointing, whether it is compiled).
+CONTENDERS = {"ours": ("mixture", "none", False), "dense": ("dense", "none", False),
+              "block": ("mixture", "block", False), "selective": ("mixture", "selective", False),
+              "compiled": ("mixture", "none", True), "compiled-dense": ("dense", "none", True),
+              "loop": ("loop", "none", False)}
+# Of a GPU's memory, what micro-batches of ``--samples fit`` may fill: the rest is for the allocator's fragments.
+_FILLED = 0.85
 
 
 class _LoopLayer(MoELayer):
@@ -54,82 +63,160 @@ class _LoopLayer(MoELayer):
 
 
 class Training:
-    """A model with engine, EMA and one batch: ``step()`` is one optimizer step."""
+    """A model with engine, EMA and made-up batches.  No weight is zero: zeros cost a GPU less power, and so less time."""
 
-    def __init__(self, name: str, config: Config, samples: int, dtype: torch.dtype, device: torch.device) -> None:
-        family = "dense" if name.endswith("dense") else "diffmoe"
-        self.compiled = name.startswith("compiled")
-        recompute = name if name in ("block", "selective") else "none"
-        self.config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, family=family),
-            parallel=dataclasses.replace(config.parallel, recompute=recompute),
-            moe=dataclasses.replace(config.moe, pool="rank"),
-            train=dataclasses.replace(config.train, batch=samples, micro_batch=samples))
-        self.layout, self.device = resolve_layout(self.config, 1), device
-        self.groups = build_groups(1, 1)
-        self.model = DiT(self.config.model, self.config.moe, pool=self.layout.pool, groups=self.groups, recompute=recompute)
-        initialize(self.model, 0)
+    def __init__(self, name: str, config: Config, dtype: torch.dtype, device: torch.device) -> None:
+        family = "dense" if name == "dense" else "diffmoe"
+        self.config = dataclasses.replace(config, model=dataclasses.replace(config.model, family=family),
+                                          moe=dataclasses.replace(config.moe, pool="rank"))
+        self.device, self.groups, self.steps = device, build_groups(1, 1), 0
+        self.model = build_model(self.config, resolve_layout(self.config, 1).pool, self.groups)
         if name == "loop":
             for _, layer in list(self.model.moe_layers()):
                 block = next(b for b in self.model.blocks if b.mlp is layer)
                 block.mlp = _LoopLayer(layer, self.config)
-        if self.compiled:
-            compile_blocks(self.model)
         self.model.to(device)
         bf16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
-        self.engine = Engine(self.model, self.config, self.layout, bf16 if dtype == torch.bfloat16 else {}, self.groups, device)
+        self.engine = Engine(self.model, self.config, resolve_layout(self.config, 1), bf16 if dtype == torch.bfloat16 else {},
+                             self.groups, device)
         self.ema = Ema(self.engine, self.config.train.ema_decays)
-        self.batch = synthetic_batch(self.config, range(samples))
-        self.steps = 0
+        self.take(self.config)
+
+    def take(self, config: Config) -> None:
+        """From now on the batch and micro-batch of ``config``, which is one pool."""
+        self.config = dataclasses.replace(self.config, train=config.train)
+        self.layout = resolve_layout(self.config, 1)
+        for _, layer in self.model.moe_layers():
+            layer.pool = self.layout.pool
+        micro = self.layout.micro_batch
+        self.batches = [synthetic_batch(self.config, range(i * micro, (i + 1) * micro)) for i in range(self.layout.accumulation)]
 
     def step(self) -> None:
-        train_step(self.engine, self.ema, [self.batch], self.config, self.layout, self.groups, self.steps)
+        train_step(self.engine, self.ema, self.batches, self.config, self.layout, self.groups, self.steps)
         self.steps += 1
 
     def backward_only(self) -> None:
-        """Forward and backward, without the optimizer."""
+        """Forward and backward of a micro-batch, without the optimizer."""
         rule = RoutingRule("train", self.config.moe.capacity)
-        micro_loss(self.model, self.batch, self.config, rule, self.device).total.backward()
+        micro_loss(self.model, self.batches[0], self.config, rule, self.device).total.backward()
+
+
+class Contender:
+    """One way to run a training: how blocks are recomputed and whether they are compiled."""
+
+    def __init__(self, training: Training, form: str, compiled: bool) -> None:
+        self.training, self.compiled = training, compiled
+        model = training.model
+        self._put(forms(form, model.model.depth), [None] * model.model.depth)
+        if compiled:
+            compile_blocks(model)
+        self._recompute, self._forwards = model.recompute, [vars(block).get("forward") for block in model.blocks]
+
+    def _put(self, recompute: list[str], forwards: list[Optional[Callable]]) -> None:
+        """Into the model; None is the forward of a block's class."""
+        self.training.model.recompute = recompute
+        for block, forward in zip(self.training.model.blocks, forwards, strict=True):
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+    def step(self) -> None:
+        self._put(self._recompute, self._forwards)
+        self.training.step()
 
     def peak_bytes(self) -> Optional[int]:
-        if self.compiled and self.device.type == "cpu":
+        if self.compiled and self.training.device.type == "cpu":
             return None
-        peak = measure.peak_bytes(self.backward_only, [self.model], self.device)
-        self.model.zero_grad(set_to_none=True)
+        self._put(self._recompute, self._forwards)
+        peak = measure.peak_bytes(self.training.backward_only, [self.training.model], self.training.device)
+        self.training.model.zero_grad(set_to_none=True)
         return peak
 
 
 def main(arguments: list[str]) -> int:
     """The kind ``step``; returns the exit code."""
-    parser = bench_parser("step", "A whole optimizer step beside the dense model's.")
-    parser.add_argument("--samples", type=int, default=32, help="samples of a step (default 32)")
+    parser = bench_parser("step", "A whole optimizer step beside the dense model's.", profile=True)
+    parser.add_argument("--samples", type=_samples, default=32,
+                        help="samples of a micro-batch (default 32); fit: as many as a GPU's memory allows")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step (default 1)")
     parser.add_argument("--recompute", action="store_true", help="also with block and selective recompute")
     parser.add_argument("--compile", action="store_true", help="also compiled, and dense compiled")
     parser.add_argument("--loop", action="store_true", help="also with the textbook loop")
     options = parser.parse_args(arguments)
     config, device, dtype = sized_config(options)
-    if options.samples < 1:
+    fit = options.samples == "fit"
+    if fit and device.type == "cpu":
+        raise ValueError("--samples (fit) needs a GPU; on a CPU give a number")
+    if not fit and options.samples < 1:
         raise ValueError(f"--samples ({options.samples}) must be at least 1")
+    if options.accumulation < 1:
+        raise ValueError(f"--accumulation ({options.accumulation}) must be at least 1")
     if options.compile:
         check_compiler(device)
     names = (["ours", "dense"] + ["block", "selective"] * options.recompute + ["compiled", "compiled-dense"] * options.compile
              + ["loop"] * options.loop)
     if not dist.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    trainings = {name: Training(name, config, options.samples, dtype, device) for name in names}
-    seconds = measure.interleaved({name: t.step for name, t in trainings.items()}, options.repeats, device)
-    peaks = {name: t.peak_bytes() for name, t in trainings.items()}
-    facts = {"model": options.model, "experts": config.moe.experts, "samples": options.samples, "dtype": options.dtype,
-             "repeats": options.repeats, **_ratios(seconds, peaks), **_utilization(trainings, seconds, device, dtype),
-             "seconds": seconds, "peak_bytes": peaks, **measure.surroundings(device)}
+        dist.init_process_group(backend(device), init_method=f"file://{store}", rank=0, world_size=1)
+    config = _with_batch(config, 1 if fit else options.samples, options.accumulation)
+    trainings = {name: Training(name, config, dtype, device) for name in dict.fromkeys(CONTENDERS[name][0] for name in names)}
+    contenders = {name: Contender(trainings[CONTENDERS[name][0]], *CONTENDERS[name][1:]) for name in names}
+    if fit:
+        eager = [contender for contender in contenders.values() if not contender.compiled]
+        config = _with_batch(config, _that_fit(eager, config, options.accumulation, device), options.accumulation)
+    samples = config.train.micro_batch
+    for training in trainings.values():
+        training.take(config)
+    seconds = measure.interleaved({name: c.step for name, c in contenders.items()}, options.repeats, device)
+    peaks = {name: c.peak_bytes() for name, c in contenders.items()}
+    facts = {"model": options.model, "experts": config.moe.experts, "samples": samples, "accumulation": options.accumulation,
+             "dtype": options.dtype, "repeats": options.repeats, **_ratios(seconds, peaks),
+             **_utilization(contenders, seconds, device, dtype), "seconds": seconds, "peak_bytes": peaks,
+             **measure.surroundings(device)}
     rows = [[name, 1e3 * seconds[name], seconds[name] / seconds["dense"],
              *(["-", "-"] if peaks[name] is None else [peaks[name] / 2**20, peaks[name] / peaks["dense"]]),
-             facts["mfu"][name]] for name in names]
-    text = measure.table(["step", "ms", "of dense", "peak MiB", "of dense", "of matmul ceiling"], rows)
-    title = (f"step_{options.model}_e{config.moe.experts}_{options.samples}" + "_recompute" * options.recompute
+             facts["mfu"][name], facts["images_per_second"][name]] for name in names]
+    text = measure.table(["step", "ms", "of dense", "peak MiB", "of dense", "of matmul ceiling", "images/s"], rows)
+    if options.profile:
+        facts["profile"], tables = measure.profiles({name: c.step for name, c in contenders.items()}, device)
+        text += tables
+    title = (f"step_{options.model}_e{config.moe.experts}_{samples}" + "_recompute" * options.recompute
              + "_compile" * options.compile)
     return measure.report(title, facts, text, {n: 1e3 * s for n, s in seconds.items()}, "ms, one optimizer step", options)
+
+
+def _samples(text: str) -> int | str:
+    return text if text == "fit" else int(text)
+
+
+def _with_batch(config: Config, samples: int, accumulation: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch=samples * accumulation, micro_batch=samples))
+
+
+def _that_fit(contenders: list[Contender], config: Config, accumulation: int, device: torch.device) -> int:
+    """The most samples, a power of two, with which every contender's micro-batch fits beside all weights and states."""
+    def needs(samples: int) -> int:
+        highest = 0
+        for contender in contenders:
+            contender.training.take(_with_batch(config, samples, accumulation))
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            contender.step()
+            highest = max(highest, torch.cuda.max_memory_allocated(device))
+        return highest
+
+    needs(1)  # the first step leaves states behind
+    return most_samples(needs(4), needs(8), 4, _FILLED * torch.cuda.get_device_properties(device).total_memory)
+
+
+def most_samples(at_few: int, at_twice: int, few: int, room: float) -> int:
+    """The most samples, a power of two, whose memory is at most ``room`` bytes where ``few`` take ``at_few`` and twice as many
+    ``at_twice``, growing linearly.  ValueError where not even one fits."""
+    each = max(1.0, (at_twice - at_few) / few)
+    samples = int((room - at_few) / each + few)
+    if samples < 1:
+        raise ValueError(f"--samples (fit): one sample needs {at_few + (1 - few) * each:.3g} bytes, there is room for {room:.3g}")
+    return 1 << (samples.bit_length() - 1)
 
 
 def _ratios(seconds: dict[str, float], peaks: dict[str, Optional[int]]) -> dict[str, Any]:
@@ -148,11 +235,11 @@ def _ratios(seconds: dict[str, float], peaks: dict[str, Optional[int]]) -> dict[
     return facts
 
 
-def _utilization(trainings: dict[str, Training], seconds: dict[str, float], device: torch.device,
+def _utilization(contenders: dict[str, Contender], seconds: dict[str, float], device: torch.device,
                  dtype: torch.dtype) -> dict[str, Any]:
     """Images a second, and each model's own arithmetic (6 x MACs, recompute not counted) as a share of the measured ceiling."""
-    ceiling = measure.matmul_ceiling(device, dtype)
-    share = {name: 6 * count(t.config.model, t.config.moe).forward_macs * len(t.batch.y) / seconds[name] / ceiling
-             for name, t in trainings.items()}
-    return {"matmul_ceiling_flops": ceiling, "mfu": share,
-            "images_per_second": {name: len(t.batch.y) / seconds[name] for name, t in trainings.items()}}
+    ceiling = measured_flops(device, dtype, *((8192, 20) if device.type == "cuda" else (1024, 50)))
+    images = {name: c.training.layout.batch / seconds[name] for name, c in contenders.items()}
+    share = {name: 6 * count(c.training.config.model, c.training.config.moe).forward_macs * images[name] / ceiling
+             for name, c in contenders.items()}
+    return {"matmul_ceiling_flops": ceiling, "mfu": share, "images_per_second": images}
