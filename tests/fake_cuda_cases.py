@@ -2,7 +2,8 @@
 
     python tests/fake_cuda_cases.py LIBRARY
 
-LIBRARY is built from ``fake_cuda.cpp``.  Prints a line of JSON for each case: [name, what came of it].
+LIBRARY is built from ``fake_cuda.cpp``.  Prints a line of JSON for each case: [name, what came of it].  Tensors without memory
+may be large: published sizes take seconds.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any, Callable
 
 if __name__ == "__main__":
     _torch = Path(importlib.util.find_spec("torch").origin).parent / "lib"
@@ -20,13 +22,19 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.bench import measure
+from diffmoe.config import ModelConfig, MoEConfig, load_config
+from diffmoe.cost.memory import engine_facts, rank_memory
+from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.diffusion.rectified_flow import flow_loss
+from diffmoe.layout import resolve_layout
 from diffmoe.models.compiled import compile_blocks
 from diffmoe.models.dit import DiT
 from diffmoe.moe.expert_mlp import ExpertWeights, arrangement, expert_mlp
@@ -34,6 +42,7 @@ from diffmoe.moe.recycled import Recycled
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import ParallelGroups, build_groups, single_process
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH, EXPERTS, WIDTH, HIDDEN = 8, 8, 64, 256
 
 
@@ -47,28 +56,56 @@ class OnlyOneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def model(family: str, recompute: str, dtype: torch.dtype, groups: ParallelGroups) -> DiT:
-    config = ModelConfig(family=family, width=WIDTH, depth=4, heads=2, input_size=16, classes=10)
-    dit = DiT(config, MoEConfig(experts=EXPERTS), pool=BATCH, groups=groups, recompute=recompute)
+def model(config: ModelConfig, moe: MoEConfig, pool: int, recompute: str, dtype: torch.dtype, groups: ParallelGroups) -> DiT:
+    with torch.device("cuda"):
+        dit = DiT(config, moe, pool=pool, groups=groups, recompute=recompute)
     for module in dit.modules():  # Module.to cannot swap fake parameters
         for name, p in module._parameters.items():
             module._parameters[name] = None if p is None else torch.nn.Parameter(p.detach().to(dtype))
     return dit
 
 
+def batch_loss(dit: DiT, samples: int) -> Callable[[], Tensor]:
+    """The losses of a micro-batch.  Called outside of ``torch.device``, which would find the device for who forgot it."""
+    side = dit.model.input_size
+    x, noise = (torch.empty(samples, 4, side, side, device="cuda") for _ in range(2))
+    t, y = torch.empty(samples, device="cuda"), torch.empty(samples, dtype=torch.long, device="cuda")
+
+    def loss() -> Tensor:
+        denoising, output = flow_loss(dit, x, noise, t, y, RoutingRule("train", 1.0))
+        return denoising + sum(r.predictor_loss for r in output.moe if r.predictor_loss is not None)
+
+    return loss
+
+
 def training_pass(family: str, recompute: str, dtype: torch.dtype, groups: ParallelGroups, compiled: bool = False) -> None:
     """Forward, losses and backward, as a micro-batch has them."""
-    with torch.device("cuda"):  # not around the pass, where it would find the device for who forgot it
-        dit = model(family, recompute, dtype, groups)
-        x, noise = (torch.empty(BATCH, 4, 16, 16) for _ in range(2))
-        t, y = torch.empty(BATCH), torch.empty(BATCH, dtype=torch.long)
+    config = ModelConfig(family=family, width=WIDTH, depth=4, heads=2, input_size=16, classes=10)
+    dit = model(config, MoEConfig(experts=EXPERTS), BATCH, recompute, dtype, groups)
+    loss = batch_loss(dit, BATCH)
     if compiled:
         compile_blocks(dit)
     with contextlib.nullcontext() if compiled else OnlyOneDevice():  # torch.compile bears no such mode
-        loss, output = flow_loss(dit, x, noise, t, y, RoutingRule("train", 1.0))
-        (loss + sum(r.predictor_loss for r in output.moe if r.predictor_loss is not None)).backward()
+        loss().backward()
     for p in dit.parameters():
         assert p.grad.device.type == "cuda" and p.grad.dtype == dtype and p.grad.shape == p.shape
+
+
+def memory(name: str, recompute: str, samples: int) -> dict[str, int]:
+    """Bytes of activations in bf16 after forward and at the peak, beside what the planner says of them."""
+    overrides = ["parallel.ep=1", f"parallel.recompute={recompute}", f"train.micro_batch={samples}", f"train.batch={samples}",
+                 "moe.pool=rank"]
+    config = load_config(REPOSITORY / "configs" / f"{name}.yaml", overrides)
+    engine = engine_facts(read_deepspeed(str(REPOSITORY / "ds_configs" / "zero1_bf16.json")))
+    plan = rank_memory(config, resolve_layout(config, 1), engine)
+    dit = model(config.model, config.moe, samples, recompute, torch.bfloat16, single_process())
+    loss = batch_loss(dit, samples)
+    with measure._Allocations() as allocations:
+        total = loss()
+        kept = sum(size for _, size in allocations.events)
+        total.backward()
+    return {"kept": kept, "peak": allocations.peak([p.grad for p in dit.parameters()]),
+            "planned": plan.activations, "planned_peak": plan.activations + plan.working, "planned_rank": plan.peak}
 
 
 def experts_pass(how: str, activation: str, gated: bool) -> None:
@@ -91,12 +128,11 @@ def experts_pass(how: str, activation: str, gated: bool) -> None:
         assert x is None or x.grad.shape == x.shape and x.grad.dtype == x.dtype
 
 
-def attempt(name: str, case, *args) -> None:
+def attempt(name: str, case: Callable[..., Any], *args: Any) -> None:
     torch._dynamo.reset()
     try:
         with FakeTensorMode():
-            case(*args)
-        found = "done"
+            found = case(*args) or "done"
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         found = f"the host reads {error.func}"
     except Exception as error:
@@ -117,6 +153,11 @@ def main() -> None:
     for activation in ("gelu", "swiglu"):
         for gated in (True, False):
             attempt(f"grouped, {activation}, gated {gated}", experts_pass, "grouped", activation, gated)
+    # As a GPU would choose; without kernels torch takes the definition, whose N x N weights are kept.
+    F.scaled_dot_product_attention = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    for config in ("diffmoe_s_e16_flow", "diffmoe_l_e16_flow", "diffmoe_xl_e8_flow", "dense_l_flow"):
+        for recompute in ("none", "block", "selective"):
+            attempt(f"memory of {config}, {recompute}", memory, config, recompute, 64)
     torch.cuda.get_device_capability = lambda *_: (8, 0)
     attempt("each", experts_pass, "each", "gelu", True)
     torch.cuda.get_device_capability = lambda *_: (9, 0)

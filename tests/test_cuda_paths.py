@@ -17,6 +17,8 @@ CASES = [*(f"{family}, {recompute}, {dtype}" for dtype in (torch.float32, torch.
          "compiled, none", "compiled, selective",
          *(f"grouped, {activation}, gated {gated}" for activation in ("gelu", "swiglu") for gated in (True, False)),
          "each", "EP 4 of 8 ranks, none", "EP 4 of 8 ranks, selective"]
+PLANNED = [f"memory of {config}, {recompute}" for config in ("diffmoe_s_e16_flow", "diffmoe_l_e16_flow", "diffmoe_xl_e8_flow",
+                                                             "dense_l_flow") for recompute in ("none", "block", "selective")]
 
 
 @pytest.fixture(scope="module")
@@ -43,4 +45,12 @@ def test_a_training_pass_stays_on_the_device(found, case):
 def test_a_read_by_the_host_would_be_seen(found):
     """Token choice has as many rows as the router says: there the host must ask."""
     assert found["tc"] == "the host reads aten.nonzero.default"
-    assert found.keys() == {*CASES, "tc"}
+    assert found.keys() == {*CASES, *PLANNED, "tc"}
+
+
+@pytest.mark.parametrize("case", PLANNED)
+def test_published_sizes_take_the_memory_that_the_planner_says(found, case):
+    """bf16, 64 samples.  The peak has temporaries of one block, of which the plan is rougher: a share of all that a rank holds."""
+    memory = found[case]
+    assert memory["kept"] == pytest.approx(memory["planned"], rel=0.03)
+    assert abs(memory["peak"] - memory["planned_peak"]) <= 0.025 * memory["planned_rank"]
