@@ -28,7 +28,7 @@ _PASSED: dict[str, type] = {
     "zero_optimization": dict, "bf16": dict, "data_types": dict, "communication_data_type": str, "prescale_gradients": bool,
     "gradient_predivide_factor": float, "zero_allow_untested_optimizer": bool, "zero_force_ds_cpu_optimizer": bool,
     "steps_per_print": int, "wall_clock_breakdown": bool, "memory_breakdown": bool, "dump_state": bool, "comms_logger": dict,
-    "flops_profiler": dict, "aio": dict, "disable_allgather": bool, "seed": int,
+    "flops_profiler": dict, "aio": dict, "disable_allgather": bool, "seed": int, "timers": dict,
 }
 _WORDS = {dict: "an object", str: "a text", bool: "true or false", float: "a number", int: "an integer"}
 
@@ -91,7 +91,9 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
     if config.train.compile and zero_stage(tree) == 3:  # which gathers weights in hooks of modules, where no graph can go
         raise ValueError("train.compile (true) needs a DeepSpeed zero_optimization.stage (3) of at most 2")
     passed = {key: value for key, value in tree.items() if key in _PASSED and value is not None}
-    return _resolve({"steps_per_print": 10**9, **passed, **owned}, expert_parallel=layout.ep > 1)
+    # DeepSpeed's throughput timer, on by default, has the host wait for the device twice in every micro-batch.
+    quiet = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}
+    return _resolve({**quiet, **passed, **owned}, expert_parallel=layout.ep > 1)
 
 
 def zero_stage(tree: dict) -> int:

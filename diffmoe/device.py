@@ -76,15 +76,24 @@ def measured_flops(device: torch.device, dtype: torch.dtype, size: int, tries: i
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for i in range(-(-tries // 5) + tries):
-        _finish(device)
+        synchronize(device)
         start = time.perf_counter()
         torch.mm(a, b)
-        _finish(device)
+        synchronize(device)
         if i >= -(-tries // 5):
             best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
-def _finish(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``value`` on the device, for which the host does not wait: it would for ordinary memory, until the device has done all
+    else that it was given.  Whoever reuses memory that is pinned already waits for the device first."""
+    if device.type == "cuda" and not value.is_pinned():
+        value = value.pin_memory()  # torch keeps it until the copy is done
+    return value.to(device, non_blocking=True)

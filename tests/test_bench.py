@@ -79,11 +79,11 @@ def test_the_gpus_script_refuses_what_it_does_not_know(tmp_path):
 
 @pytest.mark.slow
 def test_the_gpus_script_runs_dry(tmp_path):
-    """Three minutes: every part on the CPU, at sizes that say nothing."""
+    """Minutes: every part on the CPU, at sizes that say nothing."""
     env = {**os.environ, "BENCH_TINY": "1", "PYTHON": sys.executable, "DS_ACCELERATOR": "cpu"}
     subprocess.run(["bash", str(REPOSITORY / "scripts/bench_gpu.sh"), str(tmp_path)], env=env, check=True, timeout=900)
     kept = {path.name for path in tmp_path.iterdir()}
-    assert {"parity.json", "moe_layer_l_e16_256.json", "step_xl_e8_1_compile.json", "step_l_e16_1_recompute.json",
+    assert {"parity.json", "parity_compiled.json", "moe_layer_l_e16_256.json", "step_xl_e8_1_compile.json", "step_l_e16_1_recompute.json",
             "sampling_xl_e8_1.json", "train_l_e16.txt"} <= kept
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 4
 

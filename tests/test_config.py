@@ -326,7 +326,8 @@ def test_deepspeed_gets_its_own_keys_and_the_yaml_s_numbers():
     zero = {"stage": 2, "overlap_comm": True}
     assert merged({"zero_optimization": zero, "bf16": None, "fp16": {"enabled": False}}) == {
         "zero_optimization": zero, "train_batch_size": 48, "train_micro_batch_size_per_gpu": 6,
-        "gradient_accumulation_steps": 2, "gradient_clipping": 0.5, "steps_per_print": 10**9}
+        "gradient_accumulation_steps": 2, "gradient_clipping": 0.5, "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}}}
 
 
 BF16_AT_ZERO = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffmoe.bench import measure
 from diffmoe.bench.contenders import TextbookLoop
 from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.diffusion import randomness
 from diffmoe.models.dit import DiT, initialize
 from diffmoe.moe.capacity import CapacityPredictor
 from diffmoe.moe.dispatch import _WeightedSum
@@ -318,3 +320,17 @@ def test_attention_is_kept_where_there_is_room(depth, kept):
 def test_the_arrangement_follows_device_and_shape():
     cpu = torch.device("cpu")
     assert arrangement(cpu, torch.float32, 6) == arrangement(cpu, torch.bfloat16, [1, 2]) == "each"
+
+
+def test_draws_made_ahead_are_those_of_the_step(monkeypatch):
+    made, plain = [], randomness.training_draws
+    monkeypatch.setattr(randomness, "training_draws", lambda seed, numbers, shape: made.append(numbers) or plain(seed, numbers, shape))
+    positions = lambda step: np.arange(8 * step, 8 * (step + 1)).reshape(2, 4)
+    with randomness.StepDraws(3, positions, (1, 4, 4)) as draws:
+        for step in (0, 1, 2, 7, 8, 3):  # steps are left out, and a run goes back
+            for found, numbers in zip(draws.of(step), positions(step).tolist(), strict=True):
+                wanted = plain(3, numbers, (1, 4, 4))
+                assert torch.equal(found.noise, wanted.noise) and torch.equal(found.t, wanted.t) and torch.equal(found.drop, wanted.drop)
+        draws._thread.submit(lambda: None).result()
+        assert made[-2:] == positions(4).tolist()  # which nobody has asked for
+        assert len(made) == 2 * 9  # of 3, 9 and 4 beside them, each once

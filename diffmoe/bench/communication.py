@@ -20,6 +20,7 @@ from diffmoe.bench import measure
 from diffmoe.bench.moe_layer import RULE, training_pass
 from diffmoe.bench.options import bench_parser, sized_config
 from diffmoe.config import Config, override
+from diffmoe.device import synchronize
 from diffmoe.layout import resolve_layout
 from diffmoe.moe.layer import MoELayer
 from diffmoe.parallel.groups import build_groups
@@ -42,10 +43,10 @@ class _Collectives(TorchDispatchMode):
         waiting = "wait_tensor" in func.name()
         if not waiting:
             self._name = func.name().rpartition("::")[2]
-        measure.synchronize(self.device)
+        synchronize(self.device)
         start = time.perf_counter()
         out = func(*args, **(kwargs or {}))
-        measure.synchronize(self.device)
+        synchronize(self.device)
         calls, size, seconds = self.found.get(self._name, (0, 0, 0.0))
         self.found[self._name] = (calls + (not waiting), size + (0 if waiting else args[0].nbytes),
                                   seconds + time.perf_counter() - start)

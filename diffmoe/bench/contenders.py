@@ -46,7 +46,7 @@ class TextbookLoop(nn.Module):
 
 def deepspeed_layer(model: ModelConfig, experts: int, device: torch.device) -> nn.Module:
     """``deepspeed.moe.layer.MoE``: token choice, one expert a token, capacity 1, the same expert MLPs.  Joins a world of one
-    if nobody has: it always exchanges rows, also with itself, so through the device's own backend."""
+    if nobody has."""
     deepspeed = import_deepspeed()
     if not dist.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"

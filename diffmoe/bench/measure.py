@@ -20,14 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffmoe.device import synchronize
 from diffmoe.evaluation import plots
 from diffmoe.training.engine import import_deepspeed
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the GPU; a CPU is always done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int, device: torch.device,
@@ -142,6 +137,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 def profiles(passes: Mapping[str, Callable[[], object]], device: torch.device, top: int = 16
              ) -> tuple[dict[str, list[tuple[str, float, int]]], str]:
     """Where each pass's time goes: (operator or, on a GPU, kernel; ms; calls) of the dearest, and tables of them."""
+    # On a GPU ranges that somebody annotated stand among the kernels.
     activity, kind, unit = ((ProfilerActivity.CUDA, DeviceType.CUDA, "kernel") if device.type == "cuda" else
                             (ProfilerActivity.CPU, DeviceType.CPU, "operator"))
     found, text = {}, ""
@@ -150,7 +146,7 @@ def profiles(passes: Mapping[str, Callable[[], object]], device: torch.device, t
         with profile(activities=[activity], acc_events=True) as trace:
             pass_()
             synchronize(device)
-        events = [e for e in trace.key_averages() if e.device_type == kind]
+        events = [e for e in trace.key_averages() if e.device_type == kind and not e.is_user_annotation]
         took = {e.key: e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total for e in events}
         dearest = sorted(events, key=lambda e: -took[e.key])[:top]
         found[name] = [(e.key[:80], took[e.key] / 1e3, e.count) for e in dearest]

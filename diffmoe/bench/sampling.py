@@ -15,6 +15,8 @@ import torch
 
 from diffmoe.bench import measure
 from diffmoe.bench.options import bench_parser, sized_config
+from diffmoe.device import synchronize
+from diffmoe.models.dit import DiT
 from diffmoe.moe.capacity import histogram
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import single_process
@@ -24,16 +26,23 @@ CAPACITIES = (1.0, 0.7)
 
 
 class _Clock:
-    """Seconds inside the mixture layers of one model."""
+    """Seconds inside the mixture layers of one model, while it is entered: the device is waited for around each."""
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
-        self.device, self.start, self.seconds = device, 0.0, 0.0
-        for _, layer in model.moe_layers():
-            layer.register_forward_pre_hook(lambda *_: self._now("start"))
-            layer.register_forward_hook(lambda *_: self._now("stop"))
+    def __init__(self, model: DiT, device: torch.device) -> None:
+        self.model, self.device, self.start, self.seconds = model, device, 0.0, 0.0
+
+    def __enter__(self) -> _Clock:
+        self._hooks = [hook for _, layer in self.model.moe_layers() for hook in (
+            layer.register_forward_pre_hook(lambda *_: self._now("start")),
+            layer.register_forward_hook(lambda *_: self._now("stop")))]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _now(self, what: str) -> None:
-        measure.synchronize(self.device)
+        synchronize(self.device)
         if what == "start":
             self.start = time.perf_counter()
         else:
@@ -51,7 +60,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--samples ({options.samples}) and --capacities ({options.capacities}) must be above 0, capacities at "
                          f"most the experts ({config.moe.experts})")
     model = build_model(config, options.samples, single_process()).to(device, dtype).eval()
-    clock = _Clock(model, device)
+    for _, layer in model.moe_layers():
+        layer.thresholds.float()  # as in training
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(options.samples, config.model.channels, config.model.input_size, config.model.input_size,
                     generator=generator).to(device)
@@ -60,19 +70,17 @@ def main(arguments: list[str]) -> int:
     with torch.no_grad():
         for (_, layer), stats in zip(model.moe_layers(), model(x, t, y, RoutingRule("train", 1.0)).moe, strict=True):
             layer.thresholds.commit_histogram(histogram(stats.logits_TE, options.samples), 0)
-        inside: dict[str, list[float]] = {f"{c:g}": [] for c in options.capacities}
-        met: dict[str, float] = {}
-
-        def run(capacity: float) -> None:
-            clock.seconds = 0.0
-            reports = model(x, t, y, RoutingRule("token", dial=capacity)).moe
-            inside[f"{capacity:g}"].append(clock.seconds)
-            met[f"{capacity:g}"] = statistics.mean(r.mask_TE.sum(1).float().mean().item() for r in reports)
-
-        passes = {f"{c:g}": partial(run, c) for c in options.capacities}
+        passes = {f"{c:g}": partial(model, x, t, y, RoutingRule("token", dial=c)) for c in options.capacities}
+        met = {name: statistics.mean(r.mask_TE.sum(1).float().mean().item() for r in pass_().moe) for name, pass_ in passes.items()}
         whole = measure.interleaved(passes, options.repeats, device)
+        inside: dict[str, list[float]] = {name: [] for name in passes}
+        with _Clock(model, device) as clock:
+            for name in [*passes] * options.repeats:
+                clock.seconds = 0.0
+                passes[name]()
+                inside[name].append(clock.seconds)
         profiles, tables = measure.profiles(passes, device) if options.profile else ({}, "")
-    mixtures = {name: statistics.median(values[1:options.repeats + 1]) for name, values in inside.items()}
+    mixtures = {name: statistics.median(values) for name, values in inside.items()}
     base = f"{options.capacities[0]:g}"
     rows = [[name, met[name], 1e3 * mixtures[name], mixtures[name] / mixtures[base], 1e3 * whole[name], whole[name] / whole[base]]
             for name in whole]

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ from diffmoe.bench import measure
 from diffmoe.bench.contenders import TextbookLoop
 from diffmoe.bench.options import bench_parser, sized_config
 from diffmoe.config import Config
+from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.device import backend, measured_flops
+from diffmoe.diffusion.randomness import StepDraws
 from diffmoe.layout import resolve_layout
 from diffmoe.models.compiled import check_compiler, compile_blocks
 from diffmoe.models.count import count
@@ -39,6 +42,7 @@ from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.step import micro_loss, train_step
 
+_BF16 = Path(__file__).resolve().parents[2] / "ds_configs" / "zero1_bf16.json"
 # Contender -> (whose weights it trains, activation checkpointing, whether it is compiled).
 CONTENDERS = {"ours": ("mixture", "none", False), "dense": ("dense", "none", False),
               "block": ("mixture", "block", False), "selective": ("mixture", "selective", False),
@@ -76,9 +80,8 @@ class Training:
                 block = next(b for b in self.model.blocks if b.mlp is layer)
                 block.mlp = _LoopLayer(layer, self.config)
         self.model.to(device)
-        bf16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
-        self.engine = Engine(self.model, self.config, resolve_layout(self.config, 1), bf16 if dtype == torch.bfloat16 else {},
-                             self.groups, device)
+        tree = read_deepspeed(_BF16) if dtype == torch.bfloat16 else {}
+        self.engine = Engine(self.model, self.config, resolve_layout(self.config, 1), tree, self.groups, device)
         self.ema = Ema(self.engine, self.config.train.ema_decays)
         self.take(self.config)
 
@@ -88,11 +91,13 @@ class Training:
         self.layout = resolve_layout(self.config, 1)
         for _, layer in self.model.moe_layers():
             layer.pool = self.layout.pool
-        micro = self.layout.micro_batch
-        self.batches = [synthetic_batch(self.config, range(i * micro, (i + 1) * micro)) for i in range(self.layout.accumulation)]
+        numbers = np.arange(self.layout.batch).reshape(self.layout.accumulation, self.layout.micro_batch)
+        self.batches = [synthetic_batch(self.config, row.tolist()) for row in numbers]
+        self.draws = StepDraws(self.config.run.seed, lambda _: numbers, tuple(self.batches[0].x.shape[1:]))
 
     def step(self) -> None:
-        train_step(self.engine, self.ema, self.batches, self.config, self.layout, self.groups, self.steps)
+        train_step(self.engine, self.ema, self.batches, self.config, self.layout, self.groups, self.steps,
+                   draws=self.draws.of(self.steps))
         self.steps += 1
 
     def backward_only(self) -> None:

@@ -25,6 +25,7 @@ from launcher.environment import RankEnvironment
 if TYPE_CHECKING:
     import torch
 
+    from diffmoe.data.share import Share
     from diffmoe.data.stream import Batch
     from diffmoe.parallel.groups import ParallelGroups
     from diffmoe.training.profiling import RankProfile
@@ -77,6 +78,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _measure(config: Config, layout: Layout, tree: dict, environment: RankEnvironment, device: torch.device,
              options: argparse.Namespace) -> dict:
     """A fresh model's steps, of which nothing is left."""
+    from diffmoe.data.share import Share
+    from diffmoe.diffusion.randomness import StepDraws
     from diffmoe.models.compiled import check_compiler, compile_blocks
     from diffmoe.models.dit import DiT, initialize
     from diffmoe.parallel.groups import build_groups
@@ -86,7 +89,8 @@ def _measure(config: Config, layout: Layout, tree: dict, environment: RankEnviro
     from diffmoe.training.step import train_step
 
     groups = build_groups(layout.ep, layout.pool_ranks)
-    batches = _batches(config, layout, groups, options.synthetic)
+    share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
+    batches = _batches(config, share, groups, options.synthetic)
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups, recompute=config.parallel.recompute,
                 time_scale=config.diffusion.time_scale)
     initialize(model, config.run.seed)
@@ -95,31 +99,32 @@ def _measure(config: Config, layout: Layout, tree: dict, environment: RankEnviro
         compile_blocks(model)
     engine = Engine(model, config, layout, tree, groups, device)
     ema, numbers = Ema(engine, config.train.ema_decays), itertools.count()
-    found = profile_rank(engine, lambda: next(batches),
-                         lambda batch: train_step(engine, ema, batch, config, layout, groups, next(numbers)),
-                         options.warmup, options.steps)
+    shape = (config.model.channels, config.model.input_size, config.model.input_size)
+
+    def train(batch: Sequence[Batch]) -> None:
+        step = next(numbers)
+        train_step(engine, ema, batch, config, layout, groups, step, draws=draws.of(step))
+
+    with StepDraws(config.run.seed, (lambda _: share.positions(0)) if options.synthetic else share.positions, shape) as draws:
+        found = profile_rank(engine, lambda: next(batches), train, options.warmup, options.steps)
     return _record(config, layout, tree, environment, device, found)
 
 
-def _batches(config: Config, layout: Layout, groups: ParallelGroups, synthetic: bool) -> Iterator[Sequence[Batch]]:
+def _batches(config: Config, share: Share, groups: ParallelGroups, synthetic: bool) -> Iterator[Sequence[Batch]]:
     """Micro-batches a step at a time: of the run's own shards, or the same made-up ones again and again."""
     from diffmoe.data.feed import open_reader
-    from diffmoe.data.share import Share
     from diffmoe.data.stream import BatchStream
     from diffmoe.parallel.collectives import raise_together
     from diffmoe.parity.plain import synthetic_batch
 
     if synthetic:
-        rows, micro = layout.batch // layout.accumulation, layout.micro_batch
-        firsts = [j * rows + groups.rank * micro for j in range(layout.accumulation)]
-        return itertools.repeat([synthetic_batch(config, range(first, first + micro)) for first in firsts])
+        return itertools.repeat([synthetic_batch(config, numbers) for numbers in share.positions(0).tolist()])
     reader, problem = None, None
     try:
         reader = open_reader(config)
     except (ValueError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
-    share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
     return BatchStream(reader, share, start_step=0, workers=config.data.workers, prefetch=config.data.prefetch)
 
 

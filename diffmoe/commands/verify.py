@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from diffmoe.commands.common import Parser, one_process
-from diffmoe.parity.cases import WORLDS, full_table, quick_table
+from diffmoe.models.compiled import check_compiler
+from diffmoe.parity.cases import WORLDS, compiled_table, full_table, quick_table
 from diffmoe.parity.table import BF16_BOUNDS, BOUND, COLUMNS, Row, run_cases
 from launcher.environment import RankEnvironment
 
@@ -23,7 +24,7 @@ def _line(number: int, total: int, row: Row) -> str:
     case = row.case
     start = (f"{number:>4}/{total:<4} {case.world:>5} {case.ep:>2} {case.zero:>4} {case.recompute:9} "
              f"{case.accumulation:>3} {case.words or case.pool:>20} {case.layout().pool:>7} "
-             f"{case.variant + ' bf16' * (case.precision == 'bf16'):12} ")
+             f"{case.kind:12} ")
     if row.error:
         return start + "error: " + " ".join(row.error.split())
     return start + " ".join(f"{row.differences[c]:>10.1e}" for c in COLUMNS) + ("  ok" if row.ok else "  MISS")
@@ -39,18 +40,24 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The verb ``verify``: prints the table as it grows; 0 when every number is within the bound.  ValueError for bad input."""
     parser = Parser(prog="verify", description="Training over ranks equals one plain process.")
     parser.add_argument("--quick", action="store_true", help="about a minute: a pruned table")
+    parser.add_argument("--compile", action="store_true", help="other rows: training under torch.compile")
     parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks, of 1, 2 and 4")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU a rank")
     parser.add_argument("--json", type=Path, help="also write the table here")
     options = parser.parse_args(arguments)
     one_process("verify", environment)  # it starts its own ranks
     worlds = _parse_worlds(options.worlds, options.device)
-    cases = quick_table(worlds) if options.quick else full_table(worlds)
+    if options.quick and options.compile:
+        raise ValueError("--quick and --compile exclude each other")
+    table = compiled_table if options.compile else quick_table if options.quick else full_table
+    if options.compile:
+        check_compiler(torch.device(options.device))
+    cases = table(worlds)
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     rows, began = [], time.monotonic()
     print(_HEAD)
-    for row in run_cases(cases, device=options.device):
+    for row in run_cases(cases, device=options.device, timeout=600.0 if options.compile else 120.0):
         rows.append(row)
         print(_line(len(rows), len(cases), row), flush=True)
     exact = [row for row in rows if row.case.precision == "fp32"]

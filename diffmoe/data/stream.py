@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import pickle
@@ -125,6 +126,8 @@ def _pin(x: torch.Tensor, size: int) -> bool:
     code = int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), size, 0))
     if code:
         print(f"data: memory for batches could not be pinned (CUDA error {code}); copies will wait", file=sys.stderr, flush=True)
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device="cuda")  # takes the error off: else the next kernel would raise it
     return code == 0
 
 

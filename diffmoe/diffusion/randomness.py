@@ -6,8 +6,9 @@ resumed run goes on exactly.
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Callable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -34,6 +35,33 @@ def training_draws(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) ->
         uniform[row] = torch.from_numpy(generator.random(2))
         noise[row] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
     return Draws(noise, uniform[:, 0].float(), uniform[:, 1].float())
+
+
+class StepDraws:
+    """The draws of a run's steps, a list over micro-batches each.  A thread makes the next step's while the device is busy with
+    this one's: a step ends with a look at the device, which would stand idle after it (4 ms for 64 latents of 4 x 32 x 32).
+
+    ``positions``: step -> [micro-batches, samples], global numbers."""
+
+    def __init__(self, seed: int, positions: Callable[[int], np.ndarray], shape: tuple[int, ...]) -> None:
+        self._seed, self._positions, self._shape = seed, positions, shape
+        self._thread = ThreadPoolExecutor(1, "draws")
+        self._coming: tuple[int, Optional[Future[list[Draws]]]] = -1, None
+
+    def of(self, step: int) -> list[Draws]:
+        number, coming = self._coming
+        drawn = coming if number == step else self._thread.submit(self._draw, step)
+        self._coming = step + 1, self._thread.submit(self._draw, step + 1)
+        return drawn.result()
+
+    def _draw(self, step: int) -> list[Draws]:
+        return [training_draws(self._seed, numbers, self._shape) for numbers in self._positions(step).tolist()]
+
+    def __enter__(self) -> StepDraws:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 def sampling_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:

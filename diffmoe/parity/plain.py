@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def build_model(config: Config, pool: int, groups: ParallelGroups) -> DiT:
     return model
 
 
-def synthetic_batch(config: Config, numbers: range) -> Batch:
+def synthetic_batch(config: Config, numbers: Sequence[int]) -> Batch:
     """The samples with these global numbers, the same wherever they are asked for."""
     shape = (config.model.channels, config.model.input_size, config.model.input_size)
     x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(1 + 2 * n)) for n in numbers])

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from diffmoe.config import Config
 from diffmoe.layout import Layout
+from diffmoe.models.compiled import compile_blocks
 from diffmoe.parallel.groups import ParallelGroups, build_groups
 from diffmoe.parallel.spawn import RankError, Ranks
 from diffmoe.parity.cases import STEPS, Case
@@ -91,6 +92,8 @@ def start_training(case: Case, seed: int, device: torch.device, steps: int = STE
     config, layout = case.config(seed, steps), case.layout()
     groups = _groups(layout.ep, layout.pool_ranks)
     model = build_model(config, layout.pool, groups)
+    if case.compiled:
+        compile_blocks(model)
     engine = Engine(model, config, layout, case.deepspeed(), groups, device)
     return Training(config, layout, groups, engine, Ema(engine, config.train.ema_decays))
 

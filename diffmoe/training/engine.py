@@ -53,7 +53,8 @@ def import_deepspeed():
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ.get("DS_ACCELERATOR") == "cpu":  # on a GPU there is none, and asking would look for a compiler of every op
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 

@@ -17,6 +17,7 @@ from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share
 from diffmoe.data.stream import Batch
 from diffmoe.deepspeed_json import merge_deepspeed
+from diffmoe.diffusion.randomness import StepDraws
 from diffmoe.evaluation.generate import generate_everywhere
 from diffmoe.evaluation.while_training import Scorer, open_scorer, score
 from diffmoe.layout import Layout
@@ -144,7 +145,7 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
     share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
     feed = Feed(run.reader, share, groups.world, run.folder, range(run.done, config.train.steps), config.data,
                 pin=run.device.type == "cuda", say=lambda text: _say(groups, text))
-    with feed:
+    with feed, StepDraws(config.run.seed, share.positions, run.reader.index.x_shape) as draws:
         groups.trace.enter("reading data", run.done)
         batches = feed.first()
         meter.restart_clock()
@@ -152,7 +153,7 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
             # A step ahead: what one rank cannot read concerns all of them, and a step's reduction can still say so.
             groups.trace.enter("reading data", run.done)
             began = time.perf_counter()
-            stop, verdict = _step(run, batches, feed.read_ahead() or bool(asked))
+            stop, verdict = _step(run, batches, draws, feed.read_ahead() or bool(asked))
             if verdict == "spike":
                 return run.done
             run.done += 1
@@ -185,12 +186,13 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
     return None
 
 
-def _step(run: Run, batches: list[Batch], stop: bool) -> tuple[bool, Verdict]:
+def _step(run: Run, batches: list[Batch], draws: StepDraws, stop: bool) -> tuple[bool, Verdict]:
     """Step ``run.done``: whether all ranks stop after it, and what became of it."""
     if run.done in run.guard.left_out:
         _event(run, "left out", "left out, as its loss spiked before")
         return anyone(stop, run.groups.world), "left out"
-    report = train_step(run.engine, run.ema, batches, run.config, run.layout, run.groups, run.done, stop, run.saver.trouble)
+    report = train_step(run.engine, run.ema, batches, run.config, run.layout, run.groups, run.done, stop, run.saver.trouble,
+                        draws.of(run.done))
     if report.trouble:
         run.saver.settle()
         _hear_of_saves(run)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import is_fake
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from diffmoe.device import synchronize
 from diffmoe.parallel.traffic import CommunicationCount
 from diffmoe.training.engine import Engine
 
@@ -50,7 +51,7 @@ def profile_rank(engine: Engine, fetch: Callable[[], T], train: Callable[[T], An
             batch = fetch()
         with record_function(_STEP):
             train(batch)
-            _synchronize(device)
+            synchronize(device)
 
     for _ in range(warmup):
         step()
@@ -137,7 +138,7 @@ def _phase_of(event: Any, on_device: bool) -> str | None:
     if name in (_STEP, _DATA):
         return None if _is_cuda(event) else ("step" if name == _STEP else "data")
     if on_device:
-        if not _is_cuda(event) or name.startswith(("diffmoe:", "gpu_user_annotation")):
+        if not _is_cuda(event) or event.is_user_annotation():  # of a range of kernels, and what is between them
             return None
         if "nccl" not in name.lower():
             return "compute"
@@ -183,8 +184,3 @@ def without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
 def length(spans: Iterable[Span]) -> int:
     """What spans that do not overlap measure together."""
     return sum(end - start for start, end in spans)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Callable, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch import Tensor
 from diffmoe.config import Config, DiffusionConfig, TrainConfig
 from diffmoe.layout import Layout
 from diffmoe.data.stream import Batch
+from diffmoe.device import sent, synchronize
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
-from diffmoe.diffusion.randomness import training_draws
+from diffmoe.diffusion.randomness import Draws, training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.diffusion.times import logit_normal, uniform_steps
 from diffmoe.models.dit import DiT, ModelOutput
@@ -64,12 +65,13 @@ class MicroLoss:
 
 
 def micro_loss(forward: Callable[..., ModelOutput], batch: Batch, config: Config, rule: RoutingRule,
-               device: torch.device) -> MicroLoss:
-    """Draws noise, time and label drop by the samples' global numbers and computes the training loss."""
-    draws = training_draws(config.run.seed, batch.positions, tuple(batch.x.shape[1:]))
+               device: torch.device, draws: Optional[Draws] = None) -> MicroLoss:
+    """The training loss with noise, time and label drop of the samples' global numbers; ``draws``: these, if somebody has made
+    them already."""
+    draws = draws or training_draws(config.run.seed, batch.positions, tuple(batch.x.shape[1:]))
     y = torch.where(draws.drop < config.train.label_drop, config.model.classes, batch.y)
     t = _training_time(draws.t, config.diffusion)
-    x, noise, t, y = (value.to(device, non_blocking=True) for value in (batch.x, draws.noise, t, y))
+    x, noise, t, y = (sent(value, device) for value in (batch.x, draws.noise, t, y))
     if config.diffusion.process == "ddpm":
         denoising, output = ddpm_loss(forward, x, noise, t, y, rule, _DDPM)
         progress = 1 - (t + 0.5) / len(_DDPM)  # like the flow's t: noise at 0, data at 1
@@ -94,8 +96,9 @@ def _training_time(u: Tensor, diffusion: DiffusionConfig) -> Tensor:
 
 
 def train_step(engine: Engine, ema: Ema, batches: Sequence[Batch], config: Config, layout: Layout,
-               groups: ParallelGroups, step: int, stop: bool = False, trouble: bool = False) -> StepReport:
-    """Optimizer step ``step`` (0-based) on this rank's ``accumulation`` micro-batches.
+               groups: ParallelGroups, step: int, stop: bool = False, trouble: bool = False,
+               draws: Optional[Sequence[Draws]] = None) -> StepReport:
+    """Optimizer step ``step`` (0-based) on this rank's ``accumulation`` micro-batches; ``draws``: see ``micro_loss``.
 
     When loss or gradient is not finite on any rank, nothing changes on any: weights, moments, EMA, thresholds."""
     assert len(batches) == layout.accumulation
@@ -103,9 +106,9 @@ def train_step(engine: Engine, ema: Ema, batches: Sequence[Batch], config: Confi
     lr = config.train.lr_at(step)
     tally = _Tally(engine.model, config, engine.device)
     norm = 0.0
-    for batch in batches:
+    for batch, drawn in zip(batches, draws or [None] * len(batches), strict=True):
         groups.trace.enter("forward", step)
-        loss = micro_loss(engine.forward, batch, config, rule, engine.device)
+        loss = micro_loss(engine.forward, batch, config, rule, engine.device, drawn)
         groups.trace.enter("backward")
         engine.backward(_all_or_nothing(loss.total))
         groups.trace.enter("optimizer step")
@@ -159,6 +162,7 @@ def _count_for_dial(engine: Engine, ema: Ema, batches: Sequence[Batch], config: 
         for batch in batches:
             reports = micro_loss(model, batch, config, rule, engine.device).output.moe
             counts += torch.stack([histogram(stats.logits_TE, len(batch.y)) for stats in reports])
+    synchronize(engine.device)  # the batches' memory is about to be filled anew
     for (_, layer), layer_counts in zip(engine.model.moe_layers(), sum_over(counts, groups.world), strict=True):
         layer.thresholds.commit_histogram(layer_counts, step)
 
