@@ -33,6 +33,7 @@ from diffmoe.bench import measure
 from diffmoe.config import ModelConfig, MoEConfig, load_config
 from diffmoe.cost.memory import engine_facts, rank_memory
 from diffmoe.deepspeed_json import read_deepspeed
+from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.layout import resolve_layout
 from diffmoe.models.compiled import compile_blocks
@@ -65,24 +66,28 @@ def model(config: ModelConfig, moe: MoEConfig, pool: int, recompute: str, dtype:
     return dit
 
 
-def batch_loss(dit: DiT, samples: int) -> Callable[[], Tensor]:
+def batch_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor]:
     """The losses of a micro-batch.  Called outside of ``torch.device``, which would find the device for who forgot it."""
+    schedule = linear_schedule().to("cuda") if ddpm else None
     side = dit.model.input_size
     x, noise = (torch.empty(samples, 4, side, side, device="cuda") for _ in range(2))
-    t, y = torch.empty(samples, device="cuda"), torch.empty(samples, dtype=torch.long, device="cuda")
+    t = torch.empty(samples, dtype=torch.long if ddpm else torch.float32, device="cuda")
+    y = torch.empty(samples, dtype=torch.long, device="cuda")
 
     def loss() -> Tensor:
-        denoising, output = flow_loss(dit, x, noise, t, y, RoutingRule("train", 1.0))
+        inputs = dit, x, noise, t, y, RoutingRule("train", 1.0)
+        denoising, output = ddpm_loss(*inputs, schedule) if ddpm else flow_loss(*inputs)
         return denoising + sum(r.predictor_loss for r in output.moe if r.predictor_loss is not None)
 
     return loss
 
 
-def training_pass(family: str, recompute: str, dtype: torch.dtype, groups: ParallelGroups, compiled: bool = False) -> None:
+def training_pass(family: str, recompute: str, dtype: torch.dtype, groups: ParallelGroups, compiled: bool = False,
+                  ddpm: bool = False) -> None:
     """Forward, losses and backward, as a micro-batch has them."""
-    config = ModelConfig(family=family, width=WIDTH, depth=4, heads=2, input_size=16, classes=10)
+    config = ModelConfig(family=family, width=WIDTH, depth=4, heads=2, input_size=16, classes=10, learn_sigma=ddpm)
     dit = model(config, MoEConfig(experts=EXPERTS), BATCH, recompute, dtype, groups)
-    loss = batch_loss(dit, BATCH)
+    loss = batch_loss(dit, BATCH, ddpm)
     if compiled:
         compile_blocks(dit)
     with contextlib.nullcontext() if compiled else OnlyOneDevice():  # torch.compile bears no such mode
@@ -146,6 +151,7 @@ def main() -> None:
         for family in ("dense", "ec", "diffmoe"):
             for recompute in ("none", "block", "selective"):
                 attempt(f"{family}, {recompute}, {dtype}", training_pass, family, recompute, dtype, single_process())
+    attempt("ddpm", training_pass, "diffmoe", "none", torch.bfloat16, single_process(), False, True)
     attempt("tc", training_pass, "tc", "none", torch.bfloat16, single_process())
     torch.compile = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     for recompute in ("none", "selective"):

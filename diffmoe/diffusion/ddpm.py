@@ -29,7 +29,7 @@ Noise = Callable[[int], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Noise schedule of T steps, fp64 on the CPU.  ``betas`` [T]; ``timestep_map`` [T] int64: the step that the network
+    """Noise schedule of T steps, fp64, made on the CPU.  ``betas`` [T]; ``timestep_map`` [T] int64: the step that the network
     was trained to see at each of these.  The rest follows, under the names of ADM's ``GaussianDiffusion``."""
 
     betas: Tensor
@@ -37,6 +37,15 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.betas)
+
+    def to(self, device: torch.device) -> Schedule:
+        """The same with all tables on a device, in the bits that the CPU computed; else every use would copy one there, for
+        which the host waits."""
+        there = Schedule(self.betas.to(device), self.timestep_map.to(device))
+        for name, table in vars(Schedule).items():
+            if isinstance(table, cached_property):
+                vars(there)[name] = getattr(self, name).to(device)
+        return there
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:

@@ -102,12 +102,12 @@ def ancestral(field: Field, z: Tensor, steps: int, noise: Optional[Noise] = None
     """ADM's ``p_sample_loop`` over ``steps`` of the 1000, one evaluation each.  Raises ValueError without ``noise``."""
     if noise is None:
         raise ValueError("the ancestral sampler needs noise")
-    return p_sample_loop(field, respace(linear_schedule(), steps), z, noise)
+    return p_sample_loop(field, respace(linear_schedule(), steps).to(z.device), z, noise)
 
 
 def ddim(field: Field, z: Tensor, steps: int, noise: Optional[Noise] = None, *, eta: float = 0.0) -> Tensor:
     """ADM's ``ddim_sample_loop`` over ``steps`` of the 1000, one evaluation each."""
-    return ddim_sample_loop(field, respace(linear_schedule(), steps), z, noise, eta)
+    return ddim_sample_loop(field, respace(linear_schedule(), steps).to(z.device), z, noise, eta)
 
 
 SAMPLERS = {"euler": euler, "heun": heun, "dopri5": dopri5, "ancestral": ancestral, "ddim": ddim}

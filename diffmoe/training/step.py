@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Callable, Optional, Sequence
@@ -28,6 +29,7 @@ from diffmoe.training.engine import Engine
 
 TIME_BINS = 10
 _DDPM = linear_schedule()
+_ddpm_on = functools.lru_cache(maxsize=None)(_DDPM.to)
 _DIAL_EVERY = 256
 
 
@@ -73,7 +75,7 @@ def micro_loss(forward: Callable[..., ModelOutput], batch: Batch, config: Config
     t = _training_time(draws.t, config.diffusion)
     x, noise, t, y = (sent(value, device) for value in (batch.x, draws.noise, t, y))
     if config.diffusion.process == "ddpm":
-        denoising, output = ddpm_loss(forward, x, noise, t, y, rule, _DDPM)
+        denoising, output = ddpm_loss(forward, x, noise, t, y, rule, _ddpm_on(device))
         progress = 1 - (t + 0.5) / len(_DDPM)  # like the flow's t: noise at 0, data at 1
     else:
         denoising, output = flow_loss(forward, x, noise, t, y, rule)
