@@ -58,6 +58,7 @@ class OnlyOneDevice(TorchDispatchMode):
 
 
 def model(config: ModelConfig, moe: MoEConfig, pool: int, recompute: str, dtype: torch.dtype, groups: ParallelGroups) -> DiT:
+    """A model on the device, all parameters in ``dtype``."""
     with torch.device("cuda"):
         dit = DiT(config, moe, pool=pool, groups=groups, recompute=recompute)
     for module in dit.modules():  # Module.to cannot swap fake parameters
@@ -134,6 +135,7 @@ def experts_pass(how: str, activation: str, gated: bool) -> None:
 
 
 def attempt(name: str, case: Callable[..., Any], *args: Any) -> None:
+    """Runs a case, and prints what came of it."""
     torch._dynamo.reset()
     try:
         with FakeTensorMode():
@@ -146,6 +148,7 @@ def attempt(name: str, case: Callable[..., Any], *args: Any) -> None:
 
 
 def main() -> None:
+    """Every case."""
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     for dtype in (torch.float32, torch.bfloat16):
         for family in ("dense", "ec", "diffmoe"):
