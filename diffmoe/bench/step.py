@@ -169,9 +169,9 @@ def main(arguments: list[str]) -> int:
     if fit:
         eager = [contender for contender in contenders.values() if not contender.compiled]
         config = _with_batch(config, _that_fit(eager, config, options.accumulation, device), options.accumulation)
+        for training in trainings.values():
+            training.take(config)
     samples = config.train.micro_batch
-    for training in trainings.values():
-        training.take(config)
     seconds = measure.interleaved({name: c.step for name, c in contenders.items()}, options.repeats, device)
     peaks = {name: c.peak_bytes() for name, c in contenders.items()}
     facts = {"model": options.model, "experts": config.moe.experts, "samples": samples, "accumulation": options.accumulation,

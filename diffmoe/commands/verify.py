@@ -17,14 +17,14 @@ from diffmoe.parity.table import BF16_BOUNDS, BOUND, COLUMNS, Row, run_cases
 from launcher.environment import RankEnvironment
 
 _HEAD = (f"{'':>9} {'world':>5} {'ep':>2} {'zero':>4} {'recompute':9} {'acc':>3} {'pool':>20} {'samples':>7} "
-         f"{'model':12} " + " ".join(f"{column:>10}" for column in COLUMNS))
+         f"{'model':21} " + " ".join(f"{column:>10}" for column in COLUMNS))
 
 
 def _line(number: int, total: int, row: Row) -> str:
     case = row.case
     start = (f"{number:>4}/{total:<4} {case.world:>5} {case.ep:>2} {case.zero:>4} {case.recompute:9} "
              f"{case.accumulation:>3} {case.words or case.pool:>20} {case.layout().pool:>7} "
-             f"{case.kind:12} ")
+             f"{case.kind:21} ")
     if row.error:
         return start + "error: " + " ".join(row.error.split())
     return start + " ".join(f"{row.differences[c]:>10.1e}" for c in COLUMNS) + ("  ok" if row.ok else "  MISS")
