@@ -58,8 +58,17 @@ def test_command_line(tmp_path, capsys):
     assert last.startswith("verify: 2 cases, largest relative difference ") and last.endswith("bound 1e-05: ok")
     written = json.loads(path.read_text())
     assert written["ok"] and len(written["rows"]) == 2 and written["rows"][0]["case"]["world"] == 1
-    with pytest.raises(ValueError, match=r"--worlds \(3\) must be of 1, 2, 4"):
-        verify.main(["--worlds", "3"], detect())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--worlds", "3"], r"--worlds \(3\) must be of 1, 2, 4"),
+    (["--quick", "--compile"], "--quick and --compile exclude each other"),
+    (["--device", "cuda", "--worlds", "1,4"], r"--worlds \(1,4\) needs a GPU a rank; torch sees 2"),
+])
+def test_bad_command_lines(arguments, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=message):
+        verify.main(arguments, detect())
 
 
 # ------------------------------------------------------------------------------------- the table can fail

@@ -41,7 +41,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser = Parser(prog="verify", description="Training over ranks equals one plain process.")
     parser.add_argument("--quick", action="store_true", help="about a minute: a pruned table")
     parser.add_argument("--compile", action="store_true", help="other rows: training under torch.compile")
-    parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks, of 1, 2 and 4")
+    parser.add_argument("--worlds", help="numbers of ranks, of 1, 2 and 4 (default all; on GPUs those there are enough for)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU a rank")
     parser.add_argument("--json", type=Path, help="also write the table here")
     options = parser.parse_args(arguments)
@@ -77,13 +77,16 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     return 0 if good else 1
 
 
-def _parse_worlds(text: str, device: str) -> list[int]:
+def _parse_worlds(text: str | None, device: str) -> list[int]:
+    """The numbers of ranks asked for, or all that the machine has devices for."""
+    devices = torch.cuda.device_count() if device == "cuda" else max(WORLDS)
+    if not devices:
+        raise ValueError(f"--device (cuda) needs a GPU; torch sees {devices}")
+    if text is None:
+        return [world for world in WORLDS if world <= devices]
     worlds = sorted({int(part) if part.strip().isdigit() else 0 for part in text.split(",")})
     if not set(worlds) <= set(WORLDS):
         raise ValueError(f"--worlds ({text}) must be of {', '.join(map(str, WORLDS))}")
-    if device == "cuda":
-        gpus = torch.cuda.device_count()
-        if not gpus:
-            raise ValueError(f"--device (cuda) needs a GPU; torch sees {gpus}")
-        worlds = [world for world in worlds if world <= gpus]
+    if max(worlds) > devices:
+        raise ValueError(f"--worlds ({text}) needs a GPU a rank; torch sees {devices}")
     return worlds
