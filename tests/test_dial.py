@@ -21,7 +21,7 @@ from diffmoe.evaluation.generate import generate, generate_everywhere
 from diffmoe.models.dit import DiT, initialize
 from diffmoe.models.interchange import load_buffers, load_logical
 from diffmoe.moe.capacity import HISTOGRAM_BINS, HISTOGRAM_DECAY, Thresholds, dialled_thresholds, histogram
-from diffmoe.moe.routing import RoutingRule
+from diffmoe.moe.routing import RoutingRule, predicted_tokens
 from diffmoe.parallel.groups import build_groups, single_process
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.parity.cases import Case
@@ -64,7 +64,15 @@ def test_thresholds_agree_with_exact_quantiles(logits, capacity):
 def test_thresholds_fall_as_the_dial_rises():
     counts = histogram(sure_logits(6400), samples=100)
     found = torch.stack([dialled_thresholds(counts, c) for c in np.linspace(0.01, EXPERTS, 200)])
-    assert (found.diff(dim=0) <= 0).all() and (found < 1).all() and (found[-1] == 0).all()
+    assert (found.diff(dim=0) <= 0).all() and (found < 1).all()
+
+
+def test_all_tokens_pass_at_the_ends_of_dial_and_constant():
+    thresholds = Thresholds(EXPERTS, 0.95)
+    thresholds.commit_histogram(histogram(sure_logits(6400), samples=100), step=1)
+    underflow = torch.full((3, EXPERTS), -200.0)  # its sigmoid is 0 in fp32
+    for all_pass in (thresholds.chosen(None, float(EXPERTS)), thresholds.chosen(0.0, None)):
+        assert predicted_tokens(underflow, all_pass).all()
 
 
 def test_outputs_beyond_the_bins_and_not_finite_are_counted():

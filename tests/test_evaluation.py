@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import subprocess
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from diffmoe.checkpoints.reader import ema_kind
 from diffmoe.checkpoints.writer import save_start
 from diffmoe.config import Config, load_config
 from diffmoe.data.digits import write_digits
+from diffmoe.data.shards import ShardMeta, write_shards
 from diffmoe.commands import evaluate as command
+from diffmoe.evaluation import decoding
 from diffmoe.evaluation import evaluate as evaluation
 from diffmoe.evaluation.card import Card, Scores, card_from_json, commit, versions
 from diffmoe.evaluation.evaluate import SAMPLES_NAME, Subject, class_labels, evaluate
@@ -598,6 +601,19 @@ def test_latents_pass_the_decoder(tmp_path: Path) -> None:
     latents = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=4))
     with pytest.raises(ValueError, match=r"model.channels \(4\) are latents"):
         evaluate(model, latents, *arguments, tmp_path / "latents", ALONE, CPU)
+
+
+def test_a_decoder_takes_out_what_the_training_data_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of shards that encode did not make, whose index alone knows their scale."""
+    vae = types.SimpleNamespace(name="vae", sha256="abc", scale=0.18, shift=0.0)
+    monkeypatch.setattr(decoding, "load_vae", lambda path, device: vae)
+    _, config = setting()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=4))
+    samples = ((f"{i}", np.zeros((8, 2, 2), np.float16), 0) for i in range(3))
+    index = write_shards(samples, tmp_path, samples_per_shard=3, meta=ShardMeta("moments", 1, scale=0.2, mean=1.5))
+    for arguments, wanted in (((index, None, None), (0.2, 1.5)), ((index, 0.3, None), (0.3, 1.5)), ((None, None, None), (0.18, 0.0))):
+        decoder = decoding.open_decoder("vae", config, *arguments, CPU)
+        assert (decoder.scale, decoder.shift) == wanted
 
 
 def test_card_names_everything_that_moves_the_score(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ import yaml
 
 from diffmoe.checkpoints.reader import Checkpoint, ema_kind
 from diffmoe.commands import exchange
-from diffmoe.config import config_to_tree, load_config
+from diffmoe.config import SampleConfig, config_to_tree, load_config
 from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import euler
 from diffmoe.evaluation.card import Card, Scores
-from diffmoe.evaluation.generate import generate
+from diffmoe.evaluation.generate import generate, threshold_note
 from diffmoe.huggingface import load_folder
 from diffmoe.models.dit import DiT, initialize, logical_tensors
 from diffmoe.models.interchange import fresh_buffers, load_buffers, load_logical, same_bits, to_research, weights_digest
@@ -75,6 +75,7 @@ def imported(request, tmp_path_factory):
     torch.save({**states, "opt": {"state": {0: torch.zeros(3)}}, "args": argparse.Namespace(lr=1e-4)}, folder / "in.pt")
     said = call(exchange.import_main, "--research", folder / "in.pt", "--config", config_of(family, folder))
     assert f"model and ema, {len(states['ema'])} tensors each" in said and "step_00000000" in said
+    assert "model.heads (2) and diffusion.process (flow) are the configuration's: no tensor of the file can confirm them" in said
     return family, folder, states
 
 
@@ -135,11 +136,25 @@ def test_an_imported_checkpoint_samples_what_the_research_code_samples(imported)
     family, folder, states = imported
     _, numbers = reference(family)
     model, _ = sampling_model(Checkpoint(folder / f"run_{family}"), "raw")
+    for index, layer in model.moe_layers():
+        if family == "diffmoe":  # of a checkpoint's two, the EMA's are kept
+            layer.thresholds.value.copy_(states["model"][f"blocks.{index}.mlp.expert_threshold"])
     with torch.no_grad():
         velocity = guided_velocity(model, numbers["in/y"], 1.5, RoutingRule("batch"))
         close(euler(velocity, numbers["in/noise"], 8), numbers["flow/euler_8_cfg1.5"], "flow/euler_8_cfg1.5")
     ema, _ = sampling_model(Checkpoint(folder / f"run_{family}"), "ema")
     assert torch.equal(ema.x_embedder.proj.weight, states["ema"]["x_embedder.proj.weight"])
+
+
+def test_times_must_be_those_of_the_research_code(tmp_path):
+    torch.save(state_of("diffmoe"), tmp_path / "in.pt")
+    config, message = config_of("diffmoe", tmp_path), "diffusion.time_scale (1000) must be 1 for a research checkpoint"
+    arguments = ("--research", tmp_path / "in.pt", "--config", config)
+    assert message in refusal(exchange.import_main, *arguments, "diffusion.time_scale=1000")
+    call(exchange.import_main, "--dense", dense_file(tmp_path), "--config", config, "diffusion.time_scale=1000")
+    assert message in refusal(exchange.export_main, "--checkpoint", tmp_path / "run_diffmoe", "--format", "research", "--out",
+                              tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_thresholds_arrive_as_observed(imported):
@@ -150,7 +165,7 @@ def test_thresholds_arrive_as_observed(imported):
         return
     for block in (1, 3):
         assert torch.equal(buffers[f"blocks.{block}.mlp.thresholds.value"],
-                           states["model"][f"blocks.{block}.mlp.expert_threshold"])
+                           states["ema"][f"blocks.{block}.mlp.expert_threshold"]), "those that samples are drawn with"
         assert buffers[f"blocks.{block}.mlp.thresholds.observations"] == 1
 
 
@@ -314,6 +329,12 @@ def test_every_expert_is_a_copy_and_the_rest_is_the_dense_model(tmp_path):
         assert torch.equal(layer.router, fresh.blocks[index].mlp.router)
         assert torch.equal(layer.capacity_predictor[0].weight, fresh.blocks[index].mlp.capacity_predictor[0].weight)
         assert layer.thresholds.observations == 0
+    sample = SampleConfig()
+    assert "note: training has not observed the thresholds of 2 layers yet" in threshold_note(model, sample)
+    assert threshold_note(model, dataclasses.replace(sample, gamma=0.4)) is None
+    for _, layer in model.moe_layers():
+        layer.thresholds.commit(torch.full((4,), 0.3))
+    assert threshold_note(model, sample) is None
     assert torch.equal(model.blocks[2].mlp.fc1.weight, state["blocks.2.mlp.fc1.weight"])
     ema = Checkpoint(tmp_path / "run_diffmoe").weights("ema")
     assert all(torch.equal(value, ema[name]) for name, value in Checkpoint(tmp_path / "run_diffmoe").weights("raw").items())

@@ -19,6 +19,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.evaluation.decoding import checkpoint_data, open_decoder
     from diffmoe.evaluation.evaluate import Subject, evaluate
     from diffmoe.evaluation.features import open_extractor
+    from diffmoe.evaluation.generate import threshold_note
     from diffmoe.evaluation.reference_statistics import load_reference, save_reference
     from diffmoe.parallel.collectives import raise_together
     from diffmoe.parallel.groups import build_groups
@@ -42,6 +43,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     reference = load_reference(options.reference, extractor, world, device, progress=first)
     if options.save_reference is not None and first:
         save_reference(reference, options.save_reference)
+    if first and (note := threshold_note(model, config.sample)):
+        print(note, flush=True)
     subject = Subject(str(checkpoint.path), checkpoint.step, options.weights)
     card = evaluate(model.to(device).eval(), config, subject, options.count, options.labels, reference, extractor,
                     Path(options.out), world, device, decoder=decoder, splits=options.splits,
@@ -60,7 +63,8 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
     add_latent_options(parser)
     parser.add_argument("--count", type=int, default=50_000, help="images (default: 50,000)")
-    parser.add_argument("--classes", dest="labels", choices=("balanced", "random"), default="balanced")
+    parser.add_argument("--classes", dest="labels", choices=("balanced", "random"), default="balanced",
+                        help="balanced (default): in turn, which scores a little better; random: as ADM, DiT and the research code")
     parser.add_argument("--weights", default="ema", help="ema (the first of train.ema), ema:0.999 (by its decay) or raw")
     parser.add_argument("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
     parser.add_argument("--seed", type=int, help="seed of noise and random classes (default: run.seed)")

@@ -63,18 +63,23 @@ def import_main(arguments: list[str], environment: RankEnvironment) -> int:
 def import_research(path: Path, config: Config, layout: Layout) -> Path:
     """A research checkpoint of the model in ``config`` becomes ``run.folder``'s checkpoint of step 0.  Returns its folder.
 
-    Raises ValueError when the file is not whole, holds code, or does not fit the configuration tensor by tensor."""
+    Raises ValueError when the file is not whole, holds code, or does not fit the configuration tensor by tensor, or when this
+    configuration scales times."""
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
     from diffmoe.models.interchange import check_research, from_research, kept_as_they_were, observed_buffers, read_research
 
     model, moe = config.model, config.moe
+    _check_times(config)
     states = read_research(path)
     for which, state in states.items():
         check_research(state, model, moe, f"{path} ({which})")
     _say_what_is_there(path, states)
+    print(f"model.heads ({model.heads}) and diffusion.process ({config.diffusion.process}) are the configuration's: no tensor of the "
+          "file can confirm them", flush=True)
     states = {which: states.get(which) or next(iter(states.values())) for which in ("model", "ema")}
-    buffers = observed_buffers(states["model"], model, moe)
+    # The EMA's, which published samples are drawn with; those of the weights come back with a few steps of training.
+    buffers = observed_buffers(states["ema"], model, moe)
 
     def weights(which: str) -> Iterator[tuple[str, Tensor]]:
         for name, value in from_research(states[which]).items():
@@ -177,7 +182,8 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
 def export_research(checkpoint: Checkpoint, out: Path) -> int:
     """Writes ``{"model": …, "ema": …}`` with the research code's names.  Returns the number of tensors of each.
 
-    A checkpoint that :func:`import_research` wrote gives the imported tensors back bit for bit."""
+    A checkpoint that :func:`import_research` wrote gives the imported tensors back bit for bit.  ValueError when this model
+    scales times."""
     import torch
 
     from diffmoe.checkpoints.reader import BUFFERS
@@ -185,6 +191,7 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
     from diffmoe.models.interchange import to_research, whole_weights
 
     config = checkpoint.config()
+    _check_times(config)
     kept = checkpoint.tensors(RESEARCH)
     states = {}
     for which, weights in (("model", "raw"), ("ema", "ema")):
@@ -195,6 +202,13 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
     with replacing(out) as stream:
         torch.save(states, stream)
     return len(states["model"])
+
+
+def _check_times(config: Config) -> None:
+    """The research code embeds t as it is, and its files have no place to say otherwise."""
+    if config.diffusion.time_scale != 1:
+        raise ValueError(f"diffusion.time_scale ({config.diffusion.time_scale:g}) must be 1 for a research checkpoint: that code embeds "
+                         "t unscaled")
 
 
 def parse_size(text: str) -> int:

@@ -32,7 +32,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.checkpoints.reader import Checkpoint
     from diffmoe.evaluation.capacity_report import CapacityMeter, write_report
     from diffmoe.evaluation.decoding import Decoder, checkpoint_data, open_decoder
-    from diffmoe.evaluation.generate import check_dial, generate_everywhere
+    from diffmoe.evaluation.generate import check_dial, generate_everywhere, threshold_note
     from diffmoe.evaluation.plots import image_grid
     from diffmoe.parallel.collectives import raise_together
     from diffmoe.parallel.groups import build_groups
@@ -61,6 +61,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     except (ValueError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
+    if environment.rank == 0 and (note := threshold_note(model, config.sample)):
+        print(note, flush=True)
     model.to(device).eval()
     decode = None if decoder is None else lambda latents: decoder.function(latents).float() / 127.5 - 1
     images = generate_everywhere(model, config, labels, groups.world, device, progress=environment.rank == 0,

@@ -59,12 +59,10 @@ def open_decoder(path: str, config: Config, index: ShardIndex | None, scale: flo
     if config.model.channels in (1, 3):
         raise ValueError(f"model.channels ({config.model.channels}) are pixels: there is nothing for vae {path} to decode")
     vae = load_vae(path, device=device)
-    own_scale, own_shift = vae.scale, vae.shift
-    if index is not None and index.encoding is not None:
-        if index.encoding.vae_sha256 not in ("", vae.sha256):
-            raise ValueError(f"vae {path} has weights {vae.sha256[:12]}; data.shards ({config.data.shards}) was encoded with "
-                             f"{index.encoding.vae_sha256[:12]}")
-        own_scale, own_shift = index.meta.scale, index.meta.mean
+    own_scale, own_shift = (vae.scale, vae.shift) if index is None else (index.meta.scale, index.meta.mean)
+    if index is not None and index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):
+        raise ValueError(f"vae {path} has weights {vae.sha256[:12]}; data.shards ({config.data.shards}) was encoded with "
+                         f"{index.encoding.vae_sha256[:12]}")
     scale, shift = own_scale if scale is None else scale, own_shift if shift is None else shift
 
     def decode(latents: Tensor) -> Tensor:

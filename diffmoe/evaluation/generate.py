@@ -36,6 +36,16 @@ def check_dial(model: DiT, sample: SampleConfig) -> None:
                          "or set sample.gamma")
 
 
+def threshold_note(model: DiT, sample: SampleConfig) -> Optional[str]:
+    """What to say where learned thresholds decide that no training step has ever observed; None where none do."""
+    learned = sample.gamma is None and sample.capacity is None
+    fresh = [layer for _, layer in model.moe_layers() if layer.family == "diffmoe" and not layer.thresholds.observations]
+    if not learned or not fresh:
+        return None
+    return (f"note: training has not observed the thresholds of {len(fresh)} layers yet: their experts take tokens above the start value "
+            f"{fresh[0].thresholds.value[0]:g}, whatever the capacity; sample.gamma sets another")
+
+
 @torch.no_grad()
 def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequence[int], device: torch.device,
              progress: bool = False, meter: Optional[CapacityMeter] = None, together: Optional[Group] = None) -> Tensor:

@@ -21,6 +21,8 @@ _LOWEST, _HIGHEST = math.asinh(-80.0), math.asinh(16.0)
 _BIN_WIDTH = (_HIGHEST - _LOWEST) / HISTOGRAM_BINS
 # Counts fade by this every optimizer step: all steps just before a checkpoint count, those before the last one do not.
 HISTOGRAM_DECAY = 0.99
+# A threshold below every sigmoid, also those that fp32 rounds to 0.
+_ALL_PASS = -1.0
 # Counted of each sample, whose tokens share its time step and agree with each other: more would tell little.
 _TOKENS_PER_SAMPLE = 64
 
@@ -72,7 +74,7 @@ def dialled_thresholds(counts_EH: Tensor, capacity: float) -> Tensor:
     Linear inside a bin.  At ``capacity = E`` every token passes, also those unlike any that was counted."""
     share = capacity / counts_EH.shape[0]
     if share >= 1:
-        return torch.zeros_like(counts_EH[:, 0])
+        return torch.full_like(counts_EH[:, 0], _ALL_PASS)
     counts = counts_EH.double()
     least = counts.flip(1).cumsum(1).flip(1)  # what lies above each bin's lower edge: falls along the bins
     wanted = share * least[:, :1]
@@ -120,7 +122,7 @@ class Thresholds(nn.Module):
     def chosen(self, gamma: Optional[float], dial: Optional[float]) -> Tensor:
         """Thresholds [E]: the constant ``gamma``, those for the capacity ``dial``, or with neither the learned ones."""
         if gamma is not None:
-            return torch.full_like(self.value, gamma)
+            return torch.full_like(self.value, gamma or _ALL_PASS)
         return self.value if dial is None else dialled_thresholds(self.histogram, dial).to(self.value.dtype)
 
     @torch.no_grad()
