@@ -41,6 +41,13 @@ TINY = {
 }
 
 
+def zero(stage: int, bf16: bool = False, **more: object) -> dict:
+    """A DeepSpeed JSON of that ZeRO stage.  At stage 3 DeepSpeed keeps parameters below 100,000 elements whole; here the tests'
+    small ones are gathered and freed as a large model's are."""
+    whole = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    return {"zero_optimization": {"stage": stage, **whole, **more}, **({"bf16": {"enabled": True}} if bf16 else {})}
+
+
 @dataclass(frozen=True)
 class Result:
     """How one rank ended and what it said."""

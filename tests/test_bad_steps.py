@@ -21,7 +21,7 @@ from diffmoe.parallel.spawn import Ranks
 from diffmoe.training import loop
 from diffmoe.training.guard import Guard, find_nonfinite
 from diffmoe.training.step import StepReport, train_step
-from programs import losses, tiny, tiny_config
+from programs import losses, tiny, tiny_config, zero
 from test_run import assert_same_tensors, steps, train_here
 
 BATCH = 16
@@ -89,11 +89,10 @@ def state(run):
 def bad_steps(folder, stage, bf16, accumulation):
     """Step 0, three bad ones, step 1; and in a second engine steps 0 and 1 alone.  (what the bad ones changed, what they were
     found to be, whether both end alike)."""
-    tree = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
     config = load_config(tiny_config(), [f"run.folder={folder}", "moe.pool=8", f"train.accumulation={accumulation}"])
     layout = resolve_layout(config, 4)
     groups = build_groups(layout.ep, layout.pool_ranks)
-    first, second = (loop.start(config, layout, tree, groups, torch.device("cpu")) for _ in range(2))
+    first, second = (loop.start(config, layout, zero(stage, bf16), groups, torch.device("cpu")) for _ in range(2))
 
     def batches(run, step):
         each, micro = layout.batch // layout.accumulation, layout.micro_batch
@@ -168,20 +167,23 @@ def test_skipped_steps_are_counted_recorded_and_the_same_after_a_resume(two_rank
 SPIKES = ("train.spike_factor=3", "train.spike_window=3", "train.save_every=4", "train.lr=1e-3")
 
 
-def test_a_spike_sends_the_run_back_and_leaves_its_batch_out_for_good(two_ranks, tmp_path):
-    said, complaint = hear(two_ranks, tiny(tmp_path / "a", *SPIKES), 60.0, {5})
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_spike_sends_the_run_back_and_leaves_its_batch_out_for_good(two_ranks, tmp_path, stage):
+    (tmp_path / "ds.json").write_text(json.dumps(zero(stage)))
+    spikes = (*SPIKES, "--deepspeed_config", str(tmp_path / "ds.json"))
+    said, complaint = hear(two_ranks, tiny(tmp_path / "a", *spikes), 60.0, {5})
     assert complaint == "" and "rollbacks 1" in said and "resumed" not in said
     assert [(e["step"], e["event"]) for e in events(tmp_path / "a")] == [(5, "spike"), (4, "went back"), (5, "left out")]
     assert json.loads((tmp_path / "a/left_out.json").read_text()) == [5]
     # As if the batch had never been there; and the run folder's record leaves it out of a start from scratch too.
     (tmp_path / "b").mkdir()
     shutil.copy(tmp_path / "a/left_out.json", tmp_path / "b")
-    said, complaint = hear(two_ranks, tiny(tmp_path / "b", *SPIKES))
+    said, complaint = hear(two_ranks, tiny(tmp_path / "b", *spikes))
     assert complaint == "" and "rollbacks" not in said
     assert_same_tensors(tmp_path / "a/checkpoints/step_00000008", tmp_path / "b/checkpoints/step_00000008")
     # Without that record a resume from before the spike finds it again, and decides alike.
     shutil.copytree(tmp_path / "a/checkpoints/step_00000004", tmp_path / "c/checkpoints/step_00000004")
-    hear(two_ranks, tiny(tmp_path / "c", *SPIKES), 60.0, {5})
+    hear(two_ranks, tiny(tmp_path / "c", *spikes), 60.0, {5})
     assert_same_tensors(tmp_path / "a/checkpoints/step_00000008", tmp_path / "c/checkpoints/step_00000008")
 
 

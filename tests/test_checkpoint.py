@@ -23,7 +23,7 @@ from diffmoe.training.ema import Ema
 from diffmoe.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine
 from diffmoe.training.state import held, owned
 from made_checkpoints import made, made_whole, make_checkpoint, peak_growth
-from programs import run_cases, tiny, tiny_config, trained
+from programs import run_cases, tiny, tiny_config, trained, zero
 from test_run import train_here
 
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT, "ema_0.9", "ema_0.5")
@@ -49,8 +49,7 @@ def start(config: Config, world: int, stage: int = 1, bf16: bool = False):
     groups = build_groups(layout.ep, layout.pool_ranks)
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups)
     initialize(model, 0)
-    tree = {"zero_optimization": {"stage": stage}, **({"bf16": {"enabled": True}} if bf16 else {})}
-    engine = Engine(model, config, layout, tree, groups, torch.device("cpu"))
+    engine = Engine(model, config, layout, zero(stage, bf16), groups, torch.device("cpu"))
     return engine, Ema(engine, config.train.ema_decays), layout, groups
 
 

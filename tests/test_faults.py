@@ -418,13 +418,13 @@ def train_layout(folder, ep, stage, world, more):
     from diffmoe.layout import resolve_layout
     from diffmoe.parallel.groups import build_groups
     from diffmoe.training import loop
-    from programs import tiny_config
+    from programs import tiny_config, zero
 
     import torch
 
     config = load_config(tiny_config(), [f"run.folder={folder}", f"parallel.ep={ep}", *RECIPE, *more])
     layout = resolve_layout(config, world)
-    loop.train(config, layout, {"zero_optimization": {"stage": stage}}, build_groups(layout.ep, layout.pool_ranks),
+    loop.train(config, layout, zero(stage), build_groups(layout.ep, layout.pool_ranks),
                torch.device("cpu"))
 
 

@@ -19,7 +19,7 @@ from diffmoe.layout import resolve_layout
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.training.engine import _build_optimizer
 from diffmoe.training.metrics import Writer
-from programs import REPOSITORY, losses, run_cases, run_program, start_launcher, start_program, tiny, tiny_config, trained
+from programs import REPOSITORY, losses, run_cases, run_program, start_launcher, start_program, tiny, tiny_config, trained, zero
 
 KINDS = {"master", "ema_0.7", "exp_avg", "exp_avg_sq"}  # and buffers, where there are capacity predictors
 
@@ -187,12 +187,12 @@ def test_a_finished_run_does_nothing_and_a_folder_of_another_run_is_refused(tmp_
     assert written.model.width == 32 and written.run.seed == 0, "a refused run must not overwrite the folder's config"
 
 
-@pytest.mark.parametrize(("world", "json_text", "overrides"), [
-    (1, '{"zero_optimization": {"stage": 0}}', ["parallel.ep=1"]),
-    (4, '{"zero_optimization": {"stage": 3}}', ["parallel.ep=2", "parallel.recompute=selective", "train.sample_every=3"]),
+@pytest.mark.parametrize(("world", "stage", "overrides"), [
+    (1, 0, ["parallel.ep=1"]),
+    (4, 3, ["parallel.ep=2", "parallel.recompute=selective", "train.sample_every=3"]),
 ])
-def test_another_layout_goes_on_with_the_same_losses(tmp_path, world, json_text, overrides):
-    (tmp_path / "ds.json").write_text(json_text)
+def test_another_layout_goes_on_with_the_same_losses(tmp_path, world, stage, overrides):
+    (tmp_path / "ds.json").write_text(json.dumps(zero(stage)))
     folder = copy_run(tmp_path / "run", 4)
     results = run_program(world, *tiny(folder, "--deepspeed_config", str(tmp_path / "ds.json"), *overrides))
     assert [r.returncode for r in results] == [0] * world, results
@@ -236,7 +236,7 @@ def test_bf16_trains_near_fp32_and_keeps_fp32_masters(two_ranks, tmp_path, name)
 @pytest.mark.slow  # compiles it, where nobody has
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_deepspeeds_optimizer_trains_as_torchs_does(two_ranks, tmp_path, offload):
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": offload}}}))
+    (tmp_path / "ds.json").write_text(json.dumps(zero(1, offload_optimizer={"device": offload})))
     arguments = tiny(tmp_path, "train.optimizer=deepspeed", "--deepspeed_config", str(tmp_path / "ds.json"))
     two_ranks.run(train_here, arguments, 2)
     assert losses(tmp_path) == pytest.approx(losses(trained()[0]), rel=1e-5)

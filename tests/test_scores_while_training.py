@@ -14,7 +14,7 @@ from diffmoe.evaluation.features import digits_extractor
 from diffmoe.evaluation.reference_statistics import load_reference
 from diffmoe.parallel.groups import single_process
 from diffmoe.parallel.spawn import Ranks
-from programs import digits, losses, tiny, tiny_config, trained
+from programs import digits, losses, tiny, tiny_config, trained, zero
 from test_bad_steps import events, heard
 
 COUNT = 80  # in batches of 16 on two ranks: the last round has more images than are asked for
@@ -43,9 +43,9 @@ def scored(arguments, fails_at):
         return heard(arguments, 2)
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(two_ranks, tmp_path, stage):
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    (tmp_path / "ds.json").write_text(json.dumps(zero(stage)))
     arguments = tiny(tmp_path, *SCORES, "train.ema=[0.7, 0.5]", "--deepspeed_config", str(tmp_path / "ds.json"))
     (said, complaint), _ = two_ranks.run(scored, arguments, 4)
     assert complaint == "" and said.count("\nscores of step 8, ema:0.") == 2, said
@@ -62,9 +62,9 @@ def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(t
         for name in ("fid", "sfid", "inception_score"):
             assert line[name] == pytest.approx(getattr(card.scores, name), rel=1e-5), (line, card.scores)
     assert lines[1]["fid"] != lines[2]["fid"]
+    folder, _ = trained()
+    assert losses(tmp_path) == pytest.approx(losses(folder), rel=0 if stage == 1 else 1e-5)
     if stage == 1:
-        folder, _ = trained()
-        assert losses(tmp_path) == losses(folder)
         there, here = Checkpoint(folder), checkpoint
         for kind in there.kinds():
             assert all(torch.equal(value, here.tensors(kind)[name]) for name, value in there.tensors(kind).items()), kind

@@ -74,6 +74,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         image_grid(shown, config.sample.columns, png)
         if config.sample.capacity is not None and options.weights != "ema":
             print("note: the dial was set on the EMA weights (the default); these may use another capacity, see --report")
+        if decoder is not None:
+            print(f"decoded by vae {decoder.name} from latents of scale {decoder.scale:g}, shift {decoder.shift:g}")
         print(f"step {checkpoint.step}, {options.weights} weights, {config.sample.sampler} {config.sample.steps} steps, "
               f"cfg {config.sample.cfg}, {config.sample.routing} routing: {total} images in {npz}, "
               f"{len(shown)} of them in {png}", flush=True)

@@ -31,6 +31,7 @@ _COMMON = (
     "moe.experts=4", "moe.interleave=false", "moe.threshold_decay=0.5", "moe.balance_weight=0.1",
     "train.lr=0.1", "train.eps=1e-3", "train.weight_decay=0.5", "train.clip=0.5", "train.ema=0.25",
     "train.label_drop=0.3",
+    "train.sample_every=1",  # the EMA's weights are in the model's place for a pass after every step
 )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from diffmoe.config import Config, TrainConfig
 from diffmoe.deepspeed_json import merge_deepspeed
+from diffmoe.device import synchronize
 from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, LogicalTensor, ModelOutput, logical_tensors
 from diffmoe.moe.routing import RoutingRule
@@ -296,13 +297,15 @@ class Engine:
         if self.stage in (1, 2):
             self.optimizer.update_lp_params()
         elif self.stage == 3:
-            persistent = self.optimizer.persistent_parameters
-            if persistent:
-                persistent[0].partition(persistent)
+            # All of them: parameters that the trace of modules wants again soon stay whole after a pass without backward, and
+            # the next forward would take them as they are.
+            self.optimizer._partition_all_parameters()
             for i in range(len(self._masters)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
+            persistent = self.optimizer.persistent_parameters
             if persistent:
                 persistent[0].all_gather(persistent)
+            synchronize(self.device)  # DeepSpeed gathers on a stream of its own, which does not wait for these copies
 
     @contextlib.contextmanager
     def weights(self, shards: list[Tensor]) -> Iterator[DiT]:
