@@ -124,6 +124,7 @@ def after_joining(tmp_path_factory):
     size = (digits() / "shard-000003.tar").stat().st_size
     (tmp / "typo.json").write_text('{"zero_optimization": {"stage": 1, "overlap_com": true}}')
     (tmp / "scatter.json").write_text('{"zero_optimization": {"stage": 2, "reduce_scatter": false}}')
+    (tmp / "stage3.json").write_text('{"zero_optimization": {"stage": 3}}')
     master = "master-00000.safetensors"
     whole = (trained()[0] / "checkpoints/step_00000008" / master).read_bytes()
 
@@ -174,6 +175,8 @@ def after_joining(tmp_path_factory):
         "sample: seed": (sample("--seed=-1"), "run.seed (-1) must be in [0, 2^64)"),
         "sample: out": (sample("--out", f"{tmp}/file/x"), f"{tmp}/file"),
         "no apex": (train("train.optimizer=apex"), "train.optimizer (apex) needs NVIDIA's apex"),
+        "apex at stage 3": (train("--deepspeed_config", tmp / "stage3.json", "train.optimizer=apex"),
+                            "train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)"),
         "reduce_scatter": (train("--deepspeed_config", tmp / "scatter.json"),
                            "DeepSpeed's zero_optimization.reduce_scatter (false) must be true"),
         "typo in zero_optimization": (train("--deepspeed_config", tmp / "typo.json"), "DeepSpeed refuses", "overlap_com "),

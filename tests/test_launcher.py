@@ -139,6 +139,22 @@ def test_a_jobs_folder_is_a_snapshot_that_a_requeue_finds_again(tmp_path):
     assert done.returncode == 0 and "lr: 0.5" in done.stdout
 
 
+@pytest.mark.parametrize(("before", "step", "said"), [
+    ("", "exit 3", "status 3"),  # a step that cannot start leaves no log to show
+    ("kill -USR1 $$;", "sleep 60", "asks the ranks to save and end"),  # the signal comes while the job is being prepared
+    ("", "exit 0", "status 0"),
+])
+def test_a_job_comes_to_its_conclusion(tmp_path, before, step, said):
+    """Whenever the signal before the limit comes: that is where it is requeued."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "step.sh").write_text(step)
+    script = f"set -euo pipefail; source scripts/slurm/_common.sh; trap stop_requested USR1; job={tmp_path}; SLURM_JOB_ID=1; {before}"
+    script += f'step=(bash {tmp_path}/step.sh); on_ranks rank; kill -USR1 $$; echo "status $status"'
+    done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and "status" in done.stdout.splitlines()[-1] and said in done.stdout, done
+    assert ("status 0" in done.stdout) == (step == "exit 0")
+
+
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "scripts/slurm").glob("*.sh")), ids=lambda path: path.stem)
 def test_job_scripts_parse_and_ask_for_ranks_that_their_configuration_divides(script, tmp_path):
     text = script.read_text()

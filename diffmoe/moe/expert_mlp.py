@@ -53,10 +53,11 @@ def arrangement(device: torch.device, dtype: torch.dtype, counts: int | list[int
     ``each``: one after another, or a few at once where they have few rows (``_at_once``).  On a CPU at every shape that was
     measured (docs/results): what they pass through fits the cache.  ``batched``: one batched matmul, where counts are equal:
     on a GPU, where many small launches cost more, and when compiling, which would unroll a loop.  ``grouped``: torch's
-    grouped matmul over ragged counts, where the GPU has that kernel (bf16 from compute capability 9.0)."""
+    grouped matmul over ragged counts, where the GPU has that kernel and it is right: bf16 at compute capability 9.0.  (On 10.x
+    gradients of experts without rows were garbage, pytorch issue 172439.)"""
     if isinstance(counts, int):
         return "batched" if device.type == "cuda" or torch.compiler.is_compiling() else "each"
-    kernel = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+    kernel = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) == (9, 0)
     return "grouped" if kernel else "each"
 
 
@@ -103,11 +104,12 @@ class _Part:
         as_one = torch.ops.diffmoe.second_layer if keep and not torch.compiler.is_compiling() else _second_layer
         return as_one(pre, self.weights.second, self.weights.second_bias, self.ends, spare).flatten(0, -2)
 
-    def sums(self, x: Tensor, experts: int) -> Tensor:
+    def sums(self, x: Tensor) -> Tensor:
         """Sums over each expert's rows, as stacked biases have them."""
         if self.ends is None:
             return x.sum(-2)
-        return x.new_zeros(experts, x.shape[-1]).index_add_(0, _experts(x, self.ends), x)
+        # As a product, which adds up in fp32: index_add_ of bf16 rounds after every row.  8 columns, for the kernel's alignment.
+        return self.times(x.new_ones(len(x), 8).mT, x)[:, 0]
 
 
 def _parts(place: Tensor, gate: Optional[Tensor], counts: int | list[int], weights: ExpertWeights, how: Arrangement
@@ -261,7 +263,7 @@ class _Gradients:
 def _backward_part(part: _Part, source: Tensor, kept: list[Tensor], dy: Tensor, buffers: _Buffers, gradients: _Gradients
                    ) -> tuple[Tensor, Optional[Tensor]]:
     """Gradients of one part's rows [n, D] and gates [n]; those of its weights go into ``gradients``."""
-    weights, experts, firsts = part.weights, len(part.weights.second), len(part.weights.firsts)
+    weights, firsts = part.weights, len(part.weights.firsts)
     x, g, d_gate = part.stacked(part.gather(source)), part.gather(dy), None
     if part.gate_n1 is not None:
         d_gate = (g * kept[firsts]).sum(-1, dtype=part.gate_n1.dtype)
@@ -271,13 +273,13 @@ def _backward_part(part: _Part, source: Tensor, kept: list[Tensor], dy: Tensor, 
     a, d_pre = _activate_back(u, kept[:firsts], buffers(1, part), buffers(2, part))
     gradients.take(2 * firsts, part, (a.mT, g))
     if weights.second_bias is not None:
-        gradients.take(2 * firsts + 1, part, part.sums(g, experts))
+        gradients.take(2 * firsts + 1, part, part.sums(g))
     dx = None
     for n, du in enumerate(d_pre):
         w, b = weights.firsts[n]
         gradients.take(2 * n, part, (x.mT, du))
         if b is not None:
-            gradients.take(2 * n + 1, part, part.sums(du, experts))
+            gradients.take(2 * n + 1, part, part.sums(du))
         back = part.times(du, w.mT)
         dx = back if dx is None else dx.add_(back)
     return dx.flatten(0, -2), d_gate

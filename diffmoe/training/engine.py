@@ -74,8 +74,9 @@ class Engine:
         tree, error = {}, None
         try:
             tree = merge_deepspeed(deepspeed_tree, config, layout)
-            offload = (tree["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") == "cpu"
-            self._adam = _build_optimizer(self._parameter_groups(), config.train, device, offload)
+            zero = tree["zero_optimization"]
+            offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
+            self._adam = _build_optimizer(self._parameter_groups(), config.train, device, offload, zero.get("stage", 0))
         except ValueError as problem:
             error = problem
         raise_together(error, groups.world)
@@ -364,11 +365,14 @@ def _marker(experts: int, ep, name: str) -> nn.Module:
     return ExpertMarker()
 
 
-def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool):
+def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool, stage: int):
     """AdamW: torch's fused one, DeepSpeed's, or Apex's where it is installed from NVIDIA's source."""
     common = dict(lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
     if offload and train.optimizer != "deepspeed":
         raise ValueError(f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's offload_optimizer.device is cpu")
+    if train.optimizer == "apex" and stage == 3:
+        # There DeepSpeed steps once a sub-group, and Apex counts updates once a step of the whole group.
+        raise ValueError("train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)")
     if train.optimizer == "deepspeed":
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 

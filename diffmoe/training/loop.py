@@ -56,7 +56,8 @@ class Run:
     scorer: Scorer | None
     fresh: bool
     done: int = 0
-    failed_saves: list[int] = field(default_factory=list)
+    failed_saves: int = 0
+    unsaved: int | None = None  # the step of the last save, where it failed
     save_times: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -245,7 +246,7 @@ def _record(run: Run, last: bool) -> None:
     record, load = run.meter.collect(run.done)
     _hear_of_saves(run)
     record |= {"skipped_steps": run.guard.skipped(run.done), "rollbacks": run.guard.rollbacks,
-               "failed_saves": len(run.failed_saves), **run.save_times, **run.plan.entries}
+               "failed_saves": run.failed_saves, **run.save_times, **run.plan.entries}
     run.save_times, run.plan.entries = {}, {}
     if run.writer:
         run.writer.record(record)
@@ -266,17 +267,18 @@ def _finish_saving(run: Run) -> None:
     run.groups.trace.enter("waiting for the last save")
     run.saver.settle()
     _hear_of_saves(run)
-    if run.done in run.failed_saves:
+    if run.done == run.unsaved:
         raise AgreedError(f"the state of step {run.done} could not be saved; what the run has is the checkpoint before")
 
 
 def _hear_of_saves(run: Run) -> None:
     for outcome in run.saver.outcomes():
         if isinstance(outcome, SaveFailed):
-            run.failed_saves.append(outcome.step)
+            run.failed_saves, run.unsaved = run.failed_saves + 1, outcome.step
             _event(run, "save failed", f"error: step {outcome.step} was NOT saved: {outcome.message}; training goes on, the "
                                        "checkpoint before stays, the next save is tried as planned")
         else:
+            run.unsaved = None
             run.save_times = {"save_stall_s": outcome.stall_s, "save_write_s": outcome.write_s}
             _say(run.groups, f"saved {outcome.path}: training stood still for {outcome.stall_s:.2f} s, written in "
                              f"{outcome.write_s:.2f} s")

@@ -52,6 +52,7 @@ enter_repository() {
   # shellcheck disable=SC1091  # made by make setup
   source "$venv/bin/activate"
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} PYTHONUNBUFFERED=1
+  trap stop_requested USR1
   # As many ranks on a node as GPUs; without GPUs (sbatch --gpus-per-node=0) as --ntasks-per-node says.
   tasks=${SLURM_GPUS_PER_NODE:-0}
   tasks=${tasks##*:} # h200:8
@@ -75,21 +76,29 @@ preflight() {
   (cd "$code" && "${step[@]}" python -m launcher preflight --config "$job/config.yaml" --from "$here" ${DIFFMOE_PREFLIGHT:-})
 }
 
+# The signal before the limit: to the ranks, or remembered until they run.
+stop_requested() {
+  stopping=yes
+  [[ -n ${srun:-} ]] || return 0
+  say "asks the ranks to save and end"
+  kill -USR1 "$srun" 2>/dev/null || true # it has ended by itself
+}
+
 # on_ranks COMMAND: leaves srun's exit code in $status.
 on_ranks() {
-  local srun
-  trap 'say "asks the ranks to save and end"; kill -USR1 "$srun"' USR1
   trap 'say "is being ended"' TERM # by scancel, requeue, preemption or the limit; Slurm tells the ranks itself
   # In the background, because bash runs a trap only while it waits; not in a function, since $! must be srun itself.
   "${step[@]}" --open-mode=append --output="$job/logs/%N.log" "$@" &
   srun=$!
+  [[ -z ${stopping:-} ]] || stop_requested
   status=0
   wait "$srun" || status=$?
   while kill -0 "$srun" 2>/dev/null; do # a trap ended the wait, not the step
     status=0
     wait "$srun" || status=$?
   done
-  ((status == 0)) || tail -n 5 "$job"/logs/*.log
+  srun=
+  ((status == 0)) || tail -n 5 "$job"/logs/*.log || true # there are none where the step could not start
 }
 
 # conclude [--out FOLDER]: done, failed for good, or once more?  A job that Slurm is ending or requeueing is not ours to requeue.
