@@ -96,6 +96,11 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
     return _resolve({**quiet, **passed, **owned}, expert_parallel=layout.ep > 1)
 
 
+def precision(tree: dict) -> str:
+    """``bf16`` or ``fp32``, which the passes compute in."""
+    return "bf16" if (tree.get("bf16") or {}).get("enabled") else "fp32"
+
+
 def zero_stage(tree: dict) -> int:
     """The ZeRO stage that a DeepSpeed JSON names; 0 where it names none."""
     return _block(tree, "zero_optimization").get("stage", 0)

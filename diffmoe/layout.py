@@ -33,7 +33,8 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
     """Batch arithmetic, pool and expert groups for ``ranks`` ranks.  Raises ValueError naming both numbers."""
     train, ep = config.train, config.parallel.ep
     if ranks % ep:
-        raise ValueError(f"world size ({ranks}) must divide by parallel.ep ({ep})")
+        raise ValueError(f"world size ({ranks}) must divide by parallel.ep ({ep}): start another number of ranks, or say "
+                         f"parallel.ep={math.gcd(ranks, ep)}")
     micro, accumulation = train.micro_batch, train.accumulation
     if accumulation is None:
         per_pass = train.batch if micro is None else micro * ranks

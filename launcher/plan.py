@@ -14,7 +14,7 @@ from diffmoe.cost.layouts import (
     reasons,
 )
 from diffmoe.cost.traffic import least_traffic, step_traffic
-from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed
 from diffmoe.models.count import count
 from launcher.command_line import Parser
 from launcher.hardware_options import add_hardware_options, hardware_of
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     fitting = [c for c in found if c.fits]
     nearest = None if fitting else nearest_fit(config, tree, cluster, pins)
     steps = options.steps or config.train.steps
-    print(_report(config, cluster, configured, problem, found[:options.top], len(found), len(fitting), steps))
+    print(_report(config, tree, cluster, configured, problem, found[:options.top], len(found), len(fitting), steps))
     if not fitting:
         divides = found or any(candidates(config, tree, dataclasses.replace(cluster, nodes=nodes))
                                for nodes in node_counts(config, cluster, MOST_NODES))
@@ -89,11 +89,11 @@ def _as_configured(config: Config, tree: dict, cluster: Cluster) -> tuple[Candid
 # ----------------------------------------------------------------------------------------------------- text
 
 
-def _report(config: Config, cluster: Cluster, configured: Candidate | None, problem: str, shown: list[Candidate], tried: int,
+def _report(config: Config, tree: dict, cluster: Cluster, configured: Candidate | None, problem: str, shown: list[Candidate], tried: int,
             fitting: int, steps: int) -> str:
     hardware, counts = cluster.hardware, count(config.model, config.moe)
     lines = [f"model      {config.model.family} {config.model.depth} x {config.model.width}, {counts.total / 1e6:.1f} M parameters, "
-             f"{counts.activated / 1e6:.1f} M activated",
+             f"{counts.activated / 1e6:.1f} M activated, {precision(tree)}",
              f"cluster    {cluster.nodes} x {cluster.per_node} {hardware.name}; {hardware.usable_bytes / GIB:.1f} of "
              f"{hardware.memory_gib:g} GiB for tensors",
              f"figures    {'assumed shares of data-sheet peaks' if hardware.calibrated is None else 'from ' + hardware.calibrated}"]

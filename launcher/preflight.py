@@ -53,7 +53,7 @@ class Expected:
 def judge(reports: list[Report], links: Links, expected: Expected, kind: str) -> list[Problem]:
     """What is wrong with these nodes, worst first named by host.  ``kind``: cuda or cpu, how even links are."""
     hosts = [report.host for report in reports]
-    problems = [Problem((report.host,), f"{report.host}: {text}") for report in reports for text in report.problems]
+    problems = _judge_own(reports)
     problems += _judge_versions(reports) + _judge_sharing(reports) + _judge_clocks(reports) + _judge_speeds(reports)
     problems += _judge_links(links.between_nodes, expected.between_nodes, kind, "node {} - node {}".format, lambda host: host)
     problems += _judge_links(links.within_nodes, expected.within_nodes, kind,
@@ -64,6 +64,22 @@ def judge(reports: list[Report], links: Links, expected: Expected, kind: str) ->
         if limit is not None and speed < SLOW["told"] * limit:
             problems.append(Problem((), f"{name} of all ranks: {speed:.3g} GB/s a rank, {limit:.3g} expected"))
     return list(dict.fromkeys(problems))
+
+
+def _judge_own(reports: list[Report]) -> list[Problem]:
+    """What nodes say of themselves.  What all of several say is no fault of a node: a data folder that is nowhere, say."""
+    said: dict[str, list[str]] = {}
+    for report in reports:
+        for text in report.problems:
+            said.setdefault(text, []).append(report.host)
+    nodes = {report.host for report in reports}
+    problems = []
+    for text, hosts in said.items():
+        if len(nodes) > 1 and set(hosts) == nodes:
+            problems.append(Problem((), f"all nodes: {text}"))
+        else:
+            problems += [Problem((host,), f"{host}: {text}") for host in dict.fromkeys(hosts)]
+    return problems
 
 
 def _judge_versions(reports: list[Report]) -> list[Problem]:

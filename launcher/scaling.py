@@ -65,7 +65,9 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
     pool = _pool(config, trials[0])
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        lines = (options.out / "runs.jsonl").open("w")
+        lines = (options.out / "runs.jsonl").open("x")
+    except FileExistsError:
+        raise ValueError(f"--out ({options.out}) holds the runs.jsonl of another measurement; choose another folder") from None
     except OSError as error:
         raise ValueError(f"--out ({options.out}) cannot be written: {error}") from None
     records = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from diffmoe.config import load_config
 from diffmoe.cost.extrapolation import MODES, WORDS, Point, extrapolate, stops
 from diffmoe.cost.layouts import GIB, RECOMPUTE, Pins
-from diffmoe.deepspeed_json import read_deepspeed
+from diffmoe.deepspeed_json import precision, read_deepspeed
 from launcher.command_line import Parser
 from launcher.hardware_options import add_hardware_options, hardware_of
 
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     draw = _plotter() if options.plot else None
     curves = {mode: extrapolate(config, tree, hardware, per_node, sizes, mode, pins)
               for mode in (MODES if options.mode == "both" else (options.mode,))}
-    print(f"{hardware.name}; {'assumed shares of data-sheet peaks' if hardware.calibrated is None else hardware.calibrated}")
+    print(f"{precision(tree)}; {hardware.name}; {'assumed shares of data-sheet peaks' if hardware.calibrated is None else hardware.calibrated}")
     for mode, points in curves.items():
         print("\n" + "\n".join(_table(mode, points)))
     if options.json:

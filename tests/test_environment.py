@@ -1,7 +1,10 @@
 """Ranks from the environments that torchrun, deepspeed, srun, a batch script and plain python make."""
 
+import socket
+
 import pytest
 
+from diffmoe.commands.common import join
 from launcher.environment import RankEnvironment, detect, expand_nodelist, expand_task_counts, export, rendezvous_port
 
 TORCHRUN = {
@@ -182,3 +185,14 @@ def test_ports_of_jobs_that_share_a_node_differ():
     ports = {rendezvous_port(job, step) for job in range(5_000_000, 5_000_688) for step in range(32)}
     assert len(ports) == 688 * 32
     assert min(ports) >= 10_000 and max(ports) < 32_768
+
+
+def test_a_port_that_is_taken_is_said(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)), ("RANK", "0"), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=rf"MASTER_PORT \({port}\) is in use on this machine, .* another --master_port"):
+            join(RankEnvironment(0, 2, 0, 2, "torchrun"))

@@ -19,7 +19,7 @@ import pytest
 from diffmoe.parallel.collectives import EXIT_LOST
 from diffmoe.parallel.spawn import Ranks
 from programs import Nursery, losses, tiny
-from test_bad_steps import hear, heard
+from test_bad_steps import events, hear, heard
 from test_run import assert_same_tensors, steps, train_here
 
 
@@ -371,6 +371,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(two_ranks, whole, tmp_
     assert complaint == ""
     assert re.search(rf"step_00000008 is damaged \(.*{re.escape(name)}.*\); falling back to step_00000004", said), said
     assert "resumed from" in said and "at step 4" in said
+    (event,) = events(tmp_path)
+    assert (event["step"], event["event"]) == (4, "passed over") and name in event["text"]
     assert_same_tensors(whole / "checkpoints/step_00000008", tmp_path / "checkpoints/step_00000008")
 
 

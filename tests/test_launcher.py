@@ -141,7 +141,8 @@ def test_a_jobs_folder_is_a_snapshot_that_a_requeue_finds_again(tmp_path):
 
 @pytest.mark.parametrize(("before", "step", "said"), [
     ("", "exit 3", "status 3"),  # a step that cannot start leaves no log to show
-    ("kill -USR1 $$;", "sleep 60", "asks the ranks to save and end"),  # the signal comes while the job is being prepared
+    ("kill -USR1 $$;", "sleep 60", "is asked to end before its ranks have started"),  # it comes while the job is being prepared
+    ("", "kill -USR1 $PPID; trap 'exit 5' USR1; while :; do sleep 0.1; done", "asks the ranks to save and end"),
     ("", "exit 0", "status 0"),
 ])
 def test_a_job_comes_to_its_conclusion(tmp_path, before, step, said):
@@ -152,7 +153,7 @@ def test_a_job_comes_to_its_conclusion(tmp_path, before, step, said):
     script += f'step=(bash {tmp_path}/step.sh); on_ranks rank; kill -USR1 $$; echo "status $status"'
     done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0 and "status" in done.stdout.splitlines()[-1] and said in done.stdout, done
-    assert ("status 0" in done.stdout) == (step == "exit 0")
+    assert ("status 0" in done.stdout) == (step == "exit 0" or bool(before)), done
 
 
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "scripts/slurm").glob("*.sh")), ids=lambda path: path.stem)

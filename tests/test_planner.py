@@ -209,10 +209,13 @@ def test_a_run_that_fails_or_hangs_leaves_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "command_of", lambda trial, *_: [
         sys.executable, "-c", "import sys, time; print('error: nothing works'); sys.stdout.flush(); "
         + ("sys.exit(3)" if trial.mode == "strong" else "time.sleep(60)")])
-    assert scaling.main([*DEMO, "--out", str(tmp_path), "--ranks", "1", "--ep", "1", "--repeats", "1", "--timeout", "2"]) == 1
+    assert scaling.main([*DEMO, "--out", str(tmp_path), "--ranks", "1", "--ep", "1", "--repeats", "1", "--timeout", "4"]) == 1
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [line["error"] for line in lines] == ["exit code 3: error: nothing works", "no end after 2 s: error: nothing works"]
+    assert [line["error"] for line in lines] == ["exit code 3: error: nothing works", "no end after 4 s: error: nothing works"]
     assert "no run ended well" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds the runs.jsonl of another measurement; choose another folder"):
+        scaling.main([*DEMO, "--out", str(tmp_path), "--ranks", "1", "--ep", "1"])
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow

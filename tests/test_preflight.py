@@ -93,6 +93,14 @@ def links(nodes, slow=(), speed=50.0):
     return Links({(f"n{a}", f"n{b}"): (1.0 if a in slow or b in slow else speed) for a in range(nodes) for b in range(a + 1, nodes)})
 
 
+def test_what_all_nodes_say_excludes_none_of_them():
+    wrong = ("shards: data folder (data) does not exist",)
+    found = judge([report(rank, problems=wrong) for rank in range(3)], Links(), Expected(), "cpu")
+    assert [(problem.hosts, problem.text) for problem in found] == [((), f"all nodes: {wrong[0]}")] and exclude_line(found) is None
+    found = judge([report(0), report(1, problems=wrong), report(2, problems=wrong)], Links(), Expected(), "cpu")
+    assert [problem.text for problem in found] == [f"n{rank}: {wrong[0]}" for rank in (1, 2)]
+
+
 def test_blame_takes_the_fewest_ends_that_explain_slow_links():
     assert blame([]) == set()
     assert blame([("a", "b")]) == {"a", "b"}  # nobody can tell which

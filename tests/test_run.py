@@ -194,8 +194,10 @@ def test_a_finished_run_does_nothing_and_a_folder_of_another_run_is_refused(tmp_
 def test_another_layout_goes_on_with_the_same_losses(tmp_path, world, stage, overrides):
     (tmp_path / "ds.json").write_text(json.dumps(zero(stage)))
     folder = copy_run(tmp_path / "run", 4)
+    shutil.copy(trained()[0] / "deepspeed.json", folder)
     results = run_program(world, *tiny(folder, "--deepspeed_config", str(tmp_path / "ds.json"), *overrides))
     assert [r.returncode for r in results] == [0] * world, results
+    assert f"changed since step_00000004: ZeRO stage: 1 -> {stage}\n" in results[0].stdout, results
     expected, found = losses(trained()[0]), losses(folder)
     assert found.keys() == {5, 6, 7, 8}
     assert (folder / "samples_00000006.png").exists() == (world == 4), "EMA weights come and go in the middle of training"

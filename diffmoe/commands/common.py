@@ -25,8 +25,11 @@ _PATIENCE = datetime.timedelta(minutes=30)
 class Parser(argparse.ArgumentParser):
     """argparse whose complaint is a ValueError: one line, on one rank."""
 
+    def __init__(self, prog: str, description: str | None = None) -> None:
+        super().__init__(prog=f"run.py {prog}", description=description)
+
     def error(self, message: str) -> None:
-        raise ValueError(f"{message} (see run.py {self.prog} --help)")
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def one_process(verb: str, environment: RankEnvironment) -> None:
@@ -53,8 +56,14 @@ def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment.local_world))
     device = local_device(environment.local_rank, environment.local_world)
     # The store comes first, by itself: NCCL's own words for two ranks on one GPU are not for users.
-    store, _, _ = next(dist.rendezvous(environment.init_method or "env://", environment.rank, environment.world,
-                                       timeout=timeout))
+    try:
+        store, _, _ = next(dist.rendezvous(environment.init_method or "env://", environment.rank, environment.world,
+                                           timeout=timeout))
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(f"MASTER_PORT ({os.environ.get('MASTER_PORT')}) is in use on this machine, perhaps by another run: "
+                         "give the launcher another --master_port") from None
     store.set_timeout(timeout)
     check_own_gpu(device, environment.local_rank, environment.local_world, store)
     dist.init_process_group(

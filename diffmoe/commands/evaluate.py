@@ -71,6 +71,6 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--splits", type=int, help="of the Inception Score (default: one per 5,000 images)")
     parser.add_argument("--save-reference", help="also write the reference's statistics here (npz), to skip measuring it again")
     parser.add_argument("--no-samples", action="store_true", help="do not write samples.npz (10 GB for 50,000 of 256 x 256)")
-    parser.add_argument("--out", default="evaluation", help="folder: card.json, card.md, samples.npz")
+    parser.add_argument("--out", default="evaluation", help="folder: card.json, card.md, samples.npz (default: evaluation)")
     parser.add_argument("overrides", nargs="*", metavar="sample.field=value")
     return parser

@@ -10,7 +10,7 @@ import yaml
 
 from diffmoe.commands.common import Parser, join, leave
 from diffmoe.config import Config, config_to_tree, load_config
-from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed, zero_stage
+from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed, zero_stage
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.models.count import count
 from diffmoe.training.stop import stop_requests
@@ -66,7 +66,6 @@ def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: boo
     ``deepspeed_tree``: the merged one."""
     model, moe = config.model, config.moe
     counts = count(model, moe)
-    precision = "bf16, fp32 masters" if deepspeed_tree.get("bf16", {}).get("enabled") else "fp32"
     lines = []
     if complete:
         lines += [yaml.safe_dump(config_to_tree(config), sort_keys=False), f"deepspeed: {deepspeed_tree}", ""]
@@ -79,6 +78,7 @@ def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: boo
         lines.append(f"experts  {moe.experts} over {layout.ep} expert-parallel ranks, in {layout.ranks // layout.ep} copies")
         lines.append(f"pool     {layout.pool} samples = {layout.pool * model.tokens} tokens (moe.pool: {moe.pool}), "
                      f"held by {layout.pool_ranks} rank{'s' * (layout.pool_ranks > 1)}")
-    lines.append(f"engine   ZeRO {zero_stage(deepspeed_tree)}, {precision}, recompute {config.parallel.recompute}"
+    masters = ", fp32 masters" * (precision(deepspeed_tree) == "bf16")
+    lines.append(f"engine   ZeRO {zero_stage(deepspeed_tree)}, {precision(deepspeed_tree)}{masters}, recompute {config.parallel.recompute}"
                  + ", compiled" * config.train.compile)
     return "\n".join(lines)

@@ -97,7 +97,7 @@ class Progress:
         self.said = now
         done = min(self.total, self.done + own * self.ranks)
         rate = (self.fresh + done - self.done) / max(now - self.began, 1e-9)
-        left = f"{(self.total - done) / rate:.0f} s" if rate else "unknown"
+        left = "0 s" if done == self.total else f"{(self.total - done) / rate:.0f} s" if rate else "unknown"
         self.report(f"encode: {done} of {self.total} images ({done / self.total:.1%}), {rate:.1f} images/s, {left} left, "
                     f"{self.bad} bad")
 
@@ -226,7 +226,8 @@ def _encode_pending(request: Request, plan: Plan, source: Source, vae: Vae | Non
     if records:
         report(f"encode: {len(records)} of {plan.shards} shards are there already")
     mine = pending[group.index :: group.size]
-    progress = Progress(report, plan.encoding.images, sum(len(plan.shard(n)) for n in records), group.size)
+    progress = Progress(report, plan.encoding.images, sum(len(plan.shard(n)) for n in records), group.size,
+                        bad=sum(len(r.skipped) for r in records.values()))
     ahead = 4 * max(request.batch, request.workers)
     wanted = itertools.chain.from_iterable(plan.shard(number) for number in mine)
     with contextlib.closing(_read_ahead(source, wanted, request, ahead)) as pictures:

@@ -77,7 +77,7 @@ def dopri5(field: Field, z: Tensor, steps: int, noise: Optional[Noise] = None, *
         h = h * (0.9 * error ** -0.2).nan_to_num(nan=0.2).clamp(0.2, 5.0)
         if not anyone(bool((t < 1).any())):
             return z
-    raise ValueError(f"dopri5 did not finish in sample.steps ({steps}) at sample.tolerance ({tolerance}): "
+    raise ValueError(f"dopri5 did not finish in sample.steps ({steps}) at sample.tolerance ({tolerance}), raise one of them: "
                      f"the slowest sample here is at t = {t.min().item():.3g} of 1")
 
 

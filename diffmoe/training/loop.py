@@ -30,8 +30,9 @@ from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
 from diffmoe.training.metrics import Meter, Writer
+from diffmoe.training.occupancy import Occupancy
 from diffmoe.training.plan_check import PlanCheck
-from diffmoe.training.resume import check_resumable, read_left_out, write_left_out
+from diffmoe.training.resume import check_resumable, engine_changes, read_left_out, write_left_out
 from diffmoe.training.step import StepReport, train_step
 from diffmoe.training.watchdog import Watchdog, watch_layers
 
@@ -77,10 +78,12 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     Any rank whose ``asked`` fills (see ``training.stop``) ends the run in order: the ranks agree at a step boundary, save, and
     return.  Raises AgreedError when the run cannot go on, or its last state cannot be saved; a rank that dies or hangs ends
     the process with ``EXIT_LOST``."""
-    with Watchdog(groups, config.run.timeout_s) as watchdog:
+    with Watchdog(groups, config.run.timeout_s) as watchdog, Occupancy(Path(config.run.folder), groups.world) as occupancy:
         if anyone(bool(asked), groups.world):
             return _say(groups, "stopped in order before the start; the same command begins again")
+        occupancy.take()
         run = start(config, layout, deepspeed_tree, groups, device, per_node)
+        occupancy.take()  # where the folder is new
         if run.done >= config.train.steps:
             _say(groups, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
         elif anyone(bool(asked), groups.world):
@@ -102,7 +105,8 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
         _say(groups, text)
 
     folder = Path(config.run.folder)
-    newest = newest_usable(folder / "checkpoints", groups, say)
+    passed_over: list[str] = []
+    newest = newest_usable(folder / "checkpoints", groups, lambda text: (say(text), passed_over.append(text)))
     reader, problem, accepted, left_out = None, None, [], []
     try:
         reader = open_reader(config)
@@ -112,6 +116,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
             accepted = check_resumable(newest, config, layout, reader.index.fingerprint)
         if groups.rank == 0:
             left_out = read_left_out(folder)
+            accepted += engine_changes(folder, merge_deepspeed(deepspeed_tree, config, layout)) if newest is not None else []
             _write_resolved(config, layout, deepspeed_tree)
     except (ValueError, OSError) as error:
         problem = error
@@ -131,6 +136,8 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     run = Run(config, layout, groups, device, engine, ema, reader, Saver(folder / "checkpoints", config, layout, groups), guard,
               Meter(config, groups, device), PlanCheck(config, layout, deepspeed_tree, device, per_node or layout.ranks), writer,
               scorer, newest is None)
+    for text in passed_over if writer else ():
+        writer.event(newest.step, "passed over", text, aloud=False)
     if newest is not None:
         for change in accepted:
             say(f"changed since {newest.path.name}: {change}")
@@ -227,7 +234,7 @@ def _go_back(run: Run, spiked: int) -> None:
     run.groups.trace.enter("going back")
     run.saver.settle()
     _hear_of_saves(run)
-    newest = newest_usable(run.checkpoints, run.groups, lambda text: _say(run.groups, text))
+    newest = newest_usable(run.checkpoints, run.groups, lambda text: _event(run, "passed over", text))
     if newest is None:
         raise AgreedError(f"the loss spiked at step {spiked}, and {run.checkpoints} has no checkpoint to go back to")
     run.guard.go_back(spiked, newest.step, Guard.from_counters(run.config.train, newest.counters))

@@ -112,9 +112,10 @@ class Writer:
                     self._open_board().add_scalar(name, value, record["step"])
         print(progress_line(record, self.total_steps), flush=True)
 
-    def event(self, step: int, kind: str, text: str) -> None:
-        """Something that should not pass unseen: a line of ``events.jsonl`` and of stderr."""
-        print(f"step {step}: {text}", file=sys.stderr, flush=True)
+    def event(self, step: int, kind: str, text: str, aloud: bool = True) -> None:
+        """Something that should not pass unseen: a line of ``events.jsonl`` and, with ``aloud``, of stderr."""
+        if aloud:
+            print(f"step {step}: {text}", file=sys.stderr, flush=True)
         self._line("events.jsonl", {"step": step, "event": kind, "text": text})
 
     def scores(self, step: int, weights: str, count: int, scores: Scores) -> None:

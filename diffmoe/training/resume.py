@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.config import Config, config_to_tree
+from diffmoe.deepspeed_json import precision, zero_stage
 from diffmoe.layout import Layout
 
 # What may not change: the model, the data and their order, the noise.  Whole sections, then single fields.
@@ -44,6 +45,16 @@ def check_resumable(checkpoint: Any, config: Config, layout: Layout, data: str) 
     if checkpoint.ranks != layout.ranks:
         accepted.append(f"ranks: {checkpoint.ranks} -> {layout.ranks}")
     return accepted
+
+
+def engine_changes(folder: Path, now: dict) -> list[str]:
+    """How DeepSpeed trains otherwise than at the last start in this run folder.  ``now``: the merged JSON."""
+    try:
+        before = json.loads((folder / "deepspeed.json").read_text())
+        pairs = [(name, of(before), of(now)) for name, of in (("ZeRO stage", zero_stage), ("precision", precision))]
+    except (OSError, ValueError, AttributeError):
+        return []  # there was none, or nothing that a start wrote
+    return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]
 
 
 def read_left_out(folder: Path) -> list[int]:

@@ -76,7 +76,7 @@ preflight() {
   (cd "$code" && "${step[@]}" python -m launcher preflight --config "$job/config.yaml" --from "$here" ${DIFFMOE_PREFLIGHT:-})
 }
 
-# The signal before the limit: to the ranks, or remembered until they run.
+# The signal before the limit: to the ranks.  Where none run yet, none are started.
 stop_requested() {
   stopping=yes
   [[ -n ${srun:-} ]] || return 0
@@ -86,12 +86,16 @@ stop_requested() {
 
 # on_ranks COMMAND: leaves srun's exit code in $status.
 on_ranks() {
+  status=0
+  if [[ -n ${stopping:-} ]]; then
+    say "is asked to end before its ranks have started"
+    return
+  fi
   trap 'say "is being ended"' TERM # by scancel, requeue, preemption or the limit; Slurm tells the ranks itself
   # In the background, because bash runs a trap only while it waits; not in a function, since $! must be srun itself.
   "${step[@]}" --open-mode=append --output="$job/logs/%N.log" "$@" &
   srun=$!
-  [[ -z ${stopping:-} ]] || stop_requested
-  status=0
+  [[ -z ${stopping:-} ]] || { sleep 1 && stop_requested; } # it came this very moment: srun must be itself first, to take it
   wait "$srun" || status=$?
   while kill -0 "$srun" 2>/dev/null; do # a trap ended the wait, not the step
     status=0
