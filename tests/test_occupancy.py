@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -12,7 +13,7 @@ from diffmoe.parallel.collectives import AgreedError
 from diffmoe.parallel.groups import single_process
 from diffmoe.training import occupancy
 from diffmoe.training.occupancy import FILE_NAME, Occupancy
-from programs import start_program, run_program, tiny
+from programs import run_program, start_program, tiny
 
 ALONE = single_process().world
 
@@ -53,6 +54,18 @@ def test_what_a_dead_run_left_is_passed_over(tmp_path, monkeypatch):
         (tmp_path / FILE_NAME).write_text(text)
         with Occupancy(tmp_path, ALONE) as run:
             run.take()
+
+
+def test_a_folder_that_another_run_took_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(occupancy, "BEAT_S", 0.05)
+    with Occupancy(tmp_path, ALONE) as run:
+        run.take()
+        deadline = time.monotonic() + 60
+        while run._thread.is_alive():  # more than once: a beat may be on its way
+            assert time.monotonic() < deadline
+            left(tmp_path)
+            run._thread.join(0.1)
+    assert json.loads((tmp_path / FILE_NAME).read_text())["host"] == "elsewhere"
 
 
 def test_no_folder_is_made_before_there_is_a_run(tmp_path):

@@ -55,7 +55,8 @@ class Occupancy:
         if self._thread is not None:
             self._leaving.set()
             self._thread.join()
-            self._path.unlink(missing_ok=True)
+            if self._is_mine(self._read()):
+                self._path.unlink(missing_ok=True)
 
     def _check(self) -> None:
         found = self._read()
@@ -85,6 +86,9 @@ class Occupancy:
             pass
         return False
 
+    def _is_mine(self, found: dict) -> bool:
+        return all(found.get(name) == value for name, value in self._me.items())
+
     def _read(self) -> dict:
         """What is in the file; nothing where there is none, or none that anybody of this project wrote."""
         try:
@@ -102,5 +106,8 @@ class Occupancy:
         count = 0
         while not self._leaving.wait(BEAT_S):
             count += 1
+            found = self._read()
+            if found and not self._is_mine(found):
+                return  # this process stood still for so long that another run took the folder
             with contextlib.suppress(OSError):  # a full disk has its own words elsewhere
                 self._say(count)
