@@ -250,7 +250,7 @@ def test_an_optimizer_that_does_not_compile_is_one_line(monkeypatch):
 
     monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", no_ninja)
     with pytest.raises(ValueError, match=r"train.optimizer \(deepspeed\) cannot be compiled here: Unable to .* op due to ninja"):
-        _build_optimizer([], TrainConfig(optimizer="deepspeed"), torch.device("cpu"), offload=False)
+        _build_optimizer([], TrainConfig(optimizer="deepspeed"), torch.device("cpu"), offload=False, stage=1)
 
 
 @pytest.mark.parametrize(("family", "ep", "pool"), [("dense", 1, 16), ("tc", 2, 16), ("ec", 2, 1), ("diffmoe", 2, 8)])
