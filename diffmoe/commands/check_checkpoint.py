@@ -11,7 +11,8 @@ from launcher.environment import RankEnvironment
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The verb ``check-checkpoint``; returns 0 when everything is whole, else 1.  ValueError where there is no checkpoint."""
     parser = Parser(prog="check-checkpoint", description="Whether checkpoints are whole: the manifest, every file's size and "
-                                                         "checksums, every tensor that the configuration needs. Exit code 0, 1 where one is not, 2 for bad input.")
+                                                         "checksums, every tensor that the configuration needs. Exit code 0, "
+                                                         "1 where one is not, 2 for bad input.")
     parser.add_argument("folder", nargs="+", help="checkpoint folder, or run folder (all of its checkpoints)")
     parser.add_argument("--values", action="store_true", help="also look for values that are not finite")
     options = parser.parse_args(arguments)

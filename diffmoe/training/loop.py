@@ -104,9 +104,14 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     def say(text: str) -> None:
         _say(groups, text)
 
-    folder = Path(config.run.folder)
     passed_over: list[str] = []
-    newest = newest_usable(folder / "checkpoints", groups, lambda text: (say(text), passed_over.append(text)))
+
+    def say_passed_over(text: str) -> None:
+        say(text)
+        passed_over.append(text)  # an event as well, once there is who writes it
+
+    folder = Path(config.run.folder)
+    newest = newest_usable(folder / "checkpoints", groups, say_passed_over)
     reader, problem, accepted, left_out = None, None, [], []
     try:
         reader = open_reader(config)

@@ -47,7 +47,9 @@ class Occupancy:
                 self._say(0)
                 self._thread = threading.Thread(target=self._beat, name="occupancy", daemon=True)
                 self._thread.start()
-            except (OSError, ValueError) as error:
+            except OSError as error:
+                problem = ValueError(f"run.folder ({self._path.parent}) cannot be written: {error}")
+            except ValueError as error:
                 problem = error
         raise_together(problem, self._world)
 
