@@ -11,6 +11,7 @@ import os
 import sys
 from typing import Callable
 
+from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment, detect, export
 
 VERBS = {
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
             return 0
         verb, rest = _verb(arguments)
         return _main_of(verb)(rest, environment)
-    except ValueError as error:
+    except UserError as error:
         if os.environ.get("DIFFMOE_TRACEBACK"):
             raise
         _complain(error, environment)
@@ -73,12 +74,12 @@ def _verb(arguments: list[str]) -> tuple[str, list[str]]:
     words = [a for a in arguments if not a.startswith("--local_rank")]  # the deepspeed launcher's; we read its environment
     if words and not words[0].startswith("-") and "=" not in words[0]:
         if words[0] not in VERBS:
-            raise ValueError(f"verb {words[0]!r} must be one of {', '.join(VERBS)}")
+            raise UserError(f"verb {words[0]!r} must be one of {', '.join(VERBS)}")
         return words[0], words[1:]
     return "train", words
 
 
-def _complain(error: ValueError, environment: RankEnvironment | None) -> None:
+def _complain(error: UserError, environment: RankEnvironment | None) -> None:
     """One line for an error that every rank has; one line a rank for an error of its own."""
     agreed = type(error).__name__ == "AgreedError" or not _started()
     rank = environment.rank if environment else 0

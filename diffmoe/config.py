@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
+from diffmoe.errors import UserError
 from diffmoe.strict_yaml import build, merge, read_yaml, tree_of_overrides
 
 
@@ -248,7 +249,7 @@ class Config:
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Defaults <- YAML file <- overrides, typed and validated.  Raises ValueError naming the field."""
+    """Defaults <- YAML file <- overrides, typed and validated.  Raises UserError naming the field."""
     tree = read_yaml(path) if path is not None else {}
     config = config_from_tree(merge(tree, tree_of_overrides(overrides or [])))
     validate(config)
@@ -256,7 +257,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
 
 
 def override(config: Config, overrides: list[str]) -> Config:
-    """``config`` with ``a.b=c`` overrides, typed and validated.  Raises ValueError naming the field."""
+    """``config`` with ``a.b=c`` overrides, typed and validated.  Raises UserError naming the field."""
     changed = config_from_tree(merge(config_to_tree(config), tree_of_overrides(overrides)))
     validate(changed)
     return changed
@@ -273,7 +274,7 @@ def config_to_tree(config: Any) -> dict:
 
 
 def validate(config: Config) -> None:
-    """Everything that can be checked without knowing the number of ranks.  Raises ValueError."""
+    """Everything that can be checked without knowing the number of ranks.  Raises UserError."""
     _validate_model(config.model)
     _validate_moe(config)
     _validate_diffusion(config)
@@ -287,7 +288,7 @@ def validate(config: Config) -> None:
 
 def _need(good: bool, message: str) -> None:
     if not good:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def _validate_model(model: ModelConfig) -> None:

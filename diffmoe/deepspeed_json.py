@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.config import Config
+from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.strict_yaml import open_text
 
@@ -34,23 +35,23 @@ _WORDS = {dict: "an object", str: "a text", bool: "true or false", float: "a num
 
 
 def read_deepspeed(path: str | Path | None) -> dict:
-    """The DeepSpeed JSON as a dict (ZeRO 1 in fp32 when no file is given).  Raises ValueError."""
+    """The DeepSpeed JSON as a dict (ZeRO 1 in fp32 when no file is given).  Raises UserError."""
     if path is None:
         return {"zero_optimization": {"stage": 1}}
     with open_text(Path(path), "--deepspeed_config") as stream:
         try:
             tree = json.load(stream, object_pairs_hook=_object_without_duplicates)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"--deepspeed_config {path} is not valid JSON: {error}") from None
+            raise UserError(f"--deepspeed_config {path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"--deepspeed_config {path} must hold an object, not {type(tree).__name__}")
+        raise UserError(f"--deepspeed_config {path} must hold an object, not {type(tree).__name__}")
     return tree
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
     for i, (key, _) in enumerate(pairs):
         if key in dict(pairs[:i]):
-            raise ValueError(f"key {key!r} stands twice")
+            raise UserError(f"key {key!r} stands twice")
     return dict(pairs)
 
 
@@ -58,7 +59,7 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
     """The dict that ``deepspeed.initialize`` gets, to the last key: the JSON plus the numbers that the YAML owns, and what
     DeepSpeed 0.19.8 must be told to train right.  Merging the result again changes nothing.
 
-    Raises ValueError for unknown keys, for a number named twice with different values and for what this trainer
+    Raises UserError for unknown keys, for a number named twice with different values and for what this trainer
     does not support (fp16, ZeRO stages outside 0-3)."""
     owned = {
         "train_batch_size": layout.batch,
@@ -70,26 +71,26 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
         if key in owned:
             resolved = key == "gradient_clipping" and value == 0.0 and zero_stage(tree) == 0  # see _resolve
             if value not in ("auto", owned[key]) and not resolved:
-                raise ValueError(
+                raise UserError(
                     f"DeepSpeed's {key} ({value}) contradicts the YAML's {_OWNED[key]} ({owned[key]}); the YAML owns it")
         elif key in _OWNED_BLOCKS:
-            raise ValueError(f"DeepSpeed's {key!r} block is not read: the YAML owns it as {_OWNED_BLOCKS[key]}")
+            raise UserError(f"DeepSpeed's {key!r} block is not read: the YAML owns it as {_OWNED_BLOCKS[key]}")
         elif key == "fp16":
             if _block(tree, key).get("enabled", False):
-                raise ValueError("DeepSpeed's fp16.enabled (true) is not supported: use bf16.enabled")
+                raise UserError("DeepSpeed's fp16.enabled (true) is not supported: use bf16.enabled")
         elif key not in _PASSED:
             close = difflib.get_close_matches(key, [*_PASSED, *owned], n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"unknown key {key} (value {value!r}) in the DeepSpeed JSON{hint}")
+            raise UserError(f"unknown key {key} (value {value!r}) in the DeepSpeed JSON{hint}")
         else:
             _check_type(key, value, _PASSED[key])
     _check_type("bf16.enabled", _block(tree, "bf16").get("enabled"), bool)
     for key in ("offload_optimizer", "offload_param"):
         _check_type(f"zero_optimization.{key}", _block(tree, "zero_optimization").get(key), dict)
     if type(zero_stage(tree)) is not int or zero_stage(tree) not in (0, 1, 2, 3):
-        raise ValueError(f"DeepSpeed's zero_optimization.stage ({zero_stage(tree)!r}) must be 0, 1, 2 or 3")
+        raise UserError(f"DeepSpeed's zero_optimization.stage ({zero_stage(tree)!r}) must be 0, 1, 2 or 3")
     if config.train.compile and zero_stage(tree) == 3:  # which gathers weights in hooks of modules, where no graph can go
-        raise ValueError("train.compile (true) needs a DeepSpeed zero_optimization.stage (3) of at most 2")
+        raise UserError("train.compile (true) needs a DeepSpeed zero_optimization.stage (3) of at most 2")
     passed = {key: value for key, value in tree.items() if key in _PASSED and value is not None}
     # DeepSpeed's throughput timer, on by default, has the host wait for the device twice in every micro-batch.
     quiet = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}
@@ -115,15 +116,15 @@ def _resolve(tree: dict, expert_parallel: bool) -> dict:
             # With fp32 accumulation DeepSpeed 0.19.8 adds a micro-batch's bf16 gradient to its fp32 sum after every
             # micro-batch without clearing it, so that early ones count twice; updating at once is right.
             if not bf16.get("immediate_grad_update", True):
-                raise ValueError("DeepSpeed's bf16.immediate_grad_update (false) must be true at ZeRO stage 1, where "
-                                 "fp32 accumulation goes wrong without it")
+                raise UserError("DeepSpeed's bf16.immediate_grad_update (false) must be true at ZeRO stage 1, where "
+                                "fp32 accumulation goes wrong without it")
             bf16 = {**bf16, "immediate_grad_update": True}
         tree = {**tree, "bf16": {**bf16, "check_grad_overflow": True}}  # a step that is not finite changes nothing
     if expert_parallel and zero["stage"] in (1, 2):
         for key in ("reduce_scatter", "contiguous_gradients"):
             if zero.get(key) is False:
-                raise ValueError(f"DeepSpeed's zero_optimization.{key} (false) must be true with expert parallelism "
-                                 f"at ZeRO stage {zero['stage']}")
+                raise UserError(f"DeepSpeed's zero_optimization.{key} (false) must be true with expert parallelism "
+                                f"at ZeRO stage {zero['stage']}")
     if zero["stage"] == 0:
         # DeepSpeed's own clipping at stage 0 forgets experts on other ranks; the engine clips by itself, to train.clip.
         # Said, not left out: DeepSpeed 0.19.8's default is 1.
@@ -138,4 +139,4 @@ def _block(tree: dict, key: str) -> dict:
 
 def _check_type(key: str, value: Any, kind: type) -> None:
     if value is not None and type(value) is not kind and not (kind is float and type(value) is int):
-        raise ValueError(f"DeepSpeed's {key} ({value!r}) must be {_WORDS[kind]}")
+        raise UserError(f"DeepSpeed's {key} ({value!r}) must be {_WORDS[kind]}")

@@ -11,6 +11,8 @@ import time
 import torch
 from torch.distributed import Store
 
+from diffmoe.errors import UserError
+
 # Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity).
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
 
@@ -20,12 +22,12 @@ def local_device(local_rank: int, local_world: int) -> torch.device:
 
     Of several visible GPUs each rank of a node takes its own by local rank; where a process sees one (``srun
     --gpus-per-task=1``), it is that one, and :func:`check_own_gpu` tells whether others see the same.  Fewer visible GPUs
-    than ranks otherwise is a ValueError, on every rank of the node."""
+    than ranks otherwise is a UserError, on every rank of the node."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     if 1 < visible < local_world:
-        raise ValueError(f"ranks on this node ({local_world}) must not exceed its GPUs ({visible})")
+        raise UserError(f"ranks on this node ({local_world}) must not exceed its GPUs ({visible})")
     device = torch.device("cuda", local_rank if visible > 1 else 0)
     torch.cuda.set_device(device)
     os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of this process's GPU
@@ -33,7 +35,7 @@ def local_device(local_rank: int, local_world: int) -> torch.device:
 
 
 def check_own_gpu(device: torch.device, local_rank: int, local_world: int, store: Store) -> None:
-    """Raises ValueError, on all ranks of a node, where two of them have the same GPU.  The ranks of a node wait for each
+    """Raises UserError, on all ranks of a node, where two of them have the same GPU.  The ranks of a node wait for each
     other; ``store`` is that of all ranks."""
     if device.type == "cpu" or local_world == 1:
         return
@@ -41,7 +43,7 @@ def check_own_gpu(device: torch.device, local_rank: int, local_world: int, store
     store.set(f"gpu/{node}/{local_rank}", str(torch.cuda.get_device_properties(device).uuid))
     taken = {store.get(f"gpu/{node}/{rank}") for rank in range(local_world)}
     if len(taken) < local_world:
-        raise ValueError(f"ranks on this node ({local_world}) must not exceed its GPUs ({len(taken)})")
+        raise UserError(f"ranks on this node ({local_world}) must not exceed its GPUs ({len(taken)})")
 
 
 def backend(device: torch.device) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from diffmoe.errors import UserError
 import diffmoe
 from diffmoe.checkpoints.reader import BUFFERS, Checkpoint, open_tensors
 from diffmoe.checkpoints.writer import save_parts
@@ -28,7 +29,7 @@ def write_folder(checkpoint: Checkpoint, out: Path, weights: str, limit: int, ca
     """Writes the ``raw``, ``ema`` or ``ema:0.999`` weights of a checkpoint.  Returns the number of weight files.
 
     ``limit``: bytes of a file (a larger tensor has one of its own).  ``cards``: score cards; one of other weights is a
-    ValueError.  The folder appears whole or not at all."""
+    UserError.  The folder appears whole or not at all."""
     config = checkpoint.config()
     tensors = whole_weights(checkpoint.weights(weights), checkpoint.tensors(BUFFERS), config.model, config.moe,
                             f"{weights} of {checkpoint.path}")
@@ -60,19 +61,19 @@ def write_folder(checkpoint: Checkpoint, out: Path, weights: str, limit: int, ca
 def load_folder(folder: Path) -> tuple[DiT, Config]:
     """The model of a folder that :func:`write_folder` wrote, on the CPU, in eval mode, and its configuration.
 
-    Raises ValueError when files are missing or do not fit."""
+    Raises UserError when files are missing or do not fit."""
     try:
         tree = json.loads((folder / "config.json").read_text())
         index = json.loads((folder / _INDEX).read_text()) if (folder / _INDEX).is_file() else None
         names = set(index["weight_map"].values()) if index else {"model.safetensors"}
         config = config_from_tree(tree["config"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} is no folder of a DiffMoE model: {error}") from None
+        raise UserError(f"{folder} is no folder of a DiffMoE model: {error}") from None
     validate(config)
     paths = [folder / Path(name).name for name in sorted(names)]
     absent = [path.name for path in paths if not path.is_file()]
     if absent:
-        raise ValueError(f"{folder} lacks {', '.join(absent[:3])} ({len(absent)} missing)")
+        raise UserError(f"{folder} lacks {', '.join(absent[:3])} ({len(absent)} missing)")
     model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
     load_logical(model, open_tensors(paths))
     return model.eval(), config
@@ -114,12 +115,12 @@ def _read_card(path: Path, checkpoint: Checkpoint, weights: str, digest: str) ->
     try:
         card = card_from_json(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"--scores {path}: {error}") from None
+        raise UserError(f"--scores {path}: {error}") from None
     family = checkpoint.config().model.family
     for name, theirs, ours in (("family", card.family, family), ("step", card.step, checkpoint.step),
                                ("weights", card.weights, weights), ("weights_sha256", card.weights_sha256, digest)):
         if theirs != ours:
-            raise ValueError(f"--scores {path} is of another model: {name} {theirs} there, {ours} in {checkpoint.path}")
+            raise UserError(f"--scores {path} is of another model: {name} {theirs} there, {ours} in {checkpoint.path}")
     return card
 
 

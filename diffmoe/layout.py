@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from diffmoe.config import Config
+from diffmoe.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,24 +31,24 @@ class Layout:
 
 
 def resolve_layout(config: Config, ranks: int) -> Layout:
-    """Batch arithmetic, pool and expert groups for ``ranks`` ranks.  Raises ValueError naming both numbers."""
+    """Batch arithmetic, pool and expert groups for ``ranks`` ranks.  Raises UserError naming both numbers."""
     train, ep = config.train, config.parallel.ep
     if ranks % ep:
-        raise ValueError(f"world size ({ranks}) must divide by parallel.ep ({ep}): start another number of ranks, or say "
-                         f"parallel.ep={math.gcd(ranks, ep)}")
+        raise UserError(f"world size ({ranks}) must divide by parallel.ep ({ep}): start another number of ranks, or say "
+                        f"parallel.ep={math.gcd(ranks, ep)}")
     micro, accumulation = train.micro_batch, train.accumulation
     if accumulation is None:
         per_pass = train.batch if micro is None else micro * ranks
         if train.batch % per_pass:
-            raise ValueError(f"train.batch ({train.batch}) must divide by train.micro_batch ({micro}) x ranks ({ranks})")
+            raise UserError(f"train.batch ({train.batch}) must divide by train.micro_batch ({micro}) x ranks ({ranks})")
         accumulation = train.batch // per_pass
     if micro is None:
         if train.batch % (accumulation * ranks):
-            raise ValueError(
+            raise UserError(
                 f"train.batch ({train.batch}) must divide by ranks ({ranks}) x train.accumulation ({accumulation})")
         micro = train.batch // (accumulation * ranks)
     if micro * ranks * accumulation != train.batch:
-        raise ValueError(
+        raise UserError(
             f"train.micro_batch ({micro}) x ranks ({ranks}) x train.accumulation ({accumulation}) = "
             f"{micro * ranks * accumulation} must equal train.batch ({train.batch})")
     words = {"rank": micro, "group": micro * ep, "global": micro * ranks}
@@ -55,7 +56,7 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
     if config.model.family == "dense":
         pool = 1
     if (micro * ranks) % pool:
-        raise ValueError(
+        raise UserError(
             f"moe.pool ({pool} samples) must divide the forward batch train.micro_batch ({micro}) x ranks ({ranks}) = "
             f"{micro * ranks}")
     _check_taken(config, pool)
@@ -79,6 +80,6 @@ def _check_taken(config: Config, pool: int) -> None:
     if config.model.family in ("ec", "diffmoe"):
         tokens = pool * config.model.tokens
         if rows_taken(tokens, config.moe.experts, config.moe.capacity) < 1:
-            raise ValueError(
+            raise UserError(
                 f"moe.pool ({pool} samples = {tokens} tokens) gives each of moe.experts ({config.moe.experts}) less "
                 f"than one token at moe.capacity ({config.moe.capacity})")

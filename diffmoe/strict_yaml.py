@@ -1,6 +1,6 @@
 """Strict YAML: files with ``include``, ``a.b=c`` overrides, and dataclasses filled from trees of dicts.
 
-Doubled and unknown keys, values of another type and files that cannot be read are ValueErrors that name them.  Nothing here
+Doubled and unknown keys, values of another type and files that cannot be read are UserErrors that name them.  Nothing here
 knows what is in a configuration.
 """
 
@@ -17,6 +17,8 @@ from typing import Any, Literal, TextIO, Union
 
 import yaml
 
+from diffmoe.errors import UserError
+
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML that refuses a key written twice: PyYAML keeps the last one without a word."""
@@ -27,9 +29,9 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise ValueError(f"{node.start_mark.name}: key {key!r} on line {key_node.start_mark.line + 1} must be a text")
+            raise UserError(f"{node.start_mark.name}: key {key!r} on line {key_node.start_mark.line + 1} must be a text")
         if key in seen:
-            raise ValueError(
+            raise UserError(
                 f"{node.start_mark.name}: key {key!r} stands twice, on lines {seen[key]} and "
                 f"{key_node.start_mark.line + 1}"
             )
@@ -41,35 +43,35 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _m
 
 
 def open_text(path: Path, what: str, origin: str = "") -> TextIO:
-    """A file that a person names, open to be read.  Raises ValueError, which calls it ``what``, where that cannot be done."""
+    """A file that a person names, open to be read.  Raises UserError, which calls it ``what``, where that cannot be done."""
     try:
         if path.exists() and not path.is_file():
-            raise ValueError(f"{what} {path} must be a file, not a folder or device{origin}")
+            raise UserError(f"{what} {path} must be a file, not a folder or device{origin}")
         return path.open(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"{what} {path} does not exist{origin}") from None
+        raise UserError(f"{what} {path} does not exist{origin}") from None
     except OSError as error:
-        raise ValueError(f"{what} {path} cannot be read: {error.strerror}{origin}") from None
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}{origin}") from None
 
 
 def read_yaml(path: str | Path, _stack: tuple[Path, ...] = ()) -> dict:
     """Reads a YAML file and what it includes (``include: file`` or a list, relative to the file, later ones win,
-    the file itself last).  Raises ValueError for a missing file, bad YAML, a doubled key or a circle."""
+    the file itself last).  Raises UserError for a missing file, bad YAML, a doubled key or a circle."""
     path = Path(path).resolve()
     if path in _stack:
-        raise ValueError(f"include goes in a circle: {' -> '.join(p.name for p in (*_stack, path))}")
+        raise UserError(f"include goes in a circle: {' -> '.join(p.name for p in (*_stack, path))}")
     with open_text(path, "config file", f" (included from {_stack[-1]})" if _stack else "") as stream:
         try:
             tree = yaml.load(stream, _StrictLoader)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold a mapping, not {type(tree).__name__}")
+        raise UserError(f"{path} must hold a mapping, not {type(tree).__name__}")
     includes = tree.pop("include", [])
     includes = [includes] if isinstance(includes, str) else includes
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
-        raise ValueError(f"{path}: include ({includes!r}) must be a file name or a list of file names")
+        raise UserError(f"{path}: include ({includes!r}) must be a file name or a list of file names")
     merged: dict = {}
     for name in includes:
         merged = merge(merged, read_yaml(path.parent / name, (*_stack, path)))
@@ -91,13 +93,13 @@ def tree_of_overrides(overrides: list[str]) -> dict:
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals or not all(name.split(".")):
-            raise ValueError(f"override {text!r} must look like section.field=value")
+            raise UserError(f"override {text!r} must look like section.field=value")
         stream = io.StringIO(value)
         stream.name = f"override {text!r}"  # what the loader calls it
         try:
             leaf: Any = yaml.load(stream, _StrictLoader)
         except (yaml.YAMLError, RecursionError):
-            raise ValueError(f"override {text!r}: {value!r} is not a YAML value") from None
+            raise UserError(f"override {text!r}: {value!r} is not a YAML value") from None
         for part in reversed(name.split(".")):
             leaf = {part: leaf}
         tree = merge(tree, leaf)
@@ -107,7 +109,7 @@ def tree_of_overrides(overrides: list[str]) -> dict:
 def build(cls: type, tree: Any, path: str = "") -> Any:
     """The dataclass ``cls``, and those in it, from nested dicts.  ``path``: its name in error messages."""
     if not isinstance(tree, dict):
-        raise ValueError(f"{path or 'config'} must be a mapping, not {tree!r}")
+        raise UserError(f"{path or 'config'} must be a mapping, not {tree!r}")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
@@ -116,20 +118,20 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
             prefix = f"{path}." if path else ""
             close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(hints)}"
-            raise ValueError(f"unknown key {name} (value {value!r}){hint}")
+            raise UserError(f"unknown key {name} (value {value!r}){hint}")
         kind = hints[key]
         values[key] = build(kind, value, name) if dataclasses.is_dataclass(kind) else _typed(kind, value, name)
     return cls(**values)
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:
-    """``value`` as ``kind``, or ValueError.  Accepts 1 for 1.0 and the text '1e-4', which YAML 1.1 reads as a string."""
+    """``value`` as ``kind``, or UserError.  Accepts 1 for 1.0 and the text '1e-4', which YAML 1.1 reads as a string."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         for option in args:
             try:
                 return _typed(option, value, name)
-            except ValueError:
+            except UserError:
                 continue
     elif origin is Literal:
         if value in args and type(value) in {type(a) for a in args}:
@@ -150,7 +152,7 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{name} = {value!r} must be {_describe(kind)}")
+    raise UserError(f"{name} = {value!r} must be {_describe(kind)}")
 
 
 def _describe(kind: Any) -> str:

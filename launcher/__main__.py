@@ -7,6 +7,8 @@ import importlib
 import os
 import sys
 
+from diffmoe.errors import UserError
+
 VERBS = {
     "doctor": "what is installed on this machine, what is wrong, and what to type",
     "plan": "whether a configuration fits a cluster, what a step costs, and the best layouts",
@@ -26,9 +28,9 @@ def main(arguments: list[str]) -> int:
             return 0
         verb, *rest = arguments
         if verb not in VERBS:
-            raise ValueError(f"verb {verb!r} must be one of {', '.join(VERBS)}")
+            raise UserError(f"verb {verb!r} must be one of {', '.join(VERBS)}")
         return importlib.import_module(f"launcher.{verb}").main(rest)
-    except ValueError as error:
+    except UserError as error:
         if os.environ.get("DIFFMOE_TRACEBACK"):
             raise
         _complain(str(error))

@@ -2,9 +2,11 @@
 
 import argparse
 
+from diffmoe.errors import UserError
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is a ValueError of one line, and whose help ends with an example that works."""
+    """argparse whose complaint is a UserError of one line, and whose help ends with an example that works."""
 
     def __init__(self, verb: str, description: str, example: str) -> None:
         lines = "\n".join(f"  {line.strip()}" for line in example.strip().splitlines())
@@ -12,4 +14,4 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> None:
-        raise ValueError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{message} (see {self.prog} --help)")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from diffmoe.errors import UserError
 from launcher import gpus
 from launcher.command_line import Parser
 
@@ -198,7 +199,7 @@ def satisfies(version: str, wanted: str) -> bool:
     for clause in filter(None, wanted.replace(" ", "").split(",")):
         match = re.fullmatch(r"(>=|<=|==|<|>|~=|!=)([\w.*+]+)", clause)
         if match is None:
-            raise ValueError(f"version clause {clause!r} of pyproject.toml is not understood")
+            raise UserError(f"version clause {clause!r} of pyproject.toml is not understood")
         sign, limit = match[1], _numbers(match[2])
         length = max(len(have), len(limit))
         a, b = (tuple(part + (0,) * (length - len(part))) for part in (have, limit))
@@ -225,7 +226,7 @@ def gather() -> Facts:
     try:
         found = gpus.query()
         cards = None if found is None else tuple(found)
-    except ValueError as error:
+    except UserError as error:
         cards = str(error)
     return Facts(
         python=sys.version_info[:2], executable=sys.executable, packages=packages, wanted=wanted, wanted_python=wanted_python,

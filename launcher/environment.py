@@ -9,6 +9,8 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal
 
+from diffmoe.errors import UserError
+
 Source = Literal["torchrun", "deepspeed", "environment", "srun", "single"]
 
 # Slurm numbers its own steps (batch script, salloc's shell, ...) from here on: no step of srun's.
@@ -47,7 +49,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> RankEnvironment:
     if _in_srun_step(environ):
         return _from_srun(environ)
     if "WORLD_SIZE" in environ and _integer(environ, "WORLD_SIZE", "RANK") != 1:
-        raise ValueError(f"WORLD_SIZE ({environ['WORLD_SIZE']}) is set but RANK is unset")
+        raise UserError(f"WORLD_SIZE ({environ['WORLD_SIZE']}) is set but RANK is unset")
     return RankEnvironment(0, 1, 0, 1, "single", _file_store(environ))
 
 
@@ -67,7 +69,7 @@ def export(env: RankEnvironment, environ: MutableMapping[str, str] = os.environ)
 def expand_nodelist(nodelist: str) -> list[str]:
     """Host names of a Slurm node list: ``node[01-03,7],other`` is node01 node02 node03 node7 other."""
     if not re.fullmatch(r"(?!,)(?:[^\[\],\s]|,(?=[^,\s])|\[[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*\])+", nodelist):
-        raise ValueError(f"node list ({nodelist!r}) is not one of Slurm's: name, name[01-03,7], ...")
+        raise UserError(f"node list ({nodelist!r}) is not one of Slurm's: name, name[01-03,7], ...")
     return [host for pattern in re.split(r",(?![^\[]*\])", nodelist) if pattern for host in _expand_pattern(pattern)]
 
 
@@ -77,7 +79,7 @@ def expand_task_counts(counts: str) -> list[int]:
     for item in counts.split(","):
         match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", item)
         if match is None:
-            raise ValueError(f"task counts ({counts!r}) are not of Slurm's form 2(x3),1")
+            raise UserError(f"task counts ({counts!r}) are not of Slurm's form 2(x3),1")
         expanded += [int(match[1])] * int(match[2] or 1)
     return expanded
 
@@ -100,7 +102,7 @@ def _from_rank(environ: Mapping[str, str]) -> RankEnvironment:
     _check_below("RANK", rank, "WORLD_SIZE", world)
     _check_below("LOCAL_RANK", local_rank, local_world_name, local_world)
     if local_world > world:
-        raise ValueError(f"{local_world_name} ({local_world}) must not exceed WORLD_SIZE ({world})")
+        raise UserError(f"{local_world_name} ({local_world}) must not exceed WORLD_SIZE ({world})")
     source: Source = "environment"
     if "TORCHELASTIC_RUN_ID" in environ:
         source = "torchrun"
@@ -110,7 +112,7 @@ def _from_rank(environ: Mapping[str, str]) -> RankEnvironment:
     if store is not None or (world == 1 and "MASTER_ADDR" not in environ):
         return RankEnvironment(rank, world, local_rank, local_world, source, store)
     if "MASTER_ADDR" not in environ:
-        raise ValueError(f"WORLD_SIZE ({world}) needs MASTER_ADDR and MASTER_PORT (or DIFFMOE_STORE), which are unset")
+        raise UserError(f"WORLD_SIZE ({world}) needs MASTER_ADDR and MASTER_PORT (or DIFFMOE_STORE), which are unset")
     port = _integer(environ, "MASTER_PORT", "MASTER_ADDR")
     return RankEnvironment(rank, world, local_rank, local_world, source, None, environ["MASTER_ADDR"], port)
 
@@ -128,7 +130,7 @@ def _from_srun(environ: Mapping[str, str]) -> RankEnvironment:
     local_rank = _integer(environ, "SLURM_LOCALID", "SLURM_STEP_ID")
     _check_below("SLURM_PROCID", rank, "SLURM_NTASKS", world)
     if "WORLD_SIZE" in environ and _integer(environ, "WORLD_SIZE", "SLURM_NTASKS") != world:
-        raise ValueError(f"WORLD_SIZE ({environ['WORLD_SIZE']}) must equal SLURM_NTASKS ({world})")
+        raise UserError(f"WORLD_SIZE ({environ['WORLD_SIZE']}) must equal SLURM_NTASKS ({world})")
     local_world = _srun_local_world(environ, world)
     _check_below("SLURM_LOCALID", local_rank, "tasks on this node", local_world)
     store = _file_store(environ)
@@ -142,7 +144,7 @@ def _srun_local_world(environ: Mapping[str, str], world: int) -> int:
     name = _first_set(environ, ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"), "SLURM_STEP_ID")
     counts = expand_task_counts(environ[name])
     if sum(counts) != world:
-        raise ValueError(f"{name} ({environ[name]}) must add up to SLURM_NTASKS ({world})")
+        raise UserError(f"{name} ({environ[name]}) must add up to SLURM_NTASKS ({world})")
     node = _integer(environ, "SLURM_NODEID", "SLURM_STEP_ID")
     _check_below("SLURM_NODEID", node, f"number of nodes in {name}", len(counts))
     return counts[node]
@@ -180,7 +182,7 @@ def _expand_range(item: str) -> list[str]:
     if not dash:
         return [first]
     if int(first) > int(last):
-        raise ValueError(f"node list's range ({item}) starts at {first}, after its end {last}")
+        raise UserError(f"node list's range ({item}) starts at {first}, after its end {last}")
     return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
 
 
@@ -188,19 +190,19 @@ def _first_set(environ: Mapping[str, str], names: tuple[str, str], companion: st
     for name in names:
         if name in environ:
             return name
-    raise ValueError(f"{' and '.join(names)} are unset but {companion} is {environ[companion]}")
+    raise UserError(f"{' and '.join(names)} are unset but {companion} is {environ[companion]}")
 
 
 def _integer(environ: Mapping[str, str], name: str, companion: str) -> int:
     """The variable as an integer >= 0; ``companion`` is the variable that makes us expect it."""
     if name not in environ:
-        raise ValueError(f"{name} is unset but {companion} is {environ.get(companion, 'unset')}")
+        raise UserError(f"{name} is unset but {companion} is {environ.get(companion, 'unset')}")
     text = environ[name]
     if not re.fullmatch(r"[0-9]+", text):
-        raise ValueError(f"{name} ({text!r}) must be an integer >= 0 ({companion}={environ.get(companion, 'unset')})")
+        raise UserError(f"{name} ({text!r}) must be an integer >= 0 ({companion}={environ.get(companion, 'unset')})")
     return int(text)
 
 
 def _check_below(name: str, value: int, limit_name: str, limit: int) -> None:
     if value >= limit:
-        raise ValueError(f"{name} ({value}) must be below {limit_name} ({limit})")
+        raise UserError(f"{name} ({value}) must be below {limit_name} ({limit})")

@@ -6,6 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffmoe.errors import UserError
+
 _FIELDS = ("index", "name", "driver_version", "memory.total", "temperature.gpu", "ecc.errors.uncorrected.volatile.total",
            "clocks_throttle_reasons.active")
 # Bits of NVML's clock event reasons that mean trouble; idle, application clocks and the power cap are daily life.
@@ -25,7 +27,7 @@ class Gpu:
 
 
 def query() -> list[Gpu] | None:
-    """This machine's GPUs; None where there is no nvidia-smi.  ValueError with its complaint when it fails."""
+    """This machine's GPUs; None where there is no nvidia-smi.  UserError with its complaint when it fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
@@ -33,9 +35,9 @@ def query() -> list[Gpu] | None:
         done = subprocess.run([program, f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"],
                               capture_output=True, text=True, timeout=30)
     except subprocess.TimeoutExpired:
-        raise ValueError("nvidia-smi hangs: the driver needs a restart") from None
+        raise UserError("nvidia-smi hangs: the driver needs a restart") from None
     if done.returncode:
-        raise ValueError(f"nvidia-smi fails: {' '.join((done.stdout + done.stderr).split())}")
+        raise UserError(f"nvidia-smi fails: {' '.join((done.stdout + done.stderr).split())}")
     return parse(done.stdout)
 
 
@@ -45,7 +47,7 @@ def parse(text: str) -> list[Gpu]:
     for line in filter(None, map(str.strip, text.splitlines())):
         fields = [field.strip() for field in line.split(",")]
         if len(fields) != len(_FIELDS):
-            raise ValueError(f"nvidia-smi says {line!r}, which is not {len(_FIELDS)} fields")
+            raise UserError(f"nvidia-smi says {line!r}, which is not {len(_FIELDS)} fields")
         index, name, driver, memory, temperature, ecc, reasons = fields
         active = int(reasons, 16) if reasons.startswith("0x") else 0
         trouble = [f"{text} at {temperature} C" for bit, text in _TROUBLE.items() if active & bit]

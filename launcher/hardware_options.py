@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffmoe.cost.hardware import Hardware, choose, read_table
 from diffmoe.cost.records import calibrated_by
+from diffmoe.errors import UserError
 
 
 def add_hardware_options(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +22,10 @@ def add_hardware_options(parser: argparse.ArgumentParser) -> None:
 
 
 def hardware_of(options: argparse.Namespace) -> Hardware:
-    """The table's entry as the command line changes it.  Raises ValueError."""
+    """The table's entry as the command line changes it.  Raises UserError."""
     hardware = choose(read_table(options.hardware), options.gpu)
     if options.memory is not None:
         if not hardware.reserve_gib < options.memory < math.inf:
-            raise ValueError(f"--memory ({options.memory:g} GiB) must be a number above the reserve of {hardware.reserve_gib:g} GiB")
+            raise UserError(f"--memory ({options.memory:g} GiB) must be a number above the reserve of {hardware.reserve_gib:g} GiB")
         hardware = dataclasses.replace(hardware, memory_gib=options.memory)
     return calibrated_by(options.calibrate, hardware) if options.calibrate else hardware

@@ -14,6 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffmoe.errors import UserError
 from launcher.command_line import Parser
 from launcher.sources import commit
 
@@ -38,7 +39,7 @@ def prepare(config_path: str, deepspeed_path: str | None, ranks: int, overrides:
     """Makes (or finds, after a requeue) the folder of training job ``job``.  ``root`` is the repository.
 
     Raises:
-        ValueError: what ``run.py --dry-run`` would say about this configuration on ``ranks`` ranks.
+        UserError: what ``run.py --dry-run`` would say about this configuration on ``ranks`` ranks.
     """
     import yaml
 
@@ -64,7 +65,7 @@ def prepare(config_path: str, deepspeed_path: str | None, ranks: int, overrides:
         _write_state(partial, newest_step(run), 0)
         partial.rename(folder)
     except OSError as error:
-        raise ValueError(f"run.folder ({config.run.folder}) cannot be written: {error}") from error
+        raise UserError(f"run.folder ({config.run.folder}) cannot be written: {error}") from error
     return folder
 
 
@@ -137,10 +138,10 @@ def _main_prepare(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
     if options.ranks < 1:
-        raise ValueError(f"--ranks ({options.ranks}) must be at least 1")
+        raise UserError(f"--ranks ({options.ranks}) must be at least 1")
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
-        raise ValueError("SLURM_JOB_ID is unset: job prepare is for a job's script")
+        raise UserError("SLURM_JOB_ID is unset: job prepare is for a job's script")
     print(prepare(options.config, options.deepspeed_config, options.ranks, options.overrides, job, Path.cwd()))
     return 0
 
@@ -153,9 +154,9 @@ def _main_after(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="not a training job: the folder that it fills")
     options = parser.parse_args(arguments)
     if not options.folder.is_dir():
-        raise ValueError(f"folder ({options.folder}) does not exist")
+        raise UserError(f"folder ({options.folder}) does not exist")
     if options.out is None and not (options.folder / "config.yaml").is_file():
-        raise ValueError(f"folder ({options.folder}) has no config.yaml: it is no training job's (of another: --out OUT)")
+        raise UserError(f"folder ({options.folder}) has no config.yaml: it is no training job's (of another: --out OUT)")
     verdict = (after_training(options.folder, options.status) if options.out is None
                else after_writing(options.folder, options.status, options.out))
     print(verdict.text)

@@ -15,6 +15,7 @@ from diffmoe.cost.layouts import (
 )
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed
+from diffmoe.errors import UserError
 from diffmoe.models.count import count
 from launcher.command_line import Parser
 from launcher.hardware_options import add_hardware_options, hardware_of
@@ -26,13 +27,13 @@ python -m launcher plan --config configs/diffmoe_xl_e16_flow.yaml --gpu a100 --n
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, or 1 when nothing fits as asked (the nearest layout that would is printed).  ValueError for bad input."""
+    """Returns 0, or 1 when nothing fits as asked (the nearest layout that would is printed).  UserError for bad input."""
     options = _parse(arguments)
     hardware = hardware_of(options)
     cluster = Cluster(options.nodes, options.gpus_per_node or hardware.gpus_per_node, hardware)
     config, tree = load_config(options.config, options.overrides), read_deepspeed(options.deepspeed_config)
     if config.train.batch < cluster.ranks:
-        raise ValueError(f"train.batch ({config.train.batch}) must be at least one sample for each of {cluster.ranks} GPUs")
+        raise UserError(f"train.batch ({config.train.batch}) must be at least one sample for each of {cluster.ranks} GPUs")
     configured, problem = _as_configured(config, tree, cluster)
     config = fixed_pool(config, cluster.ranks) if configured else config
     pins = Pins(options.ep, options.zero, options.recompute, options.micro_batch)
@@ -73,7 +74,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for name in ("nodes", "gpus_per_node", "ep", "micro_batch", "steps", "top", "memory"):
         value = getattr(options, name)
         if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be above 0")
+            raise UserError(f"--{name.replace('_', '-')} ({value}) must be above 0")
     return options
 
 
@@ -82,7 +83,7 @@ def _as_configured(config: Config, tree: dict, cluster: Cluster) -> tuple[Candid
         candidate = evaluate(config, tree, cluster)
         merge_deepspeed(tree, config, candidate.layout)
         return candidate, ""
-    except ValueError as error:
+    except UserError as error:
         return None, str(error)
 
 
@@ -181,4 +182,4 @@ def _write_json(path: Path, config: Config, cluster: Cluster, configured: Candid
     try:
         path.write_text(json.dumps(tree, indent=1) + "\n")
     except OSError as error:
-        raise ValueError(f"--json ({path}) cannot be written: {error}") from None
+        raise UserError(f"--json ({path}) cannot be written: {error}") from None

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffmoe.errors import UserError
 from launcher.command_line import Parser
 from launcher.environment import RankEnvironment, detect
 from launcher.probe import Absent, Exchange, Links, Report
@@ -168,7 +169,7 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
         from diffmoe.device import local_device
 
         device = local_device(environment.local_rank, environment.local_world)
-    except ValueError as error:
+    except UserError as error:
         if environment.world == 1:
             raise
         import torch
@@ -244,7 +245,7 @@ def _print(reports: list[Report], links: Links, problems: list[Problem], seconds
 
 
 def main(arguments: list[str]) -> int:
-    """The verb ``preflight``; returns 0, or 1 when something is wrong.  ValueError for bad input."""
+    """The verb ``preflight``; returns 0, or 1 when something is wrong.  UserError for bad input."""
     parser = Parser("preflight", "Checks the nodes of a job: versions and code, GPUs, links, shards, disks, clocks.  Exit code 1 and "
                     "Slurm's --exclude=... when something is wrong.",
                     "srun --ntasks-per-node=8 python -m launcher preflight --config configs/diffmoe_l_e16_flow.yaml\n"
@@ -261,11 +262,11 @@ def main(arguments: list[str]) -> int:
     for name in ("between_nodes", "within_nodes", "megabytes", "timeout"):
         value = getattr(options, name)
         if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be above 0")
+            raise UserError(f"--{name.replace('_', '-')} ({value}) must be above 0")
     if options.overrides and options.config is None:
-        raise ValueError(f"override {options.overrides[0]!r} needs --config")
+        raise UserError(f"override {options.overrides[0]!r} needs --config")
     if not options.base.is_dir():
-        raise ValueError(f"--from ({options.base}) does not exist")
+        raise UserError(f"--from ({options.base}) does not exist")
     if options.config is not None:
         options.config = str(Path(options.config).absolute())
         _demands(options.config, options.overrides, options.base)  # bad input is known before anybody waits

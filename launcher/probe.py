@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffmoe.errors import UserError
 from launcher import gpus
 from launcher.environment import RankEnvironment, expand_nodelist
 from launcher.sources import commit, digest
@@ -152,7 +153,7 @@ def gpu_problems(device: torch.device) -> list[str]:
     try:
         for gpu in gpus.query() or []:
             wrong += [f"GPU {gpu.index} ({gpu.name}): {text}" for text in gpu.trouble]
-    except ValueError as error:
+    except UserError as error:
         wrong.append(str(error))
     return wrong
 
@@ -179,7 +180,7 @@ def shard_problems(data: DataConfig, base: Path) -> list[str]:
         index = load_index(at(data.shards), at(data.index), check_files=data.on_bad_shard == "stop")
         if data.on_bad_shard == "stop":
             again(first_bytes, index.address(index.shards[-1]))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         return [f"shards: {error}"]
     return []
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from diffmoe.config import Config, load_config, override
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from launcher.command_line import Parser
 from launcher.scaling_report import grouped, write_table
@@ -51,7 +52,7 @@ class Trial:
 
 
 def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
-    """Returns 0, or 1 when a run failed (its line says why, the others stand).  ValueError for bad input."""
+    """Returns 0, or 1 when a run failed (its line says why, the others stand).  UserError for bad input."""
     options = _parse(arguments)
     config, tree = load_config(options.config, options.overrides), read_deepspeed(options.deepspeed_config)
     start = _start(options, environ)
@@ -61,15 +62,15 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
     for text in left_out:
         print(f"left out: {text}", flush=True)
     if not trials:
-        raise ValueError("no layout of --ranks, --ep and --zero divides evenly; nothing to measure")
+        raise UserError("no layout of --ranks, --ep and --zero divides evenly; nothing to measure")
     pool = _pool(config, trials[0])
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         lines = (options.out / "runs.jsonl").open("x")
     except FileExistsError:
-        raise ValueError(f"--out ({options.out}) holds the runs.jsonl of another measurement; choose another folder") from None
+        raise UserError(f"--out ({options.out}) holds the runs.jsonl of another measurement; choose another folder") from None
     except OSError as error:
-        raise ValueError(f"--out ({options.out}) cannot be written: {error}") from None
+        raise UserError(f"--out ({options.out}) cannot be written: {error}") from None
     records = []
     with lines:
         for number, trial in enumerate(trials, 1):
@@ -107,20 +108,20 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for name in ("per_node", "steps", "repeats", "timeout"):
         value = getattr(options, name)
         if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be above 0")
+            raise UserError(f"--{name.replace('_', '-')} ({value}) must be above 0")
     if options.warmup < 0:
-        raise ValueError(f"--warmup ({options.warmup}) must be at least 0")
+        raise UserError(f"--warmup ({options.warmup}) must be at least 0")
     if options.hostfile and not options.hostfile.is_file():
-        raise ValueError(f"--hostfile ({options.hostfile}) does not exist")
+        raise UserError(f"--hostfile ({options.hostfile}) does not exist")
     options.mode = options.mode.split(",")
     if not options.mode or not set(options.mode) <= {"strong", "weak"}:
-        raise ValueError(f"--mode ({','.join(options.mode)}) must be strong, weak or strong,weak")
+        raise UserError(f"--mode ({','.join(options.mode)}) must be strong, weak or strong,weak")
     if options.ranks and options.nodes:
-        raise ValueError(f"--ranks ({options.ranks}) and --nodes ({options.nodes}) say the same thing; give one")
+        raise UserError(f"--ranks ({options.ranks}) and --nodes ({options.nodes}) say the same thing; give one")
     if options.zero and not set(options.zero) <= {0, 1, 2, 3}:
-        raise ValueError(f"--zero ({options.zero}) must be of 0, 1, 2, 3")
+        raise UserError(f"--zero ({options.zero}) must be of 0, 1, 2, 3")
     if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out ({options.out}) must be a folder")
+        raise UserError(f"--out ({options.out}) must be a folder")
     return options
 
 
@@ -137,9 +138,9 @@ def _start(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
     inside = "SLURM_JOB_ID" in environ
     start = options.start if options.start != "auto" else ("srun" if inside else "torchrun")
     if start == "srun" and not inside:
-        raise ValueError("--start (srun) needs an allocation: SLURM_JOB_ID is unset")
+        raise UserError("--start (srun) needs an allocation: SLURM_JOB_ID is unset")
     if options.hostfile and start != "deepspeed":
-        raise ValueError(f"--hostfile ({options.hostfile}) goes with --start deepspeed, not {start}")
+        raise UserError(f"--hostfile ({options.hostfile}) goes with --start deepspeed, not {start}")
     return start
 
 
@@ -172,15 +173,15 @@ def _sizes(options: argparse.Namespace, environ: Mapping[str, str], per_node: in
         sizes = [(ranks, 1) for ranks in _doubling(per_node)]
     for ranks, nodes in sizes:
         if ranks < 1:
-            raise ValueError(f"--ranks ({ranks}) must be at least 1")
+            raise UserError(f"--ranks ({ranks}) must be at least 1")
         if available is not None and nodes > available:
-            raise ValueError(f"{ranks} ranks need {nodes} nodes of {per_node}; the allocation has {available}")
+            raise UserError(f"{ranks} ranks need {nodes} nodes of {per_node}; the allocation has {available}")
         if nodes > 1 and start == "torchrun":
-            raise ValueError(f"--nodes ({nodes}) needs srun in an allocation, or --start deepspeed with --hostfile")
+            raise UserError(f"--nodes ({nodes}) needs srun in an allocation, or --start deepspeed with --hostfile")
         if nodes > 1 and start == "deepspeed" and options.hostfile is None:
-            raise ValueError(f"--nodes ({nodes}) with --start deepspeed needs --hostfile")
+            raise UserError(f"--nodes ({nodes}) with --start deepspeed needs --hostfile")
         if ranks % nodes:
-            raise ValueError(f"--ranks ({ranks}) must divide by the {nodes} nodes they need")
+            raise UserError(f"--ranks ({ranks}) must divide by the {nodes} nodes they need")
     return sizes
 
 
@@ -202,7 +203,7 @@ def plan_trials(config: Config, tree: dict, options: argparse.Namespace, sizes: 
                         sized = override(config, _overrides(trial, _pool(config, Trial(mode, *sizes[0], 1, zero, config.train.batch, 1))))
                         merge_deepspeed(tree, sized, resolve_layout(sized, ranks))
                         trials.append(trial)
-                    except ValueError as error:
+                    except UserError as error:
                         left_out.append(f"{trial.label.rpartition(',')[0]}: {error}")
     repeated = [Trial(**{**asdict(trial), "repeat": repeat}) for repeat in range(1, options.repeats + 1) for trial in trials]
     return repeated, left_out

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from diffmoe.errors import UserError
+
 if TYPE_CHECKING:
     from diffmoe.cost.extrapolation import Point
     from launcher.scaling_report import Group
@@ -59,7 +61,7 @@ def draw_simulation(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
     try:
         _save(figure, path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--plot ({path}) cannot be written: {error}") from None
+        raise UserError(f"--plot ({path}) cannot be written: {error}") from None
 
 
 def _panels(figure: Figure, count: int) -> list[Axes]:

@@ -12,6 +12,7 @@ from diffmoe.config import load_config
 from diffmoe.cost.extrapolation import MODES, WORDS, Point, extrapolate, stops
 from diffmoe.cost.layouts import GIB, RECOMPUTE, Pins
 from diffmoe.deepspeed_json import precision, read_deepspeed
+from diffmoe.errors import UserError
 from launcher.command_line import Parser
 from launcher.hardware_options import add_hardware_options, hardware_of
 
@@ -22,7 +23,7 @@ python -m launcher simulate --config configs/diffmoe_l_e16_flow.yaml --gpu h200 
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, or 1 when not even the smallest size fits.  ValueError for bad input."""
+    """Returns 0, or 1 when not even the smallest size fits.  UserError for bad input."""
     options = _parse(arguments)
     hardware = hardware_of(options)
     per_node = options.gpus_per_node or hardware.gpus_per_node
@@ -64,19 +65,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for name in ("min_gpus", "max_gpus", "gpus_per_node", "ep", "micro_batch"):
         value = getattr(options, name)
         if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be above 0")
+            raise UserError(f"--{name.replace('_', '-')} ({value}) must be above 0")
     return options
 
 
 def _sizes(least: int, most: int, per_node: int) -> list[int]:
     if most < least:
-        raise ValueError(f"--max-gpus ({most}) must be at least the smallest size ({least})")
+        raise UserError(f"--max-gpus ({most}) must be at least the smallest size ({least})")
     sizes = [least]
     while 2 * sizes[-1] <= most:
         sizes.append(2 * sizes[-1])
     for size in sizes:
         if size > per_node and size % per_node:
-            raise ValueError(f"--min-gpus ({least}), doubled, gives {size} GPUs, which are not whole nodes of {per_node}")
+            raise UserError(f"--min-gpus ({least}), doubled, gives {size} GPUs, which are not whole nodes of {per_node}")
     return sizes
 
 
@@ -84,7 +85,7 @@ def _plotter():
     try:
         from launcher.scaling_plots import draw_simulation
     except ModuleNotFoundError as error:
-        raise ValueError(f"--plot needs the package {error.name}, which is not installed here; leave --plot out") from None
+        raise UserError(f"--plot needs the package {error.name}, which is not installed here; leave --plot out") from None
     return draw_simulation
 
 
@@ -118,4 +119,4 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        raise ValueError(f"--json ({path}) cannot be written: {error}") from None
+        raise UserError(f"--json ({path}) cannot be written: {error}") from None

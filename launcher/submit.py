@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffmoe.errors import UserError
 from launcher.command_line import Parser
 
 # What Slurm reads as a time: minutes, [days-]hours:minutes:seconds and their shorter forms.
@@ -62,31 +63,31 @@ train {shlex.quote(job.config)}{words} \\
 
 
 def check(job: Job) -> None:
-    """Raises ValueError for a field that Slurm would refuse or read as something else."""
+    """Raises UserError for a field that Slurm would refuse or read as something else."""
     for name, least in (("nodes", 1), ("gpus_per_node", 0), ("ranks_per_node", 1), ("cpus_per_rank", 1), ("signal", 1)):
         if getattr(job, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} ({getattr(job, name)}) must be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} ({getattr(job, name)}) must be at least {least}")
     if job.gpus_per_node not in (0, job.ranks_per_node):
-        raise ValueError(f"--ranks-per-node ({job.ranks_per_node}) must equal --gpus-per-node ({job.gpus_per_node}): one rank a GPU")
+        raise UserError(f"--ranks-per-node ({job.ranks_per_node}) must equal --gpus-per-node ({job.gpus_per_node}): one rank a GPU")
     if not _TIME.fullmatch(job.time):
-        raise ValueError(f"--time ({job.time!r}) must be minutes, hours:minutes:seconds or days-hours[:minutes[:seconds]]")
+        raise UserError(f"--time ({job.time!r}) must be minutes, hours:minutes:seconds or days-hours[:minutes[:seconds]]")
     if not re.fullmatch(r"\d+[KMGT]?", job.memory):
-        raise ValueError(f"--memory ({job.memory!r}) must be a number with K, M, G or T (0: the whole node's)")
+        raise UserError(f"--memory ({job.memory!r}) must be a number with K, M, G or T (0: the whole node's)")
     for name in ("name", "partition", "account"):
         value = getattr(job, name)
         if value is not None and not _WORD.fullmatch(value):
-            raise ValueError(f"--{name} ({value!r}) must be one word of letters, digits and .,@:/+-")
+            raise UserError(f"--{name} ({value!r}) must be one word of letters, digits and .,@:/+-")
     for option in job.extra:
         if not re.fullmatch(r"--[a-z][a-z-]*(=\S+)?", option):
-            raise ValueError(f"--sbatch ({option!r}) must be one long option of sbatch, such as --sbatch=--qos=high")
+            raise UserError(f"--sbatch ({option!r}) must be one long option of sbatch, such as --sbatch=--qos=high")
 
 
 def main(arguments: list[str]) -> int:
-    """The verb ``submit``; returns the exit code (1: sbatch refused).  ValueError for bad input."""
+    """The verb ``submit``; returns the exit code (1: sbatch refused).  UserError for bad input."""
     options = _parser().parse_intermixed_args(arguments)
     root = Path.cwd()
     if not (root / "scripts/slurm/_common.sh").is_file():
-        raise ValueError(f"{root} has no scripts/slurm/_common.sh: submit from the repository's root")
+        raise UserError(f"{root} has no scripts/slurm/_common.sh: submit from the repository's root")
     from diffmoe.config import load_config
     from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
     from diffmoe.layout import resolve_layout
@@ -105,13 +106,13 @@ def main(arguments: list[str]) -> int:
         print(script, end="")
         return 0
     if shutil.which("sbatch") is None:
-        raise ValueError("sbatch is not on this machine's PATH: submit from a login node, or see the script with --dry-run")
+        raise UserError("sbatch is not on this machine's PATH: submit from a login node, or see the script with --dry-run")
     path = Path(config.run.folder) / "submit.sh"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(script)
     except OSError as error:
-        raise ValueError(f"run.folder ({config.run.folder}) cannot be written: {error}") from error
+        raise UserError(f"run.folder ({config.run.folder}) cannot be written: {error}") from error
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if done.returncode:
         print(f"error: sbatch refused {path}: {' '.join(done.stderr.split())}", file=sys.stderr)

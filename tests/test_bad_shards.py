@@ -23,6 +23,7 @@ from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share
 from diffmoe.data.shards import ShardMeta, load_index, write_shards
 from diffmoe.data.tar import write_tar
+from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import AgreedError, anyone
 from diffmoe.parallel.groups import build_groups, single_process
 from diffmoe.parallel.spawn import Ranks
@@ -200,7 +201,7 @@ def test_ranks_that_see_different_data_do_not_start(tmp_path: Path) -> None:
         patch.setattr("diffmoe.data.feed.gather_objects", lambda value, group: [value, "0" * 64])
         patch.setattr("diffmoe.data.feed.raise_together", lambda problem, group: None)
         object.__setattr__(feed._group, "ranks", (0, 1))
-        with pytest.raises(ValueError, match="rank 1 sees another data set .0000"):
+        with pytest.raises(UserError, match="rank 1 sees another data set .0000"):
             feed._agree_on_data()
 
 
@@ -255,11 +256,11 @@ def test_tars_of_others_get_an_index(tmp_path: Path, capsys) -> None:
     for shard in range(2):
         moments = rng.standard_normal((5, 8, 4, 4)).astype(np.float16)
         write_tar(folder / f"{shard}.tar", {f"{i}": {"npy": moments[i], "cls": i} for i in range(5)})
-    with pytest.raises(ValueError, match="has no index.json.*inspect-data --write-index"):
+    with pytest.raises(UserError, match="has no index.json.*inspect-data --write-index"):
         inspected(capsys, folder)
-    with pytest.raises(ValueError, match="needs --kind and --classes"):
+    with pytest.raises(UserError, match="needs --kind and --classes"):
         inspected(capsys, folder, "--write-index")
-    with pytest.raises(ValueError, match=r"--scale \(2.0\) goes with --write-index"):
+    with pytest.raises(UserError, match=r"--scale \(2.0\) goes with --write-index"):
         inspected(capsys, folder, "--scale", 2)
     code, said = inspected(capsys, folder, "--write-index", "--kind", "moments", "--classes", 10, "--scale", "0.18215", "--spread",
                            "logvar", "--grid", tmp_path / "grid.png")
@@ -267,7 +268,7 @@ def test_tars_of_others_get_an_index(tmp_path: Path, capsys) -> None:
     index = load_index(folder)
     assert (index.meta, index.count, index.flips) == (ShardMeta("moments", 10, 0.18215, spread="logvar"), 10, False)
     assert ShardReader(index, seed=0).read(range(10))[0].shape == (10, 4, 4, 4)
-    with pytest.raises(ValueError, match="has an index.json already"):
+    with pytest.raises(UserError, match="has an index.json already"):
         inspected(capsys, folder, "--write-index", "--kind", "moments", "--classes", 10)
 
 

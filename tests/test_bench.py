@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from diffmoe.bench.step import most_samples
+from diffmoe.errors import UserError
 from programs import REPOSITORY, run_cases
 
 SMALL = ["--experts", "4", "--repeats", "1", "--json", "--set", "model.width=32", "model.heads=2", "model.depth=2",
@@ -68,7 +69,7 @@ def test_as_many_samples_as_fit(room, wanted):
 
 
 def test_no_room_for_a_sample_is_refused():
-    with pytest.raises(ValueError, match=r"^--samples \(fit\): one sample needs 30 bytes, there is room for 25$"):
+    with pytest.raises(UserError, match=r"^--samples \(fit\): one sample needs 30 bytes, there is room for 25$"):
         most_samples(20 + 40, 20 + 80, 4, 25)
 
 

@@ -21,6 +21,7 @@ from diffmoe.checkpoints.reader import Checkpoint, Tensors, complete_folders, op
 from diffmoe.checkpoints.tensor_file import CHUNK, Damaged, Piece, TensorFile, whole_piece, write_tensors
 from diffmoe.commands import check_checkpoint
 from diffmoe.config import load_config
+from diffmoe.errors import UserError
 from diffmoe.evaluation.decoding import checkpoint_data
 from diffmoe.layout import Layout
 from diffmoe.parallel.collectives import AgreedError
@@ -138,7 +139,7 @@ def test_every_tensor_comes_back_bit_for_bit_and_by_ranges(folder):
     for which, kind in (("raw", "master"), ("ema", "ema_0.9"), ("ema:0.5", "ema_0.5"), ("ema:0.90", "ema_0.9")):
         assert torch.equal(checkpoint.weights(which)["t_embedder.mlp.0.weight"], checkpoint.tensors(kind)["t_embedder.mlp.0.weight"])
     for which in ("ema:0.8", "ema:", "ema:x", "model", "master"):
-        with pytest.raises(ValueError, match=rf"weights '{which}' must be one of raw, ema, ema:0.9, ema:0.5 for "):
+        with pytest.raises(UserError, match=rf"weights '{which}' must be one of raw, ema, ema:0.9, ema:0.5 for "):
             checkpoint.weights(which)
     assert [*check_tensors(checkpoint), *check_files(checkpoint), *check_values(checkpoint)] == []
 
@@ -245,7 +246,7 @@ def test_no_address_in_a_configuration_runs_a_program(folder, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     rewrite_manifest(folder, lambda tree: tree["config"]["data"].update({field: address}))
     config = Checkpoint(folder).config()
-    with pytest.raises(ValueError, match=rf"data.{field} \({re.escape(address)}\) would start a program, which no checkpoint may"):
+    with pytest.raises(UserError, match=rf"data.{field} \({re.escape(address)}\) would start a program, which no checkpoint may"):
         checkpoint_data(config, 0.18, None)
     assert checkpoint_data(config, 0.18, 0.0) is None
     assert not (tmp_path / "poisoned").exists()
@@ -255,7 +256,7 @@ def test_another_format_is_refused_and_not_passed_over(folder, tmp_path):
     make_checkpoint(tmp_path, load_config(None, SMALL), step=3)
     tree = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({"format": 1, **{key: tree[key] for key in ("step", "pool", "config")}, "files": {}}))
-    with pytest.raises(ValueError, match=r"checkpoint.json has format 1; this program reads 2"):
+    with pytest.raises(UserError, match=r"checkpoint.json has format 1; this program reads 2"):
         Checkpoint(folder)
     with pytest.raises(AgreedError, match="has format 1"):
         newest_usable(tmp_path, single_process(), print)
@@ -351,5 +352,5 @@ def test_the_verb_names_file_and_tensor(made_once, tmp_path, capsys):
     assert "step_00000007/ema_0.5-00001.safetensors is not what was written: its checksum is wrong" in text
     assert "damaged  exp_avg of" in text and "step_00000005" in text
     assert check(capsys, newest.parent / "step_00000003")[0] == 0
-    with pytest.raises(ValueError, match="no complete checkpoint in "):
+    with pytest.raises(UserError, match="no complete checkpoint in "):
         check(capsys, tmp_path / "nowhere")

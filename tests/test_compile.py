@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 from diffmoe.config import ModelConfig, MoEConfig, load_config
 from diffmoe.deepspeed_json import merge_deepspeed
+from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.models.compiled import check_compiler, compile_blocks
 from diffmoe.models.dit import DiT, initialize
@@ -115,14 +116,14 @@ def test_compiled_recompute_routes_once(recompute, again, monkeypatch):
 
 def test_zero_3_is_refused():
     config = load_config(None, ["train.compile=true", "train.batch=4", "moe.pool=1"])
-    with pytest.raises(ValueError, match=r"train.compile \(true\) .* zero_optimization.stage \(3\)"):
+    with pytest.raises(UserError, match=r"train.compile \(true\) .* zero_optimization.stage \(3\)"):
         merge_deepspeed({"zero_optimization": {"stage": 3}}, config, resolve_layout(config, 1))
 
 
 def test_a_missing_compiler_is_said_in_a_line():
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
-        with pytest.raises(ValueError, match=r"^train.compile \(true\) needs a C\+\+ compiler on a CPU.*CXX$"):
+        with pytest.raises(UserError, match=r"^train.compile \(true\) needs a C\+\+ compiler on a CPU.*CXX$"):
             check_compiler(torch.device("cpu"))
     torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
     check_compiler(torch.device("cuda"))

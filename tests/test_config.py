@@ -9,6 +9,7 @@ import pytest
 
 from diffmoe.config import Config, config_from_tree, config_to_tree, load_config
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.strict_yaml import read_yaml
 from programs import REPOSITORY
@@ -25,7 +26,7 @@ def write(tmp_path):
 
 
 def refused(call, *arguments) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         call(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -15,6 +15,7 @@ from diffmoe.cost.parameters import rank_parameters
 from diffmoe.cost.plan_error import plan_error
 from diffmoe.cost.step_time import Measured, calibrate, step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
+from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.models.count import count
 from diffmoe.models.dit import DiT, logical_tensors
@@ -253,7 +254,7 @@ def test_a_calibrated_plan_meets_its_record(kind):
     assert again.total == pytest.approx(0.47)
     assert again.compute == pytest.approx(0.3) and again.all_to_all + again.reduction == pytest.approx(0.07)
     assert fitted.calibrated == "a test"
-    with pytest.raises(ValueError, match="holds no measured step"):
+    with pytest.raises(UserError, match="holds no measured step"):
         calibrate(hardware, [], "an empty file")
 
 

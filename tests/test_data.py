@@ -24,6 +24,7 @@ from diffmoe.data.share import Share
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_shards
 from diffmoe.data.stream import Batch, BatchStream
 from diffmoe.data.values import normals, to_float
+from diffmoe.errors import UserError
 from diffmoe.random_streams import Use, Words, philox
 
 PIXELS = ShardMeta(kind="pixels", classes=10, scale=0.5, mean=1.0)
@@ -278,7 +279,7 @@ def test_the_benchmark_sets_all_ways_side_by_side(tmp_path: Path, capsys: pytest
 def test_the_benchmark_refuses_bad_numbers(arguments: list[str], message: str) -> None:
     from diffmoe.bench.data import main
 
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         main(arguments)
 
 
@@ -339,7 +340,7 @@ def test_log_variances_and_bfloat16(tmp_path: Path) -> None:
              for array, spread in ((moments, "std"), (logs, "logvar"))]
     one, other = (ShardReader(load_index(index.folder), seed=0).read(range(5))[0] for index in pairs)
     np.testing.assert_allclose(one, other, rtol=1e-6)
-    with pytest.raises(ValueError, match="spread"):
+    with pytest.raises(UserError, match="spread"):
         ShardMeta("moments", 1, spread="variance")
 
 
@@ -351,7 +352,7 @@ def test_flipped_moments_come_from_their_own_member(tmp_path: Path) -> None:
     mirrored = flipped.mean((1, 2, 3)) < 0
     assert 150 < int(mirrored.sum()) < 240
     assert np.array_equal(flipped[~mirrored], plain[~mirrored])
-    with pytest.raises(ValueError, match="flip .True. needs flipped moments"):
+    with pytest.raises(UserError, match="flip .True. needs flipped moments"):
         ShardReader(write_moments(tmp_path / "without", flips=False), seed=1, flip=True)
 
 
@@ -365,18 +366,18 @@ def test_pixels_flip_mirrors_the_last_axis(tmp_path: Path) -> None:
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere.*does not exist"):
+    with pytest.raises(UserError, match="nowhere.*does not exist"):
         load_index(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="has no index.json"):
+    with pytest.raises(UserError, match="has no index.json"):
         load_index(tmp_path)
     index = write_pixels(tmp_path)
     path = tmp_path / "shard-000003.tar"
     content = path.read_bytes()
     path.write_bytes(content[:-512])
-    with pytest.raises(ValueError, match=f"shard-000003.tar.*{len(content) - 512} bytes.*{len(content)}"):
+    with pytest.raises(UserError, match=f"shard-000003.tar.*{len(content) - 512} bytes.*{len(content)}"):
         load_index(tmp_path)
     path.unlink()
-    with pytest.raises(ValueError, match="shard shard-000003.tar is missing"):
+    with pytest.raises(UserError, match="shard shard-000003.tar is missing"):
         load_index(tmp_path)
     with pytest.raises(BadShard, match="shard shard-000003.tar is missing"):
         ShardReader(index, seed=0).read(range(COUNT))  # vanished after the start
@@ -395,7 +396,7 @@ def test_malformed_index_is_refused(tmp_path: Path, change: dict, message: str) 
     write_pixels(tmp_path)
     record = json.loads((tmp_path / "index.json").read_text()) | change
     (tmp_path / "index.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_index(tmp_path)
 
 
@@ -420,7 +421,7 @@ def test_bad_members_are_named(tmp_path: Path, member: str, payload: bytes, mess
     members = [(member, payload) if name == replaced else (name, old) for name, old in shard_members(index, 2)
                if name != "__rows__"]  # a tar of others
     rewrite_shard(index, 2, members)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_everything(index)
     assert "shard-000002.tar" in str(caught.value)
 
@@ -542,16 +543,16 @@ def test_fingerprints_are_of_the_content(tmp_path: Path) -> None:
 )
 def test_bad_samples_leave_no_index(tmp_path: Path, sample: tuple, message: str) -> None:
     good = ("a", np.zeros((1, 2, 2), np.float32), 0)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         write_shards([good, sample], tmp_path, samples_per_shard=4, meta=PIXELS)
     assert not (tmp_path / "index.json").exists()
 
 
 def test_finished_data_sets_are_not_overwritten(tmp_path: Path) -> None:
     write_pixels(tmp_path)
-    with pytest.raises(ValueError, match="already holds"):
+    with pytest.raises(UserError, match="already holds"):
         write_pixels(tmp_path)
-    with pytest.raises(ValueError, match="must not be empty"):
+    with pytest.raises(UserError, match="must not be empty"):
         write_shards([], tmp_path / "empty", samples_per_shard=4, meta=PIXELS)
 
 
@@ -635,7 +636,7 @@ def test_what_is_left_out_is_replaced_by_position_and_nothing_else_moves(tmp_pat
         assert new == old if not 40 <= old < 50 else not 40 <= new < 50
     assert_same(global_batches(index, 2, 4, batch=24, world=4, excluded=without),
                 global_batches(index, 2, 4, batch=24, world=1, workers=2, excluded=without))
-    with pytest.raises(ValueError, match="every shard of .* is bad"):
+    with pytest.raises(UserError, match="every shard of .* is bad"):
         reader_of(index, 24, excluded={shard.name: 0 for shard in index.shards})
 
 
@@ -653,5 +654,5 @@ def test_digits_are_real_in_range_and_written_once(tmp_path: Path) -> None:
 
 def test_digits_refuse_another_data_set(tmp_path: Path) -> None:
     write_pixels(tmp_path)
-    with pytest.raises(ValueError, match="another data set: 103 samples"):
+    with pytest.raises(UserError, match="another data set: 103 samples"):
         write_digits(tmp_path)

@@ -12,6 +12,7 @@ from diffmoe.diffusion.ddpm import (
     p_mean_variance, p_sample_loop, q_sample, respace, space_timesteps, training_losses, vb_terms_bpd,
 )
 from diffmoe.diffusion.sampling import ancestral, ddim
+from diffmoe.errors import UserError
 from diffmoe.evaluation import generate
 from diffmoe.moe.routing import RoutingRule
 from reference_models import FAMILIES, PREDICTOR_WEIGHT, close, reference
@@ -123,7 +124,7 @@ def test_respacing_keeps_the_noise_levels():
         again = respace(fewer, 2)
         assert again.timestep_map.tolist() == [0, 999]
     for steps in (1, 1001):
-        with pytest.raises(ValueError, match=rf"sample.steps \({steps}\)"):
+        with pytest.raises(UserError, match=rf"sample.steps \({steps}\)"):
             respace(SCHEDULE, steps)
 
 
@@ -157,7 +158,7 @@ def test_noise_is_asked_for():
         return torch.zeros(len(x), 2, 2, 2)
 
     for sampler in (ancestral, lambda *args: ddim(*args, eta=0.5)):
-        with pytest.raises(ValueError, match="needs noise"):
+        with pytest.raises(UserError, match="needs noise"):
             sampler(field, torch.zeros(1, 1, 2, 2), 3)
 
 

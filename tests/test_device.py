@@ -10,6 +10,7 @@ from torch.distributed import HashStore
 
 from diffmoe import device as devices
 from diffmoe.device import check_own_gpu, local_device, measured_flops, peak_flops
+from diffmoe.errors import UserError
 
 
 def see_gpus(monkeypatch, *uuids):
@@ -26,7 +27,7 @@ def test_more_ranks_than_gpus_is_every_ranks_error(monkeypatch):
     """The ranks that have a GPU would otherwise wait for the one that has none."""
     see_gpus(monkeypatch, "a", "b")
     for rank in range(3):
-        with pytest.raises(ValueError, match=r"ranks on this node \(3\) must not exceed its GPUs \(2\)"):
+        with pytest.raises(UserError, match=r"ranks on this node \(3\) must not exceed its GPUs \(2\)"):
             local_device(rank, 3)
 
 
@@ -49,7 +50,7 @@ def test_ranks_that_see_the_same_one_gpu_are_refused(monkeypatch):
     for rank in (1, 0):
         device = local_device(rank, 2)
         store.set(f"gpu/{socket.gethostname()}/{rank}", "a")
-    with pytest.raises(ValueError, match=r"ranks on this node \(2\) must not exceed its GPUs \(1\)"):
+    with pytest.raises(UserError, match=r"ranks on this node \(2\) must not exceed its GPUs \(1\)"):
         check_own_gpu(device, 0, 2, store)
 
 

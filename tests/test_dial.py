@@ -16,6 +16,7 @@ from diffmoe.config import TrainConfig, load_config
 from diffmoe.data.digits import DIGITS_META
 from diffmoe.data.shards import write_shards
 from diffmoe.data.stream import Batch
+from diffmoe.errors import UserError
 from diffmoe.evaluation.capacity_report import NULL, CapacityMeter, CapacityUsed, report_tree, write_report
 from diffmoe.evaluation.generate import generate, generate_everywhere
 from diffmoe.models.dit import DiT, initialize
@@ -281,12 +282,12 @@ def test_a_checkpoint_keeps_histograms_and_older_ones_still_load(trained):
     assert all(layer.thresholds.observations == 256 for layer in layers)
     generate(model, config, [0], [0], CPU)
     dialled = dataclasses.replace(config, sample=dataclasses.replace(config.sample, capacity=0.7))
-    with pytest.raises(ValueError, match=r"sample.capacity \(0.7\) needs histograms .* this one has none"):
+    with pytest.raises(UserError, match=r"sample.capacity \(0.7\) needs histograms .* this one has none"):
         generate(model, dialled, [0], [0], CPU)
     load_buffers(model, tensors)
     generate(model, dialled, [0], [0], CPU)
     name = next(name for name in tensors if name.endswith("histogram"))
-    with pytest.raises(ValueError, match=rf"{name} has shape \(4, 7\) instead of \(4, 256\)"):
+    with pytest.raises(UserError, match=rf"{name} has shape \(4, 7\) instead of \(4, 256\)"):
         load_buffers(model, {**tensors, name: torch.zeros(4, 7)})
 
 
@@ -354,12 +355,12 @@ def test_report_of_a_thousand_classes(tmp_path):
      "sample.capacity (1.0) needs a capacity predictor, which model.family (tc) has not"),
 ])
 def test_bad_dials(overrides, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_config(None, overrides)
     assert message in str(error.value)
 
 
 def test_a_dense_model_has_no_capacity():
     config = tiny("model.family=dense")
-    with pytest.raises(ValueError, match=r"model.family \(dense\) has no experts"):
+    with pytest.raises(UserError, match=r"model.family \(dense\) has no experts"):
         CapacityMeter(DiT(config.model, config.moe), config, 1, CPU)

@@ -42,6 +42,7 @@ from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_shards
 from diffmoe.data.tar import sha256
 from diffmoe.data.values import to_float
 from diffmoe.data.vae import decode_latents, encode_moments, load_vae
+from diffmoe.errors import UserError
 from diffmoe.parallel.groups import Group, build_groups, single_process
 from launcher.environment import detect
 
@@ -177,7 +178,7 @@ def test_classes_are_folders_by_name() -> None:
     assert [p.label for p in source.pictures] == [0] * 9 + [1] * 9 + [2] * 11
     assert list_source(str(pictures()), 10).classes == 10
     assert list_source(str(pictures())).sha256 == source.sha256
-    with pytest.raises(ValueError, match=r"classes \(2\) must be at least the 3"):
+    with pytest.raises(UserError, match=r"classes \(2\) must be at least the 3"):
         list_source(str(pictures()), 2)
 
 
@@ -213,20 +214,20 @@ def make_tar(path: Path, members: list[tuple[str, bytes | None]]) -> None:
 ])
 def test_bad_tars(tmp_path: Path, members: list[tuple[str, bytes | None]], message: str) -> None:
     make_tar(tmp_path / "x.tar", members)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         list_source(str(tmp_path))
 
 
 def test_bad_sources(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(UserError, match="holds no pictures"):
         list_source(str(tmp_path))
-    with pytest.raises(ValueError, match="x-1.tar does not exist"):
+    with pytest.raises(UserError, match="x-1.tar does not exist"):
         list_source(str(tmp_path / "x-{1,2}.tar"))
     (tmp_path / "cut.tar").write_bytes(b"x" * 700)
-    with pytest.raises(ValueError, match="cut.tar is unreadable"):
+    with pytest.raises(UserError, match="cut.tar is unreadable"):
         list_source(str(tmp_path))
     (tmp_path / "class").mkdir()
-    with pytest.raises(ValueError, match="must hold one kind"):
+    with pytest.raises(UserError, match="must hold one kind"):
         list_source(str(tmp_path))
 
 
@@ -279,7 +280,7 @@ def test_the_loader_reads_it() -> None:
     x, y = ShardReader(index, seed=0, flip=True).read(range(2 * index.count))
     assert x.shape == (58, 4, 8, 8) and np.isfinite(x).all()
     assert sorted(y[:29].tolist()) == [0] * 9 + [1] * 9 + [2] * 11
-    with pytest.raises(ValueError, match=r"latents \(58, 8, 8, 8\) must be \[B, 4, h, w\]"):
+    with pytest.raises(UserError, match=r"latents \(58, 8, 8, 8\) must be \[B, 4, h, w\]"):
         decode_latents(load_vae(vae_folder()), torch.from_numpy(x).repeat(1, 2, 1, 1), 0.5, 0.25)
 
 
@@ -295,7 +296,7 @@ def test_inspect_data_shows_decoded_samples(tmp_path: Path, monkeypatch: pytest.
     next(vae.parameters()).data.add_(1)
     vae.save_pretrained(tmp_path / "other")
     monkeypatch.setattr("diffmoe.data.inspect.inspect", None)
-    with pytest.raises(ValueError, match="other. has weights .* was encoded with"):
+    with pytest.raises(UserError, match="other. has weights .* was encoded with"):
         inspect_main([str(encoded().folder), "--vae", str(tmp_path / "other")], detect({}))
 
 
@@ -335,13 +336,13 @@ def test_bf16_storage_is_the_rounded_moments(tmp_path: Path) -> None:
     np.testing.assert_allclose(index.encoding.channel_mean, encoded().encoding.channel_mean, atol=2e-3)
     x, _ = ShardReader(index, seed=0).read(range(29))
     np.testing.assert_allclose(x, ShardReader(encoded(), seed=0).read(range(29))[0], atol=0.02)
-    with pytest.raises(ValueError, match=r"storage \(float16\) is not that of"):
+    with pytest.raises(UserError, match=r"storage \(float16\) is not that of"):
         run(request(tmp_path))
 
 
 def test_bad_autoencoders(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "none", "must be a folder, or an id of the hub"), (tmp_path, "has no config.json")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             load_vae(path)
     copy = tmp_path / "copy"
     shutil.copytree(vae_folder(), copy / "vae")
@@ -350,12 +351,12 @@ def test_bad_autoencoders(tmp_path: Path) -> None:
     for change, message in (({"layers_per_block": 2}, "does not fit AutoencoderKL: missing keys|cannot be loaded"),
                             ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "normalises latents by channel")):
         (copy / "vae/config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             load_vae(copy)
     weights = next((copy / "vae").glob("*.safetensors"))
     torch.save({}, weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         load_vae(copy / "vae")  # a pickle is all there is
 
 
@@ -418,7 +419,7 @@ def test_too_many_bad_pictures_stop_it(tmp_path: Path) -> None:
     spoil(tmp_path / "in")
     strict = request(tmp_path / "out", vae=False, source=str(tmp_path / "in"), bad_share=0.1)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"of 29 images are bad, more than bad_share \(0.1\) allows: n02/0.JPEG, "):
+        with pytest.raises(UserError, match=r"of 29 images are bad, more than bad_share \(0.1\) allows: n02/0.JPEG, "):
             run(strict)
         assert not (tmp_path / "out/index.json").exists()
     assert run(request(tmp_path / "out", vae=False, source=str(tmp_path / "in"), bad_share=0.2)).count == 24
@@ -445,10 +446,10 @@ def test_a_folder_is_finished_only_by_the_same_command(tmp_path: Path) -> None:
     for change, message in (({"image_size": 8}, r"image_size \(8\) is not that of .* \(16\)"),
                             ({"samples_per_shard": 5}, r"samples_per_shard \(5\)"), ({"channels": 1}, "image_channels"),
                             ({"classes": 9}, r"classes \(9\)")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             run(request(out, vae=False, **change))
     (out / "index.json").unlink()
-    with pytest.raises(ValueError, match="must be empty, or begun by encode; it holds shard-0"):
+    with pytest.raises(UserError, match="must be empty, or begun by encode; it holds shard-0"):
         run(request(out, vae=False))
 
 
@@ -459,13 +460,13 @@ def test_a_folder_is_finished_only_by_the_same_command(tmp_path: Path) -> None:
     ({"channels": 1}, r"channels \(1\) must be those of"), ({"source": "/nowhere"}, "/nowhere does not exist")])
 def test_bad_requests(tmp_path: Path, change: dict, message: str) -> None:
     settings = {"vae": str(vae_folder()), "source": str(pictures()), "image_size": SIZE} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         run(Request(out=tmp_path / "out", **settings))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_folder_must_not_lie_in_the_source() -> None:
-    with pytest.raises(ValueError, match="must not lie in source"):
+    with pytest.raises(UserError, match="must not lie in source"):
         request(pictures() / "out")
 
 
@@ -578,7 +579,7 @@ def test_every_moment_of_a_kill(tmp_path: Path, moment: str) -> None:
     state = out / ".encode"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffmoe.data.encode_shards.write_index", lambda index: (_ for _ in ()).throw(OSError("killed")))
-        with pytest.raises(ValueError, match="killed"):
+        with pytest.raises(UserError, match="killed"):
             run(request(out, vae=False))
     if moment == "temporary tar":
         (out / ".shard-000001.tar.123").write_bytes(b"half")
@@ -615,7 +616,7 @@ def test_main(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ([], "required: --source, --out, --image-size"), (["--image-size", "big"], "invalid int value: 'big'"),
     (["--source", "a", "--out", "b", "--image-size", "8", "--channels", "2"], r"channels \(2\) must be 1 or 3")])
 def test_main_complains_at_once(arguments: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         main(arguments, detect({}))
 
 

@@ -5,6 +5,7 @@ import socket
 import pytest
 
 from diffmoe.commands.common import join
+from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment, detect, expand_nodelist, expand_task_counts, export, rendezvous_port
 
 TORCHRUN = {
@@ -134,7 +135,7 @@ def test_file_store(environ, tmp_path):
     ],
 )
 def test_inconsistent_variables_are_named(environ, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         detect(environ)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -171,13 +172,13 @@ def test_expand_nodelist(nodelist, hosts):
 
 @pytest.mark.parametrize("nodelist", ["", "a,", ",a", "a[1", "a]", "a[1-]", "a[x]", "a[3-1]", "a[1,,2]", "a b"])
 def test_a_broken_nodelist_is_refused(nodelist):
-    with pytest.raises(ValueError, match="node list"):
+    with pytest.raises(UserError, match="node list"):
         expand_nodelist(nodelist)
 
 
 def test_expand_task_counts():
     assert expand_task_counts("2(x3),1") == [2, 2, 2, 1]
-    with pytest.raises(ValueError, match="task counts"):
+    with pytest.raises(UserError, match="task counts"):
         expand_task_counts("2(x3")
 
 
@@ -194,5 +195,5 @@ def test_a_port_that_is_taken_is_said(monkeypatch):
         port = taken.getsockname()[1]
         for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)), ("RANK", "0"), ("WORLD_SIZE", "2")):
             monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=rf"MASTER_PORT \({port}\) is in use on this machine, .* another --master_port"):
+        with pytest.raises(UserError, match=rf"MASTER_PORT \({port}\) is in use on this machine, .* another --master_port"):
             join(RankEnvironment(0, 2, 0, 2, "torchrun"))

@@ -23,6 +23,7 @@ from diffmoe.config import Config, load_config
 from diffmoe.data.digits import write_digits
 from diffmoe.data.shards import ShardMeta, write_shards
 from diffmoe.commands import evaluate as command
+from diffmoe.errors import UserError
 from diffmoe.evaluation import decoding
 from diffmoe.evaluation import evaluate as evaluation
 from diffmoe.evaluation.card import Card, Scores, card_from_json, commit, versions
@@ -86,15 +87,15 @@ def test_frechet_distance_of_identical_singular_covariances_is_zero() -> None:
 
 def test_frechet_distance_refuses_what_is_no_gaussian() -> None:
     mean, covariance = np.zeros(3), np.eye(3)
-    with pytest.raises(ValueError, match=r"\(3,\) does not fit the reference's mean of \(4,\)"):
+    with pytest.raises(UserError, match=r"\(3,\) does not fit the reference's mean of \(4,\)"):
         frechet_distance(mean, covariance, np.zeros(4), np.eye(4))
-    with pytest.raises(ValueError, match="second covariance .4, 4. does not fit"):
+    with pytest.raises(UserError, match="second covariance .4, 4. does not fit"):
         frechet_distance(mean, covariance, mean, np.eye(4))
-    with pytest.raises(ValueError, match="first covariance must be positive"):
+    with pytest.raises(UserError, match="first covariance must be positive"):
         frechet_distance(mean, np.diag([1.0, 1.0, -0.1]), mean, covariance)
-    with pytest.raises(ValueError, match="symmetric"):
+    with pytest.raises(UserError, match="symmetric"):
         frechet_distance(mean, np.array([[1, 0.5, 0], [0, 1, 0], [0, 0, 1]]), mean, covariance)
-    with pytest.raises(ValueError, match="second covariance holds 1 values"):
+    with pytest.raises(UserError, match="second covariance holds 1 values"):
         frechet_distance(mean, covariance, mean, np.diag([1.0, np.nan, 1.0]))
 
 
@@ -108,11 +109,11 @@ def test_moments_in_any_cut_are_numpys() -> None:
         assert total.count == 203
         np.testing.assert_allclose(total.mean, x.mean(axis=0), rtol=1e-14)
         np.testing.assert_allclose(total.covariance(), np.cov(x, rowvar=False), rtol=1e-8, atol=1e-9)
-    with pytest.raises(ValueError, match=r"samples \(7\) must be at least feature width \+ 1 \(8\)"):
+    with pytest.raises(UserError, match=r"samples \(7\) must be at least feature width \+ 1 \(8\)"):
         moments_of(x[:7]).covariance()
-    with pytest.raises(ValueError, match="width 7 and 6"):
+    with pytest.raises(UserError, match="width 7 and 6"):
         merge(total, moments_of(x[:, :6]))
-    with pytest.raises(ValueError, match="features holds 1 values"):
+    with pytest.raises(UserError, match="features holds 1 values"):
         moments_of(np.where(np.arange(14).reshape(2, 7) == 3, np.nan, 1.0))
 
 
@@ -147,11 +148,11 @@ def test_inception_score_against_loops_in_any_cut(splits: int) -> None:
 def test_inception_score_extremes_and_refusals() -> None:
     assert inception_score(np.full((50, 8), 1 / 8))[0] == pytest.approx(1)
     assert inception_score(np.eye(8))[0] == pytest.approx(8)
-    with pytest.raises(ValueError, match=r"splits \(4\) must not exceed the samples \(3\)"):
+    with pytest.raises(UserError, match=r"splits \(4\) must not exceed the samples \(3\)"):
         inception_score(np.eye(3), splits=4)
-    with pytest.raises(ValueError, match="worst 1.5"):
+    with pytest.raises(UserError, match="worst 1.5"):
         inception_score(np.array([[0.5, 0.5], [1.0, 0.5]]))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         inception_score(np.array([[np.nan, 0.5]]))
 
 
@@ -244,12 +245,12 @@ def test_torchscript_extractor_gives_all_three(tmp_path: Path) -> None:
 
 
 def test_torchscript_extractor_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not exist, and nothing is downloaded .*f58cb9b6ec32"):
+    with pytest.raises(UserError, match="does not exist, and nothing is downloaded .*f58cb9b6ec32"):
         load_extractor(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("no network")
-    with pytest.raises(ValueError, match="not TorchScript"):
+    with pytest.raises(UserError, match="not TorchScript"):
         load_extractor(tmp_path / "text.pt")
-    with pytest.raises(ValueError, match="layers one by one .* not inception-2015-12-05.pt"):
+    with pytest.raises(UserError, match="layers one by one .* not inception-2015-12-05.pt"):
         load_extractor(scripted(tmp_path, offset=100.0))
 
 
@@ -265,12 +266,12 @@ def test_plain_torchscript_gives_pool_features_only(tmp_path: Path) -> None:
 
 def test_extractor_checks_images_and_features() -> None:
     bad = Extractor("bad", "", lambda images: Features(np.full((len(images), 2), np.nan)))
-    with pytest.raises(ValueError, match="extractor bad: pool .3, 2. holds 6 values that are not finite"):
+    with pytest.raises(UserError, match="extractor bad: pool .3, 2. holds 6 values that are not finite"):
         bad(random_images(3))
     short = Extractor("short", "", lambda images: Features(np.zeros((1, 2))))
-    with pytest.raises(ValueError, match=r"must be \[3, d\]"):
+    with pytest.raises(UserError, match=r"must be \[3, d\]"):
         short(random_images(3))
-    with pytest.raises(ValueError, match=r"must be uint8 \[B, 3, H, W\]"):
+    with pytest.raises(UserError, match=r"must be uint8 \[B, 3, H, W\]"):
         short(random_images(3).float())
 
 
@@ -279,9 +280,9 @@ def test_to_uint8() -> None:
     images = to_uint8((levels - 127.5) / 127.5)
     assert images.shape == (1, 3, 16, 16) and torch.equal(images[0, 2].float(), levels[0, 0])
     assert to_uint8(torch.tensor([-3.0, 3.0]).view(2, 1, 1, 1)).flatten().tolist() == [0] * 3 + [255] * 3
-    with pytest.raises(ValueError, match="1 of 2 images"):
+    with pytest.raises(UserError, match="1 of 2 images"):
         to_uint8(torch.tensor([0.0, float("nan")]).view(2, 1, 1, 1))
-    with pytest.raises(ValueError, match="latents need a decoder"):
+    with pytest.raises(UserError, match="latents need a decoder"):
         to_uint8(torch.zeros(1, 4, 2, 2))
 
 
@@ -297,7 +298,7 @@ def test_digits_extractor_is_deterministic_and_knows_digits() -> None:
     np.testing.assert_allclose(features.spatial, pixels, atol=0.05)
     np.testing.assert_allclose(np.concatenate([first(images[:5]).pool, first(images[5:9]).pool]), features.pool[:9],
                                atol=1e-9)
-    with pytest.raises(ValueError, match="8, 8"):
+    with pytest.raises(UserError, match="8, 8"):
         first(random_images(2, 16))
 
 
@@ -347,13 +348,13 @@ def test_reference_from_folder_equals_npz_and_saved(tmp_path: Path) -> None:
     save_reference(folder, tmp_path / "saved.npz")
     saved = load_reference(tmp_path / "saved.npz", extractor, ALONE, CPU)
     assert_same(folder, saved)
-    with pytest.raises(ValueError, match="measured with extractor tiny-4, this run uses tiny tiny-3"):
+    with pytest.raises(UserError, match="measured with extractor tiny-4, this run uses tiny tiny-3"):
         load_reference(tmp_path / "saved.npz", tiny_extractor(3), ALONE, CPU)
     with np.load(tmp_path / "saved.npz") as archive:
         spoiled = {name: archive[name] for name in archive.files}
     spoiled["mu"][0] += 1
     np.savez(tmp_path / "spoiled.npz", **spoiled)
-    with pytest.raises(ValueError, match="hash of its content"):
+    with pytest.raises(UserError, match="hash of its content"):
         load_reference(tmp_path / "spoiled.npz", extractor, ALONE, CPU)
 
 
@@ -383,23 +384,23 @@ def test_reference_from_shards_and_refusals(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_allclose(few.features, reference.features[::18], atol=1e-9)
     images = random_images(4)
     np.savez(tmp_path / "few.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
-    with pytest.raises(ValueError, match=r"samples \(4\) must be at least feature width \+ 1 \(5\)"):
+    with pytest.raises(UserError, match=r"samples \(4\) must be at least feature width \+ 1 \(5\)"):
         load_reference(tmp_path / "few.npz", tiny_extractor(), ALONE, CPU)
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 8, 8, 3)))
-    with pytest.raises(ValueError, match=r"float64 \(4, 8, 8, 3\)\) must be uint8"):
+    with pytest.raises(UserError, match=r"float64 \(4, 8, 8, 3\)\) must be uint8"):
         open_images(tmp_path / "floats.npz")
     np.savez(tmp_path / "other.npz", pictures=np.zeros(3))
-    with pytest.raises(ValueError, match="not arr_0 and not mu"):
+    with pytest.raises(UserError, match="not arr_0 and not mu"):
         load_reference(tmp_path / "other.npz", tiny_extractor(), ALONE, CPU)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         load_reference(tmp_path / "nowhere", tiny_extractor(), ALONE, CPU)
     (tmp_path / "sizes").mkdir()
     for size in (8, 9):
         Image.new("L", (size, 8)).save(tmp_path / "sizes" / f"{size}.png")
-    with pytest.raises(ValueError, match="9.png is 9 x 8, 8.png is 8 x 8"):
+    with pytest.raises(UserError, match="9.png is 9 x 8, 8.png is 8 x 8"):
         load_reference(tmp_path / "sizes", tiny_extractor(), ALONE, CPU)
     (tmp_path / "sizes" / "9.png").write_text("broken")
-    with pytest.raises(ValueError, match="9.png cannot be read"):
+    with pytest.raises(UserError, match="9.png cannot be read"):
         load_reference(tmp_path / "sizes", tiny_extractor(), ALONE, CPU)
 
 
@@ -537,12 +538,12 @@ def test_restart_equals_undisturbed_and_skips_what_is_done(tmp_path: Path, monke
         run_once(tmp_path / "cut")
     for changes, complaint in (({"count": 60}, "count 70, this run has 60"), ({"labels": "random"}, "labels 'balanced'"),
                                ({"splits": 2}, "splits 1, this run has 2")):
-        with pytest.raises(ValueError, match=f"was begun with {complaint}"):
+        with pytest.raises(UserError, match=f"was begun with {complaint}"):
             run_once(tmp_path / "cut", **changes)
     other = setting()[0]
     with torch.no_grad():
         next(other.parameters()).flatten()[0] += 1
-    with pytest.raises(ValueError, match="was begun with weights_sha256"):
+    with pytest.raises(UserError, match="was begun with weights_sha256"):
         run_once(tmp_path / "cut", model=other)
     assert [path.name for path in sorted((tmp_path / "cut" / "chunks").iterdir())] == [f"00000{i}.npz" for i in range(3)]
     calls[:] = [0] * 10
@@ -560,25 +561,25 @@ def test_restart_equals_undisturbed_and_skips_what_is_done(tmp_path: Path, monke
 
 
 def test_evaluate_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"count \(4\) must be at least the pool features' width \+ 1 \(5\)"):
+    with pytest.raises(UserError, match=r"count \(4\) must be at least the pool features' width \+ 1 \(5\)"):
         run_once(tmp_path, count=4)
-    with pytest.raises(ValueError, match=r"splits \(71\) must lie in 1..count \(70\)"):
+    with pytest.raises(UserError, match=r"splits \(71\) must lie in 1..count \(70\)"):
         run_once(tmp_path, splits=71)
     wide = Reference("x", "", None, Gaussian(np.zeros(6), np.eye(6)))
-    with pytest.raises(ValueError, match="pool features have width 4, the reference's 6"):
+    with pytest.raises(UserError, match="pool features have width 4, the reference's 6"):
         run_once(tmp_path / "wide", reference=wide)
     nan = Extractor("nan", "", lambda images: Features(np.full((len(images), 4), np.nan)))
     plain = Reference("x", "", None, Gaussian(np.zeros(4), np.eye(4)))
-    with pytest.raises(ValueError, match="images 0..15: extractor nan: pool .16, 4. holds 64 values"):
+    with pytest.raises(UserError, match="images 0..15: extractor nan: pool .16, 4. holds 64 values"):
         run_once(tmp_path / "nan", extractor=nan, reference=plain)
     broken = setting()[0]
     with torch.no_grad():
         broken.final_layer.linear.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match="images 0..15: 16 of 16 samples are not finite"):
+    with pytest.raises(UserError, match="images 0..15: 16 of 16 samples are not finite"):
         run_once(tmp_path / "broken", model=broken, reference=plain)
     run_once(tmp_path / "done", reference=plain)
     (tmp_path / "done" / "settings.json").unlink()
-    with pytest.raises(ValueError, match="card.json but no settings.json"):
+    with pytest.raises(UserError, match="card.json but no settings.json"):
         run_once(tmp_path / "done", reference=plain)
 
 
@@ -599,7 +600,7 @@ def test_latents_pass_the_decoder(tmp_path: Path) -> None:
     assert card.scores.sfid is None and card.scores.precision is None and card.reference_count is None
     assert "| sFID ↓ | not measured |" in (tmp_path / "decoded" / "card.md").read_text()
     latents = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=4))
-    with pytest.raises(ValueError, match=r"model.channels \(4\) are latents"):
+    with pytest.raises(UserError, match=r"model.channels \(4\) are latents"):
         evaluate(model, latents, *arguments, tmp_path / "latents", ALONE, CPU)
 
 
@@ -633,7 +634,7 @@ def test_card_names_everything_that_moves_the_score(tmp_path: Path) -> None:
     assert " over 3 splits |" in dataclasses.replace(card, splits=3).to_markdown()
     for field in dataclasses.fields(card):
         assert field.name == "scores" or f"| {field.name.replace('_', ' ')} |" in text
-    with pytest.raises(ValueError, match="not a score card"):
+    with pytest.raises(UserError, match="not a score card"):
         card_from_json('{"scores": {"fid": 1}}')
 
 
@@ -681,5 +682,5 @@ def test_the_verb_scores_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
     arguments[3], arguments[9] = str(tmp_path / "digits.npz"), str(tmp_path / "again")
     assert command.main(arguments, detect()) == 0
     close(card_from_json((tmp_path / "again" / "card.json").read_text()).scores, card.scores)
-    with pytest.raises(ValueError, match="extractor file .nowhere.pt. does not exist"):
+    with pytest.raises(UserError, match="extractor file .nowhere.pt. does not exist"):
         command.main([*arguments[:5], "nowhere.pt", *arguments[6:]], detect())

@@ -19,6 +19,7 @@ from diffmoe.commands import exchange
 from diffmoe.config import SampleConfig, config_to_tree, load_config
 from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import euler
+from diffmoe.errors import UserError
 from diffmoe.evaluation.card import Card, Scores
 from diffmoe.evaluation.generate import generate, threshold_note
 from diffmoe.huggingface import load_folder
@@ -40,7 +41,7 @@ def call(main, *arguments, **environment):
 
 
 def refusal(main, *arguments, **environment) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         call(main, *arguments, **environment)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -446,7 +447,7 @@ def test_a_hugging_face_folder_loads_back_and_samples_the_same(imported, tmp_pat
     assert ("experts per token" in text) == (family != "dense")
     if files > 1:
         (out / weights[0]).unlink()
-        with pytest.raises(ValueError, match="1 missing"):
+        with pytest.raises(UserError, match="1 missing"):
             load_folder(out)
 
 

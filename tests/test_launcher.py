@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from diffmoe.errors import UserError
 from launcher import job
 from launcher.__main__ import VERBS, main
 from launcher.doctor import Facts, gather, judge, satisfies
@@ -132,7 +133,7 @@ def test_a_jobs_folder_is_a_snapshot_that_a_requeue_finds_again(tmp_path):
     assert (folder / "code/run.py").read_bytes() == (REPOSITORY / "run.py").read_bytes()
     assert (folder / "commit.txt").read_text().startswith("unknown (")  # not a repository
     assert not (tmp_path / "run/jobs/.7.partial").exists()
-    with pytest.raises(ValueError, match=r"world size \(3\) must divide by parallel.ep \(2\)"):
+    with pytest.raises(UserError, match=r"world size \(3\) must divide by parallel.ep \(2\)"):
         job.prepare(*arguments[:2], 3, *arguments[3:])
     done = subprocess.run([sys.executable, folder / "code/run.py", "--config", folder / "config.yaml", "--dry-run", "--ranks", "4"], cwd="/",
                           capture_output=True, text=True, timeout=60)

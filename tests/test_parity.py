@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffmoe.commands import verify
+from diffmoe.errors import UserError
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.parity import table
 from diffmoe.parity.cases import Case, full_table, quick_table
@@ -67,7 +68,7 @@ def test_command_line(tmp_path, capsys):
 ])
 def test_bad_command_lines(arguments, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         verify.main(arguments, detect())
 
 

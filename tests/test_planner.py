@@ -7,6 +7,7 @@ from argparse import ArgumentTypeError
 
 import pytest
 
+from diffmoe.errors import UserError
 from launcher import plan, scaling, simulate
 from launcher.scaling import Trial, command_of, write_report
 from launcher.scaling_report import grouped
@@ -94,7 +95,7 @@ def test_a_configuration_that_does_not_resolve_is_said_and_others_are_offered(ca
 ])
 def test_bad_input_is_one_line(verb, arguments, complaint, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    with pytest.raises((ValueError, ArgumentTypeError)) as raised:
+    with pytest.raises((UserError, ArgumentTypeError)) as raised:
         verb.main(arguments)
     assert complaint in str(raised.value) and "\n" not in str(raised.value)
 
@@ -113,7 +114,7 @@ def test_help_ends_with_an_example(verb):
 ])
 def test_a_bad_hardware_table_is_refused(tmp_path, entry, complaint):
     (tmp_path / "table.yaml").write_text(entry)
-    with pytest.raises(ValueError, match="hardware table") as raised:
+    with pytest.raises(UserError, match="hardware table") as raised:
         plan.main([*DEMO, "--hardware", str(tmp_path / "table.yaml")])
     assert complaint in str(raised.value)
 
@@ -179,7 +180,7 @@ def test_an_allocation_decides_nodes_and_ranks():
     assert scaling._sizes(options, inside, 8, "srun") == [(8, 1), (16, 2), (32, 4)]
     assert scaling._ranks_per_node({"SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "2"}) == 2
     assert scaling._sizes(_options("--ranks", "4,12"), inside, 8, "srun") == [(4, 1), (12, 2)]
-    with pytest.raises(ValueError, match="need 8 nodes of 8; the allocation has 4"):
+    with pytest.raises(UserError, match="need 8 nodes of 8; the allocation has 4"):
         scaling._sizes(_options("--nodes", "8"), inside, 8, "srun")
 
 
@@ -213,7 +214,7 @@ def test_a_run_that_fails_or_hangs_leaves_a_line(tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [line["error"] for line in lines] == ["exit code 3: error: nothing works", "no end after 4 s: error: nothing works"]
     assert "no run ended well" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds the runs.jsonl of another measurement; choose another folder"):
+    with pytest.raises(UserError, match="holds the runs.jsonl of another measurement; choose another folder"):
         scaling.main([*DEMO, "--out", str(tmp_path), "--ranks", "1", "--ep", "1"])
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
 

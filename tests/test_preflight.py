@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from diffmoe.config import load_config
+from diffmoe.errors import UserError
 from launcher import gpus
 from launcher.preflight import Expected, blame, exclude_line, judge
 from launcher.probe import Links, Report, rounds, shard_problems
@@ -142,7 +143,7 @@ def test_what_nvidia_smi_says():
     assert (ok.trouble, ok.memory, ok.driver) == ((), 143771, "570.1")
     assert hot.trouble == ("software thermal slowdown at 91 C", "hardware thermal slowdown at 91 C")
     assert broken.trouble == ("3 uncorrected ECC errors",)
-    with pytest.raises(ValueError, match="which is not 7 fields"):
+    with pytest.raises(UserError, match="which is not 7 fields"):
         gpus.parse("No devices were found")
 
 

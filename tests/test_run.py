@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.config import TrainConfig, load_config
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.training.engine import _build_optimizer
@@ -249,7 +250,7 @@ def test_an_optimizer_that_does_not_compile_is_one_line(monkeypatch):
         raise RuntimeError("Unable to JIT load the cpu_adam op\ndue to ninja not being installed.")
 
     monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", no_ninja)
-    with pytest.raises(ValueError, match=r"train.optimizer \(deepspeed\) cannot be compiled here: Unable to .* op due to ninja"):
+    with pytest.raises(UserError, match=r"train.optimizer \(deepspeed\) cannot be compiled here: Unable to .* op due to ninja"):
         _build_optimizer([], TrainConfig(optimizer="deepspeed"), torch.device("cpu"), offload=False, stage=1)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.commands.sample import parse_classes
 from diffmoe.diffusion.sampling import euler, heun
+from diffmoe.errors import UserError
 from diffmoe.evaluation.generate import generate
 from diffmoe.models.dit import DiT
 from diffmoe.models.interchange import load_buffers, load_logical
@@ -126,7 +127,7 @@ def test_classes_on_the_command_line(text, classes):
 
 @pytest.mark.parametrize("text", ["", "10", "3-", "-3", "a", "1,,2", "5-2", "0-10", "1.5", "all,1", "²"])
 def test_classes_that_are_refused(text):
-    with pytest.raises(ValueError, match="--classes"):
+    with pytest.raises(UserError, match="--classes"):
         parse_classes(text, 10)
 
 

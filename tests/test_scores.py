@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from diffmoe.errors import UserError
 from diffmoe.evaluation import scores
 from diffmoe.evaluation.judge import JudgeReport, judge_digits, main
 from diffmoe.evaluation.plots import GRID_GAP, expert_load, image_grid, loss_curve
@@ -44,11 +45,11 @@ def test_precision_recall_of_known_cases() -> None:
     one_mode = points[0] + 1e-3 * np.random.default_rng(2).normal(size=(50, 2))
     precision, recall = precision_recall(points, one_mode)
     assert precision == 1.0 and recall < 0.1
-    with pytest.raises(ValueError, match=r"fake has 3 points and needs more than k \(3\)"):
+    with pytest.raises(UserError, match=r"fake has 3 points and needs more than k \(3\)"):
         precision_recall(points, points[:3])
-    with pytest.raises(ValueError, match="same d"):
+    with pytest.raises(UserError, match="same d"):
         precision_recall(points, points[:, :1])
-    with pytest.raises(ValueError, match="fake holds 1 values"):
+    with pytest.raises(UserError, match="fake holds 1 values"):
         precision_recall(points, np.where(np.arange(100).reshape(50, 2) == 7, np.nan, points))
 
 
@@ -58,7 +59,7 @@ def test_nearest_distances_against_loops(monkeypatch: pytest.MonkeyPatch) -> Non
     query, reference = rng.normal(size=(17, 4)), rng.normal(size=(9, 4))
     expected = [min(np.linalg.norm(q - r) for r in reference) for q in query]
     np.testing.assert_allclose(nearest_distances(query, reference), expected)
-    with pytest.raises(ValueError, match="reference .0 points."):
+    with pytest.raises(UserError, match="reference .0 points."):
         nearest_distances(query, reference[:0])
 
 
@@ -99,13 +100,13 @@ def test_judge_clips(digits: tuple[np.ndarray, np.ndarray]) -> None:
 
 def test_judge_refuses_what_it_cannot_judge(digits: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = digits
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(UserError, match="must be"):
         judge_digits(images, labels[:-1])
-    with pytest.raises(ValueError, match=r"asked \(1\.\.10\)"):
+    with pytest.raises(UserError, match=r"asked \(1\.\.10\)"):
         judge_digits(images, labels + 1)
     spoiled = images.copy()
     spoiled[3, 0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="1 of 500"):
+    with pytest.raises(UserError, match="1 of 500"):
         judge_digits(spoiled, labels)
 
 
@@ -150,7 +151,7 @@ def test_image_grid_keeps_every_value(tmp_path: Path) -> None:
 def test_image_grid_channels(tmp_path: Path, channels: int, mode: str) -> None:
     image_grid(np.zeros((2, channels, 4, 4)), 2, tmp_path / "grid.png", upscale=1)
     assert Image.open(tmp_path / "grid.png").mode == mode
-    with pytest.raises(ValueError, match="C 1, 3 or 4"):
+    with pytest.raises(UserError, match="C 1, 3 or 4"):
         image_grid(np.zeros((2, 2, 4, 4)), 2, tmp_path / "grid.png")
 
 
@@ -163,7 +164,7 @@ def test_loss_curve_takes_gaps_and_missing_values(tmp_path: Path) -> None:
     full, one = (Image.open(tmp_path / name) for name in ("full.png", "one.png"))
     assert full.size == (1200, 1200) and one.size == (1200, 540)
     assert len(np.unique(np.asarray(full.convert("L")))) > 20
-    with pytest.raises(ValueError, match="finite loss"):
+    with pytest.raises(UserError, match="finite loss"):
         loss_curve([{"step": 1, "loss": float("inf")}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
@@ -174,7 +175,7 @@ def test_expert_load_picture(tmp_path: Path) -> None:
     expert_load(load, tmp_path / "load.png", [f"layer {i}" for i in range(5)])
     assert Image.open(tmp_path / "load.png").size == (int((1.6 + 2.5 * 3) * 150), int((1.5 + 2.3 * 2) * 150))
     expert_load(load[2:3, 3:4], tmp_path / "empty.png", ["nothing seen"])
-    with pytest.raises(ValueError, match="4 layer_names"):
+    with pytest.raises(UserError, match="4 layer_names"):
         expert_load(load, tmp_path / "load.png", ["a", "b", "c", "d"])
 
 

@@ -8,6 +8,7 @@ import torch
 from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.commands.common import whole_model
 from diffmoe.config import load_config
+from diffmoe.errors import UserError
 from diffmoe.evaluation import while_training
 from diffmoe.evaluation.evaluate import Subject, evaluate
 from diffmoe.evaluation.features import digits_extractor
@@ -35,7 +36,7 @@ def scored(arguments, fails_at):
         nonlocal rounds
         rounds += 1
         if rounds == fails_at and torch.distributed.get_rank() == 1:
-            raise ValueError("3 of 16 images hold values that are not finite")
+            raise UserError("3 of 16 images hold values that are not finite")
         return original(x)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -71,7 +72,7 @@ def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(t
 
 
 def test_what_scores_need_is_asked_for_before_the_first_step(two_ranks, tmp_path):
-    with pytest.raises(ValueError, match=r"score.reference \(''\) must be given for train.score_every \(5\)"):
+    with pytest.raises(UserError, match=r"score.reference \(''\) must be given for train.score_every \(5\)"):
         load_config(tiny_config(), ["train.score_every=5"])
     for wrong, text in ((f"score.reference={tmp_path}/none", f"{tmp_path}/none"), ("score.extractor=none.pt", "none.pt"),
                         ("score.count=20", r"count (20) must be at least"), ("score.vae=none", "pixels")):

@@ -12,6 +12,7 @@ from diffmoe.diffusion import sampling
 from diffmoe.diffusion.ddpm import linear_schedule, respace
 from diffmoe.diffusion.sampling import SAMPLERS, ancestral, ddim, dopri5, euler, heun
 from diffmoe.diffusion.times import logit_normal, uniform_steps
+from diffmoe.errors import UserError
 
 SCHEDULE = linear_schedule()
 MEAN, STD = 0.7, 0.5  # of the Gaussian data
@@ -113,7 +114,7 @@ def test_dopri5_evaluates_as_long_as_any_rank_does():
 
 @pytest.mark.parametrize("field, steps", [(decay, 2), (lambda z, t: z * math.nan, 30)])
 def test_dopri5_gives_up(field, steps):
-    with pytest.raises(ValueError, match=rf"sample.steps \({steps}\) at sample.tolerance \(0.0001\)"):
+    with pytest.raises(UserError, match=rf"sample.steps \({steps}\) at sample.tolerance \(0.0001\)"):
         dopri5(field, start(), steps)
 
 

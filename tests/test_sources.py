@@ -27,6 +27,7 @@ from diffmoe.data.rows import BadShard
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_shards
 from diffmoe.data.share import Share
 from diffmoe.data.stream import BatchStream
+from diffmoe.errors import UserError
 
 SHARD = 30_720  # bytes
 
@@ -167,7 +168,7 @@ def test_a_source_that_stays_bad_is_an_error_that_names_it(index: ShardIndex, tm
         with pytest.raises(BadShard, match="HTTP status 404"):
             numbers(remote, cache(tmp_path), range(1))
         assert len(server.served) == 2 + sources.TRIES  # asked once: it said no
-        with pytest.raises(ValueError, match="nowhere/index.json cannot be read: HTTP status 404"):
+        with pytest.raises(UserError, match="nowhere/index.json cannot be read: HTTP status 404"):
             load_index(f"{server.address}/nowhere")
     with pytest.raises(BadShard, match="command ended with exit status 3"):
         store = cache(tmp_path)
@@ -186,7 +187,7 @@ def test_the_cache_is_bounded_and_what_is_open_stays(index: ShardIndex, tmp_path
         assert len(server.served) > 1 + 11  # some were fetched again
         reader.close()
         descriptors = [small.open(shard, remote.address(shard)) for shard in remote.shards[:4]]
-        with pytest.raises(ValueError, match=r"data.cache_gib \(0.000114\) is too small: .* shards in use with shard shard-000004"):
+        with pytest.raises(UserError, match=r"data.cache_gib \(0.000114\) is too small: .* shards in use with shard shard-000004"):
             small.open(remote.shards[4], remote.address(remote.shards[4]))
         os.close(descriptors[2])
         os.close(small.open(remote.shards[4], remote.address(remote.shards[4])))
@@ -248,13 +249,13 @@ def test_workers_read_remote_shards(index: ShardIndex, tmp_path: Path) -> None:
     ("pipe:cat x", "must name a .tar"), ("pipe:cat /{a,b}/x.tar", "lies in 2 places"),
     ("odd://host/set", "odd://host/set/index.json cannot be read: .*no gopen handler")])
 def test_bad_addresses(address: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_index(address)
 
 
 def test_a_shard_that_the_index_does_not_know(index: ShardIndex) -> None:
     (index.folder / "other.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="shard other.tar is not in the index"):
+    with pytest.raises(UserError, match="shard other.tar is not in the index"):
         load_index(f"{index.folder}/*.tar")
-    with pytest.raises(ValueError, match="is remote and needs a cache"):
+    with pytest.raises(UserError, match="is remote and needs a cache"):
         ShardReader(load_index(f"pipe:cat {index.folder}/shard-000000.tar"), seed=0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from diffmoe.errors import UserError
 from diffmoe.parallel.spawn import RankError, Ranks
 
 
@@ -71,5 +72,5 @@ def test_a_rank_that_hangs():
 def test_one_rank_and_none():
     with Ranks(1) as ranks:
         assert [total[0].item() for _, total, _ in ranks.run(add_up, 5)] == [5.0]
-    with pytest.raises(ValueError, match=r"world \(0\)"):
+    with pytest.raises(UserError, match=r"world \(0\)"):
         Ranks(0)

@@ -20,6 +20,7 @@ import torch
 
 from diffmoe.commands.common import Parser
 from diffmoe.config import Config, load_config
+from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.markdown import table
 from diffmoe.models.dit import DiT, initialize
@@ -35,7 +36,7 @@ _BASE = Path(__file__).resolve().parents[2] / "configs" / "base"
 
 
 def main(arguments: list[str]) -> int:
-    """The kind ``checkpoint``; returns the exit code.  ValueError for bad input."""
+    """The kind ``checkpoint``; returns the exit code.  UserError for bad input."""
     parser = Parser(prog="bench checkpoint", description="Stall and total time of a save against torch.save of a full state dict.")
     parser.add_argument("--model", choices=["s", "b", "l", "xl"], default="s", help="size (default s)")
     parser.add_argument("--experts", type=int, default=4, help="default 4")
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     for name in ("ranks", "repeats"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name} ({getattr(options, name)}) must be at least 1")
+            raise UserError(f"--{name} ({getattr(options, name)}) must be at least 1")
     config = load_config(_BASE / f"{options.model}.yaml", [f"moe.experts={options.experts}", f"parallel.ep={options.ranks}",
                                                          f"train.batch={options.ranks}", "moe.pool=1"])
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=options.folder) as folder, \

@@ -21,6 +21,7 @@ from diffmoe.bench.moe_layer import RULE, training_pass
 from diffmoe.bench.options import bench_parser, sized_config
 from diffmoe.config import Config, override
 from diffmoe.device import synchronize
+from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.moe.layer import MoELayer
 from diffmoe.parallel.groups import build_groups
@@ -86,10 +87,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     config, device, dtype = sized_config(options)
     if dtype != torch.float32:
-        raise ValueError(f"--dtype ({options.dtype}) must be fp32 here")
+        raise UserError(f"--dtype ({options.dtype}) must be fp32 here")
     worlds = [int(w) for w in options.worlds.split(",") if w.isdigit()]
     if not worlds or min(worlds) < 1 or options.samples < 1:
-        raise ValueError(f"--worlds ({options.worlds}) must be numbers by commas and --samples ({options.samples}) at least 1")
+        raise UserError(f"--worlds ({options.worlds}) must be numbers by commas and --samples ({options.samples}) at least 1")
     rows, cases = [], []
     for world in worlds:
         with Ranks(world, timeout=600, device=device.type) as ranks:

@@ -27,6 +27,7 @@ from diffmoe.data.rows import OpenShard
 from diffmoe.data.share import Share
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_index, write_shards
 from diffmoe.data.stream import BatchStream
+from diffmoe.errors import UserError
 
 _SHAPE, _SCALE, _BATCH, _STREAMS, _WINDOW, _PER_SHARD = (8, 32, 32), 0.18215, 256, 64, 4, 1024
 _IMAGENET = 1_281_167
@@ -46,9 +47,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     for name in ("samples", "repeats"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name} ({getattr(options, name)}) must be at least 1")
+            raise UserError(f"--{name} ({getattr(options, name)}) must be at least 1")
     if options.samples % _PER_SHARD:
-        raise ValueError(f"--samples ({options.samples}) must divide by {_PER_SHARD}, the samples of a shard")
+        raise UserError(f"--samples ({options.samples}) must divide by {_PER_SHARD}, the samples of a shard")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="diffmoe-bench-", dir=options.folder) as folder:
         record = measure(Path(folder), options.samples, options.repeats, options.cold)

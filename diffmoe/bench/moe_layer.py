@@ -26,6 +26,7 @@ from diffmoe.bench import measure
 from diffmoe.bench.contenders import TextbookLoop, deepspeed_layer
 from diffmoe.bench.options import bench_parser, sized_config
 from diffmoe.config import Config, override
+from diffmoe.errors import UserError
 from diffmoe.moe.capacity import CapacityPredictor, predictor_loss
 from diffmoe.moe.experts import Mlp
 from diffmoe.moe.layer import MoELayer
@@ -206,9 +207,9 @@ def main(arguments: list[str]) -> int:
         return _main_of_sweep(options, config, device, dtype)
     names = tuple(options.only.split(","))
     if not {"ours", "dense"} <= set(names) <= set(CONTENDERS):
-        raise ValueError(f"--only ({options.only}) must hold ours and dense, and beside them some of {', '.join(CONTENDERS)}")
+        raise UserError(f"--only ({options.only}) must hold ours and dense, and beside them some of {', '.join(CONTENDERS)}")
     if options.tokens < 1 or options.tokens % config.model.tokens:
-        raise ValueError(f"--tokens ({options.tokens}) must be whole samples of {config.model.tokens} tokens")
+        raise UserError(f"--tokens ({options.tokens}) must be whole samples of {config.model.tokens} tokens")
     found, profiles, tables = compare(config, options.tokens, names, options.repeats, device, dtype, options.profile)
     facts = {"model": options.model, "experts": config.moe.experts, "tokens": options.tokens, "dtype": options.dtype,
              "repeats": options.repeats, **ratios(found), "contenders": found,

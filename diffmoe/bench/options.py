@@ -10,6 +10,7 @@ import torch
 from diffmoe.commands.common import Parser
 from diffmoe.config import Config, load_config
 from diffmoe.device import local_device
+from diffmoe.errors import UserError
 
 _SIZES = Path(__file__).resolve().parents[2] / "configs" / "base"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,8 +32,8 @@ def bench_parser(kind: str, description: str, profile: bool = False) -> argparse
 
 
 def sized_config(options: argparse.Namespace) -> tuple[Config, torch.device, torch.dtype]:
-    """The published model of that size, this machine's device, and the precision.  ValueError for bad numbers."""
+    """The published model of that size, this machine's device, and the precision.  UserError for bad numbers."""
     if options.repeats < 1:
-        raise ValueError(f"--repeats ({options.repeats}) must be at least 1")
+        raise UserError(f"--repeats ({options.repeats}) must be at least 1")
     config = load_config(_SIZES / f"{options.model}.yaml", [f"moe.experts={options.experts}", *options.set])
     return config, local_device(0, 1), DTYPES[options.dtype]

@@ -16,6 +16,7 @@ import torch
 from diffmoe.bench import measure
 from diffmoe.bench.options import bench_parser, sized_config
 from diffmoe.device import synchronize
+from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.moe.capacity import histogram
 from diffmoe.moe.routing import RoutingRule
@@ -57,8 +58,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     config, device, dtype = sized_config(options)
     if options.samples < 1 or not all(0 < c <= config.moe.experts for c in options.capacities):
-        raise ValueError(f"--samples ({options.samples}) and --capacities ({options.capacities}) must be above 0, capacities at "
-                         f"most the experts ({config.moe.experts})")
+        raise UserError(f"--samples ({options.samples}) and --capacities ({options.capacities}) must be above 0, capacities at "
+                        f"most the experts ({config.moe.experts})")
     model = build_model(config, options.samples, single_process()).to(device, dtype).eval()
     for _, layer in model.moe_layers():
         layer.thresholds.float()  # as in training

@@ -30,6 +30,7 @@ from diffmoe.config import Config
 from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.device import backend, measured_flops
 from diffmoe.diffusion.randomness import StepDraws
+from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.models.compiled import check_compiler, compile_blocks
 from diffmoe.models.count import count
@@ -151,11 +152,11 @@ def main(arguments: list[str]) -> int:
     config, device, dtype = sized_config(options)
     fit = options.samples == "fit"
     if fit and device.type == "cpu":
-        raise ValueError("--samples (fit) needs a GPU; on a CPU give a number")
+        raise UserError("--samples (fit) needs a GPU; on a CPU give a number")
     if not fit and options.samples < 1:
-        raise ValueError(f"--samples ({options.samples}) must be at least 1")
+        raise UserError(f"--samples ({options.samples}) must be at least 1")
     if options.accumulation < 1:
-        raise ValueError(f"--accumulation ({options.accumulation}) must be at least 1")
+        raise UserError(f"--accumulation ({options.accumulation}) must be at least 1")
     if options.compile:
         check_compiler(device)
     names = (["ours", "dense"] + ["block", "selective"] * options.recompute + ["compiled", "compiled-dense"] * options.compile
@@ -216,11 +217,11 @@ def _that_fit(contenders: list[Contender], config: Config, accumulation: int, de
 
 def most_samples(at_few: int, at_twice: int, few: int, room: float) -> int:
     """The most samples, a power of two, whose memory is at most ``room`` bytes where ``few`` take ``at_few`` and twice as many
-    ``at_twice``, growing linearly.  ValueError where not even one fits."""
+    ``at_twice``, growing linearly.  UserError where not even one fits."""
     each = max(1.0, (at_twice - at_few) / few)
     samples = int((room - at_few) / each + few)
     if samples < 1:
-        raise ValueError(f"--samples (fit): one sample needs {at_few + (1 - few) * each:.3g} bytes, there is room for {room:.3g}")
+        raise UserError(f"--samples (fit): one sample needs {at_few + (1 - few) * each:.3g} bytes, there is room for {room:.3g}")
     return 1 << (samples.bit_length() - 1)
 
 

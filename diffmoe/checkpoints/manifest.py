@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.checkpoints.tensor_file import CHUNK, Damaged, Piece, Written
+from diffmoe.errors import UserError
 
 FORMAT = 2
 MANIFEST = "checkpoint.json"
@@ -69,7 +70,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises Damaged for a file that is not what was written, and ValueError for one of another format."""
+    """Raises Damaged for a file that is not what was written, and UserError for one of another format."""
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
@@ -80,7 +81,7 @@ def read_manifest(path: Path) -> Manifest:
     if "crc32" in tree and tree.pop("crc32") != _checksum(tree):
         raise Damaged(f"{path} is not what was written: its checksum is wrong")
     if tree.get("format", FORMAT) != FORMAT:
-        raise ValueError(f"{path} has format {tree['format']}; this program reads {FORMAT}")
+        raise UserError(f"{path} has format {tree['format']}; this program reads {FORMAT}")
     missing = {"format", *Manifest.__dataclass_fields__} - set(tree)
     if missing:
         raise Damaged(f"{path} lacks {', '.join(sorted(missing))}")
@@ -98,27 +99,27 @@ def _parse(tree: dict) -> Manifest:
     shapes = {name: tuple(_natural(size) for size in shape) for name, shape in tree["shapes"].items()}
     files = {name: _parse_file(name, record, shapes) for name, record in tree["files"].items()}
     if not isinstance(tree["config"], dict) or not isinstance(tree["counters"], dict):
-        raise ValueError("config and counters must be mappings")
+        raise UserError("config and counters must be mappings")
     return Manifest(*(_natural(tree[key]) for key in ("step", "samples", "pool", "ranks")), tuple(map(float, tree["emas"])),
                     tree["counters"], tree["config"], shapes, files)
 
 
 def _parse_file(name: str, record: dict, shapes: Mapping[str, tuple[int, ...]]) -> FileRecord:
     if not _FILE.fullmatch(name):
-        raise ValueError(f"{name!r} is not the name of a file of a checkpoint")
+        raise UserError(f"{name!r} is not the name of a file of a checkpoint")
     spans = {tensor: (_natural(start), _natural(stop)) for tensor, (start, stop) in record["tensors"].items()}
     strangers = [tensor for tensor in spans if tensor not in shapes]
     if strangers:
-        raise ValueError(f"{name} holds {strangers[0]}, which has no shape")
+        raise UserError(f"{name} holds {strangers[0]}, which has no shape")
     if sum(stop - start for start, stop in spans.values()) > _natural(record["bytes"]):
-        raise ValueError(f"{name} cannot hold as many elements in {record['bytes']} bytes")
+        raise UserError(f"{name} cannot hold as many elements in {record['bytes']} bytes")
     written = FileRecord(_natural(record["bytes"]), tuple(map(_natural, record["crc32"])), spans)
     if len(written.crc32) != -(-written.bytes // CHUNK):
-        raise ValueError(f"{name} has {len(written.crc32)} checksums for {written.bytes} bytes")
+        raise UserError(f"{name} has {len(written.crc32)} checksums for {written.bytes} bytes")
     return written
 
 
 def _natural(value: object) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} must be a whole number")
+        raise UserError(f"{value!r} must be a whole number")
     return value

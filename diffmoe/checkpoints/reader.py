@@ -14,6 +14,7 @@ from torch import Tensor
 from diffmoe.checkpoints.manifest import MANIFEST, kind_of, read_manifest
 from diffmoe.checkpoints.tensor_file import Damaged, Piece, TensorFile, whole_entry_pieces
 from diffmoe.config import Config, config_from_tree
+from diffmoe.errors import UserError
 
 MASTER, FIRST_MOMENT, SECOND_MOMENT, BUFFERS = "master", "exp_avg", "exp_avg_sq", "buffers"
 _FOLDER = re.compile(r"step_(\d{8})")
@@ -104,14 +105,14 @@ def open_tensors(paths: list[Path]) -> Tensors:
 class Checkpoint:
     """A complete checkpoint, opened: ``path`` is its folder, or a run's folder whose newest one is meant.
 
-    Opening compares names and sizes.  Raises Damaged (a ValueError) for damage, ValueError when there is none or its format
+    Opening compares names and sizes.  Raises Damaged (a UserError) for damage, UserError when there is none or its format
     is another."""
 
     def __init__(self, path: Path) -> None:
         if not (path / MANIFEST).is_file():
             newest = complete_folders(path / "checkpoints") or complete_folders(path)
             if not newest:
-                raise ValueError(f"no complete checkpoint in {path}")
+                raise UserError(f"no complete checkpoint in {path}")
             path = newest[-1]
         self.path = path
         self.manifest = read_manifest(path / MANIFEST)
@@ -157,14 +158,14 @@ class Checkpoint:
                         for piece in self.manifest.pieces(name)], f"{kind} of {self.path}")
 
     def weights(self, which: str) -> Tensors:
-        """Weights of ``raw`` (what is trained), ``ema`` (the default EMA) or ``ema:0.999``.  Raises ValueError for others."""
+        """Weights of ``raw`` (what is trained), ``ema`` (the default EMA) or ``ema:0.999``.  Raises UserError for others."""
         names = {"raw": MASTER, "ema": ema_kind(self.manifest.emas[0]),
                  **{f"ema:{decay!r}": ema_kind(decay) for decay in self.manifest.emas}}
         kind, _, decay = which.partition(":")
         if kind == "ema" and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", decay):
             which = f"ema:{float(decay)!r}"  # 0.9990 is 0.999
         if which not in names:
-            raise ValueError(f"weights {which!r} must be one of {', '.join(names)} for {self.path}")
+            raise UserError(f"weights {which!r} must be one of {', '.join(names)} for {self.path}")
         return self.tensors(names[which])
 
     def check_file(self, name: str) -> None:

@@ -21,6 +21,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from diffmoe.errors import UserError
+
 CHUNK = 4 * 2**20
 _MAX_HEADER = 100 * 2**20  # the stock library's limit
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -28,7 +30,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
     """A file is not what its checkpoint says: missing, cut, changed, or not whole."""
 
 
@@ -248,14 +250,14 @@ def whole_entry_pieces(file: TensorFile) -> list[Piece]:
 def _once(pairs: list[tuple[str, object]]) -> dict:
     tree = dict(pairs)
     if len(tree) != len(pairs):
-        raise ValueError("a name stands twice in its header")
+        raise UserError("a name stands twice in its header")
     return tree
 
 
 def _parse_entry(record: dict, data: int, total: int) -> Entry:
     dtype, shape, (begin, end) = _DTYPES[record["dtype"]], record["shape"], record["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError("shapes and offsets must be whole numbers")
+        raise UserError("shapes and offsets must be whole numbers")
     if end - begin != prod(shape) * dtype.itemsize or data + end > total:
-        raise ValueError(f"shape {shape} and offsets {begin} to {end} do not fit a file of {total} bytes")
+        raise UserError(f"shape {shape} and offsets {begin} to {end} do not fit a file of {total} bytes")
     return Entry(dtype, tuple(shape), data + begin, data + end)

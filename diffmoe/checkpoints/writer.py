@@ -22,6 +22,7 @@ from diffmoe.checkpoints.manifest import MANIFEST, FileRecord, Manifest, file_na
 from diffmoe.checkpoints.reader import BUFFERS, complete_folders, step_folder
 from diffmoe.checkpoints.tensor_file import Piece, whole_piece, write_tensors
 from diffmoe.config import Config, config_to_tree
+from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 
 _PART_BYTES = 2**30
@@ -141,11 +142,11 @@ def save_start(folder: Path, config: Config, layout: Layout, kinds: Mapping[str,
     """Writes weights from elsewhere as the state before step 0; one process, at most 1 GiB (or one tensor) of them in memory.
 
     ``kinds``: (logical name, fp32 tensor) pairs of ``master`` and the EMAs; other kinds are kept with the checkpoint and not
-    restored.  Adam's moments are not stored: before the first step they are zero.  Raises ValueError when ``folder``
+    restored.  Adam's moments are not stored: before the first step they are zero.  Raises UserError when ``folder``
     already has a checkpoint."""
     there = complete_folders(folder)
     if there:
-        raise ValueError(f"{folder} already has {there[-1].name}; choose another run.folder")
+        raise UserError(f"{folder} already has {there[-1].name}; choose another run.folder")
     final, partial = step_folder(folder, 0), partial_folder(folder, 0)
     try:
         prepare(folder, 0)
@@ -157,7 +158,7 @@ def save_start(folder: Path, config: Config, layout: Layout, kinds: Mapping[str,
         files, shapes = join_parts(partial, number, lambda: False)
         commit(partial, final, describe(0, config, layout, {}, files, shapes))
     except OSError as error:
-        raise ValueError(f"{final} cannot be written: {error}") from error
+        raise UserError(f"{final} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 from diffmoe.commands.common import one_process
+from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 
 KINDS = {
@@ -18,13 +19,13 @@ KINDS = {
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``bench``; returns the exit code.  ValueError for bad input."""
+    """The verb ``bench``; returns the exit code.  UserError for bad input."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("run.py bench KIND … (--help after the kind says more):\n"
               + "\n".join(f"  {kind:13} {text}" for kind, text in KINDS.items()))
         return 0
     kind, rest = arguments[0], arguments[1:]
     if kind not in KINDS:
-        raise ValueError(f"bench kind {kind!r} must be one of {', '.join(KINDS)}")
+        raise UserError(f"bench kind {kind!r} must be one of {', '.join(KINDS)}")
     one_process("bench", environment)  # it starts its own ranks
     return importlib.import_module(f"diffmoe.bench.{kind.replace('-', '_')}").main(rest)

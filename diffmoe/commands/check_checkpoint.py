@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffmoe.commands.common import Parser, one_process
+from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``check-checkpoint``; returns 0 when everything is whole, else 1.  ValueError where there is no checkpoint."""
+    """The verb ``check-checkpoint``; returns 0 when everything is whole, else 1.  UserError where there is no checkpoint."""
     parser = Parser(prog="check-checkpoint", description="Whether checkpoints are whole: the manifest, every file's size and "
                                                          "checksums, every tensor that the configuration needs. Exit code 0, "
                                                          "1 where one is not, 2 for bad input.")
@@ -24,7 +25,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     for folder in map(Path, options.folder):
         found = [folder] if (folder / MANIFEST).is_file() else complete_folders(folder / "checkpoints") or complete_folders(folder)
         if not found:
-            raise ValueError(f"no complete checkpoint in {folder}")
+            raise UserError(f"no complete checkpoint in {folder}")
         for path in found:
             problems += _check(path, options.values)
     return 1 if problems else 0
@@ -40,7 +41,7 @@ def _check(path: Path, values: bool) -> int:
         problems = [*check_files(checkpoint), *check_tensors(checkpoint)]
         if values and not problems:  # what is damaged cannot be read
             problems += check_values(checkpoint)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         problems = [str(error)]
     for problem in problems:
         print(f"damaged  {problem}", flush=True)

@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from diffmoe.config import Config, override
+from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 
 if TYPE_CHECKING:
@@ -23,19 +24,19 @@ _PATIENCE = datetime.timedelta(minutes=30)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is a ValueError: one line, on one rank."""
+    """argparse whose complaint is a UserError: one line, on one rank."""
 
     def __init__(self, prog: str, description: str | None = None) -> None:
         super().__init__(prog=f"run.py {prog}", description=description)
 
     def error(self, message: str) -> None:
-        raise ValueError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def one_process(verb: str, environment: RankEnvironment) -> None:
-    """Raises ValueError where a verb that does its work in one process was started as several."""
+    """Raises UserError where a verb that does its work in one process was started as several."""
     if environment.world != 1:
-        raise ValueError(f"{verb} runs in one process; WORLD_SIZE is {environment.world}")
+        raise UserError(f"{verb} runs in one process; WORLD_SIZE is {environment.world}")
 
 
 def add_latent_options(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +63,8 @@ def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) 
     except RuntimeError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise ValueError(f"MASTER_PORT ({os.environ.get('MASTER_PORT')}) is in use on this machine, perhaps by another run: "
-                         "give the launcher another --master_port") from None
+        raise UserError(f"MASTER_PORT ({os.environ.get('MASTER_PORT')}) is in use on this machine, perhaps by another run: "
+                        "give the launcher another --master_port") from None
     store.set_timeout(timeout)
     check_own_gpu(device, environment.local_rank, environment.local_world, store)
     dist.init_process_group(
@@ -92,14 +93,14 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
     """The run's configuration with what the command line says; only the ``sample`` section may be overridden."""
     strangers = [text for text in options.overrides if not text.startswith("sample.")]
     if strangers:
-        raise ValueError(f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change")
+        raise UserError(f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change")
     said = {"sample.cfg": options.cfg, "run.seed": options.seed,
             "sample.capacity": getattr(options, "capacity", None)}  # not every verb that samples has the last
     return override(config, options.overrides + [f"{name}={value}" for name, value in said.items() if value is not None])
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:
-    """A model with all experts on the CPU, holding a checkpoint's ``raw``, ``ema`` or ``ema:0.999`` weights.  ValueError where
+    """A model with all experts on the CPU, holding a checkpoint's ``raw``, ``ema`` or ``ema:0.999`` weights.  UserError where
     there are none such or they do not fit."""
     from diffmoe.checkpoints.reader import BUFFERS
     from diffmoe.models.dit import DiT

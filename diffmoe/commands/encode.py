@@ -16,7 +16,7 @@ _PATIENCE = datetime.timedelta(hours=12)
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``encode``; returns the exit code.  ValueError for bad input."""
+    """The verb ``encode``; returns the exit code.  UserError for bad input."""
     parser = Parser(prog="encode", description="Pictures to shards of VAE moments (or of pixels, without --vae). "
                                                 "Interrupted, it goes on when the same command runs again.")
     parser.add_argument("--source", required=True, help="folder of class folders, folder of tars, or tars by pattern")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from diffmoe.commands.common import Parser, add_latent_options, join, leave, sampling_config, whole_model
+from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 
 _DESCRIPTION = ("FID, sFID, Inception Score, precision and recall of a checkpoint. Interrupted, it goes on where it was when "
@@ -13,7 +14,7 @@ _DESCRIPTION = ("FID, sFID, Inception Score, precision and recall of a checkpoin
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``evaluate``; returns the exit code.  ValueError for bad input."""
+    """The verb ``evaluate``; returns the exit code.  UserError for bad input."""
     options = _described(Parser(prog="evaluate", description=_DESCRIPTION)).parse_intermixed_args(arguments)
     from diffmoe.checkpoints.reader import Checkpoint
     from diffmoe.evaluation.decoding import checkpoint_data, open_decoder
@@ -37,7 +38,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         if options.vae is not None:
             numbers = (options.latent_scale, options.latent_shift)
             decoder = open_decoder(options.vae, config, checkpoint_data(config, *numbers), *numbers, device)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         problem = error
     raise_together(problem, world)
     reference = load_reference(options.reference, extractor, world, device, progress=first)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Iterator, Mapping
 
 from diffmoe.commands.common import Parser, one_process
 from diffmoe.config import Config, load_config
+from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
 from launcher.environment import RankEnvironment
 
@@ -26,7 +27,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def import_main(arguments: list[str], environment: RankEnvironment) -> int:
-    """``run.py import``: writes the checkpoint that a run starts from.  ValueError for bad input."""
+    """``run.py import``: writes the checkpoint that a run starts from.  UserError for bad input."""
     parser = Parser(prog="import", description="Weights of the research code, as the checkpoint that run.folder starts from "
                                                 "(sample, train and evaluate read it).")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -43,14 +44,14 @@ def import_main(arguments: list[str], environment: RankEnvironment) -> int:
     options = parser.parse_intermixed_args(arguments)
     one_process("import", environment)
     if options.research and (options.weights or options.scale_experts):
-        raise ValueError("--weights and --scale-experts go with --dense")
+        raise UserError("--weights and --scale-experts go with --dense")
     if options.ranks is not None and options.ranks < 1:
-        raise ValueError(f"--ranks ({options.ranks}) must be at least 1")
+        raise UserError(f"--ranks ({options.ranks}) must be at least 1")
     config = load_config(options.config, options.overrides)
     layout = resolve_layout(config, options.ranks or config.parallel.ep)
     path = Path(options.research or options.dense)
     if not path.is_file():
-        raise ValueError(f"research checkpoint {path} does not exist")
+        raise UserError(f"research checkpoint {path} does not exist")
     if options.research:
         written = import_research(path, config, layout)
     else:
@@ -63,7 +64,7 @@ def import_main(arguments: list[str], environment: RankEnvironment) -> int:
 def import_research(path: Path, config: Config, layout: Layout) -> Path:
     """A research checkpoint of the model in ``config`` becomes ``run.folder``'s checkpoint of step 0.  Returns its folder.
 
-    Raises ValueError when the file is not whole, holds code, or does not fit the configuration tensor by tensor, or when this
+    Raises UserError when the file is not whole, holds code, or does not fit the configuration tensor by tensor, or when this
     configuration scales times."""
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
@@ -110,7 +111,7 @@ def import_dense(path: Path, config: Config, layout: Layout, weights: str | None
     states = read_research(path)
     which = weights or ("ema" if "ema" in states else "model")
     if which not in states:
-        raise ValueError(f"--weights ({which}) is not in {path}, which has only {', '.join(states)}")
+        raise UserError(f"--weights ({which}) is not in {path}, which has only {', '.join(states)}")
     dense = load_dense(states[which], config, f"{path} ({which})")
     model = upcycle(dense, config, layout.pool)
     blocks = len(list(model.moe_layers()))
@@ -143,7 +144,7 @@ def describe_receipt(receipt: Receipt, scale: bool) -> str:
 
 
 def export_main(arguments: list[str], environment: RankEnvironment) -> int:
-    """``run.py export``: a checkpoint as a research file or a Hugging Face folder.  ValueError for bad input."""
+    """``run.py export``: a checkpoint as a research file or a Hugging Face folder.  UserError for bad input."""
     parser = Parser(prog="export", description="A checkpoint in other people's formats.")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
     parser.add_argument("--format", required=True, choices=("research", "hf"), help="research: one .pt file with model and ema; "
@@ -155,11 +156,11 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
     options = parser.parse_args(arguments)
     one_process("export", environment)
     if options.format == "research" and (options.weights or options.shard_size or options.scores):
-        raise ValueError("--weights, --shard-size and --scores go with --format hf")
+        raise UserError("--weights, --shard-size and --scores go with --format hf")
     limit = parse_size(options.shard_size or "5GB")
     out = Path(options.out)
     if out.exists():
-        raise ValueError(f"--out {out} already exists")
+        raise UserError(f"--out {out} already exists")
     from diffmoe.checkpoints.reader import Checkpoint
 
     checkpoint = Checkpoint(Path(options.checkpoint))
@@ -175,14 +176,14 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
             print(f"saved {out}: {options.weights or 'ema'} weights of step {checkpoint.step} in {files} "
                   f"file{'s' * (files > 1)}", flush=True)
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error}") from error
+        raise UserError(f"--out {out} cannot be written: {error}") from error
     return 0
 
 
 def export_research(checkpoint: Checkpoint, out: Path) -> int:
     """Writes ``{"model": …, "ema": …}`` with the research code's names.  Returns the number of tensors of each.
 
-    A checkpoint that :func:`import_research` wrote gives the imported tensors back bit for bit.  ValueError when this model
+    A checkpoint that :func:`import_research` wrote gives the imported tensors back bit for bit.  UserError when this model
     scales times."""
     import torch
 
@@ -207,8 +208,8 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
 def _check_times(config: Config) -> None:
     """The research code embeds t as it is, and its files have no place to say otherwise."""
     if config.diffusion.time_scale != 1:
-        raise ValueError(f"diffusion.time_scale ({config.diffusion.time_scale:g}) must be 1 for a research checkpoint: that code embeds "
-                         "t unscaled")
+        raise UserError(f"diffusion.time_scale ({config.diffusion.time_scale:g}) must be 1 for a research checkpoint: that code embeds "
+                        "t unscaled")
 
 
 def parse_size(text: str) -> int:
@@ -216,7 +217,7 @@ def parse_size(text: str) -> int:
     parts = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMG]B)?", text.upper())
     size = int(float(parts[1]) * _UNITS[parts[2] or ""]) if parts else 0
     if size < 1:
-        raise ValueError(f"--shard-size {text!r} must be a size such as 5GB, 500MB or 1000000 (bytes)")
+        raise UserError(f"--shard-size {text!r} must be a size such as 5GB, 500MB or 1000000 (bytes)")
     return size
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe.commands.common import Parser, one_process
+from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _DECODED = 8  # pictures together: all 64 of a published autoencoder would take 
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``inspect-data``; 0 when all is as it should be, 1 for bad data.  ValueError for bad input."""
+    """The verb ``inspect-data``; 0 when all is as it should be, 1 for bad data.  UserError for bad input."""
     parser = Parser(prog="inspect-data", description="Checks counts, checksums, classes and statistics of a data set against its "
                                                       "index, names what is bad by shard and byte, and draws some of it.")
     parser.add_argument("shards", help="what data.shards takes: folder, index.json, tars by pattern, URLs")
@@ -38,9 +39,9 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     described = {name: getattr(options, name) for name in ("kind", "classes", "scale", "mean", "spread")
                  if getattr(options, name) is not None}
     if described and not options.write_index:
-        raise ValueError(f"--{next(iter(described))} ({next(iter(described.values()))}) goes with --write-index")
+        raise UserError(f"--{next(iter(described))} ({next(iter(described.values()))}) goes with --write-index")
     if options.write_index and not {"kind", "classes"} <= described.keys():
-        raise ValueError("--write-index needs --kind and --classes: the tars do not say what their arrays mean")
+        raise UserError("--write-index needs --kind and --classes: the tars do not say what their arrays mean")
     from diffmoe.config import DataConfig
     from diffmoe.data.feed import cache_of
     from diffmoe.data.inspect import index_tars, inspect
@@ -68,16 +69,16 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
 
 def _open_vae(path: str, index: ShardIndex) -> Vae:
-    """The data set's autoencoder.  ValueError for data of another one, or of none."""
+    """The data set's autoencoder.  UserError for data of another one, or of none."""
     from diffmoe.data.vae import load_vae
     from diffmoe.device import local_device
 
     if index.meta.kind != "moments":
-        raise ValueError(f"--vae ({path}) decodes moments; {index.where} holds {index.meta.kind}")
+        raise UserError(f"--vae ({path}) decodes moments; {index.where} holds {index.meta.kind}")
     vae = load_vae(path, device=local_device(0, 1))
     if index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):
-        raise ValueError(f"--vae ({path}) has weights {vae.sha256[:12]}; {index.where} was encoded with "
-                         f"{index.encoding.vae_sha256[:12]} ({index.encoding.vae})")
+        raise UserError(f"--vae ({path}) has weights {vae.sha256[:12]}; {index.where} was encoded with "
+                        f"{index.encoding.vae_sha256[:12]} ({index.encoding.vae})")
     return vae
 
 

@@ -18,6 +18,7 @@ from diffmoe.config import Config, config_from_tree, config_to_tree, load_config
 from diffmoe.cost.memory import EngineFacts, engine_facts, rank_memory
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.markdown import table
 from launcher.environment import RankEnvironment
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``profile``; returns the exit code.  ValueError for bad input."""
+    """The verb ``profile``; returns the exit code.  UserError for bad input."""
     options = _parse(arguments)
     # Nothing is saved or drawn, and the dial's histograms are a checkpoint's business.
     config = override(load_config(options.config, options.overrides),
@@ -67,11 +68,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
     if options.steps < 1 or options.warmup < 0:
-        raise ValueError(f"--steps ({options.steps}) must be at least 1 and --warmup ({options.warmup}) at least 0")
+        raise UserError(f"--steps ({options.steps}) must be at least 1 and --warmup ({options.warmup}) at least 0")
     if options.steps + options.warmup > 200:
-        raise ValueError(f"--steps ({options.steps}) + --warmup ({options.warmup}) must be at most 200: later steps fill histograms")
+        raise UserError(f"--steps ({options.steps}) + --warmup ({options.warmup}) must be at most 200: later steps fill histograms")
     if options.json and not options.json.absolute().parent.is_dir():
-        raise ValueError(f"--json ({options.json}) must be in a folder that exists")
+        raise UserError(f"--json ({options.json}) must be in a folder that exists")
     return options
 
 
@@ -122,7 +123,7 @@ def _batches(config: Config, share: Share, groups: ParallelGroups, synthetic: bo
     reader, problem = None, None
     try:
         reader = open_reader(config)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
     return BatchStream(reader, share, start_step=0, workers=config.data.workers, prefetch=config.data.prefetch)

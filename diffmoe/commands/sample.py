@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 from diffmoe.commands.common import Parser, add_latent_options, join, leave, sampling_config, whole_model
+from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``sample``; returns the exit code.  ValueError for bad input."""
+    """The verb ``sample``; returns the exit code.  UserError for bad input."""
     parser = Parser(prog="sample", description="Images from a checkpoint: a PNG grid and an npz (images, labels).")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
     parser.add_argument("--classes", default="all", help="'all', or numbers and ranges: 0,3,7-9")
@@ -42,7 +43,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     classes = parse_classes(options.classes, config.model.classes)
     total = options.count if options.count is not None else 10 * len(classes)
     if total < 1:
-        raise ValueError(f"--count ({total}) must be at least 1")
+        raise UserError(f"--count ({total}) must be at least 1")
     labels = [classes[i % len(classes)] for i in range(total)]
     device = join(environment)
     groups = build_groups(1, 1)  # every rank holds the whole model
@@ -58,7 +59,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         decoder = None if options.vae is None else open_decoder(options.vae, config, checkpoint_data(config, *numbers), *numbers, device)
         meter = CapacityMeter(model, config, total, device) if options.report else None
         npz.parent.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
     if environment.rank == 0 and (note := threshold_note(model, config.sample)):
@@ -87,15 +88,15 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
 
 def parse_classes(text: str, classes: int) -> list[int]:
-    """Class numbers in a text such as ``all`` or ``0,3,7-9``.  Raises ValueError, also for one outside 0 … classes - 1."""
+    """Class numbers in a text such as ``all`` or ``0,3,7-9``.  Raises UserError, also for one outside 0 … classes - 1."""
     if text == "all":
         return list(range(classes))
     chosen: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         if not re.fullmatch("[0-9]+(-[0-9]+)?", part):
-            raise ValueError(f"--classes {text!r} must be 'all' or numbers and ranges such as 0,3,7-9")
+            raise UserError(f"--classes {text!r} must be 'all' or numbers and ranges such as 0,3,7-9")
         if not int(first) <= int(last or first) < classes:
-            raise ValueError(f"--classes {text!r} must name classes from 0 to {classes - 1} (model.classes = {classes})")
+            raise UserError(f"--classes {text!r} must name classes from 0 to {classes - 1} (model.classes = {classes})")
         chosen += range(int(first), int(last or first) + 1)
     return chosen

@@ -11,6 +11,7 @@ import yaml
 from diffmoe.commands.common import Parser, join, leave
 from diffmoe.config import Config, config_to_tree, load_config
 from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed, zero_stage
+from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.models.count import count
 from diffmoe.training.stop import stop_requests
@@ -18,7 +19,7 @@ from launcher.environment import RankEnvironment
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``train``; returns the exit code, 0 also for a run that was asked to stop.  ValueError for bad input."""
+    """The verb ``train``; returns the exit code, 0 also for a run that was asked to stop.  UserError for bad input."""
     with stop_requests() as asked:  # from the first lines on: importing torch and joining take a while
         return _train(arguments, environment, asked)
 
@@ -32,9 +33,9 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
     if options.config is None and not options.dry_run:
-        raise ValueError("train needs --config")
+        raise UserError("train needs --config")
     if options.ranks is not None and (not options.dry_run or options.ranks < 1):
-        raise ValueError(f"--ranks ({options.ranks}) goes with --dry-run and must be at least 1")
+        raise UserError(f"--ranks ({options.ranks}) goes with --dry-run and must be at least 1")
     config = load_config(options.config, options.overrides)
     layout = resolve_layout(config, options.ranks or environment.world)
     deepspeed_tree = read_deepspeed(options.deepspeed_config)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from diffmoe.commands.common import Parser, one_process
+from diffmoe.errors import UserError
 from diffmoe.models.compiled import check_compiler
 from diffmoe.parity.cases import WORLDS, compiled_table, full_table, quick_table
 from diffmoe.parity.table import BF16_BOUNDS, BOUND, COLUMNS, Row, run_cases
@@ -37,7 +38,7 @@ def _json_row(row: Row) -> dict:
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``verify``: prints the table as it grows; 0 when every number is within the bound.  ValueError for bad input."""
+    """The verb ``verify``: prints the table as it grows; 0 when every number is within the bound.  UserError for bad input."""
     parser = Parser(prog="verify", description="Training over ranks equals one plain process.")
     parser.add_argument("--quick", action="store_true", help="about a minute: a pruned table")
     parser.add_argument("--compile", action="store_true", help="other rows: training under torch.compile")
@@ -48,7 +49,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     one_process("verify", environment)  # it starts its own ranks
     worlds = _parse_worlds(options.worlds, options.device)
     if options.quick and options.compile:
-        raise ValueError("--quick and --compile exclude each other")
+        raise UserError("--quick and --compile exclude each other")
     table = compiled_table if options.compile else quick_table if options.quick else full_table
     if options.compile:
         check_compiler(torch.device(options.device))
@@ -81,12 +82,12 @@ def _parse_worlds(text: str | None, device: str) -> list[int]:
     """The numbers of ranks asked for, or all that the machine has devices for."""
     devices = torch.cuda.device_count() if device == "cuda" else max(WORLDS)
     if not devices:
-        raise ValueError(f"--device (cuda) needs a GPU; torch sees {devices}")
+        raise UserError(f"--device (cuda) needs a GPU; torch sees {devices}")
     if text is None:
         return [world for world in WORLDS if world <= devices]
     worlds = sorted({int(part) if part.strip().isdigit() else 0 for part in text.split(",")})
     if not set(worlds) <= set(WORLDS):
-        raise ValueError(f"--worlds ({text}) must be of {', '.join(map(str, WORLDS))}")
+        raise UserError(f"--worlds ({text}) must be of {', '.join(map(str, WORLDS))}")
     if max(worlds) > devices:
-        raise ValueError(f"--worlds ({text}) needs a GPU a rank; torch sees {devices}")
+        raise UserError(f"--worlds ({text}) needs a GPU a rank; torch sees {devices}")
     return worlds

@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import yaml
 
+from diffmoe.errors import UserError
 from diffmoe.strict_yaml import read_yaml
 
 TABLE = Path(__file__).resolve().parents[2] / "launcher" / "hardware.yaml"
@@ -53,17 +54,17 @@ class Hardware:
 
 
 def read_table(path: str | Path | None) -> dict[str, Hardware]:
-    """The table in a YAML file (default: the repository's).  Raises ValueError naming machine and field."""
+    """The table in a YAML file (default: the repository's).  Raises UserError naming machine and field."""
     tree = read_yaml(TABLE if path is None else path)
     return {name: _hardware(f"{name}", entry) for name, entry in tree.items()}
 
 
 def choose(table: dict[str, Hardware], name: str) -> Hardware:
-    """The machine called ``name``.  Raises ValueError."""
+    """The machine called ``name``.  Raises UserError."""
     if name not in table:
         close = difflib.get_close_matches(name, table, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"--gpu ({name}) must be one of {', '.join(table)}{hint}")
+        raise UserError(f"--gpu ({name}) must be one of {', '.join(table)}{hint}")
     return table[name]
 
 
@@ -73,19 +74,19 @@ def named_like(table: dict[str, Hardware], device_name: str) -> Hardware | None:
 
 
 def write_entry(path: str | Path, name: str, hardware: Hardware) -> None:
-    """Puts one entry into a table file, which may be new; other entries stay.  Raises ValueError."""
+    """Puts one entry into a table file, which may be new; other entries stay.  Raises UserError."""
     path = Path(path)
     tree = read_yaml(path) if path.exists() else {}
     tree[name] = dataclasses.asdict(hardware)
     try:
         path.write_text(yaml.safe_dump(tree, sort_keys=False))
     except OSError as error:
-        raise ValueError(f"--write-hardware ({path}) cannot be written: {error}") from None
+        raise UserError(f"--write-hardware ({path}) cannot be written: {error}") from None
 
 
 def _hardware(name: str, entry: Any) -> Hardware:
     if not isinstance(entry, dict):
-        raise ValueError(f"hardware table: {name} must be a mapping, not {entry!r}")
+        raise UserError(f"hardware table: {name} must be a mapping, not {entry!r}")
     values = dict(entry)
     for link in ("node", "network"):
         values[link] = _build(Link, f"{name}.{link}", values.get(link, {}))
@@ -94,16 +95,16 @@ def _hardware(name: str, entry: Any) -> Hardware:
 
 def _build(cls: type, name: str, values: Any) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"hardware table: {name} must be a mapping, not {values!r}")
+        raise UserError(f"hardware table: {name} must be a mapping, not {values!r}")
     hints = typing.get_type_hints(cls)
     needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if values.keys() - hints.keys():
-        raise ValueError(f"hardware table: unknown key {name}.{sorted(values.keys() - hints.keys())[0]}")
+        raise UserError(f"hardware table: unknown key {name}.{sorted(values.keys() - hints.keys())[0]}")
     if needed - values.keys():
-        raise ValueError(f"hardware table: {name}.{sorted(needed - values.keys())[0]} is missing")
+        raise UserError(f"hardware table: {name}.{sorted(needed - values.keys())[0]} is missing")
     for key, value in values.items():
         if hints[key] in (int, float):
             good = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
             if not good or (value == 0 and key not in ("reserve_gib", "latency_us", "operator_us")):
-                raise ValueError(f"hardware table: {name}.{key} ({value!r}) must be a number above 0")
+                raise UserError(f"hardware table: {name}.{key} ({value!r}) must be a number above 0")
     return cls(**values)

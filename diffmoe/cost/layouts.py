@@ -10,6 +10,7 @@ from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, Memory, engine_facts, rank_memory
 from diffmoe.cost.step_time import StepTime, step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
+from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
 
 RECOMPUTE = ("none", "selective", "block")
@@ -80,7 +81,7 @@ class Candidate:
 
 
 def evaluate(config: Config, deepspeed_tree: dict, cluster: Cluster) -> Candidate:
-    """The cost of exactly this configuration.  Raises ValueError when it does not resolve on so many ranks."""
+    """The cost of exactly this configuration.  Raises UserError when it does not resolve on so many ranks."""
     layout, engine = resolve_layout(config, cluster.ranks), engine_facts(deepspeed_tree)
     return Candidate(config, layout, engine, rank_memory(config, layout, engine),
                      step_time(config, layout, engine, cluster.hardware, cluster.per_node), cluster.hardware.usable_bytes)
@@ -100,7 +101,7 @@ def candidates(config: Config, deepspeed_tree: dict, cluster: Cluster, pins: Pin
     for changed, tree in _variants(config, deepspeed_tree, cluster, pins):
         try:
             candidate = evaluate(changed, tree, cluster)
-        except ValueError:
+        except UserError:
             continue  # sizes that do not divide
         found[candidate.knobs] = candidate
     return sorted(found.values(), key=lambda c: (not c.fits, c.time.total if c.fits else c.memory.peak, c.memory.peak))

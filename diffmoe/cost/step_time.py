@@ -11,6 +11,7 @@ from diffmoe.cost.hardware import Hardware, Link
 from diffmoe.cost.memory import EngineFacts, Memory, rank_memory
 from diffmoe.cost.parameters import inner_width, mixtures
 from diffmoe.cost.traffic import Message, step_traffic
+from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.models.count import count
 
@@ -162,7 +163,7 @@ def calibrate(hardware: Hardware, records: Iterable[Measured], origin: str) -> H
     links, and launching takes what was neither."""
     records = list(records)
     if not records:
-        raise ValueError(f"{origin} holds no measured step")
+        raise UserError(f"{origin} holds no measured step")
     bare = replace(hardware, operator_us=0.0)
     predicted = [step_time(r.config, r.layout, r.engine, bare, r.per_node) for r in records]
     compute = sum(p.compute for p in predicted) / max(1e-9, sum(r.compute for r in records))

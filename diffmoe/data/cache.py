@@ -18,6 +18,7 @@ from pathlib import Path
 from diffmoe.data.rows import BadShard
 from diffmoe.data.sources import again, chunks
 from diffmoe.data.tar import ShardFile
+from diffmoe.errors import UserError
 
 _PART = ".part"
 
@@ -34,7 +35,7 @@ class Cache:
 
         Raises:
             BadShard: it cannot be had, or is not what its index says.
-            ValueError: the cache is too small for what is in use.
+            UserError: the cache is too small for what is in use.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{file.sha256}.tar"
@@ -98,9 +99,9 @@ class Cache:
             if _remove_unused(path):
                 total -= size
         if total > self.limit:
-            raise ValueError(f"data.cache_gib ({self.limit / 2**30:.3g}) is too small: {self.folder} would hold "
-                             f"{total / 2**30:.3g} GiB of shards in use with shard {file.name}; raise it, or lower data.window or "
-                             "data.streams")
+            raise UserError(f"data.cache_gib ({self.limit / 2**30:.3g}) is too small: {self.folder} would hold "
+                            f"{total / 2**30:.3g} GiB of shards in use with shard {file.name}; raise it, or lower data.window or "
+                            "data.streams")
 
 
 def _remove_unused(path: str) -> bool:

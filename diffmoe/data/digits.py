@@ -12,6 +12,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from diffmoe.data.shards import INDEX_NAME, ShardIndex, ShardMeta, load_index, write_shards
+from diffmoe.errors import UserError
 
 DIGITS_META = ShardMeta(kind="pixels", classes=10, scale=1 / 8, mean=8.0)  # 0..16 becomes [-1, 1]
 SAMPLES_PER_SHARD = 200
@@ -21,15 +22,15 @@ def write_digits(folder: str | Path) -> ShardIndex:
     """Write the digits to `folder`, uint8 [1, 8, 8] each, or return the index of those already there.
 
     Raises:
-        ValueError: the folder holds another data set, or a damaged copy of this one.
+        UserError: the folder holds another data set, or a damaged copy of this one.
     """
     images, labels = load_digits(return_X_y=True)
     arrays = images.reshape(-1, 1, 8, 8).astype(np.uint8)
     if (Path(folder) / INDEX_NAME).exists():
         index = load_index(folder)
         if (index.meta, index.shape, index.count) != (DIGITS_META, arrays.shape[1:], len(arrays)):
-            raise ValueError(f"folder ({folder}) holds another data set: {index.count} samples of {index.shape}, "
-                             f"digits are {len(arrays)} of {arrays.shape[1:]}")
+            raise UserError(f"folder ({folder}) holds another data set: {index.count} samples of {index.shape}, "
+                            f"digits are {len(arrays)} of {arrays.shape[1:]}")
         return index
     samples = ((f"{i:04d}", array, int(label)) for i, (array, label) in enumerate(zip(arrays, labels)))
     return write_shards(samples, folder, samples_per_shard=SAMPLES_PER_SHARD, meta=DIGITS_META)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffmoe.errors import UserError
+
 PRECISIONS = ("fp32", "bf16")
 STORAGES = {"fp16": "float16", "bf16": "bfloat16"}
 
@@ -15,7 +17,7 @@ class Request:
     """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own.
 
     Raises:
-        ValueError: a field out of its range, by name.
+        UserError: a field out of its range, by name.
     """
 
     source: str
@@ -36,21 +38,21 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("image_size", "batch", "samples_per_shard", "workers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
         if self.channels not in (1, 3):
-            raise ValueError(f"channels ({self.channels}) must be 1 or 3")
+            raise UserError(f"channels ({self.channels}) must be 1 or 3")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision ({self.precision!r}) must be one of {', '.join(PRECISIONS)}")
+            raise UserError(f"precision ({self.precision!r}) must be one of {', '.join(PRECISIONS)}")
         if self.storage not in STORAGES.values():
-            raise ValueError(f"storage ({self.storage!r}) must be one of {', '.join(STORAGES)}")
+            raise UserError(f"storage ({self.storage!r}) must be one of {', '.join(STORAGES)}")
         if not 0 <= self.bad_share < 1:
-            raise ValueError(f"bad_share ({self.bad_share}) must lie in [0, 1)")
+            raise UserError(f"bad_share ({self.bad_share}) must lie in [0, 1)")
         for name in ("scale", "shift"):
             value = getattr(self, name)
             if value is not None and self.vae is None:
-                raise ValueError(f"{name} ({value}) goes with vae (None): pixels become [-1, 1]")
+                raise UserError(f"{name} ({value}) goes with vae (None): pixels become [-1, 1]")
             if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} ({value}) must be finite")
+                raise UserError(f"{name} ({value}) must be finite")
         source, out = Path(self.source).resolve(), self.out.resolve()
         if source.is_dir() and (out == source or source in out.parents):
-            raise ValueError(f"out ({self.out}) must not lie in source ({self.source})")
+            raise UserError(f"out ({self.out}) must not lie in source ({self.source})")

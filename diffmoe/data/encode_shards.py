@@ -30,6 +30,7 @@ from diffmoe.data.shards import INDEX_NAME, Encoding, ShardIndex, ShardMeta, fro
 from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
 from diffmoe.data.values import channel_sums, mean_and_std, to_float
 from diffmoe.data.vae import Vae, encode_moments, load_vae
+from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_together
 from diffmoe.parallel.groups import Group
 
@@ -67,13 +68,13 @@ class Plan:
         return -(-self.encoding.images // self.encoding.samples_per_shard)
 
     def check_same(self, other: Plan, folder: Path) -> None:
-        """ValueError naming the first field in which `other`, found in `folder`, differs; the VAE counts by its weights."""
+        """UserError naming the first field in which `other`, found in `folder`, differs; the VAE counts by its weights."""
         for ours, theirs in ((self.encoding, other.encoding), (self.meta, other.meta)):
             for name in (f.name for f in fields(ours) if f.name != "vae"):
                 mine, found = getattr(ours, name), getattr(theirs, name)
                 if mine != found:
-                    raise ValueError(f"{name} ({str(mine)[:80]}) is not that of {folder} ({str(found)[:80]}): "
-                                     "same settings and source to go on there, or another folder")
+                    raise UserError(f"{name} ({str(mine)[:80]}) is not that of {folder} ({str(found)[:80]}): "
+                                    "same settings and source to go on there, or another folder")
 
 
 @dataclass
@@ -116,7 +117,7 @@ def encode(request: Request, group: Group, device: torch.device, report: Callabl
         report: takes the lines of progress, on rank 0.
 
     Raises:
-        ValueError: on every rank alike: a bad source, VAE or setting; a folder begun with others; too many bad pictures.
+        UserError: on every rank alike: a bad source, VAE or setting; a folder begun with others; too many bad pictures.
     """
     problem: Exception | None = None
     opening: tuple[Any, ...] | None = None
@@ -128,7 +129,7 @@ def encode(request: Request, group: Group, device: torch.device, report: Callabl
         if group.index == 0:
             records = _open_folder(request.out, plan)
         opening = (plan, records)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         problem = error
     raise_together(problem, group)
     openings = gather_objects(opening, group)
@@ -145,7 +146,7 @@ def encode(request: Request, group: Group, device: torch.device, report: Callabl
         problem = None
         if group.index == 0:
             _finish(request.out, index, write=not (request.out / INDEX_NAME).exists())
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         problem = error
     raise_together(problem, group)
     return index
@@ -161,9 +162,9 @@ def _load_vae(request: Request, device: torch.device) -> Vae | None:
         torch.set_num_threads(1)  # sums depend on the number of threads: more cores, more ranks
     vae = load_vae(request.vae, device=device, dtype=torch.bfloat16 if request.precision == "bf16" else torch.float32)
     if request.image_size % vae.factor:
-        raise ValueError(f"image_size ({request.image_size}) must divide by {vae.factor}, the pixels a latent of {vae.name}")
+        raise UserError(f"image_size ({request.image_size}) must divide by {vae.factor}, the pixels a latent of {vae.name}")
     if request.channels != vae.channels:
-        raise ValueError(f"channels ({request.channels}) must be those of {vae.name} ({vae.channels})")
+        raise UserError(f"channels ({request.channels}) must be those of {vae.name} ({vae.channels})")
     return vae
 
 
@@ -187,7 +188,7 @@ def _open_folder(folder: Path, plan: Plan) -> dict[int, ShardRecord] | None:
     if (folder / INDEX_NAME).exists():
         index = load_index(folder)
         if index.encoding is None:
-            raise ValueError(f"out ({folder}) holds a finished data set that encode did not make")
+            raise UserError(f"out ({folder}) holds a finished data set that encode did not make")
         plan.check_same(Plan(index.meta, replace(index.encoding, channel_mean=(), channel_std=(), skipped=())), folder)
         return None
     state.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,7 @@ def _open_folder(folder: Path, plan: Plan) -> dict[int, ShardRecord] | None:
     if not (state / PLAN_NAME).exists():
         strangers = [path.name for path in folder.iterdir() if path.name != STATE_NAME]
         if strangers:
-            raise ValueError(f"out ({folder}) must be empty, or begun by encode; it holds {strangers[0]}")
+            raise UserError(f"out ({folder}) must be empty, or begun by encode; it holds {strangers[0]}")
         with replacing(state / PLAN_NAME) as stream:
             stream.write(json.dumps(asdict(plan)).encode())
         return {}
@@ -205,7 +206,7 @@ def _open_folder(folder: Path, plan: Plan) -> dict[int, ShardRecord] | None:
         begun = Plan(ShardMeta(**tree["meta"]), from_json(Encoding, tree["encoding"]))
         records = [from_json(ShardRecord, json.loads(path.read_text())) for path in sorted(state.glob("shard-*.json"))]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{state} is malformed: {type(error).__name__}: {error}") from error
+        raise UserError(f"{state} is malformed: {type(error).__name__}: {error}") from error
     plan.check_same(begun, folder)
     return {record.number: record for record in records if _is_whole(folder, record)}
 
@@ -237,7 +238,7 @@ def _encode_pending(request: Request, plan: Plan, source: Source, vae: Vae | Non
             try:
                 if turn < len(mine):
                     record = _encode_shard(request, plan, source, vae, mine[turn], pictures, progress)
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 problem = error
             # Agreed on every round: a rank that fails stops all at once, and none waits for the slowest at the very end.
             raise_together(problem, group)
@@ -296,7 +297,7 @@ def _encode_shard(request: Request, plan: Plan, source: Source, vae: Vae | None,
         for i, arrays in zip(window, _to_arrays(request, vae, read), strict=True):
             if arrays is not None:
                 if vae and not all(np.isfinite(to_float(array, request.storage)).all() for array in arrays.values()):
-                    raise ValueError(f"image {source.pictures[i].address} has moments that are not finite in {request.storage}")
+                    raise UserError(f"image {source.pictures[i].address} has moments that are not finite in {request.storage}")
                 samples[f"{i:08d}"] = {"npy": arrays["npy"], "cls": source.pictures[i].label, **arrays}
                 sums = sums + sum(channel_sums(to_float(array, plan.encoding.storage), plan.meta.kind)
                                   for array in arrays.values())
@@ -355,7 +356,7 @@ def _finish(folder: Path, index: ShardIndex, write: bool) -> None:
     for shard in index.shards if write else ():
         path = folder / shard.name
         if not path.is_file() or path.stat().st_size != shard.bytes:
-            raise ValueError(f"shard {shard.name} is not in {folder} as it was written; do all ranks see the same folder?")
+            raise UserError(f"shard {shard.name} is not in {folder} as it was written; do all ranks see the same folder?")
     if write:
         write_index(index)
     if (folder / STATE_NAME).exists():

@@ -21,6 +21,7 @@ from diffmoe.data.share import Share
 from diffmoe.data.shards import load_index
 from diffmoe.data.stream import Batch, BatchStream
 from diffmoe.data.tar import replacing
+from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_together
 from diffmoe.parallel.groups import Group
 
@@ -28,17 +29,17 @@ RECORD_NAME = "bad_shards.json"
 
 
 def open_reader(config: Config) -> ShardReader:
-    """The reader of a run's data. ValueError when it is not there, or does not fit the model."""
+    """The reader of a run's data. UserError when it is not there, or does not fit the model."""
     data, model = config.data, config.model
     if not data.shards:
-        raise ValueError("data.shards ('') must name a folder of shards with an index.json")
+        raise UserError("data.shards ('') must name a folder of shards with an index.json")
     index = load_index(data.shards, data.index, check_files=data.on_bad_shard == "stop")
     wanted = (model.channels, model.input_size, model.input_size)
     if tuple(index.x_shape) != wanted:
-        raise ValueError(f"data.shards ({data.shards}) holds samples of shape {tuple(index.x_shape)}; model.channels "
-                         f"and model.input_size make {wanted}")
+        raise UserError(f"data.shards ({data.shards}) holds samples of shape {tuple(index.x_shape)}; model.channels "
+                        f"and model.input_size make {wanted}")
     if index.meta.classes != model.classes:
-        raise ValueError(f"data.shards ({data.shards}) has {index.meta.classes} classes; model.classes is {model.classes}")
+        raise UserError(f"data.shards ({data.shards}) has {index.meta.classes} classes; model.classes is {model.classes}")
     return ShardReader(index, seed=config.run.seed, batch=config.train.batch, streams=data.streams, window=data.window,
                        flip=data.flip, cache=cache_of(data))
 
@@ -90,7 +91,7 @@ class Feed:
             self._stream = self._stream or BatchStream(self._reader, self._share, start_step=self._next, pin=self._pin,
                                                        workers=self._data.workers, prefetch=self._data.prefetch)
             self._upcoming = next(self._stream)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             self._problem = error
         return self._problem is not None
 
@@ -153,7 +154,7 @@ class Feed:
         entries: list[dict] = []
         try:
             entries = self._entries()
-        except ValueError as error:
+        except UserError as error:
             problem = error
         raise_together(problem, self._group)
         prints = gather_objects(self._reader.index.fingerprint, self._group)
@@ -174,7 +175,7 @@ class Feed:
             entries = json.loads(self._record.read_text())
             return [{"shard": str(e["shard"]), "step": int(e["step"]), "problem": str(e["problem"])} for e in entries]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._record} is malformed: {type(error).__name__}: {error}") from error
+            raise UserError(f"{self._record} is malformed: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
         """Ends the workers; harmless when repeated."""

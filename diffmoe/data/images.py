@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from diffmoe.errors import UserError
+
 EXTENSIONS = ("jpeg", "jpg", "png", "webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")  # by content, since ImageNet has a PNG named .JPEG; no other decoder is ever reached
 _MODES = {1: "L", 3: "RGB"}
@@ -28,7 +30,7 @@ _GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryErr
 _READ_TRIES, _READ_PAUSE = 3, 1.0
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """This one picture cannot be used, today or tomorrow; the message says why."""
 
 
@@ -69,7 +71,7 @@ def list_source(source: str, classes: int | None = None) -> Source:
         classes: number of classes, if more than what is found.
 
     Raises:
-        ValueError: nothing there, both kinds in one folder, a tar that is damaged, compressed, holds unsafe names or
+        UserError: nothing there, both kinds in one folder, a tar that is damaged, compressed, holds unsafe names or
             samples without picture or label, or more classes than `classes`.
     """
     root = Path(source)
@@ -78,18 +80,18 @@ def list_source(source: str, classes: int | None = None) -> Source:
         tars = sorted(entry.name for entry in os.scandir(root) if entry.name.endswith(".tar"))
         names = tuple(sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")))
         if tars and names:
-            raise ValueError(f"source ({source}) holds tars ({tars[0]}) and folders ({names[0]}); it must hold one kind")
+            raise UserError(f"source ({source}) holds tars ({tars[0]}) and folders ({names[0]}); it must hold one kind")
         pictures = [p for tar in tars for p in _list_tar(root, tar)]
         pictures += [p for label, name in enumerate(names) for p in _list_class(root, name, label)]
     else:
         root = Path()
         pictures = [picture for tar in _expand(source) for picture in _list_tar(root, tar)]
     if not pictures:
-        raise ValueError(f"source ({source}) holds no pictures: neither class folders with .{', .'.join(EXTENSIONS)} files, "
-                         "nor tars of such with .cls")
+        raise UserError(f"source ({source}) holds no pictures: neither class folders with .{', .'.join(EXTENSIONS)} files, "
+                        "nor tars of such with .cls")
     found = max(len(names), 1 + max(picture.label for picture in pictures))
     if classes is not None and classes < found:
-        raise ValueError(f"classes ({classes}) must be at least the {found} of source {source}")
+        raise UserError(f"classes ({classes}) must be at least the {found} of source {source}")
     digest = hashlib.sha256()
     for picture in pictures:
         digest.update(repr(tuple(picture)).encode() + b"\n")
@@ -102,9 +104,9 @@ def _expand(pattern: str) -> list[str]:
     tars = [name for part in braceexpand(pattern) for name in (sorted(glob.glob(part)) or [part])]
     for name in tars:
         if not Path(name).is_file():
-            raise ValueError(f"source ({pattern}): {name} does not exist")
+            raise UserError(f"source ({pattern}): {name} does not exist")
         if not name.endswith(".tar"):
-            raise ValueError(f"source ({pattern}): {name} must be a folder or a .tar")
+            raise UserError(f"source ({pattern}): {name} must be a folder or a .tar")
     return tars
 
 
@@ -132,31 +134,31 @@ def _list_tar(root: Path, name: str) -> list[Picture]:
                     continue
                 key, is_label = match[1], match[2].lower() == "cls"
                 if key in (labels if is_label else pictures):
-                    raise ValueError(f"source tar {name}, member {info.name!r}: second of its kind for this key")
+                    raise UserError(f"source tar {name}, member {info.name!r}: second of its kind for this key")
                 if is_label:
                     labels[key] = _read_label(name, tar, info)
                 else:
                     pictures[key] = info
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"source tar {name} is unreadable (damaged, or compressed): {error}") from error
+        raise UserError(f"source tar {name} is unreadable (damaged, or compressed): {error}") from error
     for key in pictures.keys() ^ labels.keys():
-        raise ValueError(f"source tar {name}: sample {key!r} has no {'.cls' if key in pictures else 'picture'}")
+        raise UserError(f"source tar {name}: sample {key!r} has no {'.cls' if key in pictures else 'picture'}")
     return [Picture(labels[key], name, info.name, info.offset_data, info.size) for key, info in pictures.items()]
 
 
 def _check_member(name: str, info: tarfile.TarInfo) -> None:
     path = PurePosixPath(info.name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"source tar {name}, member {info.name!r}: unsafe name, absolute or with '..'")
+        raise UserError(f"source tar {name}, member {info.name!r}: unsafe name, absolute or with '..'")
     if not (info.isdir() or info.isreg()) or info.issparse():
-        raise ValueError(f"source tar {name}, member {info.name!r}: must be a plain file, not a link or the like")
+        raise UserError(f"source tar {name}, member {info.name!r}: must be a plain file, not a link or the like")
 
 
 def _read_label(name: str, tar: tarfile.TarFile, info: tarfile.TarInfo) -> int:
     stream = tar.extractfile(info)
     text = stream.read(32) if stream else b""
     if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text):
-        raise ValueError(f"source tar {name}, member {info.name!r}: label {text!r} must be a class number")
+        raise UserError(f"source tar {name}, member {info.name!r}: label {text!r} must be a class number")
     return int(text)
 
 

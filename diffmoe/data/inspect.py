@@ -16,6 +16,7 @@ from diffmoe.data.rows import BLOCK, BadShard, OpenShard, check_name, kinds_of, 
 from diffmoe.data.shards import INDEX_NAME, ShardIndex, ShardMeta, write_index
 from diffmoe.data.tar import ShardFile, sha256, write_tar_to
 from diffmoe.data.values import channel_sums, mean_and_std, to_float
+from diffmoe.errors import UserError
 from diffmoe.progress import shown
 
 _TOLERANCE = 1e-6  # of statistics, relative to the standard deviation: sums of the same numbers in another order
@@ -130,13 +131,13 @@ def index_tars(folder: Path, meta: ShardMeta) -> ShardIndex:
     """Writes `index.json` for a folder of tars that hold `<key>.npy`, `<key>.cls` and perhaps `<key>.flip.npy`.
 
     Raises:
-        ValueError: an index is there already, no tars, or tars that do not hold such samples of one shape and type.
+        UserError: an index is there already, no tars, or tars that do not hold such samples of one shape and type.
     """
     tars = sorted(folder.glob("*.tar"))
     if (folder / INDEX_NAME).exists():
-        raise ValueError(f"data folder ({folder}) has an {INDEX_NAME} already")
+        raise UserError(f"data folder ({folder}) has an {INDEX_NAME} already")
     if not tars:
-        raise ValueError(f"data folder ({folder}) holds no .tar")
+        raise UserError(f"data folder ({folder}) holds no .tar")
     with open(tars[0], "rb") as stream:
         try:
             flips, first = True, scan_rows(stream, tars[0].name, kinds_of(True), None, meta.classes)
@@ -146,10 +147,10 @@ def index_tars(folder: Path, meta: ShardMeta) -> ShardIndex:
         try:
             array = np.lib.format.read_array(io.BytesIO(stream.read(int(first.sizes[0, 0]))), allow_pickle=False)
         except (ValueError, EOFError, TypeError) as error:
-            raise ValueError(f"shard {tars[0].name}: its first array cannot be read: {error}") from error
+            raise UserError(f"shard {tars[0].name}: its first array cannot be read: {error}") from error
     if array.ndim != 3 or (meta.kind == "moments" and (array.shape[0] % 2 or array.dtype.kind != "f")):
-        raise ValueError(f"shard {tars[0].name}: arrays {array.dtype} {array.shape} do not fit kind {meta.kind} ([C,H,W] or "
-                         "[2C,H,W])")
+        raise UserError(f"shard {tars[0].name}: arrays {array.dtype} {array.shape} do not fit kind {meta.kind} ([C,H,W] or "
+                        "[2C,H,W])")
     shards = []
     for path in tars:
         with open(path, "rb") as stream:

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from diffmoe.errors import UserError
 from diffmoe.random_streams import Use, philox
 
 
@@ -37,10 +38,10 @@ class SampleOrder:
 
     def __init__(self, counts: Sequence[int], *, seed: int, batch: int, streams: int, window: int) -> None:
         if not 0 <= seed < 2**64:
-            raise ValueError(f"seed ({seed}) must lie in [0, 2^64)")
+            raise UserError(f"seed ({seed}) must lie in [0, 2^64)")
         for name, value, unit in (("batch", batch, "sample"), ("streams", streams, "stream"), ("window", window, "shard")):
             if value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1 {unit}")
+                raise UserError(f"{name} ({value}) must be at least 1 {unit}")
         self.counts, self.batch, self.window = np.asarray(counts, np.int64), batch, window
         self._seed, self._total = seed, int(self.counts.sum())
         self.streams = min(streams, batch)

@@ -22,6 +22,7 @@ from diffmoe.data.shards import ShardIndex
 from diffmoe.data.sources import again
 from diffmoe.data.tar import ShardFile, sha256
 from diffmoe.data.values import normals, std_of, to_float
+from diffmoe.errors import UserError
 from diffmoe.random_streams import Use, Words, philox
 
 _SETTINGS = ("seed", "batch", "streams", "window", "flip", "cache", "excluded")
@@ -40,23 +41,23 @@ class ShardReader:
         excluded: shards by name, each with the step from which its samples are replaced by others, drawn by position.
 
     Raises:
-        ValueError: `flip` asked of moments that were written without flipped ones; no cache for remote shards; nothing left
+        UserError: `flip` asked of moments that were written without flipped ones; no cache for remote shards; nothing left
             that is not excluded.
     """
 
     def __init__(self, index: ShardIndex, *, seed: int, batch: int = 1, streams: int = 1, window: int = 1, flip: bool = False,
                  cache: Cache | None = None, excluded: Mapping[str, int] | None = None) -> None:
         if flip and index.meta.kind == "moments" and not index.flips:
-            raise ValueError(f"flip (True) needs flipped moments; the data set {index.where} has none (flips False)")
+            raise UserError(f"flip (True) needs flipped moments; the data set {index.where} has none (flips False)")
         if index.place and cache is None:
-            raise ValueError(f"the data set {index.where} is remote and needs a cache")
+            raise UserError(f"the data set {index.where} is remote and needs a cache")
         self.index, self.seed, self.flip, self.cache = index, seed, flip, cache
         self.batch, self.streams, self.window = batch, streams, window
         self.excluded = dict(excluded or {})
         numbers = {shard.name: number for number, shard in enumerate(index.shards)}
         self._excluded = {numbers[name]: step for name, step in self.excluded.items() if name in numbers}
         if len(self._excluded) == len(index.shards):
-            raise ValueError(f"every shard of {index.where} is bad: {', '.join(sorted(self.excluded)[:3])}, …")
+            raise UserError(f"every shard of {index.where} is bad: {', '.join(sorted(self.excluded)[:3])}, …")
         self._order = SampleOrder([shard.count for shard in index.shards], seed=seed, batch=batch, streams=streams, window=window)
         self._capacity = 0
         self._failed: dict[int, Exception] = {}  # of shards that were opened before their row's turn
@@ -225,5 +226,5 @@ def _allow_open_files(count: int) -> None:
     needed = count + 256  # what else a training process has open
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
-            raise ValueError(f"data.streams x data.window need {count} open files; this system allows {hard} (ulimit -Hn)")
+            raise UserError(f"data.streams x data.window need {count} open files; this system allows {hard} (ulimit -Hn)")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

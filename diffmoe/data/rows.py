@@ -18,11 +18,13 @@ from typing import BinaryIO
 
 import numpy as np
 
+from diffmoe.errors import UserError
+
 ROWS_NAME = "__rows__"
 BLOCK = tarfile.BLOCKSIZE
 
 
-class BadShard(ValueError):
+class BadShard(UserError):
     """A shard that cannot be read as its index says; `shard` is its name, the message says what is wrong and where."""
 
     def __init__(self, shard: str, problem: str) -> None:
@@ -62,14 +64,14 @@ def pack_table(table: RowTable) -> bytes:
 
 
 def unpack_table(payload: bytes, count: int, classes: int, kinds: int) -> RowTable:
-    """The table again. ValueError when it is damaged or is not one of `count` rows, `kinds` arrays and `classes` classes."""
+    """The table again. UserError when it is damaged or is not one of `count` rows, `kinds` arrays and `classes` classes."""
     if len(payload) < 4 or zlib.crc32(payload[:-4]) != int.from_bytes(payload[-4:], "little"):
-        raise ValueError("its CRC-32 is wrong")
+        raise UserError("its CRC-32 is wrong")
     packed = np.lib.format.read_array(io.BytesIO(payload[:-4]), allow_pickle=False)
     if len(packed) != count:
-        raise ValueError(f"{len(packed)} rows, its index says {count}")
+        raise UserError(f"{len(packed)} rows, its index says {count}")
     if packed["offset"].shape[1] < kinds:
-        raise ValueError("it has no flipped arrays")
+        raise UserError("it has no flipped arrays")
     _check_labels(packed["label"], classes)
     return RowTable(packed["label"].copy(), packed["offset"].astype(np.int64), packed["size"].astype(np.int64),
                     packed["crc"].copy())
@@ -78,7 +80,7 @@ def unpack_table(payload: bytes, count: int, classes: int, kinds: int) -> RowTab
 def _check_labels(labels: np.ndarray, classes: int) -> None:
     bad = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(bad):
-        raise ValueError(f"label ({labels[bad[0]]}) of row {bad[0]} must lie in [0, classes) with classes {classes}")
+        raise UserError(f"label ({labels[bad[0]]}) of row {bad[0]} must lie in [0, classes) with classes {classes}")
 
 
 def scan_rows(stream: BinaryIO, name: str, kinds: Sequence[str], count: int | None, classes: int) -> RowTable:
@@ -236,7 +238,7 @@ class OpenShard:
         try:
             array = np.lib.format.read_array(io.BytesIO(data[BLOCK:]), allow_pickle=False)
             if array.shape != self._shape or array.dtype != self._dtype:
-                raise ValueError(f"array is {array.dtype} {array.shape}, the index says {self._dtype} {self._shape}")
+                raise UserError(f"array is {array.dtype} {array.shape}, the index says {self._dtype} {self._shape}")
         except (ValueError, EOFError, TypeError) as error:
             raise BadShard(self.name, f", member {member_name(data)}: {error}") from error
         return array

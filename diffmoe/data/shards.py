@@ -15,6 +15,7 @@ import numpy as np
 from diffmoe.data.rows import stored_dtype
 from diffmoe.data.sources import is_remote, read_all, resolve
 from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
+from diffmoe.errors import UserError
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -41,13 +42,13 @@ class ShardMeta:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"kind ({self.kind!r}) must be one of {', '.join(KINDS)}")
+            raise UserError(f"kind ({self.kind!r}) must be one of {', '.join(KINDS)}")
         if self.spread not in SPREADS:
-            raise ValueError(f"spread ({self.spread!r}) must be one of {', '.join(SPREADS)}")
+            raise UserError(f"spread ({self.spread!r}) must be one of {', '.join(SPREADS)}")
         if self.classes < 1:
-            raise ValueError(f"classes ({self.classes}) must be at least 1")
+            raise UserError(f"classes ({self.classes}) must be at least 1")
         if not (np.isfinite(self.scale) and np.isfinite(self.mean) and self.scale != 0):
-            raise ValueError(f"scale ({self.scale}) and mean ({self.mean}) must be finite, scale not 0")
+            raise UserError(f"scale ({self.scale}) and mean ({self.mean}) must be finite, scale not 0")
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,13 @@ def write_shards(
         meta: what the arrays mean.
 
     Raises:
-        ValueError: an existing index, no samples, or a sample that does not fit the first one or `meta`.
+        UserError: an existing index, no samples, or a sample that does not fit the first one or `meta`.
     """
     folder = Path(folder)
     if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard ({samples_per_shard}) must be at least 1")
+        raise UserError(f"samples_per_shard ({samples_per_shard}) must be at least 1")
     if (folder / INDEX_NAME).exists():
-        raise ValueError(f"folder ({folder}) already holds a finished data set; write to another or remove it")
+        raise UserError(f"folder ({folder}) already holds a finished data set; write to another or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[ShardFile] = []
     first: tuple | None = None
@@ -153,12 +154,12 @@ def write_shards(
         first = first or sample
         members = _checked_members(sample, first, meta)
         if sample[0] in pending:
-            raise ValueError(f"key ({sample[0]}) appears twice in shard {len(shards)}")
+            raise UserError(f"key ({sample[0]}) appears twice in shard {len(shards)}")
         pending[sample[0]] = members
         if len(pending) == samples_per_shard:
             flush()
     if first is None:
-        raise ValueError(f"samples (none) must not be empty: nothing written to {folder}")
+        raise UserError(f"samples (none) must not be empty: nothing written to {folder}")
     if pending:
         flush()
     index = ShardIndex(folder, meta, first[1].shape, first[1].dtype.name, len(first) == 4,
@@ -180,23 +181,23 @@ def write_index(index: ShardIndex) -> None:
 def _checked_members(sample: tuple, first: tuple, meta: ShardMeta) -> dict[str, object]:
     key, array, label, *flip = sample
     if not _KEY.fullmatch(key):
-        raise ValueError(f"key ({key!r}) must be letters, digits, '-', '_' and inner '/', and not start with '__'")
+        raise UserError(f"key ({key!r}) must be letters, digits, '-', '_' and inner '/', and not start with '__'")
     if len(sample) != len(first):
-        raise ValueError(f"sample {key} has {len(sample)} items, the first sample has {len(first)}")
+        raise UserError(f"sample {key} has {len(sample)} items, the first sample has {len(first)}")
     if flip and meta.kind != "moments":
-        raise ValueError(f"sample {key}: kind ({meta.kind}) takes no flipped array; pixels are mirrored when read")
+        raise UserError(f"sample {key}: kind ({meta.kind}) takes no flipped array; pixels are mirrored when read")
     for value in (array, *flip):
         if value.shape != first[1].shape or value.dtype != first[1].dtype:
-            raise ValueError(f"sample {key} is {value.dtype} {value.shape}, the first is "
-                             f"{first[1].dtype} {first[1].shape}")
+            raise UserError(f"sample {key} is {value.dtype} {value.shape}, the first is "
+                            f"{first[1].dtype} {first[1].shape}")
         if value.ndim != 3 or (meta.kind == "moments" and value.shape[0] % 2):
-            raise ValueError(f"sample {key}: shape {value.shape} does not fit kind {meta.kind} ([C,H,W] or [2C,H,W])")
+            raise UserError(f"sample {key}: shape {value.shape} does not fit kind {meta.kind} ([C,H,W] or [2C,H,W])")
         if value.dtype.kind != "f" and not (meta.kind == "pixels" and value.dtype == np.uint8):
-            raise ValueError(f"sample {key}: dtype ({value.dtype}) must be a float, or uint8 for pixels")
+            raise UserError(f"sample {key}: dtype ({value.dtype}) must be a float, or uint8 for pixels")
         if not np.isfinite(value).all():
-            raise ValueError(f"sample {key} holds values that are not finite")
+            raise UserError(f"sample {key} holds values that are not finite")
     if not 0 <= int(label) < meta.classes:
-        raise ValueError(f"sample {key}: label ({label}) must lie in [0, classes) with classes {meta.classes}")
+        raise UserError(f"sample {key}: label ({label}) must lie in [0, classes) with classes {meta.classes}")
     members = {"npy": np.ascontiguousarray(array), "cls": int(label)}
     return members | ({"flip.npy": np.ascontiguousarray(flip[0])} if flip else {})
 
@@ -210,27 +211,27 @@ def load_index(path: str | Path, index_at: str = "", check_files: bool = True) -
         check_files: whether missing shards, or shards of another size, are an error.
 
     Raises:
-        ValueError: no such folder, no or malformed index.json, a missing shard, or a shard of another size.
+        UserError: no such folder, no or malformed index.json, a missing shard, or a shard of another size.
     """
     place, names = resolve(str(path))
     remote = is_remote(place)
     folder = Path() if remote else Path(place).parent
     index_at = index_at or place.replace("{name}", INDEX_NAME)
     if not remote and not folder.is_dir():
-        raise ValueError(f"data folder ({folder}) does not exist")
+        raise UserError(f"data folder ({folder}) does not exist")
     if not is_remote(index_at) and not Path(index_at).is_file():
         tars = " (tars of others get one by `run.py inspect-data --write-index`)" if any(folder.glob("*.tar")) else ""
-        raise ValueError(f"data folder ({Path(index_at).parent}) has no {Path(index_at).name}: no data set, or unfinished{tars}")
+        raise UserError(f"data folder ({Path(index_at).parent}) has no {Path(index_at).name}: no data set, or unfinished{tars}")
     text = read_all(index_at)
     try:
         index = _parse(json.loads(text), folder, place if remote else "")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{index_at} is malformed: {type(error).__name__}: {error}") from error
+        raise UserError(f"{index_at} is malformed: {type(error).__name__}: {error}") from error
     if names is not None:
         index = _pick(index, names)
     for shard in index.shards:
         if Path(shard.name).name != shard.name:
-            raise ValueError(f"{index_at}: shard name ({shard.name!r}) must be a plain file name")
+            raise UserError(f"{index_at}: shard name ({shard.name!r}) must be a plain file name")
         if check_files and not remote:
             _check_shard_file(folder, shard)
     return index
@@ -238,18 +239,18 @@ def load_index(path: str | Path, index_at: str = "", check_files: bool = True) -
 
 def _parse(record: dict, folder: Path, place: str) -> ShardIndex:
     if record["format"] != FORMAT_VERSION:
-        raise ValueError(f"format ({record['format']}) is not the one this program reads ({FORMAT_VERSION})")
+        raise UserError(f"format ({record['format']}) is not the one this program reads ({FORMAT_VERSION})")
     shards = tuple(ShardFile(**shard) for shard in record["shards"])
     index = ShardIndex(folder, ShardMeta(**record["meta"]), tuple(record["shape"]), record["dtype"], record["flips"],
                        record["count"], shards, from_json(Encoding, record["encoding"]) if "encoding" in record else None, place)
     stored_dtype(index.dtype)
     if index.dtype == "bfloat16" and index.meta.kind != "moments":
-        raise ValueError(f"dtype (bfloat16) goes with kind moments, not {index.meta.kind}")
+        raise UserError(f"dtype (bfloat16) goes with kind moments, not {index.meta.kind}")
     if len(index.shape) != 3:
-        raise ValueError(f"shape ({index.shape}) must have three numbers, channels first")
+        raise UserError(f"shape ({index.shape}) must have three numbers, channels first")
     if index.count != sum(shard.count for shard in shards) or index.count < 1:
-        raise ValueError(f"count ({index.count}) must be positive and the sum over its shards "
-                         f"({sum(shard.count for shard in shards)})")
+        raise UserError(f"count ({index.count}) must be positive and the sum over its shards "
+                        f"({sum(shard.count for shard in shards)})")
     return index
 
 
@@ -257,7 +258,7 @@ def _pick(index: ShardIndex, names: tuple[str, ...]) -> ShardIndex:
     """The data set of these shards alone, in the index's order."""
     strangers = set(names) - {shard.name for shard in index.shards}
     if strangers:
-        raise ValueError(f"shard {min(strangers)} is not in the index of {index.where}")
+        raise UserError(f"shard {min(strangers)} is not in the index of {index.where}")
     shards = tuple(shard for shard in index.shards if shard.name in names)
     made = index.encoding and replace(index.encoding, channel_mean=(), channel_std=())  # those of all shards
     return replace(index, shards=shards, count=sum(shard.count for shard in shards), encoding=made)
@@ -270,7 +271,7 @@ def from_json(kind: type[T], record: dict) -> T:
 
 def _check_shard_file(folder: Path, shard: ShardFile) -> None:
     if not (folder / shard.name).is_file():
-        raise ValueError(f"shard {shard.name} is missing from {folder}")
+        raise UserError(f"shard {shard.name} is missing from {folder}")
     size = (folder / shard.name).stat().st_size
     if size != shard.bytes:
-        raise ValueError(f"shard {shard.name} in {folder} has {size} bytes, its index says {shard.bytes}")
+        raise UserError(f"shard {shard.name} in {folder} has {size} bytes, its index says {shard.bytes}")

@@ -21,6 +21,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
+from diffmoe.errors import UserError
+
 TRIES = 5
 FIRST_PAUSE = 1.0  # seconds before the second try; doubled each time
 STALL = 60.0  # seconds without a byte after which a transfer counts as dead
@@ -51,7 +53,7 @@ def resolve(address: str) -> tuple[str, tuple[str, ...] | None]:
         address: a folder, its index.json, or tars by path, glob or braces; the same as URLs; `pipe:` with one tar's name.
 
     Raises:
-        ValueError: nothing matches, or the tars lie in more than one place.
+        UserError: nothing matches, or the tars lie in more than one place.
     """
     remote = is_remote(address)
     path = address.partition("?")[0].rstrip("/")
@@ -67,17 +69,17 @@ def resolve(address: str) -> tuple[str, tuple[str, ...] | None]:
         found = [name for part in found for name in (sorted(glob.glob(part)) or [part])]
         gone = [name for name in found if not Path(name).is_file()]
         if gone:
-            raise ValueError(f"data.shards ({address}): {gone[0]} does not exist")
+            raise UserError(f"data.shards ({address}): {gone[0]} does not exist")
     names = []
     for one in found:
         match = _LAST_NAME.search(one)
         if not match:
-            raise ValueError(f"data.shards ({one}) must name a .tar")
+            raise UserError(f"data.shards ({one}) must name a .tar")
         names.append(match[0])
     places = {_place(one, name) for one, name in zip(found, names)}
     if len(places) > 1:
-        raise ValueError(f"data.shards ({address}) lies in {len(places)} places ({', '.join(sorted(places)[:2])}); a data set "
-                         "has one, with its index.json")
+        raise UserError(f"data.shards ({address}) lies in {len(places)} places ({', '.join(sorted(places)[:2])}); a data set "
+                        "has one, with its index.json")
     return places.pop(), tuple(names)
 
 
@@ -87,7 +89,7 @@ def _place(address: str, name: str) -> str:
 
 
 def read_all(address: str, limit: int = 1 << 28) -> bytes:
-    """The whole of a small file (an index). ValueError when it cannot be had."""
+    """The whole of a small file (an index). UserError when it cannot be had."""
     if not is_remote(address):
         return Path(address).read_bytes()
 
@@ -103,7 +105,7 @@ def read_all(address: str, limit: int = 1 << 28) -> bytes:
     try:
         return again(once, address)
     except OSError as error:
-        raise ValueError(f"{address} cannot be read: {error}") from error
+        raise UserError(f"{address} cannot be read: {error}") from error
 
 
 def again(action: Callable[[], T], what: str) -> T:

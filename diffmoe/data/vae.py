@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffmoe.errors import UserError
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
@@ -44,17 +46,17 @@ def load_vae(path: str | Path, *, device: torch.device = torch.device("cpu"), dt
     Only safetensors are read, never pickles. A folder is never looked up on the hub.
 
     Raises:
-        ValueError: no such folder or hub id, another kind of model, weights that do not fit or are not finite, or latents
+        UserError: no such folder or hub id, another kind of model, weights that do not fit or are not finite, or latents
             normalised by channel, which one scale and one shift cannot express.
     """
     name, folder = str(path), Path(path)
     local = folder.is_dir()
     if not local and not _HUB_ID.fullmatch(name):
-        raise ValueError(f"vae ({name}) must be a folder, or an id of the hub (owner/name)")
+        raise UserError(f"vae ({name}) must be a folder, or an id of the hub (owner/name)")
     if local and not (folder / "config.json").is_file():
         folder = folder / "vae"
         if not (folder / "config.json").is_file():
-            raise ValueError(f"vae ({name}) has no config.json, nor vae/config.json")
+            raise UserError(f"vae ({name}) has no config.json, nor vae/config.json")
     from diffusers import AutoencoderKL  # seconds, and needless for pixels
 
     try:
@@ -62,13 +64,13 @@ def load_vae(path: str | Path, *, device: torch.device = torch.device("cpu"), dt
             str(folder) if local else name, local_files_only=local, use_safetensors=True, low_cpu_mem_usage=False,
             output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"vae ({name}) cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"vae ({name}) cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     # diffusers only warns of these, and goes on with random numbers.
     wrong = {what: info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(what)}
     for what, keys in wrong.items():
-        raise ValueError(f"vae ({name}) does not fit AutoencoderKL: {what.replace('_', ' ')} {keys[0]} ({len(keys)} in all)")
+        raise UserError(f"vae ({name}) does not fit AutoencoderKL: {what.replace('_', ' ')} {keys[0]} ({len(keys)} in all)")
     if model.config.latents_mean is not None or model.config.latents_std is not None:
-        raise ValueError(f"vae ({name}) normalises latents by channel (latents_mean); one scale and one shift are supported")
+        raise UserError(f"vae ({name}) normalises latents by channel (latents_mean); one scale and one shift are supported")
     # torch's own `to`: diffusers' would log a warning about modules to keep in fp32, of which AutoencoderKL has none.
     model = torch.nn.Module.to(model, torch.float32).requires_grad_(False).eval()
     digest = _weights_sha256(model, name)
@@ -81,7 +83,7 @@ def _weights_sha256(model: torch.nn.Module, name: str) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"vae ({name}): weights {key} hold values that are not finite")
+            raise UserError(f"vae ({name}): weights {key} hold values that are not finite")
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -115,15 +117,15 @@ def decode_latents(vae: Vae, z: Tensor, scale: float, shift: float) -> Tensor:
         uint8 [B, C, h * factor, w * factor] on the CPU, rounded to the nearest of 256 levels.
 
     Raises:
-        ValueError: channels that are not the VAE's, a scale or shift that cannot be undone, or values that are not finite.
+        UserError: channels that are not the VAE's, a scale or shift that cannot be undone, or values that are not finite.
     """
     if z.dim() != 4 or z.shape[1] != vae.latent_channels:
-        raise ValueError(f"latents {tuple(z.shape)} must be [B, {vae.latent_channels}, h, w] for vae {vae.name}")
+        raise UserError(f"latents {tuple(z.shape)} must be [B, {vae.latent_channels}, h, w] for vae {vae.name}")
     if not (math.isfinite(scale) and math.isfinite(shift) and scale != 0):
-        raise ValueError(f"scale ({scale}) and shift ({shift}) must be finite, scale not 0")
+        raise UserError(f"scale ({scale}) and shift ({shift}) must be finite, scale not 0")
     latents = z.to(vae.model.device).float() / scale + shift
     x = vae.model.decode(latents.to(vae.model.dtype)).sample.float()
     bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()) if len(x) else 0
     if bad:
-        raise ValueError(f"{bad} of {len(x)} decoded images hold values that are not finite")
+        raise UserError(f"{bad} of {len(x)} decoded images hold values that are not finite")
     return (127.5 * x + 128.0).clamp(0, 255).to(torch.uint8).cpu()

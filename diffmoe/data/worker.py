@@ -16,6 +16,7 @@ import sys
 
 from diffmoe.data.rows import BadShard
 from diffmoe.data.share import fill_step
+from diffmoe.errors import UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -34,7 +35,7 @@ def main() -> None:
         failure: BaseException | None = None
         try:
             fill_step(reader, part, step, ahead, x[slot], y[slot])
-        except (BadShard, ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             failure = error
         try:
             pickle.dump(failure, answers)

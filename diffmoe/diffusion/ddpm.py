@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.random_streams import Use, philox
@@ -86,9 +87,9 @@ def linear_schedule(num_timesteps: int = 1000) -> Schedule:
 def space_timesteps(num_timesteps: int, steps: int) -> list[int]:
     """``steps`` of the original steps, evenly spaced with both ends (ADM ``space_timesteps`` with one section).
 
-    Raises ValueError outside [2, num_timesteps]."""
+    Raises UserError outside [2, num_timesteps]."""
     if not 2 <= steps <= num_timesteps:
-        raise ValueError(f"sample.steps ({steps}) must be in [2, {num_timesteps}], the steps of the diffusion")
+        raise UserError(f"sample.steps ({steps}) must be in [2, {num_timesteps}], the steps of the diffusion")
     # Halves fall on the even side, as in ADM.  ADM adds up the stride in floats and so falls one short of a half at 283
     # of the 999 possible counts (21: 499 for 500), none of them 50, 100, 125, 200, 250 or 500.
     return [round(i * (num_timesteps - 1) / (steps - 1)) for i in range(steps)]
@@ -97,7 +98,7 @@ def space_timesteps(num_timesteps: int, steps: int) -> list[int]:
 def respace(schedule: Schedule, steps: int) -> Schedule:
     """The schedule of ``steps`` steps with the same abar_t at the steps kept (ADM ``SpacedDiffusion``).
 
-    Raises ValueError as ``space_timesteps`` does."""
+    Raises UserError as ``space_timesteps`` does."""
     kept = torch.tensor(space_timesteps(len(schedule), steps))
     abar = schedule.alphas_cumprod[kept]
     before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
@@ -263,9 +264,9 @@ def ddim_sample_loop(model_fn: ModelFn, schedule: Schedule, x: Tensor, noise: Op
                      clip_denoised: bool = False) -> Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16): deterministic at ``eta`` 0, the small-variance ancestral one at 1.
 
-    The learned variance is not used.  Raises ValueError for ``eta`` above 0 without ``noise``."""
+    The learned variance is not used.  Raises UserError for ``eta`` above 0 without ``noise``."""
     if eta > 0 and noise is None:
-        raise ValueError(f"DDIM with eta ({eta}) above 0 needs noise")
+        raise UserError(f"DDIM with eta ({eta}) above 0 needs noise")
     abar, before = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     sigma = eta * schedule.posterior_variance.sqrt()
     for i in reversed(range(len(schedule))):

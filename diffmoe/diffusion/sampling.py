@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.diffusion.ddpm import Noise, ddim_sample_loop, linear_schedule, p_sample_loop, respace
+from diffmoe.errors import UserError
 
 Field = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,7 +63,7 @@ def dopri5(field: Field, z: Tensor, steps: int, noise: Optional[Noise] = None, *
     costs it 37 evaluations, 1e-5 133 and 1e-6 685 (fp32: 25, 49, 49).  Where the field holds collectives, ``anyone``
     must tell every rank alike whether some rank is unfinished: ranks must evaluate in step.
 
-    Raises ValueError (on all those ranks) when ``steps`` do not suffice."""
+    Raises UserError (on all those ranks) when ``steps`` do not suffice."""
     t = z.new_zeros(len(z), dtype=torch.float64)
     h = torch.full_like(t, _FIRST_STEP)
     slope = field(z, t.to(z.dtype))
@@ -77,8 +78,8 @@ def dopri5(field: Field, z: Tensor, steps: int, noise: Optional[Noise] = None, *
         h = h * (0.9 * error ** -0.2).nan_to_num(nan=0.2).clamp(0.2, 5.0)
         if not anyone(bool((t < 1).any())):
             return z
-    raise ValueError(f"dopri5 did not finish in sample.steps ({steps}) at sample.tolerance ({tolerance}), raise one of them: "
-                     f"the slowest sample here is at t = {t.min().item():.3g} of 1")
+    raise UserError(f"dopri5 did not finish in sample.steps ({steps}) at sample.tolerance ({tolerance}), raise one of them: "
+                    f"the slowest sample here is at t = {t.min().item():.3g} of 1")
 
 
 def _attempt(field: Field, z: Tensor, t: Tensor, h: Tensor, slope: Tensor,
@@ -99,9 +100,9 @@ def _attempt(field: Field, z: Tensor, t: Tensor, h: Tensor, slope: Tensor,
 
 
 def ancestral(field: Field, z: Tensor, steps: int, noise: Optional[Noise] = None) -> Tensor:
-    """ADM's ``p_sample_loop`` over ``steps`` of the 1000, one evaluation each.  Raises ValueError without ``noise``."""
+    """ADM's ``p_sample_loop`` over ``steps`` of the 1000, one evaluation each.  Raises UserError without ``noise``."""
     if noise is None:
-        raise ValueError("the ancestral sampler needs noise")
+        raise UserError("the ancestral sampler needs noise")
     return p_sample_loop(field, respace(linear_schedule(), steps).to(z.device), z, noise)
 
 

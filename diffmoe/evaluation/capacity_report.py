@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffmoe.config import Config, ModelConfig
 from diffmoe.diffusion.ddpm import linear_schedule
+from diffmoe.errors import UserError
 from diffmoe.evaluation.plots import capacity_used
 from diffmoe.markdown import table
 from diffmoe.models.dit import DiT, ModelOutput
@@ -66,13 +67,13 @@ CONDITIONAL, NULL = slice(0, -1), slice(-1, None)
 class CapacityMeter:
     """Adds up what the layers report while sampling, on the device and without asking it for anything.
 
-    ``images``: those with higher numbers only fill up a rank's batch and are left out.  Raises ValueError for a model
+    ``images``: those with higher numbers only fill up a rank's batch and are left out.  Raises UserError for a model
     without experts."""
 
     def __init__(self, model: DiT, config: Config, images: int, device: torch.device) -> None:
         self.layers = tuple(f"block {i}" for i, _ in model.moe_layers())
         if not self.layers:
-            raise ValueError(f"model.family ({config.model.family}) has no experts whose capacity could be reported")
+            raise UserError(f"model.family ({config.model.family}) has no experts whose capacity could be reported")
         self.images, self.process = images, config.diffusion.process
         self.bins = min(config.sample.steps, MAX_TIME_BINS)
         classes = config.model.classes + 1

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from diffmoe.errors import UserError
 import diffmoe
 from diffmoe.data.tar import replacing
 from diffmoe.markdown import table
@@ -108,13 +109,13 @@ def card_from_json(text: str) -> Card:
     """A card back from its JSON.
 
     Raises:
-        ValueError: not a card, or a card with other fields.
+        UserError: not a card, or a card with other fields.
     """
     try:
         tree = json.loads(text)
         return Card(**{**tree, "scores": Scores(**tree["scores"])})
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"not a score card: {error}") from None
+        raise UserError(f"not a score card: {error}") from None
 
 
 def write_card(card: Card, folder: Path) -> None:

@@ -12,6 +12,7 @@ from diffmoe.config import Config
 from diffmoe.data.shards import ShardIndex, load_index
 from diffmoe.data.sources import runs_a_program
 from diffmoe.data.vae import decode_latents, load_vae
+from diffmoe.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,18 @@ def checkpoint_data(config: Config, scale: float | None, shift: float | None) ->
     A checkpoint may be anybody's: an address for which a program would be started is not opened.
 
     Raises:
-        ValueError: such an address, unless `scale` and `shift` are both known without it.
+        UserError: such an address, unless `scale` and `shift` are both known without it.
     """
     name = "index" if config.data.index else "shards"
     address = getattr(config.data, name)
     if runs_a_program(address):
         if scale is None or shift is None:
-            raise ValueError(f"data.{name} ({address}) would start a program, which no checkpoint may: say --latent-scale and "
-                             "--latent-shift")
+            raise UserError(f"data.{name} ({address}) would start a program, which no checkpoint may: say --latent-scale and "
+                            "--latent-shift")
         return None
     try:
         return load_index(config.data.shards, config.data.index, check_files=False)
-    except ValueError:
+    except UserError:
         return None  # sampling elsewhere than training
 
 
@@ -54,15 +55,15 @@ def open_decoder(path: str, config: Config, index: ShardIndex | None, scale: flo
     Where `scale` and `shift` are None they are those of the training data whose `index` this is, else the VAE's own.
 
     Raises:
-        ValueError: a model of pixels, no such autoencoder, or another one than the training data was encoded with.
+        UserError: a model of pixels, no such autoencoder, or another one than the training data was encoded with.
     """
     if config.model.channels in (1, 3):
-        raise ValueError(f"model.channels ({config.model.channels}) are pixels: there is nothing for vae {path} to decode")
+        raise UserError(f"model.channels ({config.model.channels}) are pixels: there is nothing for vae {path} to decode")
     vae = load_vae(path, device=device)
     own_scale, own_shift = (vae.scale, vae.shift) if index is None else (index.meta.scale, index.meta.mean)
     if index is not None and index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):
-        raise ValueError(f"vae {path} has weights {vae.sha256[:12]}; data.shards ({config.data.shards}) was encoded with "
-                         f"{index.encoding.vae_sha256[:12]}")
+        raise UserError(f"vae {path} has weights {vae.sha256[:12]}; data.shards ({config.data.shards}) was encoded with "
+                        f"{index.encoding.vae_sha256[:12]}")
     scale, shift = own_scale if scale is None else scale, own_shift if shift is None else shift
 
     def decode(latents: Tensor) -> Tensor:

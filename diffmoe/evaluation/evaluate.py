@@ -25,6 +25,7 @@ import torch
 
 from diffmoe.config import Config
 from diffmoe.data.tar import replacing
+from diffmoe.errors import UserError
 from diffmoe.evaluation.card import JSON_NAME, Card, Scores, card_from_json, hardware, versions, write_card
 from diffmoe.evaluation.decoding import Decoder
 from diffmoe.evaluation.features import Extractor, Features, to_uint8
@@ -68,7 +69,7 @@ def evaluate(model: DiT, config: Config, subject: Subject, count: int, labels: L
         keep_samples: also write `samples.npz`: `arr_0` uint8 [N, H, W, 3], `arr_1` labels [N].
 
     Raises:
-        ValueError: too few images, `out` with other settings, images or features that are not finite, or a reference of
+        UserError: too few images, `out` with other settings, images or features that are not finite, or a reference of
             another width.
     """
     start = time.monotonic()
@@ -79,7 +80,7 @@ def evaluate(model: DiT, config: Config, subject: Subject, count: int, labels: L
     try:
         check_plan(config, count, reference, decoder, splits)
         finished = world.index == 0 and _claim(out, settings)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         problem = error
     raise_together(problem, world)
     # Rank 0's word: another node may see a file a little later.
@@ -96,7 +97,7 @@ def evaluate(model: DiT, config: Config, subject: Subject, count: int, labels: L
                 if keep_samples:
                     _write_samples(out, settings)
                 write_card(_card(config, settings, scores, reference, world, device, time.monotonic() - start), out)
-            except (OSError, ValueError) as error:
+            except (OSError, UserError) as error:
                 problem = error
         raise_together(problem, world)
     if world.index != 0:
@@ -130,11 +131,11 @@ def check_plan(config: Config, count: int, reference: Reference, decoder: Decode
     widths = {"pool": reference.pool, "spatial": reference.spatial}
     for name, gaussian in widths.items():
         if gaussian is not None and count < len(gaussian.mean) + 1:
-            raise ValueError(f"count ({count}) must be at least the {name} features' width + 1 ({len(gaussian.mean) + 1})")
+            raise UserError(f"count ({count}) must be at least the {name} features' width + 1 ({len(gaussian.mean) + 1})")
     if not 1 <= splits <= count:
-        raise ValueError(f"splits ({splits}) must lie in 1..count ({count})")
+        raise UserError(f"splits ({splits}) must lie in 1..count ({count})")
     if decoder is None and config.model.channels not in (1, 3):
-        raise ValueError(f"model.channels ({config.model.channels}) are latents: a decoder is needed to score images")
+        raise UserError(f"model.channels ({config.model.channels}) are latents: a decoder is needed to score images")
 
 
 def _claim(out: Path, settings: dict) -> bool:
@@ -143,18 +144,18 @@ def _claim(out: Path, settings: dict) -> bool:
     (out / CHUNKS_NAME).mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         if (out / JSON_NAME).exists():
-            raise ValueError(f"out ({out}) holds {JSON_NAME} but no {SETTINGS_NAME}: choose another folder")
+            raise UserError(f"out ({out}) holds {JSON_NAME} but no {SETTINGS_NAME}: choose another folder")
         with replacing(path) as stream:
             stream.write(json.dumps(settings, indent=1).encode() + b"\n")
         return False
     try:
         there = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     for name in sorted({*settings, *there}):
         if settings.get(name) != there.get(name):
-            raise ValueError(f"out ({out}) was begun with {name} {there.get(name)!r}, this run has {settings.get(name)!r}: "
-                             "choose another folder, or remove it")
+            raise UserError(f"out ({out}) was begun with {name} {there.get(name)!r}, this run has {settings.get(name)!r}: "
+                            "choose another folder, or remove it")
     return (out / JSON_NAME).is_file()
 
 
@@ -183,11 +184,11 @@ def _make_chunk(model: DiT, config: Config, settings: dict, index: int, referenc
     try:
         x = generate(model, config, labels, numbers, device)
         if not torch.isfinite(x).all():
-            raise ValueError(f"{int((~torch.isfinite(x)).flatten(1).any(1).sum())} of {len(x)} samples are not finite")
+            raise UserError(f"{int((~torch.isfinite(x)).flatten(1).any(1).sum())} of {len(x)} samples are not finite")
         images = to_uint8(x) if decoder is None else decoder.function(x)
         features = extractor(images)
-    except ValueError as error:
-        raise ValueError(f"images {numbers.start}..{numbers.stop - 1}: {error}") from error
+    except UserError as error:
+        raise UserError(f"images {numbers.start}..{numbers.stop - 1}: {error}") from error
     check_widths(features, reference)
     kept = {"images": images.permute(0, 2, 3, 1).numpy()} if settings["keep_samples"] else {}
     with replacing(_chunk_path(out, index)) as stream:
@@ -195,7 +196,7 @@ def _make_chunk(model: DiT, config: Config, settings: dict, index: int, referenc
 
 
 def check_widths(features: Features, reference: Reference) -> None:
-    """Raises ValueError where another network measured the reference."""
+    """Raises UserError where another network measured the reference."""
     _check_width("pool", features.pool, reference.pool)
     if features.spatial is not None and reference.spatial is not None:
         _check_width("spatial", features.spatial, reference.spatial)
@@ -203,8 +204,8 @@ def check_widths(features: Features, reference: Reference) -> None:
 
 def _check_width(name: str, features: np.ndarray, reference: Gaussian) -> None:
     if features.shape[1] != len(reference.mean):
-        raise ValueError(f"{name} features have width {features.shape[1]}, the reference's {len(reference.mean)}: it was "
-                         "measured with another extractor")
+        raise UserError(f"{name} features have width {features.shape[1]}, the reference's {len(reference.mean)}: it was "
+                        "measured with another extractor")
 
 
 def _read_chunk(out: Path, index: int) -> Features:
@@ -213,9 +214,9 @@ def _read_chunk(out: Path, index: int) -> Features:
         with np.load(path, allow_pickle=False) as chunk:
             return Features(*(chunk[name] if name in chunk.files else None for name in ("pool", "spatial", "probabilities")))
     except FileNotFoundError:
-        raise ValueError(f"chunk {path} is missing: all ranks must see the same folder") from None
+        raise UserError(f"chunk {path} is missing: all ranks must see the same folder") from None
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"chunk {path} is damaged ({error}): remove it and run again") from None
+        raise UserError(f"chunk {path} is damaged ({error}): remove it and run again") from None
 
 
 def _scores(out: Path, settings: dict, reference: Reference, world: Group, device: torch.device) -> Scores | None:
@@ -224,7 +225,7 @@ def _scores(out: Path, settings: dict, reference: Reference, world: Group, devic
     tally = scores = None
     try:
         tally = _share(out, settings, world)
-    except ValueError as error:
+    except UserError as error:
         problem = error
     raise_together(problem, world)
     tally.add_ranks(world, device)
@@ -235,7 +236,7 @@ def _scores(out: Path, settings: dict, reference: Reference, world: Group, devic
                 chunks = [_read_chunk(out, index).pool for index in range(_chunks(settings))]
                 precision = precision_recall(reference.features, np.concatenate(chunks))
             scores = tally.scores(reference, *precision)
-        except ValueError as error:
+        except UserError as error:
             problem = error
     raise_together(problem, world)
     return scores
@@ -250,8 +251,8 @@ def _share(out: Path, settings: dict, world: Group) -> Tally:
         features = _read_chunk(out, index)
         for name, value in features.parts().items():
             if len(value) != len(_numbers(settings, index)):
-                raise ValueError(f"chunk {_chunk_path(out, index)}: {name} {value.shape} must have "
-                                 f"{len(_numbers(settings, index))} rows")
+                raise UserError(f"chunk {_chunk_path(out, index)}: {name} {value.shape} must have "
+                                f"{len(_numbers(settings, index))} rows")
         tally.add(features, numbers)
     return tally
 

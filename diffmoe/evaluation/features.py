@@ -25,6 +25,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
 from diffmoe.data.tar import sha256
+from diffmoe.errors import UserError
 
 INCEPTION_NAME = "inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -62,17 +63,17 @@ class Extractor:
         """Features of uint8 images [B, 3, H, W] in 0..255.
 
         Raises:
-            ValueError: other images, other than B features, or features that are not finite.
+            UserError: other images, other than B features, or features that are not finite.
         """
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images ({images.dtype} {tuple(images.shape)}) must be uint8 [B, 3, H, W]")
+            raise UserError(f"images ({images.dtype} {tuple(images.shape)}) must be uint8 [B, 3, H, W]")
         features = self.function(images)
         for name, value in features.parts().items():
             if value.ndim != 2 or len(value) != len(images):
-                raise ValueError(f"extractor {self.name}: {name} {value.shape} must be [{len(images)}, d]")
+                raise UserError(f"extractor {self.name}: {name} {value.shape} must be [{len(images)}, d]")
             bad = np.count_nonzero(~np.isfinite(value))
             if bad:
-                raise ValueError(f"extractor {self.name}: {name} {value.shape} holds {bad} values that are not finite")
+                raise UserError(f"extractor {self.name}: {name} {value.shape} holds {bad} values that are not finite")
         return features
 
 
@@ -80,13 +81,13 @@ def to_uint8(x: Tensor) -> Tensor:
     """Images [B, 1 or 3, H, W] in [-1, 1] as uint8 [B, 3, H, W]: rounded to the nearest of 256 levels, as published.
 
     Raises:
-        ValueError: another shape, or values that are not finite, which would become some grey without a word.
+        UserError: another shape, or values that are not finite, which would become some grey without a word.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"images {tuple(x.shape)} must be [B, 1 or 3, H, W]; latents need a decoder first")
+        raise UserError(f"images {tuple(x.shape)} must be [B, 1 or 3, H, W]; latents need a decoder first")
     bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()) if len(x) else 0
     if bad:
-        raise ValueError(f"{bad} of {len(x)} images hold values that are not finite")
+        raise UserError(f"{bad} of {len(x)} images hold values that are not finite")
     return (127.5 * x.float() + 128.0).clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
 
 
@@ -98,7 +99,7 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
     probabilities (softmax without the output's bias, as in the original Inception Score).
 
     Raises:
-        ValueError: no such file, no TorchScript, or layers that do not lead to the module's own features.
+        UserError: no such file, no TorchScript, or layers that do not lead to the module's own features.
     """
     path = Path(path)
     module = _load_script("extractor", path, device, f"; Inception is {INCEPTION_NAME}, SHA-256 {INCEPTION_SHA256}")
@@ -121,17 +122,17 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
 
 
 def open_extractor(name: str, device: torch.device) -> Extractor:
-    """`digits`, or the TorchScript file of that name.  ValueError as `load_extractor`."""
+    """`digits`, or the TorchScript file of that name.  UserError as `load_extractor`."""
     return digits_extractor() if name == DIGITS_NAME else load_extractor(name, device)
 
 
 def _load_script(kind: str, path: Path, device: torch.device, hint: str) -> torch.nn.Module:
     if not path.is_file():
-        raise ValueError(f"{kind} file ({path}) does not exist, and nothing is downloaded in a run{hint}")
+        raise UserError(f"{kind} file ({path}) does not exist, and nothing is downloaded in a run{hint}")
     try:
         return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
-        raise ValueError(f"{kind} file ({path}) is not TorchScript: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{kind} file ({path}) is not TorchScript: {str(error).splitlines()[0]}") from None
 
 
 def _has_inner_names(module: torch.nn.Module) -> bool:
@@ -172,8 +173,8 @@ def _check_walk(module: torch.nn.Module, path: Path, device: torch.device) -> No
         ours, _ = _walk(module, _tensorflow_input(images))
     apart = float((own - ours).abs().max() / own.abs().max().clamp_min(1e-30)) if own.shape == ours.shape else float("inf")
     if not apart <= _WALK_TOLERANCE:
-        raise ValueError(f"extractor file ({path}): its layers one by one give features {tuple(ours.shape)} that differ from "
-                         f"its own {tuple(own.shape)} by {apart:.3g} of the largest; this is not {INCEPTION_NAME}")
+        raise UserError(f"extractor file ({path}): its layers one by one give features {tuple(ours.shape)} that differ from "
+                        f"its own {tuple(own.shape)} by {apart:.3g} of the largest; this is not {INCEPTION_NAME}")
 
 
 def _array(value: Tensor) -> np.ndarray:
@@ -204,7 +205,7 @@ def digits_extractor() -> Extractor:
 
     def extract(images: Tensor) -> Features:
         if images.shape[2:] != (8, 8):
-            raise ValueError(f"images {tuple(images.shape)} must be [B, 3, 8, 8] for the digits extractor")
+            raise UserError(f"images {tuple(images.shape)} must be [B, 3, 8, 8] for the digits extractor")
         x = images.double().mean(dim=1).flatten(1).cpu().numpy() * (16.0 / 255.0)
         pool = (hidden(x) - mean) @ axes
         return Features(pool, x, classifier.predict_proba(pool) if len(pool) else np.empty((0, 10)))

@@ -15,6 +15,7 @@ from diffmoe.diffusion.ddpm import ancestral_noise, guided_epsilon
 from diffmoe.diffusion.randomness import sampling_noise
 from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import SAMPLERS
+from diffmoe.errors import UserError
 from diffmoe.evaluation.capacity_report import CapacityMeter, WatchedModel
 from diffmoe.models.dit import DiT
 from diffmoe.moe.routing import RoutingRule
@@ -29,11 +30,11 @@ def inference_rule(moe: MoEConfig, sample: SampleConfig) -> RoutingRule:
 
 
 def check_dial(model: DiT, sample: SampleConfig) -> None:
-    """Raises ValueError where the capacity dial is asked for and a layer has no histogram of its predictor's outputs."""
+    """Raises UserError where the capacity dial is asked for and a layer has no histogram of its predictor's outputs."""
     if sample.capacity is not None and not all(layer.thresholds.has_histogram for _, layer in model.moe_layers()):
-        raise ValueError(f"sample.capacity ({sample.capacity}) needs histograms of the predictors' outputs, which training "
-                         "writes into its checkpoints; this one has none (an older or an imported one): train on from it, "
-                         "or set sample.gamma")
+        raise UserError(f"sample.capacity ({sample.capacity}) needs histograms of the predictors' outputs, which training "
+                        "writes into its checkpoints; this one has none (an older or an imported one): train on from it, "
+                        "or set sample.gamma")
 
 
 def threshold_note(model: DiT, sample: SampleConfig) -> Optional[str]:
@@ -52,7 +53,7 @@ def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequenc
     """Images [n, C, H, W], fp32 on the CPU, of classes ``labels`` from the noise of images ``numbers``.
 
     ``together``: ranks whose passes must keep step, since the model communicates in them.  ``meter`` counts the capacity
-    used.  Raises ValueError where :func:`check_dial` does."""
+    used.  Raises UserError where :func:`check_dial` does."""
     check_dial(model, config.sample)
     sizes, sample = config.model, config.sample
     shape = (sizes.channels, sizes.input_size, sizes.input_size)

@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
+from diffmoe.errors import UserError
 from diffmoe.evaluation.scores import nearest_distances, precision_recall
 
 CLASSES = 10
@@ -73,17 +74,17 @@ def judge_digits(images: np.ndarray, asked: np.ndarray) -> JudgeReport:
     """Judge generated `images` [n, 1, 8, 8] (clipped to [-1, 1]) that were asked to be the digits `asked` [n].
 
     Raises:
-        ValueError: shapes that do not fit, labels outside 0..9, images that are not finite, too few of them, or a
+        UserError: shapes that do not fit, labels outside 0..9, images that are not finite, too few of them, or a
             classifier that fails on real digits.
     """
     images, asked = np.asarray(images), np.asarray(asked)
     if images.ndim != 4 or images.shape[1:] != (1, 8, 8) or asked.shape != images.shape[:1]:
-        raise ValueError(f"images {images.shape} must be [n, 1, 8, 8] and asked {asked.shape} [n]")
+        raise UserError(f"images {images.shape} must be [n, 1, 8, 8] and asked {asked.shape} [n]")
     if len(asked) and not (asked.min() >= 0 and asked.max() < CLASSES):
-        raise ValueError(f"asked ({asked.min()}..{asked.max()}) must lie in 0..{CLASSES - 1}")
+        raise UserError(f"asked ({asked.min()}..{asked.max()}) must lie in 0..{CLASSES - 1}")
     if not np.isfinite(images).all():
         bad = np.count_nonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
-        raise ValueError(f"images: {bad} of {len(images)} hold values that are not finite")
+        raise UserError(f"images: {bad} of {len(images)} hold values that are not finite")
     generated = (np.clip(images.reshape(len(images), 64).astype(np.float64), -1.0, 1.0) + 1.0) * 8.0
     real, labels = load_digits(return_X_y=True)
     precision, recall = precision_recall(real, generated, k=NEIGHBOURS)
@@ -93,8 +94,8 @@ def judge_digits(images: np.ndarray, asked: np.ndarray) -> JudgeReport:
     classifier = SVC(kernel="rbf", gamma=0.001, C=10.0, random_state=SPLIT_SEED).fit(train, train_labels)
     real_accuracy = float(classifier.score(held_out, held_out_labels))
     if real_accuracy <= MIN_REAL_ACCURACY:
-        raise ValueError(f"the judge's classifier: accuracy on real digits ({real_accuracy:.3f}) must be above "
-                         f"{MIN_REAL_ACCURACY}")
+        raise UserError(f"the judge's classifier: accuracy on real digits ({real_accuracy:.3f}) must be above "
+                        f"{MIN_REAL_ACCURACY}")
     return JudgeReport(
         accuracy=float(np.mean(classifier.predict(generated) == asked)),
         real_accuracy=real_accuracy,
@@ -117,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         with np.load(options.samples, allow_pickle=False) as samples:
             missing = {"images", "labels"} - set(samples.files)
             if missing:
-                raise ValueError(f"{options.samples} holds {samples.files}, not {' and '.join(sorted(missing))}")
+                raise UserError(f"{options.samples} holds {samples.files}, not {' and '.join(sorted(missing))}")
             report = judge_digits(samples["images"], samples["labels"])
     except (OSError, ValueError) as error:
         print(f"judge: {error}", file=sys.stderr)

@@ -13,6 +13,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from PIL import Image
 
+from diffmoe.errors import UserError
+
 GRID_GAP = 4  # pixels between the images of a grid
 _DPI = 150
 _SMOOTHING_SHARE = 0.01  # of the run's steps: the distance at which a neighbour's weight has fallen to 1/e
@@ -27,16 +29,16 @@ def image_grid(images: np.ndarray, columns: int, path: str | Path, upscale: int 
     small images grow to about 56 pixels.
 
     Raises:
-        ValueError: another shape, values that are not finite, or columns or upscale below 1.
+        UserError: another shape, values that are not finite, or columns or upscale below 1.
     """
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3, 4):
-        raise ValueError(f"images {images.shape} must be [n, C, H, W] with n > 0 and C 1, 3 or 4")
+        raise UserError(f"images {images.shape} must be [n, C, H, W] with n > 0 and C 1, 3 or 4")
     upscale = max(1, 56 // images.shape[2]) if upscale is None else upscale
     if columns < 1 or upscale < 1:
-        raise ValueError(f"columns ({columns}) and upscale ({upscale}) must be at least 1")
+        raise UserError(f"columns ({columns}) and upscale ({upscale}) must be at least 1")
     if not np.isfinite(images).all():
-        raise ValueError(f"images {images.shape} hold {np.count_nonzero(~np.isfinite(images))} values not finite")
+        raise UserError(f"images {images.shape} hold {np.count_nonzero(~np.isfinite(images))} values not finite")
     pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)[:, :3].transpose(0, 2, 3, 1)
     pixels = pixels.repeat(upscale, axis=1).repeat(upscale, axis=2)
     count, height, width, channels = pixels.shape
@@ -57,12 +59,12 @@ def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path) -> Non
     are left out, and lines break over long gaps.
 
     Raises:
-        ValueError: no record has a step and a finite loss.
+        UserError: no record has a step and a finite loss.
     """
     by_step = {int(record["step"]): record for record in records if "step" in record}
     series = {name: _series(by_step, name) for name in ("loss", "predictor_loss", "trivial_predictor_loss", "lr")}
     if len(series["loss"][0]) == 0:
-        raise ValueError(f"records ({len(records)} of them) must hold at least one step with a finite loss")
+        raise UserError(f"records ({len(records)} of them) must hold at least one step with a finite loss")
     names = ["loss"] + [name for name in ("predictor_loss", "lr") if len(series[name][0])]
     figure = Figure(figsize=(8, 1.4 + 2.2 * len(names)), layout="constrained")
     axes = np.atleast_1d(figure.subplots(len(names), 1, sharex=True, height_ratios=[2, 1.4, 1][: len(names)]))
@@ -88,11 +90,11 @@ def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) 
     Rows are bins of flow time from 0 to 1, upwards; bins that saw no sample are NaN and drawn grey.
 
     Raises:
-        ValueError: another rank, or not one name a layer.
+        UserError: another rank, or not one name a layer.
     """
     load = np.asarray(load, np.float64)
     if load.ndim != 3 or 0 in load.shape or len(layer_names) != len(load):
-        raise ValueError(f"load {load.shape} must be [layers, time_bins, experts] with {len(layer_names)} layer_names")
+        raise UserError(f"load {load.shape} must be [layers, time_bins, experts] with {len(layer_names)} layer_names")
     layers, bins, experts = load.shape
     rows = math.ceil(layers / 4)
     columns = math.ceil(layers / rows)
@@ -138,11 +140,11 @@ def capacity_used(layer_time: np.ndarray, conditional: np.ndarray, null: np.ndar
         target: the capacity that was asked for, drawn as a line.
 
     Raises:
-        ValueError: another rank, or not one name a layer.
+        UserError: another rank, or not one name a layer.
     """
     layer_time = np.asarray(layer_time, np.float64)
     if layer_time.ndim != 2 or 0 in layer_time.shape or len(layer_names) != len(layer_time):
-        raise ValueError(f"layer_time {layer_time.shape} must be [layers, time_bins] with {len(layer_names)} layer_names")
+        raise UserError(f"layer_time {layer_time.shape} must be [layers, time_bins] with {len(layer_names)} layer_names")
     layers, bins = layer_time.shape
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     (over_time, heat), (by_class, _) = grid = figure.subplots(2, 2, height_ratios=[1.2, 1])
@@ -249,10 +251,10 @@ def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -
     """Draw one horizontal bar for each name, with its figure, top down in the given order.
 
     Raises:
-        ValueError: no values.
+        UserError: no values.
     """
     if not values:
-        raise ValueError(f"values ({len(values)} of them) must hold at least one bar")
+        raise UserError(f"values ({len(values)} of them) must hold at least one bar")
     figure = Figure(figsize=(8, 1.2 + 0.36 * len(values)), layout="constrained")
     ax = figure.subplots()
     drawn = ax.barh(list(values), list(values.values()), color=_BLUE)

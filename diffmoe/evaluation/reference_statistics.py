@@ -21,6 +21,7 @@ from diffmoe.data.images import EXTENSIONS, BadImage, decode_picture
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import INDEX_NAME, load_index
 from diffmoe.data.tar import replacing, sha256
+from diffmoe.errors import UserError
 from diffmoe.evaluation.features import Extractor, to_uint8
 from diffmoe.evaluation.scores import Moments, merge, merge_over, moments_of
 from diffmoe.parallel.collectives import gather_stack, raise_together
@@ -74,7 +75,7 @@ def load_reference(path: str | Path, extractor: Extractor, world: Group, device:
         batch: images that pass the extractor at once.
 
     Raises:
-        ValueError: on every rank: nothing that is a reference, statistics of another extractor, damaged images, too few.
+        UserError: on every rank: nothing that is a reference, statistics of another extractor, damaged images, too few.
     """
     stored: Reference | None = None
     source: ImageSource | None = None
@@ -102,7 +103,7 @@ def measure_reference(source: ImageSource, extractor: Extractor, world: Group, d
     Precision and recall get every k-th image, at most `NEIGHBOUR_FEATURES`.
 
     Raises:
-        ValueError: on every rank: an image that cannot be read, or fewer images than feature width + 1.
+        UserError: on every rank: an image that cannot be read, or fewer images than feature width + 1.
     """
     measured = _measure(source, extractor, world, device, batch, progress)
     pool, *spatial = (Gaussian(moments.mean, moments.covariance()) for moments in measured.moments)
@@ -138,7 +139,7 @@ def _measure(source: ImageSource, extractor: Extractor, world: Group, device: to
             moments = [merge(*pair) for pair in zip(moments, parts, strict=True)] if moments else parts
             kept.append(features.pool[rows][-start % stride :: stride])
             hashes += [hashlib.sha256(image.numpy().tobytes()).digest() for image in images[rows]]
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         problem = error
     raise_together(problem, world)
     digests = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
@@ -158,7 +159,7 @@ def open_images(path: str | Path) -> ImageSource:
     """The images of a folder of pictures (all below it, by name), of pixel shards, or of an npz's `arr_0` [N, H, W, 3].
 
     Raises:
-        ValueError: no images there, moments instead of pixels, or an array of another kind.
+        UserError: no images there, moments instead of pixels, or an array of another kind.
     """
     path = Path(path)
     if path.is_file():
@@ -166,17 +167,17 @@ def open_images(path: str | Path) -> ImageSource:
     if (path / INDEX_NAME).is_file():
         return _open_shards(path)
     if not path.is_dir():
-        raise ValueError(f"reference ({path}) does not exist")
+        raise UserError(f"reference ({path}) does not exist")
     pictures = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in EXTENSIONS)
     if not pictures:
-        raise ValueError(f"reference folder ({path}) holds neither {INDEX_NAME} nor pictures (.{', .'.join(EXTENSIONS)})")
+        raise UserError(f"reference folder ({path}) holds neither {INDEX_NAME} nor pictures (.{', .'.join(EXTENSIONS)})")
 
     def read(start: int, stop: int) -> Tensor:
         images = [_read_picture(p) for p in [pictures[0], *pictures[start:stop]]]
         for picture, image in zip(pictures[start:stop], images[1:]):
             if image.shape != images[0].shape:
-                raise ValueError(f"picture {picture} is {image.shape[1]} x {image.shape[0]}, {pictures[0].name} is "
-                                 f"{images[0].shape[1]} x {images[0].shape[0]}: crop and resize them beforehand")
+                raise UserError(f"picture {picture} is {image.shape[1]} x {image.shape[0]}, {pictures[0].name} is "
+                                f"{images[0].shape[1]} x {images[0].shape[0]}: crop and resize them beforehand")
         return _channels_first(np.stack(images[1:]))
 
     return ImageSource(str(path), len(pictures), read)
@@ -186,13 +187,13 @@ def _read_picture(path: Path) -> np.ndarray:
     try:
         return np.asarray(decode_picture(path.read_bytes(), channels=3))
     except (BadImage, OSError) as error:
-        raise ValueError(f"picture {path} cannot be read: {error}") from None
+        raise UserError(f"picture {path} cannot be read: {error}") from None
 
 
 def _open_shards(path: Path) -> ImageSource:
     index = load_index(path)
     if index.meta.kind != "pixels":
-        raise ValueError(f"reference shards ({path}) hold {index.meta.kind}, not pixels: latents have no Inception features")
+        raise UserError(f"reference shards ({path}) hold {index.meta.kind}, not pixels: latents have no Inception features")
     reader = ShardReader(index, seed=0)  # one epoch in any order is every image once
     return ImageSource(str(path), index.count,
                        lambda start, stop: to_uint8(torch.from_numpy(reader.read(range(start, stop))[0])))
@@ -202,13 +203,13 @@ def _open_npz(path: Path) -> ImageSource:
     """Rows of `arr_0` straight from the file: ADM's 10,000 images are 2 GB, and eight ranks would hold them eight times."""
     with zipfile.ZipFile(path) as archive:
         if "arr_0.npy" not in archive.namelist():
-            raise ValueError(f"reference file ({path}) holds {archive.namelist()}, not arr_0 and not mu and sigma")
+            raise UserError(f"reference file ({path}) holds {archive.namelist()}, not arr_0 and not mu and sigma")
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, column_major, dtype = read_header[np.lib.format.read_magic(stream)](stream)
         header = stream.tell()
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] < 1 or column_major:
-        raise ValueError(f"{path}: arr_0 ({dtype} {shape}) must be uint8 [N, H, W, 3] in C order")
+        raise UserError(f"{path}: arr_0 ({dtype} {shape}) must be uint8 [N, H, W, 3] in C order")
     size = int(np.prod(shape[1:]))
 
     def read(start: int, stop: int) -> Tensor:
@@ -230,17 +231,17 @@ def _read_statistics(path: Path, extractor: Extractor) -> Reference | None:
         if not {"mu", "sigma"} <= set(archive.files):
             return None
         if ("mu_s" in archive.files) != ("sigma_s" in archive.files):
-            raise ValueError(f"reference file ({path}) holds only one of mu_s and sigma_s: {archive.files}")
+            raise UserError(f"reference file ({path}) holds only one of mu_s and sigma_s: {archive.files}")
         read = {name: archive[name] for name in archive.files if not name.startswith("arr_")}
     ours = "sha256" in read
     if ours:
         stored = str(read.pop("sha256"))
         if _digest(read) != stored:
-            raise ValueError(f"reference file ({path}): the hash of its content ({_digest(read)}) is not the stored one "
-                             f"({stored})")
+            raise UserError(f"reference file ({path}): the hash of its content ({_digest(read)}) is not the stored one "
+                            f"({stored})")
         if str(read["extractor"]) != extractor.sha256:
-            raise ValueError(f"reference file ({path}) was measured with extractor {read['extractor']}, this run uses "
-                             f"{extractor.name} {extractor.sha256}")
+            raise UserError(f"reference file ({path}) was measured with extractor {read['extractor']}, this run uses "
+                            f"{extractor.name} {extractor.sha256}")
     pool, spatial = (Gaussian(read[mean].astype(np.float64), read[covariance].astype(np.float64)) if mean in read else None
                      for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")))
     return Reference(str(path), stored if ours else sha256(path), int(read["count"]) if ours else None, pool, spatial,

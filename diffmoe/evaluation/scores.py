@@ -14,6 +14,7 @@ import torch
 from scipy.spatial.distance import cdist
 from scipy.special import xlogy
 
+from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import Group
 
@@ -39,10 +40,10 @@ class Moments:
         """The unbiased covariance [d, d], as numpy's `cov`.
 
         Raises:
-            ValueError: fewer than d + 1 samples, which leave a covariance without full rank and a biased distance.
+            UserError: fewer than d + 1 samples, which leave a covariance without full rank and a biased distance.
         """
         if self.count < self.width + 1:
-            raise ValueError(f"samples ({self.count}) must be at least feature width + 1 ({self.width + 1})")
+            raise UserError(f"samples ({self.count}) must be at least feature width + 1 ({self.width + 1})")
         return self.scatter / (self.count - 1)
 
 
@@ -50,7 +51,7 @@ def moments_of(features: np.ndarray) -> Moments:
     """Moments of one batch [n, d], n >= 0, in fp64.
 
     Raises:
-        ValueError: not a matrix, or values that are not finite.
+        UserError: not a matrix, or values that are not finite.
     """
     _check_matrix(features, "features")
     x = np.asarray(features, np.float64)
@@ -63,10 +64,10 @@ def merge(first: Moments, second: Moments) -> Moments:
     """Moments of both sets together, by Chan, Golub and LeVeque's pairwise update: no difference of large sums.
 
     Raises:
-        ValueError: different widths.
+        UserError: different widths.
     """
     if first.width != second.width:
-        raise ValueError(f"moments of width {first.width} and {second.width} cannot be merged")
+        raise UserError(f"moments of width {first.width} and {second.width} cannot be merged")
     count = first.count + second.count
     if count == 0:
         return first
@@ -96,11 +97,11 @@ def frechet_distance(
     loses no digits where a covariance is singular, and has no complex part as the square root of C1 C2 has.
 
     Raises:
-        ValueError: other shapes, values that are not finite, a matrix that is not symmetric or not positive.
+        UserError: other shapes, values that are not finite, a matrix that is not symmetric or not positive.
     """
     mean_1, mean_2 = np.asarray(mean_1, np.float64), np.asarray(mean_2, np.float64)
     if mean_1.ndim != 1 or mean_1.shape != mean_2.shape:
-        raise ValueError(f"mean of {mean_1.shape} does not fit the reference's mean of {mean_2.shape}")
+        raise UserError(f"mean of {mean_1.shape} does not fit the reference's mean of {mean_2.shape}")
     root_1 = _root(mean_1, covariance_1, "first")
     root_2 = _root(mean_2, covariance_2, "second")
     overlap = np.linalg.svd(root_1 @ root_2, compute_uv=False).sum()
@@ -114,17 +115,17 @@ def _root(mean: np.ndarray, covariance: np.ndarray, name: str) -> np.ndarray:
     """The symmetric square root of a covariance."""
     covariance = np.asarray(covariance, np.float64)
     if covariance.shape != (len(mean), len(mean)):
-        raise ValueError(f"{name} covariance {covariance.shape} does not fit its mean {mean.shape}")
+        raise UserError(f"{name} covariance {covariance.shape} does not fit its mean {mean.shape}")
     for what, value in (("mean", mean), ("covariance", covariance)):
         if not np.isfinite(value).all():
-            raise ValueError(f"{name} {what} holds {np.count_nonzero(~np.isfinite(value))} values that are not finite")
+            raise UserError(f"{name} {what} holds {np.count_nonzero(~np.isfinite(value))} values that are not finite")
     scale = np.abs(covariance).max(initial=0.0)
     skew = np.abs(covariance - covariance.T).max(initial=0.0)
     if skew > _ROUNDING * scale:
-        raise ValueError(f"{name} covariance must be symmetric: it differs from its transpose by {skew:.3g}")
+        raise UserError(f"{name} covariance must be symmetric: it differs from its transpose by {skew:.3g}")
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     if values[0] < -_ROUNDING * values[-1] or values[-1] < 0:
-        raise ValueError(f"{name} covariance must be positive: eigenvalues {values[0]:.3g} to {values[-1]:.3g}")
+        raise UserError(f"{name} covariance must be positive: eigenvalues {values[0]:.3g} to {values[-1]:.3g}")
     # The noise of a zero eigenvalue would come back as its square root, 1e-8 where it was 1e-16.
     values = np.where(values > len(values) * np.finfo(np.float64).eps * values[-1], values, 0.0)
     return (vectors * np.sqrt(values)) @ vectors.T
@@ -147,13 +148,13 @@ def split_totals(probabilities: np.ndarray, split: np.ndarray, splits: int) -> S
     """Totals of a batch: class probabilities [n, c], the split [n] in 0..splits - 1 of each sample.
 
     Raises:
-        ValueError: values that are not finite or rows that are no distribution.
+        UserError: values that are not finite or rows that are no distribution.
     """
     _check_matrix(probabilities, "probabilities")
     p = np.asarray(probabilities, np.float64)
     if p.size and (p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 1e-3):
-        raise ValueError(f"probabilities must be at least 0 (least {p.min():.3g}) and each row sum to 1 (worst "
-                         f"{p.sum(axis=1)[np.abs(p.sum(axis=1) - 1).argmax()]:.4g})")
+        raise UserError(f"probabilities must be at least 0 (least {p.min():.3g}) and each row sum to 1 (worst "
+                        f"{p.sum(axis=1)[np.abs(p.sum(axis=1) - 1).argmax()]:.4g})")
     counts = np.bincount(split, minlength=splits).astype(np.float64)
     member = (np.arange(splits)[:, None] == np.asarray(split)[None, :]).astype(np.float64)
     return SplitTotals(counts, member @ xlogy(p, p).sum(axis=1), member @ p)
@@ -168,10 +169,10 @@ def inception_score_of(totals: SplitTotals) -> tuple[float, float]:
     """Mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016).
 
     Raises:
-        ValueError: a split without samples.
+        UserError: a split without samples.
     """
     if (totals.counts < 1).any():
-        raise ValueError(f"splits ({len(totals.counts)}) must not exceed the samples ({int(totals.counts.sum())})")
+        raise UserError(f"splits ({len(totals.counts)}) must not exceed the samples ({int(totals.counts.sum())})")
     marginal = totals.probability / totals.counts[:, None]
     scores = np.exp(totals.negentropy / totals.counts - xlogy(marginal, marginal).sum(axis=1))
     return float(scores.mean()), float(scores.std())
@@ -189,11 +190,11 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
     Precision is the share of fake points inside the real manifold, recall the share of real ones inside the fake's.
 
     Raises:
-        ValueError: different widths, values that are not finite, or a set of k points or fewer.
+        UserError: different widths, values that are not finite, or a set of k points or fewer.
     """
     for name, points in (("real", real), ("fake", fake)):
         if len(points) <= k:
-            raise ValueError(f"{name} has {len(points)} points and needs more than k ({k})")
+            raise UserError(f"{name} has {len(points)} points and needs more than k ({k})")
     _check_pair(real, fake, "real", "fake")
     return _share_inside(fake, real, k), _share_inside(real, fake, k)
 
@@ -202,10 +203,10 @@ def nearest_distances(query: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Euclidean distance [n] from each row of `query` [n, d] to the nearest row of `reference` [m, d].
 
     Raises:
-        ValueError: different widths, values that are not finite, or an empty reference.
+        UserError: different widths, values that are not finite, or an empty reference.
     """
     if len(reference) == 0:
-        raise ValueError(f"reference (0 points) must not be empty: query has {len(query)} points")
+        raise UserError(f"reference (0 points) must not be empty: query has {len(query)} points")
     _check_pair(query, reference, "query", "reference")
     return np.concatenate([np.empty(0), *(block.min(axis=1) for block in _distance_blocks(query, reference))])
 
@@ -241,13 +242,13 @@ def _sum(value: np.ndarray, group: Group, device: torch.device) -> np.ndarray:
 
 def _check_matrix(points: np.ndarray, name: str) -> None:
     if points.ndim != 2:
-        raise ValueError(f"{name} {points.shape} must be [n, d]")
+        raise UserError(f"{name} {points.shape} must be [n, d]")
     if not np.isfinite(points).all():
-        raise ValueError(f"{name} holds {np.count_nonzero(~np.isfinite(points))} values that are not finite")
+        raise UserError(f"{name} holds {np.count_nonzero(~np.isfinite(points))} values that are not finite")
 
 
 def _check_pair(first: np.ndarray, second: np.ndarray, first_name: str, second_name: str) -> None:
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise ValueError(f"{first_name} {first.shape} and {second_name} {second.shape} must be [n, d] with the same d")
+        raise UserError(f"{first_name} {first.shape} and {second_name} {second.shape} must be [n, d] with the same d")
     _check_matrix(first, first_name)
     _check_matrix(second, second_name)

@@ -27,7 +27,7 @@ class Tally:
         self.totals: SplitTotals | None = None
 
     def add(self, features: Features, numbers: range) -> None:
-        """The first features of a batch, as many as there are `numbers`.  ValueError for values that are not finite."""
+        """The first features of a batch, as many as there are `numbers`.  UserError for values that are not finite."""
         self.pool = _merged(self.pool, moments_of(features.pool[: len(numbers)]))
         if features.spatial is not None:
             self.spatial = _merged(self.spatial, moments_of(features.spatial[: len(numbers)]))
@@ -43,7 +43,7 @@ class Tally:
         self.totals = None if self.totals is None else totals_over(self.totals, world, device)
 
     def scores(self, reference: Reference, precision: float | None = None, recall: float | None = None) -> Scores:
-        """Raises ValueError for statistics that are no Gaussian's, or a split without samples."""
+        """Raises UserError for statistics that are no Gaussian's, or a split without samples."""
         assert self.pool.count == self.count, (self.pool.count, self.count)
         sfid = None if self.spatial is None or reference.spatial is None else _distance(self.spatial, reference.spatial)
         inception = (None, None) if self.totals is None else inception_score_of(self.totals)

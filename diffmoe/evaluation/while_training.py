@@ -11,6 +11,7 @@ import torch
 
 from diffmoe.config import Config
 from diffmoe.data.shards import ShardIndex
+from diffmoe.errors import UserError
 from diffmoe.evaluation.card import Scores
 from diffmoe.evaluation.decoding import Decoder, open_decoder
 from diffmoe.evaluation.evaluate import check_plan, check_widths, class_labels
@@ -41,13 +42,13 @@ def open_scorer(config: Config, index: ShardIndex, world: Group, device: torch.d
     try:
         extractor = open_extractor(score.extractor, device)
         decoder = open_decoder(score.vae, config, index, None, None, device) if score.vae else None
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         problem = error
     raise_together(problem, world)
     reference = load_reference(score.reference, extractor, world, device)
     try:
         check_plan(config, score.count, reference, decoder, _splits(score.count))
-    except ValueError as error:
+    except UserError as error:
         problem = error
     raise_together(problem, world)
     return Scorer(score.count, reference, extractor, decoder)
@@ -72,13 +73,13 @@ def score(model: DiT, config: Config, scorer: Scorer, world: Group, device: torc
             features = scorer.extractor(to_uint8(x) if scorer.decoder is None else scorer.decoder.function(x))
             check_widths(features, scorer.reference)
             tally.add(features, range(scorer.count)[numbers.start : numbers.stop])  # the last rounds may have more than that
-        except ValueError as error:
+        except UserError as error:
             problem = problem or error
     raise_together(problem, world)
     tally.add_ranks(world, device)
     try:
         return tally.scores(scorer.reference)
-    except ValueError as error:
+    except UserError as error:
         problem = error
     raise_together(problem, world)
     raise AssertionError("unreachable")

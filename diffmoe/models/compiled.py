@@ -13,21 +13,22 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
+from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT, DiTBlock
 from diffmoe.moe.layer import MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.recompute import recomputed
 
 def check_compiler(device: torch.device) -> None:
-    """Raises ValueError where torch.compile would find no C++ compiler, which it needs on a CPU."""
+    """Raises UserError where torch.compile would find no C++ compiler, which it needs on a CPU."""
     if device.type == "cpu":
         from torch._inductor import cpp_builder, exc
 
         try:
             cpp_builder.get_cpp_compiler()
         except exc.InvalidCxxCompiler:
-            raise ValueError("train.compile (true) needs a C++ compiler on a CPU, and there is none: install g++, or name one "
-                             "in CXX") from None
+            raise UserError("train.compile (true) needs a C++ compiler on a CPU, and there is none: install g++, or name one "
+                            "in CXX") from None
 
 
 def compile_blocks(model: DiT) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT, is_moe_block, logical_tensors
 from diffmoe.models.layers import sine_positions
 from diffmoe.moe.capacity import Thresholds
@@ -92,11 +93,11 @@ def logical_template(model: ModelConfig, moe: MoEConfig) -> dict[str, Tensor]:
 
 def whole_weights(weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig,
                   source: str) -> Mapping[str, Tensor]:
-    """Weights and thresholds in one mapping, unread.  Raises ValueError, naming ``source``, where the model needs more."""
+    """Weights and thresholds in one mapping, unread.  Raises UserError, naming ``source``, where the model needs more."""
     tensors: Mapping[str, Tensor] = ChainMap(weights, buffers)
     missing = [name for name in logical_template(model, moe) if name not in tensors]
     if missing:
-        raise ValueError(f"{source} lacks {', '.join(missing[:3])} ({len(missing)} missing)")
+        raise UserError(f"{source} lacks {', '.join(missing[:3])} ({len(missing)} missing)")
     return tensors
 
 
@@ -118,30 +119,30 @@ def read_research(path: Path) -> dict[str, dict[str, Tensor]]:
     """The state dicts of a research checkpoint: ``model``, ``ema`` or both; a bare state dict is returned as ``model``.
 
     Only tensors, plain containers and an ``argparse.Namespace`` (what the research code keeps its options in) are
-    read; a pickle that asks for anything else is refused, and nothing in it runs.  Raises ValueError."""
+    read; a pickle that asks for anything else is refused, and nothing in it runs.  Raises UserError."""
     if not path.is_file():
-        raise ValueError(f"research checkpoint {path} does not exist")
+        raise UserError(f"research checkpoint {path} does not exist")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Tensors of a zip file stay on disk until they are used.
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged or hostile file can fail anywhere in the unpickler
-        raise ValueError(f"{path} is refused: {_why_refused(path, error)}") from None
+        raise UserError(f"{path} is refused: {_why_refused(path, error)}") from None
     if not isinstance(tree, dict) or not tree:
-        raise ValueError(f"{path} must hold a dict of tensors, not {type(tree).__name__} ({len(tree)} entries)"
-                         if isinstance(tree, dict) else f"{path} must hold a dict, not {type(tree).__name__}")
+        raise UserError(f"{path} must hold a dict of tensors, not {type(tree).__name__} ({len(tree)} entries)"
+                        if isinstance(tree, dict) else f"{path} must hold a dict, not {type(tree).__name__}")
     states = {which: tree[which] for which in ("model", "ema") if which in tree}
     if not states and all(isinstance(value, Tensor) for value in tree.values()):
         states = {"model": tree}
     if not states:
-        raise ValueError(f"{path} has neither model nor ema and is no bare state dict; it has {_some('entries', tree)}")
+        raise UserError(f"{path} has neither model nor ema and is no bare state dict; it has {_some('entries', tree)}")
     for which, state in states.items():
         strangers = [f"{name!s} ({type(value).__name__})" for name, value in state.items()
                      if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point()
                      ] if isinstance(state, dict) else [type(state).__name__]
         if strangers:
-            raise ValueError(f"{path}: {which} must hold tensors of floating-point numbers by name, not "
-                             f"{_some('others', strangers)}")
+            raise UserError(f"{path}: {which} must hold tensors of floating-point numbers by name, not "
+                            f"{_some('others', strangers)}")
     return states
 
 
@@ -163,7 +164,7 @@ def _why_refused(path: Path, error: Exception) -> str:
 
 
 def check_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig, source: str) -> None:
-    """Raises ValueError unless a research state dict is exactly what this configuration needs.
+    """Raises UserError unless a research state dict is exactly what this configuration needs.
 
     Missing, extra and misshaped tensors are listed.  Positions must be ours, and the thresholds' decay the configured."""
     wanted = dict(to_research(logical_template(model, moe), model, moe))
@@ -172,8 +173,8 @@ def check_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConf
     misshaped = [f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
                  for name, value in wanted.items() if name in state and state[name].shape != value.shape]
     if missing or extra or misshaped:
-        raise ValueError(f"{source} does not fit the configuration (model.family {model.family}): {_some('missing', missing)}, "
-                         f"{_some('extra', extra)}, {_some('misshaped', misshaped)}")
+        raise UserError(f"{source} does not fit the configuration (model.family {model.family}): {_some('missing', missing)}, "
+                        f"{_some('extra', extra)}, {_some('misshaped', misshaped)}")
     for name, value in state.items():
         if not _COMPUTED.search(name):
             continue
@@ -181,7 +182,7 @@ def check_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConf
         # Another machine's sines end in other bits; half precision rounds.
         if not furthest <= max(1e-6, torch.finfo(value.dtype).eps):
             ours = "the sine-cosine table" if name == "pos_embed" else f"moe.threshold_decay ({moe.threshold_decay})"
-            raise ValueError(f"{source}: {name} differs from {ours} by up to {furthest:.3g}")
+            raise UserError(f"{source}: {name} differs from {ours} by up to {furthest:.3g}")
 
 
 def kept_as_they_were(states: Mapping[str, Mapping[str, Tensor]], buffers: Mapping[str, Tensor], model: ModelConfig,
@@ -206,7 +207,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def load_logical(model: DiT, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors by logical name into the model's own layout.
 
-    Raises ValueError naming tensors that are missing or misshaped.  Experts that live on other ranks are not missed,
+    Raises UserError naming tensors that are missing or misshaped.  Experts that live on other ranks are not missed,
     and thresholds may be absent (a model without a predictor) but then keep their start value."""
     missing, misshaped = [], []
     for tensor in logical_tensors(model):
@@ -219,7 +220,7 @@ def load_logical(model: DiT, tensors: Mapping[str, Tensor]) -> None:
             else:
                 target.copy_(value)
     if missing or misshaped:
-        raise ValueError(f"weights do not fit the model: {_some('missing', missing)}, {_some('misshaped', misshaped)}")
+        raise UserError(f"weights do not fit the model: {_some('missing', missing)}, {_some('misshaped', misshaped)}")
     load_buffers(model, tensors)
 
 

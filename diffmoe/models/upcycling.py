@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.config import Config, MoEConfig
+from diffmoe.errors import UserError
 from diffmoe.layout import rows_taken
 from diffmoe.models.dit import DiT, initialize, logical_tensors
 from diffmoe.models.interchange import check_research, from_research, load_logical
@@ -47,18 +48,18 @@ class Receipt:
 
 
 def check_upcycling(config: Config) -> None:
-    """Raises ValueError for a configuration that a dense model cannot start."""
+    """Raises UserError for a configuration that a dense model cannot start."""
     if config.model.family == "dense":
-        raise ValueError("model.family (dense) must be a mixture (tc, ec, diffmoe) to be started from a dense model")
+        raise UserError("model.family (dense) must be a mixture (tc, ec, diffmoe) to be started from a dense model")
     if config.moe.activation != "gelu":
-        raise ValueError(f"moe.activation ({config.moe.activation}) must be gelu, as in the dense MLP that experts copy")
+        raise UserError(f"moe.activation ({config.moe.activation}) must be gelu, as in the dense MLP that experts copy")
     if config.moe.shared_experts:
-        raise ValueError(f"moe.shared_experts ({config.moe.shared_experts}) must be 0: beside whole copies of the dense "
-                         "MLP it would be counted twice")
+        raise UserError(f"moe.shared_experts ({config.moe.shared_experts}) must be 0: beside whole copies of the dense "
+                        "MLP it would be counted twice")
 
 
 def load_dense(state: Mapping[str, Tensor], config: Config, source: str) -> DiT:
-    """The dense model of a research state dict, with the sizes of ``config``.  Raises ValueError when it does not fit."""
+    """The dense model of a research state dict, with the sizes of ``config``.  Raises UserError when it does not fit."""
     model = dataclasses.replace(config.model, family="dense")
     check_research(state, model, config.moe, source)
     dense = DiT(model, config.moe, time_scale=config.diffusion.time_scale)
@@ -104,7 +105,7 @@ def balancing_factor(moe: MoEConfig, family: str) -> float:
 
 @torch.no_grad()
 def measure(model: DiT, dense: DiT, config: Config) -> Receipt:
-    """The receipt of :func:`upcycle`'s model, which is left with plain copies.  Raises ValueError when the dense
+    """The receipt of :func:`upcycle`'s model, which is left with plain copies.  Raises UserError when the dense
     model's output is zero, as that of an untrained one is: nothing can be measured against it."""
     moe, sizes = config.moe, config.model
     pool = _receipt_pool(config, next(layer.pool for _, layer in model.moe_layers()))
@@ -118,7 +119,7 @@ def measure(model: DiT, dense: DiT, config: Config) -> Receipt:
     rule = RoutingRule(capacity=moe.capacity_at(0))
     wanted = dense(x, t, y, rule).prediction.double()
     if wanted.norm() == 0:
-        raise ValueError("the dense model's output is zero: it has not been trained")
+        raise UserError("the dense model's output is zero: it has not been trained")
 
     def moved(rule: RoutingRule) -> tuple[float, float]:
         out = model(x, t, y, rule)

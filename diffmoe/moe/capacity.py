@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffmoe.errors import UserError
+
 # A trained predictor is sure: nearly all its outputs lie next to 0 or 1, a third of them below logit -16 in the demo.  A fresh
 # one's logits lie close around 0.  So bins are equal in asinh(logit): 0.03 wide in the logit at 0, 0.3 at 10, 1.4 at 40.  They
 # end where fp32's sigmoid does; what lies beyond counts in the last ones.
@@ -130,7 +132,7 @@ class Thresholds(nn.Module):
         """Copies ``<stem>.value`` and what else there is; without a value nothing changes.
 
         A file without a count comes from elsewhere: its thresholds have been observed.  One without a histogram is older than
-        the dial: the histogram starts empty.  Raises ValueError for tensors of another shape."""
+        the dial: the histogram starts empty.  Raises UserError for tensors of another shape."""
         if f"{stem}.value" not in tensors:
             return
         defaults = {"value": None, "observations": torch.tensor(1), "histogram": torch.zeros_like(self.histogram),
@@ -138,5 +140,5 @@ class Thresholds(nn.Module):
         for name, default in defaults.items():
             there, here = tensors.get(f"{stem}.{name}", default), getattr(self, name)
             if there.shape != here.shape:
-                raise ValueError(f"{stem}.{name} has shape {tuple(there.shape)} instead of {tuple(here.shape)}")
+                raise UserError(f"{stem}.{name} has shape {tuple(there.shape)} instead of {tuple(here.shape)}")
             here.copy_(there)

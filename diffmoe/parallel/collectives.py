@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
+from diffmoe.errors import UserError
 from diffmoe.parallel.groups import Group
 
 EXIT_LOST = 75  # sysexits' "temporary failure": the same command goes on from the last checkpoint
@@ -79,7 +80,7 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
     return values
 
 
-class AgreedError(ValueError):
+class AgreedError(UserError):
     """The same error on every rank at the same place: one of them may speak for all."""
 
 

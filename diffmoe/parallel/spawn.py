@@ -24,6 +24,8 @@ from typing import Any, Callable
 import torch
 import torch.distributed as dist
 
+from diffmoe.errors import UserError
+
 _LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe")
 _MOMENT = 2.0  # seconds by which the news of a rank that fails may come after those of the ranks that lose it
 
@@ -44,7 +46,7 @@ class Ranks:
 
     def __init__(self, world: int, *, timeout: float = 120.0, device: str = "cpu") -> None:
         if world < 1:
-            raise ValueError(f"world ({world}) must be at least 1 rank")
+            raise UserError(f"world ({world}) must be at least 1 rank")
         self.world, self.timeout, self.device = world, timeout, device
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._connections: list[Connection] = []

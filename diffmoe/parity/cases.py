@@ -52,7 +52,7 @@ class Case:
     compiled: bool = False
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
-        """The configuration of this row.  Raises ValueError where the numbers do not fit."""
+        """The configuration of this row.  Raises UserError where the numbers do not fit."""
         return load_config(None, [
             *_COMMON, f"run.seed={seed}", f"parallel.ep={self.ep}", f"parallel.recompute={self.recompute}",
             f"moe.pool={self.pool}", f"train.batch={self.batch}", f"train.accumulation={self.accumulation}",

@@ -24,6 +24,7 @@ from diffmoe.checkpoints.reader import (
 )
 from diffmoe.checkpoints.tensor_file import Damaged
 from diffmoe.config import Config
+from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.models.interchange import load_buffers
 from diffmoe.parallel.collectives import AgreedError, first_complaint, gather_objects, raise_together
@@ -63,7 +64,7 @@ def newest_usable(folder: Path, groups: ParallelGroups, say: Say) -> Checkpoint 
             damage = _damage(checkpoint, groups)
         except Damaged as error:
             damage = str(error)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             problem = error
         raise_together(problem, groups.world)
         found = first_complaint(gather_objects(damage, groups.world), groups.world)
@@ -104,7 +105,7 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: Ema, groups: ParallelGr
                 stored = checkpoint.tensors(MASTER)
             _load(places, shards, stored, f"{kind} of {checkpoint.path}")
         load_buffers(engine.model, checkpoint.tensors(BUFFERS))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
     engine.publish()
@@ -115,11 +116,11 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: Ema, groups: ParallelGr
 def _load(places: list[Place], shards: list[Tensor], stored: Tensors, source: str) -> None:
     missing = [place.piece.name for place in places if place.piece.name not in stored]
     if missing:
-        raise ValueError(f"{source} lacks {', '.join(missing[:3])} ({len(missing)} missing)")
+        raise UserError(f"{source} lacks {', '.join(missing[:3])} ({len(missing)} missing)")
     for place in places:
         if stored.shape(place.piece.name) != place.piece.shape:
-            raise ValueError(f"{source} has {place.piece.name} with shape {list(stored.shape(place.piece.name))} instead of "
-                             f"{list(place.piece.shape)}")
+            raise UserError(f"{source} has {place.piece.name} with shape {list(stored.shape(place.piece.name))} instead of "
+                            f"{list(place.piece.shape)}")
         stored.read_into(place.piece.name, place.piece.start, place.of(shards))
 
 

@@ -24,6 +24,7 @@ from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from diffmoe.config import Config, TrainConfig
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.device import synchronize
+from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, LogicalTensor, ModelOutput, logical_tensors
 from diffmoe.moe.routing import RoutingRule
@@ -77,7 +78,7 @@ class Engine:
             zero = tree["zero_optimization"]
             offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
             self._adam = _build_optimizer(self._parameter_groups(), config.train, device, offload, zero.get("stage", 0))
-        except ValueError as problem:
+        except UserError as problem:
             error = problem
         raise_together(error, groups.world)
         self.stage = tree["zero_optimization"].get("stage", 0)
@@ -92,7 +93,7 @@ class Engine:
                 model=model, optimizer=self._adam, config=tree, dist_init_required=False)
         except (AssertionError, ValueError, KeyError) as problem:
             # pydantic's complaints have several lines.
-            error = ValueError(f"DeepSpeed refuses the configuration: {' '.join(str(problem).split())}")
+            error = UserError(f"DeepSpeed refuses the configuration: {' '.join(str(problem).split())}")
         raise_together(error, groups.world)
         if self.stage == 3:
             _hide_gathers_from_recompute(self.optimizer.parameter_offload)
@@ -369,10 +370,10 @@ def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.devic
     """AdamW: torch's fused one, DeepSpeed's, or Apex's where it is installed from NVIDIA's source."""
     common = dict(lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
     if offload and train.optimizer != "deepspeed":
-        raise ValueError(f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's offload_optimizer.device is cpu")
+        raise UserError(f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's offload_optimizer.device is cpu")
     if train.optimizer == "apex" and stage == 3:
         # There DeepSpeed steps once a sub-group, and Apex counts updates once a step of the whole group.
-        raise ValueError("train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)")
+        raise UserError("train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)")
     if train.optimizer == "deepspeed":
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
@@ -382,12 +383,12 @@ def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.devic
             return FusedAdam(groups, adam_w_mode=True, **common)
         except RuntimeError as problem:
             reason = " ".join(str(problem).split())[:200]
-            raise ValueError(f"train.optimizer (deepspeed) cannot be compiled here: {reason}") from None
+            raise UserError(f"train.optimizer (deepspeed) cannot be compiled here: {reason}") from None
     if train.optimizer == "apex":
         try:
             from apex.optimizers import FusedAdam as ApexAdam
         except ImportError:
-            raise ValueError("train.optimizer (apex) needs NVIDIA's apex, built from its source; "
-                             "PyPI's apex is another package") from None
+            raise UserError("train.optimizer (apex) needs NVIDIA's apex, built from its source; "
+                            "PyPI's apex is another package") from None
         return ApexAdam(groups, adam_w_mode=True, **common)
     return torch.optim.AdamW(groups, fused=True, **common)

@@ -18,6 +18,7 @@ from diffmoe.data.share import Share
 from diffmoe.data.stream import Batch
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.diffusion.randomness import StepDraws
+from diffmoe.errors import UserError
 from diffmoe.evaluation.generate import generate_everywhere
 from diffmoe.evaluation.while_training import Scorer, open_scorer, score
 from diffmoe.layout import Layout
@@ -123,7 +124,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
             left_out = read_left_out(folder)
             accepted += engine_changes(folder, merge_deepspeed(deepspeed_tree, config, layout)) if newest is not None else []
             _write_resolved(config, layout, deepspeed_tree)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
     scorer = open_scorer(config, reader.index, groups.world, device) if config.train.score_every else None
@@ -309,7 +310,7 @@ def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> Non
         (folder / "deepspeed.json").write_text(json.dumps(merge_deepspeed(deepspeed_tree, config, layout), indent=1) + "\n")
         (folder / "layout.json").write_text(json.dumps(vars(layout), indent=1) + "\n")
     except OSError as error:
-        raise ValueError(f"run.folder ({folder}) cannot be written: {error}") from error
+        raise UserError(f"run.folder ({folder}) cannot be written: {error}") from error
 
 
 def _sample(run: Run) -> None:

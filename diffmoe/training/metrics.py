@@ -181,7 +181,7 @@ class Writer:
 
     @contextmanager
     def unless_refused(self, name: str) -> Iterator[None]:
-        """Says the first refusal of ``name`` and when it is over.  ValueError is a picture's of values that are not finite."""
+        """Says the first refusal of ``name`` and when it is over.  UserError is a picture's of values that are not finite."""
         try:
             yield
         except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import raise_together
 from diffmoe.parallel.groups import Group
 
@@ -48,8 +49,8 @@ class Occupancy:
                 self._thread = threading.Thread(target=self._beat, name="occupancy", daemon=True)
                 self._thread.start()
             except OSError as error:
-                problem = ValueError(f"run.folder ({self._path.parent}) cannot be written: {error}")
-            except ValueError as error:
+                problem = UserError(f"run.folder ({self._path.parent}) cannot be written: {error}")
+            except UserError as error:
                 problem = error
         raise_together(problem, self._world)
 
@@ -71,8 +72,8 @@ class Occupancy:
             if not now:
                 return
             if now != found:
-                raise ValueError(f"run.folder ({self._path.parent}) is in use by process {now.get('process')} on {now.get('host')}: "
-                                 "stop that run first, or choose another run.folder")
+                raise UserError(f"run.folder ({self._path.parent}) is in use by process {now.get('process')} on {now.get('host')}: "
+                                "stop that run first, or choose another run.folder")
 
     def _is_gone(self, found: dict) -> bool:
         """Whether there is nothing to wait for: a process of this host that has ended, or this very job before its requeue."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffmoe.config import Config, config_to_tree
 from diffmoe.deepspeed_json import precision, zero_stage
+from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 
 # What may not change: the model, the data and their order, the noise.  Whole sections, then single fields.
@@ -31,7 +32,7 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
 
 
 def check_resumable(checkpoint: Any, config: Config, layout: Layout, data: str) -> list[str]:
-    """The changes since ``checkpoint`` (a ``Checkpoint``) that a run may make; ValueError when it belongs to another run.
+    """The changes since ``checkpoint`` (a ``Checkpoint``) that a run may make; UserError when it belongs to another run.
 
     ``data`` is the data set's fingerprint."""
     broken, accepted = changes(checkpoint.config(), config)
@@ -41,7 +42,7 @@ def check_resumable(checkpoint: Any, config: Config, layout: Layout, data: str) 
     if there != data:
         broken.append(f"data.shards' contents: {there[:12]} -> {data[:12]}")
     if broken:
-        raise ValueError(f"{checkpoint.path} belongs to another run ({'; '.join(broken)}); choose another run.folder")
+        raise UserError(f"{checkpoint.path} belongs to another run ({'; '.join(broken)}); choose another run.folder")
     if checkpoint.ranks != layout.ranks:
         accepted.append(f"ranks: {checkpoint.ranks} -> {layout.ranks}")
     return accepted
@@ -58,16 +59,16 @@ def engine_changes(folder: Path, now: dict) -> list[str]:
 
 
 def read_left_out(folder: Path) -> list[int]:
-    """Steps that the run folder says to leave out.  ValueError for anything but a JSON list of step numbers."""
+    """Steps that the run folder says to leave out.  UserError for anything but a JSON list of step numbers."""
     path = folder / _LEFT_OUT
     if not path.exists():
         return []
     try:
         steps = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(steps, list) or not all(type(step) is int and step >= 0 for step in steps):
-        raise ValueError(f"{path} must hold a list of step numbers, not {steps!r}")
+        raise UserError(f"{path} must hold a list of step numbers, not {steps!r}")
     return steps
 
 
