@@ -150,7 +150,7 @@ def _claim(out: Path, settings: dict) -> bool:
         return False
     try:
         there = json.loads(path.read_text())
-    except UserError as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     for name in sorted({*settings, *there}):
         if settings.get(name) != there.get(name):
