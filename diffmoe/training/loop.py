@@ -31,9 +31,9 @@ from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
 from diffmoe.training.metrics import Meter, Writer
-from diffmoe.training.occupancy import Occupancy
 from diffmoe.training.plan_check import PlanCheck
 from diffmoe.training.resume import check_resumable, engine_changes, read_left_out, write_left_out
+from diffmoe.training.run_lock import RunLock
 from diffmoe.training.step import StepReport, train_step
 from diffmoe.training.watchdog import Watchdog, watch_layers
 
@@ -79,12 +79,12 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     Any rank whose ``asked`` fills (see ``training.stop``) ends the run in order: the ranks agree at a step boundary, save, and
     return.  Raises AgreedError when the run cannot go on, or its last state cannot be saved; a rank that dies or hangs ends
     the process with ``EXIT_LOST``."""
-    with Watchdog(groups, config.run.timeout_s) as watchdog, Occupancy(Path(config.run.folder), groups.world) as occupancy:
+    with Watchdog(groups, config.run.timeout_s) as watchdog, RunLock(Path(config.run.folder), groups.world) as lock:
         if anyone(bool(asked), groups.world):
             return _say(groups, "stopped in order before the start; the same command begins again")
-        occupancy.take()
+        lock.take()
         run = start(config, layout, deepspeed_tree, groups, device, per_node)
-        occupancy.take()  # where the folder is new
+        lock.take()  # where the folder is new
         if run.done >= config.train.steps:
             _say(groups, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
         elif anyone(bool(asked), groups.world):
