@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from diffmoe.config import Config, override
 from diffmoe.errors import UserError
+from diffmoe.paths import PathParser
 from launcher.environment import RankEnvironment
 
 if TYPE_CHECKING:
@@ -23,14 +24,11 @@ if TYPE_CHECKING:
 _PATIENCE = datetime.timedelta(minutes=30)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is a UserError: one line, on one rank."""
+class Parser(PathParser):
+    """The parser of a verb of run.py."""
 
     def __init__(self, prog: str, description: str | None = None) -> None:
         super().__init__(prog=f"run.py {prog}", description=description)
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def one_process(verb: str, environment: RankEnvironment) -> None:
