@@ -14,7 +14,7 @@ import yaml
 from diffmoe.config import Config, config_to_tree
 from diffmoe.data.feed import Feed, open_reader
 from diffmoe.data.reader import ShardReader
-from diffmoe.data.share import Share
+from diffmoe.data.share import Share, allow_open_files
 from diffmoe.data.stream import Batch
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.diffusion.randomness import StepDraws
@@ -116,6 +116,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     reader, problem, accepted, left_out = None, None, [], []
     try:
         reader = open_reader(config)
+        allow_open_files(reader, _share(layout, groups.rank), config.data.workers)
         if config.train.compile:
             check_compiler(device)
         if newest is not None:  # before anything of an earlier run is overwritten
@@ -156,7 +157,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
     """Trains to the end or to a stop (None), or to a step whose loss spiked, which is returned."""
     config, layout, groups, meter = run.config, run.layout, run.groups, run.meter
-    share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
+    share = _share(layout, groups.rank)
     feed = Feed(run.reader, share, groups.world, run.folder, range(run.done, config.train.steps), config.data,
                 pin=run.device.type == "cuda", say=lambda text: _say(groups, text))
     with feed, StepDraws(config.run.seed, share.positions, run.reader.index.x_shape) as draws:
@@ -198,6 +199,10 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
     if feed.failure:
         raise feed.failure
     return None
+
+
+def _share(layout: Layout, rank: int) -> Share:
+    return Share(layout.batch, layout.micro_batch, layout.accumulation, rank, layout.ranks)
 
 
 def _step(run: Run, batches: list[Batch], draws: StepDraws, stop: bool) -> tuple[bool, Verdict]:
