@@ -148,11 +148,11 @@ class ShardReader:
             return
         if hard != resource.RLIM_INFINITY and hard < needed:
             window, fewer = max(0, hard - _OTHER_FILES) // streams - 1, max(0, hard - _OTHER_FILES) // (self.window + 1)
-            instead = (f"data.window to at most {window}" if window >= 1 else
-                       f"data.streams to at most {max(1, self.streams * fewer // streams)}")
+            instead = (f", or set data.window to at most {window}" if window >= 1 else
+                       f", or set data.streams to at most {self._order.streams * fewer // streams}" if fewer >= 1 else "")
             raise UserError(f"data.streams ({self.streams}, {streams} of them read by one process) x data.window ({self.window}) need "
                             f"{count} open files and {_OTHER_FILES} for the rest; this system allows {hard} (ulimit -Hn): raise that "
-                            f"limit, or set {instead}")
+                            f"limit{instead}")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
     def fetch_ahead(self, positions: Sequence[int]) -> None:

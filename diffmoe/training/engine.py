@@ -29,7 +29,7 @@ from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, LogicalTensor, ModelOutput, logical_tensors
 from diffmoe.moe.routing import RoutingRule
-from diffmoe.parallel.collectives import raise_together, sum_over
+from diffmoe.parallel.collectives import anyone, raise_together, sum_over
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.traffic import only_counting
 
@@ -172,8 +172,8 @@ class Engine:
             now = self._full(tensor)
             if not torch.equal(now, before.to(now.device, tensor.parameter.dtype).float()):
                 changed.append(tensor.name)
-        error = AssertionError(f"DeepSpeed overwrote {changed[:3]} at initialize") if changed else None
-        raise_together(error, self.groups.world)
+        if anyone(bool(changed), self.groups.world):  # all of them, each with its own traceback
+            raise AssertionError(f"DeepSpeed overwrote {changed[:3] or 'tensors of another rank'} at initialize")
         self._write_masters(given)
 
     # ------------------------------------------------------------------------------------------------- step
