@@ -12,7 +12,7 @@ import sys
 from typing import Callable
 
 from diffmoe.errors import UserError
-from launcher.environment import RankEnvironment, detect, export
+from launcher.environment import RankEnvironment, check_started, detect, export, typed_at_a_terminal
 
 VERBS = {
     "train": "train a model, or go on with it (the default)",
@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> int:
     environment = None
     try:
         environment = detect()
+        check_started(environment, typed_at_a_terminal())
         export(environment)
         if arguments[:1] in (["-h"], ["--help"]):
             print(__doc__ + "\nverbs (run.py VERB --help says more):\n"

@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from diffmoe.errors import UserError
+from diffmoe.paths import expand_path
 from diffmoe.strict_yaml import build, merge, read_yaml, tree_of_overrides
 
 
@@ -251,16 +253,27 @@ class Config:
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     """Defaults <- YAML file <- overrides, typed and validated.  Raises UserError naming the field."""
     tree = read_yaml(path) if path is not None else {}
-    config = config_from_tree(merge(tree, tree_of_overrides(overrides or [])))
+    config = _expand_paths(config_from_tree(merge(tree, tree_of_overrides(overrides or []))))
     validate(config)
     return config
 
 
 def override(config: Config, overrides: list[str]) -> Config:
     """``config`` with ``a.b=c`` overrides, typed and validated.  Raises UserError naming the field."""
-    changed = config_from_tree(merge(config_to_tree(config), tree_of_overrides(overrides)))
+    changed = _expand_paths(config_from_tree(merge(config_to_tree(config), tree_of_overrides(overrides))), known=config)
     validate(changed)
     return changed
+
+
+def _expand_paths(config: Config, known: Config = Config()) -> Config:
+    """With ``~`` and ``$VAR`` replaced in what is a text: all such fields are paths, since words are Literals.  Those that ``known``
+    has were read before, perhaps on another machine."""
+    sections = {}
+    for name, section in vars(config).items():
+        kinds, before = typing.get_type_hints(type(section)), vars(getattr(known, name))
+        sections[name] = dataclasses.replace(section, **{key: expand_path(value, f"{name}.{key}") for key, value in vars(section).items()
+                                                         if kinds[key] is str and value != before[key]})
+    return Config(**sections)
 
 
 def config_from_tree(tree: dict) -> Config:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,91 @@ _OWNED = {
     "gradient_clipping": "train.clip",
 }
 _OWNED_BLOCKS = {"optimizer": "train.optimizer, train.lr, …", "scheduler": "train.schedule, train.warmup"}
-# DeepSpeed ignores unknown keys without a word, so the ones that we pass on are listed; and it trips over many a wrong type
-# only later, on some rank, so theirs are too.
-_PASSED: dict[str, type] = {
-    "zero_optimization": dict, "bf16": dict, "data_types": dict, "communication_data_type": str, "prescale_gradients": bool,
-    "gradient_predivide_factor": float, "zero_allow_untested_optimizer": bool, "zero_force_ds_cpu_optimizer": bool,
-    "steps_per_print": int, "wall_clock_breakdown": bool, "memory_breakdown": bool, "dump_state": bool, "comms_logger": dict,
-    "flops_profiler": dict, "aio": dict, "disable_allgather": bool, "seed": int, "timers": dict,
+_WORDS = {str: "a text", bool: "true or false", list: "a list"}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A key's value: an integer (5e8 is one) or any number, in a range."""
+
+    kind: type = int
+    least: float = -math.inf
+    most: float = math.inf
+
+    def __str__(self) -> str:
+        word = "an integer" if self.kind is int else "a number"
+        if math.isinf(self.least):
+            return word
+        return f"{word} {f'from {self.least:g} to {self.most:g}' if math.isfinite(self.most) else f'of at least {self.least:g}'}"
+
+
+_COUNT, _SHARE, _FP32, _BF16 = (Number(least=0), Number(float, 0, 1), ("fp32", "float32", "float", "torch.float32"),
+                                ("bf16", "bfloat16", "torch.bfloat16"))
+_DTYPES = _FP32 + _BF16
+
+# DeepSpeed ignores unknown keys at the top without a word, and trips over other ones, over a wrong type, and over keys of other
+# versions only on the ranks.  So here is what its 0.19.8 reads: a type, a range, words, or an object of such (tests/test_deepspeed_json.py
+# compares them with its own models).
+_OFFLOAD: dict = {"device": ("none", "cpu", "nvme"), "nvme_path": str, "buffer_count": _COUNT, "pin_memory": bool}
+PASSED: dict = {
+    "zero_optimization": {
+        "stage": Number(least=0, most=3), "contiguous_gradients": bool, "reduce_scatter": bool, "reduce_bucket_size": Number(least=1),
+        "use_multi_rank_bucket_allreduce": bool, "allgather_partitions": bool, "allgather_bucket_size": _COUNT, "overlap_comm": bool,
+        "compute_grad_norm": bool, "load_from_fp32_weights": bool, "elastic_checkpoint": bool,
+        "offload_param": {**_OFFLOAD, "buffer_size": _COUNT, "max_in_cpu": _COUNT},
+        "offload_optimizer": {**_OFFLOAD, "pipeline_read": bool, "pipeline_write": bool, "fast_init": bool, "ratio": _SHARE,
+                              "super_offload": bool, "cpuadam_cores_perc": _SHARE},
+        "sub_group_size": _COUNT, "stage3_prefetch_bucket_size": _COUNT, "stage3_param_persistence_threshold": _COUNT,
+        "stage3_model_persistence_threshold": _COUNT, "stage3_max_live_parameters": _COUNT, "stage3_max_reuse_distance": _COUNT,
+        "stage3_gather_16bit_weights_on_model_save": bool, "stage3_module_granularity_threshold": Number(),
+        "stage3_use_all_reduce_for_fetch_params": bool, "stage3_allgather_sequential": bool, "ignore_unused_parameters": bool,
+        "legacy_stage1": bool, "round_robin_gradients": bool, "parameter_alignment": bool, "zero_hpz_partition_size": _COUNT,
+        "zero_quantized_weights": bool, "zero_quantized_nontrainable_weights": bool, "zero_quantized_gradients": bool,
+        "memory_efficient_linear": bool, "pipeline_loading_checkpoint": bool, "override_module_apply": bool,
+        "log_trace_cache_warnings": bool, "enable_sanity_checks": bool, "save_muon_momentum_buffer_in_memory": bool,
+        "leaf_module": {"classes": list, "names": list, "name_suffixes": list},
+    },
+    "bf16": {"enabled": bool, "immediate_grad_update": bool, "check_grad_overflow": bool, "bf16_master_weights_and_grads": bool,
+             "bf16_optimizer_states": bool},
+    "fp16": {"enabled": bool, "auto_cast": bool, "loss_scale": Number(float, 0), "initial_scale_power": Number(),
+             "loss_scale_window": Number(), "hysteresis": Number(), "consecutive_hysteresis": bool, "min_loss_scale": Number(),
+             "fp16_master_weights_and_grads": bool},
+    "data_types": {"grad_accum_dtype": _DTYPES, "param_dtype": _DTYPES, "buffer_dtype": _DTYPES, "keep_in_fp32_modules": list},
+    "communication_data_type": ("fp32", "bf16", "fp16"), "prescale_gradients": bool, "gradient_predivide_factor": Number(float),
+    "zero_allow_untested_optimizer": bool, "zero_force_ds_cpu_optimizer": bool, "steps_per_print": Number(),
+    "wall_clock_breakdown": bool, "memory_breakdown": bool, "dump_state": bool, "disable_allgather": bool, "seed": Number(),
+    "comms_logger": {"enabled": bool, "prof_all": bool, "prof_ops": list, "verbose": bool, "debug": bool},
+    "flops_profiler": {"enabled": bool, "recompute_fwd_factor": Number(float), "profile_step": Number(), "module_depth": Number(),
+                       "top_modules": Number(), "detailed": bool, "output_file": str},
+    "aio": {"block_size": _COUNT, "queue_depth": _COUNT, "intra_op_parallelism": _COUNT, "single_submit": bool, "overlap_events": bool,
+            "use_gds": bool},
+    "timers": {"throughput": {"enabled": bool, "synchronized": bool}},
 }
-_WORDS = {dict: "an object", str: "a text", bool: "true or false", float: "a number", int: "an integer"}
+# Names that DeepSpeed reads as another's.
+ALIASES = {f"zero_optimization.{name.removeprefix('stage3_')}": f"zero_optimization.{name}" for name in PASSED["zero_optimization"]
+           if name.startswith("stage3_")}
+# Keys of older versions: what to write.
+OLD = {
+    "bfloat16": "bf16", "fp32_allreduce": 'communication_data_type: "fp32"', "allgather_size": "zero_optimization.allgather_bucket_size",
+    "zero_optimization.cpu_offload": 'zero_optimization.offload_optimizer: {"device": "cpu"}, and train.optimizer: deepspeed in the YAML',
+    "zero_optimization.cpu_offload_params": 'zero_optimization.offload_param: {"device": "cpu"}',
+    "zero_optimization.cpu_offload_param": 'zero_optimization.offload_param: {"device": "cpu"}',
+    "zero_optimization.cpu_offload_use_pin_memory": "zero_optimization.offload_optimizer.pin_memory",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "activation_checkpointing": "parallel.recompute in the YAML", "compile": "train.compile in the YAML",
+    "torch_autocast": "bf16.enabled",
+}
+# What DeepSpeed has and a run here cannot use, unless it says off.
+UNSUPPORTED = {
+    "fp16.enabled": (False, "use bf16.enabled"),
+    "zero_optimization.zenflow": (None, "its updates come later than the step; leave it out"),
+    "zero_optimization.legacy_stage1": (False, "DeepSpeed has given it up; leave it out"),
+    "zero_optimization.compute_grad_norm": (True, "clipping, the records and the check for steps that are not finite need the norm"),
+    "zero_optimization.offload_optimizer.ratio": (1, "it must be 1: checkpoints and averages need all of the fp32 state in one place"),
+    "zero_optimization.offload_optimizer.super_offload": (False, "its fp32 state lives in another process; leave it out"),
+    "bf16.bf16_master_weights_and_grads": (False, "checkpoints and averages are of fp32 masters; leave it out"),
+    "bf16.bf16_optimizer_states": (False, "checkpoints hold fp32 moments; leave it out"),
+}
 
 
 def read_deepspeed(path: str | Path | None) -> dict:
@@ -59,8 +137,8 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
     """The dict that ``deepspeed.initialize`` gets, to the last key: the JSON plus the numbers that the YAML owns, and what
     DeepSpeed 0.19.8 must be told to train right.  Merging the result again changes nothing.
 
-    Raises UserError for unknown keys, for a number named twice with different values and for what this trainer
-    does not support (fp16, ZeRO stages outside 0-3)."""
+    Raises UserError for what :func:`check_deepspeed` refuses, and for a number named twice with different values."""
+    check_deepspeed(tree, config)
     owned = {
         "train_batch_size": layout.batch,
         "train_micro_batch_size_per_gpu": layout.micro_batch,
@@ -73,28 +151,127 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
             if value not in ("auto", owned[key]) and not resolved:
                 raise UserError(
                     f"DeepSpeed's {key} ({value}) contradicts the YAML's {_OWNED[key]} ({owned[key]}); the YAML owns it")
-        elif key in _OWNED_BLOCKS:
-            raise UserError(f"DeepSpeed's {key!r} block is not read: the YAML owns it as {_OWNED_BLOCKS[key]}")
-        elif key == "fp16":
-            if _block(tree, key).get("enabled", False):
-                raise UserError("DeepSpeed's fp16.enabled (true) is not supported: use bf16.enabled")
-        elif key not in _PASSED:
-            close = difflib.get_close_matches(key, [*_PASSED, *owned], n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"unknown key {key} (value {value!r}) in the DeepSpeed JSON{hint}")
-        else:
-            _check_type(key, value, _PASSED[key])
-    _check_type("bf16.enabled", _block(tree, "bf16").get("enabled"), bool)
-    for key in ("offload_optimizer", "offload_param"):
-        _check_type(f"zero_optimization.{key}", _block(tree, "zero_optimization").get(key), dict)
-    if type(zero_stage(tree)) is not int or zero_stage(tree) not in (0, 1, 2, 3):
-        raise UserError(f"DeepSpeed's zero_optimization.stage ({zero_stage(tree)!r}) must be 0, 1, 2 or 3")
-    if config.train.compile and zero_stage(tree) == 3:  # which gathers weights in hooks of modules, where no graph can go
-        raise UserError("train.compile (true) needs a DeepSpeed zero_optimization.stage (3) of at most 2")
-    passed = {key: value for key, value in tree.items() if key in _PASSED and value is not None}
+    passed = {key: _plain(value) for key, value in tree.items() if key in PASSED and key != "fp16" and value is not None}
     # DeepSpeed's throughput timer, on by default, has the host wait for the device twice in every micro-batch.
     quiet = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}
     return _resolve({**quiet, **passed, **owned}, expert_parallel=layout.ep > 1)
+
+
+def check_deepspeed(tree: dict, config: Config) -> None:
+    """Raises UserError for all that can be wrong with a DeepSpeed JSON whatever the number of ranks: unknown keys and values of
+    another type, at any depth, keys of other versions, and what this trainer or DeepSpeed cannot do together."""
+    for key in tree:
+        if key in _OWNED_BLOCKS:
+            raise UserError(f"DeepSpeed's {key!r} block is not read: the YAML owns it as {_OWNED_BLOCKS[key]}")
+    _check_keys({key: value for key, value in tree.items() if key not in _OWNED}, PASSED, "", extra=tuple(_OWNED))
+    for name, (off, reason) in UNSUPPORTED.items():
+        value = _found(tree, name)
+        if value is not None and value != off:
+            raise UserError(f"DeepSpeed's {name} ({json.dumps(value)}) is not supported: {reason}")
+    _check_together(tree, config)
+
+
+def _check_keys(tree: dict, known: dict, path: str, extra: tuple[str, ...] = ()) -> None:
+    for key, value in tree.items():
+        name = path + key
+        if name in OLD:
+            raise UserError(f"DeepSpeed's {name} ({json.dumps(value)}) is an old form: write {OLD[name]}")
+        kind = known.get(ALIASES.get(name, name).removeprefix(path))
+        if ALIASES.get(name, name) in (path + other for other in tree if other != key):
+            raise UserError(f"DeepSpeed's {name} ({json.dumps(value)}) stands beside {ALIASES[name]}, which is the same key")
+        if kind is None and name not in UNSUPPORTED:
+            close = difflib.get_close_matches(key, [*known, *extra], n=1)
+            hint = f"; did you mean {path}{close[0]}?" if close else f"; known: {', '.join(known)}" * bool(path)
+            raise UserError(f"unknown key {name} (value {value!r}) in the DeepSpeed JSON{hint}")
+        if kind is not None and value is not None:
+            _check_value(name, value, kind)
+
+
+def _check_value(name: str, value: Any, kind: Any) -> None:
+    words = _words(kind)
+    if name == "data_types.keep_in_fp32_modules" and value == "auto":
+        return  # here it is DeepSpeed's own
+    if value == "auto":
+        raise UserError(f"DeepSpeed's {name} ('auto') is left to Hugging Face's trainer, which is not here: write {words}, or leave it "
+                        "out for DeepSpeed's default")
+    if name == "zero_optimization" and isinstance(value, bool):
+        raise UserError(f"DeepSpeed's zero_optimization ({json.dumps(value)}) is an old form: write "
+                        f'zero_optimization: {{"stage": {int(value)}}}')
+    if name == "zero_optimization.stage" and (type(value) is not int or value not in range(4)):
+        raise UserError(f"DeepSpeed's zero_optimization.stage ({value!r}) must be 0, 1, 2 or 3")
+    if isinstance(kind, dict):
+        good = isinstance(value, dict)
+    elif isinstance(kind, tuple):
+        good = value in kind
+    elif isinstance(kind, Number):
+        number = type(value) is int or (type(value) is float and math.isfinite(value))
+        good = number and (kind.kind is float or value == int(value)) and kind.least <= value <= kind.most
+    else:
+        good = type(value) is kind
+    if not good:
+        raise UserError(f"DeepSpeed's {name} ({value!r}) must be {words}")
+    if isinstance(kind, dict):
+        _check_keys(value, kind, f"{name}.")
+
+
+def _words(kind: Any) -> str:
+    if isinstance(kind, tuple):  # the first of the names of each data type, say
+        shown = [word for word in kind if word not in _DTYPES or word in ("fp32", "bf16")]
+        return f"{', '.join(shown[:-1])} or {shown[-1]}"
+    return "an object" if isinstance(kind, dict) else str(kind) if isinstance(kind, Number) else _WORDS[kind]
+
+
+def _check_together(tree: dict, config: Config) -> None:
+    """What single keys cannot show."""
+    train, bf16 = config.train, precision(tree) == "bf16"
+    stage = max(zero_stage(tree), int(bf16))  # see _resolve
+    for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
+        value, fitting = _found(tree, f"data_types.{name}"), {"grad_accum_dtype": _DTYPES if bf16 else _FP32, "buffer_dtype": _FP32,
+                                                               "param_dtype": _BF16 if bf16 else _FP32}[name]
+        if value is not None and value not in fitting:
+            raise UserError(f"DeepSpeed's data_types.{name} ({value}) must be {fitting[0]} with bf16.enabled ({json.dumps(bf16)})"
+                            + ", since the thresholds are buffers" * (name == "buffer_dtype"))
+    offload = _found(tree, "zero_optimization.offload_optimizer.device") or "none"
+    for name, device in (("offload_optimizer", offload), ("offload_param", _found(tree, "zero_optimization.offload_param.device") or "none")):
+        if device == "nvme":
+            raise UserError(f"DeepSpeed's zero_optimization.{name}.device (nvme) is not supported: checkpoints and averages read the "
+                            "state from memory; use cpu")
+        least = 3 if name == "offload_param" else 1
+        if device != "none" and stage < least:
+            raise UserError(f"DeepSpeed's zero_optimization.{name}.device ({device}) needs zero_optimization.stage {least}"
+                            f"{' or above' * (least < 3)}; it is {stage}")
+    if offload == "cpu" and train.optimizer != "deepspeed":
+        raise UserError(f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's offload_optimizer.device is cpu")
+    if train.optimizer == "apex" and stage == 3:
+        # There DeepSpeed steps once a sub-group, and Apex counts updates once a step of the whole group.
+        raise UserError("train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)")
+    if train.compile and stage == 3:  # which gathers weights in hooks of modules, where no graph can go
+        raise UserError("train.compile (true) needs a DeepSpeed zero_optimization.stage (3) of at most 2")
+    if stage >= 2 and _found(tree, "zero_optimization.reduce_scatter") is not False:
+        for name, off in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+            if tree.get(name) not in (None, off):
+                raise UserError(f"DeepSpeed's {name} ({json.dumps(tree[name])}) must be {json.dumps(off)} at ZeRO stage {stage}, unless "
+                                "zero_optimization.reduce_scatter is false")
+    if config.parallel.ep > 1 and stage == 3:
+        for name, most in (("zero_quantized_gradients", False), ("zero_hpz_partition_size", 1)):
+            value = _found(tree, f"zero_optimization.{name}")
+            if value is not None and value > most:
+                raise UserError(f"DeepSpeed's zero_optimization.{name} ({json.dumps(value)}) must be {json.dumps(most)} with expert "
+                                "parallelism at ZeRO stage 3")
+
+
+def _found(tree: dict, name: str) -> Any:
+    """The value of ``a.b.c``; None where there is none."""
+    for part in name.split("."):
+        tree = (tree or {}).get(part)
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    """What a JSON says as DeepSpeed wants it: without keys that are null, and integers as such."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items() if entry is not None}
+    return int(value) if isinstance(value, float) and value == int(value) else value
 
 
 def precision(tree: dict) -> str:
@@ -104,11 +281,11 @@ def precision(tree: dict) -> str:
 
 def zero_stage(tree: dict) -> int:
     """The ZeRO stage that a DeepSpeed JSON names; 0 where it names none."""
-    return _block(tree, "zero_optimization").get("stage", 0)
+    return (tree.get("zero_optimization") or {}).get("stage") or 0
 
 
 def _resolve(tree: dict, expert_parallel: bool) -> dict:
-    zero, bf16 = {"stage": 0, **_block(tree, "zero_optimization")}, _block(tree, "bf16")
+    zero, bf16 = {"stage": 0, **tree.get("zero_optimization", {})}, tree.get("bf16", {})
     if bf16.get("enabled"):
         # Fp32 masters need a home that can be checkpointed by name; ZeRO 1 is the least that gives them one.
         zero["stage"] = max(1, zero["stage"])
@@ -130,13 +307,3 @@ def _resolve(tree: dict, expert_parallel: bool) -> dict:
         # Said, not left out: DeepSpeed 0.19.8's default is 1.
         tree = {**tree, "gradient_clipping": 0.0}
     return {**tree, "zero_optimization": zero}
-
-
-def _block(tree: dict, key: str) -> dict:
-    _check_type(key, tree.get(key), dict)
-    return tree.get(key) or {}
-
-
-def _check_type(key: str, value: Any, kind: type) -> None:
-    if value is not None and type(value) is not kind and not (kind is float and type(value) is int):
-        raise UserError(f"DeepSpeed's {key} ({value!r}) must be {_WORDS[kind]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import resource
 import socket
 import time
@@ -12,6 +13,7 @@ import torch
 from torch.distributed import Store
 
 from diffmoe.errors import UserError
+from launcher import gpus
 
 # Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity).
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
@@ -22,8 +24,12 @@ def local_device(local_rank: int, local_world: int) -> torch.device:
 
     Of several visible GPUs each rank of a node takes its own by local rank; where a process sees one (``srun
     --gpus-per-task=1``), it is that one, and :func:`check_own_gpu` tells whether others see the same.  Fewer visible GPUs
-    than ranks otherwise is a UserError, on every rank of the node."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+    than ranks otherwise is a UserError, on every rank of the node; so are GPUs that torch cannot use, where the CPU would be taken
+    silently."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    if not _usable():
+        _check_no_gpu_is_meant()
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     if 1 < visible < local_world:
@@ -32,6 +38,41 @@ def local_device(local_rank: int, local_world: int) -> torch.device:
     torch.cuda.set_device(device)
     os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of this process's GPU
     return device
+
+
+def _usable() -> bool:
+    try:
+        return torch.cuda.is_available()
+    except RuntimeError:  # _cuda_says has its words
+        return False
+
+
+def _check_no_gpu_is_meant() -> None:
+    """Raises UserError where this process has GPUs and torch cannot use them."""
+    found, asked = gpus.present(), os.environ.get("DS_ACCELERATOR", "")
+    if not found and not asked:
+        return
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not found:
+        reason, fix = f"DS_ACCELERATOR ({asked}) asks for a GPU, and this machine shows none", "unset DS_ACCELERATOR"
+    elif torch.version.cuda is None and torch.version.hip is None:
+        reason = f"this machine has {found}, and torch ({torch.__version__}) is built for CPUs only"
+        fix = f"install the build of torch {torch.__version__.partition('+')[0]} for CUDA"
+    elif shown is not None and not re.match(r"\d|GPU-|MIG-", shown.strip()):  # CUDA stops at the first that is no device
+        reason, fix = f"CUDA_VISIBLE_DEVICES ({shown!r}) hides this machine's {found}", "unset CUDA_VISIBLE_DEVICES"
+    else:
+        reason = (f"this machine has {found}, and torch ({torch.__version__}, for CUDA {torch.version.cuda}) cannot use it"
+                  + f" with CUDA_VISIBLE_DEVICES ({shown})" * (shown is not None) + f": {_cuda_says()}")
+        fix = "see python -m launcher doctor"
+    raise UserError(f"{reason}: {fix}, or set DS_ACCELERATOR=cpu to compute on the CPU")
+
+
+def _cuda_says() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split())[:200]
+    return "it finds no device"
 
 
 def check_own_gpu(device: torch.device, local_rank: int, local_world: int, store: Store) -> None:

@@ -5,6 +5,7 @@ The environment is the authority: torchrun leaves the argument ``--local_rank`` 
 
 import os
 import re
+import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal
@@ -66,6 +67,44 @@ def export(env: RankEnvironment, environ: MutableMapping[str, str] = os.environ)
     environ["MASTER_PORT"] = str(env.master_port)
 
 
+def check_started(env: RankEnvironment, typed: bool) -> None:
+    """Raises UserError for one of a Slurm step's processes that a person has started in its shell (``typed``, see
+    :func:`typed_at_a_terminal`): no other process of the step would come.  ``srun --ntasks=4 --pty bash`` makes such a shell."""
+    if env.source == "srun" and env.world > 1 and typed:
+        raise UserError(f"SLURM_NTASKS ({env.world}) is that of this shell's step, and this is one process: type srun --overlap "
+                        f"--ntasks={env.world} python run.py ... for {env.world} ranks, or unset SLURM_STEP_ID for one")
+
+
+def typed_at_a_terminal() -> bool:
+    """Whether an interactive shell started this process, alone or in a script: such a shell gives each command a process group
+    of its own, while one that srun starts is, or shares, its session's."""
+    return any(os.isatty(descriptor) for descriptor in range(3)) and os.getpgrp() != os.getsid(0)
+
+
+def check_master(env: RankEnvironment) -> None:
+    """Raises UserError where the address at which the ranks are to meet means nothing on this machine."""
+    if env.world == 1 or env.init_method is not None:
+        return
+    try:
+        socket.getaddrinfo(env.master_addr, env.master_port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # the latter of a name with an empty part
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"MASTER_ADDR ({env.master_addr}) cannot be resolved on {socket.gethostname()}: {reason}; set MASTER_ADDR to the "
+                        "name or address by which all nodes reach rank 0's") from None
+
+
+def missed(env: RankEnvironment) -> str:
+    """What to look at when the other ranks do not come: where they are waited for, what says that there are any, what to type."""
+    where = (f"DIFFMOE_STORE ({env.init_method.removeprefix('file://')})" if env.init_method else
+             f"MASTER_ADDR ({env.master_addr}), MASTER_PORT ({env.master_port})")
+    said, instead = {
+        "srun": (f"SLURM_NTASKS ({env.world})", "if this was to be one process, unset SLURM_STEP_ID"),
+        "environment": (f"WORLD_SIZE ({env.world})", "if this was to be one process, unset RANK WORLD_SIZE LOCAL_RANK, which an earlier "
+                        "command may have left"),
+    }.get(env.source, (f"WORLD_SIZE ({env.world})", f"see that the {env.source} command runs on every node with the same address and port"))
+    return f"rank {env.rank} waits for the others of {said} at {where}: start them, or {instead}"
+
+
 def expand_nodelist(nodelist: str) -> list[str]:
     """Host names of a Slurm node list: ``node[01-03,7],other`` is node01 node02 node03 node7 other."""
     if not re.fullmatch(r"(?!,)(?:[^\[\],\s]|,(?=[^,\s])|\[[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*\])+", nodelist):
@@ -108,13 +147,15 @@ def _from_rank(environ: Mapping[str, str]) -> RankEnvironment:
         source = "torchrun"
     elif "CROSS_RANK" in environ:
         source = "deepspeed"
+    elif _in_srun_step(environ) and world < _integer(environ, "SLURM_NTASKS", "SLURM_STEP_ID"):
+        raise UserError(f"WORLD_SIZE ({world}) must not be below SLURM_NTASKS ({environ['SLURM_NTASKS']}): unset RANK WORLD_SIZE LOCAL_RANK, "
+                        "which an earlier shell may have set, and srun's own variables count")
     store = _file_store(environ)
     if store is not None or (world == 1 and "MASTER_ADDR" not in environ):
         return RankEnvironment(rank, world, local_rank, local_world, source, store)
     if "MASTER_ADDR" not in environ:
         raise UserError(f"WORLD_SIZE ({world}) needs MASTER_ADDR and MASTER_PORT (or DIFFMOE_STORE), which are unset")
-    port = _integer(environ, "MASTER_PORT", "MASTER_ADDR")
-    return RankEnvironment(rank, world, local_rank, local_world, source, None, environ["MASTER_ADDR"], port)
+    return RankEnvironment(rank, world, local_rank, local_world, source, None, environ["MASTER_ADDR"], _master_port(environ, world))
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
@@ -158,9 +199,16 @@ def _srun_master(environ: Mapping[str, str]) -> tuple[str, int]:
         name = _first_set(environ, ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), "SLURM_STEP_ID")
         address = expand_nodelist(environ[name])[0]
     if "MASTER_PORT" in environ:
-        return address, _integer(environ, "MASTER_PORT", "MASTER_ADDR")
+        return address, _master_port(environ, _integer(environ, "SLURM_NTASKS", "SLURM_STEP_ID"))
     job = _integer(environ, "SLURM_JOB_ID", "SLURM_STEP_ID")
     return address, rendezvous_port(job, _integer(environ, "SLURM_STEP_ID", "SLURM_JOB_ID"))
+
+
+def _master_port(environ: Mapping[str, str], world: int) -> int:
+    port = _integer(environ, "MASTER_PORT", "MASTER_ADDR")
+    if not int(world > 1) <= port < 2**16:  # one rank takes any free port for 0
+        raise UserError(f"MASTER_PORT ({port}) must be from 1 to 65535: any that is free on MASTER_ADDR ({environ.get('MASTER_ADDR', 'unset')})")
+    return port
 
 
 def _file_store(environ: Mapping[str, str]) -> str | None:

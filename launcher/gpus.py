@@ -57,6 +57,27 @@ def parse(text: str) -> list[Gpu]:
     return gpus
 
 
+def present() -> str:
+    """What says that this process has GPUs, whatever torch makes of them; empty where nothing does."""
+    devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    mine = [path.name for path in devices if os.access(path, os.R_OK | os.W_OK) and _opens(path)]  # not a job's that was given none
+    if mine:
+        return f"{len(mine)} GPU{'s' * (len(mine) > 1)} (/dev/{mine[0]}{', ...' * (len(mine) > 1)})"
+    try:
+        found = query()
+    except UserError as error:
+        return "" if "No devices were found" in str(error) else f"a GPU, whose driver is broken ({error})"
+    return f"{len(found)} GPU{'s' * (len(found) > 1)} ({found[0].name}, driver {found[0].driver})" if found else ""
+
+
+def _opens(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
 def has_driver() -> bool:
     """Whether this machine has NVIDIA's kernel driver, whatever else works."""
     return Path("/proc/driver/nvidia/version").exists() or os.path.exists("/dev/nvidia0")

@@ -14,7 +14,7 @@ from diffmoe.cost.layouts import (
     reasons,
 )
 from diffmoe.cost.traffic import least_traffic, step_traffic
-from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed
+from diffmoe.deepspeed_json import check_deepspeed, merge_deepspeed, precision, read_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.models.count import count
 from launcher.command_line import Parser
@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
     hardware = hardware_of(options)
     cluster = Cluster(options.nodes, options.gpus_per_node or hardware.gpus_per_node, hardware)
     config, tree = load_config(options.config, options.overrides), read_deepspeed(options.deepspeed_config)
+    check_deepspeed(tree, config)
     if config.train.batch < cluster.ranks:
         raise UserError(f"train.batch ({config.train.batch}) must be at least one sample for each of {cluster.ranks} GPUs")
     configured, problem = _as_configured(config, tree, cluster)

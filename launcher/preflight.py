@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffmoe.errors import UserError
 from launcher.command_line import Parser
-from launcher.environment import RankEnvironment, detect
+from launcher.environment import RankEnvironment, check_started, detect, typed_at_a_terminal
 from launcher.probe import Absent, Exchange, Links, Report
 
 if TYPE_CHECKING:
@@ -271,11 +271,13 @@ def main(arguments: list[str]) -> int:
         options.config = str(Path(options.config).absolute())
         _demands(options.config, options.overrides, options.base)  # bad input is known before anybody waits
     os.chdir(options.base)  # where the run will be when it opens its shards (pipe: may name relative paths)
+    environment = detect()
+    check_started(environment, typed_at_a_terminal())
     import torch
 
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    return preflight(detect(), options.config, options.overrides, Path.cwd(),
+    return preflight(environment, options.config, options.overrides, Path.cwd(),
                      Expected(options.between_nodes, options.within_nodes), options.timeout,
                      options.megabytes or (64 if on_gpu else 2))

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diffmoe.config import Config, load_config, override
-from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.deepspeed_json import check_deepspeed, merge_deepspeed, read_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from launcher.command_line import Parser
@@ -55,6 +55,7 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
     """Returns 0, or 1 when a run failed (its line says why, the others stand).  UserError for bad input."""
     options = _parse(arguments)
     config, tree = load_config(options.config, options.overrides), read_deepspeed(options.deepspeed_config)
+    check_deepspeed(tree, config)
     start = _start(options, environ)
     per_node = options.per_node or _ranks_per_node(environ)
     sizes = _sizes(options, environ, per_node, start)

@@ -11,7 +11,7 @@ from pathlib import Path
 from diffmoe.config import load_config
 from diffmoe.cost.extrapolation import MODES, WORDS, Point, extrapolate, stops
 from diffmoe.cost.layouts import GIB, RECOMPUTE, Pins
-from diffmoe.deepspeed_json import precision, read_deepspeed
+from diffmoe.deepspeed_json import check_deepspeed, precision, read_deepspeed
 from diffmoe.errors import UserError
 from launcher.command_line import Parser
 from launcher.hardware_options import add_hardware_options, hardware_of
@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     hardware = hardware_of(options)
     per_node = options.gpus_per_node or hardware.gpus_per_node
     config, tree = load_config(options.config, options.overrides), read_deepspeed(options.deepspeed_config)
+    check_deepspeed(tree, config)
     sizes = _sizes(options.min_gpus or per_node, options.max_gpus, per_node)
     pins = Pins(options.ep, options.zero, options.recompute, options.micro_batch)
     draw = _plotter() if options.plot else None

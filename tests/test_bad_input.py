@@ -179,7 +179,8 @@ def after_joining(tmp_path_factory):
                             "train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)"),
         "reduce_scatter": (train("--deepspeed_config", tmp / "scatter.json"),
                            "DeepSpeed's zero_optimization.reduce_scatter (false) must be true"),
-        "typo in zero_optimization": (train("--deepspeed_config", tmp / "typo.json"), "DeepSpeed refuses", "overlap_com "),
+        "typo in zero_optimization": (train("--deepspeed_config", tmp / "typo.json"),
+                                      "unknown key zero_optimization.overlap_com (value True) in the DeepSpeed JSON; did you mean zero_optimization.overlap_comm?"),
     }
     results = run_cases(2, [arguments for arguments, *_ in cases.values()])
     return {name: (found, texts) for (name, (_, *texts)), found in zip(cases.items(), results, strict=True)}

@@ -9,8 +9,11 @@ import torch
 from torch.distributed import HashStore
 
 from diffmoe import device as devices
+from diffmoe.commands.common import join
 from diffmoe.device import check_own_gpu, local_device, measured_flops, peak_flops
 from diffmoe.errors import UserError
+from launcher import gpus
+from launcher.environment import RankEnvironment
 
 
 def see_gpus(monkeypatch, *uuids):
@@ -68,3 +71,110 @@ def test_the_peak_of_an_unknown_gpu_is_measured_in_bf16(monkeypatch):
 
 def test_a_measured_peak_is_a_rate():
     assert 1e6 < measured_flops(torch.device("cpu"), torch.float32, 128, 5) < 1e15
+
+
+# --------------------------------------------------------------------------------- GPUs that torch cannot use
+
+
+@pytest.fixture
+def unusable(monkeypatch):
+    """A machine of two GPUs, and a torch for CUDA that finds none."""
+    for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(gpus, "present", lambda: "2 GPUs (/dev/nvidia0, ...)")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    say(monkeypatch, RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040)."))
+
+
+def say(monkeypatch, error):
+    def init():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+
+
+def refusal():
+    with pytest.raises(UserError) as error:
+        join(RankEnvironment(0, 1, 0, 1, "single"))
+    text = str(error.value)
+    assert text.endswith(", or set DS_ACCELERATOR=cpu to compute on the CPU") and "\n" not in text
+    return text.removesuffix(", or set DS_ACCELERATOR=cpu to compute on the CPU")
+
+
+CANNOT = "this machine has 2 GPUs (/dev/nvidia0, ...), and torch (2.13.0+cu130, for CUDA 13.0) cannot use it"
+
+
+def test_a_driver_that_torch_cannot_use(unusable, monkeypatch):
+    assert refusal() == (f"{CANNOT}: The NVIDIA driver on your system is too old (found version 11040).: see python -m launcher doctor")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    say(monkeypatch, AssertionError("no driver"))
+    assert refusal() == f"{CANNOT} with CUDA_VISIBLE_DEVICES (0,1): no driver: see python -m launcher doctor"
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    assert refusal() == f"{CANNOT} with CUDA_VISIBLE_DEVICES (0,1): it finds no device: see python -m launcher doctor"
+
+    def broken():
+        raise RuntimeError("Unexpected error from cudaGetDeviceCount()")
+
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    assert refusal().startswith(CANNOT)
+
+
+def test_a_torch_for_cpus_on_a_machine_with_gpus(unusable, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    assert refusal() == ("this machine has 2 GPUs (/dev/nvidia0, ...), and torch (2.13.0+cpu) is built for CPUs only: install the build of "
+                         "torch 2.13.0 for CUDA")
+
+
+@pytest.mark.parametrize("shown", ["", " ", "-1", "NoDevFiles"])
+def test_gpus_that_are_hidden(unusable, monkeypatch, shown):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert refusal() == f"CUDA_VISIBLE_DEVICES ({shown!r}) hides this machine's 2 GPUs (/dev/nvidia0, ...): unset CUDA_VISIBLE_DEVICES"
+
+
+def test_a_gpu_that_is_asked_for_and_not_there(unusable, monkeypatch):
+    monkeypatch.setattr(gpus, "present", lambda: "")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert refusal() == "DS_ACCELERATOR (cuda) asks for a GPU, and this machine shows none: unset DS_ACCELERATOR"
+
+
+@pytest.mark.parametrize("asked", ["cpu", None])
+def test_the_cpu_is_taken_where_it_is_meant(unusable, monkeypatch, asked):
+    if asked:
+        monkeypatch.setenv("DS_ACCELERATOR", asked)
+    else:
+        monkeypatch.setattr(gpus, "present", lambda: "")
+    assert local_device(0, 4) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("says", "code", "found"), [
+    (None, 0, ""),
+    ("0, NVIDIA H100, 550.1, 81559, 30, 0, 0x0\n1, NVIDIA H100, 550.1, 81559, 30, 0, 0x0", 0, "2 GPUs (NVIDIA H100, driver 550.1)"),
+    ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9, "a GPU, whose driver is broken (nvidia-smi fails: "
+     "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.)"),
+    ("No devices were found", 6, ""),
+])
+def test_what_shows_that_there_are_gpus(monkeypatch, tmp_path, says, code, found):
+    monkeypatch.setattr(gpus.Path, "glob", lambda *_: iter([]))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if says is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s\\n' \"{says}\"\nexit {code}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert gpus.present() == found
+
+
+def test_devices_count_that_this_process_may_open(monkeypatch, tmp_path):
+    """Slurm and containers leave names there that a job without GPUs may not open."""
+    for number in range(3):
+        (tmp_path / f"nvidia{number}").touch()
+    monkeypatch.setattr(gpus.Path, "glob", lambda *_: iter(sorted(tmp_path.iterdir())))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus.present() == "3 GPUs (/dev/nvidia0, ...)"
+
+    def denied(path, *_):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "open", denied)
+    assert gpus.present() == ""

@@ -26,6 +26,7 @@ LAYERS = [
     ["diffmoe.config", "diffmoe.device", "diffmoe.markdown", "diffmoe.progress", "diffmoe.random_streams"],
     ["diffmoe.strict_yaml"],
     ["diffmoe", "launcher"],
+    ["diffmoe.paths"],
     ["diffmoe.errors"],
 ]
 HEIGHT = {entry: -i for i, entries in enumerate(LAYERS) for entry in entries}

@@ -251,7 +251,7 @@ def test_an_optimizer_that_does_not_compile_is_one_line(monkeypatch):
 
     monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", no_ninja)
     with pytest.raises(UserError, match=r"train.optimizer \(deepspeed\) cannot be compiled here: Unable to .* op due to ninja"):
-        _build_optimizer([], TrainConfig(optimizer="deepspeed"), torch.device("cpu"), offload=False, stage=1)
+        _build_optimizer([], TrainConfig(optimizer="deepspeed"), torch.device("cpu"), offload=False)
 
 
 @pytest.mark.parametrize(("family", "ep", "pool"), [("dense", 1, 16), ("tc", 2, 16), ("ec", 2, 1), ("diffmoe", 2, 8)])

@@ -5,14 +5,17 @@ torch comes in only where ranks join: mistakes on the command line answer at onc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import sys
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Iterator
 
 from diffmoe.config import Config, override
 from diffmoe.errors import UserError
-from launcher.environment import RankEnvironment
+from diffmoe.paths import PathParser
+from launcher.environment import RankEnvironment, check_master, missed
 
 if TYPE_CHECKING:
     import torch
@@ -21,16 +24,14 @@ if TYPE_CHECKING:
     from diffmoe.models.dit import DiT
 
 _PATIENCE = datetime.timedelta(minutes=30)
+_NOTE_S = 15.0  # by which the others of a start have come
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is a UserError: one line, on one rank."""
+class Parser(PathParser):
+    """The parser of a verb of run.py."""
 
     def __init__(self, prog: str, description: str | None = None) -> None:
         super().__init__(prog=f"run.py {prog}", description=description)
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def one_process(verb: str, environment: RankEnvironment) -> None:
@@ -47,6 +48,7 @@ def add_latent_options(parser: argparse.ArgumentParser) -> None:
 
 def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) -> torch.device:
     """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device.  ``timeout``: of a collective."""
+    check_master(environment)
     import torch
     import torch.distributed as dist
 
@@ -56,21 +58,35 @@ def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) 
         # Ranks of one node share its cores; torch would give every one of them all.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment.local_world))
     device = local_device(environment.local_rank, environment.local_world)
-    # The store comes first, by itself: NCCL's own words for two ranks on one GPU are not for users.
-    try:
-        store, _, _ = next(dist.rendezvous(environment.init_method or "env://", environment.rank, environment.world,
-                                           timeout=timeout))
-    except RuntimeError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise UserError(f"MASTER_PORT ({os.environ.get('MASTER_PORT')}) is in use on this machine, perhaps by another run: "
-                        "give the launcher another --master_port") from None
-    store.set_timeout(timeout)
-    check_own_gpu(device, environment.local_rank, environment.local_world, store)
-    dist.init_process_group(
-        backend(device), store=dist.PrefixStore("ranks", store), rank=environment.rank, world_size=environment.world,
-        timeout=timeout, device_id=device if device.type == "cuda" else None)
+    with _note_where_it_takes_long(environment):
+        # The store comes first, by itself: NCCL's own words for two ranks on one GPU are not for users.
+        try:
+            store, _, _ = next(dist.rendezvous(environment.init_method or "env://", environment.rank, environment.world,
+                                               timeout=timeout))
+        except RuntimeError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(f"MASTER_PORT ({os.environ.get('MASTER_PORT')}) is in use on this machine, perhaps by another run: "
+                            "give the launcher another --master_port") from None
+        store.set_timeout(timeout)
+        check_own_gpu(device, environment.local_rank, environment.local_world, store)
+        dist.init_process_group(
+            backend(device), store=dist.PrefixStore("ranks", store), rank=environment.rank, world_size=environment.world,
+            timeout=timeout, device_id=device if device.type == "cuda" else None)
     return device
+
+
+@contextlib.contextmanager
+def _note_where_it_takes_long(environment: RankEnvironment) -> Iterator[None]:
+    """One line a node, once the ranks should have met: their patience is long, since a large job starts slowly."""
+    note = threading.Timer(_NOTE_S, lambda: print(f"note: {missed(environment)}", file=sys.stderr, flush=True))
+    note.daemon = True
+    if environment.world > 1 and environment.local_rank == 0:
+        note.start()
+    try:
+        yield
+    finally:
+        note.cancel()
 
 
 def leave() -> None:

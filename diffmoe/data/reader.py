@@ -27,6 +27,7 @@ from diffmoe.random_streams import Use, Words, philox
 
 _SETTINGS = ("seed", "batch", "streams", "window", "flip", "cache", "excluded")
 _FETCHES = 8  # at the same time
+_OTHER_FILES = 256  # what else a training process has open
 
 
 class ShardReader:
@@ -106,8 +107,9 @@ class ShardReader:
         shape = self.index.x_shape
         words = -(-int(np.prod(shape)) // 4)
         places = [self.locate(position) for position in positions]
-        # What the windows of these positions' streams hold, and one each where a window ends and the next begins.
-        self._capacity = max(self._capacity, self._order.streams_of(positions) * (self.window + 1))
+        if (capacity := self._files_of(positions)) > self._capacity:
+            self.allow_open_files(positions)
+            self._capacity = capacity
         self._failed.clear()
         if self.index.place:
             self._fetch(dict.fromkeys(number for number, _ in places))
@@ -128,6 +130,30 @@ class ShardReader:
                 if meta.mean:
                     np.subtract(x[i], np.float32(meta.mean), out=x[i])
             np.multiply(x[i], np.float32(meta.scale), out=x[i])
+
+    def _files_of(self, positions: Sequence[int]) -> int:
+        """What the windows of these positions' streams hold, and one each where a window ends and the next begins."""
+        return min(self._order.streams_of(positions) * (self.window + 1), len(self.index.shards))
+
+    def allow_open_files(self, positions: Sequence[int]) -> None:
+        """Raises this process's soft limit of open files where it is in the way of reading such positions of every step.
+
+        Raises:
+            UserError: the hard limit is.
+        """
+        count, streams = self._files_of(positions), max(1, self._order.streams_of(positions))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = count + _OTHER_FILES
+        if soft == resource.RLIM_INFINITY or soft >= needed:
+            return
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            window, fewer = max(0, hard - _OTHER_FILES) // streams - 1, max(0, hard - _OTHER_FILES) // (self.window + 1)
+            instead = (f", or set data.window to at most {window}" if window >= 1 else
+                       f", or set data.streams to at most {self._order.streams * fewer // streams}" if fewer >= 1 else "")
+            raise UserError(f"data.streams ({self.streams}, {streams} of them read by one process) x data.window ({self.window}) need "
+                            f"{count} open files and {_OTHER_FILES} for the rest; this system allows {hard} (ulimit -Hn): raise that "
+                            f"limit{instead}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
     def fetch_ahead(self, positions: Sequence[int]) -> None:
         """Begins to bring what these positions need, where it is remote; failures show when the positions are read."""
@@ -167,8 +193,6 @@ class ShardReader:
         """Closes what was used longest ago, so that there is room for so many more open shards."""
         while self._open and len(self._open) + count > self._capacity:
             self._open.popitem(last=False)[1].close()
-        if not self._open:
-            _allow_open_files(self._capacity)
 
     def _open_shard(self, number: int) -> OpenShard:
         file = self.index.shards[number]
@@ -218,13 +242,3 @@ def _retried(shard: OpenShard, row: int, kind: int) -> np.ndarray:
         return again(lambda: shard.array(row, kind), f"shard {shard.name}")
     except OSError as error:
         raise BadShard(shard.name, f", row {row}: {error}") from error
-
-
-def _allow_open_files(count: int) -> None:
-    """Raises this process's soft limit of open files where it is in the way."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + 256  # what else a training process has open
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise UserError(f"data.streams x data.window need {count} open files; this system allows {hard} (ulimit -Hn)")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -72,6 +72,12 @@ class Ring:
         return x, np.frombuffer(memory, np.int64, self.slots * self.count, y_at).reshape(self.slots, self.count)
 
 
+def allow_open_files(reader: ShardReader, share: Share, workers: int) -> None:
+    """Raises UserError where one of a rank's ``workers`` (0: a thread) would not get as many open files as it needs."""
+    for number in range(max(1, workers)):
+        reader.allow_open_files(Part(share, number, max(1, workers)).positions(0))
+
+
 def fill_step(reader: ShardReader, part: Part, step: int, ahead: int, x: np.ndarray, y: np.ndarray) -> None:
     """Reads the worker's samples of a step into its slots of that step's [count, …] arrays; brings nearer what step + ahead
     needs."""

@@ -19,7 +19,11 @@ from diffmoe.errors import UserError
 from diffmoe.parallel.groups import Group
 
 EXIT_LOST = 75  # sysexits' "temporary failure": the same command goes on from the last checkpoint
-_LOST_PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|[Ww]ait timeout")
+# gloo has no type of its own: its transport's messages begin with the line of its source, its stores say two words.
+_LOST_PEER = re.compile(r"\[\S*gloo/transport/\S+:\d+\] |Wait timeout$|Read error: Connection reset by peer"
+                        r"|(\[[^]]*Rank \d+\] )?(NCCL communicator was aborted|Watchdog caught collective operation timeout)")
+# NCCL's one type is for all that it complains of.
+_OWN_FAULT = re.compile(r"ncclInvalidUsage|ncclInvalidArgument|out of memory")
 
 
 def send_rows(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group) -> Tensor:
@@ -85,9 +89,11 @@ class AgreedError(UserError):
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an exception is how torch says that another rank has gone, or does not answer."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
-                                                 and _LOST_PEER.search(str(error)) is not None)
+    """Whether an exception is how torch says that another rank has gone, or does not answer: by type where torch has one.  Of
+    plain RuntimeErrors only those that begin as gloo's and NCCL's own do, wherever else a message names them."""
+    if isinstance(error, dist.DistError):
+        return _OWN_FAULT.search(str(error)) is None
+    return type(error) is RuntimeError and _LOST_PEER.match(str(error)) is not None
 
 
 def raise_together(error: Exception | None, group: Group) -> None:

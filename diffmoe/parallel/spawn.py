@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import re
 import sys
 import tempfile
 import time
@@ -25,18 +24,18 @@ import torch
 import torch.distributed as dist
 
 from diffmoe.errors import UserError
+from diffmoe.parallel.collectives import is_lost_peer
 
-_LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe")
 _MOMENT = 2.0  # seconds by which the news of a rank that fails may come after those of the ranks that lose it
 
 
 class RankError(RuntimeError):
     """A rank raised, died or did not answer.  ``rank`` is the first of them, ``kind`` its exception's class name
-    (``TimeoutError`` for one that hung), ``reason`` that exception's message."""
+    (``TimeoutError`` for one that hung), ``reason`` that exception's message; ``lost_peer``: it only lost another rank."""
 
-    def __init__(self, rank: int, kind: str, reason: str, trace: str = "") -> None:
+    def __init__(self, rank: int, kind: str, reason: str, trace: str = "", lost_peer: bool = False) -> None:
         super().__init__(f"rank {rank}: {kind}: {reason}" + (f"\n{trace}" if trace else ""))
-        self.rank, self.kind, self.reason = rank, kind, reason
+        self.rank, self.kind, self.reason, self.lost_peer = rank, kind, reason, lost_peer
 
 
 class Ranks:
@@ -136,7 +135,7 @@ class Ranks:
 def _cause(first: RankError, others: dict[Connection, int]) -> RankError:
     """The failure to tell of: that of a rank which only lost another may be the first to arrive, a moment before the other's."""
     deadline = time.monotonic() + _MOMENT
-    while _LOST_PEER.search(first.reason) and others:
+    while first.lost_peer and others:
         ready = wait(list(others), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             break
@@ -144,7 +143,7 @@ def _cause(first: RankError, others: dict[Connection, int]) -> RankError:
             try:
                 _answer(others.pop(connection), connection)
             except RankError as error:
-                if not _LOST_PEER.search(error.reason):
+                if not error.lost_peer:
                     return error
     return first
 
@@ -178,7 +177,7 @@ def _serve(rank: int, world: int, store: str, device: str, timeout: float, conne
             answer = pickle.dumps((True, function(*args)))
         except BaseException as error:
             good = False
-            answer = pickle.dumps((False, (type(error).__name__, str(error), traceback.format_exc())))
+            answer = pickle.dumps((False, (type(error).__name__, str(error), traceback.format_exc(), is_lost_peer(error))))
         sys.stdout.flush()
         connection.send_bytes(answer)
     if good and joined:

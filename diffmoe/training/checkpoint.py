@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -305,6 +306,8 @@ class _Job(threading.Thread):
             pass
         except Exception as error:  # whatever it is, the other ranks must hear of it
             self.problem = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+            if not isinstance(error, OSError):  # a fault of this program
+                traceback.print_exc()
         else:
             self.write_s = time.perf_counter() - began
             self.finished = True

@@ -9,6 +9,7 @@ experts, and after start every tensor is compared with what was given.  Leans on
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import os
@@ -28,7 +29,7 @@ from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, LogicalTensor, ModelOutput, logical_tensors
 from diffmoe.moe.routing import RoutingRule
-from diffmoe.parallel.collectives import raise_together, sum_over
+from diffmoe.parallel.collectives import anyone, raise_together, sum_over
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.traffic import only_counting
 
@@ -60,6 +61,16 @@ def import_deepspeed():
     return deepspeed
 
 
+def check_by_deepspeed(tree: dict) -> None:
+    """Raises UserError where DeepSpeed's own models of its JSON refuse the merged ``tree``: what :func:`check_deepspeed` let pass."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(tree))
+    except (AssertionError, ValueError, TypeError, KeyError, DeepSpeedConfigError) as problem:  # pydantic's have several lines
+        raise UserError(f"DeepSpeed refuses the configuration: {' '.join(str(problem).split())}") from None
+
+
 class Engine:
     """One rank's share of training: forward, backward, step, and the fp32 state behind the parameters.
 
@@ -77,7 +88,7 @@ class Engine:
             tree = merge_deepspeed(deepspeed_tree, config, layout)
             zero = tree["zero_optimization"]
             offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
-            self._adam = _build_optimizer(self._parameter_groups(), config.train, device, offload, zero.get("stage", 0))
+            self._adam = _build_optimizer(self._parameter_groups(), config.train, device, offload)
         except UserError as problem:
             error = problem
         raise_together(error, groups.world)
@@ -89,12 +100,12 @@ class Engine:
             raise AssertionError("init_process_group comes first")
         self.deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         try:
-            self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
-                model=model, optimizer=self._adam, config=tree, dist_init_required=False)
-        except (AssertionError, ValueError, KeyError) as problem:
-            # pydantic's complaints have several lines.
-            error = UserError(f"DeepSpeed refuses the configuration: {' '.join(str(problem).split())}")
+            check_by_deepspeed(tree)
+        except UserError as problem:
+            error = problem
         raise_together(error, groups.world)
+        self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
+            model=model, optimizer=self._adam, config=tree, dist_init_required=False)
         if self.stage == 3:
             _hide_gathers_from_recompute(self.optimizer.parameter_offload)
         self._masters = self._find_masters()
@@ -161,8 +172,8 @@ class Engine:
             now = self._full(tensor)
             if not torch.equal(now, before.to(now.device, tensor.parameter.dtype).float()):
                 changed.append(tensor.name)
-        error = AssertionError(f"DeepSpeed overwrote {changed[:3]} at initialize") if changed else None
-        raise_together(error, self.groups.world)
+        if anyone(bool(changed), self.groups.world):  # all of them, each with its own traceback
+            raise AssertionError(f"DeepSpeed overwrote {changed[:3] or 'tensors of another rank'} at initialize")
         self._write_masters(given)
 
     # ------------------------------------------------------------------------------------------------- step
@@ -366,14 +377,9 @@ def _marker(experts: int, ep, name: str) -> nn.Module:
     return ExpertMarker()
 
 
-def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool, stage: int):
+def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool):
     """AdamW: torch's fused one, DeepSpeed's, or Apex's where it is installed from NVIDIA's source."""
     common = dict(lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
-    if offload and train.optimizer != "deepspeed":
-        raise UserError(f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's offload_optimizer.device is cpu")
-    if train.optimizer == "apex" and stage == 3:
-        # There DeepSpeed steps once a sub-group, and Apex counts updates once a step of the whole group.
-        raise UserError("train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)")
     if train.optimizer == "deepspeed":
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 

@@ -14,7 +14,7 @@ import yaml
 from diffmoe.config import Config, config_to_tree
 from diffmoe.data.feed import Feed, open_reader
 from diffmoe.data.reader import ShardReader
-from diffmoe.data.share import Share
+from diffmoe.data.share import Share, allow_open_files
 from diffmoe.data.stream import Batch
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.diffusion.randomness import StepDraws
@@ -31,9 +31,9 @@ from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
 from diffmoe.training.metrics import Meter, Writer
-from diffmoe.training.occupancy import Occupancy
 from diffmoe.training.plan_check import PlanCheck
 from diffmoe.training.resume import check_resumable, engine_changes, read_left_out, write_left_out
+from diffmoe.training.run_lock import RunLock
 from diffmoe.training.step import StepReport, train_step
 from diffmoe.training.watchdog import Watchdog, watch_layers
 
@@ -79,12 +79,12 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     Any rank whose ``asked`` fills (see ``training.stop``) ends the run in order: the ranks agree at a step boundary, save, and
     return.  Raises AgreedError when the run cannot go on, or its last state cannot be saved; a rank that dies or hangs ends
     the process with ``EXIT_LOST``."""
-    with Watchdog(groups, config.run.timeout_s) as watchdog, Occupancy(Path(config.run.folder), groups.world) as occupancy:
+    with Watchdog(groups, config.run.timeout_s) as watchdog, RunLock(Path(config.run.folder), groups.world) as lock:
         if anyone(bool(asked), groups.world):
             return _say(groups, "stopped in order before the start; the same command begins again")
-        occupancy.take()
+        lock.take()
         run = start(config, layout, deepspeed_tree, groups, device, per_node)
-        occupancy.take()  # where the folder is new
+        lock.take()  # where the folder is new
         if run.done >= config.train.steps:
             _say(groups, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
         elif anyone(bool(asked), groups.world):
@@ -116,6 +116,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     reader, problem, accepted, left_out = None, None, [], []
     try:
         reader = open_reader(config)
+        allow_open_files(reader, _share(layout, groups.rank), config.data.workers)
         if config.train.compile:
             check_compiler(device)
         if newest is not None:  # before anything of an earlier run is overwritten
@@ -156,7 +157,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
     """Trains to the end or to a stop (None), or to a step whose loss spiked, which is returned."""
     config, layout, groups, meter = run.config, run.layout, run.groups, run.meter
-    share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
+    share = _share(layout, groups.rank)
     feed = Feed(run.reader, share, groups.world, run.folder, range(run.done, config.train.steps), config.data,
                 pin=run.device.type == "cuda", say=lambda text: _say(groups, text))
     with feed, StepDraws(config.run.seed, share.positions, run.reader.index.x_shape) as draws:
@@ -198,6 +199,10 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
     if feed.failure:
         raise feed.failure
     return None
+
+
+def _share(layout: Layout, rank: int) -> Share:
+    return Share(layout.batch, layout.micro_batch, layout.accumulation, rank, layout.ranks)
 
 
 def _step(run: Run, batches: list[Batch], draws: StepDraws, stop: bool) -> tuple[bool, Verdict]:

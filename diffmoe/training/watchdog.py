@@ -15,8 +15,8 @@ import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -83,7 +83,9 @@ class Watchdog:
         self.groups, self.trace, self.timeout_s = groups, groups.trace, timeout_s
         self.rank, self.world = groups.rank, groups.world.size
         self.interval = min(5.0, max(1.0, timeout_s / 20)) if timeout_s else 5.0
-        self._mine = Beat(self.rank, socket.gethostname(), os.getpid(), 0, self.trace)
+        self._tick = 0
+        self._state = ""  # of this rank's beats; only the main thread writes it, and only once
+        self._told, self._hurry = threading.Event(), threading.Event()
         self._store = self._open_store()
         self._seen: dict[int, _Seen] = {}
         self._rests = (-1, 0.0)  # the main thread's count when it last moved, and when that was
@@ -131,11 +133,13 @@ class Watchdog:
             self._lost(error)
         if error is not None and not isinstance(error, AgreedError) and self.world > 1:
             # The others may be waiting for this rank: they shall not wait long, and know why.
-            self._mine = replace(self._mine, state=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            try:
-                self._tell()
-            except RuntimeError:
-                pass  # the store is gone: the others have noticed
+            self._state = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if self._talker.is_alive():
+                self._hurry.set()
+                self._told.wait(2 * self.interval + 5)
+            elif not self._broken:
+                with suppress(RuntimeError):  # the store is gone: the others have noticed
+                    self._tell()
             if self.rank == 0:
                 time.sleep(2 * self.interval)  # the store may end with this process: the others read it first
         self.stop()
@@ -143,6 +147,7 @@ class Watchdog:
     def stop(self) -> None:
         """Ends the watch; every rank calls it before any of them leaves, since rank 0 may hold the store."""
         self._stopping.set()
+        self._hurry.set()
         for thread in (self._thread, self._talker):
             if thread.is_alive():
                 thread.join(2 * self.interval + 5)
@@ -156,13 +161,19 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stopping.wait(self.interval / 2):
             verdict = self._verdict or self._without_store()
-            if verdict and not self._stopping.is_set():
+            if verdict and not self._stopping.is_set() and self._state in ("", "lost"):  # else it ends by an error of its own
                 self._end(verdict)
 
     def _talk(self) -> None:
-        while not self._stopping.wait(self.interval) and self._verdict is None:
+        while self._verdict is None:
+            self._hurry.wait(self.interval)
+            self._hurry.clear()
+            if self._stopping.is_set():
+                return
             try:
                 self._tell()
+                if self._told.is_set() and self._state != "lost":
+                    return  # this rank ends, and judges no more
                 self._verdict = self._look()
                 self._contact = time.monotonic()
             except RuntimeError as error:  # torch's errors of a store
@@ -172,8 +183,14 @@ class Watchdog:
                     return
 
     def _tell(self) -> None:
-        self._mine = replace(self._mine, tick=self._mine.tick + 1, place=self._place())
-        self._store.set(f"beat/{self.rank}", self._mine.dumps())
+        """Leaves a beat.  The thread that talks does, and the main thread only while that one does not run: beats of two could
+        overtake each other, and one without a state hide one that has it."""
+        self._tick += 1
+        state = self._state
+        beat = Beat(self.rank, socket.gethostname(), os.getpid(), self._tick, self.trace, state, self._place())
+        self._store.set(f"beat/{self.rank}", beat.dumps())
+        if state:
+            self._told.set()
 
     def _look(self) -> str | None:
         if self._lost_at is not None:
@@ -282,7 +299,7 @@ class Watchdog:
 
     def _lost(self, error: BaseException) -> None:
         """A peer is gone.  The thread finds out who; this returns never."""
-        self._mine = replace(self._mine, state="lost")
+        self._state = "lost"
         self._lost_at = time.monotonic()
         if not self._thread.is_alive():
             self._begin()

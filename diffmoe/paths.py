@@ -1,0 +1,58 @@
+"""Paths that a person writes, on a command line or in YAML: ``~`` and ``$VAR`` mean the same everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from diffmoe.errors import UserError
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+_OVERRIDE = re.compile(r"\w+(\.\w+)*=")
+
+
+def expand_path(text: str, what: str = "path") -> str:
+    """``text`` with a leading ``~`` or ``~name``, and every ``$VAR`` and ``${VAR}``, replaced.
+
+    Commands (``pipe:``), and whatever has ``://`` (URLs), stay as they are: a shell, or a server, reads those.  Raises UserError,
+    which calls the path ``what``, for a variable that is not set and for an unknown user."""
+    if text.startswith("pipe:") or "://" in text:
+        return text
+
+    def value(match: re.Match) -> str:
+        name = match[1] or match[2]
+        if not os.environ.get(name):
+            raise UserError(f"{what} ({text}) names ${name}, which is not set: set it, or write the path itself")
+        return os.environ[name]
+
+    user = text.partition("/")[0] if text.startswith("~") else ""
+    home = os.path.expanduser(user)
+    if home.startswith("~"):
+        raise UserError(f"{what} ({text}) begins with {user}, which is no user of this machine: write ./{text} for a name that begins so")
+    return home + _VARIABLE.sub(value, text[len(user):])
+
+
+class PathParser(argparse.ArgumentParser):
+    """argparse whose complaint is a UserError: one line, on one rank.  Every option that takes a text or a path has it expanded;
+    ``section.field=value`` is the configuration's to read."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for kind in (None, str):
+            self.register("type", kind, _expanded)
+        self.register("type", Path, lambda text: Path(_expanded(text)))
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _expanded(text: str) -> str:
+    if not isinstance(text, str) or _OVERRIDE.match(text):
+        return text
+    try:
+        return expand_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

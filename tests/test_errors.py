@@ -1,0 +1,78 @@
+"""What becomes of an exception inside a step: a user's is one line and exit code 2; any other keeps its traceback, exits with 1, and
+a job script tries again."""
+
+import builtins
+import shutil
+
+import pytest
+
+import run
+from diffmoe.errors import UserError
+from launcher.job import BAD_INPUT, START_AGAIN, after_training
+from programs import Nursery, tiny
+
+TEXT = "train.batch (16) is gloo's, NCCL's and nobody's"  # names that made a lost peer of any RuntimeError
+
+
+def fail_in_a_step(arguments):
+    """run.py's main, but step 1 raises what the first argument names, on every rank."""
+    import diffmoe.training.loop as loop
+
+    kind, *arguments = arguments
+    original = loop.train_step
+
+    def train_step(engine, ema, batches, config, layout, groups, step, *more):
+        if step == 1:
+            raise (UserError if kind == "UserError" else getattr(builtins, kind))(TEXT)
+        return original(engine, ema, batches, config, layout, groups, step, *more)
+
+    loop.train_step = train_step
+    return run.main(arguments)
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    with Nursery("test_errors:fail_in_a_step") as nursery:
+        yield nursery
+
+
+def verdict(folder, code, starts=1):
+    """What the job script does after so many such ends: (exit code, text)."""
+    job = folder / "jobs" / str(code)
+    job.mkdir(parents=True)
+    shutil.copy(folder / "config.yaml", job)
+    return [after_training(job, code).code for _ in range(starts)]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", ["ValueError", "KeyError", "RuntimeError", "AssertionError"])
+def test_a_mistake_of_ours_keeps_its_traceback_and_the_job_tries_again(nursery, tmp_path, world, kind):
+    results = nursery.run(world, kind, *tiny(tmp_path, "run.timeout_s=20", "train.save_every=0", f"parallel.ep={world}"))
+    assert [result.returncode for result in results] == [1] * world, results
+    for result in results:
+        assert "Traceback (most recent call last)" in result.stderr and "in fail_in_a_step" in result.stderr, result
+        assert result.stderr.rstrip().splitlines()[-1].startswith(f"{kind}: "), result
+        assert "error: " not in result.stderr.lower().replace(f"{kind.lower()}: ", ""), result
+    assert verdict(tmp_path, 1, starts=2) == [START_AGAIN] * 2
+    assert not (tmp_path / "running.json").exists()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_users_mistake_is_one_line_and_the_job_does_not_try_again(nursery, tmp_path, world):
+    results = nursery.run(world, "UserError", *tiny(tmp_path, "run.timeout_s=20", "train.save_every=0", f"parallel.ep={world}"))
+    assert [result.returncode for result in results] == [2] * world, results
+    assert [result.stderr for result in results] == [f"error: {'rank 1: ' * rank}{TEXT}\n" for rank in range(world)]
+    assert verdict(tmp_path, 2) == [BAD_INPUT]
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, RuntimeError])
+def test_a_verb_that_fails_keeps_its_traceback_too(monkeypatch, capsys, kind):
+    def main(*_):
+        raise kind(TEXT)
+
+    for module in (run, __import__("launcher.__main__", fromlist=["main"])):
+        monkeypatch.setattr(module.importlib, "import_module", lambda _name: type("Verb", (), {"main": main}))
+        arguments = (["train"],) if module is run else (["plan"],)
+        with pytest.raises(kind):
+            module.main(*arguments)
+        assert capsys.readouterr().err == ""
