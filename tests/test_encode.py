@@ -320,8 +320,8 @@ def test_a_set_without_encoding_loads_and_keeps_its_bytes(tmp_path: Path) -> Non
 
 
 def test_bf16_is_near_fp32(tmp_path: Path) -> None:
-    index = run(request(tmp_path, precision="bf16", scale=0.3, shift=-1.0))
-    assert (index.meta.scale, index.meta.mean, index.encoding.precision) == (0.3, -1.0, "bf16")
+    index = run(request(tmp_path, precision="bf16", scale=0.7, shift=-1.0))
+    assert (index.meta.scale, index.meta.mean, index.encoding.precision) == (0.7, -1.0, "bf16")
     difference = np.abs(stored(index)[0].astype(float) - stored(encoded())[0])
     assert 0 < difference.mean() < 0.02
 
