@@ -90,7 +90,7 @@ class Values:
     def _pixel_options(self) -> str:
         """For pixels as they are: of [0, 1], of [0, 255], of [-1, 1], or of their own range."""
         low, high = self._low, self._high
-        latents = " (--kind latents, if they are latents)" if low < -1 - _ROUNDING else ""
+        latents = "--kind latents, or if they are pixels: " if low < -1 - _ROUNDING and high > 1 + _ROUNDING else ""
         if low >= 0 and high <= 1 + _ROUNDING:
             scale, mean = 2.0, 0.5
         elif low >= 0 and 16 < high <= 255:
@@ -99,7 +99,7 @@ class Values:
             scale, mean = 1.0, 0.0
         else:
             scale, mean = 2 / (high - low) if high > low else 1.0, (high + low) / 2
-        return f"--scale {scale:.10g} --mean {mean:.10g}{latents}"
+        return f"{latents}--scale {scale:.10g} --mean {mean:.10g}"
 
     def _latents(self) -> str:
         if not self._enough:
@@ -111,9 +111,9 @@ class Values:
         spread, other = self._meta.spread, {"std": "logvar", "logvar": "std"}[self._meta.spread]
         span = f"{self._spread_low:.4g} to {self._spread_high:.4g}"
         if spread == "std" and self._spread_low < 0:
-            may_be = self._spread_high <= LOGVAR_LIMIT and not (self._enough and self._noise(other) > self._signal)
+            may_be = self._spread_high <= LOGVAR_LIMIT and not self._noise(other) > self._signal > 0
             return f"moments' standard deviation runs from {span}; " + (
-                "none is negative, a log-variance is: --spread logvar" if may_be else self._no_moments())
+                "that is never negative, a log-variance is: --spread logvar" if may_be else self._no_moments())
         if spread == "logvar" and self._spread_low > 0:
             return f"moments' log-variance runs from {span}, always above 0; a standard deviation does: --spread std"
         if spread == "logvar" and self._spread_high > LOGVAR_LIMIT:
