@@ -330,7 +330,8 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
 def test_a_scale_that_does_not_fit_the_latents_is_refused_early(tmp_path: Path) -> None:
     assert 0.7 < np.mean(encoded().encoding.channel_std) < 1.4
     for scale in (0.1, 5.0, -0.05):
-        with pytest.raises(UserError, match="latents have deviation 1.0.* with about --scale 0.9.*--accept-values") as caught:
+        message = "latents have deviation 1.0.* with about --scale 0.9.*--accept-values"
+        with pytest.raises(UserError, match=message) as caught:
             run(request(tmp_path / str(scale), scale=scale, samples_per_shard=2))
         assert "\n" not in str(caught.value) and not (tmp_path / str(scale) / "index.json").exists()
         assert len(list((tmp_path / str(scale)).glob("*.tar"))) == 4, "eight images tell"
@@ -471,7 +472,8 @@ def test_a_folder_is_finished_only_by_the_same_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change, message", [
     ({"image_size": 0}, r"image_size \(0\)"), ({"channels": 2}, r"channels \(2\) must be 1 or 3"),
     ({"precision": "fp16"}, "precision"), ({"bad_share": 1.0}, "bad_share"), ({"scale": float("nan")}, "scale"),
-    ({"vae": None, "accept_values": True}, "accept_values goes with vae"), ({"vae": None, "scale": 1.0}, r"scale \(1.0\) goes with vae"), ({"image_size": 15}, "must divide by 2"),
+    ({"vae": None, "accept_values": True}, "accept_values goes with vae"),
+    ({"vae": None, "scale": 1.0}, r"scale \(1.0\) goes with vae"), ({"image_size": 15}, "must divide by 2"),
     ({"channels": 1}, r"channels \(1\) must be those of"), ({"source": "/nowhere"}, "/nowhere does not exist")])
 def test_bad_requests(tmp_path: Path, change: dict, message: str) -> None:
     settings = {"vae": str(vae_folder()), "source": str(pictures()), "image_size": SIZE} | change

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 _MEANING = (("kind", str, "pixels, latents, or moments (mean, then --spread)"), ("classes", int, "number of classes"),
             ("scale", float, "x = (value - mean) * scale"), ("mean", float, ""),
             ("spread", str, "of moments, std or logvar (of its square)"))
-_MEMBERS = (("array", str, "the member with the array, by its ending: npy (default), latent.npy, npz:moments, npz:mean,std"),
+_MEMBERS = (("array", str, "the member with the array, by its ending: npy (default), latent.npy, npz:moments, "
+                           "npz:mean,std"),
             ("flip_array", str, "the flipped image's (default flip.npy, where the tars have it)"),
             ("label", str, "the label: cls (default), json:class_id, npz:label"),
-            ("layout", str, "of arrays: chw (default) or hwc"), ("first_class", int, "the label of the first class (default 0)"))
+            ("layout", str, "of arrays: chw (default) or hwc"),
+            ("first_class", int, "the label of the first class (default 0)"))
 _COLUMNS = 8
 _DECODED = 8  # pictures together: all 64 of a published autoencoder would take tens of gigabytes
 
@@ -38,8 +40,9 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--cache", default="", help="as data.cache, for remote shards")
     parser.add_argument("--cache-gib", type=float, default=64.0)
     parser.add_argument("--write-index", action="store_true", help="first write index.json for a folder of tars that has none")
-    parser.add_argument("--accept-values", action="store_true", help="the values are meant as they are, even where they look as "
-                                                                     "if they meant something else; with --write-index for good")
+    parser.add_argument("--accept-values", action="store_true",
+                        help="the values are meant as they are, also where they look like something else; with "
+                             "--write-index for good")
     for name, kind, text in (*_MEANING, *_MEMBERS):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"with --write-index: {text}".rstrip(": "))
     options = parser.parse_args(arguments)
@@ -51,8 +54,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     if options.write_index and not {"kind", "classes"} <= meaning.keys():
         raise UserError("--write-index needs --kind and --classes: the tars do not say what their arrays mean")
     if options.write_index and (meaning["kind"] == "moments") != ("spread" in meaning):
-        raise UserError(f"--spread ({meaning.get('spread', 'not given')}) goes with --kind moments, and must be given there: std or "
-                        f"logvar, not guessed; --kind is {meaning['kind']}")
+        raise UserError(f"--spread ({meaning.get('spread', 'not given')}) goes with --kind moments and must be given "
+                        f"there: std or logvar, not guessed; --kind is {meaning['kind']}")
     from diffmoe.config import DataConfig
     from diffmoe.data.feed import cache_of
     from diffmoe.data.inspect import index_tars, inspect

@@ -174,7 +174,8 @@ def _plan(request: Request, source: Source, vae: Vae | None) -> Plan:
         meta = ShardMeta("pixels", source.classes, scale=1 / 127.5, mean=127.5)
     else:
         meta = ShardMeta("moments", source.classes, scale=vae.scale if request.scale is None else request.scale,
-                         mean=vae.shift if request.shift is None else request.shift, accept_values=request.accept_values)
+                         mean=vae.shift if request.shift is None else request.shift,
+                         accept_values=request.accept_values)
     made_by = ("", "", "", 0) if vae is None else (vae.name, vae.sha256, request.precision, request.batch)
     return Plan(meta, Encoding(source.sha256, len(source.pictures), request.image_size, request.channels, *made_by,
                                request.samples_per_shard, source.class_names,
@@ -355,8 +356,9 @@ def _side(plan: Plan, vae: Vae | None) -> int:
     return plan.encoding.image_size // (1 if vae is None else vae.factor)
 
 
-def _statistics(plan: Plan, vae: Vae | None, records: dict[int, ShardRecord]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The channels' mean and standard deviation, of what these records are of."""
+def _statistics(plan: Plan, vae: Vae | None,
+                records: dict[int, ShardRecord]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The channels' mean and standard deviation over the values of these shards."""
     ordered = [records[number] for number in sorted(records)]
     values = sum(record.count for record in ordered) * _side(plan, vae) ** 2 * (1 if vae is None else 2)
     sums = np.array([np.sum([getattr(record, name) for record in ordered], axis=0) for name in ("total", "squares")])

@@ -120,7 +120,8 @@ def _check_rewritten(found: bytes, shard: OpenShard, index: ShardIndex) -> None:
         name = member_name(found[table.offsets[row, 0] :][:BLOCK])
         check_name(shard.name, name)
         samples[split_name(name)[0]] = {"cls": int(table.labels[row]) + members.first_class} | {
-            place: members.as_stored(shard.array(row, number)) for number, place in enumerate(members.arrays(index.flips))}
+            place: members.as_stored(shard.array(row, number))
+            for number, place in enumerate(members.arrays(index.flips))}
     stream = io.BytesIO()
     write_tar_to(stream, shard.name, samples)
     expected = stream.getvalue()
@@ -139,12 +140,12 @@ def _differences(index: ShardIndex, mean: tuple[float, ...], std: tuple[float, .
 
 
 def index_tars(folder: Path, meta: ShardMeta) -> ShardIndex:
-    """Writes `index.json` for a folder of tars that have none; `meta.members` says what their samples consist of. All labels are
-    looked at, and the values of rows from all over the tars.
+    """Writes `index.json` for a folder of tars that have none; `meta.members` says what their samples consist of. All
+    labels are looked at, and the values of rows from all over the tars.
 
     Raises:
-        UserError: an index is there already, no tars, tars that do not hold such samples of one shape and type, or labels or
-            values that cannot mean what `meta` says. Nothing is written then.
+        UserError: an index is there already, no tars, tars that do not hold such samples of one shape and type, or
+            labels or values that cannot mean what `meta` says. Nothing is written then.
     """
     tars = sorted(folder.glob("*.tar"))
     if (folder / INDEX_NAME).exists():
@@ -157,8 +158,9 @@ def index_tars(folder: Path, meta: ShardMeta) -> ShardIndex:
     counts, low, high = [], _ANY_CLASS, 0
     for path in shown(tars, "inspect-data", True):
         with open(path, "rb") as stream:
-            shard = OpenShard(stream.fileno(), path.name, count=None, size=path.stat().st_size, shape=shape, dtype=dtype,
-                              classes=_ANY_CLASS, flipped=flips, members=replace(meta.members, first_class=0))
+            shard = OpenShard(stream.fileno(), path.name, count=None, size=path.stat().st_size, shape=shape,
+                              dtype=dtype, classes=_ANY_CLASS, flipped=flips,
+                              members=replace(meta.members, first_class=0))
             labels = shard.table.labels
             for row in np.unique(np.linspace(0, len(labels) - 1, max(1, _SAMPLED // len(tars))).astype(int)):
                 for kind in range(1 + flips):
@@ -177,10 +179,11 @@ def index_tars(folder: Path, meta: ShardMeta) -> ShardIndex:
 
 
 def _has_flips(tar: Path, meta: ShardMeta) -> bool:
-    """Whether the flipped images' arrays are there: so it is said, or so the first tar looks. Pixels are mirrored when read."""
+    """Whether the flipped images' arrays are there: so it is said, or so the first tar looks. Pixels need none."""
     said = meta.members.flip_array != Members.flip_array
     if meta.kind == "pixels" and said:
-        raise UserError(f"flip_array ({meta.members.flip_array}) goes with latents and moments; pixels are mirrored when read")
+        raise UserError(f"flip_array ({meta.members.flip_array}) goes with latents and moments; pixels are mirrored "
+                        "when read")
     if said or meta.kind == "pixels":
         return said
     try:
@@ -201,11 +204,12 @@ def _first_array(tar: Path, meta: ShardMeta, flips: bool) -> tuple[tuple[int, ..
         except (ValueError, EOFError, TypeError) as error:
             raise UserError(f"shard {tar.name}: its first array cannot be read: {error}") from error
     if array.ndim != 3 or (meta.kind != "pixels" and array.dtype.kind != "f"):
-        raise UserError(f"shard {tar.name}: arrays {array.dtype} {array.shape} do not fit kind {meta.kind}: three axes, and of "
-                        "latents and moments floats")
+        raise UserError(f"shard {tar.name}: arrays {array.dtype} {array.shape} do not fit kind {meta.kind}: "
+                        "three axes, and of latents and moments floats")
     fault = shape_fault(array.shape, meta)
     if fault:
         raise UserError(f"shard {tar.name}: {fault}, {ACCEPT}")
     if meta.kind == "moments" and members.channels_first(array).shape[0] % 2:
-        raise UserError(f"shard {tar.name}: arrays {array.shape} do not fit kind moments: as many channels of means as of --spread")
+        raise UserError(f"shard {tar.name}: arrays {array.shape} do not fit kind moments: as many channels of means as "
+                        "of --spread")
     return array.shape, array.dtype.name

@@ -1,8 +1,8 @@
 """Can stored values mean what their index says? Each fault comes with the options that would be right.
 
-What training would take in silence is looked for: a log-variance declared as a standard deviation and the other way round,
-latents that are scaled already or not, pixels of another range, [H, W, C] for [C, H, W], labels from 1. Rules about sizes need
-some values before they speak, and leave room: whoever means unusual values says so (`accept_values`).
+What training would take in silence is looked for: a log-variance declared as a standard deviation and the other way
+round, latents that are scaled already or not, pixels of another range, [H, W, C] for [C, H, W], labels from 1. Rules
+about sizes need some values before they speak, and leave room: whoever means unusual values says so (`accept_values`).
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class Values:
         if not self._enough:
             return ""
         fault = self._scale(self._signal)
-        return fault and fault + (f"; if they are pixels: --kind pixels {self._pixel_options()}" if self._low >= 0 else "")
+        pixels = f"; if they are pixels: --kind pixels {self._pixel_options()}" if self._low >= 0 else ""
+        return fault and fault + pixels
 
     def _moments(self) -> str:
         spread, other = self._meta.spread, {"std": "logvar", "logvar": "std"}[self._meta.spread]
@@ -117,13 +118,14 @@ class Values:
         if spread == "logvar" and self._spread_low > 0:
             return f"moments' log-variance runs from {span}, always above 0; a standard deviation does: --spread std"
         if spread == "logvar" and self._spread_high > LOGVAR_LIMIT:
-            return (f"moments' log-variance runs from {span}, above {LOGVAR_LIMIT:g}: "
-                    + ("a standard deviation is never negative: --spread std" if self._spread_low >= 0 else self._no_moments()))
+            may_be = self._spread_low >= 0
+            return f"moments' log-variance runs from {span}, above {LOGVAR_LIMIT:g}; " + (
+                "a standard deviation is never negative: --spread std" if may_be else self._no_moments())
         if not self._enough:
             return ""
         if spread == "logvar" and self._noise(spread) > self._signal > 0:
-            return (f"moments' log-variance runs from {span}: noise of deviation {self._noise(spread)**0.5:.3g} on means of "
-                    f"{self._signal**0.5:.3g}; {self._no_moments()}")
+            return (f"moments' log-variance runs from {span}: noise of deviation {self._noise(spread)**0.5:.3g} on "
+                    f"means of {self._signal**0.5:.3g}; {self._no_moments()}")
         return self._scale(self._signal + self._noise(spread))
 
     def _scale(self, variance: float) -> str:
@@ -136,12 +138,13 @@ class Values:
         return f"{fault}: about --scale {1 / std:.3g}"
 
     def _no_moments(self) -> str:
-        return "that is neither a deviation nor a log-variance: --kind latents if these arrays are latents, without a second half"
+        return ("that is neither a deviation nor a log-variance: --kind latents if these arrays are latents, without a "
+                "second half")
 
 
 def scale_fault(std: float, meta: ShardMeta) -> str:
-    """Whether `meta.scale` does not bring latents near the size that models take, where their values have this standard deviation
-    before it; "" where it does. Values that are all the same say nothing."""
+    """Whether `meta.scale` does not bring latents near the size that models take, where their values have this standard
+    deviation before it; "" where it does. Values that are all the same say nothing."""
     x_std = std * abs(meta.scale)
     if meta.accept_values or std == 0 or X_STD[0] <= x_std <= X_STD[1]:
         return ""

@@ -41,14 +41,15 @@ class ShardReader:
         excluded: shards by name, each with the step from which its samples are replaced by others, drawn by position.
 
     Raises:
-        UserError: `flip` asked of latents or moments that were written without flipped ones; no cache for remote shards; nothing left
-            that is not excluded.
+        UserError: `flip` asked of latents or moments that were written without flipped ones; no cache for remote
+            shards; nothing left that is not excluded.
     """
 
     def __init__(self, index: ShardIndex, *, seed: int, batch: int = 1, streams: int = 1, window: int = 1, flip: bool = False,
                  cache: Cache | None = None, excluded: Mapping[str, int] | None = None) -> None:
         if flip and index.meta.kind != "pixels" and not index.flips:
-            raise UserError(f"flip (True) needs flipped {index.meta.kind}; the data set {index.where} has none (flips False)")
+            raise UserError(f"flip (True) needs flipped {index.meta.kind}; the data set {index.where} has none "
+                            "(flips False)")
         if index.place and cache is None:
             raise UserError(f"the data set {index.where} is remote and needs a cache")
         self.index, self.seed, self.flip, self.cache = index, seed, flip, cache

@@ -2,8 +2,8 @@
 
 A shard that this program wrote begins with a member `__rows__` (webdataset passes over such names): labels, places and CRC-32
 of all its arrays. Opening it is one small read, a row is another, and a row that was altered anywhere is noticed whenever it
-is read. Tars of others have no such member: opening scans their headers and compares the whole file's SHA-256. `Members` says
-which of their members hold what.
+is read. Tars of others have no such member: opening scans their headers and compares the whole file's SHA-256.
+`Members` says which of their members hold what.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ class BadShard(UserError):
 class Members:
     """Which members of a tar make a sample, and how they are read; the defaults are what this program writes.
 
-    A place is the ending of a member's name after its first dot (`latent.npy` of `000.latent.npy`). For arrays it is an `.npy`,
-    or `npz:NAME` with the name of an array in it; `npz:mean,std` lays several end to end along the channels. For labels it is a
-    text, `json` or `json:KEY` (`KEY.KEY` for one inside another), or the one number of an array. A leading axis of length 1 (a
-    batch of one) is dropped. `layout`: of the arrays, "chw" or "hwc". `first_class`: the label of class 0.
+    A place is the ending of a member's name after its first dot (`latent.npy` of `000.latent.npy`). For arrays it is an
+    `.npy`, or `npz:NAME` with the name of an array in it; `npz:mean,std` lays several end to end along the channels.
+    For labels it is a text, `json` or `json:KEY` (`KEY.KEY` for one inside another), or the one number of an array. A
+    leading axis of length 1 (a batch of one) is dropped. `layout`: of the arrays, "chw" or "hwc". `first_class`: the
+    label of class 0.
     """
 
     array: str = "npy"
@@ -60,10 +61,12 @@ class Members:
         for name in ("array", "flip_array", "label"):
             place = getattr(self, name)
             if not _PLACE.fullmatch(place):
-                raise UserError(f"{name} ({place!r}) must be the ending of a member's name, or ENDING:NAME for what lies inside")
+                raise UserError(f"{name} ({place!r}) must be the ending of a member's name, or ENDING:NAME for what "
+                                "lies inside")
             kind, named = _format(place), ":" in place
             if name != "label" and kind not in ("npy", "npz"):
-                raise UserError(f"{name} ({place!r}) must end in npy or npz; other formats are not read (.pt and .pth are pickles)")
+                raise UserError(f"{name} ({place!r}) must end in npy or npz; other formats are not read (.pt and .pth "
+                                "are pickles)")
             if (kind == "npz") > named:
                 raise UserError(f"{name} ({place!r}) must name an array of the npz: {place}:NAME")
             if named and kind not in ("npz", "json"):
@@ -100,8 +103,8 @@ def _format(place: str) -> str:
 
 @dataclass(frozen=True)
 class RowTable:
-    """Labels from 0, int64 [n]; for each row and kind of array (`npy`, then perhaps `flip.npy`), [n, kinds]: byte of the member's
-    header block in the tar, bytes of its payload, and CRC-32 of header block and payload (None: unknown)."""
+    """Labels from 0, int64 [n]; for each row and kind of array (`npy`, then perhaps `flip.npy`), [n, kinds]: byte of
+    the member's header block in the tar, bytes of its payload, CRC-32 of header block and payload (None: unknown)."""
 
     labels: np.ndarray
     offsets: np.ndarray
@@ -139,12 +142,15 @@ def unpack_table(payload: bytes, count: int | None, classes: int, kinds: int, fi
 
 
 def _wrong_label(label: int, classes: int, first_class: int) -> str:
-    hint = "; labels that begin with 1 take --first-class 1 when the index is written" if (first_class, label) == (0, classes) else ""
+    hint = ""
+    if (first_class, label) == (0, classes):
+        hint = "; labels that begin with 1 take --first-class 1 when the index is written"
     span = f"[{first_class}, classes + {first_class})" if first_class else "[0, classes)"
     return f"label ({label}) must lie in {span} with classes {classes}{hint}"
 
 
-def scan_rows(stream: BinaryIO, name: str, flips: bool, count: int | None, classes: int, members: Members = Members()) -> RowTable:
+def scan_rows(stream: BinaryIO, name: str, flips: bool, count: int | None, classes: int,
+              members: Members = Members()) -> RowTable:
     """The table of a tar from its headers and labels alone, no CRC-32; members of other kinds are passed over.
 
     Args:
@@ -199,8 +205,8 @@ def scan_rows(stream: BinaryIO, name: str, flips: bool, count: int | None, class
 
 def _other_endings(others: dict[str, None]) -> str:
     """What a sample has instead, and how it is said which is meant."""
-    return (f"; its members also end in {', '.join(others)}: --array, --flip-array and --label of inspect-data --write-index say "
-            "which are meant") if others else ""
+    return (f"; its members also end in {', '.join(others)}: --array, --flip-array and --label of inspect-data "
+            "--write-index say which are meant") if others else ""
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -253,7 +259,7 @@ def _array_label(array: np.ndarray) -> int:
 
 
 def decode(payload: bytes, place: str, layout: str = "chw") -> np.ndarray:
-    """The array at `place` of a sample, of the member's bytes. UserError, ValueError, EOFError or TypeError for others."""
+    """The array at `place` of a sample, from its member's bytes. ValueError, EOFError or TypeError for others."""
     if _format(place) == "npy":
         parts = [np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)]
     else:
@@ -269,7 +275,8 @@ def _npz_arrays(payload: bytes, names: list[str]) -> list[np.ndarray]:
             for name in names:
                 if name not in there:
                     raise UserError(f"no array {name!r} in the npz; it holds {', '.join(there[:8])}")
-            return [np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False) for name in names]
+            return [np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+                    for name in names]
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, KeyError) as error:
         raise UserError(f"not an npz that can be read: {error}") from error
 
@@ -339,7 +346,8 @@ class OpenShard:
                          os.POSIX_FADV_WILLNEED)
 
     def array(self, row: int, kind: int = 0) -> np.ndarray:
-        """Row's array [C, H, W], read-only; kind 1 is the flip's. BadShard, naming member and bytes, when it is not as it was written."""
+        """Row's array [C, H, W], read-only; kind 1 is the flip's. BadShard, naming member and bytes, when it is not as
+        it was written."""
         table = self.table
         offset, size = int(table.offsets[row, kind]), int(table.sizes[row, kind])
         data = os.pread(self._descriptor, BLOCK + size, offset)

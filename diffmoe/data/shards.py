@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from diffmoe.data.meaning import Values
+from diffmoe.data.meaning import Values, shape_fault
 from diffmoe.data.rows import Members, OpenShard, stored_dtype
 from diffmoe.data.sources import is_remote, read_all, resolve
 from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
@@ -32,10 +32,10 @@ class ShardMeta:
     """What the stored arrays mean.
 
     `kind` "pixels": arrays [C, H, W], x = (array - mean) * scale, in [-1, 1].
-    `kind` "latents": arrays [C, H, W] that were drawn from a VAE's moments, x = (array - mean) * scale, of deviation 1 or so.
+    `kind` "latents": arrays [C, H, W] that were drawn from a VAE's moments, x = (array - mean) * scale, std near 1.
     `kind` "moments": arrays [2C, H, W] (VAE mean, then VAE standard deviation, or, with `spread` "logvar", the logarithm of
     its square), x = (mu + std * eps - mean) * scale.
-    `accept_values`: they are as somebody wants them, even where they look as if they meant something else (`meaning.py`).
+    `accept_values`: they are meant as they are, also where they look as if they meant something else (`meaning.py`).
     """
 
     kind: str
@@ -152,14 +152,15 @@ def write_shards(
     """Write samples as shards and, last of all, the index; equal samples give equal bytes.
 
     Args:
-        samples: (key, array [C, H, W] or [2C, H, W], label), or with a fourth item: the flipped image's latents or moments.
+        samples: (key, array [C, H, W] or [2C, H, W], label), or with a fourth item: the flipped image's latents or
+            moments.
         folder: created where missing; must not hold a finished data set.
         samples_per_shard: samples in every shard but perhaps the last.
         meta: what the arrays mean.
 
     Raises:
-        UserError: an existing index, no samples, a sample that does not fit the first one or `meta`, or values that cannot
-            mean what `meta` says.
+        UserError: an existing index, no samples, a sample that does not fit the first one or `meta`, or values that
+            cannot mean what `meta` says.
     """
     folder = Path(folder)
     if samples_per_shard < 1:
@@ -229,6 +230,8 @@ def _checked_members(sample: tuple, first: tuple, meta: ShardMeta) -> dict[str, 
             raise UserError(f"sample {key}: dtype ({value.dtype}) must be a float, or uint8 for pixels")
         if not np.isfinite(value).all():
             raise UserError(f"sample {key} holds values that are not finite")
+    if fault := shape_fault(array.shape, meta):
+        raise UserError(f"sample {key}: {fault}, which here means array.transpose(2, 0, 1)")
     if not 0 <= int(label) < meta.classes:
         raise UserError(f"sample {key}: label ({label}) must lie in [0, classes) with classes {meta.classes}")
     members = {"npy": np.ascontiguousarray(array), "cls": int(label)}
