@@ -78,8 +78,8 @@ def inspect(index: ShardIndex, cache: Cache | None, *, quick: bool, report: Call
                 os.close(descriptor)
         except BadShard as problem:
             complain(str(problem))
-    # Arrays whose axes are mixed up have no values to speak of.
-    for fault in [fault for fault in [shape_fault(index.shape, index.meta)] if fault] or values.faults():
+    fault = shape_fault(index.shape, index.meta) or values.fault()  # arrays of mixed-up axes have no values to speak of
+    if fault:
         complain(f"{fault} when the index is written again, {ACCEPT}")
     mean, std = mean_and_std(sums, max(1, arrays) * int(np.prod(index.x_shape[1:])))
     if not quick and not problems:

@@ -39,30 +39,28 @@ class Values:
     def add(self, array: np.ndarray) -> None:
         """One array [C, H, W], or of moments [2C, H, W]; all of its values finite."""
         values, spread = np.split(array, 2) if self._meta.kind == "moments" else (array, None)
-        values = values.astype(np.float64)
         self._arrays += 1
         self._count += values.size
-        self._total += float(values.sum())
-        self._squares += float((values**2).sum())
+        self._total += float(values.sum(dtype=np.float64))
+        self._squares += float((values**2).sum(dtype=np.float64))
         self._low, self._high = min(self._low, float(values.min())), max(self._high, float(values.max()))
         if spread is not None:
-            spread = spread.astype(np.float64)
             self._spread_low = min(self._spread_low, float(spread.min()))
             self._spread_high = max(self._spread_high, float(spread.max()))
-            self._variance["std"] += float((spread**2).sum())
-            self._variance["logvar"] += float(np.exp(np.minimum(spread, LOGVAR_LIMIT)).sum())
+            self._variance["std"] += float((spread**2).sum(dtype=np.float64))
+            self._variance["logvar"] += float(np.exp(np.minimum(spread, LOGVAR_LIMIT)).sum(dtype=np.float64))
 
     def check(self, where: str) -> None:
-        """UserError where `faults` finds one."""
-        for fault in self.faults():
+        """UserError where there is a `fault`."""
+        fault = self.fault()
+        if fault:
             raise UserError(f"{where}: {fault}, {ACCEPT}")
 
-    def faults(self) -> list[str]:
-        """What the values cannot mean, with the options that would be right; empty where all is well, or accepted."""
+    def fault(self) -> str:
+        """What the values cannot mean, with the options that would be right; "" where all is well, or accepted."""
         if self._meta.accept_values or not self._arrays:
-            return []
-        fault = {"pixels": self._pixels, "latents": self._latents, "moments": self._moments}[self._meta.kind]()
-        return [fault] if fault else []
+            return ""
+        return {"pixels": self._pixels, "latents": self._latents, "moments": self._moments}[self._meta.kind]()
 
     @property
     def _enough(self) -> bool:
