@@ -269,10 +269,11 @@ def test_tars_of_others_get_an_index(tmp_path: Path, capsys) -> None:
     assert (index.meta, index.count, index.flips) == (ShardMeta("moments", 10, 0.18215, spread="logvar"), 10, False)
     assert ShardReader(index, seed=0).read(range(10))[0].shape == (10, 4, 4, 4)
     with pytest.raises(UserError, match="has an index.json already"):
-        inspected(capsys, folder, "--write-index", "--kind", "moments", "--classes", 10)
+        inspected(capsys, folder, "--write-index", "--kind", "moments", "--classes", 10, "--spread", "logvar")
 
 
 def test_a_set_with_flips_is_checked_whole(tmp_path: Path, capsys) -> None:
-    samples = ((f"{i}", np.full((2, 2, 2), i, np.float16), 0, np.full((2, 2, 2), -i, np.float16)) for i in range(5))
+    mean, std = np.full((1, 2, 2), 2, np.float16), np.full((1, 2, 2), 0.5, np.float16)
+    samples = ((f"{i}", np.concatenate([i * mean, std]), 0, np.concatenate([-i * mean, std])) for i in range(5))
     write_shards(samples, tmp_path / "set", samples_per_shard=5, meta=ShardMeta("moments", 1))
     assert inspected(capsys, tmp_path / "set", "--grid", tmp_path / "grid.png")[0] == 0

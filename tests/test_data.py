@@ -27,8 +27,8 @@ from diffmoe.data.values import normals, to_float
 from diffmoe.errors import UserError
 from diffmoe.random_streams import Use, Words, philox
 
-PIXELS = ShardMeta(kind="pixels", classes=10, scale=0.5, mean=1.0)
-MOMENTS = ShardMeta(kind="moments", classes=10, scale=0.18215)
+PIXELS = ShardMeta(kind="pixels", classes=10, scale=0.5, mean=1.0, accept_values=True)  # they count, and are no images
+MOMENTS = ShardMeta(kind="moments", classes=10, scale=0.18215, accept_values=True)
 COUNT = 103  # shards of 10: the last is short, and no batch size used below divides it
 
 

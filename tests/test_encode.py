@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import io
@@ -38,7 +39,7 @@ from diffmoe.data.encode_shards import encode
 from diffmoe.data.images import BadImage, center_crop, list_source, read_picture
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import OpenShard
-from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_shards
+from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_index, write_shards
 from diffmoe.data.tar import sha256
 from diffmoe.data.values import to_float
 from diffmoe.data.vae import decode_latents, encode_moments, load_vae
@@ -320,10 +321,25 @@ def test_a_set_without_encoding_loads_and_keeps_its_bytes(tmp_path: Path) -> Non
 
 
 def test_bf16_is_near_fp32(tmp_path: Path) -> None:
-    index = run(request(tmp_path, precision="bf16", scale=0.3, shift=-1.0))
-    assert (index.meta.scale, index.meta.mean, index.encoding.precision) == (0.3, -1.0, "bf16")
+    index = run(request(tmp_path, precision="bf16", scale=0.7, shift=-1.0))
+    assert (index.meta.scale, index.meta.mean, index.encoding.precision) == (0.7, -1.0, "bf16")
     difference = np.abs(stored(index)[0].astype(float) - stored(encoded())[0])
     assert 0 < difference.mean() < 0.02
+
+
+def test_a_scale_that_does_not_fit_the_latents_is_refused_early(tmp_path: Path) -> None:
+    assert 0.7 < np.mean(encoded().encoding.channel_std) < 1.4
+    for scale in (0.1, 5.0, -0.05):
+        message = "latents have deviation 1.0.* with about --scale 0.9.*--accept-values"
+        with pytest.raises(UserError, match=message) as caught:
+            run(request(tmp_path / str(scale), scale=scale, samples_per_shard=2))
+        assert "\n" not in str(caught.value) and not (tmp_path / str(scale) / "index.json").exists()
+        assert len(list((tmp_path / str(scale)).glob("*.tar"))) == 4, "eight images tell"
+    index = run(request(tmp_path / "accepted", scale=0.1, accept_values=True))
+    assert index.meta.accept_values and load_index(index.folder) == index
+    assert inspect_main([str(index.folder), "--grid", str(tmp_path / "grid.png")], detect({})) == 0
+    write_index(dataclasses.replace(index, meta=dataclasses.replace(index.meta, accept_values=False)))
+    assert inspect_main([str(index.folder), "--grid", str(tmp_path / "grid.png")], detect({})) == 1
 
 
 def test_bf16_storage_is_the_rounded_moments(tmp_path: Path) -> None:
@@ -456,6 +472,7 @@ def test_a_folder_is_finished_only_by_the_same_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change, message", [
     ({"image_size": 0}, r"image_size \(0\)"), ({"channels": 2}, r"channels \(2\) must be 1 or 3"),
     ({"precision": "fp16"}, "precision"), ({"bad_share": 1.0}, "bad_share"), ({"scale": float("nan")}, "scale"),
+    ({"vae": None, "accept_values": True}, "accept_values goes with vae"),
     ({"vae": None, "scale": 1.0}, r"scale \(1.0\) goes with vae"), ({"image_size": 15}, "must divide by 2"),
     ({"channels": 1}, r"channels \(1\) must be those of"), ({"source": "/nowhere"}, "/nowhere does not exist")])
 def test_bad_requests(tmp_path: Path, change: dict, message: str) -> None:

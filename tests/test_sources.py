@@ -35,7 +35,8 @@ SHARD = 30_720  # bytes
 @pytest.fixture
 def index(tmp_path: Path) -> ShardIndex:
     samples = ((f"{i:03d}", np.full((1, 8, 8), i, np.float32), i % 10) for i in range(103))
-    made = write_shards(samples, tmp_path / "set", samples_per_shard=10, meta=ShardMeta("pixels", 10))
+    made = write_shards(samples, tmp_path / "set", samples_per_shard=10,
+                        meta=ShardMeta("pixels", 10, accept_values=True))
     assert {shard.bytes for shard in made.shards[:-1]} == {SHARD}
     return made
 

@@ -23,7 +23,6 @@ import torch
 
 from diffmoe.commands.common import Parser
 from diffmoe.data.reader import ShardReader
-from diffmoe.data.rows import OpenShard
 from diffmoe.data.share import Share
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_index, write_shards
 from diffmoe.data.stream import BatchStream
@@ -109,6 +108,8 @@ def _write(shards: Path, npz: Path, samples: int) -> ShardIndex:
     def each() -> Iterable[tuple]:
         for i in range(samples):
             moments = rng.standard_normal(_SHAPE, np.float32).astype(np.float16)
+            moments[: _SHAPE[0] // 2] *= 5  # means and deviations as Stable Diffusion's autoencoder gives them
+            np.abs(moments[_SHAPE[0] // 2 :], out=moments[_SHAPE[0] // 2 :])
             np.savez(npz / f"{i:07d}.npz", moments=moments, label=i % 1000)
             yield f"{i:07d}", moments, i % 1000
 
@@ -138,8 +139,7 @@ def _loader(index: ShardIndex) -> int:
 def _rows(index: ShardIndex) -> int:
     """The same rows in the same order, checked, as they are stored."""
     reader = ShardReader(index, seed=0, batch=_BATCH, streams=_STREAMS, window=_WINDOW)
-    shards = [OpenShard(os.open(index.address(file), os.O_RDONLY), file.name, count=file.count, size=file.bytes, shape=index.shape,
-                        dtype=index.dtype, classes=index.meta.classes, flipped=False) for file in index.shards]
+    shards = [index.opened(os.open(index.address(file), os.O_RDONLY), file, flipped=False) for file in index.shards]
     for position in range(index.count):
         number, row = reader.locate(position)
         shards[number].array(row)

@@ -34,6 +34,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // environment.local_world),
                         help="threads that read pictures, a rank")
     parser.add_argument("--bad-share", type=float, default=0.01, help="give up when more of the pictures are bad")
+    parser.add_argument("--accept-values", action="store_true",
+                        help="take latents whose deviation after --scale is far from 1")
     request = Request(**vars(parser.parse_args(arguments)))
     from diffmoe.data.encode_shards import encode
     from diffmoe.parallel.groups import build_groups

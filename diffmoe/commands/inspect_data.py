@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
     from diffmoe.data.shards import ShardIndex
     from diffmoe.data.vae import Vae
 
+_MEANING = (("kind", str, "pixels, latents, or moments (mean, then --spread)"), ("classes", int, "number of classes"),
+            ("scale", float, "x = (value - mean) * scale"), ("mean", float, ""),
+            ("spread", str, "of moments, std or logvar (of its square)"))
+_MEMBERS = (("array", str, "the member with the array, by its ending: npy (default), latent.npy, npz:moments, "
+                           "npz:mean,std"),
+            ("flip_array", str, "the flipped image's (default flip.npy, where the tars have it)"),
+            ("label", str, "the label: cls (default), json:class_id, npz:label"),
+            ("layout", str, "of arrays: chw (default) or hwc"),
+            ("first_class", int, "the label of the first class (default 0)"))
 _COLUMNS = 8
 _DECODED = 8  # pictures together: all 64 of a published autoencoder would take tens of gigabytes
 
@@ -30,27 +40,35 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--cache", default="", help="as data.cache, for remote shards")
     parser.add_argument("--cache-gib", type=float, default=64.0)
     parser.add_argument("--write-index", action="store_true", help="first write index.json for a folder of tars that has none")
-    for name, kind, text in (("kind", str, "pixels, or moments (mean, then --spread)"), ("classes", int, "number of classes"),
-                             ("scale", float, "x = (value - mean) * scale"), ("mean", float, ""),
-                             ("spread", str, "std or logvar")):
-        parser.add_argument(f"--{name}", type=kind, help=f"with --write-index: {text}".rstrip(": "))
+    parser.add_argument("--accept-values", action="store_true",
+                        help="the values are meant as they are, also where they look like something else; with "
+                             "--write-index for good")
+    for name, kind, text in (*_MEANING, *_MEMBERS):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"with --write-index: {text}".rstrip(": "))
     options = parser.parse_args(arguments)
     one_process("inspect-data", environment)
-    described = {name: getattr(options, name) for name in ("kind", "classes", "scale", "mean", "spread")
-                 if getattr(options, name) is not None}
-    if described and not options.write_index:
-        raise UserError(f"--{next(iter(described))} ({next(iter(described.values()))}) goes with --write-index")
-    if options.write_index and not {"kind", "classes"} <= described.keys():
+    meaning, members = ({name: getattr(options, name) for name, _, _ in names if getattr(options, name) is not None}
+                        for names in (_MEANING, _MEMBERS))
+    for name, value in {} if options.write_index else (meaning | members).items():
+        raise UserError(f"--{name.replace('_', '-')} ({value}) goes with --write-index")
+    if options.write_index and not {"kind", "classes"} <= meaning.keys():
         raise UserError("--write-index needs --kind and --classes: the tars do not say what their arrays mean")
+    if options.write_index and (meaning["kind"] == "moments") != ("spread" in meaning):
+        raise UserError(f"--spread ({meaning.get('spread', 'not given')}) goes with --kind moments and must be given "
+                        f"there: std or logvar, not guessed; --kind is {meaning['kind']}")
     from diffmoe.config import DataConfig
     from diffmoe.data.feed import cache_of
     from diffmoe.data.inspect import index_tars, inspect
+    from diffmoe.data.rows import Members
     from diffmoe.data.shards import ShardMeta, load_index
 
     if options.write_index:
-        made = index_tars(Path(options.shards), ShardMeta(**described))
+        made = index_tars(Path(options.shards), ShardMeta(**meaning, members=Members(**members),
+                                                              accept_values=options.accept_values))
         print(f"wrote {made.folder / 'index.json'}: {made.count} samples in {len(made.shards)} shards")
     index = load_index(options.shards, options.index, check_files=False)
+    if options.accept_values:
+        index = replace(index, meta=replace(index.meta, accept_values=True))
     vae = None if options.vae is None else _open_vae(options.vae, index)  # before a long reading, not after
     cache = cache_of(DataConfig(cache=options.cache, cache_gib=options.cache_gib))
     print(f"{index.where}: {index.count} samples of {index.meta.classes} classes in {len(index.shards)} shards, {index.dtype} "
@@ -73,8 +91,8 @@ def _open_vae(path: str, index: ShardIndex) -> Vae:
     from diffmoe.data.vae import load_vae
     from diffmoe.device import local_device
 
-    if index.meta.kind != "moments":
-        raise UserError(f"--vae ({path}) decodes moments; {index.where} holds {index.meta.kind}")
+    if index.meta.kind == "pixels":
+        raise UserError(f"--vae ({path}) decodes latents; {index.where} holds pixels")
     vae = load_vae(path, device=local_device(0, 1))
     if index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):
         raise UserError(f"--vae ({path}) has weights {vae.sha256[:12]}; {index.where} was encoded with "
@@ -97,6 +115,6 @@ def _draw(index: ShardIndex, cache: Cache, vae: Vae | None, path: Path) -> None:
 
         parts = torch.from_numpy(x).split(_DECODED)
         x = torch.cat([decode_latents(vae, part, index.meta.scale, index.meta.mean) for part in parts]).numpy() / 127.5 - 1
-    elif index.meta.kind == "moments":
+    elif index.meta.kind != "pixels":
         x = x / np.abs(x).max()
     image_grid(x[:, : 3 if x.shape[1] > 2 else 1], _COLUMNS, path)

@@ -34,6 +34,7 @@ class Request:
     shift: float | None = None
     classes: int | None = None
     storage: str = "float16"
+    accept_values: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch", "samples_per_shard", "workers"):
@@ -53,6 +54,8 @@ class Request:
                 raise UserError(f"{name} ({value}) goes with vae (None): pixels become [-1, 1]")
             if value is not None and not math.isfinite(value):
                 raise UserError(f"{name} ({value}) must be finite")
+        if self.accept_values and self.vae is None:
+            raise UserError("accept_values goes with vae (None): pixels become [-1, 1]")
         source, out = Path(self.source).resolve(), self.out.resolve()
         if source.is_dir() and (out == source or source in out.parents):
             raise UserError(f"out ({self.out}) must not lie in source ({self.source})")

@@ -26,6 +26,7 @@ import torch
 
 from diffmoe.data.encode_request import Request
 from diffmoe.data.images import BadImage, Source, list_source, read_picture
+from diffmoe.data.meaning import ACCEPT, ENOUGH_ARRAYS, scale_fault
 from diffmoe.data.shards import INDEX_NAME, Encoding, ShardIndex, ShardMeta, from_json, load_index, write_index
 from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
 from diffmoe.data.values import channel_sums, mean_and_std, to_float
@@ -173,7 +174,8 @@ def _plan(request: Request, source: Source, vae: Vae | None) -> Plan:
         meta = ShardMeta("pixels", source.classes, scale=1 / 127.5, mean=127.5)
     else:
         meta = ShardMeta("moments", source.classes, scale=vae.scale if request.scale is None else request.scale,
-                         mean=vae.shift if request.shift is None else request.shift)
+                         mean=vae.shift if request.shift is None else request.shift,
+                         accept_values=request.accept_values)
     made_by = ("", "", "", 0) if vae is None else (vae.name, vae.sha256, request.precision, request.batch)
     return Plan(meta, Encoding(source.sha256, len(source.pictures), request.image_size, request.channels, *made_by,
                                request.samples_per_shard, source.class_names,
@@ -199,11 +201,11 @@ def _open_folder(folder: Path, plan: Plan) -> dict[int, ShardRecord] | None:
         if strangers:
             raise UserError(f"out ({folder}) must be empty, or begun by encode; it holds {strangers[0]}")
         with replacing(state / PLAN_NAME) as stream:
-            stream.write(json.dumps(asdict(plan)).encode())
+            stream.write(json.dumps({"meta": plan.meta.record(), "encoding": asdict(plan.encoding)}).encode())
         return {}
     try:
         tree = json.loads((state / PLAN_NAME).read_text())
-        begun = Plan(ShardMeta(**tree["meta"]), from_json(Encoding, tree["encoding"]))
+        begun = Plan(ShardMeta.of(tree["meta"]), from_json(Encoding, tree["encoding"]))
         records = [from_json(ShardRecord, json.loads(path.read_text())) for path in sorted(state.glob("shard-*.json"))]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{state} is malformed: {type(error).__name__}: {error}") from error
@@ -247,8 +249,10 @@ def _encode_pending(request: Request, plan: Plan, source: Source, vae: Vae | Non
             progress.bad = sum(len(r.skipped) for r in records.values())
             progress.finish(sum(len(plan.shard(r.number)) for r in fresh))
             _check_bad_share(request, plan, records)
+            _check_scale(plan, vae, records)
     progress.tick(0, force=True)
     _check_bad_share(request, plan, records)  # where all shards were there: the share may be a new one
+    _check_scale(plan, vae, records)
 
 
 def _check_bad_share(request: Request, plan: Plan, records: dict[int, ShardRecord]) -> None:
@@ -257,6 +261,17 @@ def _check_bad_share(request: Request, plan: Plan, records: dict[int, ShardRecor
         some = ", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")
         raise AgreedError(f"{len(skipped)} of {plan.encoding.images} images are bad, more than bad_share "
                           f"({request.bad_share}) allows: {some}; mend them and encode into another folder, or allow more")
+
+
+def _check_scale(plan: Plan, vae: Vae | None, records: dict[int, ShardRecord]) -> None:
+    """After the first shards, not after days: latents that `scale` does not bring near the size that models take."""
+    if vae is None or sum(record.count for record in records.values()) < ENOUGH_ARRAYS:
+        return
+    mean, std = _statistics(plan, vae, records)
+    whole = float(np.sqrt(np.mean(np.square(std)) + np.var(mean)))
+    fault = scale_fault(whole, plan.meta)
+    if fault:
+        raise AgreedError(f"{fault}; encode into another folder with about --scale {1 / whole:.3g}, {ACCEPT}")
 
 
 def _read_ahead(source: Source, numbers: Iterable[int], request: Request, ahead: int) -> Iterator[np.ndarray | BadImage]:
@@ -337,16 +352,27 @@ def _channels(plan: Plan, vae: Vae | None) -> int:
     return plan.encoding.image_channels if vae is None else vae.latent_channels
 
 
+def _side(plan: Plan, vae: Vae | None) -> int:
+    return plan.encoding.image_size // (1 if vae is None else vae.factor)
+
+
+def _statistics(plan: Plan, vae: Vae | None,
+                records: dict[int, ShardRecord]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The channels' mean and standard deviation over the values of these shards."""
+    ordered = [records[number] for number in sorted(records)]
+    values = sum(record.count for record in ordered) * _side(plan, vae) ** 2 * (1 if vae is None else 2)
+    sums = np.array([np.sum([getattr(record, name) for record in ordered], axis=0) for name in ("total", "squares")])
+    return mean_and_std(sums, values)
+
+
 def _index(request: Request, plan: Plan, vae: Vae | None, records: dict[int, ShardRecord]) -> ShardIndex:
     ordered = [records[number] for number in range(plan.shards)]
-    side = plan.encoding.image_size // (1 if vae is None else vae.factor)
     count = sum(record.count for record in ordered)
-    values = count * side**2 * (1 if vae is None else 2)
-    sums = np.array([np.sum([getattr(record, name) for record in ordered], axis=0) for name in ("total", "squares")])
-    mean, std = mean_and_std(sums, values)
+    mean, std = _statistics(plan, vae, records)
     encoding = replace(plan.encoding, channel_mean=mean, channel_std=std,
                        skipped=tuple(address for record in ordered for address in record.skipped))
     files = tuple(ShardFile(_name(r.number), r.count, r.bytes, r.sha256) for r in ordered if r.count)
+    side = _side(plan, vae)
     shape = (_channels(plan, vae) * (1 if vae is None else 2), side, side)
     return ShardIndex(request.out, plan.meta, shape, plan.encoding.storage, vae is not None, count, files,
                       encoding)

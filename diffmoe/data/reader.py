@@ -42,14 +42,15 @@ class ShardReader:
         excluded: shards by name, each with the step from which its samples are replaced by others, drawn by position.
 
     Raises:
-        UserError: `flip` asked of moments that were written without flipped ones; no cache for remote shards; nothing left
-            that is not excluded.
+        UserError: `flip` asked of latents or moments that were written without flipped ones; no cache for remote
+            shards; nothing left that is not excluded.
     """
 
     def __init__(self, index: ShardIndex, *, seed: int, batch: int = 1, streams: int = 1, window: int = 1, flip: bool = False,
                  cache: Cache | None = None, excluded: Mapping[str, int] | None = None) -> None:
-        if flip and index.meta.kind == "moments" and not index.flips:
-            raise UserError(f"flip (True) needs flipped moments; the data set {index.where} has none (flips False)")
+        if flip and index.meta.kind != "pixels" and not index.flips:
+            raise UserError(f"flip (True) needs flipped {index.meta.kind}; the data set {index.where} has none "
+                            "(flips False)")
         if index.place and cache is None:
             raise UserError(f"the data set {index.where} is remote and needs a cache")
         self.index, self.seed, self.flip, self.cache = index, seed, flip, cache
@@ -122,6 +123,8 @@ class ShardReader:
             y[i] = shard.table.labels[row]
             if meta.kind == "pixels":
                 np.subtract(stored[..., ::-1] if mirrored else stored, np.float32(meta.mean), out=x[i], dtype=np.float32)
+            elif meta.kind == "latents":
+                np.subtract(to_float(stored, self.index.dtype), np.float32(meta.mean), out=x[i])
             else:
                 values = to_float(stored, self.index.dtype)
                 mean, std = values[: shape[0]], std_of(values[shape[0] :], meta.spread)
@@ -198,8 +201,7 @@ class ShardReader:
         file = self.index.shards[number]
         descriptor = self.descriptor(file)
         try:
-            shard = OpenShard(descriptor, file.name, count=file.count, size=file.bytes, shape=self.index.shape,
-                              dtype=self.index.dtype, classes=self.index.meta.classes, flipped=self.flip and self.index.flips)
+            shard = self.index.opened(descriptor, file, flipped=self.flip and self.index.flips)
             # Without the rows' own checksums, the whole file's: once a run, since it costs a pass over the file.
             if shard.scanned and number not in self._verified:
                 if sha256(Path(f"/proc/self/fd/{descriptor}")) != file.sha256:

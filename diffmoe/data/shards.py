@@ -12,14 +12,16 @@ from typing import TypeVar
 
 import numpy as np
 
-from diffmoe.data.rows import stored_dtype
+from diffmoe.data.meaning import Values, shape_fault
+from diffmoe.data.rows import Members, OpenShard, stored_dtype
 from diffmoe.data.sources import is_remote, read_all, resolve
 from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
+from diffmoe.data.values import to_float
 from diffmoe.errors import UserError
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
-KINDS = ("pixels", "moments")
+KINDS = ("pixels", "latents", "moments")
 SPREADS = ("std", "logvar")
 T = TypeVar("T")
 _KEY = re.compile(r"(?!__)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")  # webdataset splits names at the first dot, skips __x__
@@ -29,9 +31,11 @@ _KEY = re.compile(r"(?!__)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")  # webdataset split
 class ShardMeta:
     """What the stored arrays mean.
 
-    `kind` "pixels": arrays [C, H, W], x = (array - mean) * scale.
+    `kind` "pixels": arrays [C, H, W], x = (array - mean) * scale, in [-1, 1].
+    `kind` "latents": arrays [C, H, W] that were drawn from a VAE's moments, x = (array - mean) * scale, std near 1.
     `kind` "moments": arrays [2C, H, W] (VAE mean, then VAE standard deviation, or, with `spread` "logvar", the logarithm of
     its square), x = (mu + std * eps - mean) * scale.
+    `accept_values`: they are meant as they are, also where they look as if they meant something else (`meaning.py`).
     """
 
     kind: str
@@ -39,6 +43,8 @@ class ShardMeta:
     scale: float = 1.0
     mean: float = 0.0
     spread: str = "std"
+    members: Members = Members()
+    accept_values: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -49,6 +55,20 @@ class ShardMeta:
             raise UserError(f"classes ({self.classes}) must be at least 1")
         if not (np.isfinite(self.scale) and np.isfinite(self.mean) and self.scale != 0):
             raise UserError(f"scale ({self.scale}) and mean ({self.mean}) must be finite, scale not 0")
+
+    def record(self) -> dict:
+        """The JSON form, without what came to the format later where it is as it always was: old fingerprints stay."""
+        record = asdict(self)
+        if self.members == Members():
+            del record["members"]
+        if not self.accept_values:
+            del record["accept_values"]
+        return record
+
+    @staticmethod
+    def of(record: dict) -> ShardMeta:
+        """What `record` gave. TypeError where fields are missing or unknown."""
+        return ShardMeta(**(record | {"members": Members(**record.get("members", {}))}))
 
 
 @dataclass(frozen=True)
@@ -106,14 +126,20 @@ class ShardIndex:
     def fingerprint(self) -> str:
         """SHA-256 of everything that training reads: what the arrays mean, and every shard's count and bytes in order. It does
         not depend on where the data set lies nor on what its files are called."""
-        content = [asdict(self.meta), list(self.shape), self.dtype, self.flips, [(s.count, s.sha256) for s in self.shards]]
+        meta = replace(self.meta, accept_values=False).record()
+        content = [meta, list(self.shape), self.dtype, self.flips, [(s.count, s.sha256) for s in self.shards]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def x_shape(self) -> tuple[int, int, int]:
         """Shape [C, H, W] of one training sample."""
-        channels, height, width = self.shape
+        channels, height, width = self.shape if self.meta.members.layout == "chw" else (self.shape[2], *self.shape[:2])
         return (channels // 2 if self.meta.kind == "moments" else channels, height, width)
+
+    def opened(self, descriptor: int, file: ShardFile, *, flipped: bool) -> OpenShard:
+        """A shard's open file, to be read by row; `flipped`: also the flipped images' arrays. BadShard."""
+        return OpenShard(descriptor, file.name, count=file.count, size=file.bytes, shape=self.shape, dtype=self.dtype,
+                         classes=self.meta.classes, flipped=flipped, members=self.meta.members)
 
 
 def write_shards(
@@ -126,25 +152,31 @@ def write_shards(
     """Write samples as shards and, last of all, the index; equal samples give equal bytes.
 
     Args:
-        samples: (key, array [C, H, W] or [2C, H, W], label), or with a fourth item: the flipped image's moments.
+        samples: (key, array [C, H, W] or [2C, H, W], label), or with a fourth item: the flipped image's latents or
+            moments.
         folder: created where missing; must not hold a finished data set.
         samples_per_shard: samples in every shard but perhaps the last.
         meta: what the arrays mean.
 
     Raises:
-        UserError: an existing index, no samples, or a sample that does not fit the first one or `meta`.
+        UserError: an existing index, no samples, a sample that does not fit the first one or `meta`, or values that
+            cannot mean what `meta` says.
     """
     folder = Path(folder)
     if samples_per_shard < 1:
         raise UserError(f"samples_per_shard ({samples_per_shard}) must be at least 1")
     if (folder / INDEX_NAME).exists():
         raise UserError(f"folder ({folder}) already holds a finished data set; write to another or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
+    if meta.members != Members():
+        raise UserError(f"members ({meta.members}) describe tars of others; what is written here is {Members()}")
     shards: list[ShardFile] = []
+    values = Values(meta)
     first: tuple | None = None
     pending: dict[str, dict[str, object]] = {}
 
     def flush() -> None:
+        values.check(str(folder))  # with the first shard for the most part, before anything is written
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"shard-{len(shards):06d}.tar"
         write_tar(path, pending)
         shards.append(ShardFile(path.name, len(pending), path.stat().st_size, sha256(path)))
@@ -153,6 +185,8 @@ def write_shards(
     for sample in samples:
         first = first or sample
         members = _checked_members(sample, first, meta)
+        for array in (sample[1], *sample[3:]):
+            values.add(to_float(array, array.dtype.name))
         if sample[0] in pending:
             raise UserError(f"key ({sample[0]}) appears twice in shard {len(shards)}")
         pending[sample[0]] = members
@@ -170,7 +204,7 @@ def write_shards(
 
 def write_index(index: ShardIndex) -> None:
     """Write `index.json`, which makes the data set in `index.folder` a finished one; atomic, equal indexes equal bytes."""
-    record = {"format": FORMAT_VERSION, **asdict(index)}
+    record = {"format": FORMAT_VERSION, **asdict(index), "meta": index.meta.record()}
     del record["folder"], record["place"]
     if index.encoding is None:
         del record["encoding"]
@@ -184,7 +218,7 @@ def _checked_members(sample: tuple, first: tuple, meta: ShardMeta) -> dict[str, 
         raise UserError(f"key ({key!r}) must be letters, digits, '-', '_' and inner '/', and not start with '__'")
     if len(sample) != len(first):
         raise UserError(f"sample {key} has {len(sample)} items, the first sample has {len(first)}")
-    if flip and meta.kind != "moments":
+    if flip and meta.kind == "pixels":
         raise UserError(f"sample {key}: kind ({meta.kind}) takes no flipped array; pixels are mirrored when read")
     for value in (array, *flip):
         if value.shape != first[1].shape or value.dtype != first[1].dtype:
@@ -196,6 +230,8 @@ def _checked_members(sample: tuple, first: tuple, meta: ShardMeta) -> dict[str, 
             raise UserError(f"sample {key}: dtype ({value.dtype}) must be a float, or uint8 for pixels")
         if not np.isfinite(value).all():
             raise UserError(f"sample {key} holds values that are not finite")
+    if fault := shape_fault(array.shape, meta):
+        raise UserError(f"sample {key}: {fault}, which here means array.transpose(2, 0, 1)")
     if not 0 <= int(label) < meta.classes:
         raise UserError(f"sample {key}: label ({label}) must lie in [0, classes) with classes {meta.classes}")
     members = {"npy": np.ascontiguousarray(array), "cls": int(label)}
@@ -241,13 +277,15 @@ def _parse(record: dict, folder: Path, place: str) -> ShardIndex:
     if record["format"] != FORMAT_VERSION:
         raise UserError(f"format ({record['format']}) is not the one this program reads ({FORMAT_VERSION})")
     shards = tuple(ShardFile(**shard) for shard in record["shards"])
-    index = ShardIndex(folder, ShardMeta(**record["meta"]), tuple(record["shape"]), record["dtype"], record["flips"],
+    index = ShardIndex(folder, ShardMeta.of(record["meta"]), tuple(record["shape"]), record["dtype"], record["flips"],
                        record["count"], shards, from_json(Encoding, record["encoding"]) if "encoding" in record else None, place)
     stored_dtype(index.dtype)
-    if index.dtype == "bfloat16" and index.meta.kind != "moments":
-        raise UserError(f"dtype (bfloat16) goes with kind moments, not {index.meta.kind}")
+    if index.dtype == "bfloat16" and index.meta.kind == "pixels":
+        raise UserError("dtype (bfloat16) goes with kind moments or latents, not pixels")
     if len(index.shape) != 3:
-        raise UserError(f"shape ({index.shape}) must have three numbers, channels first")
+        raise UserError(f"shape ({index.shape}) must have three numbers")
+    if index.meta.kind == "moments" and index.shape[0 if index.meta.members.layout == "chw" else 2] % 2:
+        raise UserError(f"shape ({index.shape}) must have an even number of channels for kind moments")
     if index.count != sum(shard.count for shard in shards) or index.count < 1:
         raise UserError(f"count ({index.count}) must be positive and the sum over its shards "
                         f"({sum(shard.count for shard in shards)})")

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from diffmoe.data.rows import BLOCK, ROWS_NAME, RowTable, kinds_of, pack_table, scan_rows
+from diffmoe.data.rows import BLOCK, ROWS_NAME, RowTable, pack_table, scan_rows
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def write_tar_to(stream: BinaryIO, name: str, samples: Mapping[str, Mapping[str,
     """`write_tar` into an open file that can be read and sought."""
     from webdataset import TarWriter  # seconds, since it brings torch: the loader's processes do without
 
-    kinds = kinds_of(any("flip.npy" in members for members in samples.values()))
-    nothing = np.zeros((len(samples), len(kinds)), np.int64)
+    flips = any("flip.npy" in members for members in samples.values())
+    nothing = np.zeros((len(samples), 1 + flips), np.int64)
     blank = pack_table(RowTable(np.zeros(len(samples), np.int64), nothing, nothing, None))
     # An integer time: a float one makes tarfile put a 1 KiB extended header before every member.
     with TarWriter(stream, user="", group="", mtime=0, compress=False) as tar:
@@ -80,7 +80,7 @@ def write_tar_to(stream: BinaryIO, name: str, samples: Mapping[str, Mapping[str,
         for key, members in samples.items():
             tar.write({"__key__": key, **members})
     # The table is of what is there, and takes the room that was kept for it.
-    table = scan_rows(stream, name, kinds, len(samples), 2**62)
+    table = scan_rows(stream, name, flips, len(samples), 2**62)
     packed = pack_table(replace(table, crcs=_checksums(stream, table)))
     stream.seek(BLOCK)
     stream.write(packed)
