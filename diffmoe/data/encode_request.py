@@ -14,7 +14,7 @@ STORAGES = {"fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Request:
-    """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own.
+    """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own; `class_names` is a text file.
 
     Raises:
         UserError: a field out of its range, by name.
@@ -34,6 +34,8 @@ class Request:
     shift: float | None = None
     classes: int | None = None
     storage: str = "float16"
+    class_names: Path | None = None
+    allow_empty_classes: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch", "samples_per_shard", "workers"):
