@@ -14,7 +14,7 @@ STORAGES = {"fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Request:
-    """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own; `class_names` is a text file.
+    """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own.
 
     Raises:
         UserError: a field out of its range, by name.

@@ -69,14 +69,15 @@ class Plan:
         return -(-self.encoding.images // self.encoding.samples_per_shard)
 
     def check_same(self, other: Plan, folder: Path) -> None:
-        """UserError naming the first field in which `other`, found in `folder`, differs; the VAE counts by its weights. What was
-        left out decides no bytes, and stamps are the folder's (see `_open_folder`)."""
+        """UserError naming the first field in which `other`, found in `folder`, differs; the VAE counts by its weights.
+        What was left out decides no bytes; stamps are `_check_stamps`'s."""
         for ours, theirs in ((self.encoding, other.encoding), (self.meta, other.meta)):
             for name in (f.name for f in fields(ours) if f.name not in ("vae", "left_out", "source_stamps")):
                 mine, found = getattr(ours, name), getattr(theirs, name)
                 if mine != found and name == "source_sha256":
-                    raise UserError(f"source holds other images ({ours.images}) than {folder} was begun with ({theirs.images}): files "
-                                    "were added, removed or renamed; encode into another folder")
+                    raise UserError(f"source holds other images ({ours.images}) than {folder} was begun with "
+                                    f"({theirs.images}): files were added, removed or renamed; encode into another "
+                                    "folder")
                 if mine != found:
                     raise UserError(f"{name} ({str(mine)[:80]}) is not that of {folder} ({str(found)[:80]}): "
                                     "same settings and source to go on there, or another folder")
@@ -129,7 +130,8 @@ def encode(request: Request, group: Group, device: torch.device, report: Callabl
     records: dict[int, ShardRecord] | None = {}
     try:
         names = () if request.class_names is None else read_class_names(request.class_names)
-        source = list_source(request.source, request.classes, class_names=names, allow_empty=request.allow_empty_classes)
+        source = list_source(request.source, request.classes, class_names=names,
+                             allow_empty=request.allow_empty_classes)
         vae = _load_vae(request, device)
         plan = _plan(request, source, vae)
         if group.index == 0:
@@ -187,7 +189,8 @@ def _plan(request: Request, source: Source, vae: Vae | None) -> Plan:
     made_by = ("", "", "", 0) if vae is None else (vae.name, vae.sha256, request.precision, request.batch)
     return Plan(meta, Encoding(source.sha256, len(source.pictures), request.image_size, request.channels, *made_by,
                                request.samples_per_shard, source.class_names,
-                               storage="uint8" if vae is None else request.storage, left_out=tuple(map(str, source.left_out))))
+                               storage="uint8" if vae is None else request.storage,
+                               left_out=tuple(map(str, source.left_out))))
 
 
 def _open_folder(folder: Path, plan: Plan, source: Source) -> dict[int, ShardRecord] | None:
@@ -227,8 +230,8 @@ def _check_stamps(source: Source, now: Encoding, before: Encoding, folder: Path)
     """UserError for files of another size or time than when `folder` was begun; older data sets do not know."""
     if before.source_stamps and now.source_stamps != before.source_stamps:
         changed = describe_changes(source, now.source_stamps, before.source_stamps)
-        raise UserError(f"source changed since {folder} was begun, by size or time of writing: {changed}; encode into another folder, "
-                        "or bring back what was there (copies keep their times by cp -p or rsync -t)")
+        raise UserError(f"source changed since {folder} was begun, by size or time of writing: {changed}; encode into "
+                        "another folder, or bring back what was there (copies keep their times by cp -p or rsync -t)")
 
 
 def _is_whole(folder: Path, record: ShardRecord) -> bool:
@@ -249,7 +252,7 @@ def _encode_pending(request: Request, plan: Plan, source: Source, vae: Vae | Non
     mine = pending[group.index :: group.size]
     progress = Progress(report, plan.encoding.images, sum(len(plan.shard(n)) for n in records), group.size,
                         bad=sum(len(r.skipped) for r in records.values()))
-    _check_bad_share(request, plan, source, records)  # what is left out is known already, and the share may be a new one
+    _check_bad_share(request, plan, source, records)  # what is left out is known, and the share may be a new one
     ahead = 4 * max(request.batch, request.workers)
     wanted = itertools.chain.from_iterable(plan.shard(number) for number in mine)
     with contextlib.closing(_read_ahead(source, wanted, request, ahead)) as pictures:
@@ -277,8 +280,8 @@ def _check_bad_share(request: Request, plan: Plan, source: Source, records: dict
     if bad > request.bad_share * images:
         some = [", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")] if skipped else []
         some += [f"left out, {left}" for left in source.left_out if left.bad]
-        raise AgreedError(f"{bad} of {images} images are bad, more than bad_share ({request.bad_share}) allows: {'; '.join(some)}; "
-                          "mend them and encode into another folder, or allow more")
+        raise AgreedError(f"{bad} of {images} images are bad, more than bad_share ({request.bad_share}) allows: "
+                          f"{'; '.join(some)}; mend them and encode into another folder, or allow more")
 
 
 def _read_ahead(source: Source, numbers: Iterable[int], request: Request, ahead: int) -> Iterator[np.ndarray | BadImage]:

@@ -40,21 +40,18 @@ def open_reader(config: Config) -> ShardReader:
         raise UserError(f"data.shards ({data.shards}) holds samples of shape {tuple(index.x_shape)}; model.channels "
                         f"and model.input_size make {wanted}")
     if index.meta.classes != model.classes:
-        raise UserError(f"data.shards ({data.shards}) has {index.meta.classes} classes; model.classes is {model.classes}"
-                        f"{_difference(index.class_names, model.classes)}")
+        raise UserError(f"data.shards ({data.shards}) has {index.meta.classes} classes; model.classes is "
+                        f"{model.classes}{_difference(index.class_names, model.classes)}")
     return ShardReader(index, seed=config.run.seed, batch=config.train.batch, streams=data.streams, window=data.window,
                        flip=data.flip, cache=cache_of(data))
 
 
 def _difference(names: tuple[str, ...], classes: int) -> str:
-    """Which classes a data set of these names has too many, or where it ends, for messages."""
+    """Which classes a data set of these names has too many, or which it has, for messages."""
     if len(names) > classes:
         return f": surplus {'is' if len(names) == classes + 1 else 'are'} " + shorten(
             [f"{number} ({printable(name)})" for number, name in enumerate(names)][classes:], 4)
-    if names:
-        return (f": its last is {len(names) - 1} ({printable(names[-1])}), so {len(names)} is missing"
-                f"{f' to {classes - 1}' if classes > len(names) + 1 else ''}")
-    return ""
+    return f": it has 0 ({printable(names[0])}) to {len(names) - 1} ({printable(names[-1])})" if names else ""
 
 
 def cache_of(data: DataConfig) -> Cache:

@@ -63,7 +63,8 @@ def _read_bytes(path: Path, picture: Picture) -> bytes:
                 stream.seek(picture.offset)
                 return stream.read(picture.size)
         except GONE as error:
-            raise BadImage(f"broken link to {os.readlink(path)!r}" if os.path.islink(path) else error.strerror) from error
+            target = f"broken link to {os.readlink(path)!r}" if os.path.islink(path) else ""
+            raise BadImage(target or error.strerror) from error
         except OSError as error:
             # A busy file server is no corrupt picture: leaving it out would give another data set every time.
             if attempt == _READ_TRIES:

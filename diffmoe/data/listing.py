@@ -1,8 +1,8 @@
 """What a source holds: a folder of class folders, webdataset tars of pictures, or a plain folder of pictures.
 
-A listing is one fixed order of all pictures, whether or not they can be decoded: what becomes of picture i never depends on its
-neighbours. Hidden files and what operating systems leave behind are not there for it. Everything else that it does not take is
-counted by reason and named, and is bad where it looks like a sample.
+A listing is one fixed order of all pictures, whether or not they can be decoded: what becomes of picture i never
+depends on its neighbours. Hidden files and what operating systems leave behind are not there for it. Everything else that
+it does not take is counted by reason and named, and is bad where it looks like a sample.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ EXTENSIONS = ("jpeg", "jpg", "png", "webp", "bmp", "tif", "tiff", "gif", "jpe", 
 GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # trying again will not help
 _UNREAD = ("jp2", "jxl", "avif", "heic", "heif", "pgm", "ppm", "pnm", "svg", "psd", "exr", "dng", "tga")
 _ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_LEFTOVERS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information",
-              "lost+found"}
+_LEFTOVERS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found",
+              "system volume information"}
 _SHOWN = 3  # of the names in a message
 _RUNS = 4096  # of a source's files, each with a stamp of its own in the index
 
 # Why something is not taken, and whether it looks like a sample and is bad.
-_OTHER, _LOOP, _FURTHER = "not pictures", "links to a folder that they lie in", "further pictures or labels of a sample that is taken"
+_OTHER, _LOOP = "not pictures", "links to a folder that they lie in"
+_FURTHER = "further pictures or labels of a sample that is taken"
 _OUTSIDE, _KIND = "outside of class folders and tars", f"of a kind that is not read (.{', .'.join(EXTENSIONS)} are)"
 _BROKEN, _SPECIAL, _COMPRESSED = "broken links", "no plain files", "compressed tars"
 _NO_LABEL, _NO_PICTURE, _SHARED = "pictures without .cls", ".cls without a picture", "several pictures with one .cls"
@@ -120,11 +121,12 @@ def shorten(names: Sequence[str], most: int) -> str:
     return ", ".join(names if len(names) <= most else [*names[: most - 1], "…", names[-1]])
 
 
-def list_source(source: str, classes: int | None = None, *, class_names: Sequence[str] = (), allow_empty: bool = False) -> Source:
+def list_source(source: str, classes: int | None = None, *, class_names: Sequence[str] = (),
+                allow_empty: bool = False) -> Source:
     """List a folder of class folders, a folder of tars, or tars by glob or braces.
 
-    Classes are the folders 0, 1, … in the order of their names; names that are all numbers are sorted as numbers. Tars hold
-    `<key>.<jpg|png|…>` with `<key>.cls`, where keys may have dots; only their headers and labels are read here.
+    Classes are the folders 0, 1, … in the order of their names; names that are all numbers are sorted as numbers. Tars
+    hold `<key>.<jpg|png|…>` with `<key>.cls`, where keys may have dots; only their headers and labels are read here.
 
     Args:
         source: the folder, or a pattern such as `train-{000000..000146}.tar`.
@@ -133,15 +135,16 @@ def list_source(source: str, classes: int | None = None, *, class_names: Sequenc
         allow_empty: whether a folder without a picture, or a class above the folders' number, is a class.
 
     Raises:
-        UserError: nothing there, both kinds in one folder, a tar that is damaged, compressed or holds unsafe names, classes
-            without pictures, or another number of classes than `classes`.
+        UserError: nothing there, both kinds in one folder, a tar that is damaged, compressed or holds unsafe names,
+            classes without pictures, or another number of classes than `classes`.
     """
     root, leaving = Path(source), _Leaving()
     folders: dict[str, list[str]] = {}
     if root.is_dir():
         tars, folders = _list_root(root, leaving)
         if tars and folders:
-            raise UserError(f"source ({source}) holds tars ({tars[0]}) and folders ({next(iter(folders))}); it must hold one kind")
+            raise UserError(f"source ({source}) holds tars ({tars[0]}) and folders ({next(iter(folders))}); "
+                            "it must hold one kind")
         pictures = [picture for tar in tars for picture in _list_tar(root, tar, leaving)]
         pictures += [Picture(label, file) for label, files in enumerate(folders.values()) for file in files]
     else:
@@ -149,17 +152,20 @@ def list_source(source: str, classes: int | None = None, *, class_names: Sequenc
         pictures = [picture for tar in _expand(source) for picture in _list_tar(root, tar, leaving)]
     left_out = leaving.found()
     if not pictures:
-        raise UserError(f"source ({source}) holds no pictures: neither class folders with .{', .'.join(EXTENSIONS)} files, "
-                        "nor tars of such with .cls" + "".join(f"; left out, {left}" for left in left_out))
+        raise UserError(f"source ({source}) holds no pictures: neither class folders with .{', .'.join(EXTENSIONS)} "
+                        "files, nor tars of such with .cls" + "".join(f"; left out, {left}" for left in left_out))
     found = max(len(folders), 1 + max(picture.label for picture in pictures))
     wanted = (len(class_names) or found) if classes is None else classes
     what = f"class_names ({wanted} names)" if class_names and classes is None else f"classes ({wanted})"
     if class_names and len(class_names) != wanted:
         raise UserError(f"class_names ({len(class_names)} names) must have one for each of the classes ({wanted})")
     if wanted < found:
-        last = f"the folders' last: {shorten(_show(folders)[wanted:], _SHOWN)}" if folders else f"the highest label is {found - 1}"
-        one_based = "" if folders or any(picture.label == 0 for picture in pictures) else ", and none is 0: are they one-based?"
-        raise UserError(f"{what} must be at least the {found} of source {source}; {last}{one_based}")
+        last = f"the highest label is {found - 1}"
+        if folders:
+            last = f"the folders' last: {shorten(_show(folders)[wanted:], _SHOWN)}"
+        elif all(picture.label for picture in pictures):
+            last += ", and none is 0: are they one-based?"
+        raise UserError(f"{what} must be at least the {found} of source {source}; {last}")
     if folders and not allow_empty:
         _check_folders(source, what, wanted, folders)
     digest = hashlib.sha256()
@@ -175,7 +181,8 @@ def list_pictures(folder: Path) -> tuple[list[str], tuple[LeftOut, ...]]:
         OSError: a folder that cannot be read.
     """
     leaving = _Leaving()
-    return sorted(_walk(folder, "", frozenset([_identity(folder)]), leaving), key=lambda path: path.split("/")), leaving.found()
+    found = _walk(folder, "", frozenset([_identity(folder)]), leaving)
+    return sorted(found, key=lambda path: path.split("/")), leaving.found()
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
@@ -185,7 +192,8 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"class_names ({path}) cannot be read: {error}") from None
     if not names or "" in names:
-        raise UserError(f"class_names ({path}), line {1 + names.index('') if names else 1} must not be empty: one name a line")
+        line = 1 + names.index("") if names else 1
+        raise UserError(f"class_names ({path}), line {line} must not be empty: one name a line")
     return tuple(names)
 
 
@@ -193,11 +201,12 @@ def _check_folders(source: str, what: str, wanted: int, folders: dict[str, list[
     """UserError for classes without a picture."""
     option = "--allow-empty-classes"
     if empty := [name for name, files in folders.items() if not files]:
-        raise UserError(f"source ({source}) has {len(empty)} class folders without a picture: {shorten(_show(empty), _SHOWN)}; remove "
-                        f"them, or say {option} to keep them as classes")
+        raise UserError(f"source ({source}) has {len(empty)} class folders without a picture: "
+                        f"{shorten(_show(empty), _SHOWN)}; remove them, or say {option} to keep them as classes")
     if wanted > len(folders):
         raise UserError(f"{what} must not be more than the {len(folders)} class folders of source {source} "
-                        f"({shorten(_show(folders), _SHOWN)}): which is missing? To have classes without a picture, say {option}")
+                        f"({shorten(_show(folders), _SHOWN)}): which is missing? To have classes without a picture, "
+                        f"say {option}")
 
 
 def _show(names: Iterable[str]) -> list[str]:
@@ -220,7 +229,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _list_root(root: Path, leaving: _Leaving) -> tuple[list[str], dict[str, list[str]]]:
-    """Names of the tars in a source's root, and the pictures of each class folder by its name, in the classes' order."""
+    """Names of the tars in a source's root, and the pictures of each class folder by its name, in order."""
     tars, folders, broken, rest = [], [], [], []
     above = frozenset([_identity(root)])
     for entry in _entries(root):
@@ -237,8 +246,10 @@ def _list_root(root: Path, leaving: _Leaving) -> tuple[list[str], dict[str, list
         else:
             rest.append(entry.name)
     for name in rest:
-        compressed = tars and name.lower().endswith(_ARCHIVES)
-        leaving.add(_COMPRESSED if compressed else _OUTSIDE if _ending(name) in (*EXTENSIONS, *_UNREAD) else _OTHER, name)
+        if tars and name.lower().endswith(_ARCHIVES):
+            leaving.add(_COMPRESSED, name)
+        else:
+            leaving.add(_OUTSIDE if _ending(name) in (*EXTENSIONS, *_UNREAD) else _OTHER, name)
     if not tars:
         folders += broken  # may well have been classes: without them all later ones would have another number
     folders.sort(key=(lambda name: (int(name), name)) if all(map(_is_number, folders)) else None)
@@ -336,16 +347,17 @@ def _list_tar(root: Path, name: str, leaving: _Leaving) -> list[Picture]:
     for member in unread:
         if member in pairs:
             leaving.add(_KIND, f"{name}:{member}")
-    return [Picture(_label(name, f"{pairs[info.name]}.cls", labels[pairs[info.name]]), name, info.name, info.offset_data, info.size)
-            for info in pictures.values() if info.name in pairs]
+    numbers = {label: _label(name, f"{label}.cls", labels[label]) for label in pairs.values()}
+    return [Picture(numbers[pairs[member]], name, member, info.offset_data, info.size)
+            for member, info in pictures.items() if member in pairs]
 
 
 def _pair(pictures: Iterable[str], labels: Iterable[str], leave: Callable[[str, str], None]) -> dict[str, str]:
     """Each picture's label, both by name, the label's without its ending; `leave` takes what has no partner.
 
-    It is the one with the longest key that the picture's name begins with, up to a dot; where both go on after their first dot,
-    webdataset's key, the only two of that key. One label is for one picture: the one of exactly its key, if several could
-    have it."""
+    It is the one with the longest key that the picture's name begins with, up to a dot; else the only two whose names
+    agree up to their first dot, which is webdataset's key. One label is for one picture: the one of exactly its key, if
+    several could have it."""
     claims: dict[str, list[str]] = {label: [] for label in labels}
     alone: dict[str, list[str]] = {}
     for picture in pictures:
@@ -401,9 +413,10 @@ def _label(name: str, member: str, text: bytes) -> int:
 
 
 def file_stamps(source: Source, threads: int) -> tuple[str, ...]:
-    """CRC-32 of the sizes and modification times of the source's files (of tars: the tars), in hexadecimal: one a file, or one a
-    run of as many files in order that there are at most 4,096."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="stamps") as pool:  # a network file system takes a millisecond a file
+    """CRC-32 of the sizes and modification times of the source's files (of tars: the tars), in hexadecimal: one a file,
+    or one a run of as many files in order that there are at most 4,096."""
+    # Threads, since a network file system takes a millisecond a file.
+    with ThreadPoolExecutor(threads, thread_name_prefix="stamps") as pool:
         return tuple(pool.map(lambda run: _stamp(source.root, run), _runs(source)))
 
 
@@ -412,7 +425,8 @@ def describe_changes(source: Source, now: Sequence[str], before: Sequence[str]) 
     runs = [run for run, *stamps in zip(_runs(source), now, before, strict=True) if stamps[0] != stamps[1]]
     if max(map(len, runs)) == 1:
         return f"{len(runs)} files, first {printable(runs[0][0])}"
-    return f"files in {len(runs)} of {len(now)} parts of the listing, the first between {printable(runs[0][0])} and {printable(runs[0][-1])}"
+    return (f"files in {len(runs)} of {len(now)} parts of the listing, the first between {printable(runs[0][0])} and "
+            f"{printable(runs[0][-1])}")
 
 
 def _runs(source: Source) -> list[list[str]]:

@@ -57,8 +57,8 @@ class Encoding:
 
     `vae` "" means pixels (`precision` "", `batch` 0). `images` counts the unusable ones in `skipped` (by address) as well.
     `channel_mean`, `channel_std`: of latents sampled from the moments (both mirror images), before shift and scale; of
-    pixels as stored. `left_out` says what of the source was not taken, a line a reason; `source_stamps` is `file_stamps` of
-    `listing.py` (none in older data sets).
+    pixels as stored. `left_out` says what of the source was not taken, a line a reason; `source_stamps` are those of
+    `listing.file_stamps` (none in older data sets).
     """
 
     source_sha256: str

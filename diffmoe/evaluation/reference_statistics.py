@@ -163,7 +163,8 @@ def open_images(path: str | Path) -> ImageSource:
     """The images of a folder of pictures (all below it, by name), of pixel shards, or of an npz's `arr_0` [N, H, W, 3].
 
     Raises:
-        UserError: no images there, some that cannot be taken (see `listing.py`), moments instead of pixels, or an array of another kind.
+        UserError: no images there, some that cannot be taken (see `listing.py`), moments instead of pixels, or an
+            array of another kind.
     """
     path = Path(path)
     if path.is_file():
@@ -176,8 +177,8 @@ def open_images(path: str | Path) -> ImageSource:
     if not names:
         raise UserError(f"reference folder ({path}) holds neither {INDEX_NAME} nor pictures (.{', .'.join(EXTENSIONS)})")
     if lost := [str(left) for left in left_out if left.bad]:
-        raise UserError(f"reference folder ({path}) holds more than can be read, and statistics of the rest would be of another data "
-                        f"set: {'; '.join(lost)}; remove or convert them")
+        raise UserError(f"reference folder ({path}) holds more than can be read, and statistics of the rest would be "
+                        f"another data set's: {'; '.join(lost)}; remove or convert them")
     pictures = [path / name for name in names]
 
     def read(start: int, stop: int) -> Tensor:

@@ -140,7 +140,8 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     guard.left_out = sorted({*guard.left_out, *gather_objects(left_out, groups.world)[0]})
     writer = Writer(folder, config.train.steps, [f"block {i}" for i, _ in model.moe_layers()]) if groups.rank == 0 else None
     names = reader.index.class_names or (newest.manifest.class_names if newest is not None else ())
-    run = Run(config, layout, groups, device, engine, ema, reader, Saver(folder / "checkpoints", config, layout, groups, names), guard,
+    saver = Saver(folder / "checkpoints", config, layout, groups, names)
+    run = Run(config, layout, groups, device, engine, ema, reader, saver, guard,
               Meter(config, groups, device), PlanCheck(config, layout, deepspeed_tree, device, per_node or layout.ranks), writer,
               scorer, newest is None)
     for text in passed_over if writer else ():
