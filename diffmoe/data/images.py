@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from diffmoe.data.listing import GONE, Picture, Source
+from diffmoe.data.listing import Picture, Source, is_final
 from diffmoe.errors import UserError
 
 # By content, since ImageNet has a PNG named .JPEG; no other decoder is ever reached.
@@ -62,10 +62,10 @@ def _read_bytes(path: Path, picture: Picture) -> bytes:
             with open(path, "rb") as stream:
                 stream.seek(picture.offset)
                 return stream.read(picture.size)
-        except GONE as error:
-            target = f"broken link to {os.readlink(path)!r}" if os.path.islink(path) else ""
-            raise BadImage(target or error.strerror) from error
         except OSError as error:
+            if is_final(error):
+                target = f"broken link to {os.readlink(path)!r}" if os.path.islink(path) else ""
+                raise BadImage(target or error.strerror) from error
             # A busy file server is no corrupt picture: leaving it out would give another data set every time.
             if attempt == _READ_TRIES:
                 raise OSError(error.errno, error.strerror, str(path)) from error

@@ -24,7 +24,6 @@ from typing import NamedTuple
 from diffmoe.errors import UserError
 
 EXTENSIONS = ("jpeg", "jpg", "png", "webp", "bmp", "tif", "tiff", "gif", "jpe", "jfif")
-GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # trying again will not help
 _UNREAD = ("jp2", "jxl", "avif", "heic", "heif", "pgm", "ppm", "pnm", "svg", "psd", "exr", "dng", "tga")
 _ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _LEFTOVERS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found",
@@ -109,6 +108,12 @@ class _Leaving:
     def found(self) -> tuple[LeftOut, ...]:
         return tuple(LeftOut(reason, reason not in _NOT_BAD, count, tuple(self._first[reason]))
                      for reason, count in sorted(self._counts.items()))
+
+
+def is_final(error: OSError) -> bool:
+    """Whether trying again will not help: nothing there, no right to it, a link to nothing or to itself."""
+    return (isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
+            or error.errno in (errno.ELOOP, errno.ENAMETOOLONG))
 
 
 def printable(text: str) -> str:
@@ -295,7 +300,7 @@ def _kind_of(entry: os.DirEntry) -> str:
             return "file"
         return "broken" if entry.is_symlink() and not os.path.exists(entry.path) else "special"
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+        if not is_final(error):
             raise
         return "broken"  # a link to itself, or through a file
 
@@ -441,7 +446,9 @@ def _stamp(root: Path, files: Iterable[str]) -> str:
         try:
             found = os.stat(root / file)
             text = f"{found.st_size} {found.st_mtime_ns}\n"
-        except GONE:
+        except OSError as error:
+            if not is_final(error):
+                raise
             text = "gone\n"
         crc = zlib.crc32(text.encode(), crc)
     return f"{crc:08x}"
