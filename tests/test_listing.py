@@ -260,6 +260,8 @@ def test_order_of_classes(tmp_path: Path, names: object, expected: list[str]) ->
     source = list_source(str(tmp_path))
     assert list(source.class_names) == expected
     assert taken(source) == [(f"{name}/1.png", label) for label, name in enumerate(expected)]
+    confusing = any(name.isdigit() and int(name) != label for label, name in enumerate(expected))
+    assert ("names are not the numbers" in source.describe_classes()) == confusing
 
 
 @pytest.mark.parametrize("spoil", [
@@ -379,7 +381,7 @@ def test_names_reach_checkpoints_samples_and_the_hub(tmp_path: Path) -> None:
         ["encode", "--source", str(source), "--out", str(tmp_path / "data"), "--image-size", "8", "--channels", "1"],
         [*train, "train.steps=1"]])
     assert encoded[0].returncode == first[0].returncode == 0, (encoded, first)
-    assert "encode: classes 0 10, 1 9, 2 boot\n" in encoded[0].stdout
+    assert "encode: classes 0 10, 1 9, 2 boot; names are not the numbers: 0 is called 10\n" in encoded[0].stdout
     checkpoint = tmp_path / "run/checkpoints/step_00000001"
     assert read_manifest(checkpoint / "checkpoint.json").class_names == ("10", "9", "boot")
     without_names(checkpoint)

@@ -90,7 +90,10 @@ class Source:
         named = [f"{number} {name}" for number, name in enumerate(_show(self.class_names))]
         text = shorten(named, 20) if named else f"0 to {self.classes - 1}, without names"
         empty = sorted(set(range(self.classes)) - {picture.label for picture in self.pictures})
-        return text + (f"; without any picture: {shorten([str(number) for number in empty], 10)}" if empty else "")
+        if empty:
+            text += f"; without any picture: {shorten([str(number) for number in empty], 10)}"
+        other = [number for number, name in enumerate(self.class_names) if _is_number(name) and int(name) != number]
+        return text + (f"; names are not the numbers: {other[0]} is called {self.class_names[other[0]]}" if other else "")
 
 
 class _Leaving:
