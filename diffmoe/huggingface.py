@@ -98,7 +98,8 @@ def _description(checkpoint: Checkpoint, config: Config, weights: str) -> dict:
     for section, key in _PRIVATE.items():
         del tree[section][key]
     return {"model_type": "diffmoe", "architectures": ["DiT"], "torch_dtype": "float32", "diffmoe_version": diffmoe.__version__,
-            "weights": weights, "step": checkpoint.step, "pool": checkpoint.pool, "config": tree}
+            "weights": weights, "step": checkpoint.step, "pool": checkpoint.pool, "config": tree,
+            **({"id2label": dict(enumerate(names))} if (names := checkpoint.manifest.class_names) else {})}
 
 
 def _read_cards(paths: list[Path], checkpoint: Checkpoint, weights: str, tensors: Mapping[str, Tensor]) -> list[Card]:

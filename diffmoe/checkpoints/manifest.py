@@ -34,7 +34,8 @@ class FileRecord:
 @dataclass(frozen=True)
 class Manifest:
     """``config``: the resolved configuration.  ``counters``: what the training loop counts besides steps.  ``emas``: decays, the
-    default first.  ``shapes``: whole shapes by tensor name.  ``ranks``: how many wrote it, which no reader needs."""
+    default first.  ``shapes``: whole shapes by tensor name.  ``ranks``: how many wrote it, which no reader needs.
+    ``class_names``: of the data set, in order; none where it has none, or in older checkpoints."""
 
     step: int
     samples: int
@@ -45,6 +46,7 @@ class Manifest:
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     files: Mapping[str, FileRecord]
+    class_names: tuple[str, ...] = ()
 
     def pieces(self, file: str) -> list[Piece]:
         """What a file must hold, in its order."""
@@ -82,7 +84,7 @@ def read_manifest(path: Path) -> Manifest:
         raise Damaged(f"{path} is not what was written: its checksum is wrong")
     if tree.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path} has format {tree['format']}; this program reads {FORMAT}")
-    missing = {"format", *Manifest.__dataclass_fields__} - set(tree)
+    missing = {"format", *Manifest.__dataclass_fields__} - {"class_names"} - set(tree)
     if missing:
         raise Damaged(f"{path} lacks {', '.join(sorted(missing))}")
     try:
@@ -101,7 +103,7 @@ def _parse(tree: dict) -> Manifest:
     if not isinstance(tree["config"], dict) or not isinstance(tree["counters"], dict):
         raise UserError("config and counters must be mappings")
     return Manifest(*(_natural(tree[key]) for key in ("step", "samples", "pool", "ranks")), tuple(map(float, tree["emas"])),
-                    tree["counters"], tree["config"], shapes, files)
+                    tree["counters"], tree["config"], shapes, files, tuple(map(str, tree.get("class_names", ()))))
 
 
 def _parse_file(name: str, record: dict, shapes: Mapping[str, tuple[int, ...]]) -> FileRecord:

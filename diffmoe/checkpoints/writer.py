@@ -125,10 +125,10 @@ def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
 
 
 def describe(step: int, config: Config, layout: Layout, counters: Mapping[str, object], files: Mapping[str, FileRecord],
-             shapes: Mapping[str, tuple[int, ...]]) -> Manifest:
+             shapes: Mapping[str, tuple[int, ...]], class_names: tuple[str, ...] = ()) -> Manifest:
     """The manifest of a checkpoint of this run."""
     return Manifest(step, step * layout.batch, layout.pool, layout.ranks, config.train.ema_decays, counters, config_to_tree(config),
-                    shapes, files)
+                    shapes, files, class_names)
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> Share:
@@ -138,7 +138,7 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> Share:
 
 
 def save_start(folder: Path, config: Config, layout: Layout, kinds: Mapping[str, Iterable[tuple[str, Tensor]]],
-               buffers: Mapping[str, Tensor]) -> Path:
+               buffers: Mapping[str, Tensor], class_names: tuple[str, ...] = ()) -> Path:
     """Writes weights from elsewhere as the state before step 0; one process, at most 1 GiB (or one tensor) of them in memory.
 
     ``kinds``: (logical name, fp32 tensor) pairs of ``master`` and the EMAs; other kinds are kept with the checkpoint and not
@@ -156,7 +156,7 @@ def save_start(folder: Path, config: Config, layout: Layout, kinds: Mapping[str,
                 write_part(partial, number, {kind: whole_tensors(part)})
                 number += 1
         files, shapes = join_parts(partial, number, lambda: False)
-        commit(partial, final, describe(0, config, layout, {}, files, shapes))
+        commit(partial, final, describe(0, config, layout, {}, files, shapes, class_names))
     except OSError as error:
         raise UserError(f"{final} cannot be written: {error}") from error
     finally:

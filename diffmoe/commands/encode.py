@@ -31,9 +31,13 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--batch", type=int, default=32, help="pictures that pass the VAE together")
     parser.add_argument("--samples-per-shard", type=int, default=1024)
     parser.add_argument("--classes", type=int, help="number of classes (default: what the source has)")
+    parser.add_argument("--class-names", type=Path, metavar="FILE",
+                        help="their names, one a line (default: the class folders')")
+    parser.add_argument("--allow-empty-classes", action="store_true", help="folders without a picture are classes, too")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // environment.local_world),
                         help="threads that read pictures, a rank")
-    parser.add_argument("--bad-share", type=float, default=0.01, help="give up when more of the pictures are bad")
+    parser.add_argument("--bad-share", type=float, default=0.01,
+                        help="give up when more of the pictures are bad, or left out though they look like samples")
     parser.add_argument("--accept-values", action="store_true",
                         help="take latents whose deviation after --scale is far from 1")
     request = Request(**vars(parser.parse_args(arguments)))

@@ -89,7 +89,7 @@ def import_research(path: Path, config: Config, layout: Layout) -> Path:
 
     averages = {ema_kind(decay): weights("ema") for decay in config.train.ema_decays}
     kinds = {MASTER: weights("model"), **averages, RESEARCH: kept_as_they_were(states, buffers, model, moe)}
-    return save_start(_checkpoints(config), config, layout, kinds, buffers)
+    return save_start(_checkpoints(config), config, layout, kinds, buffers, _class_names(config))
 
 
 def _say_what_is_there(path: Path, states: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -127,7 +127,8 @@ def import_dense(path: Path, config: Config, layout: Layout, weights: str | None
             yield from tensor.pieces(tensor.parameter.data)
 
     kinds = {kind: pieces() for kind in (MASTER, *map(ema_kind, config.train.ema_decays))}
-    return save_start(_checkpoints(config), config, layout, kinds, fresh_buffers(config.model, config.moe))
+    buffers = fresh_buffers(config.model, config.moe)
+    return save_start(_checkpoints(config), config, layout, kinds, buffers, _class_names(config))
 
 
 def describe_receipt(receipt: Receipt, scale: bool) -> str:
@@ -219,6 +220,16 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UserError(f"--shard-size {text!r} must be a size such as 5GB, 500MB or 1000000 (bytes)")
     return size
+
+
+def _class_names(config: Config) -> tuple[str, ...]:
+    """Those of the data set that the configuration names, where it is here and has them."""
+    from diffmoe.data.sources import is_remote
+    from diffmoe.evaluation.decoding import checkpoint_data
+
+    data = config.data
+    index = None if not data.shards or is_remote(data.index or data.shards) else checkpoint_data(config, None, None)
+    return index.class_names if index is not None and index.meta.classes == config.model.classes else ()
 
 
 def _checkpoints(config: Config) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 
@@ -14,7 +15,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The verb ``sample``; returns the exit code.  UserError for bad input."""
     parser = Parser(prog="sample", description="Images from a checkpoint: a PNG grid and an npz (images, labels).")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
-    parser.add_argument("--classes", default="all", help="'all', or numbers and ranges: 0,3,7-9")
+    parser.add_argument("--classes", default="all", help="'all', or numbers, ranges and names: boot,3,7-9; in double "
+                        "quotes always a name, which may hold commas")
     parser.add_argument("--count", type=int, help="images in all, classes in turn (default: ten of each class)")
     parser.add_argument("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
     parser.add_argument("--capacity", type=float, help="experts per token on average (default: sample.capacity of the run, or "
@@ -40,7 +42,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
     checkpoint = Checkpoint(Path(options.checkpoint))
     config = sampling_config(checkpoint.config(), options)
-    classes = parse_classes(options.classes, config.model.classes)
+    classes = parse_classes(options.classes, config.model.classes, checkpoint.manifest.class_names)
     total = options.count if options.count is not None else 10 * len(classes)
     if total < 1:
         raise UserError(f"--count ({total}) must be at least 1")
@@ -87,16 +89,37 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     return 0
 
 
-def parse_classes(text: str, classes: int) -> list[int]:
-    """Class numbers in a text such as ``all`` or ``0,3,7-9``.  Raises UserError, also for one outside 0 … classes - 1."""
+def parse_classes(text: str, classes: int, names: tuple[str, ...] = ()) -> list[int]:
+    """Class numbers in a text such as ``all``, ``0,3,7-9`` or ``boot,3,"7-9"``.  ``names``: the classes', if known.
+
+    What looks like a number or a range is one, unless it is in double quotes.  Raises UserError, also for a number
+    outside 0 … classes - 1 and a name of none or of several."""
     if text == "all":
         return list(range(classes))
     chosen: list[int] = []
-    for part in text.split(","):
+    for part in map(str.strip, re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*$)', text)):  # at commas outside of quotes
         first, _, last = part.partition("-")
         if not re.fullmatch("[0-9]+(-[0-9]+)?", part):
-            raise UserError(f"--classes {text!r} must be 'all' or numbers and ranges such as 0,3,7-9")
+            chosen.append(_number_of(part.removeprefix('"').removesuffix('"'), text, names))
+            continue
         if not int(first) <= int(last or first) < classes:
             raise UserError(f"--classes {text!r} must name classes from 0 to {classes - 1} (model.classes = {classes})")
         chosen += range(int(first), int(last or first) + 1)
     return chosen
+
+
+def _number_of(name: str, text: str, names: tuple[str, ...]) -> int:
+    """The class of that name, in any case of letters if only one is meant."""
+    if not names or not name:
+        raise UserError(f"--classes {text!r} must be 'all' or numbers and ranges such as 0,3,7-9"
+                        + ("" if names else ": the checkpoint knows no names of classes"))
+    folded = [other.casefold() for other in names]
+    meant = ([number for number, other in enumerate(names) if other == name]
+             or [number for number, other in enumerate(folded) if other == name.casefold()])
+    if len(meant) == 1:
+        return meant[0]
+    near = meant or [number for number, other in enumerate(folded) if name.casefold() in other] or [
+        folded.index(other) for other in difflib.get_close_matches(name.casefold(), folded, cutoff=0.5)]
+    listed = ", ".join(f"{number} ({names[number]})" for number in near[:3])
+    raise UserError(f"--classes {text!r}: {name!r} is the name of {'several classes' if meant else 'no class'}"
+                    f"{f'; {listed}' if meant else f'; did you mean {listed}?' if near else ''}")

@@ -34,6 +34,8 @@ class Request:
     shift: float | None = None
     classes: int | None = None
     storage: str = "float16"
+    class_names: Path | None = None
+    allow_empty_classes: bool = False
     accept_values: bool = False
 
     def __post_init__(self) -> None:

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from diffmoe.data.encode_request import Request
-from diffmoe.data.images import BadImage, Source, list_source, read_picture
+from diffmoe.data.images import BadImage, read_picture
+from diffmoe.data.listing import Source, describe_changes, file_stamps, list_source, read_class_names
 from diffmoe.data.meaning import ACCEPT, ENOUGH_ARRAYS, scale_fault
 from diffmoe.data.shards import INDEX_NAME, Encoding, ShardIndex, ShardMeta, from_json, load_index, write_index
 from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
@@ -69,10 +70,15 @@ class Plan:
         return -(-self.encoding.images // self.encoding.samples_per_shard)
 
     def check_same(self, other: Plan, folder: Path) -> None:
-        """UserError naming the first field in which `other`, found in `folder`, differs; the VAE counts by its weights."""
+        """UserError naming the first field in which `other`, found in `folder`, differs; the VAE counts by its weights.
+        What was left out decides no bytes; stamps are `_check_stamps`'s."""
         for ours, theirs in ((self.encoding, other.encoding), (self.meta, other.meta)):
-            for name in (f.name for f in fields(ours) if f.name != "vae"):
+            for name in (f.name for f in fields(ours) if f.name not in ("vae", "left_out", "source_stamps")):
                 mine, found = getattr(ours, name), getattr(theirs, name)
+                if mine != found and name == "source_sha256":
+                    raise UserError(f"source holds other images ({ours.images}) than {folder} was begun with "
+                                    f"({theirs.images}): files were added, removed or renamed; encode into another "
+                                    "folder")
                 if mine != found:
                     raise UserError(f"{name} ({str(mine)[:80]}) is not that of {folder} ({str(found)[:80]}): "
                                     "same settings and source to go on there, or another folder")
@@ -124,11 +130,14 @@ def encode(request: Request, group: Group, device: torch.device, report: Callabl
     opening: tuple[Any, ...] | None = None
     records: dict[int, ShardRecord] | None = {}
     try:
-        source = list_source(request.source, request.classes)
+        names = () if request.class_names is None else read_class_names(request.class_names)
+        source = list_source(request.source, request.classes, class_names=names,
+                             allow_empty=request.allow_empty_classes)
         vae = _load_vae(request, device)
         plan = _plan(request, source, vae)
         if group.index == 0:
-            records = _open_folder(request.out, plan)
+            plan = replace(plan, encoding=replace(plan.encoding, source_stamps=file_stamps(source, request.workers)))
+            records = _open_folder(request.out, plan, source)
         opening = (plan, records)
     except (UserError, OSError) as error:
         problem = error
@@ -136,7 +145,10 @@ def encode(request: Request, group: Group, device: torch.device, report: Callabl
     openings = gather_objects(opening, group)
     for rank, (other, _) in enumerate(openings):
         plan.check_same(other, Path(f"rank {rank}"))
-    records = openings[0][1]
+    plan, records = openings[0]
+    report(f"encode: classes {source.describe_classes()}")
+    for left in source.left_out:
+        report(f"encode: left out, {left}")
     if records is None:
         report(f"encode: {request.out} is finished already")
         index = load_index(request.out)
@@ -179,10 +191,11 @@ def _plan(request: Request, source: Source, vae: Vae | None) -> Plan:
     made_by = ("", "", "", 0) if vae is None else (vae.name, vae.sha256, request.precision, request.batch)
     return Plan(meta, Encoding(source.sha256, len(source.pictures), request.image_size, request.channels, *made_by,
                                request.samples_per_shard, source.class_names,
-                               storage="uint8" if vae is None else request.storage))
+                               storage="uint8" if vae is None else request.storage,
+                               left_out=tuple(map(str, source.left_out))))
 
 
-def _open_folder(folder: Path, plan: Plan) -> dict[int, ShardRecord] | None:
+def _open_folder(folder: Path, plan: Plan, source: Source) -> dict[int, ShardRecord] | None:
     """Rank 0's look at the folder: the shards finished there under this plan (None: all, index included).
 
     Writes the plan into a fresh folder, and clears away what a killed run left half-written."""
@@ -192,6 +205,7 @@ def _open_folder(folder: Path, plan: Plan) -> dict[int, ShardRecord] | None:
         if index.encoding is None:
             raise UserError(f"out ({folder}) holds a finished data set that encode did not make")
         plan.check_same(Plan(index.meta, replace(index.encoding, channel_mean=(), channel_std=(), skipped=())), folder)
+        _check_stamps(source, plan.encoding, index.encoding, folder)
         return None
     state.mkdir(parents=True, exist_ok=True)
     for leftover in [*folder.glob(".shard-*.tar.*"), *folder.glob(f".{INDEX_NAME}.*"), *state.glob(".*")]:
@@ -210,7 +224,16 @@ def _open_folder(folder: Path, plan: Plan) -> dict[int, ShardRecord] | None:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{state} is malformed: {type(error).__name__}: {error}") from error
     plan.check_same(begun, folder)
+    _check_stamps(source, plan.encoding, begun.encoding, folder)
     return {record.number: record for record in records if _is_whole(folder, record)}
+
+
+def _check_stamps(source: Source, now: Encoding, before: Encoding, folder: Path) -> None:
+    """UserError for files of another size or time than when `folder` was begun; older data sets do not know."""
+    if before.source_stamps and now.source_stamps != before.source_stamps:
+        changed = describe_changes(source, now.source_stamps, before.source_stamps)
+        raise UserError(f"source changed since {folder} was begun, by size or time of writing: {changed}; encode into "
+                        "another folder, or bring back what was there (copies keep their times by cp -p or rsync -t)")
 
 
 def _is_whole(folder: Path, record: ShardRecord) -> bool:
@@ -231,6 +254,7 @@ def _encode_pending(request: Request, plan: Plan, source: Source, vae: Vae | Non
     mine = pending[group.index :: group.size]
     progress = Progress(report, plan.encoding.images, sum(len(plan.shard(n)) for n in records), group.size,
                         bad=sum(len(r.skipped) for r in records.values()))
+    _check_bad_share(request, plan, source, records)  # what is left out is known, and the share may be a new one
     ahead = 4 * max(request.batch, request.workers)
     wanted = itertools.chain.from_iterable(plan.shard(number) for number in mine)
     with contextlib.closing(_read_ahead(source, wanted, request, ahead)) as pictures:
@@ -248,19 +272,20 @@ def _encode_pending(request: Request, plan: Plan, source: Source, vae: Vae | Non
             records.update((r.number, r) for r in fresh)
             progress.bad = sum(len(r.skipped) for r in records.values())
             progress.finish(sum(len(plan.shard(r.number)) for r in fresh))
-            _check_bad_share(request, plan, records)
+            _check_bad_share(request, plan, source, records)
             _check_scale(plan, vae, records)
     progress.tick(0, force=True)
-    _check_bad_share(request, plan, records)  # where all shards were there: the share may be a new one
-    _check_scale(plan, vae, records)
+    _check_scale(plan, vae, records)  # where all shards were there
 
 
-def _check_bad_share(request: Request, plan: Plan, records: dict[int, ShardRecord]) -> None:
+def _check_bad_share(request: Request, plan: Plan, source: Source, records: dict[int, ShardRecord]) -> None:
     skipped = [address for _, record in sorted(records.items()) for address in record.skipped]
-    if len(skipped) > request.bad_share * plan.encoding.images:
-        some = ", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")
-        raise AgreedError(f"{len(skipped)} of {plan.encoding.images} images are bad, more than bad_share "
-                          f"({request.bad_share}) allows: {some}; mend them and encode into another folder, or allow more")
+    bad, images = len(skipped) + source.lost, plan.encoding.images + source.lost
+    if bad > request.bad_share * images:
+        some = [", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")] if skipped else []
+        some += [f"left out, {left}" for left in source.left_out if left.bad]
+        raise AgreedError(f"{bad} of {images} images are bad, more than bad_share ({request.bad_share}) allows: "
+                          f"{'; '.join(some)}; mend them and encode into another folder, or allow more")
 
 
 def _check_scale(plan: Plan, vae: Vae | None, records: dict[int, ShardRecord]) -> None:

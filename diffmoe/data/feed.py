@@ -15,6 +15,7 @@ from pathlib import Path
 
 from diffmoe.config import Config, DataConfig
 from diffmoe.data.cache import Cache
+from diffmoe.data.listing import printable, shorten
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import BadShard
 from diffmoe.data.share import Share
@@ -39,9 +40,18 @@ def open_reader(config: Config) -> ShardReader:
         raise UserError(f"data.shards ({data.shards}) holds samples of shape {tuple(index.x_shape)}; model.channels "
                         f"and model.input_size make {wanted}")
     if index.meta.classes != model.classes:
-        raise UserError(f"data.shards ({data.shards}) has {index.meta.classes} classes; model.classes is {model.classes}")
+        raise UserError(f"data.shards ({data.shards}) has {index.meta.classes} classes; model.classes is "
+                        f"{model.classes}{_difference(index.class_names, model.classes)}")
     return ShardReader(index, seed=config.run.seed, batch=config.train.batch, streams=data.streams, window=data.window,
                        flip=data.flip, cache=cache_of(data))
+
+
+def _difference(names: tuple[str, ...], classes: int) -> str:
+    """Which classes a data set of these names has too many, or which it has, for messages."""
+    if len(names) > classes:
+        return f": surplus {'is' if len(names) == classes + 1 else 'are'} " + shorten(
+            [f"{number} ({printable(name)})" for number, name in enumerate(names)][classes:], 4)
+    return f": it has 0 ({printable(names[0])}) to {len(names) - 1} ({printable(names[-1])})" if names else ""
 
 
 def cache_of(data: DataConfig) -> Cache:

@@ -77,7 +77,8 @@ class Encoding:
 
     `vae` "" means pixels (`precision` "", `batch` 0). `images` counts the unusable ones in `skipped` (by address) as well.
     `channel_mean`, `channel_std`: of latents sampled from the moments (both mirror images), before shift and scale; of
-    pixels as stored.
+    pixels as stored. `left_out` says what of the source was not taken, a line a reason; `source_stamps` are those of
+    `listing.file_stamps` (none in older data sets).
     """
 
     source_sha256: str
@@ -94,6 +95,8 @@ class Encoding:
     channel_std: tuple[float, ...] = ()
     skipped: tuple[str, ...] = ()
     storage: str = "float16"
+    left_out: tuple[str, ...] = ()
+    source_stamps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,11 @@ class ShardIndex:
     def where(self) -> str:
         """The data set's place, for messages."""
         return self.place or str(self.folder)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes' names in order; none where the data set does not know them."""
+        return self.encoding.class_names if self.encoding else ()
 
     @property
     def fingerprint(self) -> str:

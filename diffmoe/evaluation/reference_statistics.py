@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmoe.data.images import EXTENSIONS, BadImage, decode_picture
+from diffmoe.data.images import BadImage, decode_picture
+from diffmoe.data.listing import EXTENSIONS, LeftOut, list_pictures
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import INDEX_NAME, load_index
 from diffmoe.data.tar import replacing, sha256
@@ -59,11 +60,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """`count` images; `read(start, stop)` gives some of them, uint8 [n, 3, H, W]."""
+    """`count` images; `read(start, stop)` gives some of them, uint8 [n, 3, H, W]. `left_out`: files that are none."""
 
     name: str
     count: int
     read: Callable[[int, int], Tensor]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def load_reference(path: str | Path, extractor: Extractor, world: Group, device: torch.device, *, batch: int = 64,
@@ -89,6 +91,8 @@ def load_reference(path: str | Path, extractor: Extractor, world: Group, device:
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         problem = error
     raise_together(problem, world)
+    for left in source.left_out if source is not None and world.index == 0 else ():
+        print(f"reference {path}: left out, {left}", flush=True)
     if stored is None:
         return measure_reference(source, extractor, world, device, batch=batch, progress=progress)
     if source is None:
@@ -159,7 +163,8 @@ def open_images(path: str | Path) -> ImageSource:
     """The images of a folder of pictures (all below it, by name), of pixel shards, or of an npz's `arr_0` [N, H, W, 3].
 
     Raises:
-        UserError: no images there, moments instead of pixels, or an array of another kind.
+        UserError: no images there, some that cannot be taken (see `listing.py`), moments instead of pixels, or an
+            array of another kind.
     """
     path = Path(path)
     if path.is_file():
@@ -168,9 +173,13 @@ def open_images(path: str | Path) -> ImageSource:
         return _open_shards(path)
     if not path.is_dir():
         raise UserError(f"reference ({path}) does not exist")
-    pictures = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in EXTENSIONS)
-    if not pictures:
+    names, left_out = list_pictures(path)
+    if not names:
         raise UserError(f"reference folder ({path}) holds neither {INDEX_NAME} nor pictures (.{', .'.join(EXTENSIONS)})")
+    if lost := [str(left) for left in left_out if left.bad]:
+        raise UserError(f"reference folder ({path}) holds more than can be read, and statistics of the rest would be "
+                        f"another data set's: {'; '.join(lost)}; remove or convert them")
+    pictures = [path / name for name in names]
 
     def read(start: int, stop: int) -> Tensor:
         images = [_read_picture(p) for p in [pictures[0], *pictures[start:stop]]]
@@ -180,7 +189,7 @@ def open_images(path: str | Path) -> ImageSource:
                                 f"{images[0].shape[1]} x {images[0].shape[0]}: crop and resize them beforehand")
         return _channels_first(np.stack(images[1:]))
 
-    return ImageSource(str(path), len(pictures), read)
+    return ImageSource(str(path), len(pictures), read, left_out)
 
 
 def _read_picture(path: Path) -> np.ndarray:

@@ -163,8 +163,10 @@ class Saver:
     As a context it gives a save in flight half a minute on the way out, for the sake of errors elsewhere: who ends a run in
     order calls :meth:`settle`."""
 
-    def __init__(self, folder: Path, config: Config, layout: Layout, groups: ParallelGroups) -> None:
+    def __init__(self, folder: Path, config: Config, layout: Layout, groups: ParallelGroups,
+                 class_names: tuple[str, ...] = ()) -> None:
         self.folder, self.config, self.layout, self.groups = folder, config, layout, groups
+        self.class_names = class_names
         self._job: _Job | None = None
         self._outcomes: list[Saved | SaveFailed] = []
         self._host: dict[str, Tensor] = {}
@@ -320,7 +322,8 @@ class _Job(threading.Thread):
         if saver.groups.rank == 0:
             files, shapes = writer.join_parts(partial, saver.groups.world.size, self.stop.is_set)
             self.waits = False
-            manifest = writer.describe(self.step, saver.config, saver.layout, self.counters, files, shapes)
+            manifest = writer.describe(self.step, saver.config, saver.layout, self.counters, files, shapes,
+                                       saver.class_names)
             writer.commit(partial, step_folder(saver.folder, self.step), manifest)
             writer.prune(saver.folder, self.step, saver.config.train.keep, saver.config.train.keep_every)
 

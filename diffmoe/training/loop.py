@@ -140,7 +140,9 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     guard = Guard.from_counters(config.train, {} if newest is None else newest.counters)
     guard.left_out = sorted({*guard.left_out, *gather_objects(left_out, groups.world)[0]})
     writer = Writer(folder, config.train.steps, [f"block {i}" for i, _ in model.moe_layers()]) if groups.rank == 0 else None
-    run = Run(config, layout, groups, device, engine, ema, reader, Saver(folder / "checkpoints", config, layout, groups), guard,
+    names = reader.index.class_names or (newest.manifest.class_names if newest is not None else ())
+    saver = Saver(folder / "checkpoints", config, layout, groups, names)
+    run = Run(config, layout, groups, device, engine, ema, reader, saver, guard,
               Meter(config, groups, device), PlanCheck(config, layout, deepspeed_tree, device, per_node or layout.ranks), writer,
               scorer, newest is None)
     for text in passed_over if writer else ():
