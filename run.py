@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     environment = None
     try:
         environment = detect()
-        check_started(environment, typed_at_a_terminal())
+        check_started(environment, typed_at_a_terminal() and not {"-h", "--help"} & set(arguments))
         export(environment)
         if arguments[:1] in (["-h"], ["--help"]):
             print(__doc__ + "\nverbs (run.py VERB --help says more):\n"

@@ -102,6 +102,7 @@ class OurError(RuntimeError):
     RuntimeError(GLOO + "pair.cc:553] Connection closed by peer [127.0.0.1]:24971. This is typically caused by a remote worker"),
     RuntimeError(GLOO + "pair.cc:538] Read error [127.0.0.1]:9: Connection reset by peer"),
     RuntimeError(GLOO + "unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"),
+    RuntimeError("[/a/third_party/gloo/gloo/rendezvous/context.cc:143] Gloo connectFullMesh failed with timed out connecting"),
     RuntimeError("Wait timeout"),
     RuntimeError("NCCL communicator was aborted on rank 1."),
     RuntimeError("[PG ID 0 PG GUID 0 Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)"),
@@ -115,6 +116,7 @@ def test_what_torch_says_of_a_lost_peer(error):
 
 @pytest.mark.parametrize("error", [
     RuntimeError("The size of tensor a (3) must match the size of tensor b (4): an input of gloo's all-reduce"),
+    RuntimeError("[enforce fail at /a/third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 1200 vs 400"),
     RuntimeError("shape mismatch in the buffer of an NCCL all-to-all"),
     RuntimeError("CUDA error: an illegal memory access was encountered; NCCL may report it later"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (connection reset by peer is no reason)"),
