@@ -220,8 +220,8 @@ def test_the_cursor_of_a_large_index_is_found_without_replay(monkeypatch: pytest
         drawn += size
         return original(use, seed, first, second, size)
 
-    original = order_module._permutation
-    monkeypatch.setattr(order_module, "_permutation", permutation)
+    original = order_module.permutation
+    monkeypatch.setattr(order_module, "permutation", permutation)
     order = SampleOrder([1024] * 1250, seed=0, batch=256, streams=64, window=4)
     for step in (1, 123_456, 700_000):
         drawn = 0

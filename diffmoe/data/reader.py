@@ -17,7 +17,7 @@ import numpy as np
 
 from diffmoe.data.cache import Cache
 from diffmoe.data.order import SampleOrder
-from diffmoe.data.rows import BadShard, OpenShard
+from diffmoe.data.rows import BadShard, OpenShard, has_table
 from diffmoe.data.shards import ShardIndex
 from diffmoe.data.sources import again
 from diffmoe.data.tar import ShardFile, sha256
@@ -27,6 +27,7 @@ from diffmoe.random_streams import Use, Words, philox
 
 _SETTINGS = ("seed", "batch", "streams", "window", "flip", "cache", "excluded")
 _FETCHES = 8  # at the same time
+_TABLES, _SCANS, _FEW_REMOTE = 256, 16, 8  # shards whose labels are read for a look: by table, by their headers, by fetching them
 
 
 class ShardReader:
@@ -58,7 +59,7 @@ class ShardReader:
         self._excluded = {numbers[name]: step for name, step in self.excluded.items() if name in numbers}
         if len(self._excluded) == len(index.shards):
             raise UserError(f"every shard of {index.where} is bad: {', '.join(sorted(self.excluded)[:3])}, …")
-        self._order = SampleOrder([shard.count for shard in index.shards], seed=seed, batch=batch, streams=streams, window=window)
+        self.order = SampleOrder([shard.count for shard in index.shards], seed=seed, batch=batch, streams=streams, window=window)
         self._capacity = 0
         self._failed: dict[int, Exception] = {}  # of shards that were opened before their row's turn
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
@@ -76,14 +77,14 @@ class ShardReader:
 
     def locate(self, position: int) -> tuple[int, int]:
         """Shard number and row in it of a position, after exclusions."""
-        number, row = self._order.locate(position)
+        number, row = self.order.locate(position)
         if self._excluded and self._excluded.get(number, 2**63) <= position // self.batch:
             return self._substitute(position)
         return number, row
 
     def _substitute(self, position: int) -> tuple[int, int]:
         """Some sample of a shard that is good at this position."""
-        counts = self._order.counts.copy()
+        counts = self.order.counts.copy()
         counts[[number for number, step in self._excluded.items() if step <= position // self.batch]] = 0
         ends = np.cumsum(counts)
         draw = int(philox(Use.SUBSTITUTE, self.seed, position).random_raw()) % int(ends[-1])
@@ -107,7 +108,8 @@ class ShardReader:
         words = -(-int(np.prod(shape)) // 4)
         places = [self.locate(position) for position in positions]
         # What the windows of these positions' streams hold, and one each where a window ends and the next begins.
-        self._capacity = max(self._capacity, self._order.streams_of(positions) * (self.window + 1))
+        wanted = min(len(self.index.shards), self.order.streams_of(positions) * (self.window + 1))
+        self._capacity = max(self._capacity, wanted)
         self._failed.clear()
         if self.index.place:
             self._fetch(dict.fromkeys(number for number, _ in places))
@@ -188,6 +190,45 @@ class ShardReader:
             os.close(descriptor)
             raise
 
+    def labels_at_hand(self) -> list[np.ndarray | None]:
+        """Every shard's labels, as far as they are cheap to have: of at most 256 shards, all over the data set; without tables of
+        rows of 16; of a remote data set only those that are in the cache, or all where they are few. None: unknown."""
+        numbers = range(len(self.index.shards))
+        if self.index.place and len(numbers) > _FEW_REMOTE:
+            numbers = [n for n in numbers if self.cache.has(self.index.shards[n])]
+        found: list[np.ndarray | None] = [None] * len(self.index.shards)
+        if not numbers:
+            return found
+        most = _TABLES if self._has_table(numbers[0]) else _SCANS
+        some = [numbers[i * len(numbers) // most] for i in range(most)] if len(numbers) > most else numbers
+        with ThreadPoolExecutor(_FETCHES, thread_name_prefix="labels") as pool:
+            for number, labels in zip(some, pool.map(self._labels, some)):
+                found[number] = labels
+        return found
+
+    def _has_table(self, number: int) -> bool:
+        try:
+            descriptor = self.descriptor(self.index.shards[number])
+        except BadShard:
+            return False
+        try:
+            return has_table(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _labels(self, number: int) -> np.ndarray | None:
+        """A shard's labels; None where it is bad, which is said when its rows are read."""
+        file = self.index.shards[number]
+        try:
+            descriptor = self.descriptor(file)
+            try:
+                return OpenShard(descriptor, file.name, count=file.count, size=file.bytes, shape=self.index.shape,
+                                 dtype=self.index.dtype, classes=self.index.meta.classes, flipped=False).table.labels
+            finally:
+                os.close(descriptor)
+        except BadShard:
+            return None
+
     def descriptor(self, file: ShardFile) -> int:
         """An open descriptor of a shard's tar, which the caller closes. BadShard where it cannot be had."""
         address = self.index.address(file)
@@ -226,5 +267,6 @@ def _allow_open_files(count: int) -> None:
     needed = count + 256  # what else a training process has open
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
-            raise UserError(f"data.streams x data.window need {count} open files; this system allows {hard} (ulimit -Hn)")
+            raise UserError(f"data.streams x data.window need {count} open files; this system allows {hard} (ulimit -Hn): raise that, "
+                            "or lower data.window")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -73,8 +73,13 @@ def unpack_table(payload: bytes, count: int, classes: int, kinds: int) -> RowTab
     if packed["offset"].shape[1] < kinds:
         raise UserError("it has no flipped arrays")
     _check_labels(packed["label"], classes)
-    return RowTable(packed["label"].copy(), packed["offset"].astype(np.int64), packed["size"].astype(np.int64),
-                    packed["crc"].copy())
+    # A reader may hold a thousand tables: as small as they can be, and without kinds that nobody asked for.
+    offsets, sizes = (packed[name][:, :kinds].astype(np.int64) for name in ("offset", "size"))
+    if len(offsets) and offsets.min() >= 0 and sizes.min() >= 0 and (offsets + BLOCK + sizes).max() < 2**31:
+        offsets, sizes = offsets.astype(np.int32), sizes.astype(np.int32)
+    if (sizes == sizes[:1]).all():
+        sizes = np.broadcast_to(sizes[:1].copy(), sizes.shape)
+    return RowTable(packed["label"].astype(np.int32), offsets, sizes, packed["crc"][:, :kinds].copy())
 
 
 def _check_labels(labels: np.ndarray, classes: int) -> None:
@@ -155,6 +160,11 @@ def _label(shard: str, stream: BinaryIO, info: tarfile.TarInfo, classes: int) ->
     return label
 
 
+def has_table(descriptor: int) -> bool:
+    """Whether the open tar begins with a table of its rows."""
+    return os.pread(descriptor, len(ROWS_NAME) + 1, 0) == ROWS_NAME.encode() + b"\0"
+
+
 class OpenShard:
     """An open shard file of which rows are read by number.
 
@@ -192,11 +202,10 @@ class OpenShard:
 
     def _read_table(self, count: int, classes: int, kinds: int) -> tuple[RowTable | None, str]:
         """The table (None: no `__rows__` here, or a damaged one) and what is wrong with it."""
-        head = os.pread(self._descriptor, BLOCK, 0)
-        if not head.startswith(ROWS_NAME.encode() + b"\0"):
+        if not has_table(self._descriptor):
             return None, ""
         try:
-            size = int(head[124:135], 8)
+            size = int(os.pread(self._descriptor, BLOCK, 0)[124:135], 8)
             return unpack_table(os.pread(self._descriptor, min(size, 1 << 28), BLOCK), count, classes, kinds), ""
         except (ValueError, KeyError, IndexError, TypeError) as error:
             return None, str(error)
