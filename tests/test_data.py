@@ -9,6 +9,7 @@ import signal
 import tarfile
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,14 @@ def test_a_batch_mixes_the_whole_data_set() -> None:
     """Shards are written class by class: a batch must not see a few classes only."""
     order = SampleOrder([1024] * 1250, seed=0, batch=256, streams=64, window=4)
     assert len({order.locate(p)[0] for p in range(7 * 256, 8 * 256)}) > 150
+
+
+@pytest.mark.parametrize("counts", [[10] * 10 + [3], [7, 1, 30, 2], [1] * 3])
+@pytest.mark.parametrize(("batch", "streams", "window"), [(24, 64, 4), (7, 3, 1), (16, 1, 256)])
+def test_many_places_at_once_are_the_places_one_by_one(counts: list[int], batch: int, streams: int, window: int) -> None:
+    order = SampleOrder(counts, seed=3, batch=batch, streams=streams, window=window)
+    positions = np.random.default_rng(0).integers(0, 4 * sum(counts), 500)
+    assert [tuple(place) for place in order.places(positions)] == [order.locate(position) for position in positions.tolist()]
 
 
 def test_values_and_labels(tmp_path: Path) -> None:
@@ -439,6 +448,7 @@ def test_a_table_that_fits_lets_nothing_bad_through(tmp_path: Path, name: str, m
     pickled = npy(np.array([{"a": 1}], dtype=object)) if "Object" in message else content[payload : payload + table.sizes[4, 0]]
     content[header : header + 100] = name.encode().ljust(100, b"\0")
     content[payload : payload + len(pickled)] = pickled
+    table = replace(table, sizes=table.sizes.copy())  # one number for all rows until here
     table.sizes[4, 0] = len(pickled)
     table.crcs[4, 0] = zlib.crc32(content[header : payload + len(pickled)])
     packed = pack_table(table)

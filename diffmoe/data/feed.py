@@ -68,7 +68,8 @@ def order_notice(reader: ShardReader, pool: int) -> tuple[str, bool]:
     than a permutation's, or classes stay away for longer. Reads labels of some shards, as far as that is cheap; ("", False)
     where too little can be known, or the index says that the data are shuffled."""
     index = reader.index
-    if is_shuffled(index) or not any(found is not None for found in (labels := reader.labels_at_hand())):
+    labels = [] if is_shuffled(index) else reader.labels_at_hand()
+    if all(found is None for found in labels):
         return "", False
     counts = [shard.count for shard in index.shards]
     labels = completed(labels, counts, index.meta.classes)

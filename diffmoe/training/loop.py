@@ -117,7 +117,10 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     try:
         reader = open_reader(config, None if newest is None else newest.config().data)
         chosen = replace(config, data=replace(config.data, streams=reader.streams, window=reader.window))
-        order = "" if chosen == config else f"order    data.streams {reader.streams}, data.window {reader.window}"
+        if chosen != config:
+            kept = newest is not None and newest.config().data.window is not None
+            order = (f"order    data.streams {reader.streams}, data.window {reader.window}, "
+                     + (f"as {newest.path.name} has them" if kept else "chosen for these data"))
         config = chosen
         if config.train.compile:
             check_compiler(device)
