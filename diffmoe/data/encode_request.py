@@ -14,8 +14,8 @@ STORAGES = {"fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Request:
-    """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own; `shuffle_seed` None leaves the
-    images in the listing's order.
+    """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own;
+    `shuffle_seed` None leaves the images in the listing's order.
 
     Raises:
         UserError: a field out of its range, by name.

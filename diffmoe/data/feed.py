@@ -30,8 +30,8 @@ RECORD_NAME = "bad_shards.json"
 
 
 def open_reader(config: Config, before: DataConfig | None = None) -> ShardReader:
-    """The reader of a run's data; its streams and window are the configuration's, else those of the run `before`, else chosen.
-    UserError when the data are not there, or do not fit the model."""
+    """The reader of a run's data; its streams and window are the configuration's, else those of the run `before`, else
+    chosen. UserError when the data are not there, or do not fit the model."""
     data, model = config.data, config.model
     if not data.shards:
         raise UserError("data.shards ('') must name a folder of shards with an index.json")
@@ -64,9 +64,9 @@ def is_shuffled(index: ShardIndex) -> bool:
 
 
 def order_notice(reader: ShardReader, pool: int) -> tuple[str, bool]:
-    """What is to be said about the classes in this reader's order, and whether it is a warning: `pool` samples hold fewer classes
-    than a permutation's, or classes stay away for longer. Reads labels of some shards, as far as that is cheap; ("", False)
-    where too little can be known, or the index says that the data are shuffled."""
+    """What is to be said about the classes in this reader's order, and whether it is a warning: a pool of `pool` samples
+    holds fewer classes than a permutation's, or classes stay away for longer. Reads labels of some shards, as far as that
+    is cheap; ("", False) where nothing can be known, or the index says that the data are shuffled."""
     index = reader.index
     labels = [] if is_shuffled(index) else reader.labels_at_hand()
     if all(found is None for found in labels):
@@ -75,11 +75,13 @@ def order_notice(reader: ShardReader, pool: int) -> tuple[str, bool]:
     labels = completed(labels, counts, index.meta.classes)
     found, permuted = measure(reader.order, labels, pool)
     now = f"data.streams {reader.streams}, data.window {reader.window}"
-    text = (f"a pool of {pool} samples holds {found.classes:.1f} classes on average, a permutation's {permuted.classes:.1f}; a class is "
-            f"away for up to {found.absence:g} steps (median), in a permutation {permuted.absence:g} ({now})")
+    text = (f"a pool of {pool} samples holds {found.classes:.1f} classes on average, a permutation's "
+            f"{permuted.classes:.1f}; a class is away for up to {found.absence:g} steps (median), in a permutation "
+            f"{permuted.absence:g} ({now})")
     if found.like(permuted):
         return text, False
-    streams, window = mending(counts, labels, batch=reader.batch, streams=reader.streams, window=reader.window, pool=pool)
+    streams, window = mending(counts, labels, batch=reader.batch, streams=reader.streams, window=reader.window,
+                              pool=pool)
     mended = f"data.streams={streams} data.window={window}" if streams != reader.streams else f"data.window={window}"
     return f"{index.where} is in class order: {text}; {mended} mends it, and so does encode, which shuffles", True
 

@@ -1,4 +1,4 @@
-"""How well an order mixes classes: what a pool holds and how long a class is away, beside a permutation of the same samples."""
+"""How well an order mixes classes: what a pool holds and how long a class is away, beside a permutation."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _POOLS = 512  # at least
 
 @dataclass(frozen=True)
 class Mixing:
-    """`classes`: mean number of distinct classes in a pool; `absence`: steps that a class is away at the longest, median over
-    the classes."""
+    """`classes`: mean number of distinct classes in a pool; `absence`: steps that a class is away at the longest, median
+    over the classes."""
 
     classes: float
     absence: float
@@ -29,20 +29,21 @@ class Mixing:
     def like(self, permuted: Mixing) -> bool:
         """Whether this is about as good as a permutation's."""
         # One step more: where every class is in every step, a permutation's absence is 1.
-        return self.classes >= CLASSES_SHARE * permuted.classes and self.absence <= ABSENCE_FACTOR * permuted.absence + 1
+        return (self.classes >= CLASSES_SHARE * permuted.classes
+                and self.absence <= ABSENCE_FACTOR * permuted.absence + 1)
 
 
 def order_for(shuffled: bool, shards: int, batch: int) -> tuple[int, int]:
-    """(streams, window) for a data set. Of one that is not known to be shuffled, shards hold few classes: all of them are shuffled
-    together where they are few, else no two slots of a batch share a stream."""
+    """(streams, window) for a data set. Shards of one that is not known to be shuffled may hold few classes each: all are
+    shuffled together where shards are few, else no two slots of a batch share a stream."""
     if shuffled:
         return SHUFFLED_ORDER
     return (1, _WHOLE) if shards <= _WHOLE else (batch, 8)
 
 
 def completed(labels: Sequence[np.ndarray | None], counts: Sequence[int], classes: int) -> list[np.ndarray]:
-    """Labels of every shard, from those of some: an unknown shard is taken to be like the known one before it (or the first), as
-    much further on in the classes as it is in the data set. So what is in class order, or mixed, stays it.
+    """Labels of every shard, from those of some: an unknown shard is taken to be like the known one before it (or the
+    first), as much further on in the classes as it is in the data set. So what is in class order, or mixed, stays it.
 
     Args:
         labels: int [n] of each shard, None where unknown; not all of them.
@@ -59,8 +60,8 @@ def completed(labels: Sequence[np.ndarray | None], counts: Sequence[int], classe
 
 
 def measure(order: SampleOrder, labels: Sequence[np.ndarray], pool: int) -> tuple[Mixing, Mixing]:
-    """Of the order, and of a permutation of the same samples, over its first epoch (or its first million positions; of a small
-    data set, more epochs).
+    """Of the order, and of a permutation of the same samples, over its first epoch (or its first million positions; of a
+    small data set, more epochs).
 
     Args:
         labels: int [n] of each shard.
@@ -91,8 +92,8 @@ def expected_distinct(counts: np.ndarray, pool: int) -> float:
 
 
 def longest_absence(labels: np.ndarray) -> float:
-    """Steps that a class is away at the longest, from one batch that has it to the next (or from the start, or to the end); the
-    median over the classes in labels [steps, batch]."""
+    """Steps that a class is away at the longest, from one batch that has it to the next (or from the start, or to the
+    end); the median over the classes in labels [steps, batch]."""
     classes = labels.reshape(-1)
     by_class = np.argsort(classes, kind="stable")
     classes, steps = classes[by_class], by_class // labels.shape[1]
@@ -105,8 +106,8 @@ def longest_absence(labels: np.ndarray) -> float:
 
 def mending(counts: Sequence[int], labels: Sequence[np.ndarray], *, batch: int, streams: int, window: int,
             pool: int) -> tuple[int, int]:
-    """The (streams, window) that mixes like a permutation: the smallest window, by doubling, at these streams, else at one a slot,
-    else in one stream, which shuffles as much as its window holds."""
+    """The (streams, window) that mixes like a permutation: the smallest window, by doubling, at these streams, else at one
+    a slot, else in one stream, which shuffles as much as its window holds."""
     for candidate in dict.fromkeys((streams, batch, 1)):
         width = window
         while True:

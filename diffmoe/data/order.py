@@ -73,15 +73,16 @@ class SampleOrder:
         by_run = np.argsort(runs, kind="stable")
         for mine in np.split(by_run, np.flatnonzero(np.diff(runs[by_run])) + 1):
             epoch, stream = int(epochs[mine[0]]), int(streams[mine[0]])
-            before = self._shard_order(epoch)[3][stream]
-            offsets = positions[mine] // self.batch * self._slots[stream] + slots[mine] - self._first_slot[stream] - before
+            before = self._first_slot[stream] + self._shard_order(epoch)[3][stream]
+            offsets = positions[mine] // self.batch * self._slots[stream] + slots[mine] - before
             windows, _ = self._stream(epoch, stream)
             numbers = np.searchsorted(windows, offsets, side="right") - 1
             for window in np.unique(numbers).tolist():
                 order, pieces, starts = self._window_order(epoch, stream, window)
-                samples = order[offsets[numbers == window] - windows[window]]
+                here = numbers == window
+                samples = order[offsets[here] - windows[window]]
                 piece = np.searchsorted(starts, samples, side="right") - 1
-                found[mine[numbers == window]] = np.stack([pieces[piece, 0], pieces[piece, 1] + samples - starts[piece]], 1)
+                found[mine[here]] = np.stack([pieces[piece, 0], pieces[piece, 1] + samples - starts[piece]], 1)
         return found
 
     def streams_of(self, positions: Sequence[int]) -> int:
@@ -114,8 +115,8 @@ class SampleOrder:
         return lengths[:-1][:: self.window], pieces
 
     def _draw_window_order(self, epoch: int, stream: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The window's samples in order, numbered over its pieces laid end to end (int32, since streams x window may be the
-        whole data set); these pieces; and where each begins there."""
+        """The window's samples in order, numbered over its pieces laid end to end (int32, since all
+        windows together may be the whole data set); these pieces; and where each begins there."""
         pieces = self._stream(epoch, stream)[1][window * self.window : (window + 1) * self.window]
         ends = np.cumsum(pieces[:, 2] - pieces[:, 1])
         order = permutation(Use.WINDOW_ORDER, self._seed, epoch, stream << 32 | window, int(ends[-1]))

@@ -27,7 +27,8 @@ from diffmoe.random_streams import Use, Words, philox
 
 _SETTINGS = ("seed", "batch", "streams", "window", "flip", "cache", "excluded")
 _FETCHES = 8  # at the same time
-_TABLES, _SCANS, _FEW_REMOTE = 256, 16, 8  # shards whose labels are read for a look: by table, by their headers, by fetching them
+# Shards whose labels are looked at: by their tables, by their headers, by fetching them.
+_TABLES, _SCANS, _FEW_REMOTE = 256, 16, 8
 
 
 class ShardReader:
@@ -59,7 +60,8 @@ class ShardReader:
         self._excluded = {numbers[name]: step for name, step in self.excluded.items() if name in numbers}
         if len(self._excluded) == len(index.shards):
             raise UserError(f"every shard of {index.where} is bad: {', '.join(sorted(self.excluded)[:3])}, …")
-        self.order = SampleOrder([shard.count for shard in index.shards], seed=seed, batch=batch, streams=streams, window=window)
+        self.order = SampleOrder([shard.count for shard in index.shards], seed=seed, batch=batch, streams=streams,
+                                 window=window)
         self._capacity = 0
         self._failed: dict[int, Exception] = {}  # of shards that were opened before their row's turn
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
@@ -191,8 +193,9 @@ class ShardReader:
             raise
 
     def labels_at_hand(self) -> list[np.ndarray | None]:
-        """Every shard's labels, as far as they are cheap to have: of at most 256 shards, all over the data set; without tables of
-        rows of 16; of a remote data set only those that are in the cache, or all where they are few. None: unknown."""
+        """Every shard's labels, as far as they are cheap to have: of at most 256 shards, all over the data set; of 16 where
+        they have no tables of rows; of a remote data set only those that are in the cache, or all where they are few.
+        None: unknown."""
         numbers = range(len(self.index.shards))
         if self.index.place and len(numbers) > _FEW_REMOTE:
             numbers = [n for n in numbers if self.cache.has(self.index.shards[n])]
@@ -267,6 +270,6 @@ def _allow_open_files(count: int) -> None:
     needed = count + 256  # what else a training process has open
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
-            raise UserError(f"data.streams x data.window need {count} open files; this system allows {hard} (ulimit -Hn): raise that, "
-                            "or lower data.window")
+            raise UserError(f"data.streams x data.window need {count} open files; this system allows {hard} (ulimit -Hn): "
+                            "raise that, or lower data.window")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
