@@ -111,8 +111,8 @@ class DataConfig:
     """Webdataset shards with an ``index.json`` (``index`` where it does not lie beside them).
 
     ``streams`` runs of samples feed a batch, and each shuffles ``window`` shards together: both decide the order (null:
-    by whether the shards are shuffled, see ``data.mixing.order_for``), while ``workers`` (processes a rank; 0: a thread)
-    and ``prefetch`` (steps) do not.  ``cache``: folder for copies of remote shards, at
+    by whether the shards are shuffled, see ``data.mixing.order_for``), while ``workers`` (processes a rank; 0: a
+    thread) and ``prefetch`` (steps) do not.  ``cache``: folder for copies of remote shards, at
     most ``cache_gib`` a node.  ``on_bad_shard: skip`` goes on without a shard that cannot be read, as long as bad ones hold no
     more than ``bad_share`` of the samples."""
 

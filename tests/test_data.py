@@ -164,10 +164,11 @@ def test_a_batch_mixes_the_whole_data_set() -> None:
 
 @pytest.mark.parametrize("counts", [[10] * 10 + [3], [7, 1, 30, 2], [1] * 3])
 @pytest.mark.parametrize(("batch", "streams", "window"), [(24, 64, 4), (7, 3, 1), (16, 1, 256)])
-def test_many_places_at_once_are_the_places_one_by_one(counts: list[int], batch: int, streams: int, window: int) -> None:
+def test_many_places_at_once_are_those_one_by_one(counts: list[int], batch: int, streams: int, window: int) -> None:
     order = SampleOrder(counts, seed=3, batch=batch, streams=streams, window=window)
     positions = np.random.default_rng(0).integers(0, 4 * sum(counts), 500)
-    assert [tuple(place) for place in order.places(positions)] == [order.locate(position) for position in positions.tolist()]
+    one_by_one = [order.locate(position) for position in positions.tolist()]
+    assert [tuple(place) for place in order.places(positions)] == one_by_one
 
 
 def test_values_and_labels(tmp_path: Path) -> None:

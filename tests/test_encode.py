@@ -542,7 +542,8 @@ def kill_and_finish(tmp_path: Path, trials: int, world: int, expected: dict[str,
     """Each trial: start, kill -9 at a random moment of the work, look, run to the end, compare with the undisturbed set."""
     moments = random.Random(world)
     calls = [multiprocessing.get_context("forkserver").RawValue(ctypes.c_long) for _ in range(world)]
-    join(start(world, tmp_path / "store", request(tmp_path / "whole", **changes), fuses=[Fuse(count, last=0) for count in calls]))
+    join(start(world, tmp_path / "store", request(tmp_path / "whole", **changes),
+               fuses=[Fuse(count, last=0) for count in calls]))
     whole, halfway = [count.value for count in calls], 0
     for trial in range(trials):
         out = tmp_path / f"out{trial}"
@@ -649,7 +650,8 @@ def test_an_older_folder_is_gone_on_with_by_the_option_that_the_message_names(tm
     whole = run(request(tmp_path / "whole", vae=False, shuffle_seed=None))
     with pytest.MonkeyPatch.context() as patch:
         if not finished:
-            patch.setattr("diffmoe.data.encode_shards.write_index", lambda index: (_ for _ in ()).throw(OSError("killed")))
+            patch.setattr("diffmoe.data.encode_shards.write_index",
+                          lambda index: (_ for _ in ()).throw(OSError("killed")))
         with contextlib.nullcontext() if finished else pytest.raises(UserError, match="killed"):
             run(request(out, vae=False, shuffle_seed=None))
     make_older(out)

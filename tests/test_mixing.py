@@ -1,4 +1,4 @@
-"""Classes in a pool and how long they are away: of the defaults on ImageNet's sizes, and noticed where they are not mixed."""
+"""Classes in a pool and how long they are away: by the defaults on ImageNet's sizes, and a warning where it is due."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IMAGENET, CLASSES, PER_SHARD = 1_281_167, 1000, 1024
 
 @functools.cache
 def imagenet(shuffled: bool) -> list[np.ndarray]:
-    """Labels of ImageNet's number of samples by shard: 732 to 1,300 of each of 1,000 classes, in their order or shuffled."""
+    """Labels of as many samples as ImageNet has, by shard: 732 to 1,300 of each class, in class order or shuffled."""
     rng = np.random.default_rng(0)
     counts = np.full(CLASSES, 1300)
     while (over := int(counts.sum()) - IMAGENET) > 0:
@@ -62,11 +62,13 @@ def test_the_order_before_does_not() -> None:
     assert found.classes < 49 and found.absence > 1000 and not found.like(permuted)
 
 
-@pytest.mark.parametrize(("shards", "size", "classes"), [(10, 256, 40), (100, 64, 100), (300, 64, 100), (300, 64, 1000)])
+@pytest.mark.parametrize(("shards", "size", "classes"), [
+    (10, 256, 40), (100, 64, 100), (300, 64, 100), (300, 64, 1000)])
 def test_other_sizes_in_class_order(shards: int, size: int, classes: int) -> None:
     labels = np.split(np.arange(shards * size) * classes // (shards * size), shards)
     counts = [size] * shards
-    for streams, window in (order_for(False, shards, 256), mending(counts, labels, batch=256, streams=64, window=4, pool=64)):
+    mended = mending(counts, labels, batch=256, streams=64, window=4, pool=64)
+    for streams, window in (order_for(False, shards, 256), mended):
         order = SampleOrder(counts, seed=0, batch=256, streams=streams, window=window)
         found, permuted = measure(order, labels, 64)
         assert found.like(permuted)
@@ -76,7 +78,8 @@ def test_the_figures_by_hand() -> None:
     assert distinct(np.array([[1, 1, 1], [1, 2, 1], [3, 2, 1]])).tolist() == [1, 2, 3]
     # Step by step: class 0 is away for steps 1 to 3, then to the end; class 1 until step 1; class 2 until step 3.
     assert longest_absence(np.array([[0, 0], [1, 1], [1, 1], [1, 2], [0, 1]])) == 4  # of 4, 2, 4
-    assert expected_distinct(np.array([1, 1]), 2) == 2 and expected_distinct(np.array([2, 2]), 2) == pytest.approx(1 + 2 / 3)
+    assert expected_distinct(np.array([1, 1]), 2) == 2
+    assert expected_distinct(np.array([2, 2]), 2) == pytest.approx(1 + 2 / 3)
     assert expected_distinct(np.array([5, 0]), 64) == 1
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(20), rng.integers(1, 30, 20))
@@ -87,11 +90,13 @@ def test_the_figures_by_hand() -> None:
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_some_shards_stand_for_all(shuffled: bool) -> None:
     labels = imagenet(shuffled)
-    some = completed([part if i % 80 == 7 else None for i, part in enumerate(labels)], [len(p) for p in labels], CLASSES)
+    known = [part if i % 80 == 7 else None for i, part in enumerate(labels)]
+    some = completed(known, [len(part) for part in labels], CLASSES)
     assert [len(part) for part in some] == [len(part) for part in labels]
     order = SampleOrder([len(part) for part in labels], seed=0, batch=256, streams=64, window=4)
     found, permuted = measure(order, some, 64)
-    assert found.like(permuted) == shuffled and found.classes == pytest.approx(of_imagenet(shuffled, 64, 4)[0].classes, abs=3)
+    assert found.like(permuted) == shuffled
+    assert found.classes == pytest.approx(of_imagenet(shuffled, 64, 4)[0].classes, abs=3)
 
 
 # ---- at the start of a run
@@ -181,14 +186,14 @@ def test_streams_and_window(tmp_path: Path, said: dict, before: tuple | None, sh
     index = written(tmp_path, IN_ORDER)
     if shuffled:
         write_index(replace(index, encoding=Encoding("", 1, 8, 1, "", "", "", 0, 64, shuffled=0)))
-    config = Config(RunConfig(), ModelConfig(input_size=8, channels=1, classes=10), data=DataConfig(str(tmp_path), **said),
-                    train=TrainConfig(batch=32))
+    config = Config(RunConfig(), ModelConfig(input_size=8, channels=1, classes=10),
+                    data=DataConfig(str(tmp_path), **said), train=TrainConfig(batch=32))
     reader = open_reader(config, before and DataConfig(streams=before[0], window=before[1]))
     assert (reader.streams, reader.window) == expected
 
 
 def test_a_run_keeps_its_order_and_says_so(tmp_path: Path) -> None:
-    """Begun with numbers, as every version before wrote them into its checkpoints; gone on with where nothing is said."""
+    """Begun with numbers, as every version before wrote them into its checkpoints; resumed where nothing is said."""
     import yaml
 
     data = written(tmp_path / "data", IN_ORDER).folder
@@ -199,7 +204,8 @@ def test_a_run_keeps_its_order_and_says_so(tmp_path: Path) -> None:
     older = ["data.streams=2", "data.window=1"]
     whole = run_program(1, *arguments, *older, f"run.folder={tmp_path / 'whole'}")[0]
     assert whole.returncode == 0 and "order " not in whole.stdout and whole.stdout.count("warning: ") == 1, whole
-    first = run_program(1, *arguments, *older, f"run.folder={tmp_path / 'run'}", "train.steps=4", "train.schedule=constant")[0]
+    first = run_program(1, *arguments, *older, f"run.folder={tmp_path / 'run'}", "train.steps=4",
+                        "train.schedule=constant")[0]
     again = run_program(1, *arguments, f"run.folder={tmp_path / 'run'}", "train.schedule=constant")[0]
     assert (first.returncode, again.returncode) == (0, 0), again
     assert "order    data.streams 2, data.window 1, as step_00000004 has them" in again.stdout

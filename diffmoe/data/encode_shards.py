@@ -1,10 +1,10 @@
 """Pictures to shards, of VAE moments or of pixels: on any number of ranks, and after a kill at any moment, the same bytes.
 
 The listing is written in a seeded permutation (or as it is). Position i of that order belongs to shard
-i // samples_per_shard, whether its picture can be decoded or not, and goes through the VAE in a batch of one fixed shape.
-So a shard's bytes depend on its own pictures alone: not on the ranks, nor on what happened before. A shard counts once its
-record `.encode/shard-000012.json` is there, written after the tar, both atomically; the index comes last and `.encode`
-goes. To resume, run the same command again, on as many ranks as there are.
+i // samples_per_shard, whether its picture can be decoded or not, and goes through the VAE in a batch of one fixed
+shape. So a shard's bytes depend on its own pictures alone: not on the ranks, nor on what happened before. A shard
+counts once its record `.encode/shard-000012.json` is there, written after the tar, both atomically; the index comes
+last and `.encode` goes. To resume, run the same command again, on as many ranks as there are.
 """
 
 from __future__ import annotations

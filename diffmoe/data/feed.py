@@ -64,9 +64,9 @@ def is_shuffled(index: ShardIndex) -> bool:
 
 
 def order_notice(reader: ShardReader, pool: int) -> tuple[str, bool]:
-    """What is to be said about the classes in this reader's order, and whether it is a warning: a pool of `pool` samples
-    holds fewer classes than a permutation's, or classes stay away for longer. Reads labels of some shards, as far as that
-    is cheap; ("", False) where nothing can be known, or the index says that the data are shuffled."""
+    """What is to be said about the classes in this reader's order, and whether it is a warning: a pool of `pool`
+    samples holds fewer classes than a permutation's, or classes stay away for longer. Reads labels of some shards, as
+    far as that is cheap; ("", False) where nothing can be known, or the index says that the data are shuffled."""
     index = reader.index
     labels = [] if is_shuffled(index) else reader.labels_at_hand()
     if all(found is None for found in labels):

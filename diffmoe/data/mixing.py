@@ -20,8 +20,8 @@ _POOLS = 512  # at least
 
 @dataclass(frozen=True)
 class Mixing:
-    """`classes`: mean number of distinct classes in a pool; `absence`: steps that a class is away at the longest, median
-    over the classes."""
+    """`classes`: mean number of distinct classes in a pool; `absence`: steps that a class is away at the longest,
+    median over the classes."""
 
     classes: float
     absence: float
@@ -34,8 +34,8 @@ class Mixing:
 
 
 def order_for(shuffled: bool, shards: int, batch: int) -> tuple[int, int]:
-    """(streams, window) for a data set. Shards of one that is not known to be shuffled may hold few classes each: all are
-    shuffled together where shards are few, else no two slots of a batch share a stream."""
+    """(streams, window) for a data set. Shards of one that is not known to be shuffled may hold few classes each: all
+    are shuffled together where shards are few, else no two slots of a batch share a stream."""
     if shuffled:
         return SHUFFLED_ORDER
     return (1, _WHOLE) if shards <= _WHOLE else (batch, 8)
@@ -60,8 +60,8 @@ def completed(labels: Sequence[np.ndarray | None], counts: Sequence[int], classe
 
 
 def measure(order: SampleOrder, labels: Sequence[np.ndarray], pool: int) -> tuple[Mixing, Mixing]:
-    """Of the order, and of a permutation of the same samples, over its first epoch (or its first million positions; of a
-    small data set, more epochs).
+    """Of the order, and of a permutation of the same samples, over its first epoch (or its first million positions; of
+    a small data set, more epochs).
 
     Args:
         labels: int [n] of each shard.
@@ -106,8 +106,8 @@ def longest_absence(labels: np.ndarray) -> float:
 
 def mending(counts: Sequence[int], labels: Sequence[np.ndarray], *, batch: int, streams: int, window: int,
             pool: int) -> tuple[int, int]:
-    """The (streams, window) that mixes like a permutation: the smallest window, by doubling, at these streams, else at one
-    a slot, else in one stream, which shuffles as much as its window holds."""
+    """The (streams, window) that mixes like a permutation: the smallest window, by doubling, at these streams, else at
+    one a slot, else in one stream, which shuffles as much as its window holds."""
     for candidate in dict.fromkeys((streams, batch, 1)):
         width = window
         while True:

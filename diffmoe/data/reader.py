@@ -193,9 +193,9 @@ class ShardReader:
             raise
 
     def labels_at_hand(self) -> list[np.ndarray | None]:
-        """Every shard's labels, as far as they are cheap to have: of at most 256 shards, all over the data set; of 16 where
-        they have no tables of rows; of a remote data set only those that are in the cache, or all where they are few.
-        None: unknown."""
+        """Every shard's labels, as far as they are cheap to have: of at most 256 shards, all over the data set; of 16
+        where they have no tables of rows; of a remote data set only those that are in the cache, or all where they are
+        few. None: unknown."""
         numbers = range(len(self.index.shards))
         if self.index.place and len(numbers) > _FEW_REMOTE:
             numbers = [n for n in numbers if self.cache.has(self.index.shards[n])]
@@ -270,6 +270,6 @@ def _allow_open_files(count: int) -> None:
     needed = count + 256  # what else a training process has open
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
-            raise UserError(f"data.streams x data.window need {count} open files; this system allows {hard} (ulimit -Hn): "
-                            "raise that, or lower data.window")
+            raise UserError(f"data.streams x data.window need {count} open files; this system allows {hard} "
+                            "(ulimit -Hn): raise that, or lower data.window")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -57,7 +57,8 @@ class Encoding:
 
     `vae` "" means pixels (`precision` "", `batch` 0). `images` counts the unusable ones in `skipped` (by address) as well.
     `channel_mean`, `channel_std`: of latents sampled from the moments (both mirror images), before shift and scale; of
-    pixels as stored. `shuffled`: seed of the permutation of the source in which samples were written (None: in its order).
+    pixels as stored. `shuffled`: seed of the permutation of the source in which samples were written (None: in its
+    order).
     """
 
     source_sha256: str
