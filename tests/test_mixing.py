@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import losses, run_program, scratch, tiny
+import yaml
+from programs import Nursery, losses, tiny
 
 from diffmoe.commands.inspect_data import main as inspect_main
 from diffmoe.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, load_config
 from diffmoe.data.cache import Cache
-from diffmoe.data.encode_request import Request
 from diffmoe.data.feed import open_reader, order_notice
 from diffmoe.data.mixing import completed, distinct, expected_distinct, longest_absence, measure, mending, order_for
 from diffmoe.data.order import SampleOrder
 from diffmoe.data.reader import ShardReader
-from diffmoe.data.shards import Encoding, ShardIndex, ShardMeta, load_index, write_index, write_shards
+from diffmoe.data.shards import Encoding, ShardIndex, ShardMeta, write_index, write_shards
 from launcher.environment import detect
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,27 +194,24 @@ def test_streams_and_window(tmp_path: Path, said: dict, before: tuple | None, sh
 
 def test_a_run_keeps_its_order_and_says_so(tmp_path: Path) -> None:
     """Begun with numbers, as every version before wrote them into its checkpoints; resumed where nothing is said."""
-    import yaml
-
     data = written(tmp_path / "data", IN_ORDER).folder
-    config = yaml.safe_load(Path(tiny(tmp_path)[1]).read_text())
-    config["data"] = {"shards": str(data)}
+    config = yaml.safe_load(Path(tiny(tmp_path)[1]).read_text()) | {"data": {"shards": str(data)}}
     (tmp_path / "now.yaml").write_text(yaml.safe_dump(config))
-    arguments = ["--config", str(tmp_path / "now.yaml"), "parallel.ep=1", "train.sample_every=0"]
-    older = ["data.streams=2", "data.window=1"]
-    whole = run_program(1, *arguments, *older, f"run.folder={tmp_path / 'whole'}")[0]
-    assert whole.returncode == 0 and "order " not in whole.stdout and whole.stdout.count("warning: ") == 1, whole
-    first = run_program(1, *arguments, *older, f"run.folder={tmp_path / 'run'}", "train.steps=4",
-                        "train.schedule=constant")[0]
-    again = run_program(1, *arguments, f"run.folder={tmp_path / 'run'}", "train.schedule=constant")[0]
-    assert (first.returncode, again.returncode) == (0, 0), again
+    common = ["--config", str(tmp_path / "now.yaml"), "train.schedule=constant"]
+    older, kept, fresh = ["data.streams=2", "data.window=1"], f"run.folder={tmp_path / 'run'}", tmp_path / "fresh"
+    with Nursery() as nursery:
+        results = [nursery.run(2, *common, *more) for more in (
+            [*older, f"run.folder={tmp_path / 'whole'}"], [*older, kept, "train.steps=4"], [kept],
+            [kept, "data.window=8"], [f"run.folder={fresh}"])]
+    assert [[end.returncode for end in ends] for ends in results] == [[0, 0], [0, 0], [0, 0], [2, 2], [0, 0]], results
+    whole, _, again, refused, new = (ends[0] for ends in results)
+    assert "order  " not in whole.stdout and whole.stdout.count("warning: ") == 1
     assert "order    data.streams 2, data.window 1, as step_00000004 has them" in again.stdout
     assert again.stdout.count("warning: ") == 1 and "resumed from" in again.stdout
+    after = losses(tmp_path / "run")
+    assert after == losses(tmp_path / "whole")
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"]
     assert (saved["streams"], saved["window"]) == (2, 1)
-    fresh = run_program(1, *arguments, f"run.folder={tmp_path / 'fresh'}")[0]
-    assert fresh.returncode == 0 and "order    data.streams 1, data.window 256" in fresh.stdout
-    assert "warning: " not in fresh.stdout
-    assert losses(tmp_path / "fresh") != losses(tmp_path / "whole")
-    refused = run_program(1, *arguments, f"run.folder={tmp_path / 'run'}", "data.window=8")[0]
-    assert refused.returncode == 2 and "data.window: 1 -> 8" in refused.stderr
+    assert "data.window: 1 -> 8" in refused.stderr
+    assert "order    data.streams 1, data.window 256, chosen for these data" in new.stdout
+    assert "warning: " not in new.stdout and losses(fresh) != after
