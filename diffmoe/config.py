@@ -112,16 +112,17 @@ class DiffusionConfig:
 class DataConfig:
     """Webdataset shards with an ``index.json`` (``index`` where it does not lie beside them).
 
-    ``streams`` runs of samples feed a batch, and each shuffles ``window`` shards together: both decide the order, while
-    ``workers`` (processes a rank; 0: a thread) and ``prefetch`` (steps) do not.  ``cache``: folder for copies of remote shards, at
+    ``streams`` runs of samples feed a batch, and each shuffles ``window`` shards together: both decide the order (null:
+    by whether the shards are shuffled, see ``data.mixing.order_for``), while ``workers`` (processes a rank; 0: a
+    thread) and ``prefetch`` (steps) do not.  ``cache``: folder for copies of remote shards, at
     most ``cache_gib`` a node.  ``on_bad_shard: skip`` goes on without a shard that cannot be read, as long as bad ones hold no
     more than ``bad_share`` of the samples."""
 
     shards: str = ""
     index: str = ""
     flip: bool = False
-    streams: int = 64
-    window: int = 4
+    streams: Optional[int] = None
+    window: Optional[int] = None
     workers: int = 0
     prefetch: int = 2
     cache: str = ""
@@ -376,7 +377,8 @@ def _validate_score(config: Config) -> None:
 
 def _validate_data(data: DataConfig) -> None:
     for name, unit in (("streams", "stream"), ("window", "shard"), ("prefetch", "step")):
-        _need(getattr(data, name) >= 1, f"data.{name} ({getattr(data, name)}) must be at least 1 {unit}")
+        value = getattr(data, name)
+        _need(value is None or value >= 1, f"data.{name} ({value}) must be at least 1 {unit}")
     _need(data.workers >= 0, f"data.workers ({data.workers}) must be at least 0")
     _need(data.cache_gib > 0, f"data.cache_gib ({data.cache_gib}) must be above 0")
     _need(0 <= data.bad_share < 1, f"data.bad_share ({data.bad_share}) must be in [0, 1)")

@@ -20,6 +20,7 @@ class Use(IntEnum):
     SAMPLING = 6
     ANCESTRAL = 7
     SUBSTITUTE = 8
+    ENCODE_ORDER = 9
 
 
 class Words:
@@ -40,3 +41,9 @@ class Words:
 def philox(use: Use, seed: int, first: int, second: int = 0) -> np.random.Philox:
     """The bit generator of one use at (seed, first, second), all in [0, 2^64)."""
     return np.random.Philox(key=np.array([seed, first], np.uint64), counter=np.array([0, 0, second, use], np.uint64))
+
+
+def permutation(use: Use, seed: int, first: int, second: int, size: int) -> np.ndarray:
+    """The numbers below `size` in the random order of one use at (seed, first, second)."""
+    # Sorting raw words rather than Generator.permutation: numpy promises Philox's words for good, its shuffle not.
+    return np.argsort(philox(use, seed, first, second).random_raw(size), kind="stable")

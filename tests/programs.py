@@ -320,7 +320,7 @@ def digits() -> Path:
 def tiny_config() -> Path:
     """TINY as a YAML file."""
     path = scratch() / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "data": {"shards": str(digits())}}))
+    path.write_text(yaml.safe_dump({**TINY, "data": {"shards": str(digits()), "streams": 64, "window": 4}}))
     return path
 
 

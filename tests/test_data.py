@@ -9,6 +9,7 @@ import signal
 import tarfile
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,15 @@ def test_a_batch_mixes_the_whole_data_set() -> None:
     assert len({order.locate(p)[0] for p in range(7 * 256, 8 * 256)}) > 150
 
 
+@pytest.mark.parametrize("counts", [[10] * 10 + [3], [7, 1, 30, 2], [1] * 3])
+@pytest.mark.parametrize(("batch", "streams", "window"), [(24, 64, 4), (7, 3, 1), (16, 1, 256)])
+def test_many_places_at_once_are_those_one_by_one(counts: list[int], batch: int, streams: int, window: int) -> None:
+    order = SampleOrder(counts, seed=3, batch=batch, streams=streams, window=window)
+    positions = np.random.default_rng(0).integers(0, 4 * sum(counts), 500)
+    one_by_one = [order.locate(position) for position in positions.tolist()]
+    assert [tuple(place) for place in order.places(positions)] == one_by_one
+
+
 def test_values_and_labels(tmp_path: Path) -> None:
     index = write_pixels(tmp_path)
     x, y = reader_of(index, 24).read([5, 400])
@@ -220,8 +230,8 @@ def test_the_cursor_of_a_large_index_is_found_without_replay(monkeypatch: pytest
         drawn += size
         return original(use, seed, first, second, size)
 
-    original = order_module._permutation
-    monkeypatch.setattr(order_module, "_permutation", permutation)
+    original = order_module.permutation
+    monkeypatch.setattr(order_module, "permutation", permutation)
     order = SampleOrder([1024] * 1250, seed=0, batch=256, streams=64, window=4)
     for step in (1, 123_456, 700_000):
         drawn = 0
@@ -439,6 +449,7 @@ def test_a_table_that_fits_lets_nothing_bad_through(tmp_path: Path, name: str, m
     pickled = npy(np.array([{"a": 1}], dtype=object)) if "Object" in message else content[payload : payload + table.sizes[4, 0]]
     content[header : header + 100] = name.encode().ljust(100, b"\0")
     content[payload : payload + len(pickled)] = pickled
+    table = replace(table, sizes=table.sizes.copy())  # one number for all rows until here
     table.sizes[4, 0] = len(pickled)
     table.crcs[4, 0] = zlib.crc32(content[header : payload + len(pickled)])
     packed = pack_table(table)

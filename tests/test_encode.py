@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -39,7 +40,7 @@ from diffmoe.data.encode_shards import encode
 from diffmoe.data.images import BadImage, center_crop, read_picture
 from diffmoe.data.listing import list_source
 from diffmoe.data.reader import ShardReader
-from diffmoe.data.rows import OpenShard
+from diffmoe.data.rows import OpenShard, member_name
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_index, write_shards
 from diffmoe.data.tar import sha256
 from diffmoe.data.values import to_float
@@ -106,15 +107,17 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def stored(index: ShardIndex, flipped: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """All arrays (or the flips') and labels, in the order of the shards."""
-    arrays, labels = [], []
+    """All arrays (or the flips') and labels, in the order of the source's listing, whose numbers are the keys."""
+    arrays, labels, keys = [], [], []
     for file in index.shards:
         shard = OpenShard(os.open(index.folder / file.name, os.O_RDONLY), file.name, count=file.count, size=file.bytes,
                           shape=index.shape, dtype=index.dtype, classes=index.meta.classes, flipped=index.flips)
         arrays += [shard.array(row, int(flipped)) for row in range(file.count)]
         labels.append(shard.table.labels)
+        keys += [member_name(os.pread(shard._descriptor, 512, int(offset))) for offset in shard.table.offsets[:, 0]]
         shard.close()
-    return np.stack(arrays), np.concatenate(labels)
+    listed = np.argsort(keys)
+    return np.stack(arrays)[listed], np.concatenate(labels)[listed]
 
 
 def cropped(channels: int = 3) -> np.ndarray:
@@ -305,6 +308,7 @@ def test_the_index_says_how_it_was_made() -> None:
     index, made = encoded(), encoded().encoding
     assert (made.images, made.image_size, made.image_channels, made.skipped) == (29, SIZE, 3, ())
     assert (made.vae, made.precision, made.class_names) == (str(vae_folder()), "fp32", ("n01 temple", "n02", "n03"))
+    assert made.shuffled == 0
     assert made.vae_sha256 == load_vae(vae_folder()).sha256 and len(made.vae_sha256) == 64
     both = np.concatenate([stored(index)[0], stored(index, flipped=True)[0]]).astype(np.float64)
     rng = np.random.default_rng(0)
@@ -421,12 +425,13 @@ def test_corrupt_pictures_are_left_out_and_nothing_else_changes(tmp_path: Path, 
     bad = spoil(tmp_path / "in")
     index = run(request(tmp_path / "out", source=str(tmp_path / "in"), bad_share=0.2))
     errors = capsys.readouterr().err.splitlines()
-    assert index.encoding.skipped == tuple(bad) and index.count == 24
-    assert [line.split(": ")[1] for line in errors] == bad and "more than 8 bits" in errors[-1]
+    assert sorted(index.encoding.skipped) == bad and index.count == 24
+    assert [line.split(": ")[1] for line in errors] == list(index.encoding.skipped)
+    assert any("more than 8 bits" in line for line in errors)
     kept = [i for i, p in enumerate(list_source(str(tmp_path / "in")).pictures) if p.address not in bad]
     assert np.array_equal(stored(index)[0], stored(encoded())[0][kept])  # bit for bit: neighbours do not matter
-    good = [i for i, (a, b) in enumerate(zip(index.shards, encoded().shards)) if a == b]
-    assert good == [0, 1, 3, 6, 7]
+    changed = [a.count < b.count for a, b in zip(index.shards, encoded().shards, strict=True)]
+    assert [a != b for a, b in zip(index.shards, encoded().shards)] == changed and 1 <= sum(changed) <= 5
     assert load_index(index.folder).encoding == index.encoding
 
 
@@ -435,7 +440,7 @@ def test_too_many_bad_pictures_stop_it(tmp_path: Path) -> None:
     spoil(tmp_path / "in")
     strict = request(tmp_path / "out", vae=False, source=str(tmp_path / "in"), bad_share=0.1)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"of 29 images are bad, more than bad_share \(0.1\) allows: n02/0.JPEG, "):
+        with pytest.raises(UserError, match=r"of 29 images are bad, more than bad_share \(0.1\) allows: n0"):
             run(strict)
         assert not (tmp_path / "out/index.json").exists()
     assert run(request(tmp_path / "out", vae=False, source=str(tmp_path / "in"), bad_share=0.2)).count == 24
@@ -446,7 +451,8 @@ def test_a_shard_without_a_good_picture_is_left_out(tmp_path: Path) -> None:
     for number in (4, 5, 6, 7):
         next((tmp_path / "in/n01 temple").glob(f"{number}.*")).write_bytes(b"")
     out = tmp_path / "out"
-    index = run(request(out, source=str(tmp_path / "in"), vae=False, bad_share=0.5, samples_per_shard=2))
+    index = run(request(out, source=str(tmp_path / "in"), vae=False, bad_share=0.5, samples_per_shard=2,
+                        shuffle_seed=None))
     assert "shard-000002.tar" not in [shard.name for shard in index.shards] and not (out / "shard-000002.tar").exists()
     assert ShardReader(load_index(out), seed=0).read(range(50))[0].shape[0] == 50
 
@@ -549,18 +555,19 @@ def test_ranks_write_what_one_rank_writes(tmp_path: Path) -> None:
     assert checksums(tmp_path / "b") == checksums(tmp_path / "one")
 
 
-def kill_and_finish(tmp_path: Path, trials: int, world: int) -> None:
+def kill_and_finish(tmp_path: Path, trials: int, world: int, expected: dict[str, str], **changes: object) -> None:
     """Each trial: start, kill -9 at a random moment of the work, look, run to the end, compare with the undisturbed set."""
     moments = random.Random(world)
     calls = [multiprocessing.get_context("forkserver").RawValue(ctypes.c_long) for _ in range(world)]
-    join(start(world, tmp_path / "store", request(tmp_path / "whole"), fuses=[Fuse(count, last=0) for count in calls]))
+    join(start(world, tmp_path / "store", request(tmp_path / "whole", **changes),
+               fuses=[Fuse(count, last=0) for count in calls]))
     whole, halfway = [count.value for count in calls], 0
     for trial in range(trials):
         out = tmp_path / f"out{trial}"
         victim = trial % world
         fuses = [Fuse(calls[rank], round(whole[rank] * (trial + moments.random()) / trials) if rank == victim else 0)
                  for rank in range(world)]
-        processes = start(world, tmp_path / f"store{trial}", request(out), fuses=fuses)
+        processes = start(world, tmp_path / f"store{trial}", request(out, **changes), fuses=fuses)
         processes[victim].join(60)
         assert processes[victim].exitcode == -signal.SIGKILL
         for process in processes:
@@ -570,19 +577,109 @@ def kill_and_finish(tmp_path: Path, trials: int, world: int) -> None:
         halfway += not finished and any(out.glob("*.tar"))
         if finished:
             load_index(out)
-        run(request(out))
-        assert checksums(out) == checksums(encoded().folder), trial
+        run(request(out, **changes))
+        assert checksums(out) == expected, trial
     assert halfway >= trials // 4, "kills between the first shard and the last"
 
 
 def test_killed_at_random_moments_it_ends_the_same(tmp_path: Path) -> None:
-    kill_and_finish(tmp_path, trials=5, world=1)
+    kill_and_finish(tmp_path, 5, 1, checksums(encoded().folder))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_at_many_moments_it_ends_the_same(tmp_path: Path, world: int) -> None:
-    kill_and_finish(tmp_path, trials=20, world=world)
+    kill_and_finish(tmp_path, 20, world, checksums(encoded().folder))
+
+
+# ---- the order
+
+
+@functools.cache
+def forty_classes() -> Path:
+    """40 class folders of 64 pictures."""
+    folder = scratch() / "forty"
+    for label in range(40):
+        (folder / f"c{label:02d}").mkdir(parents=True)
+        for i in range(64):
+            Image.fromarray(np.full((8, 8), (7 * label + i) % 256, np.uint8)).save(folder / f"c{label:02d}/{i:02d}.png")
+    return folder
+
+
+@functools.cache
+def forty_tars() -> str:
+    """The same pictures as four tars, in order of class."""
+    source = list_source(str(forty_classes()))
+    for part in range(4):
+        make_tar(scratch() / f"forty-{part}.tar", [
+            (f"{i:05d}.{kind}", data) for i in range(part * 640, (part + 1) * 640)
+            for kind, data in (("cls", str(source.pictures[i].label).encode()),
+                               ("png", (source.root / source.pictures[i].file).read_bytes()))])
+    return str(scratch() / "forty-{0..3}.tar")
+
+
+FORTY = {"vae": None, "channels": 1, "image_size": 8, "samples_per_shard": 256, "batch": 32}
+
+
+def forty(out: Path, **changes: object) -> Request:
+    return Request(out=out, **{"source": str(forty_classes()), **FORTY, **changes})
+
+
+def classes_of_shards(index: ShardIndex) -> list[int]:
+    labels = ShardReader(index, seed=0).labels_at_hand()
+    return [len(np.unique(found)) for found in labels]
+
+
+@pytest.mark.parametrize("source", ["folder", "tars"])
+def test_every_shard_of_a_source_in_class_order_holds_nearly_all_classes(tmp_path: Path, source: str) -> None:
+    source = str(forty_classes()) if source == "folder" else forty_tars()
+    index = run(forty(tmp_path / "a", source=source))
+    assert index == load_index(index.folder) and index.encoding.shuffled == 0
+    assert len(index.shards) == 10 and min(classes_of_shards(index)) >= 39
+    arrays, labels = stored(index)
+    assert np.array_equal(labels, np.repeat(np.arange(40), 64))
+    assert np.array_equal(arrays[:, 0, 0, 0], (7 * labels + np.tile(np.arange(64), 40)) % 256)
+    other = run(forty(tmp_path / "b", source=source, shuffle_seed=1))
+    assert other.encoding.shuffled == 1 and not {s.sha256 for s in other.shards} & {s.sha256 for s in index.shards}
+    plain = run(forty(tmp_path / "c", source=source, shuffle_seed=None))
+    assert plain.encoding.shuffled is None and max(classes_of_shards(plain)) == 4
+
+
+@pytest.mark.parametrize("trials", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_shuffled_folder_of_many_classes_ends_the_same_after_kills(tmp_path: Path, trials: int) -> None:
+    index = run(forty(tmp_path / "undisturbed"))
+    changes = {"source": str(forty_classes()), **FORTY} | {"vae": False}
+    kill_and_finish(tmp_path, trials, 1, checksums(index.folder), **changes)
+
+
+def make_older(folder: Path) -> None:
+    """Takes the word about the order out, as versions wrote it that did not shuffle."""
+    for path in (folder / "index.json", folder / ".encode/plan.json"):
+        if path.exists():
+            record = json.loads(path.read_text())
+            del record["encoding"]["shuffled"]
+            path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_an_older_folder_is_gone_on_with_by_the_option_that_the_message_names(tmp_path: Path, finished: bool) -> None:
+    out = tmp_path / "out"
+    whole = run(request(tmp_path / "whole", vae=False, shuffle_seed=None))
+    with pytest.MonkeyPatch.context() as patch:
+        if not finished:
+            patch.setattr("diffmoe.data.encode_shards.write_index",
+                          lambda index: (_ for _ in ()).throw(OSError("killed")))
+        with contextlib.nullcontext() if finished else pytest.raises(UserError, match="killed"):
+            run(request(out, vae=False, shuffle_seed=None))
+    make_older(out)
+    before = checksums(out)
+    with pytest.raises(UserError, match=r"shuffled \(0\) is not that of .*out \(None.*: --no-shuffle goes on there"):
+        run(request(out, vae=False))
+    assert checksums(out) == before
+    assert run(request(out, vae=False, shuffle_seed=None)).shards == whole.shards
+    other = run(request(tmp_path / "other", vae=False, shuffle_seed=5))
+    with pytest.raises(UserError, match=r"shuffled \(0\) .*: --shuffle-seed 5 goes on there"):
+        run(request(other.folder, vae=False))
 
 
 @pytest.mark.parametrize("moment", ["temporary tar", "tar without record", "short tar", "index", "index, state half gone"])
@@ -631,6 +728,8 @@ def test_main(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "required: --source, --out, --image-size"), (["--image-size", "big"], "invalid int value: 'big'"),
+    (["--shuffle-seed", "1", "--no-shuffle"], "not allowed with argument --shuffle-seed"),
+    (["--source", "a", "--out", "b", "--image-size", "8", "--shuffle-seed", "-1"], r"shuffle_seed \(-1\) must lie in"),
     (["--source", "a", "--out", "b", "--image-size", "8", "--channels", "2"], r"channels \(2\) must be 1 or 3")])
 def test_main_complains_at_once(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -30,6 +30,11 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--shift", type=float, help="(default: the VAE's shift_factor)")
     parser.add_argument("--batch", type=int, default=32, help="pictures that pass the VAE together")
     parser.add_argument("--samples-per-shard", type=int, default=1024)
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument("--shuffle-seed", type=int, default=0,
+                       help="of the permutation in which images are written (default 0)")
+    order.add_argument("--no-shuffle", dest="shuffle_seed", action="store_const", const=None,
+                       help="write them in the source's order")
     parser.add_argument("--classes", type=int, help="number of classes (default: what the source has)")
     parser.add_argument("--class-names", type=Path, metavar="FILE",
                         help="their names, one a line (default: the class folders')")

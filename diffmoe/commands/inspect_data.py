@@ -25,6 +25,7 @@ _MEMBERS = (("array", str, "the member with the array, by its ending: npy (defau
             ("layout", str, "of arrays: chw (default) or hwc"),
             ("first_class", int, "the label of the first class (default 0)"))
 _COLUMNS = 8
+_BATCH, _POOL = 256, 64  # of the published recipe, for the look at the order
 _DECODED = 8  # pictures together: all 64 of a published autoencoder would take tens of gigabytes
 
 
@@ -57,8 +58,10 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         raise UserError(f"--spread ({meaning.get('spread', 'not given')}) goes with --kind moments and must be given "
                         f"there: std or logvar, not guessed; --kind is {meaning['kind']}")
     from diffmoe.config import DataConfig
-    from diffmoe.data.feed import cache_of
+    from diffmoe.data.feed import cache_of, is_shuffled, order_notice
     from diffmoe.data.inspect import index_tars, inspect
+    from diffmoe.data.mixing import SHUFFLED_ORDER
+    from diffmoe.data.reader import ShardReader
     from diffmoe.data.rows import Members
     from diffmoe.data.shards import ShardMeta, load_index
 
@@ -78,6 +81,13 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     print(f"classes  {counts[0]} to {counts[-1]} samples, median {counts[len(counts) // 2]}; {counts.count(0)} without any")
     print("channels " + ", ".join(f"{m:.4f} ± {s:.4f}" for m, s in zip(found.channel_mean, found.channel_std))
           + f", over {found.samples} samples")
+    if is_shuffled(index):
+        print(f"order    shuffled: {index.encoding.shuffled}")
+    else:
+        streams, window = SHUFFLED_ORDER  # which only data that are mixed can do with
+        reader = ShardReader(index, seed=0, batch=_BATCH, streams=streams, window=window, cache=cache)
+        notice, unmixed = order_notice(reader, _POOL)
+        print(f"order    {'warning: ' * unmixed}{notice or 'unknown'}")
     if found.problems:
         print(f"{len(found.problems)} problems; the first: {found.problems[0]}")
         return 1

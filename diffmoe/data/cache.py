@@ -54,6 +54,10 @@ class Cache:
             if damaged:
                 path.unlink(missing_ok=True)
 
+    def has(self, file: ShardFile) -> bool:
+        """Whether the shard's copy is here."""
+        return (self.folder / f"{file.sha256}.tar").exists()
+
     def _fetch(self, file: ShardFile, address: str, path: Path) -> None:
         with _locked(self.folder / f"{file.sha256}.lock"):  # one process of the node fetches, the others wait here
             if path.exists():

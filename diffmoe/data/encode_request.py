@@ -14,7 +14,8 @@ STORAGES = {"fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Request:
-    """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own.
+    """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own;
+    `shuffle_seed` None leaves the images in the listing's order.
 
     Raises:
         UserError: a field out of its range, by name.
@@ -37,6 +38,7 @@ class Request:
     class_names: Path | None = None
     allow_empty_classes: bool = False
     accept_values: bool = False
+    shuffle_seed: int | None = 0
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch", "samples_per_shard", "workers"):
@@ -50,6 +52,8 @@ class Request:
             raise UserError(f"storage ({self.storage!r}) must be one of {', '.join(STORAGES)}")
         if not 0 <= self.bad_share < 1:
             raise UserError(f"bad_share ({self.bad_share}) must lie in [0, 1)")
+        if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**64:
+            raise UserError(f"shuffle_seed ({self.shuffle_seed}) must lie in [0, 2^64)")
         for name in ("scale", "shift"):
             value = getattr(self, name)
             if value is not None and self.vae is None:

@@ -1,9 +1,10 @@
 """Pictures to shards, of VAE moments or of pixels: on any number of ranks, and after a kill at any moment, the same bytes.
 
-Picture i of the source's listing belongs to shard i // samples_per_shard, whether it can be decoded or not, and goes through
-the VAE in a batch of one fixed shape. So a shard's bytes depend on its own pictures alone: not on the ranks, nor on what
-happened before. A shard counts once its record `.encode/shard-000012.json` is there, written after the tar, both atomically;
-the index comes last and `.encode` goes. To resume, run the same command again, on as many ranks as there are.
+The listing is written in a seeded permutation (or as it is). Position i of that order belongs to shard
+i // samples_per_shard, whether its picture can be decoded or not, and goes through the VAE in a batch of one fixed
+shape. So a shard's bytes depend on its own pictures alone: not on the ranks, nor on what happened before. A shard
+counts once its record `.encode/shard-000012.json` is there, written after the tar, both atomically; the index comes
+last and `.encode` goes. To resume, run the same command again, on as many ranks as there are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from diffmoe.data.vae import Vae, encode_moments, load_vae
 from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_together
 from diffmoe.parallel.groups import Group
+from diffmoe.random_streams import Use, permutation
 
 STATE_NAME, PLAN_NAME = ".encode", "plan.json"
 _REPORT_SECONDS = 10.0
@@ -60,10 +63,16 @@ class Plan:
     meta: ShardMeta
     encoding: Encoding
 
-    def shard(self, number: int) -> range:
-        """The numbers of a shard's pictures."""
+    @cached_property
+    def _order(self) -> np.ndarray:
+        """The listing's numbers in the order in which they are written."""
+        images, seed = self.encoding.images, self.encoding.shuffled
+        return np.arange(images) if seed is None else permutation(Use.ENCODE_ORDER, seed, 0, 0, images)
+
+    def shard(self, number: int) -> list[int]:
+        """The listing's numbers of a shard's pictures, in the shard's order."""
         size = self.encoding.samples_per_shard
-        return range(number * size, min((number + 1) * size, self.encoding.images))
+        return self._order[number * size : (number + 1) * size].tolist()
 
     @property
     def shards(self) -> int:
@@ -79,6 +88,11 @@ class Plan:
                     raise UserError(f"source holds other images ({ours.images}) than {folder} was begun with "
                                     f"({theirs.images}): files were added, removed or renamed; encode into another "
                                     "folder")
+                if mine != found and name == "shuffled":
+                    option = "--no-shuffle" if found is None else f"--shuffle-seed {found}"
+                    raise UserError(f"shuffled ({mine}) is not that of {folder} ({found}; None: in the source's "
+                                    f"order, as older versions wrote): {option} goes on there, another folder begins "
+                                    "anew")
                 if mine != found:
                     raise UserError(f"{name} ({str(mine)[:80]}) is not that of {folder} ({str(found)[:80]}): "
                                     "same settings and source to go on there, or another folder")
@@ -192,7 +206,7 @@ def _plan(request: Request, source: Source, vae: Vae | None) -> Plan:
     return Plan(meta, Encoding(source.sha256, len(source.pictures), request.image_size, request.channels, *made_by,
                                request.samples_per_shard, source.class_names,
                                storage="uint8" if vae is None else request.storage,
-                               left_out=tuple(map(str, source.left_out))))
+                               left_out=tuple(map(str, source.left_out)), shuffled=request.shuffle_seed))
 
 
 def _open_folder(folder: Path, plan: Plan, source: Source) -> dict[int, ShardRecord] | None:
@@ -327,8 +341,8 @@ def _encode_shard(request: Request, plan: Plan, source: Source, vae: Vae | None,
     skipped: list[str] = []
     sums = np.zeros((2, _channels(plan, vae)))
     shard = plan.shard(number)
-    for start in shard[:: request.batch]:
-        window = range(start, min(start + request.batch, shard.stop))
+    for start in range(0, len(shard), request.batch):
+        window = shard[start : start + request.batch]
         read = list(itertools.islice(pictures, len(window)))
         for i, result in zip(window, read, strict=True):
             if isinstance(result, BadImage):
@@ -341,7 +355,7 @@ def _encode_shard(request: Request, plan: Plan, source: Source, vae: Vae | None,
                 samples[f"{i:08d}"] = {"npy": arrays["npy"], "cls": source.pictures[i].label, **arrays}
                 sums = sums + sum(channel_sums(to_float(array, plan.encoding.storage), plan.meta.kind)
                                   for array in arrays.values())
-        progress.tick(window.stop - shard.start)
+        progress.tick(start + len(window))
     tar = request.out / _name(number)
     if samples:
         write_tar(tar, samples)

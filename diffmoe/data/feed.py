@@ -16,10 +16,11 @@ from pathlib import Path
 from diffmoe.config import Config, DataConfig
 from diffmoe.data.cache import Cache
 from diffmoe.data.listing import printable, shorten
+from diffmoe.data.mixing import SHUFFLED_ORDER, completed, measure, mending, order_for
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import BadShard
 from diffmoe.data.share import Share
-from diffmoe.data.shards import load_index
+from diffmoe.data.shards import ShardIndex, load_index
 from diffmoe.data.stream import Batch, BatchStream
 from diffmoe.data.tar import replacing
 from diffmoe.errors import UserError
@@ -29,8 +30,9 @@ from diffmoe.parallel.groups import Group
 RECORD_NAME = "bad_shards.json"
 
 
-def open_reader(config: Config) -> ShardReader:
-    """The reader of a run's data. UserError when it is not there, or does not fit the model."""
+def open_reader(config: Config, before: DataConfig | None = None) -> ShardReader:
+    """The reader of a run's data; its streams and window are the configuration's, else those of the run `before`, else
+    chosen. UserError when the data are not there, or do not fit the model."""
     data, model = config.data, config.model
     if not data.shards:
         raise UserError("data.shards ('') must name a folder of shards with an index.json")
@@ -42,7 +44,8 @@ def open_reader(config: Config) -> ShardReader:
     if index.meta.classes != model.classes:
         raise UserError(f"data.shards ({data.shards}) has {index.meta.classes} classes; model.classes is "
                         f"{model.classes}{_difference(index.class_names, model.classes)}")
-    return ShardReader(index, seed=config.run.seed, batch=config.train.batch, streams=data.streams, window=data.window,
+    streams, window = _order_of(data, before, index, config.train.batch)
+    return ShardReader(index, seed=config.run.seed, batch=config.train.batch, streams=streams, window=window,
                        flip=data.flip, cache=cache_of(data))
 
 
@@ -52,6 +55,45 @@ def _difference(names: tuple[str, ...], classes: int) -> str:
         return f": surplus {'is' if len(names) == classes + 1 else 'are'} " + shorten(
             [f"{number} ({printable(name)})" for number, name in enumerate(names)][classes:], 4)
     return f": it has 0 ({printable(names[0])}) to {len(names) - 1} ({printable(names[-1])})" if names else ""
+
+
+def _order_of(data: DataConfig, before: DataConfig | None, index: ShardIndex, batch: int) -> tuple[int, int]:
+    """Streams and window: what is said, then what the run had, then what suits the data."""
+    if before is not None and before.streams is not None and before.window is not None:
+        rest = before.streams, before.window
+    elif data.streams is None and data.window is None:
+        rest = order_for(is_shuffled(index), len(index.shards), batch)
+    else:
+        rest = SHUFFLED_ORDER  # who names one of them means what the other always was
+    return data.streams or rest[0], data.window or rest[1]
+
+
+def is_shuffled(index: ShardIndex) -> bool:
+    """Whether the index says that its samples were written in a permutation."""
+    return index.encoding is not None and index.encoding.shuffled is not None
+
+
+def order_notice(reader: ShardReader, pool: int) -> tuple[str, bool]:
+    """What is to be said about the classes in this reader's order, and whether it is a warning: a pool of `pool`
+    samples holds fewer classes than a permutation's, or classes stay away for longer. Reads labels of some shards, as
+    far as that is cheap; ("", False) where nothing can be known, or the index says that the data are shuffled."""
+    index = reader.index
+    labels = [] if is_shuffled(index) else reader.labels_at_hand()
+    if all(found is None for found in labels):
+        return "", False
+    counts = [shard.count for shard in index.shards]
+    labels = completed(labels, counts, index.meta.classes)
+    found, permuted = measure(reader.order, labels, pool)
+    now = f"data.streams {reader.streams}, data.window {reader.window}"
+    text = (f"a pool of {pool} samples holds {found.classes:.1f} classes on average, a permutation's "
+            f"{permuted.classes:.1f}; a class is away for up to {found.absence:g} steps (median), in a permutation "
+            f"{permuted.absence:g} ({now})")
+    if found.like(permuted):
+        return text, False
+    streams, window = mending(counts, labels, batch=reader.batch, streams=reader.streams, window=reader.window,
+                              pool=pool)
+    mended = f"data.streams={streams} data.window={window}" if streams != reader.streams else f"data.window={window}"
+    return f"{index.where} is in class order: {text}; {mended} mends it, and so does encode, which shuffles", True
 
 
 def cache_of(data: DataConfig) -> Cache:

@@ -16,12 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from diffmoe.errors import UserError
-from diffmoe.random_streams import Use, philox
-
-
-def _permutation(use: Use, seed: int, first: int, second: int, size: int) -> np.ndarray:
-    # Sorting raw words rather than Generator.permutation: numpy promises Philox's words for good, its shuffle not.
-    return np.argsort(philox(use, seed, first, second).random_raw(size), kind="stable")
+from diffmoe.random_streams import Use, permutation
 
 
 class SampleOrder:
@@ -64,8 +59,31 @@ class SampleOrder:
         offset = position // self.batch * size + slot - first - int(before[stream])
         windows, _ = self._stream(epoch, stream)
         window = int(windows.searchsorted(offset, side="right")) - 1
-        shard, row = self._window_order(epoch, stream, window)[offset - windows[window]]
-        return int(shard), int(row)
+        order, pieces, starts = self._window_order(epoch, stream, window)
+        sample = order[offset - windows[window]]
+        piece = starts.searchsorted(sample, side="right") - 1
+        return int(pieces[piece, 0]), int(pieces[piece, 1] + sample - starts[piece])
+
+    def places(self, positions: np.ndarray) -> np.ndarray:
+        """[n, 2]: `locate` of many positions (int64 [n]) at once, as fast as one draws the orders that they need."""
+        found = np.empty((len(positions), 2), np.int64)
+        epochs, slots = positions // self._total, positions % self.batch
+        streams = np.searchsorted(self._first_slot, slots, side="right") - 1
+        runs = epochs * self.streams + streams
+        by_run = np.argsort(runs, kind="stable")
+        for mine in np.split(by_run, np.flatnonzero(np.diff(runs[by_run])) + 1):
+            epoch, stream = int(epochs[mine[0]]), int(streams[mine[0]])
+            before = self._first_slot[stream] + self._shard_order(epoch)[3][stream]
+            offsets = positions[mine] // self.batch * self._slots[stream] + slots[mine] - before
+            windows, _ = self._stream(epoch, stream)
+            numbers = np.searchsorted(windows, offsets, side="right") - 1
+            for window in np.unique(numbers).tolist():
+                order, pieces, starts = self._window_order(epoch, stream, window)
+                here = numbers == window
+                samples = order[offsets[here] - windows[window]]
+                piece = np.searchsorted(starts, samples, side="right") - 1
+                found[mine[here]] = np.stack([pieces[piece, 0], pieces[piece, 1] + samples - starts[piece]], 1)
+        return found
 
     def streams_of(self, positions: Sequence[int]) -> int:
         """How many streams these positions belong to."""
@@ -78,7 +96,7 @@ class SampleOrder:
     def _draw_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Shards in order; where each begins among the epoch's samples; where each stream's run begins there; positions that
         each stream had before the epoch."""
-        order = _permutation(Use.SHARD_ORDER, self._seed, epoch, 0, len(self.counts))
+        order = permutation(Use.SHARD_ORDER, self._seed, epoch, 0, len(self.counts))
         starts = np.concatenate([[0], np.cumsum(self.counts[order])])
         before = self._positions_before(epoch * self._total)
         runs = np.concatenate([[0], np.cumsum(self._positions_before((epoch + 1) * self._total) - before)])
@@ -96,9 +114,10 @@ class SampleOrder:
         lengths = np.concatenate([[0], np.cumsum(pieces[:, 2] - pieces[:, 1])])
         return lengths[:-1][:: self.window], pieces
 
-    def _draw_window_order(self, epoch: int, stream: int, window: int) -> np.ndarray:
+    def _draw_window_order(self, epoch: int, stream: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The window's samples in order, numbered over its pieces laid end to end (int32, since all
+        windows together may be the whole data set); these pieces; and where each begins there."""
         pieces = self._stream(epoch, stream)[1][window * self.window : (window + 1) * self.window]
-        shards = np.repeat(pieces[:, 0], pieces[:, 2] - pieces[:, 1])
-        rows = np.concatenate([np.arange(first, last) for _, first, last in pieces])
-        order = _permutation(Use.WINDOW_ORDER, self._seed, epoch, stream << 32 | window, len(rows))
-        return np.stack([shards, rows], axis=1)[order]
+        ends = np.cumsum(pieces[:, 2] - pieces[:, 1])
+        order = permutation(Use.WINDOW_ORDER, self._seed, epoch, stream << 32 | window, int(ends[-1]))
+        return order.astype(np.int32), pieces, np.concatenate([[0], ends[:-1]])

@@ -17,7 +17,7 @@ import numpy as np
 
 from diffmoe.data.cache import Cache
 from diffmoe.data.order import SampleOrder
-from diffmoe.data.rows import BadShard, OpenShard
+from diffmoe.data.rows import BadShard, OpenShard, has_table
 from diffmoe.data.shards import ShardIndex
 from diffmoe.data.sources import again
 from diffmoe.data.tar import ShardFile, sha256
@@ -28,6 +28,8 @@ from diffmoe.random_streams import Use, Words, philox
 _SETTINGS = ("seed", "batch", "streams", "window", "flip", "cache", "excluded")
 _FETCHES = 8  # at the same time
 _OTHER_FILES = 256  # what else a training process has open
+# Shards whose labels are looked at: by their tables, by their headers, by fetching them.
+_TABLES, _SCANS, _FEW_REMOTE = 256, 16, 8
 
 
 class ShardReader:
@@ -60,7 +62,8 @@ class ShardReader:
         self._excluded = {numbers[name]: step for name, step in self.excluded.items() if name in numbers}
         if len(self._excluded) == len(index.shards):
             raise UserError(f"every shard of {index.where} is bad: {', '.join(sorted(self.excluded)[:3])}, …")
-        self._order = SampleOrder([shard.count for shard in index.shards], seed=seed, batch=batch, streams=streams, window=window)
+        self.order = SampleOrder([shard.count for shard in index.shards], seed=seed, batch=batch, streams=streams,
+                                 window=window)
         self._capacity = 0
         self._failed: dict[int, Exception] = {}  # of shards that were opened before their row's turn
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
@@ -78,14 +81,14 @@ class ShardReader:
 
     def locate(self, position: int) -> tuple[int, int]:
         """Shard number and row in it of a position, after exclusions."""
-        number, row = self._order.locate(position)
+        number, row = self.order.locate(position)
         if self._excluded and self._excluded.get(number, 2**63) <= position // self.batch:
             return self._substitute(position)
         return number, row
 
     def _substitute(self, position: int) -> tuple[int, int]:
         """Some sample of a shard that is good at this position."""
-        counts = self._order.counts.copy()
+        counts = self.order.counts.copy()
         counts[[number for number, step in self._excluded.items() if step <= position // self.batch]] = 0
         ends = np.cumsum(counts)
         draw = int(philox(Use.SUBSTITUTE, self.seed, position).random_raw()) % int(ends[-1])
@@ -136,7 +139,7 @@ class ShardReader:
 
     def _files_of(self, positions: Sequence[int]) -> int:
         """What the windows of these positions' streams hold, and one each where a window ends and the next begins."""
-        return min(self._order.streams_of(positions) * (self.window + 1), len(self.index.shards))
+        return min(self.order.streams_of(positions) * (self.window + 1), len(self.index.shards))
 
     def allow_open_files(self, positions: Sequence[int]) -> None:
         """Raises this process's soft limit of open files where it is in the way of reading such positions of every step.
@@ -144,7 +147,7 @@ class ShardReader:
         Raises:
             UserError: the hard limit is.
         """
-        count, streams = self._files_of(positions), max(1, self._order.streams_of(positions))
+        count, streams = self._files_of(positions), max(1, self.order.streams_of(positions))
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed = count + _OTHER_FILES
         if soft == resource.RLIM_INFINITY or soft >= needed:
@@ -152,7 +155,7 @@ class ShardReader:
         if hard != resource.RLIM_INFINITY and hard < needed:
             window, fewer = max(0, hard - _OTHER_FILES) // streams - 1, max(0, hard - _OTHER_FILES) // (self.window + 1)
             instead = (f", or set data.window to at most {window}" if window >= 1 else
-                       f", or set data.streams to at most {self._order.streams * fewer // streams}" if fewer >= 1 else "")
+                       f", or set data.streams to at most {self.order.streams * fewer // streams}" if fewer >= 1 else "")
             raise UserError(f"data.streams ({self.streams}, {streams} of them read by one process) x data.window ({self.window}) need "
                             f"{count} open files and {_OTHER_FILES} for the rest; this system allows {hard} (ulimit -Hn): raise that "
                             f"limit{instead}")
@@ -213,6 +216,45 @@ class ShardReader:
         except BaseException:
             os.close(descriptor)
             raise
+
+    def labels_at_hand(self) -> list[np.ndarray | None]:
+        """Every shard's labels, as far as they are cheap to have: of at most 256 shards, all over the data set; of 16
+        where they have no tables of rows; of a remote data set only those that are in the cache, or all where they are
+        few. None: unknown."""
+        numbers = range(len(self.index.shards))
+        if self.index.place and len(numbers) > _FEW_REMOTE:
+            numbers = [n for n in numbers if self.cache.has(self.index.shards[n])]
+        found: list[np.ndarray | None] = [None] * len(self.index.shards)
+        if not numbers:
+            return found
+        most = _TABLES if self.index.meta.members.ours and self._has_table(numbers[0]) else _SCANS
+        some = [numbers[i * len(numbers) // most] for i in range(most)] if len(numbers) > most else numbers
+        with ThreadPoolExecutor(_FETCHES, thread_name_prefix="labels") as pool:
+            for number, labels in zip(some, pool.map(self._labels, some)):
+                found[number] = labels
+        return found
+
+    def _has_table(self, number: int) -> bool:
+        try:
+            descriptor = self.descriptor(self.index.shards[number])
+        except BadShard:
+            return False
+        try:
+            return has_table(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _labels(self, number: int) -> np.ndarray | None:
+        """A shard's labels; None where it is bad, which is said when its rows are read."""
+        file = self.index.shards[number]
+        try:
+            descriptor = self.descriptor(file)
+            try:
+                return self.index.opened(descriptor, file, flipped=False).table.labels
+            finally:
+                os.close(descriptor)
+        except BadShard:
+            return None
 
     def descriptor(self, file: ShardFile) -> int:
         """An open descriptor of a shard's tar, which the caller closes. BadShard where it cannot be had."""

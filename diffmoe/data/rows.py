@@ -137,8 +137,13 @@ def unpack_table(payload: bytes, count: int | None, classes: int, kinds: int, fi
     bad = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(bad):
         raise UserError(f"row {bad[0]}: {_wrong_label(packed['label'][bad[0]], classes, first_class)}")
-    return RowTable(labels, packed["offset"].astype(np.int64), packed["size"].astype(np.int64),
-                    packed["crc"].copy())
+    # A reader may hold a thousand tables: as small as they can be, and without kinds that nobody asked for.
+    offsets, sizes = (packed[name][:, :kinds].astype(np.int64) for name in ("offset", "size"))
+    if len(offsets) and offsets.min() >= 0 and sizes.min() >= 0 and (offsets + BLOCK + sizes).max() < 2**31:
+        offsets, sizes = offsets.astype(np.int32), sizes.astype(np.int32)
+    if (sizes == sizes[:1]).all():
+        sizes = np.broadcast_to(sizes[:1].copy(), sizes.shape)
+    return RowTable(labels.astype(np.int32), offsets, sizes, packed["crc"][:, :kinds].copy())
 
 
 def _wrong_label(label: int, classes: int, first_class: int) -> str:
@@ -281,6 +286,11 @@ def _npz_arrays(payload: bytes, names: list[str]) -> list[np.ndarray]:
         raise UserError(f"not an npz that can be read: {error}") from error
 
 
+def has_table(descriptor: int) -> bool:
+    """Whether the open tar begins with a table of its rows."""
+    return os.pread(descriptor, len(ROWS_NAME) + 1, 0) == ROWS_NAME.encode() + b"\0"
+
+
 class OpenShard:
     """An open shard file of which rows are read by number; `ShardIndex.opened` gives one of a data set.
 
@@ -319,11 +329,10 @@ class OpenShard:
 
     def _read_table(self, count: int | None, classes: int) -> tuple[RowTable | None, str]:
         """The table (None: no `__rows__` here, or a damaged one) and what is wrong with it."""
-        head = os.pread(self._descriptor, BLOCK, 0)
-        if not head.startswith(ROWS_NAME.encode() + b"\0"):
+        if not has_table(self._descriptor):
             return None, ""
         try:
-            size = int(head[124:135], 8)
+            size = int(os.pread(self._descriptor, BLOCK, 0)[124:135], 8)
             packed = os.pread(self._descriptor, min(size, 1 << 28), BLOCK)
             return unpack_table(packed, count, classes, len(self._places), self._members.first_class), ""
         except (ValueError, KeyError, IndexError, TypeError) as error:

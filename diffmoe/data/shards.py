@@ -78,7 +78,8 @@ class Encoding:
     `vae` "" means pixels (`precision` "", `batch` 0). `images` counts the unusable ones in `skipped` (by address) as well.
     `channel_mean`, `channel_std`: of latents sampled from the moments (both mirror images), before shift and scale; of
     pixels as stored. `left_out` says what of the source was not taken, a line a reason; `source_stamps` are those of
-    `listing.file_stamps` (none in older data sets).
+    `listing.file_stamps` (none in older data sets). `shuffled`: seed of the permutation of the source in which samples
+    were written (None: in its order).
     """
 
     source_sha256: str
@@ -97,6 +98,7 @@ class Encoding:
     storage: str = "float16"
     left_out: tuple[str, ...] = ()
     source_stamps: tuple[str, ...] = ()
+    shuffled: int | None = None
 
 
 @dataclass(frozen=True)

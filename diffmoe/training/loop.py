@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Sequence
 
@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from diffmoe.config import Config, config_to_tree
-from diffmoe.data.feed import Feed, open_reader
+from diffmoe.data.feed import Feed, open_reader, order_notice
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share, allow_open_files
 from diffmoe.data.stream import Batch
@@ -113,21 +113,32 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 
     folder = Path(config.run.folder)
     newest = newest_usable(folder / "checkpoints", groups, say_passed_over)
-    reader, problem, accepted, left_out = None, None, [], []
+    reader, problem, accepted, left_out, order = None, None, [], [], ""
     try:
-        reader = open_reader(config)
+        reader = open_reader(config, None if newest is None else newest.config().data)
         allow_open_files(reader, _share(layout, groups.rank), config.data.workers)
+        chosen = replace(config, data=replace(config.data, streams=reader.streams, window=reader.window))
+        if chosen != config:
+            kept = newest is not None and newest.config().data.window is not None
+            order = (f"order    data.streams {reader.streams}, data.window {reader.window}, "
+                     + (f"as {newest.path.name} has them" if kept else "chosen for these data"))
+        config = chosen
         if config.train.compile:
             check_compiler(device)
         if newest is not None:  # before anything of an earlier run is overwritten
             accepted = check_resumable(newest, config, layout, reader.index.fingerprint)
         if groups.rank == 0:
+            notice, unmixed = order_notice(reader, layout.pool if layout.pool > 1 else layout.batch)
+            if unmixed:
+                order += f"{chr(10) * bool(order)}warning: {notice}" + " (in another run.folder)" * (newest is not None)
             left_out = read_left_out(folder)
             accepted += engine_changes(folder, merge_deepspeed(deepspeed_tree, config, layout)) if newest is not None else []
             _write_resolved(config, layout, deepspeed_tree)
     except (UserError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
+    if order:
+        say(order)
     scorer = open_scorer(config, reader.index, groups.world, device) if config.train.score_every else None
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups, recompute=config.parallel.recompute,
                 time_scale=config.diffusion.time_scale)

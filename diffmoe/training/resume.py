@@ -15,6 +15,8 @@ from diffmoe.layout import Layout
 # What may not change: the model, the data and their order, the noise.  Whole sections, then single fields.
 _MEANING_SECTIONS = ("model", "moe", "diffusion")
 _MEANING_FIELDS = ("run.seed", "train.batch", "data.streams", "data.window", "data.flip")
+# Chosen at the first start where they are null (imported weights, which no run has read data for).
+_CHOSEN = ("data.streams", "data.window")
 # Resolved to numbers (moe.pool, micro-batches) or about this place only.
 _NO_CHANGE = ("moe.pool", "run.folder")
 _LEFT_OUT = "left_out.json"
@@ -25,7 +27,7 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     old, new = _flat(config_to_tree(before)), _flat(config_to_tree(now))
     broken, accepted = [], []
     for name in new:
-        if old[name] != new[name] and name not in _NO_CHANGE:
+        if old[name] != new[name] and name not in _NO_CHANGE and not (name in _CHOSEN and old[name] is None):
             breaks = name in _MEANING_FIELDS or name.partition(".")[0] in _MEANING_SECTIONS
             (broken if breaks else accepted).append(f"{name}: {old[name]} -> {new[name]}")
     return broken, accepted
