@@ -10,7 +10,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from diffmoe.config import Config, override
+from diffmoe.config import Config, check_guidance, override
 from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 
@@ -39,19 +39,26 @@ def one_process(verb: str, environment: RankEnvironment) -> None:
         raise UserError(f"{verb} runs in one process; WORLD_SIZE is {environment.world}")
 
 
+def add_fp32_precision(parser: argparse.ArgumentParser) -> None:
+    """``--fp32-precision``, in place of the checkpoint's ``run.fp32_precision``."""
+    parser.add_argument("--fp32-precision", choices=("ieee", "tf32"), help="of a GPU's fp32 matmuls (default: that of the run)")
+
+
 def add_latent_options(parser: argparse.ArgumentParser) -> None:
     """What ``--vae`` takes out of latents."""
     for name in ("--latent-scale", "--latent-shift"):
         parser.add_argument(name, type=float, help="(default: the training data's, else the VAE's own)")
 
 
-def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) -> torch.device:
-    """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device.  ``timeout``: of a collective."""
+def join(environment: RankEnvironment, fp32_precision: str, timeout: datetime.timedelta = _PATIENCE) -> torch.device:
+    """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device.  ``fp32_precision``: ``ieee`` or ``tf32``, for
+    all that this process computes.  ``timeout``: of a collective."""
     import torch
     import torch.distributed as dist
 
-    from diffmoe.device import backend, check_own_gpu, local_device
+    from diffmoe.device import backend, check_own_gpu, local_device, set_fp32_precision
 
+    set_fp32_precision(fp32_precision)
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one node share its cores; torch would give every one of them all.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment.local_world))
@@ -90,13 +97,16 @@ def leave() -> None:
 
 
 def sampling_config(config: Config, options: argparse.Namespace) -> Config:
-    """The run's configuration with what the command line says; only the ``sample`` section may be overridden."""
+    """The run's configuration with what the command line says; only the ``sample`` section may be overridden.  UserError also for
+    guidance that the run's training does not allow."""
     strangers = [text for text in options.overrides if not text.startswith("sample.")]
     if strangers:
         raise UserError(f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change")
-    said = {"sample.cfg": options.cfg, "run.seed": options.seed,
+    said = {"sample.cfg": options.cfg, "run.seed": options.seed, "run.fp32_precision": options.fp32_precision,
             "sample.capacity": getattr(options, "capacity", None)}  # not every verb that samples has the last
-    return override(config, options.overrides + [f"{name}={value}" for name, value in said.items() if value is not None])
+    config = override(config, options.overrides + [f"{name}={value}" for name, value in said.items() if value is not None])
+    check_guidance(config)
+    return config
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:

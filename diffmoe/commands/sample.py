@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from diffmoe.commands.common import Parser, add_latent_options, join, leave, sampling_config, whole_model
+from diffmoe.commands.common import Parser, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model
 from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 
@@ -23,6 +23,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--weights", default="ema", help="ema (the first of train.ema), ema:0.999 (by its decay) or raw")
     parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
     add_latent_options(parser)
+    add_fp32_precision(parser)
     parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
     parser.add_argument("--report", action="store_true",
                         help="also write the capacity used, by layer, time and class: OUT.capacity.json, .md and .png")
@@ -45,7 +46,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     if total < 1:
         raise UserError(f"--count ({total}) must be at least 1")
     labels = [classes[i % len(classes)] for i in range(total)]
-    device = join(environment)
+    device = join(environment, config.run.fp32_precision)
     groups = build_groups(1, 1)  # every rank holds the whole model
     out = Path(options.out.removesuffix(".npz").removesuffix(".png"))
     npz, png = Path(f"{out}.npz"), Path(f"{out}.png")  # with_suffix would cut cfg1.5 to cfg1

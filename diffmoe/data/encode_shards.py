@@ -155,9 +155,7 @@ def encode(request: Request, group: Group, device: torch.device, report: Callabl
 def _load_vae(request: Request, device: torch.device) -> Vae | None:
     if request.vae is None:
         return None
-    # fp32 is to mean fp32, and the same picture to give the same bits every time.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic = True  # the same picture gives the same bits every time
     if device.type == "cpu":
         torch.set_num_threads(1)  # sums depend on the number of threads: more cores, more ranks
     vae = load_vae(request.vae, device=device, dtype=torch.bfloat16 if request.precision == "bf16" else torch.float32)
@@ -177,7 +175,7 @@ def _plan(request: Request, source: Source, vae: Vae | None) -> Plan:
     made_by = ("", "", "", 0) if vae is None else (vae.name, vae.sha256, request.precision, request.batch)
     return Plan(meta, Encoding(source.sha256, len(source.pictures), request.image_size, request.channels, *made_by,
                                request.samples_per_shard, source.class_names,
-                               storage="uint8" if vae is None else request.storage))
+                               storage="uint8" if vae is None else request.storage, fp32_precision=request.fp32_precision))
 
 
 def _open_folder(folder: Path, plan: Plan) -> dict[int, ShardRecord] | None:

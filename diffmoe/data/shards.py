@@ -74,6 +74,7 @@ class Encoding:
     channel_std: tuple[float, ...] = ()
     skipped: tuple[str, ...] = ()
     storage: str = "float16"
+    fp32_precision: str = "ieee"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Sequence
 import torch
 import yaml
 
-from diffmoe.config import Config, config_to_tree
+from diffmoe.config import Config, check_guidance, config_to_tree
 from diffmoe.data.feed import Feed, open_reader
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share
@@ -314,7 +314,12 @@ def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> Non
 
 
 def _sample(run: Run) -> None:
-    """A grid from the EMA weights, classes in turn; every rank makes its share."""
+    """A grid from the EMA weights, classes in turn; every rank makes its share.  The last one may be asked for by nobody: what
+    cannot be drawn is said."""
+    try:
+        check_guidance(run.config)
+    except UserError as error:
+        return _event(run, "not sampled", f"no pictures: {error}")
     run.groups.trace.enter("sampling")
     columns, classes = run.config.sample.columns, run.config.model.classes
     labels = [i % classes for i in range(columns * min(classes, columns))]

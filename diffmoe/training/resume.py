@@ -15,6 +15,8 @@ from diffmoe.layout import Layout
 # What may not change: the model, the data and their order, the noise.  Whole sections, then single fields.
 _MEANING_SECTIONS = ("model", "moe", "diffusion")
 _MEANING_FIELDS = ("run.seed", "train.batch", "data.streams", "data.window", "data.flip")
+# What only a fresh model asks for.
+_START_FIELDS = ("moe.router_start",)
 # Resolved to numbers (moe.pool, micro-batches) or about this place only.
 _NO_CHANGE = ("moe.pool", "run.folder")
 _LEFT_OUT = "left_out.json"
@@ -26,7 +28,7 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     broken, accepted = [], []
     for name in new:
         if old[name] != new[name] and name not in _NO_CHANGE:
-            breaks = name in _MEANING_FIELDS or name.partition(".")[0] in _MEANING_SECTIONS
+            breaks = name in _MEANING_FIELDS or (name.partition(".")[0] in _MEANING_SECTIONS and name not in _START_FIELDS)
             (broken if breaks else accepted).append(f"{name}: {old[name]} -> {new[name]}")
     return broken, accepted
 
