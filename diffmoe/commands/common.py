@@ -50,15 +50,13 @@ def add_latent_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=float, help="(default: the training data's, else the VAE's own)")
 
 
-def join(environment: RankEnvironment, fp32_precision: str, timeout: datetime.timedelta = _PATIENCE) -> torch.device:
-    """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device.  ``fp32_precision``: ``ieee`` or ``tf32``, for
-    all that this process computes.  ``timeout``: of a collective."""
+def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) -> torch.device:
+    """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device.  ``timeout``: of a collective."""
     import torch
     import torch.distributed as dist
 
-    from diffmoe.device import backend, check_own_gpu, local_device, set_fp32_precision
+    from diffmoe.device import backend, check_own_gpu, local_device
 
-    set_fp32_precision(fp32_precision)
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one node share its cores; torch would give every one of them all.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment.local_world))

@@ -39,7 +39,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.data.encode_shards import encode
     from diffmoe.parallel.groups import build_groups
 
-    device = join(environment, request.fp32_precision, _PATIENCE)
+    device = join(environment, _PATIENCE)
     began = time.monotonic()
     say = (lambda line: print(line, flush=True)) if environment.rank == 0 else (lambda line: None)
     index = encode(request, build_groups(1, 1).world, device, say)

@@ -28,7 +28,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     checkpoint = Checkpoint(Path(options.checkpoint))
     config = sampling_config(checkpoint.config(), options)
     first = environment.rank == 0
-    device = join(environment, config.run.fp32_precision)
+    device = join(environment)
     world = build_groups(1, 1).world  # every rank holds the whole model
     decoder = None
     problem: Exception | None = None

@@ -32,6 +32,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     import numpy as np
 
     from diffmoe.checkpoints.reader import Checkpoint
+    from diffmoe.device import set_fp32_precision
     from diffmoe.evaluation.capacity_report import CapacityMeter, write_report
     from diffmoe.evaluation.decoding import Decoder, checkpoint_data, open_decoder
     from diffmoe.evaluation.generate import check_dial, generate_everywhere, threshold_note
@@ -46,7 +47,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     if total < 1:
         raise UserError(f"--count ({total}) must be at least 1")
     labels = [classes[i % len(classes)] for i in range(total)]
-    device = join(environment, config.run.fp32_precision)
+    device = join(environment)
     groups = build_groups(1, 1)  # every rank holds the whole model
     out = Path(options.out.removesuffix(".npz").removesuffix(".png"))
     npz, png = Path(f"{out}.npz"), Path(f"{out}.png")  # with_suffix would cut cfg1.5 to cfg1
@@ -65,6 +66,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     raise_together(problem, groups.world)
     if environment.rank == 0 and (note := threshold_note(model, config.sample)):
         print(note, flush=True)
+    set_fp32_precision(config.run.fp32_precision)
     model.to(device).eval()
     decode = None if decoder is None else lambda latents: decoder.function(latents).float() / 127.5 - 1
     images = generate_everywhere(model, config, labels, groups.world, device, progress=environment.rank == 0,

@@ -57,7 +57,7 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     # The watchdog is quicker; without it this is what ends a hang.
     patience = datetime.timedelta(seconds=watchdog.START_FACTOR * config.run.timeout_s or 1800)
     watchdog.record_collectives()
-    device = join(environment, config.run.fp32_precision, patience)
+    device = join(environment, patience)
     loop.train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks, patience), device, asked,
                environment.local_world)
     leave()

@@ -30,6 +30,7 @@ from diffmoe.data.shards import INDEX_NAME, Encoding, ShardIndex, ShardMeta, fro
 from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
 from diffmoe.data.values import channel_sums, mean_and_std, to_float
 from diffmoe.data.vae import Vae, encode_moments, load_vae
+from diffmoe.device import set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_together
 from diffmoe.parallel.groups import Group
@@ -155,6 +156,7 @@ def encode(request: Request, group: Group, device: torch.device, report: Callabl
 def _load_vae(request: Request, device: torch.device) -> Vae | None:
     if request.vae is None:
         return None
+    set_fp32_precision(request.fp32_precision)
     torch.backends.cudnn.deterministic = True  # the same picture gives the same bits every time
     if device.type == "cpu":
         torch.set_num_threads(1)  # sums depend on the number of threads: more cores, more ranks

@@ -25,6 +25,7 @@ import torch
 
 from diffmoe.config import Config
 from diffmoe.data.tar import replacing
+from diffmoe.device import set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import JSON_NAME, Card, Scores, card_from_json, hardware, versions, write_card
 from diffmoe.evaluation.decoding import Decoder
@@ -73,6 +74,7 @@ def evaluate(model: DiT, config: Config, subject: Subject, count: int, labels: L
             another width.
     """
     start = time.monotonic()
+    set_fp32_precision(config.run.fp32_precision)
     splits = max(1, count // SPLIT_SIZE) if splits is None else splits
     settings = _settings(model, config, subject, count, labels, reference, extractor, decoder, splits, keep_samples)
     problem: Exception | None = None

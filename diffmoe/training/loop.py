@@ -17,6 +17,7 @@ from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share
 from diffmoe.data.stream import Batch
 from diffmoe.deepspeed_json import merge_deepspeed
+from diffmoe.device import set_fp32_precision
 from diffmoe.diffusion.randomness import StepDraws
 from diffmoe.errors import UserError
 from diffmoe.evaluation.generate import generate_everywhere
@@ -105,6 +106,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     def say(text: str) -> None:
         _say(groups, text)
 
+    set_fp32_precision(config.run.fp32_precision)
     passed_over: list[str] = []
 
     def say_passed_over(text: str) -> None:
