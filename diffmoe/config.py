@@ -21,8 +21,8 @@ from diffmoe.strict_yaml import build, merge, read_yaml, tree_of_overrides
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives and what all its randomness comes from.  ``timeout_s``: a rank that makes no progress for so long
-    ends the job, with a report (three times as long until the first step is done; 0: nobody looks).  ``fp32_precision``: what a
-    GPU may do with fp32 matmuls and convolutions, in training and in all that is made of the run: ``ieee`` or ``tf32``."""
+    ends the job, with a report (three times as long until the first step is done; 0: nobody looks).  ``fp32_precision``:
+    what a GPU may do with fp32 matmuls and convolutions, in training and in all that is made of the run: ``ieee``, ``tf32``."""
 
     folder: str = "runs/default"
     seed: int = 0
@@ -294,8 +294,8 @@ def validate(config: Config) -> None:
 def check_guidance(config: Config) -> None:
     """Raises UserError for guidance by a null class that this configuration never trains."""
     _need(config.train.label_drop > 0 or config.sample.cfg == 1,
-          f"sample.cfg ({config.sample.cfg}) must be 1 where train.label_drop (0) never trains the null class that guidance needs: "
-          "say sample.cfg=1 (--cfg 1)")
+          f"sample.cfg ({config.sample.cfg}) must be 1 where train.label_drop (0) never trains the null class that guidance "
+          "needs: say sample.cfg=1 (--cfg 1)")
 
 
 def _need(good: bool, message: str) -> None:
@@ -361,8 +361,8 @@ def _validate_diffusion(config: Config) -> None:
               + ", whose experts take as many tokens always" * (config.model.family == "ec"))
         for name in ("gamma", "capacity"):
             _need(getattr(sample, name) is None,
-                  f"sample.{name} ({getattr(sample, name)}) must be null for sample.routing (static), which has no thresholds and "
-                  f"takes moe.capacity ({config.moe.capacity})")
+                  f"sample.{name} ({getattr(sample, name)}) must be null for sample.routing (static), which has no thresholds "
+                  f"and takes moe.capacity ({config.moe.capacity})")
     if sample.capacity is not None:
         _need(config.model.family == "diffmoe",
               f"sample.capacity ({sample.capacity}) needs a capacity predictor, which model.family ({config.model.family}) "

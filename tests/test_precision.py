@@ -49,7 +49,7 @@ PRECISIONS = ("ieee", "tf32")
 def allowed() -> tuple[str, str]:
     """What CUDA's matmuls and convolutions may do, by torch's newer names."""
     conv = torch.backends.cudnn.conv.fp32_precision
-    return torch.backends.cuda.matmul.fp32_precision, "ieee" if conv == "none" else conv  # none: as torch's default, ieee
+    return torch.backends.cuda.matmul.fp32_precision, "ieee" if conv == "none" else conv
 
 
 def other(precision: str) -> str:
@@ -133,7 +133,8 @@ def test_training_and_its_own_sampling_and_scores(monkeypatch, precision):
 def test_sample_takes_the_runs_or_what_is_said(alone, monkeypatch, tmp_path, precision, said):
     run_config(monkeypatch, other(precision) if said else precision)
     more = ["--fp32-precision", precision] if said else []
-    assert sample_command.main(["--checkpoint", str(trained()[0]), "--count", "1", "--out", str(tmp_path / "s"), *more], detect()) == 0
+    arguments = ["--checkpoint", str(trained()[0]), "--count", "1", "--out", str(tmp_path / "s"), *more]
+    assert sample_command.main(arguments, detect()) == 0
     assert allowed() == (precision, precision)
 
 
@@ -152,8 +153,8 @@ def test_evaluate_takes_the_runs_or_what_is_said_and_the_card_has_it(alone, monk
 def test_profile_and_bench(alone, monkeypatch, precision):
     monkeypatch.setattr("diffmoe.parallel.groups.build_groups", stop)
     with pytest.raises(Started):
-        profile_command.main(["--config", str(tiny_config()), "--synthetic", "parallel.ep=1", f"run.fp32_precision={precision}"],
-                             detect())
+        profile_command.main(["--config", str(tiny_config()), "--synthetic", "parallel.ep=1",
+                              f"run.fp32_precision={precision}"], detect())
     assert allowed() == (precision, precision)
     set_fp32_precision(other(precision))
     sized_config(bench_parser("step", "").parse_args(["--set", f"run.fp32_precision={precision}"]))
@@ -246,7 +247,8 @@ def test_what_a_resume_may_change_is_shown(change):
 
 def test_a_dry_run_says_it(capsys):
     for precision in PRECISIONS:
-        assert train_command.main([*tiny("unused", "--dry-run", "parallel.ep=1", f"run.fp32_precision={precision}")], detect()) == 0
+        arguments = tiny("unused", "--dry-run", "parallel.ep=1", f"run.fp32_precision={precision}")
+        assert train_command.main(arguments, detect()) == 0
         assert f"engine   ZeRO 1, fp32 ({precision}), recompute none" in capsys.readouterr().out
 
 
@@ -300,7 +302,8 @@ def test_bf16_tells_neighbouring_times_apart_as_fp32_does(width, scale, step):
     assert narrow.dtype == torch.float64 and as_dtype(exact, torch.bfloat16)(t).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(("dtype", "wide"), [
+    (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
 def test_the_condition_is_rounded_once(dtype, wide):
     """The sum with the label's embedding is wide too; blocks get it in the model's precision."""
     config = load_config(tiny_config(), ["parallel.ep=1"])
@@ -327,7 +330,8 @@ def test_names_of_parameters_stay():
 
 @pytest.mark.parametrize(("family", "start"), [("tc", "uniform"), ("diffmoe", "uniform"), ("tc", "normal"), ("diffmoe", "normal")])
 def test_router_start(family, start):
-    config = load_config(tiny_config(), [f"model.family={family}", f"moe.router_start={start}", "model.width=256", "moe.experts=32"])
+    config = load_config(tiny_config(), [f"model.family={family}", f"moe.router_start={start}", "model.width=256",
+                                         "moe.experts=32"])
     model = DiT(config.model, config.moe, pool=1)
     initialize(model, 0)
     default = DiT(config.model, dataclasses.replace(config.moe, router_start="normal"), pool=1)
@@ -364,8 +368,8 @@ def test_guidance_by_a_null_class_without_training_is_refused(command, monkeypat
     whole_model(Checkpoint(trained()[0]), Checkpoint(trained()[0]).config(), "ema")  # it loads
 
 
-@pytest.mark.parametrize("asked", [["train.sample_every=4"], ["train.score_every=4", "score.reference=r", "score.extractor=digits"]],
-                         ids=["pictures", "scores"])
+@pytest.mark.parametrize("asked", [
+    ["train.sample_every=4"], ["train.score_every=4", "score.reference=r", "score.extractor=digits"]], ids=["pictures", "scores"])
 def test_training_refuses_before_its_first_step(asked):
     arguments = tiny("unused", "--dry-run", "parallel.ep=1", "train.label_drop=0", *asked)
     with pytest.raises(UserError, match=GUIDED):

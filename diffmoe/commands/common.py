@@ -41,7 +41,8 @@ def one_process(verb: str, environment: RankEnvironment) -> None:
 
 def add_fp32_precision(parser: argparse.ArgumentParser) -> None:
     """``--fp32-precision``, in place of the checkpoint's ``run.fp32_precision``."""
-    parser.add_argument("--fp32-precision", choices=("ieee", "tf32"), help="of a GPU's fp32 matmuls (default: that of the run)")
+    parser.add_argument("--fp32-precision", choices=("ieee", "tf32"),
+                        help="of a GPU's fp32 matmuls (default: that of the run)")
 
 
 def add_latent_options(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +96,8 @@ def leave() -> None:
 
 
 def sampling_config(config: Config, options: argparse.Namespace) -> Config:
-    """The run's configuration with what the command line says; only the ``sample`` section may be overridden.  UserError also for
-    guidance that the run's training does not allow."""
+    """The run's configuration with what the command line says; only the ``sample`` section may be overridden.  UserError
+    also for guidance that the run's training does not allow."""
     strangers = [text for text in options.overrides if not text.startswith("sample.")]
     if strangers:
         raise UserError(f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from diffmoe.commands.common import Parser, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model
+from diffmoe.commands.common import (
+    Parser, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
+)
 from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 

@@ -142,8 +142,8 @@ def logical_tensors(model: DiT) -> list[LogicalTensor]:
 def initialize(model: DiT, seed: int) -> None:
     """DiT's initialisation, each tensor (and each expert) from its own logical name: the same in any layout.
 
-    Linears Xavier uniform with zero bias, embeddings N(0, 0.02), gates as ``moe.router_start`` says, adaLN and output layers
-    zero."""
+    Linears Xavier uniform with zero bias, embeddings N(0, 0.02), gates as ``moe.router_start`` says, adaLN and output
+    layers zero."""
     for tensor in logical_tensors(model):
         for name, value in tensor.pieces(tensor.parameter.data):
             _initialize_tensor(name, value, seed, model.moe.router_start)

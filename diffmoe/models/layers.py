@@ -71,7 +71,8 @@ class TimestepEmbedding(nn.Module):
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
         angles = t[:, None] * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(torch.promote_types(self.mlp[0].weight.dtype, t.dtype)))
+        wide = torch.promote_types(self.mlp[0].weight.dtype, t.dtype)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(wide))
 
 
 class LabelEmbedding(nn.Module):
