@@ -37,9 +37,9 @@ def local_device(local_rank: int, local_world: int) -> torch.device:
 
 
 def set_fp32_precision(precision: str) -> None:
-    """What this process's GPU does from now on with fp32 matmuls and convolutions: ``ieee`` or ``tf32``.  CPUs never differ."""
-    # Not the newer torch.backends.*.fp32_precision = …, which sets the same state: after it torch (2.13) refuses whoever
-    # reads allow_tf32 or get_float32_matmul_precision, as Inductor, Dynamo and torch.backends.cudnn.flags do.
+    """What this process's GPU does from now on with fp32 matmuls and convolutions: ``ieee`` or ``tf32``."""
+    # Not the newer torch.backends.*.fp32_precision = …, which sets the same state: after it torch (2.13) refuses
+    # whoever reads allow_tf32 or get_float32_matmul_precision, as Inductor, Dynamo and torch.backends.cudnn.flags do.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 

@@ -96,14 +96,15 @@ def leave() -> None:
 
 
 def sampling_config(config: Config, options: argparse.Namespace) -> Config:
-    """The run's configuration with what the command line says; only the ``sample`` section may be overridden.  UserError
-    also for guidance that the run's training does not allow."""
+    """The run's configuration with what the command line says; only the ``sample`` section may be overridden.
+    UserError also for guidance that the run's training does not allow."""
     strangers = [text for text in options.overrides if not text.startswith("sample.")]
     if strangers:
         raise UserError(f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change")
     said = {"sample.cfg": options.cfg, "run.seed": options.seed, "run.fp32_precision": options.fp32_precision,
             "sample.capacity": getattr(options, "capacity", None)}  # not every verb that samples has the last
-    config = override(config, options.overrides + [f"{name}={value}" for name, value in said.items() if value is not None])
+    more = [f"{name}={value}" for name, value in said.items() if value is not None]
+    config = override(config, options.overrides + more)
     check_guidance(config)
     return config
 

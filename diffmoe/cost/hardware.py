@@ -27,8 +27,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A kind of machine; fields as ``launcher/hardware.yaml`` explains them; without ``tflops_tf32`` fp32's peak holds for
-    TF32 as well.  ``matmul``, ``bandwidth`` and ``link`` are the
+    """A kind of machine; fields as ``launcher/hardware.yaml`` explains them; without ``tflops_tf32`` fp32's peak
+    holds for TF32 as well.  ``matmul``, ``bandwidth`` and ``link`` are the
     shares of a peak that are reached (above 1 where the peak was set too low).  ``asynchronous``: the host launches operators
     while the device computes."""
 

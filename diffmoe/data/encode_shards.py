@@ -177,7 +177,8 @@ def _plan(request: Request, source: Source, vae: Vae | None) -> Plan:
     made_by = ("", "", "", 0) if vae is None else (vae.name, vae.sha256, request.precision, request.batch)
     return Plan(meta, Encoding(source.sha256, len(source.pictures), request.image_size, request.channels, *made_by,
                                request.samples_per_shard, source.class_names,
-                               storage="uint8" if vae is None else request.storage, fp32_precision=request.fp32_precision))
+                               storage="uint8" if vae is None else request.storage,
+                               fp32_precision=request.fp32_precision))
 
 
 def _open_folder(folder: Path, plan: Plan) -> dict[int, ShardRecord] | None:

@@ -39,10 +39,10 @@ class Card:
 
     `weights_sha256` is `interchange.weights_digest` of the model. `sampling` is the whole configuration section, for what has no
     field of its own. `capacity` is the dial at inference (with static routing `moe.capacity`), `gamma` the constant
-    threshold; with neither, the learned thresholds decided. `batch` images were sampled together, and with the batch and static
-    routing rules they shape each other. `splits`: of the Inception Score. `reference_count` None: the file does not say.
-    `seconds` is the wall time of this evaluation's last start. `fp32_precision`: of a GPU's fp32 matmuls; "" in older cards, when matmuls were
-    ieee and convolutions TF32.
+    threshold; with neither, the learned thresholds decided. `batch` images were sampled together, and with the batch
+    and static routing rules they shape each other. `splits`: of the Inception Score. `reference_count` None: the file does not
+    say. `seconds` is the wall time of this evaluation's last start. `fp32_precision`: of a GPU's fp32 matmuls; "" in older
+    cards, when matmuls were ieee and convolutions TF32.
     """
 
     scores: Scores

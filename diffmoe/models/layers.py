@@ -47,7 +47,7 @@ class PatchEmbedding(nn.Module):
 
 
 class WideLinear(nn.Linear):
-    """A linear layer of few rows, x and result in fp32 at least, whatever its parameters and ``run.fp32_precision`` are."""
+    """A linear layer of few rows, fp32 at least in and out, whatever its parameters and ``run.fp32_precision`` are."""
 
     def forward(self, x: Tensor) -> Tensor:
         # fp32 may mean TF32 on CUDA; fp64 does not.
@@ -58,7 +58,7 @@ class WideLinear(nn.Linear):
 class TimestepEmbedding(nn.Module):
     """t [B] -> [B, D], in fp32 at least: 256 sines and cosines (ADM ``timestep_embedding``), then Linear, SiLU, Linear.
 
-    bf16 would mix up neighbouring times: in t of [0, 1] a sampler's step moves the result by less than bf16's rounding."""
+    bf16 would mix up neighbouring times: with t in [0, 1] a sampler's step moves the result by less than its rounding."""
 
     frequencies = 256
 

@@ -18,8 +18,8 @@ from diffmoe.moe.gating import scores_and_capacity
 from diffmoe.moe.pool import choose
 from diffmoe.moe.recycled import Recycled
 from diffmoe.moe.routing import (
-    Routing, RoutingRule, balance_loss, choose_experts, choose_tokens, equal_routing, gate_scores, mask_of, predicted_counts,
-    predicted_tokens, ragged_routing,
+    Routing, RoutingRule, balance_loss, choose_experts, choose_tokens, equal_routing, gate_scores, mask_of,
+    predicted_counts, predicted_tokens, ragged_routing,
 )
 from diffmoe.parallel.collectives import arrived, sum_over
 from diffmoe.parallel.groups import ParallelGroups

@@ -316,8 +316,8 @@ def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> Non
 
 
 def _sample(run: Run) -> None:
-    """A grid from the EMA weights, classes in turn; every rank makes its share.  The last one comes unasked, so guidance that
-    training does not allow is an event there and no error."""
+    """A grid from the EMA weights, classes in turn; every rank makes its share.  The last one comes unasked: guidance
+    that training does not allow is an event there and no error."""
     try:
         check_guidance(run.config)
     except UserError as error:

@@ -28,7 +28,8 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     broken, accepted = [], []
     for name in new:
         if old[name] != new[name] and name not in _NO_CHANGE:
-            breaks = name in _MEANING_FIELDS or (name.partition(".")[0] in _MEANING_SECTIONS and name not in _START_FIELDS)
+            section = name.partition(".")[0]
+            breaks = name in _MEANING_FIELDS or (section in _MEANING_SECTIONS and name not in _START_FIELDS)
             (broken if breaks else accepted).append(f"{name}: {old[name]} -> {new[name]}")
     return broken, accepted
 
