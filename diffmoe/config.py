@@ -23,11 +23,14 @@ from diffmoe.strict_yaml import build, merge, read_yaml, tree_of_overrides
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives and what all its randomness comes from.  ``timeout_s``: a rank that makes no progress for so long
-    ends the job, with a report (three times as long until the first step is done; 0: nobody looks)."""
+    ends the job, with a report (three times as long until the first step is done; 0: nobody looks).
+    ``fp32_precision``: what a GPU may do with fp32 matmuls and convolutions, in training and in all that is made of the run:
+    ``ieee`` or ``tf32``."""
 
     folder: str = "runs/default"
     seed: int = 0
     timeout_s: float = 600.0
+    fp32_precision: Literal["ieee", "tf32"] = "ieee"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Mixture layers.  ``pool`` counts samples, or says ``rank``, ``group`` (expert-parallel) or ``global``."""
+    """Mixture layers.  ``pool`` counts samples, or says ``rank``, ``group`` (expert-parallel) or ``global``.
+    ``router_start``: fresh routers are N(0, 0.006), or uniform up to 1 / sqrt(width), as the research code's of token choice."""
 
     experts: int = 8
     activation: Literal["gelu", "swiglu"] = "gelu"
@@ -77,6 +81,7 @@ class MoEConfig:
     balance_weight: float = 0.01
     predictor_weight: float = 1.0
     threshold_decay: float = 0.95
+    router_start: Literal["normal", "uniform"] = "normal"
 
     def capacity_at(self, step: int) -> float:
         """Training capacity at optimizer step ``step``: every expert takes every token (capacity = ``experts``)
@@ -209,7 +214,8 @@ class SampleConfig:
     """Sampling.  ``sampler``: euler, heun, dopri5 for the flow; ancestral, ddim for DDPM.  ``cfg_channels``: channels that
     DDPM's guidance moves (published: the first 3; the flow guides all).  ``eta`` is DDIM's noise,
     ``tolerance`` dopri5's error per step (``steps`` is then the most that it may take).  ``routing``: ``batch`` is the
-    paper's rule, ``token`` the batch-invariant one.  ``gamma``: one constant threshold for every expert in place of
+    paper's rule, ``token`` the batch-invariant one, ``static`` the paper's static top-k: every expert takes
+    as many tokens of a rank's batch as ``moe.capacity`` says.  ``gamma``: one constant threshold for every expert in place of
     the learned ones; ``capacity``: the experts that a token gets on average, by thresholds from the predictor's histograms."""
 
     sampler: Literal["euler", "heun", "dopri5", "ancestral", "ddim"] = "euler"
@@ -218,7 +224,7 @@ class SampleConfig:
     cfg_channels: int = 3
     eta: float = 0.0
     tolerance: float = 1e-4
-    routing: Literal["batch", "token"] = "token"
+    routing: Literal["batch", "token", "static"] = "token"
     gamma: Optional[float] = None
     capacity: Optional[float] = None
     batch: int = 64
@@ -300,6 +306,13 @@ def validate(config: Config) -> None:
     _validate_score(config)
 
 
+def check_guidance(config: Config) -> None:
+    """Raises UserError for guidance by a null class that this configuration never trains."""
+    _need(config.train.label_drop > 0 or config.sample.cfg == 1,
+          f"sample.cfg ({config.sample.cfg}) must be 1 where train.label_drop (0) never trains the null class that "
+          "guidance needs: say sample.cfg=1 (--cfg 1)")
+
+
 def _need(good: bool, message: str) -> None:
     if not good:
         raise UserError(message)
@@ -357,6 +370,14 @@ def _validate_diffusion(config: Config) -> None:
     _need(0 <= sample.eta <= 1, f"sample.eta ({sample.eta}) must be in [0, 1]")
     _need(sample.tolerance > 0, f"sample.tolerance ({sample.tolerance}) must be above 0")
     _need(sample.gamma is None or 0 <= sample.gamma <= 1, f"sample.gamma ({sample.gamma}) must be in [0, 1]")
+    if sample.routing == "static":
+        _need(config.model.family == "diffmoe",
+              f"sample.routing (static) needs model.family (diffmoe), not {config.model.family}"
+              + ", whose experts take as many tokens always" * (config.model.family == "ec"))
+        for name in ("gamma", "capacity"):
+            _need(getattr(sample, name) is None,
+                  f"sample.{name} ({getattr(sample, name)}) must be null for sample.routing (static), which has no "
+                  f"thresholds and takes moe.capacity ({config.moe.capacity})")
     if sample.capacity is not None:
         _need(config.model.family == "diffmoe",
               f"sample.capacity ({sample.capacity}) needs a capacity predictor, which model.family ({config.model.family}) "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import resource
 import socket
 import time
+from typing import Iterator
 
 import torch
 from torch.distributed import Store
@@ -73,6 +75,24 @@ def _cuda_says() -> str:
     except (RuntimeError, AssertionError) as error:
         return " ".join(str(error).split())[:200]
     return "it finds no device"
+
+
+def set_fp32_precision(precision: str) -> None:
+    """What this process's GPU does from now on with fp32 matmuls and convolutions: ``ieee`` or ``tf32``."""
+    # Not the newer torch.backends.*.fp32_precision = …, which sets the same state: after it torch (2.13) refuses
+    # whoever reads allow_tf32 or get_float32_matmul_precision, as Inductor, Dynamo and torch.backends.cudnn.flags do.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+@contextlib.contextmanager
+def ieee_fp32() -> Iterator[None]:
+    """For as long as this lasts, fp32 is ``ieee``."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    set_fp32_precision("ieee")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def check_own_gpu(device: torch.device, local_rank: int, local_world: int, store: Store) -> None:

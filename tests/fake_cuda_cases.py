@@ -97,6 +97,24 @@ def training_pass(family: str, recompute: str, dtype: torch.dtype, groups: Paral
         assert p.grad.device.type == "cuda" and p.grad.dtype == dtype and p.grad.shape == p.shape
 
 
+def time_embedding(dtype: torch.dtype) -> None:
+    """Its products, in backward too, are none that run.fp32_precision could make TF32, nor narrower ones."""
+    dit = model(ModelConfig(family="dense", width=WIDTH, depth=1, heads=2, input_size=16, classes=10), MoEConfig(), 1, "none", dtype,
+                single_process())
+    seen = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+                seen.update(x.dtype for x in args if isinstance(x, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        c = dit.t_embedder(torch.empty(BATCH, device="cuda"))
+        c.sum().backward()
+    assert seen == {torch.float64} and c.dtype == torch.float32, (seen, c.dtype)
+
+
 def memory(name: str, recompute: str, samples: int) -> dict[str, int]:
     """Bytes of activations in bf16 after forward and at the peak, beside what the planner says of them."""
     overrides = ["parallel.ep=1", f"parallel.recompute={recompute}", f"train.micro_batch={samples}", f"train.batch={samples}",
@@ -154,6 +172,8 @@ def main() -> None:
         for family in ("dense", "ec", "diffmoe"):
             for recompute in ("none", "block", "selective"):
                 attempt(f"{family}, {recompute}, {dtype}", training_pass, family, recompute, dtype, single_process())
+    for dtype in (torch.float32, torch.bfloat16):
+        attempt(f"time embedding, {dtype}", time_embedding, dtype)
     attempt("ddpm", training_pass, "diffmoe", "none", torch.bfloat16, single_process(), False, True)
     attempt("tc", training_pass, "tc", "none", torch.bfloat16, single_process())
     torch.compile = functools.partial(torch.compile, backend="aot_eager_decomp_partition")

@@ -96,8 +96,8 @@ def differences(ep, samples, pool, family, rule):
     x = make_samples(samples * world)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     alone = make_layer(config, layout.pool, single_process())
-    # The paper's inference rule looks at one rank's batch; every other result is that of the whole batch.
-    parts = world if rule.kind == "batch" else 1
+    # The paper's inference rules look at one rank's batch; every other result is that of the whole batch.
+    parts = world if rule.kind in ("batch", "static") else 1
     runs = [run(alone, *part, rule, weight=w) for *part, w in zip(x.chunk(parts), weight.chunk(parts))]
     y, x_grad = (torch.cat([part[i] for part in runs]).chunk(world)[rank] for i in (0, 1))
 
@@ -131,10 +131,25 @@ def test_token_choice_with_its_balance_loss(ranks, world, ep, samples, pool):
     assert_equal_to_one_process(ranks, world, ep, samples, pool, "tc", TRAIN)
 
 
-@pytest.mark.parametrize("kind", ["batch", "token"])
+@pytest.mark.parametrize("kind", ["batch", "token", "static"])
 @pytest.mark.parametrize("world,ep", GRIDS)
 def test_inference_rules(ranks, world, ep, kind):
     assert_equal_to_one_process(ranks, world, ep, 2, "global", "diffmoe", RoutingRule(kind))
+
+
+@pytest.mark.parametrize("capacity", [0.5, 1.0, 3.0, 4.0])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_static_routing_takes_each_experts_best_tokens_of_the_batch(samples, capacity):
+    config, layout = settings(1, 1, samples, "global")
+    layer = make_layer(config, layout.pool, single_process())
+    x, K = make_samples(samples), int(samples * TOKENS * capacity / EXPERTS)
+    y, _, stats = run(layer, x, RoutingRule("static", capacity))
+    scores = (x.flatten(0, 1) @ layer.router.T).softmax(1)
+    for expert in range(EXPERTS):
+        best = scores[:, expert].argsort(descending=True)[:K]
+        assert stats.mask_TE[:, expert].nonzero().flatten().tolist() == sorted(best.tolist())
+    # Over a pool that is the batch it is training's own choice.
+    torch.testing.assert_close(y, run(layer, x, RoutingRule("train", capacity))[0], rtol=0, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------- recompute

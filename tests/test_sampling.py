@@ -1,5 +1,6 @@
 """Sampling: image i is image i, guidance, both inference rules, files written, and the ODE samplers' orders."""
 
+import json
 import math
 from pathlib import Path
 
@@ -52,11 +53,13 @@ def samples(tmp_path_factory):
         "token": ["sample.batch=64"], "heun": ["sample.sampler=heun"], "cfg1": ["--cfg", "1"], "raw": ["--weights", "raw"],
         "paper3": ["sample.routing=batch", "sample.batch=3"], "paper64": ["sample.routing=batch", "sample.batch=64"],
         "seed": ["--seed", "4"], "few": ["--count", "5"], "gamma": ["sample.gamma=0.1"],
+        "static": ["sample.routing=static", "sample.batch=5", "--report"], "static20": ["sample.routing=static", "sample.batch=20"],
         "deep/cfg1.5": ["--classes", "0,3,7-9", "--count", "7"], "named.npz": ["--count", "2"],
     })
     made.make(2, {
         "token3 on 2": ["sample.batch=3"], "token7 on 2": ["sample.batch=7"], "token64 on 2": ["sample.batch=64"],
         "heun7 on 2": ["sample.sampler=heun", "sample.batch=7"], "few on 2": ["--count", "1"],
+        "static on 2": ["sample.routing=static", "sample.batch=5"],
     })
     return made
 
@@ -89,6 +92,15 @@ def test_the_papers_rule_depends_on_batch_mates(samples):
     """As documented: it takes as many tokens as the predictor marks in this batch."""
     assert furthest(samples.images("paper3"), samples.images("paper64")) > 1e-3
     assert furthest(samples.images("paper64"), samples.images("token")) > 1e-3
+
+
+def test_static_routing_uses_the_training_capacity_exactly_and_looks_at_the_batch(samples):
+    """Ten images a rank in batches of five are the batches of one process."""
+    assert furthest(samples.images("static on 2"), samples.images("static")) < TOLERANCE
+    assert furthest(samples.images("static20"), samples.images("static")) > 1e-3
+    report = json.loads((samples.folder / "static.capacity.json").read_text())
+    assert report["capacity"] == pytest.approx(1.0, abs=1e-9) and set(report["by_layer"].values()) == {1.0}
+    assert (report["routing"], report["thresholds"]) == ("static", None)
 
 
 @pytest.mark.parametrize("name", ["cfg1", "raw", "seed", "gamma"])

@@ -144,6 +144,30 @@ def test_zoo_is_complete() -> None:
         "zero0_fp32.json", "zero1_fp32.json", "zero1_bf16.json", "zero2_bf16.json", "zero3_bf16.json"}
 
 
+LONGER = [("diffmoe_l_e8_flow", 3000), ("diffmoe_l_e16_flow", 3000), ("diffmoe_xl_e16_flow", 3000), ("dense_xl_flow", 3000),
+          *((f"{model}_{process}", 7000) for model in ("diffmoe_l_e8", "dense_xl") for process in ("flow", "ddpm"))]
+
+
+@pytest.mark.parametrize("name, thousands", LONGER)
+def test_longer_rows_differ_in_length_only(name: str, thousands: int) -> None:
+    short, long = (load_config(ROOT / "configs" / f"{file}.yaml") for file in (name, f"{name}_{thousands}k"))
+    assert long.run.folder == f"runs/{name}_{thousands}k"
+    assert replace(long, run=short.run, train=replace(long.train, steps=short.train.steps)) == short
+    assert (short.train.steps, long.train.steps) == (700_000, 1000 * thousands)
+
+
+def test_the_shipped_128_has_the_pool_of_one_of_its_four_gpus() -> None:
+    config = load_config(ROOT / "configs" / "diffmoe_s_e16_flow_128.yaml")
+    assert (config.train.batch, config.moe.pool, config.model.heads, config.model.tokens) == (512, 512 // 4, 16, 64)
+
+
+@pytest.mark.parametrize("path", ZOO, ids=stem)
+def test_the_published_precision_and_router_start(path: Path) -> None:
+    config = load_config(path)
+    assert config.run.fp32_precision == ("ieee" if path.stem == "demo" else "tf32")
+    assert config.moe.router_start == ("uniform" if config.model.family == "tc" else "normal")
+
+
 @pytest.mark.parametrize("path", EVERY_YAML, ids=stem)
 def test_every_yaml_loads(path: Path) -> None:
     load_config(path)

@@ -20,7 +20,7 @@ from diffmoe.bench import measure
 from diffmoe.bench.moe_layer import RULE, training_pass
 from diffmoe.bench.options import bench_parser, sized_config
 from diffmoe.config import Config, override
-from diffmoe.device import synchronize
+from diffmoe.device import set_fp32_precision, synchronize
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.moe.layer import MoELayer
@@ -58,6 +58,7 @@ def one_rank(config: Config, ep: int, samples: int, repeats: int, device_type: s
     """A rank's median seconds of the pass, and calls, bytes and median seconds by collective."""
     layout = resolve_layout(config, dist.get_world_size())
     device = torch.device(device_type)
+    set_fp32_precision(config.run.fp32_precision)
     layer = MoELayer(config.model, config.moe, layout.pool, build_groups(ep, layout.pool_ranks)).to(device)
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.02)

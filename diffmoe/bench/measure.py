@@ -131,7 +131,8 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         processor = models[0] if models else processor
     return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": import_deepspeed().__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
-            "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "fp32_precision": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"}
 
 
 def profiles(passes: Mapping[str, Callable[[], object]], device: torch.device, top: int = 16

@@ -9,7 +9,7 @@ import torch
 
 from diffmoe.commands.common import Parser
 from diffmoe.config import Config, load_config
-from diffmoe.device import local_device
+from diffmoe.device import local_device, set_fp32_precision
 from diffmoe.errors import UserError
 
 _SIZES = Path(__file__).resolve().parents[2] / "configs" / "base"
@@ -36,4 +36,5 @@ def sized_config(options: argparse.Namespace) -> tuple[Config, torch.device, tor
     if options.repeats < 1:
         raise UserError(f"--repeats ({options.repeats}) must be at least 1")
     config = load_config(_SIZES / f"{options.model}.yaml", [f"moe.experts={options.experts}", *options.set])
+    set_fp32_precision(config.run.fp32_precision)
     return config, local_device(0, 1), DTYPES[options.dtype]

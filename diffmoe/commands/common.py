@@ -12,7 +12,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Iterator
 
-from diffmoe.config import Config, override
+from diffmoe.config import Config, check_guidance, override
 from diffmoe.errors import UserError
 from diffmoe.paths import PathParser
 from launcher.environment import RankEnvironment, check_master, missed
@@ -38,6 +38,12 @@ def one_process(verb: str, environment: RankEnvironment) -> None:
     """Raises UserError where a verb that does its work in one process was started as several."""
     if environment.world != 1:
         raise UserError(f"{verb} runs in one process; WORLD_SIZE is {environment.world}")
+
+
+def add_fp32_precision(parser: argparse.ArgumentParser) -> None:
+    """``--fp32-precision``, in place of the checkpoint's ``run.fp32_precision``."""
+    parser.add_argument("--fp32-precision", choices=("ieee", "tf32"),
+                        help="of a GPU's fp32 matmuls (default: that of the run)")
 
 
 def add_latent_options(parser: argparse.ArgumentParser) -> None:
@@ -106,13 +112,17 @@ def leave() -> None:
 
 
 def sampling_config(config: Config, options: argparse.Namespace) -> Config:
-    """The run's configuration with what the command line says; only the ``sample`` section may be overridden."""
+    """The run's configuration with what the command line says; only the ``sample`` section may be overridden.
+    UserError also for guidance that the run's training does not allow."""
     strangers = [text for text in options.overrides if not text.startswith("sample.")]
     if strangers:
         raise UserError(f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change")
-    said = {"sample.cfg": options.cfg, "run.seed": options.seed,
+    said = {"sample.cfg": options.cfg, "run.seed": options.seed, "run.fp32_precision": options.fp32_precision,
             "sample.capacity": getattr(options, "capacity", None)}  # not every verb that samples has the last
-    return override(config, options.overrides + [f"{name}={value}" for name, value in said.items() if value is not None])
+    more = [f"{name}={value}" for name, value in said.items() if value is not None]
+    config = override(config, options.overrides + more)
+    check_guidance(config)
+    return config
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:

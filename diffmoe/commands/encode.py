@@ -25,6 +25,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--channels", type=int, default=3, help="1 (grey) or 3")
     parser.add_argument("--vae", help="AutoencoderKL: a folder, or the hub's owner/name")
     parser.add_argument("--precision", default="fp32", help="fp32 or bf16, of the VAE")
+    parser.add_argument("--fp32-precision", default="ieee", help="ieee (default) or tf32, of an fp32 VAE on a GPU")
     parser.add_argument("--storage", default="fp16", type=lambda text: STORAGES.get(text, text), help="fp16 or bf16, of the moments")
     parser.add_argument("--scale", type=float, help="x = (z - shift) * scale (default: the VAE's scaling_factor)")
     parser.add_argument("--shift", type=float, help="(default: the VAE's shift_factor)")

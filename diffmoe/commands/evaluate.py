@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffmoe.commands.common import Parser, add_latent_options, join, leave, sampling_config, whole_model
+from diffmoe.commands.common import (
+    Parser, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
+)
 from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 
@@ -63,6 +65,7 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--extractor", required=True, help="TorchScript file (inception-2015-12-05.pt), or 'digits'")
     parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
     add_latent_options(parser)
+    add_fp32_precision(parser)
     parser.add_argument("--count", type=int, default=50_000, help="images (default: 50,000)")
     parser.add_argument("--classes", dest="labels", choices=("balanced", "random"), default="balanced",
                         help="balanced (default): in turn, which scores a little better; random: as ADM, DiT and the research code")

@@ -99,10 +99,11 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 def _open_vae(path: str, index: ShardIndex) -> Vae:
     """The data set's autoencoder.  UserError for data of another one, or of none."""
     from diffmoe.data.vae import load_vae
-    from diffmoe.device import local_device
+    from diffmoe.device import local_device, set_fp32_precision
 
     if index.meta.kind == "pixels":
         raise UserError(f"--vae ({path}) decodes latents; {index.where} holds pixels")
+    set_fp32_precision("ieee")
     vae = load_vae(path, device=local_device(0, 1))
     if index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):
         raise UserError(f"--vae ({path}) has weights {vae.sha256[:12]}; {index.where} was encoded with "

@@ -80,6 +80,7 @@ def _measure(config: Config, layout: Layout, tree: dict, environment: RankEnviro
              options: argparse.Namespace) -> dict:
     """A fresh model's steps, of which nothing is left."""
     from diffmoe.data.share import Share
+    from diffmoe.device import set_fp32_precision
     from diffmoe.diffusion.randomness import StepDraws
     from diffmoe.models.compiled import check_compiler, compile_blocks
     from diffmoe.models.dit import DiT, initialize
@@ -89,6 +90,7 @@ def _measure(config: Config, layout: Layout, tree: dict, environment: RankEnviro
     from diffmoe.training.profiling import profile_rank
     from diffmoe.training.step import train_step
 
+    set_fp32_precision(config.run.fp32_precision)
     groups = build_groups(layout.ep, layout.pool_ranks)
     share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
     batches = _batches(config, share, groups, options.synthetic)

@@ -6,7 +6,9 @@ import difflib
 import re
 from pathlib import Path
 
-from diffmoe.commands.common import Parser, add_latent_options, join, leave, sampling_config, whole_model
+from diffmoe.commands.common import (
+    Parser, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
+)
 from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 
@@ -25,6 +27,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--weights", default="ema", help="ema (the first of train.ema), ema:0.999 (by its decay) or raw")
     parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
     add_latent_options(parser)
+    add_fp32_precision(parser)
     parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
     parser.add_argument("--report", action="store_true",
                         help="also write the capacity used, by layer, time and class: OUT.capacity.json, .md and .png")
@@ -33,6 +36,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     import numpy as np
 
     from diffmoe.checkpoints.reader import Checkpoint
+    from diffmoe.device import set_fp32_precision
     from diffmoe.evaluation.capacity_report import CapacityMeter, write_report
     from diffmoe.evaluation.decoding import Decoder, checkpoint_data, open_decoder
     from diffmoe.evaluation.generate import check_dial, generate_everywhere, threshold_note
@@ -66,6 +70,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     raise_together(problem, groups.world)
     if environment.rank == 0 and (note := threshold_note(model, config.sample)):
         print(note, flush=True)
+    set_fp32_precision(config.run.fp32_precision)
     model.to(device).eval()
     decode = None if decoder is None else lambda latents: decoder.function(latents).float() / 127.5 - 1
     images = generate_everywhere(model, config, labels, groups.world, device, progress=environment.rank == 0,

@@ -9,7 +9,7 @@ import os
 import yaml
 
 from diffmoe.commands.common import Parser, join, leave
-from diffmoe.config import Config, config_to_tree, load_config
+from diffmoe.config import Config, check_guidance, config_to_tree, load_config
 from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed, zero_stage
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
@@ -37,6 +37,8 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     if options.ranks is not None and (not options.dry_run or options.ranks < 1):
         raise UserError(f"--ranks ({options.ranks}) goes with --dry-run and must be at least 1")
     config = load_config(options.config, options.overrides)
+    if config.train.sample_every or config.train.score_every:
+        check_guidance(config)
     layout = resolve_layout(config, options.ranks or environment.world)
     deepspeed_tree = read_deepspeed(options.deepspeed_config)
     merged = merge_deepspeed(deepspeed_tree, config, layout)
@@ -79,7 +81,7 @@ def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: boo
         lines.append(f"experts  {moe.experts} over {layout.ep} expert-parallel ranks, in {layout.ranks // layout.ep} copies")
         lines.append(f"pool     {layout.pool} samples = {layout.pool * model.tokens} tokens (moe.pool: {moe.pool}), "
                      f"held by {layout.pool_ranks} rank{'s' * (layout.pool_ranks > 1)}")
-    masters = ", fp32 masters" * (precision(deepspeed_tree) == "bf16")
-    lines.append(f"engine   ZeRO {zero_stage(deepspeed_tree)}, {precision(deepspeed_tree)}{masters}, recompute {config.parallel.recompute}"
+    how = "bf16, fp32 masters" if precision(deepspeed_tree) == "bf16" else f"fp32 ({config.run.fp32_precision})"
+    lines.append(f"engine   ZeRO {zero_stage(deepspeed_tree)}, {how}, recompute {config.parallel.recompute}"
                  + ", compiled" * config.train.compile)
     return "\n".join(lines)

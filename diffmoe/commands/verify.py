@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from diffmoe.commands.common import Parser, one_process
+from diffmoe.device import set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.models.compiled import check_compiler
 from diffmoe.parity.cases import WORLDS, compiled_table, full_table, quick_table
@@ -55,7 +56,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         check_compiler(torch.device(options.device))
     cases = table(worlds)
     torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = False
+    set_fp32_precision("ieee")
     rows, began = [], time.monotonic()
     print(_HEAD)
     for row in run_cases(cases, device=options.device, timeout=600.0 if options.compile else 120.0):

@@ -27,7 +27,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A kind of machine; fields as ``launcher/hardware.yaml`` explains them.  ``matmul``, ``bandwidth`` and ``link`` are the
+    """A kind of machine; fields as ``launcher/hardware.yaml`` explains them; without ``tflops_tf32`` fp32's peak
+    holds for TF32 as well.  ``matmul``, ``bandwidth`` and ``link`` are the
     shares of a peak that are reached (above 1 where the peak was set too low).  ``asynchronous``: the host launches operators
     while the device computes."""
 
@@ -46,6 +47,7 @@ class Hardware:
     operator_us: float
     asynchronous: bool = True
     calibrated: Optional[str] = None
+    tflops_tf32: Optional[float] = None
 
     @property
     def usable_bytes(self) -> int:
@@ -103,7 +105,7 @@ def _build(cls: type, name: str, values: Any) -> Any:
     if needed - values.keys():
         raise UserError(f"hardware table: {name}.{sorted(needed - values.keys())[0]} is missing")
     for key, value in values.items():
-        if hints[key] in (int, float):
+        if hints[key] in (int, float) or (hints[key] == Optional[float] and value is not None):
             good = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
             if not good or (value == 0 and key not in ("reserve_gib", "latency_us", "operator_us")):
                 raise UserError(f"hardware table: {name}.{key} ({value!r}) must be a number above 0")

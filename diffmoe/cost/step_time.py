@@ -56,12 +56,13 @@ def step_time(config: Config, layout: Layout, engine: EngineFacts, hardware: Har
 
 def _kernels(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware, memory: Memory) -> float:
     """Matrix products at the reached share of the peak, everything else at the reached share of the memory's bandwidth."""
-    return (_products(config, layout) / _flops(hardware, engine)
+    return (_products(config, layout) / _flops(config, hardware, engine)
             + _moved(config, layout, engine, memory) / (hardware.memory_gb_s * 1e9 * hardware.bandwidth))
 
 
-def _flops(hardware: Hardware, engine: EngineFacts) -> float:
-    return (hardware.tflops_bf16 if engine.bf16 else hardware.tflops_fp32) * 1e12 * hardware.matmul
+def _flops(config: Config, hardware: Hardware, engine: EngineFacts) -> float:
+    fp32 = (config.run.fp32_precision == "tf32" and hardware.tflops_tf32) or hardware.tflops_fp32
+    return (hardware.tflops_bf16 if engine.bf16 else fp32) * 1e12 * hardware.matmul
 
 
 def _products(config: Config, layout: Layout) -> float:

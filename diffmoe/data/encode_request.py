@@ -9,6 +9,7 @@ from pathlib import Path
 from diffmoe.errors import UserError
 
 PRECISIONS = ("fp32", "bf16")
+FP32_PRECISIONS = ("ieee", "tf32")
 STORAGES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -39,6 +40,7 @@ class Request:
     allow_empty_classes: bool = False
     accept_values: bool = False
     shuffle_seed: int | None = 0
+    fp32_precision: str = "ieee"
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch", "samples_per_shard", "workers"):
@@ -48,6 +50,10 @@ class Request:
             raise UserError(f"channels ({self.channels}) must be 1 or 3")
         if self.precision not in PRECISIONS:
             raise UserError(f"precision ({self.precision!r}) must be one of {', '.join(PRECISIONS)}")
+        if self.fp32_precision not in FP32_PRECISIONS:
+            raise UserError(f"fp32_precision ({self.fp32_precision!r}) must be one of {', '.join(FP32_PRECISIONS)}")
+        if self.fp32_precision != "ieee" and self.vae is None:
+            raise UserError(f"fp32_precision ({self.fp32_precision}) goes with vae (None): pixels are copied")
         if self.storage not in STORAGES.values():
             raise UserError(f"storage ({self.storage!r}) must be one of {', '.join(STORAGES)}")
         if not 0 <= self.bad_share < 1:

@@ -34,6 +34,7 @@ from diffmoe.data.shards import INDEX_NAME, Encoding, ShardIndex, ShardMeta, fro
 from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
 from diffmoe.data.values import channel_sums, mean_and_std, to_float
 from diffmoe.data.vae import Vae, encode_moments, load_vae
+from diffmoe.device import set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_together
 from diffmoe.parallel.groups import Group
@@ -182,9 +183,8 @@ def encode(request: Request, group: Group, device: torch.device, report: Callabl
 def _load_vae(request: Request, device: torch.device) -> Vae | None:
     if request.vae is None:
         return None
-    # fp32 is to mean fp32, and the same picture to give the same bits every time.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
+    set_fp32_precision(request.fp32_precision)
+    torch.backends.cudnn.deterministic = True  # the same picture gives the same bits every time
     if device.type == "cpu":
         torch.set_num_threads(1)  # sums depend on the number of threads: more cores, more ranks
     vae = load_vae(request.vae, device=device, dtype=torch.bfloat16 if request.precision == "bf16" else torch.float32)
@@ -206,7 +206,8 @@ def _plan(request: Request, source: Source, vae: Vae | None) -> Plan:
     return Plan(meta, Encoding(source.sha256, len(source.pictures), request.image_size, request.channels, *made_by,
                                request.samples_per_shard, source.class_names,
                                storage="uint8" if vae is None else request.storage,
-                               left_out=tuple(map(str, source.left_out)), shuffled=request.shuffle_seed))
+                               left_out=tuple(map(str, source.left_out)), shuffled=request.shuffle_seed,
+                               fp32_precision=request.fp32_precision))
 
 
 def _open_folder(folder: Path, plan: Plan, source: Source) -> dict[int, ShardRecord] | None:

@@ -99,6 +99,7 @@ class Encoding:
     left_out: tuple[str, ...] = ()
     source_stamps: tuple[str, ...] = ()
     shuffled: int | None = None
+    fp32_precision: str = "ieee"
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,8 @@ def write_report(used: CapacityUsed, config: Config, stem: str) -> list[Path]:
 def report_tree(used: CapacityUsed, config: Config) -> dict:
     """The report as plain numbers; null where nothing ran."""
     sample, bins = config.sample, len(used.samples_bC)
-    thresholds = ("dial" if sample.capacity is not None else "gamma" if sample.gamma is not None else "learned")
+    thresholds = ("dial" if sample.capacity is not None else "gamma" if sample.gamma is not None else
+                  None if sample.routing == "static" else "learned")
     return {
         "capacity": used.mean(), "conditional": used.mean(CONDITIONAL), "null": _number(used.mean(NULL)),
         "thresholds": thresholds if config.model.family == "diffmoe" else None, "dial": sample.capacity,

@@ -38,10 +38,11 @@ class Card:
     """One evaluation.
 
     `weights_sha256` is `interchange.weights_digest` of the model. `sampling` is the whole configuration section, for what has no
-    field of its own. `capacity` is the dial at inference, `gamma` the constant
-    threshold; with neither, the learned thresholds decided. `batch` images were sampled together, and with the batch routing
-    rule they shape each other. `splits`: of the Inception Score. `reference_count` None: the file does not say. `seconds` is
-    the wall time of this evaluation's last start.
+    field of its own. `capacity` is the dial at inference (with static routing `moe.capacity`), `gamma` the constant
+    threshold; with neither, the learned thresholds decided. `batch` images were sampled together, and with the batch
+    and static routing rules they shape each other. `splits`: of the Inception Score. `reference_count` None: the file does not
+    say. `seconds` is the wall time of this evaluation's last start. `fp32_precision`: of a GPU's fp32 matmuls; "" in older
+    cards, when matmuls were ieee and convolutions TF32.
     """
 
     scores: Scores
@@ -77,6 +78,7 @@ class Card:
     versions: dict[str, str]
     time: str
     seconds: float
+    fp32_precision: str = ""
 
     def to_json(self) -> str:
         """The card as JSON; `card_from_json` reads it back."""

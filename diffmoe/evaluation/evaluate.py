@@ -25,6 +25,7 @@ import torch
 
 from diffmoe.config import Config
 from diffmoe.data.tar import replacing
+from diffmoe.device import set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import JSON_NAME, Card, Scores, card_from_json, hardware, versions, write_card
 from diffmoe.evaluation.decoding import Decoder
@@ -73,6 +74,7 @@ def evaluate(model: DiT, config: Config, subject: Subject, count: int, labels: L
             another width.
     """
     start = time.monotonic()
+    set_fp32_precision(config.run.fp32_precision)
     splits = max(1, count // SPLIT_SIZE) if splits is None else splits
     settings = _settings(model, config, subject, count, labels, reference, extractor, decoder, splits, keep_samples)
     problem: Exception | None = None
@@ -118,6 +120,7 @@ def _settings(model: DiT, config: Config, subject: Subject, count: int, labels: 
     """Everything that moves the scores, as JSON knows it: a folder holds the results of one such tree."""
     return json.loads(json.dumps({
         **dataclasses.asdict(subject), "weights_sha256": weights_digest(model), "seed": config.run.seed, "count": count,
+        "fp32_precision": config.run.fp32_precision,
         "labels": labels, "classes": config.model.classes, "splits": splits, "keep_samples": keep_samples,
         "sample": {name: value for name, value in dataclasses.asdict(config.sample).items() if name != "columns"},
         "diffusion": dataclasses.asdict(config.diffusion), "reference_sha256": reference.sha256,
@@ -152,6 +155,7 @@ def _claim(out: Path, settings: dict) -> bool:
         there = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+    there = {"fp32_precision": "ieee", **there}  # older ones do not say
     for name in sorted({*settings, *there}):
         if settings.get(name) != there.get(name):
             raise UserError(f"out ({out}) was begun with {name} {there.get(name)!r}, this run has {settings.get(name)!r}: "
@@ -282,7 +286,9 @@ def _card(config: Config, settings: dict, scores: Scores, reference: Reference, 
         weights_sha256=settings["weights_sha256"], family=config.model.family, process=config.diffusion.process,
         vae=settings["decoder"], vae_sha256=settings["decoder_sha256"], latent_scale=settings["latent_scale"], latent_shift=settings["latent_shift"],
         cfg=sample["cfg"], sampler=sample["sampler"], steps=sample["steps"], sampling=sample,
-        routing=sample["routing"], capacity=sample.get("capacity"), gamma=sample["gamma"], batch=sample["batch"],
+        routing=sample["routing"],
+        capacity=config.moe.capacity if sample["routing"] == "static" else sample.get("capacity"),
+        gamma=sample["gamma"], batch=sample["batch"], fp32_precision=config.run.fp32_precision,
         seed=settings["seed"], labels=settings["labels"], count=settings["count"], splits=settings["splits"],
         reference=reference.source, reference_sha256=reference.sha256, reference_count=reference.count,
         extractor=settings["extractor"], extractor_sha256=settings["extractor_sha256"], ranks=world.size,

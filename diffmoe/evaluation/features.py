@@ -25,6 +25,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
 from diffmoe.data.tar import sha256
+from diffmoe.device import ieee_fp32
 from diffmoe.errors import UserError
 
 INCEPTION_NAME = "inception-2015-12-05.pt"
@@ -111,7 +112,7 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
     def extract(images: Tensor) -> Features:
         images = images.to(device)
         # TF32 moves features in the third digit, and an optimizing executor may change kernels between its first calls.
-        with torch.backends.cudnn.flags(allow_tf32=False), torch.jit.optimized_execution(False):
+        with ieee_fp32(), torch.jit.optimized_execution(False):
             if not inner:
                 return Features(_array(module(images, return_features=True)))
             pool, spatial = _walk(module, _tensorflow_input(images))
@@ -168,7 +169,7 @@ def _check_walk(module: torch.nn.Module, path: Path, device: torch.device) -> No
     """The file's own forward is the authority; our way through its layers must agree with it."""
     ramp = torch.arange(3 * 64 * 48, device=device) * 7 % 256
     images = ramp.view(1, 3, 64, 48).to(torch.uint8)
-    with torch.backends.cudnn.flags(allow_tf32=False), torch.jit.optimized_execution(False):
+    with ieee_fp32(), torch.jit.optimized_execution(False):
         own = module(images, return_features=True).float()
         ours, _ = _walk(module, _tensorflow_input(images))
     apart = float((own - ours).abs().max() / own.abs().max().clamp_min(1e-30)) if own.shape == ours.shape else float("inf")

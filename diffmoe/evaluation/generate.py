@@ -1,6 +1,6 @@
 """Images from a trained model: by number, so that image i is the same in any batch and on any number of ranks.
 
-(In the per-token routing mode; the paper's rule looks at the whole batch, see ``moe.routing``.)
+(In the per-token routing mode; the paper's rules look at the whole batch, see ``moe.routing``.)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_dial(model: DiT, sample: SampleConfig) -> None:
 
 def threshold_note(model: DiT, sample: SampleConfig) -> Optional[str]:
     """What to say where learned thresholds decide that no training step has ever observed; None where none do."""
-    learned = sample.gamma is None and sample.capacity is None
+    learned = sample.gamma is None and sample.capacity is None and sample.routing != "static"
     fresh = [layer for _, layer in model.moe_layers() if layer.family == "diffmoe" and not layer.thresholds.observations]
     if not learned or not fresh:
         return None

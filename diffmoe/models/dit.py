@@ -87,7 +87,7 @@ class DiT(nn.Module):
         """x [B, C, H, W] noised latents, t [B] times, y [B] classes (``classes`` = null)."""
         dtype = self.final_layer.linear.bias.dtype
         h = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)
-        c = self.t_embedder(t * self.time_scale) + self.y_embedder(y)
+        c = (self.t_embedder(t * self.time_scale) + self.y_embedder(y)).to(dtype)
         reports = []
         for block, form in zip(self.blocks, self.recompute):
             h, stats = recomputed(block, form if self.training else "none", h, c, rule)
@@ -142,13 +142,14 @@ def logical_tensors(model: DiT) -> list[LogicalTensor]:
 def initialize(model: DiT, seed: int) -> None:
     """DiT's initialisation, each tensor (and each expert) from its own logical name: the same in any layout.
 
-    Linears Xavier uniform with zero bias, embeddings N(0, 0.02), gates N(0, 0.006), adaLN and output layers zero."""
+    Linears Xavier uniform with zero bias, embeddings N(0, 0.02), gates as ``moe.router_start`` says, adaLN and output
+    layers zero."""
     for tensor in logical_tensors(model):
         for name, value in tensor.pieces(tensor.parameter.data):
-            _initialize_tensor(name, value, seed)
+            _initialize_tensor(name, value, seed, model.moe.router_start)
 
 
-def _initialize_tensor(name: str, value: Tensor, seed: int) -> None:
+def _initialize_tensor(name: str, value: Tensor, seed: int, router_start: str) -> None:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     fresh = torch.empty(value.shape)
@@ -157,7 +158,11 @@ def _initialize_tensor(name: str, value: Tensor, seed: int) -> None:
     elif "bias" in name.rpartition(".")[2] or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
         fresh.zero_()
     elif name.endswith(".router"):
-        fresh.normal_(std=0.006, generator=generator)
+        if router_start == "uniform":
+            bound = value.shape[1] ** -0.5
+            fresh.uniform_(-bound, bound, generator=generator)
+        else:
+            fresh.normal_(std=0.006, generator=generator)
     elif name.startswith(("t_embedder", "y_embedder")):
         fresh.normal_(std=0.02, generator=generator)
     else:  # Xavier over the matrix that the tensor is applied as

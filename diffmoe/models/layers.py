@@ -46,22 +46,33 @@ class PatchEmbedding(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
+class WideLinear(nn.Linear):
+    """A linear layer of few rows, fp32 at least in and out, whatever its parameters and ``run.fp32_precision`` are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # fp32 may mean TF32 on CUDA; fp64 does not.
+        dtype = torch.float64 if x.device.type == "cuda" else x.dtype
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).to(x.dtype)
+
+
 class TimestepEmbedding(nn.Module):
-    """t [B] -> [B, D]: 256 sines and cosines (ADM ``timestep_embedding``), then Linear, SiLU, Linear."""
+    """t [B] -> [B, D], in fp32 at least: 256 sines and cosines (ADM ``timestep_embedding``), then Linear, SiLU, Linear.
+
+    bf16 would mix up neighbouring times: with t in [0, 1] a sampler's step moves the result by less than its rounding."""
 
     frequencies = 256
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(WideLinear(self.frequencies, width), nn.SiLU(), WideLinear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequencies // 2
-        # Angles in fp32 at least: bf16 cannot tell t = 998 from t = 1000.
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
         angles = t[:, None] * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+        wide = torch.promote_types(self.mlp[0].weight.dtype, t.dtype)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(wide))
 
 
 class LabelEmbedding(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.layout import rows_taken
 from diffmoe.moe.capacity import CapacityPredictor, Thresholds, predictor_loss
 from diffmoe.moe.dispatch import combine, dispatch
 from diffmoe.moe.experts import Experts, Mlp
@@ -17,7 +18,8 @@ from diffmoe.moe.gating import scores_and_capacity
 from diffmoe.moe.pool import choose
 from diffmoe.moe.recycled import Recycled
 from diffmoe.moe.routing import (
-    Routing, RoutingRule, balance_loss, choose_experts, gate_scores, predicted_counts, predicted_tokens, ragged_routing,
+    Routing, RoutingRule, balance_loss, choose_experts, choose_tokens, equal_routing, gate_scores, mask_of,
+    predicted_counts, predicted_tokens, ragged_routing,
 )
 from diffmoe.parallel.collectives import arrived, sum_over
 from diffmoe.parallel.groups import ParallelGroups
@@ -104,6 +106,9 @@ class MoELayer(nn.Module):
             choice = choose(scores, logits, pool_tokens, rule.capacity, self.groups)
             routing, mask, observed = choice.routing, choice.mask_TE, choice.threshold_sum_E
             predicted = None if logits is None else predictor_loss(logits, mask)
+        elif rule.kind == "static":
+            tokens_EK = choose_tokens(scores, len(x_TD), rows_taken(len(x_TD), self.moe.experts, rule.capacity))
+            routing, mask = equal_routing(tokens_EK), mask_of(tokens_EK, len(x_TD))
         else:
             threshold = self.thresholds.chosen(rule.gamma, rule.dial)
             mask = (predicted_counts(scores, logits, threshold) if rule.kind == "batch"

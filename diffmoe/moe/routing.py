@@ -20,10 +20,11 @@ class RoutingRule:
 
     ``train``: exact choice over the pool at ``capacity``.  ``batch``: the paper's inference rule (equation 16: as many
     tokens as the predictor marks, but those with the highest gate in this rank's batch).  ``token``: the tokens that the
-    predictor marks, which no batch-mate can change.  ``gamma`` replaces the learned thresholds by one constant, ``dial`` by
+    predictor marks, which no batch-mate can change.  ``static``: the paper's static top-k at inference, exact choice
+    over this rank's batch at ``capacity``.  ``gamma`` replaces the learned thresholds by one constant, ``dial`` by
     those for that capacity."""
 
-    kind: Literal["train", "batch", "token"] = "train"
+    kind: Literal["train", "batch", "token", "static"] = "train"
     capacity: float = 1.0
     gamma: Optional[float] = None
     dial: Optional[float] = None

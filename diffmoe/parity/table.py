@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.config import Config
+from diffmoe.device import set_fp32_precision
 from diffmoe.layout import Layout
 from diffmoe.models.compiled import compile_blocks
 from diffmoe.parallel.groups import ParallelGroups, build_groups
@@ -104,8 +105,7 @@ def train_and_compare(case: Case, reference_path: str, device: str,
 
     ``tamper`` is for tests that the table can fail: it is called before the first step and may spoil anything."""
     reference: Reference = torch.load(reference_path, weights_only=False)
-    if device == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
+    set_fp32_precision("ieee")
     training = start_training(case, reference.seed, torch.device(device))
     if tamper is not None:
         tamper(training)

@@ -11,12 +11,13 @@ from typing import Sequence
 import torch
 import yaml
 
-from diffmoe.config import Config, config_to_tree
+from diffmoe.config import Config, check_guidance, config_to_tree
 from diffmoe.data.feed import Feed, open_reader, order_notice
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share, allow_open_files
 from diffmoe.data.stream import Batch
 from diffmoe.deepspeed_json import merge_deepspeed
+from diffmoe.device import set_fp32_precision
 from diffmoe.diffusion.randomness import StepDraws
 from diffmoe.errors import UserError
 from diffmoe.evaluation.generate import generate_everywhere
@@ -105,6 +106,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     def say(text: str) -> None:
         _say(groups, text)
 
+    set_fp32_precision(config.run.fp32_precision)
     passed_over: list[str] = []
 
     def say_passed_over(text: str) -> None:
@@ -332,7 +334,12 @@ def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> Non
 
 
 def _sample(run: Run) -> None:
-    """A grid from the EMA weights, classes in turn; every rank makes its share."""
+    """A grid from the EMA weights, classes in turn; every rank makes its share.  The last one comes unasked: guidance
+    that training does not allow is an event there and no error."""
+    try:
+        check_guidance(run.config)
+    except UserError as error:
+        return _event(run, "not sampled", f"no pictures: {error}")
     run.groups.trace.enter("sampling")
     columns, classes = run.config.sample.columns, run.config.model.classes
     labels = [i % classes for i in range(columns * min(classes, columns))]

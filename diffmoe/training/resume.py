@@ -17,6 +17,8 @@ _MEANING_SECTIONS = ("model", "moe", "diffusion")
 _MEANING_FIELDS = ("run.seed", "train.batch", "data.streams", "data.window", "data.flip")
 # Chosen at the first start where they are null (imported weights, which no run has read data for).
 _CHOSEN = ("data.streams", "data.window")
+# What only a fresh model asks for.
+_START_FIELDS = ("moe.router_start",)
 # Resolved to numbers (moe.pool, micro-batches) or about this place only.
 _NO_CHANGE = ("moe.pool", "run.folder")
 _LEFT_OUT = "left_out.json"
@@ -28,7 +30,8 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     broken, accepted = [], []
     for name in new:
         if old[name] != new[name] and name not in _NO_CHANGE and not (name in _CHOSEN and old[name] is None):
-            breaks = name in _MEANING_FIELDS or name.partition(".")[0] in _MEANING_SECTIONS
+            section = name.partition(".")[0]
+            breaks = name in _MEANING_FIELDS or (section in _MEANING_SECTIONS and name not in _START_FIELDS)
             (broken if breaks else accepted).append(f"{name}: {old[name]} -> {new[name]}")
     return broken, accepted
 

@@ -12,6 +12,8 @@
 #SBATCH --output=%x-%j.out
 # The dense DiT-XL/2, rectified flow, on two nodes of 8 GPUs. From the repository's root:
 #   sbatch scripts/slurm/train_dense_xl.sh [key=value ...]
+# Trains in bf16, which is faster; the published rows are fp32 with TF32 matmuls:
+#   DIFFMOE_DEEPSPEED_CONFIG=ds_configs/zero1_fp32.json sbatch scripts/slurm/train_dense_xl.sh [key=value ...]
 set -euo pipefail
 root=${DIFFMOE_ROOT:-${SLURM_SUBMIT_DIR:?is unset: start this with sbatch}}
 # shellcheck source=scripts/slurm/_common.sh

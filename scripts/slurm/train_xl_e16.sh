@@ -12,6 +12,8 @@
 #SBATCH --output=%x-%j.out
 # DiffMoE-XL with 16 experts, rectified flow, on four nodes of 8 GPUs. From the repository's root:
 #   sbatch scripts/slurm/train_xl_e16.sh [key=value ...]
+# Trains in bf16, which is faster; the published rows are fp32 with TF32 matmuls:
+#   DIFFMOE_DEEPSPEED_CONFIG=ds_configs/zero1_fp32.json sbatch scripts/slurm/train_xl_e16.sh [key=value ...]
 set -euo pipefail
 root=${DIFFMOE_ROOT:-${SLURM_SUBMIT_DIR:?is unset: start this with sbatch}}
 # shellcheck source=scripts/slurm/_common.sh
