@@ -10,7 +10,7 @@ from diffmoe.commands.common import whole_model
 from diffmoe.config import load_config
 from diffmoe.errors import UserError
 from diffmoe.evaluation import while_training
-from diffmoe.evaluation.evaluate import Subject, evaluate
+from diffmoe.evaluation.evaluate import Subject, evaluate, sampled_images
 from diffmoe.evaluation.features import digits_extractor
 from diffmoe.evaluation.reference_statistics import load_reference
 from diffmoe.parallel.groups import single_process
@@ -58,8 +58,9 @@ def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(t
     cpu = torch.device("cpu")
     reference = load_reference(digits(), extractor, world, cpu)
     for line in lines[1:]:
-        card = evaluate(whole_model(checkpoint, checkpoint.config(), line["weights"]).eval(), checkpoint.config(),
-                        Subject("", 8, line["weights"]), COUNT, "balanced", reference, extractor, tmp_path / line["weights"], world, cpu)
+        images = sampled_images(whole_model(checkpoint, checkpoint.config(), line["weights"]).eval(), checkpoint.config(),
+                                Subject("", 8, line["weights"]), COUNT, "balanced", cpu)
+        card = evaluate(images, reference, extractor, tmp_path / line["weights"], world, cpu)
         for name in ("fid", "sfid", "inception_score"):
             assert line[name] == pytest.approx(getattr(card.scores, name), rel=1e-5), (line, card.scores)
     assert lines[1]["fid"] != lines[2]["fid"]

@@ -19,10 +19,9 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
 from diffmoe.errors import UserError
-from diffmoe.evaluation.scores import nearest_distances, precision_recall
+from diffmoe.evaluation.scores import NEIGHBOURS, nearest_distances, precision_recall
 
 CLASSES = 10
-NEIGHBOURS = 3
 HELD_OUT_SHARE = 0.25
 SPLIT_SEED = 0
 MIN_REAL_ACCURACY = 0.95  # below this the classifier itself is not to be trusted
