@@ -1,7 +1,9 @@
 """Scores during training: every average swapped in, the verb's numbers, and training none the wiser."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,3 +82,19 @@ def test_what_scores_need_is_asked_for_before_the_first_step(two_ranks, tmp_path
         results = two_ranks.run(scored, tiny(tmp_path, *SCORES, wrong), 0)
         assert results[0][1] == results[1][1] and text in results[0][1], results
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("arrays", "told"), [
+    ({"mu": np.full(32, np.nan), "sigma": np.eye(32)}, "mean holds 32 values that are not finite"),
+    ({"mu": np.zeros((1, 32)), "sigma": np.eye(32)}, "must be [d]"),
+    ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "width 2048, those of extractor digits 32"),
+    ({"mu": np.zeros(32), "sigma": np.eye(32), "arr_0": np.zeros((50, 16, 16, 3), np.uint8)}, "its images are 16 x 16, the samples 8 x 8"),
+    ({"arr_0": np.zeros((20, 8, 8, 3), np.uint8)}, "its images (20) must be at least"),
+    ({"arr_0": np.zeros((99, 8, 8, 3))}, "must be uint8"),
+])
+def test_a_reference_that_is_none_is_refused_before_training(tmp_path, arrays, told):
+    np.savez(tmp_path / "r.npz", **arrays)
+    config = load_config(tiny_config(), [*SCORES, f"score.reference={tmp_path}/r.npz"])
+    with pytest.raises(UserError, match=re.escape(told)) as caught:
+        while_training.open_scorer(config, None, single_process().world, torch.device("cpu"))
+    assert "r.npz" in str(caught.value) and "\n" not in str(caught.value)

@@ -102,7 +102,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UserError("evaluate takes one of --checkpoint and --samples" + ", not both" * (options.samples is not None))
     if options.samples is None:
         return
-    beside = [_NAMES.get(name, f"--{name.replace('_', '-')}") for name in _OF_CHECKPOINT if getattr(options, name) not in (None, False)]
+    said = [name for name in _OF_CHECKPOINT if getattr(options, name) is not None and getattr(options, name) is not False]  # 0 is said
+    beside = [_NAMES.get(name, f"--{name.replace('_', '-')}") for name in said]
     if beside or options.overrides:
         raise UserError(f"{' and '.join([*beside, *options.overrides])} cannot stand beside --samples ({options.samples}): these images "
                         "are there already, and only --count, --splits, --reference and --extractor apply")

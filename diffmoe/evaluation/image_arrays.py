@@ -19,7 +19,7 @@ from diffmoe.errors import UserError
 MEMBER = "arr_0.npy"
 _LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip's member: the lengths of its name and of its extra field end it
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-_DISCARD = 1 << 24
+_DISCARD = 1 << 20
 _FOREIGN = (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error, struct.error)
 
 

@@ -46,8 +46,8 @@ class Reference:
     """Real images, measured.
 
     `sha256` is of ADM's file, of the numbers in a saved one, or of the images that were measured; `count` is the images
-    behind the Gaussians, None where a file does not say, and `size` their (height, width), likewise. `features` [n, d] are for precision and recall (None: not known).
-    `extractor` is the SHA-256 of the network that measured (None where a file does not say).
+    behind the Gaussians and `size` their (height, width), None where a file does not say. `features` [n, d] are for precision and
+    recall (None: not known). `extractor` is the SHA-256 of the network that measured (None where a file does not say).
     """
 
     source: str
@@ -63,23 +63,24 @@ class Reference:
 @dataclass(frozen=True)
 class ImageSource:
     """`count` images of `size` (height, width); `read(start, stop)` gives some of them, uint8 [n, 3, H, W]. `files`: where they
-    are, one each where they are pictures."""
+    are; `pictures`: whether that is one each."""
 
     name: str
     count: int
     size: tuple[int, int]
     read: Callable[[int, int], Tensor]
     files: tuple[Path, ...] = ()
+    pictures: bool = False
 
     def check(self, world: Group) -> None:
-        """Whether pictures are of one size, by their headers; all ranks together, each an equal run of them.
+        """Whether pictures are of one size, by their headers; all ranks together, each an equal share of them.
 
         Raises:
             AgreedError: one is of another size, or cannot be read.
         """
         problem: Exception | None = None
         try:
-            for path in self.files[world.index :: world.size] if len(self.files) == self.count else ():
+            for path in self.files[world.index :: world.size] if self.pictures else ():
                 _check_size(path, picture_size(path), self.files[0], self.size)
         except BadImage as error:
             problem = UserError(f"picture {path} cannot be read: {error}")
@@ -245,7 +246,7 @@ def open_images(path: str | Path) -> ImageSource:
             _check_size(picture, image.shape[:2], pictures[0], size)
         return channels_first(np.stack(images))
 
-    return ImageSource(str(path), len(pictures), size, read, tuple(pictures))
+    return ImageSource(str(path), len(pictures), size, read, tuple(pictures), True)
 
 
 def _check_size(path: Path, size: tuple[int, int], first: Path, first_size: tuple[int, int]) -> None:
