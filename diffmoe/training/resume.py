@@ -65,7 +65,7 @@ def read_left_out(folder: Path) -> list[int]:
         return []
     try:
         steps = json.loads(path.read_text())
-    except UserError as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(steps, list) or not all(type(step) is int and step >= 0 for step in steps):
         raise UserError(f"{path} must hold a list of step numbers, not {steps!r}")
