@@ -18,12 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from diffmoe.checkpoints.reader import BUFFERS, Checkpoint, ema_kind
+from diffmoe.checkpoints.reader import Checkpoint, ema_kind
 from diffmoe.checkpoints.writer import save_start
 from diffmoe.commands import evaluate as command
 from diffmoe.config import Config, load_config
 from diffmoe.data.digits import write_digits
-from diffmoe.data.shards import INDEX_NAME, Encoding, ShardMeta, write_shards
+from diffmoe.data.shards import INDEX_NAME, ShardMeta, write_shards
 from diffmoe.errors import UserError
 from diffmoe.evaluation import evaluate as evaluation
 from diffmoe.evaluation.card import card_from_json, read_card, write_card
@@ -33,6 +33,7 @@ from diffmoe.evaluation.features import Extractor, digits_extractor
 from diffmoe.evaluation.image_arrays import open_array
 from diffmoe.evaluation.protocol import COUNT, INCEPTION_SHA256, departures, protocol
 from diffmoe.evaluation.reference_statistics import load_reference, open_images, save_reference
+from diffmoe.huggingface import write_folder
 from diffmoe.layout import Layout
 from diffmoe.models.dit import logical_tensors
 from diffmoe.models.interchange import weights_digest
@@ -470,7 +471,6 @@ def asked(line: str) -> argparse.Namespace:
 def card_of(config: Config, options: argparse.Namespace, **changes: object):
     """The card that these options would give with Inception."""
     sampling = dataclasses.asdict(config.sample)
-    _, tiny = setting()
     card = card_from_json(json.dumps({
         "scores": {"fid": 1.0}, "checkpoint": "c", "weights": options.weights or "ema", "step": 1, "weights_sha256": "", "vae": None,
         "family": config.model.family, "process": config.diffusion.process, "vae_sha256": None, "latent_scale": None, "latent_shift": None,
@@ -501,6 +501,7 @@ def test_published_is_the_published_protocol_and_the_default_says_what_differs(n
 
 @pytest.mark.parametrize(("words", "told"), [
     ("--count 10000", "--count 10000 contradicts --published, which has 50000"),
+    ("--splits 1", "--splits 1 contradicts --published, which has 10"),
     ("--classes balanced", "--classes balanced contradicts --published, which has random"),
     ("--weights raw", "--weights raw contradicts --published, which has ema"), ("--cfg 4", "--cfg 4 contradicts --published"),
     ("sample.steps=50", r"sample.steps \(50\) contradicts --published, which has 250"),
@@ -561,13 +562,25 @@ def test_a_digest_sees_every_entry(place: str, monkeypatch: pytest.MonkeyPatch) 
     assert weights_digest(torch.nn.Linear(200, 50)) != before
 
 
+def test_a_card_of_an_earlier_version_is_told_to_be_made_again(checkpoint: Path, tmp_path: Path) -> None:
+    there = Checkpoint(checkpoint)
+    card = dataclasses.replace(run_once(tmp_path / "out"), step=there.step, family=there.config().model.family)
+    for digest, told in (("ab" * 32, "of an earlier version, which hashed only a part of the weights: score them again"),
+                         ("v2:" + "ab" * 32, "weights_sha256 v2:abab")):
+        (tmp_path / "card.json").write_text(dataclasses.replace(card, weights_sha256=digest).to_json())
+        with pytest.raises(UserError, match=f"is of another model.*{told}"):
+            write_folder(there, tmp_path / "hf", "ema", 10**9, [tmp_path / "card.json"])
+    (tmp_path / "card.json").write_text(card.to_json())
+    write_folder(there, tmp_path / "hf", "ema", 10**9, [tmp_path / "card.json"])
+
+
 def latents(folder: Path, **more: str) -> Config:
     return load_config(None, ["model.channels=4", f"data.shards={folder}", *(f"data.{name}={value}" for name, value in more.items())])
 
 
-def write_latents(folder: Path, encoding: Encoding | None = None) -> None:
+def write_latents(folder: Path) -> None:
     write_shards(((f"{i}", np.zeros((8, 2, 2), np.float16), 0) for i in range(3)), folder, samples_per_shard=3,
-                 meta=ShardMeta("moments", 1, scale=0.2, mean=1.5), **({} if encoding is None else {"encoding": encoding}))
+                 meta=ShardMeta("moments", 1, scale=0.2, mean=1.5))
 
 
 DAMAGED = {

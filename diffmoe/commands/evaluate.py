@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from diffmoe.commands.common import Parser, add_latent_options, join, leave, sampling_config, whole_model
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.evaluation.protocol import CFG, COUNT, LABELS, published_sampling
+from diffmoe.evaluation.protocol import CFG, COUNT, LABELS, SPLITS, WEIGHTS, published_sampling
 from launcher.environment import RankEnvironment
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _sampled(checkpoint: Checkpoint, config: Config, options: argparse.Namespace
     from diffmoe.evaluation.evaluate import Subject, sampled_images
     from diffmoe.evaluation.generate import check_dial, threshold_note
 
-    weights = options.weights or "ema"
+    weights = options.weights or WEIGHTS
     model = whole_model(checkpoint, config, weights)
     check_dial(model, config.sample)
     notes, decoder = [threshold_note(model, config.sample)], None
@@ -115,7 +115,7 @@ def evaluation_config(config: Config, options: argparse.Namespace) -> Config:
     Raises UserError for an option or override that contradicts ``--published``."""
     if not options.published:
         return sampling_config(config, options)
-    fixed = {"count": COUNT, "labels": LABELS, "weights": "ema"}
+    fixed = {"count": COUNT, "splits": SPLITS, "labels": LABELS, "weights": WEIGHTS}
     for name, value in fixed.items():
         said = getattr(options, name)
         if said not in (None, value):

@@ -8,9 +8,8 @@ if TYPE_CHECKING:
     from diffmoe.evaluation.card import Card
 
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-COUNT, LABELS = 50_000, "random"
+COUNT, SPLITS, LABELS, WEIGHTS = 50_000, 10, "random", "ema"
 CFG = (1.0, 1.5)  # rows are published at both
-_SPLITS = 10
 
 
 def published_sampling(family: str, process: str) -> dict[str, object]:
@@ -25,8 +24,8 @@ def published_sampling(family: str, process: str) -> dict[str, object]:
 
 def departures(card: Card) -> list[str]:
     """In what a score of a checkpoint differs from the published protocol, each with the published value; empty: in nothing."""
-    pairs = [("weights", card.weights, "ema"), ("labels", card.labels, LABELS), ("count", card.count, COUNT),
-             ("splits", card.splits, _SPLITS)]
+    pairs = [("weights", card.weights, WEIGHTS), ("labels", card.labels, LABELS), ("count", card.count, COUNT),
+             ("splits", card.splits, SPLITS)]
     pairs += [(name, card.sampling.get(name), value) for name, value in published_sampling(card.family, card.process).items()]
     differ = [f"{name} {there} (published: {value})" for name, there, value in pairs if there != value]
     if card.cfg not in CFG:
