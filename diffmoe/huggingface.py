@@ -121,7 +121,8 @@ def _read_card(path: Path, checkpoint: Checkpoint, weights: str, digest: str) ->
                                ("weights", card.weights, weights), ("weights_sha256", card.weights_sha256, digest)):
         if theirs != ours:
             note = digest_note(theirs, ours) if name == "weights_sha256" else ""
-            raise UserError(f"--scores {path} is of another model: {name} {theirs} there, {ours} in {checkpoint.path}{note}")
+            raise UserError(f"--scores {path} is of another model: {name} {theirs} there, {ours} in "
+                            f"{checkpoint.path}{note}")
     return card
 
 

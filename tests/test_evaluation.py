@@ -384,7 +384,8 @@ def test_reference_from_shards_and_refusals(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_allclose(few.features, reference.features[::18], atol=1e-9)
     images = random_images(4)
     np.savez(tmp_path / "few.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
-    with pytest.raises(UserError, match=r"few.npz: its images \(4\) must be at least the pool features' width \+ 1 \(5\)"):
+    with pytest.raises(UserError, match=r"few.npz: its images \(4\) must be at least the pool features' width \+ 1 "
+                                        r"\(5\)"):
         load_reference(tmp_path / "few.npz", tiny_extractor(), ALONE, CPU)
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 8, 8, 3)))
     with pytest.raises(UserError, match=r"float64 \(4, 8, 8, 3\)\) must be uint8"):

@@ -1,5 +1,5 @@
-"""What a score is made of, judged before anything is made: references, given samples, output folders, the protocol; and images
-that are there are scored again, not made again."""
+"""What a score is made of, judged before anything is made: references, given samples, output folders, the protocol; and
+images that are there are scored again, not made again."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def changed(array: np.ndarray, place: object, value: float) -> np.ndarray:
 
 STATISTICS: dict[str, tuple[dict[str, object], str]] = {
     "nan in mu": ({"mu": changed(MU, 1, np.nan)}, "mu and sigma: mean holds 1 values that are not finite"),
-    "inf in sigma": ({"sigma": changed(SIGMA, (1, 1), np.inf)}, "mu and sigma: covariance holds 1 values that are not finite"),
+    "inf in sigma": ({"sigma": changed(SIGMA, (1, 1), np.inf)}, "mu and sigma: covariance holds 1 values that are not "
+                                                                "finite"),
     "nan in sigma_s": ({"sigma_s": changed(SIGMA_S, (0, 0), np.nan)}, "mu_s and sigma_s: covariance holds 1 values"),
     "one row of features": ({"mu": MU[None]}, "mean (1, 4) must be [d]"),
     "deviations for a covariance": ({"sigma": np.diag(SIGMA)}, "covariance (4,) does not fit its mean (4,)"),
@@ -76,8 +77,10 @@ STATISTICS: dict[str, tuple[dict[str, object], str]] = {
     "not symmetric": ({"sigma": changed(SIGMA, (0, 1), 9.0)}, "covariance must be symmetric"),
     "not positive": ({"sigma": SIGMA - 9 * np.eye(4)}, "covariance must be positive"),
     "of one image": ({"sigma": np.zeros((4, 4))}, "sigma is all zeros, as of one image"),
-    "another width": ({"mu": MU[:3], "sigma": SIGMA[:3, :3]}, "its pool features have width 3, those of extractor tiny 4"),
-    "another spatial width": ({"mu_s": MU_S[:3], "sigma_s": SIGMA_S[:3, :3]}, "its spatial features have width 3, those of extractor tiny 4"),
+    "another width": ({"mu": MU[:3], "sigma": SIGMA[:3, :3]}, "its pool features have width 3, those of extractor tiny "
+                                                              "4"),
+    "another spatial width": ({"mu_s": MU_S[:3], "sigma_s": SIGMA_S[:3, :3]}, "its spatial features have width 3, "
+                                                                              "those of extractor tiny 4"),
     "half of the spatial ones": ({"mu_s": None}, "only one of mu_s and sigma_s"),
     "words": ({"mu": np.array(["a"] * 4)}, "mu (<U1) must be numbers"),
     "objects": ({"mu": np.array([None, {}], object)}, "cannot be read: Object arrays"),
@@ -142,23 +145,30 @@ def moments_for_pixels(path: Path) -> None:
 
 
 FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "floats": ("a.npy", lambda path: np.save(path, ROWS / 255), "its array (float64 (30, 8, 8, 3)) must be uint8 [N, H, W, 3]"),
+    "floats": ("a.npy", lambda path: np.save(path, ROWS / 255), "its array (float64 (30, 8, 8, 3)) must be uint8 [N, "
+                                                                "H, W, 3]"),
     "features": ("a.npy", lambda path: np.save(path, np.zeros((30, 4))), "statistics are an npz with mu and sigma"),
-    "channels first": ("a.npy", lambda path: np.save(path, ROWS.transpose(0, 3, 1, 2).copy()), "must be uint8 [N, H, W, 3]"),
-    "one image": ("a.npy", lambda path: np.save(path, ROWS[:1]), "its images (1) must be at least the pool features' width + 1 (5)"),
-    "four images": ("a.npz", lambda path: np.savez(path, arr_0=ROWS[:4]), "its images (4) must be at least the pool features' width + 1"),
+    "channels first": ("a.npy", lambda path: np.save(path, ROWS.transpose(0, 3, 1, 2).copy()), "must be uint8 [N, H, "
+                                                                                               "W, 3]"),
+    "one image": ("a.npy", lambda path: np.save(path, ROWS[:1]), "its images (1) must be at least the pool features' "
+                                                                 "width + 1 (5)"),
+    "four images": ("a.npz", lambda path: np.savez(path, arr_0=ROWS[:4]), "its images (4) must be at least the pool "
+                                                                          "features' width + 1"),
     "no image": ("a.npz", lambda path: np.savez(path, arr_0=ROWS[:0]), "must be uint8 [N, H, W, 3]"),
-    "large images": ("a.npy", lambda path: np.save(path, np.zeros((9, 16, 16, 3), np.uint8)), "its images are 16 x 16, the samples 8 x 8"),
+    "large images": ("a.npy", lambda path: np.save(path, np.zeros((9, 16, 16, 3), np.uint8)), "its images are 16 x 16, "
+                                                                                              "the samples 8 x 8"),
     "text": ("a.npz", lambda path: path.write_text("mu sigma"), "is neither a whole .npz nor a .npy"),
     "half a file": ("a.npz", cut_short, "is neither a whole .npz nor a .npy"),
     "half a member": ("a.npz", a_member_cut_short, "the file is cut short"),
     "half an array": ("a.npy", lambda path: (np.save(path, ROWS), os.truncate(path, 2000)), "the file is cut short"),
     "a flipped bit": ("a.npz", torn_statistics, "cannot be read: Bad CRC-32"),
     "saved, of few": ("a.npz", saved_with(count=4), "4 images give no covariance of 4 features; it takes at least 5"),
-    "saved, nan": ("a.npz", saved_with(features=np.full((9, 4), np.nan)), "features (9, 4) must be more than 3 rows [n, d] of finite"),
+    "saved, nan": ("a.npz", saved_with(features=np.full((9, 4), np.nan)), "features (9, 4) must be more than 3 rows "
+                                                                          "[n, d] of finite"),
     "saved, wide": ("a.npz", saved_with(features=np.zeros((9, 5))), "features (9, 5) must be [n, 4]"),
     "saved, of large images": ("a.npz", saved_with(size=(16, 16)), "its images are 16 x 16, the samples 8 x 8"),
-    "saved by another": ("a.npz", saved_with(extractor="ab"), "was measured with extractor ab, this run uses tiny tiny-4"),
+    "saved by another": ("a.npz", saved_with(extractor="ab"), "was measured with extractor ab, this run uses tiny "
+                                                              "tiny-4"),
     "two sizes": ("a", folder_with("large"), "spoiled.png is 9 x 8, 00.png is 8 x 8"),
     "a broken picture": ("a", folder_with("broken"), "spoiled.png cannot be read"),
     "no pictures": ("a", lambda path: path.mkdir(), "holds neither index.json nor pictures"),
@@ -271,12 +281,11 @@ def test_another_reference_extractor_or_split_scores_the_images_that_are_there(t
     assert set(kept) == {first.scoring, cards["reference"].scoring, cards["splits"].scoring}
     assert all(path.with_suffix(".md").is_file() for path in kept.values())
     made.clear()
-    assert run_once(out, reference=references[0]) == first == read_card(out / "card.json"), "asked for again, it is the card again"
+    assert run_once(out, reference=references[0]) == first == read_card(out / "card.json"), "it is the card again"
     assert not made
 
 
-def test_scores_by_another_reference_resume_and_are_the_same_on_any_number_of_ranks(tmp_path: Path, made: list[int],
-                                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_by_another_reference_resume(tmp_path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     references = [adm_reference(tmp_path / f"{i}.npz", i) for i in range(2)]
     whole = run_once(tmp_path / "whole", reference=references[1])
     # Interrupted while sampling, another reference and extractor go on with the same images.
@@ -407,13 +416,14 @@ def test_what_only_a_checkpoint_has_is_refused_beside_samples(name: str) -> None
 
 @pytest.mark.parametrize("options", [[], ["--samples", "x.npz", "--checkpoint", "run"]])
 def test_evaluate_takes_a_checkpoint_or_samples(options: list[str]) -> None:
-    with pytest.raises(UserError, match="takes one of --checkpoint and --samples"):
+    with pytest.raises(UserError, match=r"takes one of --checkpoint \(.*\) and --samples \(.*\)"):
         command.main([*options, "--reference", "r", "--extractor", "digits"], None)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_verbs_over_ranks(checkpoint: Path, tmp_path: Path, world: int) -> None:
-    """`sample` writes what `evaluate --samples` reads; and on every rank a mistake is one line before anything is made."""
+    """`sample` writes what `evaluate --samples` reads; and on every rank a mistake is one line before anything is
+    made."""
     digits, run = str(checkpoint / "digits"), str(checkpoint)
     np.savez(tmp_path / "nan.npz", mu=np.full(32, np.nan), sigma=np.eye(32))
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(4), sigma=np.eye(4))
@@ -422,16 +432,20 @@ def test_the_verbs_over_ranks(checkpoint: Path, tmp_path: Path, world: int) -> N
     (tmp_path / "file").write_text("")
     score = ["evaluate", "--checkpoint", run, "--extractor", "digits", "--count", "100", "--out", str(tmp_path / "no")]
     wrong = {
-        "nan": ([*score, "--reference", f"{tmp_path}/nan.npz"], "nan.npz), mu and sigma: mean holds 32 values that are not finite"),
+        "nan": ([*score, "--reference", f"{tmp_path}/nan.npz"], "nan.npz), mu and sigma: mean holds 32 values that are "
+                                                                "not finite"),
         "narrow": ([*score, "--reference", f"{tmp_path}/narrow.npz"], "narrow.npz: its pool features have width 4"),
         "floats": ([*score, "--reference", f"{tmp_path}/floats.npy"], "floats.npy: its array (float64"),
         "few": ([*score, "--reference", f"{tmp_path}/few.npy"], "few.npy: its images (20) must be at least"),
         "count": ([*score, "--reference", digits, "--count", "30"], "count (30) must be at least"),
         "splits": ([*score, "--reference", digits, "--splits", "101"], "splits (101) must lie in 1..count (100)"),
         "out": ([*score, "--reference", digits, "--out", f"{tmp_path}/file"], "file) cannot be written"),
-        "save": ([*score, "--reference", digits, "--save-reference", f"{tmp_path}/gone/r.npz"], "gone/r.npz cannot be written: No such file"),
+        "save": ([*score, "--reference", digits, "--save-reference", f"{tmp_path}/gone/r.npz"], "gone/r.npz cannot be "
+                                                                                                "written: No such "
+                                                                                                "file"),
         "samples": (["evaluate", "--samples", f"{tmp_path}/floats.npy", *score[3:], "--reference", digits], "floats.npy: its array"),
-        "sample": (["sample", "--checkpoint", run, "--count", "2", "--out", f"{tmp_path}/file/x"], "file/x.npz cannot be written"),
+        "sample": (["sample", "--checkpoint", run, "--count", "2", "--out", f"{tmp_path}/file/x"], "file/x.npz cannot "
+                                                                                                   "be written"),
     }
     given = ["evaluate", "--samples", f"{tmp_path}/s.npz", "--extractor", "digits", "--reference", digits, "--out", str(tmp_path / "scores")]
     right = [["sample", "--checkpoint", run, "--count", "150", "--out", f"{tmp_path}/s.npz", "sample.batch=50"], given]
@@ -487,7 +501,8 @@ ANY = "--checkpoint c --reference r --extractor e"
 @pytest.mark.parametrize("name", ["diffmoe_l_e16_flow", "diffmoe_l_e16_ddpm", "dense_l_flow", "tc_l_e16_flow"])
 def test_published_is_the_published_protocol_and_the_default_says_what_differs(name: str) -> None:
     config = config_of(*name.rsplit("_", 1))
-    for line in (f"{ANY} --published", f"{ANY} --published --cfg 1.5", f"{ANY} --published --count 50000 --classes random sample.steps=250"):
+    for line in (f"{ANY} --published", f"{ANY} --published --cfg 1.5", f"{ANY} --published --count 50000 --classes "
+                                                                       f"random sample.steps=250"):
         options = asked(line)
         card = card_of(command.evaluation_config(config, options), options)
         assert departures(card) == [] and protocol(card) == "published", line
@@ -503,9 +518,11 @@ def test_published_is_the_published_protocol_and_the_default_says_what_differs(n
     ("--count 10000", "--count 10000 contradicts --published, which has 50000"),
     ("--splits 1", "--splits 1 contradicts --published, which has 10"),
     ("--classes balanced", "--classes balanced contradicts --published, which has random"),
-    ("--weights raw", "--weights raw contradicts --published, which has ema"), ("--cfg 4", "--cfg 4 contradicts --published"),
+    ("--weights raw", "--weights raw contradicts --published, which has ema"), ("--cfg 4", "--cfg 4 contradicts "
+                                                                                           "--published"),
     ("sample.steps=50", r"sample.steps \(50\) contradicts --published, which has 250"),
-    ("sample.routing=token", r"sample.routing \(token\) contradicts"), ("sample.gamma=0.4", r"sample.gamma \(0.4\) contradicts"),
+    ("sample.routing=token", r"sample.routing \(token\) contradicts"), ("sample.gamma=0.4", r"sample.gamma \(0.4\) "
+                                                                                            r"contradicts"),
     ("sample.cfg=3", "--cfg 3 contradicts --published")])
 def test_what_contradicts_published_is_named(words: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
@@ -565,7 +582,8 @@ def test_a_digest_sees_every_entry(place: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_card_of_an_earlier_version_is_told_to_be_made_again(checkpoint: Path, tmp_path: Path) -> None:
     there = Checkpoint(checkpoint)
     card = dataclasses.replace(run_once(tmp_path / "out"), step=there.step, family=there.config().model.family)
-    for digest, told in (("ab" * 32, "of an earlier version, which hashed only a part of the weights: score them again"),
+    for digest, told in (("ab" * 32, "of an earlier version, which hashed only a part of the weights: score them "
+                                     "again"),
                          ("v2:" + "ab" * 32, "weights_sha256 v2:abab")):
         (tmp_path / "card.json").write_text(dataclasses.replace(card, weights_sha256=digest).to_json())
         with pytest.raises(UserError, match=f"is of another model.*{told}"):

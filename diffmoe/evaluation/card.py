@@ -42,9 +42,10 @@ class Card:
     field of its own. `capacity` is the dial at inference, `gamma` the constant
     threshold; with neither, the learned thresholds decided. `batch` images were sampled together, and with the batch routing
     rule they shape each other. `splits`: of the Inception Score. `reference_count` None: the file does not say. `seconds` is
-    the wall time of this evaluation's last start. `samples`: where the images were that were given and not sampled here; then all
-    that makes images is None. `images_sha256` is over the images' own SHA-256s, as a measured reference's. `protocol`: `published`,
-    or in what this differs from the published protocol ("": made before cards said so).
+    the wall time of this evaluation's last start. `samples`: where the images were that were given and not sampled
+    here; then all that makes images is None. `images_sha256` is over the images' own SHA-256s, as a measured
+    reference's. `protocol`: `published`, or in what this differs from the published protocol ("": made before cards
+    said so).
     """
 
     scores: Scores
@@ -113,7 +114,8 @@ class Card:
             if field.name != "scores":
                 settings.append((field.name.replace("_", " "), None if value is None else str(value)))
         title = (f"# {self.count} images of {self.samples}" if self.samples is not None else
-                 f"# {self.count} images of {self.family} at step {self.step}, {self.weights} weights, cfg {self.cfg:g}")
+                 f"# {self.count} images of {self.family} at step {self.step}, {self.weights} weights, cfg "
+                 f"{self.cfg:g}")
         return "\n".join([title, "", *table(("score", "value"), scores), "", *table(("setting", "value"), settings)]) + "\n"
 
 
@@ -131,8 +133,8 @@ def card_from_json(text: str) -> Card:
 
 
 def write_card(card: Card, folder: Path) -> None:
-    """Write card.md, then card.json: a folder with the JSON has both. A card that is there of another scoring of the same images
-    stays, as `card-<reference>-<extractor>-<splits>` (the first digits of their hashes)."""
+    """Write card.md, then card.json: a folder with the JSON has both. A card that is there of another scoring of the
+    same images stays, as `card-<reference>-<extractor>-<splits>` (the first digits of their hashes)."""
     before = read_card(folder / JSON_NAME) if (folder / JSON_NAME).is_file() else card
     if before.scoring != card.scoring:
         for path in (folder / MARKDOWN_NAME, folder / JSON_NAME):

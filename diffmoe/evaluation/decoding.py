@@ -28,13 +28,14 @@ class Decoder:
 
 
 def checkpoint_data(config: Config, scale: float | None, shift: float | None) -> ShardIndex | None:
-    """The index of the training data that a checkpoint's configuration names; None where it is not here (`vae_note` says so).
+    """The index of the training data that a checkpoint's configuration names; None where it is not here (`vae_note`
+    says so).
 
     A checkpoint may be anybody's: an address for which a program would be started is not opened.
 
     Raises:
-        UserError: such an address, or an index that is here and cannot be read, unless `scale` and `shift` are both known
-            without it.
+        UserError: such an address, or an index that is here and cannot be read, unless `scale` and `shift` are both
+            known without it.
     """
     name = "index" if config.data.index else "shards"
     address = getattr(config.data, name)
@@ -51,8 +52,8 @@ def checkpoint_data(config: Config, scale: float | None, shift: float | None) ->
     except (OSError, UserError) as error:
         if known:
             return None
-        raise UserError(f"the training data's index, by which VAE and scale are checked, cannot be read: {error}; restore it, or say "
-                        "--latent-scale and --latent-shift") from error
+        raise UserError(f"the training data's index, by which VAE and scale are checked, cannot be read: {error}; "
+                        "restore it, or say --latent-scale and --latent-shift") from error
 
 
 def _folder(address: str) -> Path:
@@ -61,12 +62,13 @@ def _folder(address: str) -> Path:
 
 
 def vae_note(config: Config, decoder: Decoder, index: ShardIndex | None) -> str | None:
-    """What to say where nothing shows that this VAE encoded the training data whose `index` this is; None where it is shown."""
+    """What to say where nothing shows that this VAE encoded the training data whose `index` this is; None where it is
+    shown."""
     if index is not None and index.encoding is not None and index.encoding.vae_sha256:
         return None
     why = "does not say which VAE encoded it" if index is not None else "is not here, or was not opened"
-    return (f"note: the training data ({config.data.shards}) {why}: vae {decoder.name} is not compared with it; latents have scale "
-            f"{decoder.scale:g}, shift {decoder.shift:g}")
+    return (f"note: the training data ({config.data.shards}) {why}: vae {decoder.name} is not compared with it; "
+            f"latents have scale {decoder.scale:g}, shift {decoder.shift:g}")
 
 
 def open_decoder(path: str, config: Config, index: ShardIndex | None, scale: float | None, shift: float | None,

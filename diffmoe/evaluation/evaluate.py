@@ -6,8 +6,8 @@ the routing rule that looks at the whole batch. A finished chunk is a file `chun
 appears whole; to resume, run the same command again, on as many ranks as there are. The folder must be one that all ranks
 see, as for checkpoints. At the end the chunks become `samples.npz` in ADM's format, next to `card.json` and `card.md`.
 
-`settings.json` says what made the images and nothing of what they are compared with: another reference, extractor or number of
-splits scores the images that are there.
+`settings.json` says what made the images and nothing of what they are compared with: another reference, extractor or
+number of splits scores the images that are there.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ from diffmoe.random_streams import Use, philox
 SETTINGS_NAME, CHUNKS_NAME, SAMPLES_NAME = "settings.json", "chunks", "samples.npz"
 _GIVEN_BATCH = 64  # of given images that pass the extractor together
 _LABEL_WORD = 1  # second word of the sampling stream; the noise has 0
-_OF_CHECKPOINT = ("checkpoint", "weights", "step", "weights_sha256", "family", "process", "vae", "vae_sha256", "latent_scale",
-                  "latent_shift", "cfg", "sampler", "steps", "sampling", "routing", "capacity", "gamma", "batch", "seed", "labels")
+_OF_CHECKPOINT = ("checkpoint", "weights", "step", "weights_sha256", "family", "process", "vae", "vae_sha256",
+                  "latent_scale", "latent_shift", "cfg", "sampler", "steps", "sampling", "routing", "capacity", "gamma",
+                  "batch", "seed", "labels")
 
 Labels = Literal["balanced", "random"]
 
@@ -69,9 +70,9 @@ class Subject:
 class Images:
     """The numbered images that are scored: `count` of them, `batch` made together, of `size` (height, width).
 
-    `make(numbers)` gives those of one batch, uint8 [n, 3, H, W]. `settings`: everything that makes them, as JSON knows it; a
-    folder holds the images of one such tree. `card`: what a card says of them. `labels`: their classes, where they are sampled
-    here; None where they were given, and can be read again.
+    `make(numbers)` gives those of one batch, uint8 [n, 3, H, W]. `settings`: everything that makes them, as JSON knows
+    it; a folder holds the images of one such tree. `card`: what a card says of them. `labels`: their classes, where
+    they are sampled here; None where they were given, and can be read again.
     """
 
     count: int
@@ -144,7 +145,8 @@ def given_images(source: ImageSource, count: int | None) -> Images:
 
 
 def image_size(config: Config, decoder: Decoder | None) -> tuple[int, int]:
-    """(height, width) of the images that a model makes. UserError for latents without a decoder, or one that does not fit them."""
+    """(height, width) of the images that a model makes. UserError for latents without a decoder, or one that does not
+    fit them."""
     channels, side = config.model.channels, config.model.input_size
     if decoder is not None:
         return tuple(decoder.function(torch.zeros(1, channels, side, side)).shape[2:])
@@ -154,8 +156,8 @@ def image_size(config: Config, decoder: Decoder | None) -> tuple[int, int]:
 
 
 def check_plan(count: int, splits: int, size: tuple[int, int], extractor: Extractor) -> None:
-    """UserError for what is known before an image is made: too few of them, splits outside 1..count, or images of a `size` that
-    is not for this extractor."""
+    """UserError for what is known before an image is made: too few of them, splits outside 1..count, or images of a
+    `size` that is not for this extractor."""
     widths = extractor.widths(*size)
     for name in ("pool", "spatial"):
         if count < widths.get(name, 0) + 1:
@@ -173,7 +175,8 @@ def default_splits(count: int) -> int:
 
 def check_evaluation(images: Images, extractor: Extractor, out: Path, world: Group, *, splits: int | None = None,
                      keep_samples: bool = True) -> None:
-    """All that `evaluate` can refuse before a reference is measured or an image made; makes no more than the folder `out`.
+    """All that `evaluate` can refuse before a reference is measured or an image made; makes no more than the folder
+    `out`.
 
     Raises:
         AgreedError: too few images, wrong splits, `out` with other settings, or one that cannot be written.
@@ -188,19 +191,20 @@ def check_evaluation(images: Images, extractor: Extractor, out: Path, world: Gro
     raise_together(problem, world)
 
 
-def evaluate(images: Images, reference: Reference, extractor: Extractor, out: Path, world: Group, device: torch.device, *,
-             splits: int | None = None, keep_samples: bool = True, progress: bool = False) -> Card | None:
+def evaluate(images: Images, reference: Reference, extractor: Extractor, out: Path, world: Group,
+             device: torch.device, *, splits: int | None = None, keep_samples: bool = True,
+             progress: bool = False) -> Card | None:
     """Scores of images with their card, on rank 0; None elsewhere.
 
     Args:
-        out: folder of the results; one that is half done with the same settings is completed, the card of a finished one is
-            returned, and images that are there are scored by another reference, extractor or number of splits.
+        out: folder of the results; one that is half done with the same settings is completed, the card of a finished
+            one is returned, and images that are there are scored by another reference, extractor or number of splits.
         splits: of the Inception Score; left out, one per 5,000 images.
         keep_samples: also write `samples.npz`: `arr_0` uint8 [N, H, W, 3], `arr_1` labels [N] (never of given images).
 
     Raises:
-        UserError: as `check_evaluation`; images or features that are not finite, a reference of another width, or images that
-            should be scored again and were not kept.
+        UserError: as `check_evaluation`; images or features that are not finite, a reference of another width, or
+            images that should be scored again and were not kept.
     """
     start = time.monotonic()
     check_evaluation(images, extractor, out, world, splits=splits, keep_samples=keep_samples)
@@ -218,7 +222,8 @@ def evaluate(images: Images, reference: Reference, extractor: Extractor, out: Pa
         problem = error
     raise_together(problem, world)
     # Rank 0's word: another node may see a file a little later.
-    finished, made = gather_stack(torch.tensor([card is not None, made], dtype=torch.int64, device=device), world)[0].tolist()
+    found = torch.tensor([card is not None, made], dtype=torch.int64, device=device)
+    finished, made = gather_stack(found, world)[0].tolist()
     if not finished:
         keep = keep_samples and images.labels is not None and not made
         images = _made_before(out, images) if made else images
@@ -255,7 +260,8 @@ def class_labels(kind: Labels, numbers: range, classes: int, seed: int) -> list[
 
 
 def _settings(images: Images, extractor: Extractor, keep_samples: bool) -> dict:
-    """What a folder that is not finished is of. Where images are not kept its chunks are features, and belong to their extractor."""
+    """What a folder that is not finished is of. Where images are not kept its chunks are features, and belong to their
+    extractor."""
     if images.labels is None:
         return images.settings
     of_features = {} if keep_samples else {"extractor": extractor.name, "extractor_sha256": extractor.sha256}
@@ -279,12 +285,14 @@ def _check_folder(out: Path, images: Images, extractor: Extractor, keep_samples:
     if (out / JSON_NAME).is_file():
         names = [name for name in names if name in images.settings]
         if settings.get("keep_samples") and not there.get("keep_samples"):
-            raise UserError(f"out ({out}) holds scores of images that were not kept (--no-samples): choose another folder, or remove it")
+            raise UserError(f"out ({out}) holds scores of images that were not kept (--no-samples): choose another "
+                            "folder, or remove it")
     for name in names:
         if settings.get(name) != there.get(name):
-            note = digest_note(str(there.get(name)), settings[name]) if name == "weights_sha256" and name in settings else ""
-            raise UserError(f"out ({out}) was begun with {name} {there.get(name)!r}, this run has {settings.get(name)!r}{note}: "
-                            "choose another folder, or remove it")
+            both = name == "weights_sha256" and name in settings and name in there
+            note = digest_note(str(there[name]), settings[name]) if both else ""
+            raise UserError(f"out ({out}) was begun with {name} {there.get(name)!r}, this run has "
+                            f"{settings.get(name)!r}{note}: choose another folder, or remove it")
 
 
 def _read_settings(out: Path) -> dict | None:
@@ -308,8 +316,8 @@ def _claim(out: Path, images: Images, settings: dict, finished: bool) -> None:
         with replacing(out / SETTINGS_NAME) as stream:
             stream.write(json.dumps(settings, indent=1).encode() + b"\n")
     elif not finished and (out / JSON_NAME).is_file() and images.labels is not None and not there.get("keep_samples"):
-        raise UserError(f"out ({out}) holds scores by another reference, extractor or number of splits, of images that were not kept "
-                        "(--no-samples): choose another folder, or remove it")
+        raise UserError(f"out ({out}) holds scores by another reference, extractor or number of splits, of images that "
+                        "were not kept (--no-samples): choose another folder, or remove it")
     (out / CHUNKS_NAME).mkdir(exist_ok=True)
 
 
@@ -317,8 +325,8 @@ def _made_before(out: Path, images: Images) -> Images:
     """The same images, read from the `samples.npz` that they were written to."""
     source = open_images(out / SAMPLES_NAME)
     if (source.count, source.size) != (images.count, images.size):
-        raise UserError(f"{source.name} holds {source.count} images of {source.size}, not {images.count} of {images.size}: choose another "
-                        "folder, or remove it")
+        raise UserError(f"{source.name} holds {source.count} images of {source.size}, not {images.count} of "
+                        f"{images.size}: choose another folder, or remove it")
     return replace(images, make=lambda numbers: source.read(numbers.start, numbers.stop))
 
 
@@ -332,7 +340,8 @@ def _mine(images: Images, world: Group, progress: bool) -> Iterator[int]:
 
 
 def _make_chunk(images: Images, index: int, extractor: Extractor, out: Path, keep: bool) -> None:
-    """Unless it is there: a batch's features and its images' SHA-256s [n, 32], with the images where they are to be kept."""
+    """Unless it is there: a batch's features and its images' SHA-256s [n, 32], with the images where they are to be
+    kept."""
     path, numbers = _chunk_path(out, index), images.numbers(index)
     there = _read_chunk(path) if path.is_file() else {}
     if str(there.get("extractor")) == extractor.sha256:
@@ -353,8 +362,8 @@ def check_widths(widths: dict[str, int], reference: Reference) -> None:
     """Raises UserError where another network measured the reference."""
     for name, gaussian in (("pool", reference.pool), ("spatial", reference.spatial)):
         if gaussian is not None and len(gaussian.mean) != widths.get(name, len(gaussian.mean)):
-            raise UserError(f"{name} features have width {widths[name]}, the reference's {len(gaussian.mean)}: it was measured with "
-                            "another extractor")
+            raise UserError(f"{name} features have width {widths[name]}, the reference's {len(gaussian.mean)}: it was "
+                            "measured with another extractor")
 
 
 def _read_chunk(path: Path, *names: str) -> dict[str, np.ndarray]:
@@ -368,7 +377,8 @@ def _read_chunk(path: Path, *names: str) -> dict[str, np.ndarray]:
         raise UserError(f"chunk {path} is damaged ({error}): remove it and run again") from None
 
 
-def _scores(out: Path, images: Images, splits: int, reference: Reference, world: Group, device: torch.device) -> Scores | None:
+def _scores(out: Path, images: Images, splits: int, reference: Reference, world: Group,
+            device: torch.device) -> Scores | None:
     """The scores on rank 0, None elsewhere: moments and sums of every rank's share of the chunks, added over ranks."""
     problem: Exception | None = None
     tally = scores = None
@@ -423,15 +433,15 @@ def _write_samples(out: Path, images: Images) -> None:
             np.lib.format.write_array(member, np.array(images.labels(), np.int64))
 
 
-def _card(images: Images, splits: int, scores: Scores, reference: Reference, extractor: Extractor, out: Path, world: Group,
-          device: torch.device, seconds: float) -> Card:
+def _card(images: Images, splits: int, scores: Scores, reference: Reference, extractor: Extractor, out: Path,
+          world: Group, device: torch.device, seconds: float) -> Card:
     """UserError where the images are not those that an earlier card of this folder is of."""
     digest = hashlib.sha256(_column(out, images, "sha256").tobytes()).hexdigest()
     if (out / JSON_NAME).is_file():
         before = read_card(out / JSON_NAME).images_sha256
         if before not in (None, digest):
-            raise UserError(f"out ({out}): its images (SHA-256 {digest[:12]}) are not those of {JSON_NAME} ({before[:12]}): choose another "
-                            "folder, or remove it")
+            raise UserError(f"out ({out}): its images (SHA-256 {digest[:12]}) are not those of {JSON_NAME} "
+                            f"({before[:12]}): choose another folder, or remove it")
     card = Card(
         scores=scores, **images.card, count=images.count, splits=splits,
         reference=reference.source, reference_sha256=reference.sha256, reference_count=reference.count,

@@ -77,7 +77,8 @@ class Extractor:
         return features
 
     def widths(self, height: int, width: int) -> dict[str, int]:
-        """Widths of pool and, where there are such, spatial features and probabilities of images of this size, found by a try.
+        """Widths of pool and, where there are such, spatial features and probabilities of images of this size, found by
+        a try.
 
         Raises:
             UserError: images of this size are not for this network, or its features are not finite."""

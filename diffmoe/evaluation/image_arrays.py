@@ -56,11 +56,12 @@ def open_array(path: Path) -> tuple[tuple[int, int, int, int], Callable[[int, in
         raise UserError(f"{path}: its array's header cannot be read: {error}") from None
     what = "arr_0" if names is not None else "its array"
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or column_major:
-        raise UserError(f"{path}: {what} ({dtype} {shape}) must be uint8 [N, H, W, 3] in C order to be images; statistics are an npz "
-                        "with mu and sigma")
+        raise UserError(f"{path}: {what} ({dtype} {shape}) must be uint8 [N, H, W, 3] in C order to be images; "
+                        "statistics are an npz with mu and sigma")
     each = int(np.prod(shape[1:]))
     if size != header + shape[0] * each:
-        raise UserError(f"{path}: {what} of {shape} needs {header + shape[0] * each} bytes and has {size}: the file is cut short")
+        raise UserError(f"{path}: {what} of {shape} needs {header + shape[0] * each} bytes and has {size}: the file is "
+                        "cut short")
     opened: list[_Stream] = []
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -91,7 +92,8 @@ class _Stream:
         if info.compress_type == zipfile.ZIP_STORED:
             # zipfile reads everything before the place it seeks.
             self._file.seek(info.header_offset)
-            self._start = info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(self._file.read(_LOCAL_HEADER.size)))
+            lengths = _LOCAL_HEADER.unpack(self._file.read(_LOCAL_HEADER.size))
+            self._start = info.header_offset + _LOCAL_HEADER.size + sum(lengths)
             self._file.seek(self._start)
             if self._start + self.size > path.stat().st_size:
                 raise EOFError("it is cut short")

@@ -108,10 +108,10 @@ def judge_digits(images: np.ndarray, asked: np.ndarray) -> JudgeReport:
 
 
 def _read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
+    try:  # of a .npy numpy gives an array, which is no context
         with np.load(path, allow_pickle=False) as samples:
             read = {name: samples[name] for name in ("images", "labels") if name in samples.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:  # AttributeError: a .npy is no archive
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     missing = {"images", "labels"} - set(read)
     if missing:

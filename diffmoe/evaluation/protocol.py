@@ -1,4 +1,5 @@
-"""How the published rows were sampled and scored (arXiv 2503.14487; ADM's evaluation), and in what a score differs from that."""
+"""How the published rows were sampled and scored (arXiv 2503.14487; ADM's evaluation), and in what a score differs from
+that."""
 
 from __future__ import annotations
 
@@ -23,10 +24,12 @@ def published_sampling(family: str, process: str) -> dict[str, object]:
 
 
 def departures(card: Card) -> list[str]:
-    """In what a score of a checkpoint differs from the published protocol, each with the published value; empty: in nothing."""
+    """In what a score of a checkpoint differs from the published protocol, each with the published value; empty: in
+    nothing."""
     pairs = [("weights", card.weights, WEIGHTS), ("labels", card.labels, LABELS), ("count", card.count, COUNT),
              ("splits", card.splits, SPLITS)]
-    pairs += [(name, card.sampling.get(name), value) for name, value in published_sampling(card.family, card.process).items()]
+    published = published_sampling(card.family, card.process)
+    pairs += [(name, card.sampling.get(name), value) for name, value in published.items()]
     differ = [f"{name} {there} (published: {value})" for name, there, value in pairs if there != value]
     if card.cfg not in CFG:
         differ.append(f"cfg {card.cfg:g} (published: {' and '.join(f'{cfg:g}' for cfg in CFG)})")
@@ -36,7 +39,8 @@ def departures(card: Card) -> list[str]:
 
 
 def protocol(card: Card) -> str:
-    """The card's field `protocol`: `published`, or what differs from it; of samples that were given only the scoring is known."""
+    """The card's field `protocol`: `published`, or what differs from it; of samples that were given only the scoring is
+    known."""
     if card.samples is not None:
         return "not known: the samples were given"
     differ = departures(card)

@@ -46,8 +46,9 @@ class Reference:
     """Real images, measured.
 
     `sha256` is of ADM's file, of the numbers in a saved one, or of the images that were measured; `count` is the images
-    behind the Gaussians and `size` their (height, width), None where a file does not say. `features` [n, d] are for precision and
-    recall (None: not known). `extractor` is the SHA-256 of the network that measured (None where a file does not say).
+    behind the Gaussians and `size` their (height, width), None where a file does not say. `features` [n, d] are for
+    precision and recall (None: not known). `extractor` is the SHA-256 of the network that measured (None where a file
+    does not say).
     """
 
     source: str
@@ -62,8 +63,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """`count` images of `size` (height, width); `read(start, stop)` gives some of them, uint8 [n, 3, H, W]. `files`: where they
-    are; `pictures`: whether that is one each."""
+    """`count` images of `size` (height, width); `read(start, stop)` gives some of them, uint8 [n, 3, H, W]. `files`:
+    where they are; `pictures`: whether that is one each."""
 
     name: str
     count: int
@@ -89,18 +90,20 @@ class ImageSource:
         raise_together(problem, world)
 
 
-def load_reference(path: str | Path, extractor: Extractor, world: Group, device: torch.device, *, size: tuple[int, int] | None = None,
-                   batch: int = 64, progress: bool = False) -> Reference:
-    """The reference behind a path, measured by all ranks together where it is images; all that can be known of it is judged before.
+def load_reference(path: str | Path, extractor: Extractor, world: Group, device: torch.device, *,
+                   size: tuple[int, int] | None = None, batch: int = 64, progress: bool = False) -> Reference:
+    """The reference behind a path, measured by all ranks together where it is images; all that can be known of it is
+    judged before.
 
     Args:
-        path: an npz (ADM's or `save_reference`'s), a folder of pictures of one size, a folder of pixel shards, or a .npy of images.
+        path: an npz (ADM's or `save_reference`'s), a folder of pictures of one size, a folder of pixel shards, or a
+            .npy of images.
         size: (height, width) of the images that will be compared with it, where that is known.
         batch: images that pass the extractor at once.
 
     Raises:
-        UserError: on every rank: nothing that is a reference, statistics that are no Gaussian's or another extractor's, images of
-            another size, damaged images, too few.
+        UserError: on every rank: nothing that is a reference, statistics that are no Gaussian's or another extractor's,
+            images of another size, damaged images, too few.
     """
     stored: Reference | None = None
     source: ImageSource | None = None
@@ -132,29 +135,31 @@ def load_reference(path: str | Path, extractor: Extractor, world: Group, device:
 
 def _judge(path: Path, stored: Reference | None, source: ImageSource | None, extractor: Extractor,
            size: tuple[int, int] | None) -> None:
-    """What is known before an image is measured. UserError, naming the file, for what could not be compared with the samples."""
+    """What is known before an image is measured. UserError, naming the file, for what could not be compared with the
+    samples."""
     own = source.size if source is not None else stored.size
     if None not in (own, size) and own != size:
-        raise UserError(f"reference {path}: its images are {own[1]} x {own[0]}, the samples {size[1]} x {size[0]}; it must be of the "
-                        "samples' size")
+        raise UserError(f"reference {path}: its images are {own[1]} x {own[0]}, the samples {size[1]} x {size[0]}; it "
+                        "must be of the samples' size")
     if stored is not None and stored.extractor not in (None, extractor.sha256):
         raise UserError(f"reference file ({path}) was measured with extractor {stored.extractor}, this run uses "
                         f"{extractor.name} {extractor.sha256}")
     if stored is not None and source is not None and source.count <= NEIGHBOURS:
-        raise UserError(f"reference {path}: arr_0 holds {source.count} images; precision and recall need more than {NEIGHBOURS}")
+        raise UserError(f"reference {path}: arr_0 holds {source.count} images; precision and recall need more than "
+                        f"{NEIGHBOURS}")
     if own is None and size is None:
         return
     widths = extractor.widths(*(own or size))
     if stored is None:
         for name in ("pool", "spatial"):
             if source.count < widths.get(name, 0) + 1:
-                raise UserError(f"reference {path}: its images ({source.count}) must be at least the {name} features' width + 1 "
-                                f"({widths[name] + 1}), or they have no covariance")
+                raise UserError(f"reference {path}: its images ({source.count}) must be at least the {name} features' "
+                                f"width + 1 ({widths[name] + 1}), or they have no covariance")
         return
     for name, there in (("pool", stored.pool), ("spatial", stored.spatial)):
         if there is not None and len(there.mean) != widths.get(name, len(there.mean)):
-            raise UserError(f"reference {path}: its {name} features have width {len(there.mean)}, those of extractor {extractor.name} "
-                            f"{widths[name]}: it was measured with another")
+            raise UserError(f"reference {path}: its {name} features have width {len(there.mean)}, those of extractor "
+                            f"{extractor.name} {widths[name]}: it was measured with another")
     if stored.features is not None and stored.features.shape[1:] != (widths["pool"],):
         raise UserError(f"reference {path}: features {stored.features.shape} must be [n, {widths['pool']}]")
 
@@ -219,7 +224,8 @@ def save_reference(reference: Reference, path: str | Path) -> None:
 
 
 def open_images(path: str | Path) -> ImageSource:
-    """The images of a folder of pictures (all below it, by name), of pixel shards, of an npz's `arr_0` or of a .npy [N, H, W, 3].
+    """The images of a folder of pictures (all below it, by name), of pixel shards, of an npz's `arr_0` or of a .npy [N,
+    H, W, 3].
 
     Raises:
         UserError: no images there, moments instead of pixels, or an array of another kind.
@@ -227,7 +233,8 @@ def open_images(path: str | Path) -> ImageSource:
     path = Path(path)
     if path.is_file():
         shape, read_rows = open_array(path)
-        return ImageSource(str(path), shape[0], shape[1:3], lambda start, stop: channels_first(read_rows(start, stop)), (path,))
+        return ImageSource(str(path), shape[0], shape[1:3],
+                           lambda start, stop: channels_first(read_rows(start, stop)), (path,))
     if (path / INDEX_NAME).is_file():
         return _open_shards(path)
     if not path.is_dir():
@@ -251,8 +258,8 @@ def open_images(path: str | Path) -> ImageSource:
 
 def _check_size(path: Path, size: tuple[int, int], first: Path, first_size: tuple[int, int]) -> None:
     if size != first_size:
-        raise UserError(f"picture {path} is {size[1]} x {size[0]}, {first.name} is {first_size[1]} x {first_size[0]}: crop and resize "
-                        "them beforehand")
+        raise UserError(f"picture {path} is {size[1]} x {size[0]}, {first.name} is {first_size[1]} x {first_size[0]}: "
+                        "crop and resize them beforehand")
 
 
 def _read_picture(path: Path) -> np.ndarray:
@@ -270,7 +277,8 @@ def _open_shards(path: Path) -> ImageSource:
         raise UserError(f"shards {path} hold arrays {index.shape}; images must be [1 or 3, H, W]")
     reader = ShardReader(index, seed=0)  # one epoch in any order is every image once
     return ImageSource(str(path), index.count, tuple(index.shape[1:]),
-                       lambda start, stop: to_uint8(torch.from_numpy(reader.read(range(start, stop))[0])), (path / INDEX_NAME,))
+                       lambda start, stop: to_uint8(torch.from_numpy(reader.read(range(start, stop))[0])),
+                       (path / INDEX_NAME,))
 
 
 def channels_first(images: np.ndarray) -> Tensor:
@@ -302,14 +310,16 @@ def _read_statistics(path: Path) -> tuple[Reference | None, bool]:
     spatial = _gaussian(path, read, "mu_s", "sigma_s") if "mu_s" in read else None
     features = read.get("features") if ours else None
     if features is not None and (features.ndim != 2 or len(features) <= NEIGHBOURS or not np.isfinite(features).all()):
-        raise UserError(f"reference file ({path}): features {features.shape} must be more than {NEIGHBOURS} rows [n, d] of finite values")
+        raise UserError(f"reference file ({path}): features {features.shape} must be more than {NEIGHBOURS} rows [n, "
+                        "d] of finite values")
     count = int(read["count"]) if ours and "count" in read else None
     extractor = str(read["extractor"]) or None if ours and "extractor" in read else None
     if count is not None and count <= len(pool.mean):
-        raise UserError(f"reference file ({path}): {count} images give no covariance of {len(pool.mean)} features; it takes at least "
-                        f"{len(pool.mean) + 1}")
+        raise UserError(f"reference file ({path}): {count} images give no covariance of {len(pool.mean)} features; it "
+                        f"takes at least {len(pool.mean) + 1}")
     size = tuple(map(int, read["size"])) if ours and "size" in read else None
-    return Reference(str(path), stored if ours else sha256(path), count, pool, spatial, features, extractor, size), "arr_0" in names
+    reference = Reference(str(path), stored if ours else sha256(path), count, pool, spatial, features, extractor, size)
+    return reference, "arr_0" in names
 
 
 def _gaussian(path: Path, read: dict[str, np.ndarray], mean: str, covariance: str) -> Gaussian:

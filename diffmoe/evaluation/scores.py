@@ -116,7 +116,8 @@ def covariance_root(mean: np.ndarray, covariance: np.ndarray, name: str) -> np.n
     """The symmetric square root [d, d] of the covariance of a Gaussian that messages call `name`.
 
     Raises:
-        UserError: other shapes than [d] and [d, d], values that are not finite, a matrix that is not symmetric or not positive.
+        UserError: other shapes than [d] and [d, d], values that are not finite, a matrix that is not symmetric or not
+            positive.
     """
     covariance = np.asarray(covariance, np.float64)
     if mean.ndim != 1 or not len(mean):

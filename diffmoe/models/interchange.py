@@ -234,8 +234,8 @@ def load_buffers(model: DiT, tensors: Mapping[str, Tensor]) -> None:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """`v2:` and the SHA-256 over names, shapes and all entries (as fp32) of every tensor, whatever its type and device: tells
-    any two checkpoints apart. Reads each tensor in pieces: a second or two for a GB."""
+    """`v2:` and the SHA-256 over names, shapes and all entries (as fp32) of every tensor, whatever its type and device:
+    tells any two checkpoints apart. Reads each tensor in pieces: a second or two for a GB."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
@@ -245,9 +245,11 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def digest_note(one: str, other: str) -> str:
-    """What to add where two digests differ: whether one of them was made before they covered all weights; else nothing."""
+    """What to add where two digests differ: whether one of them was made before they covered all weights; else
+    nothing."""
     older = [digest for digest in (one, other) if not digest.startswith(f"{_HASH_VERSION}:")]
-    return " (the one without v2 is of an earlier version, which hashed only a part of the weights: score them again)" if older else ""
+    return (" (the one without v2 is of an earlier version, which hashed only a part of the weights: score them again)"
+            if older else "")
 
 
 def _some(what: str, names: Iterable[str]) -> str:
