@@ -26,19 +26,21 @@ from diffmoe.data.digits import write_digits
 from diffmoe.data.shards import INDEX_NAME, ShardMeta, write_shards
 from diffmoe.errors import UserError
 from diffmoe.evaluation import evaluate as evaluation
-from diffmoe.evaluation.card import card_from_json, read_card, write_card
+from diffmoe.evaluation.card import Card, card_from_json, read_card, write_card
 from diffmoe.evaluation.decoding import Decoder, checkpoint_data, vae_note
 from diffmoe.evaluation.evaluate import SAMPLES_NAME, evaluate, given_images
 from diffmoe.evaluation.features import Extractor, digits_extractor
 from diffmoe.evaluation.image_arrays import open_array
 from diffmoe.evaluation.protocol import COUNT, INCEPTION_SHA256, departures, protocol
-from diffmoe.evaluation.reference_statistics import load_reference, open_images, save_reference
+from diffmoe.evaluation.reference_statistics import Reference, load_reference, open_images, save_reference
 from diffmoe.huggingface import write_folder
 from diffmoe.layout import Layout
 from diffmoe.models.dit import logical_tensors
 from diffmoe.models.interchange import weights_digest
 from programs import REPOSITORY, run_cases
-from test_evaluation import ALONE, CPU, COUNT as IMAGES, random_gaussian, random_images, run_once, save_folder, setting, tiny_extractor
+from test_evaluation import (
+    ALONE, COUNT as IMAGES, CPU, close, random_gaussian, random_images, run_once, save_folder, setting, tiny_extractor,
+)
 
 ROWS = random_images(30).permute(0, 2, 3, 1).numpy()
 MU, SIGMA = random_gaussian(np.random.default_rng(0), 4)
@@ -122,7 +124,8 @@ def torn_statistics(path: Path) -> None:
 def saved_with(**changes: object) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         np.savez(path.with_suffix(".images.npz"), arr_0=ROWS)
-        save_reference(dataclasses.replace(load_reference(path.with_suffix(".images.npz"), tiny_extractor(), ALONE, CPU), **changes), path)
+        measured = load_reference(path.with_suffix(".images.npz"), tiny_extractor(), ALONE, CPU)
+        save_reference(dataclasses.replace(measured, **changes), path)
     return write
 
 
@@ -200,7 +203,8 @@ def test_a_fault_of_our_own_keeps_its_traceback(tmp_path: Path, monkeypatch: pyt
 def test_npy_images_and_a_saved_adm_reference_are_references(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", ROWS)
     np.savez(tmp_path / "images.npz", arr_0=ROWS)
-    one, two = (load_reference(tmp_path / name, tiny_extractor(), ALONE, CPU, size=(8, 8)) for name in ("images.npy", "images.npz"))
+    one, two = (load_reference(tmp_path / name, tiny_extractor(), ALONE, CPU, size=(8, 8))
+                for name in ("images.npy", "images.npz"))
     assert one.sha256 == two.sha256 and one.size == (8, 8)
     np.savez(tmp_path / "adm.npz", mu=MU, sigma=SIGMA, arr_0=ROWS)
     adm = load_reference(tmp_path / "adm.npz", tiny_extractor(), ALONE, CPU, size=(8, 8))
@@ -240,8 +244,10 @@ def adm_reference(path: Path, seed: int):
 
 def other_extractor() -> Extractor:
     """Of the same images other features, as another network's."""
-    tiny = tiny_extractor()
-    return Extractor("other", "other", lambda images: dataclasses.replace(tiny.function(images), pool=tiny.function(images.flip(1)).pool))
+    def extract(images: torch.Tensor):
+        return dataclasses.replace(tiny_extractor()(images), pool=tiny_extractor()(images.flip(1)).pool)
+
+    return Extractor("other", "other", extract)
 
 
 @pytest.fixture
@@ -299,7 +305,7 @@ def test_scores_by_another_reference_resume(tmp_path: Path, made: list[int], mon
     assert made == [48, 64], "the three batches that were there were not made again"
     # Interrupted while scoring again.
     extractor, calls = counted(other_extractor())
-    stopping = dataclasses.replace(extractor, function=lambda images: extractor.function(images) if len(calls) < 2 else 1 / 0)
+    stopping = dataclasses.replace(extractor, function=lambda x: extractor.function(x) if len(calls) < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_once(tmp_path / "cut", reference=references[1], extractor=stopping)
     made.clear()
@@ -337,7 +343,8 @@ def test_a_folder_of_other_images_of_an_earlier_version_or_damaged_is_refused(tm
     refused("its images .* are not those of card.json")
     np.savez(tmp_path / "out" / SAMPLES_NAME, arr_0=images[:5])
     refused("holds 5 images")
-    older = {**settings, "weights_sha256": "ab" * 32, "splits": 1, "reference_sha256": "", "extractor": "tiny", "extractor_sha256": "x"}
+    older = {**settings, "weights_sha256": "ab" * 32, "splits": 1, "reference_sha256": "", "extractor": "tiny",
+             "extractor_sha256": "x"}
     (tmp_path / "out" / "settings.json").write_text(json.dumps(older))
     refused("of an earlier version, which hashed only a part of the weights: score them again")
     for text, told in (("{", "is not valid JSON"), ("[]", "must hold an object, not list")):
@@ -348,7 +355,7 @@ def test_a_folder_of_other_images_of_an_earlier_version_or_damaged_is_refused(tm
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
-def test_a_folder_that_cannot_be_made_is_refused_before_an_image_is(tmp_path: Path, made: list[int], place: str) -> None:
+def test_a_folder_that_cannot_be_made_is_refused_first(tmp_path: Path, made: list[int], place: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=rf"out \(.*{place}\) cannot be written"):
         run_once(tmp_path / place)
@@ -363,11 +370,18 @@ def checkpoint(tmp_path_factory) -> Path:
     """A run folder with a model of digits."""
     folder = tmp_path_factory.mktemp("run")
     model, config = setting("token")
-    pieces = {name: piece.clone() for tensor in logical_tensors(model) for name, piece in tensor.pieces(tensor.parameter.data)}
+    pieces = [pair for tensor in logical_tensors(model) for pair in tensor.pieces(tensor.parameter.data)]
     buffers = {name: value for name, value in model.named_buffers() if ".thresholds." in name}
-    save_start(folder / "checkpoints", config, Layout(1, 1, 16, 16, 1, 16, 1), {ema_kind(config.train.ema): pieces.items()}, buffers)
+    layout = Layout(1, 1, 16, 16, 1, 16, 1)
+    save_start(folder / "checkpoints", config, layout, {ema_kind(config.train.ema): pieces}, buffers)
     write_digits(folder / "digits")
     return folder
+
+
+def score_given(path: Path, reference: Reference, out: Path, count: int | None = None,
+                extractor: Extractor | None = None) -> Card:
+    images = given_images(open_images(path), count)
+    return evaluate(images, reference, extractor or tiny_extractor(), out, ALONE, CPU)
 
 
 def test_given_images_have_the_scores_of_those_that_were_sampled(tmp_path: Path) -> None:
@@ -378,40 +392,37 @@ def test_given_images_have_the_scores_of_those_that_were_sampled(tmp_path: Path)
     np.save(tmp_path / "a.npy", rows)
     np.savez_compressed(tmp_path / "packed.npz", arr_0=rows)
     save_folder(torch.from_numpy(rows.transpose(0, 3, 1, 2).copy()), tmp_path / "folder")
-    for i, path in enumerate((tmp_path / "out" / SAMPLES_NAME, tmp_path / "a.npy", tmp_path / "packed.npz", tmp_path / "folder")):
-        given = evaluate(given_images(open_images(path), None), reference, tiny_extractor(), tmp_path / f"given{i}", ALONE, CPU)
-        assert dataclasses.asdict(given.scores) == pytest.approx(dataclasses.asdict(card.scores), rel=1e-9) or path.name == "folder"
-        assert given.scores.fid == pytest.approx(card.scores.fid)
-        assert (given.samples, given.count, given.checkpoint, given.cfg, given.batch) == (str(path), IMAGES, None, None, None)
+    for i, name in enumerate((f"out/{SAMPLES_NAME}", "a.npy", "packed.npz", "folder")):
+        path = tmp_path / name
+        given = score_given(path, reference, tmp_path / f"given{i}")
+        close(given.scores, card.scores)
+        assert (given.samples, given.count) == (str(path), IMAGES)
+        assert (given.checkpoint, given.cfg, given.batch) == (None, None, None)
         assert given.protocol == "not known: the samples were given"
         assert path.name == "folder" or given.images_sha256 == card.images_sha256
         assert not (tmp_path / f"given{i}" / SAMPLES_NAME).exists()
         text = (tmp_path / f"given{i}" / "card.md").read_text()
         assert text.startswith(f"# {IMAGES} images of {path}") and "| checkpoint | – |" in text
         assert card_from_json((tmp_path / f"given{i}" / "card.json").read_text()) == given
-    few = evaluate(given_images(open_images(tmp_path / "a.npy"), 40), reference, tiny_extractor(), tmp_path / "few", ALONE, CPU)
+    few = score_given(tmp_path / "a.npy", reference, tmp_path / "few", 40)
     assert few.count == 40 and few.scores != card.scores
     with pytest.raises(UserError, match=rf"count \(71\) must lie in 1..{IMAGES}, the images of .*a.npy"):
         given_images(open_images(tmp_path / "a.npy"), 71)
     # Another file under the same name.
     np.save(tmp_path / "a.npy", 255 - rows)
     with pytest.raises(UserError, match="was begun with samples_state"):
-        evaluate(given_images(open_images(tmp_path / "a.npy"), None), reference, tiny_extractor(), tmp_path / "given1", ALONE, CPU)
+        score_given(tmp_path / "a.npy", reference, tmp_path / "given1")
     # Another reference scores them again.
-    again = evaluate(given_images(open_images(tmp_path / "packed.npz"), None), adm_reference(tmp_path / "s.npz", 1), tiny_extractor(),
-                     tmp_path / "given2", ALONE, CPU)
+    again = score_given(tmp_path / "packed.npz", adm_reference(tmp_path / "s.npz", 1), tmp_path / "given2")
     assert again.scores.fid != card.scores.fid and len(list((tmp_path / "given2").glob("card-*.json"))) == 1
 
 
-BESIDE = {"--vae": ["--vae", "x"], "--latent-scale": ["--latent-scale", "0"], "--classes": ["--classes", "random"], "--weights": ["--weights", "raw"],
-          "--cfg": ["--cfg", "1"], "--seed": ["--seed", "0"], "--no-samples": ["--no-samples"], "--published": ["--published"],
-          "sample.steps=3": ["sample.steps=3"]}
-
-
-@pytest.mark.parametrize("name", BESIDE)
-def test_what_only_a_checkpoint_has_is_refused_beside_samples(name: str) -> None:
+@pytest.mark.parametrize("words", ["--vae x", "--latent-scale 0", "--classes random", "--weights raw", "--cfg 1",
+                                   "--seed 0", "--no-samples", "--published", "sample.steps=3"])
+def test_what_only_a_checkpoint_has_is_refused_beside_samples(words: str) -> None:
+    name = words.split()[0]
     with pytest.raises(UserError, match=rf"^{re.escape(name)} cannot stand beside --samples \(x.npz\)"):
-        command.main(["--samples", "x.npz", "--reference", "r", "--extractor", "digits", *BESIDE[name]], None)
+        command.main(["--samples", "x.npz", "--reference", "r", "--extractor", "digits", *words.split()], None)
 
 
 @pytest.mark.parametrize("options", [[], ["--samples", "x.npz", "--checkpoint", "run"]])
@@ -443,12 +454,17 @@ def test_the_verbs_over_ranks(checkpoint: Path, tmp_path: Path, world: int) -> N
         "save": ([*score, "--reference", digits, "--save-reference", f"{tmp_path}/gone/r.npz"], "gone/r.npz cannot be "
                                                                                                 "written: No such "
                                                                                                 "file"),
-        "samples": (["evaluate", "--samples", f"{tmp_path}/floats.npy", *score[3:], "--reference", digits], "floats.npy: its array"),
+        "samples": (["evaluate", "--samples", f"{tmp_path}/floats.npy", *score[3:], "--reference", digits],
+                    "floats.npy: its array"),
         "sample": (["sample", "--checkpoint", run, "--count", "2", "--out", f"{tmp_path}/file/x"], "file/x.npz cannot "
                                                                                                    "be written"),
     }
-    given = ["evaluate", "--samples", f"{tmp_path}/s.npz", "--extractor", "digits", "--reference", digits, "--out", str(tmp_path / "scores")]
-    right = [["sample", "--checkpoint", run, "--count", "150", "--out", f"{tmp_path}/s.npz", "sample.batch=50"], given]
+    given = ["evaluate", "--samples", f"{tmp_path}/s.npz", "--extractor", "digits", "--reference", digits,
+             "--out", f"{tmp_path}/scores"]
+    np.savez(tmp_path / "other.npz", mu=np.zeros(32), sigma=np.eye(32))
+    twice = [[*score, "--out", f"{tmp_path}/twice", "sample.batch=24", "--reference", reference]
+             for reference in (digits, f"{tmp_path}/other.npz")]
+    right = [["sample", "--checkpoint", run, "--count", "150", "--out", f"{tmp_path}/s.npz", "sample.batch=50"], given, *twice]
     results = run_cases(world, [line for line, _ in wrong.values()] + right)
     for (name, (_, told)), ended in zip(wrong.items(), results):
         assert [result.returncode for result in ended] == [2] * world, (name, ended)
@@ -464,9 +480,15 @@ def test_the_verbs_over_ranks(checkpoint: Path, tmp_path: Path, world: int) -> N
         np.testing.assert_array_equal(file["arr_0"].transpose(0, 3, 1, 2), levels.repeat(3, axis=1))
     card = read_card(tmp_path / "scores" / "card.json")
     reference = load_reference(digits, digits_extractor(), ALONE, CPU)
-    alone = evaluate(given_images(open_images(tmp_path / "s.npz"), None), reference, digits_extractor(), tmp_path / "alone", ALONE, CPU)
+    alone = score_given(tmp_path / "s.npz", reference, tmp_path / "alone", extractor=digits_extractor())
     assert dataclasses.asdict(card.scores) == pytest.approx(dataclasses.asdict(alone.scores), rel=1e-6)
     assert (card.count, card.ranks, card.images_sha256) == (150, world, alone.images_sha256)
+    # The same images by another reference.
+    (before,), after = (tmp_path / "twice").glob("card-*.json"), read_card(tmp_path / "twice" / "card.json")
+    assert read_card(before).images_sha256 == after.images_sha256 and read_card(before).reference == digits
+    other = load_reference(tmp_path / "other.npz", digits_extractor(), ALONE, CPU)
+    images = score_given(tmp_path / "twice" / SAMPLES_NAME, other, tmp_path / "by other", extractor=digits_extractor())
+    assert after.scores.fid == pytest.approx(images.scores.fid) and after.reference == str(tmp_path / "other.npz")
 
 
 # ------------------------------------------------------------------------------------------- protocol
@@ -485,12 +507,14 @@ def asked(line: str) -> argparse.Namespace:
 def card_of(config: Config, options: argparse.Namespace, **changes: object):
     """The card that these options would give with Inception."""
     sampling = dataclasses.asdict(config.sample)
+    own = {name: sampling[name] for name in ("cfg", "sampler", "steps", "routing", "capacity", "gamma", "batch")}
     card = card_from_json(json.dumps({
-        "scores": {"fid": 1.0}, "checkpoint": "c", "weights": options.weights or "ema", "step": 1, "weights_sha256": "", "vae": None,
-        "family": config.model.family, "process": config.diffusion.process, "vae_sha256": None, "latent_scale": None, "latent_shift": None,
-        **{name: sampling[name] for name in ("cfg", "sampler", "steps", "routing", "capacity", "gamma", "batch")}, "sampling": sampling,
-        "seed": 0, "labels": options.labels or "balanced", "count": COUNT if options.count is None else options.count, "splits": 10,
-        "reference": "", "reference_sha256": "", "reference_count": None, "extractor": "inception", "extractor_sha256": INCEPTION_SHA256,
+        "scores": {"fid": 1.0}, "checkpoint": "c", "weights": options.weights or "ema", "step": 1, "weights_sha256": "",
+        "family": config.model.family, "process": config.diffusion.process, "vae": None, "vae_sha256": None,
+        "latent_scale": None, "latent_shift": None, **own, "sampling": sampling, "seed": 0,
+        "labels": options.labels or "balanced", "count": COUNT if options.count is None else options.count,
+        "splits": 10, "reference": "", "reference_sha256": "", "reference_count": None, "extractor": "inception",
+        "extractor_sha256": INCEPTION_SHA256,
         "ranks": 1, "hardware": "", "versions": {}, "time": "", "seconds": 1.0}))
     return dataclasses.replace(card, **changes)
 
@@ -529,8 +553,8 @@ def test_what_contradicts_published_is_named(words: str, told: str) -> None:
         command.evaluation_config(config_of("diffmoe_l_e16", "flow"), asked(f"{ANY} --published {words}"))
 
 
-@pytest.mark.parametrize(("field", "value"), [("weights", "raw"), ("labels", "balanced"), ("count", 10_000), ("splits", 1),
-                                              ("cfg", 4.0), ("extractor_sha256", "other")])
+@pytest.mark.parametrize(("field", "value"), [("weights", "raw"), ("labels", "balanced"), ("count", 10_000),
+                                              ("splits", 1), ("cfg", 4.0), ("extractor_sha256", "other")])
 def test_each_departure_is_on_the_card(field: str, value: object) -> None:
     options = asked(f"{ANY} --published")
     card = card_of(command.evaluation_config(config_of("diffmoe_l_e16", "flow"), options), options, **{field: value})
@@ -553,7 +577,8 @@ def test_the_documents_evaluate_lines_of_the_zoo_are_published_protocols() -> No
 
 def test_a_card_without_a_protocol_is_still_a_card(tmp_path: Path) -> None:
     card = run_once(tmp_path / "out")
-    assert card.protocol.startswith("not the published one: ") and f"| protocol | {card.protocol} |" in (tmp_path / "out/card.md").read_text()
+    assert card.protocol.startswith("not the published one: ")
+    assert f"| protocol | {card.protocol} |" in (tmp_path / "out/card.md").read_text()
     tree = json.loads(card.to_json())
     for name in ("samples", "images_sha256", "protocol"):
         del tree[name]
@@ -593,7 +618,8 @@ def test_a_card_of_an_earlier_version_is_told_to_be_made_again(checkpoint: Path,
 
 
 def latents(folder: Path, **more: str) -> Config:
-    return load_config(None, ["model.channels=4", f"data.shards={folder}", *(f"data.{name}={value}" for name, value in more.items())])
+    data = {"shards": folder, **more}
+    return load_config(None, ["model.channels=4", *(f"data.{name}={value}" for name, value in data.items())])
 
 
 def write_latents(folder: Path) -> None:

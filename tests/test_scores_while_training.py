@@ -60,8 +60,8 @@ def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(t
     cpu = torch.device("cpu")
     reference = load_reference(digits(), extractor, world, cpu)
     for line in lines[1:]:
-        images = sampled_images(whole_model(checkpoint, checkpoint.config(), line["weights"]).eval(), checkpoint.config(),
-                                Subject("", 8, line["weights"]), COUNT, "balanced", cpu)
+        model = whole_model(checkpoint, checkpoint.config(), line["weights"]).eval()
+        images = sampled_images(model, checkpoint.config(), Subject("", 8, line["weights"]), COUNT, "balanced", cpu)
         card = evaluate(images, reference, extractor, tmp_path / line["weights"], world, cpu)
         for name in ("fid", "sfid", "inception_score"):
             assert line[name] == pytest.approx(getattr(card.scores, name), rel=1e-5), (line, card.scores)

@@ -107,8 +107,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UserError(f"evaluate takes one of --checkpoint ({options.checkpoint}) and --samples ({options.samples})")
     if options.samples is None:
         return
-    said = [name for name in _OF_CHECKPOINT if str(getattr(options, name)) not in ("None", "False")]  # 0 is said
-    beside = [_NAMES.get(name, f"--{name.replace('_', '-')}") for name in said]
+    values = {_NAMES.get(name, f"--{name.replace('_', '-')}"): getattr(options, name) for name in _OF_CHECKPOINT}
+    beside = [name for name, value in values.items() if value is not None and value is not False]  # 0 is said
     if beside or options.overrides:
         raise UserError(f"{' and '.join([*beside, *options.overrides])} cannot stand beside --samples "
                         f"({options.samples}): these images are there already, and only --count, --splits, --reference "
