@@ -343,9 +343,9 @@ def _make_chunk(images: Images, index: int, extractor: Extractor, out: Path, kee
     """Unless it is there: a batch's features and its images' SHA-256s [n, 32], with the images where they are to be
     kept."""
     path, numbers = _chunk_path(out, index), images.numbers(index)
-    there = _read_chunk(path) if path.is_file() else {}
-    if str(there.get("extractor")) == extractor.sha256:
+    if path.is_file() and str(_read_chunk(path, "extractor").get("extractor")) == extractor.sha256:
         return
+    there = _read_chunk(path, "images") if path.is_file() else {}
     try:
         made = channels_first(there["images"]) if "images" in there else images.make(numbers)
         features = extractor(made)
@@ -367,10 +367,10 @@ def check_widths(widths: dict[str, int], reference: Reference) -> None:
 
 
 def _read_chunk(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """The arrays of a chunk, or those of these names that it has."""
+    """Those arrays of these names that a chunk has."""
     try:
         with np.load(path, allow_pickle=False) as chunk:
-            return {name: chunk[name] for name in names or chunk.files if name in chunk.files}
+            return {name: chunk[name] for name in names if name in chunk.files}
     except FileNotFoundError:
         raise UserError(f"chunk {path} is missing: all ranks must see the same folder") from None
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
@@ -440,6 +440,7 @@ def _card(images: Images, splits: int, scores: Scores, reference: Reference, ext
     if (out / JSON_NAME).is_file():
         before = read_card(out / JSON_NAME).images_sha256
         if before not in (None, digest):
+            shutil.rmtree(out / CHUNKS_NAME, ignore_errors=True)  # features of the wrong images
             raise UserError(f"out ({out}): its images (SHA-256 {digest[:12]}) are not those of {JSON_NAME} "
                             f"({before[:12]}): choose another folder, or remove it")
     card = Card(
