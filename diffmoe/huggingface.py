@@ -18,7 +18,7 @@ from diffmoe.evaluation.card import Card, card_from_json
 from diffmoe.markdown import table
 from diffmoe.models.count import count
 from diffmoe.models.dit import DiT
-from diffmoe.models.interchange import load_logical, logical_template, weights_digest, whole_weights
+from diffmoe.models.interchange import digest_note, load_logical, logical_template, weights_digest, whole_weights
 
 _INDEX = "model.safetensors.index.json"
 _PRIVATE = {"run": "folder", "data": "shards"}  # paths of the machine that trained
@@ -121,7 +121,9 @@ def _read_card(path: Path, checkpoint: Checkpoint, weights: str, digest: str) ->
     for name, theirs, ours in (("family", card.family, family), ("step", card.step, checkpoint.step),
                                ("weights", card.weights, weights), ("weights_sha256", card.weights_sha256, digest)):
         if theirs != ours:
-            raise UserError(f"--scores {path} is of another model: {name} {theirs} there, {ours} in {checkpoint.path}")
+            note = digest_note(theirs, ours) if name == "weights_sha256" else ""
+            raise UserError(f"--scores {path} is of another model: {name} {theirs} there, {ours} in "
+                            f"{checkpoint.path}{note}")
     return card
 
 

@@ -27,7 +27,7 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation import decoding
 from diffmoe.evaluation import evaluate as evaluation
 from diffmoe.evaluation.card import Card, Scores, card_from_json, commit, versions
-from diffmoe.evaluation.evaluate import SAMPLES_NAME, Subject, class_labels, evaluate
+from diffmoe.evaluation.evaluate import SAMPLES_NAME, Subject, class_labels, evaluate, given_images, sampled_images
 from diffmoe.evaluation.decoding import Decoder
 from diffmoe.evaluation.features import (
     Extractor, Features, digits_extractor, load_extractor, to_uint8,
@@ -384,7 +384,8 @@ def test_reference_from_shards_and_refusals(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_allclose(few.features, reference.features[::18], atol=1e-9)
     images = random_images(4)
     np.savez(tmp_path / "few.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
-    with pytest.raises(UserError, match=r"samples \(4\) must be at least feature width \+ 1 \(5\)"):
+    with pytest.raises(UserError, match=r"few.npz: its images \(4\) must be at least the pool features' width \+ 1 "
+                                        r"\(5\)"):
         load_reference(tmp_path / "few.npz", tiny_extractor(), ALONE, CPU)
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 8, 8, 3)))
     with pytest.raises(UserError, match=r"float64 \(4, 8, 8, 3\)\) must be uint8"):
@@ -429,10 +430,10 @@ def run_once(out: Path, world=ALONE, *, extractor: Extractor | None = None, refe
     extractor = extractor or tiny_extractor()
     if reference is None:
         images = random_images(50, seed=9)
-        source = ImageSource("noise", len(images), lambda start, stop: images[start:stop])
+        source = ImageSource("noise", len(images), (8, 8), lambda start, stop: images[start:stop])
         reference = measure_reference(source, extractor, world, CPU, batch=8)
-    return evaluate(model or made, config, Subject("run/step_00000008", 8, "ema"), count, labels, reference, extractor, out,
-                    world, CPU, **changes)
+    images = sampled_images(model or made, config, Subject("run/step_00000008", 8, "ema"), count, labels, CPU)
+    return evaluate(images, reference, extractor, out, world, CPU, **changes)
 
 
 @functools.lru_cache
@@ -537,7 +538,7 @@ def test_restart_equals_undisturbed_and_skips_what_is_done(tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt):
         run_once(tmp_path / "cut")
     for changes, complaint in (({"count": 60}, "count 70, this run has 60"), ({"labels": "random"}, "labels 'balanced'"),
-                               ({"splits": 2}, "splits 1, this run has 2")):
+                               ({"keep_samples": False}, "extractor None")):
         with pytest.raises(UserError, match=f"was begun with {complaint}"):
             run_once(tmp_path / "cut", **changes)
     other = setting()[0]
@@ -570,7 +571,7 @@ def test_evaluate_refuses(tmp_path: Path) -> None:
         run_once(tmp_path / "wide", reference=wide)
     nan = Extractor("nan", "", lambda images: Features(np.full((len(images), 4), np.nan)))
     plain = Reference("x", "", None, Gaussian(np.zeros(4), np.eye(4)))
-    with pytest.raises(UserError, match="images 0..15: extractor nan: pool .16, 4. holds 64 values"):
+    with pytest.raises(UserError, match="extractor nan: pool .1, 4. holds 4 values"):
         run_once(tmp_path / "nan", extractor=nan, reference=plain)
     broken = setting()[0]
     with torch.no_grad():
@@ -593,15 +594,16 @@ def test_latents_pass_the_decoder(tmp_path: Path) -> None:
     decoder = Decoder("upsample", "abc", 0.5, 0.1, lambda z: to_uint8(
         (z / 0.5 + 0.1).tanh().repeat_interleave(2, 2).repeat_interleave(2, 3)))
     reference = Reference("x", "", None, Gaussian(np.zeros(4), np.eye(4)))
-    arguments = (Subject("c", 1, "raw"), 20, "balanced", reference, tiny_extractor())
-    card = evaluate(model, config, *arguments, tmp_path / "decoded", ALONE, CPU, decoder=decoder)
+    subject = Subject("c", 1, "raw")
+    images = sampled_images(model, config, subject, 20, "balanced", CPU, decoder)
+    card = evaluate(images, reference, tiny_extractor(), tmp_path / "decoded", ALONE, CPU)
     assert (card.vae, card.vae_sha256, card.latent_scale, card.latent_shift) == ("upsample", "abc", 0.5, 0.1)
     assert np.load(tmp_path / "decoded" / SAMPLES_NAME)["arr_0"].shape == (20, 16, 16, 3)
     assert card.scores.sfid is None and card.scores.precision is None and card.reference_count is None
     assert "| sFID ↓ | not measured |" in (tmp_path / "decoded" / "card.md").read_text()
     latents = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=4))
     with pytest.raises(UserError, match=r"model.channels \(4\) are latents"):
-        evaluate(model, latents, *arguments, tmp_path / "latents", ALONE, CPU)
+        sampled_images(model, latents, subject, 20, "balanced", CPU)
 
 
 def test_a_decoder_takes_out_what_the_training_data_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

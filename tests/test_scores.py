@@ -133,7 +133,7 @@ def test_judge_command_line(
     assert error.count("\n") == 1 and "median_nn_generated (0.000) is below" in error
     np.savez(tmp_path / "samples.npz", pictures=images)
     assert main(arguments) == 1
-    assert "not images and labels" in capsys.readouterr().err
+    assert "lacks images and labels" in capsys.readouterr().err
 
 
 def test_image_grid_keeps_every_value(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Scores during training: every average swapped in, the verb's numbers, and training none the wiser."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from diffmoe.commands.common import whole_model
 from diffmoe.config import load_config
 from diffmoe.errors import UserError
 from diffmoe.evaluation import while_training
-from diffmoe.evaluation.evaluate import Subject, evaluate
+from diffmoe.evaluation.evaluate import Subject, evaluate, sampled_images
 from diffmoe.evaluation.features import digits_extractor
 from diffmoe.evaluation.reference_statistics import load_reference
 from diffmoe.parallel.groups import single_process
@@ -58,8 +60,9 @@ def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(t
     cpu = torch.device("cpu")
     reference = load_reference(digits(), extractor, world, cpu)
     for line in lines[1:]:
-        card = evaluate(whole_model(checkpoint, checkpoint.config(), line["weights"]).eval(), checkpoint.config(),
-                        Subject("", 8, line["weights"]), COUNT, "balanced", reference, extractor, tmp_path / line["weights"], world, cpu)
+        model = whole_model(checkpoint, checkpoint.config(), line["weights"]).eval()
+        images = sampled_images(model, checkpoint.config(), Subject("", 8, line["weights"]), COUNT, "balanced", cpu)
+        card = evaluate(images, reference, extractor, tmp_path / line["weights"], world, cpu)
         for name in ("fid", "sfid", "inception_score"):
             assert line[name] == pytest.approx(getattr(card.scores, name), rel=1e-5), (line, card.scores)
     assert lines[1]["fid"] != lines[2]["fid"]
@@ -79,3 +82,20 @@ def test_what_scores_need_is_asked_for_before_the_first_step(two_ranks, tmp_path
         results = two_ranks.run(scored, tiny(tmp_path, *SCORES, wrong), 0)
         assert results[0][1] == results[1][1] and text in results[0][1], results
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("arrays", "told"), [
+    ({"mu": np.full(32, np.nan), "sigma": np.eye(32)}, "mean holds 32 values that are not finite"),
+    ({"mu": np.zeros((1, 32)), "sigma": np.eye(32)}, "must be [d]"),
+    ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "width 2048, those of extractor digits 32"),
+    ({"mu": np.zeros(32), "sigma": np.eye(32), "arr_0": np.zeros((50, 16, 16, 3), np.uint8)}, "its images are 16 x 16, "
+                                                                                              "the samples 8 x 8"),
+    ({"arr_0": np.zeros((20, 8, 8, 3), np.uint8)}, "its images (20) must be at least"),
+    ({"arr_0": np.zeros((99, 8, 8, 3))}, "must be uint8"),
+])
+def test_a_reference_that_is_none_is_refused_before_training(tmp_path, arrays, told):
+    np.savez(tmp_path / "r.npz", **arrays)
+    config = load_config(tiny_config(), [*SCORES, f"score.reference={tmp_path}/r.npz"])
+    with pytest.raises(UserError, match=re.escape(told)) as caught:
+        while_training.open_scorer(config, None, single_process().world, torch.device("cpu"))
+    assert "r.npz" in str(caught.value) and "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from launcher.environment import RankEnvironment
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The verb ``sample``; returns the exit code.  UserError for bad input."""
-    parser = Parser(prog="sample", description="Images from a checkpoint: a PNG grid and an npz (images, labels).")
+    parser = Parser(prog="sample", description="Images from a checkpoint: a PNG grid, and an npz in ADM's form.")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
     parser.add_argument("--classes", default="all", help="'all', or numbers, ranges and names: boot,3,7-9; in double "
                         "quotes always a name, which may hold commas")
@@ -34,11 +34,13 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("overrides", nargs="*", metavar="sample.field=value")
     options = parser.parse_intermixed_args(arguments)
     import numpy as np
+    import torch
 
     from diffmoe.checkpoints.reader import Checkpoint
     from diffmoe.device import set_fp32_precision
     from diffmoe.evaluation.capacity_report import CapacityMeter, write_report
-    from diffmoe.evaluation.decoding import Decoder, checkpoint_data, open_decoder
+    from diffmoe.evaluation.decoding import Decoder, checkpoint_data, open_decoder, vae_note
+    from diffmoe.evaluation.features import to_uint8
     from diffmoe.evaluation.generate import check_dial, generate_everywhere, threshold_note
     from diffmoe.evaluation.plots import image_grid
     from diffmoe.parallel.collectives import raise_together
@@ -58,17 +60,22 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     problem: Exception | None = None
     decoder: Decoder | None = None
     meter: CapacityMeter | None = None
+    notes: list[str | None] = []
     try:
         model = whole_model(checkpoint, config, options.weights)
+        notes.append(threshold_note(model, config.sample))
         check_dial(model, config.sample)
         numbers = (options.latent_scale, options.latent_shift)
-        decoder = None if options.vae is None else open_decoder(options.vae, config, checkpoint_data(config, *numbers), *numbers, device)
+        if options.vae is not None:
+            index = checkpoint_data(config, *numbers)
+            decoder = open_decoder(options.vae, config, index, *numbers, device)
+            notes.append(vae_note(config, decoder, index))
         meter = CapacityMeter(model, config, total, device) if options.report else None
-        npz.parent.mkdir(parents=True, exist_ok=True)
+        _check_out(npz, png)
     except (UserError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
-    if environment.rank == 0 and (note := threshold_note(model, config.sample)):
+    for note in filter(None, notes if environment.rank == 0 else ()):
         print(note, flush=True)
     set_fp32_precision(config.run.fp32_precision)
     model.to(device).eval()
@@ -77,7 +84,10 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
                                  meter=meter, decode=decode)
     used = None if meter is None else meter.merged(groups.world)
     if environment.rank == 0:
-        np.savez(npz, images=images.numpy(), labels=np.array(labels))
+        arrays = {"images": images.numpy(), "labels": np.array(labels)}
+        if images.shape[1] in (1, 3) and torch.isfinite(images).all():  # pictures, in ADM's form too; latents have none
+            arrays |= {"arr_0": to_uint8(images).permute(0, 2, 3, 1).numpy(), "arr_1": arrays["labels"]}
+        np.savez(npz, **arrays)
         shown = images[: 10 * config.sample.columns].numpy()
         image_grid(shown, config.sample.columns, png)
         if config.sample.capacity is not None and options.weights != "ema":
@@ -92,6 +102,17 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
             print(f"capacity used: {used.mean():.4f} experts per token; {', '.join(map(str, paths))}", flush=True)
     leave()
     return 0
+
+
+def _check_out(*paths: Path) -> None:
+    from diffmoe.data.tar import check_writable
+
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path)
+        except OSError as error:
+            raise UserError(f"--out: {path} cannot be written: {error.strerror}") from error
 
 
 def parse_classes(text: str, classes: int, names: tuple[str, ...] = ()) -> list[int]:

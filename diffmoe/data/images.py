@@ -56,6 +56,21 @@ def decode_picture(data: bytes, channels: int) -> Image.Image:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture file, from its header.
+
+    Raises:
+        BadImage: no file, or none of a known kind.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return image.height, image.width
+    except UnidentifiedImageError:
+        raise BadImage(f"not a picture of a known kind ({', '.join(_FORMATS)})") from None
+    except Exception as error:  # as in decode_picture
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
 def _read_bytes(path: Path, picture: Picture) -> bytes:
     for attempt in range(1, _READ_TRIES + 1):
         try:

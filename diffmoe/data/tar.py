@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +49,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(directory)  # a rename is durable only with its folder
     finally:
         os.close(directory)
+
+
+def check_writable(path: Path) -> None:
+    """OSError, before hours of work, where `replacing` could not write `path` after them."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -35,37 +36,40 @@ class Scores:
 
 @dataclass(frozen=True)
 class Card:
-    """One evaluation.
+    """One evaluation, of a checkpoint or of samples that exist.
 
     `weights_sha256` is `interchange.weights_digest` of the model. `sampling` is the whole configuration section, for what has no
     field of its own. `capacity` is the dial at inference (with static routing `moe.capacity`), `gamma` the constant
     threshold; with neither, the learned thresholds decided. `batch` images were sampled together, and with the batch
-    and static routing rules they shape each other. `splits`: of the Inception Score. `reference_count` None: the file does not
-    say. `seconds` is the wall time of this evaluation's last start. `fp32_precision`: of a GPU's fp32 matmuls; "" in older
-    cards, when matmuls were ieee and convolutions TF32.
+    and static routing rules they shape each other. `splits`: of the Inception Score. `reference_count` None: the file
+    does not say. `seconds` is the wall time of this evaluation's last start. `fp32_precision`: of a GPU's fp32 matmuls;
+    "" in older cards, when matmuls were ieee and convolutions TF32. `samples`: where the images were that were given
+    and not sampled here; then all that makes images is None. `images_sha256` is over the images' own SHA-256s, as a
+    measured reference's. `protocol`: `published`, or in what this differs from the published protocol ("": made before
+    cards said so).
     """
 
     scores: Scores
-    checkpoint: str
-    weights: str
-    step: int
-    weights_sha256: str
-    family: str
-    process: str
+    checkpoint: str | None
+    weights: str | None
+    step: int | None
+    weights_sha256: str | None
+    family: str | None
+    process: str | None
     vae: str | None
     vae_sha256: str | None
     latent_scale: float | None
     latent_shift: float | None
-    cfg: float
-    sampler: str
-    steps: int
-    sampling: dict[str, object]
-    routing: str
+    cfg: float | None
+    sampler: str | None
+    steps: int | None
+    sampling: dict[str, object] | None
+    routing: str | None
     capacity: float | None
     gamma: float | None
-    batch: int
-    seed: int
-    labels: str
+    batch: int | None
+    seed: int | None
+    labels: str | None
     count: int
     splits: int
     reference: str
@@ -79,6 +83,14 @@ class Card:
     time: str
     seconds: float
     fp32_precision: str = ""
+    samples: str | None = None
+    images_sha256: str | None = None
+    protocol: str = ""
+
+    @property
+    def scoring(self) -> tuple[str, str, int]:
+        """What the images were scored by: reference, extractor, splits."""
+        return self.reference_sha256, self.extractor_sha256, self.splits
 
     def to_json(self) -> str:
         """The card as JSON; `card_from_json` reads it back."""
@@ -103,7 +115,9 @@ class Card:
                 value = ", ".join(f"{name} {entry}" for name, entry in value.items())
             if field.name != "scores":
                 settings.append((field.name.replace("_", " "), None if value is None else str(value)))
-        title = f"# {self.count} images of {self.family} at step {self.step}, {self.weights} weights, cfg {self.cfg:g}"
+        title = (f"# {self.count} images of {self.samples}" if self.samples is not None else
+                 f"# {self.count} images of {self.family} at step {self.step}, {self.weights} weights, cfg "
+                 f"{self.cfg:g}")
         return "\n".join([title, "", *table(("score", "value"), scores), "", *table(("setting", "value"), settings)]) + "\n"
 
 
@@ -121,10 +135,34 @@ def card_from_json(text: str) -> Card:
 
 
 def write_card(card: Card, folder: Path) -> None:
-    """Write card.md, then card.json: a folder with the JSON has both."""
+    """Write card.md, then card.json: a folder with the JSON has both. A card that is there of another scoring of the
+    same images stays, as `card-<reference>-<extractor>-<splits>` (the first digits of their hashes)."""
+    before = read_card(folder / JSON_NAME) if (folder / JSON_NAME).is_file() else card
+    if before.scoring != card.scoring:
+        for path in (folder / MARKDOWN_NAME, folder / JSON_NAME):
+            if path.is_file():
+                os.replace(path, folder / f"card-{_own_name(before)}{path.suffix}")
     for name, text in ((MARKDOWN_NAME, card.to_markdown()), (JSON_NAME, card.to_json())):
         with replacing(folder / name) as stream:
             stream.write(text.encode())
+
+
+def read_card(path: Path) -> Card:
+    """UserError, naming the file, for one that is no card."""
+    try:
+        return card_from_json(path.read_text())
+    except (OSError, UserError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def find_card(folder: Path, scoring: tuple[str, str, int]) -> Card | None:
+    """The card of this scoring among a folder's cards, if it is there."""
+    cards = (read_card(path) for path in [folder / JSON_NAME, *sorted(folder.glob("card-*.json"))] if path.is_file())
+    return next((card for card in cards if card.scoring == scoring), None)
+
+
+def _own_name(card: Card) -> str:
+    return f"{card.reference_sha256[:8]}-{card.extractor_sha256[:8]}-{card.splits}"
 
 
 def versions() -> dict[str, str]:

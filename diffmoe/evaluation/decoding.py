@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffmoe.config import Config
 from diffmoe.data.shards import ShardIndex, load_index
-from diffmoe.data.sources import runs_a_program
+from diffmoe.data.sources import is_remote, runs_a_program
 from diffmoe.data.vae import decode_latents, load_vae
 from diffmoe.errors import UserError
-
 
 @dataclass(frozen=True)
 class Decoder:
@@ -28,24 +28,47 @@ class Decoder:
 
 
 def checkpoint_data(config: Config, scale: float | None, shift: float | None) -> ShardIndex | None:
-    """The index of the training data that a checkpoint's configuration names, if it is here.
+    """The index of the training data that a checkpoint's configuration names; None where it is not here (`vae_note`
+    says so).
 
     A checkpoint may be anybody's: an address for which a program would be started is not opened.
 
     Raises:
-        UserError: such an address, unless `scale` and `shift` are both known without it.
+        UserError: such an address, or an index that is here and cannot be read, unless `scale` and `shift` are both
+            known without it.
     """
     name = "index" if config.data.index else "shards"
     address = getattr(config.data, name)
+    known = scale is not None and shift is not None
     if runs_a_program(address):
-        if scale is None or shift is None:
+        if not known:
             raise UserError(f"data.{name} ({address}) would start a program, which no checkpoint may: say --latent-scale and "
                             "--latent-shift")
         return None
+    if not is_remote(address) and not _folder(address).exists():
+        return None  # sampling elsewhere than training
     try:
         return load_index(config.data.shards, config.data.index, check_files=False)
-    except UserError:
-        return None  # sampling elsewhere than training
+    except (OSError, UserError) as error:
+        if known:
+            return None
+        raise UserError(f"the training data's index, by which VAE and scale are checked, cannot be read: {error}; "
+                        "restore it, or say --latent-scale and --latent-shift") from error
+
+
+def _folder(address: str) -> Path:
+    path = Path(address)
+    return path.parent if path.suffix in (".tar", ".json") else path
+
+
+def vae_note(config: Config, decoder: Decoder, index: ShardIndex | None) -> str | None:
+    """What to say where nothing shows that this VAE encoded the training data whose `index` this is; None where it is
+    shown."""
+    if index is not None and index.encoding is not None and index.encoding.vae_sha256:
+        return None
+    why = "does not say which VAE encoded it" if index is not None else "is not here, or was not opened"
+    return (f"note: the training data ({config.data.shards}) {why}: vae {decoder.name} is not compared with it; "
+            f"latents have scale {decoder.scale:g}, shift {decoder.shift:g}")
 
 
 def open_decoder(path: str, config: Config, index: ShardIndex | None, scale: float | None, shift: float | None,

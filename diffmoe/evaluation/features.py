@@ -27,9 +27,9 @@ from torch import Tensor
 from diffmoe.data.tar import sha256
 from diffmoe.device import ieee_fp32
 from diffmoe.errors import UserError
+from diffmoe.evaluation.protocol import INCEPTION_SHA256
 
 INCEPTION_NAME = "inception-2015-12-05.pt"
-INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 DIGITS_NAME = "digits"
 _DIGITS_SEED, _DIGITS_HIDDEN, _DIGITS_POOL = 0, 256, 32
 _SPATIAL_LAYER = "mixed_6"
@@ -76,6 +76,15 @@ class Extractor:
             if bad:
                 raise UserError(f"extractor {self.name}: {name} {value.shape} holds {bad} values that are not finite")
         return features
+
+    def widths(self, height: int, width: int) -> dict[str, int]:
+        """Widths of pool and, where there are such, spatial features and probabilities of images of this size, found by
+        a try.
+
+        Raises:
+            UserError: images of this size are not for this network, or its features are not finite."""
+        features = self(torch.zeros(1, 3, height, width, dtype=torch.uint8))
+        return {name: value.shape[1] for name, value in features.parts().items()}
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,10 +20,9 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
 from diffmoe.errors import UserError
-from diffmoe.evaluation.scores import nearest_distances, precision_recall
+from diffmoe.evaluation.scores import NEIGHBOURS, nearest_distances, precision_recall
 
 CLASSES = 10
-NEIGHBOURS = 3
 HELD_OUT_SHARE = 0.25
 SPLIT_SEED = 0
 MIN_REAL_ACCURACY = 0.95  # below this the classifier itself is not to be trusted
@@ -107,6 +107,18 @@ def judge_digits(images: np.ndarray, asked: np.ndarray) -> JudgeReport:
     )
 
 
+def _read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:  # of a .npy numpy gives an array, which is no context
+        with np.load(path, allow_pickle=False) as samples:
+            read = {name: samples[name] for name in ("images", "labels") if name in samples.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    missing = {"images", "labels"} - set(read)
+    if missing:
+        raise UserError(f"{path} lacks {' and '.join(sorted(missing))}: it must be what run.py sample writes")
+    return read["images"], read["labels"]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line of this module; returns the exit status."""
     parser = argparse.ArgumentParser(description="Judge generated digits.")
@@ -115,12 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--require", action="store_true", help="exit 1 where a threshold is missed")
     options = parser.parse_args(arguments)
     try:
-        with np.load(options.samples, allow_pickle=False) as samples:
-            missing = {"images", "labels"} - set(samples.files)
-            if missing:
-                raise UserError(f"{options.samples} holds {samples.files}, not {' and '.join(sorted(missing))}")
-            report = judge_digits(samples["images"], samples["labels"])
-    except (OSError, ValueError) as error:
+        report = judge_digits(*_read_samples(options.samples))
+    except UserError as error:
         print(f"judge: {error}", file=sys.stderr)
         return 1
     print(report.format())

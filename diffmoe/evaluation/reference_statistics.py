@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmoe.data.images import BadImage, decode_picture
+from diffmoe.data.images import BadImage, decode_picture, picture_size
 from diffmoe.data.listing import EXTENSIONS, LeftOut, list_pictures
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import INDEX_NAME, load_index
 from diffmoe.data.tar import replacing, sha256
 from diffmoe.errors import UserError
 from diffmoe.evaluation.features import Extractor, to_uint8
-from diffmoe.evaluation.scores import Moments, merge, merge_over, moments_of
+from diffmoe.evaluation.image_arrays import names_in, open_array
+from diffmoe.evaluation.scores import NEIGHBOURS, Moments, covariance_root, merge, merge_over, moments_of
 from diffmoe.parallel.collectives import gather_stack, raise_together
 from diffmoe.parallel.groups import Group
 from diffmoe.progress import shown
@@ -45,8 +47,9 @@ class Reference:
     """Real images, measured.
 
     `sha256` is of ADM's file, of the numbers in a saved one, or of the images that were measured; `count` is the images
-    behind the Gaussians, None where a file does not say. `features` [n, d] are for precision and recall (None: not known).
-    `extractor` is the SHA-256 of the network that measured (None where a file does not say).
+    behind the Gaussians and `size` their (height, width), None where a file does not say. `features` [n, d] are for
+    precision and recall (None: not known). `extractor` is the SHA-256 of the network that measured (None where a file
+    does not say).
     """
 
     source: str
@@ -56,39 +59,72 @@ class Reference:
     spatial: Gaussian | None = None
     features: np.ndarray | None = None
     extractor: str | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """`count` images; `read(start, stop)` gives some of them, uint8 [n, 3, H, W]. `left_out`: files that are none."""
+    """`count` images of `size` (height, width); `read(start, stop)` gives some of them, uint8 [n, 3, H, W]. `files`:
+    where they are; `pictures`: whether that is one each. `left_out`: files of the folder that are none."""
 
     name: str
     count: int
+    size: tuple[int, int]
     read: Callable[[int, int], Tensor]
+    files: tuple[Path, ...] = ()
+    pictures: bool = False
     left_out: tuple[LeftOut, ...] = ()
 
+    def check(self, world: Group) -> None:
+        """Whether pictures are of one size, by their headers; all ranks together, each an equal share of them.
 
-def load_reference(path: str | Path, extractor: Extractor, world: Group, device: torch.device, *, batch: int = 64,
-                   progress: bool = False) -> Reference:
-    """The reference behind a path, measured by all ranks together where it is images.
+        Raises:
+            AgreedError: one is of another size, or cannot be read.
+        """
+        problem: Exception | None = None
+        try:
+            for path in self.files[world.index :: world.size] if self.pictures else ():
+                _check_size(path, picture_size(path), self.files[0], self.size)
+        except BadImage as error:
+            problem = UserError(f"picture {path} cannot be read: {error}")
+        except UserError as error:
+            problem = error
+        raise_together(problem, world)
+
+
+def load_reference(path: str | Path, extractor: Extractor, world: Group, device: torch.device, *,
+                   size: tuple[int, int] | None = None, batch: int = 64, progress: bool = False) -> Reference:
+    """The reference behind a path, measured by all ranks together where it is images; all that can be known of it is
+    judged before.
 
     Args:
-        path: an npz (ADM's or `save_reference`'s), a folder of pictures of one size, or a folder of pixel shards.
+        path: an npz (ADM's or `save_reference`'s), a folder of pictures of one size, a folder of pixel shards, or a
+            .npy of images.
+        size: (height, width) of the images that will be compared with it, where that is known.
         batch: images that pass the extractor at once.
 
     Raises:
-        UserError: on every rank: nothing that is a reference, statistics of another extractor, damaged images, too few.
+        UserError: on every rank: nothing that is a reference, statistics that are no Gaussian's or another extractor's,
+            images of another size, damaged images, too few.
     """
     stored: Reference | None = None
     source: ImageSource | None = None
     problem: Exception | None = None
     try:
         path = Path(path)
+        holds_images = True
         if path.is_file():
-            stored = _read_statistics(path, extractor)
-        if stored is None or (stored.features is None and _holds_images(path)):
+            stored, holds_images = _read_statistics(path)
+        if stored is None or (stored.features is None and holds_images):
             source = open_images(path)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, UserError) as error:
+        problem = error
+    raise_together(problem, world)
+    if source is not None:
+        source.check(world)
+    try:
+        _judge(path, stored, source, extractor, size)
+    except UserError as error:
         problem = error
     raise_together(problem, world)
     for left in source.left_out if source is not None and world.index == 0 else ():
@@ -97,7 +133,39 @@ def load_reference(path: str | Path, extractor: Extractor, world: Group, device:
         return measure_reference(source, extractor, world, device, batch=batch, progress=progress)
     if source is None:
         return stored
-    return replace(stored, features=_measure(source, extractor, world, device, batch, progress).features)
+    measured = _measure(source, extractor, world, device, batch, progress)
+    return replace(stored, features=measured.features, extractor=extractor.sha256, size=source.size)
+
+
+def _judge(path: Path, stored: Reference | None, source: ImageSource | None, extractor: Extractor,
+           size: tuple[int, int] | None) -> None:
+    """What is known before an image is measured. UserError, naming the file, for what could not be compared with the
+    samples."""
+    own = source.size if source is not None else stored.size
+    if None not in (own, size) and own != size:
+        raise UserError(f"reference {path}: its images are {own[1]} x {own[0]}, the samples {size[1]} x {size[0]}; it "
+                        "must be of the samples' size")
+    if stored is not None and stored.extractor not in (None, extractor.sha256):
+        raise UserError(f"reference file ({path}) was measured with extractor {stored.extractor}, this run uses "
+                        f"{extractor.name} {extractor.sha256}")
+    if stored is not None and source is not None and source.count <= NEIGHBOURS:
+        raise UserError(f"reference {path}: arr_0 holds {source.count} images; precision and recall need more than "
+                        f"{NEIGHBOURS}")
+    if own is None and size is None:
+        return
+    widths = extractor.widths(*(own or size))
+    if stored is None:
+        for name in ("pool", "spatial"):
+            if source.count < widths.get(name, 0) + 1:
+                raise UserError(f"reference {path}: its images ({source.count}) must be at least the {name} features' "
+                                f"width + 1 ({widths[name] + 1}), or they have no covariance")
+        return
+    for name, there in (("pool", stored.pool), ("spatial", stored.spatial)):
+        if there is not None and len(there.mean) != widths.get(name, len(there.mean)):
+            raise UserError(f"reference {path}: its {name} features have width {len(there.mean)}, those of extractor "
+                            f"{extractor.name} {widths[name]}: it was measured with another")
+    if stored.features is not None and stored.features.shape[1:] != (widths["pool"],):
+        raise UserError(f"reference {path}: features {stored.features.shape} must be [n, {widths['pool']}]")
 
 
 def measure_reference(source: ImageSource, extractor: Extractor, world: Group, device: torch.device, *, batch: int = 64,
@@ -112,7 +180,7 @@ def measure_reference(source: ImageSource, extractor: Extractor, world: Group, d
     measured = _measure(source, extractor, world, device, batch, progress)
     pool, *spatial = (Gaussian(moments.mean, moments.covariance()) for moments in measured.moments)
     return Reference(source.name, measured.sha256, source.count, pool, spatial[0] if spatial else None, measured.features,
-                     extractor.sha256)
+                     extractor.sha256, source.size)
 
 
 @dataclass(frozen=True)
@@ -160,7 +228,8 @@ def save_reference(reference: Reference, path: str | Path) -> None:
 
 
 def open_images(path: str | Path) -> ImageSource:
-    """The images of a folder of pictures (all below it, by name), of pixel shards, or of an npz's `arr_0` [N, H, W, 3].
+    """The images of a folder of pictures (all below it, by name), of pixel shards, of an npz's `arr_0` or of a .npy [N,
+    H, W, 3].
 
     Raises:
         UserError: no images there, some that cannot be taken (see `listing.py`), moments instead of pixels, or an
@@ -168,28 +237,38 @@ def open_images(path: str | Path) -> ImageSource:
     """
     path = Path(path)
     if path.is_file():
-        return _open_npz(path)
+        shape, read_rows = open_array(path)
+        return ImageSource(str(path), shape[0], shape[1:3],
+                           lambda start, stop: channels_first(read_rows(start, stop)), (path,))
     if (path / INDEX_NAME).is_file():
         return _open_shards(path)
     if not path.is_dir():
-        raise UserError(f"reference ({path}) does not exist")
+        raise UserError(f"{path} does not exist: no images, no statistics")
     names, left_out = list_pictures(path)
     if not names:
-        raise UserError(f"reference folder ({path}) holds neither {INDEX_NAME} nor pictures (.{', .'.join(EXTENSIONS)})")
+        raise UserError(f"folder {path} holds neither {INDEX_NAME} nor pictures (.{', .'.join(EXTENSIONS)})")
     if lost := [str(left) for left in left_out if left.bad]:
-        raise UserError(f"reference folder ({path}) holds more than can be read, and statistics of the rest would be "
-                        f"another data set's: {'; '.join(lost)}; remove or convert them")
+        raise UserError(f"folder {path} holds more than can be read, and statistics of the rest would be another data "
+                        f"set's: {'; '.join(lost)}; remove or convert them")
     pictures = [path / name for name in names]
+    try:
+        size = picture_size(pictures[0])
+    except BadImage as error:
+        raise UserError(f"picture {pictures[0]} cannot be read: {error}") from None
 
     def read(start: int, stop: int) -> Tensor:
-        images = [_read_picture(p) for p in [pictures[0], *pictures[start:stop]]]
-        for picture, image in zip(pictures[start:stop], images[1:]):
-            if image.shape != images[0].shape:
-                raise UserError(f"picture {picture} is {image.shape[1]} x {image.shape[0]}, {pictures[0].name} is "
-                                f"{images[0].shape[1]} x {images[0].shape[0]}: crop and resize them beforehand")
-        return _channels_first(np.stack(images[1:]))
+        images = [_read_picture(p) for p in pictures[start:stop]]
+        for picture, image in zip(pictures[start:stop], images):
+            _check_size(picture, image.shape[:2], pictures[0], size)
+        return channels_first(np.stack(images))
 
-    return ImageSource(str(path), len(pictures), read, left_out)
+    return ImageSource(str(path), len(pictures), size, read, tuple(pictures), True, left_out)
+
+
+def _check_size(path: Path, size: tuple[int, int], first: Path, first_size: tuple[int, int]) -> None:
+    if size != first_size:
+        raise UserError(f"picture {path} is {size[1]} x {size[0]}, {first.name} is {first_size[1]} x {first_size[0]}: "
+                        "crop and resize them beforehand")
 
 
 def _read_picture(path: Path) -> np.ndarray:
@@ -202,64 +281,66 @@ def _read_picture(path: Path) -> np.ndarray:
 def _open_shards(path: Path) -> ImageSource:
     index = load_index(path)
     if index.meta.kind != "pixels":
-        raise UserError(f"reference shards ({path}) hold {index.meta.kind}, not pixels: latents have no Inception features")
+        raise UserError(f"shards {path} hold {index.meta.kind}, not pixels: latents have no Inception features")
+    if index.shape[0] not in (1, 3):
+        raise UserError(f"shards {path} hold arrays {index.shape}; images must be [1 or 3, H, W]")
     reader = ShardReader(index, seed=0)  # one epoch in any order is every image once
-    return ImageSource(str(path), index.count,
-                       lambda start, stop: to_uint8(torch.from_numpy(reader.read(range(start, stop))[0])))
+    return ImageSource(str(path), index.count, tuple(index.shape[1:]),
+                       lambda start, stop: to_uint8(torch.from_numpy(reader.read(range(start, stop))[0])),
+                       (path / INDEX_NAME,))
 
 
-def _open_npz(path: Path) -> ImageSource:
-    """Rows of `arr_0` straight from the file: ADM's 10,000 images are 2 GB, and eight ranks would hold them eight times."""
-    with zipfile.ZipFile(path) as archive:
-        if "arr_0.npy" not in archive.namelist():
-            raise UserError(f"reference file ({path}) holds {archive.namelist()}, not arr_0 and not mu and sigma")
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, column_major, dtype = read_header[np.lib.format.read_magic(stream)](stream)
-        header = stream.tell()
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] < 1 or column_major:
-        raise UserError(f"{path}: arr_0 ({dtype} {shape}) must be uint8 [N, H, W, 3] in C order")
-    size = int(np.prod(shape[1:]))
-
-    def read(start: int, stop: int) -> Tensor:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-            stream.seek(header + start * size)
-            payload = stream.read((stop - start) * size)
-        return _channels_first(np.frombuffer(payload, np.uint8).reshape(stop - start, *shape[1:]))
-
-    return ImageSource(str(path), shape[0], read)
-
-
-def _channels_first(images: np.ndarray) -> Tensor:
+def channels_first(images: np.ndarray) -> Tensor:
+    """[n, H, W, 3] as [n, 3, H, W]."""
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
-def _read_statistics(path: Path, extractor: Extractor) -> Reference | None:
-    """What an npz of statistics says; None where it holds images only."""
-    with np.load(path, allow_pickle=False) as archive:
-        if not {"mu", "sigma"} <= set(archive.files):
-            return None
-        if ("mu_s" in archive.files) != ("sigma_s" in archive.files):
-            raise UserError(f"reference file ({path}) holds only one of mu_s and sigma_s: {archive.files}")
-        read = {name: archive[name] for name in archive.files if not name.startswith("arr_")}
+def _read_statistics(path: Path) -> tuple[Reference | None, bool]:
+    """What an npz of statistics says, judged (None where there are no statistics); whether the file holds images.
+
+    UserError: no array file, or statistics that are no Gaussian's."""
+    names = names_in(path)
+    if names is None or not {"mu", "sigma"} <= set(names):
+        return None, True
+    if ("mu_s" in names) != ("sigma_s" in names):
+        raise UserError(f"reference file ({path}) holds only one of mu_s and sigma_s: {names}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            read = {name: archive[name] for name in names if not name.startswith("arr_")}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"reference file ({path}) cannot be read: {error}") from None
     ours = "sha256" in read
     if ours:
         stored = str(read.pop("sha256"))
         if _digest(read) != stored:
             raise UserError(f"reference file ({path}): the hash of its content ({_digest(read)}) is not the stored one "
                             f"({stored})")
-        if str(read["extractor"]) != extractor.sha256:
-            raise UserError(f"reference file ({path}) was measured with extractor {read['extractor']}, this run uses "
-                            f"{extractor.name} {extractor.sha256}")
-    pool, spatial = (Gaussian(read[mean].astype(np.float64), read[covariance].astype(np.float64)) if mean in read else None
-                     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")))
-    return Reference(str(path), stored if ours else sha256(path), int(read["count"]) if ours else None, pool, spatial,
-                     read.get("features") if ours else None, extractor.sha256 if ours else None)
+    pool = _gaussian(path, read, "mu", "sigma")
+    spatial = _gaussian(path, read, "mu_s", "sigma_s") if "mu_s" in read else None
+    features = read.get("features") if ours else None
+    if features is not None and (features.ndim != 2 or len(features) <= NEIGHBOURS or not np.isfinite(features).all()):
+        raise UserError(f"reference file ({path}): features {features.shape} must be more than {NEIGHBOURS} rows [n, "
+                        "d] of finite values")
+    count = int(read["count"]) if ours and "count" in read else None
+    extractor = str(read["extractor"]) or None if ours and "extractor" in read else None
+    if count is not None and count <= len(pool.mean):
+        raise UserError(f"reference file ({path}): {count} images give no covariance of {len(pool.mean)} features; it "
+                        f"takes at least {len(pool.mean) + 1}")
+    size = tuple(map(int, read["size"])) if ours and "size" in read else None
+    reference = Reference(str(path), stored if ours else sha256(path), count, pool, spatial, features, extractor, size)
+    return reference, "arr_0" in names
 
 
-def _holds_images(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return "arr_0.npy" in archive.namelist()
+def _gaussian(path: Path, read: dict[str, np.ndarray], mean: str, covariance: str) -> Gaussian:
+    """UserError, naming the file, for what is no mean and covariance of finite numbers."""
+    for name in (mean, covariance):
+        if read[name].dtype.kind not in "fiu":
+            raise UserError(f"reference file ({path}): {name} ({read[name].dtype}) must be numbers")
+    gaussian = Gaussian(read[mean].astype(np.float64), read[covariance].astype(np.float64))
+    covariance_root(gaussian.mean, gaussian.covariance, f"reference file ({path}), {mean} and {covariance}:")
+    if not gaussian.covariance.any():
+        raise UserError(f"reference file ({path}): {covariance} is all zeros, as of one image")
+    return gaussian
 
 
 def _arrays(reference: Reference) -> dict[str, np.ndarray]:
@@ -270,6 +351,8 @@ def _arrays(reference: Reference) -> dict[str, np.ndarray]:
         arrays["features"] = reference.features
     if reference.count is not None:
         arrays["count"] = np.array(reference.count)
+    if reference.size is not None:
+        arrays["size"] = np.array(reference.size)
     return arrays | {"extractor": np.array(reference.extractor or ""), "source": np.array(reference.source)}
 
 

@@ -18,6 +18,7 @@ from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import Group
 
+NEIGHBOURS = 3  # k of precision and recall
 _CHUNK_ENTRIES = 1 << 22  # distances held at once: 32 MiB of float64
 _WIDE = 64  # from this width on distances are matrix products: cdist takes hours for 50,000 x 2048
 _ROUNDING = 1e-6  # of the largest eigenvalue: a more negative one is no rounding error
@@ -100,10 +101,10 @@ def frechet_distance(
         UserError: other shapes, values that are not finite, a matrix that is not symmetric or not positive.
     """
     mean_1, mean_2 = np.asarray(mean_1, np.float64), np.asarray(mean_2, np.float64)
-    if mean_1.ndim != 1 or mean_1.shape != mean_2.shape:
+    if mean_1.shape != mean_2.shape:
         raise UserError(f"mean of {mean_1.shape} does not fit the reference's mean of {mean_2.shape}")
-    root_1 = _root(mean_1, covariance_1, "first")
-    root_2 = _root(mean_2, covariance_2, "second")
+    root_1 = covariance_root(mean_1, covariance_1, "first")
+    root_2 = covariance_root(mean_2, covariance_2, "second")
     overlap = np.linalg.svd(root_1 @ root_2, compute_uv=False).sum()
     spread = np.trace(covariance_1) + np.trace(covariance_2)
     distance = float(np.square(mean_1 - mean_2).sum() + spread - 2.0 * overlap)
@@ -111,9 +112,16 @@ def frechet_distance(
     return max(0.0, distance)
 
 
-def _root(mean: np.ndarray, covariance: np.ndarray, name: str) -> np.ndarray:
-    """The symmetric square root of a covariance."""
+def covariance_root(mean: np.ndarray, covariance: np.ndarray, name: str) -> np.ndarray:
+    """The symmetric square root [d, d] of the covariance of a Gaussian that messages call `name`.
+
+    Raises:
+        UserError: other shapes than [d] and [d, d], values that are not finite, a matrix that is not symmetric or not
+            positive.
+    """
     covariance = np.asarray(covariance, np.float64)
+    if mean.ndim != 1 or not len(mean):
+        raise UserError(f"{name} mean {mean.shape} must be [d], one number a feature")
     if covariance.shape != (len(mean), len(mean)):
         raise UserError(f"{name} covariance {covariance.shape} does not fit its mean {mean.shape}")
     for what, value in (("mean", mean), ("covariance", covariance)):
@@ -183,7 +191,7 @@ def split_numbers(numbers: range, count: int, splits: int) -> np.ndarray:
     return np.asarray(numbers, np.int64) * splits // max(1, count)
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
+def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019) of `fake` [m, d] against `real` [n, d].
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest other point.

@@ -14,11 +14,11 @@ from diffmoe.data.shards import ShardIndex
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import Scores
 from diffmoe.evaluation.decoding import Decoder, open_decoder
-from diffmoe.evaluation.evaluate import check_plan, check_widths, class_labels
+from diffmoe.evaluation.evaluate import check_plan, class_labels, default_splits, image_size
 from diffmoe.evaluation.features import Extractor, open_extractor, to_uint8
 from diffmoe.evaluation.generate import generate
 from diffmoe.evaluation.reference_statistics import Reference, load_reference
-from diffmoe.evaluation.tally import SPLIT_SIZE, Tally
+from diffmoe.evaluation.tally import Tally
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.collectives import raise_together
 from diffmoe.parallel.groups import Group
@@ -42,15 +42,12 @@ def open_scorer(config: Config, index: ShardIndex, world: Group, device: torch.d
     try:
         extractor = open_extractor(score.extractor, device)
         decoder = open_decoder(score.vae, config, index, None, None, device) if score.vae else None
+        size = image_size(config, decoder)
+        check_plan(score.count, default_splits(score.count), size, extractor)
     except (OSError, UserError) as error:
         problem = error
     raise_together(problem, world)
-    reference = load_reference(score.reference, extractor, world, device)
-    try:
-        check_plan(config, score.count, reference, decoder, _splits(score.count))
-    except UserError as error:
-        problem = error
-    raise_together(problem, world)
+    reference = load_reference(score.reference, extractor, world, device, size=size)
     return Scorer(score.count, reference, extractor, decoder)
 
 
@@ -62,7 +59,7 @@ def score(model: DiT, config: Config, scorer: Scorer, world: Group, device: torc
     Raises:
         AgreedError: images or features that are not finite, on any rank; all have made their passes.
     """
-    batch, tally = config.sample.batch, Tally(scorer.count, _splits(scorer.count))
+    batch, tally = config.sample.batch, Tally(scorer.count, default_splits(scorer.count))
     rounds = -(-scorer.count // (batch * world.size))
     problem: Exception | None = None
     for index in range(world.index, rounds * world.size, world.size):
@@ -71,7 +68,6 @@ def score(model: DiT, config: Config, scorer: Scorer, world: Group, device: torc
         x = generate(model, config, labels, numbers, device, together=world)
         try:
             features = scorer.extractor(to_uint8(x) if scorer.decoder is None else scorer.decoder.function(x))
-            check_widths(features, scorer.reference)
             tally.add(features, range(scorer.count)[numbers.start : numbers.stop])  # the last rounds may have more than that
         except UserError as error:
             problem = problem or error
@@ -83,7 +79,3 @@ def score(model: DiT, config: Config, scorer: Scorer, world: Group, device: torc
         problem = error
     raise_together(problem, world)
     raise AssertionError("unreachable")
-
-
-def _splits(count: int) -> int:
-    return max(1, count // SPLIT_SIZE)

@@ -34,7 +34,8 @@ _RENAMES = [
 _EXPERT_MATRIX = re.compile(r"\.experts\.\d+\.\w+_weight$")
 # Constants that the research code stores and this model computes.
 _COMPUTED = re.compile(r"(^pos_embed|\.ema_decay)$")
-_HASHED_ENTRIES = 4096
+_HASH_VERSION = "v2"  # the first, without a prefix, saw 4,096 entries of a tensor: other weights could have the same
+_HASHED_AT_ONCE = 1 << 22  # entries: 16 MiB as fp32
 _SWIGLU = {"gate": "gate_proj", "fc1": "up_proj", "fc2": "down_proj"}
 
 
@@ -233,12 +234,22 @@ def load_buffers(model: DiT, tensors: Mapping[str, Tensor]) -> None:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and the first 4,096 entries of every tensor: tells two checkpoints apart in no time."""
+    """`v2:` and the SHA-256 over names, shapes and all entries (as fp32) of every tensor, whatever its type and device:
+    tells any two checkpoints apart. Reads each tensor in pieces: a second or two for a GB."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().flatten()[:_HASHED_ENTRIES].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        for piece in value.detach().flatten().split(_HASHED_AT_ONCE):
+            digest.update(piece.float().cpu().numpy())
+    return f"{_HASH_VERSION}:{digest.hexdigest()}"
+
+
+def digest_note(one: str, other: str) -> str:
+    """What to add where two digests differ: whether one of them was made before they covered all weights; else
+    nothing."""
+    older = [digest for digest in (one, other) if not digest.startswith(f"{_HASH_VERSION}:")]
+    return (" (the one without v2 is of an earlier version, which hashed only a part of the weights: score them again)"
+            if older else "")
 
 
 def _some(what: str, names: Iterable[str]) -> str:
