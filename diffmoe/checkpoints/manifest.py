@@ -33,7 +33,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``config``: the resolved configuration.  ``counters``: what the training loop counts besides steps.  ``emas``: decays, the
+    """``samples``: the number of the next sample.  ``config``: the resolved configuration.  ``counters``: what the training loop counts besides steps.  ``emas``: decays, the
     default first.  ``shapes``: whole shapes by tensor name.  ``ranks``: how many wrote it, which no reader needs."""
 
     step: int

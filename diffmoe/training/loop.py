@@ -33,7 +33,7 @@ from diffmoe.training.guard import Guard, Verdict, find_nonfinite
 from diffmoe.training.metrics import Meter, Writer
 from diffmoe.training.occupancy import Occupancy
 from diffmoe.training.plan_check import PlanCheck
-from diffmoe.training.resume import check_resumable, engine_changes, read_left_out, write_left_out
+from diffmoe.training.resume import Recipe, check_resumable, engine_changes, read_left_out, recipes_as_counters, write_left_out
 from diffmoe.training.step import StepReport, train_step
 from diffmoe.training.watchdog import Watchdog, watch_layers
 
@@ -41,7 +41,7 @@ from diffmoe.training.watchdog import Watchdog, watch_layers
 @dataclass
 class Run:
     """Everything that one rank of a training run holds.  ``writer`` is rank 0's alone; ``scorer``: None where nobody asked for
-    scores; ``fresh``: no checkpoint was there."""
+    scores; ``fresh``: no checkpoint was there; ``recipes``: changes of the recipe so far, see ``resume``."""
 
     config: Config
     layout: Layout
@@ -57,10 +57,21 @@ class Run:
     writer: Writer | None
     scorer: Scorer | None
     fresh: bool
+    recipes: list[Recipe]
     done: int = 0
     failed_saves: int = 0
     unsaved: int | None = None  # the step of the last save, where it failed
     save_times: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def shift(self) -> int:
+        """See ``resume``."""
+        return self.recipes[-1].shift if self.recipes else 0
+
+    @property
+    def samples(self) -> int:
+        """The number of the next step's first sample."""
+        return (self.done + self.shift) * self.layout.batch
 
     @property
     def folder(self) -> Path:
@@ -72,9 +83,9 @@ class Run:
 
 
 def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device,
-          asked: Sequence[int] = (), per_node: int | None = None) -> None:
+          asked: Sequence[int] = (), per_node: int | None = None, new_recipe: bool = False) -> None:
     """Trains to ``train.steps``, from the newest usable checkpoint in the run folder if there is one.  ``per_node``: ranks
-    on a node (default: all).
+    on a node (default: all).  ``new_recipe``: that checkpoint may be one of another recipe.
 
     Any rank whose ``asked`` fills (see ``training.stop``) ends the run in order: the ranks agree at a step boundary, save, and
     return.  Raises AgreedError when the run cannot go on, or its last state cannot be saved; a rank that dies or hangs ends
@@ -83,7 +94,7 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
         if anyone(bool(asked), groups.world):
             return _say(groups, "stopped in order before the start; the same command begins again")
         occupancy.take()
-        run = start(config, layout, deepspeed_tree, groups, device, per_node)
+        run = start(config, layout, deepspeed_tree, groups, device, per_node, new_recipe)
         occupancy.take()  # where the folder is new
         if run.done >= config.train.steps:
             _say(groups, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
@@ -100,7 +111,7 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 
 
 def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device,
-          per_node: int | None = None) -> Run:
+          per_node: int | None = None, new_recipe: bool = False) -> Run:
     """Model, engine, EMA and data of a run, resumed from its newest usable checkpoint.  All ranks raise together."""
     def say(text: str) -> None:
         _say(groups, text)
@@ -113,13 +124,13 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 
     folder = Path(config.run.folder)
     newest = newest_usable(folder / "checkpoints", groups, say_passed_over)
-    reader, problem, accepted, left_out = None, None, [], []
+    reader, problem, accepted, recipes, left_out = None, None, [], [], []
     try:
         reader = open_reader(config)
         if config.train.compile:
             check_compiler(device)
         if newest is not None:  # before anything of an earlier run is overwritten
-            accepted = check_resumable(newest, config, layout, reader.index.fingerprint)
+            accepted, recipes = check_resumable(newest, config, layout, reader.index.fingerprint, new_recipe)
         if groups.rank == 0:
             left_out = read_left_out(folder)
             accepted += engine_changes(folder, merge_deepspeed(deepspeed_tree, config, layout)) if newest is not None else []
@@ -137,11 +148,14 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     watch_layers(model.blocks, groups.trace)
     ema = Ema(engine, config.train.ema_decays)
     guard = Guard.from_counters(config.train, {} if newest is None else newest.counters)
+    begins = newest is not None and len(recipes) > len(newest.counters.get("recipes", []))
+    if begins:
+        guard.losses = []  # of another recipe
     guard.left_out = sorted({*guard.left_out, *gather_objects(left_out, groups.world)[0]})
     writer = Writer(folder, config.train.steps, [f"block {i}" for i, _ in model.moe_layers()]) if groups.rank == 0 else None
     run = Run(config, layout, groups, device, engine, ema, reader, Saver(folder / "checkpoints", config, layout, groups), guard,
               Meter(config, groups, device), PlanCheck(config, layout, deepspeed_tree, device, per_node or layout.ranks), writer,
-              scorer, newest is None)
+              scorer, newest is None, recipes)
     for text in passed_over if writer else ():
         writer.event(newest.step, "passed over", text, aloud=False)
     if newest is not None:
@@ -150,13 +164,16 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
         run.done = restore(newest, engine, ema, groups, say)
         engine.set_adam_step(newest.counters.get("updates", newest.step))
         say(f"resumed from {newest.path} at step {run.done}")
+        if begins:
+            _event(run, "new recipe", f"new recipe from here on ({'; '.join(recipes[-1].changes)}); weights, moments, averages and "
+                                      f"thresholds stay, samples are counted on from {run.samples}")
     return run
 
 
 def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
     """Trains to the end or to a stop (None), or to a step whose loss spiked, which is returned."""
     config, layout, groups, meter = run.config, run.layout, run.groups, run.meter
-    share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
+    share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks, run.shift)
     feed = Feed(run.reader, share, groups.world, run.folder, range(run.done, config.train.steps), config.data,
                 pin=run.device.type == "cuda", say=lambda text: _say(groups, text))
     with feed, StepDraws(config.run.seed, share.positions, run.reader.index.x_shape) as draws:
@@ -243,6 +260,7 @@ def _go_back(run: Run, spiked: int) -> None:
     newest = newest_usable(run.checkpoints, run.groups, lambda text: _event(run, "passed over", text))
     if newest is None:
         raise AgreedError(f"the loss spiked at step {spiked}, and {run.checkpoints} has no checkpoint to go back to")
+    _, run.recipes = check_resumable(newest, run.config, run.layout, run.reader.index.fingerprint, new_recipe=True)
     run.guard.go_back(spiked, newest.step, Guard.from_counters(run.config.train, newest.counters))
     run.done = restore(newest, run.engine, run.ema, run.groups, lambda text: _say(run.groups, text))
     run.engine.set_adam_step(newest.counters.get("updates", newest.step))
@@ -256,7 +274,7 @@ def _go_back(run: Run, spiked: int) -> None:
 def _record(run: Run, last: bool) -> None:
     """Numbers since the last record; every rank takes part, rank 0 writes."""
     run.groups.trace.enter("recording")
-    record, load = run.meter.collect(run.done)
+    record, load = run.meter.collect(run.done, run.samples)
     _hear_of_saves(run)
     record |= {"skipped_steps": run.guard.skipped(run.done), "rollbacks": run.guard.rollbacks,
                "failed_saves": run.failed_saves, **run.save_times, **run.plan.entries}
@@ -270,8 +288,8 @@ def _record(run: Run, last: bool) -> None:
 def _save(run: Run) -> None:
     """Begins a save of the present state; what became of earlier ones is heard here.  A failed one is tried again when due."""
     run.groups.trace.enter("saving")
-    run.saver.save(run.done, run.engine, run.ema, {**run.guard.as_counters(), "updates": run.engine.updates,
-                                                   "data": run.reader.index.fingerprint})
+    run.saver.save(run.done, run.engine, run.ema, {**run.guard.as_counters(), **recipes_as_counters(run.recipes),
+                                                   "updates": run.engine.updates, "data": run.reader.index.fingerprint})
     _hear_of_saves(run)
 
 
