@@ -145,10 +145,11 @@ def initialize(model: DiT, seed: int) -> None:
     Linears Xavier uniform with zero bias, embeddings N(0, 0.02), gates N(0, 0.006), adaLN and output layers zero."""
     for tensor in logical_tensors(model):
         for name, value in tensor.pieces(tensor.parameter.data):
-            _initialize_tensor(name, value, seed)
+            initialize_tensor(name, value, seed)
 
 
-def _initialize_tensor(name: str, value: Tensor, seed: int) -> None:
+def initialize_tensor(name: str, value: Tensor, seed: int) -> None:
+    """Fills one tensor (of one expert) as a new model has it under this logical name."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     fresh = torch.empty(value.shape)
