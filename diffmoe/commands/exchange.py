@@ -44,7 +44,8 @@ def import_main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--weights", choices=("ema", "model"), help="with --dense: which of the file's two (default: ema)")
     parser.add_argument("--model-key", metavar="NAME", help="where in the file the weights lie, if several could be meant")
     parser.add_argument("--ema-key", metavar="NAME", help="the same for their average")
-    parser.add_argument("--drop-labels", action="store_true", help="let the classes' embeddings start anew, for other classes")
+    parser.add_argument("--drop-labels", action="store_true",
+                        help="let the classes' embeddings start anew, for other classes")
     parser.add_argument("--scale-experts", action="store_true", help="with --dense: multiply the experts' second linear so that "
                                                                      "a token's gates sum to 1 on average")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
@@ -113,7 +114,8 @@ def import_research(path: Path, config: Config, layout: Layout, keys: Mapping[st
     return save_start(_checkpoints(config), config, layout, kinds, buffers)
 
 
-def _fitted(path: Path, file: ResearchFile, model: ModelConfig, moe: MoEConfig, new_labels_from: int | None) -> dict[str, dict[str, Tensor]]:
+def _fitted(path: Path, file: ResearchFile, model: ModelConfig, moe: MoEConfig,
+            new_labels_from: int | None) -> dict[str, dict[str, Tensor]]:
     """The file's states as the configuration needs them; says what was changed for that."""
     from diffmoe.models.interchange import fit_research
 
@@ -151,11 +153,14 @@ def import_hf(folder: Path, config: Config, layout: Layout) -> Path:
     from diffmoe.models.interchange import fresh_buffers, logical_template, whole_weights
 
     tree, tensors = read_folder(folder)
-    buffers = {name: tensors[name] if name in tensors else value for name, value in fresh_buffers(config.model, config.moe).items()}
+    buffers = {name: tensors[name] if name in tensors else value
+               for name, value in fresh_buffers(config.model, config.moe).items()}
     whole_weights(tensors, {}, config.model, config.moe, str(folder))
     names = [name for name in logical_template(config.model, config.moe) if name not in buffers]
-    kinds = {kind: ((name, tensors[name]) for name in names) for kind in (MASTER, *map(ema_kind, config.train.ema_decays))}
-    print(f"read {folder}: {tree.get('weights')} weights of step {tree.get('step')}; weights and EMA both start from them", flush=True)
+    kinds = {kind: ((name, tensors[name]) for name in names)
+             for kind in (MASTER, *map(ema_kind, config.train.ema_decays))}
+    print(f"read {folder}: {tree.get('weights')} weights of step {tree.get('step')}; weights and EMA both start from them",
+          flush=True)
     return save_start(_checkpoints(config), config, layout, kinds, buffers)
 
 
@@ -178,7 +183,8 @@ def import_dense(path: Path, config: Config, layout: Layout, weights: str | None
     if which not in states:
         raise UserError(f"--weights ({which}) is not in {path}, which has only {', '.join(states)}")
     chosen = dataclasses.replace(file, states={which: states[which]})
-    fitted = _fitted(path, chosen, dataclasses.replace(config.model, family="dense"), config.moe, config.run.seed if drop_labels else None)
+    fitted = _fitted(path, chosen, dataclasses.replace(config.model, family="dense"), config.moe,
+                     config.run.seed if drop_labels else None)
     dense = load_dense(fitted[which], config, f"{path} ({which})")
     model = upcycle(dense, config, layout.pool)
     blocks = len(list(model.moe_layers()))

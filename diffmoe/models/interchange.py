@@ -124,13 +124,14 @@ def fit_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig
     fitted, notes = dict(state), []
     positions = fitted.get("pos_embed")
     ours = sine_positions(model.width, model.input_size // model.patch).unsqueeze(0)
-    if positions is not None and positions.ndim == 3 and positions.shape != ours.shape and positions.shape[2] == model.width:
+    another = positions is not None and positions.ndim == 3 and positions.shape != ours.shape
+    if another and positions.shape[2] == model.width:
         side = math.isqrt(positions.shape[1])
         theirs = sine_positions(model.width, side).unsqueeze(0)
         if positions.shape == theirs.shape and _rounds_to(positions, theirs):
             fitted["pos_embed"] = ours
-            notes.append(f"pos_embed is of {side} x {side} tokens, model.input_size {side * model.patch}; positions are a function "
-                         f"of place, so those of model.input_size ({model.input_size}) are computed")
+            notes.append(f"pos_embed is of {side} x {side} tokens, model.input_size {side * model.patch}; positions are "
+                         f"a function of place, so those of model.input_size ({model.input_size}) are computed")
     table = fitted.get(_LABELS)
     if new_labels_from is not None and table is not None and table.ndim == 2 and table.shape[1] == model.width:
         fresh = torch.empty(model.classes + 1, model.width)
@@ -155,7 +156,8 @@ def _rounds_to(value: Tensor, wanted: Tensor) -> bool:
 def check_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig, source: str) -> None:
     """Raises UserError unless a research state dict is exactly what this configuration needs.
 
-    Missing, extra and misshaped tensors are listed, with the settings that would fit.  Positions must be ours, and the thresholds' decay the configured."""
+    Missing, extra and misshaped tensors are listed, with the settings that would fit.  Positions must be ours, and the
+    thresholds' decay the configured."""
     wanted = dict(to_research(logical_template(model, moe), model, moe))
     missing = [name for name in wanted if name not in state]
     extra = [name for name in state if name not in wanted]

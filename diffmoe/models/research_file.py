@@ -19,7 +19,8 @@ from torch import Tensor
 from diffmoe.errors import UserError
 from diffmoe.models.interchange import same_bits, some
 
-_OURS = re.compile(r"(?:(?P<place>.*?)\.)?(?P<name>(?:x_embedder|t_embedder|y_embedder|blocks|final_layer)\..+|pos_embed)")
+_OURS = re.compile(r"(?:(?P<place>.*?)\.)?"
+                   r"(?P<name>(?:x_embedder|t_embedder|y_embedder|blocks|final_layer)\..+|pos_embed)")
 # An optimizer that keeps its moments by name has the same names.
 _MOMENTS = re.compile(r"(^|\.)(opt\w*|exp_avg|exp_avg_sq)(\.|$)")
 _AVERAGE = re.compile(r"(?:^|[._])(ema\w*|shadow|averaged?|avg)(?=[._]|$)")
@@ -103,7 +104,8 @@ def _find(leaves: Mapping[Leaf, object]) -> tuple[list[_State], list[str]]:
     unused: dict[str, None] = {}
     for leaf in rest:
         name = ".".join(leaf)
-        owner = max((s for s in states if s.container == leaf[:-1] and (not s.place or name.startswith(f"{s.place}."))),
+        owner = max((s for s in states
+                     if s.container == leaf[:-1] and (not s.place or name.startswith(f"{s.place}."))),
                     key=lambda s: len(s.place), default=None)
         inner = name.removeprefix(f"{owner.place}.") if owner and owner.place else name
         first, dot, _ = inner.partition(".")
@@ -112,7 +114,7 @@ def _find(leaves: Mapping[Leaf, object]) -> tuple[list[_State], list[str]]:
         elif owner:
             unused[(f"{owner.place}." if owner.place else "") + first + ".*" * bool(dot)] = None
         else:  # as much of it as no state has a part in
-            used = {state_leaf[:n] for state in states for state_leaf in state.leaves for n in range(len(state_leaf) + 1)}
+            used = {other[:n] for state in states for other in state.leaves for n in range(len(other) + 1)}
             unused[".".join(next(leaf[:n] for n in range(1, len(leaf) + 1) if leaf[:n] not in used))] = None
     return states, list(unused)
 

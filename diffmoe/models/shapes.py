@@ -20,7 +20,8 @@ def differing_settings(state: Mapping[str, Tensor], model: ModelConfig, moe: MoE
     needed = {**_sizes(shapes, model), **_mixture(shapes)}
     width = needed.get("model.width", model.width)
     needed |= _inner_widths(shapes, width, model, obstacles)
-    have = {f"{section}.{name}": value for section, part in (("model", model), ("moe", moe)) for name, value in vars(part).items()}
+    have = {f"{section}.{name}": value for section, part in (("model", model), ("moe", moe))
+            for name, value in vars(part).items()}
     if needed.get("model.family", model.family) == "dense":
         needed = {name: value for name, value in needed.items() if name.startswith("model.")}
     if "model.mlp_ratio" in needed and int(width * needed["model.mlp_ratio"]) == int(width * model.mlp_ratio):
@@ -69,10 +70,11 @@ def _inner_widths(shapes: Shapes, width: int, model: ModelConfig, obstacles: lis
 
     needed: dict[str, object] = {}
     dense, gelu = rows(r"blocks\.\d+\.mlp\.fc1\.weight"), rows(r"blocks\.\d+\.mlp\.experts\.0\.fc1\.weight")
-    swiglu, dense_swiglu = rows(r"blocks\.\d+\.mlp\.experts\.0\.gate_proj\.weight"), rows(r"blocks\.\d+\.mlp\.gate_proj\.weight")
+    swiglu = rows(r"blocks\.\d+\.mlp\.experts\.0\.gate_proj\.weight")
+    dense_swiglu = rows(r"blocks\.\d+\.mlp\.gate_proj\.weight")
     hidden = dense or gelu
     if dense_swiglu:
-        obstacles.append(f"the file's dense MLPs are SwiGLU of inner width {dense_swiglu}, and dense blocks here are GELU MLPs")
+        obstacles.append(f"the file's dense MLPs are SwiGLU of inner width {dense_swiglu}, and those here are GELU MLPs")
     if swiglu and dense and swiglu != swiglu_hidden(dense):
         obstacles.append(f"the file's SwiGLU experts have inner width {swiglu} beside MLPs of {dense}, and here 2/3 of it "
                          f"({swiglu_hidden(dense)}): only files without dense MLPs (moe.interleave=false) may have the full width")

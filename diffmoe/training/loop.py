@@ -33,7 +33,9 @@ from diffmoe.training.guard import Guard, Verdict, find_nonfinite
 from diffmoe.training.metrics import Meter, Writer
 from diffmoe.training.occupancy import Occupancy
 from diffmoe.training.plan_check import PlanCheck
-from diffmoe.training.resume import Recipe, check_resumable, engine_changes, read_left_out, recipes_as_counters, write_left_out
+from diffmoe.training.resume import (
+    Recipe, check_resumable, engine_changes, read_left_out, recipes_as_counters, write_left_out,
+)
 from diffmoe.training.step import StepReport, train_step
 from diffmoe.training.watchdog import Watchdog, watch_layers
 
@@ -165,8 +167,8 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
         engine.set_adam_step(newest.counters.get("updates", newest.step))
         say(f"resumed from {newest.path} at step {run.done}")
         if begins:
-            _event(run, "new recipe", f"new recipe from here on ({'; '.join(recipes[-1].changes)}); weights, moments, averages and "
-                                      f"thresholds stay, samples are counted on from {run.samples}")
+            _event(run, "new recipe", f"new recipe from here on ({'; '.join(recipes[-1].changes)}); weights, moments, "
+                                      f"averages and thresholds stay, samples are counted on from {run.samples}")
     return run
 
 

@@ -1,8 +1,8 @@
 """Resuming from a checkpoint: what of the configuration may have changed since, and what was left out on the way.
 
-A run may go on under another recipe (``train --new-recipe``): weights, moments, averages and thresholds stay, steps go on being
-counted, and so do samples, whose numbers decide data, noise, times and label drops.  A recipe's step s begins with sample
-(s + shift) * batch, where ``shift`` is the least that repeats no number of the recipe before.
+A run may go on under another recipe (``train --new-recipe``): weights, moments, averages and thresholds stay, steps go on
+being counted, and so do samples, whose numbers decide data, noise, times and label drops.  A recipe's step s begins with
+sample (s + shift) * batch, where ``shift`` is the least that repeats no number of the recipe before.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
 
 def check_resumable(checkpoint: Any, config: Config, layout: Layout, data: str,
                     new_recipe: bool = False) -> tuple[list[str], list[Recipe]]:
-    """The changes since ``checkpoint`` (a ``Checkpoint``) that leave the recipe as it is, and the run's changes of recipe.
+    """The changes since ``checkpoint`` (a ``Checkpoint``) that leave the recipe as it is, and the run's changes of it.
 
-    With ``new_recipe`` the last of these is made of what differs now, if anything of the recipe does.  UserError when the
-    checkpoint belongs to another run.  ``data`` is the data set's fingerprint."""
+    With ``new_recipe`` the last of these is made of what differs now, if anything of the recipe does.  UserError when
+    the checkpoint belongs to another run.  ``data`` is the data set's fingerprint."""
     broken, accepted = changes(checkpoint.config(), config)
     if config.model.family != "dense" and checkpoint.pool != layout.pool:
         broken.append(f"{_POOL}: {checkpoint.pool} -> {layout.pool}")
@@ -71,7 +71,8 @@ def check_resumable(checkpoint: Any, config: Config, layout: Layout, data: str,
     other = [change for change in broken if not is_of_recipe(change)]
     if other or not new_recipe:
         way = "" if other else ", or say --new-recipe to go on under the new recipe with these weights, moments and averages"
-        raise UserError(f"{checkpoint.path} belongs to another run ({'; '.join(other or broken)}); choose another run.folder{way}")
+        raise UserError(f"{checkpoint.path} belongs to another run ({'; '.join(other or broken)}); choose another "
+                        f"run.folder{way}")
     shift = -(-checkpoint.samples // layout.batch) - checkpoint.step
     return accepted, [*recipes, Recipe(checkpoint.step, shift, broken)]
 
