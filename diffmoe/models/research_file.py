@@ -1,7 +1,7 @@
 """Files of the research code and its relatives: which tensors in them are the model's, and which its average's.
 
-States are found by the names of a DiT's tensors, wherever in the file they lie and whatever stands before them: dicts in dicts
-(``state_dict``), wrappers' prefixes (``module.``, ``_orig_mod.``, ``model.``), an average's own (``ema_model.``).
+States are found by the names of a DiT's tensors, wherever in the file they lie and whatever stands before them: dicts in
+dicts (``state_dict``), wrappers' prefixes (``module.``, ``_orig_mod.``, ``model.``), an average's own (``ema_model.``).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Leaf = tuple[str, ...]
 
 @dataclass(frozen=True)
 class ResearchFile:
-    """``states``: ``model``, ``ema`` or both, by research names; ``places``: where each lies in the file (``''``: at the top);
-    ``unused``: what else the file holds."""
+    """``states``: ``model``, ``ema`` or both, by research names; ``places``: where each lies in the file (``''``: at the
+    top); ``unused``: what else the file holds."""
 
     states: dict[str, dict[str, Tensor]]
     places: dict[str, str]
@@ -42,7 +42,7 @@ class ResearchFile:
 
 @dataclass
 class _State:
-    """Tensors that lie in one dict (``container``) under one prefix (``place``, which begins with the dict's own path)."""
+    """Tensors that lie in one dict (``container``) under one prefix (``place``, beginning with the dict's own path)."""
 
     place: str
     container: Leaf
@@ -55,8 +55,8 @@ class _State:
 
 
 def read_research(path: Path, keys: Mapping[str, str | None] | None = None) -> ResearchFile:
-    """The states of a research checkpoint, a torch file or safetensors; ``keys`` says where ``model`` or ``ema`` lies if several
-    could be meant.
+    """The states of a research checkpoint, a torch file or safetensors; ``keys`` says where ``model`` or ``ema`` lies if
+    several could be meant.
 
     Only tensors, plain containers and an ``argparse.Namespace`` (what the research code keeps its options in) are
     read; a pickle that asks for anything else is refused, and nothing in it runs.  Raises UserError."""
@@ -110,7 +110,7 @@ def _find(leaves: Mapping[Leaf, object]) -> tuple[list[_State], list[str]]:
         inner = name.removeprefix(f"{owner.place}.") if owner and owner.place else name
         first, dot, _ = inner.partition(".")
         if owner and first not in _BESIDE and isinstance(leaves[leaf], Tensor):
-            owner.tensors[inner] = leaves[leaf]  # whoever compares it with the configuration will say that it is too much
+            owner.tensors[inner] = leaves[leaf]  # check_research will say that it is too much
         elif owner:
             unused[(f"{owner.place}." if owner.place else "") + first + ".*" * bool(dot)] = None
         else:  # as much of it as no state has a part in
@@ -134,7 +134,8 @@ def _choose(path: Path, role: str, states: list[_State], key: str | None) -> _St
 
 
 def _same(one: _State, other: _State) -> bool:
-    return one.tensors.keys() == other.tensors.keys() and all(same_bits(v, other.tensors[k]) for k, v in one.tensors.items())
+    return (one.tensors.keys() == other.tensors.keys()
+            and all(same_bits(value, other.tensors[name]) for name, value in one.tensors.items()))
 
 
 def _leaves(tree: Mapping, path: Leaf = ()) -> Iterator[tuple[Leaf, object]]:
