@@ -11,14 +11,16 @@ from torch import Tensor
 
 from diffmoe.errors import UserError
 import diffmoe
-from diffmoe.checkpoints.reader import BUFFERS, Checkpoint, open_tensors
+from diffmoe.checkpoints.reader import BUFFERS, Checkpoint, Tensors, open_tensors
 from diffmoe.checkpoints.writer import save_parts
-from diffmoe.config import Config, config_from_tree, config_to_tree, validate
+from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, override, validate
 from diffmoe.evaluation.card import Card, card_from_json
 from diffmoe.markdown import table
 from diffmoe.models.count import count
 from diffmoe.models.dit import DiT
 from diffmoe.models.interchange import digest_note, load_logical, logical_template, weights_digest, whole_weights
+from diffmoe.models.interchange import load_logical, logical_template, weights_digest, whole_weights
+from diffmoe.training.resume import changes, is_of_recipe
 
 _INDEX = "model.safetensors.index.json"
 _PRIVATE = {"run": "folder", "data": "shards"}  # paths of the machine that trained
@@ -62,21 +64,53 @@ def load_folder(folder: Path) -> tuple[DiT, Config]:
     """The model of a folder that :func:`write_folder` wrote, on the CPU, in eval mode, and its configuration.
 
     Raises UserError when files are missing or do not fit."""
+    tree, tensors = read_folder(folder)
+    config = config_from_tree(tree["config"])
+    validate(config)
+    model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
+    load_logical(model, tensors)
+    return model.eval(), config
+
+
+def read_folder(folder: Path) -> tuple[dict, Tensors]:
+    """config.json and the tensors, unread, of a folder that :func:`write_folder` wrote.  Raises UserError when files are
+    missing."""
+    tree = _read_description(folder)
     try:
-        tree = json.loads((folder / "config.json").read_text())
         index = json.loads((folder / _INDEX).read_text()) if (folder / _INDEX).is_file() else None
         names = set(index["weight_map"].values()) if index else {"model.safetensors"}
-        config = config_from_tree(tree["config"])
+        paths = [folder / Path(name).name for name in sorted(names)]
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} is no folder of a DiffMoE model: {error}") from None
-    validate(config)
-    paths = [folder / Path(name).name for name in sorted(names)]
     absent = [path.name for path in paths if not path.is_file()]
     if absent:
         raise UserError(f"{folder} lacks {', '.join(absent[:3])} ({len(absent)} missing)")
-    model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
-    load_logical(model, open_tensors(paths))
-    return model.eval(), config
+    return tree, open_tensors(paths)
+
+
+def folder_config(folder: Path, file: str | None, overrides: list[str]) -> Config:
+    """The configuration under which a run starts from such a folder: its own, or the YAML ``file``, and overrides.
+
+    Raises UserError where that is another model than the folder's."""
+    tree = _read_description(folder)
+    theirs = config_from_tree(tree["config"])
+    if type(tree.get("pool")) is int:  # what a word in moe.pool was
+        theirs = override(theirs, [f"moe.pool={tree['pool']}"])
+    config = override(theirs, overrides) if file is None else load_config(file, overrides)
+    broken, _ = changes(theirs, config)
+    other = [change for change in broken if not is_of_recipe(change)]
+    if other:
+        raise UserError(f"{folder} holds another model ({'; '.join(other)}, folder -> {file or 'overrides'})")
+    return config
+
+
+def _read_description(folder: Path) -> dict:
+    try:
+        tree = json.loads((folder / "config.json").read_text())
+        tree["config"] = dict(tree["config"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} is no folder of a DiffMoE model: {error}") from None
+    return tree
 
 
 def _name_parts(folder: Path, where: dict[str, Path], total: int) -> int:

@@ -257,8 +257,10 @@ REFUSED = {
               "blocks.3.mlp.ema_decay differs from moe.threshold_decay (0.95) by up to 0.05"),
     "no state": (lambda: {"state_dict": {}, "epoch": 3}, "has neither model nor ema and is no bare state dict; it has 2 entries"),
     "not a dict": (lambda: torch.zeros(3), "must hold a dict, not Tensor"),
-    "not tensors": (lambda: {"model": {"a": 1, "b": torch.zeros(2)}}, "1 others (a (int))"),
-    "model is a list": (lambda: {"model": [1]}, "1 others (list)"),
+    "not a model's tensors": (lambda: {"model": {"a": 1, "b": torch.zeros(2)}}, "has neither model nor ema"),
+    "model is a list": (lambda: {"model": [1]}, "has neither model nor ema"),
+    "whole numbers": (lambda: changed(blocks__0__mlp__fc1__bias=torch.zeros(64, dtype=torch.int64)),
+                      "1 others (blocks.0.mlp.fc1.bias (torch.int64))"),
 }
 
 
@@ -288,7 +290,7 @@ def test_bad_options(imported, tmp_path):
     assert "already has step_00000000" in refusal(bring, "--research", file, "--config", config)
     assert "WORLD_SIZE is 2" in refusal(bring, "--research", file, "--config", config, world=2)
     assert "go with --dense" in refusal(bring, "--research", file, "--config", config, "--scale-experts")
-    assert "one of the arguments --research --dense is required" in refusal(bring, "--config", config)
+    assert "one of the arguments --research --dense --hf is required" in refusal(bring, "--config", config)
     assert "not allowed with argument" in refusal(bring, "--config", config, "--research", file, "--dense", file)
     assert "gone.pt does not exist" in refusal(bring, "--config", config, "--research", "gone.pt")
     assert "--ranks (0)" in refusal(bring, "--config", config, "--research", file, "--ranks", "0")

@@ -33,9 +33,10 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``config``: the resolved configuration.  ``counters``: what the training loop counts besides steps.  ``emas``: decays, the
-    default first.  ``shapes``: whole shapes by tensor name.  ``ranks``: how many wrote it, which no reader needs.
-    ``class_names``: of the data set, in order; none where it has none, or in older checkpoints."""
+    """``samples``: the number of the next sample.  ``config``: the resolved configuration.  ``counters``: what the training
+    loop counts besides steps.  ``emas``: decays, the default first.  ``shapes``: whole shapes by tensor name.  ``ranks``: how
+    many wrote it, which no reader needs.  ``class_names``: of the data set, in order; none where it has none, or in older
+    checkpoints."""
 
     step: int
     samples: int

@@ -126,9 +126,10 @@ def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
 
 def describe(step: int, config: Config, layout: Layout, counters: Mapping[str, object], files: Mapping[str, FileRecord],
              shapes: Mapping[str, tuple[int, ...]], class_names: tuple[str, ...] = ()) -> Manifest:
-    """The manifest of a checkpoint of this run."""
-    return Manifest(step, step * layout.batch, layout.pool, layout.ranks, config.train.ema_decays, counters, config_to_tree(config),
-                    shapes, files, class_names)
+    """The manifest of a checkpoint of this run.  ``counters["recipes"]``: see ``training/resume.py``."""
+    shift = counters["recipes"][-1]["shift"] if counters.get("recipes") else 0
+    return Manifest(step, (step + shift) * layout.batch, layout.pool, layout.ranks, config.train.ema_decays, counters,
+                    config_to_tree(config), shapes, files, class_names)
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> Share:

@@ -1,16 +1,17 @@
-"""The verbs import and export: weights from and to the published research code's files, and to Hugging Face folders.
+"""The verbs import and export: weights from and to the published research code's files and Hugging Face folders.
 
 torch comes in once the command line and configuration are known to be good.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, Mapping
 
 from diffmoe.commands.common import Parser, one_process
-from diffmoe.config import Config, load_config
+from diffmoe.config import Config, ModelConfig, MoEConfig, load_config
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
 from launcher.environment import RankEnvironment
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffmoe.checkpoints.reader import Checkpoint
+    from diffmoe.models.research_file import ResearchFile
     from diffmoe.models.upcycling import Receipt
 
 # What a checkpoint holds beside its weights so that an export gives the imported file back bit for bit.
@@ -28,54 +30,74 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def import_main(arguments: list[str], environment: RankEnvironment) -> int:
     """``run.py import``: writes the checkpoint that a run starts from.  UserError for bad input."""
-    parser = Parser(prog="import", description="Weights of the research code, as the checkpoint that run.folder starts from "
+    parser = Parser(prog="import", description="Weights from elsewhere, as the checkpoint that run.folder starts from "
                                                 "(sample, train and evaluate read it).")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--research", metavar="FILE", help="research checkpoint (.pt) of the model that --config names")
+    source.add_argument("--research", metavar="FILE", help="research checkpoint (.pt, .safetensors) of the model that --config "
+                                                            "names")
     source.add_argument("--dense", metavar="FILE", help="research checkpoint of a dense DiT or SiT: every expert of the mixture "
                                                         "that --config names starts as a copy of the dense MLP")
-    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    source.add_argument("--hf", metavar="FOLDER", help="folder that export --format hf wrote")
+    parser.add_argument("--config", help="YAML file, see configs/ (with --hf: default: the folder's own configuration)")
     parser.add_argument("--ranks", type=int, help="ranks that moe.pool is resolved for, where it is a word (default: "
                                                   "parallel.ep)")
     parser.add_argument("--weights", choices=("ema", "model"), help="with --dense: which of the file's two (default: ema)")
+    parser.add_argument("--model-key", metavar="NAME", help="where in the file the weights lie, if several could be meant")
+    parser.add_argument("--ema-key", metavar="NAME", help="the same for their average")
+    parser.add_argument("--drop-labels", action="store_true",
+                        help="let the classes' embeddings start anew, for other classes")
     parser.add_argument("--scale-experts", action="store_true", help="with --dense: multiply the experts' second linear so that "
                                                                      "a token's gates sum to 1 on average")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
     one_process("import", environment)
-    if options.research and (options.weights or options.scale_experts):
+    if not options.dense and (options.weights or options.scale_experts):
         raise UserError("--weights and --scale-experts go with --dense")
+    if options.hf and (options.model_key or options.ema_key or options.drop_labels):
+        raise UserError("--model-key, --ema-key and --drop-labels go with --research and --dense")
+    if not options.hf and options.config is None:
+        raise UserError("import needs --config, the configuration of the model in the file")
     if options.ranks is not None and options.ranks < 1:
         raise UserError(f"--ranks ({options.ranks}) must be at least 1")
-    config = load_config(options.config, options.overrides)
-    layout = resolve_layout(config, options.ranks or config.parallel.ep)
-    path = Path(options.research or options.dense)
-    if not path.is_file():
-        raise UserError(f"research checkpoint {path} does not exist")
-    if options.research:
-        written = import_research(path, config, layout)
+    if options.hf:
+        from diffmoe.huggingface import folder_config
+
+        config = folder_config(Path(options.hf), options.config, options.overrides)
     else:
-        written = import_dense(path, config, layout, options.weights, options.scale_experts)
+        config = load_config(options.config, options.overrides)
+    layout = resolve_layout(config, options.ranks or config.parallel.ep)
+    path = Path(options.research or options.dense or options.hf)
+    keys = {"model": options.model_key, "ema": options.ema_key}
+    if not options.hf and not path.is_file():
+        raise UserError(f"research checkpoint {path} does not exist")
+    if options.hf:
+        written = import_hf(path, config, layout)
+    elif options.research:
+        written = import_research(path, config, layout, keys, options.drop_labels)
+    else:
+        written = import_dense(path, config, layout, options.weights, options.scale_experts, keys, options.drop_labels)
     pool = "" if config.model.family == "dense" else f", pool {layout.pool} samples"
     print(f"saved {written} (step 0{pool}); training with this configuration and run.folder starts from it", flush=True)
     return 0
 
 
-def import_research(path: Path, config: Config, layout: Layout) -> Path:
+def import_research(path: Path, config: Config, layout: Layout, keys: Mapping[str, str | None] | None = None,
+                    drop_labels: bool = False) -> Path:
     """A research checkpoint of the model in ``config`` becomes ``run.folder``'s checkpoint of step 0.  Returns its folder.
+    ``keys``: see ``read_research``; ``drop_labels``: the classes' embeddings start anew.
 
     Raises UserError when the file is not whole, holds code, or does not fit the configuration tensor by tensor, or when this
     configuration scales times."""
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
-    from diffmoe.models.interchange import check_research, from_research, kept_as_they_were, observed_buffers, read_research
+    from diffmoe.models.interchange import from_research, kept_as_they_were, observed_buffers
+    from diffmoe.models.research_file import read_research
 
     model, moe = config.model, config.moe
     _check_times(config)
-    states = read_research(path)
-    for which, state in states.items():
-        check_research(state, model, moe, f"{path} ({which})")
-    _say_what_is_there(path, states)
+    file = read_research(path, keys)
+    states = _fitted(path, file, model, moe, config.run.seed if drop_labels else None)
+    _say_what_is_there(path, file)
     print(f"model.heads ({model.heads}) and diffusion.process ({config.diffusion.process}) are the configuration's: no tensor of the "
           "file can confirm them", flush=True)
     states = {which: states.get(which) or next(iter(states.values())) for which in ("model", "ema")}
@@ -92,32 +114,84 @@ def import_research(path: Path, config: Config, layout: Layout) -> Path:
     return save_start(_checkpoints(config), config, layout, kinds, buffers, _class_names(config))
 
 
-def _say_what_is_there(path: Path, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _fitted(path: Path, file: ResearchFile, model: ModelConfig, moe: MoEConfig,
+            new_labels_from: int | None) -> dict[str, dict[str, Tensor]]:
+    """The file's states as the configuration needs them; says what was changed for that."""
+    from diffmoe.models.interchange import fit_research
+
+    states, notes = {}, []
+    for which, state in file.states.items():
+        states[which], said = fit_research(state, model, moe, f"{path} ({which})", new_labels_from)
+        notes += said
+    for note in dict.fromkeys(notes):
+        print(note, flush=True)
+    return states
+
+
+def _say_what_is_there(path: Path, file: ResearchFile) -> None:
+    states = file.states
     count = len(next(iter(states.values())))
     print(f"read {path}: {' and '.join(states)}, {count} tensors each" if len(states) == 2 else
           f"read {path}: only {next(iter(states))}, {count} tensors; weights and EMA both start from it", flush=True)
+    _say_places(file)
 
 
-def import_dense(path: Path, config: Config, layout: Layout, weights: str | None, scale: bool) -> Path:
-    """A dense research checkpoint starts the mixture of ``config``: writes ``run.folder``'s checkpoint of step 0 and
-    prints how far the function moved.  ``weights``: ``ema`` or ``model`` (None: ema where there is one)."""
+def _say_places(file: ResearchFile) -> None:
+    for which, place in file.places.items():
+        if place not in ("", which):
+            print(f"  {which} is the file's {place}", flush=True)
+    if file.unused:
+        print(f"  not used: {', '.join(file.unused)}", flush=True)
+
+
+def import_hf(folder: Path, config: Config, layout: Layout) -> Path:
+    """What ``export --format hf`` wrote becomes ``run.folder``'s checkpoint of step 0, weights and EMA alike, with its
+    thresholds and histograms.  Returns its folder."""
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
-    from diffmoe.models.interchange import fresh_buffers, read_research
+    from diffmoe.huggingface import read_folder
+    from diffmoe.models.interchange import fresh_buffers, logical_template, whole_weights
+
+    tree, tensors = read_folder(folder)
+    buffers = {name: tensors[name] if name in tensors else value
+               for name, value in fresh_buffers(config.model, config.moe).items()}
+    whole_weights(tensors, {}, config.model, config.moe, str(folder))
+    names = [name for name in logical_template(config.model, config.moe) if name not in buffers]
+    kinds = {kind: ((name, tensors[name]) for name in names)
+             for kind in (MASTER, *map(ema_kind, config.train.ema_decays))}
+    print(f"read {folder}: {tree.get('weights')} weights of step {tree.get('step')}; weights and EMA both start from them",
+          flush=True)
+    return save_start(_checkpoints(config), config, layout, kinds, buffers)
+
+
+def import_dense(path: Path, config: Config, layout: Layout, weights: str | None, scale: bool,
+                 keys: Mapping[str, str | None] | None = None, drop_labels: bool = False) -> Path:
+    """A dense research checkpoint starts the mixture of ``config``: writes ``run.folder``'s checkpoint of step 0 and
+    prints how far the function moved.  ``weights``: ``ema`` or ``model`` (None: ema where there is one); ``keys`` and
+    ``drop_labels`` as for :func:`import_research`."""
+    from diffmoe.checkpoints.reader import MASTER, ema_kind
+    from diffmoe.checkpoints.writer import save_start
     from diffmoe.models.dit import logical_tensors
+    from diffmoe.models.interchange import fresh_buffers
+    from diffmoe.models.research_file import read_research
     from diffmoe.models.upcycling import balancing_factor, check_upcycling, copy_experts, load_dense, measure, upcycle
 
     check_upcycling(config)
-    states = read_research(path)
+    file = read_research(path, keys)
+    states = file.states
     which = weights or ("ema" if "ema" in states else "model")
     if which not in states:
         raise UserError(f"--weights ({which}) is not in {path}, which has only {', '.join(states)}")
-    dense = load_dense(states[which], config, f"{path} ({which})")
+    chosen = dataclasses.replace(file, states={which: states[which]})
+    fitted = _fitted(path, chosen, dataclasses.replace(config.model, family="dense"), config.moe,
+                     config.run.seed if drop_labels else None)
+    dense = load_dense(fitted[which], config, f"{path} ({which})")
     model = upcycle(dense, config, layout.pool)
     blocks = len(list(model.moe_layers()))
     print(f"read {path}: {which} of {', '.join(states)}; weights and EMA both start from it\n"
           f"upcycled {blocks} blocks x {config.moe.experts} experts, each a copy of its block's dense MLP; router"
           f"{' and capacity predictor' * (config.model.family == 'diffmoe')} new from run.seed {config.run.seed}", flush=True)
+    _say_places(file)
     print(describe_receipt(measure(model, dense, config), scale), flush=True)
     if scale:
         copy_experts(model, dense, balancing_factor(config.moe, config.model.family))

@@ -28,6 +28,8 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     parser = Parser(prog="train", description="Train a model; resumes from the newest checkpoint in run.folder.")
     parser.add_argument("--config", help="YAML file, see configs/")
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
+    parser.add_argument("--new-recipe", action="store_true", help="resume also where batch, seed, data or other parts of the "
+                                                                  "recipe have changed: weights, moments and averages stay")
     parser.add_argument("--dry-run", action="store_true", help="print everything that would be run, and exit")
     parser.add_argument("--ranks", type=int, help="with --dry-run: the number of ranks to resolve for")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
@@ -59,7 +61,7 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     watchdog.record_collectives()
     device = join(environment, patience)
     loop.train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks, patience), device, asked,
-               environment.local_world)
+               environment.local_world, options.new_recipe)
     leave()
     return 0
 

@@ -198,7 +198,7 @@ class Feed:
 
     def _read_without(self, excluded: dict[str, int]) -> None:
         self.close()
-        self._reader = self._reader.without(excluded)
+        self._reader = self._reader.without({name: step + self._share.shift for name, step in excluded.items()})
 
     def _agree_on_data(self) -> None:
         """The same data set on every rank, and the same shards left out."""

@@ -11,14 +11,16 @@ from diffmoe.data.reader import ShardReader
 
 @dataclass(frozen=True)
 class Share:
-    """Step s is positions [s * batch, (s + 1) * batch); micro-step j of rank r holds `micro_batch` of them from
-    s * batch + j * batch / accumulation + r * micro_batch."""
+    """Step s is positions [n * batch, (n + 1) * batch) with n = s + shift; micro-step j of rank r holds `micro_batch` of them
+    from n * batch + j * batch / accumulation + r * micro_batch. `shift` is 0 but after a change of the recipe
+    (`training/resume.py`)."""
 
     batch: int
     micro_batch: int
     accumulation: int
     rank: int
     world: int
+    shift: int = 0
 
     def __post_init__(self) -> None:
         assert self.micro_batch * self.world * self.accumulation == self.batch and 0 <= self.rank < self.world, self
@@ -30,7 +32,7 @@ class Share:
 
     def positions(self, step: int) -> np.ndarray:
         """[accumulation, micro_batch]."""
-        starts = step * self.batch + np.arange(self.accumulation) * (self.batch // self.accumulation)
+        starts = (step + self.shift) * self.batch + np.arange(self.accumulation) * (self.batch // self.accumulation)
         return starts[:, None] + self.rank * self.micro_batch + np.arange(self.micro_batch)
 
 

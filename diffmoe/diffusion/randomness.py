@@ -1,6 +1,6 @@
 """Noise, times and label drops as functions of (seed, number of the sample).
 
-Sample i of step s has the number s * batch + i whatever rank holds it, so a run draws the same on 1 GPU or 64 and a
+Sample i of step s has the number s * batch + i (`data/share.py`) whatever rank holds it, so a run draws the same on 1 GPU or 64 and a
 resumed run goes on exactly.
 """
 

@@ -146,10 +146,11 @@ def initialize(model: DiT, seed: int) -> None:
     layers zero."""
     for tensor in logical_tensors(model):
         for name, value in tensor.pieces(tensor.parameter.data):
-            _initialize_tensor(name, value, seed, model.moe.router_start)
+            initialize_tensor(name, value, seed, model.moe.router_start)
 
 
-def _initialize_tensor(name: str, value: Tensor, seed: int, router_start: str) -> None:
+def initialize_tensor(name: str, value: Tensor, seed: int, router_start: str = "normal") -> None:
+    """Fills one tensor (of one expert) as a new model has it under this logical name."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     fresh = torch.empty(value.shape)

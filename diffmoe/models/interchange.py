@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import math
 import re
-import zipfile
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.errors import UserError
-from diffmoe.models.dit import DiT, is_moe_block, logical_tensors
+from diffmoe.models.dit import DiT, initialize_tensor, is_moe_block, logical_tensors
 from diffmoe.models.layers import sine_positions
+from diffmoe.models.shapes import differing_settings
 from diffmoe.moe.capacity import Thresholds
 
 # Research state-dict name -> ours, for what differs.  Expert numbers stay where they are.
@@ -36,6 +35,7 @@ _EXPERT_MATRIX = re.compile(r"\.experts\.\d+\.\w+_weight$")
 _COMPUTED = re.compile(r"(^pos_embed|\.ema_decay)$")
 _HASH_VERSION = "v2"  # the first, without a prefix, saw 4,096 entries of a tensor: other weights could have the same
 _HASHED_AT_ONCE = 1 << 22  # entries: 16 MiB as fp32
+_LABELS = "y_embedder.embedding_table.weight"
 _SWIGLU = {"gate": "gate_proj", "fc1": "up_proj", "fc2": "down_proj"}
 
 
@@ -116,72 +116,68 @@ def observed_buffers(state: Mapping[str, Tensor], model: ModelConfig, moe: MoECo
     return {name: torch.ones_like(value) if name.endswith(".observations") else value for name, value in buffers.items()}
 
 
-def read_research(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The state dicts of a research checkpoint: ``model``, ``ema`` or both; a bare state dict is returned as ``model``.
+def fit_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig, source: str,
+                 new_labels_from: int | None = None) -> tuple[dict[str, Tensor], list[str]]:
+    """A research state dict as this configuration needs it, and what was changed for that, in words.
 
-    Only tensors, plain containers and an ``argparse.Namespace`` (what the research code keeps its options in) are
-    read; a pickle that asks for anything else is refused, and nothing in it runs.  Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"research checkpoint {path} does not exist")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # Tensors of a zip file stay on disk until they are used.
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged or hostile file can fail anywhere in the unpickler
-        raise UserError(f"{path} is refused: {_why_refused(path, error)}") from None
-    if not isinstance(tree, dict) or not tree:
-        raise UserError(f"{path} must hold a dict of tensors, not {type(tree).__name__} ({len(tree)} entries)"
-                        if isinstance(tree, dict) else f"{path} must hold a dict, not {type(tree).__name__}")
-    states = {which: tree[which] for which in ("model", "ema") if which in tree}
-    if not states and all(isinstance(value, Tensor) for value in tree.values()):
-        states = {"model": tree}
-    if not states:
-        raise UserError(f"{path} has neither model nor ema and is no bare state dict; it has {_some('entries', tree)}")
-    for which, state in states.items():
-        strangers = [f"{name!s} ({type(value).__name__})" for name, value in state.items()
-                     if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point()
-                     ] if isinstance(state, dict) else [type(state).__name__]
-        if strangers:
-            raise UserError(f"{path}: {which} must hold tensors of floating-point numbers by name, not "
-                            f"{_some('others', strangers)}")
-    return states
+    Fixed positions of another grid become those of ``model.input_size``.  With ``new_labels_from``, a seed, the classes'
+    embeddings start anew and the null class, the file's last row, is kept.  Raises UserError for all else that does not fit."""
+    fitted, notes = dict(state), []
+    positions = fitted.get("pos_embed")
+    ours = sine_positions(model.width, model.input_size // model.patch).unsqueeze(0)
+    another = positions is not None and positions.ndim == 3 and positions.shape != ours.shape
+    if another and positions.shape[2] == model.width:
+        side = math.isqrt(positions.shape[1])
+        theirs = sine_positions(model.width, side).unsqueeze(0)
+        if positions.shape == theirs.shape and _rounds_to(positions, theirs):
+            fitted["pos_embed"] = ours
+            notes.append(f"pos_embed is of {side} x {side} tokens, model.input_size {side * model.patch}; positions are "
+                         f"a function of place, so those of model.input_size ({model.input_size}) are computed")
+    table = fitted.get(_LABELS)
+    if new_labels_from is not None and table is not None and table.ndim == 2 and table.shape[1] == model.width:
+        fresh = torch.empty(model.classes + 1, model.width)
+        initialize_tensor(_LABELS, fresh, new_labels_from)
+        fresh[-1] = table[-1]
+        fitted[_LABELS] = fresh
+        notes.append(f"--drop-labels: the embeddings of {len(table) - 1} classes are dropped, those of model.classes "
+                     f"({model.classes}) start anew; the null class (the file's last row) is kept")
+    check_research(fitted, model, moe, source)
+    return fitted, notes
 
 
-def _why_refused(path: Path, error: Exception) -> str:
-    """One line.  Lists what a pickle asks for when that is why; the scan reads opcodes and runs none."""
-    try:
-        asked = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:  # no zip of torch's: the unpickler's own words remain
-        asked = []
-    asked = [name for name in asked if name != "argparse.Namespace"]
-    if asked:
-        return f"it is a pickle with code and not only tensors: {_some('names', asked)}"
-    named = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if named:
-        return f"it is a pickle with code and not only tensors: {named[1]}"
-    # torch's advice to load it without safety stays out.
-    words = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:150]
-    return f"it is no whole file of tensors ({type(error).__name__}{words and ': '}{words})"
+def _furthest(value: Tensor, wanted: Tensor) -> float:
+    return (value.double() - wanted.double()).abs().max().item()
+
+
+def _rounds_to(value: Tensor, wanted: Tensor) -> bool:
+    """Another machine's sines end in other bits; half precision rounds."""
+    return _furthest(value, wanted) <= max(1e-6, torch.finfo(value.dtype).eps)
 
 
 def check_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig, source: str) -> None:
     """Raises UserError unless a research state dict is exactly what this configuration needs.
 
-    Missing, extra and misshaped tensors are listed.  Positions must be ours, and the thresholds' decay the configured."""
+    Missing, extra and misshaped tensors are listed, with the settings that would fit.  Positions must be ours, and the
+    thresholds' decay the configured."""
     wanted = dict(to_research(logical_template(model, moe), model, moe))
     missing = [name for name in wanted if name not in state]
     extra = [name for name in state if name not in wanted]
     misshaped = [f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
                  for name, value in wanted.items() if name in state and state[name].shape != value.shape]
     if missing or extra or misshaped:
-        raise UserError(f"{source} does not fit the configuration (model.family {model.family}): {_some('missing', missing)}, "
-                        f"{_some('extra', extra)}, {_some('misshaped', misshaped)}")
+        settings, obstacles = differing_settings(state, model, moe)
+        advice = f"; no setting fits it: {', and '.join(obstacles)}" if obstacles else ""
+        if settings and not obstacles:
+            advice = f"; by its shapes it needs {' '.join(settings)}"
+            if any(setting.startswith("model.classes=") for setting in settings):
+                advice += " (or, for other classes, --drop-labels)"
+        raise UserError(f"{source} does not fit the configuration (model.family {model.family}): {some('missing', missing)}, "
+                        f"{some('extra', extra)}, {some('misshaped', misshaped)}{advice}")
     for name, value in state.items():
         if not _COMPUTED.search(name):
             continue
-        furthest = (value.double() - wanted[name].double()).abs().max().item()
-        # Another machine's sines end in other bits; half precision rounds.
-        if not furthest <= max(1e-6, torch.finfo(value.dtype).eps):
+        furthest = _furthest(value, wanted[name])
+        if not _rounds_to(value, wanted[name]):
             ours = "the sine-cosine table" if name == "pos_embed" else f"moe.threshold_decay ({moe.threshold_decay})"
             raise UserError(f"{source}: {name} differs from {ours} by up to {furthest:.3g}")
 
@@ -221,7 +217,7 @@ def load_logical(model: DiT, tensors: Mapping[str, Tensor]) -> None:
             else:
                 target.copy_(value)
     if missing or misshaped:
-        raise UserError(f"weights do not fit the model: {_some('missing', missing)}, {_some('misshaped', misshaped)}")
+        raise UserError(f"weights do not fit the model: {some('missing', missing)}, {some('misshaped', misshaped)}")
     load_buffers(model, tensors)
 
 
@@ -252,7 +248,8 @@ def digest_note(one: str, other: str) -> str:
             if older else "")
 
 
-def _some(what: str, names: Iterable[str]) -> str:
+def some(what: str, names: Iterable[str]) -> str:
+    """``5 entries (a, b, c, …)``."""
     names = list(map(str, names))
     shown = f" ({', '.join(names[:3])}{', …' * (len(names) > 3)})" if names else ""
     return f"{len(names)} {what}{shown}"

@@ -11,7 +11,7 @@ from typing import Sequence
 import torch
 import yaml
 
-from diffmoe.config import Config, check_guidance, config_to_tree
+from diffmoe.config import Config, DataConfig, check_guidance, config_to_tree
 from diffmoe.data.feed import Feed, open_reader, order_notice
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share, allow_open_files
@@ -33,7 +33,9 @@ from diffmoe.training.engine import Engine
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
 from diffmoe.training.metrics import Meter, Writer
 from diffmoe.training.plan_check import PlanCheck
-from diffmoe.training.resume import check_resumable, engine_changes, read_left_out, write_left_out
+from diffmoe.training.resume import (
+    Recipe, check_resumable, engine_changes, read_left_out, recipes_as_counters, write_left_out,
+)
 from diffmoe.training.run_lock import RunLock
 from diffmoe.training.step import StepReport, train_step
 from diffmoe.training.watchdog import Watchdog, watch_layers
@@ -42,7 +44,7 @@ from diffmoe.training.watchdog import Watchdog, watch_layers
 @dataclass
 class Run:
     """Everything that one rank of a training run holds.  ``writer`` is rank 0's alone; ``scorer``: None where nobody asked for
-    scores; ``fresh``: no checkpoint was there."""
+    scores; ``fresh``: no checkpoint was there; ``recipes``: changes of the recipe so far, see ``resume``."""
 
     config: Config
     layout: Layout
@@ -58,10 +60,21 @@ class Run:
     writer: Writer | None
     scorer: Scorer | None
     fresh: bool
+    recipes: list[Recipe]
     done: int = 0
     failed_saves: int = 0
     unsaved: int | None = None  # the step of the last save, where it failed
     save_times: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def shift(self) -> int:
+        """See ``resume``."""
+        return self.recipes[-1].shift if self.recipes else 0
+
+    @property
+    def samples(self) -> int:
+        """The number of the next step's first sample."""
+        return (self.done + self.shift) * self.layout.batch
 
     @property
     def folder(self) -> Path:
@@ -73,9 +86,9 @@ class Run:
 
 
 def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device,
-          asked: Sequence[int] = (), per_node: int | None = None) -> None:
+          asked: Sequence[int] = (), per_node: int | None = None, new_recipe: bool = False) -> None:
     """Trains to ``train.steps``, from the newest usable checkpoint in the run folder if there is one.  ``per_node``: ranks
-    on a node (default: all).
+    on a node (default: all).  ``new_recipe``: that checkpoint may be one of another recipe.
 
     Any rank whose ``asked`` fills (see ``training.stop``) ends the run in order: the ranks agree at a step boundary, save, and
     return.  Raises AgreedError when the run cannot go on, or its last state cannot be saved; a rank that dies or hangs ends
@@ -84,7 +97,7 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
         if anyone(bool(asked), groups.world):
             return _say(groups, "stopped in order before the start; the same command begins again")
         lock.take()
-        run = start(config, layout, deepspeed_tree, groups, device, per_node)
+        run = start(config, layout, deepspeed_tree, groups, device, per_node, new_recipe)
         lock.take()  # where the folder is new
         if run.done >= config.train.steps:
             _say(groups, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
@@ -101,7 +114,7 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 
 
 def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device,
-          per_node: int | None = None) -> Run:
+          per_node: int | None = None, new_recipe: bool = False) -> Run:
     """Model, engine, EMA and data of a run, resumed from its newest usable checkpoint.  All ranks raise together."""
     def say(text: str) -> None:
         _say(groups, text)
@@ -115,32 +128,29 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 
     folder = Path(config.run.folder)
     newest = newest_usable(folder / "checkpoints", groups, say_passed_over)
-    reader, problem, accepted, left_out, order = None, None, [], [], ""
+    reader, problem, accepted, recipes, left_out, notes = None, None, [], [], [], []
     try:
-        reader = open_reader(config, None if newest is None else newest.config().data)
+        # A new recipe may choose its order anew; the same recipe keeps it.
+        before = None if newest is None or new_recipe else newest.config().data
+        reader = open_reader(config, before)
         allow_open_files(reader, _share(layout, groups.rank), config.data.workers)
-        chosen = replace(config, data=replace(config.data, streams=reader.streams, window=reader.window))
-        if chosen != config:
-            kept = newest is not None and newest.config().data.window is not None
-            order = (f"order    data.streams {reader.streams}, data.window {reader.window}, "
-                     + (f"as {newest.path.name} has them" if kept else "chosen for these data"))
-        config = chosen
         if config.train.compile:
             check_compiler(device)
+        config, notes = _with_order(config, reader, before)
         if newest is not None:  # before anything of an earlier run is overwritten
-            accepted = check_resumable(newest, config, layout, reader.index.fingerprint)
+            accepted, recipes = check_resumable(newest, config, layout, reader.index.fingerprint, new_recipe)
         if groups.rank == 0:
             notice, unmixed = order_notice(reader, layout.pool if layout.pool > 1 else layout.batch)
             if unmixed:
-                order += f"{chr(10) * bool(order)}warning: {notice}" + " (in another run.folder)" * (newest is not None)
+                notes.append(f"warning: {notice}" + " (in another run.folder)" * (newest is not None))
             left_out = read_left_out(folder)
             accepted += engine_changes(folder, merge_deepspeed(deepspeed_tree, config, layout)) if newest is not None else []
             _write_resolved(config, layout, deepspeed_tree)
     except (UserError, OSError) as error:
         problem = error
     raise_together(problem, groups.world)
-    if order:
-        say(order)
+    for note in notes:
+        say(note)
     scorer = open_scorer(config, reader.index, groups.world, device) if config.train.score_every else None
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups, recompute=config.parallel.recompute,
                 time_scale=config.diffusion.time_scale)
@@ -151,13 +161,16 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     watch_layers(model.blocks, groups.trace)
     ema = Ema(engine, config.train.ema_decays)
     guard = Guard.from_counters(config.train, {} if newest is None else newest.counters)
+    begins = newest is not None and len(recipes) > len(newest.counters.get("recipes", []))
+    if begins:
+        guard.losses = []  # of another recipe
     guard.left_out = sorted({*guard.left_out, *gather_objects(left_out, groups.world)[0]})
     writer = Writer(folder, config.train.steps, [f"block {i}" for i, _ in model.moe_layers()]) if groups.rank == 0 else None
     names = reader.index.class_names or (newest.manifest.class_names if newest is not None else ())
     saver = Saver(folder / "checkpoints", config, layout, groups, names)
     run = Run(config, layout, groups, device, engine, ema, reader, saver, guard,
               Meter(config, groups, device), PlanCheck(config, layout, deepspeed_tree, device, per_node or layout.ranks), writer,
-              scorer, newest is None)
+              scorer, newest is None, recipes)
     for text in passed_over if writer else ():
         writer.event(newest.step, "passed over", text, aloud=False)
     if newest is not None:
@@ -166,13 +179,16 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
         run.done = restore(newest, engine, ema, groups, say)
         engine.set_adam_step(newest.counters.get("updates", newest.step))
         say(f"resumed from {newest.path} at step {run.done}")
+        if begins:
+            _event(run, "new recipe", f"new recipe from here on ({'; '.join(recipes[-1].changes)}); weights, moments, "
+                                      f"averages and thresholds stay, samples are counted on from {run.samples}")
     return run
 
 
 def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
     """Trains to the end or to a stop (None), or to a step whose loss spiked, which is returned."""
     config, layout, groups, meter = run.config, run.layout, run.groups, run.meter
-    share = _share(layout, groups.rank)
+    share = _share(layout, groups.rank, run.shift)
     feed = Feed(run.reader, share, groups.world, run.folder, range(run.done, config.train.steps), config.data,
                 pin=run.device.type == "cuda", say=lambda text: _say(groups, text))
     with feed, StepDraws(config.run.seed, share.positions, run.reader.index.x_shape) as draws:
@@ -216,8 +232,18 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
     return None
 
 
-def _share(layout: Layout, rank: int) -> Share:
-    return Share(layout.batch, layout.micro_batch, layout.accumulation, rank, layout.ranks)
+def _share(layout: Layout, rank: int, shift: int = 0) -> Share:
+    return Share(layout.batch, layout.micro_batch, layout.accumulation, rank, layout.ranks, shift)
+
+
+def _with_order(config: Config, reader: ShardReader, before: DataConfig | None) -> tuple[Config, list[str]]:
+    """The configuration with the reader's streams and window as numbers, and what is to be said of them."""
+    resolved = replace(config, data=replace(config.data, streams=reader.streams, window=reader.window))
+    if resolved == config:
+        return config, []
+    kept = before is not None and before.window is not None
+    return resolved, [f"order    data.streams {reader.streams}, data.window {reader.window}, "
+                      + ("as the checkpoint has them" if kept else "chosen for these data")]
 
 
 def _step(run: Run, batches: list[Batch], draws: StepDraws, stop: bool) -> tuple[bool, Verdict]:
@@ -263,6 +289,7 @@ def _go_back(run: Run, spiked: int) -> None:
     newest = newest_usable(run.checkpoints, run.groups, lambda text: _event(run, "passed over", text))
     if newest is None:
         raise AgreedError(f"the loss spiked at step {spiked}, and {run.checkpoints} has no checkpoint to go back to")
+    _, run.recipes = check_resumable(newest, run.config, run.layout, run.reader.index.fingerprint, new_recipe=True)
     run.guard.go_back(spiked, newest.step, Guard.from_counters(run.config.train, newest.counters))
     run.done = restore(newest, run.engine, run.ema, run.groups, lambda text: _say(run.groups, text))
     run.engine.set_adam_step(newest.counters.get("updates", newest.step))
@@ -276,7 +303,7 @@ def _go_back(run: Run, spiked: int) -> None:
 def _record(run: Run, last: bool) -> None:
     """Numbers since the last record; every rank takes part, rank 0 writes."""
     run.groups.trace.enter("recording")
-    record, load = run.meter.collect(run.done)
+    record, load = run.meter.collect(run.done, run.samples)
     _hear_of_saves(run)
     record |= {"skipped_steps": run.guard.skipped(run.done), "rollbacks": run.guard.rollbacks,
                "failed_saves": run.failed_saves, **run.save_times, **run.plan.entries}
@@ -290,8 +317,8 @@ def _record(run: Run, last: bool) -> None:
 def _save(run: Run) -> None:
     """Begins a save of the present state; what became of earlier ones is heard here.  A failed one is tried again when due."""
     run.groups.trace.enter("saving")
-    run.saver.save(run.done, run.engine, run.ema, {**run.guard.as_counters(), "updates": run.engine.updates,
-                                                   "data": run.reader.index.fingerprint})
+    run.saver.save(run.done, run.engine, run.ema, {**run.guard.as_counters(), **recipes_as_counters(run.recipes),
+                                                   "updates": run.engine.updates, "data": run.reader.index.fingerprint})
     _hear_of_saves(run)
 
 

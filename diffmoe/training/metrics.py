@@ -48,14 +48,14 @@ class Meter:
         """Forgets the steps since the last record: the run went back."""
         self._reports = []
 
-    def collect(self, step: int) -> tuple[dict, np.ndarray]:
+    def collect(self, step: int, samples: int) -> tuple[dict, np.ndarray]:
         """(record, load [layers, time bins, experts] as share of the mean) of the steps since the last call.
 
         Losses are means over those steps, norms the last; load is NaN in a time bin that had no sample.  When all of those steps
         were passed over there is no loss (None) and no load."""
         reports, self._reports = self._reports, []
         if not reports:
-            return {"step": step, "samples": step * self.config.train.batch, "loss": None}, np.zeros((0, TIME_BINS, 0))
+            return {"step": step, "samples": samples, "loss": None}, np.zeros((0, TIME_BINS, 0))
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
         train, model, moe = self.config.train, self.config.model, self.config.moe
@@ -64,7 +64,7 @@ class Meter:
         images = len(reports) * train.batch / seconds
         macs = count(model, moe, capacity=None if model.family == "tc" else last.capacity).forward_macs
         record = {
-            "step": step, "samples": step * train.batch,
+            "step": step, "samples": samples,
             "loss": float(np.mean([r.loss for r in reports])),
             "grad_norm": last.grad_norm, "lr": last.lr,
             "images_per_s": images, "mfu": 6 * macs * images / (self.groups.world.size * self.peak),

@@ -1,9 +1,15 @@
-"""Going on from a checkpoint: what of the configuration may have changed since, and what was left out on the way."""
+"""Resuming from a checkpoint: what of the configuration may have changed since, and what was left out on the way.
+
+A run may go on under another recipe (``train --new-recipe``): weights, moments, averages and thresholds stay, steps go on
+being counted, and so do samples, whose numbers decide data, noise, times and label drops.  A recipe's step s begins with
+sample (s + shift) * batch, where ``shift`` is the least that repeats no number of the recipe before.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +25,23 @@ _MEANING_FIELDS = ("run.seed", "train.batch", "data.streams", "data.window", "da
 _CHOSEN = ("data.streams", "data.window")
 # What only a fresh model asks for.
 _START_FIELDS = ("moe.router_start",)
+_POOL, _CONTENTS = "moe.pool (samples)", "data.shards' contents"
+# What of these a new recipe may change: the weights are the same function under it.
+_RECIPE_FIELDS = (*_MEANING_FIELDS, _POOL, _CONTENTS, "moe.capacity_hold", "moe.capacity_until", "moe.balance_weight",
+                  "moe.predictor_weight", "moe.threshold_decay", "diffusion.time_sampling", "diffusion.time_mean",
+                  "diffusion.time_std")
 # Resolved to numbers (moe.pool, micro-batches) or about this place only.
 _NO_CHANGE = ("moe.pool", "run.folder")
 _LEFT_OUT = "left_out.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A change of the recipe: from step ``step`` on, whose first sample has number (step + shift) * batch."""
+
+    step: int
+    shift: int
+    changes: list[str]
 
 
 def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
@@ -36,21 +56,40 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     return broken, accepted
 
 
-def check_resumable(checkpoint: Any, config: Config, layout: Layout, data: str) -> list[str]:
-    """The changes since ``checkpoint`` (a ``Checkpoint``) that a run may make; UserError when it belongs to another run.
+def check_resumable(checkpoint: Any, config: Config, layout: Layout, data: str,
+                    new_recipe: bool = False) -> tuple[list[str], list[Recipe]]:
+    """The changes since ``checkpoint`` (a ``Checkpoint``) that leave the recipe as it is, and the run's changes of it.
 
-    ``data`` is the data set's fingerprint."""
+    With ``new_recipe`` the last of these is made of what differs now, if anything of the recipe does.  UserError when
+    the checkpoint belongs to another run.  ``data`` is the data set's fingerprint."""
     broken, accepted = changes(checkpoint.config(), config)
     if config.model.family != "dense" and checkpoint.pool != layout.pool:
-        broken.append(f"moe.pool (samples): {checkpoint.pool} -> {layout.pool}")
+        broken.append(f"{_POOL}: {checkpoint.pool} -> {layout.pool}")
     there = checkpoint.counters.get("data", data)
     if there != data:
-        broken.append(f"data.shards' contents: {there[:12]} -> {data[:12]}")
-    if broken:
-        raise UserError(f"{checkpoint.path} belongs to another run ({'; '.join(broken)}); choose another run.folder")
+        broken.append(f"{_CONTENTS}: {there[:12]} -> {data[:12]}")
     if checkpoint.ranks != layout.ranks:
         accepted.append(f"ranks: {checkpoint.ranks} -> {layout.ranks}")
-    return accepted
+    recipes = [Recipe(**recipe) for recipe in checkpoint.counters.get("recipes", [])]
+    if not broken:
+        return accepted, recipes
+    other = [change for change in broken if not is_of_recipe(change)]
+    if other or not new_recipe:
+        way = "" if other else ", or say --new-recipe to go on under the new recipe with these weights, moments and averages"
+        raise UserError(f"{checkpoint.path} belongs to another run ({'; '.join(other or broken)}); choose another "
+                        f"run.folder{way}")
+    shift = -(-checkpoint.samples // layout.batch) - checkpoint.step
+    return accepted, [*recipes, Recipe(checkpoint.step, shift, broken)]
+
+
+def is_of_recipe(change: str) -> bool:
+    """Whether a change, ``train.batch: 256 -> 512``, is one that a new recipe may make."""
+    return change.partition(": ")[0] in _RECIPE_FIELDS
+
+
+def recipes_as_counters(recipes: list[Recipe]) -> dict[str, Any]:
+    """For the checkpoint's manifest; nothing where the recipe never changed."""
+    return {"recipes": [asdict(recipe) for recipe in recipes]} if recipes else {}
 
 
 def engine_changes(folder: Path, now: dict) -> list[str]:

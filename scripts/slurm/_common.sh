@@ -13,16 +13,19 @@
 
 # train CONFIG [key=value ...]: a training job, all of it.
 train() {
-  local config=${DIFFMOE_CONFIG:-$1} deepspeed_config=${DIFFMOE_DEEPSPEED_CONFIG:-ds_configs/zero1_bf16.json} folder=()
+  local config=${DIFFMOE_CONFIG:-$1} deepspeed_config=${DIFFMOE_DEEPSPEED_CONFIG:-ds_configs/zero1_bf16.json} folder=() recipe=() overrides=() word
   shift
+  for word in "$@"; do
+    if [[ $word == --new-recipe ]]; then recipe=("$word"); else overrides+=("$word"); fi
+  done
   enter_repository
   # The job's number survives a requeue: the next start finds this one's checkpoints.
   [[ " $* " == *" run.folder="* ]] || folder=("run.folder=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID")
-  job=$(python -m launcher job prepare --config "$config" --deepspeed_config "$deepspeed_config" --ranks "$ranks" "${folder[@]}" "$@")
+  job=$(python -m launcher job prepare --config "$config" --deepspeed_config "$deepspeed_config" --ranks "$ranks" "${folder[@]}" "${overrides[@]}")
   code=$job/code
   say "$config, $deepspeed_config, logs in $job/logs"
   preflight
-  on_ranks python "$code/run.py" --config "$job/config.yaml" --deepspeed_config "$job/deepspeed.json"
+  on_ranks python "$code/run.py" --config "$job/config.yaml" --deepspeed_config "$job/deepspeed.json" "${recipe[@]}"
   conclude
 }
 
