@@ -293,11 +293,26 @@ def test_one_class_more_or_less_than_said(tmp_path: Path, classes: int, message:
         list_source(str(tmp_path), classes)
 
 
-def test_labels_that_begin_with_1(tmp_path: Path) -> None:
-    source = str(tar(tmp_path / "x.tar", "a.png", "a.cls", "b.png", "b.cls", a=1, b=2))
-    with pytest.raises(UserError, match=r"classes \(2\) must be at least the 3 .*label is 2, and none is 0: are they one-b"):
+@pytest.mark.parametrize(("first", "labels"), [(1, (1, 2)), (1, (2, 1)), (5, (5, 6))])
+def test_labels_that_begin_with_another_number_than_0(tmp_path: Path, first: int, labels: tuple[int, int]) -> None:
+    """Refused with the option that is right, and not a class too many without any picture."""
+    source = str(tar(tmp_path / "x.tar", "a.png", "a.cls", "b.png", "b.cls", a=labels[0], b=labels[1]))
+    with pytest.raises(UserError, match=r"classes \(2\) must be at least the .* and none is 0: .*--first-class 1"):
         list_source(source, 2)
-    assert list_source(source).describe_classes() == "0 to 2, without names; without any picture: 0"
+    with pytest.raises(UserError, match=f"run from {first} to {first + 1}, .* --first-class {first} if .*, --classes {first + 2} "):
+        list_source(source)
+    listed = list_source(source, first_class=first)
+    assert taken(listed) == [("a.png", labels[0] - first), ("b.png", labels[1] - first)] and listed.classes == 2
+    assert list_source(source, first + 2).describe_classes().endswith("without any picture: "
+                                                                      + ", ".join(map(str, range(first))))
+    with pytest.raises(UserError, match=rf"and first_class is {first + 1}: --first-class {first} if"):
+        list_source(source, first_class=first + 1)
+
+
+def test_class_folders_have_no_first_label(tmp_path: Path) -> None:
+    tree(tmp_path, "1/1.png", "2/1.png")
+    with pytest.raises(UserError, match=r"first_class \(1\) goes with tars"):
+        list_source(str(tmp_path), first_class=1)
 
 
 def configured(shards: Path, classes: int) -> Config:

@@ -39,6 +39,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--classes", type=int, help="number of classes (default: what the source has)")
     parser.add_argument("--class-names", type=Path, metavar="FILE",
                         help="their names, one a line (default: the class folders')")
+    parser.add_argument("--first-class", type=int, default=0, help="the label of the first class in tars (default 0)")
     parser.add_argument("--allow-empty-classes", action="store_true", help="folders without a picture are classes, too")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // environment.local_world),
                         help="threads that read pictures, a rank")

@@ -16,7 +16,7 @@ STORAGES = {"fp16": "float16", "bf16": "bfloat16"}
 @dataclass(frozen=True)
 class Request:
     """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own;
-    `shuffle_seed` None leaves the images in the listing's order.
+    `shuffle_seed` None leaves the images in the listing's order; `first_class` is the label of class 0 in tars.
 
     Raises:
         UserError: a field out of its range, by name.
@@ -41,11 +41,14 @@ class Request:
     accept_values: bool = False
     shuffle_seed: int | None = 0
     fp32_precision: str = "ieee"
+    first_class: int = 0
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch", "samples_per_shard", "workers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.first_class < 0:
+            raise UserError(f"first_class ({self.first_class}) must be at least 0")
         if self.channels not in (1, 3):
             raise UserError(f"channels ({self.channels}) must be 1 or 3")
         if self.precision not in PRECISIONS:

@@ -86,9 +86,11 @@ class Plan:
             for name in (f.name for f in fields(ours) if f.name not in ("vae", "left_out", "source_stamps")):
                 mine, found = getattr(ours, name), getattr(theirs, name)
                 if mine != found and name == "source_sha256":
+                    older = "" if theirs.source_stamps else (", or an older version listed them otherwise (folders "
+                                                             "named by numbers, .bmp, .tif, .gif, keys with dots)")
                     raise UserError(f"source holds other images ({ours.images}) than {folder} was begun with "
-                                    f"({theirs.images}): files were added, removed or renamed; encode into another "
-                                    "folder")
+                                    f"({theirs.images}): files were added, removed or renamed{older}; encode into "
+                                    "another folder")
                 if mine != found and name == "shuffled":
                     option = "--no-shuffle" if found is None else f"--shuffle-seed {found}"
                     raise UserError(f"shuffled ({mine}) is not that of {folder} ({found}; None: in the source's "
@@ -147,7 +149,7 @@ def encode(request: Request, group: Group, device: torch.device, report: Callabl
     try:
         names = () if request.class_names is None else read_class_names(request.class_names)
         source = list_source(request.source, request.classes, class_names=names,
-                             allow_empty=request.allow_empty_classes)
+                             allow_empty=request.allow_empty_classes, first_class=request.first_class)
         vae = _load_vae(request, device)
         plan = _plan(request, source, vae)
         if group.index == 0:

@@ -130,7 +130,7 @@ def shorten(names: Sequence[str], most: int) -> str:
 
 
 def list_source(source: str, classes: int | None = None, *, class_names: Sequence[str] = (),
-                allow_empty: bool = False) -> Source:
+                allow_empty: bool = False, first_class: int = 0) -> Source:
     """List a folder of class folders, a folder of tars, or tars by glob or braces.
 
     Classes are the folders 0, 1, … in the order of their names; names that are all numbers are sorted as numbers. Tars
@@ -141,10 +141,12 @@ def list_source(source: str, classes: int | None = None, *, class_names: Sequenc
         classes: number of classes, where it is known: of folders as many, of tars at least the labels'.
         class_names: one a class, instead of the folders' names.
         allow_empty: whether a folder without a picture, or a class above the folders' number, is a class.
+        first_class: the label of class 0, in tars.
 
     Raises:
         UserError: nothing there, both kinds in one folder, a tar that is damaged, compressed or holds unsafe names,
-            classes without pictures, or another number of classes than `classes`.
+            classes without pictures, labels without a 0 where `classes` says nothing, or another number of classes
+            than `classes`.
     """
     root, leaving = Path(source), _Leaving()
     folders: dict[str, list[str]] = {}
@@ -162,6 +164,10 @@ def list_source(source: str, classes: int | None = None, *, class_names: Sequenc
     if not pictures:
         raise UserError(f"source ({source}) holds no pictures: neither class folders with .{', .'.join(EXTENSIONS)} "
                         "files, nor tars of such with .cls" + "".join(f"; left out, {left}" for left in left_out))
+    if not folders:
+        pictures = _number_from(pictures, first_class, source, sure=bool(classes or class_names or allow_empty))
+    elif first_class:
+        raise UserError(f"first_class ({first_class}) goes with tars: class folders are numbered from 0")
     found = max(len(folders), 1 + max(picture.label for picture in pictures))
     wanted = (len(class_names) or found) if classes is None else classes
     what = f"class_names ({wanted} names)" if class_names and classes is None else f"classes ({wanted})"
@@ -172,7 +178,7 @@ def list_source(source: str, classes: int | None = None, *, class_names: Sequenc
         if folders:
             last = f"the folders' last: {shorten(_show(folders)[wanted:], _SHOWN)}"
         elif all(picture.label for picture in pictures):
-            last += ", and none is 0: are they one-based?"
+            last += ", and none is 0: if they begin with 1, say --first-class 1"
         raise UserError(f"{what} must be at least the {found} of source {source}; {last}")
     if folders and not allow_empty:
         _check_folders(source, what, wanted, folders)
@@ -180,6 +186,18 @@ def list_source(source: str, classes: int | None = None, *, class_names: Sequenc
     for picture in pictures:
         digest.update(repr(tuple(picture)).encode() + b"\n")
     return Source(root, tuple(pictures), wanted, tuple(class_names) or tuple(folders), digest.hexdigest(), left_out)
+
+
+def _number_from(pictures: list[Picture], first: int, source: str, sure: bool) -> list[Picture]:
+    """Tars' pictures with labels from 0, where `first` is class 0's. UserError for labels below it, and, unless the
+    user is `sure` of the classes, for labels that all are above."""
+    labels = [picture.label for picture in pictures]
+    low, high = min(labels), max(labels)
+    if low < first or (low > first and not sure):
+        raise UserError(f"labels of source {source} run from {low} to {high}, and first_class is {first}: "
+                        f"--first-class {low} if {low} is the first class"
+                        + (f", --classes {high - first + 1} if some are without pictures" if low > first else ""))
+    return [picture._replace(label=picture.label - first) for picture in pictures] if first else pictures
 
 
 def list_pictures(folder: Path) -> tuple[list[str], tuple[LeftOut, ...]]:
