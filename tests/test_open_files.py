@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from diffmoe.data.cache import Cache
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share, allow_open_files
 from diffmoe.data.tar import ShardFile
@@ -69,3 +71,24 @@ def test_as_many_open_files_as_there_are_shards_are_allowed(limits, shards, soft
     limits[:] = [soft, hard]
     allow_open_files(many_shards(shards, batch=64, streams=64, window=32), Share(64, 64, 1, 0, 1), 0)
     assert limits == after
+
+
+@pytest.mark.parametrize(("settings", "world", "gib", "held"), [
+    ({"batch": 256, "streams": 256, "window": 8}, 1, 64, "256 of them read by one process) x data.window (8) keep 1251 shards"),
+    ({"batch": 256, "streams": 256, "window": 8}, 4, 64, "64 of them read by one process) x data.window (8) keep 512 shards"),
+    ({"batch": 64, "streams": 1, "window": 600}, 2, 64, "1 of them read by one process) x data.window (600) keep 600 shards"),
+    ({"batch": 64, "streams": 64, "window": 4}, 1, 64, "")])
+def test_remote_shards_in_use_that_the_cache_cannot_hold_are_counted_before_the_start(settings, world, gib, held) -> None:
+    """Shards of 0.2 GiB; not hours later, when the cache is full."""
+    shards = [ShardFile(f"shard-{i:06d}.tar", 1024, 2**30 // 5, "0" * 64) for i in range(1251)]
+    index = SimpleNamespace(shards=shards, meta=SimpleNamespace(kind="pixels"), flips=False, place="s3://b/{name}", where="s3://b")
+    for limit in (gib * 2**30, 2**40):
+        reader = ShardReader(index, seed=0, cache=Cache(Path("nowhere"), limit), **settings)
+        for rank in range(world):
+            share = Share(settings["batch"], settings["batch"] // world, 1, rank, world)
+            if held and limit < 2**40:
+                with pytest.raises(UserError, match=re.escape(f"data.cache_gib (64) is too small: data.streams "
+                                                              f"({settings['streams']}, {held}")):
+                    allow_open_files(reader, share, 0)
+            else:
+                allow_open_files(reader, share, 0)

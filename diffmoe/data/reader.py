@@ -161,6 +161,19 @@ class ShardReader:
                             f"limit{instead}")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
+    def check_cache(self, positions: Sequence[int]) -> None:
+        """UserError where the windows of these positions' streams, even of the smallest shards, are larger than the
+        cache of remote shards: reading would end there, once the cache is full."""
+        if not self.index.place:
+            return
+        streams = self.order.streams_of(positions)
+        held = sorted(shard.bytes for shard in self.index.shards)[: streams * self.window]
+        if sum(held) > self.cache.limit:
+            raise UserError(f"data.cache_gib ({self.cache.limit / 2**30:.3g}) is too small: data.streams ({self.streams}, "
+                            f"{streams} of them read by one process) x data.window ({self.window}) keep {len(held)} "
+                            f"shards of {self.index.where} in use, {sum(held) / 2**30:.3g} GiB; raise it, or name "
+                            "smaller data.streams and data.window")
+
     def fetch_ahead(self, positions: Sequence[int]) -> None:
         """Begins to bring what these positions need, where it is remote; failures show when the positions are read."""
         if not self.index.place:

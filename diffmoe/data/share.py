@@ -75,9 +75,12 @@ class Ring:
 
 
 def allow_open_files(reader: ShardReader, share: Share, workers: int) -> None:
-    """Raises UserError where one of a rank's ``workers`` (0: a thread) would not get as many open files as it needs."""
+    """Raises UserError where one of a rank's ``workers`` (0: a thread) would not get as many open files as it needs, or the
+    cache could not hold the remote ones."""
     for number in range(max(1, workers)):
-        reader.allow_open_files(Part(share, number, max(1, workers)).positions(0))
+        positions = Part(share, number, max(1, workers)).positions(0)
+        reader.check_cache(positions)
+        reader.allow_open_files(positions)
 
 
 def fill_step(reader: ShardReader, part: Part, step: int, ahead: int, x: np.ndarray, y: np.ndarray) -> None:
