@@ -250,6 +250,13 @@ def test_what_lies_beside_tars(tmp_path: Path) -> None:
                             "1 outside of class folders and tars: x.png"]
 
 
+@pytest.mark.parametrize("names", [["a.tar.gz"], ["train.tar.zst", "val.TGZ"]])
+def test_compressed_tars_alone_are_named_as_such(tmp_path: Path, names: list[str]) -> None:
+    tree(tmp_path, *names)
+    with pytest.raises(UserError, match=rf"holds no pictures: .*; left out, {len(names)} compressed tars: {names[0]}"):
+        list_source(str(tmp_path))
+
+
 # ---- classes
 
 

@@ -551,7 +551,9 @@ SAMPLE = {"npz": npz(moments=moments()[0]), "cls": b"3"}
             "no key 'id' of label json:a.id here, but 3",
         ),
         (SAMPLE | {"json": b"{"}, {"array": "npz:moments", "label": "json:id"}, "member part/0000.json: "),
-        (SAMPLE | {"cls": b"n01440764"}, {"array": "npz:moments"}, "member part/0000.cls: "),
+        (SAMPLE | {"cls": b"n01440764"}, {"array": "npz:moments"}, "part/0000.cls: label .b'n01440764'. must be a whole"),
+        (SAMPLE | {"cls": b"3.0"}, {"array": "npz:moments"}, "part/0000.cls: label .b'3.0'. must be a whole"),
+        (SAMPLE | {"cls": b"\xff"}, {"array": "npz:moments"}, "part/0000.cls: label .b'.xff'. must be a whole"),
         (
             {"npz": npz(moments=moments()[0], y=np.float32(3))},
             {"array": "npz:moments", "label": "npz:y"},
@@ -564,6 +566,13 @@ def test_mappings_that_do_not_fit(sample: dict, mapping: dict, message: str, tmp
     with pytest.raises(UserError, match=message) as caught:
         inspect_main([str(folder), "--write-index", *MAPPED, *options_of(**mapping)], detect({}))
     assert "\n" not in str(caught.value) and not (folder / "index.json").exists()
+
+
+@pytest.mark.parametrize("kind", [["latents"], ["moments", "--spread", "std"]])
+def test_arrays_of_zeros_are_drawn(kind: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = plain_tars(tmp_path / "tars", np.zeros((COUNT, 4, 8, 8), np.float32))
+    code, text = inspected(capsys, folder, "--write-index", "--classes", "10", "--kind", *kind)
+    assert code == 0 and "channels 0.0000" in text and (tmp_path / "grid.png").exists()
 
 
 def test_pixels_take_no_flipped_arrays(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -127,5 +127,5 @@ def _draw(index: ShardIndex, cache: Cache, vae: Vae | None, path: Path) -> None:
         parts = torch.from_numpy(x).split(_DECODED)
         x = torch.cat([decode_latents(vae, part, index.meta.scale, index.meta.mean) for part in parts]).numpy() / 127.5 - 1
     elif index.meta.kind != "pixels":
-        x = x / np.abs(x).max()
+        x = x / (np.abs(x).max() or 1)  # all zeros are shown as such
     image_grid(x[:, : 3 if x.shape[1] > 2 else 1], _COLUMNS, path)

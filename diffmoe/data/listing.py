@@ -272,7 +272,7 @@ def _list_root(root: Path, leaving: _Leaving) -> tuple[list[str], dict[str, list
         else:
             rest.append(entry.name)
     for name in rest:
-        if tars and name.lower().endswith(_ARCHIVES):
+        if not folders and name.lower().endswith(_ARCHIVES):
             leaving.add(_COMPRESSED, name)
         else:
             leaving.add(_OUTSIDE if _ending(name) in (*EXTENSIONS, *_UNREAD) else _OTHER, name)

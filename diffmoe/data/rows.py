@@ -237,12 +237,19 @@ def _label(shard: str, stream: BinaryIO, info: tarfile.TarInfo, classes: int, me
         elif kind in ("npy", "npz"):
             label = _array_label(decode(stream.read(info.size), members.label))
         else:
-            label = int(stream.read(min(info.size, 32)).decode("ascii"))
+            label = _text_label(stream.read(min(info.size, 32)))
     except (ValueError, EOFError, TypeError) as error:
         raise BadShard(shard, f", member {info.name}: {error}") from error
     if not 0 <= label - members.first_class < classes:
         raise BadShard(shard, f", member {info.name}: {_wrong_label(label, classes, members.first_class)}")
     return label - members.first_class
+
+
+def _text_label(text: bytes) -> int:
+    try:
+        return int(text.decode("ascii"))
+    except ValueError:
+        raise UserError(f"label ({text!r}) must be a whole number") from None
 
 
 def _json_label(text: bytes, path: str) -> int:
