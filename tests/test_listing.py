@@ -306,7 +306,7 @@ def test_labels_that_begin_with_another_number_than_0(tmp_path: Path, first: int
     source = str(tar(tmp_path / "x.tar", "a.png", "a.cls", "b.png", "b.cls", a=labels[0], b=labels[1]))
     with pytest.raises(UserError, match=r"classes \(2\) must be at least the .* and none is 0: .*--first-class 1"):
         list_source(source, 2)
-    with pytest.raises(UserError, match=f"run from {first} to {first + 1}, .* --first-class {first} if .*, --classes {first + 2} "):
+    with pytest.raises(UserError, match=f"from {first} to {first + 1}, .* --first-class {first} if .*, --classes {first + 2} "):
         list_source(source)
     listed = list_source(source, first_class=first)
     assert taken(listed) == [("a.png", labels[0] - first), ("b.png", labels[1] - first)] and listed.classes == 2
