@@ -206,7 +206,7 @@ def test_a_run_keeps_its_order_and_says_so(tmp_path: Path) -> None:
     assert [[end.returncode for end in ends] for ends in results] == [[0, 0], [0, 0], [0, 0], [2, 2], [0, 0]], results
     whole, _, again, refused, new = (ends[0] for ends in results)
     assert "order  " not in whole.stdout and whole.stdout.count("warning: ") == 1
-    assert "order    data.streams 2, data.window 1, as step_00000004 has them" in again.stdout
+    assert "order    data.streams 2, data.window 1, as the checkpoint has them" in again.stdout
     assert again.stdout.count("warning: ") == 1 and "resumed from" in again.stdout
     after = losses(tmp_path / "run")
     assert after == losses(tmp_path / "whole")
