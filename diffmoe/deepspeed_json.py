@@ -47,7 +47,7 @@ _COUNT, _SHARE, _FP32, _BF16 = (Number(least=0), Number(float, 0, 1), ("fp32", "
                                 ("bf16", "bfloat16", "torch.bfloat16"))
 _DTYPES = _FP32 + _BF16
 
-# DeepSpeed ignores unknown keys at the top without a word, and trips over other ones, over a wrong type, and over keys of other
+# DeepSpeed silently ignores unknown keys at the top, and trips over other ones, over a wrong type, and over keys of other
 # versions only on the ranks.  So here is what its 0.19.8 reads: a type, a range, words, or an object of such (tests/test_deepspeed_json.py
 # compares them with its own models).
 _OFFLOAD: dict = {"device": ("none", "cpu", "nvme"), "nvme_path": str, "buffer_count": _COUNT, "pin_memory": bool}
