@@ -84,7 +84,8 @@ REFUSED = {
     "pinned": (stage(2, cpu_offload_use_pin_memory=True), [], "write zero_optimization.offload_optimizer.pin_memory"),
     "16 bits": (stage(3, stage3_gather_fp16_weights_on_model_save=True), [], "write zero_optimization.stage3_gather_16bit_weights_on_model_save"),
     "zero: true": ({ZERO: True}, [], "DeepSpeed's zero_optimization (true) is an old form: write zero_optimization: {\"stage\": 1}"),
-    "threads": ({"aio": {"thread_count": 1}}, [], "DeepSpeed's aio.thread_count (1) is an old form: write aio.intra_op_parallelism"),
+    "threads": ({"aio": {"thread_count": 1}}, [], "DeepSpeed's aio.thread_count (1) is an old form: write "
+                "aio.intra_op_parallelism"),
     "bfloat16": ({"bfloat16": {"enabled": True}}, [], "DeepSpeed's bfloat16 ({\"enabled\": true}) is an old form: write bf16"),
     # Hugging Face's word
     "auto: a boolean": ({"bf16": {"enabled": "auto"}}, [], "DeepSpeed's bf16.enabled ('auto') is left to Hugging Face's trainer, which is not "

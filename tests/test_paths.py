@@ -190,9 +190,11 @@ def test_data_and_checkpoints_are_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["diffmoe.data.digits", "diffmoe.evaluation.judge"])
-@pytest.mark.parametrize(("path", "message"), [("$UNSET/x", "names $UNSET, which is not set"), ("~nobody-of-that-name/x", "is no user of this machine"),
-                                               ("$SCRATCH/other", "SCRATCH/other")])
-def test_the_demos_own_commands_expand_too_and_say_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, module, path, message):
+@pytest.mark.parametrize(("path", "message"), [
+    ("$UNSET/x", "names $UNSET, which is not set"), ("~nobody-of-that-name/x", "is no user of this machine"),
+    ("$SCRATCH/other", "SCRATCH/other")])
+def test_the_demos_own_commands_expand_too_and_say_what_is_wrong_in_one_line(
+        tmp_path, monkeypatch, capsys, module, path, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scratch/other").mkdir()
     (tmp_path / "scratch/other/index.json").write_text("{}")
