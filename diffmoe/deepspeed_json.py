@@ -47,7 +47,7 @@ _COUNT, _SHARE, _FP32, _BF16 = (Number(least=0), Number(float, 0, 1), ("fp32", "
                                 ("bf16", "bfloat16", "torch.bfloat16"))
 _DTYPES = _FP32 + _BF16
 
-# DeepSpeed ignores unknown keys at the top without a word, and trips over other ones, over a wrong type, and over keys of other
+# DeepSpeed silently ignores unknown keys at the top, and trips over other ones, over a wrong type, and over keys of other
 # versions only on the ranks.  So here is what its 0.19.8 reads: a type, a range, words, or an object of such (tests/test_deepspeed_json.py
 # compares them with its own models).
 _OFFLOAD: dict = {"device": ("none", "cpu", "nvme"), "nvme_path": str, "buffer_count": _COUNT, "pin_memory": bool}
@@ -88,7 +88,7 @@ PASSED: dict = {
 # Names that DeepSpeed reads as another's.
 ALIASES = {f"zero_optimization.{name.removeprefix('stage3_')}": f"zero_optimization.{name}" for name in PASSED["zero_optimization"]
            if name.startswith("stage3_")}
-# Keys of older versions: what to write.
+# Keys of older versions: what to write, unless they say false, which is no more than to leave them out.
 OLD = {
     "bfloat16": "bf16", "fp32_allreduce": 'communication_data_type: "fp32"', "allgather_size": "zero_optimization.allgather_bucket_size",
     "zero_optimization.cpu_offload": 'zero_optimization.offload_optimizer: {"device": "cpu"}, and train.optimizer: deepspeed in the YAML',
@@ -97,7 +97,7 @@ OLD = {
     "zero_optimization.cpu_offload_use_pin_memory": "zero_optimization.offload_optimizer.pin_memory",
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
     "activation_checkpointing": "parallel.recompute in the YAML", "compile": "train.compile in the YAML",
-    "torch_autocast": "bf16.enabled",
+    "torch_autocast": "bf16.enabled", "aio.thread_count": "aio.intra_op_parallelism",
 }
 # What DeepSpeed has and a run here cannot use, unless it says off.
 UNSUPPORTED = {
@@ -151,7 +151,7 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
             if value not in ("auto", owned[key]) and not resolved:
                 raise UserError(
                     f"DeepSpeed's {key} ({value}) contradicts the YAML's {_OWNED[key]} ({owned[key]}); the YAML owns it")
-    passed = {key: _plain(value) for key, value in tree.items() if key in PASSED and key != "fp16" and value is not None}
+    passed = {key: _plain(value, f"{key}.") for key, value in tree.items() if key in PASSED and key != "fp16" and value is not None}
     # DeepSpeed's throughput timer, on by default, has the host wait for the device twice in every micro-batch.
     quiet = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}
     return _resolve({**quiet, **passed, **owned}, expert_parallel=layout.ep > 1)
@@ -175,6 +175,8 @@ def _check_keys(tree: dict, known: dict, path: str, extra: tuple[str, ...] = ())
     for key, value in tree.items():
         name = path + key
         if name in OLD:
+            if value is False:
+                continue
             raise UserError(f"DeepSpeed's {name} ({json.dumps(value)}) is an old form: write {OLD[name]}")
         kind = known.get(ALIASES.get(name, name).removeprefix(path))
         if ALIASES.get(name, name) in (path + other for other in tree if other != key):
@@ -267,10 +269,11 @@ def _found(tree: dict, name: str) -> Any:
     return tree
 
 
-def _plain(value: Any) -> Any:
-    """What a JSON says as DeepSpeed wants it: without keys that are null, and integers as such."""
+def _plain(value: Any, path: str) -> Any:
+    """What a JSON says as DeepSpeed wants it: without keys that are null or of older versions (those say false), and integers as
+    such.  ``path``: of the value's keys, with a dot at its end."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items() if entry is not None}
+        return {key: _plain(entry, f"{path}{key}.") for key, entry in value.items() if entry is not None and path + key not in OLD}
     return int(value) if isinstance(value, float) and value == int(value) else value
 
 

@@ -77,8 +77,9 @@ def check_started(env: RankEnvironment, typed: bool) -> None:
 
 def typed_at_a_terminal() -> bool:
     """Whether an interactive shell started this process, alone or in a script: such a shell gives each command a process group
-    of its own, while one that srun starts is, or shares, its session's."""
-    return any(os.isatty(descriptor) for descriptor in range(3)) and os.getpgrp() != os.getsid(0)
+    of its own in a session with a terminal.  A task of ``srun --pty`` begins its session; those of ``srun --unbuffered`` write to a
+    terminal that is not their session's."""
+    return any(_is_sessions_terminal(descriptor) for descriptor in range(3)) and os.getpgrp() != os.getsid(0)
 
 
 def check_master(env: RankEnvironment) -> None:
@@ -129,6 +130,14 @@ def rendezvous_port(job: int, step: int) -> int:
     10000 + (32 * job + step) mod 22016: steps below 32 of any 688 consecutive jobs have ports of their own.
     """
     return _FIRST_PORT + (_STEPS_PER_JOB * job + step) % (_STEPS_PER_JOB * _JOBS)
+
+
+def _is_sessions_terminal(descriptor: int) -> bool:
+    try:
+        os.tcgetpgrp(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 def _from_rank(environ: Mapping[str, str]) -> RankEnvironment:

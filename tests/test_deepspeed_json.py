@@ -84,6 +84,8 @@ REFUSED = {
     "pinned": (stage(2, cpu_offload_use_pin_memory=True), [], "write zero_optimization.offload_optimizer.pin_memory"),
     "16 bits": (stage(3, stage3_gather_fp16_weights_on_model_save=True), [], "write zero_optimization.stage3_gather_16bit_weights_on_model_save"),
     "zero: true": ({ZERO: True}, [], "DeepSpeed's zero_optimization (true) is an old form: write zero_optimization: {\"stage\": 1}"),
+    "threads": ({"aio": {"thread_count": 1}}, [], "DeepSpeed's aio.thread_count (1) is an old form: write "
+                "aio.intra_op_parallelism"),
     "bfloat16": ({"bfloat16": {"enabled": True}}, [], "DeepSpeed's bfloat16 ({\"enabled\": true}) is an old form: write bf16"),
     # Hugging Face's word
     "auto: a boolean": ({"bf16": {"enabled": "auto"}}, [], "DeepSpeed's bf16.enabled ('auto') is left to Hugging Face's trainer, which is not "
@@ -118,6 +120,11 @@ def test_what_the_ranks_would_refuse_is_refused_without_them(name):
     ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bfloat16", "keep_in_fp32_modules": "auto"}}, []),
     ({**stage(2, reduce_scatter=False), "prescale_gradients": True, "communication_data_type": "fp32"}, []),
     ({"comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]}, "flops_profiler": {"enabled": True, "output_file": None}}, []),
+    # DeepSpeed's CIFAR example; an old form that says no, beside the new one
+    (stage(0, allgather_partitions=True, reduce_scatter=True, allgather_bucket_size=50000000, reduce_bucket_size=50000000,
+           overlap_comm=True, contiguous_gradients=True, cpu_offload=False), []),
+    (stage(3, cpu_offload=False, offload_optimizer={"device": "cpu"}, stage3_gather_fp16_weights_on_model_save=False),
+     ["train.optimizer=deepspeed"]),
     ({"train_batch_size": "auto", "gradient_clipping": "auto", "fp16": {"enabled": False, "loss_scale": 0}, ZERO: None}, []),
 ])
 def test_what_deepspeed_can_do_passes_its_own_models_too(tree, overrides):

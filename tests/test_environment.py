@@ -264,6 +264,22 @@ def test_a_shells_job_is_known_and_a_task_of_sruns_with_a_terminal_is_none():
     assert code == 0 and "x 4 ranks x" in said, said
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="subprocess has no process_group")
+@pytest.mark.parametrize("open_to", [(1,), (1, 2)])
+def test_a_task_of_sruns_that_writes_to_a_terminal_was_not_typed(open_to):
+    """``srun --unbuffered``: a terminal for output, which no session has, and the step's process group in the session of slurmstepd."""
+    code = "from launcher.environment import typed_at_a_terminal; import os; print(os.isatty(1), typed_at_a_terminal())"
+    stepd = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]], process_group=0).returncode)"
+    ours, theirs = pty.openpty()
+    try:
+        subprocess.run([sys.executable, "-c", stepd, code], cwd=REPOSITORY, env=environment(), stdin=subprocess.DEVNULL, stdout=theirs,
+                       stderr=theirs if 2 in open_to else subprocess.DEVNULL, start_new_session=True, check=True, timeout=120)
+        assert os.read(ours, 100).split() == [b"True", b"False"]
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
 @pytest.mark.parametrize("address", ["no-such-host.invalid", "node[1-2]", "a..b", "300.1.2.3", ""])
 @pytest.mark.parametrize("source", ["torchrun", "srun"])
 def test_a_master_that_cannot_be_resolved_is_named_before_anybody_waits(monkeypatch, address, source):

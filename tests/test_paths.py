@@ -187,3 +187,19 @@ def test_data_and_checkpoints_are_found(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"{tmp_path}/scratch/none"):
         check_checkpoint.main(["$SCRATCH/none"], ALONE)
     assert Parser("x").parse_args([]) == argparse.Namespace()
+
+
+@pytest.mark.parametrize("module", ["diffmoe.data.digits", "diffmoe.evaluation.judge"])
+@pytest.mark.parametrize(("path", "message"), [
+    ("$UNSET/x", "names $UNSET, which is not set"), ("~nobody-of-that-name/x", "is no user of this machine"),
+    ("$SCRATCH/other", "SCRATCH/other")])
+def test_the_demos_own_commands_expand_too_and_say_what_is_wrong_in_one_line(
+        tmp_path, monkeypatch, capsys, module, path, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scratch/other").mkdir()
+    (tmp_path / "scratch/other/index.json").write_text("{}")
+    assert importlib.import_module(module).main([path]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    assert message.replace("SCRATCH", str(tmp_path / "scratch")) in said, said
+    assert {entry.name for entry in tmp_path.iterdir()} == {"home", "scratch"}

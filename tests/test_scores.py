@@ -132,7 +132,7 @@ def test_judge_command_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "median_nn_generated (0.000) is below" in error
     np.savez(tmp_path / "samples.npz", pictures=images)
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert "lacks images and labels" in capsys.readouterr().err
 
 

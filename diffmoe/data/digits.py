@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from diffmoe.data.shards import INDEX_NAME, ShardIndex, ShardMeta, load_index, write_shards
 from diffmoe.errors import UserError
+from diffmoe.paths import PathParser
 
 DIGITS_META = ShardMeta(kind="pixels", classes=10, scale=1 / 8, mean=8.0)  # 0..16 becomes [-1, 1]
 SAMPLES_PER_SHARD = 200
@@ -36,14 +37,19 @@ def write_digits(folder: str | Path) -> ShardIndex:
     return write_shards(samples, folder, samples_per_shard=SAMPLES_PER_SHARD, meta=DIGITS_META)
 
 
-def main() -> None:
-    """Command line of this module."""
-    parser = argparse.ArgumentParser(description="Write scikit-learn's handwritten digits as shards.")
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of this module; returns the exit code."""
+    parser = PathParser(description="Write scikit-learn's handwritten digits as shards.")
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    index = write_digits(folder)
+    try:
+        folder = parser.parse_args(arguments).folder
+        index = write_digits(folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"digits: {index.count} samples in {len(index.shards)} shards at {folder}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -91,7 +91,7 @@ def to_uint8(x: Tensor) -> Tensor:
     """Images [B, 1 or 3, H, W] in [-1, 1] as uint8 [B, 3, H, W]: rounded to the nearest of 256 levels, as published.
 
     Raises:
-        UserError: another shape, or values that are not finite, which would become some grey without a word.
+        UserError: another shape, or values that are not finite, which would silently become some grey.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise UserError(f"images {tuple(x.shape)} must be [B, 1 or 3, H, W]; latents need a decoder first")

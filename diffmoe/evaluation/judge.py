@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import zipfile
@@ -21,6 +20,7 @@ from sklearn.svm import SVC
 
 from diffmoe.errors import UserError
 from diffmoe.evaluation.scores import NEIGHBOURS, nearest_distances, precision_recall
+from diffmoe.paths import PathParser
 
 CLASSES = 10
 HELD_OUT_SHARE = 0.25
@@ -121,16 +121,16 @@ def _read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line of this module; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Judge generated digits.")
+    parser = PathParser(description="Judge generated digits.")
     parser.add_argument("samples", type=Path, help="npz with images [n, 1, 8, 8] in [-1, 1] and labels [n]")
     parser.add_argument("--json", type=Path, help="also write the report here")
     parser.add_argument("--require", action="store_true", help="exit 1 where a threshold is missed")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         report = judge_digits(*_read_samples(options.samples))
     except UserError as error:
-        print(f"judge: {error}", file=sys.stderr)
-        return 1
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(report.format())
     if options.json is not None:
         options.json.write_text(json.dumps(asdict(report), indent=1) + "\n")
