@@ -20,7 +20,7 @@ VERBS = {
     "evaluate": "FID, sFID, Inception Score, precision and recall of a checkpoint, with a card",
     "encode": "pictures -> VAE moments (or pixels) in shards",
     "inspect-data": "a data set against its index: counts, checksums, classes, statistics, and a look at it",
-    "import": "research weights -> a checkpoint; dense weights -> a mixture",
+    "import": "research weights or a Hugging Face folder -> a checkpoint; dense weights -> a mixture",
     "export": "a checkpoint -> research weights or a Hugging Face folder",
     "check-checkpoint": "whether checkpoints are whole, bit for bit and tensor by tensor",
     "bench": "measurements side by side: run.py bench KIND",

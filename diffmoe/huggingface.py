@@ -19,7 +19,6 @@ from diffmoe.markdown import table
 from diffmoe.models.count import count
 from diffmoe.models.dit import DiT
 from diffmoe.models.interchange import digest_note, load_logical, logical_template, weights_digest, whole_weights
-from diffmoe.models.interchange import load_logical, logical_template, weights_digest, whole_weights
 from diffmoe.training.resume import changes, is_of_recipe
 
 _INDEX = "model.safetensors.index.json"
@@ -102,6 +101,17 @@ def folder_config(folder: Path, file: str | None, overrides: list[str]) -> Confi
     if other:
         raise UserError(f"{folder} holds another model ({'; '.join(other)}, folder -> {file or 'overrides'})")
     return config
+
+
+def folder_class_names(tree: dict, config: Config) -> tuple[str, ...]:
+    """The classes' names in a folder's config.json, in order; none where it has none.  UserError where they are not those of
+    model.classes."""
+    names = tree.get("id2label") or {}
+    wanted = [str(number) for number in range(config.model.classes)]
+    if names and (not isinstance(names, dict) or sorted(names) != sorted(wanted)):
+        raise UserError(f"config.json: id2label ({len(names)} entries) must name classes 0 to {config.model.classes - 1}: "
+                        "correct it, or take it out to import without names")
+    return tuple(str(names[number]) for number in wanted if names)
 
 
 def _read_description(folder: Path) -> dict:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
 import torch
@@ -267,6 +268,24 @@ def test_another_model_is_refused(exported, tmp_path, override, told):
     said = refusal(exchange.import_main, "--hf", folder / "hf", f"run.folder={tmp_path / 'run'}", override)
     assert "holds another model" in said and told in said
     assert not (tmp_path / "run").exists()
+
+
+def test_names_of_classes_go_through_hugging_face_folders(exported, tmp_path):
+    _, folder = exported
+    there = shutil.copytree(folder / "hf", tmp_path / "named")
+    config = json.loads((there / "config.json").read_text())
+    names = [f"name {number}" for number in range(10)]
+    config["id2label"] = dict(enumerate(names))
+    (there / "config.json").write_text(json.dumps(config))
+    call(exchange.import_main, "--hf", there, f"run.folder={tmp_path / 'run'}")
+    assert Checkpoint(tmp_path / "run").manifest.class_names == tuple(names)
+    call(exchange.export_main, "--checkpoint", tmp_path / "run", "--format", "hf", "--out", tmp_path / "again")
+    again = json.loads((tmp_path / "again/config.json").read_text())["id2label"]
+    assert again == {str(number): name for number, name in enumerate(names)}
+    for wrong in ({"0": "only one"}, names, {f"class {number}": name for number, name in enumerate(names)}):
+        (there / "config.json").write_text(json.dumps({**config, "id2label": wrong}))
+        said = refusal(exchange.import_main, "--hf", there, f"run.folder={tmp_path / 'other'}")
+        assert "must name classes 0 to 9" in said and not (tmp_path / "other").exists()
 
 
 def test_folders_that_are_none(exported, tmp_path):

@@ -417,6 +417,16 @@ def test_given_images_have_the_scores_of_those_that_were_sampled(tmp_path: Path)
     assert again.scores.fid != card.scores.fid and len(list((tmp_path / "given2").glob("card-*.json"))) == 1
 
 
+@pytest.mark.parametrize("names, told", [
+    (("mu", "sigma"), r"holds statistics \(mu, sigma\) and no images \(arr_0\)$"),
+    (("images", "labels"), "not arr_0 and not mu and sigma; .* sample again, latents with --vae$"),
+    (("samples",), r"holds \['samples'\], not arr_0 and not mu and sigma$")])
+def test_files_without_images_are_told_for_what_they_are(tmp_path: Path, names: tuple[str, ...], told: str) -> None:
+    np.savez(tmp_path / "x.npz", **dict.fromkeys(names, np.zeros(3)))
+    with pytest.raises(UserError, match=told):
+        open_images(tmp_path / "x.npz")
+
+
 @pytest.mark.parametrize("words", ["--vae x", "--latent-scale 0", "--classes random", "--weights raw", "--cfg 1",
                                    "--seed 0", "--no-samples", "--published", "sample.steps=3"])
 def test_what_only_a_checkpoint_has_is_refused_beside_samples(words: str) -> None:

@@ -146,13 +146,14 @@ def _say_places(file: ResearchFile) -> None:
 
 def import_hf(folder: Path, config: Config, layout: Layout) -> Path:
     """What ``export --format hf`` wrote becomes ``run.folder``'s checkpoint of step 0, weights and EMA alike, with its
-    thresholds and histograms.  Returns its folder."""
+    thresholds, histograms and classes' names.  Returns its folder."""
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
-    from diffmoe.huggingface import read_folder
+    from diffmoe.huggingface import folder_class_names, read_folder
     from diffmoe.models.interchange import fresh_buffers, logical_template, whole_weights
 
     tree, tensors = read_folder(folder)
+    class_names = folder_class_names(tree, config) or _class_names(config)
     buffers = {name: tensors[name] if name in tensors else value
                for name, value in fresh_buffers(config.model, config.moe).items()}
     whole_weights(tensors, {}, config.model, config.moe, str(folder))
@@ -161,7 +162,7 @@ def import_hf(folder: Path, config: Config, layout: Layout) -> Path:
              for kind in (MASTER, *map(ema_kind, config.train.ema_decays))}
     print(f"read {folder}: {tree.get('weights')} weights of step {tree.get('step')}; weights and EMA both start from them",
           flush=True)
-    return save_start(_checkpoints(config), config, layout, kinds, buffers)
+    return save_start(_checkpoints(config), config, layout, kinds, buffers, class_names)
 
 
 def import_dense(path: Path, config: Config, layout: Layout, weights: str | None, scale: bool,

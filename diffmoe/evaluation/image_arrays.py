@@ -46,7 +46,7 @@ def open_array(path: Path) -> tuple[tuple[int, int, int, int], Callable[[int, in
     """
     names = names_in(path)
     if names is not None and "arr_0" not in names:
-        raise UserError(f"{path} holds {names}, not arr_0 and not mu and sigma")
+        raise UserError(f"{path} {_no_images(names)}")
     try:
         with _Stream(path, packed=names is not None) as stream:
             version = np.lib.format.read_magic(stream)
@@ -74,6 +74,15 @@ def open_array(path: Path) -> tuple[tuple[int, int, int, int], Callable[[int, in
         return np.frombuffer(payload, np.uint8).reshape(stop - start, *shape[1:])
 
     return shape, read
+
+
+def _no_images(names: list[str]) -> str:
+    """What a file is that has no arr_0."""
+    if {"mu", "sigma"} <= set(names):
+        return "holds statistics (mu, sigma) and no images (arr_0)"
+    of_sample = ("; those of `run.py sample` have it where they are pictures: sample again, latents with --vae"
+                 if {"images", "labels"} <= set(names) else "")
+    return f"holds {names}, not arr_0 and not mu and sigma{of_sample}"
 
 
 class _Stream:
