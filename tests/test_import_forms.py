@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffmoe.checkpoints.reader import BUFFERS, MASTER, Checkpoint, ema_kind
 from diffmoe.commands import exchange
@@ -302,3 +302,44 @@ def test_folders_that_are_none(exported, tmp_path):
 def test_import_without_a_configuration(tmp_path):
     torch.save(MODEL, tmp_path / "in.pt")
     assert "import needs --config" in refusal(exchange.import_main, "--research", tmp_path / "in.pt")
+
+
+def hub_folder(tmp_path, **tensors):
+    """An exported folder in which some tensors are replaced."""
+    torch.save({"model": state_of("diffmoe")}, tmp_path / "in.pt")
+    call(exchange.import_main, "--research", tmp_path / "in.pt", "--config", config_of("diffmoe", tmp_path))
+    call(exchange.export_main, "--checkpoint", tmp_path / "run_diffmoe", "--format", "hf", "--out", tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    save_file(load_file(path) | {name.replace("__", "."): value for name, value in tensors.items()}, path)
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("tensors", [{"t_embedder__mlp__0__weight": torch.zeros(3, 3)}, {"blocks__1__mlp__router": torch.zeros(16)}])
+def test_a_folder_whose_tensors_do_not_fit(tmp_path, tensors):
+    told = refusal(exchange.import_main, "--hf", hub_folder(tmp_path, **tensors), f"run.folder={tmp_path / 'run'}")
+    assert f"does not fit its config.json: 1 misshaped ({next(iter(tensors)).replace('__', '.')} (" in told
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb, family", [("--research", "diffmoe"), ("--research", "tc"), ("--dense", "dense")])
+def test_weights_that_are_not_finite_are_said(tmp_path, verb, family):
+    state = {name: value.clone() for name, value in state_of(family).items()}
+    state["final_layer.linear.weight"][0, 0] = torch.nan
+    torch.save({"model": state}, tmp_path / "in.pt")
+    config = config_of("diffmoe" if verb == "--dense" else family, tmp_path)
+    said = call(exchange.import_main, verb, tmp_path / "in.pt", "--config", config)
+    assert "warning: " in said and "not finite: 1 tensors (final_layer.linear.weight)" in said
+
+
+def test_a_folder_of_weights_that_are_not_finite(tmp_path):
+    spoiled = torch.full((48, 16), torch.inf)
+    said = call(exchange.import_main, "--hf", hub_folder(tmp_path, blocks__0__attn__qkv__weight=spoiled), f"run.folder={tmp_path / 'run'}")
+    assert "not finite: 1 tensors (blocks.0.attn.qkv.weight)" in said
+
+
+@pytest.mark.parametrize("dropped", ["pos_embed", ".ema_decay"])
+def test_constants_that_the_file_does_not_store_are_computed(tmp_path, dropped):
+    without = [{name: value for name, value in state.items() if not name.endswith(dropped)} for state in (MODEL, AVERAGE)]
+    torch.save(dict(zip(("model", "ema"), without)), tmp_path / "in.pt")
+    call(exchange.import_main, "--research", tmp_path / "in.pt", "--config", config_of("diffmoe", tmp_path))
+    assert_holds(written(tmp_path), *without)

@@ -244,7 +244,7 @@ def changed(**changes):
 
 REFUSED = {
     "missing": (lambda: changed(pos_embed=None, blocks__1__mlp__gate_weight=None),
-                "2 missing (pos_embed, blocks.1.mlp.gate_weight), 0 extra, 0 misshaped"),
+                "1 missing (blocks.1.mlp.gate_weight), 0 extra, 0 misshaped"),
     "extra": (lambda: changed(head__weight=torch.zeros(1)), "0 missing, 1 extra (head.weight), 0 misshaped"),
     "misshaped": (lambda: changed(x_embedder__proj__bias=torch.zeros(17)),
                   "1 misshaped (x_embedder.proj.bias (17,) instead of (16,))"),

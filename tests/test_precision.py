@@ -26,7 +26,7 @@ from diffmoe.device import ieee_fp32, set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.evaluation import features
 from diffmoe.evaluation.card import Card, Scores, card_from_json
-from diffmoe.evaluation.evaluate import SETTINGS_NAME, Subject, evaluate
+from diffmoe.evaluation.evaluate import Subject, evaluate, sampled_images
 from diffmoe.evaluation.reference_statistics import ImageSource, measure_reference
 from diffmoe.layout import resolve_layout
 from diffmoe.models.dit import DiT, initialize
@@ -210,23 +210,17 @@ def test_features_are_ieee_whatever_the_run_is(tmp_path):
 
 def with_precision(out, precision):
     model, config = setting()
-    images, extractor, world = random_images(50, seed=9), tiny_extractor(), single_process().world
-    source = ImageSource("noise", len(images), lambda start, stop: images[start:stop])
-    return evaluate(model, override(config, [f"run.fp32_precision={precision}"]), Subject("run/step_00000008", 8, "ema"), 70,
-                    "balanced", measure_reference(source, extractor, world, CPU, batch=8), extractor, out, world, CPU)
+    noise, extractor, world = random_images(50, seed=9), tiny_extractor(), single_process().world
+    source = ImageSource("noise", len(noise), (8, 8), lambda start, stop: noise[start:stop])
+    images = sampled_images(model, override(config, [f"run.fp32_precision={precision}"]),
+                            Subject("run/step_00000008", 8, "ema"), 70, "balanced", CPU)
+    return evaluate(images, measure_reference(source, extractor, world, CPU, batch=8), extractor, out, world, CPU)
 
 
-def test_a_folder_of_scores_is_of_one_precision_and_an_older_one_of_ieee(tmp_path):
-    assert with_precision(tmp_path / "new", "tf32").fp32_precision == "tf32"
-    with pytest.raises(UserError, match="was begun with fp32_precision 'tf32', this run has 'ieee'"):
-        with_precision(tmp_path / "new", "ieee")
-    card = with_precision(tmp_path / "old", "ieee")
-    settings = json.loads((tmp_path / "old" / SETTINGS_NAME).read_text())
-    del settings["fp32_precision"]
-    (tmp_path / "old" / SETTINGS_NAME).write_text(json.dumps(settings))
-    assert with_precision(tmp_path / "old", "ieee") == card
-    with pytest.raises(UserError, match="was begun with fp32_precision 'ieee', this run has 'tf32'"):
-        with_precision(tmp_path / "old", "tf32")
+def test_a_folder_of_scores_is_of_one_precision(tmp_path):
+    assert with_precision(tmp_path, "tf32").fp32_precision == "tf32"
+    with pytest.raises(UserError, match="fp32_precision 'tf32', this .* 'ieee'"):
+        with_precision(tmp_path, "ieee")
 
 
 def test_older_cards_are_read():

@@ -150,14 +150,21 @@ def import_hf(folder: Path, config: Config, layout: Layout) -> Path:
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
     from diffmoe.huggingface import folder_class_names, read_folder
-    from diffmoe.models.interchange import fresh_buffers, logical_template, whole_weights
+    from diffmoe.models.interchange import fresh_buffers, logical_template, not_finite_note, some, whole_weights
 
     tree, tensors = read_folder(folder)
     class_names = folder_class_names(tree, config) or _class_names(config)
     buffers = {name: tensors[name] if name in tensors else value
                for name, value in fresh_buffers(config.model, config.moe).items()}
     whole_weights(tensors, {}, config.model, config.moe, str(folder))
-    names = [name for name in logical_template(config.model, config.moe) if name not in buffers]
+    template = logical_template(config.model, config.moe)
+    misshaped = [f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+                 for name, value in template.items() if tensors[name].shape != value.shape]
+    if misshaped:
+        raise UserError(f"{folder} does not fit its config.json: {some('misshaped', misshaped)}")
+    if (note := not_finite_note(tensors, str(folder))) is not None:
+        print(note, flush=True)
+    names = [name for name in template if name not in buffers]
     kinds = {kind: ((name, tensors[name]) for name in names)
              for kind in (MASTER, *map(ema_kind, config.train.ema_decays))}
     print(f"read {folder}: {tree.get('weights')} weights of step {tree.get('step')}; weights and EMA both start from them",

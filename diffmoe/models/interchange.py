@@ -120,7 +120,8 @@ def fit_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig
                  new_labels_from: int | None = None) -> tuple[dict[str, Tensor], list[str]]:
     """A research state dict as this configuration needs it, and what was changed for that, in words.
 
-    Fixed positions of another grid become those of ``model.input_size``.  With ``new_labels_from``, a seed, the classes'
+    Fixed positions of another grid become those of ``model.input_size``, and constants that the file does not store are
+    computed.  With ``new_labels_from``, a seed, the classes'
     embeddings start anew and the null class, the file's last row, is kept.  Raises UserError for all else that does not fit."""
     fitted, notes = dict(state), []
     positions = fitted.get("pos_embed")
@@ -142,7 +143,9 @@ def fit_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig
         notes.append(f"--drop-labels: the embeddings of {len(table) - 1} classes are dropped, those of model.classes "
                      f"({model.classes}) start anew; the null class (the file's last row) is kept")
     check_research(fitted, model, moe, source)
-    return fitted, notes
+    notes += filter(None, [not_finite_note(fitted, source)])
+    computed = {name: value for name, value in to_research(logical_template(model, moe), model, moe) if _COMPUTED.search(name)}
+    return computed | fitted, notes
 
 
 def _furthest(value: Tensor, wanted: Tensor) -> float:
@@ -160,7 +163,7 @@ def check_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConf
     Missing, extra and misshaped tensors are listed, with the settings that would fit.  Positions must be ours, and the
     thresholds' decay the configured."""
     wanted = dict(to_research(logical_template(model, moe), model, moe))
-    missing = [name for name in wanted if name not in state]
+    missing = [name for name in wanted if name not in state and not _COMPUTED.search(name)]
     extra = [name for name in state if name not in wanted]
     misshaped = [f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
                  for name, value in wanted.items() if name in state and state[name].shape != value.shape]
@@ -180,6 +183,12 @@ def check_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConf
         if not _rounds_to(value, wanted[name]):
             ours = "the sine-cosine table" if name == "pos_embed" else f"moe.threshold_decay ({moe.threshold_decay})"
             raise UserError(f"{source}: {name} differs from {ours} by up to {furthest:.3g}")
+
+
+def not_finite_note(tensors: Mapping[str, Tensor], source: str) -> str | None:
+    """A warning where weights hold NaN or infinity, which an import keeps bit for bit."""
+    broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    return f"warning: {source} holds values that are not finite: {some('tensors', broken)}" if broken else None
 
 
 def kept_as_they_were(states: Mapping[str, Mapping[str, Tensor]], buffers: Mapping[str, Tensor], model: ModelConfig,
