@@ -1,4 +1,4 @@
-"""Every fast path against the plain definition it replaces; what it keeps for backward."""
+"""The layer's parts against their definitions; what they keep for backward."""
 
 import warnings
 
@@ -100,9 +100,10 @@ def test_bias_gradients_of_the_grouped_matmul_add_up_in_fp32(monkeypatch):
 
 
 def test_weighted_sum_is_its_definition():
-    rows, gate = torch.randn(10, D, dtype=torch.float64, requires_grad=True), torch.rand(10, dtype=torch.float64, requires_grad=True)
+    rows, gate = (torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in ((10, D), (10,)))
     token = torch.tensor([0, 3, 3, 4, 7, 7, 7, 1, 2, 0])
-    y, wanted = _WeightedSum.apply(rows, gate, token, 8), torch.zeros(8, D, dtype=torch.float64).index_add(0, token, rows * gate[:, None])
+    y = _WeightedSum.apply(rows, gate, token, 8)
+    wanted = torch.zeros(8, D, dtype=torch.float64).index_add(0, token, rows * gate[:, None])
     assert_close(y.detach(), wanted.detach(), 1e-15)
     for found, expected in zip(gradients(y, rows, gate), gradients(wanted, rows, gate)):
         assert_close(found, expected, 1e-15)
@@ -130,7 +131,7 @@ def test_gate_scores_are_a_softmax_of_wide_products(dtype, bound):
 
 
 def test_the_router_sees_gradients_that_cancel_to_16_bits():
-    """Experts that all but agree: their scores' gradients, which sum to zero, cancel in the token's, and bf16 would be left of it."""
+    """Where experts agree, their scores' gradients, which sum to zero, cancel in the token's; rounded to bf16 they do not."""
     x = torch.randn(64, D, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     router = torch.ones(EXPERTS, D, dtype=torch.bfloat16, requires_grad=True)
     gradient, = gradients(gate_scores(x, router), x)
@@ -228,11 +229,12 @@ def test_selective_recompute_runs_second_layers_and_attention_once():
 
 
 def operators_called(mode):
-    calls = {"aten.addmm.default": 0, "aten.baddbmm.default": 0, "aten._scaled_dot_product_flash_attention_for_cpu.default": 0}
+    calls = dict.fromkeys(["aten.addmm.default", "aten.baddbmm.default",
+                           "aten._scaled_dot_product_flash_attention_for_cpu.default"], 0)
 
     class Calls(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if str(func) in calls and ("mm" not in str(func) or _contracts(*args[1:3])):  # the second layers of MLPs and experts
+            if str(func) in calls and ("mm" not in str(func) or _contracts(*args[1:3])):  # second layers only
                 calls[str(func)] += 1
             return func(*args, **(kwargs or {}))
 

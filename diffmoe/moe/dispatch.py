@@ -21,8 +21,8 @@ from diffmoe.parallel.groups import Group
 class Dispatched:
     """What was sent where.
 
-    ``counts``: rows per local expert, one number when all are equal.  ``received_re``: rows by source rank and local expert,
-    ``send`` and ``receive`` their sums by rank; None where all are equal or nothing moved."""
+    ``counts``: rows per local expert, one number when all are equal.  ``received_re``: rows by source rank and local
+    expert; ``send``, ``receive``: rows by rank.  None where all are equal or nothing moved."""
 
     counts: int | list[int]
     received_re: Optional[Tensor] = None
@@ -65,8 +65,8 @@ def combine(rows_SD: Tensor, gate_R: Tensor, meta: Dispatched, routing: Routing,
 class _WeightedSum(torch.autograd.Function):
     """y[token_r] += gate_r * rows_r in the gate's precision.
 
-    Autograd would go back through the products in fp32: COUNT3 of the elementwise traffic of a layer of L-E16 in bf16 (fake
-    CUDA tensors, 64 samples)."""
+    Autograd would keep the products and go back through them in fp32: 17 % of the elementwise traffic of a layer of
+    L-E16 (2.13 GB in place of 2.57), 13 % of what it keeps (counted on CUDA tensors without memory, bf16, 64 samples)."""
 
     @staticmethod
     def forward(ctx, rows_RD: Tensor, gate_R: Tensor, token_R: Tensor, tokens: int) -> Tensor:

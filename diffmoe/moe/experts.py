@@ -33,8 +33,8 @@ class Experts(nn.Module):
     def forward(self, rows_RD: Tensor, counts: int | list[int]) -> Tensor:
         """Every row through its expert, [R, D] -> [R, D].  ``counts``: rows of each expert, or of all alike.
 
-        Equal counts are one batched matmul a layer; ragged ones torch's grouped matmul or, where that is missing, a loop.  An
-        expert without rows gets a gradient of zeros, so that it exists on every rank."""
+        Equal counts are one batched matmul a layer; ragged ones torch's grouped matmul or, where that is missing, a
+        loop.  An expert without rows gets a gradient of zeros, so that it exists on every rank."""
         weights = self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, self.gate_weight
         if isinstance(counts, int):
             return _mlp(rows_RD.view(self.local, counts, rows_RD.shape[1]), _affine, *weights).flatten(0, 1)
@@ -42,13 +42,13 @@ class Experts(nn.Module):
             ends = torch.tensor(counts).cumsum(0).to(torch.int32).to(rows_RD.device, non_blocking=True)
             return _mlp(rows_RD, partial(_grouped_affine, ends_e=ends), *weights)
         if rows_RD.device.type == "cuda":  # Python says it once
-            warnings.warn(f"experts of unequal numbers of rows run one after another: no grouped matmul for {rows_RD.dtype} here")
+            warnings.warn(f"experts with unequal numbers of rows run in a loop: no grouped matmul here for {rows_RD.dtype}")
         each = zip(*([None] * self.local if t is None else t.unbind(0) for t in weights))
         return torch.cat([_mlp(x, _affine, *tensors) for x, tensors in zip(rows_RD.split(counts), each)])
 
 
 def has_grouped_matmul(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has a kernel for the grouped matmul over ragged rows and it is right: bf16 at compute capability 9.0.
+    """Whether the device has a kernel for torch's grouped matmul that is right: bf16 at compute capability 9.0.
 
     (On 10.x gradients of experts without rows were garbage, pytorch issue 172439.)"""
     return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) == (9, 0)
@@ -76,6 +76,6 @@ def _grouped_affine(x_RI: Tensor, w_eIO: Tensor, b_eO: Optional[Tensor], ends_e:
     y = F.grouped_mm(x_RI, w_eIO, offs=ends_e)
     if b_eO is None:
         return y
-    # The bias as a product with a one, whose gradient adds up in fp32: that of an index rounds to bf16 after every row.  8
-    # columns, for the kernel's alignment.
+    # The bias as a product with a one, whose gradient adds up in fp32: that of an index rounds to bf16 after every row.
+    # 8 columns, for the kernel's alignment.
     return y + F.grouped_mm(x_RI.new_ones(len(x_RI), 8), F.pad(b_eO.unsqueeze(1), (0, 0, 0, 7)), offs=ends_e)
