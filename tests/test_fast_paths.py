@@ -1,6 +1,6 @@
-"""Every fast path against the plain definition it replaces; what it keeps for backward."""
+"""The layer's parts against their definitions; what they keep for backward."""
 
-import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -14,60 +14,41 @@ from diffmoe.bench.contenders import TextbookLoop
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.diffusion import randomness
 from diffmoe.models.dit import DiT, initialize
-from diffmoe.moe.capacity import CapacityPredictor
+from diffmoe.models.layers import Mlp
+from diffmoe.moe import experts as experts_module
 from diffmoe.moe.dispatch import _WeightedSum
-from diffmoe.moe.expert_mlp import ExpertWeights, arrangement, expert_mlp
-from diffmoe.moe import expert_mlp as expert_mlp_module
-from diffmoe.moe.experts import Mlp
-from diffmoe.moe import gating
-from diffmoe.moe.gating import scores_and_capacity
+from diffmoe.moe.experts import Experts, has_grouped_matmul
+from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.layer import MoELayer
-from diffmoe.moe import recycled
-from diffmoe.moe.recycled import Recycled
-from diffmoe.moe.routing import RoutingRule, gate_scores
+from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import single_process
-from diffmoe.parallel.recompute import forms
+from diffmoe.parallel.recompute import _contracts, forms
 
-S, D, HIDDEN, EXPERTS = 24, 16, 32, 4
-COUNTS = {"equal": 6, "ragged": [3, 0, 9, 4], "nobody": [0, 0, 0, 0]}
-
-
-def experts(kind, dtype=torch.float64):
-    """Weights of four experts, biases for GELU only, as leaves."""
-    generator = torch.Generator().manual_seed(0)
-
-    def leaf(*shape):
-        return (0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
-
-    firsts = [(leaf(EXPERTS, D, HIDDEN), leaf(EXPERTS, HIDDEN) if kind == "gelu" else None)
-              for _ in range(1 if kind == "gelu" else 2)]
-    return ExpertWeights(tuple(firsts), leaf(EXPERTS, HIDDEN, D), leaf(EXPERTS, D) if kind == "gelu" else None)
+D, HIDDEN, EXPERTS = 16, 32, 4
+COUNTS = {"equal": 6, "nobody's": 0, "ragged": [3, 0, 9, 4], "nobody's, ragged": [0, 0, 0, 0]}
 
 
-def inputs(counts, gated, dtype=torch.float64):
-    """Source rows, places (each expert's distinct; all distinct without a gate), gates."""
-    generator = torch.Generator().manual_seed(1)
-    each = [counts] * EXPERTS if isinstance(counts, int) else counts
-    source = torch.randn(S, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    if gated:
-        place = torch.cat([torch.randperm(S, generator=generator)[:n].sort().values for n in each])
-    else:
-        place = torch.randperm(S, generator=generator)[:sum(each)]
-    gate = torch.rand(len(place), generator=generator, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
-    return source, place, gate.requires_grad_() if gated else None, each
+def make_experts(kind, dtype):
+    experts = Experts(D, HIDDEN, EXPERTS, EXPERTS, 0, kind).to(dtype)
+    for n, p in enumerate(experts.parameters()):
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(n))
+    return experts
 
 
-def plain(source, place, gate, each, weights):
-    """The definition, row by row through autograd."""
-    y, start = torch.zeros_like(source), 0
-    for i, count in enumerate(each):
-        rows = place[start:start + count]
-        pre = [source[rows] @ w[i] + (0 if b is None else b[i]) for w, b in weights.firsts]
-        a = F.gelu(pre[0], approximate="tanh") if len(pre) == 1 else F.silu(pre[0]) * pre[1]
-        out = a @ weights.second[i] + (0 if weights.second_bias is None else weights.second_bias[i])
-        y = y.index_add(0, rows, out if gate is None else out * gate[start:start + count, None])
-        start += count
-    return y
+def make_rows(counts, dtype):
+    number = sum(counts) if isinstance(counts, list) else EXPERTS * counts
+    return torch.randn(number, D, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+
+
+def plain(experts, rows, counts):
+    """The definition: every row by itself, through its expert's matrices."""
+    each = counts if isinstance(counts, list) else [counts] * EXPERTS
+    outputs = []
+    for row, i in zip(rows.unbind(0), (i for i, count in enumerate(each) for _ in range(count)), strict=True):
+        h = row @ experts.fc1_weight[i] + (0 if experts.fc1_bias is None else experts.fc1_bias[i])
+        a = F.gelu(h, approximate="tanh") if experts.gate_weight is None else F.silu(row @ experts.gate_weight[i]) * h
+        outputs.append(a @ experts.fc2_weight[i] + (0 if experts.fc2_bias is None else experts.fc2_bias[i]))
+    return torch.stack(outputs) if outputs else rows * 1
 
 
 def gradients(y, *leaves):
@@ -84,128 +65,77 @@ def assert_close(found, wanted, bound):
     assert ((found - wanted).abs().max() / scale).item() <= bound
 
 
-WAYS = [(how, name) for name in COUNTS for how in ("each", "batched", "grouped") if how != "batched" or name == "equal"]
+WAYS = [(how, name) for name, counts in COUNTS.items() for how in ("batched", "loop", "grouped")
+        if (how == "batched") == isinstance(counts, int)]
 
 
-@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 @pytest.mark.parametrize("how,name", WAYS)
-def test_expert_mlp_is_its_definition(how, name, kind, gated):
+def test_experts_are_their_definition(how, name, kind, monkeypatch):
     # torch's grouped matmul takes no fp64.
     dtype, bound = (torch.float32, 2e-6) if how == "grouped" else (torch.float64, 1e-12)
-    weights = experts(kind, dtype)
-    source, place, gate, each = inputs(COUNTS[name], gated, dtype)
-    leaves = [source, gate, *weights.flat()]
-    y, wanted = expert_mlp(source, place, COUNTS[name], gate, weights, Recycled(), how), plain(source, place, gate, each, weights)
+    monkeypatch.setattr(experts_module, "has_grouped_matmul", lambda *_: how == "grouped")
+    experts, rows = make_experts(kind, dtype), make_rows(COUNTS[name], dtype)
+    leaves = [rows, *experts.parameters()]
+    y, wanted = experts(rows, COUNTS[name]), plain(experts, rows, COUNTS[name])
     assert_close(y.detach(), wanted.detach(), bound)
     for found, expected in zip(gradients(y, *leaves), gradients(wanted, *leaves), strict=True):
+        assert found is not None, "a gradient exists on every rank, also of an expert that nobody sends to"
         assert_close(found, torch.zeros_like(found) if expected is None else expected, bound)
-    with torch.no_grad():
-        assert torch.equal(expert_mlp(source, place, COUNTS[name], gate, weights, Recycled(), how), y)
 
 
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
-def test_some_experts_at_once_and_rows_by_blocks_are_the_same(monkeypatch, kind, gated):
-    monkeypatch.setattr(expert_mlp_module, "_at_once", lambda *_: 3)  # of four, so one is left
-    monkeypatch.setattr(expert_mlp_module, "_CPU_BLOCK", 5 * HIDDEN)
-    test_expert_mlp_is_its_definition("each", "equal", kind, gated)
+def test_a_loop_over_experts_is_not_mentioned_on_a_cpu():
+    assert not has_grouped_matmul(torch.device("cpu"), torch.bfloat16)
+    with warnings.catch_warnings(action="error"):  # on CUDA it is: tests/test_cuda_paths.py
+        make_experts("gelu", torch.float32)(make_rows([3, 0, 9, 4], torch.float32), [3, 0, 9, 4])
 
 
-def test_few_rows_share_a_product_as_threads_and_caches_allow(monkeypatch):
-    cpu = torch.device("cpu")
-    for threads, wanted in ((1, [2, 1, 1, 1, 1]), (2, [4, 2, 1, 1, 1])):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        shapes = [(16, 128, 1536), (16, 256, 1536), (16, 1024, 1536), (16, 128, 4096), (16, 0, 1536)]
-        assert [expert_mlp_module._at_once(*shape, cpu) for shape in shapes] == wanted
-        assert expert_mlp_module._at_once(16, 128, 1536, torch.device("meta")) == 1
-
-
-@pytest.mark.parametrize("h", [0.0, 1e-30, -1e-4, 0.5, -0.75, 3.0, -5.0, 8.0, -30.0, 1e4, -1e4])
-def test_gelu_and_its_gradient_are_torchs(h):
-    """Also where the sigmoid is 0 or 1 to the last bit."""
-    pre = torch.full((2, 3), h, dtype=torch.float64, requires_grad=True)
-    wanted = F.gelu(pre, approximate="tanh")
-    slope, = torch.autograd.grad(wanted.sum(), pre)
-    u, out, spare = torch.full((2, 3), 2.0, dtype=torch.float64), *(torch.empty(2, 3, dtype=torch.float64) for _ in range(2))
-    found, (du,) = expert_mlp_module._gelu_back(pre.detach(), u, out, spare)
-    assert_close(found, wanted.detach(), 1e-9)  # torch's 1 + tanh cancels on the left
-    assert torch.allclose(du, 2 * slope, rtol=1e-9, atol=1e-15)
-    assert torch.equal(found, expert_mlp_module._gelu(pre.detach(), torch.empty_like(found)))
-
-
-def test_recycled_memory_is_taken_again_but_never_from_a_living_tensor(monkeypatch):
-    monkeypatch.setattr(recycled, "LARGE", 0)
-    memory, like = Recycled(), torch.empty(3, 5, dtype=torch.bfloat16)
-    first = memory.empty_like(like)
-    assert first.shape == like.shape and first.dtype == like.dtype and first.is_contiguous()
-    held, place = first[1].fill_(7), first.data_ptr()
-    del first  # but a part of it lives
-    second = memory.empty_like(like).fill_(1)
-    assert second.data_ptr() != place and held.eq(7).all()
-    del held
-    assert memory.empty_like(like).data_ptr() == place
-    assert copy.deepcopy(memory).empty_like(like).data_ptr() != place
-
-
-def test_gradients_in_recycled_memory_are_the_same_and_stay_what_they_were(monkeypatch):
-    weights = experts("gelu", torch.float64)
-    source, place, gate, _ = inputs(24, True, torch.float64)
-
-    def gradients_of(memory, factor):
-        return gradients(factor * expert_mlp(source, place, 24, gate, weights, memory), *weights.flat())
-
-    wanted = [gradients_of(Recycled(), factor) for factor in (1.0, 2.0, 3.0)]
-    monkeypatch.setattr(recycled, "LARGE", 0)
-    memory = Recycled()
-    kept = [gradients_of(memory, factor) for factor in (1.0, 2.0)]
-    places = {g.data_ptr() for step in kept for g in step}
-    assert len(places) == 2 * len(weights.flat())
-    assert all(map(torch.equal, wanted[0] + wanted[1], kept[0] + kept[1]))
-    kept.clear()
-    again = gradients_of(memory, 3.0)
-    assert all(map(torch.equal, wanted[2], again)) and {g.data_ptr() for g in again} < places
-
-
-def test_bf16_adds_up_in_fp32():
-    weights, (source, place, gate, each) = experts("gelu", torch.bfloat16), inputs(24, True, torch.bfloat16)
-    wide = ExpertWeights(tuple((w.detach().double(), b.detach().double()) for w, b in weights.firsts),
-                         weights.second.detach().double(), weights.second_bias.detach().double())
-    y, wanted = expert_mlp(source, place, 24, gate, weights, Recycled()), plain(source.double(), place, gate.double(), each, wide)
-    assert y.dtype == torch.bfloat16 and gradients(y, gate)[0].dtype == torch.float32
-    assert_close(y.double(), wanted, 2e-2)
+def test_bias_gradients_of_the_grouped_matmul_add_up_in_fp32(monkeypatch):
+    """In bf16 a sum of ones stands still at 256."""
+    monkeypatch.setattr(experts_module, "has_grouped_matmul", lambda *_: True)
+    experts, counts = make_experts("gelu", torch.bfloat16), [1000, 0, 3, 600]
+    y = experts(make_rows(counts, torch.bfloat16), counts)
+    gradient, = torch.autograd.grad(y, experts.fc2_bias, torch.ones_like(y))
+    assert gradient.dtype == torch.bfloat16 and gradient[:, 0].tolist() == [1000, 0, 3, 600]
 
 
 def test_weighted_sum_is_its_definition():
-    rows, gate = torch.randn(10, D, dtype=torch.float64, requires_grad=True), torch.rand(10, dtype=torch.float64, requires_grad=True)
+    rows, gate = (torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in ((10, D), (10,)))
     token = torch.tensor([0, 3, 3, 4, 7, 7, 7, 1, 2, 0])
-    y, wanted = _WeightedSum.apply(rows, gate, token, 8), torch.zeros(8, D, dtype=torch.float64).index_add(0, token, rows * gate[:, None])
+    y = _WeightedSum.apply(rows, gate, token, 8)
+    wanted = torch.zeros(8, D, dtype=torch.float64).index_add(0, token, rows * gate[:, None])
     assert_close(y.detach(), wanted.detach(), 1e-15)
     for found, expected in zip(gradients(y, rows, gate), gradients(wanted, rows, gate)):
         assert_close(found, expected, 1e-15)
 
 
+def test_weighted_sum_of_bf16_rows_adds_up_in_fp32():
+    rows, gate = torch.ones(600, D, dtype=torch.bfloat16, requires_grad=True), torch.full((600,), 1.0, requires_grad=True)
+    y = _WeightedSum.apply(rows, gate, torch.zeros(600, dtype=torch.long), 1)
+    assert y.dtype == torch.bfloat16 and y.eq(600).all()
+    d_rows, d_gate = torch.autograd.grad(y, (rows, gate), torch.ones_like(y))
+    assert d_rows.dtype == torch.bfloat16 and d_gate.dtype == torch.float32 and d_gate.eq(D).all()
+
+
 @pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_gating_is_router_and_predictor(dtype, bound):
+def test_gate_scores_are_a_softmax_of_wide_products(dtype, bound):
     torch.manual_seed(0)
-    predictor = CapacityPredictor(D, EXPERTS).to(dtype)
-    router = torch.randn(EXPERTS, D).to(dtype).requires_grad_()
-    x = torch.randn(5000, D).to(dtype).requires_grad_()  # three blocks, the last one short
-    leaves = [x, router, *predictor.parameters()]
-    (scores, logits), wanted = scores_and_capacity(x, router, predictor), (gate_scores(x, router), predictor(x))
-    assert scores.dtype == logits.dtype == torch.promote_types(dtype, torch.float32)
-    assert_close(scores.detach(), wanted[0].detach(), min(bound, 1e-5))
-    assert_close(logits.detach(), wanted[1].detach(), bound)
-    ours, theirs = gradients(torch.cat([scores, logits]), *leaves), gradients(torch.cat(wanted), *leaves)
-    for found, expected in zip(ours, theirs, strict=True):
+    router, x = torch.randn(EXPERTS, D).to(dtype).requires_grad_(), torch.randn(500, D).to(dtype).requires_grad_()
+    wide = torch.promote_types(dtype, torch.float32)
+    scores, wanted = gate_scores(x, router), (x.to(wide) @ router.to(wide).t()).softmax(dim=1)
+    assert scores.dtype == wide
+    assert_close(scores.detach(), wanted.detach(), min(bound, 1e-5))
+    for found, expected in zip(gradients(scores, x, router), gradients(wanted, x, router), strict=True):
+        assert found.dtype == dtype
         assert_close(found.double(), expected.double(), bound)
 
 
-def test_two_bf16_numbers_carry_16_bits():
-    x = torch.randn(64, EXPERTS, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 64)[:, None]
-    halves = gating._in_two(x, torch.bfloat16)
-    assert halves.dtype == torch.bfloat16
-    assert (halves.float().view(64, 2, EXPERTS).sum(1) - x).abs().le(2.0 ** -16 * x.abs()).all()
+def test_the_router_sees_gradients_that_cancel_to_16_bits():
+    """Where experts agree, their scores' gradients, which sum to zero, cancel in the token's; rounded to bf16 they do not."""
+    x = torch.randn(64, D, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    router = torch.ones(EXPERTS, D, dtype=torch.bfloat16, requires_grad=True)
+    gradient, = gradients(gate_scores(x, router), x)
+    assert gradient.abs().max() <= 2.0 ** -15
 
 
 def layer_and_loop():
@@ -249,9 +179,10 @@ def test_memory_of_the_layer_beside_dense_and_loop():
             torch.nn.init.normal_(p, std=0.02)
         kept[name] = measure.kept_for_backward(lambda: forwards[name](module), [module])
         peak[name] = measure.peak_bytes(lambda: forwards[name](module).sum().backward(), [module], torch.device("cpu"))
-    assert kept["ours"] <= kept["dense"]
-    assert peak["ours"] <= 1.3 * peak["dense"]
-    assert peak["ours"] <= peak["loop"] / 3
+    # Beside what dense keeps: gathered rows, outputs that wait for their gate, the predictor's two; 13 widths for 9.
+    assert kept["ours"] <= 1.6 * kept["dense"]
+    assert peak["ours"] <= 1.5 * peak["dense"]
+    assert peak["ours"] <= peak["loop"] / 2
 
 
 def test_measured_bytes_are_those_of_a_known_case():
@@ -287,22 +218,23 @@ def test_selective_recompute_saves_work_for_little_memory():
     for name, gradient in wanted.items():
         assert torch.equal(gradient, by_block[name]) and torch.equal(gradient, by_selective[name]), name
     assert selective <= 1.5 * block
-    assert least < some <= most  # the counter does not count attention and the experts' second layers
+    assert least < some < most
 
 
 def test_selective_recompute_runs_second_layers_and_attention_once():
     again = {mode: operators_called(mode) for mode in ("none", "block", "selective")}
     for name, times in again["none"].items():
-        assert times > 0 and again["block"][name] == 2 * times, name
+        assert 0 < times < again["block"][name], name
     assert again["selective"] == again["none"], "depth 8 has room for all attention outputs"
 
 
 def operators_called(mode):
-    calls = {"diffmoe.second_layer.default": 0, "aten._scaled_dot_product_flash_attention_for_cpu.default": 0}
+    calls = dict.fromkeys(["aten.addmm.default", "aten.baddbmm.default",
+                           "aten._scaled_dot_product_flash_attention_for_cpu.default"], 0)
 
     class Calls(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if str(func) in calls:
+            if str(func) in calls and ("mm" not in str(func) or _contracts(*args[1:3])):  # second layers only
                 calls[str(func)] += 1
             return func(*args, **(kwargs or {}))
 
@@ -315,11 +247,6 @@ def operators_called(mode):
 def test_attention_is_kept_where_there_is_room(depth, kept):
     assert forms("selective", depth) == ["selective+attention"] * kept + ["selective"] * (depth - kept)
     assert forms("block", depth) == ["block"] * depth
-
-
-def test_the_arrangement_follows_device_and_shape():
-    cpu = torch.device("cpu")
-    assert arrangement(cpu, torch.float32, 6) == arrangement(cpu, torch.bfloat16, [1, 2]) == "each"
 
 
 def test_draws_made_ahead_are_those_of_the_step(monkeypatch):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmoe.config import load_config
 from diffmoe.layout import resolve_layout, rows_taken
-from diffmoe.moe.dispatch import combine, dispatch
+from diffmoe.moe.dispatch import by_expert, combine, dispatch
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule, equal_routing, ragged_routing
 from diffmoe.parallel.collectives import sum_over
@@ -290,9 +290,10 @@ def send_and_return(ep, masks):
     rank, groups = dist.get_rank(), groups_of(ep, 1)
     x = 10 * rank + torch.arange(3, dtype=torch.float64).unsqueeze(1)
     routing = ragged_routing(torch.tensor(masks[rank], dtype=torch.bool))
-    rows, meta = dispatch(x, routing, groups.ep)
+    coming, meta = dispatch(x, routing, groups.ep)
+    rows = by_expert(coming, meta, routing, groups.ep)
     y = combine(rows, torch.ones(len(routing.token_R), dtype=x.dtype), meta, routing, 3, groups.ep)
-    return rows[meta.place_R].flatten().tolist(), y.flatten().tolist()
+    return rows.flatten().tolist(), y.flatten().tolist()
 
 
 def test_rows_arrive_by_expert_then_rank_then_token(ranks):
@@ -320,10 +321,8 @@ def there_and_back(ep):
     times = torch.zeros(24).index_add(0, chosen.flatten(), torch.ones(chosen.numel()))
     pairs = []
     for routing, count in ((ragged_routing(mask), mask.sum(1)), (equal_routing(chosen), times)):
-        rows, meta = dispatch(x, routing, groups.ep)
-        gates = torch.ones(len(routing.token_R), dtype=x.dtype)
-        if meta.here:  # then experts add up by themselves: ones that return their row
-            rows = torch.zeros_like(x).index_add(0, meta.place_R, rows[meta.place_R])
+        coming, meta = dispatch(x, routing, groups.ep)
+        rows, gates = by_expert(coming, meta, routing, groups.ep), torch.ones(len(routing.token_R), dtype=x.dtype)
         pairs.append((combine(rows, gates, meta, routing, 24, groups.ep), x * count.unsqueeze(1)))
     return pairs
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from diffmoe.config import ModelConfig
 from diffmoe.device import backend
 from diffmoe.layout import rows_taken
+from diffmoe.models.layers import Mlp
 from diffmoe.moe.capacity import CapacityPredictor, predictor_loss
-from diffmoe.moe.experts import Mlp
-from diffmoe.moe.routing import gate_scores
+from diffmoe.moe.gating import gate_scores
 from diffmoe.training.engine import import_deepspeed
 
 

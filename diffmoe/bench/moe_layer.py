@@ -27,10 +27,11 @@ from diffmoe.bench.contenders import TextbookLoop, deepspeed_layer
 from diffmoe.bench.options import bench_parser, sized_config
 from diffmoe.config import Config, override
 from diffmoe.errors import UserError
+from diffmoe.models.layers import Mlp
 from diffmoe.moe.capacity import CapacityPredictor, predictor_loss
-from diffmoe.moe.experts import Mlp
+from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.layer import MoELayer
-from diffmoe.moe.routing import RoutingRule, gate_scores
+from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import single_process
 
 RULE = RoutingRule("train", 1.0)

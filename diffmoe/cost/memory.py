@@ -222,14 +222,13 @@ def _block_bytes(config: Config, layout: Layout, element: int, number: int) -> _
 def _mixture_bytes(config: Config, rows: int, T: int, element: int, moved: bool) -> tuple[int, int]:
     model, moe = config.model, config.moe
     D, E, inner = model.width, moe.experts, inner_width(model, moe)
-    wide = (1 if moe.activation == "gelu" else 2) * inner  # pre-activations; the rest is made again (moe/expert_mlp.py)
-    # Outputs, here or when they came home, wait for their gate's gradient.
-    kept = (rows * (wide + D) + T * D) * element
+    # Gathered rows, and what lies between the layers: before and after GELU; SwiGLU's gate before and after SiLU, fc1, their
+    # product.
+    kept = rows * (D + (2 if moe.activation == "gelu" else 4) * inner) * element
+    kept += 0 if moved else rows * D * element  # outputs, which wait for their gate's gradient; moved, those that came home
     kept += T * E * (3 * _FP32 + 1)  # scores, logits, mask as numbers and as truth
     if model.family == "diffmoe":
-        kept += T * D * element  # the predictor's first layer (moe/gating.py)
-    elif element == 2:
-        kept += T * D * _FP32  # the router reads in fp32
+        kept += 2 * T * D * element  # the predictor's first layer, before and after SiLU
     if moe.shared_experts:
         kept += T * (2 * moe.shared_experts * model.hidden + D) * element
     return kept, (rows * D * element if moved else 0)

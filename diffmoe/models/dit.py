@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.models.layers import (
-    Attention, FinalLayer, LabelEmbedding, PatchEmbedding, TimestepEmbedding, modulate, sine_positions,
+    Attention, FinalLayer, LabelEmbedding, Mlp, PatchEmbedding, TimestepEmbedding, modulate, sine_positions,
 )
-from diffmoe.moe.experts import Experts, Mlp
+from diffmoe.moe.experts import Experts
 from diffmoe.moe.layer import MoELayer, MoEStats
-from diffmoe.moe.recycled import Recycled
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import ParallelGroups, single_process
 from diffmoe.parallel.recompute import forms, recomputed
@@ -60,6 +59,14 @@ class DiTBlock(nn.Module):
         return x + gate.unsqueeze(1) * y, stats
 
 
+def _mlp(model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups, index: int) -> nn.Module:
+    """What stands behind the attention of block ``index``."""
+    if not is_moe_block(model, moe, index):
+        return Mlp(model.width, model.hidden)
+    shared = Mlp(model.width, moe.shared_experts * model.hidden) if moe.shared_experts else None
+    return MoELayer(model, moe, pool, groups, shared)
+
+
 class DiT(nn.Module):
     """Diffusion transformer (Peebles & Xie 2023) with DiffMoE's mixture layers.
 
@@ -74,11 +81,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedding(model.channels, model.patch, model.width)
         self.t_embedder = TimestepEmbedding(model.width)
         self.y_embedder = LabelEmbedding(model.classes, model.width)
-        memory = Recycled()
-        self.blocks = nn.ModuleList(
-            DiTBlock(model, MoELayer(model, moe, pool, groups, memory) if is_moe_block(model, moe, i)
-                     else Mlp(model.width, model.hidden))
-            for i in range(model.depth))
+        self.blocks = nn.ModuleList(DiTBlock(model, _mlp(model, moe, pool, groups, i)) for i in range(model.depth))
         self.final_layer = FinalLayer(model.width, model.patch, model.out_channels)
         positions = sine_positions(model.width, model.input_size // model.patch)
         self.register_buffer("pos_embed", positions.unsqueeze(0), persistent=False)

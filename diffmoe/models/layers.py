@@ -33,6 +33,20 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, N, D))
 
 
+class Mlp(nn.Module):
+    """DiT's MLP: Linear, tanh-GELU, Linear.  Dense blocks and shared experts are this."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # As [T, D]: of more dimensions DeepSpeed's linear at ZeRO 3 adds the bias in place, into a product that selective
+        # recompute keeps.
+        return self.fc2(F.gelu(self.fc1(x.flatten(0, -2)), approximate="tanh")).view_as(x)
+
+
 class PatchEmbedding(nn.Module):
     """[B, C, H, W] -> [B, N, D], patches in row order."""
 

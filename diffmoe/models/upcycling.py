@@ -21,8 +21,9 @@ from diffmoe.errors import UserError
 from diffmoe.layout import rows_taken
 from diffmoe.models.dit import DiT, initialize, logical_tensors
 from diffmoe.models.interchange import check_research, from_research, load_logical
+from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.layer import MoELayer
-from diffmoe.moe.routing import RoutingRule, gate_scores
+from diffmoe.moe.routing import RoutingRule
 
 _SAMPLES = 4  # of the receipt's batch: 1024 tokens at 256 pixels, seconds for an L model
 

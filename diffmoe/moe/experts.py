@@ -1,30 +1,16 @@
-"""The dense MLP and stacked expert MLPs.  e local experts, R rows, D width, F inner width."""
+"""Experts as stacked MLPs over rows grouped by expert.  e local experts, R rows, D width, F inner width."""
 
 from __future__ import annotations
 
-from typing import Literal, Optional
+import warnings
+from functools import partial
+from typing import Callable, Literal, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import swiglu_hidden
-from diffmoe.moe.expert_mlp import ExpertWeights, expert_mlp
-from diffmoe.moe.recycled import Recycled
-
-
-class Mlp(nn.Module):
-    """DiT's MLP: Linear, tanh-GELU, Linear.  Dense blocks and shared experts are this."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # As [T, D]: of more dimensions DeepSpeed's linear at ZeRO 3 adds the bias in place, into a product that selective
-        # recompute keeps.
-        return self.fc2(F.gelu(self.fc1(x.flatten(0, -2)), approximate="tanh")).view_as(x)
 
 
 class Experts(nn.Module):
@@ -34,24 +20,62 @@ class Experts(nn.Module):
     GELU: fc2(gelu(fc1 x)) with biases, DiT's MLP.  SwiGLU: fc2(silu(gate x) * fc1 x) without biases."""
 
     def __init__(self, width: int, hidden: int, experts: int, local: int, first: int,
-                 activation: Literal["gelu", "swiglu"], memory: Recycled) -> None:
+                 activation: Literal["gelu", "swiglu"]) -> None:
         super().__init__()
-        self.experts, self.first, self.local, self.activation, self.memory = experts, first, local, activation, memory
+        self.experts, self.first, self.local, self.activation = experts, first, local, activation
         inner = hidden if activation == "gelu" else swiglu_hidden(hidden)
         self.fc1_weight = nn.Parameter(torch.empty(local, width, inner))
         self.fc2_weight = nn.Parameter(torch.empty(local, inner, width))
-        if activation == "gelu":
-            self.fc1_bias = nn.Parameter(torch.empty(local, inner))
-            self.fc2_bias = nn.Parameter(torch.empty(local, width))
-        else:
-            self.gate_weight = nn.Parameter(torch.empty(local, width, inner))
+        self.fc1_bias = nn.Parameter(torch.empty(local, inner)) if activation == "gelu" else None
+        self.fc2_bias = nn.Parameter(torch.empty(local, width)) if activation == "gelu" else None
+        self.gate_weight = nn.Parameter(torch.empty(local, width, inner)) if activation == "swiglu" else None
 
-    def forward(self, source_SD: Tensor, place_R: Tensor, counts: int | list[int], gate_R: Optional[Tensor]) -> Tensor:
-        """y[place_r] += gate_r * expert(source[place_r]) over rows grouped by expert, ``counts`` each or ``counts[i]`` for
-        expert i: [S, D] -> [S, D].  See :mod:`diffmoe.moe.expert_mlp`."""
-        return expert_mlp(source_SD, place_R, counts, gate_R, self._weights(), self.memory)
+    def forward(self, rows_RD: Tensor, counts: int | list[int]) -> Tensor:
+        """Every row through its expert, [R, D] -> [R, D].  ``counts``: rows of each expert, or of all alike.
 
-    def _weights(self) -> ExpertWeights:
-        if self.activation == "gelu":
-            return ExpertWeights(((self.fc1_weight, self.fc1_bias),), self.fc2_weight, self.fc2_bias)
-        return ExpertWeights(((self.gate_weight, None), (self.fc1_weight, None)), self.fc2_weight, None)
+        Equal counts are one batched matmul a layer; ragged ones torch's grouped matmul or, where that is missing, a
+        loop.  An expert without rows gets a gradient of zeros, so that it exists on every rank."""
+        weights = self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, self.gate_weight
+        if isinstance(counts, int):
+            return _mlp(rows_RD.view(self.local, counts, rows_RD.shape[1]), _affine, *weights).flatten(0, 1)
+        if has_grouped_matmul(rows_RD.device, rows_RD.dtype):
+            ends = torch.tensor(counts).cumsum(0).to(torch.int32).to(rows_RD.device, non_blocking=True)
+            return _mlp(rows_RD, partial(_grouped_affine, ends_e=ends), *weights)
+        if rows_RD.device.type == "cuda":  # Python says it once
+            warnings.warn(f"experts with unequal numbers of rows run in a loop: no grouped matmul here for {rows_RD.dtype}")
+        each = zip(*([None] * self.local if t is None else t.unbind(0) for t in weights))
+        return torch.cat([_mlp(x, _affine, *tensors) for x, tensors in zip(rows_RD.split(counts), each)])
+
+
+def has_grouped_matmul(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device has a kernel for torch's grouped matmul that is right: bf16 at compute capability 9.0.
+
+    (On 10.x gradients of experts without rows were garbage, pytorch issue 172439.)"""
+    return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _mlp(x: Tensor, affine: Callable[..., Tensor], fc1: Tensor, fc1_bias: Optional[Tensor], fc2: Tensor,
+         fc2_bias: Optional[Tensor], gate: Optional[Tensor]) -> Tensor:
+    h = affine(x, fc1, fc1_bias)
+    a = F.gelu(h, approximate="tanh") if gate is None else F.silu(affine(x, gate, None)) * h
+    return affine(a, fc2, fc2_bias)
+
+
+def _affine(x: Tensor, w: Tensor, b: Optional[Tensor]) -> Tensor:
+    """x w + b of one expert, or of all with equally many rows."""
+    if b is None:
+        return x @ w
+    if x.dim() == 2:
+        return torch.addmm(b, x, w)
+    # A sum that is written out becomes part of the compiled activation; eager it would be a pass of its own.
+    return x @ w + b.unsqueeze(1) if torch.compiler.is_compiling() else torch.baddbmm(b.unsqueeze(1), x, w)
+
+
+def _grouped_affine(x_RI: Tensor, w_eIO: Tensor, b_eO: Optional[Tensor], ends_e: Tensor) -> Tensor:
+    """x w + b of rows that end at ``ends_e`` of each expert."""
+    y = F.grouped_mm(x_RI, w_eIO, offs=ends_e)
+    if b_eO is None:
+        return y
+    # The bias as a product with a one, whose gradient adds up in fp32: that of an index rounds to bf16 after every row.
+    # 8 columns, for the kernel's alignment.
+    return y + F.grouped_mm(x_RI.new_ones(len(x_RI), 8), F.pad(b_eO.unsqueeze(1), (0, 0, 0, 7)), offs=ends_e)

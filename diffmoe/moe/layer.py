@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.layout import rows_taken
 from diffmoe.moe.capacity import CapacityPredictor, Thresholds, predictor_loss
-from diffmoe.moe.dispatch import combine, dispatch
-from diffmoe.moe.experts import Experts, Mlp
-from diffmoe.moe.gating import scores_and_capacity
+from diffmoe.moe.dispatch import by_expert, combine, dispatch
+from diffmoe.moe.experts import Experts
+from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.pool import choose
-from diffmoe.moe.recycled import Recycled
 from diffmoe.moe.routing import (
-    Routing, RoutingRule, balance_loss, choose_experts, choose_tokens, equal_routing, gate_scores, mask_of,
-    predicted_counts, predicted_tokens, ragged_routing,
+    Routing, RoutingRule, balance_loss, choose_experts, choose_tokens, equal_routing, mask_of, predicted_counts,
+    predicted_tokens, ragged_routing,
 )
-from diffmoe.parallel.collectives import arrived, sum_over
+from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import ParallelGroups
 
 
@@ -52,17 +51,16 @@ class MoELayer(nn.Module):
     """Mixture of experts for the families tc, ec and diffmoe.
 
     ``pool`` counts samples (resolved, see ``layout.resolve_layout``); this rank holds experts
-    ``[ep.index * E / ep.size, …)``.  ``memory`` may be shared by all layers of a model."""
+    ``[ep.index * E / ep.size, …)``.  ``shared``: an MLP [T, D] -> [T, D] that every token goes through as well."""
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups,
-                 memory: Optional[Recycled] = None) -> None:
+                 shared: Optional[nn.Module] = None) -> None:
         super().__init__()
         local = moe.experts // groups.ep.size
         self.family, self.moe, self.pool, self.groups = model.family, moe, pool, groups
         self.router = nn.Parameter(torch.empty(moe.experts, model.width))
-        self.experts = Experts(model.width, model.hidden, moe.experts, local, groups.ep.index * local, moe.activation,
-                               memory or Recycled())
-        self.shared = Mlp(model.width, moe.shared_experts * model.hidden) if moe.shared_experts else None
+        self.experts = Experts(model.width, model.hidden, moe.experts, local, groups.ep.index * local, moe.activation)
+        self.shared = shared
         if model.family == "diffmoe":
             self.capacity_predictor = CapacityPredictor(model.width, moe.experts)
             self.thresholds = Thresholds(moe.experts, moe.threshold_decay)
@@ -74,13 +72,12 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BND: Tensor, rule: RoutingRule) -> tuple[Tensor, MoEStats]:
         """[B, N, D] -> [B, N, D] and the layer's report.  A token that no expert takes gets zero."""
-        x_TD = x_BND.flatten(0, 1)
+        x_TD, ep = x_BND.flatten(0, 1), self.groups.ep
         route = self._route(x_TD, x_BND.shape[0], rule)
-        gate_R = self._gate(route)
-        coming_SD, meta = dispatch(x_TD, route.routing, self.groups.ep)
+        coming_SD, meta = dispatch(x_TD, route.routing, ep)
         shared_TD = None if self.shared is None else self.shared(x_TD)  # while rows travel
-        rows_SD = self.experts(arrived(coming_SD, self.groups.ep), meta.place_R, meta.counts, gate_R if meta.here else None)
-        y_TD = combine(rows_SD, gate_R, meta, route.routing, len(x_TD), self.groups.ep)
+        rows_SD = self.experts(by_expert(coming_SD, meta, route.routing, ep), meta.counts)
+        y_TD = combine(rows_SD, self._gate(route), meta, route.routing, len(x_TD), ep)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BND), route.stats
@@ -91,10 +88,8 @@ class MoELayer(nn.Module):
         return route.scores_TE.flatten().gather(0, place)
 
     def _route(self, x_TD: Tensor, samples: int, rule: RoutingRule) -> _Route:
-        if self.family == "diffmoe":
-            scores, logits = scores_and_capacity(x_TD, self.router, self.capacity_predictor)
-        else:
-            scores, logits = gate_scores(x_TD, self.router), None
+        scores = gate_scores(x_TD, self.router)
+        logits = self.capacity_predictor(x_TD) if self.family == "diffmoe" else None
         tokens = len(x_TD) // samples
         pool_tokens = self.pool * tokens
         observed = predicted = balance = None

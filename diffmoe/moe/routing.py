@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -42,12 +41,6 @@ class Routing:
     counts_E: Tensor
     each: Optional[int] = None
     received: Optional[Tensor] = None
-
-
-def gate_scores(x_TD: Tensor, router_ED: Tensor) -> Tensor:
-    """Softmax over experts of x W (paper, equation 2), in fp32 at least: bf16 scores tie by the thousand."""
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    return F.linear(x_TD.to(dtype), router_ED.to(dtype)).softmax(dim=-1)
 
 
 def ranking_keys(scores: Tensor, dim: int) -> Tensor:

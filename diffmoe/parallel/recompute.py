@@ -3,9 +3,8 @@
 Both forms keep the routing decision (the outputs of top-k), so that backward can never route a token elsewhere than
 forward did.  ``block`` computes and communicates everything else again; ``selective`` also keeps what came over the
 network, so that backward neither re-routes nor re-communicates, and the outputs of an MLP's or expert's second layer, a
-third of a block's arithmetic in one width a token: matmuls that contract, and this program's own operators.  The attention's
-output saves a tenth for as much memory: ``selective+attention`` is the form of as many blocks of a ``selective`` model as
-have room for it.
+third of a block's arithmetic in one width a token: matmuls that contract.  The attention's output saves a tenth for as
+much memory: ``selective+attention`` is the form of as many blocks of a ``selective`` model as have room for it.
 
 What is kept must not be written into afterwards: recompute would get it with the write in it, and write again.
 """
@@ -36,8 +35,10 @@ _ATTENTION = [
 ]
 _KEPT = {"block": frozenset(_ROUTING), "selective": frozenset(_ROUTING + _COMMUNICATION),
          "selective+attention": frozenset(_ROUTING + _COMMUNICATION + _ATTENTION)}
-_MATMULS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1,
-            torch.ops.aten.bmm.default: 0, torch.ops.aten.baddbmm.default: 1}  # op -> where its left factor stands
+_MATMULS = {  # op -> where its left factor stands
+    torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1,
+    torch.ops.aten.bmm.default: 0, torch.ops.aten.baddbmm.default: 1, torch.ops.aten._grouped_mm.default: 0,
+}
 
 
 def forms(recompute: str, depth: int) -> list[str]:
@@ -47,8 +48,7 @@ def forms(recompute: str, depth: int) -> list[str]:
 
 
 def _policy(form: str, _context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    kept = op in _KEPT[form] or form != "block" and (
-        op.namespace == "diffmoe" or op in _MATMULS and _contracts(*args[_MATMULS[op]:][:2]))
+    kept = op in _KEPT[form] or form != "block" and op in _MATMULS and _contracts(*args[_MATMULS[op]:][:2])
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

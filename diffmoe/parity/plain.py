@@ -22,8 +22,9 @@ from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.diffusion.times import uniform_steps
 from diffmoe.layout import rows_taken
 from diffmoe.models.dit import DiT, ModelOutput, initialize, logical_tensors
+from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.layer import MoELayer
-from diffmoe.moe.routing import RoutingRule, gate_scores
+from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import ParallelGroups, single_process
 
 
