@@ -11,12 +11,16 @@ import sys
 import time
 
 import pytest
+import torch
 
+from diffmoe.config import load_config
+from diffmoe.layout import resolve_layout
 from diffmoe.parallel.collectives import AgreedError
 from diffmoe.parallel.groups import single_process
 from diffmoe.training import run_lock
+from diffmoe.training.loop import start
 from diffmoe.training.run_lock import FILE_NAME, RunLock
-from programs import run_program, start_program, tiny
+from programs import run_program, start_program, tiny, tiny_config, zero
 
 ALONE = single_process().world
 
@@ -38,6 +42,21 @@ def test_a_living_run_keeps_its_folder(tmp_path, monkeypatch):
                                      "stop that run first, or choose another run.folder")
         assert (tmp_path / FILE_NAME).exists(), "the one that was refused leaves the other's note alone"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_start_that_another_overtook_writes_nothing(tmp_path, monkeypatch, there):
+    """The other begins while this one looks at its data; the folder is new to both, or an empty one."""
+    monkeypatch.setattr(run_lock, "BEAT_S", 0.05)
+    folder = tmp_path / "run"
+    if there:
+        folder.mkdir()
+    config = load_config(tiny_config(), [f"run.folder={folder}", "parallel.ep=1"])
+    with RunLock(folder, ALONE) as other, RunLock(folder, ALONE) as late:
+        other.hold()
+        with pytest.raises(AgreedError, match="is in use by process"):
+            start(config, resolve_layout(config, 1), zero(1), single_process(), torch.device("cpu"), lock=late)
+        assert [path.name for path in folder.iterdir()] == [FILE_NAME]
 
 
 def test_what_a_dead_run_left_is_passed_over(tmp_path, monkeypatch):

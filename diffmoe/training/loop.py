@@ -97,8 +97,7 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
         if anyone(bool(asked), groups.world):
             return _say(groups, "stopped in order before the start; the same command begins again")
         lock.take()
-        run = start(config, layout, deepspeed_tree, groups, device, per_node, new_recipe)
-        lock.take()  # where the folder is new
+        run = start(config, layout, deepspeed_tree, groups, device, per_node, new_recipe, lock)
         if run.done >= config.train.steps:
             _say(groups, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
         elif anyone(bool(asked), groups.world):
@@ -114,8 +113,9 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 
 
 def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device,
-          per_node: int | None = None, new_recipe: bool = False) -> Run:
-    """Model, engine, EMA and data of a run, resumed from its newest usable checkpoint.  All ranks raise together."""
+          per_node: int | None = None, new_recipe: bool = False, lock: RunLock | None = None) -> Run:
+    """Model, engine, EMA and data of a run, resumed from its newest usable checkpoint.  All ranks raise together.  Rank 0
+    holds ``lock`` before it writes into the run folder."""
     def say(text: str) -> None:
         _say(groups, text)
 
@@ -145,6 +145,8 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
                 notes.append(f"warning: {notice}" + " (in another run.folder)" * (newest is not None))
             left_out = read_left_out(folder)
             accepted += engine_changes(folder, merge_deepspeed(deepspeed_tree, config, layout)) if newest is not None else []
+            if lock is not None:
+                lock.hold()  # the folder may be new, and another run have begun there since
             _write_resolved(config, layout, deepspeed_tree)
     except (UserError, OSError) as error:
         problem = error

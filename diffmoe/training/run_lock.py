@@ -47,20 +47,29 @@ class RunLock:
         return self
 
     def take(self) -> None:
-        """Takes the folder if it exists and is not this run's yet; all ranks together.  Raises AgreedError where another run
-        lives in it; finding that one does not may take some seconds."""
+        """Takes the folder if it exists; all ranks together.  Raises AgreedError where another run lives in it; finding that
+        one does not may take some seconds."""
         problem: Exception | None = None
-        if self._world.index == 0 and self._thread is None and self._path.parent.is_dir():
-            try:
-                while not self._try():
-                    pass
-                self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
-                self._thread.start()
-            except OSError as error:
-                problem = UserError(f"run.folder ({self._path.parent}) cannot be written: {error}")
-            except UserError as error:
-                problem = error
+        try:
+            if self._world.index == 0 and self._path.parent.is_dir():
+                self.hold()
+        except UserError as error:
+            problem = error
         raise_together(problem, self._world)
+
+    def hold(self) -> None:
+        """Rank 0's part, by itself: takes the folder, which is made if it is new, unless it is this run's already.  Whoever
+        writes there calls this first.  Raises UserError as ``take``."""
+        if self._thread is not None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            while not self._try():
+                pass
+        except OSError as error:
+            raise UserError(f"run.folder ({self._path.parent}) cannot be written: {error}") from error
+        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread.start()
 
     def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
         if self._thread is not None:
