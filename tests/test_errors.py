@@ -8,6 +8,7 @@ import pytest
 
 import run
 from diffmoe.errors import UserError
+from diffmoe.parallel.collectives import gather_objects
 from launcher.job import BAD_INPUT, START_AGAIN, after_training
 from programs import Nursery, tiny
 
@@ -23,6 +24,7 @@ def fail_in_a_step(arguments):
 
     def train_step(engine, ema, batches, config, layout, groups, step, *more):
         if step == 1:
+            gather_objects(None, groups.world)  # all at once: a rank that is late would end by what the first one says
             raise (UserError if kind == "UserError" else getattr(builtins, kind))(TEXT)
         return original(engine, ema, batches, config, layout, groups, step, *more)
 
