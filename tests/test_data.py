@@ -20,7 +20,7 @@ from diffmoe.data import order as order_module
 from diffmoe.data.digits import write_digits
 from diffmoe.data.order import SampleOrder
 from diffmoe.data.reader import ShardReader
-from diffmoe.data.rows import BadShard, altered_byte, pack_table
+from diffmoe.data.rows import BadShard, RowTable, altered_byte, pack_table, unpack_table
 from diffmoe.data.share import Share
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_shards
 from diffmoe.data.stream import Batch, BatchStream
@@ -667,3 +667,19 @@ def test_digits_refuse_another_data_set(tmp_path: Path) -> None:
     write_pixels(tmp_path)
     with pytest.raises(UserError, match="another data set: 103 samples"):
         write_digits(tmp_path)
+
+
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_a_table_of_rows_is_read_without_pythons_parser(monkeypatch: pytest.MonkeyPatch, kinds: int) -> None:
+    places = np.arange(6 * kinds).reshape(6, kinds)
+    packed = pack_table(RowTable(np.arange(6) % 3, 512 * places, 7 + places % 2, 1000 + places))
+
+    def parse(*_: object) -> None:
+        raise SystemError("AST constructor recursion depth mismatch")  # Python 3.11's, now and then, in several threads
+
+    monkeypatch.setattr("ast.literal_eval", parse)
+    table = unpack_table(packed, 6, 3, kinds)
+    assert np.array_equal(table.labels, np.arange(6) % 3) and np.array_equal(table.offsets, 512 * places)
+    assert np.array_equal(table.sizes, 7 + places % 2) and np.array_equal(table.crcs, 1000 + places)
+    with pytest.raises(UserError, match="not a table of rows"):
+        unpack_table(packed[:20] + zlib.crc32(packed[:20]).to_bytes(4, "little"), 6, 3, kinds)

@@ -240,9 +240,11 @@ class ShardReader:
         found: list[np.ndarray | None] = [None] * len(self.index.shards)
         if not numbers:
             return found
-        most = _TABLES if self.index.meta.members.ours and self._has_table(numbers[0]) else _SCANS
+        tables = self.index.meta.members.ours and self._has_table(numbers[0])
+        most = _TABLES if tables else _SCANS
         some = [numbers[i * len(numbers) // most] for i in range(most)] if len(numbers) > most else numbers
-        with ThreadPoolExecutor(_FETCHES, thread_name_prefix="labels") as pool:
+        # Scans may parse headers of arrays, which is for one thread (see `rows._packed_rows`).
+        with ThreadPoolExecutor(_FETCHES if tables else 1, thread_name_prefix="labels") as pool:
             for number, labels in zip(some, pool.map(self._labels, some)):
                 found[number] = labels
         return found

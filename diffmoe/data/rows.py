@@ -114,9 +114,7 @@ class RowTable:
 
 def pack_table(table: RowTable) -> bytes:
     """The payload of `__rows__`: a structured .npy, then its CRC-32; the same length for as many rows and kinds."""
-    kinds = table.offsets.shape[1]
-    fields = [("label", "<i8"), ("offset", "<u8", (kinds,)), ("size", "<u8", (kinds,)), ("crc", "<u4", (kinds,))]
-    packed = np.zeros(len(table.labels), fields)
+    packed = np.zeros(len(table.labels), _packed_dtype(table.offsets.shape[1]))
     packed["label"], packed["offset"], packed["size"] = table.labels, table.offsets, table.sizes
     packed["crc"] = 0 if table.crcs is None else table.crcs
     stream = io.BytesIO()
@@ -124,11 +122,25 @@ def pack_table(table: RowTable) -> bytes:
     return stream.getvalue() + zlib.crc32(stream.getvalue()).to_bytes(4, "little")
 
 
+def _packed_dtype(kinds: int) -> np.dtype:
+    return np.dtype([("label", "<i8"), ("offset", "<u8", (kinds,)), ("size", "<u8", (kinds,)), ("crc", "<u4", (kinds,))])
+
+
+def _packed_rows(array: bytes) -> np.ndarray:
+    """The rows of a `pack_table` .npy. Not by numpy's reader: Python 3.11's parser, which that calls, fails now and then
+    (SystemError) where several threads are in it, and tables are opened by several."""
+    start = 10 + int.from_bytes(array[8:10], "little")  # .npy 1.0: magic, version, length of the header
+    kinds = re.search(rb"'offset', '<u8', \(([0-9]+),\)", array[:start])
+    if not array.startswith(b"\x93NUMPY\x01\x00") or kinds is None:
+        raise UserError("it is not a table of rows")
+    return np.frombuffer(array, _packed_dtype(int(kinds[1])), offset=start)
+
+
 def unpack_table(payload: bytes, count: int | None, classes: int, kinds: int, first_class: int = 0) -> RowTable:
     """The table again. UserError when it is damaged or is not one of `count` rows, `kinds` arrays and `classes` classes."""
     if len(payload) < 4 or zlib.crc32(payload[:-4]) != int.from_bytes(payload[-4:], "little"):
         raise UserError("its CRC-32 is wrong")
-    packed = np.lib.format.read_array(io.BytesIO(payload[:-4]), allow_pickle=False)
+    packed = _packed_rows(payload[:-4])
     if count is not None and len(packed) != count:
         raise UserError(f"{len(packed)} rows, its index says {count}")
     if packed["offset"].shape[1] < kinds:
