@@ -255,7 +255,7 @@ def test_two_steps_stay_valid_and_memory_stays_flat(tmp_path: Path, workers: int
 
 
 def test_host_memory_stays_flat_over_an_epoch(tmp_path: Path) -> None:
-    psutil = pytest.importorskip("psutil")
+    import psutil
     samples = ((f"{i:05d}", np.full((8, 16, 16), i, np.float16), i % 10) for i in range(4096))
     index = write_shards(samples, tmp_path, samples_per_shard=128, meta=MOMENTS)  # 17 MB in 32 shards
     reader = ShardReader(index, seed=0, batch=64, streams=4, window=1)

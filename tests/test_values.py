@@ -483,7 +483,7 @@ def test_a_mapping_is_part_of_what_is_read(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_memory_stays_flat_over_mapped_tars(tmp_path: Path) -> None:
-    psutil = pytest.importorskip("psutil")
+    import psutil
     array = np.ones((8, 32, 32), np.float32)
     payload = {"npz": npz(moments=array, label=3)}
     write_tars(tmp_path / "tars", [payload] * 1500)  # 50 MB

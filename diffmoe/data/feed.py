@@ -92,8 +92,8 @@ def order_notice(reader: ShardReader, pool: int) -> tuple[str, bool]:
         return text, False
     streams, window = mending(counts, labels, batch=reader.batch, streams=reader.streams, window=reader.window,
                               pool=pool)
-    mended = f"data.streams={streams} data.window={window}" if streams != reader.streams else f"data.window={window}"
-    return f"{index.where} is in class order: {text}; {mended} mends it, and so does encode, which shuffles", True
+    fix = f"data.streams={streams} data.window={window}" if streams != reader.streams else f"data.window={window}"
+    return f"{index.where} is in class order: {text}; {fix} fixes it, and so does encode, which shuffles", True
 
 
 def cache_of(data: DataConfig) -> Cache:
