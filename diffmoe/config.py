@@ -149,7 +149,7 @@ class TrainConfig:
     times the median of the last ``spike_window`` steps sends the run back to its last checkpoint, and is left out from then
     on; more than ``spike_limit`` times back to one checkpoint ends the run.
 
-    ``compile``: blocks run through torch.compile where their shapes are static."""
+    ``compile``: whether training, sampling and scoring run through torch.compile; ``auto``: see :meth:`compiles`."""
 
     steps: int = 700_000
     batch: int = 256
@@ -177,12 +177,17 @@ class TrainConfig:
     keep: int = 3
     keep_every: int = 0
     async_save: bool = True
-    compile: bool = False
+    compile: Union[Literal["auto"], bool] = "auto"
 
     @property
     def ema_decays(self) -> tuple[float, ...]:
         """The decays of ``ema``, also where it is one number."""
         return self.ema if isinstance(self.ema, tuple) else (self.ema,)
+
+    def compiles(self, device: str, stage: int = 0) -> bool:
+        """Whether ``compile`` means yes on ``device`` (cpu, cuda) at ZeRO ``stage``.  ``auto``: on a GPU, below ZeRO 3, which gathers
+        weights in hooks of modules, where no graph can go."""
+        return self.compile if isinstance(self.compile, bool) else device == "cuda" and stage < 3
 
     def lr_at(self, step: int) -> float:
         """Learning rate of optimizer step ``step`` (0-based): linear warm-up, then the schedule down to 0."""

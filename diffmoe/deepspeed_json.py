@@ -247,7 +247,7 @@ def _check_together(tree: dict, config: Config) -> None:
     if train.optimizer == "apex" and stage == 3:
         # There DeepSpeed steps once a sub-group, and Apex counts updates once a step of the whole group.
         raise UserError("train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)")
-    if train.compile and stage == 3:  # which gathers weights in hooks of modules, where no graph can go
+    if train.compile is True and stage == 3:  # see TrainConfig.compiles
         raise UserError("train.compile (true) needs a DeepSpeed zero_optimization.stage (3) of at most 2")
     if stage >= 2 and _found(tree, "zero_optimization.reduce_scatter") is not False:
         for name, off in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -32,8 +32,9 @@ from diffmoe.device import backend, measured_flops
 from diffmoe.diffusion.randomness import StepDraws
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
-from diffmoe.models.compiled import check_compiler, compile_blocks
+from diffmoe.models.compiled import CompiledRun, check_compiler
 from diffmoe.models.count import count
+from diffmoe.models.dit import run_plainly
 from diffmoe.moe.layer import MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import build_groups
@@ -112,28 +113,20 @@ class Contender:
 
     def __init__(self, training: Training, form: str, compiled: bool) -> None:
         self.training, self.compiled = training, compiled
-        model = training.model
-        self._put(forms(form, model.model.depth), [None] * model.model.depth)
-        if compiled:
-            compile_blocks(model)
-        self._recompute, self._forwards = model.recompute, [vars(block).get("forward") for block in model.blocks]
+        self._recompute = forms(form, training.config.model.depth)
+        self._run = CompiledRun(training.config.moe.capacity) if compiled else run_plainly
 
-    def _put(self, recompute: list[str], forwards: list[Optional[Callable]]) -> None:
-        """Into the model; None is the forward of a block's class."""
-        self.training.model.recompute = recompute
-        for block, forward in zip(self.training.model.blocks, forwards, strict=True):
-            vars(block).pop("forward", None)
-            if forward is not None:
-                block.forward = forward
+    def _put(self) -> None:
+        self.training.model.recompute, self.training.model.run = self._recompute, self._run
 
     def step(self) -> None:
-        self._put(self._recompute, self._forwards)
+        self._put()
         self.training.step()
 
     def peak_bytes(self) -> Optional[int]:
         if self.compiled and self.training.device.type == "cpu":
             return None
-        self._put(self._recompute, self._forwards)
+        self._put()
         peak = measure.peak_bytes(self.training.backward_only, [self.training.model], self.training.device)
         self.training.model.zero_grad(set_to_none=True)
         return peak

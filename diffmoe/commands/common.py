@@ -46,6 +46,12 @@ def add_fp32_precision(parser: argparse.ArgumentParser) -> None:
                         help="of a GPU's fp32 matmuls (default: that of the run)")
 
 
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    """``--compile``, in place of the checkpoint's ``train.compile``."""
+    parser.add_argument("--compile", choices=("auto", "true", "false"),
+                        help="torch.compile the model; auto: on a GPU (default: train.compile of the run)")
+
+
 def add_latent_options(parser: argparse.ArgumentParser) -> None:
     """What ``--vae`` takes out of latents."""
     for name in ("--latent-scale", "--latent-shift"):
@@ -118,7 +124,7 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
     if strangers:
         raise UserError(f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change")
     said = {"sample.cfg": options.cfg, "run.seed": options.seed, "run.fp32_precision": options.fp32_precision,
-            "sample.capacity": getattr(options, "capacity", None)}  # not every verb that samples has the last
+            "train.compile": options.compile, "sample.capacity": getattr(options, "capacity", None)}  # not every verb that samples has the last
     more = [f"{name}={value}" for name, value in said.items() if value is not None]
     config = override(config, options.overrides + more)
     check_guidance(config)

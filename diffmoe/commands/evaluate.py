@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe.commands.common import (
-    Parser, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
+    Parser, add_compile, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
 )
 from diffmoe.config import Config
 from diffmoe.errors import UserError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = ("FID, sFID, Inception Score, precision and recall of a checkpoint, or of samples that exist. "
                 "Interrupted, it goes on where it was when the same command runs again; with another reference, it "
                 "scores the images that are there.")
-_OF_CHECKPOINT = ("vae", "latent_scale", "latent_shift", "fp32_precision", "labels", "weights", "cfg", "seed", "no_samples",
+_OF_CHECKPOINT = ("vae", "latent_scale", "latent_shift", "fp32_precision", "compile", "labels", "weights", "cfg", "seed", "no_samples",
                   "published")
 _NAMES = {"labels": "--classes"}
 
@@ -77,11 +77,15 @@ def _sampled(checkpoint: Checkpoint, config: Config, options: argparse.Namespace
     from diffmoe.evaluation.decoding import checkpoint_data, open_decoder, vae_note
     from diffmoe.evaluation.evaluate import Subject, sampled_images
     from diffmoe.evaluation.generate import check_dial, threshold_note
+    from diffmoe.models.compiled import compile_blocks, compiles
 
     weights = options.weights or WEIGHTS
     model = whole_model(checkpoint, config, weights)
     check_dial(model, config.sample)
-    notes, decoder = [threshold_note(model, config.sample)], None
+    compiled, note = compiles(config.train, device)
+    if compiled:
+        compile_blocks(model)
+    notes, decoder = [threshold_note(model, config.sample), note], None
     if options.vae is not None:
         numbers = (options.latent_scale, options.latent_shift)
         index = checkpoint_data(config, *numbers)
@@ -159,6 +163,7 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
     add_latent_options(parser)
     add_fp32_precision(parser)
+    add_compile(parser)
     parser.add_argument("--count", type=int, help="images (default: 50,000, or all of --samples)")
     parser.add_argument("--classes", dest="labels", choices=("balanced", "random"),
                         help="balanced (default): in turn, which scores a little better; random: as ADM, DiT and the research code")

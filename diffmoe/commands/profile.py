@@ -17,7 +17,7 @@ from diffmoe.commands.common import Parser, join, leave
 from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, override
 from diffmoe.cost.memory import EngineFacts, engine_facts, rank_memory
 from diffmoe.cost.traffic import least_traffic, step_traffic
-from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed, zero_stage
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.markdown import table
@@ -82,7 +82,7 @@ def _measure(config: Config, layout: Layout, tree: dict, environment: RankEnviro
     from diffmoe.data.share import Share
     from diffmoe.device import set_fp32_precision
     from diffmoe.diffusion.randomness import StepDraws
-    from diffmoe.models.compiled import check_compiler, compile_blocks
+    from diffmoe.models.compiled import compile_blocks, compiles
     from diffmoe.models.dit import DiT, initialize
     from diffmoe.parallel.groups import build_groups
     from diffmoe.training.ema import Ema
@@ -97,8 +97,10 @@ def _measure(config: Config, layout: Layout, tree: dict, environment: RankEnviro
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups, recompute=config.parallel.recompute,
                 time_scale=config.diffusion.time_scale)
     initialize(model, config.run.seed)
-    if config.train.compile:
-        check_compiler(device)
+    compiled, note = compiles(config.train, device, zero_stage(tree))
+    if note is not None and groups.rank == 0:
+        print(note, flush=True)
+    if compiled:
         compile_blocks(model)
     engine = Engine(model, config, layout, tree, groups, device)
     ema, numbers = Ema(engine, config.train.ema_decays), itertools.count()

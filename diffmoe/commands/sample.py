@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from diffmoe.commands.common import (
-    Parser, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
+    Parser, add_compile, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
 )
 from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
@@ -28,6 +28,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
     add_latent_options(parser)
     add_fp32_precision(parser)
+    add_compile(parser)
     parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
     parser.add_argument("--report", action="store_true",
                         help="also write the capacity used, by layer, time and class: OUT.capacity.json, .md and .png")
@@ -43,6 +44,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.evaluation.features import to_uint8
     from diffmoe.evaluation.generate import check_dial, generate_everywhere, threshold_note
     from diffmoe.evaluation.plots import image_grid
+    from diffmoe.models.compiled import compile_blocks, compiles
     from diffmoe.parallel.collectives import raise_together
     from diffmoe.parallel.groups import build_groups
 
@@ -65,6 +67,10 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         model = whole_model(checkpoint, config, options.weights)
         notes.append(threshold_note(model, config.sample))
         check_dial(model, config.sample)
+        compiled, note = compiles(config.train, device)
+        notes.append(note)
+        if compiled:
+            compile_blocks(model)
         numbers = (options.latent_scale, options.latent_shift)
         if options.vae is not None:
             index = checkpoint_data(config, *numbers)

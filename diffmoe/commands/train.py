@@ -9,7 +9,7 @@ import os
 import yaml
 
 from diffmoe.commands.common import Parser, join, leave
-from diffmoe.config import Config, check_guidance, config_to_tree, load_config
+from diffmoe.config import Config, TrainConfig, check_guidance, config_to_tree, load_config
 from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed, zero_stage
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
@@ -85,5 +85,10 @@ def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: boo
                      f"held by {layout.pool_ranks} rank{'s' * (layout.pool_ranks > 1)}")
     how = "bf16, fp32 masters" if precision(deepspeed_tree) == "bf16" else f"fp32 ({config.run.fp32_precision})"
     lines.append(f"engine   ZeRO {zero_stage(deepspeed_tree)}, {how}, recompute {config.parallel.recompute}"
-                 + ", compiled" * config.train.compile)
+                 + _compiled(config.train, zero_stage(deepspeed_tree)))
     return "\n".join(lines)
+
+
+def _compiled(train: TrainConfig, stage: int) -> str:
+    """Before the device is known."""
+    return ", compiled" if train.compiles("cpu", stage) else ", compiled on a GPU" if train.compiles("cuda", stage) else ""

@@ -7,59 +7,103 @@ graph, a graph break is an error.  Hooks of a block stay outside of its region; 
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import sysconfig
+import warnings
 from functools import partial
-from typing import Callable, Optional
+from pathlib import Path
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from diffmoe.config import TrainConfig
 from diffmoe.errors import UserError
-from diffmoe.models.dit import DiT, DiTBlock
-from diffmoe.moe.layer import MoELayer, MoEStats
+from diffmoe.models.dit import BlockOutput, DiT, DiTBlock, run_plainly
+from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.recompute import recomputed
 
+# A graph is of one batch size: the micro-batch's, sampling's, and those of their last, smaller ones.  More than that stay eager.
+_MOST_SIZES = 4
+# Graphs of one region: block kinds and forms of recompute, for each size.
+_MOST_GRAPHS = 16 * _MOST_SIZES
+
+
+def compiles(train: TrainConfig, device: torch.device, stage: int = 0) -> tuple[bool, Optional[str]]:
+    """Whether ``train.compile`` means yes here, and what to say where ``auto`` means no on a GPU.  ``stage``: ZeRO's.
+
+    Raises UserError for ``true`` where torch.compile lacks something."""
+    if train.compile is True:
+        check_compiler(device)
+    if isinstance(train.compile, bool) or device.type == "cpu":
+        return train.compiles(device.type, stage), None
+    lacking = _lacking(device)
+    why = "ZeRO 3 gathers weights where no graph can go" if not train.compiles(device.type, stage) else lacking and f"it needs {lacking}"
+    return why is None, why and f"note: train.compile (auto) is off: {why}"
+
+
 def check_compiler(device: torch.device) -> None:
-    """Raises UserError where torch.compile would find no C++ compiler, which it needs on a CPU."""
+    """Raises UserError where torch.compile lacks something that is not torch's own."""
+    lacking = _lacking(device)
+    if lacking is not None:
+        raise UserError(f"train.compile (true) needs {lacking}")
+
+
+def _lacking(device: torch.device) -> Optional[str]:
     if device.type == "cpu":
         from torch._inductor import cpp_builder, exc
 
         try:
             cpp_builder.get_cpp_compiler()
         except exc.InvalidCxxCompiler:
-            raise UserError("train.compile (true) needs a C++ compiler on a CPU, and there is none: install g++, or name one "
-                            "in CXX") from None
+            return "a C++ compiler on a CPU, and there is none: install g++, or name one in CXX"
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton on a GPU, and there is none: install the one that belongs to this torch"
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+        return "a C compiler on a GPU, and there is none: install gcc, or name one in CC"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "Python's headers on a GPU, and there are none: install python3-dev"
+    return None
 
 
 def compile_blocks(model: DiT) -> None:
-    """From now on training passes run compiled where shapes are static.  The first one takes a minute.
-
-    Dense blocks, and mixtures of static shapes at the capacity that training ends with, are compiled as a whole; of other
-    mixtures what comes before the experts.  Evaluation, whose counts are ragged, stays eager."""
-    regions = _Regions(model)
-    for block, form in zip(model.blocks, model.recompute):
-        block.forward = partial(regions.forward, block, form, block.forward)
-    model.recompute = ["none"] * len(model.blocks)  # it is in the regions
+    """From now on the model's blocks run compiled where shapes are static.  The first pass takes a minute."""
+    model.run = CompiledRun(model.moe.capacity)
 
 
-class _Regions:
-    """The compiled functions, which all blocks share, and what they are compiled for."""
+class CompiledRun:
+    """How a DiT's blocks are run compiled: as a whole where shapes are static (dense blocks; mixtures whose experts all take as
+    many tokens, which are chosen in this rank), else what comes before the experts.
 
-    def __init__(self, model: DiT) -> None:
-        self.settled = RoutingRule("train", model.moe.capacity)
-        self.whole = torch.compile(recomputed, fullgraph=True, dynamic=False)
-        self.attend = torch.compile(DiTBlock.attend, fullgraph=True, dynamic=False)
+    ``capacity``: at which training ends.  While it still changes there would be a graph for every step."""
 
-    def forward(self, block: DiTBlock, form: str, eager: Callable, x: Tensor, c: Tensor, rule: RoutingRule
-                ) -> tuple[Tensor, Optional[MoEStats]]:
-        if not block.training:
-            return eager(x, c, rule)
+    def __init__(self, capacity: float) -> None:
+        self.settled = RoutingRule("train", capacity)
+        self.sizes: set[int] = set()
+        options = {"fullgraph": True, "dynamic": False, "recompile_limit": _MOST_GRAPHS, "isolate_recompiles": True}
+        self.whole = torch.compile(recomputed, **options)
+        self.attend = torch.compile(DiTBlock.attend, **options)
+
+    def __call__(self, block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
         assert x.is_contiguous() and c.is_contiguous()  # see PatchEmbedding
+        if not self._takes(len(x)):
+            return run_plainly(block, form, x, c, rule)
         if not isinstance(block.mlp, MoELayer):
-            return self.whole(eager, form, x, c, self.settled)  # any rule is the same to it
-        if block.mlp.has_static_shapes and rule == self.settled:
-            return self.whole(eager, form, x, c, rule)
+            return self.whole(block.compute, form, x, c, self.settled)  # any rule is the same to it
+        if block.mlp.has_static_shapes(rule) and (rule.kind != "train" or rule == self.settled):
+            return self.whole(block.compute, form, x, c, rule)
         return recomputed(partial(self._mixture_apart, block), form, x, c, rule)
 
-    def _mixture_apart(self, block: DiTBlock, x: Tensor, c: Tensor, rule: RoutingRule) -> tuple[Tensor, Optional[MoEStats]]:
+    def _mixture_apart(self, block: DiTBlock, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
         return block.feed(*self.attend(block, x, c), rule)
+
+    def _takes(self, size: int) -> bool:
+        if size not in self.sizes and len(self.sizes) == _MOST_SIZES:
+            warnings.warn(f"a batch of {size} runs eager: there are compiled graphs for {_MOST_SIZES} other sizes")
+            return False
+        self.sizes.add(size)
+        return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Iterator, Optional
+from typing import Callable, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ def is_moe_block(model: ModelConfig, moe: MoEConfig, index: int) -> bool:
     return model.family != "dense" and (not moe.interleave or index % 2 == 1)
 
 
+BlockOutput = tuple[Tensor, Optional[MoEStats]]
+BlockRun = Callable[["DiTBlock", str, Tensor, Tensor, RoutingRule], BlockOutput]
+
+
 class DiTBlock(nn.Module):
     """adaLN-Zero block: attention, then an MLP or a mixture, each scaled, shifted and gated by the condition."""
 
@@ -44,7 +48,12 @@ class DiTBlock(nn.Module):
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(model.width, 6 * model.width))
 
-    def forward(self, x: Tensor, c: Tensor, rule: RoutingRule) -> tuple[Tensor, Optional[MoEStats]]:
+    def forward(self, x: Tensor, c: Tensor, rule: RoutingRule, form: str, run: BlockRun) -> BlockOutput:
+        """The block as ``run`` computes it, its activations made again in backward as ``form`` says."""
+        return run(self, form, x, c, rule)
+
+    def compute(self, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
+        """x [B, N, D], c [B, D] -> x after attention and MLP, and the mixture's report."""
         return self.feed(*self.attend(x, c), rule)
 
     def attend(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,10 +62,15 @@ class DiTBlock(nn.Module):
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x, modulate(self.norm2(x), shift2, scale2), gate2
 
-    def feed(self, x: Tensor, h: Tensor, gate: Tensor, rule: RoutingRule) -> tuple[Tensor, Optional[MoEStats]]:
+    def feed(self, x: Tensor, h: Tensor, gate: Tensor, rule: RoutingRule) -> BlockOutput:
         """The MLP or mixture, and its report."""
         y, stats = self.mlp(h, rule) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
         return x + gate.unsqueeze(1) * y, stats
+
+
+def run_plainly(block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
+    """A block as Python comes to its operators."""
+    return recomputed(block.compute, form, x, c, rule)
 
 
 def _mlp(model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups, index: int) -> nn.Module:
@@ -70,7 +84,8 @@ def _mlp(model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups, 
 class DiT(nn.Module):
     """Diffusion transformer (Peebles & Xie 2023) with DiffMoE's mixture layers.
 
-    ``pool`` is in samples and only matters for the training rule; ``groups`` says which experts live here."""
+    ``pool`` is in samples and only matters for the training rule; ``groups`` says which experts live here.  ``run`` is how its
+    blocks are computed: ``run_plainly``, or what ``models.compiled`` puts there."""
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, *, pool: int = 1, groups: ParallelGroups | None = None,
                  recompute: str = "none", time_scale: float = 1.0) -> None:
@@ -78,6 +93,7 @@ class DiT(nn.Module):
         groups = groups or single_process()
         self.model, self.moe, self.time_scale = model, moe, time_scale
         self.recompute = forms(recompute, model.depth)  # of each block
+        self.run: BlockRun = run_plainly
         self.x_embedder = PatchEmbedding(model.channels, model.patch, model.width)
         self.t_embedder = TimestepEmbedding(model.width)
         self.y_embedder = LabelEmbedding(model.classes, model.width)
@@ -93,7 +109,7 @@ class DiT(nn.Module):
         c = (self.t_embedder(t * self.time_scale) + self.y_embedder(y)).to(dtype)
         reports = []
         for block, form in zip(self.blocks, self.recompute):
-            h, stats = recomputed(block, form if self.training else "none", h, c, rule)
+            h, stats = block(h, c, rule, form if self.training else "none", self.run)
             if stats is not None:
                 reports.append(stats)
         return ModelOutput(self._unpatchify(self.final_layer(h, c)), tuple(reports))

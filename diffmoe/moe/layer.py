@@ -65,10 +65,10 @@ class MoELayer(nn.Module):
             self.capacity_predictor = CapacityPredictor(model.width, moe.experts)
             self.thresholds = Thresholds(moe.experts, moe.threshold_decay)
 
-    @property
-    def has_static_shapes(self) -> bool:
-        """Whether every expert takes equally many rows in training, without asking the device or another rank."""
-        return self.family != "tc" and self.groups.pool.size == 1 and self.groups.ep.size == 1
+    def has_static_shapes(self, rule: RoutingRule) -> bool:
+        """Whether every expert takes equally many rows under ``rule``, without asking the device or another rank."""
+        equal = self.family == "ec" or self.family == "diffmoe" and rule.kind in ("train", "static")
+        return equal and self.groups.ep.size == 1 and (self.groups.pool.size == 1 or rule.kind == "static")
 
     def forward(self, x_BND: Tensor, rule: RoutingRule) -> tuple[Tensor, MoEStats]:
         """[B, N, D] -> [B, N, D] and the layer's report.  A token that no expert takes gets zero."""

@@ -32,7 +32,7 @@ from torch import Tensor
 from diffmoe.config import Config
 from diffmoe.device import set_fp32_precision
 from diffmoe.layout import Layout
-from diffmoe.models.compiled import compile_blocks
+from diffmoe.models.compiled import compile_blocks, compiles
 from diffmoe.parallel.groups import ParallelGroups, build_groups
 from diffmoe.parallel.spawn import RankError, Ranks
 from diffmoe.parity.cases import STEPS, Case
@@ -93,7 +93,7 @@ def start_training(case: Case, seed: int, device: torch.device, steps: int = STE
     config, layout = case.config(seed, steps), case.layout()
     groups = _groups(layout.ep, layout.pool_ranks)
     model = build_model(config, layout.pool, groups)
-    if case.compiled:
+    if compiles(config.train, device, case.zero)[0]:
         compile_blocks(model)
     engine = Engine(model, config, layout, case.deepspeed(), groups, device)
     return Training(config, layout, groups, engine, Ema(engine, config.train.ema_decays))

@@ -16,14 +16,14 @@ from diffmoe.data.feed import Feed, open_reader, order_notice
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share, allow_open_files
 from diffmoe.data.stream import Batch
-from diffmoe.deepspeed_json import merge_deepspeed
+from diffmoe.deepspeed_json import merge_deepspeed, zero_stage
 from diffmoe.device import set_fp32_precision
 from diffmoe.diffusion.randomness import StepDraws
 from diffmoe.errors import UserError
 from diffmoe.evaluation.generate import generate_everywhere
 from diffmoe.evaluation.while_training import Scorer, open_scorer, score
 from diffmoe.layout import Layout
-from diffmoe.models.compiled import check_compiler, compile_blocks
+from diffmoe.models.compiled import compile_blocks, compiles
 from diffmoe.models.dit import DiT, initialize
 from diffmoe.parallel.collectives import AgreedError, anyone, gather_objects, raise_together
 from diffmoe.parallel.groups import ParallelGroups
@@ -128,15 +128,15 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 
     folder = Path(config.run.folder)
     newest = newest_usable(folder / "checkpoints", groups, say_passed_over)
-    reader, problem, accepted, recipes, left_out, notes = None, None, [], [], [], []
+    reader, problem, accepted, recipes, left_out, notes, compiled = None, None, [], [], [], [], False
     try:
         # A new recipe may choose its order anew; the same recipe keeps it.
         before = None if newest is None or new_recipe else newest.config().data
         reader = open_reader(config, before)
         allow_open_files(reader, _share(layout, groups.rank), config.data.workers)
-        if config.train.compile:
-            check_compiler(device)
+        compiled, note = compiles(config.train, device, zero_stage(deepspeed_tree))
         config, notes = _with_order(config, reader, before)
+        notes += filter(None, [note])
         if newest is not None:  # before anything of an earlier run is overwritten
             accepted, recipes = check_resumable(newest, config, layout, reader.index.fingerprint, new_recipe)
         if groups.rank == 0:
@@ -157,7 +157,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups, recompute=config.parallel.recompute,
                 time_scale=config.diffusion.time_scale)
     initialize(model, config.run.seed)
-    if config.train.compile:
+    if compiled:
         compile_blocks(model)
     engine = Engine(model, config, layout, deepspeed_tree, groups, device)
     watch_layers(model.blocks, groups.trace)
