@@ -1,16 +1,19 @@
 """train.compile: the numbers of the plain process, one graph a kind of block, no graph breaks, and what it refuses."""
 
 import functools
+import re
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from diffmoe.config import ModelConfig, MoEConfig, load_config
+from diffmoe.config import Config, ModelConfig, MoEConfig, SampleConfig, config_from_tree, load_config
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.errors import UserError
+from diffmoe.evaluation.generate import generate
 from diffmoe.layout import resolve_layout
-from diffmoe.models.compiled import check_compiler, compile_blocks
+from diffmoe.models import compiled
+from diffmoe.models.compiled import compile_blocks
 from diffmoe.models.dit import DiT, initialize
 from diffmoe.moe.routing import RoutingRule, choose_tokens
 from diffmoe.parity import table
@@ -57,32 +60,84 @@ def assert_same(found, wanted):
             assert (here - there).abs().max() <= 1e-5 * there.abs().max()
 
 
-@pytest.mark.parametrize("family,recompute", [("diffmoe", "selective"), pytest.param("diffmoe", "none", marks=pytest.mark.slow),
-                                              pytest.param("tc", "block", marks=pytest.mark.slow)])
-def test_blocks_of_a_kind_share_a_graph(family, recompute, without_kernels):
+@pytest.mark.parametrize("family,recompute,graphs", [
+    ("diffmoe", "selective", 2),  # a dense block, a mixture
+    ("tc", "block", 4),  # a dense block; three parts of a mixture
+    pytest.param("diffmoe", "none", 2, marks=pytest.mark.slow), pytest.param("ec", "block", 2, marks=pytest.mark.slow),
+    pytest.param("tc", "none", 4, marks=pytest.mark.slow), pytest.param("tc", "selective", 4, marks=pytest.mark.slow)])
+def test_blocks_of_a_kind_share_a_graph(family, recompute, graphs, without_kernels):
     dit = small_model(family, recompute)
     wanted = training_pass(dit)
     compile_blocks(dit)
     for _ in range(2):
         assert_same(training_pass(dit), wanted)
-    assert counters["stats"]["unique_graphs"] == 2  # dense blocks, mixtures (of token choice: what comes before the experts)
-    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
 
 
 @pytest.mark.slow
-def test_only_training_at_the_settled_capacity_compiles_mixtures(without_kernels):
+def test_a_changing_capacity_compiles_no_graph_for_every_step(without_kernels):
     dit = small_model()
     compile_blocks(dit)
-    dit.eval()
-    with torch.no_grad():
-        dit(torch.ones(1, 4, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long), RoutingRule("token"))
-    assert not counters["stats"]
-    dit.train()
-    for step in range(3):  # capacity falls from step to step
+    for step in range(3):
         training_pass(dit, RoutingRule("train", capacity=3.0 - step / 2))
-    assert counters["stats"]["unique_graphs"] == 2  # dense, and what comes before the experts
+    parts = counters["stats"]["unique_graphs"]
+    training_pass(dit, RoutingRule("train", capacity=1.25))
+    assert counters["stats"]["unique_graphs"] == parts
     training_pass(dit)
-    assert counters["stats"]["unique_graphs"] == 3
+    assert counters["stats"]["unique_graphs"] == parts + 1  # the mixture as a whole
+
+
+def images(dit, count, **sample):
+    """Of a sampling in batches of 3."""
+    config = Config(model=dit.model, moe=dit.moe, sample=SampleConfig(steps=2, batch=3, **sample))
+    return generate(dit.eval(), config, [i % 10 for i in range(count)], range(count), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family,routing,graphs", [
+    ("dense", "token", 2), ("diffmoe", "static", 4), ("diffmoe", "token", None),
+    pytest.param("ec", "token", 4, marks=pytest.mark.slow), pytest.param("diffmoe", "batch", None, marks=pytest.mark.slow),
+    pytest.param("tc", "token", None, marks=pytest.mark.slow)])
+def test_sampling_is_compiled_and_a_short_last_batch_adds_one_size(family, routing, graphs, without_kernels):
+    dit = small_model(family)
+    wanted = images(dit, 5, routing=routing)
+    compile_blocks(dit)
+    assert_same([images(dit, 5, routing=routing)], [wanted])
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled == graphs or graphs is None and compiled >= 6  # whole blocks of two sizes; parts
+    assert_same([images(dit, 5, routing=routing)], [wanted])
+    assert counters["stats"]["unique_graphs"] == compiled and not counters["graph_break"]
+
+
+def test_sizes_beyond_the_fourth_stay_eager_and_are_said(without_kernels):
+    dit = small_model("dense").eval()
+    compile_blocks(dit)
+    sizes = [1, 2, 3, 4]
+    for size in sizes:
+        sampling_pass(dit, size)
+    assert counters["stats"]["unique_graphs"] == 4
+    with pytest.warns(UserWarning, match="a batch of 5 runs eager"):
+        sampling_pass(dit, 5)
+    for size in sizes:
+        sampling_pass(dit, size)
+    assert counters["stats"]["unique_graphs"] == 4
+
+
+@torch.no_grad()
+def sampling_pass(dit, size):
+    return dit(torch.ones(size, 4, 8, 8), torch.ones(size), torch.zeros(size, dtype=torch.long), RoutingRule("token")).prediction
+
+
+def test_blocks_are_modules_as_ever(without_kernels):
+    """No method is replaced, and hooks of a block are called once in a pass, compiled or not."""
+    dit, seen = small_model("dense", "selective"), []
+    for number, block in enumerate(dit.blocks):
+        block.register_forward_hook(lambda *_, number=number: seen.append(number))
+    sampling_pass(dit.train(), 2)
+    compile_blocks(dit)
+    assert dit.recompute == ["selective+attention"] * 4 and not any("forward" in vars(module) for module in dit.modules())
+    dit(torch.ones(2, 4, 8, 8), torch.ones(2), torch.zeros(2, dtype=torch.long), RoutingRule()).prediction.sum().backward()
+    assert seen == [0, 1, 2, 3] * 2
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow
@@ -114,19 +169,60 @@ def test_compiled_recompute_routes_once(recompute, again, monkeypatch):
     assert max(ops.count("aten.bmm.default") for ops in graphs["backward"]) == gradients + again
 
 
+@pytest.mark.parametrize("said,device,stage,wanted", [
+    ("auto", "cuda", 0, True), ("auto", "cuda", 2, True), ("auto", "cuda", 3, False), ("auto", "cpu", 1, False),
+    ("true", "cuda", 1, True), ("true", "cpu", 1, True), ("false", "cuda", 1, False), ("false", "cpu", 3, False)])
+def test_auto_means_a_gpu_below_zero_3(said, device, stage, wanted, monkeypatch):
+    monkeypatch.setattr(compiled, "_lacking", lambda device: None)
+    train = load_config(None, [f"train.compile={said}"]).train
+    assert train.compiles(device, stage) == wanted
+    on, note = compiled.compiles(train, torch.device(device), stage)
+    assert on == wanted and (note is None) == (stage < 3 or said != "auto")
+
+
+def test_auto_is_the_default_and_bools_of_old_files_stay():
+    assert load_config(None).train.compile == "auto"
+    for value in (True, False):
+        assert config_from_tree({"train": {"compile": value}}).train.compile is value
+    for value in ("yes please", 1, None):
+        with pytest.raises(UserError, match=r"train.compile = .* must be one of auto or true or false"):
+            config_from_tree({"train": {"compile": value}})
+
+
 def test_zero_3_is_refused():
     config = load_config(None, ["train.compile=true", "train.batch=4", "moe.pool=1"])
     with pytest.raises(UserError, match=r"train.compile \(true\) .* zero_optimization.stage \(3\)"):
         merge_deepspeed({"zero_optimization": {"stage": 3}}, config, resolve_layout(config, 1))
 
 
-def test_a_missing_compiler_is_said_in_a_line():
-    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
-        with pytest.raises(UserError, match=r"^train.compile \(true\) needs a C\+\+ compiler on a CPU.*CXX$"):
-            check_compiler(torch.device("cpu"))
-    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
-    check_compiler(torch.device("cuda"))
+def test_zero_3_is_no_reason_to_refuse_auto():
+    config = load_config(None, ["train.batch=4", "moe.pool=1"])
+    merge_deepspeed({"zero_optimization": {"stage": 3}}, config, resolve_layout(config, 1))
+
+
+@pytest.mark.parametrize("device,missing,said", [
+    ("cpu", "c++", r"a C\+\+ compiler on a CPU.*CXX"), ("cuda", "triton", "the package triton on a GPU"),
+    ("cuda", "cc", "a C compiler on a GPU.*CC"), ("cuda", "headers", "Python's headers on a GPU.*python3-dev")])
+def test_a_missing_compiler_is_said_in_a_line(device, missing, said, monkeypatch, tmp_path):
+    """With true it is an error, with auto, on a GPU, a note; where all is there, there is nothing to say."""
+    found = {"triton": object(), "gcc": "/gcc", "headers": tmp_path}
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: found.get(name))
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: found.get(name))
+    monkeypatch.setattr(compiled.sysconfig, "get_paths", lambda: {"include": str(found["headers"])})
+    monkeypatch.delenv("CC", raising=False)
+    device, search = torch.device(device), torch._inductor.cpp_builder.cpp_compiler_search
+    asked, auto = (load_config(None, [f"train.compile={word}"]).train for word in ("true", "auto"))
+    assert compiled.compiles(asked, device) == (True, None)
+    found |= {"triton": {"triton": None}, "cc": {"gcc": None}, "headers": {"headers": tmp_path / "none"}}.get(missing, {})
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)} if missing == "c++" else {}):
+        search.cache_clear()
+        with pytest.raises(UserError, match=rf"^train.compile \(true\) needs {said}"):
+            compiled.compiles(asked, device)
+        on, note = compiled.compiles(auto, device)
+    search.cache_clear()
+    assert not on
+    assert note is None if device.type == "cpu" else re.match(rf"note: train.compile \(auto\) is off: it needs {said}", note)
 
 
 # ------------------------------------------------------------------------------------------------ with its kernels

@@ -38,7 +38,7 @@ from diffmoe.models.dit import run_plainly
 from diffmoe.moe.layer import MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import build_groups
-from diffmoe.parallel.recompute import forms
+from diffmoe.parallel.recompute import Run, at_once, forms
 from diffmoe.parity.plain import build_model, synthetic_batch
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
@@ -62,7 +62,7 @@ class _LoopLayer(MoELayer):
         self.loop, self.thresholds, self.capacity, self.experts_ = (
             TextbookLoop(config.model, config.moe.experts), layer.thresholds, config.moe.capacity, config.moe.experts)
 
-    def forward(self, x_BND: Tensor, rule: RoutingRule) -> tuple[Tensor, MoEStats]:
+    def forward(self, x_BND: Tensor, rule: RoutingRule, run: Run = at_once) -> tuple[Tensor, MoEStats]:
         y, loss, observed = self.loop(x_BND.flatten(0, 1), self.capacity)
         nobody = torch.zeros(x_BND.shape[0], self.experts_, dtype=torch.long, device=y.device)
         return y.view_as(x_BND), MoEStats(nobody, None, None, loss, None, observed)

@@ -12,9 +12,10 @@ import os
 import shutil
 import sysconfig
 import warnings
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -84,22 +85,30 @@ class CompiledRun:
     def __init__(self, capacity: float) -> None:
         self.settled = RoutingRule("train", capacity)
         self.sizes: set[int] = set()
-        options = {"fullgraph": True, "dynamic": False, "recompile_limit": _MOST_GRAPHS, "isolate_recompiles": True}
-        self.whole = torch.compile(recomputed, **options)
-        self.attend = torch.compile(DiTBlock.attend, **options)
+        # Of each function.
+        self.compiled = defaultdict(lambda: torch.compile(recomputed, fullgraph=True, dynamic=False, recompile_limit=_MOST_GRAPHS,
+                                                          isolate_recompiles=True))
 
     def __call__(self, block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
         assert x.is_contiguous() and c.is_contiguous()  # see PatchEmbedding
         if not self._takes(len(x)):
             return run_plainly(block, form, x, c, rule)
         if not isinstance(block.mlp, MoELayer):
-            return self.whole(block.compute, form, x, c, self.settled)  # any rule is the same to it
+            return self._part(form, block.compute, x, c, self.settled)  # any rule is the same to it
         if block.mlp.has_static_shapes(rule) and (rule.kind != "train" or rule == self.settled):
-            return self.whole(block.compute, form, x, c, rule)
-        return recomputed(partial(self._mixture_apart, block), form, x, c, rule)
+            return self._part(form, block.compute, x, c, rule)
+        if form == "block":  # exchanges are repeated, too
+            return recomputed(block.compute, form, x, c, rule, partial(self._part, "none"))
+        return block.compute(x, c, rule, partial(self._part, form))
 
-    def _mixture_apart(self, block: DiTBlock, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
-        return block.feed(*self.attend(block, x, c), rule)
+    def _part(self, form: str, function: Callable, *args: Any, ragged: bool = False) -> Any:
+        if any(isinstance(argument, list) for argument in args):  # numbers of the host's, others in every pass
+            return recomputed(function, form, *args)
+        if ragged:
+            for argument in args:
+                if isinstance(argument, Tensor):
+                    torch._dynamo.maybe_mark_dynamic(argument, 0)
+        return self.compiled[getattr(function, "__func__", type(function))](function, form, *args)
 
     def _takes(self, size: int) -> bool:
         if size not in self.sizes and len(self.sizes) == _MOST_SIZES:

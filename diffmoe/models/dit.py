@@ -17,7 +17,7 @@ from diffmoe.moe.experts import Experts
 from diffmoe.moe.layer import MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import ParallelGroups, single_process
-from diffmoe.parallel.recompute import forms, recomputed
+from diffmoe.parallel.recompute import Run, at_once, forms, recomputed
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,22 @@ class DiTBlock(nn.Module):
         """The block as ``run`` computes it, its activations made again in backward as ``form`` says."""
         return run(self, form, x, c, rule)
 
-    def compute(self, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
-        """x [B, N, D], c [B, D] -> x after attention and MLP, and the mixture's report."""
-        return self.feed(*self.attend(x, c), rule)
+    def compute(self, x: Tensor, c: Tensor, rule: RoutingRule, run: Run = at_once) -> BlockOutput:
+        """x [B, N, D], c [B, D] -> x after attention and MLP, and the mixture's report.  ``run`` is given what lies between
+        exchanges, a part at a time."""
+        x, h, gate = run(self.attend, x, c)
+        y, stats = self.mlp(h, rule, run) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
+        return run(_gated_sum, x, gate, y), stats
 
     def attend(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Everything before the MLP: (x after attention, the MLP's input, the gate [B, D] of its output)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = _gated_sum(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
         return x, modulate(self.norm2(x), shift2, scale2), gate2
 
-    def feed(self, x: Tensor, h: Tensor, gate: Tensor, rule: RoutingRule) -> BlockOutput:
-        """The MLP or mixture, and its report."""
-        y, stats = self.mlp(h, rule) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
-        return x + gate.unsqueeze(1) * y, stats
+
+def _gated_sum(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    return x + gate.unsqueeze(1) * y
 
 
 def run_plainly(block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:

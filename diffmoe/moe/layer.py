@@ -22,6 +22,7 @@ from diffmoe.moe.routing import (
 )
 from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import ParallelGroups
+from diffmoe.parallel.recompute import Run, at_once
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,14 @@ class MoELayer(nn.Module):
         equal = self.family == "ec" or self.family == "diffmoe" and rule.kind in ("train", "static")
         return equal and self.groups.ep.size == 1 and (self.groups.pool.size == 1 or rule.kind == "static")
 
-    def forward(self, x_BND: Tensor, rule: RoutingRule) -> tuple[Tensor, MoEStats]:
+    def forward(self, x_BND: Tensor, rule: RoutingRule, run: Run = at_once) -> tuple[Tensor, MoEStats]:
         """[B, N, D] -> [B, N, D] and the layer's report.  A token that no expert takes gets zero."""
         x_TD, ep = x_BND.flatten(0, 1), self.groups.ep
-        route = self._route(x_TD, x_BND.shape[0], rule)
+        route = self._route(*run(self._look, x_TD), x_BND.shape[0], rule)
         coming_SD, meta = dispatch(x_TD, route.routing, ep)
-        shared_TD = None if self.shared is None else self.shared(x_TD)  # while rows travel
-        rows_SD = self.experts(by_expert(coming_SD, meta, route.routing, ep), meta.counts)
+        shared_TD = None if self.shared is None else run(self.shared, x_TD)  # while rows travel
+        rows_SD = run(self.experts, by_expert(coming_SD, meta, route.routing, ep), meta.counts,
+                      ragged=route.routing.each is None)
         y_TD = combine(rows_SD, self._gate(route), meta, route.routing, len(x_TD), ep)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
@@ -87,10 +89,12 @@ class MoELayer(nn.Module):
         place = route.routing.token_R * route.scores_TE.shape[1] + route.routing.expert_R
         return route.scores_TE.flatten().gather(0, place)
 
-    def _route(self, x_TD: Tensor, samples: int, rule: RoutingRule) -> _Route:
-        scores = gate_scores(x_TD, self.router)
-        logits = self.capacity_predictor(x_TD) if self.family == "diffmoe" else None
-        tokens = len(x_TD) // samples
+    def _look(self, x_TD: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        """Gate scores and the predictor's logits, [T, E] both."""
+        return gate_scores(x_TD, self.router), self.capacity_predictor(x_TD) if self.family == "diffmoe" else None
+
+    def _route(self, scores: Tensor, logits: Optional[Tensor], samples: int, rule: RoutingRule) -> _Route:
+        tokens = len(scores) // samples
         pool_tokens = self.pool * tokens
         observed = predicted = balance = None
         if self.family == "tc":
@@ -102,8 +106,8 @@ class MoELayer(nn.Module):
             routing, mask, observed = choice.routing, choice.mask_TE, choice.threshold_sum_E
             predicted = None if logits is None else predictor_loss(logits, mask)
         elif rule.kind == "static":
-            tokens_EK = choose_tokens(scores, len(x_TD), rows_taken(len(x_TD), self.moe.experts, rule.capacity))
-            routing, mask = equal_routing(tokens_EK), mask_of(tokens_EK, len(x_TD))
+            tokens_EK = choose_tokens(scores, len(scores), rows_taken(len(scores), self.moe.experts, rule.capacity))
+            routing, mask = equal_routing(tokens_EK), mask_of(tokens_EK, len(scores))
         else:
             threshold = self.thresholds.chosen(rule.gamma, rule.dial)
             mask = (predicted_counts(scores, logits, threshold) if rule.kind == "batch"

@@ -57,6 +57,15 @@ def _contracts(left: Tensor, right: Tensor) -> bool:
     return 2 * right.shape[-1] <= left.shape[-1]
 
 
+# How a part between two exchanges is computed: (function, its arguments, ``ragged``: whether tensors' rows vary in number).
+Run = Callable[..., Any]
+
+
+def at_once(function: Callable, *args: Any, ragged: bool = False) -> Any:
+    """``function(*args)`` as Python comes to it."""
+    return function(*args)
+
+
 def recomputed(block: Callable, form: str, *args: Any) -> Any:
     """``block(*args)`` whose activations backward computes again, as ``form`` says."""
     if form == "none" or not torch.is_grad_enabled():

@@ -31,6 +31,7 @@ _COMMON = (
     "moe.experts=4", "moe.interleave=false", "moe.threshold_decay=0.5", "moe.balance_weight=0.1",
     "train.lr=0.1", "train.eps=1e-3", "train.weight_decay=0.5", "train.clip=0.5", "train.ema=0.25",
     "train.label_drop=0.3",
+    "sample.steps=2", "sample.batch=3",
     "train.sample_every=1",  # the EMA's weights are in the model's place for a pass after every step
 )
 
@@ -50,13 +51,15 @@ class Case:
     words: str = ""
     precision: str = "fp32"
     compiled: bool = False
+    routing: str = "token"  # of the images that a compiled row samples
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
         """The configuration of this row.  Raises UserError where the numbers do not fit."""
         return load_config(None, [
             *_COMMON, f"run.seed={seed}", f"parallel.ep={self.ep}", f"parallel.recompute={self.recompute}",
             f"moe.pool={self.pool}", f"train.batch={self.batch}", f"train.accumulation={self.accumulation}",
-            f"train.steps={steps}", f"train.compile={str(self.compiled).lower()}", *VARIANTS[self.variant]])
+            f"train.steps={steps}", f"train.compile={str(self.compiled).lower()}",
+            f"sample.routing={self.routing}", *VARIANTS[self.variant]])
 
     def deepspeed(self) -> dict:
         """The DeepSpeed JSON of this row."""
@@ -129,11 +132,20 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
 
 
 def compiled_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
-    """Minutes: ``train.compile`` with every family, form of recompute and stage that it takes."""
-    cases = [Case(1, 1, 0, "none", 1, "rank", 8), Case(1, 1, 1, "block", 2, "2", 8), Case(1, 1, 2, "selective", 1, "rank", 8),
-             Case(1, 1, 1, "selective", 2, "1", 16, precision="bf16"), Case(1, 1, 1, "none", 1, "rank", 8, "dense"),
-             Case(1, 1, 1, "selective", 1, "1", 8, "ec"), Case(1, 1, 1, "block", 1, "rank", 8, "tc"),
-             Case(2, 2, 1, "selective", 2, "global", 16), Case(2, 1, 2, "none", 1, "global", 16)]
+    """Minutes: ``train.compile`` with every family, form of recompute and stage that it takes, as a whole and in parts."""
+    cases = [
+        Case(1, 1, 0, "none", 1, "rank", 8, routing="static"), Case(1, 1, 1, "block", 2, "2", 8),
+        Case(1, 1, 2, "selective", 1, "rank", 8, routing="batch"), Case(1, 1, 1, "selective", 2, "1", 16, precision="bf16"),
+        Case(1, 1, 1, "none", 1, "rank", 8, "dense"), Case(1, 1, 2, "selective", 1, "1", 8, "dense"),
+        Case(1, 1, 1, "selective", 1, "1", 8, "ec"), Case(1, 1, 0, "block", 1, "rank", 8, "tc"),
+        Case(1, 1, 1, "selective", 1, "rank", 8, "tc"), Case(1, 1, 1, "selective", 1, "rank", 8, "rich"),
+        Case(1, 1, 0, "none", 1, "rank", 8, "ddpm"),
+        Case(2, 2, 1, "selective", 2, "global", 16), Case(2, 1, 2, "none", 1, "global", 16),
+        Case(2, 2, 0, "block", 1, "rank", 16, routing="static"),
+        Case(4, 2, 1, "none", 1, "rank", 16), Case(4, 2, 2, "selective", 2, "global", 16), Case(4, 2, 0, "block", 1, "group", 16),
+        Case(4, 2, 1, "selective", 1, "global", 16, "tc"), Case(4, 2, 2, "block", 2, "1", 16, "ec"),
+        Case(4, 2, 1, "selective", 1, "rank", 16, "rich"), Case(4, 1, 2, "block", 1, "global", 16),
+    ]
     return [replace(case, compiled=True) for case in cases if case.world in set(worlds)]
 
 

@@ -75,7 +75,7 @@ def plain_training(config: Config, *, accumulation: int, pool: int, steps: int, 
                              weight_decay=train.weight_decay, foreach=False, fused=False)
     margins = [math.inf]
     for _, layer in model.moe_layers():
-        layer.register_forward_pre_hook(lambda layer, args: margins.append(_margin(layer, *args)))
+        layer.register_forward_pre_hook(lambda layer, args: margins.append(_margin(layer, *args[:2])))
     initial = _by_name(model, lambda p: p.data)
     gradient, ema, thresholds, done = {}, initial, [], []
     for step in range(steps):

@@ -9,6 +9,7 @@ gradient    every tensor's (every expert's) clipped averaged gradient of step 0,
 norm        the gradient's norm before clipping, of every step
 weights     every tensor's change over all steps; ema: the same for the moving average
 thresholds  of the capacity predictor, after all steps
+images      of a compiled model after all steps: as the same ranks sample them, beside those of its eager form
 
 Rows in bf16 are compared with the same fp32 process, within ``BF16_BOUNDS``: a check of factors, not of bits.
 
@@ -31,8 +32,10 @@ from torch import Tensor
 
 from diffmoe.config import Config
 from diffmoe.device import set_fp32_precision
+from diffmoe.evaluation.generate import generate
 from diffmoe.layout import Layout
 from diffmoe.models.compiled import compile_blocks, compiles
+from diffmoe.models.dit import run_plainly
 from diffmoe.parallel.groups import ParallelGroups, build_groups
 from diffmoe.parallel.spawn import RankError, Ranks
 from diffmoe.parity.cases import STEPS, Case
@@ -47,7 +50,7 @@ BOUND, FLOOR = 1e-5, 1e-3
 # where a gradient is small Adam makes its rounding a large part of the step.
 BF16_BOUNDS = {"loss": 5e-3, "gradient": 5e-2, "norm": 2e-2, "thresholds": 1e-2}
 MARGIN = 1e-5  # scores carry about 1e-7 of rounding; see reference_for
-COLUMNS = ("loss", "gradient", "norm", "weights", "ema", "thresholds")
+COLUMNS = ("loss", "gradient", "norm", "weights", "ema", "thresholds", "images")
 
 
 # ------------------------------------------------------------------------------------------------ the ranks
@@ -133,8 +136,21 @@ def train_and_compare(case: Case, reference_path: str, device: str,
         compare(column, _tensor_pairs(_pieces(engine, shards), wanted, change))
     for (_, layer), wanted in zip(engine.model.moe_layers(), reference.thresholds):
         compare("thresholds", [((layer.thresholds.value.cpu() - wanted).abs().max().item(), wanted.max().item())])
+    if case.compiled:
+        compiled, eager = _sampled(training)
+        compare("images", [((compiled - eager).abs().max().item(), eager.abs().max().item())])
     engine.engine.destroy()
     return found, names
+
+
+def _sampled(training: Training) -> tuple[Tensor, Tensor]:
+    """Images of a batch and a smaller one from the averaged weights: of the model as it is run, and of its eager form."""
+    with training.engine.weights(training.ema.shards) as model:
+        run, images = model.run, []
+        for model.run in (run, run_plainly):
+            images.append(generate(model, training.config, range(5), range(5), training.engine.device, together=training.groups.world))
+        model.run = run
+    return images[0], images[1]
 
 
 def _pieces(engine: Engine, shards: list[Tensor]) -> list[tuple[str, Tensor]]:
