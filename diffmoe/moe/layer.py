@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.layout import rows_taken
 from diffmoe.moe.capacity import CapacityPredictor, Thresholds, predictor_loss
-from diffmoe.moe.dispatch import by_expert, combine, dispatch
+from diffmoe.moe.dispatch import by_expert, combine, dispatch, make_plan
 from diffmoe.moe.experts import Experts
 from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.pool import choose
 from diffmoe.moe.routing import (
-    Routing, RoutingRule, balance_loss, choose_experts, choose_tokens, equal_routing, mask_of, predicted_counts,
-    predicted_tokens, ragged_routing,
+    Routing, RoutingRule, balance_loss, choose_experts, choose_tokens, equal_routing, predicted_counts, predicted_tokens,
 )
 from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import ParallelGroups
@@ -72,20 +71,16 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BND: Tensor, rule: RoutingRule) -> tuple[Tensor, MoEStats]:
         """[B, N, D] -> [B, N, D] and the layer's report.  A token that no expert takes gets zero."""
-        x_TD, ep = x_BND.flatten(0, 1), self.groups.ep
+        x_TD, ep, local = x_BND.flatten(0, 1), self.groups.ep, self.experts.local
         route = self._route(x_TD, x_BND.shape[0], rule)
-        coming_SD, meta = dispatch(x_TD, route.routing, ep)
+        plan = make_plan(route.routing, ep)
+        coming_SD = dispatch(x_TD, plan, ep)
         shared_TD = None if self.shared is None else self.shared(x_TD)  # while rows travel
-        rows_SD = self.experts(by_expert(coming_SD, meta, route.routing, ep), meta.counts)
-        y_TD = combine(rows_SD, self._gate(route), meta, route.routing, len(x_TD), ep)
+        rows_SD = self.experts(by_expert(coming_SD, plan, ep, local), plan.counts)
+        y_TD = combine(rows_SD, route.scores_TE, plan, ep, local)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BND), route.stats
-
-    def _gate(self, route: _Route) -> Tensor:
-        """The raw softmax value of every chosen (token, expert), not renormalised (paper, equation 6): [R]."""
-        place = route.routing.token_R * route.scores_TE.shape[1] + route.routing.expert_R
-        return route.scores_TE.flatten().gather(0, place)
 
     def _route(self, x_TD: Tensor, samples: int, rule: RoutingRule) -> _Route:
         scores = gate_scores(x_TD, self.router)
@@ -95,20 +90,20 @@ class MoELayer(nn.Module):
         observed = predicted = balance = None
         if self.family == "tc":
             mask = choose_experts(scores, self.moe.top_k)
-            routing = ragged_routing(mask)
+            routing = Routing(mask, rows=len(x_TD) * self.moe.top_k)
             balance = self._balance(scores, mask, tokens, samples)
         elif self.family == "ec" or rule.kind == "train":
             choice = choose(scores, logits, pool_tokens, rule.capacity, self.groups)
-            routing, mask, observed = choice.routing, choice.mask_TE, choice.threshold_sum_E
-            predicted = None if logits is None else predictor_loss(logits, mask)
+            routing, observed = choice.routing, choice.threshold_sum_E
+            predicted = None if logits is None else predictor_loss(logits, routing.mask_TE)
         elif rule.kind == "static":
-            tokens_EK = choose_tokens(scores, len(x_TD), rows_taken(len(x_TD), self.moe.experts, rule.capacity))
-            routing, mask = equal_routing(tokens_EK), mask_of(tokens_EK, len(x_TD))
+            K = rows_taken(len(x_TD), self.moe.experts, rule.capacity)
+            routing = equal_routing(choose_tokens(scores, len(x_TD), K), len(x_TD))
         else:
             threshold = self.thresholds.chosen(rule.gamma, rule.dial)
-            mask = (predicted_counts(scores, logits, threshold) if rule.kind == "batch"
-                    else predicted_tokens(logits, threshold))
-            routing = ragged_routing(mask)
+            routing = Routing(predicted_counts(scores, logits, threshold) if rule.kind == "batch"
+                              else predicted_tokens(logits, threshold))
+        mask = routing.mask_TE
         tokens_BE = mask.view(samples, tokens, -1).sum(dim=1)
         return _Route(routing, scores, MoEStats(tokens_BE, mask, logits, predicted, balance, observed))
 
