@@ -14,7 +14,8 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
+from unittest import mock
 
 if __name__ == "__main__":
     _torch = Path(importlib.util.find_spec("torch").origin).parent / "lib"
@@ -132,6 +133,19 @@ def memory(name: str, recompute: str, samples: int) -> dict[str, int]:
             "planned": plan.activations, "planned_peak": plan.activations + plan.working, "planned_rank": plan.peak}
 
 
+@contextlib.contextmanager
+def reads(numbers: list[int]) -> Iterator[list[None]]:
+    """What the host reads from tensors that hold nothing; an entry for every time that it asks."""
+    asked: list[None] = []
+
+    def read(_: Tensor) -> list[int]:
+        asked.append(None)
+        return numbers
+
+    with mock.patch("diffmoe.moe.experts.read_by_host", read), mock.patch("diffmoe.moe.dispatch.read_by_host", read):
+        yield asked
+
+
 def experts_pass(how: str, activation: str) -> None:
     """Forward and backward of experts that got unequal numbers of rows, one of them none; a loop says so."""
     counts, dtype = [24, 0, 40, 8, 16, 8, 8, 24], torch.bfloat16
@@ -141,9 +155,9 @@ def experts_pass(how: str, activation: str) -> None:
         shape = getattr(experts, name).shape
         setattr(experts, name, torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="cuda")))
     rows = torch.empty(sum(counts), WIDTH, dtype=dtype, device="cuda", requires_grad=True)
-    with warnings.catch_warnings(record=True) as said:
-        y = experts(rows, counts)
-    assert len(said) == (how == "loop") and all("in a loop" in str(warning.message) for warning in said)
+    with warnings.catch_warnings(record=True) as said, reads(counts) as asked:
+        y = experts(rows, torch.empty(len(counts), dtype=torch.long, device="cuda"))
+    assert len(asked) == len(said) == (how == "loop") and all("in a loop" in str(warning.message) for warning in said)
     assert y.dtype == dtype and y.shape == rows.shape
     y.backward(torch.empty_like(y))
     for x in [rows, *experts.parameters()]:
@@ -176,7 +190,8 @@ def main() -> None:
     attempt("tc", training_pass, "tc", "none", torch.bfloat16, single_process())
     torch.compile = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     for recompute in ("none", "selective"):
-        attempt(f"compiled, {recompute}", training_pass, "diffmoe", recompute, torch.bfloat16, single_process(), True)
+        for family in ("diffmoe", "tc"):
+            attempt(f"compiled, {family}, {recompute}", training_pass, family, recompute, torch.bfloat16, single_process(), True)
     for activation in ("gelu", "swiglu"):
         attempt(f"grouped, {activation}", experts_pass, "grouped", activation)
     # As a GPU would choose; without kernels torch takes the definition, whose N x N weights are kept.
@@ -190,6 +205,8 @@ def main() -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=8)
     for recompute in ("none", "selective"):
         attempt(f"EP 4 of 8 ranks, {recompute}", training_pass, "diffmoe", recompute, torch.bfloat16, build_groups(4, 1))
+        attempt(f"compiled, EP 4 of 8 ranks, {recompute}", training_pass, "diffmoe", recompute, torch.bfloat16, build_groups(4, 1), True)
+    attempt("EP 4, pool of 4 ranks", training_pass, "diffmoe", "none", torch.bfloat16, build_groups(4, 4))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from diffmoe.diffusion import randomness
 from diffmoe.models.dit import DiT, initialize
 from diffmoe.models.layers import Mlp
 from diffmoe.moe import experts as experts_module
-from diffmoe.moe.dispatch import _WeightedSum
+from diffmoe.moe.dispatch import _Gather, _WeightedSum, make_plan
 from diffmoe.moe.experts import Experts, has_grouped_matmul
 from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.layer import MoELayer
-from diffmoe.moe.routing import RoutingRule
+from diffmoe.moe.routing import Routing, RoutingRule
 from diffmoe.parallel.groups import single_process
 from diffmoe.parallel.recompute import _contracts, forms
 
@@ -77,7 +77,8 @@ def test_experts_are_their_definition(how, name, kind, monkeypatch):
     monkeypatch.setattr(experts_module, "has_grouped_matmul", lambda *_: how == "grouped")
     experts, rows = make_experts(kind, dtype), make_rows(COUNTS[name], dtype)
     leaves = [rows, *experts.parameters()]
-    y, wanted = experts(rows, COUNTS[name]), plain(experts, rows, COUNTS[name])
+    counts = COUNTS[name]
+    y, wanted = experts(rows, counts if how == "batched" else torch.tensor(counts)), plain(experts, rows, counts)
     assert_close(y.detach(), wanted.detach(), bound)
     for found, expected in zip(gradients(y, *leaves), gradients(wanted, *leaves), strict=True):
         assert found is not None, "a gradient exists on every rank, also of an expert that nobody sends to"
@@ -87,34 +88,64 @@ def test_experts_are_their_definition(how, name, kind, monkeypatch):
 def test_a_loop_over_experts_is_not_mentioned_on_a_cpu():
     assert not has_grouped_matmul(torch.device("cpu"), torch.bfloat16)
     with warnings.catch_warnings(action="error"):  # on CUDA it is: tests/test_cuda_paths.py
-        make_experts("gelu", torch.float32)(make_rows([3, 0, 9, 4], torch.float32), [3, 0, 9, 4])
+        make_experts("gelu", torch.float32)(make_rows([3, 0, 9, 4], torch.float32), torch.tensor([3, 0, 9, 4]))
 
 
 def test_bias_gradients_of_the_grouped_matmul_add_up_in_fp32(monkeypatch):
     """In bf16 a sum of ones stands still at 256."""
     monkeypatch.setattr(experts_module, "has_grouped_matmul", lambda *_: True)
     experts, counts = make_experts("gelu", torch.bfloat16), [1000, 0, 3, 600]
-    y = experts(make_rows(counts, torch.bfloat16), counts)
+    y = experts(make_rows(counts, torch.bfloat16), torch.tensor(counts))
     gradient, = torch.autograd.grad(y, experts.fc2_bias, torch.ones_like(y))
     assert gradient.dtype == torch.bfloat16 and gradient[:, 0].tolist() == [1000, 0, 3, 600]
 
 
-def test_weighted_sum_is_its_definition():
-    rows, gate = (torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in ((10, D), (10,)))
-    token = torch.tensor([0, 3, 3, 4, 7, 7, 7, 1, 2, 0])
-    y = _WeightedSum.apply(rows, gate, token, 8)
-    wanted = torch.zeros(8, D, dtype=torch.float64).index_add(0, token, rows * gate[:, None])
-    assert_close(y.detach(), wanted.detach(), 1e-15)
-    for found, expected in zip(gradients(y, rows, gate), gradients(wanted, rows, gate)):
-        assert_close(found, expected, 1e-15)
+def a_plan():
+    """Of 9 tokens with none to four experts each."""
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1],
+                         [1, 0, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    return mask, make_plan(Routing(mask), single_process().ep)
+
+
+def test_a_plan_finds_the_rows_of_every_token():
+    mask, plan = a_plan()
+    expert, token = mask.t().nonzero().unbind(1)
+    assert torch.equal(plan.token_R, token) and torch.equal(plan.place_R, token * EXPERTS + expert)
+    assert torch.equal(plan.counts, mask.sum(0))
+    assert torch.equal(plan.by_token_R, plan.place_R.argsort())
+    assert torch.equal(plan.first_T, mask.sum(1).cumsum(0) - mask.sum(1))
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-15), (torch.float32, 1e-6), (torch.bfloat16, 2.0 ** -7)])
+def test_rows_and_their_weighted_sum_are_their_definitions(dtype, bound):
+    (mask, plan), wide = a_plan(), torch.promote_types(dtype, torch.float32)
+    sizes = [((len(mask), D), dtype), ((int(mask.sum()), D), dtype), ((int(mask.sum()),), wide)]
+    x, rows, gate = (torch.randn(size, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(kind).requires_grad_()
+                     for n, (size, kind) in enumerate(sizes))
+    products = rows.double() * gate.double()[:, None]
+    for found, wanted, leaves in (
+            (_Gather.apply(x, plan.token_R, plan.by_token_R, plan.first_T), x.double()[plan.token_R], (x,)),
+            (_WeightedSum.apply(rows, gate, plan.token_R, plan.by_token_R, plan.first_T),
+             torch.zeros(len(mask), D, dtype=torch.float64).index_add(0, plan.token_R, products), (rows, gate))):
+        assert found.dtype == dtype
+        assert_close(found.detach().double(), wanted.detach(), bound)
+        for here, there in zip(gradients(found, *leaves), gradients(wanted.to(dtype), *leaves), strict=True):
+            assert_close(here.double(), there.double(), bound)
 
 
 def test_weighted_sum_of_bf16_rows_adds_up_in_fp32():
-    rows, gate = torch.ones(600, D, dtype=torch.bfloat16, requires_grad=True), torch.full((600,), 1.0, requires_grad=True)
-    y = _WeightedSum.apply(rows, gate, torch.zeros(600, dtype=torch.long), 1)
-    assert y.dtype == torch.bfloat16 and y.eq(600).all()
+    """With gates of 16 bits: bf16 has 8, and would say 602 or 600."""
+    mask = torch.ones(1, 600, dtype=torch.bool)
+    plan = make_plan(Routing(mask), single_process().ep)
+    rows, gate = torch.ones(600, D, dtype=torch.bfloat16, requires_grad=True), torch.full((600,), 1 + 2.0 ** -9, requires_grad=True)
+    y = _WeightedSum.apply(rows, gate, plan.token_R, plan.by_token_R, plan.first_T)
+    wanted = torch.tensor(600 * (1 + 2.0 ** -9)).bfloat16()
+    assert y.dtype == torch.bfloat16 and y.eq(wanted).all()
     d_rows, d_gate = torch.autograd.grad(y, (rows, gate), torch.ones_like(y))
     assert d_rows.dtype == torch.bfloat16 and d_gate.dtype == torch.float32 and d_gate.eq(D).all()
+    gathered = _Gather.apply(rows[:1], plan.token_R, plan.by_token_R, plan.first_T)
+    d_x, = torch.autograd.grad(gathered, rows, torch.full((600, D), 1 + 2.0 ** -7).bfloat16())
+    assert d_x[0].eq(torch.tensor(600 * (1 + 2.0 ** -7)).bfloat16()).all()
 
 
 @pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmoe.config import load_config
 from diffmoe.layout import resolve_layout, rows_taken
-from diffmoe.moe.dispatch import by_expert, combine, dispatch
+from diffmoe.moe.dispatch import by_expert, combine, dispatch, make_plan
 from diffmoe.moe.layer import MoELayer
-from diffmoe.moe.routing import RoutingRule, equal_routing, ragged_routing
+from diffmoe.moe.routing import Routing, RoutingRule, equal_routing
 from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import build_groups, single_process
 from diffmoe.parallel.recompute import recomputed
@@ -217,6 +217,12 @@ def test_recompute_and_a_poisoned_buffer_change_no_bit(ranks, world, ep, samples
         plain, block, selective = (counts[mode, False] for mode in ("none", "block", "selective"))
         assert plain["topk"] in (1, 2)  # the choice, and a diffmoe pool's threshold where it is observed
         assert block["topk"] == selective["topk"] == plain["topk"], "routing was decided twice"
+        # One read for the sizes of what is sent; a second one of a loop over experts with unequal counts.
+        span = settings(world, ep, samples, pool, family)[1].pool_ranks
+        ragged, loop = family == "tc" or span > 1, family == "tc" or span > ep
+        assert plain["read_by_host"] == (ragged and not (family == "tc" and ep == 1)) + loop
+        assert block["read_by_host"] == selective["read_by_host"] == plain["read_by_host"], "the host reads in backward"
+        assert not any(each[name] for each in counts.values() for name in ("nonzero", "_local_scalar_dense", "item"))
         for name in ("all_to_all_single", "all_gather_into_tensor", "all_reduce"):
             assert selective[name] == plain[name], f"selective recompute communicates again: {name}"
         if ep > 1:
@@ -285,14 +291,18 @@ def test_ties_go_to_the_lowest_expert(ranks):
 # ------------------------------------------------------------------------------------------------ dispatch
 
 
+def there_and_back(x, routing, ep):
+    """(rows at their experts, what comes back with unit gates)."""
+    plan, local = make_plan(routing, ep), routing.mask_TE.shape[1] // ep.size
+    rows = by_expert(dispatch(x, plan, ep), plan, ep, local)
+    return rows, combine(rows, torch.ones(routing.mask_TE.shape, dtype=x.dtype), plan, ep, local)
+
+
 def send_and_return(ep, masks):
-    """Tokens 10 * rank + t of width 1 to one expert per rank and back with unit gates: (arrived, returned)."""
+    """Tokens 10 * rank + t of width 1 to one expert per rank and back: (arrived, returned)."""
     rank, groups = dist.get_rank(), groups_of(ep, 1)
     x = 10 * rank + torch.arange(3, dtype=torch.float64).unsqueeze(1)
-    routing = ragged_routing(torch.tensor(masks[rank], dtype=torch.bool))
-    coming, meta = dispatch(x, routing, groups.ep)
-    rows = by_expert(coming, meta, routing, groups.ep)
-    y = combine(rows, torch.ones(len(routing.token_R), dtype=x.dtype), meta, routing, 3, groups.ep)
+    rows, y = there_and_back(x, Routing(torch.tensor(masks[rank], dtype=torch.bool)), groups.ep)
     return rows.flatten().tolist(), y.flatten().tolist()
 
 
@@ -311,24 +321,19 @@ def test_an_expert_that_nobody_sends_to(ranks):
     assert (returned0, returned1) == ([0, 1, 2], [0, 0, 0])
 
 
-def there_and_back(ep):
-    """Integers, unit gates, both forms of routing: (returned, expected)."""
+def integers_and_back(ep):
+    """Both forms of routing: (returned, expected)."""
     rank, groups = dist.get_rank(), groups_of(ep, 1)
     generator = torch.Generator().manual_seed(rank)
     x = torch.randint(-99, 99, (24, 3), generator=generator).double()
     mask = torch.rand(24, EXPERTS, generator=generator) < 0.2 * (rank + 1)
     chosen = torch.stack([torch.randperm(24, generator=generator)[:7].sort().values for _ in range(EXPERTS)])
-    times = torch.zeros(24).index_add(0, chosen.flatten(), torch.ones(chosen.numel()))
-    pairs = []
-    for routing, count in ((ragged_routing(mask), mask.sum(1)), (equal_routing(chosen), times)):
-        coming, meta = dispatch(x, routing, groups.ep)
-        rows, gates = by_expert(coming, meta, routing, groups.ep), torch.ones(len(routing.token_R), dtype=x.dtype)
-        pairs.append((combine(rows, gates, meta, routing, 24, groups.ep), x * count.unsqueeze(1)))
-    return pairs
+    return [(there_and_back(x, routing, groups.ep)[1], x * routing.mask_TE.sum(1, keepdim=True))
+            for routing in (Routing(mask), equal_routing(chosen, 24))]
 
 
 @pytest.mark.parametrize("world,ep", GRIDS)
 def test_dispatch_then_combine_counts_the_experts_of_each_token(ranks, world, ep):
-    for pairs in ranks[world].run(there_and_back, ep):
+    for pairs in ranks[world].run(integers_and_back, ep):
         for returned, expected in pairs:
             assert torch.equal(returned, expected)

@@ -23,6 +23,7 @@ from torch import Tensor
 from diffmoe.config import TrainConfig
 from diffmoe.errors import UserError
 from diffmoe.models.dit import BlockOutput, DiT, DiTBlock, run_plainly
+from diffmoe.moe.dispatch import Plan
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.recompute import recomputed
@@ -101,13 +102,13 @@ class CompiledRun:
             return recomputed(block.compute, form, x, c, rule, partial(self._part, "none"))
         return block.compute(x, c, rule, partial(self._part, form))
 
-    def _part(self, form: str, function: Callable, *args: Any, ragged: bool = False) -> Any:
-        if any(isinstance(argument, list) for argument in args):  # numbers of the host's, others in every pass
+    def _part(self, form: str, function: Callable, *args: Any, ragged: bool = False, traceable: bool = True) -> Any:
+        if not traceable:
             return recomputed(function, form, *args)
-        if ragged:
-            for argument in args:
-                if isinstance(argument, Tensor):
-                    torch._dynamo.maybe_mark_dynamic(argument, 0)
+        if ragged:  # as many rows as the first argument has, whatever they are
+            for tensor in [*args, *(value for argument in args if isinstance(argument, Plan) for value in vars(argument).values())]:
+                if isinstance(tensor, Tensor) and tensor.shape[:1] == args[0].shape[:1]:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return self.compiled[getattr(function, "__func__", type(function))](function, form, *args)
 
     def _takes(self, size: int) -> bool:

@@ -1,4 +1,4 @@
-"""Moves chosen rows to their experts and back: ``dispatch``, ``by_expert``, ``combine``, with frozen metadata between.
+"""Moves chosen rows to their experts and back: a plan, then ``dispatch``, ``by_expert``, ``by_source``, ``combine``.
 
 Rows leave sorted by (expert, token), so those for one EP rank are together; they arrive grouped by source rank and are
 regrouped by expert.  With one EP rank they are there at once.  T tokens, R rows sent, S rows received, D width.
@@ -10,81 +10,137 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffmoe.moe.routing import Routing
-from diffmoe.parallel.collectives import arrived, exchange_equal, send_rows
+from diffmoe.parallel.collectives import Travelling, exchange_equal, read_by_host, send_rows
 from diffmoe.parallel.groups import Group
 
 
 @dataclass(frozen=True)
-class Dispatched:
-    """What was sent where.
+class Plan:
+    """Where every row comes from and goes to.
 
-    ``counts``: rows per local expert, one number when all are equal.  ``received_re``: rows by source rank and local
-    expert; ``send``, ``receive``: rows by rank.  None where all are equal or nothing moved."""
+    ``token_R``, ``place_R``: each row's token, and its place in flattened [T, E].  ``by_token_R``: rows sorted by
+    (token, expert), where those of a token begin at ``first_T``.  ``counts``: rows of each local expert, one number where
+    all have equally many, else [e].  ``received_re``: rows by source rank and local expert; ``send``, ``receive``: rows by
+    rank.  None where all are equal or nothing moves.  ``ragged``: whether their number differs from pass to pass."""
 
-    counts: int | list[int]
+    token_R: Tensor
+    place_R: Tensor
+    by_token_R: Tensor
+    first_T: Tensor
+    counts: int | Tensor
     received_re: Optional[Tensor] = None
     send: Optional[list[int]] = None
     receive: Optional[list[int]] = None
+    ragged: bool = False
 
 
-def dispatch(x_TD: Tensor, routing: Routing, ep: Group) -> tuple[Tensor, Dispatched]:
-    """Tokens [T, D] -> the rows [S, D] of this rank's experts, on their way until ``by_expert``."""
-    rows_RD = x_TD.index_select(0, routing.token_R)
-    if routing.each is not None:
-        return send_rows(rows_RD, None, None, ep), Dispatched(ep.size * routing.each)
+def make_plan(routing: Routing, ep: Group) -> Plan:
+    """The plan of a choice.  The host reads the device once where counts are ragged and not known, else never."""
+    mask_TE, E = routing.mask_TE, routing.mask_TE.shape[1]
+    if routing.tokens_EK is not None:
+        K = routing.tokens_EK.shape[1]
+        token, expert = routing.tokens_EK.flatten(), torch.arange(E, device=mask_TE.device).repeat_interleave(K)
+        return Plan(token, token * E + expert, *_by_token(mask_TE, token * E + expert), ep.size * K)
+    counts_E = mask_TE.sum(dim=0)
     if ep.size == 1:
-        return rows_RD, Dispatched(_counts(routing.counts_E.tolist()))
-    sent = routing.counts_E.view(ep.size, -1)
-    received = routing.received if routing.received is not None else exchange_equal(sent, ep)
-    # The one host read of a ragged layer: split sizes for the exchange and for the experts.
-    numbers = torch.cat([sent.sum(1), received.sum(1), received.sum(0)]).tolist()
-    send, receive, counts = numbers[:ep.size], numbers[ep.size:2 * ep.size], numbers[2 * ep.size:]
-    return send_rows(rows_RD, send, receive, ep), Dispatched(_counts(counts), received, send, receive)
+        rows = routing.rows if routing.rows is not None else read_by_host(counts_E.sum(0, keepdim=True))[0]
+        return Plan(*_rows(mask_TE, rows), counts_E, ragged=routing.rows is None)
+    sent = counts_E.view(ep.size, -1)
+    received = routing.received_re if routing.received_re is not None else exchange_equal(sent, ep)
+    numbers = read_by_host(torch.cat([sent.sum(1), received.sum(1)]))
+    send, receive = numbers[:ep.size], numbers[ep.size:]
+    counts = routing.each if routing.each is not None else received.sum(0)
+    return Plan(*_rows(mask_TE, sum(send)), counts, received, send, receive, ragged=True)
 
 
-def by_expert(coming_SD: Tensor, meta: Dispatched, routing: Routing, ep: Group) -> Tensor:
-    """The rows once they are here, grouped by expert and then by source rank."""
-    rows_SD = arrived(coming_SD, ep)
-    return rows_SD if ep.size == 1 else _turned(rows_SD, ep.size, len(routing.counts_E) // ep.size, meta.received_re)
+def _rows(mask_TE: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    expert, token = torch.nonzero_static(mask_TE.t(), size=rows).unbind(1)
+    place = token * mask_TE.shape[1] + expert
+    return token, place, *_by_token(mask_TE, place)
 
 
-def combine(rows_SD: Tensor, gate_R: Tensor, meta: Dispatched, routing: Routing, tokens: int, ep: Group) -> Tensor:
-    """Experts' outputs come home, are scaled by their gate and added up per token in the gate's precision: [T, D].
+def _by_token(mask_TE: Tensor, place_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows sorted by place [R], and how many lie before each token's first [T]."""
+    upto = mask_TE.flatten().cumsum(0)  # counting needs no sort
+    by_token = torch.empty_like(place_R).scatter_(0, upto[place_R] - 1, torch.arange(len(place_R), device=place_R.device))
+    return by_token, upto.view(mask_TE.shape)[:, 0] - mask_TE[:, 0].long()
 
-    The gate multiplies here, where its scores live, so that its gradient needs no communication."""
-    if ep.size > 1:
-        counts_er = None if meta.received_re is None else meta.received_re.t()
-        rows_SD = _turned(rows_SD, len(routing.counts_E) // ep.size, ep.size, counts_er)
-        rows_SD = arrived(send_rows(rows_SD, meta.receive, meta.send, ep), ep)
-    return _WeightedSum.apply(rows_SD, gate_R, routing.token_R, tokens)
+
+def dispatch(x_TD: Tensor, plan: Plan, ep: Group) -> Travelling:
+    """Tokens [T, D] -> the rows [S, D] of this rank's experts, on their way until they have ``arrived``."""
+    return send_rows(_Gather.apply(x_TD, plan.token_R, plan.by_token_R, plan.first_T), plan.send, plan.receive, ep)
+
+
+def by_expert(rows_SD: Tensor, plan: Plan, ranks: int, local: int) -> Tensor:
+    """Rows grouped by source rank -> by the ``local`` experts, and then by source rank."""
+    return rows_SD if ranks == 1 else _turned(rows_SD, ranks, local, plan.received_re)
+
+
+def by_source(rows_SD: Tensor, plan: Plan, ranks: int, local: int) -> Tensor:
+    """Rows grouped by expert -> by source rank, and then by expert."""
+    counts_er = None if plan.received_re is None else plan.received_re.t()
+    return rows_SD if ranks == 1 else _turned(rows_SD, local, ranks, counts_er)
+
+
+def combine(rows_RD: Tensor, scores_TE: Tensor, plan: Plan, shared_TD: Optional[Tensor]) -> Tensor:
+    """Experts' outputs, come home, are scaled by their gate and added up per token, in fp32 at least: [T, D].
+
+    The gate is the raw softmax value of a chosen (token, expert), not renormalised (paper, equation 6).  It multiplies here,
+    where its scores live, so that its gradient needs no communication."""
+    gate_R = scores_TE.flatten().gather(0, plan.place_R)
+    y_TD = _WeightedSum.apply(rows_RD, gate_R, plan.token_R, plan.by_token_R, plan.first_T)
+    return y_TD if shared_TD is None else y_TD + shared_TD
+
+
+class _Gather(torch.autograd.Function):
+    """rows_r = x[token_r].  Autograd would add the gradients up in bf16 and, on CUDA, in any order."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, token_R: Tensor, by_token_R: Tensor, first_T: Tensor) -> Tensor:
+        ctx.save_for_backward(by_token_R, first_T)
+        return x_TD.index_select(0, token_R)
+
+    @staticmethod
+    def backward(ctx, d_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        return _sum_by_token(d_RD, *ctx.saved_tensors), None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):
-    """y[token_r] += gate_r * rows_r in the gate's precision.
+    """y[token_r] += gate_r * rows_r.
 
-    Autograd would keep the products and go back through them in fp32: 17 % of the elementwise traffic of a layer of
-    L-E16 (2.13 GB in place of 2.57), 13 % of what it keeps (counted on CUDA tensors without memory, bf16, 64 samples)."""
+    Autograd would keep the products and go through them in fp32: a third of the elementwise traffic of a layer of L-E16
+    (2.51 GB in place of 1.67), 13 % of what it keeps (counted on CUDA tensors without memory, bf16, 64 samples)."""
 
     @staticmethod
-    def forward(ctx, rows_RD: Tensor, gate_R: Tensor, token_R: Tensor, tokens: int) -> Tensor:
+    def forward(ctx, rows_RD: Tensor, gate_R: Tensor, token_R: Tensor, by_token_R: Tensor, first_T: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RD, gate_R, token_R)
-        y = torch.zeros(tokens, rows_RD.shape[1], dtype=gate_R.dtype, device=rows_RD.device)
-        return y.index_add_(0, token_R, rows_RD * gate_R.unsqueeze(1)).to(rows_RD.dtype)
+        return _sum_by_token(rows_RD, by_token_R, first_T, gate_R)
 
     @staticmethod
-    def backward(ctx, dy_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, dy_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows_RD, gate_R, token_R = ctx.saved_tensors
         g = dy_TD.index_select(0, token_R)
         # Rounded once, without a copy in the gate's precision.
         d_rows = torch.mul(g, gate_R.unsqueeze(1), out=torch.empty_like(g))
-        return d_rows, (g * rows_RD).sum(1, dtype=gate_R.dtype), None, None
+        return d_rows, (g * rows_RD).sum(1, dtype=gate_R.dtype), None, None, None
 
 
-def _counts(each: list[int]) -> int | list[int]:
-    return each[0] if len(set(each)) == 1 else each
+def _sum_by_token(rows_RD: Tensor, by_token_R: Tensor, first_T: Tensor, weight_R: Optional[Tensor] = None) -> Tensor:
+    """y_t = sum of a token's rows, times their weights [T, D]; zeros for a token without rows.
+
+    One pass that reads the rows where they lie, adds up in fp32 at least, always in the same order, and rounds once."""
+    if weight_R is not None and weight_R.dtype != rows_RD.dtype:
+        # The kernel wants weights of the rows' type: as a sum of two bf16 numbers, which hold 16 bits.
+        high = weight_R.to(rows_RD.dtype)
+        weight_R = torch.stack([high, (weight_R - high).to(rows_RD.dtype)], dim=1)[by_token_R].flatten()
+        by_token_R, first_T = by_token_R.repeat_interleave(2), 2 * first_T
+    elif weight_R is not None:
+        weight_R = weight_R[by_token_R]
+    return F.embedding_bag(by_token_R, rows_RD, first_T, mode="sum", per_sample_weights=weight_R)
 
 
 def _turned(rows_SD: Tensor, a: int, b: int, counts_ab: Optional[Tensor]) -> Tensor:

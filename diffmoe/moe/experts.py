@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import swiglu_hidden
+from diffmoe.parallel.collectives import read_by_host
 
 
 class Experts(nn.Module):
@@ -30,21 +31,22 @@ class Experts(nn.Module):
         self.fc2_bias = nn.Parameter(torch.empty(local, width)) if activation == "gelu" else None
         self.gate_weight = nn.Parameter(torch.empty(local, width, inner)) if activation == "swiglu" else None
 
-    def forward(self, rows_RD: Tensor, counts: int | list[int]) -> Tensor:
-        """Every row through its expert, [R, D] -> [R, D].  ``counts``: rows of each expert, or of all alike.
+    def forward(self, rows_RD: Tensor, counts: int | Tensor) -> Tensor:
+        """Every row through its expert, [R, D] -> [R, D].  ``counts``: rows of each expert [e], or of all alike.
 
         Equal counts are one batched matmul a layer; ragged ones torch's grouped matmul or, where that is missing, a
-        loop.  An expert without rows gets a gradient of zeros, so that it exists on every rank."""
+        loop, for which the host reads them.  An expert without rows gets a gradient of zeros, so that it exists on every
+        rank."""
         weights = self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, self.gate_weight
         if isinstance(counts, int):
             return _mlp(rows_RD.view(self.local, counts, rows_RD.shape[1]), _affine, *weights).flatten(0, 1)
         if has_grouped_matmul(rows_RD.device, rows_RD.dtype):
-            ends = torch.tensor(counts).cumsum(0).to(torch.int32).to(rows_RD.device, non_blocking=True)
-            return _mlp(rows_RD, partial(_grouped_affine, ends_e=ends), *weights)
+            return _mlp(rows_RD, partial(_grouped_affine, ends_e=counts.cumsum(0, dtype=torch.int32)), *weights)
         if rows_RD.device.type == "cuda":  # Python says it once
             warnings.warn(f"experts with unequal numbers of rows run in a loop: no grouped matmul here for {rows_RD.dtype}")
         each = zip(*([None] * self.local if t is None else t.unbind(0) for t in weights))
-        return torch.cat([_mlp(x, _affine, *tensors) for x, tensors in zip(rows_RD.split(counts), each)])
+        parts = rows_RD.split(read_by_host(counts))
+        return torch.cat([_mlp(x, _affine, *tensors) for x, tensors in zip(parts, each)])
 
 
 def has_grouped_matmul(device: torch.device, dtype: torch.dtype) -> bool:

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.layout import rows_taken
 from diffmoe.moe.capacity import CapacityPredictor, Thresholds, predictor_loss
-from diffmoe.moe.dispatch import by_expert, combine, dispatch
-from diffmoe.moe.experts import Experts
+from diffmoe.moe.dispatch import Plan, by_expert, by_source, combine, dispatch, make_plan
+from diffmoe.moe.experts import Experts, has_grouped_matmul
 from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.pool import choose
 from diffmoe.moe.routing import (
-    Routing, RoutingRule, balance_loss, choose_experts, choose_tokens, equal_routing, mask_of, predicted_counts,
-    predicted_tokens, ragged_routing,
+    Routing, RoutingRule, balance_loss, choose_experts, choose_tokens, equal_routing, predicted_counts, predicted_tokens,
 )
-from diffmoe.parallel.collectives import sum_over
+from diffmoe.parallel.collectives import arrived, send_rows, sum_over
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.recompute import Run, at_once
 
@@ -39,13 +38,6 @@ class MoEStats:
     predictor_loss: Optional[Tensor] = None
     balance_loss: Optional[Tensor] = None
     threshold_sum_E: Optional[Tensor] = None
-
-
-@dataclass(frozen=True)
-class _Route:
-    routing: Routing
-    scores_TE: Tensor
-    stats: MoEStats
 
 
 class MoELayer(nn.Module):
@@ -67,54 +59,61 @@ class MoELayer(nn.Module):
             self.thresholds = Thresholds(moe.experts, moe.threshold_decay)
 
     def has_static_shapes(self, rule: RoutingRule) -> bool:
-        """Whether every expert takes equally many rows under ``rule``, without asking the device or another rank."""
-        equal = self.family == "ec" or self.family == "diffmoe" and rule.kind in ("train", "static")
-        return equal and self.groups.ep.size == 1 and (self.groups.pool.size == 1 or rule.kind == "static")
+        """Whether no shape here depends on what the device or another rank would have to be asked for under ``rule``."""
+        if self.groups.ep.size > 1 or self.groups.pool.size > 1 and rule.kind != "static":
+            return False
+        if self.family == "tc":
+            return has_grouped_matmul(self.router.device, self.router.dtype)
+        return self.family == "ec" or rule.kind in ("train", "static")
 
     def forward(self, x_BND: Tensor, rule: RoutingRule, run: Run = at_once) -> tuple[Tensor, MoEStats]:
         """[B, N, D] -> [B, N, D] and the layer's report.  A token that no expert takes gets zero."""
         x_TD, ep = x_BND.flatten(0, 1), self.groups.ep
-        route = self._route(*run(self._look, x_TD), x_BND.shape[0], rule)
-        coming_SD, meta = dispatch(x_TD, route.routing, ep)
+        scores_TE, logits_TE = run(self._look, x_TD)
+        routing, stats = self._route(scores_TE, logits_TE, len(x_BND), rule)
+        plan = make_plan(routing, ep)
+        coming_SD = dispatch(x_TD, plan, ep)
         shared_TD = None if self.shared is None else run(self.shared, x_TD)  # while rows travel
-        rows_SD = run(self.experts, by_expert(coming_SD, meta, route.routing, ep), meta.counts,
-                      ragged=route.routing.each is None)
-        y_TD = combine(rows_SD, self._gate(route), meta, route.routing, len(x_TD), ep)
-        if shared_TD is not None:
-            y_TD = y_TD + shared_TD
-        return y_TD.view_as(x_BND), route.stats
-
-    def _gate(self, route: _Route) -> Tensor:
-        """The raw softmax value of every chosen (token, expert), not renormalised (paper, equation 6): [R]."""
-        place = route.routing.token_R * route.scores_TE.shape[1] + route.routing.expert_R
-        return route.scores_TE.flatten().gather(0, place)
+        rows_SD = run(self._compute, arrived(coming_SD), plan, ragged=plan.ragged, traceable=not self._loops(plan))
+        coming_RD = send_rows(rows_SD, plan.receive, plan.send, ep)
+        y_TD = run(combine, arrived(coming_RD), scores_TE, plan, shared_TD, ragged=plan.ragged)
+        return y_TD.view_as(x_BND), stats
 
     def _look(self, x_TD: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         """Gate scores and the predictor's logits, [T, E] both."""
         return gate_scores(x_TD, self.router), self.capacity_predictor(x_TD) if self.family == "diffmoe" else None
 
-    def _route(self, scores: Tensor, logits: Optional[Tensor], samples: int, rule: RoutingRule) -> _Route:
+    def _compute(self, rows_SD: Tensor, plan: Plan) -> Tensor:
+        """Rows grouped by source rank through their experts, and grouped so again."""
+        ranks, local = self.groups.ep.size, self.experts.local
+        return by_source(self.experts(by_expert(rows_SD, plan, ranks, local), plan.counts), plan, ranks, local)
+
+    def _loops(self, plan: Plan) -> bool:
+        """Whether experts are a loop of the host's."""
+        return not isinstance(plan.counts, int) and not has_grouped_matmul(self.router.device, self.router.dtype)
+
+    def _route(self, scores: Tensor, logits: Optional[Tensor], samples: int, rule: RoutingRule) -> tuple[Routing, MoEStats]:
         tokens = len(scores) // samples
         pool_tokens = self.pool * tokens
         observed = predicted = balance = None
         if self.family == "tc":
             mask = choose_experts(scores, self.moe.top_k)
-            routing = ragged_routing(mask)
+            routing = Routing(mask, rows=len(scores) * self.moe.top_k)
             balance = self._balance(scores, mask, tokens, samples)
         elif self.family == "ec" or rule.kind == "train":
             choice = choose(scores, logits, pool_tokens, rule.capacity, self.groups)
-            routing, mask, observed = choice.routing, choice.mask_TE, choice.threshold_sum_E
-            predicted = None if logits is None else predictor_loss(logits, mask)
+            routing, observed = choice.routing, choice.threshold_sum_E
+            predicted = None if logits is None else predictor_loss(logits, routing.mask_TE)
         elif rule.kind == "static":
-            tokens_EK = choose_tokens(scores, len(scores), rows_taken(len(scores), self.moe.experts, rule.capacity))
-            routing, mask = equal_routing(tokens_EK), mask_of(tokens_EK, len(scores))
+            K = rows_taken(len(scores), self.moe.experts, rule.capacity)
+            routing = equal_routing(choose_tokens(scores, len(scores), K), len(scores))
         else:
             threshold = self.thresholds.chosen(rule.gamma, rule.dial)
-            mask = (predicted_counts(scores, logits, threshold) if rule.kind == "batch"
-                    else predicted_tokens(logits, threshold))
-            routing = ragged_routing(mask)
+            routing = Routing(predicted_counts(scores, logits, threshold) if rule.kind == "batch"
+                              else predicted_tokens(logits, threshold))
+        mask = routing.mask_TE
         tokens_BE = mask.view(samples, tokens, -1).sum(dim=1)
-        return _Route(routing, scores, MoEStats(tokens_BE, mask, logits, predicted, balance, observed))
+        return routing, MoEStats(tokens_BE, mask, logits, predicted, balance, observed)
 
     def _balance(self, scores_TE: Tensor, mask_TE: Tensor, tokens: int, samples: int) -> Optional[Tensor]:
         """Balance loss over pools: counts are summed over the ranks of a pool, each rank keeps its tokens' share.

@@ -14,20 +14,17 @@ import torch
 from torch import Tensor
 
 from diffmoe.layout import rows_taken
-from diffmoe.moe.routing import (
-    Routing, choose_tokens, equal_routing, mask_of, pool_thresholds, ragged_routing,
-)
+from diffmoe.moe.routing import Routing, choose_tokens, equal_routing, mask_of, pool_thresholds
 from diffmoe.parallel.collectives import exchange_equal, gather_stack
 from diffmoe.parallel.groups import ParallelGroups
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the pool decided about this rank's tokens: the rows, the mask [T, E], and this rank's share of the sum
-    over all pools of the thresholds observed [E] (None without a capacity predictor)."""
+    """What the pool decided about this rank's tokens, and this rank's share of the sum over all pools of the thresholds
+    observed [E] (None without a capacity predictor)."""
 
     routing: Routing
-    mask_TE: Tensor
     threshold_sum_E: Optional[Tensor]
 
 
@@ -43,7 +40,7 @@ def choose(scores_TE: Tensor, logits_TE: Optional[Tensor], pool_tokens: int, cap
 def _choose_here(scores_TE: Tensor, logits_TE: Optional[Tensor], pool_tokens: int, K: int) -> Choice:
     tokens_EK = choose_tokens(scores_TE, pool_tokens, K)
     observed = None if logits_TE is None else pool_thresholds(logits_TE, pool_tokens, K).sum(dim=0)
-    return Choice(equal_routing(tokens_EK), mask_of(tokens_EK, len(scores_TE)), observed)
+    return Choice(equal_routing(tokens_EK, len(scores_TE)), observed)
 
 
 def _choose_at_owner(scores_TE: Tensor, logits_TE: Optional[Tensor], pool_tokens: int, K: int,
@@ -66,4 +63,6 @@ def _choose_at_owner(scores_TE: Tensor, logits_TE: Optional[Tensor], pool_tokens
         if groups.pool_owners.index == 0:  # the other owners observe the same pools
             observed[ep.index] = pool_thresholds(logits[0], pool_tokens, K).sum(dim=0)
         observed = observed.view(E)
-    return Choice(ragged_routing(mask_TE, received=mine.sum(dim=1)), mask_TE, observed)
+    # An expert's tokens come from this EP group alone, so that their number is known where the pool has no other.
+    each = chosen_eK.shape[1] if groups.pool_owners.size == 1 else None
+    return Choice(Routing(mask_TE, received_re=mine.sum(dim=1), each=each), observed)

@@ -31,16 +31,17 @@ class RoutingRule:
 
 @dataclass(frozen=True)
 class Routing:
-    """Rows of this rank's tokens, sorted by (expert, token).
+    """Which experts take which of this rank's tokens: ``mask_TE``, and what is known of it without asking the device.
 
-    ``each``: rows per expert when that is the same number for all and known without asking the device, else None.
-    ``received``: [EP ranks, local experts] rows that each rank will send here, when the choice was made here."""
+    ``tokens_EK``: each expert's tokens, ascending, where all experts take equally many here.  ``rows``: how many it says
+    yes to.  ``received_re``: [EP ranks, local experts] rows that each rank will send here; ``each``: rows that each local
+    expert will get from all of them together.  None: not known."""
 
-    token_R: Tensor
-    expert_R: Tensor
-    counts_E: Tensor
+    mask_TE: Tensor
+    tokens_EK: Optional[Tensor] = None
+    rows: Optional[int] = None
+    received_re: Optional[Tensor] = None
     each: Optional[int] = None
-    received: Optional[Tensor] = None
 
 
 def ranking_keys(scores: Tensor, dim: int) -> Tensor:
@@ -73,23 +74,15 @@ def pool_thresholds(logits_TE: Tensor, pool_tokens: int, K: int) -> Tensor:
     return pools.topk(K, dim=2, sorted=False).values.amin(dim=2).sigmoid()
 
 
+def equal_routing(tokens_EK: Tensor, T: int) -> Routing:
+    """[E, K] token numbers, ascending, of ``T`` tokens; shapes are static."""
+    return Routing(mask_of(tokens_EK, T), tokens_EK=tokens_EK)
+
+
 def mask_of(tokens_EK: Tensor, T: int) -> Tensor:
     """[E, K] token numbers -> [T, E] truth."""
     E = tokens_EK.shape[0]
     return torch.zeros(E, T, dtype=torch.bool, device=tokens_EK.device).scatter_(1, tokens_EK, True).t()
-
-
-def equal_routing(tokens_EK: Tensor) -> Routing:
-    """Rows for an equal number of tokens per expert; shapes are static, no host sync."""
-    E, K = tokens_EK.shape
-    expert = torch.arange(E, device=tokens_EK.device)
-    return Routing(tokens_EK.reshape(-1), expert.repeat_interleave(K), torch.full_like(expert, K), each=K)
-
-
-def ragged_routing(mask_TE: Tensor, received: Optional[Tensor] = None) -> Routing:
-    """Rows for any mask [T, E]; the number of rows is read from the device."""
-    expert, token = mask_TE.t().nonzero(as_tuple=True)
-    return Routing(token, expert, mask_TE.sum(dim=0), received=received)
 
 
 def choose_experts(scores_TE: Tensor, top_k: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,22 +27,90 @@ _LOST_PEER = re.compile(r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] |Wait timeo
 _OWN_FAULT = re.compile(r"ncclInvalidUsage|ncclInvalidArgument|out of memory")
 
 
-def send_rows(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group) -> Tensor:
+class _Exchange:
+    """An all-to-all of rows: ``send[r]`` of them go to rank r of the group, ``receive[r]`` come from it."""
+
+    def __init__(self, send: list[int] | None, receive: list[int] | None, group: Group) -> None:
+        self.send, self.receive, self.group = send, receive, group
+        self.gradient: Tensor | None = None  # on its way back
+
+
+@dataclass(frozen=True)
+class Travelling:
+    """Rows that ``send_rows`` sent: to be read through ``arrived``."""
+
+    rows: Tensor
+    exchange: _Exchange
+
+
+def send_rows(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group) -> Travelling:
     """Begins a differentiable all-to-all of the first dimension: ``send[r]`` rows go to rank r of the group,
-    ``receive[r]`` come from it, in rank order; None for both: equal shares.  What it returns may be read only through
-    ``arrived``.  Every rank of the group must call it, also with no rows, and backward sends the gradients the other way."""
+    ``receive[r]`` come from it, in rank order; None for both: equal shares.  Every rank of the group must call it, also with
+    no rows, and backward sends the gradients the other way."""
+    exchange = _Exchange(send, receive, group)
     if group.size == 1:
-        return rows
+        return Travelling(rows, exchange)
     with group.trace.inside("all-to-all of rows", group.ranks):
-        return functional.all_to_all_single_autograd(rows.contiguous(), receive, send, group.handle)
+        return Travelling(_Send.apply(rows, exchange), exchange)
 
 
-def arrived(rows: Tensor, group: Group) -> Tensor:
-    """The rows that ``send_rows`` began to exchange, once they are here."""
+def arrived(coming: Travelling) -> Tensor:
+    """The rows once they are here, in rank order.  Whatever lies between sending and this computes while they travel; in
+    backward too, where this sends the gradients off and ``send_rows`` waits for them."""
+    group = coming.exchange.group
     if group.size == 1:
-        return rows
+        return coming.rows
     with group.trace.inside("all-to-all of rows", group.ranks):
-        return functional.wait_tensor(rows)
+        return _Arrive.apply(coming.rows, coming.exchange)
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return _begin(rows, exchange.send, exchange.receive, exchange.group)
+
+    @staticmethod
+    def backward(ctx, _placeholder: Tensor) -> tuple[Tensor, None]:
+        gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
+        return functional.wait_tensor(gradient), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, coming: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return functional.wait_tensor(coming)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        exchange = ctx.exchange
+        exchange.gradient = _begin(gradient, exchange.receive, exchange.send, exchange.group)
+        return gradient, None  # in the shape that autograd wants; nobody reads it
+
+
+def _begin(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group) -> Tensor:
+    """All-to-all in a new tensor, not waited for."""
+    assert group.handle is not None
+    each = [len(rows) // group.size] * group.size
+    return torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), receive or each, send or each,
+                                                        group.handle.group_name)
+
+
+@torch.library.custom_op("diffmoe::read_by_host", mutates_args=())
+def _copied_to_host(numbers: Tensor) -> Tensor:
+    return numbers.to("cpu", copy=True)
+
+
+@_copied_to_host.register_fake
+def _(numbers: Tensor) -> Tensor:
+    return torch.empty_like(numbers, device="cpu")
+
+
+def read_by_host(numbers: Tensor) -> list[int]:
+    """The values of a small integer tensor: the host waits for the device.  An operator of its own, so that recompute can
+    keep what was read, and a count can see it."""
+    return _copied_to_host(numbers).tolist()
 
 
 def exchange_equal(parts: Tensor, group: Group) -> Tensor:

@@ -1,7 +1,7 @@
 """Activation checkpointing of a block: none | block | selective | selective+attention.
 
 Both forms keep the routing decision (the outputs of top-k), so that backward can never route a token elsewhere than
-forward did.  ``block`` computes and communicates everything else again; ``selective`` also keeps what came over the
+forward did, and what the host read of it, so that backward does not wait for the device.  ``block`` computes and communicates everything else again; ``selective`` also keeps what came over the
 network, so that backward neither re-routes nor re-communicates, and the outputs of an MLP's or expert's second layer, a
 third of a block's arithmetic in one width a token: matmuls that contract.  The attention's output saves a tenth for as
 much memory: ``selective+attention`` is the form of as many blocks of a ``selective`` model as have room for it.
@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from diffmoe.config import attention_kept
+from diffmoe.parallel import collectives as _  # its operators
 
-_ROUTING = [torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable]
+_ROUTING = [torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable,
+            torch.ops.diffmoe.read_by_host.default]
 _COMMUNICATION = [
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.all_gather_into_tensor.default,
@@ -57,11 +59,12 @@ def _contracts(left: Tensor, right: Tensor) -> bool:
     return 2 * right.shape[-1] <= left.shape[-1]
 
 
-# How a part between two exchanges is computed: (function, its arguments, ``ragged``: whether tensors' rows vary in number).
+# How a part between two exchanges is computed: (function, its arguments, ``ragged``: whether the number of rows differs from
+# pass to pass, ``traceable``: whether it can be a graph).
 Run = Callable[..., Any]
 
 
-def at_once(function: Callable, *args: Any, ragged: bool = False) -> Any:
+def at_once(function: Callable, *args: Any, ragged: bool = False, traceable: bool = True) -> Any:
     """``function(*args)`` as Python comes to it."""
     return function(*args)
 

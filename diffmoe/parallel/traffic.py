@@ -84,7 +84,7 @@ class CommunicationCount(TorchDispatchMode):
         self.amounts: dict[Kind, Amount] = defaultdict(Amount)
         self._mixtures = list(mixtures)
         self._layer, self._rows = "", ""
-        self._sent_by_node: dict[int, tuple[str, str]] = {}  # autograd's number of a forward exchange -> layer, purpose
+        self._arrived_by_node: dict[int, tuple[str, str]] = {}  # autograd's number of an arrival -> layer, purpose
         self._handles: list[Any] = []
 
     def __enter__(self) -> CommunicationCount:
@@ -111,6 +111,9 @@ class CommunicationCount(TorchDispatchMode):
 
     def _note(self, function: Any, args: tuple) -> None:
         packet = function.overloadpacket.__name__
+        if packet == "wait_tensor" and self._rows and torch._C._current_autograd_node() is None:
+            # Where rows arrive their gradients leave in backward: by a node that was made just before this was called.
+            self._arrived_by_node[torch.autograd._get_sequence_nr() - 1] = (self._layer, self._rows)
         if packet in _QUIET:
             return
         found = _COLLECTIVES.get(f"{function.namespace}.{packet}")
@@ -132,12 +135,9 @@ class CommunicationCount(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if self._layer:
             purpose = self._purpose_in_layer(collective, tensor)
-            if node is None:
-                # The exchange's own node was made just before it was called.
-                self._sent_by_node[torch.autograd._get_sequence_nr() - 1] = (self._layer, purpose)
             return Kind(collective, self._layer, purpose, "forward" if node is None else "recompute")
         if collective == "all_to_all" and node is not None:
-            layer, purpose = self._sent_by_node.get(node._sequence_nr(), ("", "rows"))
+            layer, purpose = self._arrived_by_node.get(node._sequence_nr(), ("", "rows"))
             return Kind(collective, layer, purpose, "backward")
         phase = "step" if node is None else "backward"
         if namespace == _FUNCTIONAL:
