@@ -1,29 +1,20 @@
 """Training passes on CUDA tensors that hold nothing (torch's fake tensors): what the host does is real, kernels are not run.
 
-    python tests/fake_cuda_cases.py LIBRARY
+    python -m diffmoe.bench.fake_cuda tests/fake_cuda_cases.py
 
-LIBRARY is built from ``fake_cuda.cpp``.  Prints a line of JSON for each case: [name, what came of it].  Tensors without memory
+Prints a line of JSON for each case: [name, what came of it].  Tensors without memory
 may be large: published sizes take seconds.
 """
 
 import contextlib
-import ctypes
 import functools
-import importlib.util
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, Callable
 
-if __name__ == "__main__":
-    _torch = Path(importlib.util.find_spec("torch").origin).parent / "lib"
-    for _library in (_torch / "libtorch_global_deps.so", _torch / "libc10.so", _torch / "libtorch_cpu.so", sys.argv[1]):
-        ctypes.CDLL(str(_library), mode=ctypes.RTLD_GLOBAL)
-
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -179,8 +170,6 @@ def main() -> None:
         attempt(f"compiled, {recompute}", training_pass, "diffmoe", recompute, torch.bfloat16, single_process(), True)
     for activation in ("gelu", "swiglu"):
         attempt(f"grouped, {activation}", experts_pass, "grouped", activation)
-    # As a GPU would choose; without kernels torch takes the definition, whose N x N weights are kept.
-    F.scaled_dot_product_attention = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     for config in ("diffmoe_s_e16_flow", "diffmoe_l_e16_flow", "diffmoe_xl_e8_flow", "dense_l_flow"):
         for recompute in ("none", "block", "selective"):
             attempt(f"memory of {config}, {recompute}", memory, config, recompute, 64)
