@@ -204,6 +204,7 @@ def _flops(packet: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
     """What Inductor asks about device and Triton is answered for an H100, unless this machine can answer itself."""
+    from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import config
 
     with contextlib.ExitStack() as stack:
@@ -213,7 +214,8 @@ def _as_on_a_gpu() -> Iterator[None]:
             stack.enter_context(mock.patch("torch._inductor.scheduler.has_triton", lambda: True))
             for name, answer in (("get_device_properties", _DEVICE), ("current_device", 0), ("device_count", 1),
                                  ("get_device_capability", (_DEVICE.major, _DEVICE.minor))):
-                stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer))
+                for owner in (torch.cuda, CudaInterface):
+                    stack.enter_context(mock.patch.object(owner, name, staticmethod(lambda *_, answer=answer: answer), create=True))
         yield
 
 
@@ -276,7 +278,8 @@ def _kernels_of_graph(nodes: Sequence[Any]) -> tuple[list[Kernel], list[Kernel]]
 
 def _extern(node: Any) -> list[Kernel]:
     """A kernel that Inductor calls: by the rules of eager operators, for the graph's node that it came from."""
-    origin = node.node.get_origin_node()
+    called = getattr(node.node, "op_overload", None)
+    origin = next((o for o in node.node.get_origins() if o.target == called), node.node.get_origin_node())
     if origin is None or not isinstance(origin.target, torch._ops.OpOverload):
         return [Kernel("memory", _origins(node), node.get_read_write_buffers_sizes())]
     args, kwargs = tree_map(lambda x: x.meta.get("val") if isinstance(x, torch.fx.Node) else x, (tuple(origin.args), dict(origin.kwargs)))
