@@ -8,8 +8,7 @@ kernel can do: each input read once and each output written once; of rows that a
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
+import copy
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -51,16 +50,15 @@ class Kernel:
 
 
 class Counting(TorchDispatchMode):
-    """Counts what passes while it is active.  ``source`` names an operator's owner, by default "model"; ``place`` where it is."""
+    """Counts what passes while it is active.  ``owner`` says of the running operator (source of a kernel, place of a read)."""
 
-    def __init__(self, source: Callable[[], str] = lambda: "model") -> None:
+    def __init__(self, owner: Callable[[], tuple[str, str]] = lambda: ("model", "anywhere")) -> None:
         super().__init__()
         self.kernels: list[Kernel] = []
         self.fused: list[Kernel] = []  # of compiled code, as it would be with the ideal fusion
         self.reads: Counter[str] = Counter()  # by place
         self.collectives: Counter[str] = Counter()
-        self.place = "outside"
-        self._source, self._inside_compiled, self._methods = source, False, _Methods(self)
+        self.owner, self._inside_compiled, self._methods = owner, False, _Methods(self)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -81,11 +79,12 @@ class Counting(TorchDispatchMode):
             return out
         name = _name(func)
         if _is_read(name, args):
-            self.reads[self.place] += 1
+            self.reads[self.owner()[1]] += 1
         if func.namespace in ("_c10d_functional", "c10d"):
-            self.collectives[name] += name not in ("wait_tensor", "monitored_barrier_", "barrier")
+            if not name.startswith(("wait", "_wrap", "barrier")):
+                self.collectives[name] += 1
         else:
-            self.kernels += kernels_of(func, args, kwargs or {}, out, self._source())
+            self.kernels += kernels_of(func, args, kwargs or {}, out, self.owner()[0])
         return out
 
     def backend(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
@@ -95,10 +94,8 @@ class Counting(TorchDispatchMode):
         return compile_fx(module, inputs, inner_compile=self._lower)
 
     def _lower(self, module: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable:
-        import copy
-
         run = copy.deepcopy(module)  # lowering changes it
-        with _disable_current_modes(), _as_on_a_gpu():
+        with _disable_current_modes(), as_on_a_gpu():
             kernels, fused = _scheduled(module, inputs, options.get("is_backward", False), options.get("is_inference", False))
 
         def call(inputs: list) -> Any:
@@ -125,8 +122,10 @@ class _Methods(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _READING_METHODS and not torch.compiler.is_compiling():
-            self.counting.reads[self.counting.place] += 1
-        return func(*args, **(kwargs or {}))
+            self.counting.reads[self.counting.owner()[1]] += 1
+        # A mode is off while it handles a call, and backward recomputes inside of one.
+        with self if func is Tensor.backward else contextlib.nullcontext():
+            return func(*args, **(kwargs or {}))
 
 
 def _name(func: Any) -> str:
@@ -155,7 +154,7 @@ def kernels_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any,
     """The kernels of one operator, none for views."""
     name, packet = _name(func), func.overloadpacket
     given = list(zip((a.name for a in func._schema.arguments), args)) + list(kwargs.items())
-    writes = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    writes = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write and a.name != "grads"}
     tensors = lambda values: [t for t in tree_leaves(values) if isinstance(t, Tensor)]
     written = tensors([out, *(value for key, value in given if key in writes)])
     if func.is_view or name in _FREE or not written:
@@ -202,7 +201,7 @@ def _flops(packet: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
 
 
 @contextlib.contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
+def as_on_a_gpu() -> Iterator[None]:
     """What Inductor asks about device and Triton is answered for an H100, unless this machine can answer itself."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import config
@@ -217,15 +216,6 @@ def _as_on_a_gpu() -> Iterator[None]:
                 for owner in (torch.cuda, CudaInterface):
                     stack.enter_context(mock.patch.object(owner, name, staticmethod(lambda *_, answer=answer: answer), create=True))
         yield
-
-
-def as_on_a_gpu(function: Callable) -> Callable:
-    """``function`` while torch takes an H100 for granted."""
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with _as_on_a_gpu():
-            return function(*args, **kwargs)
-    return call
 
 
 def _scheduled(module: torch.fx.GraphModule, inputs: Sequence[Any], backward: bool, inference: bool
