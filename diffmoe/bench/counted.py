@@ -121,7 +121,7 @@ def engine(config: Config, ranks: int, deepspeed: dict) -> dict[str, Any]:
         with Counting(_owner) as counting:
             train_step(trained, ema, batches, small, layout, groups, 1)
     return {"kernels": _alike(k for k in counting.kernels if k.source != "model"), "reads": counting.reads,
-            "collectives": counting.collectives, "parameters": parameters}
+            "collectives": counting.collectives, "parameters": parameters, "tensors": len(list(model.parameters()))}
 
 
 def _owner() -> tuple[str, str]:
