@@ -1,47 +1,34 @@
 """Training passes on CUDA tensors that hold nothing (torch's fake tensors): what the host does is real, kernels are not run.
 
-    python tests/fake_cuda_cases.py LIBRARY
+    python -m diffmoe.bench.fake_cuda tests/fake_cuda_cases.py
 
-LIBRARY is built from ``fake_cuda.cpp``.  Prints a line of JSON for each case: [name, what came of it].  Tensors without memory
+Prints a line of JSON for each case: [name, what came of it].  Tensors without memory
 may be large: published sizes take seconds.
 """
 
 import contextlib
-import ctypes
 import functools
-import importlib.util
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Iterator
 from unittest import mock
 
-if __name__ == "__main__":
-    _torch = Path(importlib.util.find_spec("torch").origin).parent / "lib"
-    for _library in (_torch / "libtorch_global_deps.so", _torch / "libc10.so", _torch / "libtorch_cpu.so", sys.argv[1]):
-        ctypes.CDLL(str(_library), mode=ctypes.RTLD_GLOBAL)
-
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffmoe.bench import measure
+from diffmoe.bench.counted import fake_loss, fake_model
 from diffmoe.config import ModelConfig, MoEConfig, load_config
 from diffmoe.cost.memory import engine_facts, rank_memory
 from diffmoe.deepspeed_json import read_deepspeed
-from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
-from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.layout import resolve_layout
 from diffmoe.models.compiled import compile_blocks
-from diffmoe.models.dit import DiT
 from diffmoe.moe.experts import Experts, has_grouped_matmul
-from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import ParallelGroups, build_groups, single_process
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -58,38 +45,12 @@ class OnlyOneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def model(config: ModelConfig, moe: MoEConfig, pool: int, recompute: str, dtype: torch.dtype, groups: ParallelGroups) -> DiT:
-    """A model on the device, all parameters in ``dtype``."""
-    with torch.device("cuda"):
-        dit = DiT(config, moe, pool=pool, groups=groups, recompute=recompute)
-    for module in dit.modules():  # Module.to cannot swap fake parameters
-        for name, p in module._parameters.items():
-            module._parameters[name] = None if p is None else torch.nn.Parameter(p.detach().to(dtype))
-    return dit
-
-
-def batch_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor]:
-    """The losses of a micro-batch.  Called outside of ``torch.device``, which would find the device for who forgot it."""
-    schedule = linear_schedule().to("cuda") if ddpm else None
-    side = dit.model.input_size
-    x, noise = (torch.empty(samples, 4, side, side, device="cuda") for _ in range(2))
-    t = torch.empty(samples, dtype=torch.long if ddpm else torch.float32, device="cuda")
-    y = torch.empty(samples, dtype=torch.long, device="cuda")
-
-    def loss() -> Tensor:
-        inputs = dit, x, noise, t, y, RoutingRule("train", 1.0)
-        denoising, output = ddpm_loss(*inputs, schedule) if ddpm else flow_loss(*inputs)
-        return denoising + sum(r.predictor_loss for r in output.moe if r.predictor_loss is not None)
-
-    return loss
-
-
 def training_pass(family: str, recompute: str, dtype: torch.dtype, groups: ParallelGroups, compiled: bool = False,
                   ddpm: bool = False) -> None:
     """Forward, losses and backward, as a micro-batch has them."""
     config = ModelConfig(family=family, width=WIDTH, depth=4, heads=2, input_size=16, classes=10, learn_sigma=ddpm)
-    dit = model(config, MoEConfig(experts=EXPERTS), BATCH, recompute, dtype, groups)
-    loss = batch_loss(dit, BATCH, ddpm)
+    dit = fake_model(config, MoEConfig(experts=EXPERTS), BATCH, recompute, dtype, groups)
+    loss = fake_loss(dit, BATCH, ddpm)
     if compiled:
         compile_blocks(dit)
     with contextlib.nullcontext() if compiled else OnlyOneDevice():  # torch.compile bears no such mode
@@ -100,7 +61,7 @@ def training_pass(family: str, recompute: str, dtype: torch.dtype, groups: Paral
 
 def time_embedding(dtype: torch.dtype) -> None:
     """Its products, in backward too, are none that run.fp32_precision could make TF32, nor narrower ones."""
-    dit = model(ModelConfig(family="dense", width=WIDTH, depth=1, heads=2, input_size=16, classes=10), MoEConfig(), 1, "none", dtype,
+    dit = fake_model(ModelConfig(family="dense", width=WIDTH, depth=1, heads=2, input_size=16, classes=10), MoEConfig(), 1, "none", dtype,
                 single_process())
     seen = set()
 
@@ -123,9 +84,9 @@ def memory(name: str, recompute: str, samples: int) -> dict[str, int]:
     config = load_config(REPOSITORY / "configs" / f"{name}.yaml", overrides)
     engine = engine_facts(read_deepspeed(str(REPOSITORY / "ds_configs" / "zero1_bf16.json")))
     plan = rank_memory(config, resolve_layout(config, 1), engine)
-    dit = model(config.model, config.moe, samples, recompute, torch.bfloat16, single_process())
-    loss = batch_loss(dit, samples)
-    with measure._Allocations() as allocations:
+    dit = fake_model(config.model, config.moe, samples, recompute, torch.bfloat16, single_process())
+    loss = fake_loss(dit, samples)
+    with measure.Allocations() as allocations:
         total = loss()
         kept = sum(size for _, size in allocations.events)
         total.backward()
@@ -194,8 +155,6 @@ def main() -> None:
             attempt(f"compiled, {family}, {recompute}", training_pass, family, recompute, torch.bfloat16, single_process(), True)
     for activation in ("gelu", "swiglu"):
         attempt(f"grouped, {activation}", experts_pass, "grouped", activation)
-    # As a GPU would choose; without kernels torch takes the definition, whose N x N weights are kept.
-    F.scaled_dot_product_attention = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     for config in ("diffmoe_s_e16_flow", "diffmoe_l_e16_flow", "diffmoe_xl_e8_flow", "dense_l_flow"):
         for recompute in ("none", "block", "selective"):
             attempt(f"memory of {config}, {recompute}", memory, config, recompute, 64)

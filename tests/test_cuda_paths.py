@@ -4,12 +4,12 @@ A GPU's own numbers are another matter: ``run.py verify --device cuda``."""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from diffmoe.bench import fake_cuda
 
 HERE = Path(__file__).resolve().parent
 CASES = [*(f"{family}, {recompute}, {dtype}" for dtype in (torch.float32, torch.bfloat16) for family in ("dense", "ec", "diffmoe")
@@ -21,17 +21,13 @@ PLANNED = [f"memory of {config}, {recompute}" for config in ("diffmoe_s_e16_flow
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found():
     """Case -> what came of it, of one run in a process of its own."""
     if torch.version.cuda is not None:
         pytest.skip("this torch has a CUDA of its own, which cannot be replaced")
     if shutil.which("g++") is None:
         pytest.skip("g++ is missing, which builds the device")
-    library, where = tmp_path_factory.mktemp("fake_cuda") / "fake_cuda.so", Path(torch.__file__).parent
-    subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", f"-I{where}/include", f"-L{where}/lib", str(HERE / "fake_cuda.cpp"),
-                    "-o", str(library), "-lc10", "-ltorch_cpu"], check=True, timeout=120)
-    run = subprocess.run([sys.executable, str(HERE / "fake_cuda_cases.py"), str(library)], capture_output=True, text=True,
-                         timeout=240)
+    run = fake_cuda.run(str(HERE / "fake_cuda_cases.py"), [], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     return dict(json.loads(line) for line in run.stdout.splitlines())
 

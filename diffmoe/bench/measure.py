@@ -63,7 +63,7 @@ def kept_for_backward(forward: Callable[[], object], modules: Iterable[nn.Module
     return total
 
 
-class _Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """Every storage that an operation returns, from then until it dies.  What a kernel needs inside is not seen."""
 
     def __init__(self) -> None:
@@ -71,6 +71,11 @@ class _Allocations(TorchDispatchMode):
         self.events: list[tuple[int, int]] = []  # (number of the storage, bytes: less than 0 when it dies)
         self.alive: dict[int, int] = {}  # storage's address -> number
         self._count = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """torch.compile works on while this is active."""
+        return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -117,7 +122,7 @@ def peak_bytes(pass_: Callable[[], object], modules: Iterable[nn.Module], device
         before = torch.cuda.memory_allocated(device)
         pass_()
         return torch.cuda.max_memory_allocated(device) - before - sum(g.nbytes for g in gradients())
-    with _Allocations() as allocations:
+    with Allocations() as allocations:
         pass_()
     return allocations.peak(gradients())
 

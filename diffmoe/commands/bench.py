@@ -11,6 +11,7 @@ from launcher.environment import RankEnvironment
 KINDS = {
     "moe-layer": "a mixture layer's training pass against the dense MLP, the textbook loop and DeepSpeed's layer",
     "step": "a whole training step against the dense model's; recompute; cost per token",
+    "roofline": "a training step counted without a GPU and priced for one: kernels, bytes, FLOPs, host reads",
     "sampling": "the mixtures of a sampler at capacity 0.7 against 1.0",
     "communication": "collectives of a training step by ranks: calls, bytes, time",
     "checkpoint": "how long a save stalls training and takes, against torch.save of a full state dict",

@@ -29,7 +29,8 @@ class Link:
 class Hardware:
     """A kind of machine; fields as ``launcher/hardware.yaml`` explains them; without ``tflops_tf32`` fp32's peak
     holds for TF32 as well.  ``matmul``, ``bandwidth`` and ``link`` are the
-    shares of a peak that are reached (above 1 where the peak was set too low).  ``asynchronous``: the host launches operators
+    shares of a peak that are reached (above 1 where the peak was set too low), ``attention`` that of the attention's kernels
+    (default: ``matmul``).  ``asynchronous``: the host launches operators
     while the device computes."""
 
     name: str
@@ -46,6 +47,8 @@ class Hardware:
     link: float
     operator_us: float
     asynchronous: bool = True
+    attention: Optional[float] = None
+    read_us: float = 20.0
     calibrated: Optional[str] = None
     tflops_tf32: Optional[float] = None
 
@@ -107,6 +110,6 @@ def _build(cls: type, name: str, values: Any) -> Any:
     for key, value in values.items():
         if hints[key] in (int, float) or (hints[key] == Optional[float] and value is not None):
             good = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-            if not good or (value == 0 and key not in ("reserve_gib", "latency_us", "operator_us")):
+            if not good or (value == 0 and key not in ("reserve_gib", "latency_us", "operator_us", "read_us")):
                 raise UserError(f"hardware table: {name}.{key} ({value!r}) must be a number above 0")
     return cls(**values)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Iterable
+from pathlib import Path
+from typing import Any, Iterable
 
 from diffmoe.config import Config, attention_kept
 from diffmoe.cost.hardware import Hardware, Link
-from diffmoe.cost.memory import EngineFacts, Memory, rank_memory
-from diffmoe.cost.parameters import inner_width, mixtures
+from diffmoe.cost.memory import EngineFacts, rank_memory
+from diffmoe.cost.parameters import inner_width, mixtures, rank_parameters
 from diffmoe.cost.traffic import Message, step_traffic
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.models.count import count
 
-# Operators that the host launches in a forward pass (torch.profiler, this model); backward launches about twice as many.
-_OPERATORS_DENSE, _OPERATORS_MIXTURE, _OPERATORS_AROUND = 45, 130, 120
+# What ``run.py bench roofline --planner`` counted and wrote; tests count again.
+COUNTED = Path(__file__).with_name("counted.json")
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,8 @@ class StepTime:
 
 def step_time(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware, per_node: int) -> StepTime:
     """Predicted time of one step; nothing overlaps, which is the careful guess."""
-    memory = rank_memory(config, layout, engine)
-    compute = _kernels(config, layout, engine, hardware, memory)
-    launching = _launches(config, layout) * hardware.operator_us * 1e-6
+    compute = _kernels(config, layout, engine, hardware)
+    launching = launches(config, layout, engine, hardware) * hardware.operator_us * 1e-6
     host = max(0.0, launching - compute) if hardware.asynchronous else launching
     messages = step_traffic(config, layout, engine)
     exchange = [m for m in messages if m.collective == "all_to_all"]
@@ -54,58 +56,98 @@ def step_time(config: Config, layout: Layout, engine: EngineFacts, hardware: Har
                     sum(t[0] for t in times + reductions))
 
 
-def _kernels(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware, memory: Memory) -> float:
-    """Matrix products at the reached share of the peak, everything else at the reached share of the memory's bandwidth."""
-    return (_products(config, layout) / _flops(config, hardware, engine)
-            + _moved(config, layout, engine, memory) / (hardware.memory_gb_s * 1e9 * hardware.bandwidth))
+def _kernels(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware) -> float:
+    """Matrix products and attention at the reached shares of the peak, everything else at that of the memory's bandwidth."""
+    speed, (products, attention) = rates(config, hardware, engine), _flops(config, layout)
+    return products / speed["product"] + attention / speed["attention"] + moved(config, layout, engine, hardware) / speed["memory"]
 
 
-def _flops(config: Config, hardware: Hardware, engine: EngineFacts) -> float:
+def peak_flops(config: Config, hardware: Hardware, engine: EngineFacts) -> float:
+    """FLOP/s that the data sheet promises for matrix products in the precision of the run."""
     fp32 = (config.run.fp32_precision == "tf32" and hardware.tflops_tf32) or hardware.tflops_fp32
-    return (hardware.tflops_bf16 if engine.bf16 else fp32) * 1e12 * hardware.matmul
+    return (hardware.tflops_bf16 if engine.bf16 else fp32) * 1e12
 
 
-def _products(config: Config, layout: Layout) -> float:
-    """FLOPs of a rank's step: backward is twice forward; recompute repeats forward, ``selective`` without what it keeps."""
-    macs = count(config.model, config.moe).forward_macs
-    again = {"none": 0, "block": macs, "selective": macs - _kept_by_selective(config)}[config.parallel.recompute]
-    return 2 * (3 * macs + again) * layout.micro_batch * layout.accumulation
+def rates(config: Config, hardware: Hardware, engine: EngineFacts) -> dict[str, float]:
+    """What is reached: FLOP/s of a ``product`` and of ``attention``, bytes/s of ``memory``."""
+    peak = peak_flops(config, hardware, engine)
+    return {"product": peak * hardware.matmul, "attention": peak * (hardware.attention or hardware.matmul),
+            "memory": hardware.memory_gb_s * 1e9 * hardware.bandwidth}
 
 
-def _kept_by_selective(config: Config) -> int:
-    """MACs of a sample in the second layers of MLPs and experts, which are at least twice as wide inside, and in the attention
-    of the blocks that keep its output."""
+def _flops(config: Config, layout: Layout) -> tuple[float, float]:
+    """FLOPs of a rank's step in products and in attention, of which backward is 2 and 2.5 times forward; recompute repeats
+    forward, ``selective`` without what it keeps."""
+    model, recompute = config.model, config.parallel.recompute
+    attention = 2 * model.depth * model.tokens**2 * model.width
+    products = count(model, config.moe).forward_macs - attention
+    inside = model.tokens * model.width * sum(_inside(config))
+    again = {"none": (0, 0), "block": (products, attention),
+             "selective": (products - inside, attention * (1 - attention_kept(model.depth) / model.depth))}[recompute]
+    samples = layout.micro_batch * layout.accumulation
+    return 2 * (3 * products + again[0]) * samples, 2 * (3.5 * attention + again[1]) * samples
+
+
+def _inside(config: Config) -> tuple[float, float]:
+    """Inner widths of a token's MLPs over all blocks: dense ones and shared experts, routed experts."""
     model, moe = config.model, config.moe
     mixed = mixtures(model, moe)
     experts = moe.top_k if model.family == "tc" else moe.capacity
-    inside = (model.depth - mixed + mixed * moe.shared_experts) * model.hidden + mixed * experts * inner_width(model, moe)
-    return round(model.tokens * model.width * (inside + attention_kept(model.depth) * 2 * model.tokens))
+    return (model.depth - mixed + mixed * moe.shared_experts) * model.hidden, mixed * experts * inner_width(model, moe)
 
 
-def _moved(config: Config, layout: Layout, engine: EngineFacts, memory: Memory) -> float:
-    """Bytes between chip and memory beside the products: every kept activation is written once, read in backward, and its
-    gradient written and read; recompute writes it again.  The optimizer reads and writes masters, moments and EMA, reads
-    gradients and writes weights, once a step."""
-    plain = rank_memory(_without_recompute(config), layout, engine)
-    activations = plain.activations + plain.exchange
-    passes = 4 if config.parallel.recompute == "none" else 5
-    state = memory.moments * 3 / 2 + memory.ema  # with masters, which at ZeRO 0 are the weights
-    gradients_and_weights = memory.moments / 8 * (4 + engine.element)
-    return passes * activations * layout.accumulation + 2 * state + gradients_and_weights
+@functools.lru_cache(maxsize=None)
+def _counted() -> dict[str, Any]:
+    return json.loads(COUNTED.read_text())
 
 
-def _without_recompute(config: Config) -> Config:
-    return replace(config, parallel=replace(config.parallel, recompute="none"))
+def way(config: Config, hardware: Hardware) -> str:
+    """Whether blocks run ``compiled`` or ``eager`` there."""
+    compiled = config.train.compile
+    return "compiled" if compiled is True or compiled in ("auto", "true") and hardware.asynchronous else "eager"
 
 
-def _launches(config: Config, layout: Layout) -> float:
-    mixed = mixtures(config.model, config.moe)
-    forward = _OPERATORS_AROUND + _OPERATORS_DENSE * config.model.depth + (_OPERATORS_MIXTURE - _OPERATORS_DENSE) * mixed
-    again = 0 if config.parallel.recompute == "none" else 1
-    return forward * (3 + again) * layout.accumulation
+def terms(config: Config) -> dict[str, float]:
+    """What bytes and kernels of a micro-batch are linear in: elements a token for the first, blocks for the second."""
+    model, mixed = config.model, mixtures(config.model, config.moe)
+    return {"outside": model.width, "block": model.depth * model.width, "inside": sum(_inside(config)), "mixture": mixed * model.width,
+            "scores": mixed * config.moe.experts}
+
+
+def moved(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware) -> float:
+    """Bytes of a rank's step between chip and memory beside the products: passes over activations, and the weights' traffic
+    (:func:`weights_bytes`)."""
+    each = _counted()[way(config, hardware)][config.parallel.recompute]["elements"]
+    elements = sum(each[name] * size for name, size in terms(config).items()) * layout.micro_batch * config.model.tokens
+    return elements * engine.element * layout.accumulation + weights_bytes(config, layout, engine)
+
+
+def weights_bytes(config: Config, layout: Layout, engine: EngineFacts) -> float:
+    """Bytes of a step's gradients, optimizer, EMA and new weights: some of every parameter of the rank, after each micro-batch and
+    once a step, and some of those whose optimizer state the rank holds."""
+    each = _counted()["weights"]["bf16" if engine.bf16 else "fp32"]
+    parameters = sum(p.numel for p in rank_parameters(config.model, config.moe, layout.ep))
+    shard = rank_memory(config, layout, engine).moments / 8
+    return parameters * (each["micro_batch"] * layout.accumulation + each["step"]) + shard * (
+        each["shard"] + each["ema"] * len(config.train.ema_decays))
+
+
+def launches(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware) -> float:
+    """Kernels that the host launches in a step."""
+    each = _counted()[way(config, hardware)][config.parallel.recompute]["kernels"]
+    weights = _counted()["weights"]["bf16" if engine.bf16 else "fp32"]
+    blocks = {"outside": 1, "block": config.model.depth, "mixture": mixtures(config.model, config.moe)}
+    tensors = len(rank_parameters(config.model, config.moe, layout.ep))
+    return (sum(each[name] * number for name, number in blocks.items()) * layout.accumulation
+            + tensors * (weights["kernels_micro_batch"] * layout.accumulation + weights["kernels_step"]))
 
 
 # ------------------------------------------------------------------------------------------------ the network
+
+
+def exchange_seconds(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware, per_node: int) -> float:
+    """Of all messages of a step, one after another."""
+    return sum(sum(message_time(m, layout, hardware, per_node)) for m in step_traffic(config, layout, engine))
 
 
 def message_time(message: Message, layout: Layout, hardware: Hardware, per_node: int) -> tuple[float, float]:
@@ -158,9 +200,9 @@ class Measured:
 
 
 def calibrate(hardware: Hardware, records: Iterable[Measured], origin: str) -> Hardware:
-    """``hardware`` with ``matmul``, ``bandwidth``, ``link`` and ``operator_us`` such that predictions meet the records.
+    """``hardware`` with ``matmul``, ``attention``, ``bandwidth``, ``link`` and ``operator_us`` such that predictions meet the records.
 
-    Sums over the records are compared: both shares of compute are scaled together, so are bandwidth and latency of the
+    Sums over the records are compared: the shares of compute are scaled together, so are bandwidth and latency of the
     links, and launching takes what was neither."""
     records = list(records)
     if not records:
@@ -173,8 +215,9 @@ def calibrate(hardware: Hardware, records: Iterable[Measured], origin: str) -> H
     link = expected / sent if sent > 0 and expected > 0 else 1.0
     # What the host needs hides behind a device that computes meanwhile.
     hidden = sum(r.compute for r in records) if hardware.asynchronous else 0.0
-    launching = (hidden + sum(r.other for r in records)) / sum(_launches(r.config, r.layout) for r in records)
-    return replace(hardware, matmul=hardware.matmul * compute, bandwidth=hardware.bandwidth * compute, link=hardware.link * link,
+    launching = (hidden + sum(r.other for r in records)) / sum(launches(r.config, r.layout, r.engine, hardware) for r in records)
+    attention = hardware.attention and hardware.attention * compute
+    return replace(hardware, matmul=hardware.matmul * compute, attention=attention, bandwidth=hardware.bandwidth * compute, link=hardware.link * link,
                    node=_faster(hardware.node, link), network=_faster(hardware.network, link), operator_us=1e6 * launching,
                    calibrated=origin)
 

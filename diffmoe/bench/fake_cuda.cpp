@@ -1,6 +1,9 @@
 // A CUDA device without memory or kernels, for fake tensors on a torch built without CUDA: autograd asks for the device's
 // guard and its streams, and nothing else is ever called.  Loaded before torch makes its own hooks.
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace {
@@ -35,3 +38,18 @@ using at::RegistererCUDAHooksRegistry;
 REGISTER_CUDA_HOOKS(CUDAHooks);
 
 }  // namespace
+
+namespace at::native {
+
+// As a GPU chooses for bf16; without a choice torch takes the definition, whose N x N weights are kept.
+int64_t flash_attention(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool,
+                        std::optional<double>, bool) {
+  return 1;
+}
+REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &flash_attention)
+
+}  // namespace at::native
+
+// One kernel on a GPU; an operator without one would be taken apart.
+at::Tensor silu_backward(const at::Tensor& gradient, const at::Tensor&) { return at::empty_like(gradient); }
+TORCH_LIBRARY_IMPL(aten, CUDA, library) { library.impl("silu_backward", &silu_backward); }

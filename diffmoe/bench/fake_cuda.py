@@ -1,0 +1,60 @@
+"""Runs a program in whose process torch takes a GPU for granted: CUDA tensors without memory or kernels (torch's fake tensors).
+
+    python -m diffmoe.bench.fake_cuda SCRIPT.py|MODULE [argument …]
+
+A torch with a CUDA of its own needs nothing for that; for another one ``fake_cuda.cpp`` is built, and loaded before torch looks
+for its hooks: hence a process of its own, and no import of torch above.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Sequence
+
+from diffmoe.errors import UserError
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+def run(program: str, arguments: Sequence[str], **options) -> subprocess.CompletedProcess:
+    """Runs a module, or a script that ends in ``.py``, in such a process; ``options`` as ``subprocess.run`` takes them.
+    UserError where the device cannot be built."""
+    if not _has_cuda() and shutil.which("g++") is None:
+        raise UserError("counting on CUDA tensors needs g++ (or a torch that was built for CUDA), and there is none: install g++")
+    return subprocess.run([sys.executable, "-m", __spec__.name, program, *arguments], **options)
+
+
+def _torch() -> Path:
+    return Path(importlib.util.find_spec("torch").origin).parent
+
+
+def _has_cuda() -> bool:
+    return runpy.run_path(str(_torch() / "version.py"))["cuda"] is not None
+
+
+def _load() -> None:
+    with tempfile.TemporaryDirectory(prefix="diffmoe-fake-cuda-") as folder:
+        library, torch = Path(folder) / "fake_cuda.so", _torch()
+        subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", f"-I{torch}/include", f"-L{torch}/lib", str(_SOURCE), "-o", str(library),
+                        "-lc10", "-ltorch_cpu"], check=True)
+        for each in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so"):
+            ctypes.CDLL(str(torch / "lib" / each), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+if __name__ == "__main__":
+    if not _has_cuda():
+        _load()
+    sys.argv = sys.argv[1:]
+    if sys.argv[0].endswith(".py"):
+        sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
