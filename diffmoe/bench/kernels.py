@@ -17,7 +17,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -28,7 +27,7 @@ _FILLS = {"zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "
           "copy", "scalar_tensor", "random", "normal", "uniform"}
 _PICKS = {"index_select", "gather", "index", "embedding", "_embedding_bag", "_embedding_bag_forward_only"}
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
-_READING_METHODS = {Tensor.tolist, Tensor.cpu, Tensor.numpy}
+_READING_METHODS = ("tolist", "cpu", "numpy")  # no operator shows them where the tensor is on the host already
 # Names that say nothing of what a fused kernel does.
 _SILENT = {"view", "reshape", "permute", "expand", "unsqueeze", "squeeze", "convert_element_type", "split", "full", "iota", "clone",
            "slice", "select", "getitem", "unbind", "transpose", "t", "_unsafe_view"}
@@ -58,7 +57,7 @@ class Counting(TorchDispatchMode):
         self.fused: list[Kernel] = []  # of compiled code, as it would be with the ideal fusion
         self.reads: Counter[str] = Counter()  # by place
         self.collectives: Counter[str] = Counter()
-        self.owner, self._inside_compiled, self._methods = owner, False, _Methods(self)
+        self.owner, self._inside_compiled, self._methods = owner, False, contextlib.ExitStack()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -66,12 +65,20 @@ class Counting(TorchDispatchMode):
         return True
 
     def __enter__(self) -> Counting:
-        self._methods.__enter__()
+        for name in _READING_METHODS:
+            self._methods.enter_context(mock.patch.object(Tensor, name, self._reading(getattr(Tensor, name))))
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
-        self._methods.__exit__(*raised)
+        self._methods.close()
+
+    def _reading(self, method: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                self.reads[self.owner()[1]] += 1
+            return method(*args, **kwargs)
+        return call
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -111,21 +118,6 @@ class Counting(TorchDispatchMode):
 
         call._boxed_call = True
         return call
-
-
-class _Methods(TorchFunctionMode):
-    """Reads by the host that no operator shows where the tensor is on the host already."""
-
-    def __init__(self, counting: Counting) -> None:
-        super().__init__()
-        self.counting = counting
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in _READING_METHODS and not torch.compiler.is_compiling():
-            self.counting.reads[self.counting.owner()[1]] += 1
-        # A mode is off while it handles a call, and backward recomputes inside of one.
-        with self if func is Tensor.backward else contextlib.nullcontext():
-            return func(*args, **(kwargs or {}))
 
 
 def _name(func: Any) -> str:
