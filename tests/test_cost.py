@@ -126,18 +126,18 @@ def test_memory_is_what_was_planned(worlds, ranks, ep, zero, recompute, bf16, ac
 # ------------------------------------------------------------------------------------------------ traffic
 
 
-def _counted(overrides, zero):
+def _counted(overrides, zero, bf16):
     """(table of one counted step, rows [layer][expert] that this rank's tokens went to in it)."""
     config = load_config(None, overrides)
     layout = resolve_layout(config, torch.distributed.get_world_size())
     groups = build_groups(layout.ep, layout.pool_ranks)
-    engine = Engine(build_model(config, layout.pool, groups), config, layout, _deepspeed(zero, False, 5_000_000), groups, CPU)
+    engine = Engine(build_model(config, layout.pool, groups), config, layout, _deepspeed(zero, bf16, 300_000), groups, CPU)
     batch = synthetic_batch(config, range(groups.rank * layout.micro_batch, (groups.rank + 1) * layout.micro_batch))
     count = CommunicationCount((f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers())
     with count:
         loss = micro_loss(engine.forward, batch, config, RoutingRule("train"), CPU)
         engine.backward(loss.total)
-        engine.step(1e-4)
+        engine.step(1e-4, engine.squared_norm().item() ** 0.5)
     rows = [stats.mask_TE.sum(dim=0).tolist() for stats in loss.output.moe]
     engine.engine.destroy()
     return count.table(), rows
