@@ -33,6 +33,7 @@ from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.traffic import only_counting
 
 _SWAPPED = 2**22  # elements at a time
+_ROW = 4096
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,7 @@ class Engine:
             parts = [(self._zero.gradients(self.optimizer, self.stage, self.offload), world**2 if self._sums else 1)]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradients, divisor in parts:
-            pieces = [piece for gradient in gradients for piece in gradient.detach().reshape(-1).split(_SWAPPED)]
-            norms = torch.stack(torch._foreach_norm(pieces, dtype=torch.float32))
-            total += norms.to(self.device, torch.float64).square().sum() / divisor
+            total += sum(_square(gradient.detach().reshape(-1)).to(self.device) for gradient in gradients) / divisor
         return total
 
     def step(self, lr: float, norm: float) -> bool:
@@ -349,6 +348,14 @@ class Engine:
             self.engine.train()
             _swap(self._masters, shards)
             self.publish()
+
+
+def _square(values: Tensor) -> Tensor:
+    """The sum of squares in fp64, read once.  Row by row: in one long sum fp32 loses digits (on a CPU 1e-5 at 250,000 values)."""
+    whole = values.numel() // _ROW * _ROW
+    rows = torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
+    rest = torch.linalg.vector_norm(values[whole:], dtype=torch.float32)
+    return torch.cat([rows, rest.view(1)]).double().square().sum()
 
 
 def _swap(left: list[Tensor], right: list[Tensor]) -> None:
