@@ -111,6 +111,8 @@ UNSUPPORTED = {
     "bf16.bf16_optimizer_states": (False, "checkpoints hold fp32 moments; leave it out"),
 }
 
+BUCKET = 25_000_000  # see reduce_bucket
+
 
 def read_deepspeed(path: str | Path | None) -> dict:
     """The DeepSpeed JSON as a dict (ZeRO 1 in fp32 when no file is given).  Raises UserError."""
@@ -287,8 +289,24 @@ def zero_stage(tree: dict) -> int:
     return (tree.get("zero_optimization") or {}).get("stage") or 0
 
 
+def reduction_precision(tree: dict) -> str:
+    """``fp32``, ``bf16`` or ``fp16``, in which gradients are added up over ranks: that of their accumulation, unless the JSON names
+    another."""
+    accumulation = _found(tree, "data_types.grad_accum_dtype") or precision(tree)
+    return tree.get("communication_data_type") or ("bf16" if accumulation in _BF16 else "fp32")
+
+
+def reduce_bucket(tree: dict) -> int:
+    """Elements of a bucket of gradients that are reduced together."""
+    named = _found(tree, "zero_optimization.reduce_bucket_size")
+    # Our own buckets take no memory: small ones leave while backward runs.  DeepSpeed's default is of its own.
+    return int(named or (BUCKET if precision(tree) == "bf16" and zero_stage(tree) < 2 else 5e8))
+
+
 def _resolve(tree: dict, expert_parallel: bool) -> dict:
     zero, bf16 = {"stage": 0, **tree.get("zero_optimization", {})}, tree.get("bf16", {})
+    zero["reduce_bucket_size"] = reduce_bucket(tree)
+    tree = {**tree, "communication_data_type": reduction_precision(tree)}  # DeepSpeed's default is bf16 where weights are
     if bf16.get("enabled"):
         # Fp32 masters need a home that can be checkpointed by name; ZeRO 1 is the least that gives them one.
         zero["stage"] = max(1, zero["stage"])

@@ -126,34 +126,35 @@ def test_memory_is_what_was_planned(worlds, ranks, ep, zero, recompute, bf16, ac
 # ------------------------------------------------------------------------------------------------ traffic
 
 
-def _counted(overrides, zero):
+def _counted(overrides, zero, bf16):
     """(table of one counted step, rows [layer][expert] that this rank's tokens went to in it)."""
     config = load_config(None, overrides)
     layout = resolve_layout(config, torch.distributed.get_world_size())
     groups = build_groups(layout.ep, layout.pool_ranks)
-    engine = Engine(build_model(config, layout.pool, groups), config, layout, _deepspeed(zero, False, 5_000_000), groups, CPU)
+    engine = Engine(build_model(config, layout.pool, groups), config, layout, _deepspeed(zero, bf16, 300_000), groups, CPU)
     batch = synthetic_batch(config, range(groups.rank * layout.micro_batch, (groups.rank + 1) * layout.micro_batch))
     count = CommunicationCount((f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers())
     with count:
         loss = micro_loss(engine.forward, batch, config, RoutingRule("train"), CPU)
         engine.backward(loss.total)
-        engine.step(1e-4)
+        engine.step(1e-4, engine.squared_norm().item() ** 0.5)
     rows = [stats.mask_TE.sum(dim=0).tolist() for stats in loss.output.moe]
     engine.engine.destroy()
     return count.table(), rows
 
 
-@pytest.mark.parametrize(("ranks", "ep", "pool", "zero", "recompute"), [
-    (2, 2, "rank", 1, "none"), (2, 2, "group", 2, "selective"), (4, 2, "group", 1, "block"),
-    (4, 2, "global", 2, "none"), (4, 4, "global", 1, "selective"),
-    pytest.param(4, 2, "rank", 0, "none", marks=pytest.mark.slow), pytest.param(4, 4, "rank", 3, "none", marks=pytest.mark.slow),
+@pytest.mark.parametrize(("ranks", "ep", "pool", "zero", "recompute", "bf16"), [
+    (2, 2, "rank", 1, "none", False), (2, 2, "group", 2, "selective", False), (4, 2, "group", 1, "block", False),
+    (4, 2, "global", 2, "none", False), (4, 4, "global", 1, "selective", False), (4, 2, "rank", 1, "none", True), (2, 2, "rank", 2, "none", True),
+    pytest.param(4, 2, "rank", 0, "none", False, marks=pytest.mark.slow),
+    pytest.param(4, 4, "rank", 3, "none", False, marks=pytest.mark.slow),
 ])
-def test_counted_bytes_equal_the_formula(worlds, ranks, ep, pool, zero, recompute):
+def test_counted_bytes_equal_the_formula(worlds, ranks, ep, pool, zero, recompute, bf16):
     overrides = [*MODEL, "model.input_size=8", "model.depth=2", "moe.interleave=false", f"parallel.ep={ep}", f"moe.pool={pool}",
                  f"parallel.recompute={recompute}"]
     config = load_config(None, overrides)
-    layout, engine = resolve_layout(config, ranks), engine_facts(_deepspeed(zero, False, 5_000_000))
-    answers = worlds(ranks).run(_counted, overrides, zero)
+    layout, engine = resolve_layout(config, ranks), engine_facts(_deepspeed(zero, bf16, 300_000))
+    answers = worlds(ranks).run(_counted, overrides, zero, bf16)
     planned = {}
     for message in step_traffic(config, layout, engine):
         key = (message.collective, message.purpose, message.phase)
@@ -163,7 +164,7 @@ def test_counted_bytes_equal_the_formula(worlds, ranks, ep, pool, zero, recomput
         for row in table:
             key = (row["collective"], row["purpose"], row["phase"] if row["layer"] else "step")
             found[key] = found.get(key, 0) + row["wire"]
-        exact = _wire_of_rows(config, layout, [rows for _, rows in answers], rank)
+        exact = _wire_of_rows(config, layout, engine.element, [rows for _, rows in answers], rank)
         travelled = {key: exact[key[1] if key[2] != "backward" else {"dispatch": "combine", "combine": "dispatch"}[key[1]]]
                      for key in found if key[1] in ("dispatch", "combine")}
         assert {key: found[key] for key in travelled} == travelled
@@ -179,10 +180,10 @@ def test_counted_bytes_equal_the_formula(worlds, ranks, ep, pool, zero, recomput
         assert sum(row["wire"] for row in sent) <= 1.05 * least
 
 
-def _wire_of_rows(config, layout, rows_by_rank, rank):
+def _wire_of_rows(config, layout, element, rows_by_rank, rank):
     """Bytes that leave ``rank``: rows for other ranks' experts (dispatch), results for other ranks' tokens (combine)."""
     local, group = config.moe.experts // layout.ep, range(rank - rank % layout.ep, rank - rank % layout.ep + layout.ep)
-    row = config.model.width * 4
+    row = config.model.width * element
 
     def sent(source, target):
         first = (target % layout.ep) * local

@@ -100,13 +100,14 @@ def moving_average_twice_a_step(training):
 
 
 def norm_of_one_rank(training):
-    step = training.engine.step
-    training.engine.step = lambda lr: step(lr) * 2**-0.5
+    squared_norm, step = training.engine.squared_norm, training.engine.step
+    training.engine.squared_norm = lambda: squared_norm() / 2
+    training.engine.step = lambda lr, norm: step(lr, norm * 2**0.5)
 
 
 def learning_rate_off(training):
     step = training.engine.step
-    training.engine.step = lambda lr: step(lr * 1.0001)
+    training.engine.step = lambda lr, norm: step(lr * 1.0001, norm)
 
 
 @pytest.fixture(scope="module")

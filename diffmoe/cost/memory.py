@@ -8,8 +8,10 @@ width, R rows that this rank's experts take.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+
 from diffmoe.config import Config, attention_kept
 from diffmoe.cost.parameters import inner_width, is_mixture, rank_parameters
+from diffmoe.deepspeed_json import reduce_bucket, reduction_precision
 from diffmoe.layout import Layout
 
 _FP32 = 4
@@ -19,11 +21,12 @@ _FP32 = 4
 class EngineFacts:
     """What the DeepSpeed JSON says, as the engine will run it (bf16 at ZeRO 0 runs as ZeRO 1).
 
-    ``element``: bytes of a weight.  ``bucket``: elements of a gradient bucket, of which there are ``buckets``.
+    ``element``: bytes of a weight; ``reduced``: of a gradient that ranks add up.  ``bucket``: elements of a gradient bucket, of which there are ``buckets``.
     ``persistent``: ZeRO 3 keeps tensors up to that many elements whole; ``live``: elements of the others that it may hold."""
 
     stage: int
     element: int
+    reduced: int
     bucket: int
     buckets: int
     persistent: int
@@ -41,7 +44,7 @@ def engine_facts(deepspeed_tree: dict) -> EngineFacts:
     stage = zero.get("stage", 0)
     return EngineFacts(
         stage=max(stage, 1) if bf16 else stage, element=2 if bf16 else _FP32,
-        bucket=int(float(zero.get("reduce_bucket_size", 5e8))),
+        reduced=_FP32 if reduction_precision(deepspeed_tree) == "fp32" else 2, bucket=reduce_bucket(deepspeed_tree),
         # DeepSpeed's own default overlaps at ZeRO 3 only, which has one bucket all the same.
         buckets=2 if zero.get("overlap_comm", False) and stage in (1, 2) else 1,
         persistent=_number(zero, "param_persistence_threshold", 1e5), live=_number(zero, "max_live_parameters", 1e9))
@@ -154,8 +157,8 @@ def _gradients(sizes: _Sizes, engine: EngineFacts, accumulates: bool) -> tuple[i
     if engine.stage == 3:
         return _FP32 * sizes.shard + engine.element * engine.bucket, 0, 0, 0, engine.element * bucket
     if engine.stage == 1 and engine.bf16:
-        # BF16_Optimizer: fp32 sums of all gradients, always; they are reduced in bf16.
-        return _FP32 * sizes.padded, 0, 0, 0, engine.element * bucket
+        # Fp32 sums of all gradients, always; they are reduced in place, or as copies that all wait for the end of backward.
+        return _FP32 * sizes.padded, 0, 0, 0, engine.reduced * sizes.whole if engine.reduced < _FP32 else 0
     if engine.stage == 1:
         left = _FP32 * max(0, sizes.whole - engine.bucket)  # what no longer fits into a bucket stays where it is
         return (0, _FP32 * engine.bucket * engine.buckets, _FP32 * sizes.whole if accumulates else 0, left,

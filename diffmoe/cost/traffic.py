@@ -80,8 +80,8 @@ def rows_sent(config: Config, layout: Layout) -> int:
 
 
 def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Message]:
-    """Gradients and weights, as DeepSpeed 0.19.8 moves them: at ZeRO 0 to 2 whole buckets are all-reduced, of which ZeRO 1
-    and 2 then keep a part; ZeRO 2 and 3 do it after every micro-batch."""
+    """Gradients and weights.  ZeRO 1 in bf16 reduces gradients to their owner; DeepSpeed 0.19.8 all-reduces whole buckets at ZeRO 0
+    to 2, of which ZeRO 1 and 2 then keep a part; ZeRO 2 and 3 do it after every micro-batch."""
     found = []
     for (numels, ranks), group in zip(shared_parts(config, layout), ("world", "edp")):
         whole = sum(numels)
@@ -91,14 +91,17 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
         if engine.stage == 3:
             times = layout.accumulation
             padded = sum(-(-n // ranks) * ranks for n in numels)
-            found.append(_reduction("reduce_scatter", "gradients", group, times * buckets, times * padded * engine.element, ranks))
+            found.append(_reduction("reduce_scatter", "gradients", group, times * buckets, times * padded * engine.reduced, ranks))
             # Weights stay from forward to backward if they may; else backward gathers again.
             gathers = times if padded <= engine.live else 2 * times
             found.append(_reduction("all_gather", "parameters", group, gathers * len(numels),
                                     gathers * padded // ranks * engine.element, ranks))
             continue
         times = layout.accumulation if engine.stage == 2 else 1
-        found.append(_reduction("all_reduce", "gradients", group, times * buckets, times * whole * engine.element, ranks))
+        if engine.stage == 1 and engine.bf16:  # in parts of one owner each
+            found.append(_reduction("reduce", "gradients", group, buckets + ranks - 1, whole * engine.reduced, ranks))
+        else:
+            found.append(_reduction("all_reduce", "gradients", group, times * buckets, times * whole * engine.reduced, ranks))
         if engine.stage:
             padded = padded_numel(numels, ranks, engine)
             found.append(_reduction("all_gather", "parameters", group, 1, padded // ranks * engine.element, ranks))

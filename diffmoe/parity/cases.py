@@ -38,7 +38,8 @@ _COMMON = (
 
 @dataclass(frozen=True)
 class Case:
-    """One row.  ``pool`` is what the configuration says, a word or samples; ``words``: other words for the same."""
+    """One row.  ``pool`` is what the configuration says, a word or samples; ``words``: other words for the same.  ``overlap``:
+    gradients are reduced in many small buckets while backward runs."""
 
     world: int
     ep: int
@@ -52,6 +53,7 @@ class Case:
     precision: str = "fp32"
     compiled: bool = False
     routing: str = "token"  # of the images that a compiled row samples
+    overlap: bool = False
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
         """The configuration of this row.  Raises UserError where the numbers do not fit."""
@@ -66,6 +68,8 @@ class Case:
         stage = {"stage": self.zero}
         if self.zero == 3:
             stage["stage3_param_persistence_threshold"] = 0  # else tensors as small as these would never be sharded
+        if self.overlap:
+            stage |= {"overlap_comm": True, "reduce_bucket_size": 5000}
         zero = {"zero_optimization": stage}
         if self.precision == "fp32":
             return zero
@@ -81,7 +85,7 @@ class Case:
 
     @property
     def kind(self) -> str:
-        return self.variant + " bf16" * (self.precision == "bf16") + " compiled" * self.compiled
+        return self.variant + " bf16" * (self.precision == "bf16") + " compiled" * self.compiled + " overlap" * self.overlap
 
 
 def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
@@ -99,6 +103,10 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         cases += [Case(world, ep, zero, RECOMPUTE[(zero + ep) % 3], 1 + zero % 2, pool, 3 * world * (1 + zero % 2))
                   for pool in _uneven_pools(world) for zero in range(4)]
         cases += [Case(world, ep, zero, "none", 2, "1", 16, precision="bf16") for zero in (1, 2, 3)]
+        if world > 1:
+            for zero, accumulation in ((1, 1), (1, 2), (2, 1), (2, 2)):
+                cases += [Case(world, ep, zero, RECOMPUTE[zero - 1], accumulation, "rank", 16, variant, precision=precision, overlap=True)
+                          for variant, precision in (("diffmoe", "fp32"), ("tc-all", "bf16"))]
         if ep == 1:  # counts that the host must ask for: where a GPU has it, the grouped matmul
             cases.append(Case(world, ep, 1, "none", 1, "rank", 16, "tc-all", precision="bf16"))
     return cases
@@ -127,6 +135,9 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 1, "block", 2, "group", 16, "ddpm"),
         Case(2, 2, 1, "none", 2, "1", 16, precision="bf16"),
         Case(4, 2, 3, "none", 2, "1", 16, precision="bf16"),
+        Case(4, 2, 1, "selective", 2, "rank", 16, overlap=True),
+        Case(4, 2, 2, "none", 2, "rank", 16, overlap=True),
+        Case(4, 2, 1, "selective", 2, "rank", 16, "tc-all", precision="bf16", overlap=True),
     ]
     return [case for case in cases if case.world in set(worlds)]
 

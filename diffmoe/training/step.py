@@ -107,25 +107,23 @@ def train_step(engine: Engine, ema: Ema, batches: Sequence[Batch], config: Confi
     rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
     lr = config.train.lr_at(step)
     tally = _Tally(engine.model, config, engine.device)
-    norm = 0.0
     for batch, drawn in zip(batches, draws or [None] * len(batches), strict=True):
         groups.trace.enter("forward", step)
         loss = micro_loss(engine.forward, batch, config, rule, engine.device, drawn)
         groups.trace.enter("backward")
         engine.backward(_all_or_nothing(loss.total))
-        groups.trace.enter("optimizer step")
-        norm = engine.step(lr)
         tally.add(loss)
-    means = tally.reduce(groups, layout, stop, trouble)
-    applied = math.isfinite(norm)
-    assert applied <= math.isfinite(means.loss), (means.loss, norm)
+    groups.trace.enter("optimizer step")
+    means = tally.reduce(engine.squared_norm(), groups, layout, stop, trouble)
+    applied = engine.step(lr, means.norm)
+    assert applied <= math.isfinite(means.loss), (means.loss, means.norm)
     if applied:
         commit_thresholds(engine.model, means.thresholds_LE)
         ema.update()
         if config.model.family == "diffmoe" and counts_for_dial(config.train, step):
             groups.trace.enter("counting for the dial")
             _count_for_dial(engine, ema, batches, config, groups, step)
-    return StepReport(means.loss, means.predictor, means.balance, norm, lr, rule.capacity, means.stop, means.trouble, applied,
+    return StepReport(means.loss, means.predictor, means.balance, means.norm, lr, rule.capacity, means.stop, means.trouble, applied,
                       tally.load_LbE, tally.samples_b)
 
 
@@ -171,6 +169,7 @@ def _count_for_dial(engine: Engine, ema: Ema, batches: Sequence[Batch], config: 
 
 @dataclass(frozen=True)
 class _Means:
+    norm: float
     loss: float
     predictor: float
     balance: float
@@ -202,12 +201,13 @@ class _Tally:
         if stats.threshold_sum_E is not None:
             self.thresholds_LE[layer] += stats.threshold_sum_E
 
-    def reduce(self, groups: ParallelGroups, layout: Layout, stop: bool, trouble: bool) -> _Means:
+    def reduce(self, squared_norm: Tensor, groups: ParallelGroups, layout: Layout, stop: bool, trouble: bool) -> _Means:
+        """Sums over ranks and gives means; the one time in a step that the host waits for the device."""
         flags = torch.tensor([float(stop), float(trouble)], dtype=torch.float64, device=self.parts.device)
-        sums = sum_over(torch.cat([self.parts, flags, self.thresholds_LE.flatten().double()]), groups.world)
+        sums = sum_over(torch.cat([squared_norm.view(1), self.parts, flags, self.thresholds_LE.flatten().double()]), groups.world)
         passes = layout.ranks * layout.accumulation
-        loss, predictor, balance, stopped, troubled = sums[:5].tolist()
-        observed = sums[5:].view_as(self.thresholds_LE) / (layout.pools * layout.accumulation)
+        square, loss, predictor, balance, stopped, troubled = sums[:6].tolist()
+        observed = sums[6:].view_as(self.thresholds_LE) / (layout.pools * layout.accumulation)
         layers = max(1, self.layers)
-        return _Means(loss / passes, predictor / passes / layers, balance / passes / layers, stopped > 0, troubled > 0,
+        return _Means(math.sqrt(square), loss / passes, predictor / passes / layers, balance / passes / layers, stopped > 0, troubled > 0,
                       observed)
