@@ -17,7 +17,7 @@ from diffmoe.models.compiled import compile_blocks
 from diffmoe.models.dit import DiT, initialize
 from diffmoe.moe.routing import RoutingRule, choose_tokens
 from diffmoe.parity import table
-from diffmoe.parity.cases import compiled_table
+from diffmoe.parity.cases import Case, compiled_table
 
 
 def fresh_counters():
@@ -228,23 +228,37 @@ def test_a_missing_compiler_is_said_in_a_line(device, missing, said, monkeypatch
 # ------------------------------------------------------------------------------------------------ with its kernels
 
 
-def with_one_graph(training):
-    """Every step of a case's training sees that there is one graph and no break."""
+def with_few_graphs(training):
+    """Every step of a case's training sees as many graphs as the first one, and no break."""
     fresh_counters()
-    plain_step = training.step
+    plain_step, graphs = training.step, []
 
     def step(number):
         report = plain_step(number)
-        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], counters
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert 0 < graphs[-1] == graphs[0] and not counters["graph_break"], counters
         return report
 
     training.step = step
 
 
+def with_few_graphs_without_kernels(training):
+    torch.compile = functools.partial(torch.compile, backend="aot_eager_decomp_partition")  # in this rank's process
+    with_few_graphs(training)
+
+
+@pytest.mark.parametrize("case", [Case(2, 2, 1, "selective", 1, "global", 8, compiled=True, routing="static"),
+                                  pytest.param(Case(4, 2, 1, "block", 1, "group", 8, compiled=True), marks=pytest.mark.slow)],
+                         ids=lambda case: case.label)
+def test_parts_of_blocks_over_ranks_are_the_plain_processs(case):
+    row, = table.run_cases([case], timeout=300.0, tamper=with_few_graphs_without_kernels)
+    assert row.ok and row.differences["images"] > 0, (row.differences, row.error)
+
+
 @pytest.mark.slow
-def test_compiled_training_is_the_plain_processs():
-    """Losses, gradients, weights, averages and thresholds of real steps, within the parity table's bounds."""
-    for row in table.run_cases(compiled_table((1, 2)), timeout=600.0, tamper=with_one_graph):
+def test_compiled_training_and_sampling_are_the_plain_processs():
+    """Losses, gradients, weights, averages, thresholds and images of real steps, within the parity table's bounds."""
+    for row in table.run_cases(compiled_table(), timeout=900.0, tamper=with_few_graphs):
         print(row.case.label, row.differences)
         assert row.ok, (row.case.label, row.differences, row.error)
 

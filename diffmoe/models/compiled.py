@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffmoe.config import TrainConfig
 from diffmoe.errors import UserError
@@ -95,21 +95,23 @@ class CompiledRun:
         if not self._takes(len(x)):
             return run_plainly(block, form, x, c, rule)
         if not isinstance(block.mlp, MoELayer):
-            return self._part(form, block.compute, x, c, self.settled)  # any rule is the same to it
+            return self.part(form, block.compute, x, c, self.settled)  # any rule is the same to it
         if block.mlp.has_static_shapes(rule) and (rule.kind != "train" or rule == self.settled):
-            return self._part(form, block.compute, x, c, rule)
+            return self.part(form, block.compute, x, c, rule)
         if form == "block":  # exchanges are repeated, too
-            return recomputed(block.compute, form, x, c, rule, partial(self._part, "none"))
-        return block.compute(x, c, rule, partial(self._part, form))
+            return recomputed(block.compute, form, x, c, rule, partial(self.part, "none"))
+        return block.compute(x, c, rule, partial(self.part, form))
 
-    def _part(self, form: str, function: Callable, *args: Any, ragged: bool = False, traceable: bool = True) -> Any:
+    def part(self, form: str, function: Callable, *args: Any, ragged: bool = False, traceable: bool = True) -> Any:
         if not traceable:
             return recomputed(function, form, *args)
-        if ragged:  # as many rows as the first argument has, whatever they are
-            for tensor in [*args, *(value for argument in args if isinstance(argument, Plan) for value in vars(argument).values())]:
-                if isinstance(tensor, Tensor) and tensor.shape[:1] == args[0].shape[:1]:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return self.compiled[getattr(function, "__func__", type(function))](function, form, *args)
+        if ragged:
+            plans = (argument for argument in args if isinstance(argument, Plan))
+            rows = [value for plan in plans for name, value in vars(plan).items() if name.endswith("_R")]
+            for tensor in [args[0], *rows]:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        kind = type(function) if isinstance(function, nn.Module) else getattr(function, "__func__", function)
+        return self.compiled[kind](function, form, *args)
 
     def _takes(self, size: int) -> bool:
         if size not in self.sizes and len(self.sizes) == _MOST_SIZES:
