@@ -62,9 +62,9 @@ def assert_same(found, wanted):
 
 @pytest.mark.parametrize("family,recompute,graphs", [
     ("diffmoe", "selective", 2),  # a dense block, a mixture
-    ("tc", "block", 4),  # a dense block; three parts of a mixture
+    ("tc", "block", 5),  # a dense block; four parts of a mixture
     pytest.param("diffmoe", "none", 2, marks=pytest.mark.slow), pytest.param("ec", "block", 2, marks=pytest.mark.slow),
-    pytest.param("tc", "none", 4, marks=pytest.mark.slow), pytest.param("tc", "selective", 4, marks=pytest.mark.slow)])
+    pytest.param("tc", "none", 5, marks=pytest.mark.slow), pytest.param("tc", "selective", 5, marks=pytest.mark.slow)])
 def test_blocks_of_a_kind_share_a_graph(family, recompute, graphs, without_kernels):
     dit = small_model(family, recompute)
     wanted = training_pass(dit)
