@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from diffmoe.commands.common import Parser, add_compile, add_fp32_precision, sampling_config
+from diffmoe.commands.train import describe
 from diffmoe.config import Config, ModelConfig, MoEConfig, SampleConfig, config_from_tree, load_config
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.errors import UserError
@@ -115,7 +117,7 @@ def test_sizes_beyond_the_fourth_stay_eager_and_are_said(without_kernels):
     for size in sizes:
         sampling_pass(dit, size)
     assert counters["stats"]["unique_graphs"] == 4
-    with pytest.warns(UserWarning, match="a batch of 5 runs eager"):
+    with pytest.warns(UserWarning, match="a batch of 5 samples runs eager"):
         sampling_pass(dit, 5)
     for size in sizes:
         sampling_pass(dit, size)
@@ -187,6 +189,25 @@ def test_auto_is_the_default_and_bools_of_old_files_stay():
     for value in ("yes please", 1, None):
         with pytest.raises(UserError, match=r"train.compile = .* must be one of auto or true or false"):
             config_from_tree({"train": {"compile": value}})
+
+
+@pytest.mark.parametrize("said,stage,shown", [("auto", 1, "none, compiled on a GPU"), ("auto", 3, "none"), ("true", 2, "none, compiled"),
+                                              ("false", 0, "none")])
+def test_a_start_says_where_it_is_compiled(said, stage, shown):
+    config = load_config(None, [f"train.compile={said}", "train.batch=4", "moe.pool=1"])
+    text = describe(config, resolve_layout(config, 1), {"zero_optimization": {"stage": stage}}, complete=False)
+    assert text.splitlines()[-1].endswith(f"recompute {shown}")
+
+
+@pytest.mark.parametrize("given,wanted", [([], True), (["--compile", "auto"], "auto"), (["--compile", "false"], False)])
+def test_sampling_takes_the_runs_or_its_own(given, wanted):
+    parser = Parser("sample")
+    for name in ("--cfg", "--seed"):
+        parser.add_argument(name)
+    add_fp32_precision(parser)
+    add_compile(parser)
+    parser.add_argument("overrides", nargs="*")
+    assert sampling_config(load_config(None, ["train.compile=true"]), parser.parse_args(given)).train.compile == wanted
 
 
 def test_zero_3_is_refused():

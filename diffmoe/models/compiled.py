@@ -1,8 +1,8 @@
 """torch.compile of a DiT's blocks: what is compiled and when is decided here alone.
 
-A region is a block with its recompute inside.  Outside, a kept result would lie in a buffer that compiled code uses again;
-inside, the compiler's partition of forward and backward obeys the same policies, and routes once.  Blocks of a kind share one
-graph, a graph break is an error.  Hooks of a block stay outside of its region; those of modules in it are not heard.
+A graph is a block, or a part of it between two exchanges, with its recompute inside: there the compiler's partition of forward
+and backward obeys the same policies, and routes once.  Blocks of a kind share graphs, a graph break is an error.  Hooks of a
+block stay outside; those of modules in a graph are not heard.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.recompute import recomputed
 
-# A graph is of one batch size: the micro-batch's, sampling's, and those of their last, smaller ones.  More than that stay eager.
+# A graph is of one batch size, for which kernels are chosen: the micro-batch's, sampling's, a smaller last one's and one more.
 _MOST_SIZES = 4
-# Graphs of one region: block kinds and forms of recompute, for each size.
+# Graphs of one function, kinds of blocks, forms of recompute and routing rules for each size; torch raises beyond that.
 _MOST_GRAPHS = 16 * _MOST_SIZES
 
 
@@ -73,20 +73,21 @@ def _lacking(device: torch.device) -> Optional[str]:
 
 
 def compile_blocks(model: DiT) -> None:
-    """From now on the model's blocks run compiled where shapes are static.  The first pass takes a minute."""
+    """From now on the model's blocks run compiled, see :class:`CompiledRun`.  The first pass takes a minute."""
     model.run = CompiledRun(model.moe.capacity)
 
 
 class CompiledRun:
-    """How a DiT's blocks are run compiled: as a whole where shapes are static (dense blocks; mixtures whose experts all take as
-    many tokens, which are chosen in this rank), else what comes before the experts.
+    """How a DiT's blocks are run compiled: as a whole where all shapes are known (dense blocks; mixtures that neither ask another
+    rank nor the host), else in parts between exchanges, with choosing and the host's reads outside.  Parts are the units of
+    ``selective`` recompute: what crosses their edges, rows that came over the network among it, is kept by itself.
 
-    ``capacity``: at which training ends.  While it still changes there would be a graph for every step."""
+    ``capacity``: at which training ends.  While it still changes a whole mixture would be another graph in every step."""
 
     def __init__(self, capacity: float) -> None:
         self.settled = RoutingRule("train", capacity)
         self.sizes: set[int] = set()
-        # Of each function.
+        # By function: else they would look through each other's graphs.
         self.compiled = defaultdict(lambda: torch.compile(recomputed, fullgraph=True, dynamic=False, recompile_limit=_MOST_GRAPHS,
                                                           isolate_recompiles=True))
 
@@ -103,6 +104,7 @@ class CompiledRun:
         return block.compute(x, c, rule, partial(self.part, form))
 
     def part(self, form: str, function: Callable, *args: Any, ragged: bool = False, traceable: bool = True) -> Any:
+        """See ``parallel.recompute.Run``; with ``ragged`` rows come first, or are named ``…_R`` in a plan."""
         if not traceable:
             return recomputed(function, form, *args)
         if ragged:
@@ -115,7 +117,7 @@ class CompiledRun:
 
     def _takes(self, size: int) -> bool:
         if size not in self.sizes and len(self.sizes) == _MOST_SIZES:
-            warnings.warn(f"a batch of {size} runs eager: there are compiled graphs for {_MOST_SIZES} other sizes")
+            warnings.warn(f"a batch of {size} samples runs eager: there are compiled graphs for {_MOST_SIZES} other sizes")
             return False
         self.sizes.add(size)
         return True
