@@ -1,8 +1,8 @@
 """torch.compile of a DiT's blocks: what is compiled and when is decided here alone.
 
-A graph is a block, or a part of it between two exchanges, with its recompute inside: there the compiler's partition of forward
-and backward obeys the same policies, and routes once.  Blocks of a kind share graphs, a graph break is an error.  Hooks of a
-block stay outside; those of modules in a graph are not heard.
+A graph is a block, or a part of it between two exchanges, with its recompute inside: there the compiler's partition of
+forward and backward obeys the same policies, and routes once.  Blocks of a kind share graphs, a graph break is an error.
+Hooks of a block stay outside; those of modules in a graph are not heard.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.recompute import recomputed
 
-# A graph is of one batch size, for which kernels are chosen: the micro-batch's, sampling's, a smaller last one's and one more.
+# A graph is of one batch size, for which kernels are chosen: the micro-batch's, sampling's, a smaller last one's, one more.
 _MOST_SIZES = 4
 # Graphs of one function, kinds of blocks, forms of recompute and routing rules for each size; torch raises beyond that.
 _MOST_GRAPHS = 16 * _MOST_SIZES
@@ -42,9 +42,13 @@ def compiles(train: TrainConfig, device: torch.device, stage: int = 0) -> tuple[
         check_compiler(device)
     if isinstance(train.compile, bool) or device.type == "cpu":
         return train.compiles(device.type, stage), None
-    lacking = _lacking(device)
-    why = "ZeRO 3 gathers weights where no graph can go" if not train.compiles(device.type, stage) else lacking and f"it needs {lacking}"
-    return why is None, why and f"note: train.compile (auto) is off: {why}"
+    if not train.compiles(device.type, stage):
+        why = "ZeRO 3 gathers weights where no graph can go"
+    elif lacking := _lacking(device):
+        why = f"it needs {lacking}"
+    else:
+        return True, None
+    return False, f"note: train.compile (auto) is off: {why}"
 
 
 def check_compiler(device: torch.device) -> None:
@@ -78,18 +82,18 @@ def compile_blocks(model: DiT) -> None:
 
 
 class CompiledRun:
-    """How a DiT's blocks are run compiled: as a whole where all shapes are known (dense blocks; mixtures that neither ask another
-    rank nor the host), else in parts between exchanges, with choosing and the host's reads outside.  Parts are the units of
-    ``selective`` recompute: what crosses their edges, rows that came over the network among it, is kept by itself.
+    """How a DiT's blocks are run compiled: as a whole where all shapes are known (dense blocks; mixtures that neither ask
+    another rank nor the host), else in parts between exchanges, with choosing and the host's reads outside.  Parts are the
+    units of ``selective`` recompute: what crosses their edges, as rows from the network do, is kept by itself.
 
-    ``capacity``: at which training ends.  While it still changes a whole mixture would be another graph in every step."""
+    ``capacity``: at which training ends.  While it changes a whole mixture would be another graph in every step."""
 
     def __init__(self, capacity: float) -> None:
         self.settled = RoutingRule("train", capacity)
         self.sizes: set[int] = set()
         # By function: else they would look through each other's graphs.
-        self.compiled = defaultdict(lambda: torch.compile(recomputed, fullgraph=True, dynamic=False, recompile_limit=_MOST_GRAPHS,
-                                                          isolate_recompiles=True))
+        self.compiled = defaultdict(lambda: torch.compile(
+            recomputed, fullgraph=True, dynamic=False, recompile_limit=_MOST_GRAPHS, isolate_recompiles=True))
 
     def __call__(self, block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
         assert x.is_contiguous() and c.is_contiguous()  # see PatchEmbedding
@@ -117,7 +121,7 @@ class CompiledRun:
 
     def _takes(self, size: int) -> bool:
         if size not in self.sizes and len(self.sizes) == _MOST_SIZES:
-            warnings.warn(f"a batch of {size} samples runs eager: there are compiled graphs for {_MOST_SIZES} other sizes")
+            warnings.warn(f"a batch of {size} samples runs eager: there are graphs for {_MOST_SIZES} other sizes")
             return False
         self.sizes.add(size)
         return True
