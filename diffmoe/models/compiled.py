@@ -86,7 +86,7 @@ class CompiledRun:
     another rank nor the host), else in parts between exchanges, with choosing and the host's reads outside.  Parts are the
     units of ``selective`` recompute: what crosses their edges, as rows from the network do, is kept by itself.
 
-    ``capacity``: at which training ends.  While it changes a whole mixture would be another graph in every step."""
+    ``capacity``: at which training ends.  While it changes, what moves rows would be another graph in every step."""
 
     def __init__(self, capacity: float) -> None:
         self.settled = RoutingRule("train", capacity)
@@ -101,11 +101,19 @@ class CompiledRun:
             return run_plainly(block, form, x, c, rule)
         if not isinstance(block.mlp, MoELayer):
             return self.part(form, block.compute, x, c, self.settled)  # any rule is the same to it
-        if block.mlp.has_static_shapes(rule) and (rule.kind != "train" or rule == self.settled):
+        settled = rule.kind != "train" or rule == self.settled
+        if settled and block.mlp.has_static_shapes(rule):
             return self.part(form, block.compute, x, c, rule)
+        part = self.part if settled else self._part_unsettled
         if form == "block":  # exchanges are repeated, too
-            return recomputed(block.compute, form, x, c, rule, partial(self.part, "none"))
-        return block.compute(x, c, rule, partial(self.part, form))
+            return recomputed(block.compute, form, x, c, rule, partial(part, "none"))
+        return block.compute(x, c, rule, partial(part, form))
+
+    def _part_unsettled(self, form: str, function: Callable, *args: Any, **how: bool) -> Any:
+        """Without graphs of what moves rows, whose number changes from step to step."""
+        if any(isinstance(argument, Plan) for argument in args):
+            return recomputed(function, form, *args)
+        return self.part(form, function, *args, **how)
 
     def part(self, form: str, function: Callable, *args: Any, ragged: bool = False, traceable: bool = True) -> Any:
         """See ``parallel.recompute.Run``; with ``ragged`` rows come first, or are named ``…_R`` in a plan."""
