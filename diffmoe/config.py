@@ -185,8 +185,8 @@ class TrainConfig:
         return self.ema if isinstance(self.ema, tuple) else (self.ema,)
 
     def compiles(self, device: str, stage: int = 0) -> bool:
-        """Whether ``compile`` means yes on ``device`` (cpu, cuda) at ZeRO ``stage``.  ``auto``: on a GPU, below ZeRO 3, which gathers
-        weights in hooks of modules, where no graph can go."""
+        """Whether ``compile`` means yes on ``device`` (cpu, cuda) at ZeRO ``stage``.  ``auto``: on a GPU, below ZeRO 3,
+        which gathers weights in hooks of modules, where no graph can go."""
         return self.compile if isinstance(self.compile, bool) else device == "cuda" and stage < 3
 
     def lr_at(self, step: int) -> float:

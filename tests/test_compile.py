@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from diffmoe.commands.common import Parser, add_compile, add_fp32_precision, sampling_config
+from diffmoe.commands.train import describe
 from diffmoe.config import Config, ModelConfig, MoEConfig, SampleConfig, config_from_tree, load_config
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.errors import UserError
@@ -17,7 +19,7 @@ from diffmoe.models.compiled import compile_blocks
 from diffmoe.models.dit import DiT, initialize
 from diffmoe.moe.routing import RoutingRule, choose_tokens
 from diffmoe.parity import table
-from diffmoe.parity.cases import compiled_table
+from diffmoe.parity.cases import Case, compiled_table
 
 
 def fresh_counters():
@@ -34,7 +36,7 @@ def without_kernels(monkeypatch):
 
 def small_model(family="diffmoe", recompute="none"):
     model = ModelConfig(family=family, width=32, depth=4, heads=2, mlp_ratio=2, input_size=8, classes=10)
-    dit = DiT(model, MoEConfig(experts=4), pool=2, recompute=recompute)
+    dit = DiT(model, MoEConfig(experts=4), pool=1 if family == "ec" else 2, recompute=recompute)
     initialize(dit, 0)
     for p in dit.parameters():
         if not p.any():
@@ -62,9 +64,9 @@ def assert_same(found, wanted):
 
 @pytest.mark.parametrize("family,recompute,graphs", [
     ("diffmoe", "selective", 2),  # a dense block, a mixture
-    ("tc", "block", 4),  # a dense block; three parts of a mixture
+    ("tc", "block", 5),  # a dense block; four parts of a mixture
     pytest.param("diffmoe", "none", 2, marks=pytest.mark.slow), pytest.param("ec", "block", 2, marks=pytest.mark.slow),
-    pytest.param("tc", "none", 4, marks=pytest.mark.slow), pytest.param("tc", "selective", 4, marks=pytest.mark.slow)])
+    pytest.param("tc", "none", 5, marks=pytest.mark.slow), pytest.param("tc", "selective", 5, marks=pytest.mark.slow)])
 def test_blocks_of_a_kind_share_a_graph(family, recompute, graphs, without_kernels):
     dit = small_model(family, recompute)
     wanted = training_pass(dit)
@@ -115,7 +117,7 @@ def test_sizes_beyond_the_fourth_stay_eager_and_are_said(without_kernels):
     for size in sizes:
         sampling_pass(dit, size)
     assert counters["stats"]["unique_graphs"] == 4
-    with pytest.warns(UserWarning, match="a batch of 5 runs eager"):
+    with pytest.warns(UserWarning, match="a batch of 5 samples runs eager"):
         sampling_pass(dit, 5)
     for size in sizes:
         sampling_pass(dit, size)
@@ -189,6 +191,25 @@ def test_auto_is_the_default_and_bools_of_old_files_stay():
             config_from_tree({"train": {"compile": value}})
 
 
+@pytest.mark.parametrize("said,stage,shown", [("auto", 1, "none, compiled on a GPU"), ("auto", 3, "none"), ("true", 2, "none, compiled"),
+                                              ("false", 0, "none")])
+def test_a_start_says_where_it_is_compiled(said, stage, shown):
+    config = load_config(None, [f"train.compile={said}", "train.batch=4", "moe.pool=1"])
+    text = describe(config, resolve_layout(config, 1), {"zero_optimization": {"stage": stage}}, complete=False)
+    assert text.splitlines()[-1].endswith(f"recompute {shown}")
+
+
+@pytest.mark.parametrize("given,wanted", [([], True), (["--compile", "auto"], "auto"), (["--compile", "false"], False)])
+def test_sampling_takes_the_runs_or_its_own(given, wanted):
+    parser = Parser("sample")
+    for name in ("--cfg", "--seed"):
+        parser.add_argument(name)
+    add_fp32_precision(parser)
+    add_compile(parser)
+    parser.add_argument("overrides", nargs="*")
+    assert sampling_config(load_config(None, ["train.compile=true"]), parser.parse_args(given)).train.compile == wanted
+
+
 def test_zero_3_is_refused():
     config = load_config(None, ["train.compile=true", "train.batch=4", "moe.pool=1"])
     with pytest.raises(UserError, match=r"train.compile \(true\) .* zero_optimization.stage \(3\)"):
@@ -228,23 +249,37 @@ def test_a_missing_compiler_is_said_in_a_line(device, missing, said, monkeypatch
 # ------------------------------------------------------------------------------------------------ with its kernels
 
 
-def with_one_graph(training):
-    """Every step of a case's training sees that there is one graph and no break."""
+def with_few_graphs(training):
+    """Every step of a case's training sees as many graphs as the first one, and no break."""
     fresh_counters()
-    plain_step = training.step
+    plain_step, graphs = training.step, []
 
     def step(number):
         report = plain_step(number)
-        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], counters
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert 0 < graphs[-1] == graphs[0] and not counters["graph_break"], counters
         return report
 
     training.step = step
 
 
+def with_few_graphs_without_kernels(training):
+    torch.compile = functools.partial(torch.compile, backend="aot_eager_decomp_partition")  # in this rank's process
+    with_few_graphs(training)
+
+
+@pytest.mark.parametrize("case", [Case(2, 2, 1, "selective", 1, "global", 8, compiled=True, routing="static"),
+                                  pytest.param(Case(4, 2, 1, "block", 1, "group", 8, compiled=True), marks=pytest.mark.slow)],
+                         ids=lambda case: case.label)
+def test_parts_of_blocks_over_ranks_are_the_plain_processs(case):
+    row, = table.run_cases([case], timeout=300.0, tamper=with_few_graphs_without_kernels)
+    assert row.ok and row.differences["images"] > 0, (row.differences, row.error)
+
+
 @pytest.mark.slow
-def test_compiled_training_is_the_plain_processs():
-    """Losses, gradients, weights, averages and thresholds of real steps, within the parity table's bounds."""
-    for row in table.run_cases(compiled_table((1, 2)), timeout=600.0, tamper=with_one_graph):
+def test_compiled_training_and_sampling_are_the_plain_processs():
+    """Losses, gradients, weights, averages, thresholds and images of real steps, within the parity table's bounds."""
+    for row in table.run_cases(compiled_table(), timeout=900.0, tamper=with_few_graphs):
         print(row.case.label, row.differences)
         assert row.ok, (row.case.label, row.differences, row.error)
 

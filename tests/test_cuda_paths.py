@@ -14,7 +14,8 @@ from diffmoe.bench import fake_cuda
 HERE = Path(__file__).resolve().parent
 CASES = [*(f"{family}, {recompute}, {dtype}" for dtype in (torch.float32, torch.bfloat16) for family in ("dense", "ec", "diffmoe")
            for recompute in ("none", "block", "selective")),
-         *(f"compiled, {what}, {recompute}" for what in ("diffmoe", "tc", "EP 4 of 8 ranks") for recompute in ("none", "selective")), *(f"time embedding, {dtype}" for dtype in (torch.float32, torch.bfloat16)),
+         *(f"compiled, {what}, {recompute}" for what in ("diffmoe", "tc", "EP 4 of 8 ranks") for recompute in ("none", "selective")),
+         *(f"time embedding, {dtype}" for dtype in (torch.float32, torch.bfloat16)),
          "grouped, gelu", "grouped, swiglu", "loop", "tc", "ddpm", "EP 4 of 8 ranks, none", "EP 4 of 8 ranks, selective"]
 PLANNED = [f"memory of {config}, {recompute}" for config in ("diffmoe_s_e16_flow", "diffmoe_l_e16_flow", "diffmoe_xl_e8_flow",
                                                              "dense_l_flow") for recompute in ("none", "block", "selective")]

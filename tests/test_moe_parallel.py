@@ -3,7 +3,7 @@
 import contextlib
 import zlib
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmoe.config import load_config
 from diffmoe.layout import resolve_layout, rows_taken
-from diffmoe.moe.dispatch import by_expert, combine, dispatch, make_plan
+from diffmoe.models.compiled import CompiledRun
+from diffmoe.moe.dispatch import by_expert, by_source, combine, dispatch, make_plan
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import Routing, RoutingRule, equal_routing
-from diffmoe.parallel.collectives import sum_over
+from diffmoe.parallel.collectives import arrived, send_rows, sum_over
 from diffmoe.parallel.groups import build_groups, single_process
 from diffmoe.parallel.recompute import recomputed
 from diffmoe.parallel.spawn import Ranks
@@ -71,7 +72,11 @@ def run(layer, x, rule, share=1.0, weight=None, mode="none"):
     """(output, input gradient, report) after backward of a weighted sum plus ``share`` of the layer's own losses."""
     x = x.clone().requires_grad_()
     weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) if weight is None else weight
-    y, stats = recomputed(layer, mode, x, rule)
+    if mode == "parts":  # as a compiled model runs them, each with selective recompute of its own
+        with torch.compiler.set_stance("force_eager"):
+            y, stats = layer(x, rule, partial(CompiledRun(rule.capacity).part, "selective"))
+    else:
+        y, stats = recomputed(layer, mode, x, rule)
     extra = [loss for loss in (stats.predictor_loss, stats.balance_loss) if loss is not None]
     ((y * weight).sum() + share * sum(extra)).backward()
     return y.detach(), x.grad, stats
@@ -203,7 +208,8 @@ def recompute_and_poison(ep, samples, pool, family):
     """Names that differ from plain training in any bit, and the counts, by (mode, poison)."""
     plain_counts, plain = watched(ep, samples, pool, family, "none", False)
     differing, counts = {}, {("none", False): plain_counts}
-    for key in [("none", True), ("block", False), ("block", True), ("selective", False), ("selective", True)]:
+    for key in [("none", True), ("block", False), ("block", True), ("selective", False), ("selective", True),
+                ("parts", False), ("parts", True)]:
         counts[key], found = watched(ep, samples, pool, family, *key)
         differing[key] = same_bits(plain, found)
     return differing, counts
@@ -214,17 +220,17 @@ def recompute_and_poison(ep, samples, pool, family):
 def test_recompute_and_a_poisoned_buffer_change_no_bit(ranks, world, ep, samples, pool, family):
     for differing, counts in ranks[world].run(recompute_and_poison, ep, samples, pool, family):
         assert not any(differing.values()), differing
-        plain, block, selective = (counts[mode, False] for mode in ("none", "block", "selective"))
+        plain, block, selective, parts = (counts[mode, False] for mode in ("none", "block", "selective", "parts"))
         assert plain["topk"] in (1, 2)  # the choice, and a diffmoe pool's threshold where it is observed
-        assert block["topk"] == selective["topk"] == plain["topk"], "routing was decided twice"
+        assert block["topk"] == selective["topk"] == parts["topk"] == plain["topk"], "routing was decided twice"
         # One read for the sizes of what is sent; a second one of a loop over experts with unequal counts.
         span = settings(world, ep, samples, pool, family)[1].pool_ranks
         ragged, loop = family == "tc" or span > 1, family == "tc" or span > ep
         assert plain["read_by_host"] == (ragged and not (family == "tc" and ep == 1)) + loop
-        assert block["read_by_host"] == selective["read_by_host"] == plain["read_by_host"], "the host reads in backward"
+        assert all(each["read_by_host"] == plain["read_by_host"] for each in (block, selective, parts)), "the host reads in backward"
         assert not any(each[name] for each in counts.values() for name in ("nonzero", "_local_scalar_dense", "item"))
         for name in ("all_to_all_single", "all_gather_into_tensor", "all_reduce"):
-            assert selective[name] == plain[name], f"selective recompute communicates again: {name}"
+            assert selective[name] == parts[name] == plain[name], f"selective recompute communicates again: {name}"
         if ep > 1:
             assert plain["all_to_all_single"] >= 4 and block["all_to_all_single"] > plain["all_to_all_single"]
 
@@ -294,8 +300,9 @@ def test_ties_go_to_the_lowest_expert(ranks):
 def there_and_back(x, routing, ep):
     """(rows at their experts, what comes back with unit gates)."""
     plan, local = make_plan(routing, ep), routing.mask_TE.shape[1] // ep.size
-    rows = by_expert(dispatch(x, plan, ep), plan, ep, local)
-    return rows, combine(rows, torch.ones(routing.mask_TE.shape, dtype=x.dtype), plan, ep, local)
+    rows = by_expert(arrived(dispatch(x, plan, ep)), plan, ep.size, local)
+    home = arrived(send_rows(by_source(rows, plan, ep.size, local), plan.receive, plan.send, ep))
+    return rows, combine(home, torch.ones(routing.mask_TE.shape, dtype=x.dtype), plan, None)
 
 
 def send_and_return(ep, masks):

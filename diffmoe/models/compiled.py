@@ -1,8 +1,8 @@
 """torch.compile of a DiT's blocks: what is compiled and when is decided here alone.
 
-A region is a block with its recompute inside.  Outside, a kept result would lie in a buffer that compiled code uses again;
-inside, the compiler's partition of forward and backward obeys the same policies, and routes once.  Blocks of a kind share one
-graph, a graph break is an error.  Hooks of a block stay outside of its region; those of modules in it are not heard.
+A graph is a block, or a part of it between two exchanges, with its recompute inside: there the compiler's partition of
+forward and backward obeys the same policies, and routes once.  Blocks of a kind share graphs, a graph break is an error.
+Hooks of a block stay outside; those of modules in a graph are not heard.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffmoe.config import TrainConfig
 from diffmoe.errors import UserError
@@ -28,9 +28,9 @@ from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.recompute import recomputed
 
-# A graph is of one batch size: the micro-batch's, sampling's, and those of their last, smaller ones.  More than that stay eager.
+# A graph is of one batch size, for which kernels are chosen: the micro-batch's, sampling's, a smaller last one's, one more.
 _MOST_SIZES = 4
-# Graphs of one region: block kinds and forms of recompute, for each size.
+# Graphs of one function, kinds of blocks, forms of recompute and routing rules for each size; torch raises beyond that.
 _MOST_GRAPHS = 16 * _MOST_SIZES
 
 
@@ -42,9 +42,13 @@ def compiles(train: TrainConfig, device: torch.device, stage: int = 0) -> tuple[
         check_compiler(device)
     if isinstance(train.compile, bool) or device.type == "cpu":
         return train.compiles(device.type, stage), None
-    lacking = _lacking(device)
-    why = "ZeRO 3 gathers weights where no graph can go" if not train.compiles(device.type, stage) else lacking and f"it needs {lacking}"
-    return why is None, why and f"note: train.compile (auto) is off: {why}"
+    if not train.compiles(device.type, stage):
+        why = "ZeRO 3 gathers weights where no graph can go"
+    elif lacking := _lacking(device):
+        why = f"it needs {lacking}"
+    else:
+        return True, None
+    return False, f"note: train.compile (auto) is off: {why}"
 
 
 def check_compiler(device: torch.device) -> None:
@@ -73,47 +77,59 @@ def _lacking(device: torch.device) -> Optional[str]:
 
 
 def compile_blocks(model: DiT) -> None:
-    """From now on the model's blocks run compiled where shapes are static.  The first pass takes a minute."""
+    """From now on the model's blocks run compiled, see :class:`CompiledRun`.  The first pass takes a minute."""
     model.run = CompiledRun(model.moe.capacity)
 
 
 class CompiledRun:
-    """How a DiT's blocks are run compiled: as a whole where shapes are static (dense blocks; mixtures whose experts all take as
-    many tokens, which are chosen in this rank), else what comes before the experts.
+    """How a DiT's blocks are run compiled: as a whole where all shapes are known (dense blocks; mixtures that neither ask
+    another rank nor the host), else in parts between exchanges, with choosing and the host's reads outside.  Parts are the
+    units of ``selective`` recompute: what crosses their edges, as rows from the network do, is kept by itself.
 
-    ``capacity``: at which training ends.  While it still changes there would be a graph for every step."""
+    ``capacity``: at which training ends.  While it changes, what moves rows would be another graph in every step."""
 
     def __init__(self, capacity: float) -> None:
         self.settled = RoutingRule("train", capacity)
         self.sizes: set[int] = set()
-        # Of each function.
-        self.compiled = defaultdict(lambda: torch.compile(recomputed, fullgraph=True, dynamic=False, recompile_limit=_MOST_GRAPHS,
-                                                          isolate_recompiles=True))
+        # By function: else they would look through each other's graphs.
+        self.compiled = defaultdict(lambda: torch.compile(
+            recomputed, fullgraph=True, dynamic=False, recompile_limit=_MOST_GRAPHS, isolate_recompiles=True))
 
     def __call__(self, block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
         assert x.is_contiguous() and c.is_contiguous()  # see PatchEmbedding
         if not self._takes(len(x)):
             return run_plainly(block, form, x, c, rule)
         if not isinstance(block.mlp, MoELayer):
-            return self._part(form, block.compute, x, c, self.settled)  # any rule is the same to it
-        if block.mlp.has_static_shapes(rule) and (rule.kind != "train" or rule == self.settled):
-            return self._part(form, block.compute, x, c, rule)
+            return self.part(form, block.compute, x, c, self.settled)  # any rule is the same to it
+        settled = rule.kind != "train" or rule == self.settled
+        if settled and block.mlp.has_static_shapes(rule):
+            return self.part(form, block.compute, x, c, rule)
+        part = self.part if settled else self._part_unsettled
         if form == "block":  # exchanges are repeated, too
-            return recomputed(block.compute, form, x, c, rule, partial(self._part, "none"))
-        return block.compute(x, c, rule, partial(self._part, form))
+            return recomputed(block.compute, form, x, c, rule, partial(part, "none"))
+        return block.compute(x, c, rule, partial(part, form))
 
-    def _part(self, form: str, function: Callable, *args: Any, ragged: bool = False, traceable: bool = True) -> Any:
+    def _part_unsettled(self, form: str, function: Callable, *args: Any, **how: bool) -> Any:
+        """Without graphs of what moves rows, whose number changes from step to step."""
+        if any(isinstance(argument, Plan) for argument in args):
+            return recomputed(function, form, *args)
+        return self.part(form, function, *args, **how)
+
+    def part(self, form: str, function: Callable, *args: Any, ragged: bool = False, traceable: bool = True) -> Any:
+        """See ``parallel.recompute.Run``; with ``ragged`` rows come first, or are named ``…_R`` in a plan."""
         if not traceable:
             return recomputed(function, form, *args)
-        if ragged:  # as many rows as the first argument has, whatever they are
-            for tensor in [*args, *(value for argument in args if isinstance(argument, Plan) for value in vars(argument).values())]:
-                if isinstance(tensor, Tensor) and tensor.shape[:1] == args[0].shape[:1]:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return self.compiled[getattr(function, "__func__", type(function))](function, form, *args)
+        if ragged:
+            plans = (argument for argument in args if isinstance(argument, Plan))
+            rows = [value for plan in plans for name, value in vars(plan).items() if name.endswith("_R")]
+            for tensor in [args[0], *rows]:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        kind = type(function) if isinstance(function, nn.Module) else getattr(function, "__func__", function)
+        return self.compiled[kind](function, form, *args)
 
     def _takes(self, size: int) -> bool:
         if size not in self.sizes and len(self.sizes) == _MOST_SIZES:
-            warnings.warn(f"a batch of {size} runs eager: there are compiled graphs for {_MOST_SIZES} other sizes")
+            warnings.warn(f"a batch of {size} samples runs eager: there are graphs for {_MOST_SIZES} other sizes")
             return False
         self.sizes.add(size)
         return True

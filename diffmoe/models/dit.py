@@ -53,8 +53,8 @@ class DiTBlock(nn.Module):
         return run(self, form, x, c, rule)
 
     def compute(self, x: Tensor, c: Tensor, rule: RoutingRule, run: Run = at_once) -> BlockOutput:
-        """x [B, N, D], c [B, D] -> x after attention and MLP, and the mixture's report.  ``run`` is given what lies between
-        exchanges, a part at a time."""
+        """x [B, N, D], c [B, D] -> x after attention and MLP, and the mixture's report.  ``run`` is given what lies
+        between exchanges, a part at a time."""
         x, h, gate = run(self.attend, x, c)
         y, stats = self.mlp(h, rule, run) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
         return run(_gated_sum, x, gate, y), stats
@@ -86,8 +86,8 @@ def _mlp(model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups, 
 class DiT(nn.Module):
     """Diffusion transformer (Peebles & Xie 2023) with DiffMoE's mixture layers.
 
-    ``pool`` is in samples and only matters for the training rule; ``groups`` says which experts live here.  ``run`` is how its
-    blocks are computed: ``run_plainly``, or what ``models.compiled`` puts there."""
+    ``pool`` is in samples and only matters for the training rule; ``groups`` says which experts live here.  ``run`` is how
+    its blocks are computed: ``run_plainly``, or what ``models.compiled`` puts there."""
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, *, pool: int = 1, groups: ParallelGroups | None = None,
                  recompute: str = "none", time_scale: float = 1.0) -> None:

@@ -87,7 +87,7 @@ def by_source(rows_SD: Tensor, plan: Plan, ranks: int, local: int) -> Tensor:
 
 
 def combine(rows_RD: Tensor, scores_TE: Tensor, plan: Plan, shared_TD: Optional[Tensor]) -> Tensor:
-    """Experts' outputs, come home, are scaled by their gate and added up per token, in fp32 at least: [T, D].
+    """Experts' outputs, come home, are scaled by their gate and added up per token, in fp32 at least, to shared experts': [T, D].
 
     The gate is the raw softmax value of a chosen (token, expert), not renormalised (paper, equation 6).  It multiplies here,
     where its scores live, so that its gradient needs no communication."""

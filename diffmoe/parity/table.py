@@ -146,11 +146,13 @@ def train_and_compare(case: Case, reference_path: str, device: str,
 def _sampled(training: Training) -> tuple[Tensor, Tensor]:
     """Images of a batch and a smaller one from the averaged weights: of the model as it is run, and of its eager form."""
     with training.engine.weights(training.ema.shards) as model:
-        run, images = model.run, []
-        for model.run in (run, run_plainly):
-            images.append(generate(model, training.config, range(5), range(5), training.engine.device, together=training.groups.world))
-        model.run = run
-    return images[0], images[1]
+        def images() -> Tensor:
+            return generate(model, training.config, range(5), range(5), training.engine.device, together=training.groups.world)
+
+        compiled, run = images(), model.run
+        model.run = run_plainly
+        eager, model.run = images(), run
+    return compiled, eager
 
 
 def _pieces(engine: Engine, shards: list[Tensor]) -> list[tuple[str, Tensor]]:
