@@ -113,7 +113,7 @@ class Engine:
         self._sums = isinstance(self.optimizer, zero_optimizers.Bf16Optimizer)
         if self._sums:
             self.optimizer.reduce_in_buckets([t.parameter for t in self.tensors], zero["reduce_bucket_size"],
-                                             self.engine.communication_data_type)
+                                             self.engine.communication_data_type, zero["overlap_comm"])
         if self.stage:
             zero_optimizers.decide_by(self._decision, self.optimizer, self.stage)
         if self.stage == 3:
