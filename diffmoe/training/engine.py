@@ -1,4 +1,4 @@
-"""DeepSpeed's engine as this trainer needs it; the only module that imports deepspeed.
+"""DeepSpeed's engine as this trainer needs it; with ``zero_optimizers.py``, which it loads, the only one that imports deepspeed.
 
 The heart of it: experts that DeepSpeed does not know as experts are overwritten with rank 0's at ``initialize``, without a
 word.  So expert tensors are tagged, their groups registered, a parameterless marker tells the engine that there are
