@@ -299,15 +299,13 @@ class Reduction:
 
 def reduction(tree: dict) -> Reduction:
     """What a DeepSpeed JSON says of it.  Where it says nothing: the precision of accumulation, and from ZeRO 1 on buckets that are
-    small enough to leave during backward (DeepSpeed's own default is one of 2 GB, after it), unless its other keys turn off the
-    form of DeepSpeed's reduction that the parity table has shown to overlap rightly."""
+    small enough to leave during backward (DeepSpeed's own default is one of 2 GB, after it)."""
     zero = tree.get("zero_optimization") or {}
     accumulation = _found(tree, "data_types.grad_accum_dtype") or precision(tree)
     sharded = zero_stage(tree) > 0 or precision(tree) == "bf16"  # see _resolve
-    shown = all(zero.get(key) is not False for key in ("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce"))
     bucket, overlap = zero.get("reduce_bucket_size"), zero.get("overlap_comm")
     return Reduction(tree.get("communication_data_type") or ("bf16" if accumulation in _BF16 else "fp32"),
-                     int(bucket or (5e7 if sharded else 5e8)), sharded and shown if overlap is None else overlap)
+                     int(bucket or (5e7 if sharded else 5e8)), sharded if overlap is None else overlap)
 
 
 def _resolve(tree: dict, expert_parallel: bool) -> dict:

@@ -347,8 +347,8 @@ BF16_AT_ZERO = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}
 def test_what_is_merged_is_what_runs():
     """Nothing is left for the engine to change, so the printed and the written file are the truth."""
     bf16 = merged(BF16_AT_ZERO)
-    assert bf16["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5 * 10**7, "overlap_comm": True} and bf16["bf16"] == {"enabled": True, "immediate_grad_update": True,
-                                                                             "check_grad_overflow": True}
+    assert bf16["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5 * 10**7, "overlap_comm": True}
+    assert bf16["bf16"] == {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
     assert merged({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}})["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert merged({"zero_optimization": None})["zero_optimization"] == {"stage": 0}
     assert merged({})["gradient_clipping"] == 0, "at ZeRO 0 the engine clips, DeepSpeed must not, whose default is 1"
