@@ -111,8 +111,6 @@ UNSUPPORTED = {
     "bf16.bf16_optimizer_states": (False, "checkpoints hold fp32 moments; leave it out"),
 }
 
-BUCKET = 25_000_000  # see reduce_bucket
-
 
 def read_deepspeed(path: str | Path | None) -> dict:
     """The DeepSpeed JSON as a dict (ZeRO 1 in fp32 when no file is given).  Raises UserError."""
@@ -289,24 +287,31 @@ def zero_stage(tree: dict) -> int:
     return (tree.get("zero_optimization") or {}).get("stage") or 0
 
 
-def reduction_precision(tree: dict) -> str:
-    """``fp32``, ``bf16`` or ``fp16``, in which gradients are added up over ranks: that of their accumulation, unless the JSON names
-    another."""
+@dataclass(frozen=True)
+class Reduction:
+    """How gradients are added up over ranks: the ``precision`` (fp32, bf16, fp16), elements of a ``bucket``, and whether buckets
+    leave while backward runs (``overlap``)."""
+
+    precision: str
+    bucket: int
+    overlap: bool
+
+
+def reduction(tree: dict) -> Reduction:
+    """What a DeepSpeed JSON says of it.  Where it says nothing: the precision of accumulation, and from ZeRO 1 on buckets that are
+    small enough to leave during backward (DeepSpeed's own default is one of 2 GB, after it)."""
+    zero = tree.get("zero_optimization") or {}
     accumulation = _found(tree, "data_types.grad_accum_dtype") or precision(tree)
-    return tree.get("communication_data_type") or ("bf16" if accumulation in _BF16 else "fp32")
-
-
-def reduce_bucket(tree: dict) -> int:
-    """Elements of a bucket of gradients that are reduced together."""
-    named = _found(tree, "zero_optimization.reduce_bucket_size")
-    # Our own buckets take no memory: small ones leave while backward runs.  DeepSpeed's default is of its own.
-    return int(named or (BUCKET if precision(tree) == "bf16" and zero_stage(tree) < 2 else 5e8))
+    sharded = zero_stage(tree) > 0 or precision(tree) == "bf16"  # see _resolve
+    bucket, overlap = zero.get("reduce_bucket_size"), zero.get("overlap_comm")
+    return Reduction(tree.get("communication_data_type") or ("bf16" if accumulation in _BF16 else "fp32"),
+                     int(bucket or (5e7 if sharded else 5e8)), sharded if overlap is None else overlap)
 
 
 def _resolve(tree: dict, expert_parallel: bool) -> dict:
     zero, bf16 = {"stage": 0, **tree.get("zero_optimization", {})}, tree.get("bf16", {})
-    zero["reduce_bucket_size"] = reduce_bucket(tree)
-    tree = {**tree, "communication_data_type": reduction_precision(tree)}  # DeepSpeed's default is bf16 where weights are
+    how = reduction(tree)
+    tree = {**tree, "communication_data_type": how.precision}  # DeepSpeed's default is bf16 where weights are
     if bf16.get("enabled"):
         # Fp32 masters need a home that can be checkpointed by name; ZeRO 1 is the least that gives them one.
         zero["stage"] = max(1, zero["stage"])
@@ -323,7 +328,9 @@ def _resolve(tree: dict, expert_parallel: bool) -> dict:
             if zero.get(key) is False:
                 raise UserError(f"DeepSpeed's zero_optimization.{key} (false) must be true with expert parallelism "
                                 f"at ZeRO stage {zero['stage']}")
-    if zero["stage"] == 0:
+    if zero["stage"] > 0:
+        zero |= {"reduce_bucket_size": how.bucket, "overlap_comm": how.overlap}
+    else:
         # DeepSpeed's own clipping at stage 0 forgets experts on other ranks; the engine clips by itself, to train.clip.
         # Said, not left out: DeepSpeed 0.19.8's default is 1.
         tree = {**tree, "gradient_clipping": 0.0}

@@ -109,6 +109,8 @@ def _measured_memory(overrides, tree):
     (2, 2, 2, "none", True, 2, 200_000),
     pytest.param(2, 1, 2, "block", False, 1, 200_000, marks=pytest.mark.slow),
     (2, 2, 3, "selective", False, 1, 200_000),
+    (2, 2, 2, "none", True, 1, 5_000_000),
+    (2, 2, 3, "none", True, 1, 5_000_000),
 ])
 def test_memory_is_what_was_planned(worlds, ranks, ep, zero, recompute, bf16, accumulation, bucket):
     """State exactly, what lives between steps within half a per cent (scalars, batches), the most at once within 10."""

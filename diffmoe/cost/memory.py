@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from diffmoe.config import Config, attention_kept
 from diffmoe.cost.parameters import inner_width, is_mixture, rank_parameters
-from diffmoe.deepspeed_json import reduce_bucket, reduction_precision
+from diffmoe.deepspeed_json import reduction
 from diffmoe.layout import Layout
 
 _FP32 = 4
@@ -41,12 +41,11 @@ def engine_facts(deepspeed_tree: dict) -> EngineFacts:
     """Facts of a DeepSpeed JSON that ``merge_deepspeed`` accepts."""
     zero = deepspeed_tree.get("zero_optimization") or {}
     bf16 = bool((deepspeed_tree.get("bf16") or {}).get("enabled"))
-    stage = zero.get("stage", 0)
+    stage, how = zero.get("stage", 0), reduction(deepspeed_tree)
     return EngineFacts(
         stage=max(stage, 1) if bf16 else stage, element=2 if bf16 else _FP32,
-        reduced=_FP32 if reduction_precision(deepspeed_tree) == "fp32" else 2, bucket=reduce_bucket(deepspeed_tree),
-        # DeepSpeed's own default overlaps at ZeRO 3 only, which has one bucket all the same.
-        buckets=2 if zero.get("overlap_comm", False) and stage in (1, 2) else 1,
+        reduced=_FP32 if how.precision == "fp32" else 2, bucket=how.bucket,
+        buckets=2 if how.overlap and stage in (1, 2) else 1,
         persistent=_number(zero, "param_persistence_threshold", 1e5), live=_number(zero, "max_live_parameters", 1e9))
 
 
@@ -151,11 +150,12 @@ def _shard(numels: list[int], ranks: int, engine: EngineFacts) -> int:
 def _gradients(sizes: _Sizes, engine: EngineFacts, accumulates: bool) -> tuple[int, int, int, int, int]:
     """Bytes of (gradient_sums, buckets, accumulated, gradients, reduction), see :class:`Memory`."""
     bucket = min(sizes.whole, engine.bucket)  # of which so much is ever used
+    reduced = engine.reduced * bucket + (engine.element * bucket if engine.reduced != engine.element else 0)  # and a copy to cast
     if engine.stage == 0:
         gradients = engine.element * sizes.whole
         return 0, 0, gradients if accumulates else 0, gradients, engine.element * bucket
     if engine.stage == 3:
-        return _FP32 * sizes.shard + engine.element * engine.bucket, 0, 0, 0, engine.element * bucket
+        return _FP32 * sizes.shard + engine.reduced * engine.bucket, 0, 0, 0, reduced
     if engine.stage == 1 and engine.bf16:
         # Fp32 sums of all gradients, always; they are reduced in place, or as copies that all wait for the end of backward.
         return _FP32 * sizes.padded, 0, 0, 0, engine.reduced * sizes.whole if engine.reduced < _FP32 else 0
@@ -164,7 +164,7 @@ def _gradients(sizes: _Sizes, engine: EngineFacts, accumulates: bool) -> tuple[i
         return (0, _FP32 * engine.bucket * engine.buckets, _FP32 * sizes.whole if accumulates else 0, left,
                 _FP32 * (bucket + sizes.shard))
     return (0, engine.element * engine.bucket * engine.buckets, _FP32 * sizes.shard if accumulates else 0,
-            engine.element * sizes.shard, engine.element * bucket + _FP32 * sizes.shard)
+            engine.element * sizes.shard, reduced + _FP32 * sizes.shard)
 
 
 # --------------------------------------------------------------------------------------------- activations

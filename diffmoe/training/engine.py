@@ -1,4 +1,4 @@
-"""DeepSpeed's engine as this trainer needs it; the only module that imports deepspeed.
+"""DeepSpeed's engine as this trainer needs it; with ``zero_optimizers.py``, which it loads, the only one that imports deepspeed.
 
 The heart of it: experts that DeepSpeed does not know as experts are overwritten with rank 0's at ``initialize``, without a
 word.  So expert tensors are tagged, their groups registered, a parameterless marker tells the engine that there are
@@ -113,7 +113,7 @@ class Engine:
         self._sums = isinstance(self.optimizer, zero_optimizers.Bf16Optimizer)
         if self._sums:
             self.optimizer.reduce_in_buckets([t.parameter for t in self.tensors], zero["reduce_bucket_size"],
-                                             self.engine.communication_data_type)
+                                             self.engine.communication_data_type, zero["overlap_comm"])
         if self.stage:
             zero_optimizers.decide_by(self._decision, self.optimizer, self.stage)
         if self.stage == 3:

@@ -16,7 +16,7 @@ from diffmoe.data.feed import Feed, open_reader, order_notice
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share, allow_open_files
 from diffmoe.data.stream import Batch
-from diffmoe.deepspeed_json import merge_deepspeed, reduction_precision, zero_stage
+from diffmoe.deepspeed_json import merge_deepspeed, reduction, zero_stage
 from diffmoe.device import set_fp32_precision
 from diffmoe.diffusion.randomness import StepDraws
 from diffmoe.errors import UserError
@@ -145,8 +145,8 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
                 notes.append(f"warning: {notice}" + " (in another run.folder)" * (newest is not None))
             left_out = read_left_out(folder)
             accepted += engine_changes(folder, merge_deepspeed(deepspeed_tree, config, layout)) if newest is not None else []
-            if layout.ranks > 1 and reduction_precision(deepspeed_tree) != "fp32":
-                notes.append(f"gradients are summed in {reduction_precision(deepspeed_tree)} across ranks, as the DeepSpeed JSON's "
+            if layout.ranks > 1 and reduction(deepspeed_tree).precision != "fp32":
+                notes.append(f"gradients are summed in {reduction(deepspeed_tree).precision} across ranks, as the DeepSpeed JSON's "
                              "communication_data_type or data_types.grad_accum_dtype says")
             if lock is not None:
                 lock.hold()  # the folder may be new, and another run have begun there since

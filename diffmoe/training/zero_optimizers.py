@@ -54,11 +54,11 @@ class Bf16Optimizer(BF16_Optimizer):
 
     decision: Decision
 
-    def reduce_in_buckets(self, order: list[nn.Parameter], most: int, dtype: torch.dtype) -> None:
+    def reduce_in_buckets(self, order: list[nn.Parameter], most: int, dtype: torch.dtype, overlap: bool) -> None:
         """To be called once, before training.  ``order``: all parameters as forward uses them; backward gives their gradients
         roughly from the last to the first, and buckets of up to ``most`` elements (or one parameter) leave in that order.
-        ``dtype``: in which ranks add."""
-        self._dtype, self._work, self._launched = dtype, [], 0
+        ``dtype``: in which ranks add.  Without ``overlap`` they wait for the end of backward."""
+        self._dtype, self._overlap, self._work, self._launched = dtype, overlap, [], 0
         self._bucket_of: dict[tuple[int, int], _Bucket] = {}
         place = {id(parameter): i for i, parameter in enumerate(order)}
         found: list[tuple[int, _Bucket]] = []
@@ -97,7 +97,7 @@ class Bf16Optimizer(BF16_Optimizer):
             summed.copy_(gradient)
             self.fp32_groups_has_gradients[group_idx][param_idx] = True
         bucket = self._bucket_of.get((group_idx, param_idx))
-        if bucket is not None and self.is_gradient_accumulation_boundary():
+        if bucket is not None and self._overlap and self.is_gradient_accumulation_boundary():
             bucket.missing -= 1
             while self._launched < len(self._buckets) and self._buckets[self._launched].missing == 0:
                 self._launch()
