@@ -119,10 +119,15 @@ class Counted:
 
 def counted(config: Config, ranks: int, deepspeed: str, part: str) -> dict[str, Any]:
     """``part``: eager, compiled or engine.  Counted in a process of its own."""
-    request = json.dumps({"config": config_to_tree(config), "ranks": ranks, "deepspeed": deepspeed, "part": part})
-    run = fake_cuda.run("diffmoe.bench.counted", [request], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return counted_all([(config, deepspeed, part)], ranks)[0]
+
+
+def counted_all(cases: list[tuple[Config, str, str]], ranks: int) -> list[dict[str, Any]]:
+    """(configuration, DeepSpeed JSON, part) of as many ranks, one after another in one process."""
+    requests = [{"config": config_to_tree(config), "deepspeed": deepspeed, "ranks": ranks, "part": part} for config, deepspeed, part in cases]
+    run = fake_cuda.run("diffmoe.bench.counted", [json.dumps(requests)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if run.returncode:
-        raise RuntimeError(f"counting {part} failed:\n{run.stderr[-4000:]}")
+        raise RuntimeError(f"counting failed:\n{run.stderr[-4000:]}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -197,11 +202,9 @@ def planner_counts(ways: tuple[str, ...] = _WAYS, recomputes: tuple[str, ...] = 
     for way in ways:
         found[way] = {}
         for recompute in recomputes:
-            counts = []
-            for case in cases:
-                micro = counted(override(case, [f"parallel.recompute={recompute}"]), 1, bf16, way)
-                size = sum(k[2] * k[5] for k in micro["kernels"] if k[0] == "memory")
-                counts.append((size / (2 * 32 * case.model.tokens), sum(k[5] for k in micro["kernels"])))
+            each = counted_all([(override(case, [f"parallel.recompute={recompute}"]), bf16, way) for case in cases], 1)
+            counts = [(sum(k[2] * k[5] for k in micro["kernels"] if k[0] == "memory") / (2 * 32 * small.model.tokens),
+                       sum(k[5] for k in micro["kernels"])) for micro in each]
             found[way][recompute] = _solved(cases, counts)
     found["weights"] = {"bf16": _weights_of(small, bf16), "fp32": _weights_of(small, str(_ROOT / "ds_configs" / "zero0_fp32.json"))}
     return found
@@ -221,9 +224,8 @@ def _solved(cases: list[Config], counts: list[tuple[float, int]]) -> dict[str, d
 def _weights_of(config: Config, deepspeed: str) -> dict[str, float]:
     """From steps of one and of three micro-batches."""
     found = []
-    for accumulation in (1, 3):
-        batch = config.train.micro_batch * accumulation
-        engine = counted(override(config, [f"train.batch={batch}"]), 1, deepspeed, "engine")
+    batches = [config.train.micro_batch, 3 * config.train.micro_batch]
+    for engine in counted_all([(override(config, [f"train.batch={batch}"]), deepspeed, "engine") for batch in batches], 1):
         sizes: Counter[str] = Counter()
         for _, _, size, _, source, times in engine["kernels"]:
             sizes[source if source in ("EMA", *_SHARDED) else "parameter"] += size * times / engine["parameters"]
