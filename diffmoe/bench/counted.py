@@ -1,8 +1,8 @@
 """Counts of one case of ``bench roofline``, in a process that takes a GPU for granted (:mod:`diffmoe.bench.fake_cuda`).
 
-    python -m diffmoe.bench.fake_cuda diffmoe.bench.counted REQUEST
+    python -m diffmoe.bench.fake_cuda diffmoe.bench.counted REQUESTS
 
-REQUEST is JSON (see ``roofline.Case``); the last line printed is JSON.  ``micro_batch``: forward and backward of the model on CUDA
+REQUESTS is JSON, the arguments of :func:`count` of each, all of as many ranks; the last line printed is the answers.  ``micro_batch``: forward and backward of the model on CUDA
 tensors without memory, every expert of every rank with equally many rows.  ``engine``: the same layout's whole optimizer step as it is
 on one rank, on a CPU with a narrow model of the same tensors: what DeepSpeed, clipping, Adam and EMA move, and who reads the device.
 """
@@ -149,12 +149,17 @@ def _alike(kernels: Iterable[Kernel]) -> list[list]:
     return [[k.kind, k.name, k.bytes, k.flops, k.source, count] for k, count in Counter(kernels).items()]
 
 
+def count(config: dict, deepspeed: str, ranks: int, part: str) -> dict[str, Any]:
+    """``part``: eager, compiled or engine."""
+    tree = read_deepspeed(deepspeed)
+    torch._dynamo.reset()
+    if part == "engine":
+        return engine(config_from_tree(config), ranks, tree)
+    return micro_batch(config_from_tree(config), ranks, bool((tree.get("bf16") or {}).get("enabled")), part == "compiled")
+
+
 if __name__ == "__main__":
-    _request = json.loads(sys.argv[1])
-    _config, _tree = config_from_tree(_request["config"]), read_deepspeed(_request["deepspeed"])
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=_request["ranks"])
-    if _request["part"] == "engine":
-        _found = engine(_config, _request["ranks"], _tree)
-    else:
-        _found = micro_batch(_config, _request["ranks"], bool((_tree.get("bf16") or {}).get("enabled")), _request["part"] == "compiled")
-    print(json.dumps(_found))
+    _requests = json.loads(sys.argv[1])
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=_requests[0]["ranks"])
+    print(json.dumps([count(**request) for request in _requests]), flush=True)
+    os._exit(0)  # the fake device's threads of autograd may not be joined, which now and then ends in an abort

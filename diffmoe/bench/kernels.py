@@ -2,7 +2,7 @@
 
 Eager: every operator that reaches a device is a kernel, counted by :class:`Counting` as it passes.  Compiled: Inductor lowers and
 fuses as for a GPU, and its scheduler says what each kernel reads and writes; no code is generated.  Bytes are the best that a
-kernel can do: each input read once and each output written once; of rows that an index picks, these rows.
+kernel can do: each input read once, each output written once; of rows that an index picks, these rows.
 """
 
 from __future__ import annotations

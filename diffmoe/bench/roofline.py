@@ -38,7 +38,8 @@ _TOP = 10
 _SHARDED = ("Adam", "weights in bf16")  # sources that touch what ZeRO leaves a rank
 # What the record of a tree shows: 4 micro-batches of 64 samples on one GPU, and a pool over eight.
 _RECORD = [("L-E16", "diffmoe_l_e16_flow", 1, []), ("XL-E8", "diffmoe_xl_e8_flow", 1, []),
-           ("L-E16, pool over EP 8, selective", "diffmoe_l_e16_flow", 8, ["parallel.ep=8", "moe.pool=group", "parallel.recompute=selective"])]
+           ("L-E16, pool over EP 8, selective", "diffmoe_l_e16_flow", 8,
+            ["parallel.ep=8", "moe.pool=group", "parallel.recompute=selective"])]
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,15 @@ class Counted:
 
 def counted(config: Config, ranks: int, deepspeed: str, part: str) -> dict[str, Any]:
     """``part``: eager, compiled or engine.  Counted in a process of its own."""
-    request = json.dumps({"config": config_to_tree(config), "ranks": ranks, "deepspeed": deepspeed, "part": part})
-    run = fake_cuda.run("diffmoe.bench.counted", [request], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return counted_all([(config, deepspeed, part)], ranks)[0]
+
+
+def counted_all(cases: list[tuple[Config, str, str]], ranks: int) -> list[dict[str, Any]]:
+    """(configuration, DeepSpeed JSON, part) of as many ranks, one after another in one process."""
+    requests = [{"config": config_to_tree(config), "deepspeed": deepspeed, "ranks": ranks, "part": part} for config, deepspeed, part in cases]
+    run = fake_cuda.run("diffmoe.bench.counted", [json.dumps(requests)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if run.returncode:
-        raise RuntimeError(f"counting {part} failed:\n{run.stderr[-4000:]}")
+        raise RuntimeError(f"counting failed:\n{run.stderr[-4000:]}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -131,7 +137,8 @@ def dense_of(config: Config) -> Config:
     return override(config, ["model.family=dense", "parallel.ep=1"])
 
 
-def compare(config: Config, ranks: int, deepspeed: str, hardware: Hardware, ways: tuple[str, ...]) -> dict[str, dict[str, Counted]]:
+def compare(config: Config, ranks: int, deepspeed: str, hardware: Hardware, ways: tuple[str, ...]
+            ) -> dict[str, dict[str, Counted]]:
     """model | dense -> way -> counts."""
     tree, found = read_deepspeed(deepspeed), {}
     models = {"model": config} if config.model.family == "dense" else {"model": config, "dense": dense_of(config)}
@@ -147,8 +154,10 @@ def tables(title: str, found: dict[str, dict[str, Counted]], measured: dict[tupl
     one, reference = cases[0][2], found.get("dense", found["model"])
     layout, images = one.layout, one.layout.batch
     speed = rates(one.config, one.hardware, engine_facts(one.deepspeed))
+    origin = f"from {one.hardware.calibrated}" if one.hardware.calibrated else "assumed"
     text = (f"## {title}\n\n{layout.ranks} ranks, EP {layout.ep}, {layout.accumulation} x {layout.micro_batch} samples a rank, pool of "
-            f"{layout.pool}, recompute {one.config.parallel.recompute}.  {one.hardware.name}; rates {'from ' + one.hardware.calibrated if one.hardware.calibrated else 'assumed'}: products "
+            f"{layout.pool}, recompute {one.config.parallel.recompute}.  {one.hardware.name}; "
+            f"rates {origin}: products "
             f"{speed['product'] / 1e12:.0f} and attention {speed['attention'] / 1e12:.0f} TFLOP/s, memory {speed['memory'] / 1e12:.2f} TB/s, "
             f"{one.hardware.operator_us} µs a launch, {one.hardware.read_us} µs a read.\n\n")
     text += measure.table(
@@ -185,7 +194,8 @@ def facts_of(found: dict[str, dict[str, Counted]], measured: dict[tuple[str, str
                    for way, c in ways.items()} for name, ways in found.items()}
 
 
-def planner_counts(ways: tuple[str, ...] = _WAYS, recomputes: tuple[str, ...] = ("none", "block", "selective")) -> dict[str, Any]:
+def planner_counts(ways: tuple[str, ...] = _WAYS, recomputes: tuple[str, ...] = ("none", "block", "selective")
+                   ) -> dict[str, Any]:
     """The coefficients of ``diffmoe/cost/counted.json``: what a small model's counts are linear in, in bf16 (``cost.step_time``)."""
     path, bf16 = str(_ROOT / "configs" / "diffmoe_l_e16_flow.yaml"), str(_ROOT / "ds_configs" / "zero1_bf16.json")
     small = load_config(path, ["parallel.ep=1", "moe.pool=rank", "train.batch=32", "train.micro_batch=32", "model.width=512", "model.heads=8",
@@ -197,11 +207,9 @@ def planner_counts(ways: tuple[str, ...] = _WAYS, recomputes: tuple[str, ...] = 
     for way in ways:
         found[way] = {}
         for recompute in recomputes:
-            counts = []
-            for case in cases:
-                micro = counted(override(case, [f"parallel.recompute={recompute}"]), 1, bf16, way)
-                size = sum(k[2] * k[5] for k in micro["kernels"] if k[0] == "memory")
-                counts.append((size / (2 * 32 * case.model.tokens), sum(k[5] for k in micro["kernels"])))
+            each = counted_all([(override(case, [f"parallel.recompute={recompute}"]), bf16, way) for case in cases], 1)
+            counts = [(sum(k[2] * k[5] for k in micro["kernels"] if k[0] == "memory") / (2 * 32 * small.model.tokens),
+                       sum(k[5] for k in micro["kernels"])) for micro in each]
             found[way][recompute] = _solved(cases, counts)
     found["weights"] = {"bf16": _weights_of(small, bf16), "fp32": _weights_of(small, str(_ROOT / "ds_configs" / "zero0_fp32.json"))}
     return found
@@ -221,9 +229,8 @@ def _solved(cases: list[Config], counts: list[tuple[float, int]]) -> dict[str, d
 def _weights_of(config: Config, deepspeed: str) -> dict[str, float]:
     """From steps of one and of three micro-batches."""
     found = []
-    for accumulation in (1, 3):
-        batch = config.train.micro_batch * accumulation
-        engine = counted(override(config, [f"train.batch={batch}"]), 1, deepspeed, "engine")
+    batches = [config.train.micro_batch, 3 * config.train.micro_batch]
+    for engine in counted_all([(override(config, [f"train.batch={batch}"]), deepspeed, "engine") for batch in batches], 1):
         sizes: Counter[str] = Counter()
         for _, _, size, _, source, times in engine["kernels"]:
             sizes[source if source in ("EMA", *_SHARDED) else "parameter"] += size * times / engine["parameters"]
@@ -273,7 +280,8 @@ def main(arguments: list[str]) -> int:
     for way in _WAYS:
         only.add_argument(f"--{way}", action="store_true", help=f"only {way}")
     parser.add_argument("--record", metavar="FOLDER", help="the tables of L-E16, XL-E8 and a pool over EP 8, kept in this folder")
-    parser.add_argument("--planner", action="store_true", help="count anew what launcher plan's times are made of, into diffmoe/cost/counted.json")
+    parser.add_argument("--planner", action="store_true",
+                        help="count anew what launcher plan's times are made of, into diffmoe/cost/counted.json")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps, where there is a GPU (default 7)")
     parser.add_argument("--json", action="store_true", help="one line of JSON in place of the tables")
     parser.add_argument("--out", help="folder that keeps table, JSON and plot")
