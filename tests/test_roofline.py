@@ -120,13 +120,12 @@ def _small(*changes):
 
 
 @needs_a_device
-@pytest.mark.parametrize("recompute,reads", [("none", (4, 0)), ("selective", (4, 4))])
-def test_reads_by_the_host_and_collectives_of_a_pool_over_ranks(recompute, reads):
-    """Two layers, each at most twice a pass, as long as the layer needs them; the rest of the step at most five times."""
+@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+def test_reads_by_the_host_and_collectives_of_a_pool_over_ranks(recompute):
+    """Two layers, in forward; recompute keeps what was read."""
     config = _small("parallel.ep=8", "moe.pool=group", "train.batch=128", f"parallel.recompute={recompute}")
     engine = roofline.counted(config, 8, BF16, "engine")
-    assert engine["reads"].get("forward", 0) <= reads[0] and engine["reads"].get("backward", 0) <= reads[1]
-    assert 1 <= engine["reads"]["outside"] <= 5
+    assert engine["reads"] == {"forward": 2, "outside": 1}  # one a layer, and one a step
     assert engine["collectives"]["all_to_all_single"] >= 2 * 4, "rows go there and back, and gradients"
 
 

@@ -46,7 +46,7 @@ from diffmoe.training.step import train_step
 _SOURCES = {"EMA": r"training/ema|\bema", "Adam": r"/optim/|fused_adam|adam", "gradient's norm": r"norm",
             "reduction, its casts and copies": r"reduce", "gradients' clear": r"clear|zero_grad", "clipping": r"clip",
             "gradient hook": r"hook|accumulate", "weights in bf16": r"update_lp|lp_params|publish|gather"}
-_ENGINES = re.compile(r"/deepspeed/|diffmoe/training/(engine|ema|bf16)|/torch/optim/")
+_ENGINES = re.compile(r"/deepspeed/|diffmoe/training/(engine|ema|zero_optimizers)|/torch/optim/")
 _MODEL = re.compile(r"diffmoe/(models|moe|diffusion|parallel/recompute)")
 
 

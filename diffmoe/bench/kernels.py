@@ -203,6 +203,8 @@ def as_on_a_gpu() -> Iterator[None]:
         stack.enter_context(config.patch(joint_graph_constant_folding=False))
         if not torch.cuda.is_available():
             stack.enter_context(mock.patch("torch._inductor.scheduler.has_triton", lambda: True))
+            # Attention that backward computes again counts as random, for which a generator of the device would be asked.
+            stack.enter_context(mock.patch("torch._functorch.partitioners.functionalize_rng_ops", lambda _, forward, backward, *__: (forward, backward)))
             for name, answer in (("get_device_properties", _DEVICE), ("current_device", 0), ("device_count", 1),
                                  ("get_device_capability", (_DEVICE.major, _DEVICE.minor))):
                 for owner in (torch.cuda, CudaInterface):

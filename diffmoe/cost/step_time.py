@@ -101,10 +101,9 @@ def _counted() -> dict[str, Any]:
     return json.loads(COUNTED.read_text())
 
 
-def way(config: Config, hardware: Hardware) -> str:
+def way(config: Config, engine: EngineFacts, hardware: Hardware) -> str:
     """Whether blocks run ``compiled`` or ``eager`` there."""
-    compiled = config.train.compile
-    return "compiled" if compiled is True or compiled in ("auto", "true") and hardware.asynchronous else "eager"
+    return "compiled" if config.train.compiles("cuda" if hardware.asynchronous else "cpu", engine.stage) else "eager"
 
 
 def terms(config: Config) -> dict[str, float]:
@@ -117,7 +116,7 @@ def terms(config: Config) -> dict[str, float]:
 def moved(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware) -> float:
     """Bytes of a rank's step between chip and memory beside the products: passes over activations, and the weights' traffic
     (:func:`weights_bytes`)."""
-    each = _counted()[way(config, hardware)][config.parallel.recompute]["elements"]
+    each = _counted()[way(config, engine, hardware)][config.parallel.recompute]["elements"]
     elements = sum(each[name] * size for name, size in terms(config).items()) * layout.micro_batch * config.model.tokens
     return elements * engine.element * layout.accumulation + weights_bytes(config, layout, engine)
 
@@ -134,7 +133,7 @@ def weights_bytes(config: Config, layout: Layout, engine: EngineFacts) -> float:
 
 def launches(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware) -> float:
     """Kernels that the host launches in a step."""
-    each = _counted()[way(config, hardware)][config.parallel.recompute]["kernels"]
+    each = _counted()[way(config, engine, hardware)][config.parallel.recompute]["kernels"]
     weights = _counted()["weights"]["bf16" if engine.bf16 else "fp32"]
     blocks = {"outside": 1, "block": config.model.depth, "mixture": mixtures(config.model, config.moe)}
     tensors = len(rank_parameters(config.model, config.moe, layout.ep))

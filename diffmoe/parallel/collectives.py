@@ -127,7 +127,9 @@ def gather_stack(part: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return part.unsqueeze(0)
     with group.trace.inside("all-gather", group.ranks):
-        flat = functional.wait_tensor(functional.all_gather_single(part.detach().reshape(-1), 0, group.handle))
+        # By the operator's name, which torch's function around it has changed.
+        gathered = torch.ops._c10d_functional.all_gather_into_tensor(part.detach().reshape(-1), group.size, group.handle.group_name)
+        flat = functional.wait_tensor(gathered)
     return flat.view(group.size, *part.shape)
 
 
