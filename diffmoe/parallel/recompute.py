@@ -1,10 +1,11 @@
 """Activation checkpointing of a block: none | block | selective | selective+attention.
 
 Both forms keep the routing decision (the outputs of top-k), so that backward can never route a token elsewhere than
-forward did, and what the host read of it, so that backward does not wait for the device.  ``block`` computes and communicates everything else again; ``selective`` also keeps what came over the
-network, so that backward neither re-routes nor re-communicates, and the outputs of an MLP's or expert's second layer, a
-third of a block's arithmetic in one width a token: matmuls that contract.  The attention's output saves a tenth for as
-much memory: ``selective+attention`` is the form of as many blocks of a ``selective`` model as have room for it.
+forward did, and what the host read of it, so that backward does not wait for the device.  ``block`` computes and
+communicates everything else again; ``selective`` also keeps what came over the network, so that backward does not
+communicate again, and the outputs of an MLP's or expert's second layer, a third of a block's arithmetic in one width a
+token: matmuls that contract.  The attention's output saves a tenth for as much memory: ``selective+attention`` is the form
+of as many blocks of a ``selective`` model as have room for it.
 
 What is kept must not be written into afterwards: recompute would get it with the write in it, and write again.
 """

@@ -67,9 +67,11 @@ def profile_rank(engine: Engine, fetch: Callable[[], T], train: Callable[[T], An
     events, traced_s = _trace(step, traced, device)
     count = CommunicationCount((f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers())
     run, engine.model.run = engine.model.run, run_plainly  # nothing compiled can run under the count; messages are the same
-    with count:
-        step()
-    engine.model.run = run
+    try:
+        with count:
+            step()
+    finally:
+        engine.model.run = run
     return RankProfile(step_s, traced_s, split(events), static, _peak(events, static, device), count.table())
 
 
