@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ from diffmoe.evaluation.generate import generate
 from diffmoe.layout import resolve_layout
 from diffmoe.models import compiled
 from diffmoe.models.compiled import compile_blocks
-from diffmoe.models.dit import DiT, initialize
+from diffmoe.models.dit import DiT, initialize, logical_tensors
 from diffmoe.moe.routing import RoutingRule, choose_tokens
 from diffmoe.parity import table
+from diffmoe.parallel.groups import single_process
 from diffmoe.parity.cases import Case, compiled_table
+from diffmoe.parity.plain import build_model, synthetic_batch
+from diffmoe.training.guard import find_nonfinite
 
 
 def fresh_counters():
@@ -127,6 +131,21 @@ def test_sizes_beyond_the_fourth_stay_eager_and_are_said(without_kernels):
 @torch.no_grad()
 def sampling_pass(dit, size):
     return dit(torch.ones(size, 4, 8, 8), torch.ones(size), torch.zeros(size, dtype=torch.long), RoutingRule("token")).prediction
+
+
+@pytest.mark.parametrize("family", ["tc", "diffmoe"])
+def test_the_search_for_what_is_not_finite_sees_into_compiled_blocks(family, without_kernels):
+    """In parts (tc) and whole; with a backward that computes blocks again."""
+    config = load_config(None, [f"model.family={family}", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_ratio=2",
+                                "model.input_size=8", "model.classes=10", "moe.experts=4", "moe.interleave=false", "moe.pool=rank",
+                                "train.batch=4", "parallel.recompute=block"])
+    dit = build_model(config, 4, single_process())
+    compile_blocks(dit)
+    compiled_run = dit.run
+    dit.blocks[1].attn.proj.bias.data[0] = torch.nan
+    engine = SimpleNamespace(model=dit, stage=0, device=torch.device("cpu"), tensors=logical_tensors(dit))
+    found = find_nonfinite(engine, [synthetic_batch(config, range(4))], config, single_process(), 0)
+    assert "output of blocks.1.attn.proj" in found and dit.run is compiled_run
 
 
 def test_blocks_are_modules_as_ever(without_kernels):

@@ -171,7 +171,8 @@ def _moved(name: str, read: list[Tensor], written: list[Tensor], given: dict[str
         return nbytes(written) + nbytes([given["src"]] if name == "copy" and isinstance(given.get("src"), Tensor) else [])
     if name == "_embedding_bag" or name == "_embedding_bag_forward_only":
         table, which = given["weight"], given["indices"]
-        return which.numel() * table.shape[1] * table.element_size() + nbytes(written[:1]) + nbytes(indices)
+        rows = min(which.numel(), len(table)) * table.shape[1] * table.element_size()  # a row that is wanted twice comes once
+        return rows + nbytes(written[:1]) + nbytes(indices)
     if name in _PICKS:
         return 2 * nbytes(written) + nbytes(indices)
     if name in ("index_add", "scatter_add", "scatter", "index_put", "index_copy", "scatter_reduce"):

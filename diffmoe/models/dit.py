@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from typing import Callable, Iterator, Optional
@@ -115,6 +116,15 @@ class DiT(nn.Module):
             if stats is not None:
                 reports.append(stats)
         return ModelOutput(self._unpatchify(self.final_layer(h, c)), tuple(reports))
+
+    @contextlib.contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Blocks are run plainly inside, backward too: nothing that looks at operators or modules sees into a graph."""
+        run, self.run = self.run, run_plainly
+        try:
+            yield
+        finally:
+            self.run = run
 
     def _unpatchify(self, h: Tensor) -> Tensor:
         B, N, _ = h.shape

@@ -90,8 +90,9 @@ def find_nonfinite(engine: Engine, batches: Sequence[Batch], config: Config, gro
     groups.trace.enter("looking for what is not finite", step)
     rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
     finds: list[tuple[int, int, str]] = []
-    for batch in batches:
-        finds += _run_watched(engine, batch, config, rule)
+    with engine.model.plainly():  # compiled code calls no hooks of the modules in it
+        for batch in batches:
+            finds += _run_watched(engine, batch, config, rule)
     everywhere = gather_objects(min(finds, default=None), groups.world)
     found = [(find, rank) for rank, find in enumerate(everywhere) if find is not None]
     if not found:
@@ -123,8 +124,7 @@ def _run_watched(engine: Engine, batch: Batch, config: Config, rule: RoutingRule
     handles = [module.register_forward_hook(partial(on_output, name))
                for name, module in engine.model.named_modules() if name and not name.startswith("deepspeed_marker")]
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code calls no hooks of the modules in it
-            loss = micro_loss(engine.model, batch, config, rule, engine.device).total
+        loss = micro_loss(engine.model, batch, config, rule, engine.device).total
     finally:
         for handle in handles:
             handle.remove()

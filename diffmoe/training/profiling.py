@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from diffmoe.device import synchronize
-from diffmoe.models.dit import run_plainly
 from diffmoe.parallel.traffic import CommunicationCount
 from diffmoe.training.engine import Engine
 
@@ -66,12 +65,8 @@ def profile_rank(engine: Engine, fetch: Callable[[], T], train: Callable[[T], An
     static = live_bytes(device)
     events, traced_s = _trace(step, traced, device)
     count = CommunicationCount((f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers())
-    run, engine.model.run = engine.model.run, run_plainly  # nothing compiled can run under the count; messages are the same
-    try:
-        with count:
-            step()
-    finally:
-        engine.model.run = run
+    with engine.model.plainly(), count:  # nothing compiled can run under the count; messages are the same
+        step()
     return RankProfile(step_s, traced_s, split(events), static, _peak(events, static, device), count.table())
 
 

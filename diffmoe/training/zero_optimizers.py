@@ -152,12 +152,14 @@ class Bf16Optimizer(BF16_Optimizer):
         """Gradients ``factor`` times as large for the optimizer inside: by torch's own kernel, or in a pass before it."""
         fused = isinstance(self.optimizer, torch.optim.AdamW)
         if factor != 1 and fused:
-            self.optimizer.grad_scale = torch.full((), 1 / factor, device=self.sums()[0].device)
+            self.optimizer.grad_scale = torch.full((), 1 / factor, dtype=torch.float32, device=self.sums()[0].device)
         elif factor != 1:
             torch._foreach_mul_(self.sums(), factor)
-        yield
-        if fused:
-            self.optimizer.grad_scale = None
+        try:
+            yield
+        finally:
+            if fused:
+                self.optimizer.grad_scale = None
 
     def clear_hp_grads(self) -> None:
         """Nothing is cleared: the first gradient of the next step overwrites what is there."""
