@@ -237,7 +237,8 @@ def test_zero_3_is_refused():
 
 def test_zero_3_is_no_reason_to_refuse_auto():
     config = load_config(None, ["train.batch=4", "moe.pool=1"])
-    merge_deepspeed({"zero_optimization": {"stage": 3}}, config, resolve_layout(config, 1))
+    tree = merge_deepspeed({"zero_optimization": {"stage": 3}}, config, resolve_layout(config, 1))
+    assert tree["zero_optimization"]["stage"] == 3 and not config.train.compiles("cuda", 3)
 
 
 @pytest.mark.parametrize("device,missing,said", [
