@@ -58,7 +58,7 @@ def make_plan(routing: Routing, ep: Group) -> Plan:
 
 
 def _rows(mask_TE: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    expert, token = torch.nonzero_static(mask_TE.t(), size=rows).unbind(1)
+    expert, token = torch.nonzero_static(mask_TE.t(), size=rows).t().contiguous()
     place = token * mask_TE.shape[1] + expert
     return token, place, *_by_token(mask_TE, place)
 
@@ -118,29 +118,31 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RD: Tensor, gate_R: Tensor, token_R: Tensor, by_token_R: Tensor, first_T: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RD, gate_R, token_R)
-        return _sum_by_token(rows_RD, by_token_R, first_T, gate_R)
+        return _sum_by_token(rows_RD, by_token_R, first_T, gate_R[by_token_R])
 
     @staticmethod
     def backward(ctx, dy_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows_RD, gate_R, token_R = ctx.saved_tensors
-        g = dy_TD.index_select(0, token_R)
-        # Rounded once, without a copy in the gate's precision.
-        d_rows = torch.mul(g, gate_R.unsqueeze(1), out=torch.empty_like(g))
-        return d_rows, (g * rows_RD).sum(1, dtype=gate_R.dtype), None, None, None
+        if torch.compiler.is_compiling():  # one pass over the rows
+            g = dy_TD.index_select(0, token_R)
+            return (g * gate_R.unsqueeze(1)).to(g.dtype), (g * rows_RD).sum(1, dtype=gate_R.dtype), None, None, None
+        each_R = torch.arange(len(token_R), device=token_R.device)
+        d_rows = _sum_by_token(dy_TD, token_R, each_R, gate_R)
+        # embedding_bag's own: dy of the row's token times the row, added up in fp32.
+        d_gate = torch.ops.aten._embedding_bag_per_sample_weights_backward(dy_TD, rows_RD, each_R, each_R, token_R, 0)
+        return d_rows, d_gate.to(gate_R.dtype), None, None, None
 
 
-def _sum_by_token(rows_RD: Tensor, by_token_R: Tensor, first_T: Tensor, weight_R: Optional[Tensor] = None) -> Tensor:
-    """y_t = sum of a token's rows, times their weights [T, D]; zeros for a token without rows.
+def _sum_by_token(rows_RD: Tensor, row_S: Tensor, first_T: Tensor, weight_S: Optional[Tensor] = None) -> Tensor:
+    """y_t = sum of the rows ``row_S`` from ``first_T[t]`` on, times their weights [T, D]; zeros for a token without rows.
 
     One pass that reads the rows where they lie, adds up in fp32 at least, always in the same order, and rounds once."""
-    if weight_R is not None and weight_R.dtype != rows_RD.dtype:
+    if weight_S is not None and weight_S.dtype != rows_RD.dtype:
         # The kernel wants weights of the rows' type: as a sum of two bf16 numbers, which hold 16 bits.
-        high = weight_R.to(rows_RD.dtype)
-        weight_R = torch.stack([high, (weight_R - high).to(rows_RD.dtype)], dim=1)[by_token_R].flatten()
-        by_token_R, first_T = by_token_R.repeat_interleave(2), 2 * first_T
-    elif weight_R is not None:
-        weight_R = weight_R[by_token_R]
-    return F.embedding_bag(by_token_R, rows_RD, first_T, mode="sum", per_sample_weights=weight_R)
+        high = weight_S.to(rows_RD.dtype)
+        weight_S = torch.stack([high, (weight_S - high).to(rows_RD.dtype)], dim=1).flatten()
+        row_S, first_T = row_S.repeat_interleave(2), 2 * first_T
+    return F.embedding_bag(row_S, rows_RD, first_T, mode="sum", per_sample_weights=weight_S)
 
 
 def _turned(rows_SD: Tensor, a: int, b: int, counts_ab: Optional[Tensor]) -> Tensor:
