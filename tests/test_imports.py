@@ -14,11 +14,13 @@ LAYERS = [
     ["launcher.scaling_report"],
     ["diffmoe.bench"],  # more of the verb bench, which loads its kinds by name
     ["diffmoe.commands"],
+    ["diffmoe.pipeline"],
     ["diffmoe.parity", "diffmoe.huggingface"],
     ["diffmoe.training"],
     ["diffmoe.evaluation"],
-    ["diffmoe.diffusion", "diffmoe.data", "diffmoe.checkpoints", "diffmoe.cost"],
+    ["diffmoe.diffusion", "diffmoe.data", "diffmoe.checkpoints.check", "diffmoe.cost"],
     ["diffmoe.models"],
+    ["diffmoe.checkpoints"],
     ["diffmoe.moe"],
     ["diffmoe.parallel"],
     ["diffmoe.deepspeed_json"],
@@ -80,7 +82,8 @@ def test_every_module_has_a_layer():
     assert not lost, f"{lost}: give them a place in LAYERS"
 
 
-@pytest.mark.parametrize("module", MODULES)
+# The package itself names what users import, and loads it when it is asked for.
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "diffmoe"])
 def test_arrows_run_downward(module):
     assert faults(module, MODULES[module], MODULES) == []
 

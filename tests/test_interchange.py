@@ -22,7 +22,7 @@ from diffmoe.diffusion.sampling import euler
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import Card, Scores
 from diffmoe.evaluation.generate import generate, threshold_note
-from diffmoe.huggingface import load_folder
+from diffmoe.models.pretrained import open_pretrained
 from diffmoe.models.dit import DiT, initialize, logical_tensors
 from diffmoe.models.interchange import fresh_buffers, load_buffers, load_logical, same_bits, to_research, weights_digest
 from diffmoe.models.upcycling import load_dense, measure, upcycle
@@ -435,7 +435,8 @@ def test_a_hugging_face_folder_loads_back_and_samples_the_same(imported, tmp_pat
         assert all((out / name).stat().st_size < 50_000 for name in weights)
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"].values()) == set(weights)
-    model, config = load_folder(out)
+    opened = open_pretrained(out)
+    model, config = opened.model(), opened.config
     ours, our_config = sampling_model(Checkpoint(run), "ema")
     labels, numbers = [1, 2, 3], range(3)
     assert torch.equal(generate(model, config, labels, numbers, torch.device("cpu")),
@@ -450,7 +451,7 @@ def test_a_hugging_face_folder_loads_back_and_samples_the_same(imported, tmp_pat
     if files > 1:
         (out / weights[0]).unlink()
         with pytest.raises(UserError, match="1 missing"):
-            load_folder(out)
+            open_pretrained(out)
 
 
 def card(checkpoint, **changes):

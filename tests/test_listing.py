@@ -19,7 +19,7 @@ from PIL import Image
 
 from diffmoe.checkpoints.manifest import read_manifest
 from diffmoe.checkpoints.reader import Checkpoint
-from diffmoe.commands.sample import parse_classes
+from diffmoe.evaluation.class_names import parse_classes
 from diffmoe.config import Config, DataConfig, ModelConfig
 from diffmoe.data.encode_request import Request
 from diffmoe.data.encode_shards import encode

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from diffmoe.checkpoints.reader import Checkpoint
-from diffmoe.huggingface import load_folder
+from diffmoe.models.pretrained import open_pretrained
 from programs import digits, losses, run_cases
 from reference_models import DATA
 
@@ -53,6 +53,6 @@ sample: {steps: 2, columns: 4}
     assert [result.returncode for result in results] == [0] * 5, results
     checked, sampled, _, _, trained = (result.stdout for result in results)
     assert f"{step}: step 4, " in checked, checked
-    assert "4 images" in sampled and (tmp_path / "research").stat().st_size > 0 and load_folder(tmp_path / "hf")
+    assert "4 images" in sampled and (tmp_path / "research").stat().st_size > 0 and open_pretrained(tmp_path / "hf").model()
     assert "at step 4" in trained and set(losses(run)) == {5, 6}
     assert Checkpoint(run).step == 6 and Checkpoint(run).samples == 48

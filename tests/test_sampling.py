@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffmoe.checkpoints.reader import Checkpoint
-from diffmoe.commands.sample import parse_classes
+from diffmoe.evaluation.class_names import parse_classes
 from diffmoe.diffusion.sampling import euler, heun
 from diffmoe.errors import UserError
 from diffmoe.evaluation.generate import generate

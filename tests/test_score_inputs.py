@@ -33,7 +33,7 @@ from diffmoe.evaluation.features import Extractor, digits_extractor
 from diffmoe.evaluation.image_arrays import open_array
 from diffmoe.evaluation.protocol import COUNT, INCEPTION_SHA256, departures, protocol
 from diffmoe.evaluation.reference_statistics import Reference, load_reference, open_images, save_reference
-from diffmoe.huggingface import write_folder
+from diffmoe.huggingface import export_folder
 from diffmoe.layout import Layout
 from diffmoe.models.dit import logical_tensors
 from diffmoe.models.interchange import weights_digest
@@ -622,9 +622,9 @@ def test_a_card_of_an_earlier_version_is_told_to_be_made_again(checkpoint: Path,
                          ("v2:" + "ab" * 32, "weights_sha256 v2:abab")):
         (tmp_path / "card.json").write_text(dataclasses.replace(card, weights_sha256=digest).to_json())
         with pytest.raises(UserError, match=f"is of another model.*{told}"):
-            write_folder(there, tmp_path / "hf", "ema", 10**9, [tmp_path / "card.json"])
+            export_folder(there, tmp_path / "hf", "ema", 10**9, [tmp_path / "card.json"])
     (tmp_path / "card.json").write_text(card.to_json())
-    write_folder(there, tmp_path / "hf", "ema", 10**9, [tmp_path / "card.json"])
+    export_folder(there, tmp_path / "hf", "ema", 10**9, [tmp_path / "card.json"])
 
 
 def latents(folder: Path, **more: str) -> Config:

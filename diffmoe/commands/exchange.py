@@ -149,8 +149,8 @@ def import_hf(folder: Path, config: Config, layout: Layout) -> Path:
     thresholds, histograms and classes' names.  Returns its folder."""
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
-    from diffmoe.huggingface import folder_class_names, read_folder
     from diffmoe.models.interchange import fresh_buffers, logical_template, not_finite_note, some, whole_weights
+    from diffmoe.models.pretrained import folder_class_names, read_folder
 
     tree, tensors = read_folder(folder)
     class_names = folder_class_names(tree, config) or _class_names(config)
@@ -253,9 +253,9 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
             tensors = export_research(checkpoint, out)
             print(f"saved {out}: model and ema of step {checkpoint.step}, {tensors} tensors each", flush=True)
         else:
-            from diffmoe.huggingface import write_folder
+            from diffmoe.huggingface import export_folder
 
-            files = write_folder(checkpoint, out, options.weights or "ema", limit, [Path(card) for card in options.scores])
+            files = export_folder(checkpoint, out, options.weights or "ema", limit, [Path(card) for card in options.scores])
             print(f"saved {out}: {options.weights or 'ema'} weights of step {checkpoint.step} in {files} "
                   f"file{'s' * (files > 1)}", flush=True)
     except OSError as error:

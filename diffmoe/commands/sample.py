@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from pathlib import Path
 
 from diffmoe.commands.common import (
     Parser, add_compile, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
 )
 from diffmoe.errors import UserError
+from diffmoe.evaluation.class_names import parse_classes
 from launcher.environment import RankEnvironment
 
 
@@ -119,39 +118,3 @@ def _check_out(*paths: Path) -> None:
             check_writable(path)
         except OSError as error:
             raise UserError(f"--out: {path} cannot be written: {error.strerror}") from error
-
-
-def parse_classes(text: str, classes: int, names: tuple[str, ...] = ()) -> list[int]:
-    """Class numbers in a text such as ``all``, ``0,3,7-9`` or ``boot,3,"7-9"``.  ``names``: the classes', if known.
-
-    What looks like a number or a range is one, unless it is in double quotes.  Raises UserError, also for a number
-    outside 0 … classes - 1 and a name of none or of several."""
-    if text == "all":
-        return list(range(classes))
-    chosen: list[int] = []
-    for part in map(str.strip, re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*$)', text)):  # at commas outside of quotes
-        first, _, last = part.partition("-")
-        if not re.fullmatch("[0-9]+(-[0-9]+)?", part):
-            chosen.append(_number_of(part.removeprefix('"').removesuffix('"'), text, names))
-            continue
-        if not int(first) <= int(last or first) < classes:
-            raise UserError(f"--classes {text!r} must name classes from 0 to {classes - 1} (model.classes = {classes})")
-        chosen += range(int(first), int(last or first) + 1)
-    return chosen
-
-
-def _number_of(name: str, text: str, names: tuple[str, ...]) -> int:
-    """The class of that name, in any case of letters if only one is meant."""
-    if not names or not name:
-        raise UserError(f"--classes {text!r} must be 'all' or numbers and ranges such as 0,3,7-9"
-                        + ("" if names else ": the checkpoint knows no names of classes"))
-    folded = [other.casefold() for other in names]
-    meant = ([number for number, other in enumerate(names) if other == name]
-             or [number for number, other in enumerate(folded) if other == name.casefold()])
-    if len(meant) == 1:
-        return meant[0]
-    near = meant or [number for number, other in enumerate(folded) if name.casefold() in other] or [
-        folded.index(other) for other in difflib.get_close_matches(name.casefold(), folded, cutoff=0.5)]
-    listed = ", ".join(f"{number} ({names[number]})" for number in near[:3])
-    raise UserError(f"--classes {text!r}: {name!r} is the name of {'several classes' if meant else 'no class'}"
-                    f"{f'; {listed}' if meant else f'; did you mean {listed}?' if near else ''}")

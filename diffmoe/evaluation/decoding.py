@@ -12,7 +12,7 @@ from torch import Tensor
 from diffmoe.config import Config
 from diffmoe.data.shards import ShardIndex, load_index
 from diffmoe.data.sources import is_remote, runs_a_program
-from diffmoe.data.vae import decode_latents, load_vae
+from diffmoe.data.vae import Vae, decode_latents, load_vae
 from diffmoe.errors import UserError
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def checkpoint_data(config: Config, scale: float | None, shift: float | None) ->
             raise UserError(f"data.{name} ({address}) would start a program, which no checkpoint may: say --latent-scale and "
                             "--latent-shift")
         return None
-    if not is_remote(address) and not _folder(address).exists():
+    if not address or not is_remote(address) and not _folder(address).exists():
         return None  # sampling elsewhere than training
     try:
         return load_index(config.data.shards, config.data.index, check_files=False)
@@ -80,16 +80,28 @@ def open_decoder(path: str, config: Config, index: ShardIndex | None, scale: flo
     Raises:
         UserError: a model of pixels, no such autoencoder, or another one than the training data was encoded with.
     """
-    if config.model.channels in (1, 3):
-        raise UserError(f"model.channels ({config.model.channels}) are pixels: there is nothing for vae {path} to decode")
-    vae = load_vae(path, device=device)
-    own_scale, own_shift = (vae.scale, vae.shift) if index is None else (index.meta.scale, index.meta.mean)
-    if index is not None and index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):
-        raise UserError(f"vae {path} has weights {vae.sha256[:12]}; data.shards ({config.data.shards}) was encoded with "
-                        f"{index.encoding.vae_sha256[:12]}")
-    scale, shift = own_scale if scale is None else scale, own_shift if shift is None else shift
+    vae = open_vae(path, config, device)
+    scale, shift = latent_numbers(vae, config, index, scale, shift)
 
     def decode(latents: Tensor) -> Tensor:
         return decode_latents(vae, latents, scale, shift).expand(-1, 3, -1, -1).contiguous()
 
     return Decoder(vae.name, vae.sha256, scale, shift, decode)
+
+
+def open_vae(path: str | Path, config: Config, device: torch.device) -> Vae:
+    """The diffusers autoencoder at `path`. UserError for a model of pixels, or where there is no such autoencoder."""
+    if config.model.channels in (1, 3):
+        raise UserError(f"model.channels ({config.model.channels}) are pixels: there is nothing for vae {path} to decode")
+    return load_vae(path, device=device)
+
+
+def latent_numbers(vae: Vae, config: Config, index: ShardIndex | None, scale: float | None,
+                   shift: float | None) -> tuple[float, float]:
+    """Scale and shift of latents: as given, else the training data's, else the VAE's own. UserError for another VAE than
+    the training data was encoded with."""
+    own_scale, own_shift = (vae.scale, vae.shift) if index is None else (index.meta.scale, index.meta.mean)
+    if index is not None and index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):
+        raise UserError(f"vae {vae.name} has weights {vae.sha256[:12]}; data.shards ({config.data.shards}) was encoded with "
+                        f"{index.encoding.vae_sha256[:12]}")
+    return own_scale if scale is None else scale, own_shift if shift is None else shift

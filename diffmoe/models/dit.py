@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable, Iterator, Optional
 
 import torch
@@ -105,8 +106,17 @@ class DiT(nn.Module):
         positions = sine_positions(model.width, model.input_size // model.patch)
         self.register_buffer("pos_embed", positions.unsqueeze(0), persistent=False)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule) -> ModelOutput:
-        """x [B, C, H, W] noised latents, t [B] times, y [B] classes (``classes`` = null)."""
+    @classmethod
+    def from_pretrained(cls, name: str | Path, weights: str | None = None, revision: str | None = None) -> DiT:
+        """The trained model at ``name``, fp32 on the CPU, in eval mode; see ``models.pretrained.open_pretrained``."""
+        from diffmoe.models.pretrained import open_pretrained
+
+        return open_pretrained(name, weights, revision).model()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule | None = None) -> ModelOutput:
+        """x [B, C, H, W] noised latents, t [B] times, y [B] classes (``classes`` = null).  Without a ``rule`` experts take
+        tokens as in sampling: those above the learned thresholds, whatever else is in the batch."""
+        rule = rule or RoutingRule("token", self.moe.capacity)
         dtype = self.final_layer.linear.bias.dtype
         h = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)
         c = (self.t_embedder(t * self.time_scale) + self.y_embedder(y)).to(dtype)

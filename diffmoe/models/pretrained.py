@@ -1,0 +1,129 @@
+"""Trained weights by the place where they lie: a checkpoint, a folder that ``export --format hf`` wrote, or the hub.
+
+Nothing in them is ever executed: configuration and index are JSON, weights are safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from diffmoe.checkpoints.reader import BUFFERS, Checkpoint, Tensors, open_tensors
+from diffmoe.config import Config, config_from_tree, validate
+from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
+from diffmoe.models.interchange import load_logical, whole_weights
+
+PARTS = "model.safetensors.index.json"  # which file holds what, where there are several
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = ["*.json", "*.safetensors", "vae/*.json", "vae/*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights, unread, and what is known of them.
+
+    ``tensors``: weights and thresholds by logical name.  ``weights``: which of the run's they are (``raw``, ``ema``,
+    ``ema:0.999``).  ``pool``: in samples, as it was resolved.  ``latents``: scale and shift of the training data (``x = (z
+    - shift) * scale``), where they are known.  ``source``: the folder."""
+
+    config: Config
+    tensors: Mapping[str, Tensor]
+    weights: str
+    step: int
+    pool: int
+    class_names: tuple[str, ...]
+    latents: tuple[float, float] | None
+    source: Path
+
+    def model(self) -> DiT:
+        """The model with all experts, fp32 on the CPU, in eval mode.  UserError where the weights do not fit."""
+        model = DiT(self.config.model, self.config.moe, time_scale=self.config.diffusion.time_scale)
+        load_logical(model, self.tensors)
+        return model.eval()
+
+
+def open_pretrained(name: str | Path, weights: str | None = None, revision: str | None = None) -> Pretrained:
+    """What lies at ``name``: an exported folder, a checkpoint's or run's folder (its newest), or a repository of the hub
+    (owner/name, at ``revision``).
+
+    ``weights``: ``raw``, ``ema`` or ``ema:0.999`` (default: a checkpoint's first EMA, a folder's own).  Raises UserError
+    where there is nothing such."""
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _downloaded(str(name), revision)
+    elif revision is not None:
+        raise UserError(f"revision ({revision}) goes with a repository of the hub; {name} is a folder")
+    if not (folder / "config.json").is_file():
+        return of_checkpoint(Checkpoint(folder), weights or "ema")
+    tree, tensors = read_folder(folder)
+    config = config_from_tree(tree["config"])
+    validate(config)
+    theirs = str(tree.get("weights"))
+    if weights not in (None, theirs):
+        raise UserError(f"weights ({weights}) are not in {name}, which holds {theirs}")
+    whole_weights(tensors, {}, config.model, config.moe, str(name))
+    latents = tree.get("latents")
+    return Pretrained(config, tensors, theirs, tree.get("step", 0), tree.get("pool", 1), folder_class_names(tree, config),
+                      latents and (float(latents["scale"]), float(latents["shift"])), folder)
+
+
+def of_checkpoint(checkpoint: Checkpoint, weights: str) -> Pretrained:
+    """The ``raw``, ``ema`` or ``ema:0.999`` weights of a checkpoint.  UserError where it has none such."""
+    config = checkpoint.config()
+    tensors = whole_weights(checkpoint.weights(weights), checkpoint.tensors(BUFFERS), config.model, config.moe,
+                            f"{weights} of {checkpoint.path}")
+    return Pretrained(config, tensors, weights, checkpoint.step, checkpoint.pool, checkpoint.manifest.class_names, None,
+                      checkpoint.path)
+
+
+def read_folder(folder: Path) -> tuple[dict, Tensors]:
+    """config.json and the tensors, unread, of an exported folder.  Raises UserError when files are missing."""
+    tree = read_description(folder)
+    try:
+        index = json.loads((folder / PARTS).read_text()) if (folder / PARTS).is_file() else None
+        names = set(index["weight_map"].values()) if index else {"model.safetensors"}
+        paths = [folder / Path(name).name for name in sorted(names)]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder} is no folder of a DiffMoE model: {error}") from None
+    absent = [path.name for path in paths if not path.is_file()]
+    if absent:
+        raise UserError(f"{folder} lacks {', '.join(absent[:3])} ({len(absent)} missing)")
+    return tree, open_tensors(paths)
+
+
+def read_description(folder: Path) -> dict:
+    """config.json of an exported folder.  UserError where there is none."""
+    try:
+        tree = json.loads((folder / "config.json").read_text())
+        tree["config"] = dict(tree["config"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} is no folder of a DiffMoE model: {error}") from None
+    return tree
+
+
+def folder_class_names(tree: dict, config: Config) -> tuple[str, ...]:
+    """The classes' names in a folder's config.json, in order; none where it has none.  UserError where they are not those of
+    model.classes."""
+    names = tree.get("id2label") or {}
+    wanted = [str(number) for number in range(config.model.classes)]
+    if names and (not isinstance(names, dict) or sorted(names) != sorted(wanted)):
+        raise UserError(f"config.json: id2label ({len(names)} entries) must name classes 0 to {config.model.classes - 1}: "
+                        "correct it, or take it out to import without names")
+    return tuple(str(names[number]) for number in wanted if names)
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(f"{name} must be a folder (exported, a checkpoint's or a run's), or an id of the hub (owner/name)")
+    from huggingface_hub import snapshot_download  # seconds, and needless for folders
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} is no folder, and the hub gives no such model: {' '.join(str(error).split())[:300]}") from error

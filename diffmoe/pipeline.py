@@ -1,0 +1,194 @@
+"""Images from a trained model in Python.  Names are those of diffusers where it has one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffmoe.config import Config, check_guidance, validate
+from diffmoe.data.vae import Vae, decode_latents
+from diffmoe.errors import UserError
+from diffmoe.evaluation.capacity_report import CapacityMeter, CapacityUsed
+from diffmoe.evaluation.class_names import chosen_classes
+from diffmoe.evaluation.decoding import checkpoint_data, latent_numbers, open_vae
+from diffmoe.evaluation.features import to_uint8
+from diffmoe.evaluation.generate import generate, threshold_note
+from diffmoe.huggingface import write_folder
+from diffmoe.models.dit import DiT, logical_tensors
+from diffmoe.models.pretrained import Pretrained, open_pretrained
+from diffmoe.parallel.groups import single_process
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class DiffMoEPipelineOutput:
+    """What a call made: n images.
+
+    ``images``: PIL, RGB.  ``arrays``: the same as uint8 [n, H, W, 3].  Both empty with ``output_type="latent"``.
+    ``samples``: what the model sampled, fp32 [n, C, h, w] on the CPU: pixels in [-1, 1], or latents.  ``labels``: the class
+    of each.  ``capacity``: experts that a token got, mean over images, steps and layers (None for a dense model);
+    ``capacity_used``: the same by layer, time and class."""
+
+    images: list[Image]
+    arrays: np.ndarray
+    samples: Tensor
+    labels: list[int]
+    capacity: float | None
+    capacity_used: CapacityUsed | None
+
+
+class DiffMoEPipeline:
+    """A trained model with its configuration, the names of its classes and, for latents, a VAE.
+
+    ``transformer``: the DiT with all its experts.  ``vae`` decodes latents, ``latents`` are their scale and shift."""
+
+    def __init__(self, pretrained: Pretrained, vae: Vae | None = None, latents: tuple[float, float] | None = None) -> None:
+        self._pretrained = pretrained
+        self.transformer = pretrained.model().requires_grad_(False)
+        self.vae, self.latents = vae, latents
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, weights: str | None = None, vae: str | Path | None = None,
+                        latents: tuple[float, float] | None = None, revision: str | None = None) -> DiffMoEPipeline:
+        """The pipeline of an exported folder, a checkpoint's or run's folder (its newest checkpoint), or a repository of
+        the hub (owner/name, at ``revision``); fp32 on the CPU.
+
+        ``weights``: ``raw``, ``ema`` or ``ema:0.999`` of a checkpoint (default: its first EMA).  ``vae``: a diffusers
+        AutoencoderKL, folder or hub id (default: the folder's own ``vae/``, where it has one).  ``latents``: their
+        scale and shift (default: the folder's, the training data's where they are here, the VAE's own).  Raises UserError
+        where there is nothing such, or the VAE is not the one that encoded the training data."""
+        opened = open_pretrained(name, weights, revision)
+        if vae is None and (opened.source / "vae").is_dir():
+            vae = opened.source / "vae"
+        if vae is None:
+            return cls(opened)
+        autoencoder = open_vae(vae, opened.config, torch.device("cpu"))
+        scale, shift = latents or opened.latents or (None, None)
+        index = checkpoint_data(opened.config, scale, shift)
+        return cls(opened, autoencoder, latent_numbers(autoencoder, opened.config, index, scale, shift))
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the run; its ``sample`` section has the defaults of a call."""
+        return self._pretrained.config
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes' names in order; none where the model does not know them."""
+        return self._pretrained.class_names
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.pos_embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.final_layer.linear.bias.dtype
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> DiffMoEPipeline:
+        """Moves model and VAE; the model's weights become ``dtype``, while thresholds and the VAE stay fp32.  Returns itself."""
+        if device is not None:
+            self.transformer.to(device)
+            if self.vae is not None:
+                self.vae.model.to(device)
+        if dtype is not None:
+            for parameter in self.transformer.parameters():
+                parameter.data = parameter.data.to(dtype)
+        return self
+
+    def __call__(self, classes: None | int | str | Sequence[int | str] = None, num_images: int | None = None, *,
+                 guidance_scale: float | None = None, num_inference_steps: int | None = None, capacity: float | None = None,
+                 routing: str | None = None, sampler: str | None = None, generator_seed: int | None = None,
+                 batch_size: int | None = None, output_type: str = "pil") -> DiffMoEPipelineOutput:
+        """Samples images.  What is left out is the run's own, see :attr:`config`.
+
+        Args:
+            classes: numbers, names, or both (default: all classes).
+            num_images: in all, the classes in turn (default: one of each).
+            guidance_scale: classifier-free guidance; 1 is none (``sample.cfg``).
+            num_inference_steps: of the sampler (``sample.steps``).
+            capacity: experts that a token gets on average, by thresholds from the predictors' histograms
+                (``sample.capacity``; the learned thresholds where that is null, too).
+            routing: ``token``, ``batch`` or ``static``, see ``moe.routing.RoutingRule`` (``sample.routing``).
+            sampler: ``euler``, ``heun``, ``dopri5`` of a flow, ``ancestral``, ``ddim`` of DDPM (``sample.sampler``).
+            generator_seed: of the noise (``run.seed``).  Image i is the same in any batch, on any machine of a kind.
+            batch_size: images at a time (``sample.batch``).
+            output_type: ``pil``, or ``latent`` to leave latents undecoded.
+
+        Raises:
+            UserError: a value that the model does not allow, or latents without a VAE.
+        """
+        said = {"cfg": guidance_scale, "steps": num_inference_steps, "capacity": capacity, "routing": routing,
+                "sampler": sampler, "batch": batch_size}
+        config = replace(self.config, sample=replace(self.config.sample, **{k: v for k, v in said.items() if v is not None}),
+                         run=self.config.run if generator_seed is None else replace(self.config.run, seed=generator_seed))
+        if routing not in (None, "token", "batch", "static"):
+            raise UserError(f"routing ({routing}) must be token, batch or static")
+        validate(config)
+        check_guidance(config)
+        chosen = chosen_classes(classes, config.model.classes, self.class_names)
+        count = len(chosen) if num_images is None else num_images
+        if count < 1:
+            raise UserError(f"num_images ({count}) must be at least 1")
+        pixels = config.model.channels in (1, 3)
+        if output_type not in ("pil", "latent"):
+            raise UserError(f"output_type ({output_type}) must be pil or latent")
+        if output_type == "pil" and not pixels and self.vae is None:
+            raise UserError(f"latents of {config.model.channels} channels need a VAE: give vae=… to from_pretrained, or say "
+                            'output_type="latent"')
+        if (note := threshold_note(self.transformer, config.sample)) is not None:
+            print(note, flush=True)
+        labels = [chosen[i % len(chosen)] for i in range(count)]
+        meter = CapacityMeter(self.transformer, config, count, self.device) if config.model.family != "dense" else None
+        samples = generate(self.transformer, config, labels, range(count), self.device, meter=meter)
+        used = None if meter is None else meter.merged(single_process().world)
+        arrays = np.zeros((0, 0, 0, 3), np.uint8)
+        if output_type == "pil":
+            arrays = self._pictures(samples, pixels, config.sample.batch).permute(0, 2, 3, 1).numpy()
+        from PIL import Image
+
+        return DiffMoEPipelineOutput([Image.fromarray(array) for array in arrays], arrays, samples, labels,
+                                     None if used is None else used.mean(), used)
+
+    def _pictures(self, samples: Tensor, pixels: bool, batch: int) -> Tensor:
+        """uint8 [n, 3, H, W]"""
+        if pixels:
+            return to_uint8(samples)
+        assert self.vae is not None and self.latents is not None
+        parts = [decode_latents(self.vae, part, *self.latents) for part in samples.split(batch)]
+        return torch.cat(parts).expand(-1, 3, -1, -1)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the folder that ``export --format hf`` writes, weights in fp32, and the VAE beside them in ``vae/``:
+        ``from_pretrained`` and ``import --hf`` read it.  UserError where ``folder`` exists."""
+        out = Path(folder)
+        if out.exists():
+            raise UserError(f"{out} already exists")
+        pieces = {name: piece.float().cpu() for tensor in logical_tensors(self.transformer)
+                  for name, piece in tensor.pieces(tensor.parameter.data)}
+        thresholds = {name: value.cpu() for name, value in self.transformer.named_buffers() if ".thresholds." in name}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(replace(self._pretrained, tensors={**pieces, **thresholds}, latents=self.latents or self._pretrained.latents), out)
+        if self.vae is not None:
+            self.vae.model.save_pretrained(out / "vae")
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None,
+                    commit_message: str = "DiffMoE model") -> str:
+        """Uploads what :meth:`save_pretrained` writes; makes the repository (owner/name) where there is none.  Returns the
+        commit's address.  Raises what huggingface_hub raises, as without a token."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(folder := Path(scratch) / "model")
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
