@@ -15,6 +15,7 @@ from typing import Any
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
+from diffmoe.paths import shipped
 from diffmoe.strict_yaml import open_text
 
 # Keys that DeepSpeed would read and that the YAML owns: allowed only with the YAML's own value.
@@ -116,7 +117,7 @@ def read_deepspeed(path: str | Path | None) -> dict:
     """The DeepSpeed JSON as a dict (ZeRO 1 in fp32 when no file is given).  Raises UserError."""
     if path is None:
         return {"zero_optimization": {"stage": 1}}
-    with open_text(Path(path), "--deepspeed_config") as stream:
+    with open_text(shipped(path), "--deepspeed_config") as stream:
         try:
             tree = json.load(stream, object_pairs_hook=_object_without_duplicates)
         except (ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from diffmoe.errors import UserError
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+_SHIPPED = ("configs", "ds_configs")
 _OVERRIDE = re.compile(r"\w+(\.\w+)*=")
 
 
@@ -33,6 +34,14 @@ def expand_path(text: str, what: str = "path") -> str:
     if home.startswith("~"):
         raise UserError(f"{what} ({text}) begins with {user}, which is no user of this machine: write ./{text} for a name that begins so")
     return home + _VARIABLE.sub(value, text[len(user):])
+
+
+def shipped(path: str | Path) -> Path:
+    """A file, or where there is none, the project's own of that name: ``configs/…`` and ``ds_configs/…`` mean the same in
+    any folder, also where the project is installed."""
+    path, package = Path(path), Path(__file__).resolve().parent
+    own = [folder / path for folder in (package, package.parent) if path.parts[:1] and path.parts[0] in _SHIPPED]
+    return next((place for place in (path, *own) if os.path.exists(place)), path)
 
 
 class PathParser(argparse.ArgumentParser):

@@ -18,7 +18,7 @@ from typing import Any, Literal, TextIO, Union
 import yaml
 
 from diffmoe.errors import UserError
-from diffmoe.paths import expand_path
+from diffmoe.paths import expand_path, shipped
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -58,7 +58,7 @@ def open_text(path: Path, what: str, origin: str = "") -> TextIO:
 def read_yaml(path: str | Path, _stack: tuple[Path, ...] = ()) -> dict:
     """Reads a YAML file and what it includes (``include: file`` or a list, relative to the file, later ones win,
     the file itself last).  Raises UserError for a missing file, bad YAML, a doubled key or a circle."""
-    path = Path(expand_path(str(path), "config file")).resolve()
+    path = shipped(expand_path(str(path), "config file")).resolve()
     if path in _stack:
         raise UserError(f"include goes in a circle: {' -> '.join(p.name for p in (*_stack, path))}")
     with open_text(path, "config file", f" (included from {_stack[-1]})" if _stack else "") as stream:

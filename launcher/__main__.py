@@ -59,5 +59,10 @@ def _help() -> str:
             "example:\n  python -m launcher doctor")
 
 
+def command() -> int:
+    """The installed command ``diffmoe-launcher``."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command())

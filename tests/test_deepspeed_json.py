@@ -9,7 +9,7 @@ import annotated_types
 import pydantic
 import pytest
 
-import run
+import diffmoe.__main__ as run
 from diffmoe.config import load_config
 from diffmoe.deepspeed_json import ALIASES, OLD, PASSED, UNSUPPORTED, Number, check_deepspeed, merge_deepspeed
 from diffmoe.errors import UserError

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-import run
+import diffmoe.__main__ as run
 from diffmoe.config import Config, override
 from launcher.__main__ import VERBS as LAUNCHER_VERBS
 from programs import REPOSITORY

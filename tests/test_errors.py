@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-import run
+import diffmoe.__main__ as run
 from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import gather_objects
 from launcher.job import BAD_INPUT, START_AGAIN, after_training

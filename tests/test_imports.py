@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the top.  A module imports its own entry and what lies below; entries of one line do not know each other.
 LAYERS = [
-    ["run", "launcher.doctor", "launcher.plan", "launcher.preflight", "launcher.scaling", "launcher.simulate", "launcher.submit"],
+    ["run"],
+    ["diffmoe.__main__", "launcher.doctor", "launcher.plan", "launcher.preflight", "launcher.scaling", "launcher.simulate", "launcher.submit"],
     ["launcher.job", "launcher.probe", "launcher.scaling_plots", "launcher.hardware_options"],
     ["launcher.scaling_report"],
     ["diffmoe.bench"],  # more of the verb bench, which loads its kinds by name
@@ -33,7 +34,7 @@ LAYERS = [
 ]
 HEIGHT = {entry: -i for i, entries in enumerate(LAYERS) for entry in entries}
 # Packages that only some may import, wherever in the module it stands.
-ONLY = {"deepspeed": ["diffmoe.training.engine", "diffmoe.training.zero_optimizers"], "diffmoe.commands": ["run", "diffmoe.commands", "diffmoe.bench"]}
+ONLY = {"deepspeed": ["diffmoe.training.engine", "diffmoe.training.zero_optimizers"], "diffmoe.commands": ["diffmoe.__main__", "diffmoe.commands", "diffmoe.bench"]}
 
 
 def source_files():

@@ -117,7 +117,7 @@ def parsers(monkeypatch) -> dict[str, argparse.ArgumentParser]:
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_intermixed_args", stop)
-    import run
+    import diffmoe.__main__ as run
 
     verbs = [(verb,) for verb in run.VERBS if verb != "bench"]
     for verb, *kind in [*verbs, *(("bench", kind) for kind in ("data", "checkpoint", "step", "sampling", "moe-layer", "communication"))]:

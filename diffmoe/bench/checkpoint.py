@@ -32,7 +32,6 @@ from diffmoe.training.ema import Ema
 from diffmoe.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine
 
 WAYS = ("full state dict", "streamed", "beside training")
-_BASE = Path(__file__).resolve().parents[2] / "configs" / "base"
 
 
 def main(arguments: list[str]) -> int:
@@ -49,7 +48,7 @@ def main(arguments: list[str]) -> int:
     for name in ("ranks", "repeats"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} ({getattr(options, name)}) must be at least 1")
-    config = load_config(_BASE / f"{options.model}.yaml", [f"moe.experts={options.experts}", f"parallel.ep={options.ranks}",
+    config = load_config(f"configs/base/{options.model}.yaml", [f"moe.experts={options.experts}", f"parallel.ep={options.ranks}",
                                                          f"train.batch={options.ranks}", "moe.pool=1"])
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=options.folder) as folder, \
             Ranks(options.ranks, timeout=1800.0) as ranks:

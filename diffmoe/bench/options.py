@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -12,7 +11,6 @@ from diffmoe.config import Config, load_config
 from diffmoe.device import local_device, set_fp32_precision
 from diffmoe.errors import UserError
 
-_SIZES = Path(__file__).resolve().parents[2] / "configs" / "base"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -35,6 +33,6 @@ def sized_config(options: argparse.Namespace) -> tuple[Config, torch.device, tor
     """The published model of that size, this machine's device, and the precision.  UserError for bad numbers."""
     if options.repeats < 1:
         raise UserError(f"--repeats ({options.repeats}) must be at least 1")
-    config = load_config(_SIZES / f"{options.model}.yaml", [f"moe.experts={options.experts}", *options.set])
+    config = load_config(f"configs/base/{options.model}.yaml", [f"moe.experts={options.experts}", *options.set])
     set_fp32_precision(config.run.fp32_precision)
     return config, local_device(0, 1), DTYPES[options.dtype]

@@ -1,0 +1,104 @@
+"""The one program: ``run.py [VERB] --config C.yaml --deepspeed_config D.json section.field=value …``, verb train if none is named.
+
+The same file under ``deepspeed``, ``torchrun``, ``srun`` or plain ``python`` (one rank).  Installed, it is ``diffmoe [VERB] …``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Callable
+
+from diffmoe.errors import UserError
+from launcher.environment import RankEnvironment, check_started, detect, export, typed_at_a_terminal
+
+VERBS = {
+    "train": "train a model, or go on with it (the default)",
+    "sample": "images from a checkpoint",
+    "evaluate": "FID, sFID, Inception Score, precision and recall of a checkpoint, with a card",
+    "encode": "pictures -> VAE moments (or pixels) in shards",
+    "inspect-data": "a data set against its index: counts, checksums, classes, statistics, and a look at it",
+    "import": "research weights or a Hugging Face folder -> a checkpoint; dense weights -> a mixture",
+    "export": "a checkpoint -> research weights or a Hugging Face folder",
+    "check-checkpoint": "whether checkpoints are whole, bit for bit and tensor by tensor",
+    "bench": "measurements side by side: run.py bench KIND",
+    "profile": "time, memory and traffic of real training steps, against the plan and the least possible",
+    "verify": "the parity table: EP x ZeRO x recompute x accumulation x pool against one process",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a verb.  Returns the exit code: 0, 1 (verify missed, a checkpoint or a data set is damaged), 2 (bad input, or a run
+    that cannot go on: one line on stderr), 75 (another rank was lost: the same command goes on), 130 (interrupted)."""
+    environment = None
+    try:
+        environment = detect()
+        check_started(environment, typed_at_a_terminal() and not {"-h", "--help"} & set(arguments))
+        export(environment)
+        if arguments[:1] in (["-h"], ["--help"]):
+            print(__doc__ + "\nverbs (run.py VERB --help says more):\n"
+                  + "\n".join(f"  {verb:16} {text}" for verb, text in VERBS.items()))
+            return 0
+        verb, rest = _verb(arguments)
+        return _main_of(verb)(rest, environment)
+    except UserError as error:
+        if os.environ.get("DIFFMOE_TRACEBACK"):
+            raise
+        _complain(error, environment)
+        return 2
+    except RuntimeError as error:  # outside training's watchdog: while the ranks meet, and in the other verbs
+        if os.environ.get("DIFFMOE_TRACEBACK") or "torch" not in sys.modules:
+            raise
+        from diffmoe.parallel.collectives import EXIT_LOST, is_lost_peer
+
+        if not is_lost_peer(error):
+            raise
+        print(f"error: rank {environment.rank}: another rank is lost or does not answer: {' '.join(str(error).split())[:200]}",
+              file=sys.stderr, flush=True)
+        return EXIT_LOST
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main_of(verb: str) -> Callable[[list[str], RankEnvironment], int]:
+    """A verb's function; its module is imported only now, since several bring torch."""
+    if verb in ("import", "export"):
+        from diffmoe.commands import exchange
+
+        return {"import": exchange.import_main, "export": exchange.export_main}[verb]
+    return importlib.import_module(f"diffmoe.commands.{verb.replace('-', '_')}").main
+
+
+def _verb(arguments: list[str]) -> tuple[str, list[str]]:
+    words = [a for a in arguments if not a.startswith("--local_rank")]  # the deepspeed launcher's; we read its environment
+    if words and not words[0].startswith("-") and "=" not in words[0]:
+        if words[0] not in VERBS:
+            raise UserError(f"verb {words[0]!r} must be one of {', '.join(VERBS)}")
+        return words[0], words[1:]
+    return "train", words
+
+
+def _complain(error: UserError, environment: RankEnvironment | None) -> None:
+    """One line for an error that every rank has; one line a rank for an error of its own."""
+    agreed = type(error).__name__ == "AgreedError" or not _started()
+    rank = environment.rank if environment else 0
+    text = " ".join(str(error).splitlines())  # a name with a line break in it, say
+    if rank == 0:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    elif not agreed or environment.local_rank == 0:
+        print(f"error: rank {rank}: {text}", file=sys.stderr, flush=True)
+
+
+def _started() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
+
+
+def command() -> int:
+    """The installed command."""
+    return main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(command())
