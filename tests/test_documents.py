@@ -1,4 +1,4 @@
-"""The documents against the code: the README's tree, and every command that a page names."""
+"""The documents against the code: the tree of files, every command that a page names, every link."""
 
 import argparse
 import importlib
@@ -19,8 +19,8 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_the_readmes_tree_has_one_line_a_module():
-    tree = next(block for block in blocks((REPOSITORY / "README.md").read_text()) if block.startswith("run.py "))
+def test_the_tree_has_one_line_a_module():
+    tree = next(block for block in blocks((REPOSITORY / "docs/architecture.md").read_text()) if block.startswith("run.py  "))
     listed, folder = [], ""
     for line in filter(None, tree.splitlines()):
         name = line.split()[0]
@@ -88,3 +88,28 @@ def test_commands_name_verbs_options_fields_and_files_that_exist(page, options_o
             if word.startswith(("configs/", "ds_configs/", "scripts/")):
                 assert (REPOSITORY / word).is_file(), words
         override(Config(), [word for word in rest if re.match(r"[a-z]+\.\w+=", word)])
+
+
+def anchors(page: str) -> set[str]:
+    """What a page's headings are linked as."""
+    titles = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.read_text()), target
+
+
+def test_the_readme_is_a_front_door():
+    lines = (REPOSITORY / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+    linked = set(re.findall(r"\]\((docs/[\w/]+\.md)\)", "\n".join(lines)))
+    assert linked >= {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")}
