@@ -22,10 +22,16 @@ from diffmoe.strict_yaml import build, merge, read_yaml, tree_of_overrides
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and what all its randomness comes from.  ``timeout_s``: a rank that makes no progress for so long
-    ends the job, with a report (three times as long until the first step is done; 0: nobody looks).
-    ``fp32_precision``: what a GPU may do with fp32 matmuls and convolutions, in training and in all that is made of the run:
-    ``ieee`` or ``tf32``."""
+    """Where a run lives, and what all its randomness comes from.
+
+    Attributes:
+        folder: The run folder; a run resumes from what lies there.
+        seed: Of weights, order, noise, times and label drops.
+        timeout_s: Seconds after which a rank that makes no progress ends the job, with a report (three times as long until
+            the first step is done; 0: nobody looks).
+        fp32_precision: What a GPU may do with fp32 matmuls and convolutions, in training and in all that is made of the
+            run; the published rows are `tf32`.
+    """
 
     folder: str = "runs/default"
     seed: int = 0
@@ -35,7 +41,21 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The diffusion transformer.  Sizes are in latent pixels and channels; ``classes`` excludes the null class."""
+    """The diffusion transformer.
+
+    Attributes:
+        family: Dense DiT, token choice, expert choice inside a sample, or DiffMoE.
+        input_size: Height and width of the input, in latent pixels.
+        channels: Of the input: 4 latents, 1 or 3 pixels.
+        patch: Side of the square of latent pixels that becomes a token.
+        width: Of a token.
+        depth: Blocks.
+        heads: Of attention.
+        mlp_ratio: Inner width of an MLP and an expert, as a multiple of the width.
+        classes: Without the null class.
+        learn_sigma: Whether the output has channels for the variance; DDPM needs them.
+        qk_norm: Layer norm of queries and keys.
+    """
 
     family: Literal["dense", "tc", "ec", "diffmoe"] = "diffmoe"
     input_size: int = 32
@@ -66,8 +86,23 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Mixture layers.  ``pool`` counts samples, or says ``rank``, ``group`` (expert-parallel) or ``global``.
-    ``router_start``: fresh routers are N(0, 0.006), or uniform up to 1 / sqrt(width), as the research code's of token choice."""
+    """MoE layers.
+
+    Attributes:
+        experts: In a layer.
+        activation: GELU with biases (DiT's MLP), or SwiGLU without at two thirds of the inner width.
+        shared_experts: Experts that every token goes through, as one MLP so many times as wide.
+        interleave: Every second block has an MoE layer, not every block.
+        pool: Samples out of which an expert chooses; or all of a rank, of an expert-parallel group, of the global batch.
+        capacity: Tokens that an expert takes, as a multiple of pool tokens / experts.
+        capacity_hold: Steps for which every expert first takes every token.
+        capacity_until: Step at which the capacity, falling linearly since then, has arrived.
+        top_k: Experts of a token, for token choice.
+        balance_weight: Of the balance loss, for token choice.
+        predictor_weight: Of the capacity predictor's loss.
+        threshold_decay: Of the thresholds' moving average.
+        router_start: New routers are N(0, 0.006), or uniform up to 1 / sqrt(width), as the research code's of token choice.
+    """
 
     experts: int = 8
     activation: Literal["gelu", "swiglu"] = "gelu"
@@ -101,10 +136,15 @@ def swiglu_hidden(hidden: int) -> int:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """``flow``: rectified flow; ``ddpm``: ADM's 1000 linear steps with learned range.
+    """The process that is learned.
 
-    For the flow ``time_scale`` multiplies t in [0, 1] before the embedding (published: 1), and ``time_sampling`` says how
-    training draws t; ``time_mean`` and ``time_std`` belong to the logit-normal."""
+    Attributes:
+        process: Rectified flow, or ADM's 1000 linear steps with learned range.
+        time_scale: For the flow: multiplies t in [0, 1] before the embedding (published: 1).
+        time_sampling: For the flow: how training draws t.
+        time_mean: Of the logit-normal.
+        time_std: Of the logit-normal.
+    """
 
     process: Literal["flow", "ddpm"] = "flow"
     time_scale: float = 1.0
@@ -115,13 +155,21 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Webdataset shards with an ``index.json`` (``index`` where it does not lie beside them).
+    """Webdataset shards with an index.json.
 
-    ``streams`` runs of samples feed a batch, and each shuffles ``window`` shards together: both decide the order (null:
-    by whether the shards are shuffled, see ``data.mixing.order_for``), while ``workers`` (processes a rank; 0: a
-    thread) and ``prefetch`` (steps) do not.  ``cache``: folder for copies of remote shards, at
-    most ``cache_gib`` a node.  ``on_bad_shard: skip`` goes on without a shard that cannot be read, as long as bad ones hold no
-    more than ``bad_share`` of the samples."""
+    Attributes:
+        shards: Folder, or tars by glob or braces, also as a pipe:, http(s), s3, gs or hf address.
+        index: The index, where it does not lie beside the shards.
+        flip: Mirror half of the samples.
+        streams: Runs of samples that feed a batch; decides the order (null: by whether the shards are shuffled).
+        window: Shards that a stream shuffles together; decides the order (null: as above).
+        workers: Loader processes of a rank (0: a thread).
+        prefetch: Steps read ahead.
+        cache: Folder for copies of remote shards.
+        cache_gib: The most that it holds on a node, GiB.
+        on_bad_shard: A shard that cannot be read stops the run, or is left out on all ranks.
+        bad_share: The most samples that may be left out so, as a share.
+    """
 
     shards: str = ""
     index: str = ""
@@ -138,18 +186,38 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe.  ``batch`` is the global batch of one optimizer step; micro_batch x ranks x accumulation = batch.
+    """The recipe.
 
-    ``ema``: one decay or several, of which the first is the one that samples and every one is scored (``score_every`` steps; 0:
-    never).  The newest ``keep`` checkpoints stay, and besides
-    them every one whose step divides by ``keep_every`` (0: none); ``async_save`` writes them while training goes on.
-
-    ``on_nonfinite``: a step whose loss or gradient is not finite changes nothing and is passed over (``skip``, at most
-    ``nonfinite_limit`` in a row), or ends the run (``stop``).  ``spike_factor`` above 0: a step whose loss is above so many
-    times the median of the last ``spike_window`` steps sends the run back to its last checkpoint, and is left out from then
-    on; more than ``spike_limit`` times back to one checkpoint ends the run.
-
-    ``compile``: whether training, sampling and scoring run through torch.compile; ``auto``: see :meth:`compiles`."""
+    Attributes:
+        steps: Optimizer steps in all.
+        batch: Global batch of one optimizer step, micro_batch x ranks x accumulation.
+        micro_batch: Samples of a rank's pass (null: batch / ranks / accumulation).
+        accumulation: Passes of an optimizer step (null: 1, or what micro_batch asks for).
+        optimizer: Whose AdamW: torch's fused one, DeepSpeed's or NVIDIA apex's.
+        lr: Learning rate.
+        warmup: Steps of linear warm-up.
+        schedule: Of the learning rate after the warm-up, down to 0 at the last step unless constant.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: AdamW's.
+        clip: Largest norm of the gradient (0: not clipped).
+        label_drop: Share of samples that train the null class, which guidance needs.
+        on_nonfinite: A step whose loss or gradient is not finite changes nothing and is skipped, or ends the run.
+        nonfinite_limit: The most such steps in a row.
+        spike_factor: A loss above so many times the median sends the run back to its last checkpoint, and the step is left
+            out from then on (0: off).
+        spike_window: Steps of that median.
+        spike_limit: The most times back to one checkpoint.
+        ema: Decay of the weights' moving average, or several; the first samples, every one is scored.
+        log_every: Steps between two lines of progress.
+        sample_every: Steps between two sheets of samples (0: none).
+        score_every: Steps between two scores (0: none).
+        save_every: Steps between two checkpoints (0: only the last).
+        keep: Newest checkpoints that stay.
+        keep_every: Those whose step divides by this stay, too (0: none).
+        async_save: Write checkpoints while training goes on.
+        compile: torch.compile for training, sampling and scoring; `auto`: on a GPU, below ZeRO 3.
+    """
 
     steps: int = 700_000
     batch: int = 256
@@ -201,7 +269,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """``ep``: ranks that share one set of experts.  ``recompute``: which activations backward computes again."""
+    """How ranks share the work.
+
+    Attributes:
+        ep: Consecutive ranks that share one set of experts.
+        recompute: Activations that backward computes again: none, all of a block, or all but what is dear or came over the
+            network.
+    """
 
     ep: int = 1
     recompute: Literal["none", "block", "selective"] = "none"
@@ -216,12 +290,22 @@ def attention_kept(depth: int) -> int:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sampling.  ``sampler``: euler, heun, dopri5 for the flow; ancestral, ddim for DDPM.  ``cfg_channels``: channels that
-    DDPM's guidance moves (published: the first 3; the flow guides all).  ``eta`` is DDIM's noise,
-    ``tolerance`` dopri5's error per step (``steps`` is then the most that it may take).  ``routing``: ``batch`` is the
-    paper's rule, ``token`` the batch-invariant one, ``static`` the paper's static top-k: every expert takes
-    as many tokens of a rank's batch as ``moe.capacity`` says.  ``gamma``: one constant threshold for every expert in place of
-    the learned ones; ``capacity``: the experts that a token gets on average, by thresholds from the predictor's histograms."""
+    """Sampling.
+
+    Attributes:
+        sampler: `euler`, `heun` or `dopri5` of the flow; `ancestral` or `ddim` of DDPM.
+        steps: Of the sampler; the most that dopri5 may take.
+        cfg: Scale of classifier-free guidance (1: none).
+        cfg_channels: Channels that DDPM's guidance moves (published: the first 3; the flow guides all).
+        eta: DDIM's noise.
+        tolerance: dopri5's error of a step.
+        routing: `batch`: the paper's rule; `token`: the same without any influence of the batch; `static`: the paper's static
+            top-k, every expert takes as many tokens of a rank's batch as moe.capacity says.
+        gamma: One constant threshold for every expert, in place of the learned ones.
+        capacity: Experts that a token gets on average, by thresholds from the predictor's histograms.
+        batch: Images at a time, on a rank.
+        columns: Of the sheet of samples.
+    """
 
     sampler: Literal["euler", "heun", "dopri5", "ancestral", "ddim"] = "euler"
     steps: int = 50
@@ -238,8 +322,14 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Scores while training (``train.score_every``): of ``count`` images, as the ``sample`` section makes them, against ``reference``
-    by ``extractor``, both as the verb ``evaluate`` takes them; ``vae`` decodes latents."""
+    """Scores while training (`train.score_every`), of images as the sample section makes them.
+
+    Attributes:
+        reference: What they are compared with, as the subcommand evaluate takes it.
+        extractor: The feature network, as the subcommand evaluate takes it.
+        vae: Decodes latents.
+        count: Images.
+    """
 
     reference: str = ""
     extractor: str = ""

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import re
+import runpy
 import shlex
 
 import pytest
@@ -113,3 +114,8 @@ def test_the_readme_is_a_front_door():
     assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
     linked = set(re.findall(r"\]\((docs/[\w/]+\.md)\)", "\n".join(lines)))
     assert linked >= {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")}
+
+
+def test_the_configurations_page_is_what_the_code_says():
+    written = runpy.run_path(str(REPOSITORY / "docs/reference.py"))["reference"]()
+    assert (REPOSITORY / "docs/configuration.md").read_text() == written, "run: python docs/reference.py"
