@@ -1,12 +1,14 @@
 # Everything runs in .venv inside the checkout; PYTHON is only what makes that environment.
 #   make setup PYTHON=python3.12      another interpreter
 #   make test ARGS="-k routing -x"    arguments for pytest
+#   make test-torch TORCH=2.11.0      another torch, in an environment of its own
 # pip keeps its ordinary configuration. Where an index or folder offers a CPU build of torch, pip
 # prefers it (2.13.0+cpu is newer than 2.13.0 to it): point PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL there.
 PYTHON ?= python3
 ARGS ?=
 
 VENV := .venv
+LOCK := requirements.lock
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
@@ -14,7 +16,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 # since much of a test is ranks that start or wait for each other.
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}
 
-.PHONY: help setup demo cards lint test test-slow test-slurm clean
+.PHONY: help setup demo cards lint test test-torch check-torch test-operators test-slow test-slurm clean
 
 help:
 	@echo "make demo       train, sample and score a small model on this machine, 2 ranks, no download"
@@ -22,6 +24,7 @@ help:
 	@echo "make lint       ruff over the tree, as pyproject.toml says"
 	@echo "make test       quick tests"
 	@echo "make test-slow  the slow ones"
+	@echo "make test-torch TORCH=2.11.0  what depends on torch, with another torch in an environment of its own"
 	@echo "make test-slurm the job scripts under a real Slurm, which they start on this machine"
 	@echo "make setup      $(VENV) with everything in requirements.lock (the others do this first)"
 	@echo "make clean      remove build outputs and caches; keeps $(VENV) and runs/"
@@ -35,11 +38,11 @@ $(BIN)/pip:
 
 # torch comes first and nothing is built in isolation: deepspeed's set-up looks at the torch it will
 # run with, and an isolated build would fetch its own tools (or a second torch).
-$(STAMP): requirements.lock pyproject.toml | $(BIN)/pip
+$(STAMP): $(LOCK) pyproject.toml | $(BIN)/pip
 	@echo "setup: torch and build tools"
-	@$(PIP) $$(grep -E '^(torch|setuptools|wheel)==' requirements.lock)
-	@echo "setup: requirements.lock"
-	@$(PIP) --no-build-isolation -r requirements.lock
+	@$(PIP) $$(grep -E '^(torch|setuptools|wheel)[=>]' $(LOCK))
+	@echo "setup: $(LOCK)"
+	@$(PIP) --no-build-isolation -r $(LOCK)
 	@echo "setup: diffmoe"
 	@$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
@@ -56,6 +59,27 @@ lint: setup
 test: setup
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
+# Another torch, in an environment of its own: the lock but for its torch, and for the setuptools that this torch wants.
+# Its tests: the parity table's quick rows, and whatever calls an operator, a collective or Inductor.
+OTHER := .venv-torch-$(subst *,x,$(TORCH))
+OPERATOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,cuda_paths fast_paths moe_parallel pools parity precision \
+  optimizer_traffic groups checkpoint checkpoint_format old_checkpoint compile))
+
+test-torch: check-torch $(OTHER)/requirements.lock
+	@$(MAKE) --no-print-directory VENV=$(OTHER) LOCK=$(OTHER)/requirements.lock test-operators
+
+check-torch:
+	@test -n "$(TORCH)" || { echo "TORCH is not set; try: make test-torch TORCH=2.11.0" >&2; exit 2; }
+
+$(OTHER)/requirements.lock: requirements.lock
+	@mkdir -p $(@D)
+	@sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^setuptools==.*/setuptools>=77.0.3/' $< > $@
+
+test-operators: setup
+	@$(BIN)/python -c 'import platform, torch; print("torch", torch.__version__, "Python", platform.python_version())'
+	@$(TEST_ENV) $(BIN)/python run.py verify --quick
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile $(OPERATOR_TESTS) $(ARGS)
+
 test-slow: setup
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -m slow $(ARGS)
 
@@ -64,4 +88,4 @@ test-slurm: setup
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache
-	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +

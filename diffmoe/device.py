@@ -9,7 +9,7 @@ import re
 import resource
 import socket
 import time
-from typing import Iterator
+from typing import Iterator, Optional
 
 import torch
 from torch.distributed import Store
@@ -110,6 +110,12 @@ def check_own_gpu(device: torch.device, local_rank: int, local_world: int, store
 def backend(device: torch.device) -> str:
     """torch.distributed's backend for the device."""
     return "nccl" if device.type == "cuda" else "gloo"
+
+
+def bound(device: torch.device, world: int) -> Optional[torch.device]:
+    """``device_id`` of torch.distributed's start: NCCL connects there and then, and groups are split from the world's
+    communicator.  None for one rank, whom nobody has to be reached by (CUDA error 600 in new groups: DeepSpeed #8248)."""
+    return device if device.type == "cuda" and world > 1 else None
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -46,7 +46,7 @@ class Facts:
     python: tuple[int, int]
     executable: str
     packages: dict[str, str]  # of those that we need, the installed versions
-    wanted: dict[str, str]  # what pyproject.toml asks for, as ">=2.13,<2.14"
+    wanted: dict[str, str]  # what pyproject.toml asks for, as ">=2.11,<2.14"
     wanted_python: str
     torch: dict | str | None
     apex: Literal["none", "nvidia", "impostor"]

@@ -70,6 +70,8 @@ def meet(environment: RankEnvironment, device: torch.device, timeout: float, hos
     """Joins the ranks, NCCL on GPUs with gloo beside it.  Raises Absent on those who came when somebody did not."""
     import torch.distributed as dist
 
+    from diffmoe.device import bound
+
     try:
         store = dist.PrefixStore("preflight", _store(environment, timeout))
         store.set(f"here/{environment.rank}", host)
@@ -80,7 +82,7 @@ def meet(environment: RankEnvironment, device: torch.device, timeout: float, hos
                          f"{reason}") from error
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=environment.rank, world_size=environment.world,
-                            timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None)
+                            timeout=timedelta(seconds=timeout), device_id=bound(device, environment.world))
 
 
 def _store(environment: RankEnvironment, timeout: float) -> Store:

@@ -93,6 +93,8 @@ REFUSED = {
     "auto: a number": (stage(3, stage3_param_persistence_threshold="auto"), [], "write an integer of at least 0, or leave it out"),
     "auto: a block": ({"aio": "auto"}, [], "DeepSpeed's aio ('auto') is left to Hugging Face's trainer"),
     # together
+    "shuffled at 1": (stage(1, round_robin_gradients=True), [], "DeepSpeed's zero_optimization.round_robin_gradients (true) is not supported"),
+    "shuffled at 2": (stage(2, round_robin_gradients=True), [], "DeepSpeed's zero_optimization.round_robin_gradients (true) is not supported"),
     "divided before": ({**stage(2), "prescale_gradients": True}, [], "DeepSpeed's prescale_gradients (true) must be false at ZeRO stage 2, "
                        "unless zero_optimization.reduce_scatter is false"),
     "divided at 3": ({**stage(3), "gradient_predivide_factor": 2.0}, [], "gradient_predivide_factor (2.0) must be 1 at ZeRO stage 3"),

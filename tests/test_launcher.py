@@ -307,7 +307,7 @@ def test_doctor_reads_this_machine():
 
 @pytest.mark.parametrize(("version", "wanted", "good"), [
     ("2.13.0+cpu", ">=2.13,<2.14", True), ("2.14.0", ">=2.13,<2.14", False), ("0.19.8", "==0.19.8", True), ("0.19.10", "==0.19.8", False),
-    ("3.9", ">=3.10", False), ("1", ">=1.0", True), ("12.3", "!=12.3", False), ("5", "", True),
+    ("2.11.0+cu130", ">=2.11,<2.14", True), ("2.10.1", ">=2.11,<2.14", False), ("3.9", ">=3.10", False), ("1", ">=1.0", True), ("12.3", "!=12.3", False), ("5", "", True),
 ])
 def test_versions_compare_as_numbers(version, wanted, good):
     assert satisfies(version, wanted) == good

@@ -177,8 +177,9 @@ class Watch(TorchDispatchMode):
             self.sent[out.data_ptr()] = args[0]
         if name == "wait_tensor" and args[0].data_ptr() in self.sent:
             sent = self.sent.pop(args[0].data_ptr())
-            sent.fill_(float("nan") if sent.is_floating_point() else -1)
-            self.poisoned += 1
+            if sent.dtype != torch.int64:  # counts, which who sends them reads as well
+                sent.fill_(float("nan") if sent.is_floating_point() else 255)
+                self.poisoned += 1
         return out
 
 

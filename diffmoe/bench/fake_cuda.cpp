@@ -1,5 +1,5 @@
-// A CUDA device without memory or kernels, for fake tensors on a torch built without CUDA: autograd asks for the device's
-// guard and its streams, and nothing else is ever called.  Loaded before torch makes its own hooks.
+// A CUDA device without memory or kernels, for fake tensors where there is no GPU: autograd asks for the device's guard and
+// its streams, and nothing else is ever called.  Loaded before torch looks for its hooks, after those of its CUDA library.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/ops/empty_like.h>
@@ -35,7 +35,7 @@ struct CUDAHooks final : at::CUDAHooksInterface {
 };
 using at::CUDAHooksRegistry;
 using at::RegistererCUDAHooksRegistry;
-REGISTER_CUDA_HOOKS(CUDAHooks);
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 
 }  // namespace
 
@@ -50,6 +50,8 @@ REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &flash_attention)
 
 }  // namespace at::native
 
+#ifdef WITHOUT_CUDA
 // One kernel on a GPU; an operator without one would be taken apart.
 at::Tensor silu_backward(const at::Tensor& gradient, const at::Tensor&) { return at::empty_like(gradient); }
 TORCH_LIBRARY_IMPL(aten, CUDA, library) { library.impl("silu_backward", &silu_backward); }
+#endif

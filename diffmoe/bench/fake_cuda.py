@@ -2,8 +2,8 @@
 
     python -m diffmoe.bench.fake_cuda SCRIPT.py|MODULE [argument …]
 
-A torch with a CUDA of its own needs nothing for that; for another one ``fake_cuda.cpp`` is built, and loaded before torch looks
-for its hooks: hence a process of its own, and no import of torch above.
+Where there is a GPU that torch was built for, nothing is needed for that; elsewhere ``fake_cuda.cpp`` is built, and loaded before
+torch looks for its hooks: hence a process of its own, and no import of torch above.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Sequence
 
 from diffmoe.errors import UserError
+from launcher import gpus
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -26,8 +27,8 @@ _SOURCE = Path(__file__).with_suffix(".cpp")
 def run(program: str, arguments: Sequence[str], **options) -> subprocess.CompletedProcess:
     """Runs a module, or a script that ends in ``.py``, in such a process; ``options`` as ``subprocess.run`` takes them.
     UserError where the device cannot be built."""
-    if not _has_cuda() and shutil.which("g++") is None:
-        raise UserError("counting on CUDA tensors needs g++ (or a torch that was built for CUDA), and there is none: install g++")
+    if not has_gpu() and shutil.which("g++") is None:
+        raise UserError("counting on CUDA tensors needs g++ (or a GPU), and there is none: install g++")
     return subprocess.run([sys.executable, "-m", __spec__.name, program, *arguments], **options)
 
 
@@ -35,22 +36,28 @@ def _torch() -> Path:
     return Path(importlib.util.find_spec("torch").origin).parent
 
 
-def _has_cuda() -> bool:
+def has_gpu() -> bool:
+    """Whether this machine has a GPU, and its torch is built for one."""
+    return _for_cuda() and bool(gpus.present())
+
+
+def _for_cuda() -> bool:
     return runpy.run_path(str(_torch() / "version.py"))["cuda"] is not None
 
 
 def _load() -> None:
     with tempfile.TemporaryDirectory(prefix="diffmoe-fake-cuda-") as folder:
         library, torch = Path(folder) / "fake_cuda.so", _torch()
-        subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", f"-I{torch}/include", f"-L{torch}/lib", str(_SOURCE), "-o", str(library),
-                        "-lc10", "-ltorch_cpu"], check=True)
-        for each in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so"):
+        cuda, without = (["libtorch_cuda.so"], []) if _for_cuda() else ([], ["-DWITHOUT_CUDA"])
+        subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", *without, f"-I{torch}/include", f"-L{torch}/lib", str(_SOURCE),
+                        "-o", str(library), "-lc10", "-ltorch_cpu"], check=True)
+        for each in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so", *cuda):
             ctypes.CDLL(str(torch / "lib" / each), mode=ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 if __name__ == "__main__":
-    if not _has_cuda():
+    if not has_gpu():
         _load()
     sys.argv = sys.argv[1:]
     if sys.argv[0].endswith(".py"):

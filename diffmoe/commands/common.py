@@ -64,7 +64,7 @@ def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) 
     import torch
     import torch.distributed as dist
 
-    from diffmoe.device import backend, check_own_gpu, local_device
+    from diffmoe.device import backend, bound, check_own_gpu, local_device
 
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one node share its cores; torch would give every one of them all.
@@ -84,7 +84,7 @@ def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) 
         check_own_gpu(device, environment.local_rank, environment.local_world, store)
         dist.init_process_group(
             backend(device), store=dist.PrefixStore("ranks", store), rank=environment.rank, world_size=environment.world,
-            timeout=timeout, device_id=device if device.type == "cuda" else None)
+            timeout=timeout, device_id=bound(device, environment.world))
     return device
 
 
@@ -109,7 +109,8 @@ def leave() -> None:
     from diffmoe.parallel.collectives import is_lost_peer
 
     try:
-        dist.barrier()  # a rank that leaves early makes the others abort
+        if dist.get_world_size() > 1:
+            dist.barrier()  # a rank that leaves early makes the others abort
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise

@@ -12,9 +12,9 @@ import os
 import shutil
 import sysconfig
 import warnings
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Callable, Optional
 
 import torch
@@ -91,9 +91,8 @@ class CompiledRun:
     def __init__(self, capacity: float) -> None:
         self.settled = RoutingRule("train", capacity)
         self.sizes: set[int] = set()
-        # By function: else they would look through each other's graphs.
-        self.compiled = defaultdict(lambda: torch.compile(
-            recomputed, fullgraph=True, dynamic=False, recompile_limit=_MOST_GRAPHS, isolate_recompiles=True))
+        self.compiled: dict[Any, Callable] = {}
+        self._limit = torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS)  # torch.compile's own argument is newer than 2.11
 
     def __call__(self, block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
         assert x.is_contiguous() and c.is_contiguous()  # see PatchEmbedding
@@ -125,7 +124,10 @@ class CompiledRun:
             for tensor in [args[0], *rows]:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         kind = type(function) if isinstance(function, nn.Module) else getattr(function, "__func__", function)
-        return self.compiled[kind](function, form, *args)
+        if kind not in self.compiled:
+            self.compiled[kind] = torch.compile(_recomputed_as(kind.__name__), fullgraph=True, dynamic=False)
+        with self._limit:
+            return self.compiled[kind](function, form, *args)
 
     def _takes(self, size: int) -> bool:
         if size not in self.sizes and len(self.sizes) == _MOST_SIZES:
@@ -133,3 +135,10 @@ class CompiledRun:
             return False
         self.sizes.add(size)
         return True
+
+
+def _recomputed_as(name: str) -> Callable:
+    """``recomputed`` for one kind of function: torch keeps graphs by code object, and would look through those of the other
+    kinds (``isolate_recompiles`` is newer than 2.12)."""
+    code = recomputed.__code__.replace(co_name=f"{recomputed.__name__}_{name}")
+    return FunctionType(code, recomputed.__globals__, code.co_name)

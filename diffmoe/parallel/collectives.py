@@ -1,7 +1,8 @@
 """Collectives over a :class:`Group`; every one is a no-op for a group of one rank.
 
 All are torch's functional collectives, which return new tensors: selective recompute may keep those.  Keeping an in-place
-collective keeps its handle and not what it wrote, and gives wrong gradients without a word.
+collective keeps its handle and not what it wrote, and gives wrong gradients without a word.  They are called as operators:
+those have the same names from torch 2.11 to 2.13, the functions around them have not.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
+import torch.distributed._functional_collectives as _  # what the operators do without memory
 from torch import Tensor
 
 from diffmoe.errors import UserError
 from diffmoe.parallel.groups import Group
 
+_functional = torch.ops._c10d_functional
+# The operators of all that follows, but for objects; recompute can keep what they bring.
+OPERATORS = [op.default for op in (_functional.all_to_all_single, _functional.all_gather_into_tensor, _functional.all_reduce,
+                                   _functional.wait_tensor)]
 EXIT_LOST = 75  # sysexits' "temporary failure": the same command goes on from the last checkpoint
 # gloo has no type of its own: its messages on connections begin with the line of its source, its stores say two words.
 _LOST_PEER = re.compile(r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] |Wait timeout$|Read error: Connection reset by peer"
@@ -73,14 +78,14 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _placeholder: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
-        return functional.wait_tensor(gradient), None
+        return _functional.wait_tensor(gradient), None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, coming: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        return functional.wait_tensor(coming)
+        return _functional.wait_tensor(coming)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
@@ -91,10 +96,8 @@ class _Arrive(torch.autograd.Function):
 
 def _begin(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group) -> Tensor:
     """All-to-all in a new tensor, not waited for."""
-    assert group.handle is not None
     each = [len(rows) // group.size] * group.size
-    return torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), receive or each, send or each,
-                                                        group.handle.group_name)
+    return _functional.all_to_all_single(rows.contiguous(), receive or each, send or each, group.handle.group_name)
 
 
 @torch.library.custom_op("diffmoe::read_by_host", mutates_args=())
@@ -119,7 +122,7 @@ def exchange_equal(parts: Tensor, group: Group) -> Tensor:
         return parts
     assert parts.shape[0] == group.size
     with group.trace.inside("all-to-all of scores", group.ranks):
-        return functional.wait_tensor(functional.all_to_all_single(parts.detach().contiguous(), None, None, group.handle))
+        return _functional.wait_tensor(_begin(parts.detach(), None, None, group))
 
 
 def gather_stack(part: Tensor, group: Group) -> Tensor:
@@ -127,9 +130,8 @@ def gather_stack(part: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return part.unsqueeze(0)
     with group.trace.inside("all-gather", group.ranks):
-        # By the operator's name, which torch's function around it has changed.
-        gathered = torch.ops._c10d_functional.all_gather_into_tensor(part.detach().reshape(-1), group.size, group.handle.group_name)
-        flat = functional.wait_tensor(gathered)
+        gathered = _functional.all_gather_into_tensor(part.detach().reshape(-1), group.size, group.handle.group_name)
+        flat = _functional.wait_tensor(gathered)
     return flat.view(group.size, *part.shape)
 
 
@@ -138,7 +140,7 @@ def sum_over(value: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return value
     with group.trace.inside("all-reduce", group.ranks):
-        return functional.wait_tensor(functional.all_reduce(value.detach().contiguous(), "sum", group.handle))
+        return _functional.wait_tensor(_functional.all_reduce(value.detach().contiguous(), "sum", group.handle.group_name))
 
 
 def anyone(mine: bool, group: Group) -> bool:

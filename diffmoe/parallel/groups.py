@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Optional
 
 import torch.distributed as dist
@@ -18,18 +19,30 @@ from diffmoe.parallel.trace import Trace
 
 @dataclass(frozen=True)
 class Group:
-    """Some ranks, this rank's place among them, and torch's handle (None when there is no process group at all).
+    """Some ranks and this rank's place among them.
 
-    ``trace`` is where this rank's collectives leave a note; the groups of a grid share one."""
+    ``trace`` is where this rank's collectives leave a note; the groups of a grid share one.  ``existing``: torch's handle, if it
+    was made by somebody else.  ``name`` is for torch's log; ``timeout`` is that of collectives."""
 
     ranks: tuple[int, ...]
     index: int
-    handle: Optional[dist.ProcessGroup] = None
+    existing: Optional[dist.ProcessGroup] = None
     trace: Trace = field(default_factory=Trace, compare=False, repr=False)
+    name: str = ""
+    timeout: Optional[timedelta] = None
 
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    @cached_property
+    def handle(self) -> dist.ProcessGroup:
+        """torch's handle, created where it is first asked for, which has to be the same place on all ranks of the world: only
+        members take part, but where a device is bound NCCL splits the world's communicator and waits for everybody.  Every
+        rank is in exactly one group of a grid, so each makes one, and they are one split."""
+        if self.existing is not None:
+            return self.existing
+        return dist.new_group(list(self.ranks), timeout=self.timeout, use_local_synchronization=True, group_desc=self.name)
 
 
 @dataclass(frozen=True)
@@ -51,16 +64,18 @@ class ParallelGroups:
         return self.world.trace
 
 
-def consecutive_groups(world: int, size: int) -> list[tuple[int, ...]]:
-    """``world / size`` groups of ``size`` consecutive ranks (EP groups, pool groups)."""
-    return [tuple(range(start, start + size)) for start in range(0, world, size)]
+def consecutive_ranks(rank: int, size: int) -> tuple[int, ...]:
+    """The run of ``size`` consecutive ranks that ``rank`` is in (EP groups, pool groups)."""
+    start = rank - rank % size
+    return tuple(range(start, start + size))
 
 
-def strided_groups(world: int, ep: int, span: int) -> list[tuple[int, ...]]:
-    """The ranks with equal place in their EP group, within each run of ``span`` ranks.
+def strided_ranks(rank: int, ep: int, span: int) -> tuple[int, ...]:
+    """The ranks with ``rank``'s place in their EP group, within its run of ``span`` ranks.
 
-    ``span = world`` gives the EDP groups; ``span`` = ranks of a pool gives the pool owners."""
-    return [tuple(range(start + place, start + span, ep)) for start in range(0, world, span) for place in range(ep)]
+    ``span`` = all ranks gives the EDP groups; ``span`` = ranks of a pool gives the pool owners."""
+    start = rank - rank % span
+    return tuple(range(start + rank % ep, start + span, ep))
 
 
 def single_process() -> ParallelGroups:
@@ -70,26 +85,21 @@ def single_process() -> ParallelGroups:
 
 
 def build_groups(ep: int, pool_ranks: int, timeout: timedelta | None = None) -> ParallelGroups:
-    """Creates the groups.  Every rank calls it, in the same order, after ``init_process_group``.
+    """This rank's groups, after ``init_process_group``.  Equal groups are one; torch's handles are made when they are used.
 
     ``pool_ranks`` is 1 (pools inside a rank) or a multiple of ``ep`` (see ``layout.resolve_layout``).  ``timeout`` is for
     their collectives; new groups do not take it from the world (None: torch's 30 minutes)."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(world)): dist.group.WORLD}
-    trace = Trace()
+    world, rank, trace = dist.get_world_size(), dist.get_rank(), Trace()
+    everybody = tuple(range(world))
+    known = {everybody: Group(everybody, rank, dist.group.WORLD, trace, "world")}
 
-    def mine(grid: list[tuple[int, ...]]) -> Group:
-        for ranks in grid:
-            if ranks not in made:
-                made[ranks] = dist.new_group(list(ranks), timeout=timeout)
-        ranks = next(ranks for ranks in grid if rank in ranks)
-        return Group(ranks, ranks.index(rank), made[ranks], trace)
+    def group(name: str, ranks: tuple[int, ...]) -> Group:
+        return known.setdefault(ranks, Group(ranks, ranks.index(rank), None, trace, name, timeout))
 
-    span = max(pool_ranks, ep)
     return ParallelGroups(
-        world=mine(consecutive_groups(world, world)),
-        ep=mine(consecutive_groups(world, ep)),
-        edp=mine(strided_groups(world, ep, world)),
-        pool=mine(consecutive_groups(world, pool_ranks)),
-        pool_owners=mine(strided_groups(world, ep, span)),
+        world=known[everybody],
+        ep=group("ep", consecutive_ranks(rank, ep)),
+        edp=group("edp", strided_ranks(rank, ep, world)),
+        pool=group("pool", consecutive_ranks(rank, pool_ranks)),
+        pool_owners=group("pool owners", strided_ranks(rank, ep, max(pool_ranks, ep))),
     )

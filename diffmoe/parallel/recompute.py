@@ -20,24 +20,18 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from diffmoe.config import attention_kept
-from diffmoe.parallel import collectives as _  # its operators
+from diffmoe.parallel.collectives import OPERATORS
 
 _ROUTING = [torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable,
             torch.ops.diffmoe.read_by_host.default]
-_COMMUNICATION = [
-    torch.ops._c10d_functional.all_to_all_single.default,
-    torch.ops._c10d_functional.all_gather_into_tensor.default,
-    torch.ops._c10d_functional.all_reduce.default,
-    torch.ops._c10d_functional.wait_tensor.default,
-]
 _ATTENTION = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 ]
-_KEPT = {"block": frozenset(_ROUTING), "selective": frozenset(_ROUTING + _COMMUNICATION),
-         "selective+attention": frozenset(_ROUTING + _COMMUNICATION + _ATTENTION)}
+_KEPT = {"block": frozenset(_ROUTING), "selective": frozenset(_ROUTING + OPERATORS),
+         "selective+attention": frozenset(_ROUTING + OPERATORS + _ATTENTION)}
 _MATMULS = {  # op -> where its left factor stands
     torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1,
     torch.ops.aten.bmm.default: 0, torch.ops.aten.baddbmm.default: 1, torch.ops.aten._grouped_mm.default: 0,
