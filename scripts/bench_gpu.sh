@@ -49,9 +49,9 @@ export PYTHONUNBUFFERED=1
 
 if [ -n "${BENCH_TINY:-}" ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu
-    device=cpu; gpu=cpu; dtype=fp32; zero=zero0_fp32; tokens=256; samples=1; accumulation=2; repeats=1; steps=20; compile=()
+    device=cpu; gpu=cpu; dtype=fp32; zero=zero0_fp32; tokens=256; samples=1; accumulation=2; repeats=1; steps=40; compile=()
     wide=(--set model.width=32 model.heads=2); deep=("${wide[@]}" model.depth=2); probe=(--samples 1 --seconds 0.001)
-    priced=(--samples 4 --accumulation 1 --eager --time); train=(--samples 64 "${deep[@]}" train.batch=8 train.micro_batch=8 moe.pool=rank train.lr=0.003)
+    priced=(--samples 4 --accumulation 1 --eager --time); train=(--samples 64 "${deep[@]}" train.batch=32 train.micro_batch=8 moe.pool=rank train.lr=0.003)
 else
     device=cuda; gpu=h100; dtype=bf16; zero=zero1_bf16; tokens=65536; samples=${BENCH_SAMPLES:-64}; repeats=11; steps=1000; compile=(--compile)
     wide=(); deep=(); probe=(); priced=(); train=()

@@ -35,11 +35,12 @@ def _parity(r: dict) -> Iterator[Fact]:
     for precision in ("fp32", "bf16"):
         rows = [row for row in r["rows"] if row["case"]["precision"] == precision]
         if rows:
-            largest = max(float(row["differences"].get("gradient", "inf")) for row in rows)
+            columns = r["bf16_bounds"] if precision == "bf16" else rows[0]["differences"]  # bf16 bounds not all
+            largest = max(float(row["differences"].get(column, 0)) for row in rows for column in columns)
+            bounds = f"bound {r['bound']:.0e}" if precision == "fp32" else f"bounds to {max(columns.values()):.0e}"
             kind = f"{precision}{', compiled' * (compiled == {True})}{', a few cases' * (r.get('table') == 'quick')}"
             yield (f"training over ranks beside one plain process, {kind}",
-                   f"{sum(row['ok'] for row in rows)} of {len(rows)} cases within bounds; gradients differ by at most {largest:.1e} "
-                   f"(bound {r['bound'] if precision == 'fp32' else r['bf16_bounds']['gradient']:.0e})")
+                   f"{sum(row['ok'] for row in rows)} of {len(rows)} cases within bounds; largest relative difference {largest:.1e} ({bounds})")
 
 
 def _layer(r: dict) -> Iterator[Fact]:
@@ -92,7 +93,7 @@ def _wrong(what: str, told: str, r: dict) -> Iterator[Fact]:
 
 
 def _train(r: dict) -> Iterator[Fact]:
-    yield (f"training of {_short(r['config'])}, {r['deepspeed']}, {r['steps']:,} steps, stopped and resumed at {r['stopped_at']:,}",
+    yield (f"training of {_short(r['config'])}, {r['deepspeed']}, {r['steps']:,} steps, stopped and resumed at {r['stopped_at']}",
            "; ".join(r["wrong"]) or f"loss {r['loss'][0]:.3g} to {r['loss'][1]:.3g}, {r['images_per_second']:.4g} images/s, "
                                     f"{r['memory_gib'][1]:.3g} GiB at most, as after the first steps")
 

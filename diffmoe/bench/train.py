@@ -70,18 +70,21 @@ def main(arguments: list[str]) -> int:
             programs.append(Program(len(done), []))
             wrong += _run(command, work, stop, programs[-1].host_gib)
     records, title = _records(work), Path(options.config).stem
+    stopped = records[programs[-1].first - 1]["step"] if programs and programs[-1].first else None
+    if stopped is None and not wrong:
+        wrong.append("the run ended before it could be stopped")
     wrong += complaints(records, options.steps, every, programs)
     losses = [r["loss"] for r in records if r["loss"] is not None] or [math.nan]
     tenth = max(1, len(losses) // 10)
     memory = [r["memory_gib"] for r in records] or [math.nan]
-    facts = {"config": title, "deepspeed": Path(options.deepspeed_config).stem, "steps": options.steps, "stopped_at": options.steps // 2,
+    facts = {"config": title, "deepspeed": Path(options.deepspeed_config).stem, "steps": options.steps, "stopped_at": stopped,
              "loss": [statistics.mean(losses[:tenth]), statistics.mean(losses[-tenth:])], "losses": losses,
              "memory_gib": [memory[min(tenth, len(memory) - 1)], max(memory)], "host_gib": [[round(gib, 3) for gib in each.host_gib[::10]] for each in programs],
              "images_per_second": statistics.median([r["images_per_s"] for r in records] or [math.nan]),
              "mfu": statistics.median([r["mfu"] for r in records] or [math.nan]), "seconds": time.monotonic() - began, "wrong": wrong,
              **measure.surroundings(local_device(0, 1))}
     text = measure.table(["steps", "stopped at", "loss", "at last", "images/s", "GiB early", "at most", "s"],
-                         [[options.steps, options.steps // 2, *facts["loss"], facts["images_per_second"], *facts["memory_gib"], facts["seconds"]]])
+                         [[options.steps, stopped, *facts["loss"], facts["images_per_second"], *facts["memory_gib"], facts["seconds"]]])
     text += "".join(f"\n\nwrong: {line}" for line in wrong)
     bars = {f"{100 * i // len(losses)} %": losses[i] for i in range(0, len(losses), max(1, len(losses) // 10))}
     measure.report(f"train_{title}", facts, text, bars, "loss", options)
@@ -110,7 +113,7 @@ def _run(command: list[str], work: Path, stop: int | None, host: list[float]) ->
         program = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=_ROOT)
     try:
         while program.poll() is None:
-            time.sleep(0.2)
+            time.sleep(0.1)
             records = _records(work)
             if stop is not None and records and records[-1]["step"] >= stop:
                 program.send_signal(signal.SIGTERM)
