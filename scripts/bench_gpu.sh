@@ -50,10 +50,12 @@ export PYTHONUNBUFFERED=1
 if [ -n "${BENCH_TINY:-}" ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu
     device=cpu; gpu=cpu; dtype=fp32; zero=zero0_fp32; tokens=256; samples=1; accumulation=2; repeats=1; steps=40; compile=()
+    sizes=("l 16"); zoo=(s_e16)
     wide=(--set model.width=32 model.heads=2); deep=("${wide[@]}" model.depth=2); probe=(--samples 1 --seconds 0.001)
     priced=(--samples 4 --accumulation 1 --eager --time); train=(--samples 64 "${deep[@]}" train.batch=32 train.micro_batch=8 moe.pool=rank train.lr=0.003)
 else
     device=cuda; gpu=h100; dtype=bf16; zero=zero1_bf16; tokens=65536; samples=${BENCH_SAMPLES:-64}; repeats=11; steps=1000; compile=(--compile)
+    sizes=("l 16" "xl 8"); zoo=(s_e16 l_e16 xl_e8)
     wide=(); deep=(); probe=(); priced=(); train=()
     accumulation=1; [ "$samples" = fit ] || accumulation=$((256 / samples))
     case $(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null | head -1) in *H200*) gpu=h200 ;; *A100*) gpu=a100 ;; esac
@@ -93,7 +95,7 @@ trap stopped TERM INT
 
 verify() { local item=$1; shift; tried "$item" verify --worlds "${BENCH_WORLDS:-1}" --device $device --json "$out/$item.json" "$@"; }
 bench() { local item=$1; shift; tried "$item" bench "$@" --out "$out"; }
-sizes() { local size; for size in "l 16" "xl 8"; do read -r model experts <<< "$size"; "$@"; done; }
+each() { local size; for size in "${sizes[@]}"; do read -r model experts <<< "$size"; "$@"; done; }
 sized() { local kind=$1; shift; bench "${kind//-/_}_$model" "$kind" --model "$model" --experts "$experts" --dtype $dtype --repeats $repeats "$@"; }
 layer() { sized moe-layer --profile --tokens $tokens "${wide[@]}"; }
 step() { sized step --profile "${compile[@]}" --samples "$samples" --accumulation $accumulation "${deep[@]}"; }
@@ -110,10 +112,10 @@ for part in $order; do
         verify parity_quick --quick
         verify parity_compiled --compile ${BENCH_TINY:+--quick}
         [ -n "${BENCH_TINY:-}" ] || verify parity ;;
-    profile) for size in s_e16 l_e16 xl_e8; do priced $size; done ;;
-    layer) sizes layer ;;
-    step) sizes step; recomputed ;;
-    sampling) sizes sampling ;;
+    profile) for size in "${zoo[@]}"; do priced "$size"; done ;;
+    layer) each layer ;;
+    step) each step; recomputed ;;
+    sampling) each sampling ;;
     train) bench train train --deepspeed_config ds_configs/$zero.json --steps $steps "${train[@]}" ;;
     esac
 done

@@ -183,20 +183,20 @@ def test_the_script_runs_dry(tmp_path):
     run = subprocess.run(["bash", str(SCRIPT), str(folder)], env=env, timeout=1800, capture_output=True, text=True)
     told = (folder / "summary.md").read_text()
     assert (run.returncode, run.stderr) == (0, ""), told
-    assert ended(folder) == dict.fromkeys([item for item in ITEMS if item != "parity"], 0)
+    assert ended(folder) == dict.fromkeys([item for item in ITEMS if item != "parity" and not item.endswith(("_l_e16", "_xl_e8", "_xl"))], 0)
     archive = Path(f"{folder}.tar.gz")
     assert archive.stat().st_size < 4e6
     with tarfile.open(archive) as members:
         names = {Path(name).name for name in members.getnames()}
     assert {"summary.md", "probe_machine.json", "probe_experts.json", "probe_nccl.json", "parity_quick.json", "parity_compiled.json",
-            "roofline_diffmoe_s_e16_flow.json", "roofline_diffmoe_l_e16_flow.json", "roofline_diffmoe_xl_e8_flow.json", "moe_layer_l_e16_256.json",
-            "step_xl_e8_1.json", "step_l_e16_1_recompute.json", "sampling_xl_e8_1.json", "train_diffmoe_s_e16_flow.json", "train.log"} <= names
+            "roofline_diffmoe_s_e16_flow.json", "moe_layer_l_e16_256.json", "step_l_e16_1.json", "step_l_e16_1_recompute.json",
+            "sampling_l_e16_1.json", "train_diffmoe_s_e16_flow.json", "train.log"} <= names
     for words in ("experts without rows, every arrangement | 38 cases right", "new groups of gloo", "40 steps, stopped and resumed at 2", "attention, head dimension 72",
-                  "cases within bounds", "step of XL-E8, eager", "x dense's time", "x the MoE layers' time"):
+                  "cases within bounds", "step of S-E16, eager", "x dense's time", "x the MoE layers' time"):
         assert words in told
     plan = subprocess.run([sys.executable, "-m", "launcher", "plan", "--config", "configs/diffmoe_l_e16_flow.yaml", "--gpu", "cpu", "--calibrate",
                            str(archive)], cwd=REPOSITORY, capture_output=True, text=True)
-    assert "figures    from the kernels of 6 steps on " in plan.stdout, plan.stderr
+    assert "figures    from the kernels of 2 steps on " in plan.stdout, plan.stderr
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def _wrong(what: str, told: str, r: dict) -> Iterator[Fact]:
 
 
 def _train(r: dict) -> Iterator[Fact]:
-    yield (f"training of {_short(r['config'])}, {r['deepspeed']}, {r['steps']:,} steps, stopped and resumed at {r['stopped_at']}",
+    yield (f"training of {_short(r['config'])}, {r['engine']}, {r['steps']:,} steps, stopped and resumed at {r['stopped_at']}",
            "; ".join(r["wrong"]) or f"loss {r['loss'][0]:.3g} to {r['loss'][1]:.3g}, {r['images_per_second']:.4g} images/s, "
                                     f"{r['memory_gib'][1]:.3g} GiB at most, as after the first steps")
 

@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     losses = [r["loss"] for r in records if r["loss"] is not None] or [math.nan]
     tenth = max(1, len(losses) // 10)
     memory = [r["memory_gib"] for r in records] or [math.nan]
-    facts = {"config": title, "deepspeed": Path(options.deepspeed_config).stem, "steps": options.steps, "stopped_at": stopped,
+    facts = {"config": title, "engine": Path(options.deepspeed_config).stem, "steps": options.steps, "stopped_at": stopped,
              "loss": [statistics.mean(losses[:tenth]), statistics.mean(losses[-tenth:])], "losses": losses,
              "memory_gib": [memory[min(tenth, len(memory) - 1)], max(memory)], "host_gib": [[round(gib, 3) for gib in each.host_gib[::10]] for each in programs],
              "images_per_second": statistics.median([r["images_per_s"] for r in records] or [math.nan]),
