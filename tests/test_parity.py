@@ -10,7 +10,7 @@ from diffmoe.commands import verify
 from diffmoe.errors import UserError
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.parity import table
-from diffmoe.parity.cases import Case, full_table, quick_table
+from diffmoe.parity.cases import Case, compiled_table, full_table, quick_compiled_table, quick_table
 from diffmoe.parity.table import BOUND, COLUMNS
 from launcher.environment import detect
 

@@ -117,6 +117,9 @@ def test_a_summary_says_how_everything_ended_and_what_came_of_it(tmp_path):
                   "python -m launcher plan --config configs/diffmoe_l_e16_flow.yaml --gpu h100 --calibrate h100"):
         assert words in told, told
     assert "line 24\n" not in told
+    done = subprocess.run([sys.executable, "-c", "import sys; sys.modules['torch'] = None; import run; sys.exit(run.main(sys.argv[1:]))", "bench", "results",
+                           str(folder)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and (folder / "summary.md").read_text() == told
 
 
 # ------------------------------------------------------------------------------------------------ planner
@@ -145,6 +148,14 @@ def test_without_a_step_the_planner_takes_the_probed_ceilings(tmp_path):
 def test_a_folder_without_figures_for_the_planner_is_refused(tmp_path, found):
     with pytest.raises(UserError, match=r"none holds no measured step|none\) holds no measured step|holds no measured step"):
         calibrated_by(put(tmp_path / "none", **found), TRUE)
+
+
+@pytest.mark.parametrize(("lacks", "message"), [("kinds", "a record of a step's kernels lacks 'kinds'"), ("layout", "kernels lacks 'layout'")])
+def test_a_step_that_lacks_something_is_named(tmp_path, lacks, message):
+    record = step_record("s_e16")
+    del record["cases"]["diffmoe_s_e16_flow"]["model"]["eager"]["measured"][lacks]
+    with pytest.raises(UserError, match=message):
+        calibrated_by(put(tmp_path / "h100", s=record), TRUE)
 
 
 def test_one_command_calibrates_the_hardware_table(tmp_path):

@@ -65,35 +65,46 @@ def measured(record: dict) -> Measured:
 
 def timed_steps(record: dict) -> list[dict]:
     """The measured steps of a record of ``run.py bench roofline``, none where no GPU was at hand."""
-    cases = record["cases"].values() if str(record.get("bench")).startswith("roofline") else []
-    return [way["measured"] for case in cases for ways in case.values() for way in ways.values() if isinstance(way, dict) and way.get("measured")]
+    cases = record.get("cases", {}) if str(record.get("bench")).startswith("roofline") else {}
+    return [way["measured"] for case in cases.values() for ways in case.values() for way in ways.values()
+            if isinstance(way, dict) and way.get("measured")]
 
 
 def _kernels(step: dict) -> Kernels:
-    kinds = {kind: 1e-3 * ms for kind, (ms, _) in step["kinds"].items()}
-    return Kernels(config_from_tree(step["config"]), Layout(**step["layout"]), engine_facts(step["deepspeed"]), step["seconds"],
-                   kinds["products"], kinds["attention"], kinds["memory"])
+    try:
+        kinds = {kind: 1e-3 * ms for kind, (ms, _) in step["kinds"].items()}
+        return Kernels(config_from_tree(step["config"]), Layout(**step["layout"]), engine_facts(step["deepspeed"]),
+                       step["seconds"], kinds["products"], kinds["attention"], kinds["memory"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"a record of a step's kernels lacks {error}: is it from run.py bench roofline?") from None
+
+
+def _ceilings(probe: dict, hardware: Hardware, origin: str) -> Hardware:
+    peak = 1e12 * hardware.tflops_bf16
+    try:
+        return dataclasses.replace(
+            hardware, matmul=max(probe["matmul_flops"].values()) / peak, bandwidth=probe["copy_bytes_s"]["large"] / (1e9 * hardware.memory_gb_s),
+            attention=min(each["flops"] for each in probe["attention"].values()) / peak, operator_us=probe["launch_us"],
+            read_us=probe["read_us"], calibrated=f"the ceilings of {probe['device']} in {origin}, no step (links assumed)")
+    except (KeyError, TypeError) as error:
+        raise UserError(f"a record of a machine lacks {error}: is it from run.py bench probe?") from None
 
 
 def calibrated_by(path: str | Path, hardware: Hardware) -> Hardware:
     """``hardware`` with the shares that records show: of a folder or archive those of its steps' kernels, where there are none the
     ceilings that were probed.  Raises UserError."""
-    records = read_records(path)
+    records, name = read_records(path), Path(path).name
     probe = next((record for record in records if record.get("bench") == "probe_machine"), None)
     steps = [step for record in records for step in timed_steps(record)]
-    if probe:
-        hardware = dataclasses.replace(hardware, read_us=probe["read_us"])
+    probed = _ceilings(probe, hardware, name) if probe else None
     if steps:
         devices = sorted({step["device"] for step in steps})
-        return calibrate_kernels(hardware, map(_kernels, steps),
-                                 f"the kernels of {len(steps)} steps on {', '.join(devices)} in {Path(path).name} (links assumed)")
-    if probe:
-        return dataclasses.replace(
-            hardware, matmul=max(probe["matmul_flops"].values()) / (1e12 * hardware.tflops_bf16),
-            attention=min(each["flops"] for each in probe["attention"].values()) / (1e12 * hardware.tflops_bf16),
-            bandwidth=probe["copy_bytes_s"]["large"] / (1e9 * hardware.memory_gb_s), operator_us=probe["launch_us"],
-            calibrated=f"the ceilings of {probe['device']} in {Path(path).name}, no step (links assumed)")
+        read_us = probed.read_us if probed else hardware.read_us
+        return calibrate_kernels(dataclasses.replace(hardware, read_us=read_us), map(_kernels, steps),
+                                 f"the kernels of {len(steps)} steps on {', '.join(devices)} in {name} (links assumed)")
+    if probed:
+        return probed
     if Path(path).is_dir() or tarfile.is_tarfile(path):
         records = [record for record in records if "step_s" in record]
     machines = sorted({record.get("device", "?") for record in records})
-    return calibrate(hardware, map(measured, records), f"{len(records)} records of {', '.join(machines)} in {Path(path).name}")
+    return calibrate(hardware, map(measured, records), f"{len(records)} records of {', '.join(machines) or 'any machine'} in {name}")
