@@ -1,9 +1,9 @@
-"""``run.py bench probe WHAT``: what this machine can do and whether it does it right, before anything long is asked of it.
+"""``run.py bench probe WHAT``: what this machine can do, and whether it does it right, before anything long is asked of it.
 
-machine   versions; the ceilings of matrix products, copies and attention at the models' shapes, and which attention kernel runs;
-          what a launch and a read by the host take
-experts   forward and backward of the experts in every arrangement (bmm, grouped, loop), and of the way there and back, against a
-          plain loop in fp64: all with rows, some without, none at all
+machine   versions; the ceilings of matrix products, copies and attention at the models' shapes, and which attention kernel
+          runs; what a launch and a read by the host take
+experts   forward and backward of the experts in every arrangement (bmm, grouped, loop), and of the way there and back,
+          against a plain loop in fp64: all with rows, some without, none at all
 nccl      new groups in a world of one, and every kind of collective that training uses, in each (gloo on a CPU)
 """
 
@@ -35,8 +35,8 @@ from diffmoe.parallel.groups import single_process
 
 _WIDTHS = {"S": (384, 6), "L": (1024, 16), "XL": (1152, 16)}  # width, heads
 _TOKENS = 256  # of a sample
-_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-             "math": SDPBackend.MATH}
+_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+             "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 # Rows of eight experts: all with as many, some without, none at all.
 _ROWS = {"all": [24] * 8, "some": [0, 40, 0, 1, 0, 64, 7, 0], "none": [0] * 8}
 _BOUNDS = {torch.bfloat16: 3e-2, torch.float32: 1e-5}
@@ -54,7 +54,8 @@ def main(arguments: list[str]) -> int:
     device = local_device(0, 1)
     facts, text, wrong = {"machine": machine, "experts": experts, "nccl": nccl}[options.what](device, options)
     text += "".join(f"\n\nwrong: {line}" for line in wrong)
-    measure.report(f"probe_{options.what}", {**facts, "wrong": wrong, **measure.surroundings(device)}, text, {}, "", options)
+    facts |= {"wrong": wrong, **measure.surroundings(device)}
+    measure.report(f"probe_{options.what}", facts, text, {}, "", options)
     return 1 if wrong else 0
 
 
@@ -64,28 +65,29 @@ def main(arguments: list[str]) -> int:
 def machine(device: torch.device, options: Any) -> tuple[dict[str, Any], str, list[str]]:
     """(record, tables, what is wrong)."""
     seconds = partial(_seconds, least=options.seconds)
-    products = {name: {"flops": flops / seconds(call)} for name, flops, call in _products(device, options.samples)}
-    copies, sizes = {}, {f"{name} [T, D]": options.samples * _TOKENS * width * 2 for name, (width, _) in _WIDTHS.items()}
+    products = {name: flops / seconds(call) for name, flops, call in _products(device, options.samples)}
+    copies, tokens = {}, options.samples * _TOKENS
+    sizes = {f"{name} [T, D]": tokens * width * 2 for name, (width, _) in _WIDTHS.items()}
     for name, size in {**sizes, "large": 2**30 if device.type == "cuda" else 2**24}.items():
         x = torch.randn(size // 2, device=device).to(torch.bfloat16)
         copies[name] = 2 * size / seconds(partial(torch.empty_like(x).copy_, x))
         del x
     attention = {name: _attention(device, options.samples, *_WIDTHS[name], seconds) for name in ("L", "XL")}
     small = torch.ones(1, device=device)
-    facts = {"matmul_flops": {name: each["flops"] for name, each in products.items()}, "copy_bytes_s": copies, "attention": attention,
+    facts = {"matmul_flops": products, "copy_bytes_s": copies, "attention": attention,
              "launch_us": 1e6 * seconds(partial(small.add_, 1)), "read_us": 1e6 * seconds(small.item)}
-    text = measure.table(["product, bf16", "TFLOP/s"], [[name, f / 1e12] for name, f in facts["matmul_flops"].items()])
-    text += "\n\n" + measure.table(["copy, bf16", "GB/s read and written"], [[name, b / 1e9] for name, b in copies.items()])
+    text = measure.table(["product, bf16", "TFLOP/s"], [[name, f / 1e12] for name, f in products.items()])
+    text += "\n\n" + measure.table(["copy, bf16", "GB/s read and written"], [[n, b / 1e9] for n, b in copies.items()])
     text += "\n\n" + measure.table(
         ["attention, forward + backward", "head dimension", "TFLOP/s", "kernels", *_BACKENDS],
-        [[name, a["head"], a["flops"] / 1e12, ", ".join(a["kernels"]), *(_cell(a["backends"].get(b)) for b in _BACKENDS)]
+        [[name, a["head"], a["flops"] / 1e12, ", ".join(a["kernels"]), *(_cell(a["backends"][b]) for b in _BACKENDS)]
          for name, a in attention.items()])
     text += f"\n\nA launch takes the host {facts['launch_us']:.3g} µs, a read {facts['read_us']:.3g} µs."
     return facts, text, []
 
 
-def _cell(value: float | str | None) -> str:
-    return f"{value / 1e12:.3g} TFLOP/s" if isinstance(value, float) else "-" if value is None else "not here"
+def _cell(value: float | str) -> str:
+    return f"{value / 1e12:.3g} TFLOP/s" if isinstance(value, float) else "not here"
 
 
 def _seconds(call: Callable[[], object], least: float) -> float:
@@ -104,13 +106,15 @@ def _products(device: torch.device, samples: int) -> list[tuple[str, int, Callab
         x = random(tokens, width)
         for layer, out in (("qkv", 3 * width), ("fc1", 4 * width)):
             found.append((f"{name} {layer}", 2 * tokens * width * out, partial(torch.mm, x, random(width, out))))
-        found.append((f"{name} fc2", 8 * tokens * width**2, partial(torch.mm, random(tokens, 4 * width), random(4 * width, width))))
+        found.append((f"{name} fc2", 8 * tokens * width**2,
+                      partial(torch.mm, random(tokens, 4 * width), random(4 * width, width))))
         found.append((f"{name} 16 experts' fc1", 8 * tokens * width**2,
                       partial(torch.bmm, x.view(16, tokens // 16, width), random(16, width, 4 * width))))
     return found
 
 
-def _attention(device: torch.device, samples: int, width: int, heads: int, seconds: Callable[..., float]) -> dict[str, Any]:
+def _attention(device: torch.device, samples: int, width: int, heads: int, seconds: Callable[..., float]
+               ) -> dict[str, Any]:
     """Forward and backward at the model's strides: FLOP/s (backward as 2.5 forward), kernels, each backend's FLOP/s."""
     qkv = torch.randn(samples, _TOKENS, 3, heads, width // heads, device=device).to(torch.bfloat16).requires_grad_()
     dy = torch.randn(samples, heads, _TOKENS, width // heads, device=device).to(torch.bfloat16)
@@ -137,8 +141,8 @@ def _attention(device: torch.device, samples: int, width: int, heads: int, secon
 def experts(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str]]:
     """(record, table, what is wrong)."""
     dtypes = (torch.bfloat16, torch.float32)
-    cases = [(activation, how, rows, dtype) for dtype in dtypes for activation in ("gelu", "swiglu") for how in ("bmm", "grouped", "loop")
-             for rows in _ROWS if how != "bmm" or rows != "some"]
+    cases = [(activation, how, rows, dtype) for dtype in dtypes for activation in ("gelu", "swiglu")
+             for how in ("bmm", "grouped", "loop") for rows in _ROWS if how != "bmm" or rows != "some"]
     cases += [("there and back", "dispatch", rows, dtype) for dtype in dtypes for rows in _ROWS]
     found, wrong = [], []
     for activation, how, rows, dtype in cases:
@@ -147,7 +151,8 @@ def experts(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str
             continue
         error, largest = None, None
         try:
-            largest = (_dispatched(device, rows, dtype) if how == "dispatch" else _arranged(device, activation, how, rows, dtype))
+            largest = (_dispatched(device, rows, dtype) if how == "dispatch"
+                       else _arranged(device, activation, how, rows, dtype))
         except (RuntimeError, ValueError) as raised:  # of torch's own kernels: the rest is still worth asking
             error = " ".join(str(raised).split())[:200]
         name = f"{activation}, {how}, rows for {rows}, {str(dtype).removeprefix('torch.')}"
@@ -155,7 +160,8 @@ def experts(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str
         if used and (error or not largest <= _BOUNDS[dtype]):  # not <=: NaN too
             wrong.append(f"{name}: {error or f'differs by {largest:.1e}, bound {_BOUNDS[dtype]:.0e}'}")
     text = measure.table(["experts, forward + backward", "largest relative difference", ""],
-                         [[f["case"], f["error"] or f"{f['difference']:.1e}", "" if f["used"] else "not used here"] for f in found])
+                         [[f["case"], f["error"] or f"{f['difference']:.1e}", "" if f["used"] else "not used here"]
+                          for f in found])
     return {"cases": found}, text, wrong
 
 
@@ -183,7 +189,8 @@ def _one_by_one(experts: Experts, x_RD: Tensor, counts: list[int]) -> Tensor:
     for i, x_D in zip(numbers, x_RD):
         h = x_D @ experts.fc1_weight[i]
         if experts.activation == "gelu":
-            rows.append(F.gelu(h + experts.fc1_bias[i], approximate="tanh") @ experts.fc2_weight[i] + experts.fc2_bias[i])
+            a = F.gelu(h + experts.fc1_bias[i], approximate="tanh")
+            rows.append(a @ experts.fc2_weight[i] + experts.fc2_bias[i])
         else:
             rows.append((F.silu(x_D @ experts.gate_weight[i]) * h) @ experts.fc2_weight[i])
     return torch.stack(rows) if rows else x_RD + 0 * sum(p.sum() for p in experts.parameters())
@@ -216,7 +223,8 @@ def _passed(run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, others: list
 
 
 def _largest(found: list[Tensor], wanted: list[Tensor]) -> float:
-    return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() if b.any() else a.abs().sum().item() for a, b in zip(found, wanted, strict=True))
+    """The largest relative difference; where nothing is wanted, what is there."""
+    return max(((a - b).norm() / (b.norm() if b.any() else 1.0)).item() for a, b in zip(found, wanted, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------- nccl
@@ -236,7 +244,8 @@ def nccl(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str]]:
 
     store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"
     timed("start", lambda: dist.init_process_group(backend(device), init_method=f"file://{store}", rank=0, world_size=1))
-    groups = {"the world": dist.group.WORLD, **{f"new group {i}": timed(f"new group {i}", lambda: dist.new_group([0])) for i in (1, 2)}}
+    groups = {name: timed(name, lambda: dist.new_group([0])) for name in ("new group 1", "new group 2")}
+    groups = {"the world": dist.group.WORLD, **groups}
     x, wrong = torch.arange(4096, device=device, dtype=torch.float32), []
     ops = torch.ops._c10d_functional
     for name, group in groups.items():
@@ -249,4 +258,5 @@ def nccl(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str]]:
             if not torch.equal(y, x):
                 wrong.append(f"{what} in {name} of one rank changes what it is given")
     dist.destroy_process_group()
-    return {"backend": backend(device), "ms": took}, measure.table([backend(device), "ms"], [[name, ms] for name, ms in took.items()]), wrong
+    text = measure.table([backend(device), "ms"], [[name, ms] for name, ms in took.items()])
+    return {"backend": backend(device), "ms": took}, text, wrong

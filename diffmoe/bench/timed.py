@@ -1,4 +1,4 @@
-"""A training step of one rank on this machine, timed and taken apart by kernel: what ``bench roofline`` predicts, measured."""
+"""A training step of one rank on this machine, timed and taken apart by kernel: ``bench roofline``'s prediction, measured."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _TOP = 16
 
 @dataclass(frozen=True)
 class Timed:
-    """``seconds`` of a step, median of several; of a traced one [ms, launches] by kind of kernel, the most expensive kernels as
-    [name, launches, ms], and on a GPU the most bytes that tensors took."""
+    """``seconds`` of a step, median of several; of a traced one [ms, launches] by kind of kernel, the most expensive kernels
+    as [name, launches, ms], and on a GPU the most bytes that tensors took."""
 
     seconds: float
     kinds: dict[str, list[float]]
@@ -37,8 +37,8 @@ class Timed:
 
 
 def timed(models: Mapping[str, Config], tree: dict, ways: Sequence[str], repeats: int) -> dict[tuple[str, str], Timed]:
-    """(model, eager | compiled) -> its step on one rank, in the family and under the DeepSpeed JSON that are priced.  One model after
-    another, so that each has the memory to itself.  Compiled at ZeRO 3, which no training is, is left out."""
+    """(model, eager | compiled) -> its step on one rank, in the family and under the DeepSpeed JSON that are priced.  One model
+    after another, so that each has the memory to itself.  Compiled at ZeRO 3, which no training is, is left out."""
     device = local_device(0, 1)
     if not dist.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"
@@ -62,7 +62,8 @@ def _traced(step: Any, seconds: float, device: torch.device) -> Timed:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    events, kinds = measure.traced(step, device), {"products": [0.0, 0], "attention": [0.0, 0], "memory": [0.0, 0], "messages": [0.0, 0]}
+    events = measure.traced(step, device)
+    kinds = {kind: [0.0, 0] for kind in ("products", "attention", "memory", "messages")}
     for key, ms, calls in events:
         kind = kinds[measure.kind_of(key)]
         kind[0] += ms
