@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Everything that a GPU should be asked, the cheapest truth first, kept in one folder and one archive of a few MB; needs no network.
+# Everything that a GPU should be asked, the cheapest truth first, kept in one folder and one archive of a few MB; no network.
 #   [WHEELS=folder] [BENCH_MINUTES=9] scripts/bench_gpu.sh FOLDER [PART...]
-# A part that takes longer than its limit is ended and noted, and so is what fails; the next part goes on.  The same command again does
-# what is not done yet; parts that are named are done anew.  FOLDER/summary.md says what came of it, FOLDER.tar.gz is to be taken home.
+# A part that takes longer than its limit is ended and noted, and so is what fails; the next part goes on.  The same command
+# again does what is not done yet; parts that are named are done anew.  FOLDER/summary.md says what came of it, FOLDER.tar.gz is
+# to be taken home.
 # probe     versions, ceilings of products, copies and attention, experts without rows, new groups
 # parity    training on the GPU is the plain process's: a few cases, compiled, all
 # profile   steps of S, L and XL, eager and compiled: counted and priced, beside measured ones, by kernel
 # layer     the MoE layer beside the dense MLP, the textbook loop and DeepSpeed's layer; where its time goes
-# step      the published batch of 256, eager, compiled and recomputed: share of the matmul ceiling, images/s, memory, kernels
+# step      the published batch of 256, eager, compiled, recomputed: share of the matmul ceiling, images/s, memory, kernels
 # sampling  capacity 0.7 beside 1.0
 # train     a thousand steps of S-E16 on made-up latents, stopped and resumed in the middle
-# WHEELS: folder of wheels that the image lacks (docs/cluster.md), installed into a folder of their own.  PYTHON: the interpreter.
+# WHEELS: folder of wheels that the image lacks (docs/cluster.md); they go into a folder of their own.  PYTHON: interpreter.
 # BENCH_MINUTES: for everything; what finds no time is left out, and noted.  BENCH_LIMIT: seconds of every part.
-# BENCH_SAMPLES: of a micro-batch (64; "fit": as many as memory allows).  On a CPU BENCH_TINY=1 is a dry run of the same lines.
+# BENCH_SAMPLES: of a micro-batch (64; "fit": as many as memory allows).  BENCH_TINY=1: a dry run of the same lines on a CPU.
 set -uo pipefail
 start=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -41,29 +42,31 @@ done
 if [ -n "${WHEELS:-}" ]; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
-    (cd "$start" && "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check --target "$site" \
-        "$WHEELS"/*.whl) || { echo "error: WHEELS ($WHEELS) cannot be installed" >&2; exit 2; }
+    (cd "$start" && "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+        --disable-pip-version-check --target "$site" "$WHEELS"/*.whl) || { echo "error: WHEELS ($WHEELS) cannot be installed" >&2; exit 2; }
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
 export PYTHONUNBUFFERED=1
 
 if [ -n "${BENCH_TINY:-}" ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu
-    device=cpu; gpu=cpu; dtype=fp32; zero=zero0_fp32; tokens=256; samples=1; accumulation=2; repeats=1; steps=40; compile=()
+    device=cpu; gpu=cpu; dtype=fp32; zero=zero0_fp32; tokens=256; samples=1; accumulation=2; repeats=1; steps=40
     sizes=("l 16"); zoo=(s_e16)
     wide=(--set model.width=32 model.heads=2); deep=("${wide[@]}" model.depth=2); probe=(--samples 1 --seconds 0.001)
-    priced=(--samples 4 --accumulation 1 --eager --time); train=(--samples 64 "${deep[@]}" train.batch=32 train.micro_batch=8 moe.pool=rank train.lr=0.003)
+    priced=(--samples 4 --accumulation 1 --eager --time); compile=()
+    train=(--samples 64 "${deep[@]}" train.batch=32 train.micro_batch=8 moe.pool=rank train.lr=0.003)
 else
-    device=cuda; gpu=h100; dtype=bf16; zero=zero1_bf16; tokens=65536; samples=${BENCH_SAMPLES:-64}; repeats=11; steps=1000; compile=(--compile)
+    device=cuda; gpu=h100; dtype=bf16; zero=zero1_bf16; tokens=65536; samples=${BENCH_SAMPLES:-64}; repeats=11; steps=1000
     sizes=("l 16" "xl 8"); zoo=(s_e16 l_e16 xl_e8)
-    wide=(); deep=(); probe=(); priced=(); train=()
+    wide=(); deep=(); probe=(); priced=(); compile=(--compile); train=()
     accumulation=1; [ "$samples" = fit ] || accumulation=$((256 / samples))
-    case $(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null | head -1) in *H200*) gpu=h200 ;; *A100*) gpu=a100 ;; esac
+    case $(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null) in *H200*) gpu=h200 ;; *A100*) gpu=a100 ;; esac
 fi
 
 failed=0; number=0; running=
 tried() {  # ITEM COMMAND...: what the part may still take; its log and how it ended are kept
-    local item=$1 log=$out/$1.log end=$out/status/$1.json left=$((part_end < deadline ? part_end - SECONDS : deadline - SECONDS)) began=$SECONDS rc=null
+    local item=$1 log=$out/$1.log end=$out/status/$1.json began=$SECONDS rc=null
+    local left=$(((part_end < deadline ? part_end : deadline) - began))
     shift
     number=$((number + 1))
     if [ "$named" = 0 ] && grep -qs '"rc": 0,' "$end"; then return; fi
@@ -77,7 +80,11 @@ tried() {  # ITEM COMMAND...: what the part may still take; its log and how it e
         running=
         tail -c 100000 "$log" > "$log.end" && mv "$log.end" "$log"
     fi
-    [ "$rc" = 0 ] || { failed=1; echo "error: $item: $([ "$rc" = null ] && echo "no time left" || echo "exit code $rc, see $log")" >&2; }
+    case $rc in
+    0) ;;
+    null) failed=1; echo "error: $item: no time left" >&2 ;;
+    *) failed=1; echo "error: $item: exit code $rc, see $log" >&2 ;;
+    esac
     printf '{"number": %d, "part": "%s", "item": "%s", "rc": %s, "seconds": %d, "limit": %d}\n' \
         "$number" "$part" "$item" "$rc" $((SECONDS - began)) $((left > 0 ? left : 0)) > "$end.new" && mv "$end.new" "$end"
 }
@@ -93,15 +100,29 @@ stopped() {
 }
 trap stopped TERM INT
 
-verify() { local item=$1; shift; tried "$item" verify --worlds "${BENCH_WORLDS:-1}" --device $device --json "$out/$item.json" "$@"; }
+verify() {
+    local item=$1
+    shift
+    tried "$item" verify --worlds "${BENCH_WORLDS:-1}" --device $device --json "$out/$item.json" "$@"
+}
 bench() { local item=$1; shift; tried "$item" bench "$@" --out "$out"; }
 each() { local size; for size in "${sizes[@]}"; do read -r model experts <<< "$size"; "$@"; done; }
-sized() { local kind=$1; shift; bench "${kind//-/_}_$model" "$kind" --model "$model" --experts "$experts" --dtype $dtype --repeats $repeats "$@"; }
+sized() {
+    local kind=$1
+    shift
+    bench "${kind//-/_}_$model" "$kind" --model "$model" --experts "$experts" --dtype $dtype --repeats $repeats "$@"
+}
 layer() { sized moe-layer --profile --tokens $tokens "${wide[@]}"; }
 step() { sized step --profile "${compile[@]}" --samples "$samples" --accumulation $accumulation "${deep[@]}"; }
-recomputed() { bench step_recompute step --recompute --model l --experts 16 --dtype $dtype --repeats $repeats --samples "$samples" --accumulation $accumulation "${deep[@]}"; }
+recomputed() {
+    bench step_recompute step --recompute --model l --experts 16 --dtype $dtype --repeats $repeats --samples "$samples" \
+        --accumulation $accumulation "${deep[@]}"
+}
 sampling() { sized sampling --profile --samples "${samples/fit/64}" "${deep[@]}"; }
-priced() { bench "profile_$1" roofline --config "configs/diffmoe_$1_flow.yaml" --deepspeed_config ds_configs/$zero.json --gpu $gpu --repeats $repeats "${priced[@]}" "${deep[@]}"; }
+priced() {
+    bench "profile_$1" roofline --config "configs/diffmoe_$1_flow.yaml" --deepspeed_config ds_configs/$zero.json --gpu $gpu \
+        --repeats $repeats "${priced[@]}" "${deep[@]}"
+}
 
 for part in $order; do
     [ "$named" = 0 ] || [[ " $* " = *" $part "* ]] || continue
