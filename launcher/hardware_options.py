@@ -18,7 +18,8 @@ def add_hardware_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=float, help="GiB of a GPU, in place of the table's")
     parser.add_argument("--hardware", type=Path, help="another table than launcher/hardware.yaml")
     parser.add_argument("--calibrate", type=Path, metavar="RECORDS",
-                        help="take what is reached of the peaks from records of run.py profile --json or launcher scaling")
+                        help="take what is reached of the peaks from records: of run.py profile --json, of launcher scaling, "
+                             "or the folder or archive of scripts/bench_gpu.sh")
 
 
 def hardware_of(options: argparse.Namespace) -> Hardware:

@@ -10,7 +10,7 @@ from diffmoe.commands import verify
 from diffmoe.errors import UserError
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.parity import table
-from diffmoe.parity.cases import Case, full_table, quick_table
+from diffmoe.parity.cases import Case, compiled_table, full_table, quick_compiled_table, quick_table
 from diffmoe.parity.table import BOUND, COLUMNS
 from launcher.environment import detect
 
@@ -52,6 +52,12 @@ def test_cases_are_legal_and_no_case_stands_twice():
     assert any(case.layout().pool % case.layout().micro_batch for case in cases), "no pool straddles ranks unevenly"
 
 
+@pytest.mark.parametrize(("worlds", "variant"), [((1, 2, 4), "dense"), ((1,), "dense"), ((2,), "diffmoe"), ((4,), "diffmoe")])
+def test_the_quick_compiled_table_is_one_case(worlds, variant):
+    (case,) = quick_compiled_table(worlds)
+    assert case.compiled and case.variant == variant and case in compiled_table(worlds)
+
+
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "table.json"
     assert verify.main(["--quick", "--worlds", "1", "--json", str(path)], detect()) == 0
@@ -63,7 +69,6 @@ def test_command_line(tmp_path, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--worlds", "3"], r"--worlds \(3\) must be of 1, 2, 4"),
-    (["--quick", "--compile"], "--quick and --compile exclude each other"),
     (["--device", "cuda", "--worlds", "1,4"], r"--worlds \(1,4\) needs a GPU a rank; torch sees 2"),
 ])
 def test_bad_command_lines(arguments, message, monkeypatch):

@@ -80,8 +80,8 @@ def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor
 
 def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[str, Any]:
     """Kernels of a rank's micro-batch, compiled also those of the ideal fusion; bytes of activations kept; parameters."""
-    if config.model.family != "tc":
-        config = override(config, ["moe.pool=rank" if config.model.family == "diffmoe" else "moe.pool=1"])
+    if resolve_layout(config, ranks).pool_ranks > 1 and config.model.family != "tc":  # as if other ranks' tokens were like this one's
+        config = override(config, ["moe.pool=rank"])
     layout = resolve_layout(config, ranks)
     counting = Counting()
     backend = functools.partial(torch.compile, backend=counting.backend)

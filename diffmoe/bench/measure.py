@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -20,9 +22,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffmoe.data.tar import replacing
 from diffmoe.device import synchronize
+from diffmoe.errors import UserError
 from diffmoe.evaluation import plots
 from diffmoe.training.engine import import_deepspeed
+from launcher import gpus
+from launcher.sources import commit, digest
+
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int, device: torch.device,
@@ -127,6 +135,13 @@ def peak_bytes(pass_: Callable[[], object], modules: Iterable[nn.Module], device
     return allocations.peak(gradients())
 
 
+def _driver() -> str:
+    try:
+        return next((gpu.driver for gpu in gpus.query() or []), "unknown")
+    except UserError as error:  # nvidia-smi is not what is measured
+        return f"unknown: {error}"
+
+
 def surroundings(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, for a record that can be compared."""
     processor = platform.processor() or platform.machine()
@@ -134,30 +149,49 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     if info.is_file():
         models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         processor = models[0] if models else processor
-    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": import_deepspeed().__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+    gpu = {} if device.type == "cpu" else {
+        "cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version())), "driver": _driver(),
+        "gpu_bytes": torch.cuda.get_device_properties(device).total_memory}
+    return {"when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "code": digest(_ROOT), "commit": commit(_ROOT),
+            "python": platform.python_version(), "torch": torch.__version__, "deepspeed": import_deepspeed().__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor, **gpu,
             "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "fp32_precision": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"}
 
 
+# Kinds of kernels and operators by their names, the first that fits; all others move memory.
+_KINDS = {"attention": r"attention|flash|fmha|sdpa", "messages": r"nccl|gloo",
+          "products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|triton_tem|[fdw]prop|[dw]grad|::(b?add)?b?mm$|grouped_mm|convolution|mkldnn"}
+
+
+def kind_of(kernel: str) -> str:
+    """attention, messages, products or memory, by the name that the profiler gives a GPU's kernel or a CPU's operator."""
+    return next((kind for kind, words in _KINDS.items() if re.search(words, kernel.lower())), "memory")
+
+
+def traced(pass_: Callable[[], object], device: torch.device) -> list[tuple[str, float, int]]:
+    """What one pass runs: (kernel or, on a CPU, operator; ms in it alone; calls), most expensive first."""
+    # On a GPU ranges that somebody annotated stand among the kernels.
+    activity, kind = ((ProfilerActivity.CUDA, DeviceType.CUDA) if device.type == "cuda" else (ProfilerActivity.CPU, DeviceType.CPU))
+    synchronize(device)
+    with profile(activities=[activity], acc_events=True) as trace:
+        pass_()
+        synchronize(device)
+    events = [e for e in trace.key_averages() if e.device_type == kind and not e.is_user_annotation]
+    took = [(e.key, (e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total) / 1e3, e.count) for e in events]
+    return sorted(took, key=lambda each: -each[1])
+
+
 def profiles(passes: Mapping[str, Callable[[], object]], device: torch.device, top: int = 16
              ) -> tuple[dict[str, list[tuple[str, float, int]]], str]:
-    """Where each pass's time goes: (operator or, on a GPU, kernel; ms; calls) of the dearest, and tables of them."""
-    # On a GPU ranges that somebody annotated stand among the kernels.
-    activity, kind, unit = ((ProfilerActivity.CUDA, DeviceType.CUDA, "kernel") if device.type == "cuda" else
-                            (ProfilerActivity.CPU, DeviceType.CPU, "operator"))
+    """Where each pass's time goes: (operator or, on a GPU, kernel; ms; calls) of the most expensive, and tables of them."""
     found, text = {}, ""
     for name, pass_ in passes.items():
-        synchronize(device)
-        with profile(activities=[activity], acc_events=True) as trace:
-            pass_()
-            synchronize(device)
-        events = [e for e in trace.key_averages() if e.device_type == kind and not e.is_user_annotation]
-        took = {e.key: e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total for e in events}
-        dearest = sorted(events, key=lambda e: -took[e.key])[:top]
-        found[name] = [(e.key[:80], took[e.key] / 1e3, e.count) for e in dearest]
-        rows = [[key, ms, 1e5 * ms / sum(took.values()), calls] for key, ms, calls in found[name]]
-        text += f"\n\n{name}: {sum(took.values()) / 1e3:.4g} ms\n\n" + table([unit, "ms", "%", "calls"], rows)
+        events = traced(pass_, device)
+        whole = sum(ms for _, ms, _ in events)
+        found[name] = [(key[:80], ms, calls) for key, ms, calls in events[:top]]
+        rows = [[key, ms, 100 * ms / whole, calls] for key, ms, calls in found[name]]
+        text += f"\n\n{name}: {whole:.4g} ms\n\n" + table(["kernel" if device.type == "cuda" else "operator", "ms", "%", "calls"], rows)
     return found, text
 
 
@@ -170,13 +204,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def report(name: str, facts: Mapping[str, Any], text: str, bars: Mapping[str, float], unit: str, options: Any) -> int:
-    """Prints one JSON line (``--json``) or the table, and with ``--out`` keeps both and a plot there; returns 0."""
+    """Prints one JSON line (``--json``) or the table, and with ``--out`` keeps both and a plot of ``bars`` there; returns 0.  The
+    record comes last and complete: where it is, so is the rest."""
     line = json.dumps({"bench": name, **facts})
     print(line if options.json else text, flush=True)
     if options.out:
         folder = Path(options.out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(line + "\n")
         (folder / f"{name}.md").write_text(f"{text}\n\n`run.py bench {' '.join(sys.argv[2:])}`\n")
-        plots.bars(bars, unit, name.replace("_", " "), folder / f"{name}.png")
+        if bars:
+            plots.bars(bars, unit, name.replace("_", " "), folder / f"{name}.png")
+        with replacing(folder / f"{name}.json") as record:
+            record.write(line.encode() + b"\n")
     return 0

@@ -7,7 +7,7 @@ nothing overlaps.  ``ideal``: the compiled graphs with all kernels between the s
 each other, or read the same, made one, which reads its inputs and writes its outputs once.  MFU: 6 FLOPs for each multiply-add of the
 model's forward pass, recompute not counted, over the dense matmul peak of the precision.
 
-Where a GPU is at hand, one rank's step is also timed, and stands beside the prediction.
+Where a GPU is at hand, one rank's step is also timed and taken apart (:mod:`diffmoe.bench.timed`), and stands beside the prediction.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffmoe.bench import fake_cuda, measure
+from diffmoe.bench.timed import Timed, timed
 from diffmoe.commands.common import Parser
 from diffmoe.config import Config, config_to_tree, load_config, override
 from diffmoe.cost.hardware import Hardware, choose, read_table
-from diffmoe.cost.memory import engine_facts
+from diffmoe.cost.memory import engine_facts, rank_memory
 from diffmoe.cost.step_time import COUNTED, exchange_seconds, peak_flops, rates, terms
 from diffmoe.deepspeed_json import read_deepspeed
+from diffmoe.device import local_device
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.models.count import count
@@ -65,6 +68,15 @@ class Counted:
     def elementwise(self, ideal: bool = False) -> int:
         """Bytes of a micro-batch beside products and attention."""
         return sum(k[2] * k[5] for k in self.micro["ideal" if ideal else "kernels"] if k[0] == "memory")
+
+    def kinds(self) -> dict[str, list[float]]:
+        """[ms, kernels] of a step by kind of kernel."""
+        parts, launches = self.parts(), Counter()
+        for kernel in self.micro["kernels"]:
+            launches[kernel[0]] += kernel[5] * self.layout.accumulation
+        launches["memory"] += sum(k[5] for k in self.engine["kernels"])
+        return {"products": [1e3 * parts["products"], launches["product"]], "attention": [1e3 * parts["attention"], launches["attention"]],
+                "memory": [1e3 * (parts["elementwise"] + parts["weights"]), launches["memory"]]}
 
     def flops(self) -> int:
         """Of a micro-batch's products and attention."""
@@ -137,18 +149,24 @@ def dense_of(config: Config) -> Config:
     return override(config, ["model.family=dense", "parallel.ep=1"])
 
 
+def models_of(config: Config) -> dict[str, Config]:
+    """model, and beside a mixture dense."""
+    return {"model": config} if config.model.family == "dense" else {"model": config, "dense": dense_of(config)}
+
+
 def compare(config: Config, ranks: int, deepspeed: str, hardware: Hardware, ways: tuple[str, ...]
             ) -> dict[str, dict[str, Counted]]:
     """model | dense -> way -> counts."""
-    tree, found = read_deepspeed(deepspeed), {}
-    models = {"model": config} if config.model.family == "dense" else {"model": config, "dense": dense_of(config)}
+    tree, models, parts = read_deepspeed(deepspeed), models_of(config), ("engine", *ways)
+    counts = iter(counted_all([(each, deepspeed, part) for each in models.values() for part in parts], ranks))
+    found = {}
     for name, each in models.items():
-        engine = counted(each, ranks, deepspeed, "engine")
-        found[name] = {way: Counted(each, ranks, tree, hardware, counted(each, ranks, deepspeed, way), engine) for way in ways}
+        engine, *micro = (next(counts) for _ in parts)
+        found[name] = {way: Counted(each, ranks, tree, hardware, m, engine) for way, m in zip(ways, micro)}
     return found
 
 
-def tables(title: str, found: dict[str, dict[str, Counted]], measured: dict[tuple[str, str], float]) -> str:
+def tables(title: str, found: dict[str, dict[str, Counted]], measured: dict[tuple[str, str], Timed]) -> str:
     """Everything that is known of a case, as Markdown."""
     cases = [(name, way, each) for name, ways in found.items() for way, each in ways.items()]
     one, reference = cases[0][2], found.get("dense", found["model"])
@@ -169,7 +187,7 @@ def tables(title: str, found: dict[str, dict[str, Counted]], measured: dict[tupl
     for name, way, each in cases:
         for ideal in (False, True)[:1 + bool(each.micro["ideal"])]:
             seconds, parts = each.seconds(ideal), each.parts(ideal)
-            timed = None if ideal else measured.get((name, way))
+            timed = measured[name, way].seconds if not ideal and (name, way) in measured else None
             rows.append([f"{name}, {'ideal' if ideal else way}", *(1e3 * parts[part] for part in parts), 1e3 * seconds,
                          images / seconds, f"{each.mfu(seconds):.1%}", "-" if timed is None else 1e3 * timed,
                          "-" if timed is None else f"{each.mfu(timed):.1%}"])
@@ -181,14 +199,37 @@ def tables(title: str, found: dict[str, dict[str, Counted]], measured: dict[tupl
          for name, ways_ in ((name, list(ways.values())) for name, ways in found.items())])
     for way, each in found["model"].items():
         text += f"\n\nMost expensive, {way}:\n\n" + measure.table(["operators of a kernel", "launches", "GB", "ms a step"], each.dearest())
+    return text + _beside(found, measured)
+
+
+def _beside(found: dict[str, dict[str, Counted]], measured: dict[tuple[str, str], Timed]) -> str:
+    """Predicted and measured by kernel; nothing where nothing was measured."""
+    if not measured:
+        return ""
+    rows = [[f"{name}, {way}", kind, *found[name][way].kinds().get(kind, [0.0, 0]), *took,
+             took[0] / predicted[0] if (predicted := found[name][way].kinds().get(kind)) and predicted[0] else "-"]
+            for (name, way), each in measured.items() for kind, took in each.kinds.items()]
+    text = f"\n\nMeasured on {next(iter(measured.values())).device}:\n\n" + measure.table(
+        ["a step", "kind", "predicted ms", "kernels", "measured ms", "kernels ", "of predicted"], rows)
+    memory = [[f"{name}, {way}", rank_memory((c := found[name][way]).config, c.layout, engine_facts(c.deepspeed)).peak / 2**30,
+               each.peak_bytes / 2**30] for (name, way), each in measured.items() if each.peak_bytes]
+    if memory:
+        text += "\n\n" + measure.table(["peak", "planned GiB", "measured GiB"], memory)
+    for (name, way), each in measured.items():
+        text += f"\n\nMeasured, {name}, {way}:\n\n" + measure.table(["kernel", "launches", "ms"], each.kernels)
     return text
 
 
-def facts_of(found: dict[str, dict[str, Counted]], measured: dict[tuple[str, str], float]) -> dict[str, Any]:
-    """The same for a record."""
+def facts_of(found: dict[str, dict[str, Counted]], measured: dict[tuple[str, str], Timed]) -> dict[str, Any]:
+    """The same for a record; of a measured step also what calibrates the planner (``cost.records``)."""
+    def taken(name: str, way: str, c: Counted) -> dict[str, Any]:
+        config = override(c.config, [f"train.compile={str(way == 'compiled').lower()}"])
+        return {**measured[name, way].record(), "config": config_to_tree(config), "deepspeed": c.deepspeed, "layout": dataclasses.asdict(c.layout)}
+
     return {name: {way: {"kernels": c.kernels(), "elementwise_bytes": c.elementwise(), "flops": c.flops(), "kept_bytes": c.micro["kept"],
                          "ideal_bytes": c.elementwise(True) if c.micro["ideal"] else None, "seconds": c.parts(),
-                         "predicted_s": c.seconds(), "measured_s": measured.get((name, way)), "mfu": c.mfu(c.seconds()),
+                         "predicted_s": c.seconds(), "measured": taken(name, way, c) if (name, way) in measured else None, "mfu": c.mfu(c.seconds()),
+                         "kinds": c.kinds(),
                          "images_per_second": c.layout.batch / c.seconds(), "bytes_a_parameter": c.sources(), "reads": c.engine["reads"],
                          "collectives": {**c.micro["collectives"], **c.engine["collectives"]}, "dearest": c.dearest()}
                    for way, c in ways.items()} for name, ways in found.items()}
@@ -242,29 +283,6 @@ def _weights_of(config: Config, deepspeed: str) -> dict[str, float]:
     return {name: round(value, 3) for name, value in values.items()}
 
 
-def timed(config: Config, deepspeed: str, ways: tuple[str, ...], repeats: int) -> dict[tuple[str, str], float]:
-    """Median seconds of one rank's step on this machine's GPU; nothing where there is none, or for several ranks."""
-    import torch
-    import torch.distributed as dist
-
-    if not torch.cuda.is_available():
-        return {}
-    from diffmoe.bench.step import Contender, Training
-    from diffmoe.device import backend, local_device
-
-    device = local_device(0, 1)
-    if not dist.is_initialized():
-        store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"
-        dist.init_process_group(backend(device), init_method=f"file://{store}", rank=0, world_size=1)
-    bf16 = engine_facts(read_deepspeed(deepspeed)).bf16
-    models = {"model": config} if config.model.family == "dense" else {"model": config, "dense": dense_of(config)}
-    contenders = {}
-    for name, each in models.items():
-        training = Training("dense" if each.model.family == "dense" else "mixture", each, torch.bfloat16 if bf16 else torch.float32, device)
-        contenders |= {(name, way): Contender(training, each.parallel.recompute, way == "compiled") for way in ways}
-    return measure.interleaved({key: contender.step for key, contender in contenders.items()}, repeats, device, warm_up=2)
-
-
 def main(arguments: list[str]) -> int:
     """The kind ``roofline``; returns the exit code."""
     parser = Parser(prog="bench roofline", description="A training step counted without a GPU and priced for one.")
@@ -282,7 +300,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--record", metavar="FOLDER", help="the tables of L-E16, XL-E8 and a pool over EP 8, kept in this folder")
     parser.add_argument("--planner", action="store_true",
                         help="count anew what launcher plan's times are made of, into diffmoe/cost/counted.json")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps, where there is a GPU (default 7)")
+    parser.add_argument("--time", action="store_true", help="also time the step of one rank where there is no GPU")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps (default 7)")
     parser.add_argument("--json", action="store_true", help="one line of JSON in place of the tables")
     parser.add_argument("--out", help="folder that keeps table, JSON and plot")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to the configuration")
@@ -308,7 +327,9 @@ def main(arguments: list[str]) -> int:
         batch = [f"train.micro_batch={options.samples}", f"train.batch={options.samples * ranks * options.accumulation}"]
         config = load_config(path, changes + batch + ["train.accumulation=null"] + recompute + options.set)
         found = compare(config, ranks, options.deepspeed_config, hardware, ways)
-        measured = timed(config, options.deepspeed_config, ways, options.repeats) if ranks == 1 else {}
+        measured = {}
+        if ranks == 1 and (options.time or torch.cuda.is_available()):
+            measured = timed(models_of(config), read_deepspeed(options.deepspeed_config), ways, options.repeats)
         if options.record and ranks == 1:
             once = override(config, [f"train.batch={options.samples}"])
             alone = counted(once, 1, options.deepspeed_config, "engine")
@@ -319,5 +340,6 @@ def main(arguments: list[str]) -> int:
             texts.append(f"With one micro-batch a step: {sum(single.sources().values()):.3g} bytes a parameter.")
         facts[title] = facts_of(found, measured)
         bars |= {f"{title}: {name}, {way}": 1e3 * c.seconds() for name, of in found.items() for way, c in of.items()}
-    options.out = options.record or options.out
-    return measure.report("roofline", {"cases": facts, "gpu": options.gpu}, "\n\n".join(texts), bars, "ms a step, predicted", options)
+    options.out, name = (options.record, "roofline") if options.record else (options.out, f"roofline_{cases[0][0]}")
+    return measure.report(name, {"cases": facts, "gpu": options.gpu, **measure.surroundings(local_device(0, 1))}, "\n\n".join(texts), bars,
+                          "ms a step, predicted", options)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from diffmoe.bench import measure
 from diffmoe.bench.contenders import TextbookLoop
 from diffmoe.bench.options import bench_parser, sized_config
-from diffmoe.config import Config
+from diffmoe.config import Config, override
 from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.device import backend, measured_flops
 from diffmoe.diffusion.randomness import StepDraws
@@ -69,26 +69,23 @@ class _LoopLayer(MoELayer):
 
 
 class Training:
-    """A model with engine, EMA and made-up batches.  No weight is zero: zeros cost a GPU less power, and so less time."""
+    """A model with engine, EMA and made-up batches, on one rank: ``config`` as it is, under the DeepSpeed JSON ``tree``; ``loop``
+    puts the textbook loop in its mixtures' place.  No weight is zero: zeros cost a GPU less power, and so less time."""
 
-    def __init__(self, name: str, config: Config, dtype: torch.dtype, device: torch.device) -> None:
-        family = "dense" if name == "dense" else "diffmoe"
-        self.config = dataclasses.replace(config, model=dataclasses.replace(config.model, family=family),
-                                          moe=dataclasses.replace(config.moe, pool="rank"))
-        self.device, self.groups, self.steps = device, build_groups(1, 1), 0
+    def __init__(self, config: Config, tree: dict, device: torch.device, loop: bool = False) -> None:
+        self.config, self.device, self.groups, self.steps = config, device, build_groups(1, 1), 0
         self.model = build_model(self.config, resolve_layout(self.config, 1).pool, self.groups)
-        if name == "loop":
+        if loop:
             for _, layer in list(self.model.moe_layers()):
                 block = next(b for b in self.model.blocks if b.mlp is layer)
                 block.mlp = _LoopLayer(layer, self.config)
         self.model.to(device)
-        tree = read_deepspeed(_BF16) if dtype == torch.bfloat16 else {}
         self.engine = Engine(self.model, self.config, resolve_layout(self.config, 1), tree, self.groups, device)
         self.ema = Ema(self.engine, self.config.train.ema_decays)
         self.take(self.config)
 
     def take(self, config: Config) -> None:
-        """From now on the batch and micro-batch of ``config``, which is one pool."""
+        """From now on the batch and micro-batch of ``config``."""
         self.config = dataclasses.replace(self.config, train=config.train)
         self.layout = resolve_layout(self.config, 1)
         for _, layer in self.model.moe_layers():
@@ -157,8 +154,10 @@ def main(arguments: list[str]) -> int:
     if not dist.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"
         dist.init_process_group(backend(device), init_method=f"file://{store}", rank=0, world_size=1)
-    config = _with_batch(config, 1 if fit else options.samples, options.accumulation)
-    trainings = {name: Training(name, config, dtype, device) for name in dict.fromkeys(CONTENDERS[name][0] for name in names)}
+    config = _with_batch(override(config, ["moe.pool=rank"]), 1 if fit else options.samples, options.accumulation)
+    tree = read_deepspeed(_BF16) if dtype == torch.bfloat16 else {}
+    trainings = {name: Training(override(config, [f"model.family={'dense' if name == 'dense' else 'diffmoe'}"]), tree, device, name == "loop")
+                 for name in dict.fromkeys(CONTENDERS[name][0] for name in names)}
     contenders = {name: Contender(trainings[CONTENDERS[name][0]], *CONTENDERS[name][1:]) for name in names}
     if fit:
         eager = [contender for contender in contenders.values() if not contender.compiled]

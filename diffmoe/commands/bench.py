@@ -9,13 +9,16 @@ from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 
 KINDS = {
+    "probe": "what this machine can do, and whether it does it right: versions, ceilings, experts without rows, new groups",
     "moe-layer": "a mixture layer's training pass against the dense MLP, the textbook loop and DeepSpeed's layer",
     "step": "a whole training step against the dense model's; recompute; cost per token",
     "roofline": "a training step counted without a GPU and priced for one: kernels, bytes, FLOPs, host reads",
     "sampling": "the mixtures of a sampler at capacity 0.7 against 1.0",
     "communication": "collectives of a training step by ranks: calls, bytes, time",
     "checkpoint": "how long a save stalls training and takes, against torch.save of a full state dict",
+    "train": "a short training that is stopped in the middle and resumed: its loss falls, its memory does not grow",
     "data": "the loader against plain tar reading, webdataset and one npz an image; resume; host memory",
+    "results": "the table of README.md from the records in docs/results, or the summary of one folder of records",
 }
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from diffmoe.commands.common import Parser, one_process
+from diffmoe.data.tar import replacing
 from diffmoe.device import set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.models.compiled import check_compiler
-from diffmoe.parity.cases import WORLDS, compiled_table, full_table, quick_table
+from diffmoe.parity.cases import WORLDS, compiled_table, full_table, quick_compiled_table, quick_table
 from diffmoe.parity.table import BF16_BOUNDS, BOUND, COLUMNS, Row, run_cases
 from launcher.environment import RankEnvironment
 
@@ -41,7 +42,7 @@ def _json_row(row: Row) -> dict:
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The verb ``verify``: prints the table as it grows; 0 when every number is within the bound.  UserError for bad input."""
     parser = Parser(prog="verify", description="Training over ranks equals one plain process.")
-    parser.add_argument("--quick", action="store_true", help="about a minute: a pruned table")
+    parser.add_argument("--quick", action="store_true", help="about a minute: a pruned table, or with --compile a case")
     parser.add_argument("--compile", action="store_true", help="other rows: training under torch.compile")
     parser.add_argument("--worlds", help="numbers of ranks, of 1, 2 and 4 (default all; on GPUs those there are enough for)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU a rank")
@@ -49,9 +50,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     options = parser.parse_args(arguments)
     one_process("verify", environment)  # it starts its own ranks
     worlds = _parse_worlds(options.worlds, options.device)
-    if options.quick and options.compile:
-        raise UserError("--quick and --compile exclude each other")
-    table = compiled_table if options.compile else quick_table if options.quick else full_table
+    table = {(False, False): full_table, (True, False): quick_table, (False, True): compiled_table, (True, True): quick_compiled_table}[
+        options.quick, options.compile]
     if options.compile:
         check_compiler(torch.device(options.device))
     cases = table(worlds)
@@ -66,9 +66,10 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     worst = max(exact, key=lambda row: row.largest)
     good = all(row.ok for row in rows)
     if options.json:
-        tree = {"bound": BOUND, "bf16_bounds": BF16_BOUNDS, "device": options.device, "ok": good,
+        tree = {"table": "quick" if options.quick else "whole", "bound": BOUND, "bf16_bounds": BF16_BOUNDS, "device": options.device, "ok": good,
                 "seconds": round(time.monotonic() - began, 1), "torch": torch.__version__, "rows": [_json_row(row) for row in rows]}
-        options.json.write_text(json.dumps(tree, indent=1) + "\n")
+        with replacing(options.json) as stream:
+            stream.write(json.dumps(tree, indent=1).encode() + b"\n")
     for name, some in (("fp32", exact), ("bf16", [row for row in rows if row.case.precision == "bf16"])):
         if some:
             print(f"largest in {len(some)} {name} cases: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +80,13 @@ def named_like(table: dict[str, Hardware], device_name: str) -> Hardware | None:
 
 
 def write_entry(path: str | Path, name: str, hardware: Hardware) -> None:
-    """Puts one entry into a table file, which may be new; other entries stay.  Raises UserError."""
+    """Puts one entry into a table file, which may be new; other entries and the comment at its head stay.  Raises UserError."""
     path = Path(path)
     tree = read_yaml(path) if path.exists() else {}
-    tree[name] = dataclasses.asdict(hardware)
+    tree[name] = {key: value for key, value in dataclasses.asdict(hardware).items() if value is not None or key == "calibrated"}
     try:
-        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+        head = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines(True) if path.exists() else [])
+        path.write_text("".join(head) + yaml.safe_dump(tree, sort_keys=False, width=140))
     except OSError as error:
         raise UserError(f"--write-hardware ({path}) cannot be written: {error}") from None
 

@@ -221,5 +221,37 @@ def calibrate(hardware: Hardware, records: Iterable[Measured], origin: str) -> H
                    calibrated=origin)
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """One measured step of one rank taken apart by kernel, as ``run.py bench roofline`` does where there is a GPU: seconds of the whole,
+    of products, of attention, and of kernels that move memory."""
+
+    config: Config
+    layout: Layout
+    engine: EngineFacts
+    seconds: float
+    products: float
+    attention: float
+    memory: float
+
+
+def calibrate_kernels(hardware: Hardware, records: Iterable[Kernels], origin: str) -> Hardware:
+    """``hardware`` with ``matmul``, ``attention``, ``bandwidth`` such that each kind's seconds, summed over the records, are predicted.
+
+    ``operator_us``: the least that a step leaves each of its launches, since no launch took longer where the device never waited."""
+    planned = {"products": 0.0, "attention": 0.0, "memory": 0.0}
+    records = list(records)
+    for r in records:
+        speed, (products, attention) = rates(r.config, hardware, r.engine), _flops(r.config, r.layout)
+        planned["products"] += products / speed["product"]
+        planned["attention"] += attention / speed["attention"]
+        planned["memory"] += moved(r.config, r.layout, r.engine, hardware) / speed["memory"]
+    ratio = {kind: seconds / (sum(getattr(r, kind) for r in records) or seconds) for kind, seconds in planned.items()}
+    left = [(r.seconds, r.seconds - r.products - r.attention - r.memory, launches(r.config, r.layout, r.engine, hardware)) for r in records]
+    launch = min((seconds if hardware.asynchronous else max(idle, 0.0)) / count for seconds, idle, count in left)
+    return replace(hardware, matmul=hardware.matmul * ratio["products"], attention=(hardware.attention or hardware.matmul) * ratio["attention"],
+                   bandwidth=hardware.bandwidth * ratio["memory"], operator_us=1e6 * launch, calibrated=origin)
+
+
 def _faster(link: Link, ratio: float) -> Link:
     return replace(link, latency_us=link.latency_us / ratio)
