@@ -23,7 +23,7 @@ LAYERS = [
     ["diffmoe.parallel"],
     ["diffmoe.deepspeed_json"],
     ["diffmoe.layout"],
-    ["diffmoe.config", "diffmoe.device", "diffmoe.markdown", "diffmoe.progress", "diffmoe.random_streams"],
+    ["diffmoe.config", "diffmoe.device", "diffmoe.markdown", "diffmoe.placement", "diffmoe.progress", "diffmoe.random_streams"],
     ["diffmoe.strict_yaml"],
     ["diffmoe", "launcher"],
     ["diffmoe.paths"],

@@ -183,6 +183,17 @@ def nearest_fit(config: Config, tree: dict, cluster: Cluster, pins: Pins, most_n
     return None
 
 
+def fewer_nodes(config: Config, tree: dict, cluster: Cluster, seconds: float, pins: Pins = Pins()) -> str | None:
+    """A line where a step that takes ``seconds`` on the cluster would be quicker on fewer of its nodes; None where it would not."""
+    found = [(c.time.total, nodes, c.label) for nodes in node_counts(config, replace(cluster, nodes=1), cluster.nodes - 1)
+             for c in candidates(config, tree, replace(cluster, nodes=nodes), pins)[:1] if c.fits and c.time.total < seconds]
+    if not found:
+        return None
+    quickest, nodes, label = min(found)
+    return (f"fewer nodes would be faster with train.batch {config.train.batch}: {1e3 * quickest:.1f} ms a step on {nodes} "
+            f"({label}), {1e3 * seconds:.1f} on {cluster.nodes}")
+
+
 def node_counts(config: Config, cluster: Cluster, most_nodes: int) -> list[int]:
     """The cluster's nodes and more of them, where the batch divides by their ranks."""
     return [nodes for nodes in range(cluster.nodes, most_nodes + 1) if config.train.batch % (nodes * cluster.per_node) == 0]
