@@ -206,7 +206,7 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
                                     config.parallel.ep if config is not None else 1)
     found = judge(reports, links, expected, device.type)
     if environment.rank == 0:
-        note = _spanning(config, deepspeed_tree or {}, device, hosts) if links.experts and config is not None else None
+        note = _spanning(config, deepspeed_tree or read_deepspeed(None), device, hosts) if links.experts and config is not None else None
         _print(reports, links, note, found, time.monotonic() - started)
     dist.barrier()
     dist.destroy_process_group()
