@@ -12,8 +12,8 @@
 # --signal=B:USR1@600).  It hands SIGUSR1 on to the ranks, which save and end.  Ranks that ended short of their goal, for
 # whatever reason, make the job requeue itself, unless their input was wrong or three starts brought no progress.
 
-# train CONFIG [key=value ...]: a training job, all of it.  $layout: overrides that go with CONFIG on as many nodes as the header says,
-# which the words after it may override; another configuration (DIFFMOE_CONFIG) has its own.
+# train CONFIG [key=value ...]: a training job, all of it.  $layout: overrides that go with CONFIG, which later words may override; another
+# configuration (DIFFMOE_CONFIG) has its own.
 train() {
   local config=${DIFFMOE_CONFIG:-$1} deepspeed_config=${DIFFMOE_DEEPSPEED_CONFIG:-ds_configs/zero1_bf16.json} folder=() recipe=() overrides=() word
   shift
@@ -59,15 +59,7 @@ enter_repository() {
   source "$venv/bin/activate"
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} PYTHONUNBUFFERED=1
   trap stop_requested USR1
-  # As many ranks on a node as GPUs; without GPUs (sbatch --gpus-per-node=0) as --ntasks-per-node says.
-  tasks=${SLURM_GPUS_PER_NODE:-0}
-  tasks=${tasks##*:} # h200:8
-  [[ $tasks != 0 ]] || tasks=${SLURM_NTASKS_PER_NODE:-1}
-  if [[ ! $tasks =~ ^[0-9]+$ ]]; then
-    echo "SLURM_GPUS_PER_NODE ($SLURM_GPUS_PER_NODE) is not a number of GPUs, with or without a type" >&2
-    exit 2
-  fi
-  ranks=$((SLURM_JOB_NUM_NODES * tasks))
+  count_ranks
   # Without GPUs Slurm binds each task to cores of its own.  With GPUs that would be wrong where tasks leave cores free: Slurm fills the
   # first socket, also with tasks whose GPUs are on the second.  Each rank moves to the cores near its GPU (diffmoe/placement.py).
   local cpu_bind=none
@@ -82,6 +74,24 @@ enter_repository() {
   step=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$tasks"
     --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --distribution=block:block --cpu-bind="$DIFFMOE_CPU_BIND"
     --kill-on-bad-exit=0 --wait=60)
+}
+
+# $tasks ranks a node, $ranks together: as many as GPUs; without GPUs (sbatch --gpus-per-node=0) as --ntasks-per-node says.
+count_ranks() {
+  tasks=${SLURM_GPUS_PER_NODE:-0}
+  tasks=${tasks##*:} # h200:8
+  [[ $tasks != 0 ]] || tasks=${SLURM_NTASKS_PER_NODE:-1}
+  if [[ ! $tasks =~ ^[0-9]+$ ]]; then
+    echo "SLURM_GPUS_PER_NODE ($SLURM_GPUS_PER_NODE) is not a number of GPUs, with or without a type" >&2
+    exit 2
+  fi
+  ranks=$((SLURM_JOB_NUM_NODES * tasks))
+}
+
+# at_most N: all ranks of the job, but no more than N.
+at_most() {
+  count_ranks
+  echo $((ranks < $1 ? ranks : $1))
 }
 
 # Are these nodes fit for it?  Prints which to exclude if not.

@@ -20,5 +20,5 @@ root=${DIFFMOE_ROOT:-${SLURM_SUBMIT_DIR:?is unset: start this with sbatch}}
 # shellcheck source=scripts/slurm/_common.sh
 source "$root/scripts/slurm/_common.sh"
 # shellcheck disable=SC2034  # train reads it
-layout="parallel.ep=$((SLURM_JOB_NUM_NODES > 1 ? 16 : 8)) parallel.recompute=none"
+layout="parallel.ep=$(at_most 16) parallel.recompute=none"
 train configs/diffmoe_xl_e16_flow.yaml "$@"
