@@ -25,8 +25,8 @@ def place(environment: RankEnvironment, device: torch.device) -> None:
 
 def bind_near(device: torch.device, devices: Path = Path("/sys/bus/pci/devices")) -> str | None:
     """Keeps every thread of this process, and what it starts later, on the cores of its GPU's NUMA node, which ranks of
-    neighbouring GPUs share.  A process that somebody has bound stays as it is.  Returns what keeps it far from its GPU, None if
-    nothing does.
+    neighbouring GPUs share.  A process that somebody has bound stays as it is.  Returns what keeps it far from its GPU,
+    None if nothing does.
 
     ``devices``: where the kernel lists PCI devices.  (torch.numa does the like, in functions that it calls private.)"""
     if device.type != "cuda":
@@ -41,8 +41,8 @@ def bind_near(device: torch.device, devices: Path = Path("/sys/bus/pci/devices")
         return f"nobody says which CPUs are near its GPU ({error})"
     allowed = os.sched_getaffinity(0)
     if not allowed & near:
-        return (f"it may run on CPUs {ranges(allowed)}, none of which is near GPU {address} (CPUs {ranges(near)} are): ask for more "
-                "CPUs or whole nodes (sbatch --exclusive), or bind it otherwise")
+        return (f"it may run on CPUs {ranges(allowed)}, none of which is near GPU {address} (CPUs {ranges(near)} are): "
+                "ask for more CPUs or whole nodes (sbatch --exclusive), or bind it otherwise")
     if len(allowed) < _cores():
         return None
     for thread in os.listdir("/proc/self/task"):
@@ -68,7 +68,8 @@ def _cores() -> int:
 def describe(environ: Mapping[str, str] = os.environ) -> str:
     """Cores of this process, and what the environment says to NCCL, gloo, torch's allocator and OpenMP, in one line."""
     said = [f"{name}={value}" for name, value in sorted(environ.items()) if _SHOWN.fullmatch(name)]
-    return " ".join([f"CPUs {ranges(os.sched_getaffinity(0))} of {os.cpu_count()};", *(said or ["no variable for NCCL or gloo"])])
+    cores = f"CPUs {ranges(os.sched_getaffinity(0))} of {os.cpu_count()}"
+    return f"{cores}; {' '.join(said) or 'no variable for NCCL or gloo'}"
 
 
 def cores_of(text: str) -> set[int]:

@@ -58,8 +58,10 @@ def detect(environ: Mapping[str, str] = os.environ) -> RankEnvironment:
 
 
 def export(env: RankEnvironment, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Writes the variables that torch's ``env://`` and DeepSpeed read, and, unless the user has set it up, how torch's allocator keeps a
-    GPU's memory, read when CUDA starts: exchanges between experts vary in size, and would leave gaps between fixed segments.
+    """Writes the variables that torch's ``env://`` and DeepSpeed read.
+
+    And, unless the user has, how torch's allocator keeps a GPU's memory, which it reads when CUDA starts: exchanges
+    between experts vary in size, and would leave gaps between segments that cannot grow.
 
     With ``init_method`` set, pass that to the initialisation: the address and port then are placeholders.
     """

@@ -206,7 +206,9 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
                                     config.parallel.ep if config is not None else 1)
     found = judge(reports, links, expected, device.type)
     if environment.rank == 0:
-        note = _spanning(config, deepspeed_tree or read_deepspeed(None), device, hosts) if links.experts and config is not None else None
+        note = None
+        if links.experts and config is not None:
+            note = _spanning(config, deepspeed_tree or read_deepspeed(None), device, hosts)
         _print(reports, links, note, found, time.monotonic() - started)
     dist.barrier()
     dist.destroy_process_group()
@@ -260,7 +262,9 @@ def _print(reports: list[Report], links: Links, note: str | None, problems: list
         lines.append("  together  " + ", ".join(f"{name} {speed:.3g} GB/s a rank" for name, speed in links.whole.items()))
     if links.experts:
         measured = ", ".join(f"{name} {speed:.3g}" for name, speed in links.experts.items())
-        lines += [f"  experts   all-to-all of EP groups, GB/s a rank: {measured}", *([f"  experts   {note}"] if note else [])]
+        lines.append(f"  experts   all-to-all of EP groups, GB/s a rank: {measured}")
+    if note:
+        lines.append(f"  experts   {note}")
     lines += [f"  wrong     {problem.text}" for problem in problems] or ["  nothing wrong"]
     line = exclude_line(problems)
     print("\n".join(lines + ([line] if line else [])), flush=True)
@@ -273,7 +277,7 @@ def main(arguments: list[str]) -> int:
                     "srun --ntasks-per-node=8 python -m launcher preflight --config configs/diffmoe_l_e16_flow.yaml\n"
                     "torchrun --standalone --nproc-per-node 2 -m launcher preflight --config configs/demo.yaml")
     parser.add_argument("--config", help="YAML file: its shards, its run folder, room for its checkpoints")
-    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/, for the price of EP groups that span nodes")
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, for the price of EP groups that span nodes")
     parser.add_argument("--from", dest="base", type=Path, default=Path.cwd(), help="where its relative paths start (default: here)")
     parser.add_argument("--between-nodes", type=float, metavar="GB/s", help="what a rank should reach to another node (default: pairs "
                         "are compared with each other)")

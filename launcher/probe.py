@@ -53,8 +53,8 @@ class Report:
 
 @dataclass(frozen=True)
 class Links:
-    """Bandwidths in GB/s (1e9 bytes), each direction at once.  Pairs: the slower of both ends; ``whole``: a rank's share, and so
-    ``experts``: all-to-all in the EP groups, where they span hosts, and among their ranks of one host."""
+    """Bandwidths in GB/s (1e9 bytes), each direction at once.  Pairs: the slower of both ends; ``whole``: a rank's
+    share; ``experts``: also, of all-to-all in EP groups, where they span hosts, and among their ranks of one host."""
 
     between_nodes: dict[tuple[str, str], float] = field(default_factory=dict)
     within_nodes: dict[tuple[int, int], float] = field(default_factory=dict)
@@ -296,8 +296,8 @@ class Exchange:
 
 def measure_links(environment: RankEnvironment, hosts: list[str], exchange: Any, size: int, device: torch.device,
                   ep: int = 1) -> Links:
-    """Pairs of nodes (rank i of one with rank i of the other, all at once), pairs within nodes, the whole, and EP groups of ``ep``
-    ranks where they span nodes.  Collective.
+    """Pairs of nodes (rank i of one with rank i of the other, all at once), pairs within nodes, the whole, and EP
+    groups of ``ep`` ranks where they span nodes.  Collective.
 
     ``hosts``: every rank's; ``exchange``: called with this rank's partner of a round, or None."""
     nodes = {host: [rank for rank, name in enumerate(hosts) if name == host] for host in dict.fromkeys(hosts)}
@@ -340,13 +340,14 @@ def _best_time(exchange: Callable[[Any], None], argument: Any) -> float:
 
 
 def _experts(rank: int, hosts: list[str], ep: int, exchange: Any) -> dict[str, float]:
-    """GB/s that each rank moves in all-to-all in its EP group, and among its ranks of one host where each has several.  By one
-    collective of all ranks: no group has to be made for it."""
+    """GB/s that each rank moves in all-to-all in its EP group, and among the group's ranks of one host if these are
+    several everywhere.  By collectives of all ranks: no group has to be made for it."""
     group = [other for other in range(len(hosts)) if other // ep == rank // ep]
+    exchanges = {OVER_HOSTS: group}
+    if spanned(hosts, ep)[1] > 1:
+        exchanges["inside a host"] = [other for other in group if hosts[other] == hosts[rank]]
     speeds = {}
-    for name, peers in ((OVER_HOSTS, group), ("inside a host", [other for other in group if hosts[other] == hosts[rank]])):
-        if name != OVER_HOSTS and spanned(hosts, ep)[1] == 1:
-            continue
+    for name, peers in exchanges.items():
         counts = [len(exchange.send) // len(peers) if other in peers else 0 for other in range(len(hosts))]
         speeds[name] = (sum(counts) - counts[rank]) / _best_time(exchange.all_to_all, counts) / 1e9
     return speeds
@@ -374,7 +375,8 @@ def _whole(environment: RankEnvironment, size: int, device: torch.device) -> dic
     return speeds
 
 
-def _merge(mine: dict[tuple[str, Any, Any], float], whole: dict[str, float], experts: dict[str, float], world: int) -> Links:
+def _merge(mine: dict[tuple[str, Any, Any], float], whole: dict[str, float], experts: dict[str, float],
+           world: int) -> Links:
     import torch.distributed as dist
 
     everybody: list[Any] = [None] * world

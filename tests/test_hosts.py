@@ -36,15 +36,16 @@ def asked_by(script):
 
 def layout_of(script, nodes, gpus):
     line = re.search(r"^layout=.*$", script.read_text(), re.M)[0]
-    done = subprocess.run(["bash", "-c", f'set -eu; source scripts/slurm/_common.sh; {line}; echo "$layout"'], cwd=REPOSITORY, check=True,
-                          env={"SLURM_JOB_NUM_NODES": str(nodes), "SLURM_GPUS_PER_NODE": gpus}, capture_output=True, text=True)
+    job = {"SLURM_JOB_NUM_NODES": str(nodes), "SLURM_GPUS_PER_NODE": gpus}
+    script = f'set -eu; source scripts/slurm/_common.sh; {line}; echo "$layout"'
+    done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, env=job, check=True, capture_output=True, text=True)
     return done.stdout.split()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_scripts_defaults_are_what_the_planner_finds(script):
-    """As many nodes as pay: twice as many bring less than 1.3 times the images/s, as launcher simulate has it.  On these, the
-    layout with the quickest step; and no fewer nodes are quicker."""
+    """As many nodes as pay: twice as many bring less than 1.3 times the images/s, as launcher simulate has it.  On
+    these, the fastest layout; and no fewer nodes are faster."""
     name, nodes, gpus, words = asked_by(script)
     config, tree = configuration(name), read_deepspeed(BF16)
     assert config.train.batch == 256  # as published
@@ -58,11 +59,13 @@ def test_a_scripts_defaults_are_what_the_planner_finds(script):
     assert fewer_nodes(config, tree, cluster, mine.time.total) is None
 
 
-@pytest.mark.parametrize(("nodes", "gpus", "ep"), [(1, "8", 8), (2, "h200:8", 16), (4, "8", 16), (2, "4", 8), (1, "1", 1)])
+@pytest.mark.parametrize(("nodes", "gpus", "ep"),
+                         [(1, "8", 8), (2, "h200:8", 16), (4, "8", 16), (2, "4", 8), (1, "1", 1)])
 def test_other_nodes_than_a_scripts_own_take_one_option(nodes, gpus, ep):
     words = layout_of(REPOSITORY / "scripts/slurm/train_xl_e16.sh", nodes, gpus)
     assert words == [f"parallel.ep={ep}", "parallel.recompute=none"]
-    resolve_layout(configuration("diffmoe_xl_e16_flow", *words, "train.accumulation=4"), nodes * int(gpus.rpartition(":")[2]))
+    config = configuration("diffmoe_xl_e16_flow", *words, "train.accumulation=4")
+    resolve_layout(config, nodes * int(gpus.rpartition(":")[2]))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -73,13 +76,13 @@ def test_the_documents_say_the_planners_times(script):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2] == f"{nodes} x {gpus}"
     points = extrapolate(configuration(name), read_deepspeed(BF16), H100, gpus, [gpus, 2 * gpus, 4 * gpus], "strong")
-    assert cells[3:] == [f"{1e3 * p.candidate.time.total:.0f} (EP {p.candidate.layout.ep})" if p.candidate.layout.ep > 1 else
-                         f"{1e3 * p.candidate.time.total:.0f}" for p in points]
+    found = [(f"{1e3 * p.candidate.time.total:.0f}", p.candidate.layout.ep) for p in points]
+    assert cells[3:] == [f"{ms} (EP {ep})" if ep > 1 else ms for ms, ep in found]
 
 
 @pytest.mark.parametrize(("hosts", "ep", "found"), [
-    ("aaaabbbb", 4, (1, 4)), ("aaaabbbb", 8, (2, 4)), ("abababab", 4, (2, 2)), ("aaabbbcc", 4, (2, 1)), ("abcd", 2, (2, 1)), ("abcd", 1, (1, 1)),
-    ("aabbccdd", 8, (4, 2)), ("a", 1, (1, 1)),
+    ("aaaabbbb", 4, (1, 4)), ("aaaabbbb", 8, (2, 4)), ("abababab", 4, (2, 2)), ("aaabbbcc", 4, (2, 1)),
+    ("abcd", 2, (2, 1)), ("abcd", 1, (1, 1)), ("aabbccdd", 8, (4, 2)), ("a", 1, (1, 1)),
 ])
 def test_which_groups_span_hosts(hosts, ep, found):
     assert spanned(hosts, ep) == found
@@ -103,7 +106,8 @@ def test_the_price_of_spanning_hosts_is_the_planners(name, hosts, ep, says):
         return
     begins, then = says.split("; ")
     assert line.startswith(begins) and "\n" not in line
-    exchange, step, inside = map(float, re.search(r"takes ([\d.]+) of ([\d.]+) ms a step, ([\d.]+) inside a host", line).groups())
+    numbers = re.search(r"takes ([\d.]+) of ([\d.]+) ms a step, ([\d.]+) inside a host", line)
+    exchange, step, inside = map(float, numbers.groups())
     assert inside < exchange < step
     one_host = evaluate(config, tree, Cluster(1, len(hosts), H100))
     assert inside == pytest.approx(1e3 * one_host.time.all_to_all, abs=0.06)
@@ -119,8 +123,8 @@ def test_the_price_of_spanning_hosts_is_the_planners(name, hosts, ep, says):
 
 
 @pytest.mark.parametrize(("name", "nodes", "fewer"), [
-    ("diffmoe_s_e16_flow", 2, 1), ("diffmoe_l_e8_flow", 8, 4), ("diffmoe_xl_e16_flow", 8, 4), ("diffmoe_s_e16_flow", 1, None),
-    ("diffmoe_l_e16_flow", 2, None), ("dense_xl_flow", 4, None),
+    ("diffmoe_s_e16_flow", 2, 1), ("diffmoe_l_e8_flow", 8, 4), ("diffmoe_xl_e16_flow", 8, 4),
+    ("diffmoe_s_e16_flow", 1, None), ("diffmoe_l_e16_flow", 2, None), ("dense_xl_flow", 4, None),
 ])
 def test_plan_and_submit_say_when_fewer_nodes_are_faster(name, nodes, fewer, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
@@ -142,8 +146,8 @@ def test_plan_and_submit_say_when_fewer_nodes_are_faster(name, nodes, fewer, mon
 @pytest.mark.parametrize(("gpus", "ep", "spans"), [(8, 8, False), (4, 8, True), (4, 4, False), (8, 16, True)])
 def test_plan_and_submit_say_when_ep_groups_span_hosts(gpus, ep, spans, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
-    words = ["--config", "configs/diffmoe_l_e16_flow.yaml", "--deepspeed_config", str(BF16), "--nodes", "2", "--gpus-per-node", str(gpus),
-             f"parallel.ep={ep}"]
+    words = ["--config", "configs/diffmoe_l_e16_flow.yaml", "--deepspeed_config", str(BF16), "--nodes", "2",
+             "--gpus-per-node", str(gpus), f"parallel.ep={ep}"]
     assert plan.main([*words, "--ep", str(ep)]) == 0
     said = capsys.readouterr().out
     assert main(["submit", *words, "--dry-run"]) == 0

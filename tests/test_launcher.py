@@ -234,8 +234,8 @@ def test_two_nodes_of_torchrun_and_of_deepspeeds_hostfile(tool, tmp_path):
     words = shlex.join(["run.py", *tiny(tmp_path / "run", "train.steps=3")])
     forget = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE DIFFMOE_STORE"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    called = "export SLURMD_NODENAME=node$node"
-    with Program(["sh", "-c", f"node=$RANK; {called}; unset {forget}; exec {start} {words}"], 2, {"PATH": path}) as program:
+    script = f"node=$RANK; export SLURMD_NODENAME=node$node; unset {forget}; exec {start} {words}"
+    with Program(["sh", "-c", script], 2, {"PATH": path}) as program:
         ends = program.wait(400)
     assert [end.returncode for end in ends] == [0, 0], ends
     assert "1 ranks" not in ends[0].stdout and "2 expert-parallel ranks" in ends[0].stdout

@@ -12,6 +12,8 @@ import torch
 from diffmoe import placement
 from diffmoe.placement import bind_near, cores_each, cores_of, describe, place, ranges
 from launcher.environment import RankEnvironment, detect, export
+from launcher.scaling import Trial, command_of
+from programs import REPOSITORY
 
 GPU = torch.device("cuda", 0)
 # Two sockets of four cores with two threads each, as the kernel counts them.
@@ -20,21 +22,17 @@ NEAR = {0: "0-3,8-11", 1: "4-7,12-15"}
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """``machine(socket, cores)``: this process, with a GPU on that socket, may run on these cores of 16; where it then runs is ``bound``."""
+    """``machine(socket, cores)``: this process, with a GPU on that socket, may run on these cores of 16."""
     def made(socket, cores, job=None):
         (tmp_path / "0001:4a:00.0").mkdir(exist_ok=True)
         (tmp_path / "0001:4a:00.0/local_cpulist").write_text(NEAR[socket] + "\n")
-        state = SimpleNamespace(cores=cores_of(cores), folder=tmp_path, threads=[])
+        state = SimpleNamespace(cores=cores_of(cores), folder=tmp_path)
         monkeypatch.setattr(torch.cuda, "get_device_properties",
                             lambda device: SimpleNamespace(pci_domain_id=1, pci_bus_id=0x4A, pci_device_id=0))
         monkeypatch.setattr(os, "cpu_count", lambda: 16)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: state.cores)
 
-        def move(thread, to):
-            state.threads.append(thread)
-            state.cores = to
-
-        monkeypatch.setattr(os, "sched_setaffinity", move)
+        monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cores: setattr(state, "cores", cores))
         monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
         if job:
             monkeypatch.setenv("SLURM_CPUS_ON_NODE", job)
@@ -96,7 +94,8 @@ def test_all_threads_and_children_follow(monkeypatch, tmp_path):
     try:
         assert bind_near(GPU, tmp_path) is None
         asked.set()
-        child = subprocess.run([sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"], capture_output=True, text=True)
+        command = [sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"]
+        child = subprocess.run(command, capture_output=True, text=True)
         assert done.wait(60) and seen == [near] and child.stdout.strip() == str(near)
         assert cores_each(1) == 1
     finally:
@@ -128,27 +127,50 @@ def test_lists_of_cores_as_the_kernel_writes_them(text):
 
 def test_the_log_says_what_the_environment_does(machine):
     machine(0, "0-15")
-    environ = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth0", "TORCH_NCCL_BLOCKING_WAIT": "1", "OMP_NUM_THREADS": "2",
-               "PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUDA_VISIBLE_DEVICES": "0,1", "HF_TOKEN": "secret", "PATH": "/bin"}
-    assert describe(environ) == ("CPUs 0-15 of 16; CUDA_VISIBLE_DEVICES=0,1 GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=ib0 OMP_NUM_THREADS=2 "
-                                 "PYTORCH_ALLOC_CONF=expandable_segments:True TORCH_NCCL_BLOCKING_WAIT=1")
+    shown = ("CUDA_VISIBLE_DEVICES=0,1 GLOO_SOCKET_IFNAME=eth0 NCCL_IB_HCA=mlx5 NCCL_SOCKET_IFNAME=ib0 "
+             "OMP_NUM_THREADS=2 PYTORCH_ALLOC_CONF=expandable_segments:True TORCH_NCCL_BLOCKING_WAIT=1")
+    environ = dict(word.split("=") for word in reversed([*shown.split(), "HF_TOKEN=secret", "PATH=/bin"]))
+    assert describe(environ) == f"CPUs 0-15 of 16; {shown}"
     assert describe({}) == "CPUs 0-15 of 16; no variable for NCCL or gloo"
 
 
 @pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
 def test_segments_expand_unless_the_user_has_said_otherwise(name):
-    environ = {} if name is None else {name: "max_split_size_mb:64"}
+    said = {} if name is None else {name: "max_split_size_mb:64"}
+    environ = dict(said)
     export(detect(environ), environ)
     allocator = {key: value for key, value in environ.items() if "ALLOC" in key}
-    assert allocator == ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if name is None else {name: "max_split_size_mb:64"})
+    assert allocator == (said or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 def test_a_programs_own_allocator_is_set_before_torch_is_there():
     """torch reads it when CUDA starts."""
-    program = ("import sys, run; find = run._main_of\n"
-               "def seen(verb): import os; print(os.environ['PYTORCH_ALLOC_CONF'], 'torch' in sys.modules); return find(verb)\n"
+    program = ("import os, sys, run; find = run._main_of\n"
+               "def seen(verb): print(os.environ['PYTORCH_ALLOC_CONF'], 'torch' in sys.modules); return find(verb)\n"
                "run._main_of = seen; run.main(['train', '--dry-run', '--config', 'configs/demo.yaml'])")
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environ = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, env=environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, env=environ, capture_output=True, text=True,
+                          timeout=120)
     assert "expandable_segments:True False" in done.stdout, done
+
+
+@pytest.mark.parametrize(("job", "bind"), [
+    ({"SLURM_GPUS_PER_NODE": "8"}, "none"), ({"SLURM_GPUS_PER_NODE": "h200:2"}, "none"),
+    ({"SLURM_GPUS_PER_NODE": "0", "SLURM_NTASKS_PER_NODE": "2"}, "cores"), ({"SLURM_NTASKS_PER_NODE": "2"}, "cores"),
+    ({"SLURM_GPUS_PER_NODE": "8", "DIFFMOE_CPU_BIND": "map_ldom:0,1"}, "map_ldom:0,1"),
+])
+def test_slurm_places_ranks_in_blocks_and_binds_cores_where_there_is_no_gpu(job, bind, monkeypatch, tmp_path):
+    """Steps of the job scripts, and those that ``launcher scaling`` starts in such a job."""
+    environ = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_NUM_NODES": "2",
+               "DIFFMOE_VENV": sys.prefix, **job}
+    script = ("set -euo pipefail; source scripts/slurm/_common.sh; enter_repository\n"
+              'printf "%s\\n" "${step[@]}" "$DIFFMOE_CPU_BIND"')
+    done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, env=environ, check=True, capture_output=True,
+                          text=True)
+    *step, said = done.stdout.splitlines()
+    monkeypatch.setenv("DIFFMOE_CPU_BIND", said)
+    options = SimpleNamespace(config="c.yaml", deepspeed_config=None, steps=1, warmup=1, synthetic=True, overrides=[],
+                              hostfile=None)
+    for words in (step, command_of(Trial("strong", 4, 2, 1, 1, 16, 1), options, "srun", 1, tmp_path / "r.json")):
+        assert words[0] == "srun" and {"--distribution=block:block", f"--cpu-bind={bind}"} <= set(words)
+        assert not [word for word in words if word.startswith("--gpu-bind")]  # every task sees all GPUs of its node

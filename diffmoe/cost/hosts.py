@@ -27,17 +27,18 @@ def hosts_of(ranks: int, per_node: int) -> list[int]:
     return [rank // per_node for rank in range(ranks)]
 
 
-def spanning(config: Config, layout: Layout, deepspeed_tree: dict, hardware: Hardware, hosts: Sequence[Hashable]) -> str | None:
+def spanning(config: Config, layout: Layout, deepspeed_tree: dict, hardware: Hardware,
+             hosts: Sequence[Hashable]) -> str | None:
     """A line about EP groups that span hosts, with the price on ``hardware``; None where none does."""
     touched, together = spanned(hosts, layout.ep)
     if touched == 1:
         return None
     per_node, engine = max(Counter(hosts).values()), engine_facts(deepspeed_tree)
-    time = step_time(config, layout, engine, hardware, per_node)
-    exchange, inside = (step_time(config, layout, engine, hardware, ranks).all_to_all for ranks in (together, layout.ranks))
-    step = time.total - time.all_to_all + exchange
+    time, apart, inside = (step_time(config, layout, engine, hardware, here)
+                           for here in (per_node, together, layout.ranks))
+    step = time.total - time.all_to_all + apart.all_to_all
     text = (f"EP groups of {layout.ep} ranks span {touched} hosts: by the plan ({hardware.name}) all-to-all takes "
-            f"{1e3 * exchange:.1f} of {1e3 * step:.1f} ms a step, {1e3 * inside:.1f} inside a host")
+            f"{1e3 * apart.all_to_all:.1f} of {1e3 * step:.1f} ms a step, {1e3 * inside.all_to_all:.1f} inside a host")
     smaller = math.gcd(layout.ep, per_node)
     if spanned(hosts, smaller)[0] > 1:
         return text + "; ranks of a host are not consecutive (srun --distribution=block)"

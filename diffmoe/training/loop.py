@@ -146,9 +146,10 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
             notice, unmixed = order_notice(reader, layout.pool if layout.pool > 1 else layout.batch)
             if unmixed:
                 notes.append(f"warning: {notice}" + " (in another run.folder)" * (newest is not None))
-            notes += filter(None, [spanning(config, layout, merge_deepspeed(deepspeed_tree, config, layout), machine_of(device), hosts)])
+            merged = merge_deepspeed(deepspeed_tree, config, layout)
+            notes += filter(None, [spanning(config, layout, merged, machine_of(device), hosts)])
             left_out = read_left_out(folder)
-            accepted += engine_changes(folder, merge_deepspeed(deepspeed_tree, config, layout)) if newest is not None else []
+            accepted += engine_changes(folder, merged) if newest is not None else []
             if layout.ranks > 1 and reduction(deepspeed_tree).precision != "fp32":
                 notes.append(f"gradients are summed in {reduction(deepspeed_tree).precision} across ranks, as the DeepSpeed JSON's "
                              "communication_data_type or data_types.grad_accum_dtype says")
