@@ -17,6 +17,9 @@ Source = Literal["torchrun", "deepspeed", "environment", "srun", "single"]
 # Slurm numbers its own steps (batch script, salloc's shell, ...) from here on: no step of srun's.
 _FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 
+# How torch's allocator is told; all but the first are older names of it (torch 2.11 to 2.13).
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 # All below 32768, where Linux starts to hand out ports of its own accord.
 _FIRST_PORT = 10_000
 _STEPS_PER_JOB = 32
@@ -57,6 +60,9 @@ def detect(environ: Mapping[str, str] = os.environ) -> RankEnvironment:
 def export(env: RankEnvironment, environ: MutableMapping[str, str] = os.environ) -> None:
     """Writes the variables that torch's ``env://`` and DeepSpeed read.
 
+    And, unless the user has, how torch's allocator keeps a GPU's memory, which it reads when CUDA starts: exchanges
+    between experts vary in size, and would leave gaps between segments that cannot grow.
+
     With ``init_method`` set, pass that to the initialisation: the address and port then are placeholders.
     """
     environ["RANK"] = str(env.rank)
@@ -65,6 +71,13 @@ def export(env: RankEnvironment, environ: MutableMapping[str, str] = os.environ)
     environ["LOCAL_WORLD_SIZE"] = str(env.local_world)
     environ["MASTER_ADDR"] = env.master_addr
     environ["MASTER_PORT"] = str(env.master_port)
+    if not any(name in environ for name in _ALLOCATOR):
+        environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def host_name() -> str:
+    """This node as its cluster calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def check_started(env: RankEnvironment, typed: bool) -> None:

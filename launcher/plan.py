@@ -9,9 +9,10 @@ from pathlib import Path
 
 from diffmoe.config import Config, load_config
 from diffmoe.cost.hardware import write_entry
+from diffmoe.cost.hosts import hosts_of, spanned, spanning
 from diffmoe.cost.layouts import (
-    GIB, MOST_NODES, RECOMPUTE, Candidate, Cluster, Nearest, Pins, candidates, evaluate, fixed_pool, largest_parts, nearest_fit, node_counts,
-    reasons,
+    GIB, MOST_NODES, RECOMPUTE, Candidate, Cluster, Nearest, Pins, candidates, evaluate, fewer_nodes, fixed_pool,
+    largest_parts, nearest_fit, node_counts, reasons,
 )
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import check_deepspeed, merge_deepspeed, precision, read_deepspeed
@@ -43,6 +44,9 @@ def main(arguments: list[str]) -> int:
     nearest = None if fitting else nearest_fit(config, tree, cluster, pins)
     steps = options.steps or config.train.steps
     print(_report(config, tree, cluster, configured, problem, found[:options.top], len(found), len(fitting), steps))
+    note = fewer_nodes(config, tree, cluster, fitting[0].time.total, pins) if fitting else None
+    if note:
+        print(f"\nnote: {note}")
     if not fitting:
         divides = found or any(candidates(config, tree, dataclasses.replace(cluster, nodes=nodes))
                                for nodes in node_counts(config, cluster, MOST_NODES))
@@ -102,11 +106,12 @@ def _report(config: Config, tree: dict, cluster: Cluster, configured: Candidate 
     if configured is None:
         lines.append(f"configured does not resolve: {problem}")
     else:
+        across = spanning(config, configured.layout, tree, hardware, hosts_of(cluster.ranks, cluster.per_node))
         lines += ["", f"as configured: {configured.label}: {'fits' if configured.fits else 'does NOT fit'}",
-                  *details(configured, steps)]
+                  *details(configured, steps), *([f"  hosts    {across}"] if across else [])]
     lines += ["", f"layouts    {tried} keep batch {config.train.batch} and pool {config.moe.pool}; {fitting} fit"]
     if shown:
-        lines += ["", *_table(shown, steps)]
+        lines += ["", *_table(shown, steps, cluster.per_node)]
     return "\n".join(lines)
 
 
@@ -137,14 +142,16 @@ def _mib(value: float) -> str:
     return f"{value / 2**20:.1f} MiB"
 
 
-def _table(shown: list[Candidate], steps: int) -> list[str]:
+def _table(shown: list[Candidate], steps: int, per_node: int) -> list[str]:
     best = shown[0]
-    lines = [f"{'':>3} {'EP':>3} {'ZeRO':>4} {'recompute':9} {'micro':>5} {'acc':>4} {'GiB':>7} {'ms/step':>8} {'images/s':>8} "
-             f"{'GPU-hours':>9}  why"]
+    lines = [f"{'':>3} {'EP':>3} {'hosts':>5} {'ZeRO':>4} {'recompute':9} {'micro':>5} {'acc':>4} {'GiB':>7} "
+             f"{'ms/step':>8} {'images/s':>8} {'GPU-hours':>9}  why"]
     for place, c in enumerate(shown, 1):
         hours = steps * c.time.total / 3600 * c.layout.ranks
-        lines.append(f"{place if c.fits else '-':>3} {c.layout.ep:>3} {c.engine.stage:>4} {c.config.parallel.recompute:9} "
-                     f"{c.layout.micro_batch:>5} {c.layout.accumulation:>4} {c.memory.peak / GIB:>7.2f} {1e3 * c.time.total:>8.1f} "
+        hosts, _ = spanned(hosts_of(c.layout.ranks, per_node), c.layout.ep)
+        lines.append(f"{place if c.fits else '-':>3} {c.layout.ep:>3} {hosts:>5} {c.engine.stage:>4} "
+                     f"{c.config.parallel.recompute:9} {c.layout.micro_batch:>5} {c.layout.accumulation:>4} "
+                     f"{c.memory.peak / GIB:>7.2f} {1e3 * c.time.total:>8.1f} "
                      f"{c.images_per_s:>8.0f} {hours:>9.0f}  {reasons(c, best)}")
     return lines
 

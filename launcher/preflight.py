@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import statistics
 import sys
 import time
@@ -17,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.errors import UserError
+from diffmoe.placement import place
 from launcher.command_line import Parser
-from launcher.environment import RankEnvironment, check_started, detect, typed_at_a_terminal
-from launcher.probe import Absent, Exchange, Links, Report
+from launcher.environment import RankEnvironment, check_started, detect, host_name, typed_at_a_terminal
+from launcher.probe import OVER_HOSTS, Absent, Exchange, Links, Report
 
 if TYPE_CHECKING:
-    from diffmoe.config import DataConfig
+    import torch
+
+    from diffmoe.config import Config
 
 CLOCK_TOLERANCE = 1.0  # seconds
 # A link below this share of what is expected is slow: expected is what the command line says, else what the better quarter
@@ -61,9 +64,11 @@ def judge(reports: list[Report], links: Links, expected: Expected, kind: str) ->
                              lambda a, b: f"{hosts[a]}: rank {a} - rank {b}", lambda rank: hosts[rank])
     nodes = len(set(hosts))
     limit = expected.between_nodes if nodes > 1 else expected.within_nodes
-    for name, speed in links.whole.items():
+    shared = {f"{name} of all ranks": speed for name, speed in links.whole.items()}
+    shared |= {"all-to-all of EP groups": speed for name, speed in links.experts.items() if name == OVER_HOSTS}
+    for name, speed in shared.items():
         if limit is not None and speed < SLOW["told"] * limit:
-            problems.append(Problem((), f"{name} of all ranks: {speed:.3g} GB/s a rank, {limit:.3g} expected"))
+            problems.append(Problem((), f"{name}: {speed:.3g} GB/s a rank, {limit:.3g} expected"))
     return list(dict.fromkeys(problems))
 
 
@@ -153,22 +158,24 @@ def exclude_line(problems: list[Problem]) -> str | None:
 
 
 def preflight(environment: RankEnvironment, config_path: str | None, overrides: list[str], base: Path, expected: Expected,
-              timeout: float, megabytes: int, *, host: str | None = None, clock: Callable[[], float] = time.time,
-              exchange_with: Callable[..., Any] = Exchange) -> int:
+              timeout: float, megabytes: int, deepspeed_tree: dict | None = None, *, host: str | None = None,
+              clock: Callable[[], float] = time.time, exchange_with: Callable[..., Any] = Exchange) -> int:
     """Measures, judges, prints; returns 0 or 1 on every rank.  Relative paths of the configuration start from ``base``.
+    ``deepspeed_tree``: the run's, for the price of EP groups that span nodes.
 
     ``host``, ``clock`` and ``exchange_with`` stand in for this machine's own: one machine can then play several, some of them ill."""
     from launcher import probe
 
     started = time.monotonic()
-    host = host or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    data, run, needed, problem = None, base, 0, None
+    host = host or host_name()
+    config, run, needed, problem = None, base, 0, None
     try:
         if config_path is not None:
-            data, run, needed = _demands(config_path, overrides, base)
+            config, run, needed = _demands(config_path, overrides, base)
         from diffmoe.device import local_device
 
         device = local_device(environment.local_rank, environment.local_world)
+        place(environment, device)
     except UserError as error:
         if environment.world == 1:
             raise
@@ -185,34 +192,48 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
     problems = [problem] if problem else []
     if first:
         problems += probe.gpu_problems(device) + probe.disk_problems(run, needed)
-        problems += probe.shard_problems(data, base) if data is not None else []
+        problems += probe.shard_problems(config.data, base) if config is not None and config.data.shards else []
     shares = probe.sees_rank_0(run, environment)
     versions = probe.versions(Path(__file__).resolve().parent.parent, device)
     report = Report(environment.rank, host, versions, tuple(problems), shares, probe.clock_offset(clock), probe.matmul_speed(device))
     reports: list[Any] = [None] * environment.world
     dist.all_gather_object(reports, report)
     # A rank without its GPU would wait for NCCL's others for ever: the links are then left alone.
-    links = Links()
+    links, hosts = Links(), [report.host for report in reports]
     if len({report.versions["device"] == "cpu" for report in reports}) == 1:
         size = megabytes * 2**20
-        links = probe.measure_links(environment, [report.host for report in reports],
-                                    exchange_with(environment, device, size), size, device)
+        links = probe.measure_links(environment, hosts, exchange_with(environment, device, size), size, device,
+                                    config.parallel.ep if config is not None else 1)
     found = judge(reports, links, expected, device.type)
     if environment.rank == 0:
-        _print(reports, links, found, time.monotonic() - started)
+        note = None
+        if links.experts and config is not None:
+            note = _spanning(config, deepspeed_tree or read_deepspeed(None), device, hosts)
+        _print(reports, links, note, found, time.monotonic() - started)
     dist.barrier()
     dist.destroy_process_group()
     return 1 if found else 0
 
 
-def _demands(config_path: str, overrides: list[str], base: Path) -> tuple[DataConfig | None, Path, int]:
-    """Where shards are (None: nowhere), run folder, and the bytes that its checkpoints will take."""
+def _spanning(config: Config, deepspeed_tree: dict, device: torch.device, hosts: list[str]) -> str | None:
+    from diffmoe.cost.hosts import spanning
+    from diffmoe.layout import resolve_layout
+    from diffmoe.training.plan_check import machine_of
+
+    try:
+        return spanning(config, resolve_layout(config, len(hosts)), deepspeed_tree, machine_of(device), hosts)
+    except UserError:  # a batch that does not divide by these ranks: they are not the run's
+        return None
+
+
+def _demands(config_path: str, overrides: list[str], base: Path) -> tuple[Config, Path, int]:
+    """The configuration, its run folder, and the bytes that its checkpoints will take."""
     from diffmoe.config import load_config
     from diffmoe.models.count import count
 
     config = load_config(config_path, overrides)
     needed = int(1.1 * _CHECKPOINT_BYTES * count(config.model, config.moe).total * (config.train.keep + 1))
-    return config.data if config.data.shards else None, base / config.run.folder, needed
+    return config, base / config.run.folder, needed
 
 
 def _absent(absent: Absent, environment: RankEnvironment) -> int:
@@ -225,7 +246,7 @@ def _absent(absent: Absent, environment: RankEnvironment) -> int:
     return 1
 
 
-def _print(reports: list[Report], links: Links, problems: list[Problem], seconds: float) -> None:
+def _print(reports: list[Report], links: Links, note: str | None, problems: list[Problem], seconds: float) -> None:
     nodes = len({report.host for report in reports})
     versions = reports[0].versions
     clocks = [report.clock for report in reports]
@@ -239,6 +260,11 @@ def _print(reports: list[Report], links: Links, problems: list[Problem], seconds
                          f"{least:.3g} ({a} - {b})")
     if links.whole:
         lines.append("  together  " + ", ".join(f"{name} {speed:.3g} GB/s a rank" for name, speed in links.whole.items()))
+    if links.experts:
+        measured = ", ".join(f"{name} {speed:.3g}" for name, speed in links.experts.items())
+        lines.append(f"  experts   all-to-all of EP groups, GB/s a rank: {measured}")
+    if note:
+        lines.append(f"  experts   {note}")
     lines += [f"  wrong     {problem.text}" for problem in problems] or ["  nothing wrong"]
     line = exclude_line(problems)
     print("\n".join(lines + ([line] if line else [])), flush=True)
@@ -251,6 +277,7 @@ def main(arguments: list[str]) -> int:
                     "srun --ntasks-per-node=8 python -m launcher preflight --config configs/diffmoe_l_e16_flow.yaml\n"
                     "torchrun --standalone --nproc-per-node 2 -m launcher preflight --config configs/demo.yaml")
     parser.add_argument("--config", help="YAML file: its shards, its run folder, room for its checkpoints")
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, for the price of EP groups that span nodes")
     parser.add_argument("--from", dest="base", type=Path, default=Path.cwd(), help="where its relative paths start (default: here)")
     parser.add_argument("--between-nodes", type=float, metavar="GB/s", help="what a rank should reach to another node (default: pairs "
                         "are compared with each other)")
@@ -267,6 +294,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"override {options.overrides[0]!r} needs --config")
     if not options.base.is_dir():
         raise UserError(f"--from ({options.base}) does not exist")
+    deepspeed_tree = read_deepspeed(options.deepspeed_config)
     if options.config is not None:
         options.config = str(Path(options.config).absolute())
         _demands(options.config, options.overrides, options.base)  # bad input is known before anybody waits
@@ -280,4 +308,4 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(1)
     return preflight(environment, options.config, options.overrides, Path.cwd(),
                      Expected(options.between_nodes, options.within_nodes), options.timeout,
-                     options.megabytes or (64 if on_gpu else 2))
+                     options.megabytes or (64 if on_gpu else 2), deepspeed_tree)

@@ -11,12 +11,13 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffmoe.cost.hosts import spanned
 from diffmoe.errors import UserError
 from launcher import gpus
 from launcher.environment import RankEnvironment, expand_nodelist
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "webdataset")
 _REPEATS = 5
+OVER_HOSTS = "over hosts"
 # More rounds than these add time and no knowledge: every node has met so many others.
 _MOST_ROUNDS = 15
 
@@ -51,11 +53,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Links:
-    """Bandwidths in GB/s (1e9 bytes), each direction at once.  Pairs: the slower of both ends; ``whole``: a rank's share."""
+    """Bandwidths in GB/s (1e9 bytes), each direction at once.  Pairs: the slower of both ends; ``whole``: a rank's
+    share; ``experts``: also, of all-to-all in EP groups, where they span hosts, and among their ranks of one host."""
 
     between_nodes: dict[tuple[str, str], float] = field(default_factory=dict)
     within_nodes: dict[tuple[int, int], float] = field(default_factory=dict)
     whole: dict[str, float] = field(default_factory=dict)
+    experts: dict[str, float] = field(default_factory=dict)
 
 
 class Absent(Exception):
@@ -279,18 +283,23 @@ class Exchange:
         self.received = torch.empty_like(self.send)
 
     def __call__(self, partner: int | None) -> None:
+        self.all_to_all([len(self.send) if rank == partner else 0 for rank in range(self.world)])
+
+    def all_to_all(self, counts: list[int]) -> None:
+        """Sends so many bytes to each rank, and receives as many."""
         import torch
         import torch.distributed as dist
 
-        counts = [len(self.send) if rank == partner else 0 for rank in range(self.world)]
         total = sum(counts)
         dist.all_to_all_single(self.received[:total], self.send[:total], counts, counts)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def measure_links(environment: RankEnvironment, hosts: list[str], exchange: Any, size: int, device: torch.device) -> Links:
-    """Pairs of nodes (rank i of one with rank i of the other, all at once), pairs within nodes, and the whole.  Collective.
+def measure_links(environment: RankEnvironment, hosts: list[str], exchange: Any, size: int, device: torch.device,
+                  ep: int = 1) -> Links:
+    """Pairs of nodes (rank i of one with rank i of the other, all at once), pairs within nodes, the whole, and EP
+    groups of ``ep`` ranks where they span nodes.  Collective.
 
     ``hosts``: every rank's; ``exchange``: called with this rank's partner of a round, or None."""
     nodes = {host: [rank for rank, name in enumerate(hosts) if name == host] for host in dict.fromkeys(hosts)}
@@ -315,19 +324,35 @@ def measure_links(environment: RankEnvironment, hosts: list[str], exchange: Any,
         if key:
             mine[key] = size / seconds / 1e9
     whole = _whole(environment, size, device)
-    return _merge(mine, whole, environment.world)
+    spans = environment.world % ep == 0 and spanned(hosts, ep)[0] > 1
+    experts = _experts(environment.rank, hosts, ep, exchange) if spans else {}
+    return _merge(mine, whole, experts, environment.world)
 
 
-def _best_time(exchange: Any, partner: int | None) -> float:
+def _best_time(exchange: Callable[[Any], None], argument: Any) -> float:
     import torch.distributed as dist
 
     best = float("inf")
     for _ in range(_REPEATS):
         dist.barrier()
         start = time.perf_counter()
-        exchange(partner)
+        exchange(argument)
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def _experts(rank: int, hosts: list[str], ep: int, exchange: Any) -> dict[str, float]:
+    """GB/s that each rank moves in all-to-all in its EP group, and among the group's ranks of one host if these are
+    several everywhere.  By collectives of all ranks: no group has to be made for it."""
+    group = [other for other in range(len(hosts)) if other // ep == rank // ep]
+    exchanges = {OVER_HOSTS: group}
+    if spanned(hosts, ep)[1] > 1:
+        exchanges["inside a host"] = [other for other in group if hosts[other] == hosts[rank]]
+    speeds = {}
+    for name, peers in exchanges.items():
+        counts = [len(exchange.send) // len(peers) if other in peers else 0 for other in range(len(hosts))]
+        speeds[name] = (sum(counts) - counts[rank]) / _best_time(exchange.all_to_all, counts) / 1e9
+    return speeds
 
 
 def _whole(environment: RankEnvironment, size: int, device: torch.device) -> dict[str, float]:
@@ -352,20 +377,23 @@ def _whole(environment: RankEnvironment, size: int, device: torch.device) -> dic
     return speeds
 
 
-def _merge(mine: dict[tuple[str, Any, Any], float], whole: dict[str, float], world: int) -> Links:
+def _merge(mine: dict[tuple[str, Any, Any], float], whole: dict[str, float], experts: dict[str, float],
+           world: int) -> Links:
     import torch.distributed as dist
 
     everybody: list[Any] = [None] * world
-    dist.all_gather_object(everybody, (mine, whole))
-    pairs: dict[tuple[str, Any, Any], float] = {}
-    least: dict[str, float] = {}
-    for theirs, speeds in everybody:
-        for key, speed in theirs.items():
-            pairs[key] = min(speed, pairs.get(key, speed))
-        for name, speed in speeds.items():
-            least[name] = min(speed, least.get(name, speed))
+    dist.all_gather_object(everybody, (mine, whole, experts))
+    pairs, together, exchange = (_least(speeds) for speeds in zip(*everybody))
     return Links({key[1:]: speed for key, speed in pairs.items() if key[0] == "nodes"},
-                 {key[1:]: speed for key, speed in pairs.items() if key[0] == "ranks"}, least)
+                 {key[1:]: speed for key, speed in pairs.items() if key[0] == "ranks"}, together, exchange)
+
+
+def _least(speeds: Iterable[dict[Any, float]]) -> dict[Any, float]:
+    """The lowest of all ranks' figures for each name."""
+    least: dict[Any, float] = {}
+    for mine in speeds:
+        least |= {name: min(speed, least.get(name, speed)) for name, speed in mine.items()}
+    return least
 
 
 def _existing(folder: Path) -> Path:

@@ -238,7 +238,9 @@ def command_of(trial: Trial, options: argparse.Namespace, start: str, pool: int 
     tools = Path(sys.executable).parent
     if start == "srun":
         return ["srun", f"--nodes={trial.nodes}", f"--ntasks={trial.ranks}", f"--ntasks-per-node={here}",
-                f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}", "--kill-on-bad-exit=1", sys.executable, *program]
+                f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}", "--distribution=block:block",
+                f"--cpu-bind={os.environ.get('DIFFMOE_CPU_BIND', 'none')}", "--kill-on-bad-exit=1",
+                sys.executable, *program]
     if start == "torchrun":
         return [str(tools / "torchrun"), "--standalone", "--nproc-per-node", str(trial.ranks), *program]
     hosts = ["--hostfile", str(options.hostfile), "--num_nodes", str(trial.nodes)] if options.hostfile else []

@@ -89,6 +89,9 @@ def main(arguments: list[str]) -> int:
     if not (root / "scripts/slurm/_common.sh").is_file():
         raise UserError(f"{root} has no scripts/slurm/_common.sh: submit from the repository's root")
     from diffmoe.config import load_config
+    from diffmoe.cost.hardware import choose, read_table
+    from diffmoe.cost.hosts import hosts_of, spanning
+    from diffmoe.cost.layouts import Cluster, evaluate, fewer_nodes, fixed_pool
     from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
     from diffmoe.layout import resolve_layout
 
@@ -99,8 +102,14 @@ def main(arguments: list[str]) -> int:
               options.signal, options.partition, options.account, tuple(options.sbatch),
               (*(word for word in options.overrides if not word.startswith("run.folder=")), f"run.folder={config.run.folder}"))
     check(job)
-    layout = resolve_layout(config, job.nodes * job.ranks_per_node)
-    merge_deepspeed(read_deepspeed(options.deepspeed_config), config, layout)
+    layout, tree = resolve_layout(config, job.nodes * job.ranks_per_node), read_deepspeed(options.deepspeed_config)
+    merge_deepspeed(tree, config, layout)
+    hardware = choose(read_table(None), options.gpu if job.gpus_per_node else "cpu")
+    cluster = Cluster(job.nodes, job.ranks_per_node, hardware)
+    notes = (spanning(config, layout, tree, hardware, hosts_of(layout.ranks, job.ranks_per_node)),
+             fewer_nodes(fixed_pool(config, layout.ranks), tree, cluster, evaluate(config, tree, cluster).time.total))
+    for note in filter(None, notes):
+        print(f"note: {note}", file=sys.stderr)
     script = render(job)
     if options.dry_run:
         print(script, end="")
@@ -131,6 +140,7 @@ def _parser() -> Parser:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8, help="0: a CPU cluster (default: %(default)s)")
     parser.add_argument("--ranks-per-node", type=int, help="without GPUs; with GPUs it is their number")
+    parser.add_argument("--gpu", default="h100", help="the hardware table's, for the layout's price (default: %(default)s)")
     parser.add_argument("--cpus-per-rank", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--time", default="24:00:00", help="limit of one start; the job requeues itself (default: %(default)s)")
     parser.add_argument("--memory", default="0", help="of a node, such as 200G (default: 0, all of it)")

@@ -42,15 +42,16 @@ def other_versions(root: Path, device: Any) -> dict[str, str]:
 VERSIONS = probe.versions
 
 
-def run(case: str, base: Path, *, timeout: float = 60.0, here: bool = True, **stand_ins: Any) -> None:
+def run(case: str, base: Path, *, timeout: float = 60.0, here: bool = True, per_node: int = 1, ep: int = 2,
+        told: float | None = None, **stand_ins: Any) -> None:
     """One case's preflight on this rank (not where it is not ``here``); what it said and its code go into a file."""
     out = io.StringIO()
     code = 0
     if here:
-        environment = RankEnvironment(RANK, WORLD, 0, 1, "srun", f"file://{FOLDER}/store-{case}")
+        environment = RankEnvironment(RANK, WORLD, RANK % per_node, per_node, "srun", f"file://{FOLDER}/store-{case}")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            code = preflight(environment, "configs/demo.yaml", ["run.folder=run"], base, Expected(), timeout, 2,
-                             host=f"node{RANK}", **stand_ins)
+            code = preflight(environment, "configs/demo.yaml", ["run.folder=run", f"parallel.ep={ep}"], base,
+                             Expected(told), timeout, 2, host=f"node{RANK // per_node}", **stand_ins)
     (FOLDER / f"{case}.{RANK}.json").write_text(json.dumps({"code": code, "said": out.getvalue()}))
 
 
@@ -65,6 +66,9 @@ def main() -> None:
     run("shards", FOLDER / "bad" if RANK == 3 else good)
     clock: Callable[[], float] = (lambda: time.time() + 90) if RANK == 2 else time.time
     run("clock", good, clock=clock)
+    run("inside", good, per_node=2)
+    run("spanning", good, per_node=2, ep=4)
+    run("slow_experts", good, per_node=2, ep=4, told=1e6)
     run("own_disk", FOLDER / "own" if RANK == 0 else good)
     os.environ["SLURM_JOB_NODELIST"] = "node[0-3]"
     run("absent", good, timeout=3.0, here=RANK != 3)

@@ -234,10 +234,14 @@ def test_two_nodes_of_torchrun_and_of_deepspeeds_hostfile(tool, tmp_path):
     words = shlex.join(["run.py", *tiny(tmp_path / "run", "train.steps=3")])
     forget = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE DIFFMOE_STORE"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with Program(["sh", "-c", f"node=$RANK; unset {forget}; exec {start} {words}"], 2, {"PATH": path}) as program:
+    script = f"node=$RANK; export SLURMD_NODENAME=node$node; unset {forget}; exec {start} {words}"
+    with Program(["sh", "-c", script], 2, {"PATH": path}) as program:
         ends = program.wait(400)
     assert [end.returncode for end in ends] == [0, 0], ends
     assert "1 ranks" not in ends[0].stdout and "2 expert-parallel ranks" in ends[0].stdout
+    said = re.findall(r"^EP groups of 2 ranks span 2 hosts: by the plan \(one CPU core.*$", ends[0].stdout, re.M)
+    assert len(said) == 1 and said[0].endswith("ms") and "span" not in ends[1].stdout
+    assert re.findall(r"^place    CPUs .* PYTORCH_ALLOC_CONF=expandable_segments:True", ends[0].stdout, re.M)
     undisturbed = losses(trained()[0])
     assert losses(tmp_path / "run")[1] == undisturbed[1]
 

@@ -1,6 +1,7 @@
 """Preflight: what it finds on ranks that play several nodes, and how it judges what they report."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -41,6 +42,19 @@ def assert_found(ranks, exclude, *texts, codes=(1, 1, 1, 1)):
 def test_healthy_nodes_pass(played):
     assert_found(played["healthy"], None, "4 nodes, 4 ranks", "6 pairs swap at", "all-reduce", "all-to-all", "nothing wrong", codes=(0,) * 4)
     assert [rank["said"] for rank in played["healthy"][1:]] == ["", "", ""]
+
+
+def test_ep_groups_that_span_nodes_are_measured_beside_the_inside_of_one(played):
+    measured = r"^  experts   all-to-all of EP groups, GB/s a rank: over hosts [\d.e+-]+"
+    said = played["healthy"][0]["said"]  # four nodes of one rank: none has an inside
+    assert re.search(measured + "$", said, re.M), said
+    assert "  experts   EP groups of 2 ranks span 2 hosts: by the plan (one CPU core" in said
+    said = played["spanning"][0]["said"]
+    assert re.search(measured + r", inside a host [\d.e+-]+$", said, re.M), said
+    assert "  experts   EP groups of 4 ranks span 2 hosts" in said and "with parallel.ep=2, inside hosts" in said
+    assert "experts" not in played["inside"][0]["said"]
+    assert_found(played["slow_experts"], "node0,node1", "wrong     all-to-all of EP groups: ",
+                 "GB/s a rank, 1e+06 expected")
 
 
 def test_another_version_on_one_node(played):

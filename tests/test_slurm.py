@@ -44,7 +44,7 @@ def cluster():
             pytest.fail(text)
         pytest.skip(text)
     # Unix sockets lie below this folder: pytest's own are too long a path.
-    with Cluster(Path(tempfile.mkdtemp(prefix="slurm-")) / "c", nodes=3) as running:
+    with Cluster(Path(tempfile.mkdtemp(prefix="slurm-")) / "c", nodes=4) as running:
         yield running
 
 
@@ -139,6 +139,12 @@ def test_a_run_folder_holds_code_configuration_and_logs_per_node(undisturbed, cl
     assert "4 expert-parallel ranks" in log and re.search(r"^plan: \S+ ms a step, measured ", log, re.M)
     said = run.with_suffix(".out").read_text()
     assert "preflight: 2 nodes, 4 ranks" in said and "nothing wrong" in said
+    for text in (log, said):  # of training and of preflight
+        assert text.count("EP groups of 4 ranks span 2 hosts: by the plan (") == 1
+    assert re.search(r"  experts   all-to-all of EP groups, GB/s a rank: over hosts \S+, inside a host \S+$", said, re.M)
+    # Every task has been shown all GPUs of its job on the node.
+    assert re.findall(r"^place    CPUs .*?CUDA_VISIBLE_DEVICES=(\S+) .*OMP_NUM_THREADS=1 PYTORCH_ALLOC_CONF=expandable_segments:True", log,
+                      re.M) == ["0,1"]
     last = max(losses(run))
     assert f"finished (step {last} of {last})" in said
 
@@ -174,7 +180,7 @@ def test_the_signal_before_the_limit_a_preemption_and_a_cancelled_job(cluster, w
     saves_and_goes_on(1, restarts=0)
     restarts = job.restarts
     (work / "urgent.sh").write_text("#!/bin/sh\n:\n")
-    urgent = cluster.submit(work / "urgent.sh", options=("--partition=urgent", "--exclusive", "--nodes=3"), log=work / "urgent.out")
+    urgent = cluster.submit(work / "urgent.sh", options=("--partition=urgent", "--exclusive", "--nodes=4"), log=work / "urgent.out")
     assert urgent.wait() == "COMPLETED"
     saves_and_goes_on(2, restarts)
     restarts = job.restarts
@@ -222,8 +228,8 @@ def test_sample_evaluate_and_encode(cluster, work, undisturbed):
         cluster.submit("sample.sh", "--checkpoint", run, "--count", 20, "--out", work / "drawn", options=one, log=work / "sample.out"),
         cluster.submit("evaluate.sh", "--checkpoint", run, "--reference", digits(), "--extractor", "digits", "--count", 200, "--no-samples",
                        "--out", work / "scores", options=one, log=work / "evaluate.out"),
-        cluster.submit("encode.sh", "--source", work / "pictures", "--image-size", 8, "--out", work / "shards", options=one,
-                       log=work / "encode.out")]
+        cluster.submit("encode.sh", "--source", work / "pictures", "--image-size", 8, "--out", work / "shards",
+                       options=(*one, "--gpus-per-node=0", "--ntasks-per-node=2"), log=work / "encode.out")]  # tasks bound to cores
     for job in jobs:
         assert job.wait() == "COMPLETED", job.said()
     assert np.load(work / "drawn.npz")["images"].shape == (20, 1, 8, 8)
@@ -257,8 +263,7 @@ def test_a_scaling_benchmark_over_two_nodes(cluster, work):
 @pytest.mark.parametrize("script", ["train_s_e16.sh", "train_l_e8.sh", "train_xl_e16.sh", "train_dense_xl.sh"])
 def test_slurm_accepts_the_other_scripts(cluster, script, work):
     """`sbatch --test-only`: header and size; the body is that of train_l_e16.sh but for the configuration's name."""
-    nodes = {"train_xl_e16.sh": "--nodes=3"}.get(script, "--nodes=1")  # the cluster has three
-    cluster.submit(script, options=("--test-only", nodes), log=work / "x.out")
+    cluster.submit(script, options=("--test-only",), log=work / "x.out")
 
 
 def test_submit_submits(cluster, work):

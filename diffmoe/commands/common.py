@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Iterator
 from diffmoe.config import Config, check_guidance, override
 from diffmoe.errors import UserError
 from diffmoe.paths import PathParser
+from diffmoe.placement import cores_each, place
 from launcher.environment import RankEnvironment, check_master, missed
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) 
 
     from diffmoe.device import backend, bound, check_own_gpu, local_device
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Ranks of one node share its cores; torch would give every one of them all.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment.local_world))
     device = local_device(environment.local_rank, environment.local_world)
+    place(environment, device)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores_each(environment.local_world))  # torch would give every rank all of the node's
     with _note_where_it_takes_long(environment):
         # The store comes first, by itself: NCCL's own words for two ranks on one GPU are not for users.
         try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import os
 import time
 from pathlib import Path
 
 from diffmoe.commands.common import Parser, join, leave
 from diffmoe.data.encode_request import STORAGES, Request
+from diffmoe.placement import cores_each
 from launcher.environment import RankEnvironment
 
 # Ranks that have no shard left in the last round wait for those that have, which on a CPU takes hours.
@@ -41,7 +41,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
                         help="their names, one a line (default: the class folders')")
     parser.add_argument("--first-class", type=int, default=0, help="the label of the first class in tars (default 0)")
     parser.add_argument("--allow-empty-classes", action="store_true", help="folders without a picture are classes, too")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // environment.local_world),
+    parser.add_argument("--workers", type=int, default=cores_each(environment.local_world),
                         help="threads that read pictures, a rank")
     parser.add_argument("--bad-share", type=float, default=0.01,
                         help="give up when more of the pictures are bad, or left out though they look like samples")

@@ -14,6 +14,7 @@ from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed, z
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.models.count import count
+from diffmoe.placement import describe as describe_place
 from diffmoe.training.stop import stop_requests
 from launcher.environment import RankEnvironment
 
@@ -60,6 +61,8 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     patience = datetime.timedelta(seconds=watchdog.START_FACTOR * config.run.timeout_s or 1800)
     watchdog.record_collectives()
     device = join(environment, patience)
+    if environment.rank == 0:
+        print(f"place    {describe_place()}", flush=True)
     loop.train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks, patience), device, asked,
                environment.local_world, options.new_recipe)
     leave()

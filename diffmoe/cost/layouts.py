@@ -183,6 +183,20 @@ def nearest_fit(config: Config, tree: dict, cluster: Cluster, pins: Pins, most_n
     return None
 
 
+def fewer_nodes(config: Config, tree: dict, cluster: Cluster, seconds: float, pins: Pins = Pins()) -> str | None:
+    """A line where a step, which takes ``seconds`` on the cluster, would be faster on fewer of its nodes; else None."""
+    counts = node_counts(config, replace(cluster, nodes=1), cluster.nodes - 1)
+    best = [(nodes, c) for nodes in counts
+            for c in candidates(config, tree, replace(cluster, nodes=nodes), pins)[:1] if c.fits]
+    if not best:
+        return None
+    nodes, fastest = min(best, key=lambda entry: entry[1].time.total)
+    if fastest.time.total >= seconds:
+        return None
+    return (f"fewer nodes would be faster with train.batch {config.train.batch}: {1e3 * fastest.time.total:.1f} ms a "
+            f"step on {nodes} ({fastest.label}), {1e3 * seconds:.1f} on {cluster.nodes}")
+
+
 def node_counts(config: Config, cluster: Cluster, most_nodes: int) -> list[int]:
     """The cluster's nodes and more of them, where the batch divides by their ranks."""
     return [nodes for nodes in range(cluster.nodes, most_nodes + 1) if config.train.batch % (nodes * cluster.per_node) == 0]

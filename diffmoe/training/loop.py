@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from diffmoe.config import Config, DataConfig, check_guidance, config_to_tree
+from diffmoe.cost.hosts import spanning
 from diffmoe.data.feed import Feed, open_reader, order_notice
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share, allow_open_files
@@ -32,13 +33,14 @@ from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
 from diffmoe.training.metrics import Meter, Writer
-from diffmoe.training.plan_check import PlanCheck
+from diffmoe.training.plan_check import PlanCheck, machine_of
 from diffmoe.training.resume import (
     Recipe, check_resumable, engine_changes, read_left_out, recipes_as_counters, write_left_out,
 )
 from diffmoe.training.run_lock import RunLock
 from diffmoe.training.step import StepReport, train_step
 from diffmoe.training.watchdog import Watchdog, watch_layers
+from launcher.environment import host_name
 
 
 @dataclass
@@ -128,6 +130,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
 
     folder = Path(config.run.folder)
     newest = newest_usable(folder / "checkpoints", groups, say_passed_over)
+    hosts = gather_objects(host_name(), groups.world)
     reader, problem, accepted, recipes, left_out, notes, compiled = None, None, [], [], [], [], False
     try:
         # A new recipe may choose its order anew; the same recipe keeps it.
@@ -143,8 +146,10 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
             notice, unmixed = order_notice(reader, layout.pool if layout.pool > 1 else layout.batch)
             if unmixed:
                 notes.append(f"warning: {notice}" + " (in another run.folder)" * (newest is not None))
+            merged = merge_deepspeed(deepspeed_tree, config, layout)
+            notes += filter(None, [spanning(config, layout, merged, machine_of(device), hosts)])
             left_out = read_left_out(folder)
-            accepted += engine_changes(folder, merge_deepspeed(deepspeed_tree, config, layout)) if newest is not None else []
+            accepted += engine_changes(folder, merged) if newest is not None else []
             if layout.ranks > 1 and reduction(deepspeed_tree).precision != "fp32":
                 notes.append(f"gradients are summed in {reduction(deepspeed_tree).precision} across ranks, as the DeepSpeed JSON's "
                              "communication_data_type or data_types.grad_accum_dtype says")

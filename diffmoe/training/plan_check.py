@@ -7,9 +7,16 @@ import statistics
 import torch
 
 from diffmoe.config import Config
+from diffmoe.cost.hardware import Hardware, named_like, read_table
 from diffmoe.cost.plan_error import AFTER_STEPS, plan_error
 from diffmoe.device import peak_memory_gib
 from diffmoe.layout import Layout
+
+
+def machine_of(device: torch.device) -> Hardware:
+    """The hardware table's entry for the device; for a GPU that it does not know an H100's."""
+    table = read_table(None)
+    return named_like(table, "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)) or table["h100"]
 
 
 class PlanCheck:

@@ -5,16 +5,19 @@
 #   sbatch --nodes=4 --gpus-per-node=4 scripts/slurm/train_l_e16.sh train.lr=2e-4
 #
 # From the environment: DIFFMOE_CONFIG and DIFFMOE_DEEPSPEED_CONFIG (other files than the script's), DIFFMOE_PREFLIGHT (no: skip
-# it; otherwise options for it), DIFFMOE_ROOT (the repository, when submitted from elsewhere), DIFFMOE_VENV (another environment than its .venv).
+# it; otherwise options for it), DIFFMOE_ROOT (the repository, when submitted from elsewhere), DIFFMOE_VENV (another
+# environment than its .venv), DIFFMOE_CPU_BIND (another --cpu-bind of srun).
 #
 # The signal before the limit comes to this shell alone (--signal=B:USR1@120; a save that needs longer: sbatch
 # --signal=B:USR1@600).  It hands SIGUSR1 on to the ranks, which save and end.  Ranks that ended short of their goal, for
 # whatever reason, make the job requeue itself, unless their input was wrong or three starts brought no progress.
 
-# train CONFIG [key=value ...]: a training job, all of it.
+# train CONFIG [key=value ...]: a training job, all of it.  $layout: overrides that go with CONFIG, before those of the
+# command line; another configuration (DIFFMOE_CONFIG) has its own.
 train() {
   local config=${DIFFMOE_CONFIG:-$1} deepspeed_config=${DIFFMOE_DEEPSPEED_CONFIG:-ds_configs/zero1_bf16.json} folder=() recipe=() overrides=() word
   shift
+  [[ -n ${DIFFMOE_CONFIG:-} ]] || read -r -a overrides <<<"${layout:-}"
   for word in "$@"; do
     if [[ $word == --new-recipe ]]; then recipe=("$word"); else overrides+=("$word"); fi
   done
@@ -56,7 +59,26 @@ enter_repository() {
   source "$venv/bin/activate"
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} PYTHONUNBUFFERED=1
   trap stop_requested USR1
-  # As many ranks on a node as GPUs; without GPUs (sbatch --gpus-per-node=0) as --ntasks-per-node says.
+  count_ranks
+  # Without GPUs Slurm binds each task to cores of its own.  With GPUs that would be wrong where tasks leave cores free:
+  # Slurm fills the first socket, also with tasks whose GPUs are on the second.  There each rank moves to the cores near
+  # its GPU by itself (diffmoe/placement.py).
+  local cpu_bind=none
+  [[ ${SLURM_GPUS_PER_NODE:-0} != 0 ]] || cpu_bind=cores
+  export DIFFMOE_CPU_BIND=${DIFFMOE_CPU_BIND:-$cpu_bind}
+  # Tasks are counted in full: the header's --ntasks-per-node does not follow a --gpus-per-node given to sbatch.
+  # Ranks of a node are consecutive (block), as EP groups are: these then share a node where they can.
+  # No --gpu-bind: every task sees all of the job's GPUs on its node, and takes the one of its number.  NCCL's direct
+  # copies between GPUs need both visible: single:1 and closest end them where cgroups hide the others.  none leaves
+  # CUDA_VISIBLE_DEVICES unset (Slurm 22.05), and a job that shares its node would take another job's GPUs.
+  # Peers of a rank that ended with an error get a minute to end by themselves: killed at once, their code would hide the error's.
+  step=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$tasks"
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --distribution=block:block --cpu-bind="$DIFFMOE_CPU_BIND"
+    --kill-on-bad-exit=0 --wait=60)
+}
+
+# $tasks ranks a node, $ranks in all: one a GPU; without GPUs (sbatch --gpus-per-node=0) as --ntasks-per-node says.
+count_ranks() {
   tasks=${SLURM_GPUS_PER_NODE:-0}
   tasks=${tasks##*:} # h200:8
   [[ $tasks != 0 ]] || tasks=${SLURM_NTASKS_PER_NODE:-1}
@@ -65,10 +87,12 @@ enter_repository() {
     exit 2
   fi
   ranks=$((SLURM_JOB_NUM_NODES * tasks))
-  # Tasks are counted in full: the header's --ntasks-per-node does not follow a --gpus-per-node given to sbatch.
-  # Peers of a rank that ended with an error get a minute to end by themselves: killed at once, their code would hide the error's.
-  step=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$tasks"
-    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=60)
+}
+
+# at_most N: all ranks of the job, but no more than N.
+at_most() {
+  count_ranks
+  echo $((ranks < $1 ? ranks : $1))
 }
 
 # Are these nodes fit for it?  Prints which to exclude if not.
@@ -76,7 +100,8 @@ preflight() {
   [[ ${DIFFMOE_PREFLIGHT:-} != no ]] || return 0
   local here=$PWD
   # shellcheck disable=SC2086  # options, one a word
-  (cd "$code" && "${step[@]}" python -m launcher preflight --config "$job/config.yaml" --from "$here" ${DIFFMOE_PREFLIGHT:-})
+  (cd "$code" && "${step[@]}" python -m launcher preflight --config "$job/config.yaml" \
+    --deepspeed_config "$job/deepspeed.json" --from "$here" ${DIFFMOE_PREFLIGHT:-})
 }
 
 # The signal before the limit: to the ranks.  Where none run yet, none are started.

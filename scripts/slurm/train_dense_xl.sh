@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=diffmoe-dense-xl
-#SBATCH --nodes=2
+#SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
@@ -10,7 +10,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# The dense DiT-XL/2, rectified flow, on two nodes of 8 GPUs. From the repository's root:
+# The dense DiT-XL/2, rectified flow, on four nodes of 8 GPUs. From the repository's root
+# (nodes and layout: the planner's for batch 256 on H100s, docs/cluster.md; other nodes: sbatch --nodes=N):
 #   sbatch scripts/slurm/train_dense_xl.sh [key=value ...]
 # Trains in bf16, which is faster; the published rows are fp32 with TF32 matmuls:
 #   DIFFMOE_DEEPSPEED_CONFIG=ds_configs/zero1_fp32.json sbatch scripts/slurm/train_dense_xl.sh [key=value ...]

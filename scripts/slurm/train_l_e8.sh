@@ -10,7 +10,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# DiffMoE-L with 8 experts, rectified flow, on one node of 8 GPUs. From the repository's root:
+# DiffMoE-L with 8 experts, rectified flow, on one node of 8 GPUs. From the repository's root
+# (nodes and layout: the planner's for batch 256 on H100s, docs/cluster.md; other nodes: sbatch --nodes=N):
 #   sbatch scripts/slurm/train_l_e8.sh [key=value ...]
 # Trains in bf16, which is faster; the published rows are fp32 with TF32 matmuls:
 #   DIFFMOE_DEEPSPEED_CONFIG=ds_configs/zero1_fp32.json sbatch scripts/slurm/train_l_e8.sh [key=value ...]

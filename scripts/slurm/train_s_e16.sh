@@ -10,7 +10,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# DiffMoE-S with 16 experts, rectified flow, on one node of 8 GPUs. From the repository's root:
+# DiffMoE-S with 16 experts, rectified flow, on one node of 8 GPUs. From the repository's root
+# (nodes and layout: the planner's for batch 256 on H100s, docs/cluster.md; other nodes: sbatch --nodes=N):
 #   sbatch scripts/slurm/train_s_e16.sh [key=value ...]
 # Trains in bf16, which is faster; the published rows are fp32 with TF32 matmuls:
 #   DIFFMOE_DEEPSPEED_CONFIG=ds_configs/zero1_fp32.json sbatch scripts/slurm/train_s_e16.sh [key=value ...]
@@ -18,4 +19,6 @@ set -euo pipefail
 root=${DIFFMOE_ROOT:-${SLURM_SUBMIT_DIR:?is unset: start this with sbatch}}
 # shellcheck source=scripts/slurm/_common.sh
 source "$root/scripts/slurm/_common.sh"
+# shellcheck disable=SC2034  # train reads it
+layout="parallel.ep=$(at_most 4)"
 train configs/diffmoe_s_e16_flow.yaml "$@"

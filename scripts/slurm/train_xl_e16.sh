@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=diffmoe-xl-e16
-#SBATCH --nodes=4
+#SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
@@ -10,7 +10,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# DiffMoE-XL with 16 experts, rectified flow, on four nodes of 8 GPUs. From the repository's root:
+# DiffMoE-XL with 16 experts, rectified flow, on two nodes of 8 GPUs. From the repository's root
+# (nodes and layout: the planner's for batch 256 on H100s, docs/cluster.md; other nodes: sbatch --nodes=N):
 #   sbatch scripts/slurm/train_xl_e16.sh [key=value ...]
 # Trains in bf16, which is faster; the published rows are fp32 with TF32 matmuls:
 #   DIFFMOE_DEEPSPEED_CONFIG=ds_configs/zero1_fp32.json sbatch scripts/slurm/train_xl_e16.sh [key=value ...]
@@ -18,4 +19,6 @@ set -euo pipefail
 root=${DIFFMOE_ROOT:-${SLURM_SUBMIT_DIR:?is unset: start this with sbatch}}
 # shellcheck source=scripts/slurm/_common.sh
 source "$root/scripts/slurm/_common.sh"
+# shellcheck disable=SC2034  # train reads it
+layout="parallel.ep=$(at_most 16) parallel.recompute=none"
 train configs/diffmoe_xl_e16_flow.yaml "$@"
