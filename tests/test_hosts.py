@@ -1,5 +1,6 @@
 """EP groups over hosts and the nodes of a job: what the planner finds, and who says it."""
 
+import os
 import re
 import subprocess
 
@@ -66,6 +67,24 @@ def test_other_nodes_than_a_scripts_own_take_one_option(nodes, gpus, ep):
     assert words == [f"parallel.ep={ep}", "parallel.recompute=none"]
     config = configuration("diffmoe_xl_e16_flow", *words, "train.accumulation=4")
     resolve_layout(config, nodes * int(gpus.rpartition(":")[2]))
+
+
+@pytest.mark.parametrize(("script", "environ", "words"), [
+    ("train_xl_e16.sh", {}, ["parallel.ep=16", "parallel.recompute=none", "parallel.ep=8"]),
+    ("train_l_e8.sh", {"layout": "nonsense"}, ["parallel.ep=8"]),
+    ("train_xl_e16.sh", {"DIFFMOE_CONFIG": "mine.yaml"}, ["parallel.ep=8"]),
+])
+def test_the_command_line_comes_after_a_scripts_layout_which_is_its_configurations(script, environ, words):
+    layout = re.search(r"^layout=.*$", (REPOSITORY / "scripts/slurm" / script).read_text(), re.M)
+    bash = ("set -euo pipefail; source scripts/slurm/_common.sh; " + (f"{layout[0]}; " if layout else "") +
+            "enter_repository() { count_ranks; }; python() { echo $*; }; preflight() { :; }; say() { :; }\n"
+            'on_ranks() { echo "$job"; }; conclude() { :; }; train configs/theirs.yaml parallel.ep=8')
+    job = {"PATH": os.environ["PATH"], "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "8", "SLURM_JOB_NAME": "a",
+           "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", bash], cwd=REPOSITORY, env={**job, **environ}, check=True, capture_output=True,
+                          text=True)
+    assert f"--config {environ.get('DIFFMOE_CONFIG', 'configs/theirs.yaml')} " in done.stdout
+    assert done.stdout.split()[-len(words) - 1:] == ["run.folder=runs/a-7", *words]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

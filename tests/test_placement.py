@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffmoe import placement
+from diffmoe.commands.common import join
 from diffmoe.placement import bind_near, cores_each, cores_of, describe, place, ranges
 from launcher.environment import RankEnvironment, detect, export
 from launcher.scaling import Trial, command_of
@@ -118,6 +119,20 @@ def test_the_ranks_of_the_first_node_speak_for_all(monkeypatch, capsys, rank, sa
     monkeypatch.setattr(placement, "bind_near", lambda device: "it is far")
     place(RankEnvironment(rank, 4, rank % 2, 2, "srun"), GPU)
     assert capsys.readouterr().err == f"note: rank {rank}: it is far\n" * said
+
+
+@pytest.mark.parametrize("local_world", [1, 2, 4])
+def test_ranks_of_every_launcher_move_before_they_meet(monkeypatch, machine, local_world):
+    machine(0, "0-3,8-11")
+    done = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("diffmoe.commands.common.place", lambda environment, device: done.append(device))
+    monkeypatch.setattr("diffmoe.device.local_device", lambda rank, world: GPU)
+    monkeypatch.setattr(torch, "set_num_threads", done.append)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([]))
+    with pytest.raises(StopIteration):
+        join(RankEnvironment(0, local_world, 0, local_world, "torchrun", "file:///nowhere"))
+    assert done == [GPU, 16 // local_world if local_world > 1 else 8]
 
 
 @pytest.mark.parametrize("text", ["0", "0-3,8-11", "1,3,5-7"])

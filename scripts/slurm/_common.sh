@@ -12,12 +12,14 @@
 # --signal=B:USR1@600).  It hands SIGUSR1 on to the ranks, which save and end.  Ranks that ended short of their goal, for
 # whatever reason, make the job requeue itself, unless their input was wrong or three starts brought no progress.
 
+layout= # not what the environment may call so
+
 # train CONFIG [key=value ...]: a training job, all of it.  $layout: overrides that go with CONFIG, before those of the
 # command line; another configuration (DIFFMOE_CONFIG) has its own.
 train() {
   local config=${DIFFMOE_CONFIG:-$1} deepspeed_config=${DIFFMOE_DEEPSPEED_CONFIG:-ds_configs/zero1_bf16.json} folder=() recipe=() overrides=() word
   shift
-  [[ -n ${DIFFMOE_CONFIG:-} ]] || read -r -a overrides <<<"${layout:-}"
+  [[ -n ${DIFFMOE_CONFIG:-} ]] || read -r -a overrides <<<"$layout"
   for word in "$@"; do
     if [[ $word == --new-recipe ]]; then recipe=("$word"); else overrides+=("$word"); fi
   done

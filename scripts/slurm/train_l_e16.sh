@@ -19,6 +19,5 @@ set -euo pipefail
 root=${DIFFMOE_ROOT:-${SLURM_SUBMIT_DIR:?is unset: start this with sbatch}}
 # shellcheck source=scripts/slurm/_common.sh
 source "$root/scripts/slurm/_common.sh"
-# shellcheck disable=SC2034  # train reads it
 layout="parallel.ep=$(at_most 16)"
 train configs/diffmoe_l_e16_flow.yaml "$@"
