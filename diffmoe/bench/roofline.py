@@ -157,13 +157,12 @@ def models_of(config: Config) -> dict[str, Config]:
 def compare(config: Config, ranks: int, deepspeed: str, hardware: Hardware, ways: tuple[str, ...]
             ) -> dict[str, dict[str, Counted]]:
     """model | dense -> way -> counts."""
-    tree, models, parts = read_deepspeed(deepspeed), models_of(config), ("engine", *ways)
-    counts = iter(counted_all([(each, deepspeed, part) for each in models.values() for part in parts], ranks))
-    found = {}
-    for name, each in models.items():
-        engine, *micro = (next(counts) for _ in parts)
-        found[name] = {way: Counted(each, ranks, tree, hardware, m, engine) for way, m in zip(ways, micro)}
-    return found
+    tree, models = read_deepspeed(deepspeed), models_of(config)
+    # Engines last: DeepSpeed, once imported, has torch ask the driver whether there is a GPU.
+    cases = [(name, part) for part in (*ways, "engine") for name in models]
+    counts = dict(zip(cases, counted_all([(models[name], deepspeed, part) for name, part in cases], ranks)))
+    return {name: {way: Counted(each, ranks, tree, hardware, counts[name, way], counts[name, "engine"]) for way in ways}
+            for name, each in models.items()}
 
 
 def tables(title: str, found: dict[str, dict[str, Counted]], measured: dict[tuple[str, str], Timed]) -> str:
