@@ -22,14 +22,17 @@ from diffmoe.strict_yaml import build, merge, read_yaml, tree_of_overrides
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and what all its randomness comes from.  ``timeout_s``: a rank that makes no progress for so long
-    ends the job, with a report (three times as long until the first step is done; 0: nobody looks).
+    """Where a run lives and what all its randomness comes from.  ``timeout_s``: a rank that lives and makes no progress for so
+    long ends the job, with a report (three times as long until the first step is done; 0: nobody looks); a dead one does
+    within a minute.
+    ``device``: ``cpu``, ``cuda`` (a GPU, or an error), or ``auto``: a GPU if there is one, and an error if it cannot be used.
     ``fp32_precision``: what a GPU may do with fp32 matmuls and convolutions, in training and in all that is made of the run:
     ``ieee`` or ``tf32``."""
 
     folder: str = "runs/default"
     seed: int = 0
     timeout_s: float = 600.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     fp32_precision: Literal["ieee", "tf32"] = "ieee"
 
 

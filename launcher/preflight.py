@@ -162,13 +162,15 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
 
     started = time.monotonic()
     host = host or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    data, run, needed, problem = None, base, 0, None
+    data, run, needed, asked, problem = None, base, 0, "auto", None
     try:
         if config_path is not None:
-            data, run, needed = _demands(config_path, overrides, base)
-        from diffmoe.device import local_device
+            data, run, needed, asked = _demands(config_path, overrides, base)
+        from diffmoe.device import check_free, local_device
 
-        device = local_device(environment.local_rank, environment.local_world)
+        device = local_device(environment.local_rank, environment.local_world, asked)
+        if device.type == "cuda":
+            check_free(device)
     except UserError as error:
         if environment.world == 1:
             raise
@@ -205,14 +207,14 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
     return 1 if found else 0
 
 
-def _demands(config_path: str, overrides: list[str], base: Path) -> tuple[DataConfig | None, Path, int]:
-    """Where shards are (None: nowhere), run folder, and the bytes that its checkpoints will take."""
+def _demands(config_path: str, overrides: list[str], base: Path) -> tuple[DataConfig | None, Path, int, str]:
+    """Where shards are (None: nowhere), run folder, the bytes that its checkpoints will take, and run.device."""
     from diffmoe.config import load_config
     from diffmoe.models.count import count
 
     config = load_config(config_path, overrides)
     needed = int(1.1 * _CHECKPOINT_BYTES * count(config.model, config.moe).total * (config.train.keep + 1))
-    return config.data if config.data.shards else None, base / config.run.folder, needed
+    return config.data if config.data.shards else None, base / config.run.folder, needed, config.run.device
 
 
 def _absent(absent: Absent, environment: RankEnvironment) -> int:
@@ -267,15 +269,16 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"override {options.overrides[0]!r} needs --config")
     if not options.base.is_dir():
         raise UserError(f"--from ({options.base}) does not exist")
+    asked = "auto"
     if options.config is not None:
         options.config = str(Path(options.config).absolute())
-        _demands(options.config, options.overrides, options.base)  # bad input is known before anybody waits
+        *_, asked = _demands(options.config, options.overrides, options.base)  # bad input is known before anybody waits
     os.chdir(options.base)  # where the run will be when it opens its shards (pipe: may name relative paths)
     environment = detect()
     check_started(environment, typed_at_a_terminal())
     import torch
 
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    on_gpu = torch.cuda.is_available() and "cpu" not in (asked, os.environ.get("DS_ACCELERATOR"))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return preflight(environment, options.config, options.overrides, Path.cwd(),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffmoe.commands.common import Parser
+from diffmoe.commands.common import Parser, add_device
 from diffmoe.config import Config, load_config
 from diffmoe.device import local_device, set_fp32_precision
 from diffmoe.errors import UserError
@@ -25,6 +25,7 @@ def bench_parser(kind: str, description: str, profile: bool = False) -> argparse
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default 7)")
     if profile:
         parser.add_argument("--profile", action="store_true", help="also where the time goes, by operator or kernel")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")
     parser.add_argument("--out", help="folder that keeps table, JSON and plot")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to the configuration")
@@ -37,4 +38,4 @@ def sized_config(options: argparse.Namespace) -> tuple[Config, torch.device, tor
         raise UserError(f"--repeats ({options.repeats}) must be at least 1")
     config = load_config(_SIZES / f"{options.model}.yaml", [f"moe.experts={options.experts}", *options.set])
     set_fp32_precision(config.run.fp32_precision)
-    return config, local_device(0, 1), DTYPES[options.dtype]
+    return config, local_device(0, 1, options.device), DTYPES[options.dtype]

@@ -57,7 +57,7 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
 
     patience = limits.patience(config.run.timeout_s)
     limits.set_nccl(config.run.timeout_s)
-    device = join(environment, patience)
+    device = join(environment, patience, config.run.device)
     loop.train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks, patience), device, asked,
                environment.local_world, options.new_recipe)
     leave()

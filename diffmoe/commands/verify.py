@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from diffmoe.commands.common import Parser, one_process
-from diffmoe.device import set_fp32_precision
+from diffmoe.device import local_device, set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.models.compiled import check_compiler
 from diffmoe.parity.cases import WORLDS, compiled_table, full_table, quick_table
@@ -51,6 +51,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     worlds = _parse_worlds(options.worlds, options.device)
     if options.quick and options.compile:
         raise UserError("--quick and --compile exclude each other")
+    for rank in range(max(worlds) if options.device == "cuda" else 0):
+        local_device(rank, max(worlds), options.device)  # before a rank is started
     table = compiled_table if options.compile else quick_table if options.quick else full_table
     if options.compile:
         check_compiler(torch.device(options.device))
@@ -83,6 +85,7 @@ def _parse_worlds(text: str | None, device: str) -> list[int]:
     """The numbers of ranks asked for, or all that the machine has devices for."""
     devices = torch.cuda.device_count() if device == "cuda" else max(WORLDS)
     if not devices:
+        local_device(0, 1, device)  # which says why
         raise UserError(f"--device (cuda) needs a GPU; torch sees {devices}")
     if text is None:
         return [world for world in WORLDS if world <= devices]
