@@ -2,6 +2,8 @@
 
 import os
 import socket
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +11,15 @@ import torch
 from torch.distributed import HashStore
 
 from diffmoe import device as devices
-from diffmoe.commands.common import join
+from diffmoe.commands.common import _check_devices, join
+from diffmoe.config import Config, config_from_tree, override
 from diffmoe.device import check_own_gpu, local_device, measured_flops, peak_flops
 from diffmoe.errors import UserError
+from diffmoe.parallel.collectives import AgreedError
+from diffmoe.training.resume import changes
 from launcher import gpus
 from launcher.environment import RankEnvironment
+from programs import Program, run_cases, tiny, tiny_config
 
 GIB = 2**30
 
@@ -299,3 +305,100 @@ def test_the_only_gpu_that_a_process_sees_is_looked_at_once_it_is_nobody_elses(n
     store.set(f"gpu/{socket.gethostname()}/1", "b")
     with pytest.raises(UserError, match="31.5 of 79.6 GiB in use by python"):
         check_own_gpu(device, 0, 2, store)
+
+
+# --------------------------------------------------------------------------------- every rank, and every verb that takes a device
+
+
+def together(problems, kinds):
+    """What ranks raise that each have a problem (or none) and a kind of device."""
+    store, said = HashStore(), {}
+
+    def rank_of(rank):
+        try:
+            _check_devices("device", problems[rank] and UserError(problems[rank]), kinds[rank] and torch.device(kinds[rank]), store,
+                           RankEnvironment(rank, len(kinds), 0, 1, "srun"))
+        except AgreedError as error:
+            said[rank] = str(error)
+
+    ranks = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(len(kinds))]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join(60)
+        assert not thread.is_alive()
+    return said
+
+
+HOST = socket.gethostname()
+
+
+@pytest.mark.parametrize(("problems", "kinds", "message"), [
+    ((None, None), ("cpu", "cpu"), None),
+    ((None, "no driver"), ("cuda", None), f"rank 1 on {HOST}: no driver"),
+    (("no driver", None, None, None), (None, "cuda", "cuda", "cuda"), f"rank 0 on {HOST}: no driver"),
+    (("CPU build", "CPU build"), (None, None), "CPU build"),
+    ((None, "a", "b", None), ("cuda",) * 4, f"rank 1 on {HOST}: a"),
+    ((None, None, None, None), ("cuda", "cuda", "cpu", "cuda"), f"all ranks must have one kind of device: rank 0 on {HOST} has cuda, rank 2 on "
+                                                                f"{HOST} has cpu"),
+])
+def test_one_ranks_problem_is_every_ranks_error(problems, kinds, message):
+    assert together(problems, kinds) == ({} if message is None else dict.fromkeys(range(len(kinds)), message))
+
+
+@pytest.fixture(scope="module")
+def gpu_node(tmp_path_factory):
+    """The environment of a machine that has two GPUs, by its nvidia-smi; torch here is one for CPUs."""
+    folder = tmp_path_factory.mktemp("node")
+    line = "NVIDIA H100, 550.1, 81559, 30, 0, 0x0"
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s\\n' '0, {line}' '1, {line}'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "DS_ACCELERATOR": ""}
+
+
+LINE = (f"this machine has 2 GPUs (NVIDIA H100, driver 550.1), and torch ({torch.__version__}) is built for CPUs only: install the build of "
+        f"torch {torch.__version__.partition('+')[0]} for CUDA{ON_THE_CPU}")
+cpu_build = pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for GPUs")
+
+
+@cpu_build
+def test_each_verb_of_several_ranks_says_so_on_each_and_computes_on_the_cpu_where_that_is_meant(gpu_node, tmp_path):
+    run = tiny(tmp_path / "run", "train.steps=1")
+    asks = [run, ["profile", *run, "--synthetic"], ["encode", "--source", "x", "--out", str(tmp_path / "out"), "--image-size", "8"],
+            ["evaluate", "--samples", "x.npz", "--reference", "y.npz", "--extractor", "z"]]
+    means = [[*run, "run.device=cpu"], ["sample", "--checkpoint", str(tmp_path / "run"), "--device", "cpu", "--count", "4", "--out",
+                                        str(tmp_path / "samples")]]
+    *refused, resumed, trained, sampled = run_cases(2, [*asks, [*run, "run.device=cuda"], *means], env=gpu_node)
+    for rank, said in ((0, f"error: {LINE}\n"), (1, "")):
+        for case, results in zip(asks, [*refused, resumed]):
+            assert (results[rank].returncode, results[rank].stderr) == (2, said), (case, results)
+        for results in (trained, sampled):
+            assert results[rank].returncode == 0, results
+    assert (tmp_path / "samples.npz").is_file()
+
+
+@cpu_build
+def test_each_verb_of_one_process_says_so(gpu_node):
+    cases = [["bench", "moe-layer"], ["bench", "step"], ["bench", "sampling", "--device", "cuda"], ["bench", "communication"],
+             ["verify", "--device", "cuda"], ["sample", "--checkpoint", "nowhere"]]
+    *refused, elsewhere = run_cases(1, cases, env=gpu_node)
+    assert [(result.returncode, result.stderr) for result, in refused] == [(2, f"error: {LINE}\n")] * len(refused), refused
+    assert elsewhere[0].returncode == 2 and "nowhere" in elsewhere[0].stderr, "what a verb is given comes first"
+
+
+@cpu_build
+@pytest.mark.parametrize("more", [[], ["run.device=cpu"]])
+def test_preflight_says_the_same(gpu_node, tmp_path, more):
+    command = [sys.executable, "-m", "launcher", "preflight", "--config", str(tiny_config()), f"run.folder={tmp_path}", *more]
+    with Program(command, 2, gpu_node) as program:
+        results = program.wait()
+    assert [r.returncode for r in results] == ([0, 0] if more else [1, 1]), results
+    assert (LINE in results[0].stdout) == (not more), results
+
+
+def test_the_device_is_no_part_of_a_run():
+    """A run resumes on another one, and a checkpoint's configuration that has no such field is as before."""
+    assert changes(Config(), override(Config(), ["run.device=cpu"])) == ([], ["run.device: auto -> cpu"])
+    assert config_from_tree({"run": {"folder": "x"}}).run.device == "auto"
+    with pytest.raises(UserError, match="run.device"):
+        override(Config(), ["run.device=gpu"])
