@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 import time
+import warnings
 from typing import Any, Iterator
 
 import torch
@@ -52,10 +53,12 @@ def local_device(local_rank: int, local_world: int, asked: str = "auto") -> torc
 
 
 def _usable() -> bool:
-    try:
-        return torch.cuda.is_available()
-    except RuntimeError:  # _cuda_says has its words
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # _cuda_says has its words
+        try:
+            return torch.cuda.is_available()
+        except RuntimeError:
+            return False
 
 
 def _check_no_gpu_is_meant(asked: str) -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import signal
+import subprocess
 import time
 import threading
 from pathlib import Path
@@ -20,7 +21,7 @@ from diffmoe.config import RunConfig
 from diffmoe.parallel.collectives import EXIT_LOST, is_lost_peer
 from diffmoe.parallel.groups import build_groups, single_process
 from diffmoe.training import limits
-from diffmoe.training.watchdog import Beat, Watchdog
+from diffmoe.training.watchdog import Beat, Watchdog, _runs
 from programs import Nursery
 
 # --------------------------------------------------------------------------------------------------- dead or hung
@@ -160,6 +161,20 @@ def test_what_the_judge_sleeps_through_is_nobodys_silence(monkeypatch):
         clock[0] += watchdog.interval
         watchdog._read([0])
     assert "has not answered" in watchdog._judge()
+
+
+def test_which_processes_run():
+    """One that sleeps does; not one that is stopped, a zombie, or gone."""
+    child = subprocess.Popen(["sleep", "1000"])
+    assert _runs(child.pid) and _runs(os.getpid())
+    child.send_signal(signal.SIGSTOP)
+    os.waitpid(child.pid, os.WUNTRACED)
+    assert not _runs(child.pid)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not _runs(child.pid)
+    child.wait()
+    assert not _runs(child.pid)
 
 
 # ----------------------------------------------------------------------------------------- torch's own watch over NCCL

@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
     if not worlds or min(worlds) < 1 or options.samples < 1:
         raise UserError(f"--worlds ({options.worlds}) must be numbers by commas and --samples ({options.samples}) at least 1")
     for rank in range(max(worlds) if device.type == "cuda" else 0):
-        local_device(rank, max(worlds), options.device)  # before a rank is started
+        local_device(rank, max(worlds))  # before a rank is started
     rows, cases = [], []
     for world in worlds:
         with Ranks(world, timeout=600, device=device.type) as ranks:

@@ -38,4 +38,5 @@ def sized_config(options: argparse.Namespace) -> tuple[Config, torch.device, tor
         raise UserError(f"--repeats ({options.repeats}) must be at least 1")
     config = load_config(_SIZES / f"{options.model}.yaml", [f"moe.experts={options.experts}", *options.set])
     set_fp32_precision(config.run.fp32_precision)
-    return config, local_device(0, 1, options.device), DTYPES[options.dtype]
+    asked = config.run.device if options.device == "auto" else options.device
+    return config, local_device(0, 1, asked), DTYPES[options.dtype]

@@ -41,6 +41,8 @@ from diffmoe.parallel.trace import Trace
 from diffmoe.training import limits
 
 _SHOWN = 16  # ranks in a report
+_DEAD = "dead: the process is gone or stopped, or its node is out of reach"
+_HUNG = "hung: the process lives, its main thread does not move"
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ class Watchdog:
             beat = Beat.loads(text)
             seen = self._seen.setdefault(beat.rank, _Seen(beat, now))
             passed = min(now - seen.read, 3 * self.interval)  # more only where this process or the store slept
+            seen.vouched = 0 if beat.tick != seen.beat.tick else seen.vouched
             seen.still = 0.0 if beat.trace.count != seen.beat.trace.count else seen.still + passed
             seen.silent = 0.0 if beat.tick != seen.beat.tick or self._has_voucher(seen) else seen.silent + passed
             seen.beat, seen.read = beat, now
@@ -242,13 +245,13 @@ class Watchdog:
         self._read(near)
         for seen in (self._seen[rank] for rank in near if rank in self._seen):
             if seen.silent > 2 * self.interval and seen.beat.host == socket.gethostname() and _runs(seen.beat.pid):
-                self._store.add(f"vouched/{seen.beat.rank}", 1)
+                self._store.add(f"vouched/{seen.beat.rank}/{seen.beat.tick}", 1)
 
     def _has_voucher(self, seen: _Seen) -> bool:
         """Whether somebody has said anew that a silent rank lives."""
         if seen.silent <= 2 * self.interval:
             return False
-        before, seen.vouched = seen.vouched, self._store.add(f"vouched/{seen.beat.rank}", 0)
+        before, seen.vouched = seen.vouched, self._store.add(f"vouched/{seen.beat.rank}/{seen.beat.tick}", 0)
         return seen.vouched != before
 
     def _judge(self) -> str | None:
@@ -265,8 +268,7 @@ class Watchdog:
         least = min(s.beat.trace.count for s in self._seen.values())
         stuck = elsewhere if 0 < len(elsewhere) < self.world else [
             s for s in self._seen.values() if s.beat.trace.count == least]
-        return self._report([f"{s.beat.who()} has made no progress for {s.still:.0f} s" for s in stuck], stuck,
-                            "hung: the process lives, its main thread does not move")
+        return self._report([f"{s.beat.who()} has made no progress for {s.still:.0f} s" for s in stuck], stuck, _HUNG)
 
     def _as_well(self, report: str) -> str:
         return f"rank {self.rank} ends with exit code {EXIT_LOST} as well: {report.splitlines()[0]}"
@@ -275,8 +277,7 @@ class Watchdog:
         return self._report([f"{s.beat.who()} ended by {s.beat.state}" for s in ended], ended)
 
     def _dead(self, silent: list[_Seen]) -> str:
-        return self._report([f"{s.beat.who()} has not answered for {s.silent:.0f} s" for s in silent], silent,
-                            "dead: the process is gone or stopped, or its node is out of reach")
+        return self._report([f"{s.beat.who()} has not answered for {s.silent:.0f} s" for s in silent], silent, _DEAD)
 
     def _judge_first_rank(self) -> str | None:
         first = self._seen.get(0)
@@ -303,7 +304,7 @@ class Watchdog:
             headlines = ["a connection between ranks broke, and all of them are there"]
         if self.rank != living[0]:
             return f"rank {self.rank} ends with exit code {EXIT_LOST}: {'; '.join(headlines[:_SHOWN])}"
-        return self._report(headlines, gone)
+        return self._report(headlines, gone, _DEAD if silent and not ended else "")
 
     def _without_store(self) -> str | None:
         """The store has been silent for too long: its process is lost or stopped."""
@@ -314,8 +315,7 @@ class Watchdog:
         first = self._seen[0].beat.who() if 0 in self._seen else "rank 0"
         holder = "the launcher" if by_launcher else first
         said = f"{holder}, which holds the store, has not answered for {self._unanswered:.0f} s{self._store_error}"
-        return self._report([said],
-                            [self._seen[0]] if 0 in self._seen and not by_launcher else [])
+        return self._report([said], [self._seen[0]] if 0 in self._seen and not by_launcher else [], _DEAD)
 
     def _report(self, headlines: list[str], first: list[_Seen], kind: str = "") -> str:
         """One line that names the culprits and the ``kind`` of their end, then where each rank is, culprits first."""
@@ -386,12 +386,13 @@ def watch_layers(blocks: nn.ModuleList, trace: Trace) -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process of this host is there, not stopped, and not only writing its core."""
+    """Whether a process of this host is there and neither stopped nor about to end, which may take a while."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        state, *more = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        writes_core = re.search(r"^CoreDumping:\s+1", Path(f"/proc/{pid}/status").read_text(), re.M)
     except OSError:
         return False
-    return re.search(r"^State:\s+[RSDI]", status, re.M) is not None and re.search(r"^CoreDumping:\s+1", status, re.M) is None
+    return state in "RSDI" and not int(more[5]) & 4 and not writes_core  # PF_EXITING of Linux's include/linux/sched.h
 
 
 def _main_thread_at() -> str:
