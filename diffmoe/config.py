@@ -27,8 +27,9 @@ class RunConfig:
     Attributes:
         folder: The run folder; a run resumes from what lies there.
         seed: Of weights, order, noise, times and label drops.
-        timeout_s: Seconds after which a rank that makes no progress ends the job, with a report (three times as long until
-            the first step is done; 0: nobody looks).
+        timeout_s: Seconds after which a rank that lives and makes no progress ends the job, with a report (three times as
+            long until the first step is done; 0: nobody looks); a dead one does within a minute.
+        device: `auto`: a GPU if there is one, and an error if it cannot be used; `cuda`: a GPU, or an error.
         fp32_precision: What a GPU may do with fp32 matmuls and convolutions, in training and in all that is made of the
             run; the published rows are `tf32`.
     """
@@ -36,6 +37,7 @@ class RunConfig:
     folder: str = "runs/default"
     seed: int = 0
     timeout_s: float = 600.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     fp32_precision: Literal["ieee", "tf32"] = "ieee"
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
-import re
 import resource
 import socket
 import time
-from typing import Iterator, Optional
+import warnings
+from typing import Any, Iterator, Optional
 
 import torch
 from torch.distributed import Store
@@ -17,21 +18,28 @@ from torch.distributed import Store
 from diffmoe.errors import UserError
 from launcher import gpus
 
+_LEAVING_S = 20.0  # in which a process that was ended gives back a GPU's memory
+
 # Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity).
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
 
 
-def local_device(local_rank: int, local_world: int) -> torch.device:
-    """This rank's device; selects the GPU (``DS_ACCELERATOR=cpu`` asks for the CPU, as of DeepSpeed).
+def local_device(local_rank: int, local_world: int, asked: str = "auto") -> torch.device:
+    """This rank's device; selects the GPU.  ``asked``: ``run.device`` or ``--device``, ``cpu``, ``cuda`` (a GPU, or an error) or
+    ``auto``: what ``DS_ACCELERATOR`` says, as of DeepSpeed, or else a GPU if this process has one.
 
     Of several visible GPUs each rank of a node takes its own by local rank; where a process sees one (``srun
-    --gpus-per-task=1``), it is that one, and :func:`check_own_gpu` tells whether others see the same.  Fewer visible GPUs
-    than ranks otherwise is a UserError, on every rank of the node; so are GPUs that torch cannot use, where the CPU would be taken
-    silently."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
+    --gpus-per-task=1``), it is that one, and :func:`check_own_gpu` tells whether others see the same.  UserError for fewer
+    visible GPUs than ranks otherwise, on every rank of the node, for GPUs that torch cannot use, where the CPU would be taken
+    silently, and for one that another process holds."""
+    said = os.environ.get("DS_ACCELERATOR", "")
+    if said and asked not in ("auto", said):
+        raise UserError(f"run.device or --device ({asked}) must be auto or DS_ACCELERATOR ({said}): unset DS_ACCELERATOR")
+    if "cpu" in (asked, said):
+        os.environ["DS_ACCELERATOR"] = "cpu"  # for DeepSpeed, and for processes that this one starts
         return torch.device("cpu")
     if not _usable():
-        _check_no_gpu_is_meant()
+        _check_no_gpu_is_meant(asked)
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     if 1 < visible < local_world:
@@ -39,34 +47,33 @@ def local_device(local_rank: int, local_world: int) -> torch.device:
     device = torch.device("cuda", local_rank if visible > 1 else 0)
     torch.cuda.set_device(device)
     os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of this process's GPU
+    if visible > 1 or local_world == 1:  # else it may be held by this node's other ranks
+        check_free(device)
     return device
 
 
 def _usable() -> bool:
-    try:
-        return torch.cuda.is_available()
-    except RuntimeError:  # _cuda_says has its words
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # _cuda_says has its words
+        try:
+            return torch.cuda.is_available()
+        except RuntimeError:
+            return False
 
 
-def _check_no_gpu_is_meant() -> None:
-    """Raises UserError where this process has GPUs and torch cannot use them."""
-    found, asked = gpus.present(), os.environ.get("DS_ACCELERATOR", "")
-    if not found and not asked:
-        return
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not found:
-        reason, fix = f"DS_ACCELERATOR ({asked}) asks for a GPU, and this machine shows none", "unset DS_ACCELERATOR"
-    elif torch.version.cuda is None and torch.version.hip is None:
-        reason = f"this machine has {found}, and torch ({torch.__version__}) is built for CPUs only"
-        fix = f"install the build of torch {torch.__version__.partition('+')[0]} for CUDA"
-    elif shown is not None and not re.match(r"\d|GPU-|MIG-", shown.strip()):  # CUDA stops at the first that is no device
-        reason, fix = f"CUDA_VISIBLE_DEVICES ({shown!r}) hides this machine's {found}", "unset CUDA_VISIBLE_DEVICES"
+def _check_no_gpu_is_meant(asked: str) -> None:
+    """Raises UserError where this process has GPUs and torch cannot use them, or one is asked for."""
+    found, said = gpus.present(), os.environ.get("DS_ACCELERATOR", "")
+    if found:
+        reason, fix = gpus.unusable(found, torch.__version__, torch.version.cuda or torch.version.hip,
+                                    os.environ.get("CUDA_VISIBLE_DEVICES"), _cuda_says())
+    elif said:
+        reason, fix = f"DS_ACCELERATOR ({said}) asks for a GPU, and this machine shows none", "unset DS_ACCELERATOR"
+    elif asked == "cuda":
+        reason, fix = "run.device or --device (cuda) asks for a GPU, and this machine shows none", "see nvidia-smi"
     else:
-        reason = (f"this machine has {found}, and torch ({torch.__version__}, for CUDA {torch.version.cuda}) cannot use it"
-                  + f" with CUDA_VISIBLE_DEVICES ({shown})" * (shown is not None) + f": {_cuda_says()}")
-        fix = "see python -m launcher doctor"
-    raise UserError(f"{reason}: {fix}, or set DS_ACCELERATOR=cpu to compute on the CPU")
+        return
+    raise UserError(f"{reason}: {fix}, or say {gpus.CPU} to compute on the CPU")
 
 
 def _cuda_says() -> str:
@@ -75,6 +82,33 @@ def _cuda_says() -> str:
     except (RuntimeError, AssertionError) as error:
         return " ".join(str(error).split())[:200]
     return "it finds no device"
+
+
+def check_free(device: torch.device) -> None:
+    """Raises UserError where another process holds a GPU, of which this one has nothing yet.  One that has just ended is
+    given a moment to be gone.  ``DIFFMOE_SHARED_GPU`` says that sharing is meant."""
+    if os.environ.get(gpus.SHARED):
+        return
+    uuid, deadline = str(torch.cuda.get_device_properties(device).uuid), time.monotonic() + _LEAVING_S
+    while True:
+        try:
+            seen = (torch.cuda.get_device_name(device), uuid, *torch.cuda.mem_get_info(device))
+        except RuntimeError as error:  # no context: another process has it for itself, or all of its memory
+            seen = " ".join(str(error).split())[:200]
+        reason = gpus.taken(device.index, seen)
+        if not reason:
+            return
+        if time.monotonic() >= deadline:
+            raise UserError(f"{reason}: {gpus.FREE_ONE}")
+        time.sleep(1.0)
+
+
+def share(value: Any, name: str, store: Store, rank: int, world: int) -> list[Any]:
+    """Every rank's small value, which JSON can hold, by rank; before there are process groups."""
+    store.set(f"{name}/{rank}", json.dumps(value))
+    if rank == 0:
+        store.set(name, json.dumps([json.loads(store.get(f"{name}/{other}")) for other in range(world)]))
+    return json.loads(store.get(name))
 
 
 def set_fp32_precision(precision: str) -> None:
@@ -96,8 +130,8 @@ def ieee_fp32() -> Iterator[None]:
 
 
 def check_own_gpu(device: torch.device, local_rank: int, local_world: int, store: Store) -> None:
-    """Raises UserError, on all ranks of a node, where two of them have the same GPU.  The ranks of a node wait for each
-    other; ``store`` is that of all ranks."""
+    """Raises UserError, on all ranks of a node, where two of them have the same GPU, and where another process holds this
+    rank's.  The ranks of a node wait for each other; ``store`` is that of all ranks."""
     if device.type == "cpu" or local_world == 1:
         return
     node = socket.gethostname()
@@ -105,6 +139,7 @@ def check_own_gpu(device: torch.device, local_rank: int, local_world: int, store
     taken = {store.get(f"gpu/{node}/{rank}") for rank in range(local_world)}
     if len(taken) < local_world:
         raise UserError(f"ranks on this node ({local_world}) must not exceed its GPUs ({len(taken)})")
+    check_free(device)
 
 
 def backend(device: torch.device) -> str:

@@ -30,11 +30,23 @@ _SETUP = "make setup"
 _ASK_TORCH = """
 import json, torch
 cuda = torch.cuda.is_available()
+def says():
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split())[:200]
+    return "it finds no device"
+def memory(i):
+    try:
+        return [torch.cuda.get_device_name(i), str(torch.cuda.get_device_properties(i).uuid), *torch.cuda.mem_get_info(i)]
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:200]
 found = {"version": torch.__version__, "cuda": torch.version.cuda, "gpus": torch.cuda.device_count() if cuda else 0,
          "nccl": torch.distributed.is_available() and torch.distributed.is_nccl_available(),
          "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
          "capabilities": [list(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())] if cuda else [],
-         "arches": torch.cuda.get_arch_list() if cuda else []}
+         "arches": torch.cuda.get_arch_list() if cuda else [], "says": "" if cuda else says(),
+         "memory": [memory(i) for i in range(torch.cuda.device_count())] if cuda else []}
 print(json.dumps(found))
 """
 
@@ -59,6 +71,7 @@ class Facts:
     omp: str | None
     slurm: str | None
     device_asked: str | None  # DS_ACCELERATOR
+    shown: str | None = None  # CUDA_VISIBLE_DEVICES
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,7 @@ def _torch(facts: Facts) -> list[Finding]:
 def _gpus(facts: Facts) -> list[Finding]:
     torch = facts.torch if isinstance(facts.torch, dict) else None
     if isinstance(facts.gpus, str):
-        return [Finding("wrong", "gpu", facts.gpus, "ask the machine's owner; until then DS_ACCELERATOR=cpu")]
+        return [Finding("wrong", "gpu", facts.gpus, f"ask the machine's owner; until then {gpus.CPU}, or DS_ACCELERATOR=cpu")]
     if not facts.gpus:
         if facts.driver:
             return [Finding("wrong", "gpu", "NVIDIA's driver is loaded, but nvidia-smi shows no GPU", "ask the machine's owner")]
@@ -132,14 +145,16 @@ def _gpus(facts: Facts) -> list[Finding]:
               for text in gpu.trouble]
     if torch is None:
         return found
-    if torch["cuda"] is None:
-        found.append(Finding("wrong", "torch", f"{torch['version']} is a CPU build on a machine with GPUs",
+    if torch["cuda"] is None or (torch["gpus"] == 0 and facts.device_asked != "cpu"):
+        reason, _ = gpus.unusable(gpus.described(facts.gpus), torch["version"], torch["cuda"], facts.shown, torch.get("says", ""))
+        found.append(Finding("wrong", "torch", reason, "nvidia-smi; echo $CUDA_VISIBLE_DEVICES" if torch["cuda"] else
                              f"rm -r .venv && env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL {_SETUP}"))
-    elif torch["gpus"] == 0 and facts.device_asked != "cpu":
-        found.append(Finding("wrong", "torch", f"it sees none of them: driver {facts.gpus[0].driver} may be too old for CUDA "
-                             f"{torch['cuda']}, or CUDA_VISIBLE_DEVICES hides them", "nvidia-smi; echo $CUDA_VISIBLE_DEVICES"))
     elif unsupported := _unsupported(torch):
         found.append(Finding("wrong", "torch", f"its build has no code for compute capability {unsupported}", f"rm -r .venv && {_SETUP}"))
+    for index, seen in enumerate(torch.get("memory", []) if facts.device_asked != "cpu" else []):
+        text = gpus.taken(index, seen)
+        if text:
+            found.append(Finding("wrong", f"gpu {index}", text, gpus.FREE_ONE))
     if facts.device_asked == "cpu":
         found.append(Finding("note", "DS_ACCELERATOR", "cpu: the GPUs are left alone"))
     return found
@@ -234,7 +249,7 @@ def gather() -> Facts:
         compiler=_compiler(), shm=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         omp=os.environ.get("OMP_NUM_THREADS"), slurm=_slurm(),
-        device_asked=os.environ.get("DS_ACCELERATOR"))
+        device_asked=os.environ.get("DS_ACCELERATOR"), shown=os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _wanted(pyproject: str) -> tuple[str, dict[str, str]]:

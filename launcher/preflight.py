@@ -172,9 +172,11 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
     try:
         if config_path is not None:
             config, run, needed = _demands(config_path, overrides, base)
-        from diffmoe.device import local_device
+        from diffmoe.device import check_free, local_device
 
-        device = local_device(environment.local_rank, environment.local_world)
+        device = local_device(environment.local_rank, environment.local_world, "auto" if config is None else config.run.device)
+        if device.type == "cuda":
+            check_free(device)
         place(environment, device)
     except UserError as error:
         if environment.world == 1:
@@ -294,16 +296,16 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"override {options.overrides[0]!r} needs --config")
     if not options.base.is_dir():
         raise UserError(f"--from ({options.base}) does not exist")
-    deepspeed_tree = read_deepspeed(options.deepspeed_config)
+    deepspeed_tree, asked = read_deepspeed(options.deepspeed_config), "auto"
     if options.config is not None:
         options.config = str(Path(options.config).absolute())
-        _demands(options.config, options.overrides, options.base)  # bad input is known before anybody waits
+        asked = _demands(options.config, options.overrides, options.base)[0].run.device  # bad input is known before anybody waits
     os.chdir(options.base)  # where the run will be when it opens its shards (pipe: may name relative paths)
     environment = detect()
     check_started(environment, typed_at_a_terminal())
     import torch
 
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    on_gpu = torch.cuda.is_available() and "cpu" not in (asked, os.environ.get("DS_ACCELERATOR"))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return preflight(environment, options.config, options.overrides, Path.cwd(),

@@ -74,7 +74,7 @@ def meet(environment: RankEnvironment, device: torch.device, timeout: float, hos
     """Joins the ranks, NCCL on GPUs with gloo beside it.  Raises Absent on those who came when somebody did not."""
     import torch.distributed as dist
 
-    from diffmoe.device import bound
+    from diffmoe.device import bound, share
 
     try:
         store = dist.PrefixStore("preflight", _store(environment, timeout))
@@ -84,9 +84,10 @@ def meet(environment: RankEnvironment, device: torch.device, timeout: float, hos
         reason = str(error).splitlines()[0]
         raise Absent((), f"rank {environment.rank} cannot meet the others at {environment.init_method or environment.master_addr}: "
                          f"{reason}") from error
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    on_gpus = set(share(device.type, "device", store, environment.rank, environment.world)) == {"cuda"}
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"  # a rank without its GPU would be waited for
     dist.init_process_group(backend, store=store, rank=environment.rank, world_size=environment.world,
-                            timeout=timedelta(seconds=timeout), device_id=bound(device, environment.world))
+                            timeout=timedelta(seconds=timeout), device_id=bound(device, environment.world) if on_gpus else None)
 
 
 def _store(environment: RankEnvironment, timeout: float) -> Store:
@@ -154,10 +155,8 @@ def versions(root: Path, device: torch.device) -> dict[str, str]:
 def gpu_problems(device: torch.device) -> list[str]:
     """What is wrong with this node's GPUs, asked once a node."""
     wrong: list[str] = []
-    if device.type == "cpu" and gpus.has_driver() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        wrong.append("there is an NVIDIA driver, but torch sees no GPU")
     try:
-        for gpu in gpus.query() or []:
+        for gpu in (gpus.query() or []) if device.type == "cuda" else []:
             wrong += [f"GPU {gpu.index} ({gpu.name}): {text}" for text in gpu.trouble]
     except UserError as error:
         wrong.append(str(error))

@@ -262,11 +262,12 @@ def start_launcher(launcher: str, *arguments: str) -> Program:
     return Program([*clean, tool, *LAUNCHERS[launcher], "run.py", *arguments], 1)
 
 
-def run_cases(world: int, cases: Sequence[Sequence[str]], timeout: float = 240.0) -> list[list[Result]]:
+def run_cases(world: int, cases: Sequence[Sequence[str]], timeout: float = 240.0, env: Mapping[str, str] | None = None
+              ) -> list[list[Result]]:
     """Each command line in turn on the same ``world`` processes: results [case][rank].  ``timeout`` is for all."""
     with tempfile.TemporaryDirectory(prefix="diffmoe-cases-") as folder:
         (Path(folder) / "cases.json").write_text(json.dumps([list(map(str, case)) for case in cases]))
-        with Program([sys.executable, str(Path(__file__).resolve()), folder], world) as program:
+        with Program([sys.executable, str(Path(__file__).resolve()), folder], world, env) as program:
             ends = program.wait(timeout)
             assert all(end.returncode == 0 for end in ends), ends
         return [[Result(**json.loads((Path(folder) / f"{case}.{rank}.json").read_text())) for rank in range(world)]

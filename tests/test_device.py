@@ -2,6 +2,8 @@
 
 import os
 import socket
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +11,17 @@ import torch
 from torch.distributed import HashStore
 
 from diffmoe import device as devices
-from diffmoe.commands.common import join
+from diffmoe.commands.common import _check_devices, join
+from diffmoe.config import Config, config_from_tree, override
 from diffmoe.device import check_own_gpu, local_device, measured_flops, peak_flops
 from diffmoe.errors import UserError
+from diffmoe.parallel.collectives import AgreedError
+from diffmoe.training.resume import changes
 from launcher import gpus
 from launcher.environment import RankEnvironment
+from programs import Program, run_cases, tiny, tiny_config
+
+GIB = 2**30
 
 
 def see_gpus(monkeypatch, *uuids):
@@ -24,6 +32,9 @@ def see_gpus(monkeypatch, *uuids):
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(uuids))
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=uuids[device.index]))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (79 * GIB, 80 * GIB))
+    monkeypatch.delenv(gpus.SHARED, raising=False)
 
 
 def test_more_ranks_than_gpus_is_every_ranks_error(monkeypatch):
@@ -95,12 +106,15 @@ def say(monkeypatch, error):
     monkeypatch.setattr(torch.cuda, "init", init)
 
 
-def refusal():
+ON_THE_CPU = ", or say run.device=cpu (--device cpu where there is no run.device) to compute on the CPU"
+
+
+def refusal(asked="auto"):
     with pytest.raises(UserError) as error:
-        join(RankEnvironment(0, 1, 0, 1, "single"))
+        join(RankEnvironment(0, 1, 0, 1, "single"), asked=asked)
     text = str(error.value)
-    assert text.endswith(", or set DS_ACCELERATOR=cpu to compute on the CPU") and "\n" not in text
-    return text.removesuffix(", or set DS_ACCELERATOR=cpu to compute on the CPU")
+    assert text.endswith(ON_THE_CPU) and "\n" not in text
+    return text.removesuffix(ON_THE_CPU)
 
 
 CANNOT = "this machine has 2 GPUs (/dev/nvidia0, ...), and torch (2.13.0+cu130, for CUDA 13.0) cannot use it"
@@ -138,15 +152,28 @@ def test_a_gpu_that_is_asked_for_and_not_there(unusable, monkeypatch):
     monkeypatch.setattr(gpus, "present", lambda: "")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     assert refusal() == "DS_ACCELERATOR (cuda) asks for a GPU, and this machine shows none: unset DS_ACCELERATOR"
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert refusal("cuda") == "run.device or --device (cuda) asks for a GPU, and this machine shows none: see nvidia-smi"
 
 
-@pytest.mark.parametrize("asked", ["cpu", None])
-def test_the_cpu_is_taken_where_it_is_meant(unusable, monkeypatch, asked):
-    if asked:
-        monkeypatch.setenv("DS_ACCELERATOR", asked)
+@pytest.mark.parametrize(("asked", "said"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_two_owners_of_the_device_must_agree(unusable, monkeypatch, asked, said):
+    monkeypatch.setenv("DS_ACCELERATOR", said)
+    with pytest.raises(UserError, match=rf"run.device or --device \({asked}\) must be auto or DS_ACCELERATOR \({said}\): unset"):
+        local_device(0, 1, asked)
+
+
+@pytest.mark.parametrize(("asked", "said"), [("auto", "cpu"), ("cpu", None), ("cpu", "cpu"), ("auto", None)])
+def test_the_cpu_is_taken_where_it_is_meant(unusable, monkeypatch, asked, said):
+    if said:
+        monkeypatch.setenv("DS_ACCELERATOR", said)
     else:
+        monkeypatch.setenv("DS_ACCELERATOR", "")  # to be put back
+    if asked != "cpu":
         monkeypatch.setattr(gpus, "present", lambda: "")
-    assert local_device(0, 4) == torch.device("cpu")
+    assert local_device(0, 4, asked) == torch.device("cpu")
+    if asked == "cpu":
+        assert os.environ["DS_ACCELERATOR"] == "cpu", "what DeepSpeed and further processes read"
 
 
 @pytest.mark.parametrize(("says", "code", "found"), [
@@ -178,3 +205,200 @@ def test_devices_count_that_this_process_may_open(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "open", denied)
     assert gpus.present() == ""
+
+
+# --------------------------------------------------------------------------------- a GPU that another process holds
+
+
+SMI = """#!/bin/sh
+case "$*" in *compute-apps*) printf '%s\\n' "GPU-{uuid}, 4711, 30720, /opt/miniconda/bin/python" "GPU-{uuid}, {mine}, 400, python" \\
+  "GPU-ffff, 9, 70000, other" "GPU-{uuid}, 4712, [N/A], nbody, version 2";; *) exit 9;; esac
+"""
+UUID = "1a2b3c4d-0000-1111-2222-333344445555"
+
+
+@pytest.fixture
+def nvidia_smi(monkeypatch, tmp_path):
+    """One that knows which processes are on the GPU."""
+    monkeypatch.setattr(devices, "_LEAVING_S", 0.0)
+    path = tmp_path / "bin/nvidia-smi"
+    path.parent.mkdir()
+    path.write_text(SMI.format(uuid=UUID, mine=os.getpid()))
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    return path
+
+
+HELD = "GPU 0 (NVIDIA H100, GPU-1a2b3c4d) has 31.5 of 79.6 GiB in use by "
+INSTEAD = ": end that, choose another GPU by CUDA_VISIBLE_DEVICES, or set DIFFMOE_SHARED_GPU=1 to share this one"
+
+
+def hold(monkeypatch, gib, total=79.6):
+    see_gpus(monkeypatch, UUID)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (int((total - gib) * GIB), int(total * GIB)))
+
+
+def test_a_gpu_that_another_process_holds(nvidia_smi, monkeypatch):
+    hold(monkeypatch, 31.5)
+    for asked in ("auto", "cuda"):
+        with pytest.raises(UserError) as error:
+            local_device(0, 1, asked)
+        assert str(error.value) == (f"{HELD}python (process 4711, 30.0 GiB), nbody, version 2 (process 4712, ? GiB){INSTEAD}")
+    monkeypatch.setenv("DIFFMOE_SHARED_GPU", "1")
+    assert local_device(0, 1) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("smi", ["none", "fails", "empty"])
+def test_a_container_may_not_know_the_processes(nvidia_smi, monkeypatch, smi):
+    nvidia_smi.write_text(f"#!/bin/sh\nexit {9 if smi == 'fails' else 0}\n")
+    if smi == "none":
+        monkeypatch.setattr(gpus.shutil, "which", lambda *_: None)
+    hold(monkeypatch, 31.5)
+    with pytest.raises(UserError) as error:
+        local_device(0, 1)
+    assert str(error.value) == f"{HELD}another process{INSTEAD}"
+
+
+@pytest.mark.parametrize(("gib", "total", "good"), [
+    (0.6, 79.6, True), (3.9, 79.6, True), (4.1, 79.6, False), (1.9, 12, True), (2.1, 12, False), (0.5, 9.75, True), (9, 9.75, False),
+])
+def test_a_context_or_a_desktop_is_nobodys_run(nvidia_smi, monkeypatch, gib, total, good):
+    hold(monkeypatch, gib, total)
+    if good:
+        local_device(0, 1)
+    else:
+        with pytest.raises(UserError, match="GiB in use by"):
+            local_device(0, 1)
+
+
+def test_a_gpu_that_cannot_be_opened_at_all(nvidia_smi, monkeypatch):
+    def busy(device):
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be reported")
+
+    see_gpus(monkeypatch, UUID)
+    monkeypatch.setattr("torch.cuda.mem_get_info", busy)
+    with pytest.raises(UserError) as error:
+        local_device(0, 1)
+    assert str(error.value) == ("GPU 0 cannot be opened: CUDA error: CUDA-capable device(s) is/are busy or unavailable CUDA kernel errors "
+                                f"might be reported{INSTEAD}")
+
+
+def test_a_run_that_has_just_ended_is_given_a_moment(nvidia_smi, monkeypatch):
+    hold(monkeypatch, 31.5)
+    free = iter([10 * GIB, 40 * GIB, 78 * GIB])
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (next(free), 80 * GIB))
+    monkeypatch.setattr(devices, "_LEAVING_S", 20.0)
+    monkeypatch.setattr(devices.time, "sleep", lambda _: None)
+    assert local_device(0, 1) == torch.device("cuda", 0) and next(free, None) is None
+
+
+def test_the_only_gpu_that_a_process_sees_is_looked_at_once_it_is_nobody_elses(nvidia_smi, monkeypatch):
+    """Before, it may be other ranks of the same run that are seen there."""
+    hold(monkeypatch, 31.5)
+    store = HashStore()
+    for rank, other in ((1, "b"), (0, UUID)):
+        device = local_device(rank, 2)
+        store.set(f"gpu/{socket.gethostname()}/{rank}", other)
+    store.set(f"gpu/{socket.gethostname()}/1", UUID)
+    with pytest.raises(UserError, match="must not exceed its GPUs"):
+        check_own_gpu(device, 0, 2, store)
+    store.set(f"gpu/{socket.gethostname()}/1", "b")
+    with pytest.raises(UserError, match="31.5 of 79.6 GiB in use by python"):
+        check_own_gpu(device, 0, 2, store)
+
+
+# --------------------------------------------------------------------------------- every rank, and every verb that takes a device
+
+
+def together(problems, kinds):
+    """What ranks raise that each have a problem (or none) and a kind of device."""
+    store, said = HashStore(), {}
+
+    def rank_of(rank):
+        try:
+            _check_devices("device", problems[rank] and UserError(problems[rank]), kinds[rank] and torch.device(kinds[rank]), store,
+                           RankEnvironment(rank, len(kinds), 0, 1, "srun"))
+        except AgreedError as error:
+            said[rank] = str(error)
+
+    ranks = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(len(kinds))]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join(60)
+        assert not thread.is_alive()
+    return said
+
+
+HOST = socket.gethostname()
+
+
+@pytest.mark.parametrize(("problems", "kinds", "message"), [
+    ((None, None), ("cpu", "cpu"), None),
+    ((None, "no driver"), ("cuda", None), f"rank 1 on {HOST}: no driver"),
+    (("no driver", None, None, None), (None, "cuda", "cuda", "cuda"), f"rank 0 on {HOST}: no driver"),
+    (("CPU build", "CPU build"), (None, None), "CPU build"),
+    ((None, "a", "b", None), ("cuda",) * 4, f"rank 1 on {HOST}: a"),
+    ((None, None, None, None), ("cuda", "cuda", "cpu", "cuda"), f"all ranks must have one kind of device: rank 0 on {HOST} has cuda, rank 2 on "
+                                                                f"{HOST} has cpu"),
+])
+def test_one_ranks_problem_is_every_ranks_error(problems, kinds, message):
+    assert together(problems, kinds) == ({} if message is None else dict.fromkeys(range(len(kinds)), message))
+
+
+@pytest.fixture(scope="module")
+def gpu_node(tmp_path_factory):
+    """The environment of a machine that has two GPUs, by its nvidia-smi; torch here is one for CPUs."""
+    folder = tmp_path_factory.mktemp("node")
+    line = "NVIDIA H100, 550.1, 81559, 30, 0, 0x0"
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s\\n' '0, {line}' '1, {line}'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "DS_ACCELERATOR": ""}
+
+
+LINE = (f"this machine has 2 GPUs (NVIDIA H100, driver 550.1), and torch ({torch.__version__}) is built for CPUs only: install the build of "
+        f"torch {torch.__version__.partition('+')[0]} for CUDA{ON_THE_CPU}")
+cpu_build = pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for GPUs")
+
+
+@cpu_build
+def test_each_verb_of_several_ranks_says_so_on_each_and_computes_on_the_cpu_where_that_is_meant(gpu_node, tmp_path):
+    run = tiny(tmp_path / "run", "train.steps=1")
+    asks = [run, ["profile", *run, "--synthetic"], ["encode", "--source", "x", "--out", str(tmp_path / "out"), "--image-size", "8"],
+            ["evaluate", "--samples", "x.npz", "--reference", "y.npz", "--extractor", "z"]]
+    means = [[*run, "run.device=cpu"], ["sample", "--checkpoint", str(tmp_path / "run"), "--device", "cpu", "--count", "4", "--out",
+                                        str(tmp_path / "samples")]]
+    *refused, resumed, trained, sampled = run_cases(2, [*asks, [*run, "run.device=cuda"], *means], env=gpu_node)
+    for rank, said in ((0, f"error: {LINE}\n"), (1, "")):
+        for case, results in zip(asks, [*refused, resumed]):
+            assert (results[rank].returncode, results[rank].stderr) == (2, said), (case, results)
+        for results in (trained, sampled):
+            assert results[rank].returncode == 0, results
+    assert (tmp_path / "samples.npz").is_file()
+
+
+@cpu_build
+def test_each_verb_of_one_process_says_so(gpu_node):
+    cases = [["bench", "moe-layer"], ["bench", "step"], ["bench", "sampling", "--device", "cuda"], ["bench", "communication"],
+             ["verify", "--device", "cuda"], ["sample", "--checkpoint", "nowhere"]]
+    *refused, elsewhere = run_cases(1, cases, env=gpu_node)
+    assert [(result.returncode, result.stderr) for result, in refused] == [(2, f"error: {LINE}\n")] * len(refused), refused
+    assert elsewhere[0].returncode == 2 and "nowhere" in elsewhere[0].stderr, "what a verb is given comes first"
+
+
+@cpu_build
+@pytest.mark.parametrize("more", [[], ["run.device=cpu"]])
+def test_preflight_says_the_same(gpu_node, tmp_path, more):
+    command = [sys.executable, "-m", "launcher", "preflight", "--config", str(tiny_config()), f"run.folder={tmp_path}", *more]
+    with Program(command, 2, gpu_node) as program:
+        results = program.wait()
+    assert [r.returncode for r in results] == ([0, 0] if more else [1, 1]), results
+    assert (LINE in results[0].stdout) == (not more), results
+
+
+def test_the_device_is_no_part_of_a_run():
+    """A run resumes on another one, and a checkpoint's configuration that has no such field is as before."""
+    assert changes(Config(), override(Config(), ["run.device=cpu"])) == ([], ["run.device: auto -> cpu"])
+    assert config_from_tree({"run": {"folder": "x"}}).run.device == "auto"
+    with pytest.raises(UserError, match="run.device"):
+        override(Config(), ["run.device=gpu"])

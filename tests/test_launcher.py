@@ -261,14 +261,22 @@ def wrong(**changes):
 
 def test_a_machine_that_is_well():
     assert wrong() == {}
+    held = {**TORCH, "memory": [["NVIDIA H200", "12345678-9", 40 * 2**30, 140 * 2**30]]}
+    assert wrong(torch=held, device_asked="cpu") == {} == wrong(torch={**TORCH, "gpus": 0}, device_asked="cpu")
     assert wrong(gpus=None, driver=False, torch={**TORCH, "version": "2.13.0+cpu", "cuda": None, "gpus": 0, "nccl": False, "capabilities": []},
                  nvcc=None, compiler=None) == {}
 
 
 @pytest.mark.parametrize(("changes", "what", "text", "fix"), [
     ({"apex": "impostor"}, "apex", "not NVIDIA's (no apex.optimizers)", "pip uninstall apex"),
-    ({"torch": {**TORCH, "version": "2.13.0+cpu", "cuda": None, "gpus": 0}}, "torch", "2.13.0+cpu is a CPU build on a machine with GPUs", "make setup"),
-    ({"torch": {**TORCH, "gpus": 0}}, "torch", "driver 570.1 may be too old for CUDA 13.0", "nvidia-smi"),
+    ({"torch": {**TORCH, "version": "2.13.0+cpu", "cuda": None, "gpus": 0}}, "torch", "this machine has 1 GPU (NVIDIA H200, driver 570.1), "
+     "and torch (2.13.0+cpu) is built for CPUs only", "make setup"),
+    ({"torch": {**TORCH, "gpus": 0, "says": "driver too old"}}, "torch", "this machine has 1 GPU (NVIDIA H200, driver 570.1), and torch "
+     "(2.13.0+cu130, for CUDA 13.0) cannot use it: driver too old", "nvidia-smi"),
+    ({"torch": {**TORCH, "gpus": 0}, "shown": ""}, "torch", "CUDA_VISIBLE_DEVICES ('') hides this machine's 1 GPU", "nvidia-smi"),
+    ({"torch": {**TORCH, "memory": [["NVIDIA H200", "12345678-9", 40 * 2**30, 140 * 2**30]]}}, "gpu 0",
+     "GPU 0 (NVIDIA H200, GPU-12345678) has 100.0 of 140.0 GiB in use by another process", "DIFFMOE_SHARED_GPU=1"),
+    ({"torch": {**TORCH, "memory": ["CUDA error: busy"]}}, "gpu 0", "GPU 0 cannot be opened: CUDA error: busy", "CUDA_VISIBLE_DEVICES"),
     ({"torch": {**TORCH, "version": "2.12.1"}}, "torch", "2.12.1; >=2.13,<2.14 is needed", "make setup"),
     ({"torch": {**TORCH, "arches": ["sm_100"]}}, "torch", "no code for compute capability 9.0", "make setup"),
     ({"torch": None}, "torch", "not installed (a login node needs none", "make setup"),

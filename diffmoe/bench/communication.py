@@ -20,7 +20,7 @@ from diffmoe.bench import measure
 from diffmoe.bench.moe_layer import RULE, training_pass
 from diffmoe.bench.options import bench_parser, sized_config
 from diffmoe.config import Config, override
-from diffmoe.device import set_fp32_precision, synchronize
+from diffmoe.device import local_device, set_fp32_precision, synchronize
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.moe.layer import MoELayer
@@ -92,6 +92,8 @@ def main(arguments: list[str]) -> int:
     worlds = [int(w) for w in options.worlds.split(",") if w.isdigit()]
     if not worlds or min(worlds) < 1 or options.samples < 1:
         raise UserError(f"--worlds ({options.worlds}) must be numbers by commas and --samples ({options.samples}) at least 1")
+    for rank in range(max(worlds) if device.type == "cuda" else 0):
+        local_device(rank, max(worlds))  # before a rank is started
     rows, cases = [], []
     for world in worlds:
         with Ranks(world, timeout=600, device=device.type) as ranks:

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from diffmoe.commands.common import Parser
+from diffmoe.commands.common import Parser, add_device
 from diffmoe.config import Config, load_config
 from diffmoe.device import local_device, set_fp32_precision
 from diffmoe.errors import UserError
@@ -23,6 +23,7 @@ def bench_parser(kind: str, description: str, profile: bool = False) -> argparse
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default 7)")
     if profile:
         parser.add_argument("--profile", action="store_true", help="also where the time goes, by operator or kernel")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")
     parser.add_argument("--out", help="folder that keeps table, JSON and plot")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to the configuration")
@@ -35,4 +36,5 @@ def sized_config(options: argparse.Namespace) -> tuple[Config, torch.device, tor
         raise UserError(f"--repeats ({options.repeats}) must be at least 1")
     config = load_config(f"configs/base/{options.model}.yaml", [f"moe.experts={options.experts}", *options.set])
     set_fp32_precision(config.run.fp32_precision)
-    return config, local_device(0, 1), DTYPES[options.dtype]
+    asked = config.run.device if options.device == "auto" else options.device
+    return config, local_device(0, 1, asked), DTYPES[options.dtype]

@@ -8,8 +8,10 @@ import argparse
 import contextlib
 import datetime
 import os
+import socket
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Iterator
 
 from diffmoe.config import Config, check_guidance, override
@@ -20,6 +22,7 @@ from launcher.environment import RankEnvironment, check_master, missed
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import Store
 
     from diffmoe.checkpoints.reader import Checkpoint
     from diffmoe.models.dit import DiT
@@ -59,16 +62,29 @@ def add_latent_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=float, help="(default: the training data's, else the VAE's own)")
 
 
-def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) -> torch.device:
-    """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device.  ``timeout``: of a collective."""
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``, of verbs whose device no configuration says."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): a GPU if there is one")
+
+
+def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE, asked: str = "auto") -> torch.device:
+    """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device, the ``asked`` one (see
+    ``device.local_device``).  ``timeout``: of a collective.  UserError on all ranks where one has no device."""
     check_master(environment)
     import torch
     import torch.distributed as dist
 
     from diffmoe.device import backend, bound, check_own_gpu, local_device
 
-    device = local_device(environment.local_rank, environment.local_world)
-    place(environment, device)
+    device, problem = None, None
+    try:
+        device = local_device(environment.local_rank, environment.local_world, asked)
+    except UserError as error:
+        if environment.world == 1:
+            raise
+        problem = error
+    if device is not None:
+        place(environment, device)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores_each(environment.local_world))  # torch would give every rank all of the node's
     with _note_where_it_takes_long(environment):
@@ -78,15 +94,45 @@ def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE) 
                                                timeout=timeout))
         except RuntimeError as error:
             if "EADDRINUSE" not in str(error):
-                raise
+                raise problem or error
             raise UserError(f"MASTER_PORT ({os.environ.get('MASTER_PORT')}) is in use on this machine, perhaps by another run: "
                             "give the launcher another --master_port") from None
         store.set_timeout(timeout)
-        check_own_gpu(device, environment.local_rank, environment.local_world, store)
+        _check_devices("device", problem, device, store, environment)
+        if device.type == "cuda":
+            try:
+                check_own_gpu(device, environment.local_rank, environment.local_world, store)
+            except UserError as error:
+                problem = error
+            _check_devices("own GPU", problem, device, store, environment)
         dist.init_process_group(
             backend(device), store=dist.PrefixStore("ranks", store), rank=environment.rank, world_size=environment.world,
             timeout=timeout, device_id=bound(device, environment.world))
     return device
+
+
+def _check_devices(name: str, problem: UserError | None, device: torch.device | None, store: Store,
+                   environment: RankEnvironment) -> None:
+    """Raises AgreedError on all ranks where one has a problem with its device, or they have different ones."""
+    from diffmoe.device import share
+    from diffmoe.parallel.collectives import AgreedError
+
+    mine = (socket.gethostname(), str(problem or ""), device.type if device else "")
+    hosts, problems, kinds = zip(*share(mine, name, store, environment.rank, environment.world))
+    first = next((rank for rank, text in enumerate(problems) if text), None)
+    other = next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None)
+    if first is not None:
+        message = problems[first] if len(set(problems)) == 1 else f"rank {first} on {hosts[first]}: {problems[first]}"
+    elif other is not None:
+        message = (f"all ranks must have one kind of device: rank 0 on {hosts[0]} has {kinds[0]}, "
+                   f"rank {other} on {hosts[other]} has {kinds[other]}")
+    else:
+        return
+    heard, deadline = store.add(f"{name} heard", 1), time.monotonic() + 10.0
+    while environment.rank == 0 and heard < environment.world and time.monotonic() < deadline:
+        time.sleep(0.05)  # the store may end with this process: the others read it first
+        heard = store.add(f"{name} heard", 0)
+    raise AgreedError(message) from problem
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import datetime
 import time
 from pathlib import Path
 
-from diffmoe.commands.common import Parser, join, leave
+from diffmoe.commands.common import Parser, add_device, join, leave
 from diffmoe.data.encode_request import STORAGES, Request
 from diffmoe.placement import cores_each
 from launcher.environment import RankEnvironment
@@ -47,11 +47,14 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
                         help="give up when more of the pictures are bad, or left out though they look like samples")
     parser.add_argument("--accept-values", action="store_true",
                         help="take latents whose deviation after --scale is far from 1")
-    request = Request(**vars(parser.parse_args(arguments)))
+    add_device(parser)
+    options = vars(parser.parse_args(arguments))
+    asked = options.pop("device")
+    request = Request(**options)
     from diffmoe.data.encode_shards import encode
     from diffmoe.parallel.groups import build_groups
 
-    device = join(environment, _PATIENCE)
+    device = join(environment, _PATIENCE, asked)
     began = time.monotonic()
     say = (lambda line: print(line, flush=True)) if environment.rank == 0 else (lambda line: None)
     index = encode(request, build_groups(1, 1).world, device, say)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe.commands.common import (
-    Parser, add_compile, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
+    Parser, add_compile, add_device, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
 )
 from diffmoe.config import Config
 from diffmoe.errors import UserError
@@ -42,7 +42,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     checkpoint = None if options.checkpoint is None else Checkpoint(Path(options.checkpoint))
     config = None if checkpoint is None else evaluation_config(checkpoint.config(), options)
     first = environment.rank == 0
-    device = join(environment)
+    device = join(environment, asked=options.device)
     world = build_groups(1, 1).world  # every rank holds the whole model
     problem: Exception | None = None
     try:
@@ -164,6 +164,7 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_latent_options(parser)
     add_fp32_precision(parser)
     add_compile(parser)
+    add_device(parser)
     parser.add_argument("--count", type=int, help="images (default: 50,000, or all of --samples)")
     parser.add_argument("--classes", dest="labels", choices=("balanced", "random"),
                         help="balanced (default): in turn, which scores a little better; random: as ADM, DiT and the research code")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe.commands.common import Parser, one_process
+from diffmoe.commands.common import Parser, add_device, one_process
 from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment
 
@@ -37,6 +37,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--index", default="", help="index.json, where it does not lie beside the shards")
     parser.add_argument("--quick", action="store_true", help="sizes, tables of rows, first and last sample of every shard")
     parser.add_argument("--vae", help="AutoencoderKL that decodes the grid: a folder, or the hub's owner/name")
+    add_device(parser)
     parser.add_argument("--grid", type=Path, default=Path("inspect-data.png"), help="where the grid of samples goes")
     parser.add_argument("--cache", default="", help="as data.cache, for remote shards")
     parser.add_argument("--cache-gib", type=float, default=64.0)
@@ -72,7 +73,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     index = load_index(options.shards, options.index, check_files=False)
     if options.accept_values:
         index = replace(index, meta=replace(index.meta, accept_values=True))
-    vae = None if options.vae is None else _open_vae(options.vae, index)  # before a long reading, not after
+    vae = None if options.vae is None else _open_vae(options.vae, index, options.device)  # before a long reading, not after
     cache = cache_of(DataConfig(cache=options.cache, cache_gib=options.cache_gib))
     print(f"{index.where}: {index.count} samples of {index.meta.classes} classes in {len(index.shards)} shards, {index.dtype} "
           f"{list(index.shape)} ({index.meta.kind}{', with flips' * index.flips}), fingerprint {index.fingerprint[:16]}")
@@ -96,7 +97,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     return 0
 
 
-def _open_vae(path: str, index: ShardIndex) -> Vae:
+def _open_vae(path: str, index: ShardIndex, asked: str) -> Vae:
     """The data set's autoencoder.  UserError for data of another one, or of none."""
     from diffmoe.data.vae import load_vae
     from diffmoe.device import local_device, set_fp32_precision
@@ -104,7 +105,7 @@ def _open_vae(path: str, index: ShardIndex) -> Vae:
     if index.meta.kind == "pixels":
         raise UserError(f"--vae ({path}) decodes latents; {index.where} holds pixels")
     set_fp32_precision("ieee")
-    vae = load_vae(path, device=local_device(0, 1))
+    vae = load_vae(path, device=local_device(0, 1, asked))
     if index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):
         raise UserError(f"--vae ({path}) has weights {vae.sha256[:12]}; {index.where} was encoded with "
                         f"{index.encoding.vae_sha256[:12]} ({index.encoding.vae})")

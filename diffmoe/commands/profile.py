@@ -43,7 +43,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     if options.zero is not None:
         tree = {**tree, "zero_optimization": {**(tree.get("zero_optimization") or {}), "stage": options.zero}}
     merge_deepspeed(tree, config, layout)
-    device = join(environment)
+    device = join(environment, asked=config.run.device)
     record = _measure(config, layout, tree, environment, device, options)
     if environment.rank == 0:
         print(describe(record), flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffmoe.commands.common import (
-    Parser, add_compile, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
+    Parser, add_compile, add_device, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
 )
 from diffmoe.errors import UserError
 from diffmoe.evaluation.class_names import parse_classes
@@ -28,6 +28,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     add_latent_options(parser)
     add_fp32_precision(parser)
     add_compile(parser)
+    add_device(parser)
     parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
     parser.add_argument("--report", action="store_true",
                         help="also write the capacity used, by layer, time and class: OUT.capacity.json, .md and .png")
@@ -54,7 +55,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     if total < 1:
         raise UserError(f"--count ({total}) must be at least 1")
     labels = [classes[i % len(classes)] for i in range(total)]
-    device = join(environment)
+    device = join(environment, asked=options.device)
     groups = build_groups(1, 1)  # every rank holds the whole model
     out = Path(options.out.removesuffix(".npz").removesuffix(".png"))
     npz, png = Path(f"{out}.npz"), Path(f"{out}.png")  # with_suffix would cut cfg1.5 to cfg1

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 
 import yaml
@@ -55,12 +54,11 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     # c10d prints a stack of its own for every broken connection; the watchdog says it in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from diffmoe.parallel.groups import build_groups
-    from diffmoe.training import loop, watchdog
+    from diffmoe.training import limits, loop
 
-    # The watchdog is quicker; without it this is what ends a hang.
-    patience = datetime.timedelta(seconds=watchdog.START_FACTOR * config.run.timeout_s or 1800)
-    watchdog.record_collectives()
-    device = join(environment, patience)
+    patience = limits.patience(config.run.timeout_s)
+    limits.set_nccl(config.run.timeout_s)
+    device = join(environment, patience, config.run.device)
     if environment.rank == 0:
         print(f"place    {describe_place()}", flush=True)
     loop.train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks, patience), device, asked,

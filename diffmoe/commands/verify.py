@@ -12,7 +12,7 @@ import torch
 
 from diffmoe.commands.common import Parser, one_process
 from diffmoe.data.tar import replacing
-from diffmoe.device import set_fp32_precision
+from diffmoe.device import local_device, set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.models.compiled import check_compiler
 from diffmoe.parity.cases import WORLDS, compiled_table, full_table, quick_compiled_table, quick_table
@@ -50,6 +50,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     options = parser.parse_args(arguments)
     one_process("verify", environment)  # it starts its own ranks
     worlds = _parse_worlds(options.worlds, options.device)
+    for rank in range(max(worlds) if options.device == "cuda" else 0):
+        local_device(rank, max(worlds), options.device)  # before a rank is started
     table = {(False, False): full_table, (True, False): quick_table, (False, True): compiled_table, (True, True): quick_compiled_table}[
         options.quick, options.compile]
     if options.compile:
@@ -84,6 +86,7 @@ def _parse_worlds(text: str | None, device: str) -> list[int]:
     """The numbers of ranks asked for, or all that the machine has devices for."""
     devices = torch.cuda.device_count() if device == "cuda" else max(WORLDS)
     if not devices:
+        local_device(0, 1, device)  # which says why
         raise UserError(f"--device (cuda) needs a GPU; torch sees {devices}")
     if text is None:
         return [world for world in WORLDS if world <= devices]

@@ -32,6 +32,7 @@ from diffmoe.training.checkpoint import SaveFailed, Saver, newest_usable, restor
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
+from diffmoe.training.limits import lengthen_timeouts
 from diffmoe.training.metrics import Meter, Writer
 from diffmoe.training.plan_check import PlanCheck, machine_of
 from diffmoe.training.resume import (
@@ -95,7 +96,8 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     Any rank whose ``asked`` fills (see ``training.stop``) ends the run in order: the ranks agree at a step boundary, save, and
     return.  Raises AgreedError when the run cannot go on, or its last state cannot be saved; a rank that dies or hangs ends
     the process with ``EXIT_LOST``."""
-    with Watchdog(groups, config.run.timeout_s) as watchdog, RunLock(Path(config.run.folder), groups.world) as lock:
+    folder = Path(config.run.folder)
+    with Watchdog(groups, config.run.timeout_s, folder) as watchdog, RunLock(folder, groups.world) as lock:
         if anyone(bool(asked), groups.world):
             return _say(groups, "stopped in order before the start; the same command begins again")
         lock.take()
@@ -168,6 +170,7 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     if compiled:
         compile_blocks(model)
     engine = Engine(model, config, layout, deepspeed_tree, groups, device)
+    lengthen_timeouts(config.run.timeout_s)
     watch_layers(model.blocks, groups.trace)
     ema = Ema(engine, config.train.ema_decays)
     guard = Guard.from_counters(config.train, {} if newest is None else newest.counters)

@@ -1,16 +1,25 @@
 """A dead or hung rank is noticed, named and ends the job, in place of silence.
 
-Every rank has a thread that leaves a beat in the store through which the ranks met (no shared file system needed): a tick of its
-own, and where its main thread is.  Rank 0 looks at all of them, the others at rank 0.  When a rank has not ticked, or no main
-thread has moved, for ``run.timeout_s`` (three times that until the first step is done), rank 0 writes a verdict that names the
-rank, and every process ends with ``EXIT_LOST``.  A connection that breaks (gloo's answer to a dead peer) asks for the verdict at
-once.  Times are read on the judge's own clock: nodes' clocks may differ.
+Every rank has a thread that leaves a heartbeat in the store through which the ranks met (no shared file system needed):
+a tick of its own, and where its main thread is.  Rank 0 looks at all of them, the others at rank 0, with two limits:
+
+dead: a process whose ticks stop, at any time, is reported within ``limits.DEATH_S``, whatever the backend.  A tick needs
+    Python's global lock, which a C call may hold for longer: of a silent rank the ranks before and after it say whether
+    its process runs, where they share a host (``/proc``: it is there and not stopped), and while it does it is alive.
+    What the judge itself sleeps through, or the store does not answer in, is nobody's silence.
+hung: a process that lives, and whose main thread has not moved for ``run.timeout_s`` (three times that until the first
+    step is done).
+
+Then rank 0 writes a verdict that names the rank, and every process ends with ``EXIT_LOST``.  The main threads need no part
+in that: with NCCL they wait for a kernel that never ends.  A connection that breaks (gloo's answer to a dead peer) asks
+for the verdict at once.  Times are read on the judge's own clock: nodes' clocks may differ.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -29,9 +38,11 @@ from torch import Tensor, nn
 from diffmoe.parallel.collectives import EXIT_LOST, AgreedError, is_lost_peer
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.trace import Trace
+from diffmoe.training import limits
 
-START_FACTOR = 3
 _SHOWN = 16  # ranks in a report
+_DEAD = "dead: the process is gone or stopped, or its node is out of reach"
+_HUNG = "hung: the process lives, its main thread does not move"
 
 
 @dataclass(frozen=True)
@@ -69,27 +80,32 @@ class Beat:
 
 @dataclass
 class _Seen:
-    """When, on this process's clock, a rank's thread and its main thread last moved."""
+    """The heartbeat read last, when that was, and the seconds since thread (``silent``) and main thread (``still``) moved."""
 
     beat: Beat
-    ticked: float
-    moved: float
+    read: float
+    silent: float = 0.0
+    still: float = 0.0
+    vouched: int = 0
 
 
 class Watchdog:
-    """Around a run; ``timeout_s`` 0 leaves only the one-line report of a broken connection."""
+    """Around a run; ``timeout_s`` 0 leaves only the one-line report of a broken connection.  ``folder``: the run's, in which
+    a rank that is ended leaves torch's flight recorder."""
 
-    def __init__(self, groups: ParallelGroups, timeout_s: float) -> None:
+    def __init__(self, groups: ParallelGroups, timeout_s: float, folder: Path | None = None) -> None:
         self.groups, self.trace, self.timeout_s = groups, groups.trace, timeout_s
         self.rank, self.world = groups.rank, groups.world.size
-        self.interval = min(5.0, max(1.0, timeout_s / 20)) if timeout_s else 5.0
+        self.interval = limits.interval(timeout_s)
+        self.silence = min(limits.DEATH_S - 4 * self.interval, timeout_s)  # until it is seen by the judge, and then by all
+        self._traces = folder and folder / "flight_recorder"
         self._tick = 0
         self._state = ""  # of this rank's beats; only the main thread writes it, and only once
         self._told, self._hurry = threading.Event(), threading.Event()
         self._store = self._open_store()
         self._seen: dict[int, _Seen] = {}
         self._rests = (-1, 0.0)  # the main thread's count when it last moved, and when that was
-        self._contact = time.monotonic()  # when the store last answered
+        self._unanswered = 0.0  # seconds since the store last answered
         self._store_error = ""
         self._broken = False
         self._verdict: str | None = None
@@ -114,7 +130,7 @@ class Watchdog:
         return self
 
     def _begin(self) -> None:
-        self._contact = time.monotonic()
+        self._unanswered = 0.0
         self._talker.start()
         self._thread.start()
 
@@ -154,12 +170,17 @@ class Watchdog:
 
     @property
     def limit(self) -> float:
-        return self.timeout_s * (1 if self.trace.warm else START_FACTOR)
+        """Seconds after which a main thread that does not move is hung."""
+        return self.timeout_s * (1 if self.trace.warm else limits.START_FACTOR)
 
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _watch(self) -> None:
+        before = time.monotonic()
         while not self._stopping.wait(self.interval / 2):
+            now = time.monotonic()
+            self._unanswered += min(now - before, self.interval)  # more only where this process slept, and heard nothing
+            before = now
             verdict = self._verdict or self._without_store()
             if verdict and not self._stopping.is_set() and self._state in ("", "lost"):  # else it ends by an error of its own
                 self._end(verdict)
@@ -175,7 +196,8 @@ class Watchdog:
                 if self._told.is_set() and self._state != "lost":
                     return  # this rank ends, and judges no more
                 self._verdict = self._look()
-                self._contact = time.monotonic()
+                self._vouch()
+                self._unanswered = 0.0
             except RuntimeError as error:  # torch's errors of a store
                 self._store_error = f" ({str(error).splitlines()[0][:120]})"
                 if "imeout" not in str(error) and "imed out" not in str(error):
@@ -201,7 +223,7 @@ class Watchdog:
             return self._judge()
         if self._store.check(["verdict"]):
             text = self._store.get("verdict").decode()
-            return f"rank {self.rank} ends with exit code {EXIT_LOST} as well: {text.splitlines()[0]}"
+            return self._as_well(text)
         self._read([0])
         return self._judge_first_rank()
 
@@ -210,45 +232,63 @@ class Watchdog:
         keys = [f"beat/{rank}" for rank in ranks if rank in self._seen or self._store.check([f"beat/{rank}"])]
         for text in self._store.multi_get(keys) if self._store.has_extended_api() else map(self._store.get, keys):
             beat = Beat.loads(text)
-            seen = self._seen.get(beat.rank)
-            if seen is None:
-                self._seen[beat.rank] = _Seen(beat, now, now)
-                continue
-            seen.ticked = now if beat.tick != seen.beat.tick else seen.ticked
-            seen.moved = now if beat.trace.count != seen.beat.trace.count else seen.moved
-            seen.beat = beat
+            seen = self._seen.setdefault(beat.rank, _Seen(beat, now))
+            passed = min(now - seen.read, 3 * self.interval)  # more only where this process or the store slept
+            seen.vouched = 0 if beat.tick != seen.beat.tick else seen.vouched
+            seen.still = 0.0 if beat.trace.count != seen.beat.trace.count else seen.still + passed
+            seen.silent = 0.0 if beat.tick != seen.beat.tick or self._has_voucher(seen) else seen.silent + passed
+            seen.beat, seen.read = beat, now
+
+    def _vouch(self) -> None:
+        """Says of the ranks before and after this one that they live, where they are silent and run on this host."""
+        near = sorted({(self.rank - 1) % self.world, (self.rank + 1) % self.world} - {self.rank})
+        self._read(near)
+        for seen in (self._seen[rank] for rank in near if rank in self._seen):
+            if seen.silent > 2 * self.interval and seen.beat.host == socket.gethostname() and _runs(seen.beat.pid):
+                self._store.add(f"vouched/{seen.beat.rank}/{seen.beat.tick}", 1)
+
+    def _has_voucher(self, seen: _Seen) -> bool:
+        """Whether somebody has said anew that a silent rank lives."""
+        if seen.silent <= 2 * self.interval:
+            return False
+        before, seen.vouched = seen.vouched, self._store.add(f"vouched/{seen.beat.rank}/{seen.beat.tick}", 0)
+        return seen.vouched != before
 
     def _judge(self) -> str | None:
         """Rank 0's view of all ranks: a report, or None while all is well."""
-        now = time.monotonic()
         ended = [seen for seen in self._seen.values() if seen.beat.state not in ("", "lost")]
         if ended:
-            return self._report([f"{s.beat.who()} ended by {s.beat.state}" for s in ended], ended)
-        if not any(max(now - s.ticked, now - s.moved) > self.limit for s in self._seen.values()):
-            return None
-        silent = [s for s in self._seen.values() if now - s.ticked > 3 * self.interval + 1]
+            return self._ended(ended)
+        silent = [s for s in self._seen.values() if s.silent > self.silence]
         if silent:
-            return self._report([f"{s.beat.who()} has not answered for {now - s.ticked:.0f} s" for s in silent], silent)
+            return self._dead(silent)
+        if not any(s.still > self.limit for s in self._seen.values()):
+            return None
         elsewhere = [s for s in self._seen.values() if not s.beat.trace.waiting]
         least = min(s.beat.trace.count for s in self._seen.values())
         stuck = elsewhere if 0 < len(elsewhere) < self.world else [
             s for s in self._seen.values() if s.beat.trace.count == least]
-        return self._report([f"{s.beat.who()} has made no progress for {now - s.moved:.0f} s" for s in stuck], stuck)
+        return self._report([f"{s.beat.who()} has made no progress for {s.still:.0f} s" for s in stuck], stuck, _HUNG)
+
+    def _as_well(self, report: str) -> str:
+        return f"rank {self.rank} ends with exit code {EXIT_LOST} as well: {report.splitlines()[0]}"
+
+    def _ended(self, ended: list[_Seen]) -> str:
+        return self._report([f"{s.beat.who()} ended by {s.beat.state}" for s in ended], ended)
+
+    def _dead(self, silent: list[_Seen]) -> str:
+        return self._report([f"{s.beat.who()} has not answered for {s.silent:.0f} s" for s in silent], silent, _DEAD)
 
     def _judge_first_rank(self) -> str | None:
-        now, first = time.monotonic(), self._seen.get(0)
+        first = self._seen.get(0)
         if first is None:
             return None
-        if first.beat.state not in ("", "lost"):
-            headline = f"{first.beat.who()} ended by {first.beat.state}"
-        elif now - first.ticked > self.limit + 2 * self.interval:  # it judges the others, so it gets a little longer
-            headline = f"{first.beat.who()} has not answered for {now - first.ticked:.0f} s"
-        else:
+        ended = first.beat.state not in ("", "lost")
+        if not ended and first.silent <= self.silence + 2 * self.interval:  # it judges the others, so it gets a little longer
             return None
-        if self.rank > 1:
-            return f"rank {self.rank} ends with exit code {EXIT_LOST}: {headline}"
-        self._read(range(self.world))
-        return self._report([headline], [first])
+        self._read(range(self.world) if self.rank == 1 else [])
+        report = self._ended([first]) if ended else self._dead([first])
+        return report if self.rank == 1 else self._as_well(report)
 
     def _after_a_break(self) -> str | None:
         """A connection of this rank broke: who is gone?  Those who ended said so; those who were killed tick no more."""
@@ -256,7 +296,7 @@ class Watchdog:
         ended = [s for s in self._seen.values() if s.beat.state not in ("", "lost")]
         if not ended and now - self._lost_at < 2.5 * self.interval + 1:
             return None
-        silent = [s for s in self._seen.values() if not s.beat.state and now - s.ticked > 2 * self.interval]
+        silent = [s for s in self._seen.values() if not s.beat.state and s.silent > 2 * self.interval]
         gone = ended or silent
         headlines = [f"{s.beat.who()} ended by {s.beat.state}" for s in ended] or [f"{s.beat.who()} is gone" for s in silent]
         living = [rank for rank in range(self.world) if rank not in {s.beat.rank for s in gone}]
@@ -264,36 +304,48 @@ class Watchdog:
             headlines = ["a connection between ranks broke, and all of them are there"]
         if self.rank != living[0]:
             return f"rank {self.rank} ends with exit code {EXIT_LOST}: {'; '.join(headlines[:_SHOWN])}"
-        return self._report(headlines, gone)
+        return self._report(headlines, gone, _DEAD if silent and not ended else "")
 
     def _without_store(self) -> str | None:
         """The store has been silent for too long: its process is lost or stopped."""
-        silence = time.monotonic() - self._contact
         sure = self._broken or self._lost_at is not None
-        if silence < (3.5 * self.interval if sure else self.limit) + 2 * self.interval:
+        if self._unanswered < (3.5 * self.interval if sure else self.silence) + 2 * self.interval:
             return None
         by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         first = self._seen[0].beat.who() if 0 in self._seen else "rank 0"
         holder = "the launcher" if by_launcher else first
-        return self._report([f"{holder}, which holds the store, has not answered for {silence:.0f} s{self._store_error}"],
-                            [self._seen[0]] if 0 in self._seen and not by_launcher else [])
+        said = f"{holder}, which holds the store, has not answered for {self._unanswered:.0f} s{self._store_error}"
+        return self._report([said], [self._seen[0]] if 0 in self._seen and not by_launcher else [], _DEAD)
 
-    def _report(self, headlines: list[str], first: list[_Seen]) -> str:
-        """One line that names the culprits, then where each rank is, culprits first."""
+    def _report(self, headlines: list[str], first: list[_Seen], kind: str = "") -> str:
+        """One line that names the culprits and the ``kind`` of their end, then where each rank is, culprits first."""
         others = [s for _, s in sorted(self._seen.items()) if s not in first]
         lines = [f"watchdog: {'; '.join(headlines[:_SHOWN])} (run.timeout_s {self.timeout_s:g}); the job ends with exit code "
-                 f"{EXIT_LOST}, the same command goes on from the last checkpoint"]
+                 f"{EXIT_LOST}, the same command goes on from the last checkpoint" + f" ({kind})" * bool(kind)]
         heard = [f"  {s.beat.who()}: when last heard, {s.beat.where()}" for s in first]
         lines += [*heard, *(f"  {s.beat.who()}: {s.beat.where()}" for s in others)][:_SHOWN]
-        return "\n".join(lines + [f"  … {len(self._seen) - _SHOWN} more ranks"] * (len(self._seen) > _SHOWN))
+        lines += [f"  … {len(self._seen) - _SHOWN} more ranks"] * (len(self._seen) > _SHOWN)
+        if self._traces and limits.recorder():
+            lines.append(f"  the last collectives of each rank: torchfrtrace {self._traces} --prefix rank_")
+        return "\n".join(lines)
 
     def _end(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+        writes = threading.Thread(target=self._write_trace, daemon=True)
+        writes.start()
         if self.rank == 0 and self.world > 1 and self._verdict is not None:
             threading.Thread(target=self._store.set, args=("verdict", text), daemon=True).start()
             time.sleep(2 * self.interval)  # the store may die with this process: the others read it first
+        writes.join(self.interval)  # not longer: it may be the disk that hangs
         sys.stdout.flush()
         os._exit(EXIT_LOST)
+
+    def _write_trace(self) -> None:
+        """Leaves torch's flight recorder for its program ``torchfrtrace``."""
+        if self._traces and (recorder := limits.recorder()):
+            with suppress(OSError, RuntimeError):
+                self._traces.mkdir(parents=True, exist_ok=True)
+                (self._traces / f"rank_{self.rank}").write_bytes(recorder(includeStackTraces=False))
 
     # --------------------------------------------------------------------------------------- the main thread's end
 
@@ -313,7 +365,7 @@ class Watchdog:
         if count != self.trace.count:
             self._rests = (self.trace.count, now)
         elif now - since > self.limit / 2 and self._lost_at is None:
-            return ", ".join(part for part in (_pending_collective(), _main_thread_at()) if part)
+            return ", ".join(part for part in (limits.pending_collective(), _main_thread_at()) if part)
         return ""
 
 
@@ -333,24 +385,14 @@ def watch_layers(blocks: nn.ModuleList, trace: Trace) -> None:
         block.register_forward_hook(leaving)
 
 
-def record_collectives() -> None:
-    """Switches torch's flight recorder on; before ``init_process_group``."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")
-
-
-def _pending_collective() -> str:
-    """The oldest collective that torch's flight recorder calls unfinished, where this build has one."""
-    library = torch._C._distributed_c10d
-    dump = getattr(library, "_dump_nccl_trace_json", None) or getattr(library, "_dump_fr_trace_json", None)
-    if dump is None:
-        return ""
+def _runs(pid: int) -> bool:
+    """Whether a process of this host is there and neither stopped nor about to end, which may take a while."""
     try:
-        entries = json.loads(dump(includeCollectives=True, onlyActive=True)).get("entries") or []
-        entry = next((entry for entry in entries if not entry.get("retired")), None)
-        return "" if entry is None else (f"unfinished {entry['profiling_name']} {entry['input_sizes']}, number "
-                                         f"{entry['collective_seq_id']} of group {entry['process_group'][0]}")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # private, and another form must not end a run
-        return f"torch's flight recorder is not readable ({type(error).__name__})"
+        state, *more = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        writes_core = re.search(r"^CoreDumping:\s+1", Path(f"/proc/{pid}/status").read_text(), re.M)
+    except OSError:
+        return False
+    return state in "RSDI" and not int(more[5]) & 4 and not writes_core  # PF_EXITING of Linux's include/linux/sched.h
 
 
 def _main_thread_at() -> str:
