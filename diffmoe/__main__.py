@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 from diffmoe.errors import UserError
 from launcher.environment import RankEnvironment, check_started, detect, export, typed_at_a_terminal

@@ -13,7 +13,7 @@ import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal
 
 from diffmoe.errors import UserError
 from diffmoe.paths import expand_path
@@ -110,7 +110,7 @@ class MoEConfig:
     activation: Literal["gelu", "swiglu"] = "gelu"
     shared_experts: int = 0
     interleave: bool = True
-    pool: Union[int, Literal["rank", "group", "global"]] = "global"
+    pool: int | Literal["rank", "group", "global"] = "global"
     capacity: float = 1.0
     capacity_hold: int = 0
     capacity_until: int = 0
@@ -176,8 +176,8 @@ class DataConfig:
     shards: str = ""
     index: str = ""
     flip: bool = False
-    streams: Optional[int] = None
-    window: Optional[int] = None
+    streams: int | None = None
+    window: int | None = None
     workers: int = 0
     prefetch: int = 2
     cache: str = ""
@@ -223,8 +223,8 @@ class TrainConfig:
 
     steps: int = 700_000
     batch: int = 256
-    micro_batch: Optional[int] = None
-    accumulation: Optional[int] = None
+    micro_batch: int | None = None
+    accumulation: int | None = None
     optimizer: Literal["torch", "deepspeed", "apex"] = "torch"
     lr: float = 1e-4
     warmup: int = 0
@@ -239,7 +239,7 @@ class TrainConfig:
     spike_factor: float = 0.0
     spike_window: int = 64
     spike_limit: int = 3
-    ema: Union[float, tuple[float, ...]] = 0.9999
+    ema: float | tuple[float, ...] = 0.9999
     log_every: int = 50
     sample_every: int = 0
     score_every: int = 0
@@ -247,7 +247,7 @@ class TrainConfig:
     keep: int = 3
     keep_every: int = 0
     async_save: bool = True
-    compile: Union[Literal["auto"], bool] = "auto"
+    compile: Literal["auto"] | bool = "auto"
 
     @property
     def ema_decays(self) -> tuple[float, ...]:
@@ -316,8 +316,8 @@ class SampleConfig:
     eta: float = 0.0
     tolerance: float = 1e-4
     routing: Literal["batch", "token", "static"] = "token"
-    gamma: Optional[float] = None
-    capacity: Optional[float] = None
+    gamma: float | None = None
+    capacity: float | None = None
     batch: int = 64
     columns: int = 10
 

@@ -10,7 +10,8 @@ import resource
 import socket
 import time
 import warnings
-from typing import Any, Iterator, Optional
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.distributed import Store
@@ -147,7 +148,7 @@ def backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def bound(device: torch.device, world: int) -> Optional[torch.device]:
+def bound(device: torch.device, world: int) -> torch.device | None:
     """``device_id`` of torch.distributed's start: NCCL connects there and then, and groups are split from the world's
     communicator.  None for one rank, whom nobody has to be reached by (CUDA error 600 in new groups: DeepSpeed #8248)."""
     return device if device.type == "cuda" and world > 1 else None
@@ -160,7 +161,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def peak_flops(device: torch.device) -> tuple[float, str]:
     """(FLOP/s, where the figure comes from): the data sheet's bf16 peak of a known GPU, else :func:`measured_flops` in the
     precision that training uses there, bf16 on a GPU and fp32 on a CPU."""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffmoe.errors import UserError
 import diffmoe
 from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.checkpoints.writer import save_parts
 from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, override
 from diffmoe.data.sources import runs_a_program
+from diffmoe.errors import UserError
 from diffmoe.evaluation.card import Card, card_from_json
 from diffmoe.evaluation.decoding import checkpoint_data
 from diffmoe.markdown import table

@@ -11,8 +11,21 @@ from diffmoe.config import Config, load_config
 from diffmoe.cost.hardware import write_entry
 from diffmoe.cost.hosts import hosts_of, spanned, spanning
 from diffmoe.cost.layouts import (
-    GIB, MOST_NODES, RECOMPUTE, Candidate, Cluster, Nearest, Pins, candidates, evaluate, fewer_nodes, fixed_pool,
-    largest_parts, nearest_fit, node_counts, reasons,
+    GIB,
+    MOST_NODES,
+    RECOMPUTE,
+    Candidate,
+    Cluster,
+    Nearest,
+    Pins,
+    candidates,
+    evaluate,
+    fewer_nodes,
+    fixed_pool,
+    largest_parts,
+    nearest_fit,
+    node_counts,
+    reasons,
 )
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import check_deepspeed, merge_deepspeed, precision, read_deepspeed

@@ -18,7 +18,7 @@ from diffmoe.parallel.collectives import raise_together
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.training import checkpoint as training_checkpoint
-from diffmoe.training.checkpoint import STREAMING_BYTES, SaveFailed, Saved, Saver, newest_usable, restore
+from diffmoe.training.checkpoint import STREAMING_BYTES, Saved, SaveFailed, Saver, newest_usable, restore
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine
 from diffmoe.training.state import held, owned

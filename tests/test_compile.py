@@ -19,8 +19,8 @@ from diffmoe.models import compiled
 from diffmoe.models.compiled import compile_blocks
 from diffmoe.models.dit import DiT, initialize, logical_tensors
 from diffmoe.moe.routing import RoutingRule, choose_tokens
-from diffmoe.parity import table
 from diffmoe.parallel.groups import single_process
+from diffmoe.parity import table
 from diffmoe.parity.cases import Case, compiled_table
 from diffmoe.parity.plain import build_model, synthetic_batch
 from diffmoe.training.guard import find_nonfinite

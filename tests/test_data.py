@@ -21,8 +21,8 @@ from diffmoe.data.digits import write_digits
 from diffmoe.data.order import SampleOrder
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import BadShard, RowTable, altered_byte, pack_table, unpack_table
-from diffmoe.data.share import Share
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_shards
+from diffmoe.data.share import Share
 from diffmoe.data.stream import Batch, BatchStream
 from diffmoe.data.values import normals, to_float
 from diffmoe.errors import UserError

@@ -8,8 +8,19 @@ import torch
 
 from diffmoe.config import load_config
 from diffmoe.diffusion.ddpm import (
-    ancestral_noise, ddim_sample_loop, ddpm_loss, discretized_gaussian_log_likelihood, guided_epsilon, linear_schedule,
-    p_mean_variance, p_sample_loop, q_sample, respace, space_timesteps, training_losses, vb_terms_bpd,
+    ancestral_noise,
+    ddim_sample_loop,
+    ddpm_loss,
+    discretized_gaussian_log_likelihood,
+    guided_epsilon,
+    linear_schedule,
+    p_mean_variance,
+    p_sample_loop,
+    q_sample,
+    respace,
+    space_timesteps,
+    training_losses,
+    vb_terms_bpd,
 )
 from diffmoe.diffusion.sampling import ancestral, ddim
 from diffmoe.errors import UserError

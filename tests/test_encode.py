@@ -29,7 +29,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from programs import scratch
 from sklearn.datasets import load_digits, load_sample_images
 
 from diffmoe.commands.encode import main
@@ -43,11 +42,12 @@ from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import OpenShard, member_name
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_index, write_shards
 from diffmoe.data.tar import sha256
-from diffmoe.data.values import to_float
 from diffmoe.data.vae import decode_latents, encode_moments, load_vae
+from diffmoe.data.values import to_float
 from diffmoe.errors import UserError
 from diffmoe.parallel.groups import Group, build_groups, single_process
 from launcher.environment import detect
+from programs import scratch
 
 SIZE = 16
 PACKAGE = str(Path(images.__file__).parents[1])

@@ -12,7 +12,15 @@ import pytest
 from diffmoe.commands.common import join
 from diffmoe.errors import UserError
 from launcher.environment import (
-    RankEnvironment, check_master, check_started, detect, expand_nodelist, expand_task_counts, export, missed, rendezvous_port,
+    RankEnvironment,
+    check_master,
+    check_started,
+    detect,
+    expand_nodelist,
+    expand_task_counts,
+    export,
+    missed,
+    rendezvous_port,
 )
 from programs import REPOSITORY, environment
 

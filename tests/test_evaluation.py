@@ -19,25 +19,43 @@ from torch import Tensor, nn
 
 from diffmoe.checkpoints.reader import ema_kind
 from diffmoe.checkpoints.writer import save_start
+from diffmoe.commands import evaluate as command
 from diffmoe.config import Config, load_config
 from diffmoe.data.digits import write_digits
 from diffmoe.data.shards import ShardMeta, write_shards
-from diffmoe.commands import evaluate as command
 from diffmoe.errors import UserError
 from diffmoe.evaluation import decoding
 from diffmoe.evaluation import evaluate as evaluation
 from diffmoe.evaluation.card import Card, Scores, card_from_json, commit, versions
-from diffmoe.evaluation.evaluate import SAMPLES_NAME, Subject, class_labels, evaluate, given_images, sampled_images
 from diffmoe.evaluation.decoding import Decoder
+from diffmoe.evaluation.evaluate import SAMPLES_NAME, Subject, class_labels, evaluate, sampled_images
 from diffmoe.evaluation.features import (
-    Extractor, Features, digits_extractor, load_extractor, to_uint8,
+    Extractor,
+    Features,
+    digits_extractor,
+    load_extractor,
+    to_uint8,
 )
 from diffmoe.evaluation.reference_statistics import (
-    Gaussian, ImageSource, Reference, load_reference, measure_reference, open_images, save_reference,
+    Gaussian,
+    ImageSource,
+    Reference,
+    load_reference,
+    measure_reference,
+    open_images,
+    save_reference,
 )
 from diffmoe.evaluation.scores import (
-    Moments, frechet_distance, inception_score_of, merge, merge_over, moments_of, precision_recall,
-    split_numbers, split_totals, totals_over,
+    Moments,
+    frechet_distance,
+    inception_score_of,
+    merge,
+    merge_over,
+    moments_of,
+    precision_recall,
+    split_numbers,
+    split_totals,
+    totals_over,
 )
 from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, initialize, logical_tensors

@@ -416,13 +416,13 @@ LAYOUTS = {(2, 2, 1): [(2, 2, 1), (1, 1, 0), (1, 1, 3), (2, 1, 1), (2, 2, 0), (2
 
 def train_layout(folder, ep, stage, world, more):
     """The losses of 24 steps, or of what is left of them."""
+    import torch
+
     from diffmoe.config import load_config
     from diffmoe.layout import resolve_layout
     from diffmoe.parallel.groups import build_groups
     from diffmoe.training import loop
     from programs import tiny_config, zero
-
-    import torch
 
     config = load_config(tiny_config(), [f"run.folder={folder}", f"parallel.ep={ep}", *RECIPE, *more])
     layout = resolve_layout(config, world)

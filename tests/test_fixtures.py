@@ -1,6 +1,5 @@
 """The four families against numbers of the published research code (tests/data/*.npz, float32, CPU)."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from diffmoe.checkpoints.reader import BUFFERS, MASTER, Checkpoint, ema_kind
 from diffmoe.commands import exchange
+from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.models.dit import DiT, initialize, logical_tensors
 from diffmoe.models.interchange import fresh_buffers, from_research, to_research
-from diffmoe.config import ModelConfig, MoEConfig, load_config
 from diffmoe.models.layers import sine_positions
 from test_interchange import call, changed, config_of, other_state, refusal, state_of
 

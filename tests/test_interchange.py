@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +21,9 @@ from diffmoe.diffusion.sampling import euler
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import Card, Scores
 from diffmoe.evaluation.generate import generate, threshold_note
-from diffmoe.models.pretrained import open_pretrained
 from diffmoe.models.dit import DiT, initialize, logical_tensors
 from diffmoe.models.interchange import fresh_buffers, load_buffers, load_logical, same_bits, to_research, weights_digest
+from diffmoe.models.pretrained import open_pretrained
 from diffmoe.models.upcycling import load_dense, measure, upcycle
 from diffmoe.moe.routing import RoutingRule
 from launcher.environment import detect

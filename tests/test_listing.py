@@ -19,7 +19,6 @@ from PIL import Image
 
 from diffmoe.checkpoints.manifest import read_manifest
 from diffmoe.checkpoints.reader import Checkpoint
-from diffmoe.evaluation.class_names import parse_classes
 from diffmoe.config import Config, DataConfig, ModelConfig
 from diffmoe.data.encode_request import Request
 from diffmoe.data.encode_shards import encode
@@ -28,6 +27,7 @@ from diffmoe.data.images import read_picture
 from diffmoe.data.listing import Source, list_source
 from diffmoe.data.shards import ShardIndex, load_index
 from diffmoe.errors import UserError
+from diffmoe.evaluation.class_names import parse_classes
 from diffmoe.evaluation.reference_statistics import open_images
 from diffmoe.parallel.groups import single_process
 from programs import run_cases, tiny

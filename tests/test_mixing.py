@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from programs import Nursery, losses, tiny
 
 from diffmoe.commands.inspect_data import main as inspect_main
 from diffmoe.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, load_config
@@ -22,6 +21,7 @@ from diffmoe.data.order import SampleOrder
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import Encoding, ShardIndex, ShardMeta, write_index, write_shards
 from launcher.environment import detect
+from programs import Nursery, losses, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGENET, CLASSES, PER_SHARD = 1_281_167, 1000, 1024

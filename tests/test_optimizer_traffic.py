@@ -1,7 +1,6 @@
 """What a step moves for gradients, optimizer and averages, how often the host waits for the device, and how ranks add up."""
 
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch

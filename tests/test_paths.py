@@ -151,9 +151,9 @@ def test_every_option_of_every_verb_is_expanded(monkeypatch, tmp_path):
 
 
 def test_a_dry_run_shows_what_was_meant(tmp_path, capsys):
-    from diffmoe.commands.train import main
-
     import yaml
+
+    from diffmoe.commands.train import main
 
     (tmp_path / "home/c.yaml").write_text(yaml.safe_dump({**TINY, "parallel": {"ep": 1}, "data": {"shards": "$SCRATCH/shards"}}))
     assert main(["--dry-run", "--config", "~/c.yaml", "run.folder=~/runs/${NAME}"], ALONE) == 0

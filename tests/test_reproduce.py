@@ -5,8 +5,8 @@ rank, once with the launcher that the README names.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import pytest

@@ -75,7 +75,7 @@ def count_case(name, compiled):
 needs_a_device = pytest.mark.skipif(not fake_cuda.has_gpu() and shutil.which("g++") is None, reason="g++ builds the device")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def found():
     run = fake_cuda.run(str(Path(__file__)), [], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr

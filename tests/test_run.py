@@ -20,7 +20,18 @@ from diffmoe.layout import resolve_layout
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.training.engine import _build_optimizer
 from diffmoe.training.metrics import Writer
-from programs import REPOSITORY, losses, run_cases, run_program, start_launcher, start_program, tiny, tiny_config, trained, zero
+from programs import (
+    REPOSITORY,
+    losses,
+    run_cases,
+    run_program,
+    start_launcher,
+    start_program,
+    tiny,
+    tiny_config,
+    trained,
+    zero,
+)
 
 KINDS = {"master", "ema_0.7", "exp_avg", "exp_avg_sq"}  # and buffers, where there are capacity predictors
 

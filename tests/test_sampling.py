@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from diffmoe.checkpoints.reader import Checkpoint
-from diffmoe.evaluation.class_names import parse_classes
 from diffmoe.diffusion.sampling import euler, heun
 from diffmoe.errors import UserError
+from diffmoe.evaluation.class_names import parse_classes
 from diffmoe.evaluation.generate import generate
 from diffmoe.models.dit import DiT
 from diffmoe.models.interchange import load_buffers, load_logical

@@ -39,7 +39,18 @@ from diffmoe.models.dit import logical_tensors
 from diffmoe.models.interchange import weights_digest
 from programs import REPOSITORY, run_cases
 from test_evaluation import (
-    ALONE, COUNT as IMAGES, CPU, close, random_gaussian, random_images, run_once, save_folder, setting, tiny_extractor,
+    ALONE,
+    CPU,
+    close,
+    random_gaussian,
+    random_images,
+    run_once,
+    save_folder,
+    setting,
+    tiny_extractor,
+)
+from test_evaluation import (
+    COUNT as IMAGES,
 )
 
 ROWS = random_images(30).permute(0, 2, 3, 1).numpy()

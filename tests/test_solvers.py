@@ -160,7 +160,7 @@ def test_ddim_is_the_exact_product_of_its_steps():
 def exact_reverse_model(steps):
     """[epsilon, v] whose reverse step over ``steps`` is the true q(x_{t-1} | x_t) of Gaussian data, variance too."""
     schedule = respace(SCHEDULE, steps)
-    abar, before = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    abar = schedule.alphas_cumprod
     of_x0 = STD ** 2 * (1 - abar) / (abar * STD ** 2 + 1 - abar)  # Var[x_0 | x_t]
     variance = schedule.posterior_variance + schedule.posterior_mean_coef1 ** 2 * of_x0
     low, high = schedule.posterior_log_variance_clipped, schedule.betas.log()

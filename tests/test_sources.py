@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import REPOSITORY
 
 from diffmoe.data import sources
 from diffmoe.data.cache import Cache
@@ -28,6 +27,7 @@ from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_shards
 from diffmoe.data.share import Share
 from diffmoe.data.stream import BatchStream
 from diffmoe.errors import UserError
+from programs import REPOSITORY
 
 SHARD = 30_720  # bytes
 

@@ -23,8 +23,8 @@ from diffmoe.data.feed import open_reader
 from diffmoe.data.inspect import index_tars
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import BadShard, Members
-from diffmoe.data.share import Share
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_index, write_shards
+from diffmoe.data.share import Share
 from diffmoe.data.stream import BatchStream
 from diffmoe.errors import UserError
 from launcher.environment import detect

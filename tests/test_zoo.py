@@ -14,12 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe.commands.train import main as train
-from diffmoe.config import Config, ModelConfig, MoEConfig, ParallelConfig, load_config, swiglu_hidden
+from diffmoe.config import ModelConfig, MoEConfig, ParallelConfig, load_config, swiglu_hidden
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.layout import resolve_layout
 from diffmoe.models.count import Counts, count
 from diffmoe.models.dit import DiT
-from diffmoe.moe import experts
 from diffmoe.moe.experts import Experts
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.strict_yaml import read_yaml

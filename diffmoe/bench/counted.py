@@ -17,7 +17,8 @@ import os
 import re
 import sys
 from collections import Counter
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 from unittest import mock
 
 import torch

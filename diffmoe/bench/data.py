@@ -23,8 +23,8 @@ import torch
 
 from diffmoe.commands.common import Parser
 from diffmoe.data.reader import ShardReader
-from diffmoe.data.share import Share
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_index, write_shards
+from diffmoe.data.share import Share
 from diffmoe.data.stream import BatchStream
 from diffmoe.errors import UserError
 

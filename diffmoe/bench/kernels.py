@@ -11,9 +11,10 @@ import contextlib
 import copy
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator, Literal, Sequence
+from typing import Any, Literal
 from unittest import mock
 
 import torch

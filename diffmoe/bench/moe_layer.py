@@ -16,8 +16,9 @@ and outputs, beyond weights, their gradients and the input: the figure of ``acti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from diffmoe.commands.common import Parser
 from diffmoe.cost.records import timed_steps

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ class Contender:
         self._put()
         self.training.step()
 
-    def peak_bytes(self) -> Optional[int]:
+    def peak_bytes(self) -> int | None:
         if self.compiled and self.training.device.type == "cpu":
             return None
         self._put()
@@ -217,7 +217,7 @@ def most_samples(at_few: int, at_twice: int, few: int, room: float) -> int:
     return 1 << (samples.bit_length() - 1)
 
 
-def _ratios(seconds: dict[str, float], peaks: dict[str, Optional[int]]) -> dict[str, Any]:
+def _ratios(seconds: dict[str, float], peaks: dict[str, int | None]) -> dict[str, Any]:
     facts: dict[str, Any] = {"time_over_dense": seconds["ours"] / seconds["dense"],
                              "activation_memory_over_dense": peaks["ours"] / peaks["dense"]}
     if "loop" in seconds:

@@ -12,7 +12,8 @@ import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from diffmoe.config import Config, check_guidance, override
 from diffmoe.errors import UserError

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe.commands.common import (
-    Parser, add_compile, add_device, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
+    Parser,
+    add_compile,
+    add_device,
+    add_fp32_precision,
+    add_latent_options,
+    join,
+    leave,
+    sampling_config,
+    whole_model,
 )
 from diffmoe.config import Config
 from diffmoe.errors import UserError

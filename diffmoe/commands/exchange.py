@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from diffmoe.commands.common import Parser, one_process
 from diffmoe.config import Config, ModelConfig, MoEConfig, load_config

@@ -10,8 +10,9 @@ import itertools
 import json
 import platform
 import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from diffmoe.commands.common import Parser, join, leave
 from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, override

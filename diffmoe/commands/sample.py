@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffmoe.commands.common import (
-    Parser, add_compile, add_device, add_fp32_precision, add_latent_options, join, leave, sampling_config, whole_model,
+    Parser,
+    add_compile,
+    add_device,
+    add_fp32_precision,
+    add_latent_options,
+    join,
+    leave,
+    sampling_config,
+    whole_model,
 )
 from diffmoe.errors import UserError
 from diffmoe.evaluation.class_names import parse_classes

@@ -8,7 +8,7 @@ import itertools
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 
@@ -48,10 +48,10 @@ class Hardware:
     link: float
     operator_us: float
     asynchronous: bool = True
-    attention: Optional[float] = None
+    attention: float | None = None
     read_us: float = 20.0
-    calibrated: Optional[str] = None
-    tflops_tf32: Optional[float] = None
+    calibrated: str | None = None
+    tflops_tf32: float | None = None
 
     @property
     def usable_bytes(self) -> int:
@@ -110,7 +110,7 @@ def _build(cls: type, name: str, values: Any) -> Any:
     if needed - values.keys():
         raise UserError(f"hardware table: {name}.{sorted(needed - values.keys())[0]} is missing")
     for key, value in values.items():
-        if hints[key] in (int, float) or (hints[key] == Optional[float] and value is not None):
+        if hints[key] in (int, float) or (hints[key] == float | None and value is not None):
             good = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
             if not good or (value == 0 and key not in ("reserve_gib", "latency_us", "operator_us", "read_us")):
                 raise UserError(f"hardware table: {name}.{key} ({value!r}) must be a number above 0")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Iterator, Optional
 
 from diffmoe.config import Config, override
 from diffmoe.cost.hardware import Hardware
@@ -36,10 +36,10 @@ class Cluster:
 class Pins:
     """What the user insists on; None: free."""
 
-    ep: Optional[int] = None
-    zero: Optional[int] = None
-    recompute: Optional[str] = None
-    micro_batch: Optional[int] = None
+    ep: int | None = None
+    zero: int | None = None
+    recompute: str | None = None
+    micro_batch: int | None = None
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def _gradients(sizes: _Sizes, engine: EngineFacts, accumulates: bool) -> tuple[i
 
 def _activations(config: Config, layout: Layout, element: int) -> tuple[int, int, int]:
     """(bytes kept for backward, of which rows that travelled are counted apart, temporaries)."""
-    model, moe = config.model, config.moe
+    model = config.model
     recompute = config.parallel.recompute
     blocks = [_block_bytes(config, layout, element, i) for i in range(model.depth)]
     token = layout.micro_batch * model.tokens * model.width * element

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 from diffmoe.config import Config, attention_kept
 from diffmoe.cost.hardware import Hardware, Link
@@ -96,7 +97,7 @@ def _inside(config: Config) -> tuple[float, float]:
     return (model.depth - mixed + mixed * moe.shared_experts) * model.hidden, mixed * experts * inner_width(model, moe)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _counted() -> dict[str, Any]:
     return json.loads(COUNTED.read_text())
 

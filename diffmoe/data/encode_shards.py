@@ -32,8 +32,8 @@ from diffmoe.data.listing import Source, describe_changes, file_stamps, list_sou
 from diffmoe.data.meaning import ACCEPT, ENOUGH_ARRAYS, scale_fault
 from diffmoe.data.shards import INDEX_NAME, Encoding, ShardIndex, ShardMeta, from_json, load_index, write_index
 from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
-from diffmoe.data.values import channel_sums, mean_and_std, to_float
 from diffmoe.data.vae import Vae, encode_moments, load_vae
+from diffmoe.data.values import channel_sums, mean_and_std, to_float
 from diffmoe.device import set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_together

@@ -19,8 +19,8 @@ from diffmoe.data.listing import printable, shorten
 from diffmoe.data.mixing import SHUFFLED_ORDER, completed, measure, mending, order_for
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import BadShard
-from diffmoe.data.share import Share
 from diffmoe.data.shards import ShardIndex, load_index
+from diffmoe.data.share import Share
 from diffmoe.data.stream import Batch, BatchStream
 from diffmoe.data.tar import replacing
 from diffmoe.errors import UserError

@@ -14,8 +14,17 @@ import numpy as np
 from diffmoe.data.cache import Cache
 from diffmoe.data.meaning import ACCEPT, Values, label_fault, shape_fault
 from diffmoe.data.reader import ShardReader
-from diffmoe.data.rows import (BLOCK, BadShard, Members, OpenShard, check_name, decode, member_name, scan_rows,
-                               split_name)
+from diffmoe.data.rows import (
+    BLOCK,
+    BadShard,
+    Members,
+    OpenShard,
+    check_name,
+    decode,
+    member_name,
+    scan_rows,
+    split_name,
+)
 from diffmoe.data.shards import INDEX_NAME, ShardIndex, ShardMeta, write_index
 from diffmoe.data.tar import ShardFile, sha256, write_tar_to
 from diffmoe.data.values import channel_sums, mean_and_std, to_float

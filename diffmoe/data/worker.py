@@ -14,7 +14,6 @@ import pickle
 import signal
 import sys
 
-from diffmoe.data.rows import BadShard
 from diffmoe.data.share import fill_step
 from diffmoe.errors import UserError
 

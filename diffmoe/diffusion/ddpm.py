@@ -8,9 +8,9 @@ other way than in the flow: step 0 is (almost) data, step 999 noise.  The networ
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Callable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -219,7 +219,7 @@ def ddpm_loss(model: Callable[..., ModelOutput], x: Tensor, noise: Tensor, t: Te
 # ---------------------------------------------------------------------------------------------------- sampling
 
 
-def guided_epsilon(model: DiT, y: Tensor, cfg: float, rule: RoutingRule, channels: Optional[int] = 3) -> ModelFn:
+def guided_epsilon(model: DiT, y: Tensor, cfg: float, rule: RoutingRule, channels: int | None = 3) -> ModelFn:
     """The field (x [B, C, H, W], t [B]) -> [epsilon, v] with classifier-free guidance: null + cfg (conditional - null).
 
     Both halves run as one batch of 2 B, hence as one pool, and only the first ``channels`` of epsilon are guided (None:
@@ -260,7 +260,7 @@ def p_sample_loop(model_fn: ModelFn, schedule: Schedule, x: Tensor, noise: Noise
     return x
 
 
-def ddim_sample_loop(model_fn: ModelFn, schedule: Schedule, x: Tensor, noise: Optional[Noise] = None, eta: float = 0.0,
+def ddim_sample_loop(model_fn: ModelFn, schedule: Schedule, x: Tensor, noise: Noise | None = None, eta: float = 0.0,
                      clip_denoised: bool = False) -> Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16): deterministic at ``eta`` 0, the small-variance ancestral one at 1.
 

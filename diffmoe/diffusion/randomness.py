@@ -6,9 +6,9 @@ resumed run goes on exactly.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Callable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class StepDraws:
     def __init__(self, seed: int, positions: Callable[[int], np.ndarray], shape: tuple[int, ...]) -> None:
         self._seed, self._positions, self._shape = seed, positions, shape
         self._thread = ThreadPoolExecutor(1, "draws")
-        self._coming: tuple[int, Optional[Future[list[Draws]]]] = -1, None
+        self._coming: tuple[int, Future[list[Draws]] | None] = -1, None
 
     def of(self, step: int) -> list[Draws]:
         number, coming = self._coming

@@ -7,7 +7,7 @@ that need none ignore it.  What only one sampler has (eta, tolerance) is a keywo
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,14 +18,14 @@ from diffmoe.errors import UserError
 Field = Callable[[Tensor, Tensor], Tensor]
 
 
-def euler(field: Field, z: Tensor, steps: int, noise: Optional[Noise] = None) -> Tensor:
+def euler(field: Field, z: Tensor, steps: int, noise: Noise | None = None) -> Tensor:
     """Explicit Euler, first order, ``steps`` evaluations.  z [B, …]."""
     for i in range(steps):
         z = z + field(z, z.new_full((len(z),), i / steps)) / steps
     return z
 
 
-def heun(field: Field, z: Tensor, steps: int, noise: Optional[Noise] = None) -> Tensor:
+def heun(field: Field, z: Tensor, steps: int, noise: Noise | None = None) -> Tensor:
     """Heun's trapezoid rule, second order, two evaluations a step."""
     for i in range(steps):
         here = field(z, z.new_full((len(z),), i / steps))
@@ -53,7 +53,7 @@ def _only_mine(unfinished: bool) -> bool:
     return unfinished
 
 
-def dopri5(field: Field, z: Tensor, steps: int, noise: Optional[Noise] = None, *, tolerance: float = 1e-4,
+def dopri5(field: Field, z: Tensor, steps: int, noise: Noise | None = None, *, tolerance: float = 1e-4,
            anyone: Callable[[bool], bool] = _only_mine) -> Tensor:
     """Dormand-Prince 5(4) with adaptive steps: at most ``steps`` of them, rejected ones included, 6 evaluations each.
 
@@ -99,14 +99,14 @@ def _attempt(field: Field, z: Tensor, t: Tensor, h: Tensor, slope: Tensor,
     return stage, slopes[-1], error
 
 
-def ancestral(field: Field, z: Tensor, steps: int, noise: Optional[Noise] = None) -> Tensor:
+def ancestral(field: Field, z: Tensor, steps: int, noise: Noise | None = None) -> Tensor:
     """ADM's ``p_sample_loop`` over ``steps`` of the 1000, one evaluation each.  Raises UserError without ``noise``."""
     if noise is None:
         raise UserError("the ancestral sampler needs noise")
     return p_sample_loop(field, respace(linear_schedule(), steps).to(z.device), z, noise)
 
 
-def ddim(field: Field, z: Tensor, steps: int, noise: Optional[Noise] = None, *, eta: float = 0.0) -> Tensor:
+def ddim(field: Field, z: Tensor, steps: int, noise: Noise | None = None, *, eta: float = 0.0) -> Tensor:
     """ADM's ``ddim_sample_loop`` over ``steps`` of the 1000, one evaluation each."""
     return ddim_sample_loop(field, respace(linear_schedule(), steps).to(z.device), z, noise, eta)
 

@@ -5,9 +5,9 @@ took counts 0).  The paper's figures 1c and 1d, as JSON, a Markdown table and a 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from diffmoe.errors import UserError
 import diffmoe
 from diffmoe.data.tar import replacing
+from diffmoe.errors import UserError
 from diffmoe.markdown import table
 
 JSON_NAME, MARKDOWN_NAME = "card.json", "card.md"

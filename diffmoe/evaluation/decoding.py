@@ -15,6 +15,7 @@ from diffmoe.data.sources import is_remote, runs_a_program
 from diffmoe.data.vae import Vae, decode_latents, load_vae
 from diffmoe.errors import UserError
 
+
 @dataclass(frozen=True)
 class Decoder:
     """From latents to pictures: `function` takes what the model samples, fp32 [B, C, h, w], and returns uint8

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def check_dial(model: DiT, sample: SampleConfig) -> None:
                         "or set sample.gamma")
 
 
-def threshold_note(model: DiT, sample: SampleConfig) -> Optional[str]:
+def threshold_note(model: DiT, sample: SampleConfig) -> str | None:
     """What to say where learned thresholds decide that no training step has ever observed; None where none do."""
     learned = sample.gamma is None and sample.capacity is None and sample.routing != "static"
     fresh = [layer for _, layer in model.moe_layers() if layer.family == "diffmoe" and not layer.thresholds.observations]
@@ -49,7 +49,7 @@ def threshold_note(model: DiT, sample: SampleConfig) -> Optional[str]:
 
 @torch.no_grad()
 def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequence[int], device: torch.device,
-             progress: bool = False, meter: Optional[CapacityMeter] = None, together: Optional[Group] = None) -> Tensor:
+             progress: bool = False, meter: CapacityMeter | None = None, together: Group | None = None) -> Tensor:
     """Images [n, C, H, W], fp32 on the CPU, of classes ``labels`` from the noise of images ``numbers``.
 
     ``together``: ranks whose passes must keep step, since the model communicates in them.  ``meter`` counts the capacity
@@ -76,7 +76,7 @@ def _field(model: DiT | WatchedModel, config: Config, y: Tensor) -> Callable[[Te
     return guided_velocity(model, y, config.sample.cfg, rule)
 
 
-def _options(sample: SampleConfig, together: Optional[Group], device: torch.device) -> dict:
+def _options(sample: SampleConfig, together: Group | None, device: torch.device) -> dict:
     """What only one sampler takes.  dopri5's ranks go on until the last of them is done: passes may hold collectives."""
     if sample.sampler == "ddim":
         return {"eta": sample.eta}
@@ -89,8 +89,8 @@ def _options(sample: SampleConfig, together: Optional[Group], device: torch.devi
 
 
 def generate_everywhere(model: DiT, config: Config, labels: Sequence[int], world: Group, device: torch.device,
-                        progress: bool = False, meter: Optional[CapacityMeter] = None,
-                        decode: Optional[Callable[[Tensor], Tensor]] = None) -> Tensor:
+                        progress: bool = False, meter: CapacityMeter | None = None,
+                        decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Images 0 … len(labels) - 1, an equal share on every rank (surplus numbers fill the last), all of them on all
     ranks.  Ranks make the same number of passes, so the experts may be spread over them.  ``decode`` turns a batch of
     samples into the images, each rank's share on that rank."""

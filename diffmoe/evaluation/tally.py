@@ -8,7 +8,15 @@ from diffmoe.evaluation.card import Scores
 from diffmoe.evaluation.features import Features
 from diffmoe.evaluation.reference_statistics import Gaussian, Reference
 from diffmoe.evaluation.scores import (
-    Moments, SplitTotals, frechet_distance, inception_score_of, merge, merge_over, moments_of, split_numbers, split_totals,
+    Moments,
+    SplitTotals,
+    frechet_distance,
+    inception_score_of,
+    merge,
+    merge_over,
+    moments_of,
+    split_numbers,
+    split_totals,
     totals_over,
 )
 from diffmoe.parallel.groups import Group

@@ -12,10 +12,11 @@ import os
 import shutil
 import sysconfig
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Callable, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ _MOST_SIZES = 4
 _MOST_GRAPHS = 16 * _MOST_SIZES
 
 
-def compiles(train: TrainConfig, device: torch.device, stage: int = 0) -> tuple[bool, Optional[str]]:
+def compiles(train: TrainConfig, device: torch.device, stage: int = 0) -> tuple[bool, str | None]:
     """Whether ``train.compile`` means yes here, and what to say where ``auto`` means no on a GPU.  ``stage``: ZeRO's.
 
     Raises UserError for ``true`` where torch.compile lacks something."""
@@ -58,7 +59,7 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"train.compile (true) needs {lacking}")
 
 
-def _lacking(device: torch.device) -> Optional[str]:
+def _lacking(device: torch.device) -> str | None:
     if device.type == "cpu":
         from torch._inductor import cpp_builder, exc
 

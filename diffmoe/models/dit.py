@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.models.layers import (
-    Attention, FinalLayer, LabelEmbedding, Mlp, PatchEmbedding, TimestepEmbedding, modulate, sine_positions,
+    Attention,
+    FinalLayer,
+    LabelEmbedding,
+    Mlp,
+    PatchEmbedding,
+    TimestepEmbedding,
+    modulate,
+    sine_positions,
 )
 from diffmoe.moe.experts import Experts
 from diffmoe.moe.layer import MoELayer, MoEStats
@@ -35,7 +42,7 @@ def is_moe_block(model: ModelConfig, moe: MoEConfig, index: int) -> bool:
     return model.family != "dense" and (not moe.interleave or index % 2 == 1)
 
 
-BlockOutput = tuple[Tensor, Optional[MoEStats]]
+BlockOutput = tuple[Tensor, MoEStats | None]
 BlockRun = Callable[["DiTBlock", str, Tensor, Tensor, RoutingRule], BlockOutput]
 
 
@@ -155,7 +162,7 @@ class LogicalTensor:
 
     name: str
     parameter: nn.Parameter
-    experts: Optional[Experts]
+    experts: Experts | None
 
     def pieces(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(logical name, tensor): experts one by one under their global numbers, so that no layout shows."""

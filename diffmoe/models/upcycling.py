@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ class Receipt:
     copied: float
     renormalised: float
     scaled: float
-    everywhere: Optional[float]
+    everywhere: float | None
     untaken: float
 
 

@@ -7,7 +7,7 @@ capacity can be read without data.  ``training/step.py`` fills it, from the EMA 
 from __future__ import annotations
 
 import math
-from typing import Mapping, Optional
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,7 @@ class Thresholds(nn.Module):
         """Whether the dial has something to read; asks the device."""
         return bool(self.histogram.any())
 
-    def chosen(self, gamma: Optional[float], dial: Optional[float]) -> Tensor:
+    def chosen(self, gamma: float | None, dial: float | None) -> Tensor:
         """Thresholds [E]: the constant ``gamma``, those for the capacity ``dial``, or with neither the learned ones."""
         if gamma is not None:
             return torch.full_like(self.value, gamma or _ALL_PASS)

@@ -7,7 +7,6 @@ regrouped by expert.  With one EP rank they are there at once.  T tokens, R rows
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +31,9 @@ class Plan:
     by_token_R: Tensor
     first_T: Tensor
     counts: int | Tensor
-    received_re: Optional[Tensor] = None
-    send: Optional[list[int]] = None
-    receive: Optional[list[int]] = None
+    received_re: Tensor | None = None
+    send: list[int] | None = None
+    receive: list[int] | None = None
     ragged: bool = False
 
 
@@ -86,7 +85,7 @@ def by_source(rows_SD: Tensor, plan: Plan, ranks: int, local: int) -> Tensor:
     return rows_SD if ranks == 1 else _turned(rows_SD, local, ranks, counts_er)
 
 
-def combine(rows_RD: Tensor, scores_TE: Tensor, plan: Plan, shared_TD: Optional[Tensor]) -> Tensor:
+def combine(rows_RD: Tensor, scores_TE: Tensor, plan: Plan, shared_TD: Tensor | None) -> Tensor:
     """Experts' outputs, come home, are scaled by their gate and added up per token, in fp32 at least, to shared experts': [T, D].
 
     The gate is the raw softmax value of a chosen (token, expert), not renormalised (paper, equation 6).  It multiplies here,
@@ -133,7 +132,7 @@ class _WeightedSum(torch.autograd.Function):
         return d_rows, d_gate.to(gate_R.dtype), None, None, None
 
 
-def _sum_by_token(rows_RD: Tensor, row_S: Tensor, first_T: Tensor, weight_S: Optional[Tensor] = None) -> Tensor:
+def _sum_by_token(rows_RD: Tensor, row_S: Tensor, first_T: Tensor, weight_S: Tensor | None = None) -> Tensor:
     """y_t = sum of the rows ``row_S`` from ``first_T[t]`` on, times their weights [T, D]; zeros for a token without rows.
 
     One pass that reads the rows where they lie, adds up in fp32 at least, always in the same order, and rounds once."""
@@ -145,7 +144,7 @@ def _sum_by_token(rows_RD: Tensor, row_S: Tensor, first_T: Tensor, weight_S: Opt
     return F.embedding_bag(row_S, rows_RD, first_T, mode="sum", per_sample_weights=weight_S)
 
 
-def _turned(rows_SD: Tensor, a: int, b: int, counts_ab: Optional[Tensor]) -> Tensor:
+def _turned(rows_SD: Tensor, a: int, b: int, counts_ab: Tensor | None) -> Tensor:
     """Rows that lie as [a][b] -> as [b][a], ``counts_ab`` of each pair, or equally many."""
     if counts_ab is None:
         return rows_SD.view(a, b, len(rows_SD) // (a * b), rows_SD.shape[1]).transpose(0, 1).flatten(0, 2)

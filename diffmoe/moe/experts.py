@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, Literal, Optional
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,14 +57,14 @@ def has_grouped_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _mlp(x: Tensor, affine: Callable[..., Tensor], fc1: Tensor, fc1_bias: Optional[Tensor], fc2: Tensor,
-         fc2_bias: Optional[Tensor], gate: Optional[Tensor]) -> Tensor:
+def _mlp(x: Tensor, affine: Callable[..., Tensor], fc1: Tensor, fc1_bias: Tensor | None, fc2: Tensor,
+         fc2_bias: Tensor | None, gate: Tensor | None) -> Tensor:
     h = affine(x, fc1, fc1_bias)
     a = F.gelu(h, approximate="tanh") if gate is None else F.silu(affine(x, gate, None)) * h
     return affine(a, fc2, fc2_bias)
 
 
-def _affine(x: Tensor, w: Tensor, b: Optional[Tensor]) -> Tensor:
+def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """x w + b of one expert, or of all with equally many rows."""
     if b is None:
         return x @ w
@@ -73,7 +74,7 @@ def _affine(x: Tensor, w: Tensor, b: Optional[Tensor]) -> Tensor:
     return x @ w + b.unsqueeze(1) if torch.compiler.is_compiling() else torch.baddbmm(b.unsqueeze(1), x, w)
 
 
-def _grouped_affine(x_RI: Tensor, w_eIO: Tensor, b_eO: Optional[Tensor], ends_e: Tensor) -> Tensor:
+def _grouped_affine(x_RI: Tensor, w_eIO: Tensor, b_eO: Tensor | None, ends_e: Tensor) -> Tensor:
     """x w + b of rows that end at ``ends_e`` of each expert."""
     y = F.grouped_mm(x_RI, w_eIO, offs=ends_e)
     if b_eO is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,14 @@ from diffmoe.moe.experts import Experts, has_grouped_matmul
 from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.pool import choose
 from diffmoe.moe.routing import (
-    Routing, RoutingRule, balance_loss, choose_experts, choose_tokens, equal_routing, predicted_counts, predicted_tokens,
+    Routing,
+    RoutingRule,
+    balance_loss,
+    choose_experts,
+    choose_tokens,
+    equal_routing,
+    predicted_counts,
+    predicted_tokens,
 )
 from diffmoe.parallel.collectives import arrived, send_rows, sum_over
 from diffmoe.parallel.groups import ParallelGroups
@@ -34,10 +40,10 @@ class MoEStats:
 
     tokens_BE: Tensor
     mask_TE: Tensor
-    logits_TE: Optional[Tensor] = None
-    predictor_loss: Optional[Tensor] = None
-    balance_loss: Optional[Tensor] = None
-    threshold_sum_E: Optional[Tensor] = None
+    logits_TE: Tensor | None = None
+    predictor_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
+    threshold_sum_E: Tensor | None = None
 
 
 class MoELayer(nn.Module):
@@ -47,7 +53,7 @@ class MoELayer(nn.Module):
     ``[ep.index * E / ep.size, …)``.  ``shared``: an MLP [T, D] -> [T, D] that every token goes through as well."""
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups,
-                 shared: Optional[nn.Module] = None) -> None:
+                 shared: nn.Module | None = None) -> None:
         super().__init__()
         local = moe.experts // groups.ep.size
         self.family, self.moe, self.pool, self.groups = model.family, moe, pool, groups
@@ -79,7 +85,7 @@ class MoELayer(nn.Module):
         y_TD = run(combine, arrived(coming_RD), scores_TE, plan, shared_TD, ragged=plan.ragged)
         return y_TD.view_as(x_BND), stats
 
-    def _look(self, x_TD: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+    def _look(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gate scores and the predictor's logits, [T, E] both."""
         return gate_scores(x_TD, self.router), self.capacity_predictor(x_TD) if self.family == "diffmoe" else None
 
@@ -92,7 +98,7 @@ class MoELayer(nn.Module):
         """Whether experts are a loop of the host's."""
         return not isinstance(plan.counts, int) and not has_grouped_matmul(self.router.device, self.router.dtype)
 
-    def _route(self, scores: Tensor, logits: Optional[Tensor], samples: int, rule: RoutingRule) -> tuple[Routing, MoEStats]:
+    def _route(self, scores: Tensor, logits: Tensor | None, samples: int, rule: RoutingRule) -> tuple[Routing, MoEStats]:
         tokens = len(scores) // samples
         pool_tokens = self.pool * tokens
         observed = predicted = balance = None
@@ -115,7 +121,7 @@ class MoELayer(nn.Module):
         tokens_BE = mask.view(samples, tokens, -1).sum(dim=1)
         return routing, MoEStats(tokens_BE, mask, logits, predicted, balance, observed)
 
-    def _balance(self, scores_TE: Tensor, mask_TE: Tensor, tokens: int, samples: int) -> Optional[Tensor]:
+    def _balance(self, scores_TE: Tensor, mask_TE: Tensor, tokens: int, samples: int) -> Tensor | None:
         """Balance loss over pools: counts are summed over the ranks of a pool, each rank keeps its tokens' share.
 
         Samples are taken in runs that divide both the pool and this rank's batch, each of which is in one pool."""

@@ -8,7 +8,6 @@ share what they hold; each then decides from the same bits, with unique keys, he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -25,10 +24,10 @@ class Choice:
     observed [E] (None without a capacity predictor)."""
 
     routing: Routing
-    threshold_sum_E: Optional[Tensor]
+    threshold_sum_E: Tensor | None
 
 
-def choose(scores_TE: Tensor, logits_TE: Optional[Tensor], pool_tokens: int, capacity: float,
+def choose(scores_TE: Tensor, logits_TE: Tensor | None, pool_tokens: int, capacity: float,
            groups: ParallelGroups) -> Choice:
     """Every expert takes its K best tokens of each pool.  All ranks of the pool call it with as many tokens each."""
     K = rows_taken(pool_tokens, scores_TE.shape[1], capacity)
@@ -37,13 +36,13 @@ def choose(scores_TE: Tensor, logits_TE: Optional[Tensor], pool_tokens: int, cap
     return _choose_at_owner(scores_TE, logits_TE, pool_tokens, K, groups)
 
 
-def _choose_here(scores_TE: Tensor, logits_TE: Optional[Tensor], pool_tokens: int, K: int) -> Choice:
+def _choose_here(scores_TE: Tensor, logits_TE: Tensor | None, pool_tokens: int, K: int) -> Choice:
     tokens_EK = choose_tokens(scores_TE, pool_tokens, K)
     observed = None if logits_TE is None else pool_thresholds(logits_TE, pool_tokens, K).sum(dim=0)
     return Choice(equal_routing(tokens_EK, len(scores_TE)), observed)
 
 
-def _choose_at_owner(scores_TE: Tensor, logits_TE: Optional[Tensor], pool_tokens: int, K: int,
+def _choose_at_owner(scores_TE: Tensor, logits_TE: Tensor | None, pool_tokens: int, K: int,
                      groups: ParallelGroups) -> Choice:
     T, E = scores_TE.shape
     ep, local = groups.ep, E // groups.ep.size

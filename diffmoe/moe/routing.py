@@ -7,7 +7,7 @@ values (fp64 in an fp64 model).  Ties go to the lower number, whatever kernel, l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ class RoutingRule:
 
     kind: Literal["train", "batch", "token", "static"] = "train"
     capacity: float = 1.0
-    gamma: Optional[float] = None
-    dial: Optional[float] = None
+    gamma: float | None = None
+    dial: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Routing:
     expert will get from all of them together.  None: not known."""
 
     mask_TE: Tensor
-    tokens_EK: Optional[Tensor] = None
-    rows: Optional[int] = None
-    received_re: Optional[Tensor] = None
-    each: Optional[int] = None
+    tokens_EK: Tensor | None = None
+    rows: int | None = None
+    received_re: Tensor | None = None
+    each: int | None = None
 
 
 def ranking_keys(scores: Tensor, dim: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as _  # what the operators do without memory
+import torch.distributed._functional_collectives  # what the operators do without memory
 from torch import Tensor
 
 from diffmoe.errors import UserError

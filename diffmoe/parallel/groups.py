@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
-from typing import Optional
 
 import torch.distributed as dist
 
@@ -26,10 +25,10 @@ class Group:
 
     ranks: tuple[int, ...]
     index: int
-    existing: Optional[dist.ProcessGroup] = None
+    existing: dist.ProcessGroup | None = None
     trace: Trace = field(default_factory=Trace, compare=False, repr=False)
     name: str = ""
-    timeout: Optional[timedelta] = None
+    timeout: timedelta | None = None
 
     @property
     def size(self) -> int:

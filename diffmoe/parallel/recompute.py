@@ -12,8 +12,9 @@ What is kept must not be written into afterwards: recompute would get it with th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -7,8 +7,8 @@ Clipping bites at every step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Iterable, Iterator
 
 from diffmoe.config import Config, load_config
 from diffmoe.layout import Layout, resolve_layout

@@ -23,9 +23,9 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Optional
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def start_training(case: Case, seed: int, device: torch.device, steps: int = STE
 
 
 def train_and_compare(case: Case, reference_path: str, device: str,
-                      tamper: Optional[Callable[[Training], None]] = None) -> tuple[dict[str, float], list[str]]:
+                      tamper: Callable[[Training], None] | None = None) -> tuple[dict[str, float], list[str]]:
     """A rank's work for one row: its largest relative differences by column, and the logical names it compared.
 
     ``tamper`` is for tests that the table can fail: it is called before the first step and may spoil anything."""
@@ -177,7 +177,7 @@ class Row:
 
     case: Case
     differences: dict[str, float]
-    error: Optional[str] = None
+    error: str | None = None
 
     @property
     def largest(self) -> float:
@@ -192,7 +192,7 @@ class Row:
 
 
 def run_cases(cases: list[Case], *, device: str = "cpu", timeout: float = 120.0,
-              tamper: Optional[Callable[[Training], None]] = None) -> Iterator[Row]:
+              tamper: Callable[[Training], None] | None = None) -> Iterator[Row]:
     """The rows of the cases, world by world, each world one set of processes; ``timeout`` is for one case.
 
     A case that fails on any rank is a row with an error, and the rest goes on in fresh processes."""
@@ -205,7 +205,7 @@ def run_cases(cases: list[Case], *, device: str = "cpu", timeout: float = 120.0,
 
 
 def _run_case(case: Case, ranks: Ranks, references: dict[tuple, str], folder: Path,
-              tamper: Optional[Callable[[Training], None]]) -> Row:
+              tamper: Callable[[Training], None] | None) -> Row:
     key = (case.variant, case.batch, case.accumulation, case.layout().pool)
     if key not in references:
         references[key] = str(folder / f"{len(references)}.pt")

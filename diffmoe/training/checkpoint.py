@@ -21,7 +21,15 @@ from torch import Tensor
 from diffmoe.checkpoints import writer
 from diffmoe.checkpoints.check import check_tensors
 from diffmoe.checkpoints.reader import (
-    BUFFERS, FIRST_MOMENT, MASTER, SECOND_MOMENT, Checkpoint, Tensors, complete_folders, ema_kind, step_folder,
+    BUFFERS,
+    FIRST_MOMENT,
+    MASTER,
+    SECOND_MOMENT,
+    Checkpoint,
+    Tensors,
+    complete_folders,
+    ema_kind,
+    step_folder,
 )
 from diffmoe.checkpoints.tensor_file import Damaged
 from diffmoe.config import Config

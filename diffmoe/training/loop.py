@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Sequence
 
 import torch
 import yaml
@@ -36,7 +36,12 @@ from diffmoe.training.limits import lengthen_timeouts
 from diffmoe.training.metrics import Meter, Writer
 from diffmoe.training.plan_check import PlanCheck, machine_of
 from diffmoe.training.resume import (
-    Recipe, check_resumable, engine_changes, read_left_out, recipes_as_counters, write_left_out,
+    Recipe,
+    check_resumable,
+    engine_changes,
+    read_left_out,
+    recipes_as_counters,
+    write_left_out,
 )
 from diffmoe.training.run_lock import RunLock
 from diffmoe.training.step import StepReport, train_step

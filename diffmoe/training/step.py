@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from diffmoe.config import Config, DiffusionConfig, TrainConfig
-from diffmoe.layout import Layout
 from diffmoe.data.stream import Batch
 from diffmoe.device import sent, synchronize
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.randomness import Draws, training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.diffusion.times import logit_normal, uniform_steps
+from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.capacity import HISTOGRAM_BINS, histogram
 from diffmoe.moe.layer import MoEStats
@@ -67,7 +67,7 @@ class MicroLoss:
 
 
 def micro_loss(forward: Callable[..., ModelOutput], batch: Batch, config: Config, rule: RoutingRule,
-               device: torch.device, draws: Optional[Draws] = None) -> MicroLoss:
+               device: torch.device, draws: Draws | None = None) -> MicroLoss:
     """The training loss with noise, time and label drop of the samples' global numbers; ``draws``: these, if somebody has made
     them already."""
     draws = draws or training_draws(config.run.seed, batch.positions, tuple(batch.x.shape[1:]))
@@ -99,7 +99,7 @@ def _training_time(u: Tensor, diffusion: DiffusionConfig) -> Tensor:
 
 def train_step(engine: Engine, ema: Ema, batches: Sequence[Batch], config: Config, layout: Layout,
                groups: ParallelGroups, step: int, stop: bool = False, trouble: bool = False,
-               draws: Optional[Sequence[Draws]] = None) -> StepReport:
+               draws: Sequence[Draws] | None = None) -> StepReport:
     """Optimizer step ``step`` (0-based) on this rank's ``accumulation`` micro-batches; ``draws``: see ``micro_loss``.
 
     When loss or gradient is not finite on any rank, nothing changes on any: weights, moments, EMA, thresholds."""

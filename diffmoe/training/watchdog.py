@@ -24,14 +24,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Iterator
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
