@@ -105,8 +105,8 @@ UNSUPPORTED = {
     "fp16.enabled": (False, "use bf16.enabled"),
     "zero_optimization.zenflow": (None, "its updates come later than the step; leave it out"),
     "zero_optimization.legacy_stage1": (False, "DeepSpeed has given it up; leave it out"),
-    "zero_optimization.round_robin_gradients": (False, "DeepSpeed 0.19.8 shuffles the fp32 state by it, and then says of another part whose it is; "
-                                                       "leave it out"),
+    "zero_optimization.round_robin_gradients": (
+        False, "DeepSpeed 0.19.8 shuffles the fp32 state by it and takes one tensor's part for another's; leave it out"),
     "zero_optimization.compute_grad_norm": (True, "clipping, the records and the check for steps that are not finite need the norm"),
     "zero_optimization.offload_optimizer.ratio": (1, "it must be 1: checkpoints and averages need all of the fp32 state in one place"),
     "zero_optimization.offload_optimizer.super_offload": (False, "its fp32 state lives in another process; leave it out"),

@@ -150,7 +150,7 @@ def backend(device: torch.device) -> str:
 
 def bound(device: torch.device, world: int) -> torch.device | None:
     """``device_id`` of torch.distributed's start: NCCL connects there and then, and groups are split from the world's
-    communicator.  None for one rank, whom nobody has to be reached by (CUDA error 600 in new groups: DeepSpeed #8248)."""
+    communicator.  None for one rank, which has no peer to reach, and whose new groups would fail (DeepSpeed #8248)."""
     return device if device.type == "cuda" and world > 1 else None
 
 

@@ -41,7 +41,8 @@ class OnlyOneDevice(TorchDispatchMode):
     """Raises where an operator gets a tensor from the host: a copy for which it would wait."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        host = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim() and x.numel()]
+        host = [x for x in tree_leaves((args, kwargs))
+                if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim() and x.numel()]
         if host:
             raise AssertionError(f"{func} reads {[tuple(x.shape) for x in host]} from the host")
         return func(*args, **(kwargs or {}))

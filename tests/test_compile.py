@@ -93,6 +93,22 @@ def test_a_changing_capacity_compiles_no_graph_for_every_step(without_kernels):
     assert counters["stats"]["unique_graphs"] == parts + 1  # the mixture as a whole
 
 
+def doubled(x):
+    return 2 * x
+
+
+def halved(x):
+    return x / 2
+
+
+def test_kinds_have_graphs_of_their_own_and_more_than_torchs_eight(without_kernels):
+    run = compiled.CompiledRun(1.0)
+    for size in range(2, 14):
+        for function in (doubled, halved):
+            assert torch.equal(run.part("none", function, torch.ones(size)), function(torch.ones(size)))
+    assert counters["stats"]["unique_graphs"] == 24 and torch._dynamo.config.recompile_limit == 8
+
+
 def images(dit, count, **sample):
     """Of a sampling in batches of 3."""
     config = Config(model=dit.model, moe=dit.moe, sample=SampleConfig(steps=2, batch=3, **sample))

@@ -58,7 +58,7 @@ def test_a_rank_makes_its_own_groups_and_no_more(world, ep, pool_ranks, monkeypa
         assert not everywhere & members.keys(), "coinciding groups are one"
         everywhere |= members.keys()
     assert all(how["use_local_synchronization"] and how["timeout"] == PATIENCE for calls in made for _, how in calls)
-    # The published layouts, EP 8 with pools in a rank, an EP group or all ranks: 136 groups of 1,024 ranks beside the world.
+    # The published layouts, EP 8 with pools in a rank, an EP group or all ranks: 137 groups in 1,024 ranks.
     published = ep == 8 and pool_ranks in (1, ep, world)
     assert 1 + len(everywhere) <= (world // 8 + 9 if published else world)
 
@@ -105,7 +105,8 @@ def test_members_meet_in_whatever_order_groups_are_used(ranks, order):
         assert found["pool_owners"] == [rank]
 
 
-@pytest.mark.parametrize("world,device,wanted", [(1, "cuda:0", None), (2, "cuda:1", "cuda:1"), (1, "cpu", None), (2, "cpu", None)])
+@pytest.mark.parametrize("world,device,wanted", [
+    (1, "cuda:0", None), (2, "cuda:1", "cuda:1"), (1, "cpu", None), (2, "cpu", None)])
 @pytest.mark.parametrize("start", ["a run", "preflight"])
 def test_one_rank_binds_no_device(start, world, device, wanted, monkeypatch):
     said = {}

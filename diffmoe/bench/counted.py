@@ -114,7 +114,8 @@ def engine(config: Config, ranks: int, deepspeed: dict) -> dict[str, Any]:
     groups = build_groups(layout.ep, layout.pool_ranks)
     os.environ.setdefault("LOCAL_RANK", "0")
     # Other ranks' shards are not there: DeepSpeed gathers this rank's in their place.
-    with (contextlib.redirect_stdout(io.StringIO()), mock.patch.object(Engine, "_assert_weights_survived", lambda *_: None),
+    with (contextlib.redirect_stdout(io.StringIO()),
+          mock.patch.object(Engine, "_assert_weights_survived", lambda *_: None),
           mock.patch.object(collectives, "_begin", functools.partial(_ones_come, collectives._begin))):
         model = build_model(small, layout.pool, groups)
         parameters = sum(p.numel() for p in model.parameters())
@@ -129,8 +130,8 @@ def engine(config: Config, ranks: int, deepspeed: dict) -> dict[str, Any]:
 
 
 def _ones_come(begin: Callable[..., Tensor], *args: Any) -> Tensor:
-    """What the other ranks send: that every token is chosen, say.  Before torch 2.13 it is whatever lay in memory, something else
-    in forward and in recompute."""
+    """What the other ranks send: that every token is chosen, say.  Before torch 2.13 it is whatever lay in memory,
+    something else in forward and in recompute."""
     rows = begin(*args)
     with only_counting():
         rows.data.fill_(1)

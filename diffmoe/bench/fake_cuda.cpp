@@ -1,5 +1,5 @@
-// A CUDA device without memory or kernels, for fake tensors where there is no GPU: autograd asks for the device's guard and
-// its streams, and nothing else is ever called.  Loaded before torch looks for its hooks, after those of its CUDA library.
+// A CUDA device without memory or kernels, for fake tensors where there is no GPU: autograd asks for the device's guard
+// and its streams, and nothing else is ever called.  Loaded before torch looks for its hooks, after its CUDA library.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/ops/empty_like.h>

@@ -93,7 +93,7 @@ class CompiledRun:
         self.settled = RoutingRule("train", capacity)
         self.sizes: set[int] = set()
         self.compiled: dict[Any, Callable] = {}
-        self._limit = torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS)  # torch.compile's own argument is newer than 2.11
+        self._limit = torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS)  # torch.compile has it from 2.12 on
 
     def __call__(self, block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
         assert x.is_contiguous() and c.is_contiguous()  # see PatchEmbedding
@@ -139,7 +139,7 @@ class CompiledRun:
 
 
 def _recomputed_as(name: str) -> Callable:
-    """``recomputed`` for one kind of function: torch keeps graphs by code object, and would look through those of the other
-    kinds (``isolate_recompiles`` is newer than 2.12)."""
+    """``recomputed`` for one kind of function: torch keeps graphs by code object, and would look through those of the
+    other kinds (``isolate_recompiles`` is newer than 2.12)."""
     code = recomputed.__code__.replace(co_name=f"{recomputed.__name__}_{name}")
     return FunctionType(code, recomputed.__globals__, code.co_name)

@@ -1,8 +1,8 @@
 """Collectives over a :class:`Group`; every one is a no-op for a group of one rank.
 
 All are torch's functional collectives, which return new tensors: selective recompute may keep those.  Keeping an in-place
-collective keeps its handle and not what it wrote, and gives wrong gradients without a word.  They are called as operators:
-those have the same names from torch 2.11 to 2.13, the functions around them have not.
+collective keeps its handle and not what it wrote, and gives wrong gradients without a word.  They are called as
+operators: those have the same names from torch 2.11 to 2.13, the functions around them have not.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from diffmoe.parallel.groups import Group
 
 _functional = torch.ops._c10d_functional
 # The operators of all that follows, but for objects; recompute can keep what they bring.
-OPERATORS = [op.default for op in (_functional.all_to_all_single, _functional.all_gather_into_tensor, _functional.all_reduce,
-                                   _functional.wait_tensor)]
+OPERATORS = [op.default for op in (_functional.all_to_all_single, _functional.all_gather_into_tensor,
+                                   _functional.all_reduce, _functional.wait_tensor)]
 EXIT_LOST = 75  # sysexits' "temporary failure": the same command goes on from the last checkpoint
 # gloo has no type of its own: its messages on connections begin with the line of its source, its stores say two words.
 _LOST_PEER = re.compile(r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] |Wait timeout$|Read error: Connection reset by peer"
@@ -140,7 +140,8 @@ def sum_over(value: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return value
     with group.trace.inside("all-reduce", group.ranks):
-        return _functional.wait_tensor(_functional.all_reduce(value.detach().contiguous(), "sum", group.handle.group_name))
+        total = _functional.all_reduce(value.detach().contiguous(), "sum", group.handle.group_name)
+        return _functional.wait_tensor(total)
 
 
 def anyone(mine: bool, group: Group) -> bool:

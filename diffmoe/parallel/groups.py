@@ -20,8 +20,8 @@ from diffmoe.parallel.trace import Trace
 class Group:
     """Some ranks and this rank's place among them.
 
-    ``trace`` is where this rank's collectives leave a note; the groups of a grid share one.  ``existing``: torch's handle, if it
-    was made by somebody else.  ``name`` is for torch's log; ``timeout`` is that of collectives."""
+    ``trace`` is where this rank's collectives leave a note; the groups of a grid share one.  ``existing``: torch's
+    handle, if it was made by somebody else.  ``name`` is for torch's log; ``timeout`` is that of collectives."""
 
     ranks: tuple[int, ...]
     index: int
@@ -36,12 +36,13 @@ class Group:
 
     @cached_property
     def handle(self) -> dist.ProcessGroup:
-        """torch's handle, created where it is first asked for, which has to be the same place on all ranks of the world: only
-        members take part, but where a device is bound NCCL splits the world's communicator and waits for everybody.  Every
-        rank is in exactly one group of a grid, so each makes one, and they are one split."""
+        """torch's handle, created where it is first asked for, at the same place on all ranks of the world: only members
+        take part, but where a device is bound NCCL splits the world's communicator and waits for everybody.  Every rank
+        is in exactly one group of a grid, so each makes one, and they are one split."""
         if self.existing is not None:
             return self.existing
-        return dist.new_group(list(self.ranks), timeout=self.timeout, use_local_synchronization=True, group_desc=self.name)
+        return dist.new_group(list(self.ranks), timeout=self.timeout, use_local_synchronization=True,
+                              group_desc=self.name)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def single_process() -> ParallelGroups:
 
 
 def build_groups(ep: int, pool_ranks: int, timeout: timedelta | None = None) -> ParallelGroups:
-    """This rank's groups, after ``init_process_group``.  Equal groups are one; torch's handles are made when they are used.
+    """This rank's groups, after ``init_process_group``; torch's handles are made when they are used.
 
     ``pool_ranks`` is 1 (pools inside a rank) or a multiple of ``ep`` (see ``layout.resolve_layout``).  ``timeout`` is for
     their collectives; new groups do not take it from the world (None: torch's 30 minutes)."""
