@@ -140,7 +140,7 @@ def _parser() -> Parser:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8, help="0: a CPU cluster (default: %(default)s)")
     parser.add_argument("--ranks-per-node", type=int, help="without GPUs; with GPUs it is their number")
-    parser.add_argument("--gpu", default="h100", help="the hardware table's, for the layout's price (default: %(default)s)")
+    parser.add_argument("--gpu", default="h100", help="of the hardware table, for the layout's price (default: h100)")
     parser.add_argument("--cpus-per-rank", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--time", default="24:00:00", help="limit of one start; the job requeues itself (default: %(default)s)")
     parser.add_argument("--memory", default="0", help="of a node, such as 200G (default: 0, all of it)")
