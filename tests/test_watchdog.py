@@ -9,8 +9,8 @@ import pickle
 import re
 import signal
 import subprocess
-import time
 import threading
+import time
 from pathlib import Path
 
 import pytest
