@@ -19,7 +19,7 @@ _TROUBLE = {0x8: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "
 # What to say where the CPU is meant, and where others may use the GPU as well.
 CPU = "run.device=cpu (--device cpu where there is no run.device)"
 SHARED = "DIFFMOE_SHARED_GPU"
-FREE_ONE = f"end that, choose another GPU by CUDA_VISIBLE_DEVICES, or set {SHARED}=1 to share this one"
+FREE_ONE = f"end it, choose another GPU by CUDA_VISIBLE_DEVICES, or set {SHARED}=1 to share this one"
 
 
 @dataclass(frozen=True)

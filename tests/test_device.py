@@ -230,7 +230,7 @@ def nvidia_smi(monkeypatch, tmp_path):
 
 
 HELD = "GPU 0 (NVIDIA H100, GPU-1a2b3c4d) has 31.5 of 79.6 GiB in use by "
-INSTEAD = ": end that, choose another GPU by CUDA_VISIBLE_DEVICES, or set DIFFMOE_SHARED_GPU=1 to share this one"
+INSTEAD = ": end it, choose another GPU by CUDA_VISIBLE_DEVICES, or set DIFFMOE_SHARED_GPU=1 to share this one"
 
 
 def hold(monkeypatch, gib, total=79.6):
