@@ -87,7 +87,8 @@ def test_experts_are_their_definition(how, name, kind, monkeypatch):
 
 def test_a_loop_over_experts_is_not_mentioned_on_a_cpu():
     assert not has_grouped_matmul(torch.device("cpu"), torch.bfloat16)
-    with warnings.catch_warnings(action="error"):  # on CUDA it is: tests/test_cuda_paths.py
+    with warnings.catch_warnings():  # on CUDA it is: tests/test_cuda_paths.py
+        warnings.simplefilter("error")
         make_experts("gelu", torch.float32)(make_rows([3, 0, 9, 4], torch.float32), torch.tensor([3, 0, 9, 4]))
 
 
