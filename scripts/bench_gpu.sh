@@ -35,7 +35,7 @@ deadline=$((SECONDS + 60 * ${BENCH_MINUTES:-100000}))
 
 python=${PYTHON:-}
 case $python in /*) ;; */*) python=$start/$python ;; esac
-for try in .venv/bin/python python3 python; do
+for try in "$PWD/.venv/bin/python" python3 python; do
     [ -n "$python" ] || ! command -v "$try" > /dev/null || python=$try
 done
 [ -n "$python" ] || { echo "error: there is no .venv, python3 or python: name one in PYTHON" >&2; exit 2; }
@@ -43,7 +43,8 @@ if [ -n "${WHEELS:-}" ]; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
     (cd "$start" && "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
-        --disable-pip-version-check --target "$site" "$WHEELS"/*.whl) || { echo "error: WHEELS ($WHEELS) cannot be installed" >&2; exit 2; }
+        --disable-pip-version-check --target "$site" "$WHEELS"/*.whl) \
+        || { echo "error: WHEELS ($WHEELS) cannot be installed" >&2; exit 2; }
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
 export PYTHONUNBUFFERED=1
@@ -125,6 +126,7 @@ priced() {
 }
 
 for part in $order; do
+    number=$((10 * (number / 10 + 1)))  # the same whatever is named
     [ "$named" = 0 ] || [[ " $* " = *" $part "* ]] || continue
     part_end=$((SECONDS + ${BENCH_LIMIT:-${limits[$part]}}))
     case $part in
