@@ -13,6 +13,7 @@ import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -120,6 +121,8 @@ class CompiledRun:
         if not traceable:
             return recomputed(function, form, *args)
         if ragged:
+            # What the host knows of rows on their way is no part's business; torch 2.11 would guard it, and compile anew.
+            args = tuple(replace(each, send=None, receive=None) if isinstance(each, Plan) else each for each in args)
             plans = (argument for argument in args if isinstance(argument, Plan))
             rows = [value for plan in plans for name, value in vars(plan).items() if name.endswith("_R")]
             for tensor in [args[0], *rows]:
