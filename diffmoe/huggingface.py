@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -24,6 +27,9 @@ from diffmoe.models.interchange import digest_note, logical_template, weights_di
 from diffmoe.models.pretrained import PARTS, Pretrained, of_checkpoint, read_description
 from diffmoe.training.resume import changes, is_of_recipe
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 LARGEST_FILE = 5 * 10**9  # bytes, as other libraries write
 _PRIVATE = (("run", "folder"), ("data", "shards"), ("data", "index"))  # paths of the machine that trained
 _SCORES = ("fid", "sfid", "inception_score", "precision", "recall")
@@ -37,13 +43,13 @@ def export_folder(checkpoint: Checkpoint, out: Path, weights: str, limit: int = 
     return write_folder(replace(model, latents=_latents(model.config)), out, limit, _read_cards(cards, model))
 
 
-def write_folder(model: Pretrained, out: Path, limit: int = LARGEST_FILE, scores: Sequence[Card] = ()) -> int:
+def write_folder(model: Pretrained, out: Path, limit: int = LARGEST_FILE, scores: Sequence[Card] = (),
+                 vae: AutoencoderKL | None = None) -> int:
     """Writes the folder of a model; it appears whole or not at all.  Returns the number of weight files.
 
-    ``limit``: bytes of a file (a larger tensor has one of its own)."""
+    ``limit``: bytes of a file (a larger tensor has one of its own).  ``vae`` goes into ``vae/``."""
     config, tensors = model.config, model.tensors
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}-{threading.get_ident()}.partial")
     partial.mkdir(parents=True)
     try:
         total = 0
@@ -60,6 +66,8 @@ def write_folder(model: Pretrained, out: Path, limit: int = LARGEST_FILE, scores
         files = _name_parts(partial, where, total)
         (partial / "config.json").write_text(json.dumps(_description(model), indent=1) + "\n")
         (partial / "README.md").write_text(model_card(config, model.step, model.weights, model.pool, scores))
+        if vae is not None:
+            vae.save_pretrained(partial / "vae")
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

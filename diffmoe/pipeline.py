@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmoe.config import Config, check_guidance, validate
+from diffmoe.config import Config, check_guidance, config_from_tree, config_to_tree, validate
 from diffmoe.data.vae import Vae, decode_latents
 from diffmoe.errors import UserError
 from diffmoe.evaluation.capacity_report import CapacityMeter, CapacityUsed
@@ -24,6 +24,7 @@ from diffmoe.huggingface import write_folder
 from diffmoe.models.dit import logical_tensors
 from diffmoe.models.pretrained import Pretrained, open_pretrained
 from diffmoe.parallel.groups import single_process
+from diffmoe.strict_yaml import merge
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,32 +50,41 @@ class DiffMoEPipelineOutput:
 class DiffMoEPipeline:
     """A trained model with its configuration, the names of its classes and, for latents, a VAE.
 
-    ``transformer``: the DiT with all its experts.  ``vae`` decodes latents, ``latents`` are their scale and shift."""
+    ``transformer``: the DiT with all its experts.  ``vae``: what decodes latents."""
 
-    def __init__(self, pretrained: Pretrained, vae: Vae | None = None, latents: tuple[float, float] | None = None) -> None:
-        self._pretrained = pretrained
+    def __init__(self, pretrained: Pretrained, vae: Vae | None = None) -> None:
         self.transformer = pretrained.model().requires_grad_(False)
-        self.vae, self.latents = vae, latents
+        self._pretrained = replace(pretrained, tensors={})  # the model has them
+        self.vae = vae
+
+    def __repr__(self) -> str:
+        about, model = self._pretrained, self.config.model
+        return (f"DiffMoEPipeline({about.source}, {model.family}, {about.weights} weights of step {about.step}, "
+                f"{model.classes} classes, {self.dtype} on {self.device}, vae {self.vae and self.vae.name})")
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, weights: str | None = None, vae: str | Path | None = None,
-                        latents: tuple[float, float] | None = None, revision: str | None = None) -> DiffMoEPipeline:
+                        latents: tuple[float, float] | None = None, revision: str | None = None,
+                        torch_dtype: torch.dtype = torch.float32) -> DiffMoEPipeline:
         """The pipeline of an exported folder, a checkpoint's or run's folder (its newest checkpoint), or a repository of
-        the hub (owner/name, at ``revision``); fp32 on the CPU.
+        the hub (owner/name, at ``revision``); on the CPU, see :meth:`to` for ``torch_dtype``.
 
         ``weights``: ``raw``, ``ema`` or ``ema:0.999`` of a checkpoint (default: its first EMA).  ``vae``: a diffusers
         AutoencoderKL, folder or hub id (default: the folder's own ``vae/``, where it has one).  ``latents``: their
         scale and shift (default: the folder's, the training data's where they are here, the VAE's own).  Raises UserError
         where there is nothing such, or the VAE is not the one that encoded the training data."""
         opened = open_pretrained(name, weights, revision)
-        if vae is None and (opened.source / "vae").is_dir():
+        if latents is not None:
+            opened = replace(opened, latents=_two_numbers(latents))
+        if vae is None and (opened.source / "vae").is_dir() and opened.config.model.channels not in (1, 3):
             vae = opened.source / "vae"
         if vae is None:
-            return cls(opened)
+            return cls(opened).to(dtype=torch_dtype)
         autoencoder = open_vae(vae, opened.config, torch.device("cpu"))
-        scale, shift = latents or opened.latents or (None, None)
+        scale, shift = opened.latents or (None, None)
         index = checkpoint_data(opened.config, scale, shift)
-        return cls(opened, autoencoder, latent_numbers(autoencoder, opened.config, index, scale, shift))
+        opened = replace(opened, latents=latent_numbers(autoencoder, opened.config, index, scale, shift))
+        return cls(opened, autoencoder).to(dtype=torch_dtype)
 
     @property
     def config(self) -> Config:
@@ -87,6 +97,11 @@ class DiffMoEPipeline:
         return self._pretrained.class_names
 
     @property
+    def latents(self) -> tuple[float, float] | None:
+        """Scale and shift of latents (``x = (z - shift) * scale``), where they are known."""
+        return self._pretrained.latents
+
+    @property
     def device(self) -> torch.device:
         return self.transformer.pos_embed.device
 
@@ -94,8 +109,13 @@ class DiffMoEPipeline:
     def dtype(self) -> torch.dtype:
         return self.transformer.final_layer.linear.bias.dtype
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> DiffMoEPipeline:
-        """Moves model and VAE; the model's weights become ``dtype``, while thresholds and the VAE stay fp32.  Returns itself."""
+    def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> DiffMoEPipeline:
+        """Moves model and VAE to a device; the model's weights become ``dtype``, fp32 or bf16, while thresholds and the VAE stay
+        fp32.  A dtype may stand first, too.  Returns itself.  UserError for another dtype."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype not in (None, torch.float32, torch.bfloat16):
+            raise UserError(f"dtype ({dtype}) must be torch.float32 or torch.bfloat16")
         if device is not None:
             self.transformer.to(device)
             if self.vae is not None:
@@ -127,14 +147,15 @@ class DiffMoEPipeline:
         Raises:
             UserError: a value that the model does not allow, or latents without a VAE.
         """
-        said = {"cfg": guidance_scale, "steps": num_inference_steps, "capacity": capacity, "routing": routing,
-                "sampler": sampler, "batch": batch_size}
-        config = replace(self.config, sample=replace(self.config.sample, **{k: v for k, v in said.items() if v is not None}),
-                         run=self.config.run if generator_seed is None else replace(self.config.run, seed=generator_seed))
-        if routing not in (None, "token", "batch", "static"):
-            raise UserError(f"routing ({routing}) must be token, batch or static")
+        said = {"sample": {"cfg": guidance_scale, "steps": num_inference_steps, "capacity": capacity, "routing": routing,
+                           "sampler": sampler, "batch": batch_size}, "run": {"seed": generator_seed}}
+        tree = {section: {name: value.item() if hasattr(value, "item") else value  # numpy's and torch's numbers
+                          for name, value in fields.items() if value is not None} for section, fields in said.items()}
+        config = config_from_tree(merge(config_to_tree(self.config), tree))
         validate(config)
         check_guidance(config)
+        if num_images is not None and type(num_images) is not int:
+            raise UserError(f"num_images ({num_images!r}) must be an integer")
         chosen = chosen_classes(classes, config.model.classes, self.class_names)
         count = len(chosen) if num_images is None else num_images
         if count < 1:
@@ -176,10 +197,7 @@ class DiffMoEPipeline:
         pieces = {name: piece.float().cpu() for tensor in logical_tensors(self.transformer)
                   for name, piece in tensor.pieces(tensor.parameter.data)}
         thresholds = {name: value.cpu() for name, value in self.transformer.named_buffers() if ".thresholds." in name}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_folder(replace(self._pretrained, tensors={**pieces, **thresholds}, latents=self.latents or self._pretrained.latents), out)
-        if self.vae is not None:
-            self.vae.model.save_pretrained(out / "vae")
+        write_folder(replace(self._pretrained, tensors={**pieces, **thresholds}), out, vae=self.vae and self.vae.model)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None,
                     commit_message: str = "DiffMoE model") -> str:
@@ -192,3 +210,11 @@ class DiffMoEPipeline:
             self.save_pretrained(folder := Path(scratch) / "model")
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
+
+
+def _two_numbers(latents: object) -> tuple[float, float]:
+    try:
+        scale, shift = map(float, latents)
+    except (TypeError, ValueError):
+        raise UserError(f"latents ({latents!r}) must be two numbers, scale and shift") from None
+    return scale, shift

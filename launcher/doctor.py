@@ -231,7 +231,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def gather() -> Facts:
     """Looks at this machine and interpreter; seconds, most of them torch's import."""
-    wanted_python, wanted = _wanted((ROOT / "pyproject.toml").read_text())
+    wanted_python, wanted = _wanted()
     packages = {}
     for name in wanted:
         try:
@@ -252,12 +252,20 @@ def gather() -> Facts:
         device_asked=os.environ.get("DS_ACCELERATOR"), shown=os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _wanted(pyproject: str) -> tuple[str, dict[str, str]]:
-    """requires-python and the dependencies of a pyproject.toml; Python 3.10 has no parser for it."""
-    python = re.search(r'^requires-python = "([^"]*)"', pyproject, re.M)
-    block = re.search(r"^dependencies = \[(.*?)^\]", pyproject, re.M | re.S)
-    assert python and block, "pyproject.toml has requires-python and dependencies"
-    return python[1], {match[1]: match[2] for match in re.finditer(r'"([\w-]+)([^"]*)"', block[1])}
+def _wanted() -> tuple[str, dict[str, str]]:
+    """The Python and the packages that the repository's pyproject.toml asks for (Python 3.10 has no parser for it), or what an
+    installed package says of itself."""
+    path = ROOT / "pyproject.toml"
+    if path.is_file():
+        text = path.read_text()
+        python = re.search(r'^requires-python = "([^"]*)"', text, re.M)
+        block = re.search(r"^dependencies = \[(.*?)^\]", text, re.M | re.S)
+        assert python and block, "pyproject.toml has requires-python and dependencies"
+        return python[1], {match[1]: match[2] for match in re.finditer(r'"([\w-]+)([^"]*)"', block[1])}
+    about = importlib.metadata.metadata("diffmoe")
+    needed = [text for text in about.get_all("Requires-Dist") or [] if ";" not in text]  # not the extras
+    found = [re.fullmatch(r"([\w-]+)(.*)", text) for text in needed]
+    return about["Requires-Python"], {match[1]: match[2] for match in found if match}
 
 
 def _ask_torch() -> dict | str | None:

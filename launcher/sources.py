@@ -18,6 +18,7 @@ def commit(root: Path) -> str:
 def digest(root: Path) -> str:
     """Twelve hexadecimal digits over run.py and every module of the tree in ``root``: two nodes that agree run the same code."""
     found = hashlib.sha256()
-    for path in sorted([root / "run.py", *(path for package in ("diffmoe", "launcher") for path in (root / package).rglob("*.py"))]):
+    modules = (path for package in ("diffmoe", "launcher") for path in (root / package).rglob("*.py"))
+    for path in sorted([*root.glob("run.py"), *modules]):  # an installed package has no run.py
         found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:12]

@@ -1,6 +1,8 @@
 """The Python entry: what is loaded from where, what a call returns, and that it is what the command line makes."""
 
+import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -96,7 +98,8 @@ def test_what_was_saved_is_imported(tmp_path):
 
 
 @pytest.mark.parametrize(("classes", "labels"), [
-    (None, [0, 1, 2]), (2, [2]), ("Bag", [1]), (["coat", 0], [2, 0]), ((1, 1), [1, 1]), (range(2), [0, 1])])
+    (None, [0, 1, 2]), (2, [2]), ("Bag", [1]), (["coat", 0], [2, 0]), ((1, 1), [1, 1]), (range(2), [0, 1]), ("2", [2]),
+    (np.int64(2), [2]), (torch.tensor(2), [2]), (np.array([0, 2]), [0, 2]), (torch.tensor([1]), [1])])
 def test_classes_by_number_and_by_name(classes, labels):
     assert DiffMoEPipeline(made())(classes).labels == labels
 
@@ -105,10 +108,14 @@ def test_classes_by_number_and_by_name(classes, labels):
     ({"classes": "shoe"}, r"classes \('shoe'\): 'shoe' is the name of no class"),
     ({"classes": [3]}, r"classes \(\[3\]\) must be numbers from 0 to 2 or names \(model.classes = 3\)"),
     ({"classes": []}, r"classes \(\[\]\) must be"), ({"num_images": 0}, r"num_images \(0\) must be at least 1"),
-    ({"num_inference_steps": 0}, r"sample.steps \(0\)"), ({"capacity": 5}, r"sample.capacity \(5\) must be above 0 and at most"),
+    ({"num_inference_steps": 0}, r"sample.steps \(0\)"), ({"capacity": 5}, r"sample.capacity \(5.0\) must be above 0 and at most"),
     ({"capacity": 1.0}, r"sample.capacity \(1.0\) needs histograms"), ({"sampler": "ddim"}, r"sample.sampler \(ddim\)"),
-    ({"routing": "train"}, r"routing \(train\) must be token, batch or static"), ({"output_type": "np"}, r"output_type \(np\)"),
-    ({"generator_seed": -1}, r"run.seed \(-1\)"),
+    ({"routing": "train"}, "sample.routing = 'train' must be one of"), ({"output_type": "np"}, r"output_type \(np\)"),
+    ({"generator_seed": -1}, r"run.seed \(-1\)"), ({"generator_seed": 1.5}, "run.seed = 1.5 must be an integer"),
+    ({"generator_seed": "3"}, "run.seed = '3' must be an integer"), ({"classes": [1.9]}, r"classes \(\[1.9\]\) must be"), ({"classes": True}, "must be numbers"),
+    ({"classes": [None]}, "must be numbers"), ({"classes": [[0, 1]]}, "must be numbers"), ({"classes": float("nan")}, "must be numbers"),
+    ({"num_images": 2.0}, r"num_images \(2.0\)"), ({"num_inference_steps": "2"}, "sample.steps"), ({"guidance_scale": "two"}, "sample.cfg"),
+    ({"guidance_scale": float("nan")}, "sample.cfg"), ({"batch_size": 2.5}, "sample.batch"), ({"capacity": "0.5"}, "sample.capacity"),
 ])
 def test_a_bad_call_is_one_line(arguments, complaint):
     with pytest.raises(UserError, match=complaint):
@@ -119,7 +126,7 @@ def test_a_call_leaves_the_next_one_alone():
     pipe = DiffMoEPipeline(made())
     plain = pipe(**CALL).samples
     guided = pipe(guidance_scale=3, **CALL).samples
-    other = pipe(**{**CALL, "generator_seed": 4}).samples
+    other = pipe(**{**CALL, "generator_seed": np.int64(4)}).samples
     assert torch.equal(pipe(**CALL).samples, plain) and not torch.equal(plain, guided) and not torch.equal(plain, other)
     assert torch.allclose(pipe(batch_size=2, **CALL).samples, plain, atol=1e-5)
 
@@ -148,12 +155,18 @@ def test_latents_are_decoded(tmp_path, vae_folder):
     assert (torch.from_numpy(out.arrays).permute(0, 3, 1, 2).int() - decoded.int()).abs().max() <= 1
     assert out.images[0].size == (16, 16)
     pipe = DiffMoEPipeline.from_pretrained(tmp_path / "latent", vae=vae_folder, latents=(2.0, 0.0))  # of other training data
+    with pytest.raises(UserError, match=r"latents \(0.5\) must be two numbers"):
+        DiffMoEPipeline.from_pretrained(tmp_path / "latent", latents=0.5)
+    assert DiffMoEPipeline.from_pretrained(tmp_path / "latent", latents=(2, 1)).latents == (2.0, 1.0)
     pipe.save_pretrained(tmp_path / "whole")
     assert json.loads((tmp_path / "whole/config.json").read_text())["latents"] == {"scale": 2.0, "shift": 0.0}
     whole = DiffMoEPipeline.from_pretrained(tmp_path / "whole")
     assert whole.latents == (2.0, 0.0) and np.array_equal(whole(**CALL).arrays, pipe(**CALL).arrays)
     with pytest.raises(UserError, match=r"model.channels \(1\) are pixels"):
         DiffMoEPipeline.from_pretrained(KEPT, vae=vae_folder)
+    write_folder(made(channels=16), tmp_path / "wide")
+    with pytest.raises(UserError, match="has 4 latent channels, model.channels is 16"):
+        DiffMoEPipeline.from_pretrained(tmp_path / "wide", vae=vae_folder)
 
 
 def test_to_moves_weights_and_leaves_thresholds():
@@ -163,6 +176,18 @@ def test_to_moves_weights_and_leaves_thresholds():
     assert all(value.dtype != torch.bfloat16 for value in pipe.transformer.buffers())
     rounded = pipe(**CALL).samples
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().mean() < 0.1 * exact.abs().mean()
+    other = DiffMoEPipeline(made()).to(torch.bfloat16)
+    assert torch.equal(other(**CALL).samples, rounded) and all(value.dtype != torch.bfloat16 for value in other.transformer.buffers())
+    with pytest.raises(UserError, match=r"dtype \(torch.float16\) must be"):
+        other.to(torch.float16)
+
+
+def test_it_is_copied_and_pickled():
+    """Also from a checkpoint, whose files do not stay open."""
+    pipe = DiffMoEPipeline.from_pretrained(KEPT)
+    for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        assert torch.equal(other(**CALL).samples, pipe(**CALL).samples)
+    assert "diffmoe, ema weights of step 4, 10 classes" in repr(pipe)
 
 
 def test_a_repository_of_the_hub(tmp_path, monkeypatch):
@@ -192,7 +217,7 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
     assert pipe.push_to_hub("me/model", private=True, token="t") == "address"
     again = DiffMoEPipeline.from_pretrained("me/model", revision="main")
     assert torch.equal(again(**CALL).samples, pipe(**CALL).samples) and asked == [("me/model", "main")]
-    with pytest.raises(UserError, match="nobody/nothing is no folder, and the hub gives no such model: 404"):
+    with pytest.raises(UserError, match="no folder nobody/nothing here, and no repository of the hub gives it: 404 Client Error$"):
         DiffMoEPipeline.from_pretrained("nobody/nothing")
     with pytest.raises(UserError, match="must be a folder .* or an id of the hub"):
         DiffMoEPipeline.from_pretrained("no such folder")
@@ -207,8 +232,31 @@ def test_a_damaged_folder_is_refused(tmp_path):
     (tmp_path / "model/config.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match=r"model lacks blocks.2"):
         DiffMoEPipeline.from_pretrained(tmp_path / "model")
-    (tmp_path / "model/config.json").write_text("{")
-    with pytest.raises(UserError, match="is no folder of a DiffMoE model"):
+    description["config"]["model"] |= {"depth": 2, "family": "tc"}
+    (tmp_path / "model/config.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"unexpected tensors .* for model.family \(tc\)"):
+        DiffMoEPipeline.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("text", "complaint"), [
+    ("{", "is no description"), ("[" * 100_000, "is no description"), ("[]", "no section config"), ('{"model_type": "bert"}', "no section config"),
+    ({"latents": {"scale": 1}}, "latents .* must hold the numbers"), ({"latents": "a"}, "latents .* must hold"), ({"latents": 5}, "latents"),
+    ({"id2label": 5}, r"id2label \(5\) must be a mapping"), ({"step": "x"}, r"step \('x'\) must be an integer"),
+    ({"weights": 3}, r"weights \(3\) must be a text"), ({"pool": None}, "pool"),
+])
+def test_a_description_from_elsewhere_is_one_line(tmp_path, text, complaint):
+    write_folder(made(), tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(text if isinstance(text, str) else json.dumps({**json.loads(path.read_text()), **text}))
+    with pytest.raises(UserError, match=complaint):
+        DiT.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("index", [b'{"weight_map": ["a"]}', b"\xff\xfe", b"{}", b"[]", json.dumps({"weight_map": {"a": "x" * 5000}}).encode()])
+def test_a_broken_index_is_one_line(tmp_path, index):
+    write_folder(made(), tmp_path / "model")
+    (tmp_path / "model/model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(UserError, match="does not say which files hold|lacks"):
         DiT.from_pretrained(tmp_path / "model")
 
 

@@ -90,3 +90,12 @@ def test_it_samples_by_command_and_from_python(installed):
                      "pipe(3, num_inference_steps=2).images[0].save('three.png')\nprint(diffmoe.__file__)")
     assert done.returncode == 0, done.stderr
     assert str(REPOSITORY) not in done.stdout and (installed.here / "three.png").is_file()
+
+
+@pytest.mark.parametrize("command", [
+    ("diffmoe-launcher", "doctor"), ("diffmoe-launcher", "preflight", "--config", "configs/demo.yaml", "data.shards=", "run.folder=runs"),
+    ("diffmoe", "bench", "roofline", "--help"), ("diffmoe", "verify", "--worlds", "x"), ("diffmoe-launcher", "submit", "--config", "configs/demo.yaml"),
+])
+def test_no_command_needs_the_repository_without_saying_so(installed, command):
+    done = installed(*command)
+    assert done.returncode in (0, 1, 2) and "Traceback" not in done.stderr + done.stdout, done.stderr

@@ -35,7 +35,6 @@ from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.models.count import count
 
-_ROOT = Path(__file__).resolve().parents[2]
 _WAYS = ("eager", "compiled")
 _TOP = 10
 _SHARDED = ("Adam", "weights in bf16")  # sources that touch what ZeRO leaves a rank
@@ -237,7 +236,7 @@ def facts_of(found: dict[str, dict[str, Counted]], measured: dict[tuple[str, str
 def planner_counts(ways: tuple[str, ...] = _WAYS, recomputes: tuple[str, ...] = ("none", "block", "selective")
                    ) -> dict[str, Any]:
     """The coefficients of ``diffmoe/cost/counted.json``: what a small model's counts are linear in, in bf16 (``cost.step_time``)."""
-    path, bf16 = str(_ROOT / "configs" / "diffmoe_l_e16_flow.yaml"), str(_ROOT / "ds_configs" / "zero1_bf16.json")
+    path, bf16 = "configs/diffmoe_l_e16_flow.yaml", "ds_configs/zero1_bf16.json"
     small = load_config(path, ["parallel.ep=1", "moe.pool=rank", "train.batch=32", "train.micro_batch=32", "model.width=512", "model.heads=8",
                                "model.depth=2"])
     changes = [["model.family=dense"], ["model.family=dense", "model.depth=4"], ["model.family=dense", "model.mlp_ratio=2"], ["moe.experts=8"],
@@ -251,7 +250,7 @@ def planner_counts(ways: tuple[str, ...] = _WAYS, recomputes: tuple[str, ...] = 
             counts = [(sum(k[2] * k[5] for k in micro["kernels"] if k[0] == "memory") / (2 * 32 * small.model.tokens),
                        sum(k[5] for k in micro["kernels"])) for micro in each]
             found[way][recompute] = _solved(cases, counts)
-    found["weights"] = {"bf16": _weights_of(small, bf16), "fp32": _weights_of(small, str(_ROOT / "ds_configs" / "zero0_fp32.json"))}
+    found["weights"] = {"bf16": _weights_of(small, bf16), "fp32": _weights_of(small, "ds_configs/zero0_fp32.json")}
     return found
 
 
@@ -285,8 +284,8 @@ def _weights_of(config: Config, deepspeed: str) -> dict[str, float]:
 def main(arguments: list[str]) -> int:
     """The kind ``roofline``; returns the exit code."""
     parser = Parser(prog="bench roofline", description="A training step counted without a GPU and priced for one.")
-    parser.add_argument("--config", default=str(_ROOT / "configs" / "diffmoe_l_e16_flow.yaml"), help="default: L-E16")
-    parser.add_argument("--deepspeed_config", default=str(_ROOT / "ds_configs" / "zero1_bf16.json"), help="default: ZeRO 1 in bf16")
+    parser.add_argument("--config", default="configs/diffmoe_l_e16_flow.yaml", help="default: L-E16")
+    parser.add_argument("--deepspeed_config", default="ds_configs/zero1_bf16.json", help="default: ZeRO 1 in bf16")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs of the layout (default 1)")
     parser.add_argument("--samples", type=int, default=64, help="samples of a rank's micro-batch (default 64)")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of a step (default 4)")
@@ -317,7 +316,7 @@ def main(arguments: list[str]) -> int:
     recompute = [f"parallel.recompute={options.recompute}"] if options.recompute else []
     cases = [(Path(options.config).stem, options.config, options.ranks, ["parallel.ep=1", "moe.pool=rank"] * (options.ranks == 1))]
     if options.record:
-        cases = [(title, str(_ROOT / "configs" / f"{name}.yaml"), ranks, ["parallel.ep=1", "moe.pool=rank"] * (ranks == 1) + more)
+        cases = [(title, f"configs/{name}.yaml", ranks, ["parallel.ep=1", "moe.pool=rank"] * (ranks == 1) + more)
                  for title, name, ranks, more in _RECORD]
     facts, texts, bars = {}, [], {}
     for title, path, ranks, changes in cases:

@@ -112,7 +112,8 @@ class Checkpoint:
         if not (path / MANIFEST).is_file():
             newest = complete_folders(path / "checkpoints") or complete_folders(path)
             if not newest:
-                raise UserError(f"no complete checkpoint in {path}")
+                exported = ", but an exported model: run.py import --hf makes a checkpoint of it, DiffMoEPipeline reads it as it is"
+                raise UserError(f"no complete checkpoint in {path}" + exported * (path / "config.json").is_file())
             path = newest[-1]
         self.path = path
         self.manifest = read_manifest(path / MANIFEST)

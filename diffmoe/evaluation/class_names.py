@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 from diffmoe.errors import UserError
 
@@ -29,14 +31,23 @@ def parse_classes(text: str, classes: int, names: tuple[str, ...] = ()) -> list[
     return chosen
 
 
-def chosen_classes(chosen: None | int | str | Sequence[int | str], classes: int, names: tuple[str, ...] = ()) -> list[int]:
-    """Class numbers of a number, a name, or several; None: all.  Raises UserError as :func:`parse_classes` does."""
+def chosen_classes(chosen: Any, classes: int, names: tuple[str, ...] = ()) -> list[int]:
+    """Class numbers of a number, a name, or several (any iterable, arrays and tensors too); None: all.  A text that is no
+    name may be a number.  Raises UserError as :func:`parse_classes` does."""
     if chosen is None:
         return list(range(classes))
-    several = [chosen] if isinstance(chosen, (int, str)) else list(chosen)
     said, wanted = f"classes ({chosen!r})", f"numbers from 0 to {classes - 1}" + " or names" * bool(names)
-    numbers = [_number_of(one, said, wanted, names) if isinstance(one, str) else int(one) for one in several]
-    if not numbers or not all(0 <= number < classes for number in numbers):
+    if hasattr(chosen, "tolist"):  # an array's or a tensor's
+        chosen = chosen.tolist()
+    several = [chosen] if isinstance(chosen, (int, str)) or not isinstance(chosen, Iterable) else list(chosen)
+    numbers = []
+    for one in several:
+        if isinstance(one, str):
+            one = int(one) if one.isdecimal() and one not in names else _number_of(one, said, wanted, names)
+        if isinstance(one, bool) or not hasattr(one, "__index__") or not 0 <= operator.index(one) < classes:
+            raise UserError(f"{said} must be {wanted} (model.classes = {classes})")
+        numbers.append(operator.index(one))
+    if not numbers:
         raise UserError(f"{said} must be {wanted} (model.classes = {classes})")
     return numbers
 

@@ -91,10 +91,14 @@ def open_decoder(path: str, config: Config, index: ShardIndex | None, scale: flo
 
 
 def open_vae(path: str | Path, config: Config, device: torch.device) -> Vae:
-    """The diffusers autoencoder at `path`. UserError for a model of pixels, or where there is no such autoencoder."""
+    """The diffusers autoencoder at `path`. UserError for a model of pixels or of other
+    channels, or where there is no such autoencoder."""
     if config.model.channels in (1, 3):
         raise UserError(f"model.channels ({config.model.channels}) are pixels: there is nothing for vae {path} to decode")
-    return load_vae(path, device=device)
+    vae = load_vae(path, device=device)
+    if vae.latent_channels != config.model.channels:
+        raise UserError(f"vae {path} has {vae.latent_channels} latent channels, model.channels is {config.model.channels}")
+    return vae
 
 
 def latent_numbers(vae: Vae, config: Config, index: ShardIndex | None, scale: float | None,

@@ -17,10 +17,12 @@ from diffmoe.checkpoints.reader import BUFFERS, Checkpoint, Tensors, open_tensor
 from diffmoe.config import Config, config_from_tree, validate
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
-from diffmoe.models.interchange import load_logical, whole_weights
+from diffmoe.models.interchange import fresh_buffers, load_logical, logical_template, some, whole_weights
+from diffmoe.paths import expand_path
 
 PARTS = "model.safetensors.index.json"  # which file holds what, where there are several
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_KINDS = {str: "a text", int: "an integer", dict: "a mapping"}
 _FILES = ["*.json", "*.safetensors", "vae/*.json", "vae/*.safetensors"]
 
 
@@ -54,23 +56,25 @@ def open_pretrained(name: str | Path, weights: str | None = None, revision: str 
 
     ``weights``: ``raw``, ``ema`` or ``ema:0.999`` (default: a checkpoint's first EMA, a folder's own).  Raises UserError
     where there is nothing such."""
-    folder = Path(name)
+    folder = Path(expand_path(str(name)))
     if not folder.is_dir():
         folder = _downloaded(str(name), revision)
     elif revision is not None:
         raise UserError(f"revision ({revision}) goes with a repository of the hub; {name} is a folder")
     if not (folder / "config.json").is_file():
-        return of_checkpoint(Checkpoint(folder), weights or "ema")
+        return of_checkpoint(Checkpoint(folder), str(weights or "ema"))
     tree, tensors = read_folder(folder)
     config = config_from_tree(tree["config"])
     validate(config)
-    theirs = str(tree.get("weights"))
+    theirs = tree.get("weights", "ema")
     if weights not in (None, theirs):
         raise UserError(f"weights ({weights}) are not in {name}, which holds {theirs}")
     whole_weights(tensors, {}, config.model, config.moe, str(name))
-    latents = tree.get("latents")
+    expected = {*logical_template(config.model, config.moe), *fresh_buffers(config.model, config.moe)}
+    if unexpected := sorted(set(tensors) - expected):
+        raise UserError(f"{name} holds {some('unexpected tensors', unexpected)} for model.family ({config.model.family})")
     return Pretrained(config, tensors, theirs, tree.get("step", 0), tree.get("pool", 1), folder_class_names(tree, config),
-                      latents and (float(latents["scale"]), float(latents["shift"])), folder)
+                      tree.get("latents"), folder)
 
 
 def of_checkpoint(checkpoint: Checkpoint, weights: str) -> Pretrained:
@@ -86,33 +90,44 @@ def read_folder(folder: Path) -> tuple[dict, Tensors]:
     """config.json and the tensors, unread, of an exported folder.  Raises UserError when files are missing."""
     tree = read_description(folder)
     try:
-        index = json.loads((folder / PARTS).read_text()) if (folder / PARTS).is_file() else None
-        names = set(index["weight_map"].values()) if index else {"model.safetensors"}
+        index = json.loads((folder / PARTS).read_bytes()) if (folder / PARTS).exists() else None
+        names = {"model.safetensors"} if index is None else set(index["weight_map"].values())
         paths = [folder / Path(name).name for name in sorted(names)]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} is no folder of a DiffMoE model: {error}") from None
-    absent = [path.name for path in paths if not path.is_file()]
+        absent = [path.name for path in paths if not path.is_file()]
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / PARTS} does not say which files hold the weights: {str(error)[:100]}") from None
     if absent:
         raise UserError(f"{folder} lacks {', '.join(absent[:3])} ({len(absent)} missing)")
     return tree, open_tensors(paths)
 
 
 def read_description(folder: Path) -> dict:
-    """config.json of an exported folder.  UserError where there is none."""
+    """config.json of an exported folder: ``config``, ``weights``, ``step``, ``pool``, ``latents``, ``id2label``.  UserError
+    where it is not one."""
+    path = folder / "config.json"
     try:
-        tree = json.loads((folder / "config.json").read_text())
-        tree["config"] = dict(tree["config"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} is no folder of a DiffMoE model: {error}") from None
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no description of a DiffMoE model: {str(error)[:100]}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("config"), dict):
+        raise UserError(f"{path} is no description of a DiffMoE model: it has no section config")
+    for name, kind in (("weights", str), ("step", int), ("pool", int), ("id2label", dict)):
+        if name in tree and type(tree[name]) is not kind:
+            raise UserError(f"{path}: {name} ({tree[name]!r}) must be {_KINDS[kind]}")
+    if tree.get("latents") is not None:
+        try:
+            tree["latents"] = float(tree["latents"]["scale"]), float(tree["latents"]["shift"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: latents ({tree['latents']!r}) must hold the numbers scale and shift") from None
     return tree
 
 
 def folder_class_names(tree: dict, config: Config) -> tuple[str, ...]:
     """The classes' names in a folder's config.json, in order; none where it has none.  UserError where they are not those of
     model.classes."""
-    names = tree.get("id2label") or {}
+    names = tree.get("id2label", {})
     wanted = [str(number) for number in range(config.model.classes)]
-    if names and (not isinstance(names, dict) or sorted(names) != sorted(wanted)):
+    if names and sorted(names) != sorted(wanted):
         raise UserError(f"config.json: id2label ({len(names)} entries) must name classes 0 to {config.model.classes - 1}: "
                         "correct it, or take it out to import without names")
     return tuple(str(names[number]) for number in wanted if names)
@@ -126,4 +141,5 @@ def _downloaded(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} is no folder, and the hub gives no such model: {' '.join(str(error).split())[:300]}") from error
+        said = str(error).strip().partition("\n")[0][:200]
+        raise UserError(f"there is no folder {name} here, and no repository of the hub gives it: {said}") from error
