@@ -312,7 +312,7 @@ def test_the_impostor_apex_is_told_from_nvidias(tmp_path, monkeypatch):
 
 def test_doctor_reads_this_machine():
     facts = gather()
-    assert facts.wanted["deepspeed"] == "==0.19.8" and facts.wanted_python == ">=3.10,<3.14" and len(facts.wanted) == 15
+    assert facts.wanted["deepspeed"] == "==0.19.8" and facts.wanted_python == ">=3.10,<3.14" and len(facts.wanted) == 16
     assert facts.torch["version"].startswith("2.13")
     assert {finding.what for finding in judge(facts)} >= {"python", "packages", "torch", "apex", "compiler"}
 

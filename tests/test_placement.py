@@ -127,7 +127,7 @@ def test_ranks_of_every_launcher_move_before_they_meet(monkeypatch, machine, loc
     done = []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("diffmoe.commands.common.place", lambda environment, device: done.append(device))
-    monkeypatch.setattr("diffmoe.device.local_device", lambda rank, world: GPU)
+    monkeypatch.setattr("diffmoe.device.local_device", lambda rank, world, asked: GPU)
     monkeypatch.setattr(torch, "set_num_threads", done.append)
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([]))
     with pytest.raises(StopIteration):
@@ -160,7 +160,7 @@ def test_segments_expand_unless_the_user_has_said_otherwise(name):
 
 def test_a_programs_own_allocator_is_set_before_torch_is_there():
     """torch reads it when CUDA starts."""
-    program = ("import os, sys, run; find = run._main_of\n"
+    program = ("import os, sys, diffmoe.__main__ as run; find = run._main_of\n"
                "def seen(verb): print(os.environ['PYTORCH_ALLOC_CONF'], 'torch' in sys.modules); return find(verb)\n"
                "run._main_of = seen; run.main(['train', '--dry-run', '--config', 'configs/demo.yaml'])")
     environ = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
