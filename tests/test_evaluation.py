@@ -687,7 +687,7 @@ def test_the_verb_scores_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
     save_start(tmp_path / "run" / "checkpoints", config, Layout(1, 1, 16, 16, 1, 16, 1),
                {ema_kind(config.train.ema): pieces.items()}, buffers)
     write_digits(tmp_path / "digits")
-    monkeypatch.setattr(command, "join", lambda environment: CPU)
+    monkeypatch.setattr(command, "join", lambda environment, asked: CPU)
     monkeypatch.setattr(command, "leave", lambda: None)
     monkeypatch.setattr("diffmoe.parallel.groups.build_groups", lambda ep, pool_ranks: single_process())
     from launcher.environment import detect

@@ -110,7 +110,7 @@ def stop(*_, **__):
 def alone(monkeypatch):
     """Verbs without process groups."""
     for command in (sample_command, evaluate_command, profile_command, encode_command, train_command):
-        monkeypatch.setattr(command, "join", lambda *_: CPU)
+        monkeypatch.setattr(command, "join", lambda *_, **__: CPU)
         monkeypatch.setattr(command, "leave", lambda: None)
     monkeypatch.setattr("diffmoe.parallel.groups.build_groups", lambda *_: single_process())
 

@@ -25,8 +25,8 @@ _functional = torch.ops._c10d_functional
 OPERATORS = [op.default for op in (_functional.all_to_all_single, _functional.all_gather_into_tensor,
                                    _functional.all_reduce, _functional.wait_tensor)]
 EXIT_LOST = 75  # sysexits' "temporary failure": the same command goes on from the last checkpoint
-# gloo has no type of its own: its messages on connections begin with the line of its source, its stores say two words.
-_LOST_PEER = re.compile(r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] |Wait timeout$|Read error: Connection reset by peer"
+# gloo has no type of its own: its messages on connections begin with the line of its source, its stores say a few words.
+_LOST_PEER = re.compile(r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] |Wait timeout$|Timeout waiting for key: |Read error: Connection reset by peer"
                         r"|(\[[^]]*Rank \d+\] )?(NCCL communicator was aborted|Watchdog caught collective operation timeout)")
 # NCCL's one type is for all that it complains of.
 _OWN_FAULT = re.compile(r"ncclInvalidUsage|ncclInvalidArgument|out of memory")
