@@ -8,6 +8,8 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithConfigs(build_py):
+    """Copies ``configs`` and ``ds_configs`` into the built package; an editable install finds them in the repository."""
+
     def run(self):
         super().run()
         if not self.editable_mode:

@@ -23,14 +23,14 @@ VERBS = {
     "export": "a checkpoint -> research weights or a Hugging Face folder",
     "check-checkpoint": "whether checkpoints are whole, bit for bit and tensor by tensor",
     "bench": "measurements side by side: run.py bench KIND",
-    "profile": "time, memory and traffic of real training steps, against the plan and the least possible",
+    "profile": "time, memory and traffic of real training steps, against the plan and the lower bound",
     "verify": "the parity table: EP x ZeRO x recompute x accumulation x pool against one process",
 }
 
 
 def main(arguments: list[str]) -> int:
     """Runs a verb.  Returns the exit code: 0, 1 (verify missed, a checkpoint or a data set is damaged), 2 (bad input, or a run
-    that cannot go on: one line on stderr), 75 (another rank was lost: the same command goes on), 130 (interrupted)."""
+    that cannot go on: one line on stderr), 75 (another rank was lost: the same command resumes), 130 (interrupted)."""
     environment = None
     try:
         environment = detect()

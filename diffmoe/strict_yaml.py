@@ -22,7 +22,7 @@ from diffmoe.paths import expand_path, shipped
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key written twice: PyYAML keeps the last one without a word."""
+    """YAML that refuses a key written twice: PyYAML keeps the last one silently."""
 
 
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict:

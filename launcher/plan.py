@@ -138,7 +138,7 @@ def details(candidate: Candidate, steps: int) -> list[str]:
     shared = sum(m.wire for m in traffic if m.purpose == "owners")
     parts = ", ".join(f"{name.replace('_', ' ')} {value / GIB:.2f}" for name, value in memory.items()
                       if value and name not in ("static", "peak"))
-    over = f"{exchanged / least.rows:.3f} of the least possible" if least.rows else "none needed"
+    over = f"{exchanged / least.rows:.3f} of the lower bound" if least.rows else "none needed"
     days = steps * time.total / 86400
     return [
         f"  memory   {memory['peak'] / GIB:.2f} GiB a rank at most, {memory['static'] / GIB:.2f} between steps: {parts}",

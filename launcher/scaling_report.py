@@ -12,7 +12,7 @@ from diffmoe.markdown import table
 @dataclass(frozen=True)
 class Group:
     """Repeats of one kind of run, medians over them.  ``efficiency``: images per second and rank, relative to the best of the
-    smallest number of ranks in the same mode; ``least``: counted all-to-all bytes over the least possible (None without)."""
+    smallest number of ranks in the same mode; ``least``: counted all-to-all bytes over the lower bound (None without)."""
 
     mode: str
     ranks: int

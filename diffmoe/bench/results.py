@@ -153,6 +153,7 @@ def facts(record: dict) -> list[Fact]:
 
 
 def device_of(record: dict) -> str:
+    """What a record was measured on, as it says; ``counted`` where nothing was."""
     steps = timed_steps(record) if str(record.get("bench")).startswith("roofline") else []
     if str(record.get("bench")).startswith("roofline") and not steps:
         return "counted"

@@ -1,4 +1,4 @@
-"""The verb ``profile``: where the time, memory and traffic of real training steps go, beside the plan and the least possible."""
+"""The verb ``profile``: where the time, memory and traffic of real training steps go, beside the plan and the lower bound."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="profile", description="Some real training steps: their time by phase, memory, and every message "
-                    "against the least possible and the plan. Example: torchrun --standalone --nproc-per-node 2 run.py profile "
+                    "against the lower bound and the plan. Example: torchrun --standalone --nproc-per-node 2 run.py profile "
                     "--config configs/demo.yaml --synthetic --json steps.jsonl")
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
@@ -163,7 +163,7 @@ def _record(config: Config, layout: Layout, tree: dict, environment: RankEnviron
 
 
 def describe(record: dict) -> str:
-    """A record for people: time, memory beside the plan, and traffic beside the formula and the least possible."""
+    """A record for people: time, memory beside the plan, and traffic beside the formula and the lower bound."""
     config, layout, engine = config_from_tree(record["config"]), Layout(**record["layout"]), engine_facts(record["deepspeed"])
     memory = rank_memory(config, layout, engine)
     split = ", ".join(f"{phase.replace('_', '-')} {100 * share:.1f} %" for phase, share in record["split"].items())
@@ -177,7 +177,7 @@ def describe(record: dict) -> str:
 
 def traffic_table(by_rank: list[list[dict]], config: Config, layout: Layout, tree: dict) -> list[str]:
     """Counted messages by collective, purpose and phase, means over ranks, layers together, beside the formula; then sums
-    beside the least possible.  Rows that must travel are those that were counted."""
+    beside the lower bound.  Rows that must travel are those that were counted."""
     engine = engine_facts(tree)
     ranks = len(by_rank)
     counted: dict[tuple, list[float]] = {}
@@ -207,10 +207,10 @@ def _sums(counted: dict[tuple, list[float]], config: Config, layout: Layout, eng
     if rows:
         exchanged = wire(("all_to_all",))
         owners = wire(("all_gather",), ("owners",))
-        lines.append(f"all-to-all {exchanged:.0f} bytes, {exchanged / rows:.4f} of the least possible ({rows:.0f}: each chosen row "
+        lines.append(f"all-to-all {exchanged:.0f} bytes, {exchanged / rows:.4f} of the lower bound ({rows:.0f}: each chosen row "
                      f"there and home, forward and backward); with the pool owners' scores {(exchanged + owners) / rows:.4f}")
     if least.reduction:
         reduced = wire(("all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce"), ("gradients", "parameters"))
-        lines.append(f"reduction {reduced:.0f} bytes, {reduced / least.reduction:.4f} of the least possible ({least.reduction}: gradients "
+        lines.append(f"reduction {reduced:.0f} bytes, {reduced / least.reduction:.4f} of the lower bound ({least.reduction}: gradients "
                      "to their owners, weights back)")
     return lines

@@ -22,26 +22,7 @@ from launcher.environment import RankEnvironment
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The verb ``sample``; returns the exit code.  UserError for bad input."""
-    parser = Parser(prog="sample", description="Images from a checkpoint: a PNG grid, and an npz in ADM's form.")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
-    parser.add_argument("--classes", default="all", help="'all', or numbers, ranges and names: boot,3,7-9; in double "
-                        "quotes always a name, which may hold commas")
-    parser.add_argument("--count", type=int, help="images in all, classes in turn (default: ten of each class)")
-    parser.add_argument("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
-    parser.add_argument("--capacity", type=float, help="experts per token on average (default: sample.capacity of the run, or "
-                        "else the learned thresholds)")
-    parser.add_argument("--seed", type=int, help="seed of the noise (default: run.seed)")
-    parser.add_argument("--weights", default="ema", help="ema (the first of train.ema), ema:0.999 (by its decay) or raw")
-    parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
-    add_latent_options(parser)
-    add_fp32_precision(parser)
-    add_compile(parser)
-    add_device(parser)
-    parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
-    parser.add_argument("--report", action="store_true",
-                        help="also write the capacity used, by layer, time and class: OUT.capacity.json, .md and .png")
-    parser.add_argument("overrides", nargs="*", metavar="sample.field=value")
-    options = parser.parse_intermixed_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     import numpy as np
     import torch
 
@@ -116,6 +97,29 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
             print(f"capacity used: {used.mean():.4f} experts per token; {', '.join(map(str, paths))}", flush=True)
     leave()
     return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="sample", description="Images from a checkpoint: a PNG grid, and an npz in ADM's form.")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
+    parser.add_argument("--classes", default="all", help="'all', or numbers, ranges and names: boot,3,7-9; in double "
+                        "quotes always a name, which may hold commas")
+    parser.add_argument("--count", type=int, help="images in all, classes in turn (default: ten of each class)")
+    parser.add_argument("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
+    parser.add_argument("--capacity", type=float, help="experts per token on average (default: sample.capacity of the run, or "
+                        "else the learned thresholds)")
+    parser.add_argument("--seed", type=int, help="seed of the noise (default: run.seed)")
+    parser.add_argument("--weights", default="ema", help="ema (the first of train.ema), ema:0.999 (by its decay) or raw")
+    parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
+    add_latent_options(parser)
+    add_fp32_precision(parser)
+    add_compile(parser)
+    add_device(parser)
+    parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
+    parser.add_argument("--report", action="store_true",
+                        help="also write the capacity used, by layer, time and class: OUT.capacity.json, .md and .png")
+    parser.add_argument("overrides", nargs="*", metavar="sample.field=value")
+    return parser
 
 
 def _check_out(*paths: Path) -> None:

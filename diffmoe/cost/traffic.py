@@ -1,6 +1,6 @@
 """What goes over the network in one optimizer step, as formulas: the counterpart of what ``parallel/traffic.py`` counts.
 
-The least possible: each chosen row leaves its rank once for its expert and once for home, in forward and, as a gradient, in
+The lower bound: each chosen row leaves its rank once for its expert and once for home, in forward and, as a gradient, in
 backward, if the expert lives elsewhere; every gradient is reduced to where its optimizer state is, and every new weight
 travels from there.  T tokens of a rank's micro-batch, R rows it sends, D width, E experts, e = E / EP.
 """

@@ -132,7 +132,7 @@ def chunks(address: str) -> Iterator[bytes]:
         address = rewrite_url(address)
     scheme = address.partition(":")[0]
     if scheme in ("http", "https"):
-        # Not webdataset's curl: that one waits for a silent server without end, and retries without a word.
+        # Not webdataset's curl: that one waits for a silent server without end, and retries silently.
         return _http(address)
     if scheme == "pipe":
         return _command(address[5:])

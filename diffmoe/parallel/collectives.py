@@ -1,7 +1,7 @@
 """Collectives over a :class:`Group`; every one is a no-op for a group of one rank.
 
 All are torch's functional collectives, which return new tensors: selective recompute may keep those.  Keeping an in-place
-collective keeps its handle and not what it wrote, and gives wrong gradients without a word.  They are called as
+collective keeps its handle and not what it wrote, and gives wrong gradients silently.  They are called as
 operators: those have the same names from torch 2.11 to 2.13, the functions around them have not.
 """
 
@@ -24,7 +24,7 @@ _functional = torch.ops._c10d_functional
 # The operators of all that follows, but for objects; recompute can keep what they bring.
 OPERATORS = [op.default for op in (_functional.all_to_all_single, _functional.all_gather_into_tensor,
                                    _functional.all_reduce, _functional.wait_tensor)]
-EXIT_LOST = 75  # sysexits' "temporary failure": the same command goes on from the last checkpoint
+EXIT_LOST = 75  # sysexits' "temporary failure": the same command resumes from the last checkpoint
 # gloo has no type of its own: its messages on connections begin with the line of its source, its stores say a few words.
 _LOST_PEER = re.compile(r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] |Wait timeout$|Timeout waiting for key: |Read error: Connection reset by peer"
                         r"|(\[[^]]*Rank \d+\] )?(NCCL communicator was aborted|Watchdog caught collective operation timeout)")

@@ -241,7 +241,7 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
             if run.done % config.train.log_every == 0:
                 meter.restart_clock()  # saving, sampling and drawing are not training
             if stop:
-                _say(groups, f"stopped in order at step {run.done}; the same command goes on from there")
+                _say(groups, f"stopped in order at step {run.done}; the same command resumes from there")
                 break
     if run.writer:
         run.writer.close()

@@ -321,7 +321,7 @@ class Watchdog:
         """One line that names the culprits and the ``kind`` of their end, then where each rank is, culprits first."""
         others = [s for _, s in sorted(self._seen.items()) if s not in first]
         lines = [f"watchdog: {'; '.join(headlines[:_SHOWN])} (run.timeout_s {self.timeout_s:g}); the job ends with exit code "
-                 f"{EXIT_LOST}, the same command goes on from the last checkpoint" + f" ({kind})" * bool(kind)]
+                 f"{EXIT_LOST}, the same command resumes from the last checkpoint" + f" ({kind})" * bool(kind)]
         heard = [f"  {s.beat.who()}: when last heard, {s.beat.where()}" for s in first]
         lines += [*heard, *(f"  {s.beat.who()}: {s.beat.where()}" for s in others)][:_SHOWN]
         lines += [f"  … {len(self._seen) - _SHOWN} more ranks"] * (len(self._seen) > _SHOWN)
