@@ -626,7 +626,7 @@ def test_latents_pass_the_decoder(tmp_path: Path) -> None:
 
 def test_a_decoder_takes_out_what_the_training_data_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of shards that encode did not make, whose index alone knows their scale."""
-    vae = types.SimpleNamespace(name="vae", sha256="abc", scale=0.18, shift=0.0)
+    vae = types.SimpleNamespace(name="vae", sha256="abc", scale=0.18, shift=0.0, latent_channels=4)
     monkeypatch.setattr(decoding, "load_vae", lambda path, device: vae)
     _, config = setting()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=4))

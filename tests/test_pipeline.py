@@ -239,9 +239,9 @@ def test_a_damaged_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "complaint"), [
-    ("{", "is no description"), ("[" * 100_000, "is no description"), ("[]", "no section config"), ('{"model_type": "bert"}', "no section config"),
+    ("{", "is no folder of a DiffMoE model"), ("[" * 100_000, "is no folder of a DiffMoE model"), ("[]", "no section config"), ('{"model_type": "bert"}', "no section config"),
     ({"latents": {"scale": 1}}, "latents .* must hold the numbers"), ({"latents": "a"}, "latents .* must hold"), ({"latents": 5}, "latents"),
-    ({"id2label": 5}, r"id2label \(5\) must be a mapping"), ({"step": "x"}, r"step \('x'\) must be an integer"),
+    ({"id2label": 5}, r"id2label \(5\) must name classes 0 to 2"), ({"step": "x"}, r"step \('x'\) must be an integer"),
     ({"weights": 3}, r"weights \(3\) must be a text"), ({"pool": None}, "pool"),
 ])
 def test_a_description_from_elsewhere_is_one_line(tmp_path, text, complaint):

@@ -22,7 +22,7 @@ from diffmoe.paths import expand_path
 
 PARTS = "model.safetensors.index.json"  # which file holds what, where there are several
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_KINDS = {str: "a text", int: "an integer", dict: "a mapping"}
+_KINDS = {str: "a text", int: "an integer"}
 _FILES = ["*.json", "*.safetensors", "vae/*.json", "vae/*.safetensors"]
 
 
@@ -108,10 +108,10 @@ def read_description(folder: Path) -> dict:
     try:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no description of a DiffMoE model: {str(error)[:100]}") from None
+        raise UserError(f"{folder} is no folder of a DiffMoE model: config.json: {str(error)[:100]}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("config"), dict):
-        raise UserError(f"{path} is no description of a DiffMoE model: it has no section config")
-    for name, kind in (("weights", str), ("step", int), ("pool", int), ("id2label", dict)):
+        raise UserError(f"{folder} is no folder of a DiffMoE model: config.json has no section config")
+    for name, kind in (("weights", str), ("step", int), ("pool", int)):
         if name in tree and type(tree[name]) is not kind:
             raise UserError(f"{path}: {name} ({tree[name]!r}) must be {_KINDS[kind]}")
     if tree.get("latents") is not None:
@@ -125,10 +125,11 @@ def read_description(folder: Path) -> dict:
 def folder_class_names(tree: dict, config: Config) -> tuple[str, ...]:
     """The classes' names in a folder's config.json, in order; none where it has none.  UserError where they are not those of
     model.classes."""
-    names = tree.get("id2label", {})
+    names = tree.get("id2label") or {}
     wanted = [str(number) for number in range(config.model.classes)]
-    if names and sorted(names) != sorted(wanted):
-        raise UserError(f"config.json: id2label ({len(names)} entries) must name classes 0 to {config.model.classes - 1}: "
+    if names and (not isinstance(names, dict) or sorted(names) != sorted(wanted)):
+        entries = f"{len(names)} entries" if isinstance(names, (dict, list)) else repr(names)
+        raise UserError(f"config.json: id2label ({entries}) must name classes 0 to {config.model.classes - 1}: "
                         "correct it, or take it out to import without names")
     return tuple(str(names[number]) for number in wanted if names)
 
