@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""The one program, from the repository: what the command ``diffmoe`` and ``python -m diffmoe`` are, see diffmoe/__main__.py."""
+"""The one program, from the repository: what the command ``diffmoe`` and ``python -m diffmoe`` are,
+see diffmoe/__main__.py.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""pyproject.toml says all but this: configurations lie in the repository's root and, built, inside the package."""
+"""pyproject.toml says all but this: configurations lie in the repository's root and, built, inside
+the package.
+"""
 
 import shutil
 from pathlib import Path
@@ -8,7 +10,9 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithConfigs(build_py):
-    """Copies ``configs`` and ``ds_configs`` into the built package; an editable install finds them in the repository."""
+    """Copies ``configs`` and ``ds_configs`` into the built package; an editable install finds them
+    in the repository.
+    """
 
     def run(self):
         super().run()

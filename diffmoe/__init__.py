@@ -1,9 +1,9 @@
 """Expert-parallel training of DiffMoE diffusion transformers on DeepSpeed.
 
-    from diffmoe import DiffMoEPipeline
+from diffmoe import DiffMoEPipeline
 
-    pipe = DiffMoEPipeline.from_pretrained("runs/demo")
-    pipe(classes=[3, 7], num_images=8, guidance_scale=1.5).images[0].save("three.png")
+pipe = DiffMoEPipeline.from_pretrained("runs/demo")
+pipe(classes=[3, 7], num_images=8, guidance_scale=1.5).images[0].save("three.png")
 """
 
 from typing import TYPE_CHECKING, Any

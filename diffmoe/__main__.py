@@ -1,6 +1,8 @@
-"""The one program: ``run.py [VERB] --config C.yaml --deepspeed_config D.json section.field=value …``, verb train if none is named.
+"""The one program: ``run.py [VERB] --config C.yaml --deepspeed_config D.json section.field=value
+…``, verb train if none is named.
 
-The same file under ``deepspeed``, ``torchrun``, ``srun`` or plain ``python`` (one rank).  Installed, it is ``diffmoe [VERB] …``.
+The same file under ``deepspeed``, ``torchrun``, ``srun`` or plain ``python`` (one rank).
+Installed, it is ``diffmoe [VERB] …``.
 """
 
 from __future__ import annotations
@@ -29,16 +31,21 @@ VERBS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a verb.  Returns the exit code: 0, 1 (verify missed, a checkpoint or a data set is damaged), 2 (bad input, or a run
-    that cannot go on: one line on stderr), 75 (another rank was lost: the same command resumes), 130 (interrupted)."""
+    """Runs a verb.  Returns the exit code: 0, 1 (verify missed, a checkpoint or a data set is
+    damaged), 2 (bad input, or a run that cannot go on: one line on stderr), 75 (another rank was
+    lost: the same command resumes), 130 (interrupted).
+    """
     environment = None
     try:
         environment = detect()
         check_started(environment, typed_at_a_terminal() and not {"-h", "--help"} & set(arguments))
         export(environment)
         if arguments[:1] in (["-h"], ["--help"]):
-            print(__doc__ + "\nverbs (run.py VERB --help says more):\n"
-                  + "\n".join(f"  {verb:16} {text}" for verb, text in VERBS.items()))
+            print(
+                __doc__
+                + "\nverbs (run.py VERB --help says more):\n"
+                + "\n".join(f"  {verb:16} {text}" for verb, text in VERBS.items())
+            )
             return 0
         verb, rest = _verb(arguments)
         return _main_of(verb)(rest, environment)
@@ -47,15 +54,20 @@ def main(arguments: list[str]) -> int:
             raise
         _complain(error, environment)
         return 2
-    except RuntimeError as error:  # outside training's watchdog: while the ranks meet, and in the other verbs
+    except (
+        RuntimeError
+    ) as error:  # outside training's watchdog: while the ranks meet, and in the other verbs
         if os.environ.get("DIFFMOE_TRACEBACK") or "torch" not in sys.modules:
             raise
         from diffmoe.parallel.collectives import EXIT_LOST, is_lost_peer
 
         if not is_lost_peer(error):
             raise
-        print(f"error: rank {environment.rank}: another rank is lost or does not answer: {' '.join(str(error).split())[:200]}",
-              file=sys.stderr, flush=True)
+        print(
+            f"error: rank {environment.rank}: another rank is lost or does not answer: {' '.join(str(error).split())[:200]}",
+            file=sys.stderr,
+            flush=True,
+        )
         return EXIT_LOST
     except KeyboardInterrupt:
         return 130
@@ -71,7 +83,9 @@ def _main_of(verb: str) -> Callable[[list[str], RankEnvironment], int]:
 
 
 def _verb(arguments: list[str]) -> tuple[str, list[str]]:
-    words = [a for a in arguments if not a.startswith("--local_rank")]  # the deepspeed launcher's; we read its environment
+    words = [
+        a for a in arguments if not a.startswith("--local_rank")
+    ]  # the deepspeed launcher's; we read its environment
     if words and not words[0].startswith("-") and "=" not in words[0]:
         if words[0] not in VERBS:
             raise UserError(f"verb {words[0]!r} must be one of {', '.join(VERBS)}")

@@ -1,8 +1,10 @@
-"""The configuration: a tree of frozen dataclasses <- YAML files with ``include`` <- ``a.b=c`` overrides.
+"""The configuration: a tree of frozen dataclasses <- YAML files with ``include`` <- ``a.b=c``
+overrides.
 
-The YAML owns model, data, batch, learning rate, clipping and schedule.  The DeepSpeed JSON owns ZeRO, precision,
-communication and offload.  A number named in both places with two values is an error that prints both.
-No torch here: a login node without it can read, check and print a configuration.
+The YAML owns model, data, batch, learning rate, clipping and schedule.  The DeepSpeed JSON owns
+ZeRO, precision, communication and offload.  A number named in both places with two values is an
+error that prints both. No torch here: a login node without it can read, check and print a
+configuration.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ class RunConfig:
     Attributes:
         folder: The run folder; a run resumes from what lies there.
         seed: Of weights, order, noise, times and label drops.
-        timeout_s: Seconds after which a rank that lives and makes no progress ends the job, with a report (three times as
-            long until the first step is done; 0: nobody looks); a dead one does within a minute.
-        device: `auto`: a GPU if there is one, and an error if it cannot be used; `cuda`: a GPU, or an error.
-        fp32_precision: What a GPU may do with fp32 matmuls and convolutions, in training and in all that is made of the
-            run; the published rows are `tf32`.
+        timeout_s: Seconds after which a rank that lives and makes no progress ends the job, with a
+            report (three times as long until the first step is done; 0: nobody looks); a dead one
+            does within a minute.
+        device: `auto`: a GPU if there is one, and an error if it cannot be used; `cuda`: a GPU, or
+            an error.
+        fp32_precision: What a GPU may do with fp32 matmuls and convolutions, in training and in all
+            that is made of the run; the published rows are `tf32`.
     """
 
     folder: str = "runs/default"
@@ -92,10 +96,12 @@ class MoEConfig:
 
     Attributes:
         experts: In a layer.
-        activation: GELU with biases (DiT's MLP), or SwiGLU without at two thirds of the inner width.
+        activation: GELU with biases (DiT's MLP), or SwiGLU without at two thirds of the inner
+            width.
         shared_experts: Experts that every token goes through, as one MLP so many times as wide.
         interleave: Every second block has an MoE layer, not every block.
-        pool: Samples out of which an expert chooses; or all of a rank, of an expert-parallel group, of the global batch.
+        pool: Samples out of which an expert chooses; or all of a rank, of an expert-parallel group,
+            of the global batch.
         capacity: Tokens that an expert takes, as a multiple of pool tokens / experts.
         capacity_hold: Steps for which every expert first takes every token.
         capacity_until: Step at which the capacity, falling linearly since then, has arrived.
@@ -103,7 +109,8 @@ class MoEConfig:
         balance_weight: Of the balance loss, for token choice.
         predictor_weight: Of the capacity predictor's loss.
         threshold_decay: Of the thresholds' moving average.
-        router_start: New routers are N(0, 0.006), or uniform up to 1 / sqrt(width), as the research code's of token choice.
+        router_start: New routers are N(0, 0.006), or uniform up to 1 / sqrt(width), as the research
+            code's of token choice.
     """
 
     experts: int = 8
@@ -121,8 +128,10 @@ class MoEConfig:
     router_start: Literal["normal", "uniform"] = "normal"
 
     def capacity_at(self, step: int) -> float:
-        """Training capacity at optimizer step ``step``: every expert takes every token (capacity = ``experts``)
-        for ``capacity_hold`` steps, then falls linearly to ``capacity`` at step ``capacity_until``."""
+        """Training capacity at optimizer step ``step``: every expert takes every token (capacity =
+        ``experts``) for ``capacity_hold`` steps, then falls linearly to ``capacity`` at step
+        ``capacity_until``.
+        """
         if step >= self.capacity_until:
             return self.capacity
         if step < self.capacity_hold:
@@ -132,7 +141,9 @@ class MoEConfig:
 
 
 def swiglu_hidden(hidden: int) -> int:
-    """Inner width that gives three matrices the parameters of two: 2/3, rounded up to a multiple of 8."""
+    """Inner width that gives three matrices the parameters of two: 2/3, rounded up to a multiple of
+    8.
+    """
     return -(-2 * hidden // 3 // 8) * 8
 
 
@@ -163,7 +174,8 @@ class DataConfig:
         shards: Folder, or tars by glob or braces, also as a pipe:, http(s), s3, gs or hf address.
         index: The index, where it does not lie beside the shards.
         flip: Mirror half of the samples.
-        streams: Runs of samples that feed a batch; decides the order (null: by whether the shards are shuffled).
+        streams: Runs of samples that feed a batch; decides the order (null: by whether the shards
+            are shuffled).
         window: Shards that a stream shuffles together; decides the order (null: as above).
         workers: Loader processes of a rank (0: a thread).
         prefetch: Steps read ahead.
@@ -198,19 +210,22 @@ class TrainConfig:
         optimizer: Whose AdamW: torch's fused one, DeepSpeed's or NVIDIA apex's.
         lr: Learning rate.
         warmup: Steps of linear warm-up.
-        schedule: Of the learning rate after the warm-up, down to 0 at the last step unless constant.
+        schedule: Of the learning rate after the warm-up, down to 0 at the last step unless
+            constant.
         betas: AdamW's.
         eps: AdamW's.
         weight_decay: AdamW's.
         clip: Largest norm of the gradient (0: not clipped).
         label_drop: Share of samples that train the null class, which guidance needs.
-        on_nonfinite: A step whose loss or gradient is not finite changes nothing and is skipped, or ends the run.
+        on_nonfinite: A step whose loss or gradient is not finite changes nothing and is skipped, or
+            ends the run.
         nonfinite_limit: The most such steps in a row.
-        spike_factor: A loss above so many times the median sends the run back to its last checkpoint, and the step is left
-            out from then on (0: off).
+        spike_factor: A loss above so many times the median sends the run back to its last
+            checkpoint, and the step is left out from then on (0: off).
         spike_window: Steps of that median.
         spike_limit: The most times back to one checkpoint.
-        ema: Decay of the weights' moving average, or several; the first samples, every one is scored.
+        ema: Decay of the weights' moving average, or several; the first samples, every one is
+            scored.
         log_every: Steps between two lines of progress.
         sample_every: Steps between two sheets of samples (0: none).
         score_every: Steps between two scores (0: none).
@@ -255,18 +270,23 @@ class TrainConfig:
         return self.ema if isinstance(self.ema, tuple) else (self.ema,)
 
     def compiles(self, device: str, stage: int = 0) -> bool:
-        """Whether ``compile`` means yes on ``device`` (cpu, cuda) at ZeRO ``stage``.  ``auto``: on a GPU, below ZeRO 3,
-        which gathers weights in hooks of modules, where no graph can go."""
+        """Whether ``compile`` means yes on ``device`` (cpu, cuda) at ZeRO ``stage``.  ``auto``: on
+        a GPU, below ZeRO 3, which gathers weights in hooks of modules, where no graph can go.
+        """
         return self.compile if isinstance(self.compile, bool) else device == "cuda" and stage < 3
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of optimizer step ``step`` (0-based): linear warm-up, then the schedule down to 0."""
+        """Learning rate of optimizer step ``step`` (0-based): linear warm-up, then the schedule
+        down to 0.
+        """
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.lr
         left = max(0.0, 1.0 - (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.lr * (left if self.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left)))
+        return self.lr * (
+            left if self.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+        )
 
 
 @dataclass(frozen=True)
@@ -275,8 +295,8 @@ class ParallelConfig:
 
     Attributes:
         ep: Consecutive ranks that share one set of experts.
-        recompute: Activations that backward computes again: none, all of a block, or all but what is dear or came over the
-            network.
+        recompute: Activations that backward computes again: none, all of a block, or all but what
+            is dear or came over the network.
     """
 
     ep: int = 1
@@ -284,9 +304,11 @@ class ParallelConfig:
 
 
 def attention_kept(depth: int) -> int:
-    """In how many of ``depth`` blocks ``selective`` recompute keeps the attention's output as well: a tenth of a block's time
-    for one width a token.  As many as leave the whole within 1.5 times what ``block`` keeps, which is one width for every
-    block and 22 for the one that is being computed again (measured: docs/results)."""
+    """In how many of ``depth`` blocks ``selective`` recompute keeps the attention's output as well:
+    a tenth of a block's time for one width a token.  As many as leave the whole within 1.5 times
+    what ``block`` keeps, which is one width for every block and 22 for the one that is being
+    computed again (measured: docs/results).
+    """
     return max(0, min(depth, 12 - depth // 2))
 
 
@@ -298,13 +320,16 @@ class SampleConfig:
         sampler: `euler`, `heun` or `dopri5` of the flow; `ancestral` or `ddim` of DDPM.
         steps: Of the sampler; the most that dopri5 may take.
         cfg: Scale of classifier-free guidance (1: none).
-        cfg_channels: Channels that DDPM's guidance moves (published: the first 3; the flow guides all).
+        cfg_channels: Channels that DDPM's guidance moves (published: the first 3; the flow guides
+            all).
         eta: DDIM's noise.
         tolerance: dopri5's error of a step.
-        routing: `batch`: the paper's rule; `token`: the same without any influence of the batch; `static`: the paper's static
-            top-k, every expert takes as many tokens of a rank's batch as moe.capacity says.
+        routing: `batch`: the paper's rule; `token`: the same without any influence of the batch;
+            `static`: the paper's static top-k, every expert takes as many tokens of a rank's batch
+            as moe.capacity says.
         gamma: One constant threshold for every expert, in place of the learned ones.
-        capacity: Experts that a token gets on average, by thresholds from the predictor's histograms.
+        capacity: Experts that a token gets on average, by thresholds from the predictor's
+            histograms.
         batch: Images at a time, on a rank.
         columns: Of the sheet of samples.
     """
@@ -364,19 +389,28 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
 
 def override(config: Config, overrides: list[str]) -> Config:
     """``config`` with ``a.b=c`` overrides, typed and validated.  Raises UserError naming the field."""
-    changed = _expand_paths(config_from_tree(merge(config_to_tree(config), tree_of_overrides(overrides))), known=config)
+    changed = _expand_paths(
+        config_from_tree(merge(config_to_tree(config), tree_of_overrides(overrides))), known=config
+    )
     validate(changed)
     return changed
 
 
 def _expand_paths(config: Config, known: Config = Config()) -> Config:
-    """With ``~`` and ``$VAR`` replaced in what is a text: all such fields are paths, since words are Literals.  Those that ``known``
-    has were read before, perhaps on another machine."""
+    """With ``~`` and ``$VAR`` replaced in what is a text: all such fields are paths, since words
+    are Literals.  Those that ``known`` has were read before, perhaps on another machine.
+    """
     sections = {}
     for name, section in vars(config).items():
         kinds, before = typing.get_type_hints(type(section)), vars(getattr(known, name))
-        sections[name] = dataclasses.replace(section, **{key: expand_path(value, f"{name}.{key}") for key, value in vars(section).items()
-                                                         if kinds[key] is str and value != before[key]})
+        sections[name] = dataclasses.replace(
+            section,
+            **{
+                key: expand_path(value, f"{name}.{key}")
+                for key, value in vars(section).items()
+                if kinds[key] is str and value != before[key]
+            },
+        )
     return Config(**sections)
 
 
@@ -397,7 +431,10 @@ def validate(config: Config) -> None:
     _validate_diffusion(config)
     _validate_train(config.train)
     _need(0 <= config.run.seed < 2**64, f"run.seed ({config.run.seed}) must be in [0, 2^64)")
-    _need(0 <= config.run.timeout_s <= 1e7, f"run.timeout_s ({config.run.timeout_s}) must be from 0 to 1e7 seconds")
+    _need(
+        0 <= config.run.timeout_s <= 1e7,
+        f"run.timeout_s ({config.run.timeout_s}) must be from 0 to 1e7 seconds",
+    )
     _need(config.run.folder != "", "run.folder ('') must name a folder")
     _validate_data(config.data)
     _validate_score(config)
@@ -405,9 +442,11 @@ def validate(config: Config) -> None:
 
 def check_guidance(config: Config) -> None:
     """Raises UserError for guidance by a null class that this configuration never trains."""
-    _need(config.train.label_drop > 0 or config.sample.cfg == 1,
-          f"sample.cfg ({config.sample.cfg}) must be 1 where train.label_drop (0) never trains the null class that "
-          "guidance needs: say sample.cfg=1 (--cfg 1)")
+    _need(
+        config.train.label_drop > 0 or config.sample.cfg == 1,
+        f"sample.cfg ({config.sample.cfg}) must be 1 where train.label_drop (0) never trains the null class that "
+        "guidance needs: say sample.cfg=1 (--cfg 1)",
+    )
 
 
 def _need(good: bool, message: str) -> None:
@@ -417,12 +456,25 @@ def _need(good: bool, message: str) -> None:
 
 def _validate_model(model: ModelConfig) -> None:
     for name in ("input_size", "channels", "patch", "width", "depth", "heads", "classes"):
-        _need(getattr(model, name) >= 1, f"model.{name} ({getattr(model, name)}) must be at least 1")
-    _need(model.input_size % model.patch == 0,
-          f"model.input_size ({model.input_size}) must divide by model.patch ({model.patch})")
-    _need(model.width % model.heads == 0, f"model.width ({model.width}) must divide by model.heads ({model.heads})")
-    _need(model.width % 4 == 0, f"model.width ({model.width}) must divide by 4 for the 2-d sine position embedding")
-    _need(model.hidden >= 1, f"model.mlp_ratio ({model.mlp_ratio}) x model.width ({model.width}) must be at least 1")
+        _need(
+            getattr(model, name) >= 1, f"model.{name} ({getattr(model, name)}) must be at least 1"
+        )
+    _need(
+        model.input_size % model.patch == 0,
+        f"model.input_size ({model.input_size}) must divide by model.patch ({model.patch})",
+    )
+    _need(
+        model.width % model.heads == 0,
+        f"model.width ({model.width}) must divide by model.heads ({model.heads})",
+    )
+    _need(
+        model.width % 4 == 0,
+        f"model.width ({model.width}) must divide by 4 for the 2-d sine position embedding",
+    )
+    _need(
+        model.hidden >= 1,
+        f"model.mlp_ratio ({model.mlp_ratio}) x model.width ({model.width}) must be at least 1",
+    )
 
 
 def _validate_moe(config: Config) -> None:
@@ -431,66 +483,116 @@ def _validate_moe(config: Config) -> None:
     if model.family == "dense":
         _need(ep == 1, f"parallel.ep ({ep}) must be 1 for model.family (dense): it has no experts")
         return
-    _need(model.depth >= 2 or not moe.interleave,
-          f"model.depth ({model.depth}) leaves no MoE block with moe.interleave (true)")
+    _need(
+        model.depth >= 2 or not moe.interleave,
+        f"model.depth ({model.depth}) leaves no MoE block with moe.interleave (true)",
+    )
     _need(moe.experts >= 1, f"moe.experts ({moe.experts}) must be at least 1")
     _need(moe.experts % ep == 0, f"moe.experts ({moe.experts}) must divide by parallel.ep ({ep})")
     for name in ("shared_experts", "balance_weight", "predictor_weight"):
         _need(getattr(moe, name) >= 0, f"moe.{name} ({getattr(moe, name)}) must be at least 0")
-    _need(0 < moe.capacity <= moe.experts,
-          f"moe.capacity ({moe.capacity}) must be above 0 and at most moe.experts ({moe.experts})")
-    _need(1 <= moe.top_k <= moe.experts, f"moe.top_k ({moe.top_k}) must be from 1 to moe.experts ({moe.experts})")
-    _need(0 <= moe.capacity_hold <= moe.capacity_until,
-          f"moe.capacity_hold ({moe.capacity_hold}) must be from 0 to moe.capacity_until ({moe.capacity_until})")
-    _need(0 <= moe.threshold_decay < 1, f"moe.threshold_decay ({moe.threshold_decay}) must be in [0, 1)")
-    _need(not isinstance(moe.pool, int) or moe.pool >= 1, f"moe.pool ({moe.pool}) must be at least 1 sample")
-    _need(model.family != "ec" or moe.pool == 1,
-          f"moe.pool ({moe.pool}) must be 1 for model.family (ec): its experts choose inside each sample")
+    _need(
+        0 < moe.capacity <= moe.experts,
+        f"moe.capacity ({moe.capacity}) must be above 0 and at most moe.experts ({moe.experts})",
+    )
+    _need(
+        1 <= moe.top_k <= moe.experts,
+        f"moe.top_k ({moe.top_k}) must be from 1 to moe.experts ({moe.experts})",
+    )
+    _need(
+        0 <= moe.capacity_hold <= moe.capacity_until,
+        f"moe.capacity_hold ({moe.capacity_hold}) must be from 0 to moe.capacity_until ({moe.capacity_until})",
+    )
+    _need(
+        0 <= moe.threshold_decay < 1,
+        f"moe.threshold_decay ({moe.threshold_decay}) must be in [0, 1)",
+    )
+    _need(
+        not isinstance(moe.pool, int) or moe.pool >= 1,
+        f"moe.pool ({moe.pool}) must be at least 1 sample",
+    )
+    _need(
+        model.family != "ec" or moe.pool == 1,
+        f"moe.pool ({moe.pool}) must be 1 for model.family (ec): its experts choose inside each sample",
+    )
 
 
 def _validate_diffusion(config: Config) -> None:
     diffusion, sample = config.diffusion, config.sample
     _need(diffusion.time_std > 0, f"diffusion.time_std ({diffusion.time_std}) must be above 0")
-    fitting = {"flow": ("euler", "heun", "dopri5"), "ddpm": ("ancestral", "ddim")}[diffusion.process]
-    _need(sample.sampler in fitting,
-          f"sample.sampler ({sample.sampler}) must be one of {', '.join(fitting)} for diffusion.process "
-          f"({diffusion.process})")
+    fitting = {"flow": ("euler", "heun", "dopri5"), "ddpm": ("ancestral", "ddim")}[
+        diffusion.process
+    ]
+    _need(
+        sample.sampler in fitting,
+        f"sample.sampler ({sample.sampler}) must be one of {', '.join(fitting)} for diffusion.process "
+        f"({diffusion.process})",
+    )
     if diffusion.process == "ddpm":
-        _need(config.model.learn_sigma, "model.learn_sigma (false) must be true for diffusion.process (ddpm)")
-        _need(diffusion.time_scale == 1.0,
-              f"diffusion.time_scale ({diffusion.time_scale}) must be 1 for diffusion.process (ddpm)")
-        _need(diffusion.time_sampling == "uniform",
-              f"diffusion.time_sampling ({diffusion.time_sampling}) must be uniform for diffusion.process (ddpm)")
-        _need(2 <= sample.steps <= 1000, f"sample.steps ({sample.steps}) must be from 2 to DDPM's 1000 steps")
+        _need(
+            config.model.learn_sigma,
+            "model.learn_sigma (false) must be true for diffusion.process (ddpm)",
+        )
+        _need(
+            diffusion.time_scale == 1.0,
+            f"diffusion.time_scale ({diffusion.time_scale}) must be 1 for diffusion.process (ddpm)",
+        )
+        _need(
+            diffusion.time_sampling == "uniform",
+            f"diffusion.time_sampling ({diffusion.time_sampling}) must be uniform for diffusion.process (ddpm)",
+        )
+        _need(
+            2 <= sample.steps <= 1000,
+            f"sample.steps ({sample.steps}) must be from 2 to DDPM's 1000 steps",
+        )
     for name in ("steps", "batch", "columns", "cfg_channels"):
-        _need(getattr(sample, name) >= 1, f"sample.{name} ({getattr(sample, name)}) must be at least 1")
+        _need(
+            getattr(sample, name) >= 1,
+            f"sample.{name} ({getattr(sample, name)}) must be at least 1",
+        )
     _need(0 <= sample.eta <= 1, f"sample.eta ({sample.eta}) must be in [0, 1]")
     _need(sample.tolerance > 0, f"sample.tolerance ({sample.tolerance}) must be above 0")
-    _need(sample.gamma is None or 0 <= sample.gamma <= 1, f"sample.gamma ({sample.gamma}) must be in [0, 1]")
+    _need(
+        sample.gamma is None or 0 <= sample.gamma <= 1,
+        f"sample.gamma ({sample.gamma}) must be in [0, 1]",
+    )
     if sample.routing == "static":
-        _need(config.model.family == "diffmoe",
-              f"sample.routing (static) needs model.family (diffmoe), not {config.model.family}"
-              + ", whose experts take as many tokens always" * (config.model.family == "ec"))
+        _need(
+            config.model.family == "diffmoe",
+            f"sample.routing (static) needs model.family (diffmoe), not {config.model.family}"
+            + ", whose experts take as many tokens always" * (config.model.family == "ec"),
+        )
         for name in ("gamma", "capacity"):
-            _need(getattr(sample, name) is None,
-                  f"sample.{name} ({getattr(sample, name)}) must be null for sample.routing (static), which has no "
-                  f"thresholds and takes moe.capacity ({config.moe.capacity})")
+            _need(
+                getattr(sample, name) is None,
+                f"sample.{name} ({getattr(sample, name)}) must be null for sample.routing (static), which has no "
+                f"thresholds and takes moe.capacity ({config.moe.capacity})",
+            )
     if sample.capacity is not None:
-        _need(config.model.family == "diffmoe",
-              f"sample.capacity ({sample.capacity}) needs a capacity predictor, which model.family ({config.model.family}) "
-              "has not")
-        _need(sample.gamma is None,
-              f"sample.capacity ({sample.capacity}) and sample.gamma ({sample.gamma}) both set the thresholds; one must be "
-              "null")
-        _need(0 < sample.capacity <= config.moe.experts,
-              f"sample.capacity ({sample.capacity}) must be above 0 and at most moe.experts ({config.moe.experts})")
+        _need(
+            config.model.family == "diffmoe",
+            f"sample.capacity ({sample.capacity}) needs a capacity predictor, which model.family ({config.model.family}) "
+            "has not",
+        )
+        _need(
+            sample.gamma is None,
+            f"sample.capacity ({sample.capacity}) and sample.gamma ({sample.gamma}) both set the thresholds; one must be "
+            "null",
+        )
+        _need(
+            0 < sample.capacity <= config.moe.experts,
+            f"sample.capacity ({sample.capacity}) must be above 0 and at most moe.experts ({config.moe.experts})",
+        )
 
 
 def _validate_score(config: Config) -> None:
     score, every = config.score, config.train.score_every
     _need(score.count >= 1, f"score.count ({score.count}) must be at least 1")
     for name in ("reference", "extractor"):
-        _need(every == 0 or getattr(score, name) != "", f"score.{name} ('') must be given for train.score_every ({every})")
+        _need(
+            every == 0 or getattr(score, name) != "",
+            f"score.{name} ('') must be given for train.score_every ({every})",
+        )
 
 
 def _validate_data(data: DataConfig) -> None:
@@ -503,16 +605,47 @@ def _validate_data(data: DataConfig) -> None:
 
 
 def _validate_train(train: TrainConfig) -> None:
-    for name in ("batch", "micro_batch", "accumulation", "log_every", "keep", "nonfinite_limit", "spike_window", "spike_limit"):
+    for name in (
+        "batch",
+        "micro_batch",
+        "accumulation",
+        "log_every",
+        "keep",
+        "nonfinite_limit",
+        "spike_window",
+        "spike_limit",
+    ):
         value = getattr(train, name)
         _need(value is None or value >= 1, f"train.{name} ({value}) must be at least 1")
-    for name in ("steps", "lr", "warmup", "eps", "clip", "weight_decay", "sample_every", "score_every", "save_every",
-                 "keep_every"):
-        _need(getattr(train, name) >= 0, f"train.{name} ({getattr(train, name)}) must be at least 0")
-    _need(train.spike_factor == 0 or train.spike_factor > 1,
-          f"train.spike_factor ({train.spike_factor}) must be above 1, or 0 for no guard")
-    _need(all(0 <= b < 1 for b in train.betas), f"train.betas ({train.betas}) must each be in [0, 1)")
+    for name in (
+        "steps",
+        "lr",
+        "warmup",
+        "eps",
+        "clip",
+        "weight_decay",
+        "sample_every",
+        "score_every",
+        "save_every",
+        "keep_every",
+    ):
+        _need(
+            getattr(train, name) >= 0, f"train.{name} ({getattr(train, name)}) must be at least 0"
+        )
+    _need(
+        train.spike_factor == 0 or train.spike_factor > 1,
+        f"train.spike_factor ({train.spike_factor}) must be above 1, or 0 for no guard",
+    )
+    _need(
+        all(0 <= b < 1 for b in train.betas), f"train.betas ({train.betas}) must each be in [0, 1)"
+    )
     _need(0 <= train.label_drop <= 1, f"train.label_drop ({train.label_drop}) must be in [0, 1]")
     _need(len(train.ema_decays) > 0, "train.ema ([]) must have at least one decay")
-    _need(all(0 <= decay < 1 for decay in train.ema_decays), f"train.ema ({train.ema}) must be in [0, 1)")
-    _need(len(set(train.ema_decays)) == len(train.ema_decays), f"train.ema ({train.ema}) must not name a decay twice")
+    _need(
+        all(0 <= decay < 1 for decay in train.ema_decays),
+        f"train.ema ({train.ema}) must be in [0, 1)",
+    )
+    _need(
+        len(set(train.ema_decays)) == len(train.ema_decays),
+        f"train.ema ({train.ema}) must not name a decay twice",
+    )

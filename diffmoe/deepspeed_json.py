@@ -1,6 +1,7 @@
 """The DeepSpeed JSON: read, checked against the YAML, merged, resolved to what runs.
 
-The JSON owns ZeRO, precision, communication and offload; the YAML owns batch, clipping, optimizer and schedule.
+The JSON owns ZeRO, precision, communication and offload; the YAML owns batch, clipping, optimizer
+and schedule.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _OWNED = {
     "gradient_accumulation_steps": "train.accumulation",
     "gradient_clipping": "train.clip",
 }
-_OWNED_BLOCKS = {"optimizer": "train.optimizer, train.lr, …", "scheduler": "train.schedule, train.warmup"}
+_OWNED_BLOCKS = {
+    "optimizer": "train.optimizer, train.lr, …",
+    "scheduler": "train.schedule, train.warmup",
+}
 _WORDS = {str: "a text", bool: "true or false", list: "a list"}
 
 
@@ -44,61 +48,155 @@ class Number:
         return f"{word} {f'from {self.least:g} to {self.most:g}' if math.isfinite(self.most) else f'of at least {self.least:g}'}"
 
 
-_COUNT, _SHARE, _FP32, _BF16 = (Number(least=0), Number(float, 0, 1), ("fp32", "float32", "float", "torch.float32"),
-                                ("bf16", "bfloat16", "torch.bfloat16"))
+_COUNT, _SHARE, _FP32, _BF16 = (
+    Number(least=0),
+    Number(float, 0, 1),
+    ("fp32", "float32", "float", "torch.float32"),
+    ("bf16", "bfloat16", "torch.bfloat16"),
+)
 _DTYPES = _FP32 + _BF16
 
-# DeepSpeed silently ignores unknown keys at the top, and trips over other ones, over a wrong type, and over keys of other
-# versions only on the ranks.  So here is what its 0.19.8 reads: a type, a range, words, or an object of such (tests/test_deepspeed_json.py
-# compares them with its own models).
-_OFFLOAD: dict = {"device": ("none", "cpu", "nvme"), "nvme_path": str, "buffer_count": _COUNT, "pin_memory": bool}
+# DeepSpeed silently ignores unknown keys at the top, and trips over other ones, over a wrong type,
+# and over keys of other versions only on the ranks.  So here is what its 0.19.8 reads: a type, a
+# range, words, or an object of such (tests/test_deepspeed_json.py compares them with its own
+# models).
+_OFFLOAD: dict = {
+    "device": ("none", "cpu", "nvme"),
+    "nvme_path": str,
+    "buffer_count": _COUNT,
+    "pin_memory": bool,
+}
 PASSED: dict = {
     "zero_optimization": {
-        "stage": Number(least=0, most=3), "contiguous_gradients": bool, "reduce_scatter": bool, "reduce_bucket_size": Number(least=1),
-        "use_multi_rank_bucket_allreduce": bool, "allgather_partitions": bool, "allgather_bucket_size": _COUNT, "overlap_comm": bool,
-        "compute_grad_norm": bool, "load_from_fp32_weights": bool, "elastic_checkpoint": bool,
+        "stage": Number(least=0, most=3),
+        "contiguous_gradients": bool,
+        "reduce_scatter": bool,
+        "reduce_bucket_size": Number(least=1),
+        "use_multi_rank_bucket_allreduce": bool,
+        "allgather_partitions": bool,
+        "allgather_bucket_size": _COUNT,
+        "overlap_comm": bool,
+        "compute_grad_norm": bool,
+        "load_from_fp32_weights": bool,
+        "elastic_checkpoint": bool,
         "offload_param": {**_OFFLOAD, "buffer_size": _COUNT, "max_in_cpu": _COUNT},
-        "offload_optimizer": {**_OFFLOAD, "pipeline_read": bool, "pipeline_write": bool, "fast_init": bool, "ratio": _SHARE,
-                              "super_offload": bool, "cpuadam_cores_perc": _SHARE},
-        "sub_group_size": _COUNT, "stage3_prefetch_bucket_size": _COUNT, "stage3_param_persistence_threshold": _COUNT,
-        "stage3_model_persistence_threshold": _COUNT, "stage3_max_live_parameters": _COUNT, "stage3_max_reuse_distance": _COUNT,
-        "stage3_gather_16bit_weights_on_model_save": bool, "stage3_module_granularity_threshold": Number(),
-        "stage3_use_all_reduce_for_fetch_params": bool, "stage3_allgather_sequential": bool, "ignore_unused_parameters": bool,
-        "legacy_stage1": bool, "round_robin_gradients": bool, "parameter_alignment": bool, "zero_hpz_partition_size": _COUNT,
-        "zero_quantized_weights": bool, "zero_quantized_nontrainable_weights": bool, "zero_quantized_gradients": bool,
-        "memory_efficient_linear": bool, "pipeline_loading_checkpoint": bool, "override_module_apply": bool,
-        "log_trace_cache_warnings": bool, "enable_sanity_checks": bool, "save_muon_momentum_buffer_in_memory": bool,
+        "offload_optimizer": {
+            **_OFFLOAD,
+            "pipeline_read": bool,
+            "pipeline_write": bool,
+            "fast_init": bool,
+            "ratio": _SHARE,
+            "super_offload": bool,
+            "cpuadam_cores_perc": _SHARE,
+        },
+        "sub_group_size": _COUNT,
+        "stage3_prefetch_bucket_size": _COUNT,
+        "stage3_param_persistence_threshold": _COUNT,
+        "stage3_model_persistence_threshold": _COUNT,
+        "stage3_max_live_parameters": _COUNT,
+        "stage3_max_reuse_distance": _COUNT,
+        "stage3_gather_16bit_weights_on_model_save": bool,
+        "stage3_module_granularity_threshold": Number(),
+        "stage3_use_all_reduce_for_fetch_params": bool,
+        "stage3_allgather_sequential": bool,
+        "ignore_unused_parameters": bool,
+        "legacy_stage1": bool,
+        "round_robin_gradients": bool,
+        "parameter_alignment": bool,
+        "zero_hpz_partition_size": _COUNT,
+        "zero_quantized_weights": bool,
+        "zero_quantized_nontrainable_weights": bool,
+        "zero_quantized_gradients": bool,
+        "memory_efficient_linear": bool,
+        "pipeline_loading_checkpoint": bool,
+        "override_module_apply": bool,
+        "log_trace_cache_warnings": bool,
+        "enable_sanity_checks": bool,
+        "save_muon_momentum_buffer_in_memory": bool,
         "leaf_module": {"classes": list, "names": list, "name_suffixes": list},
     },
-    "bf16": {"enabled": bool, "immediate_grad_update": bool, "check_grad_overflow": bool, "bf16_master_weights_and_grads": bool,
-             "bf16_optimizer_states": bool},
-    "fp16": {"enabled": bool, "auto_cast": bool, "loss_scale": Number(float, 0), "initial_scale_power": Number(),
-             "loss_scale_window": Number(), "hysteresis": Number(), "consecutive_hysteresis": bool, "min_loss_scale": Number(),
-             "fp16_master_weights_and_grads": bool},
-    "data_types": {"grad_accum_dtype": _DTYPES, "param_dtype": _DTYPES, "buffer_dtype": _DTYPES, "keep_in_fp32_modules": list},
-    "communication_data_type": ("fp32", "bf16", "fp16"), "prescale_gradients": bool, "gradient_predivide_factor": Number(float),
-    "zero_allow_untested_optimizer": bool, "zero_force_ds_cpu_optimizer": bool, "steps_per_print": Number(),
-    "wall_clock_breakdown": bool, "memory_breakdown": bool, "dump_state": bool, "disable_allgather": bool, "seed": Number(),
-    "comms_logger": {"enabled": bool, "prof_all": bool, "prof_ops": list, "verbose": bool, "debug": bool},
-    "flops_profiler": {"enabled": bool, "recompute_fwd_factor": Number(float), "profile_step": Number(), "module_depth": Number(),
-                       "top_modules": Number(), "detailed": bool, "output_file": str},
-    "aio": {"block_size": _COUNT, "queue_depth": _COUNT, "intra_op_parallelism": _COUNT, "single_submit": bool, "overlap_events": bool,
-            "use_gds": bool},
+    "bf16": {
+        "enabled": bool,
+        "immediate_grad_update": bool,
+        "check_grad_overflow": bool,
+        "bf16_master_weights_and_grads": bool,
+        "bf16_optimizer_states": bool,
+    },
+    "fp16": {
+        "enabled": bool,
+        "auto_cast": bool,
+        "loss_scale": Number(float, 0),
+        "initial_scale_power": Number(),
+        "loss_scale_window": Number(),
+        "hysteresis": Number(),
+        "consecutive_hysteresis": bool,
+        "min_loss_scale": Number(),
+        "fp16_master_weights_and_grads": bool,
+    },
+    "data_types": {
+        "grad_accum_dtype": _DTYPES,
+        "param_dtype": _DTYPES,
+        "buffer_dtype": _DTYPES,
+        "keep_in_fp32_modules": list,
+    },
+    "communication_data_type": ("fp32", "bf16", "fp16"),
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": Number(float),
+    "zero_allow_untested_optimizer": bool,
+    "zero_force_ds_cpu_optimizer": bool,
+    "steps_per_print": Number(),
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "dump_state": bool,
+    "disable_allgather": bool,
+    "seed": Number(),
+    "comms_logger": {
+        "enabled": bool,
+        "prof_all": bool,
+        "prof_ops": list,
+        "verbose": bool,
+        "debug": bool,
+    },
+    "flops_profiler": {
+        "enabled": bool,
+        "recompute_fwd_factor": Number(float),
+        "profile_step": Number(),
+        "module_depth": Number(),
+        "top_modules": Number(),
+        "detailed": bool,
+        "output_file": str,
+    },
+    "aio": {
+        "block_size": _COUNT,
+        "queue_depth": _COUNT,
+        "intra_op_parallelism": _COUNT,
+        "single_submit": bool,
+        "overlap_events": bool,
+        "use_gds": bool,
+    },
     "timers": {"throughput": {"enabled": bool, "synchronized": bool}},
 }
 # Names that DeepSpeed reads as another's.
-ALIASES = {f"zero_optimization.{name.removeprefix('stage3_')}": f"zero_optimization.{name}" for name in PASSED["zero_optimization"]
-           if name.startswith("stage3_")}
-# Keys of older versions: what to write, unless they say false, which is no more than to leave them out.
+ALIASES = {
+    f"zero_optimization.{name.removeprefix('stage3_')}": f"zero_optimization.{name}"
+    for name in PASSED["zero_optimization"]
+    if name.startswith("stage3_")
+}
+# Keys of older versions: what to write, unless they say false, which is no more than to leave them
+# out.
 OLD = {
-    "bfloat16": "bf16", "fp32_allreduce": 'communication_data_type: "fp32"', "allgather_size": "zero_optimization.allgather_bucket_size",
+    "bfloat16": "bf16",
+    "fp32_allreduce": 'communication_data_type: "fp32"',
+    "allgather_size": "zero_optimization.allgather_bucket_size",
     "zero_optimization.cpu_offload": 'zero_optimization.offload_optimizer: {"device": "cpu"}, and train.optimizer: deepspeed in the YAML',
     "zero_optimization.cpu_offload_params": 'zero_optimization.offload_param: {"device": "cpu"}',
     "zero_optimization.cpu_offload_param": 'zero_optimization.offload_param: {"device": "cpu"}',
     "zero_optimization.cpu_offload_use_pin_memory": "zero_optimization.offload_optimizer.pin_memory",
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
-    "activation_checkpointing": "parallel.recompute in the YAML", "compile": "train.compile in the YAML",
-    "torch_autocast": "bf16.enabled", "aio.thread_count": "aio.intra_op_parallelism",
+    "activation_checkpointing": "parallel.recompute in the YAML",
+    "compile": "train.compile in the YAML",
+    "torch_autocast": "bf16.enabled",
+    "aio.thread_count": "aio.intra_op_parallelism",
 }
 # What DeepSpeed has and a run here cannot use, unless it says off.
 UNSUPPORTED = {
@@ -106,11 +204,25 @@ UNSUPPORTED = {
     "zero_optimization.zenflow": (None, "its updates come later than the step; leave it out"),
     "zero_optimization.legacy_stage1": (False, "DeepSpeed has given it up; leave it out"),
     "zero_optimization.round_robin_gradients": (
-        False, "DeepSpeed 0.19.8 shuffles the fp32 state by it and takes one tensor's part for another's; leave it out"),
-    "zero_optimization.compute_grad_norm": (True, "clipping, the records and the check for steps that are not finite need the norm"),
-    "zero_optimization.offload_optimizer.ratio": (1, "it must be 1: checkpoints and averages need all of the fp32 state in one place"),
-    "zero_optimization.offload_optimizer.super_offload": (False, "its fp32 state lives in another process; leave it out"),
-    "bf16.bf16_master_weights_and_grads": (False, "checkpoints and averages are of fp32 masters; leave it out"),
+        False,
+        "DeepSpeed 0.19.8 shuffles the fp32 state by it and takes one tensor's part for another's; leave it out",
+    ),
+    "zero_optimization.compute_grad_norm": (
+        True,
+        "clipping, the records and the check for steps that are not finite need the norm",
+    ),
+    "zero_optimization.offload_optimizer.ratio": (
+        1,
+        "it must be 1: checkpoints and averages need all of the fp32 state in one place",
+    ),
+    "zero_optimization.offload_optimizer.super_offload": (
+        False,
+        "its fp32 state lives in another process; leave it out",
+    ),
+    "bf16.bf16_master_weights_and_grads": (
+        False,
+        "checkpoints and averages are of fp32 masters; leave it out",
+    ),
     "bf16.bf16_optimizer_states": (False, "checkpoints hold fp32 moments; leave it out"),
 }
 
@@ -137,10 +249,13 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
-    """The dict that ``deepspeed.initialize`` gets, to the last key: the JSON plus the numbers that the YAML owns, and what
-    DeepSpeed 0.19.8 must be told to train right.  Merging the result again changes nothing.
+    """The dict that ``deepspeed.initialize`` gets, to the last key: the JSON plus the numbers that
+    the YAML owns, and what DeepSpeed 0.19.8 must be told to train right.  Merging the result again
+    changes nothing.
 
-    Raises UserError for what :func:`check_deepspeed` refuses, and for a number named twice with different values."""
+    Raises UserError for what :func:`check_deepspeed` refuses, and for a number named twice with
+    different values.
+    """
     check_deepspeed(tree, config)
     owned = {
         "train_batch_size": layout.batch,
@@ -150,23 +265,40 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
     }
     for key, value in tree.items():
         if key in owned:
-            resolved = key == "gradient_clipping" and value == 0.0 and zero_stage(tree) == 0  # see _resolve
+            resolved = (
+                key == "gradient_clipping" and value == 0.0 and zero_stage(tree) == 0
+            )  # see _resolve
             if value not in ("auto", owned[key]) and not resolved:
                 raise UserError(
-                    f"DeepSpeed's {key} ({value}) contradicts the YAML's {_OWNED[key]} ({owned[key]}); the YAML owns it")
-    passed = {key: _plain(value, f"{key}.") for key, value in tree.items() if key in PASSED and key != "fp16" and value is not None}
-    # DeepSpeed's throughput timer, on by default, has the host wait for the device twice in every micro-batch.
+                    f"DeepSpeed's {key} ({value}) contradicts the YAML's {_OWNED[key]} ({owned[key]}); the YAML owns it"
+                )
+    passed = {
+        key: _plain(value, f"{key}.")
+        for key, value in tree.items()
+        if key in PASSED and key != "fp16" and value is not None
+    }
+    # DeepSpeed's throughput timer, on by default, has the host wait for the device twice in every
+    # micro-batch.
     quiet = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}
     return _resolve({**quiet, **passed, **owned}, expert_parallel=layout.ep > 1)
 
 
 def check_deepspeed(tree: dict, config: Config) -> None:
-    """Raises UserError for all that can be wrong with a DeepSpeed JSON whatever the number of ranks: unknown keys and values of
-    another type, at any depth, keys of other versions, and what this trainer or DeepSpeed cannot do together."""
+    """Raises UserError for all that can be wrong with a DeepSpeed JSON whatever the number of
+    ranks: unknown keys and values of another type, at any depth, keys of other versions, and what
+    this trainer or DeepSpeed cannot do together.
+    """
     for key in tree:
         if key in _OWNED_BLOCKS:
-            raise UserError(f"DeepSpeed's {key!r} block is not read: the YAML owns it as {_OWNED_BLOCKS[key]}")
-    _check_keys({key: value for key, value in tree.items() if key not in _OWNED}, PASSED, "", extra=tuple(_OWNED))
+            raise UserError(
+                f"DeepSpeed's {key!r} block is not read: the YAML owns it as {_OWNED_BLOCKS[key]}"
+            )
+    _check_keys(
+        {key: value for key, value in tree.items() if key not in _OWNED},
+        PASSED,
+        "",
+        extra=tuple(_OWNED),
+    )
     for name, (off, reason) in UNSUPPORTED.items():
         value = _found(tree, name)
         if value is not None and value != off:
@@ -180,13 +312,21 @@ def _check_keys(tree: dict, known: dict, path: str, extra: tuple[str, ...] = ())
         if name in OLD:
             if value is False:
                 continue
-            raise UserError(f"DeepSpeed's {name} ({json.dumps(value)}) is an old form: write {OLD[name]}")
+            raise UserError(
+                f"DeepSpeed's {name} ({json.dumps(value)}) is an old form: write {OLD[name]}"
+            )
         kind = known.get(ALIASES.get(name, name).removeprefix(path))
         if ALIASES.get(name, name) in (path + other for other in tree if other != key):
-            raise UserError(f"DeepSpeed's {name} ({json.dumps(value)}) stands beside {ALIASES[name]}, which is the same key")
+            raise UserError(
+                f"DeepSpeed's {name} ({json.dumps(value)}) stands beside {ALIASES[name]}, which is the same key"
+            )
         if kind is None and name not in UNSUPPORTED:
             close = difflib.get_close_matches(key, [*known, *extra], n=1)
-            hint = f"; did you mean {path}{close[0]}?" if close else f"; known: {', '.join(known)}" * bool(path)
+            hint = (
+                f"; did you mean {path}{close[0]}?"
+                if close
+                else f"; known: {', '.join(known)}" * bool(path)
+            )
             raise UserError(f"unknown key {name} (value {value!r}) in the DeepSpeed JSON{hint}")
         if kind is not None and value is not None:
             _check_value(name, value, kind)
@@ -197,11 +337,15 @@ def _check_value(name: str, value: Any, kind: Any) -> None:
     if name == "data_types.keep_in_fp32_modules" and value == "auto":
         return  # here it is DeepSpeed's own
     if value == "auto":
-        raise UserError(f"DeepSpeed's {name} ('auto') is left to Hugging Face's trainer, which is not here: write {words}, or leave it "
-                        "out for DeepSpeed's default")
+        raise UserError(
+            f"DeepSpeed's {name} ('auto') is left to Hugging Face's trainer, which is not here: write {words}, or leave it "
+            "out for DeepSpeed's default"
+        )
     if name == "zero_optimization" and isinstance(value, bool):
-        raise UserError(f"DeepSpeed's zero_optimization ({json.dumps(value)}) is an old form: write "
-                        f'zero_optimization: {{"stage": {int(value)}}}')
+        raise UserError(
+            f"DeepSpeed's zero_optimization ({json.dumps(value)}) is an old form: write "
+            f'zero_optimization: {{"stage": {int(value)}}}'
+        )
     if name == "zero_optimization.stage" and (type(value) is not int or value not in range(4)):
         raise UserError(f"DeepSpeed's zero_optimization.stage ({value!r}) must be 0, 1, 2 or 3")
     if isinstance(kind, dict):
@@ -210,7 +354,11 @@ def _check_value(name: str, value: Any, kind: Any) -> None:
         good = value in kind
     elif isinstance(kind, Number):
         number = type(value) is int or (type(value) is float and math.isfinite(value))
-        good = number and (kind.kind is float or value == int(value)) and kind.least <= value <= kind.most
+        good = (
+            number
+            and (kind.kind is float or value == int(value))
+            and kind.least <= value <= kind.most
+        )
     else:
         good = type(value) is kind
     if not good:
@@ -223,7 +371,13 @@ def _words(kind: Any) -> str:
     if isinstance(kind, tuple):  # the first of the names of each data type, say
         shown = [word for word in kind if word not in _DTYPES or word in ("fp32", "bf16")]
         return f"{', '.join(shown[:-1])} or {shown[-1]}"
-    return "an object" if isinstance(kind, dict) else str(kind) if isinstance(kind, Number) else _WORDS[kind]
+    return (
+        "an object"
+        if isinstance(kind, dict)
+        else str(kind)
+        if isinstance(kind, Number)
+        else _WORDS[kind]
+    )
 
 
 def _check_together(tree: dict, config: Config) -> None:
@@ -231,38 +385,64 @@ def _check_together(tree: dict, config: Config) -> None:
     train, bf16 = config.train, precision(tree) == "bf16"
     stage = max(zero_stage(tree), int(bf16))  # see _resolve
     for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
-        value, fitting = _found(tree, f"data_types.{name}"), {"grad_accum_dtype": _DTYPES if bf16 else _FP32, "buffer_dtype": _FP32,
-                                                               "param_dtype": _BF16 if bf16 else _FP32}[name]
+        value, fitting = (
+            _found(tree, f"data_types.{name}"),
+            {
+                "grad_accum_dtype": _DTYPES if bf16 else _FP32,
+                "buffer_dtype": _FP32,
+                "param_dtype": _BF16 if bf16 else _FP32,
+            }[name],
+        )
         if value is not None and value not in fitting:
-            raise UserError(f"DeepSpeed's data_types.{name} ({value}) must be {fitting[0]} with bf16.enabled ({json.dumps(bf16)})"
-                            + ", since the thresholds are buffers" * (name == "buffer_dtype"))
+            raise UserError(
+                f"DeepSpeed's data_types.{name} ({value}) must be {fitting[0]} with bf16.enabled ({json.dumps(bf16)})"
+                + ", since the thresholds are buffers" * (name == "buffer_dtype")
+            )
     offload = _found(tree, "zero_optimization.offload_optimizer.device") or "none"
-    for name, device in (("offload_optimizer", offload), ("offload_param", _found(tree, "zero_optimization.offload_param.device") or "none")):
+    for name, device in (
+        ("offload_optimizer", offload),
+        ("offload_param", _found(tree, "zero_optimization.offload_param.device") or "none"),
+    ):
         if device == "nvme":
-            raise UserError(f"DeepSpeed's zero_optimization.{name}.device (nvme) is not supported: checkpoints and averages read the "
-                            "state from memory; use cpu")
+            raise UserError(
+                f"DeepSpeed's zero_optimization.{name}.device (nvme) is not supported: checkpoints and averages read the "
+                "state from memory; use cpu"
+            )
         least = 3 if name == "offload_param" else 1
         if device != "none" and stage < least:
-            raise UserError(f"DeepSpeed's zero_optimization.{name}.device ({device}) needs zero_optimization.stage {least}"
-                            f"{' or above' * (least < 3)}; it is {stage}")
+            raise UserError(
+                f"DeepSpeed's zero_optimization.{name}.device ({device}) needs zero_optimization.stage {least}"
+                f"{' or above' * (least < 3)}; it is {stage}"
+            )
     if offload == "cpu" and train.optimizer != "deepspeed":
-        raise UserError(f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's offload_optimizer.device is cpu")
+        raise UserError(
+            f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's offload_optimizer.device is cpu"
+        )
     if train.optimizer == "apex" and stage == 3:
-        # There DeepSpeed steps once a sub-group, and Apex counts updates once a step of the whole group.
-        raise UserError("train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)")
+        # There DeepSpeed steps once a sub-group, and Apex counts updates once a step of the whole
+        # group.
+        raise UserError(
+            "train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)"
+        )
     if train.compile is True and stage == 3:  # see TrainConfig.compiles
-        raise UserError("train.compile (true) needs a DeepSpeed zero_optimization.stage (3) of at most 2")
+        raise UserError(
+            "train.compile (true) needs a DeepSpeed zero_optimization.stage (3) of at most 2"
+        )
     if stage >= 2 and _found(tree, "zero_optimization.reduce_scatter") is not False:
         for name, off in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
             if tree.get(name) not in (None, off):
-                raise UserError(f"DeepSpeed's {name} ({json.dumps(tree[name])}) must be {json.dumps(off)} at ZeRO stage {stage}, unless "
-                                "zero_optimization.reduce_scatter is false")
+                raise UserError(
+                    f"DeepSpeed's {name} ({json.dumps(tree[name])}) must be {json.dumps(off)} at ZeRO stage {stage}, unless "
+                    "zero_optimization.reduce_scatter is false"
+                )
     if config.parallel.ep > 1 and stage == 3:
         for name, most in (("zero_quantized_gradients", False), ("zero_hpz_partition_size", 1)):
             value = _found(tree, f"zero_optimization.{name}")
             if value is not None and value > most:
-                raise UserError(f"DeepSpeed's zero_optimization.{name} ({json.dumps(value)}) must be {json.dumps(most)} with expert "
-                                "parallelism at ZeRO stage 3")
+                raise UserError(
+                    f"DeepSpeed's zero_optimization.{name} ({json.dumps(value)}) must be {json.dumps(most)} with expert "
+                    "parallelism at ZeRO stage 3"
+                )
 
 
 def _found(tree: dict, name: str) -> Any:
@@ -273,10 +453,15 @@ def _found(tree: dict, name: str) -> Any:
 
 
 def _plain(value: Any, path: str) -> Any:
-    """What a JSON says as DeepSpeed wants it: without keys that are null or of older versions (those say false), and integers as
-    such.  ``path``: of the value's keys, with a dot at its end."""
+    """What a JSON says as DeepSpeed wants it: without keys that are null or of older versions
+    (those say false), and integers as such.  ``path``: of the value's keys, with a dot at its end.
+    """
     if isinstance(value, dict):
-        return {key: _plain(entry, f"{path}{key}.") for key, entry in value.items() if entry is not None and path + key not in OLD}
+        return {
+            key: _plain(entry, f"{path}{key}.")
+            for key, entry in value.items()
+            if entry is not None and path + key not in OLD
+        }
     return int(value) if isinstance(value, float) and value == int(value) else value
 
 
@@ -292,8 +477,9 @@ def zero_stage(tree: dict) -> int:
 
 @dataclass(frozen=True)
 class Reduction:
-    """How gradients are added up over ranks: the ``precision`` (fp32, bf16, fp16), elements of a ``bucket``, and whether buckets
-    leave while backward runs (``overlap``)."""
+    """How gradients are added up over ranks: the ``precision`` (fp32, bf16, fp16), elements of a
+    ``bucket``, and whether buckets leave while backward runs (``overlap``).
+    """
 
     precision: str
     bucket: int
@@ -301,40 +487,57 @@ class Reduction:
 
 
 def reduction(tree: dict) -> Reduction:
-    """What a DeepSpeed JSON says of it.  Where it says nothing: the precision of accumulation, and from ZeRO 1 on buckets that are
-    small enough to leave during backward (DeepSpeed's own default is one of 2 GB, after it)."""
+    """What a DeepSpeed JSON says of it.  Where it says nothing: the precision of accumulation, and
+    from ZeRO 1 on buckets that are small enough to leave during backward (DeepSpeed's own default
+    is one of 2 GB, after it).
+    """
     zero = tree.get("zero_optimization") or {}
     accumulation = _found(tree, "data_types.grad_accum_dtype") or precision(tree)
     sharded = zero_stage(tree) > 0 or precision(tree) == "bf16"  # see _resolve
     bucket, overlap = zero.get("reduce_bucket_size"), zero.get("overlap_comm")
-    return Reduction(tree.get("communication_data_type") or ("bf16" if accumulation in _BF16 else "fp32"),
-                     int(bucket or (5e7 if sharded else 5e8)), sharded if overlap is None else overlap)
+    return Reduction(
+        tree.get("communication_data_type") or ("bf16" if accumulation in _BF16 else "fp32"),
+        int(bucket or (5e7 if sharded else 5e8)),
+        sharded if overlap is None else overlap,
+    )
 
 
 def _resolve(tree: dict, expert_parallel: bool) -> dict:
     zero, bf16 = {"stage": 0, **tree.get("zero_optimization", {})}, tree.get("bf16", {})
     how = reduction(tree)
-    tree = {**tree, "communication_data_type": how.precision}  # DeepSpeed's default is bf16 where weights are
+    tree = {
+        **tree,
+        "communication_data_type": how.precision,
+    }  # DeepSpeed's default is bf16 where weights are
     if bf16.get("enabled"):
-        # Fp32 masters need a home that can be checkpointed by name; ZeRO 1 is the least that gives them one.
+        # Fp32 masters need a home that can be checkpointed by name; ZeRO 1 is the least that gives
+        # them one.
         zero["stage"] = max(1, zero["stage"])
         if zero["stage"] == 1:
-            # With fp32 accumulation DeepSpeed 0.19.8 adds a micro-batch's bf16 gradient to its fp32 sum after every
-            # micro-batch without clearing it, so that early ones count twice; updating at once is right.
+            # With fp32 accumulation DeepSpeed 0.19.8 adds a micro-batch's bf16 gradient to its fp32
+            # sum after every micro-batch without clearing it, so that early ones count twice;
+            # updating at once is right.
             if not bf16.get("immediate_grad_update", True):
-                raise UserError("DeepSpeed's bf16.immediate_grad_update (false) must be true at ZeRO stage 1, where "
-                                "fp32 accumulation goes wrong without it")
+                raise UserError(
+                    "DeepSpeed's bf16.immediate_grad_update (false) must be true at ZeRO stage 1, where "
+                    "fp32 accumulation goes wrong without it"
+                )
             bf16 = {**bf16, "immediate_grad_update": True}
-        tree = {**tree, "bf16": {**bf16, "check_grad_overflow": True}}  # a step that is not finite changes nothing
+        tree = {
+            **tree,
+            "bf16": {**bf16, "check_grad_overflow": True},
+        }  # a step that is not finite changes nothing
     if expert_parallel and zero["stage"] in (1, 2):
         for key in ("reduce_scatter", "contiguous_gradients"):
             if zero.get(key) is False:
-                raise UserError(f"DeepSpeed's zero_optimization.{key} (false) must be true with expert parallelism "
-                                f"at ZeRO stage {zero['stage']}")
+                raise UserError(
+                    f"DeepSpeed's zero_optimization.{key} (false) must be true with expert parallelism "
+                    f"at ZeRO stage {zero['stage']}"
+                )
     if zero["stage"] > 0:
         zero |= {"reduce_bucket_size": how.bucket, "overlap_comm": how.overlap}
     else:
-        # DeepSpeed's own clipping at stage 0 forgets experts on other ranks; the engine clips by itself, to train.clip.
-        # Said, not left out: DeepSpeed 0.19.8's default is 1.
+        # DeepSpeed's own clipping at stage 0 forgets experts on other ranks; the engine clips by
+        # itself, to train.clip. Said, not left out: DeepSpeed 0.19.8's default is 1.
         tree = {**tree, "gradient_clipping": 0.0}
     return {**tree, "zero_optimization": zero}

@@ -22,22 +22,37 @@ from launcher import gpus
 _LEAVING_S = 20.0  # in which a process that was ended gives back a GPU's memory
 
 # Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity).
-_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
+_PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+}
 
 
 def local_device(local_rank: int, local_world: int, asked: str = "auto") -> torch.device:
-    """This rank's device; selects the GPU.  ``asked``: ``run.device`` or ``--device``, ``cpu``, ``cuda`` (a GPU, or an error) or
-    ``auto``: what ``DS_ACCELERATOR`` says, as of DeepSpeed, or else a GPU if this process has one.
+    """This rank's device; selects the GPU.  ``asked``: ``run.device`` or ``--device``, ``cpu``,
+    ``cuda`` (a GPU, or an error) or ``auto``: what ``DS_ACCELERATOR`` says, as of DeepSpeed, or
+    else a GPU if this process has one.
 
-    Of several visible GPUs each rank of a node takes its own by local rank; where a process sees one (``srun
-    --gpus-per-task=1``), it is that one, and :func:`check_own_gpu` tells whether others see the same.  UserError for fewer
-    visible GPUs than ranks otherwise, on every rank of the node, for GPUs that torch cannot use, where the CPU would be taken
-    silently, and for one that another process holds."""
+    Of several visible GPUs each rank of a node takes its own by local rank; where a process sees
+    one (``srun
+    --gpus-per-task=1``), it is that one, and :func:`check_own_gpu` tells whether others see the
+    same.  UserError for fewer visible GPUs than ranks otherwise, on every rank of the node, for
+    GPUs that torch cannot use, where the CPU would be taken silently, and for one that another
+    process holds.
+    """
     said = os.environ.get("DS_ACCELERATOR", "")
     if said and asked not in ("auto", said):
-        raise UserError(f"run.device or --device ({asked}) must be auto or DS_ACCELERATOR ({said}): unset DS_ACCELERATOR")
+        raise UserError(
+            f"run.device or --device ({asked}) must be auto or DS_ACCELERATOR ({said}): unset DS_ACCELERATOR"
+        )
     if "cpu" in (asked, said):
-        os.environ["DS_ACCELERATOR"] = "cpu"  # for DeepSpeed, and for processes that this one starts
+        os.environ["DS_ACCELERATOR"] = (
+            "cpu"  # for DeepSpeed, and for processes that this one starts
+        )
         return torch.device("cpu")
     if not _usable():
         _check_no_gpu_is_meant(asked)
@@ -47,7 +62,9 @@ def local_device(local_rank: int, local_world: int, asked: str = "auto") -> torc
         raise UserError(f"ranks on this node ({local_world}) must not exceed its GPUs ({visible})")
     device = torch.device("cuda", local_rank if visible > 1 else 0)
     torch.cuda.set_device(device)
-    os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of this process's GPU
+    os.environ["LOCAL_RANK"] = str(
+        device.index
+    )  # DeepSpeed takes it for the number of this process's GPU
     if visible > 1 or local_world == 1:  # else it may be held by this node's other ranks
         check_free(device)
     return device
@@ -66,12 +83,23 @@ def _check_no_gpu_is_meant(asked: str) -> None:
     """Raises UserError where this process has GPUs and torch cannot use them, or one is asked for."""
     found, said = gpus.present(), os.environ.get("DS_ACCELERATOR", "")
     if found:
-        reason, fix = gpus.unusable(found, torch.__version__, torch.version.cuda or torch.version.hip,
-                                    os.environ.get("CUDA_VISIBLE_DEVICES"), _cuda_says())
+        reason, fix = gpus.unusable(
+            found,
+            torch.__version__,
+            torch.version.cuda or torch.version.hip,
+            os.environ.get("CUDA_VISIBLE_DEVICES"),
+            _cuda_says(),
+        )
     elif said:
-        reason, fix = f"DS_ACCELERATOR ({said}) asks for a GPU, and this machine shows none", "unset DS_ACCELERATOR"
+        reason, fix = (
+            f"DS_ACCELERATOR ({said}) asks for a GPU, and this machine shows none",
+            "unset DS_ACCELERATOR",
+        )
     elif asked == "cuda":
-        reason, fix = "run.device or --device (cuda) asks for a GPU, and this machine shows none", "see nvidia-smi"
+        reason, fix = (
+            "run.device or --device (cuda) asks for a GPU, and this machine shows none",
+            "see nvidia-smi",
+        )
     else:
         return
     raise UserError(f"{reason}: {fix}, or say {gpus.CPU} to compute on the CPU")
@@ -86,15 +114,22 @@ def _cuda_says() -> str:
 
 
 def check_free(device: torch.device) -> None:
-    """Raises UserError where another process holds a GPU, of which this one has nothing yet.  One that has just ended is
-    given a moment to be gone.  ``DIFFMOE_SHARED_GPU`` says that sharing is meant."""
+    """Raises UserError where another process holds a GPU, of which this one has nothing yet.  One
+    that has just ended is given a moment to be gone.  ``DIFFMOE_SHARED_GPU`` says that sharing is
+    meant.
+    """
     if os.environ.get(gpus.SHARED):
         return
-    uuid, deadline = str(torch.cuda.get_device_properties(device).uuid), time.monotonic() + _LEAVING_S
+    uuid, deadline = (
+        str(torch.cuda.get_device_properties(device).uuid),
+        time.monotonic() + _LEAVING_S,
+    )
     while True:
         try:
             seen = (torch.cuda.get_device_name(device), uuid, *torch.cuda.mem_get_info(device))
-        except RuntimeError as error:  # no context: another process has it for itself, or all of its memory
+        except (
+            RuntimeError
+        ) as error:  # no context: another process has it for itself, or all of its memory
             seen = " ".join(str(error).split())[:200]
         reason = gpus.taken(device.index, seen)
         if not reason:
@@ -108,14 +143,19 @@ def share(value: Any, name: str, store: Store, rank: int, world: int) -> list[An
     """Every rank's small value, which JSON can hold, by rank; before there are process groups."""
     store.set(f"{name}/{rank}", json.dumps(value))
     if rank == 0:
-        store.set(name, json.dumps([json.loads(store.get(f"{name}/{other}")) for other in range(world)]))
+        store.set(
+            name, json.dumps([json.loads(store.get(f"{name}/{other}")) for other in range(world)])
+        )
     return json.loads(store.get(name))
 
 
 def set_fp32_precision(precision: str) -> None:
-    """What this process's GPU does from now on with fp32 matmuls and convolutions: ``ieee`` or ``tf32``."""
-    # Not the newer torch.backends.*.fp32_precision = …, which sets the same state: after it torch (2.13) refuses
-    # whoever reads allow_tf32 or get_float32_matmul_precision, as Inductor, Dynamo and torch.backends.cudnn.flags do.
+    """What this process's GPU does from now on with fp32 matmuls and convolutions: ``ieee`` or
+    ``tf32``.
+    """
+    # Not the newer torch.backends.*.fp32_precision = …, which sets the same state: after it torch
+    # (2.13) refuses whoever reads allow_tf32 or get_float32_matmul_precision, as Inductor, Dynamo
+    # and torch.backends.cudnn.flags do.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
@@ -131,15 +171,19 @@ def ieee_fp32() -> Iterator[None]:
 
 
 def check_own_gpu(device: torch.device, local_rank: int, local_world: int, store: Store) -> None:
-    """Raises UserError, on all ranks of a node, where two of them have the same GPU, and where another process holds this
-    rank's.  The ranks of a node wait for each other; ``store`` is that of all ranks."""
+    """Raises UserError, on all ranks of a node, where two of them have the same GPU, and where
+    another process holds this rank's.  The ranks of a node wait for each other; ``store`` is that
+    of all ranks.
+    """
     if device.type == "cpu" or local_world == 1:
         return
     node = socket.gethostname()
     store.set(f"gpu/{node}/{local_rank}", str(torch.cuda.get_device_properties(device).uuid))
     taken = {store.get(f"gpu/{node}/{rank}") for rank in range(local_world)}
     if len(taken) < local_world:
-        raise UserError(f"ranks on this node ({local_world}) must not exceed its GPUs ({len(taken)})")
+        raise UserError(
+            f"ranks on this node ({local_world}) must not exceed its GPUs ({len(taken)})"
+        )
     check_free(device)
 
 
@@ -149,13 +193,17 @@ def backend(device: torch.device) -> str:
 
 
 def bound(device: torch.device, world: int) -> torch.device | None:
-    """``device_id`` of torch.distributed's start: NCCL connects there and then, and groups are split from the world's
-    communicator.  None for one rank, which has no peer to reach, and whose new groups would fail (DeepSpeed #8248)."""
+    """``device_id`` of torch.distributed's start: NCCL connects there and then, and groups are
+    split from the world's communicator.  None for one rank, which has no peer to reach, and whose
+    new groups would fail (DeepSpeed #8248).
+    """
     return device if device.type == "cuda" and world > 1 else None
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory so far, GiB: on a GPU what torch has allocated there, on a CPU what this process has held."""
+    """Most memory so far, GiB: on a GPU what torch has allocated there, on a CPU what this process
+    has held.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
@@ -163,8 +211,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 @functools.cache
 def peak_flops(device: torch.device) -> tuple[float, str]:
-    """(FLOP/s, where the figure comes from): the data sheet's bf16 peak of a known GPU, else :func:`measured_flops` in the
-    precision that training uses there, bf16 on a GPU and fp32 on a CPU."""
+    """(FLOP/s, where the figure comes from): the data sheet's bf16 peak of a known GPU, else
+    :func:`measured_flops` in the precision that training uses there, bf16 on a GPU and fp32 on a
+    CPU.
+    """
     if device.type == "cpu":
         return measured_flops(device, torch.float32, 512, 100), "measured fp32 matmul"
     name = torch.cuda.get_device_name(device)
@@ -175,9 +225,11 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int, tries: int) -> float:
-    """FLOP/s of the fastest of ``tries`` square matmuls after a fifth as many that do not count: what a program can reach,
-    below what a data sheet promises.  On a GPU take a size that fills it (8192: 1.1e12 FLOP, half a GB in bf16) and several
-    tries, since clocks rise under load; on a shared CPU many, to find a quiet moment."""
+    """FLOP/s of the fastest of ``tries`` square matmuls after a fifth as many that do not count:
+    what a program can reach, below what a data sheet promises.  On a GPU take a size that fills it
+    (8192: 1.1e12 FLOP, half a GB in bf16) and several tries, since clocks rise under load; on a
+    shared CPU many, to find a quiet moment.
+    """
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for i in range(-(-tries // 5) + tries):
@@ -197,8 +249,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``value`` on the device, for which the host does not wait: it would for ordinary memory, until the device has done all
-    else that it was given.  Whoever reuses memory that is pinned already waits for the device first."""
+    """``value`` on the device, for which the host does not wait: it would for ordinary memory,
+    until the device has done all else that it was given.  Whoever reuses memory that is pinned
+    already waits for the device first.
+    """
     if device.type == "cuda" and not value.is_pinned():
         value = value.pin_memory()  # torch keeps it until the copy is done
     return value.to(device, non_blocking=True)

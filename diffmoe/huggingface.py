@@ -1,4 +1,6 @@
-"""Hugging Face folders: safetensors (sharded when large) under this trainer's names, config.json, and a model card."""
+"""Hugging Face folders: safetensors (sharded when large) under this trainer's names, config.json,
+and a model card.
+"""
 
 from __future__ import annotations
 
@@ -31,21 +33,42 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 LARGEST_FILE = 5 * 10**9  # bytes, as other libraries write
-_PRIVATE = (("run", "folder"), ("data", "shards"), ("data", "index"))  # paths of the machine that trained
+_PRIVATE = (
+    ("run", "folder"),
+    ("data", "shards"),
+    ("data", "index"),
+)  # paths of the machine that trained
 _SCORES = ("fid", "sfid", "inception_score", "precision", "recall")
 
 
-def export_folder(checkpoint: Checkpoint, out: Path, weights: str, limit: int = LARGEST_FILE, cards: Sequence[Path] = ()) -> int:
-    """Writes the ``raw``, ``ema`` or ``ema:0.999`` weights of a checkpoint.  Returns the number of weight files.
+def export_folder(
+    checkpoint: Checkpoint,
+    out: Path,
+    weights: str,
+    limit: int = LARGEST_FILE,
+    cards: Sequence[Path] = (),
+) -> int:
+    """Writes the ``raw``, ``ema`` or ``ema:0.999`` weights of a checkpoint.  Returns the number of
+    weight files.
 
-    ``limit``: see :func:`write_folder`.  ``cards``: score cards; one of other weights is a UserError."""
+    ``limit``: see :func:`write_folder`.  ``cards``: score cards; one of other weights is a
+    UserError.
+    """
     model = of_checkpoint(checkpoint, weights)
-    return write_folder(replace(model, latents=_latents(model.config)), out, limit, _read_cards(cards, model))
+    return write_folder(
+        replace(model, latents=_latents(model.config)), out, limit, _read_cards(cards, model)
+    )
 
 
-def write_folder(model: Pretrained, out: Path, limit: int = LARGEST_FILE, scores: Sequence[Card] = (),
-                 vae: AutoencoderKL | None = None) -> int:
-    """Writes the folder of a model; it appears whole or not at all.  Returns the number of weight files.
+def write_folder(
+    model: Pretrained,
+    out: Path,
+    limit: int = LARGEST_FILE,
+    scores: Sequence[Card] = (),
+    vae: AutoencoderKL | None = None,
+) -> int:
+    """Writes the folder of a model; it appears whole or not at all.  Returns the number of weight
+    files.
 
     ``limit``: bytes of a file (a larger tensor has one of its own).  ``vae`` goes into ``vae/``."""
     config, tensors = model.config, model.tensors
@@ -65,7 +88,9 @@ def write_folder(model: Pretrained, out: Path, limit: int = LARGEST_FILE, scores
         where = save_parts(partial, "model", pieces(), limit)
         files = _name_parts(partial, where, total)
         (partial / "config.json").write_text(json.dumps(_description(model), indent=1) + "\n")
-        (partial / "README.md").write_text(model_card(config, model.step, model.weights, model.pool, scores))
+        (partial / "README.md").write_text(
+            model_card(config, model.step, model.weights, model.pool, scores)
+        )
         if vae is not None:
             vae.save_pretrained(partial / "vae")
         partial.rename(out)
@@ -83,7 +108,8 @@ def _latents(config: Config) -> tuple[float, float] | None:
 
 
 def folder_config(folder: Path, file: str | None, overrides: list[str]) -> Config:
-    """The configuration under which a run starts from such a folder: its own, or the YAML ``file``, and overrides.
+    """The configuration under which a run starts from such a folder: its own, or the YAML ``file``,
+    and overrides.
 
     Raises UserError where that is another model than the folder's."""
     tree = read_description(folder)
@@ -94,7 +120,9 @@ def folder_config(folder: Path, file: str | None, overrides: list[str]) -> Confi
     broken, _ = changes(theirs, config)
     other = [change for change in broken if not is_of_recipe(change)]
     if other:
-        raise UserError(f"{folder} holds another model ({'; '.join(other)}, folder -> {file or 'overrides'})")
+        raise UserError(
+            f"{folder} holds another model ({'; '.join(other)}, folder -> {file or 'overrides'})"
+        )
     return config
 
 
@@ -104,10 +132,15 @@ def _name_parts(folder: Path, where: dict[str, Path], total: int) -> int:
     if len(parts) == 1:
         parts[0].rename(folder / "model.safetensors")
         return 1
-    final = {path: f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i, path in enumerate(parts, 1)}
+    final = {
+        path: f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i, path in enumerate(parts, 1)
+    }
     for path, name in final.items():
         path.rename(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: final[path] for name, path in where.items()}}
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: final[path] for name, path in where.items()},
+    }
     (folder / PARTS).write_text(json.dumps(index, indent=1) + "\n")
     return len(parts)
 
@@ -116,10 +149,18 @@ def _description(model: Pretrained) -> dict:
     tree = config_to_tree(model.config)
     for section, key in _PRIVATE:
         del tree[section][key]
-    return {"model_type": "diffmoe", "architectures": ["DiT"], "torch_dtype": "float32", "diffmoe_version": diffmoe.__version__,
-            "weights": model.weights, "step": model.step, "pool": model.pool, "config": tree,
-            **({"latents": dict(zip(("scale", "shift"), model.latents))} if model.latents else {}),
-            **({"id2label": dict(enumerate(model.class_names))} if model.class_names else {})}
+    return {
+        "model_type": "diffmoe",
+        "architectures": ["DiT"],
+        "torch_dtype": "float32",
+        "diffmoe_version": diffmoe.__version__,
+        "weights": model.weights,
+        "step": model.step,
+        "pool": model.pool,
+        "config": tree,
+        **({"latents": dict(zip(("scale", "shift"), model.latents))} if model.latents else {}),
+        **({"id2label": dict(enumerate(model.class_names))} if model.class_names else {}),
+    }
 
 
 def _read_cards(paths: Sequence[Path], model: Pretrained) -> list[Card]:
@@ -134,46 +175,116 @@ def _read_card(path: Path, model: Pretrained, digest: str) -> Card:
         card = card_from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--scores {path}: {error}") from None
-    for name, theirs, ours in (("family", card.family, model.config.model.family), ("step", card.step, model.step),
-                               ("weights", card.weights, model.weights), ("weights_sha256", card.weights_sha256, digest)):
+    for name, theirs, ours in (
+        ("family", card.family, model.config.model.family),
+        ("step", card.step, model.step),
+        ("weights", card.weights, model.weights),
+        ("weights_sha256", card.weights_sha256, digest),
+    ):
         if theirs != ours:
             note = digest_note(theirs, ours) if name == "weights_sha256" else ""
-            raise UserError(f"--scores {path} is of another model: {name} {theirs} there, {ours} in "
-                            f"{model.source}{note}")
+            raise UserError(
+                f"--scores {path} is of another model: {name} {theirs} there, {ours} in "
+                f"{model.source}{note}"
+            )
     return card
 
 
 def model_card(config: Config, step: int, weights: str, pool: int, scores: Sequence[Card]) -> str:
-    """README.md of a folder: what the model is, the recipe that trained it, its scores, and how to use it."""
+    """README.md of a folder: what the model is, the recipe that trained it, its scores, and how to
+    use it.
+    """
     model, moe, train, flow = config.model, config.moe, config.train, config.diffusion
     counts = count(model, moe)
     millions = [f"{(n + counts.positions) / 1e6:.2f} M" for n in (counts.total, counts.activated)]
     mixture = model.family != "dense"
-    rows = [("family", model.family), ("depth x width, heads", f"{model.depth} x {model.width}, {model.heads}"),
-            ("parameters (activated)", f"{millions[0]} ({millions[1]})"),
-            ("input", f"{model.channels} x {model.input_size} x {model.input_size}, patch {model.patch}, {model.classes} "
-                      "classes")]
+    rows = [
+        ("family", model.family),
+        ("depth x width, heads", f"{model.depth} x {model.width}, {model.heads}"),
+        ("parameters (activated)", f"{millions[0]} ({millions[1]})"),
+        (
+            "input",
+            f"{model.channels} x {model.input_size} x {model.input_size}, patch {model.patch}, {model.classes} "
+            "classes",
+        ),
+    ]
     if mixture:
-        rows += [("experts", f"{moe.experts} {moe.activation}, {moe.shared_experts} shared, every "
-                             f"{'second ' * moe.interleave}block"),
-                 ("pool", f"{pool} samples"),
-                 ("experts per token", f"{moe.top_k}" if model.family == "tc" else f"{moe.capacity:g} on average (capacity)")]
-    times = f", t x {flow.time_scale:g}, {flow.time_sampling} times" if flow.process == "flow" else ""
-    recipe = [("process", flow.process + times),
-              ("steps", f"{step} of {train.steps}" if step else "not recorded: imported, under this configuration"),
-              ("batch", train.batch),
-              ("optimizer", f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup}, betas {train.betas}, weight "
-                            f"decay {train.weight_decay:g}, clipping {f'{train.clip:g}' if train.clip else 'off'}"),
-              ("EMA", f"{', '.join(f'{decay:g}' for decay in train.ema_decays)}; these are the {weights.replace('ema', 'EMA')} weights"),
-              ("label drop", f"{train.label_drop:g}"), ("flip", "yes" if config.data.flip else "no"), ("seed", config.run.seed)]
-    return "\n".join([
-        "---", "library_name: diffmoe", "tags:", "- diffusion-transformer", "- class-conditional-image-generation",
-        *(["- mixture-of-experts"] if mixture else []), "---", "",
-        f"# {model.family} {model.depth} x {model.width}, step {step}", "",
-        "A class-conditional diffusion transformer trained with the DiffMoE trainer (method: arXiv 2503.14487).", "",
-        "## Model", "", *table(("", ""), rows), "", "## Recipe", "", *table(("", ""), recipe), "",
-        "## Scores", "", *_score_table(scores), "", "## Use", "", "```python", "from diffmoe import DiffMoEPipeline",
-        "", 'pipe = DiffMoEPipeline.from_pretrained("this folder, or owner/name")', "pipe(num_images=4).images", "```", ""])
+        rows += [
+            (
+                "experts",
+                f"{moe.experts} {moe.activation}, {moe.shared_experts} shared, every "
+                f"{'second ' * moe.interleave}block",
+            ),
+            ("pool", f"{pool} samples"),
+            (
+                "experts per token",
+                f"{moe.top_k}"
+                if model.family == "tc"
+                else f"{moe.capacity:g} on average (capacity)",
+            ),
+        ]
+    times = (
+        f", t x {flow.time_scale:g}, {flow.time_sampling} times" if flow.process == "flow" else ""
+    )
+    recipe = [
+        ("process", flow.process + times),
+        (
+            "steps",
+            f"{step} of {train.steps}"
+            if step
+            else "not recorded: imported, under this configuration",
+        ),
+        ("batch", train.batch),
+        (
+            "optimizer",
+            f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup}, betas {train.betas}, weight "
+            f"decay {train.weight_decay:g}, clipping {f'{train.clip:g}' if train.clip else 'off'}",
+        ),
+        (
+            "EMA",
+            f"{', '.join(f'{decay:g}' for decay in train.ema_decays)}; these are the {weights.replace('ema', 'EMA')} weights",
+        ),
+        ("label drop", f"{train.label_drop:g}"),
+        ("flip", "yes" if config.data.flip else "no"),
+        ("seed", config.run.seed),
+    ]
+    return "\n".join(
+        [
+            "---",
+            "library_name: diffmoe",
+            "tags:",
+            "- diffusion-transformer",
+            "- class-conditional-image-generation",
+            *(["- mixture-of-experts"] if mixture else []),
+            "---",
+            "",
+            f"# {model.family} {model.depth} x {model.width}, step {step}",
+            "",
+            "A class-conditional diffusion transformer trained with the DiffMoE trainer (method: arXiv 2503.14487).",
+            "",
+            "## Model",
+            "",
+            *table(("", ""), rows),
+            "",
+            "## Recipe",
+            "",
+            *table(("", ""), recipe),
+            "",
+            "## Scores",
+            "",
+            *_score_table(scores),
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from diffmoe import DiffMoEPipeline",
+            "",
+            'pipe = DiffMoEPipeline.from_pretrained("this folder, or owner/name")',
+            "pipe(num_images=4).images",
+            "```",
+            "",
+        ]
+    )
 
 
 def _score_table(scores: Sequence[Card]) -> list[str]:
@@ -185,8 +296,30 @@ def _score_table(scores: Sequence[Card]) -> list[str]:
         routing = card.routing if card.gamma is None else f"{card.routing}, gamma {card.gamma:g}"
         if card.capacity is not None:
             routing += f", capacity {card.capacity:g}"
-        rows.append((*values, card.count, f"{card.cfg:g}",
-                     f"{card.sampler}, {card.steps}", routing, f"{card.reference} ({card.reference_sha256[:12]})",
-                     f"{card.extractor} ({card.extractor_sha256[:12]})"))
-    return table(("FID ↓", "sFID ↓", "IS ↑", "precision ↑", "recall ↑", "images", "cfg", "sampler, steps", "routing",
-                  "reference", "features"), rows)
+        rows.append(
+            (
+                *values,
+                card.count,
+                f"{card.cfg:g}",
+                f"{card.sampler}, {card.steps}",
+                routing,
+                f"{card.reference} ({card.reference_sha256[:12]})",
+                f"{card.extractor} ({card.extractor_sha256[:12]})",
+            )
+        )
+    return table(
+        (
+            "FID ↓",
+            "sFID ↓",
+            "IS ↑",
+            "precision ↑",
+            "recall ↑",
+            "images",
+            "cfg",
+            "sampler, steps",
+            "routing",
+            "reference",
+            "features",
+        ),
+        rows,
+    )

@@ -1,4 +1,6 @@
-"""What follows from a configuration and a number of ranks: batch arithmetic, accumulation, the pool in samples."""
+"""What follows from a configuration and a number of ranks: batch arithmetic, accumulation, the pool
+in samples.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from diffmoe.errors import UserError
 class Layout:
     """Numbers that depend on the number of ranks, resolved once and printed.
 
-    ``pool`` is in samples; ``pool_ranks`` is the number of consecutive ranks that together hold whole pools
-    (1: pools inside a rank; otherwise whole expert-parallel groups)."""
+    ``pool`` is in samples; ``pool_ranks`` is the number of consecutive ranks that together hold
+    whole pools (1: pools inside a rank; otherwise whole expert-parallel groups).
+    """
 
     ranks: int
     ep: int
@@ -31,26 +34,34 @@ class Layout:
 
 
 def resolve_layout(config: Config, ranks: int) -> Layout:
-    """Batch arithmetic, pool and expert groups for ``ranks`` ranks.  Raises UserError naming both numbers."""
+    """Batch arithmetic, pool and expert groups for ``ranks`` ranks.  Raises UserError naming both
+    numbers.
+    """
     train, ep = config.train, config.parallel.ep
     if ranks % ep:
-        raise UserError(f"world size ({ranks}) must divide by parallel.ep ({ep}): start another number of ranks, or say "
-                        f"parallel.ep={math.gcd(ranks, ep)}")
+        raise UserError(
+            f"world size ({ranks}) must divide by parallel.ep ({ep}): start another number of ranks, or say "
+            f"parallel.ep={math.gcd(ranks, ep)}"
+        )
     micro, accumulation = train.micro_batch, train.accumulation
     if accumulation is None:
         per_pass = train.batch if micro is None else micro * ranks
         if train.batch % per_pass:
-            raise UserError(f"train.batch ({train.batch}) must divide by train.micro_batch ({micro}) x ranks ({ranks})")
+            raise UserError(
+                f"train.batch ({train.batch}) must divide by train.micro_batch ({micro}) x ranks ({ranks})"
+            )
         accumulation = train.batch // per_pass
     if micro is None:
         if train.batch % (accumulation * ranks):
             raise UserError(
-                f"train.batch ({train.batch}) must divide by ranks ({ranks}) x train.accumulation ({accumulation})")
+                f"train.batch ({train.batch}) must divide by ranks ({ranks}) x train.accumulation ({accumulation})"
+            )
         micro = train.batch // (accumulation * ranks)
     if micro * ranks * accumulation != train.batch:
         raise UserError(
             f"train.micro_batch ({micro}) x ranks ({ranks}) x train.accumulation ({accumulation}) = "
-            f"{micro * ranks * accumulation} must equal train.batch ({train.batch})")
+            f"{micro * ranks * accumulation} must equal train.batch ({train.batch})"
+        )
     words = {"rank": micro, "group": micro * ep, "global": micro * ranks}
     pool = words.get(config.moe.pool, config.moe.pool)
     if config.model.family == "dense":
@@ -58,7 +69,8 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
     if (micro * ranks) % pool:
         raise UserError(
             f"moe.pool ({pool} samples) must divide the forward batch train.micro_batch ({micro}) x ranks ({ranks}) = "
-            f"{micro * ranks}")
+            f"{micro * ranks}"
+        )
     _check_taken(config, pool)
     return Layout(ranks, ep, train.batch, micro, accumulation, pool, _pool_ranks(pool, micro, ep))
 
@@ -72,7 +84,9 @@ def _pool_ranks(pool: int, micro: int, ep: int) -> int:
 
 
 def rows_taken(pool_tokens: int, experts: int, capacity: float) -> int:
-    """K = floor(pool tokens / experts x capacity), at most every token of the pool (paper, equation 5)."""
+    """K = floor(pool tokens / experts x capacity), at most every token of the pool (paper, equation
+    5).
+    """
     return min(pool_tokens, int(pool_tokens * capacity / experts + 1e-9))
 
 
@@ -82,4 +96,5 @@ def _check_taken(config: Config, pool: int) -> None:
         if rows_taken(tokens, config.moe.experts, config.moe.capacity) < 1:
             raise UserError(
                 f"moe.pool ({pool} samples = {tokens} tokens) gives each of moe.experts ({config.moe.experts}) less "
-                f"than one token at moe.capacity ({config.moe.capacity})")
+                f"than one token at moe.capacity ({config.moe.capacity})"
+            )

@@ -1,4 +1,6 @@
-"""Paths that a person writes, on a command line or in YAML: ``~`` and ``$VAR`` mean the same everywhere."""
+"""Paths that a person writes, on a command line or in YAML: ``~`` and ``$VAR`` mean the same
+everywhere.
+"""
 
 from __future__ import annotations
 
@@ -18,35 +20,47 @@ _OVERRIDE = re.compile(r"\w+(\.\w+)*=")
 def expand_path(text: str, what: str = "path") -> str:
     """``text`` with a leading ``~`` or ``~name``, and every ``$VAR`` and ``${VAR}``, replaced.
 
-    Commands (``pipe:``), and whatever has ``://`` (URLs), stay as they are: a shell, or a server, reads those.  Raises UserError,
-    which calls the path ``what``, for a variable that is not set and for an unknown user."""
+    Commands (``pipe:``), and whatever has ``://`` (URLs), stay as they are: a shell, or a server,
+    reads those.  Raises UserError, which calls the path ``what``, for a variable that is not set
+    and for an unknown user.
+    """
     if text.startswith("pipe:") or "://" in text:
         return text
 
     def value(match: re.Match) -> str:
         name = match[1] or match[2]
         if not os.environ.get(name):
-            raise UserError(f"{what} ({text}) names ${name}, which is not set: set it, or write the path itself")
+            raise UserError(
+                f"{what} ({text}) names ${name}, which is not set: set it, or write the path itself"
+            )
         return os.environ[name]
 
     user = text.partition("/")[0] if text.startswith("~") else ""
     home = os.path.expanduser(user)
     if home.startswith("~"):
-        raise UserError(f"{what} ({text}) begins with {user}, which is no user of this machine: write ./{text} for a name that begins so")
-    return home + _VARIABLE.sub(value, text[len(user):])
+        raise UserError(
+            f"{what} ({text}) begins with {user}, which is no user of this machine: write ./{text} for a name that begins so"
+        )
+    return home + _VARIABLE.sub(value, text[len(user) :])
 
 
 def shipped(path: str | Path) -> Path:
-    """A file, or where there is none, the project's own of that name: ``configs/…`` and ``ds_configs/…`` mean the same in
-    any folder, also where the project is installed."""
+    """A file, or where there is none, the project's own of that name: ``configs/…`` and
+    ``ds_configs/…`` mean the same in any folder, also where the project is installed.
+    """
     path, package = Path(path), Path(__file__).resolve().parent
-    own = [folder / path for folder in (package, package.parent) if path.parts[:1] and path.parts[0] in _SHIPPED]
+    own = [
+        folder / path
+        for folder in (package, package.parent)
+        if path.parts[:1] and path.parts[0] in _SHIPPED
+    ]
     return next((place for place in (path, *own) if os.path.exists(place)), path)
 
 
 class PathParser(argparse.ArgumentParser):
-    """argparse whose complaint is a UserError: one line, on one rank.  Every option that takes a text or a path has it expanded;
-    ``section.field=value`` is the configuration's to read."""
+    """argparse whose complaint is a UserError: one line, on one rank.  Every option that takes a
+    text or a path has it expanded; ``section.field=value`` is the configuration's to read.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)

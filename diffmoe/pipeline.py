@@ -34,10 +34,12 @@ if TYPE_CHECKING:
 class DiffMoEPipelineOutput:
     """What a call made: n images.
 
-    ``images``: PIL, RGB.  ``arrays``: the same as uint8 [n, H, W, 3].  Both empty with ``output_type="latent"``.
-    ``samples``: what the model sampled, fp32 [n, C, h, w] on the CPU: pixels in [-1, 1], or latents.  ``labels``: the class
-    of each.  ``capacity``: experts that a token got, mean over images, steps and layers (None for a dense model);
-    ``capacity_used``: the same by layer, time and class."""
+    ``images``: PIL, RGB.  ``arrays``: the same as uint8 [n, H, W, 3].  Both empty with
+    ``output_type="latent"``. ``samples``: what the model sampled, fp32 [n, C, h, w] on the CPU:
+    pixels in [-1, 1], or latents.  ``labels``: the class of each.  ``capacity``: experts that a
+    token got, mean over images, steps and layers (None for a dense model); ``capacity_used``: the
+    same by layer, time and class.
+    """
 
     images: list[Image]
     arrays: np.ndarray
@@ -59,31 +61,49 @@ class DiffMoEPipeline:
 
     def __repr__(self) -> str:
         about, model = self._pretrained, self.config.model
-        return (f"DiffMoEPipeline({about.source}, {model.family}, {about.weights} weights of step {about.step}, "
-                f"{model.classes} classes, {self.dtype} on {self.device}, vae {self.vae and self.vae.name})")
+        return (
+            f"DiffMoEPipeline({about.source}, {model.family}, {about.weights} weights of step {about.step}, "
+            f"{model.classes} classes, {self.dtype} on {self.device}, vae {self.vae and self.vae.name})"
+        )
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, weights: str | None = None, vae: str | Path | None = None,
-                        latents: tuple[float, float] | None = None, revision: str | None = None,
-                        torch_dtype: torch.dtype = torch.float32) -> DiffMoEPipeline:
-        """The pipeline of an exported folder, a checkpoint's or run's folder (its newest checkpoint), or a repository of
-        the hub (owner/name, at ``revision``); on the CPU, see :meth:`to` for ``torch_dtype``.
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        weights: str | None = None,
+        vae: str | Path | None = None,
+        latents: tuple[float, float] | None = None,
+        revision: str | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+    ) -> DiffMoEPipeline:
+        """The pipeline of an exported folder, a checkpoint's or run's folder (its newest
+        checkpoint), or a repository of the hub (owner/name, at ``revision``); on the CPU, see
+        :meth:`to` for ``torch_dtype``.
 
-        ``weights``: ``raw``, ``ema`` or ``ema:0.999`` of a checkpoint (default: its first EMA).  ``vae``: a diffusers
-        AutoencoderKL, folder or hub id (default: the folder's own ``vae/``, where it has one).  ``latents``: their
-        scale and shift (default: the folder's, the training data's where they are here, the VAE's own).  Raises UserError
-        where there is nothing such, or the VAE is not the one that encoded the training data."""
+        ``weights``: ``raw``, ``ema`` or ``ema:0.999`` of a checkpoint (default: its first EMA).
+        ``vae``: a diffusers AutoencoderKL, folder or hub id (default: the folder's own ``vae/``,
+        where it has one).  ``latents``: their scale and shift (default: the folder's, the training
+        data's where they are here, the VAE's own).  Raises UserError where there is nothing such,
+        or the VAE is not the one that encoded the training data.
+        """
         opened = open_pretrained(name, weights, revision)
         if latents is not None:
             opened = replace(opened, latents=_two_numbers(latents))
-        if vae is None and (opened.source / "vae").is_dir() and opened.config.model.channels not in (1, 3):
+        if (
+            vae is None
+            and (opened.source / "vae").is_dir()
+            and opened.config.model.channels not in (1, 3)
+        ):
             vae = opened.source / "vae"
         if vae is None:
             return cls(opened).to(dtype=torch_dtype)
         autoencoder = open_vae(vae, opened.config, torch.device("cpu"))
         scale, shift = opened.latents or (None, None)
         index = checkpoint_data(opened.config, scale, shift)
-        opened = replace(opened, latents=latent_numbers(autoencoder, opened.config, index, scale, shift))
+        opened = replace(
+            opened, latents=latent_numbers(autoencoder, opened.config, index, scale, shift)
+        )
         return cls(opened, autoencoder).to(dtype=torch_dtype)
 
     @property
@@ -109,9 +129,15 @@ class DiffMoEPipeline:
     def dtype(self) -> torch.dtype:
         return self.transformer.final_layer.linear.bias.dtype
 
-    def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> DiffMoEPipeline:
-        """Moves model and VAE to a device; the model's weights become ``dtype``, fp32 or bf16, while thresholds and the VAE stay
-        fp32.  A dtype may stand first, too.  Returns itself.  UserError for another dtype."""
+    def to(
+        self,
+        device: str | torch.device | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> DiffMoEPipeline:
+        """Moves model and VAE to a device; the model's weights become ``dtype``, fp32 or bf16,
+        while thresholds and the VAE stay fp32.  A dtype may stand first, too.  Returns itself.
+        UserError for another dtype.
+        """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if dtype not in (None, torch.float32, torch.bfloat16):
@@ -125,10 +151,20 @@ class DiffMoEPipeline:
                 parameter.data = parameter.data.to(dtype)
         return self
 
-    def __call__(self, classes: None | int | str | Sequence[int | str] = None, num_images: int | None = None, *,
-                 guidance_scale: float | None = None, num_inference_steps: int | None = None, capacity: float | None = None,
-                 routing: str | None = None, sampler: str | None = None, generator_seed: int | None = None,
-                 batch_size: int | None = None, output_type: str = "pil") -> DiffMoEPipelineOutput:
+    def __call__(
+        self,
+        classes: None | int | str | Sequence[int | str] = None,
+        num_images: int | None = None,
+        *,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        capacity: float | None = None,
+        routing: str | None = None,
+        sampler: str | None = None,
+        generator_seed: int | None = None,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+    ) -> DiffMoEPipelineOutput:
         """Samples images.  What is left out is the run's own, see :attr:`config`.
 
         Args:
@@ -136,21 +172,41 @@ class DiffMoEPipeline:
             num_images: in all, the classes in turn (default: one of each).
             guidance_scale: classifier-free guidance; 1 is none (``sample.cfg``).
             num_inference_steps: of the sampler (``sample.steps``).
-            capacity: experts that a token gets on average, by thresholds from the predictors' histograms
-                (``sample.capacity``; the learned thresholds where that is null, too).
-            routing: ``token``, ``batch`` or ``static``, see ``moe.routing.RoutingRule`` (``sample.routing``).
-            sampler: ``euler``, ``heun``, ``dopri5`` of a flow, ``ancestral``, ``ddim`` of DDPM (``sample.sampler``).
-            generator_seed: of the noise (``run.seed``).  Image i is the same in any batch, on any machine of a kind.
+            capacity: experts that a token gets on average, by thresholds from the predictors'
+                histograms (``sample.capacity``; the learned thresholds where that is null, too).
+            routing: ``token``, ``batch`` or ``static``, see ``moe.routing.RoutingRule``
+                (``sample.routing``).
+            sampler: ``euler``, ``heun``, ``dopri5`` of a flow, ``ancestral``, ``ddim`` of DDPM
+                (``sample.sampler``).
+            generator_seed: of the noise (``run.seed``).  Image i is the same in any batch, on any
+                machine of a kind.
             batch_size: images at a time (``sample.batch``).
             output_type: ``pil``, or ``latent`` to leave latents undecoded.
 
         Raises:
             UserError: a value that the model does not allow, or latents without a VAE.
         """
-        said = {"sample": {"cfg": guidance_scale, "steps": num_inference_steps, "capacity": capacity, "routing": routing,
-                           "sampler": sampler, "batch": batch_size}, "run": {"seed": generator_seed}}
-        tree = {section: {name: value.item() if hasattr(value, "item") else value  # numpy's and torch's numbers
-                          for name, value in fields.items() if value is not None} for section, fields in said.items()}
+        said = {
+            "sample": {
+                "cfg": guidance_scale,
+                "steps": num_inference_steps,
+                "capacity": capacity,
+                "routing": routing,
+                "sampler": sampler,
+                "batch": batch_size,
+            },
+            "run": {"seed": generator_seed},
+        }
+        tree = {
+            section: {
+                name: value.item()
+                if hasattr(value, "item")
+                else value  # numpy's and torch's numbers
+                for name, value in fields.items()
+                if value is not None
+            }
+            for section, fields in said.items()
+        }
         config = config_from_tree(merge(config_to_tree(self.config), tree))
         validate(config)
         check_guidance(config)
@@ -164,21 +220,35 @@ class DiffMoEPipeline:
         if output_type not in ("pil", "latent"):
             raise UserError(f"output_type ({output_type}) must be pil or latent")
         if output_type == "pil" and not pixels and self.vae is None:
-            raise UserError(f"latents of {config.model.channels} channels need a VAE: give vae=… to from_pretrained, or say "
-                            'output_type="latent"')
+            raise UserError(
+                f"latents of {config.model.channels} channels need a VAE: give vae=… to from_pretrained, or say "
+                'output_type="latent"'
+            )
         if (note := threshold_note(self.transformer, config.sample)) is not None:
             print(note, flush=True)
         labels = [chosen[i % len(chosen)] for i in range(count)]
-        meter = CapacityMeter(self.transformer, config, count, self.device) if config.model.family != "dense" else None
+        meter = (
+            CapacityMeter(self.transformer, config, count, self.device)
+            if config.model.family != "dense"
+            else None
+        )
         samples = generate(self.transformer, config, labels, range(count), self.device, meter=meter)
         used = None if meter is None else meter.merged(single_process().world)
         arrays = np.zeros((0, 0, 0, 3), np.uint8)
         if output_type == "pil":
-            arrays = self._pictures(samples, pixels, config.sample.batch).permute(0, 2, 3, 1).numpy()
+            arrays = (
+                self._pictures(samples, pixels, config.sample.batch).permute(0, 2, 3, 1).numpy()
+            )
         from PIL import Image
 
-        return DiffMoEPipelineOutput([Image.fromarray(array) for array in arrays], arrays, samples, labels,
-                                     None if used is None else used.mean(), used)
+        return DiffMoEPipelineOutput(
+            [Image.fromarray(array) for array in arrays],
+            arrays,
+            samples,
+            labels,
+            None if used is None else used.mean(),
+            used,
+        )
 
     def _pictures(self, samples: Tensor, pixels: bool, batch: int) -> Tensor:
         """uint8 [n, 3, H, W]"""
@@ -189,27 +259,52 @@ class DiffMoEPipeline:
         return torch.cat(parts).expand(-1, 3, -1, -1)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the folder that ``export --format hf`` writes, weights in fp32, and the VAE beside them in ``vae/``:
-        ``from_pretrained`` and ``import --hf`` read it.  UserError where ``folder`` exists."""
+        """Writes the folder that ``export --format hf`` writes, weights in fp32, and the VAE beside
+        them in ``vae/``: ``from_pretrained`` and ``import --hf`` read it.  UserError where
+        ``folder`` exists.
+        """
         out = Path(folder)
         if out.exists():
             raise UserError(f"{out} already exists")
-        pieces = {name: piece.float().cpu() for tensor in logical_tensors(self.transformer)
-                  for name, piece in tensor.pieces(tensor.parameter.data)}
-        thresholds = {name: value.cpu() for name, value in self.transformer.named_buffers() if ".thresholds." in name}
-        write_folder(replace(self._pretrained, tensors={**pieces, **thresholds}), out, vae=self.vae and self.vae.model)
+        pieces = {
+            name: piece.float().cpu()
+            for tensor in logical_tensors(self.transformer)
+            for name, piece in tensor.pieces(tensor.parameter.data)
+        }
+        thresholds = {
+            name: value.cpu()
+            for name, value in self.transformer.named_buffers()
+            if ".thresholds." in name
+        }
+        write_folder(
+            replace(self._pretrained, tensors={**pieces, **thresholds}),
+            out,
+            vae=self.vae and self.vae.model,
+        )
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None,
-                    commit_message: str = "DiffMoE model") -> str:
-        """Uploads what :meth:`save_pretrained` writes; makes the repository (owner/name) where there is none.  Returns the
-        commit's address.  Raises what huggingface_hub raises, as without a token."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        commit_message: str = "DiffMoE model",
+    ) -> str:
+        """Uploads what :meth:`save_pretrained` writes; makes the repository (owner/name) where
+        there is none.  Returns the commit's address.  Raises what huggingface_hub raises, as
+        without a token.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as scratch:
             self.save_pretrained(folder := Path(scratch) / "model")
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
+            return str(
+                api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message=commit_message
+                )
+            )
 
 
 def _two_numbers(latents: object) -> tuple[float, float]:

@@ -14,22 +14,28 @@ if TYPE_CHECKING:
 
     from launcher.environment import RankEnvironment
 
-_SHOWN = re.compile(r"(TORCH_)?NCCL_\w+|GLOO_\w+|PYTORCH_\w*ALLOC_CONF|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES")
+_SHOWN = re.compile(
+    r"(TORCH_)?NCCL_\w+|GLOO_\w+|PYTORCH_\w*ALLOC_CONF|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES"
+)
 
 
 def place(environment: RankEnvironment, device: torch.device) -> None:
-    """Moves this process near its GPU (:func:`bind_near`); says why it stays far, on the first node for all."""
+    """Moves this process near its GPU (:func:`bind_near`); says why it stays far, on the first node
+    for all.
+    """
     note = bind_near(device)
     if note and environment.rank < environment.local_world:
         print(f"note: rank {environment.rank}: {note}", file=sys.stderr, flush=True)
 
 
 def bind_near(device: torch.device, devices: Path = Path("/sys/bus/pci/devices")) -> str | None:
-    """Keeps every thread of this process, and what it starts later, on the cores of its GPU's NUMA node, which ranks of
-    neighbouring GPUs share.  A process that somebody has bound stays as it is.  Returns what keeps it far from its GPU,
-    None if nothing does.
+    """Keeps every thread of this process, and what it starts later, on the cores of its GPU's NUMA
+    node, which ranks of neighbouring GPUs share.  A process that somebody has bound stays as it is.
+    Returns what keeps it far from its GPU, None if nothing does.
 
-    ``devices``: where the kernel lists PCI devices.  (torch.numa does the like, in functions that it calls private.)"""
+    ``devices``: where the kernel lists PCI devices.  (torch.numa does the like, in functions that
+    it calls private.)
+    """
     if device.type != "cuda":
         return None
     import torch
@@ -42,8 +48,10 @@ def bind_near(device: torch.device, devices: Path = Path("/sys/bus/pci/devices")
         return f"nobody says which CPUs are near its GPU ({error})"
     allowed = os.sched_getaffinity(0)
     if not allowed & near:
-        return (f"it may run on CPUs {ranges(allowed)}, none of which is near GPU {address} (CPUs {ranges(near)} are): "
-                "ask for more CPUs or whole nodes (sbatch --exclusive), or bind it otherwise")
+        return (
+            f"it may run on CPUs {ranges(allowed)}, none of which is near GPU {address} (CPUs {ranges(near)} are): "
+            "ask for more CPUs or whole nodes (sbatch --exclusive), or bind it otherwise"
+        )
     if len(allowed) < _cores():
         return None
     for thread in os.listdir("/proc/self/task"):
@@ -62,12 +70,16 @@ def cores_each(local_world: int) -> int:
 
 
 def _cores() -> int:
-    """Cores of this node, or of this Slurm job on it: a process that may run on fewer has been bound by somebody."""
+    """Cores of this node, or of this Slurm job on it: a process that may run on fewer has been
+    bound by somebody.
+    """
     return int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
 
 
 def describe(environ: Mapping[str, str] = os.environ) -> str:
-    """Cores of this process, and what the environment says to NCCL, gloo, torch's allocator and OpenMP, in one line."""
+    """Cores of this process, and what the environment says to NCCL, gloo, torch's allocator and
+    OpenMP, in one line.
+    """
     said = [f"{name}={value}" for name, value in sorted(environ.items()) if _SHOWN.fullmatch(name)]
     cores = f"CPUs {ranges(os.sched_getaffinity(0))} of {os.cpu_count()}"
     return f"{cores}; {' '.join(said) or 'no variable for NCCL or gloo'}"
@@ -83,4 +95,6 @@ def ranges(cores: set[int]) -> str:
     """Numbers as the kernel's ``0-3,8``."""
     starts = sorted(core for core in cores if core - 1 not in cores)
     ends = sorted(core for core in cores if core + 1 not in cores)
-    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in zip(starts, ends))
+    return ",".join(
+        f"{first}-{last}" if last > first else f"{first}" for first, last in zip(starts, ends)
+    )

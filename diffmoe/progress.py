@@ -15,10 +15,12 @@ LINE_SECONDS = 30.0
 
 
 def shown(items: Sequence[T], what: str, show: bool) -> Iterator[T]:
-    """The items, one by one, with their progress on stderr unless ``show`` is false (on all ranks but one).
+    """The items, one by one, with their progress on stderr unless ``show`` is false (on all ranks
+    but one).
 
-    Where stderr is no terminal, a line like ``sampling: 40 of 250 (16 %), 12 min left`` follows an item that ends 30 s or
-    more after the last line; what takes less in all says nothing."""
+    Where stderr is no terminal, a line like ``sampling: 40 of 250 (16 %), 12 min left`` follows an
+    item that ends 30 s or more after the last line; what takes less in all says nothing.
+    """
     if not show or sys.stderr.isatty():
         yield from tqdm(items, desc=what, disable=not show)
         return
@@ -29,4 +31,8 @@ def shown(items: Sequence[T], what: str, show: bool) -> Iterator[T]:
         if now - said >= LINE_SECONDS:
             said = now
             left = (now - began) / done * (len(items) - done) / 60
-            print(f"{what}: {done} of {len(items)} ({done / len(items):.0%}), {left:.0f} min left", file=sys.stderr, flush=True)
+            print(
+                f"{what}: {done} of {len(items)} ({done / len(items):.0%}), {left:.0f} min left",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,5 +1,5 @@
-"""Counter-based random streams: every random number is a function of (use, seed, number), so no generator has a state to
-lose, and any rank draws what belongs to a sample without the others.
+"""Counter-based random streams: every random number is a function of (use, seed, number), so no
+generator has a state to lose, and any rank draws what belongs to a sample without the others.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ class Use(IntEnum):
 
 
 class Words:
-    """Raw 64-bit words of one (use, seed) at any number: what `philox` gives, from one bit generator that is moved about, which
-    is cheaper than a new one each time. Not for several threads at once."""
+    """Raw 64-bit words of one (use, seed) at any number: what `philox` gives, from one bit
+    generator that is moved about, which is cheaper than a new one each time. Not for several
+    threads at once.
+    """
 
     def __init__(self, use: Use, seed: int) -> None:
         self._generator = philox(use, seed, 0)
@@ -40,10 +42,13 @@ class Words:
 
 def philox(use: Use, seed: int, first: int, second: int = 0) -> np.random.Philox:
     """The bit generator of one use at (seed, first, second), all in [0, 2^64)."""
-    return np.random.Philox(key=np.array([seed, first], np.uint64), counter=np.array([0, 0, second, use], np.uint64))
+    return np.random.Philox(
+        key=np.array([seed, first], np.uint64), counter=np.array([0, 0, second, use], np.uint64)
+    )
 
 
 def permutation(use: Use, seed: int, first: int, second: int, size: int) -> np.ndarray:
     """The numbers below `size` in the random order of one use at (seed, first, second)."""
-    # Sorting raw words rather than Generator.permutation: numpy promises Philox's words for good, its shuffle not.
+    # Sorting raw words rather than Generator.permutation: numpy promises Philox's words for good,
+    # its shuffle not.
     return np.argsort(philox(use, seed, first, second).random_raw(size), kind="stable")

@@ -1,7 +1,8 @@
-"""Strict YAML: files with ``include``, ``a.b=c`` overrides, and dataclasses filled from trees of dicts.
+"""Strict YAML: files with ``include``, ``a.b=c`` overrides, and dataclasses filled from trees of
+dicts.
 
-Doubled and unknown keys, values of another type and files that cannot be read are UserErrors that name them.  Nothing here
-knows what is in a configuration.
+Doubled and unknown keys, values of another type and files that cannot be read are UserErrors that
+name them.  Nothing here knows what is in a configuration.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise UserError(f"{node.start_mark.name}: key {key!r} on line {key_node.start_mark.line + 1} must be a text")
+            raise UserError(
+                f"{node.start_mark.name}: key {key!r} on line {key_node.start_mark.line + 1} must be a text"
+            )
         if key in seen:
             raise UserError(
                 f"{node.start_mark.name}: key {key!r} stands twice, on lines {seen[key]} and "
@@ -40,11 +43,15 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
     return loader.construct_mapping(node, deep=True)
 
 
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+_StrictLoader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates
+)
 
 
 def open_text(path: Path, what: str, origin: str = "") -> TextIO:
-    """A file that a person names, open to be read.  Raises UserError, which calls it ``what``, where that cannot be done."""
+    """A file that a person names, open to be read.  Raises UserError, which calls it ``what``,
+    where that cannot be done.
+    """
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{what} {path} must be a file, not a folder or device{origin}")
@@ -56,12 +63,16 @@ def open_text(path: Path, what: str, origin: str = "") -> TextIO:
 
 
 def read_yaml(path: str | Path, _stack: tuple[Path, ...] = ()) -> dict:
-    """Reads a YAML file and what it includes (``include: file`` or a list, relative to the file, later ones win,
-    the file itself last).  Raises UserError for a missing file, bad YAML, a doubled key or a circle."""
+    """Reads a YAML file and what it includes (``include: file`` or a list, relative to the file,
+    later ones win, the file itself last).  Raises UserError for a missing file, bad YAML, a doubled
+    key or a circle.
+    """
     path = shipped(expand_path(str(path), "config file")).resolve()
     if path in _stack:
         raise UserError(f"include goes in a circle: {' -> '.join(p.name for p in (*_stack, path))}")
-    with open_text(path, "config file", f" (included from {_stack[-1]})" if _stack else "") as stream:
+    with open_text(
+        path, "config file", f" (included from {_stack[-1]})" if _stack else ""
+    ) as stream:
         try:
             tree = yaml.load(stream, _StrictLoader)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -72,10 +83,14 @@ def read_yaml(path: str | Path, _stack: tuple[Path, ...] = ()) -> dict:
     includes = tree.pop("include", [])
     includes = [includes] if isinstance(includes, str) else includes
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
-        raise UserError(f"{path}: include ({includes!r}) must be a file name or a list of file names")
+        raise UserError(
+            f"{path}: include ({includes!r}) must be a file name or a list of file names"
+        )
     merged: dict = {}
     for name in includes:
-        merged = merge(merged, read_yaml(path.parent / expand_path(name, f"{path}: include"), (*_stack, path)))
+        merged = merge(
+            merged, read_yaml(path.parent / expand_path(name, f"{path}: include"), (*_stack, path))
+        )
     return merge(merged, tree)
 
 
@@ -108,7 +123,9 @@ def tree_of_overrides(overrides: list[str]) -> dict:
 
 
 def build(cls: type, tree: Any, path: str = "") -> Any:
-    """The dataclass ``cls``, and those in it, from nested dicts.  ``path``: its name in error messages."""
+    """The dataclass ``cls``, and those in it, from nested dicts.  ``path``: its name in error
+    messages.
+    """
     if not isinstance(tree, dict):
         raise UserError(f"{path or 'config'} must be a mapping, not {tree!r}")
     hints = typing.get_type_hints(cls)
@@ -118,15 +135,23 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
         if key not in hints:
             prefix = f"{path}." if path else ""
             close = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(hints)}"
+            hint = (
+                f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(hints)}"
+            )
             raise UserError(f"unknown key {name} (value {value!r}){hint}")
         kind = hints[key]
-        values[key] = build(kind, value, name) if dataclasses.is_dataclass(kind) else _typed(kind, value, name)
+        values[key] = (
+            build(kind, value, name)
+            if dataclasses.is_dataclass(kind)
+            else _typed(kind, value, name)
+        )
     return cls(**values)
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:
-    """``value`` as ``kind``, or UserError.  Accepts 1 for 1.0 and the text '1e-4', which YAML 1.1 reads as a string."""
+    """``value`` as ``kind``, or UserError.  Accepts 1 for 1.0 and the text '1e-4', which YAML 1.1
+    reads as a string.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         for option in args:
@@ -164,4 +189,10 @@ def _describe(kind: Any) -> str:
         return "one of " + ", ".join(map(str, args))
     if origin is tuple:
         return "a list of numbers" if args[1:] == (...,) else f"{len(args)} numbers"
-    return {int: "an integer", float: "a finite number", str: "a text", bool: "true or false", type(None): "null"}[kind]
+    return {
+        int: "an integer",
+        float: "a finite number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+    }[kind]

@@ -1,4 +1,6 @@
-"""Writes docs/configuration.md from the configuration's dataclasses: ``python docs/reference.py`` (a test compares)."""
+"""Writes docs/configuration.md from the configuration's dataclasses: ``python docs/reference.py``
+(a test compares).
+"""
 
 import dataclasses
 import inspect
@@ -35,7 +37,9 @@ def default(value: object) -> str:
         return f"`{str(value).lower()}`".replace("none", "null")
     if isinstance(value, tuple):
         return f"`{list(value)}`"
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value != "" else "(empty)"
+    return (
+        f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value != "" else "(empty)"
+    )
 
 
 def meanings(kind: type) -> tuple[str, dict[str, str]]:
@@ -50,9 +54,20 @@ def reference() -> str:
     parts = [HEAD]
     for section, kind in typing.get_type_hints(Config).items():
         kinds, (about, meaning) = typing.get_type_hints(kind), meanings(kind)
-        rows = [(f"`{section}.{field.name}`", values(kinds[field.name]), default(field.default), meaning[field.name])
-                for field in dataclasses.fields(kind)]
-        parts += [f"## {section}", about, "\n".join(table(("field", "values", "default", "meaning"), rows))]
+        rows = [
+            (
+                f"`{section}.{field.name}`",
+                values(kinds[field.name]),
+                default(field.default),
+                meaning[field.name],
+            )
+            for field in dataclasses.fields(kind)
+        ]
+        parts += [
+            f"## {section}",
+            about,
+            "\n".join(table(("field", "values", "default", "meaning"), rows)),
+        ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

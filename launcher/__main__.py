@@ -1,4 +1,5 @@
-"""``python -m launcher VERB …``: what happens around a run.  plan, submit and doctor need no torch: a login node has none.
+"""``python -m launcher VERB …``: what happens around a run.  plan, submit and doctor need no torch:
+a login node has none.
 
 Verb ``x`` is ``main(arguments) -> exit code`` in ``launcher/x.py``, imported when it is asked for.
 """
@@ -21,7 +22,9 @@ VERBS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a verb.  Returns the exit code: 0, 1 (the verb found something wrong), 2 (bad input, one line on stderr)."""
+    """Runs a verb.  Returns the exit code: 0, 1 (the verb found something wrong), 2 (bad input, one
+    line on stderr).
+    """
     try:
         if arguments[:1] in ([], ["-h"], ["--help"]):
             print(_help())
@@ -39,8 +42,10 @@ def main(arguments: list[str]) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "launcher", "diffmoe") or os.environ.get("DIFFMOE_TRACEBACK"):
             raise
-        _complain(f"launcher {arguments[0]} needs the package {package}, which {sys.executable} does not have: run make setup and "
-                  "use .venv/bin/python")
+        _complain(
+            f"launcher {arguments[0]} needs the package {package}, which {sys.executable} does not have: run make setup and "
+            "use .venv/bin/python"
+        )
         return 2
     except KeyboardInterrupt:
         return 130
@@ -55,8 +60,10 @@ def _complain(text: str) -> None:
 def _help() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:{width}}  {text}" for verb, text in VERBS.items())
-    return (f"usage: python -m launcher VERB ...\n\nverbs (python -m launcher VERB --help says more, with an example):\n{verbs}\n\n"
-            "example:\n  python -m launcher doctor")
+    return (
+        f"usage: python -m launcher VERB ...\n\nverbs (python -m launcher VERB --help says more, with an example):\n{verbs}\n\n"
+        "example:\n  python -m launcher doctor"
+    )
 
 
 def command() -> int:

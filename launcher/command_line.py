@@ -10,5 +10,10 @@ class Parser(PathParser):
 
     def __init__(self, verb: str, description: str, example: str) -> None:
         lines = "\n".join(f"  {line.strip()}" for line in example.strip().splitlines())
-        super().__init__(prog=f"python -m launcher {verb}", description=description, epilog=f"example:\n{lines}",
-                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(
+            prog=f"python -m launcher {verb}",
+            description=description,
+            epilog=f"example:\n{lines}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )

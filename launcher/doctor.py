@@ -1,7 +1,7 @@
 """The verb ``doctor``: what is installed here, what is wrong, what to type.
 
-Works in a bare interpreter: torch is asked in a process of its own, so that a broken one is a finding and not the end.  ``gather``
-looks, ``judge`` is a pure function of what was seen.
+Works in a bare interpreter: torch is asked in a process of its own, so that a broken one is a
+finding and not the end.  ``gather`` looks, ``judge`` is a pure function of what was seen.
 """
 
 import importlib.metadata
@@ -53,7 +53,9 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Facts:
-    """What was seen on this machine.  ``torch``: _ASK_TORCH's answer, its complaint as text, or None where there is none."""
+    """What was seen on this machine.  ``torch``: _ASK_TORCH's answer, its complaint as text, or
+    None where there is none.
+    """
 
     python: tuple[int, int]
     executable: str
@@ -86,71 +88,178 @@ class Finding:
 
 def judge(facts: Facts) -> list[Finding]:
     """The whole report: good, worth knowing, wrong."""
-    return [_python(facts), *_packages(facts), *_torch(facts), *_gpus(facts), _apex(facts), *_compilers(facts), *_machine(facts)]
+    return [
+        _python(facts),
+        *_packages(facts),
+        *_torch(facts),
+        *_gpus(facts),
+        _apex(facts),
+        *_compilers(facts),
+        *_machine(facts),
+    ]
 
 
 def _python(facts: Facts) -> Finding:
     version = ".".join(map(str, facts.python))
     if not satisfies(version, facts.wanted_python):
-        return Finding("wrong", "python", f"{version} at {facts.executable}; {facts.wanted_python} is needed",
-                       f"rm -r .venv && {_SETUP} PYTHON=python3.12")
+        return Finding(
+            "wrong",
+            "python",
+            f"{version} at {facts.executable}; {facts.wanted_python} is needed",
+            f"rm -r .venv && {_SETUP} PYTHON=python3.12",
+        )
     return Finding("good", "python", f"{version} at {facts.executable}")
 
 
 def _packages(facts: Facts) -> list[Finding]:
     others = [name for name in facts.wanted if name != "torch"]  # which has checks of its own
     missing = [name for name in others if name not in facts.packages]
-    found = [Finding("wrong", "packages", f"not installed: {', '.join(missing)}", _SETUP)] if missing else []
+    found = (
+        [Finding("wrong", "packages", f"not installed: {', '.join(missing)}", _SETUP)]
+        if missing
+        else []
+    )
     for name in others:
         version, wanted = facts.packages.get(name), facts.wanted[name]
         if version is not None and not satisfies(version, wanted):
-            why = "; the engine uses names that DeepSpeed calls private, so only this version works" if name == "deepspeed" else ""
-            found.append(Finding("wrong", name, f"{version}; {wanted} is needed{why}", f"rm -f .venv/.installed && {_SETUP}"))
+            why = (
+                "; the engine uses names that DeepSpeed calls private, so only this version works"
+                if name == "deepspeed"
+                else ""
+            )
+            found.append(
+                Finding(
+                    "wrong",
+                    name,
+                    f"{version}; {wanted} is needed{why}",
+                    f"rm -f .venv/.installed && {_SETUP}",
+                )
+            )
     if not found:
-        found.append(Finding("good", "packages", f"deepspeed {facts.packages['deepspeed']} and the {len(others) - 1} others are as "
-                                                 "pyproject.toml wants them"))
+        found.append(
+            Finding(
+                "good",
+                "packages",
+                f"deepspeed {facts.packages['deepspeed']} and the {len(others) - 1} others are as "
+                "pyproject.toml wants them",
+            )
+        )
     return found
 
 
 def _torch(facts: Facts) -> list[Finding]:
     torch, wanted = facts.torch, facts.wanted.get("torch", "")
     if torch is None:
-        return [Finding("wrong", "torch", "not installed (a login node needs none: plan, submit and doctor work without)", _SETUP)]
+        return [
+            Finding(
+                "wrong",
+                "torch",
+                "not installed (a login node needs none: plan, submit and doctor work without)",
+                _SETUP,
+            )
+        ]
     if isinstance(torch, str):
-        return [Finding("wrong", "torch", f"cannot be imported: {torch}", f"rm -r .venv && {_SETUP}")]
+        return [
+            Finding("wrong", "torch", f"cannot be imported: {torch}", f"rm -r .venv && {_SETUP}")
+        ]
     found = []
     if not satisfies(torch["version"], wanted):
-        found.append(Finding("wrong", "torch", f"{torch['version']}; {wanted} is needed", f"rm -f .venv/.installed && {_SETUP}"))
+        found.append(
+            Finding(
+                "wrong",
+                "torch",
+                f"{torch['version']}; {wanted} is needed",
+                f"rm -f .venv/.installed && {_SETUP}",
+            )
+        )
     else:
         build = f"CUDA {torch['cuda']}" if torch["cuda"] else "CPU build"
         found.append(Finding("good", "torch", f"{torch['version']}, {build}"))
     if not torch["gloo"]:
-        found.append(Finding("wrong", "gloo", "torch was built without it: ranks on CPUs cannot meet", f"rm -r .venv && {_SETUP}"))
+        found.append(
+            Finding(
+                "wrong",
+                "gloo",
+                "torch was built without it: ranks on CPUs cannot meet",
+                f"rm -r .venv && {_SETUP}",
+            )
+        )
     if torch["cuda"] and not torch["nccl"]:
-        found.append(Finding("wrong", "nccl", "torch was built without it: GPUs cannot talk to each other", f"rm -r .venv && {_SETUP}"))
+        found.append(
+            Finding(
+                "wrong",
+                "nccl",
+                "torch was built without it: GPUs cannot talk to each other",
+                f"rm -r .venv && {_SETUP}",
+            )
+        )
     return found
 
 
 def _gpus(facts: Facts) -> list[Finding]:
     torch = facts.torch if isinstance(facts.torch, dict) else None
     if isinstance(facts.gpus, str):
-        return [Finding("wrong", "gpu", facts.gpus, f"ask the machine's owner; until then {gpus.CPU}, or DS_ACCELERATOR=cpu")]
+        return [
+            Finding(
+                "wrong",
+                "gpu",
+                facts.gpus,
+                f"ask the machine's owner; until then {gpus.CPU}, or DS_ACCELERATOR=cpu",
+            )
+        ]
     if not facts.gpus:
         if facts.driver:
-            return [Finding("wrong", "gpu", "NVIDIA's driver is loaded, but nvidia-smi shows no GPU", "ask the machine's owner")]
+            return [
+                Finding(
+                    "wrong",
+                    "gpu",
+                    "NVIDIA's driver is loaded, but nvidia-smi shows no GPU",
+                    "ask the machine's owner",
+                )
+            ]
         return [Finding("note", "gpu", "none: everything runs on the CPU")]
-    found = [Finding("good", "gpu", f"{len(facts.gpus)} x {facts.gpus[0].name}, {facts.gpus[0].memory / 1024:.0f} GiB, driver "
-                                    f"{facts.gpus[0].driver}")]
-    found += [Finding("wrong", f"gpu {gpu.index}", text, "nvidia-smi -q -d PERFORMANCE,TEMPERATURE,ECC") for gpu in facts.gpus
-              for text in gpu.trouble]
+    found = [
+        Finding(
+            "good",
+            "gpu",
+            f"{len(facts.gpus)} x {facts.gpus[0].name}, {facts.gpus[0].memory / 1024:.0f} GiB, driver "
+            f"{facts.gpus[0].driver}",
+        )
+    ]
+    found += [
+        Finding("wrong", f"gpu {gpu.index}", text, "nvidia-smi -q -d PERFORMANCE,TEMPERATURE,ECC")
+        for gpu in facts.gpus
+        for text in gpu.trouble
+    ]
     if torch is None:
         return found
     if torch["cuda"] is None or (torch["gpus"] == 0 and facts.device_asked != "cpu"):
-        reason, _ = gpus.unusable(gpus.described(facts.gpus), torch["version"], torch["cuda"], facts.shown, torch.get("says", ""))
-        found.append(Finding("wrong", "torch", reason, "nvidia-smi; echo $CUDA_VISIBLE_DEVICES" if torch["cuda"] else
-                             f"rm -r .venv && env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL {_SETUP}"))
+        reason, _ = gpus.unusable(
+            gpus.described(facts.gpus),
+            torch["version"],
+            torch["cuda"],
+            facts.shown,
+            torch.get("says", ""),
+        )
+        found.append(
+            Finding(
+                "wrong",
+                "torch",
+                reason,
+                "nvidia-smi; echo $CUDA_VISIBLE_DEVICES"
+                if torch["cuda"]
+                else f"rm -r .venv && env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL {_SETUP}",
+            )
+        )
     elif unsupported := _unsupported(torch):
-        found.append(Finding("wrong", "torch", f"its build has no code for compute capability {unsupported}", f"rm -r .venv && {_SETUP}"))
+        found.append(
+            Finding(
+                "wrong",
+                "torch",
+                f"its build has no code for compute capability {unsupported}",
+                f"rm -r .venv && {_SETUP}",
+            )
+        )
     for index, seen in enumerate(torch.get("memory", []) if facts.device_asked != "cpu" else []):
         text = gpus.taken(index, seen)
         if text:
@@ -161,55 +270,109 @@ def _gpus(facts: Facts) -> list[Finding]:
 
 
 def _unsupported(torch: dict) -> str | None:
-    """The first GPU's compute capability that torch has no code for: same major number and at most its minor one."""
-    built = [(int(match[1]), int(match[2])) for arch in torch["arches"] if (match := re.fullmatch(r"sm_(\d+)(\d)[af]?", arch))]
+    """The first GPU's compute capability that torch has no code for: same major number and at most
+    its minor one.
+    """
+    built = [
+        (int(match[1]), int(match[2]))
+        for arch in torch["arches"]
+        if (match := re.fullmatch(r"sm_(\d+)(\d)[af]?", arch))
+    ]
     for major, minor in torch["capabilities"]:
-        if built and not any(a == major and b <= minor for a, b in built) and "compute_" not in " ".join(torch["arches"]):
+        if (
+            built
+            and not any(a == major and b <= minor for a, b in built)
+            and "compute_" not in " ".join(torch["arches"])
+        ):
             return f"{major}.{minor}"
     return None
 
 
 def _apex(facts: Facts) -> Finding:
     if facts.apex == "impostor":
-        return Finding("wrong", "apex", "the package of that name on PyPI, which is a web toolkit and not NVIDIA's (no apex.optimizers)",
-                       f"{facts.executable} -m pip uninstall apex   # it is optional; NVIDIA's is built from its source")
-    return Finding("good" if facts.apex == "nvidia" else "note", "apex",
-                   "NVIDIA's" if facts.apex == "nvidia" else "none (optional: train.optimizer=apex)")
+        return Finding(
+            "wrong",
+            "apex",
+            "the package of that name on PyPI, which is a web toolkit and not NVIDIA's (no apex.optimizers)",
+            f"{facts.executable} -m pip uninstall apex   # it is optional; NVIDIA's is built from its source",
+        )
+    return Finding(
+        "good" if facts.apex == "nvidia" else "note",
+        "apex",
+        "NVIDIA's" if facts.apex == "nvidia" else "none (optional: train.optimizer=apex)",
+    )
 
 
 def _compilers(facts: Facts) -> list[Finding]:
     found = []
     if facts.compiler is None:
         fix = "apt-get install -y g++   # or: module load gcc"
-        found.append(Finding("wrong" if facts.gpus else "note", "compiler", "no C++ compiler: DeepSpeed cannot build its operators "
-                             "(train.optimizer=deepspeed, offload), nor torch what train.compile needs", fix if facts.gpus else ""))
+        found.append(
+            Finding(
+                "wrong" if facts.gpus else "note",
+                "compiler",
+                "no C++ compiler: DeepSpeed cannot build its operators "
+                "(train.optimizer=deepspeed, offload), nor torch what train.compile needs",
+                fix if facts.gpus else "",
+            )
+        )
     else:
         found.append(Finding("good", "compiler", facts.compiler))
     cuda = facts.torch["cuda"] if isinstance(facts.torch, dict) else None
     if cuda and facts.nvcc and cuda.split(".")[0] != facts.nvcc.split(".")[0]:
-        found.append(Finding("wrong", "cuda", f"nvcc is of CUDA {facts.nvcc}, torch of {cuda}: what DeepSpeed builds would not load",
-                             f"module load cuda/{cuda}   # or: export CUDA_HOME=/usr/local/cuda-{cuda}"))
+        found.append(
+            Finding(
+                "wrong",
+                "cuda",
+                f"nvcc is of CUDA {facts.nvcc}, torch of {cuda}: what DeepSpeed builds would not load",
+                f"module load cuda/{cuda}   # or: export CUDA_HOME=/usr/local/cuda-{cuda}",
+            )
+        )
     elif cuda and facts.nvcc is None:
-        found.append(Finding("note", "cuda", "no nvcc: DeepSpeed's own CUDA operators cannot be built (torch's Adam needs none)"))
+        found.append(
+            Finding(
+                "note",
+                "cuda",
+                "no nvcc: DeepSpeed's own CUDA operators cannot be built (torch's Adam needs none)",
+            )
+        )
     return found
 
 
 def _machine(facts: Facts) -> list[Finding]:
     found = []
     if facts.shm is not None and facts.shm < _SHM_LEAST:
-        found.append(Finding("wrong" if facts.gpus else "note", "/dev/shm", f"{facts.shm / 2**20:.0f} MiB: too small for NCCL and for data workers",
-                             "mount -o remount,size=8G /dev/shm   # in a container: --shm-size=8g"))
+        found.append(
+            Finding(
+                "wrong" if facts.gpus else "note",
+                "/dev/shm",
+                f"{facts.shm / 2**20:.0f} MiB: too small for NCCL and for data workers",
+                "mount -o remount,size=8G /dev/shm   # in a container: --shm-size=8g",
+            )
+        )
     if facts.omp is not None and (not facts.omp.isdigit() or not 1 <= int(facts.omp) <= facts.cpus):
-        found.append(Finding("wrong", "OMP_NUM_THREADS", f"{facts.omp!r} on {facts.cpus} CPUs: ranks would fight for them",
-                             "unset OMP_NUM_THREADS"))
+        found.append(
+            Finding(
+                "wrong",
+                "OMP_NUM_THREADS",
+                f"{facts.omp!r} on {facts.cpus} CPUs: ranks would fight for them",
+                "unset OMP_NUM_THREADS",
+            )
+        )
     elif facts.omp is None:
-        found.append(Finding("good", "OMP_NUM_THREADS", f"unset: the ranks of a node share its {facts.cpus} CPUs"))
+        found.append(
+            Finding(
+                "good", "OMP_NUM_THREADS", f"unset: the ranks of a node share its {facts.cpus} CPUs"
+            )
+        )
     found.append(Finding("note", "slurm", facts.slurm or "none: sbatch is not on the PATH"))
     return found
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Whether ``version`` meets ``>=a,<b,==c``; numbers only, local parts such as +cpu and pre-release tags left out."""
+    """Whether ``version`` meets ``>=a,<b,==c``; numbers only, local parts such as +cpu and
+    pre-release tags left out.
+    """
     have = _numbers(version)
     for clause in filter(None, wanted.replace(" ", "").split(",")):
         match = re.fullmatch(r"(>=|<=|==|<|>|~=|!=)([\w.*+]+)", clause)
@@ -218,8 +381,15 @@ def satisfies(version: str, wanted: str) -> bool:
         sign, limit = match[1], _numbers(match[2])
         length = max(len(have), len(limit))
         a, b = (tuple(part + (0,) * (length - len(part))) for part in (have, limit))
-        if not {">=": a >= b, "<=": a <= b, "==": a == b, "<": a < b, ">": a > b, "!=": a != b,
-                "~=": a >= b and a[: len(limit) - 1] == b[: len(limit) - 1]}[sign]:
+        if not {
+            ">=": a >= b,
+            "<=": a <= b,
+            "==": a == b,
+            "<": a < b,
+            ">": a > b,
+            "!=": a != b,
+            "~=": a >= b and a[: len(limit) - 1] == b[: len(limit) - 1],
+        }[sign]:
             return False
     return True
 
@@ -244,26 +414,45 @@ def gather() -> Facts:
     except UserError as error:
         cards = str(error)
     return Facts(
-        python=sys.version_info[:2], executable=sys.executable, packages=packages, wanted=wanted, wanted_python=wanted_python,
-        torch=_ask_torch(), apex=_which_apex(), gpus=cards, driver=gpus.has_driver(), nvcc=_nvcc(),
-        compiler=_compiler(), shm=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,
-        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        omp=os.environ.get("OMP_NUM_THREADS"), slurm=_slurm(),
-        device_asked=os.environ.get("DS_ACCELERATOR"), shown=os.environ.get("CUDA_VISIBLE_DEVICES"))
+        python=sys.version_info[:2],
+        executable=sys.executable,
+        packages=packages,
+        wanted=wanted,
+        wanted_python=wanted_python,
+        torch=_ask_torch(),
+        apex=_which_apex(),
+        gpus=cards,
+        driver=gpus.has_driver(),
+        nvcc=_nvcc(),
+        compiler=_compiler(),
+        shm=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,
+        cpus=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
+        omp=os.environ.get("OMP_NUM_THREADS"),
+        slurm=_slurm(),
+        device_asked=os.environ.get("DS_ACCELERATOR"),
+        shown=os.environ.get("CUDA_VISIBLE_DEVICES"),
+    )
 
 
 def _wanted() -> tuple[str, dict[str, str]]:
-    """The Python and the packages that the repository's pyproject.toml asks for (Python 3.10 has no parser for it), or what an
-    installed package says of itself."""
+    """The Python and the packages that the repository's pyproject.toml asks for (Python 3.10 has no
+    parser for it), or what an installed package says of itself.
+    """
     path = ROOT / "pyproject.toml"
     if path.is_file():
         text = path.read_text()
         python = re.search(r'^requires-python = "([^"]*)"', text, re.M)
         block = re.search(r"^dependencies = \[(.*?)^\]", text, re.M | re.S)
         assert python and block, "pyproject.toml has requires-python and dependencies"
-        return python[1], {match[1]: match[2] for match in re.finditer(r'"([\w-]+)([^"]*)"', block[1])}
+        return python[1], {
+            match[1]: match[2] for match in re.finditer(r'"([\w-]+)([^"]*)"', block[1])
+        }
     about = importlib.metadata.metadata("diffmoe")
-    needed = [text for text in about.get_all("Requires-Dist") or [] if ";" not in text]  # not the extras
+    needed = [
+        text for text in about.get_all("Requires-Dist") or [] if ";" not in text
+    ]  # not the extras
     found = [re.fullmatch(r"([\w-]+)(.*)", text) for text in needed]
     return about["Requires-Python"], {match[1]: match[2] for match in found if match}
 
@@ -272,7 +461,9 @@ def _ask_torch() -> dict | str | None:
     if importlib.util.find_spec("torch") is None:
         return None
     try:
-        done = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=180, cwd="/")
+        done = subprocess.run(
+            [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=180, cwd="/"
+        )
     except subprocess.TimeoutExpired:
         return "its import takes more than three minutes"
     if done.returncode:
@@ -285,7 +476,11 @@ def _which_apex() -> Literal["none", "nvidia", "impostor"]:
     if spec is None:
         return "none"
     folders = spec.submodule_search_locations or []
-    return "nvidia" if any((Path(folder) / "optimizers").is_dir() for folder in folders) else "impostor"
+    return (
+        "nvidia"
+        if any((Path(folder) / "optimizers").is_dir() for folder in folders)
+        else "impostor"
+    )
 
 
 def _nvcc() -> str | None:
@@ -297,12 +492,17 @@ def _nvcc() -> str | None:
 
 
 def _compiler() -> str | None:
-    return _first_line([os.environ.get("CXX", "c++"), "--version"]) or _first_line(["g++", "--version"])
+    return _first_line([os.environ.get("CXX", "c++"), "--version"]) or _first_line(
+        ["g++", "--version"]
+    )
 
 
 def _slurm() -> str | None:
     program = shutil.which("sbatch")
-    return program and (_first_line([program, "--version"]) or f"{program}, which does not know its cluster (SLURM_CONF)")
+    return program and (
+        _first_line([program, "--version"])
+        or f"{program}, which does not know its cluster (SLURM_CONF)"
+    )
 
 
 def _first_line(command: list[str]) -> str | None:
@@ -319,8 +519,12 @@ def _output(command: list[str]) -> str:
 
 def main(arguments: list[str]) -> int:
     """The verb ``doctor``; returns 0, or 1 when something is wrong."""
-    parser = Parser("doctor", f"Says what is installed on this {platform.system()} machine, what is wrong and what to type.  Exit code 1 when "
-                    "something is wrong.", "python -m launcher doctor")
+    parser = Parser(
+        "doctor",
+        f"Says what is installed on this {platform.system()} machine, what is wrong and what to type.  Exit code 1 when "
+        "something is wrong.",
+        "python -m launcher doctor",
+    )
     parser.parse_args(arguments)
     findings = judge(gather())
     width = max(len(finding.what) for finding in findings)

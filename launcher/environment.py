@@ -1,4 +1,5 @@
-"""Who am I among the ranks? One answer under torchrun, the deepspeed command, srun and plain python.
+"""Who am I among the ranks? One answer under torchrun, the deepspeed command, srun and plain
+python.
 
 The environment is the authority: torchrun leaves the argument ``--local_rank`` at -1.
 """
@@ -43,10 +44,11 @@ class RankEnvironment:
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> RankEnvironment:
-    """Reads the launcher's variables: RANK and its companions first, then srun's step, else one process.
+    """Reads the launcher's variables: RANK and its companions first, then srun's step, else one
+    process.
 
-    ``DIFFMOE_STORE`` (a file's path) replaces the rendezvous by address and port. It must be a fresh file for
-    each start of the ranks, on a file system that all of them see.
+    ``DIFFMOE_STORE`` (a file's path) replaces the rendezvous by address and port. It must be a
+    fresh file for each start of the ranks, on a file system that all of them see.
     """
     if "RANK" in environ:
         return _from_rank(environ)
@@ -60,10 +62,12 @@ def detect(environ: Mapping[str, str] = os.environ) -> RankEnvironment:
 def export(env: RankEnvironment, environ: MutableMapping[str, str] = os.environ) -> None:
     """Writes the variables that torch's ``env://`` and DeepSpeed read.
 
-    And, unless the user has, how torch's allocator keeps a GPU's memory, which it reads when CUDA starts: exchanges
-    between experts vary in size, and would leave gaps between segments that cannot grow.
+    And, unless the user has, how torch's allocator keeps a GPU's memory, which it reads when CUDA
+    starts: exchanges between experts vary in size, and would leave gaps between segments that
+    cannot grow.
 
-    With ``init_method`` set, pass that to the initialisation: the address and port then are placeholders.
+    With ``init_method`` set, pass that to the initialisation: the address and port then are
+    placeholders.
     """
     environ["RANK"] = str(env.rank)
     environ["WORLD_SIZE"] = str(env.world)
@@ -81,49 +85,85 @@ def host_name() -> str:
 
 
 def check_started(env: RankEnvironment, typed: bool) -> None:
-    """Raises UserError for one of a Slurm step's processes that a person has started in its shell (``typed``, see
-    :func:`typed_at_a_terminal`): no other process of the step would come.  ``srun --ntasks=4 --pty bash`` makes such a shell."""
+    """Raises UserError for one of a Slurm step's processes that a person has started in its shell
+    (``typed``, see :func:`typed_at_a_terminal`): no other process of the step would come.  ``srun
+    --ntasks=4 --pty bash`` makes such a shell.
+    """
     if env.source == "srun" and env.world > 1 and typed:
-        raise UserError(f"SLURM_NTASKS ({env.world}) is that of this shell's step, and this is one process: type srun --overlap "
-                        f"--ntasks={env.world} python run.py ... for {env.world} ranks, or unset SLURM_STEP_ID for one")
+        raise UserError(
+            f"SLURM_NTASKS ({env.world}) is that of this shell's step, and this is one process: type srun --overlap "
+            f"--ntasks={env.world} python run.py ... for {env.world} ranks, or unset SLURM_STEP_ID for one"
+        )
 
 
 def typed_at_a_terminal() -> bool:
-    """Whether an interactive shell started this process, alone or in a script: such a shell gives each command a process group
-    of its own in a session with a terminal.  A task of ``srun --pty`` begins its session; those of ``srun --unbuffered`` write to a
-    terminal that is not their session's."""
-    return any(_is_sessions_terminal(descriptor) for descriptor in range(3)) and os.getpgrp() != os.getsid(0)
+    """Whether an interactive shell started this process, alone or in a script: such a shell gives
+    each command a process group of its own in a session with a terminal.  A task of ``srun --pty``
+    begins its session; those of ``srun --unbuffered`` write to a terminal that is not their
+    session's.
+    """
+    return any(
+        _is_sessions_terminal(descriptor) for descriptor in range(3)
+    ) and os.getpgrp() != os.getsid(0)
 
 
 def check_master(env: RankEnvironment) -> None:
-    """Raises UserError where the address at which the ranks are to meet means nothing on this machine."""
+    """Raises UserError where the address at which the ranks are to meet means nothing on this
+    machine.
+    """
     if env.world == 1 or env.init_method is not None:
         return
     try:
         socket.getaddrinfo(env.master_addr, env.master_port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:  # the latter of a name with an empty part
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"MASTER_ADDR ({env.master_addr}) cannot be resolved on {socket.gethostname()}: {reason}; set MASTER_ADDR to the "
-                        "name or address by which all nodes reach rank 0's") from None
+        raise UserError(
+            f"MASTER_ADDR ({env.master_addr}) cannot be resolved on {socket.gethostname()}: {reason}; set MASTER_ADDR to the "
+            "name or address by which all nodes reach rank 0's"
+        ) from None
 
 
 def missed(env: RankEnvironment) -> str:
-    """What to look at when the other ranks do not come: where they are waited for, what says that there are any, what to type."""
-    where = (f"DIFFMOE_STORE ({env.init_method.removeprefix('file://')})" if env.init_method else
-             f"MASTER_ADDR ({env.master_addr}), MASTER_PORT ({env.master_port})")
+    """What to look at when the other ranks do not come: where they are waited for, what says that
+    there are any, what to type.
+    """
+    where = (
+        f"DIFFMOE_STORE ({env.init_method.removeprefix('file://')})"
+        if env.init_method
+        else f"MASTER_ADDR ({env.master_addr}), MASTER_PORT ({env.master_port})"
+    )
     said, instead = {
-        "srun": (f"SLURM_NTASKS ({env.world})", "if this was to be one process, unset SLURM_STEP_ID"),
-        "environment": (f"WORLD_SIZE ({env.world})", "if this was to be one process, unset RANK WORLD_SIZE LOCAL_RANK, which an earlier "
-                        "command may have left"),
-    }.get(env.source, (f"WORLD_SIZE ({env.world})", f"see that the {env.source} command runs on every node with the same address and port"))
+        "srun": (
+            f"SLURM_NTASKS ({env.world})",
+            "if this was to be one process, unset SLURM_STEP_ID",
+        ),
+        "environment": (
+            f"WORLD_SIZE ({env.world})",
+            "if this was to be one process, unset RANK WORLD_SIZE LOCAL_RANK, which an earlier "
+            "command may have left",
+        ),
+    }.get(
+        env.source,
+        (
+            f"WORLD_SIZE ({env.world})",
+            f"see that the {env.source} command runs on every node with the same address and port",
+        ),
+    )
     return f"rank {env.rank} waits for the others of {said} at {where}: start them, or {instead}"
 
 
 def expand_nodelist(nodelist: str) -> list[str]:
     """Host names of a Slurm node list: ``node[01-03,7],other`` is node01 node02 node03 node7 other."""
-    if not re.fullmatch(r"(?!,)(?:[^\[\],\s]|,(?=[^,\s])|\[[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*\])+", nodelist):
+    if not re.fullmatch(
+        r"(?!,)(?:[^\[\],\s]|,(?=[^,\s])|\[[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*\])+", nodelist
+    ):
         raise UserError(f"node list ({nodelist!r}) is not one of Slurm's: name, name[01-03,7], ...")
-    return [host for pattern in re.split(r",(?![^\[]*\])", nodelist) if pattern for host in _expand_pattern(pattern)]
+    return [
+        host
+        for pattern in re.split(r",(?![^\[]*\])", nodelist)
+        if pattern
+        for host in _expand_pattern(pattern)
+    ]
 
 
 def expand_task_counts(counts: str) -> list[int]:
@@ -138,9 +178,11 @@ def expand_task_counts(counts: str) -> list[int]:
 
 
 def rendezvous_port(job: int, step: int) -> int:
-    """The port on which rank 0 of a job's step listens, the same for every rank without a word between them.
+    """The port on which rank 0 of a job's step listens, the same for every rank without a word
+    between them.
 
-    10000 + (32 * job + step) mod 22016: steps below 32 of any 688 consecutive jobs have ports of their own.
+    10000 + (32 * job + step) mod 22016: steps below 32 of any 688 consecutive jobs have ports of
+    their own.
     """
     return _FIRST_PORT + (_STEPS_PER_JOB * job + step) % (_STEPS_PER_JOB * _JOBS)
 
@@ -157,8 +199,11 @@ def _from_rank(environ: Mapping[str, str]) -> RankEnvironment:
     rank = _integer(environ, "RANK", "WORLD_SIZE")
     world = _integer(environ, "WORLD_SIZE", "RANK")
     local_rank = _integer(environ, "LOCAL_RANK", "RANK")
-    # The deepspeed command says LOCAL_SIZE. Variables set by hand may say neither: that is one node.
-    local_world_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), "WORLD_SIZE")
+    # The deepspeed command says LOCAL_SIZE. Variables set by hand may say neither: that is one
+    # node.
+    local_world_name = next(
+        (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), "WORLD_SIZE"
+    )
     local_world = _integer(environ, local_world_name, "RANK")
     _check_below("RANK", rank, "WORLD_SIZE", world)
     _check_below("LOCAL_RANK", local_rank, local_world_name, local_world)
@@ -170,18 +215,32 @@ def _from_rank(environ: Mapping[str, str]) -> RankEnvironment:
     elif "CROSS_RANK" in environ:
         source = "deepspeed"
     elif _in_srun_step(environ) and world < _integer(environ, "SLURM_NTASKS", "SLURM_STEP_ID"):
-        raise UserError(f"WORLD_SIZE ({world}) must not be below SLURM_NTASKS ({environ['SLURM_NTASKS']}): unset RANK WORLD_SIZE LOCAL_RANK, "
-                        "which an earlier shell may have set, and srun's own variables count")
+        raise UserError(
+            f"WORLD_SIZE ({world}) must not be below SLURM_NTASKS ({environ['SLURM_NTASKS']}): unset RANK WORLD_SIZE LOCAL_RANK, "
+            "which an earlier shell may have set, and srun's own variables count"
+        )
     store = _file_store(environ)
     if store is not None or (world == 1 and "MASTER_ADDR" not in environ):
         return RankEnvironment(rank, world, local_rank, local_world, source, store)
     if "MASTER_ADDR" not in environ:
-        raise UserError(f"WORLD_SIZE ({world}) needs MASTER_ADDR and MASTER_PORT (or DIFFMOE_STORE), which are unset")
-    return RankEnvironment(rank, world, local_rank, local_world, source, None, environ["MASTER_ADDR"], _master_port(environ, world))
+        raise UserError(
+            f"WORLD_SIZE ({world}) needs MASTER_ADDR and MASTER_PORT (or DIFFMOE_STORE), which are unset"
+        )
+    return RankEnvironment(
+        rank,
+        world,
+        local_rank,
+        local_world,
+        source,
+        None,
+        environ["MASTER_ADDR"],
+        _master_port(environ, world),
+    )
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
-    # A batch script and salloc's shell carry SLURM_PROCID=0 and the job's SLURM_NTASKS, yet are one process.
+    # A batch script and salloc's shell carry SLURM_PROCID=0 and the job's SLURM_NTASKS, yet are one
+    # process.
     if "SLURM_STEP_ID" not in environ:
         return False
     return _integer(environ, "SLURM_STEP_ID", "SLURM_JOB_ID") < _FIRST_SPECIAL_STEP
@@ -204,7 +263,9 @@ def _from_srun(environ: Mapping[str, str]) -> RankEnvironment:
 
 
 def _srun_local_world(environ: Mapping[str, str], world: int) -> int:
-    name = _first_set(environ, ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"), "SLURM_STEP_ID")
+    name = _first_set(
+        environ, ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"), "SLURM_STEP_ID"
+    )
     counts = expand_task_counts(environ[name])
     if sum(counts) != world:
         raise UserError(f"{name} ({environ[name]}) must add up to SLURM_NTASKS ({world})")
@@ -229,7 +290,9 @@ def _srun_master(environ: Mapping[str, str]) -> tuple[str, int]:
 def _master_port(environ: Mapping[str, str], world: int) -> int:
     port = _integer(environ, "MASTER_PORT", "MASTER_ADDR")
     if not int(world > 1) <= port < 2**16:  # one rank takes any free port for 0
-        raise UserError(f"MASTER_PORT ({port}) must be from 1 to 65535: any that is free on MASTER_ADDR ({environ.get('MASTER_ADDR', 'unset')})")
+        raise UserError(
+            f"MASTER_PORT ({port}) must be from 1 to 65535: any that is free on MASTER_ADDR ({environ.get('MASTER_ADDR', 'unset')})"
+        )
     return port
 
 
@@ -244,7 +307,12 @@ def _expand_pattern(pattern: str) -> list[str]:
         return [pattern]
     ranges, _, tail = rest.partition("]")
     tails = _expand_pattern(tail)
-    return [f"{head}{number}{end}" for item in ranges.split(",") for number in _expand_range(item) for end in tails]
+    return [
+        f"{head}{number}{end}"
+        for item in ranges.split(",")
+        for number in _expand_range(item)
+        for end in tails
+    ]
 
 
 def _expand_range(item: str) -> list[str]:
@@ -269,7 +337,9 @@ def _integer(environ: Mapping[str, str], name: str, companion: str) -> int:
         raise UserError(f"{name} is unset but {companion} is {environ.get(companion, 'unset')}")
     text = environ[name]
     if not re.fullmatch(r"[0-9]+", text):
-        raise UserError(f"{name} ({text!r}) must be an integer >= 0 ({companion}={environ.get(companion, 'unset')})")
+        raise UserError(
+            f"{name} ({text!r}) must be an integer >= 0 ({companion}={environ.get(companion, 'unset')})"
+        )
     return int(text)
 
 

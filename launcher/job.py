@@ -1,10 +1,12 @@
-"""What the job scripts ask for: a folder for the job before it starts, and after it has stopped whether to start it again.
+"""What the job scripts ask for: a folder for the job before it starts, and after it has stopped
+whether to start it again.
 
-    python -m launcher job prepare --config C.yaml --ranks N [--deepspeed_config D.json] [section.field=value ...]
-    python -m launcher job after FOLDER STATUS [--out OUT]
+    python -m launcher job prepare --config C.yaml --ranks N [--deepspeed_config D.json]
+    [section.field=value ...] python -m launcher job after FOLDER STATUS [--out OUT]
 
-A training job's folder is ``<run.folder>/jobs/<job's number>``: the code and the resolved configuration that it runs from (a
-requeued job goes on with the same ones, whatever became of the working tree), the commit, a log for each node.  No torch here.
+A training job's folder is ``<run.folder>/jobs/<job's number>``: the code and the resolved
+configuration that it runs from (a requeued job goes on with the same ones, whatever became of the
+working tree), the commit, a log for each node.  No torch here.
 """
 
 import json
@@ -18,7 +20,8 @@ from diffmoe.errors import UserError
 from launcher.command_line import Parser
 from launcher.sources import commit
 
-# The exit code that asks the job's script for a requeue (EX_TEMPFAIL of sysexits.h); 2 is bad input, as everywhere.
+# The exit code that asks the job's script for a requeue (EX_TEMPFAIL of sysexits.h); 2 is bad
+# input, as everywhere.
 START_AGAIN, BAD_INPUT = 75, 2
 # So many starts in a row may end without progress before the job is given up.
 FRUITLESS_STARTS = 3
@@ -35,8 +38,16 @@ class Verdict:
     text: str
 
 
-def prepare(config_path: str, deepspeed_path: str | None, ranks: int, overrides: list[str], job: str, root: Path) -> Path:
-    """Makes (or finds, after a requeue) the folder of training job ``job``.  ``root`` is the repository.
+def prepare(
+    config_path: str,
+    deepspeed_path: str | None,
+    ranks: int,
+    overrides: list[str],
+    job: str,
+    root: Path,
+) -> Path:
+    """Makes (or finds, after a requeue) the folder of training job ``job``.  ``root`` is the
+    repository.
 
     Raises:
         UserError: what ``run.py --dry-run`` would say about this configuration on ``ranks`` ranks.
@@ -60,7 +71,9 @@ def prepare(config_path: str, deepspeed_path: str | None, ranks: int, overrides:
         for name in CODE:
             _copy(root / name, partial / "code" / name)
         (partial / "commit.txt").write_text(commit(root) + "\n")
-        (partial / "config.yaml").write_text(yaml.safe_dump(config_to_tree(config), sort_keys=False))
+        (partial / "config.yaml").write_text(
+            yaml.safe_dump(config_to_tree(config), sort_keys=False)
+        )
         (partial / "deepspeed.json").write_text(json.dumps(tree, indent=1) + "\n")
         _write_state(partial, newest_step(run), 0)
         partial.rename(folder)
@@ -71,18 +84,29 @@ def prepare(config_path: str, deepspeed_path: str | None, ranks: int, overrides:
 
 def newest_step(run: Path) -> int:
     """The step of the newest complete checkpoint in a run folder; -1 when there is none."""
-    steps = [int(match[1]) for path in run.glob("checkpoints/step_*/checkpoint.json")
-             if (match := _STEP_FOLDER.fullmatch(path.parent.name))]
+    steps = [
+        int(match[1])
+        for path in run.glob("checkpoints/step_*/checkpoint.json")
+        if (match := _STEP_FOLDER.fullmatch(path.parent.name))
+    ]
     return max(steps, default=-1)
 
 
 def after_training(folder: Path, status: int) -> Verdict:
-    """The verdict on training job ``folder`` whose ranks ended with ``status``: is the run at its last step?"""
+    """The verdict on training job ``folder`` whose ranks ended with ``status``: is the run at its
+    last step?
+    """
     import yaml
 
     last = yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"]
     step = newest_step(folder.parent.parent)
-    return _verdict(folder, status, step, finished=status == 0 and step >= last, where=f"step {max(step, 0)} of {last}")
+    return _verdict(
+        folder,
+        status,
+        step,
+        finished=status == 0 and step >= last,
+        where=f"step {max(step, 0)} of {last}",
+    )
 
 
 def after_writing(folder: Path, status: int, out: Path) -> Verdict:
@@ -103,7 +127,10 @@ def _verdict(folder: Path, status: int, progress: int, finished: bool, where: st
     fruitless = 0 if progress > state["progress"] else state["fruitless"] + 1
     _write_state(folder, progress, fruitless)
     if fruitless >= FRUITLESS_STARTS:
-        return Verdict(status or 1, f"given up (status {status}, {where}): {fruitless} starts in a row brought no progress")
+        return Verdict(
+            status or 1,
+            f"given up (status {status}, {where}): {fruitless} starts in a row brought no progress",
+        )
     return Verdict(START_AGAIN, f"not finished (status {status}, {where}): to be started again")
 
 
@@ -120,20 +147,29 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """``job prepare`` prints the job's folder; ``job after`` prints the verdict and returns its code."""
+    """``job prepare`` prints the job's folder; ``job after`` prints the verdict and returns its
+    code.
+    """
     if arguments[:1] == ["after"]:
         return _main_after(arguments[1:])
     if arguments[:1] == ["prepare"]:
         return _main_prepare(arguments[1:])
-    print(f"usage: python -m launcher job prepare|after ...\n\n{__doc__}\nexample:\n  python -m launcher job after runs/mine/jobs/7 143")
+    print(
+        f"usage: python -m launcher job prepare|after ...\n\n{__doc__}\nexample:\n  python -m launcher job after runs/mine/jobs/7 143"
+    )
     return 0 if arguments[:1] in (["-h"], ["--help"]) else BAD_INPUT
 
 
 def _main_prepare(arguments: list[str]) -> int:
-    parser = Parser("job prepare", "Makes the folder that a training job runs from, and prints it.",
-                    "SLURM_JOB_ID=7 python -m launcher job prepare --config configs/demo.yaml --ranks 2 train.steps=10")
+    parser = Parser(
+        "job prepare",
+        "Makes the folder that a training job runs from, and prints it.",
+        "SLURM_JOB_ID=7 python -m launcher job prepare --config configs/demo.yaml --ranks 2 train.steps=10",
+    )
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
-    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
+    parser.add_argument(
+        "--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)"
+    )
     parser.add_argument("--ranks", type=int, required=True, help="ranks that the job will have")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
@@ -142,13 +178,25 @@ def _main_prepare(arguments: list[str]) -> int:
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         raise UserError("SLURM_JOB_ID is unset: job prepare is for a job's script")
-    print(prepare(options.config, options.deepspeed_config, options.ranks, options.overrides, job, Path.cwd()))
+    print(
+        prepare(
+            options.config,
+            options.deepspeed_config,
+            options.ranks,
+            options.overrides,
+            job,
+            Path.cwd(),
+        )
+    )
     return 0
 
 
 def _main_after(arguments: list[str]) -> int:
-    parser = Parser("job after", f"Says what becomes of a job whose ranks have ended; exit code {START_AGAIN}: start it again.",
-                    "python -m launcher job after runs/mine/jobs/7 143")
+    parser = Parser(
+        "job after",
+        f"Says what becomes of a job whose ranks have ended; exit code {START_AGAIN}: start it again.",
+        "python -m launcher job after runs/mine/jobs/7 143",
+    )
     parser.add_argument("folder", type=Path, help="the job's folder")
     parser.add_argument("status", type=int, help="srun's exit code")
     parser.add_argument("--out", type=Path, help="not a training job: the folder that it fills")
@@ -156,8 +204,13 @@ def _main_after(arguments: list[str]) -> int:
     if not options.folder.is_dir():
         raise UserError(f"folder ({options.folder}) does not exist")
     if options.out is None and not (options.folder / "config.yaml").is_file():
-        raise UserError(f"folder ({options.folder}) has no config.yaml: it is no training job's (of another: --out OUT)")
-    verdict = (after_training(options.folder, options.status) if options.out is None
-               else after_writing(options.folder, options.status, options.out))
+        raise UserError(
+            f"folder ({options.folder}) has no config.yaml: it is no training job's (of another: --out OUT)"
+        )
+    verdict = (
+        after_training(options.folder, options.status)
+        if options.out is None
+        else after_writing(options.folder, options.status, options.out)
+    )
     print(verdict.text)
     return verdict.code

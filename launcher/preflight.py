@@ -1,6 +1,8 @@
-"""The verb ``preflight``: are these nodes fit for this run?  Under srun, torchrun, deepspeed or alone; seconds, not minutes.
+"""The verb ``preflight``: are these nodes fit for this run?  Under srun, torchrun, deepspeed or
+alone; seconds, not minutes.
 
-Every rank measures (``launcher/probe.py``), rank 0 judges and prints, and all return the same exit code.
+Every rank measures (``launcher/probe.py``), rank 0 judges and prints, and all return the same exit
+code.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.placement import place
 from launcher.command_line import Parser
-from launcher.environment import RankEnvironment, check_started, detect, host_name, typed_at_a_terminal
+from launcher.environment import (
+    RankEnvironment,
+    check_started,
+    detect,
+    host_name,
+    typed_at_a_terminal,
+)
 from launcher.probe import OVER_HOSTS, Absent, Exchange, Links, Report
 
 if TYPE_CHECKING:
@@ -29,8 +37,9 @@ if TYPE_CHECKING:
     from diffmoe.config import Config
 
 CLOCK_TOLERANCE = 1.0  # seconds
-# A link below this share of what is expected is slow: expected is what the command line says, else what the better quarter
-# of the links reach (half of all links are slow when a quarter of the nodes are).
+# A link below this share of what is expected is slow: expected is what the command line says, else
+# what the better quarter of the links reach (half of all links are slow when a quarter of the nodes
+# are).
 SLOW = {"told": 0.5, "cuda": 0.4, "cpu": 0.1}
 SLOW_GPU = 0.8
 _ENOUGH = 3  # links or GPUs that it takes to compare them with each other
@@ -48,24 +57,48 @@ class Problem:
 
 @dataclass(frozen=True)
 class Expected:
-    """GB/s that a rank should reach to one on another node, and on its own; None: they are compared with each other."""
+    """GB/s that a rank should reach to one on another node, and on its own; None: they are compared
+    with each other.
+    """
 
     between_nodes: float | None = None
     within_nodes: float | None = None
 
 
 def judge(reports: list[Report], links: Links, expected: Expected, kind: str) -> list[Problem]:
-    """What is wrong with these nodes, worst first named by host.  ``kind``: cuda or cpu, how even links are."""
+    """What is wrong with these nodes, worst first named by host.  ``kind``: cuda or cpu, how even
+    links are.
+    """
     hosts = [report.host for report in reports]
     problems = _judge_own(reports)
-    problems += _judge_versions(reports) + _judge_sharing(reports) + _judge_clocks(reports) + _judge_speeds(reports)
-    problems += _judge_links(links.between_nodes, expected.between_nodes, kind, "node {} - node {}".format, lambda host: host)
-    problems += _judge_links(links.within_nodes, expected.within_nodes, kind,
-                             lambda a, b: f"{hosts[a]}: rank {a} - rank {b}", lambda rank: hosts[rank])
+    problems += (
+        _judge_versions(reports)
+        + _judge_sharing(reports)
+        + _judge_clocks(reports)
+        + _judge_speeds(reports)
+    )
+    problems += _judge_links(
+        links.between_nodes,
+        expected.between_nodes,
+        kind,
+        "node {} - node {}".format,
+        lambda host: host,
+    )
+    problems += _judge_links(
+        links.within_nodes,
+        expected.within_nodes,
+        kind,
+        lambda a, b: f"{hosts[a]}: rank {a} - rank {b}",
+        lambda rank: hosts[rank],
+    )
     nodes = len(set(hosts))
     limit = expected.between_nodes if nodes > 1 else expected.within_nodes
     shared = {f"{name} of all ranks": speed for name, speed in links.whole.items()}
-    shared |= {"all-to-all of EP groups": speed for name, speed in links.experts.items() if name == OVER_HOSTS}
+    shared |= {
+        "all-to-all of EP groups": speed
+        for name, speed in links.experts.items()
+        if name == OVER_HOSTS
+    }
     for name, speed in shared.items():
         if limit is not None and speed < SLOW["told"] * limit:
             problems.append(Problem((), f"{name}: {speed:.3g} GB/s a rank, {limit:.3g} expected"))
@@ -73,7 +106,9 @@ def judge(reports: list[Report], links: Links, expected: Expected, kind: str) ->
 
 
 def _judge_own(reports: list[Report]) -> list[Problem]:
-    """What nodes say of themselves.  What all of several say is no fault of a node: a data folder that is nowhere, say."""
+    """What nodes say of themselves.  What all of several say is no fault of a node: a data folder
+    that is nowhere, say.
+    """
     said: dict[str, list[str]] = {}
     for report in reports:
         for text in report.problems:
@@ -94,25 +129,44 @@ def _judge_versions(reports: list[Report]) -> list[Problem]:
     for name in dict.fromkeys(name for report in reports for name in report.versions):
         said = [report.versions.get(name, "none") for report in reports]
         common = Counter(said).most_common(1)[0][0]
-        problems += [Problem((report.host,), f"{report.host}: {name} is {version}, elsewhere {common}")
-                     for report, version in zip(reports, said) if version != common]
+        problems += [
+            Problem((report.host,), f"{report.host}: {name} is {version}, elsewhere {common}")
+            for report, version in zip(reports, said)
+            if version != common
+        ]
     return problems
 
 
 def _judge_sharing(reports: list[Report]) -> list[Problem]:
-    """Rank 0's node is the odd one when most others do not see its file; of two nodes nobody knows which."""
+    """Rank 0's node is the odd one when most others do not see its file; of two nodes nobody knows
+    which.
+    """
     nodes = dict.fromkeys(report.host for report in reports)
     blind = dict.fromkeys(report.host for report in reports if not report.shares)
     if not blind:
         return []
-    odd = tuple(blind) if 2 * len(blind) < len(nodes) else () if len(nodes) == 2 else (reports[0].host,)
-    return [Problem(odd, f"the run folder is not shared: {', '.join(blind)} see{'s' * (len(blind) == 1)} no file that {reports[0].host} writes there")]
+    odd = (
+        tuple(blind)
+        if 2 * len(blind) < len(nodes)
+        else ()
+        if len(nodes) == 2
+        else (reports[0].host,)
+    )
+    return [
+        Problem(
+            odd,
+            f"the run folder is not shared: {', '.join(blind)} see{'s' * (len(blind) == 1)} no file that {reports[0].host} writes there",
+        )
+    ]
 
 
 def _judge_clocks(reports: list[Report]) -> list[Problem]:
     middle = statistics.median_low([report.clock for report in reports])
-    return [Problem((report.host,), f"{report.host}: its clock is {report.clock - middle:+.0f} s off")
-            for report in reports if abs(report.clock - middle) > CLOCK_TOLERANCE]
+    return [
+        Problem((report.host,), f"{report.host}: its clock is {report.clock - middle:+.0f} s off")
+        for report in reports
+        if abs(report.clock - middle) > CLOCK_TOLERANCE
+    ]
 
 
 def _judge_speeds(reports: list[Report]) -> list[Problem]:
@@ -120,13 +174,24 @@ def _judge_speeds(reports: list[Report]) -> list[Problem]:
     if len(speeds) < _ENOUGH:
         return []
     middle = statistics.median(speeds)
-    return [Problem((report.host,), f"{report.host}: the GPU of rank {report.rank} computes {report.speed / 1e12:.0f} TFLOP/s, "
-                                    f"others {middle / 1e12:.0f}")
-            for report in reports if 0 < report.speed < SLOW_GPU * middle]
+    return [
+        Problem(
+            (report.host,),
+            f"{report.host}: the GPU of rank {report.rank} computes {report.speed / 1e12:.0f} TFLOP/s, "
+            f"others {middle / 1e12:.0f}",
+        )
+        for report in reports
+        if 0 < report.speed < SLOW_GPU * middle
+    ]
 
 
-def _judge_links(speeds: dict[tuple[Any, Any], float], expected: float | None, kind: str,
-                 name_of: Callable[[Any, Any], str], host_of: Callable[[Any], str]) -> list[Problem]:
+def _judge_links(
+    speeds: dict[tuple[Any, Any], float],
+    expected: float | None,
+    kind: str,
+    name_of: Callable[[Any, Any], str],
+    host_of: Callable[[Any], str],
+) -> list[Problem]:
     """Slow links, each with the end to blame: the one that most slow links share."""
     if not speeds or (expected is None and len(speeds) < _ENOUGH):
         return []
@@ -134,12 +199,19 @@ def _judge_links(speeds: dict[tuple[Any, Any], float], expected: float | None, k
     goal, share = (better_quarter, SLOW[kind]) if expected is None else (expected, SLOW["told"])
     slow = {pair: speed for pair, speed in speeds.items() if speed < share * goal}
     guilty = blame(list(slow))
-    return [Problem(tuple(dict.fromkeys(host_of(end) for end in pair if end in guilty)),
-                    f"{name_of(*pair)}: {speed:.3g} GB/s, {goal:.3g} expected") for pair, speed in slow.items()]
+    return [
+        Problem(
+            tuple(dict.fromkeys(host_of(end) for end in pair if end in guilty)),
+            f"{name_of(*pair)}: {speed:.3g} GB/s, {goal:.3g} expected",
+        )
+        for pair, speed in slow.items()
+    ]
 
 
 def blame(slow: list[tuple[Any, Any]]) -> set[Any]:
-    """The fewest ends that explain the slow links, as far as greed finds them; both ends of a link that stands alone."""
+    """The fewest ends that explain the slow links, as far as greed finds them; both ends of a link
+    that stands alone.
+    """
     guilty: set[Any] = set()
     left = list(slow)
     while left:
@@ -157,13 +229,26 @@ def exclude_line(problems: list[Problem]) -> str | None:
     return f"--exclude={','.join(hosts)}" if hosts else None
 
 
-def preflight(environment: RankEnvironment, config_path: str | None, overrides: list[str], base: Path, expected: Expected,
-              timeout: float, megabytes: int, deepspeed_tree: dict | None = None, *, host: str | None = None,
-              clock: Callable[[], float] = time.time, exchange_with: Callable[..., Any] = Exchange) -> int:
-    """Measures, judges, prints; returns 0 or 1 on every rank.  Relative paths of the configuration start from ``base``.
-    ``deepspeed_tree``: the run's, for the price of EP groups that span nodes.
+def preflight(
+    environment: RankEnvironment,
+    config_path: str | None,
+    overrides: list[str],
+    base: Path,
+    expected: Expected,
+    timeout: float,
+    megabytes: int,
+    deepspeed_tree: dict | None = None,
+    *,
+    host: str | None = None,
+    clock: Callable[[], float] = time.time,
+    exchange_with: Callable[..., Any] = Exchange,
+) -> int:
+    """Measures, judges, prints; returns 0 or 1 on every rank.  Relative paths of the configuration
+    start from ``base``. ``deepspeed_tree``: the run's, for the price of EP groups that span nodes.
 
-    ``host``, ``clock`` and ``exchange_with`` stand in for this machine's own: one machine can then play several, some of them ill."""
+    ``host``, ``clock`` and ``exchange_with`` stand in for this machine's own: one machine can then
+    play several, some of them ill.
+    """
     from launcher import probe
 
     started = time.monotonic()
@@ -174,7 +259,11 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
             config, run, needed = _demands(config_path, overrides, base)
         from diffmoe.device import check_free, local_device
 
-        device = local_device(environment.local_rank, environment.local_world, "auto" if config is None else config.run.device)
+        device = local_device(
+            environment.local_rank,
+            environment.local_world,
+            "auto" if config is None else config.run.device,
+        )
         if device.type == "cuda":
             check_free(device)
         place(environment, device)
@@ -194,18 +283,36 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
     problems = [problem] if problem else []
     if first:
         problems += probe.gpu_problems(device) + probe.disk_problems(run, needed)
-        problems += probe.shard_problems(config.data, base) if config is not None and config.data.shards else []
+        problems += (
+            probe.shard_problems(config.data, base)
+            if config is not None and config.data.shards
+            else []
+        )
     shares = probe.sees_rank_0(run, environment)
     versions = probe.versions(Path(__file__).resolve().parent.parent, device)
-    report = Report(environment.rank, host, versions, tuple(problems), shares, probe.clock_offset(clock), probe.matmul_speed(device))
+    report = Report(
+        environment.rank,
+        host,
+        versions,
+        tuple(problems),
+        shares,
+        probe.clock_offset(clock),
+        probe.matmul_speed(device),
+    )
     reports: list[Any] = [None] * environment.world
     dist.all_gather_object(reports, report)
     # A rank without its GPU would wait for NCCL's others for ever: the links are then left alone.
     links, hosts = Links(), [report.host for report in reports]
     if len({report.versions["device"] == "cpu" for report in reports}) == 1:
         size = megabytes * 2**20
-        links = probe.measure_links(environment, hosts, exchange_with(environment, device, size), size, device,
-                                    config.parallel.ep if config is not None else 1)
+        links = probe.measure_links(
+            environment,
+            hosts,
+            exchange_with(environment, device, size),
+            size,
+            device,
+            config.parallel.ep if config is not None else 1,
+        )
     found = judge(reports, links, expected, device.type)
     if environment.rank == 0:
         note = None
@@ -217,13 +324,17 @@ def preflight(environment: RankEnvironment, config_path: str | None, overrides: 
     return 1 if found else 0
 
 
-def _spanning(config: Config, deepspeed_tree: dict, device: torch.device, hosts: list[str]) -> str | None:
+def _spanning(
+    config: Config, deepspeed_tree: dict, device: torch.device, hosts: list[str]
+) -> str | None:
     from diffmoe.cost.hosts import spanning
     from diffmoe.layout import resolve_layout
     from diffmoe.training.plan_check import machine_of
 
     try:
-        return spanning(config, resolve_layout(config, len(hosts)), deepspeed_tree, machine_of(device), hosts)
+        return spanning(
+            config, resolve_layout(config, len(hosts)), deepspeed_tree, machine_of(device), hosts
+        )
     except UserError:  # a batch that does not divide by these ranks: they are not the run's
         return None
 
@@ -234,7 +345,9 @@ def _demands(config_path: str, overrides: list[str], base: Path) -> tuple[Config
     from diffmoe.models.count import count
 
     config = load_config(config_path, overrides)
-    needed = int(1.1 * _CHECKPOINT_BYTES * count(config.model, config.moe).total * (config.train.keep + 1))
+    needed = int(
+        1.1 * _CHECKPOINT_BYTES * count(config.model, config.moe).total * (config.train.keep + 1)
+    )
     return config, base / config.run.folder, needed
 
 
@@ -248,20 +361,29 @@ def _absent(absent: Absent, environment: RankEnvironment) -> int:
     return 1
 
 
-def _print(reports: list[Report], links: Links, note: str | None, problems: list[Problem], seconds: float) -> None:
+def _print(
+    reports: list[Report], links: Links, note: str | None, problems: list[Problem], seconds: float
+) -> None:
     nodes = len({report.host for report in reports})
     versions = reports[0].versions
     clocks = [report.clock for report in reports]
-    lines = [f"preflight: {nodes} nodes, {len(reports)} ranks, {seconds:.1f} s",
-             "  versions  " + ", ".join(f"{name} {version}" for name, version in versions.items()),
-             f"  clocks    within {max(clocks) - min(clocks):.3f} s"]
+    lines = [
+        f"preflight: {nodes} nodes, {len(reports)} ranks, {seconds:.1f} s",
+        "  versions  " + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        f"  clocks    within {max(clocks) - min(clocks):.3f} s",
+    ]
     for title, speeds in (("nodes", links.between_nodes), ("ranks", links.within_nodes)):
         if speeds:
             (a, b), least = min(speeds.items(), key=lambda item: item[1])
-            lines.append(f"  {title:8}  {len(speeds)} pairs swap at {statistics.median(speeds.values()):.3g} GB/s each way, least "
-                         f"{least:.3g} ({a} - {b})")
+            lines.append(
+                f"  {title:8}  {len(speeds)} pairs swap at {statistics.median(speeds.values()):.3g} GB/s each way, least "
+                f"{least:.3g} ({a} - {b})"
+            )
     if links.whole:
-        lines.append("  together  " + ", ".join(f"{name} {speed:.3g} GB/s a rank" for name, speed in links.whole.items()))
+        lines.append(
+            "  together  "
+            + ", ".join(f"{name} {speed:.3g} GB/s a rank" for name, speed in links.whole.items())
+        )
     if links.experts:
         measured = ", ".join(f"{name} {speed:.3g}" for name, speed in links.experts.items())
         lines.append(f"  experts   all-to-all of EP groups, GB/s a rank: {measured}")
@@ -274,18 +396,50 @@ def _print(reports: list[Report], links: Links, note: str | None, problems: list
 
 def main(arguments: list[str]) -> int:
     """The verb ``preflight``; returns 0, or 1 when something is wrong.  UserError for bad input."""
-    parser = Parser("preflight", "Checks the nodes of a job: versions and code, GPUs, links, shards, disks, clocks.  Exit code 1 and "
-                    "Slurm's --exclude=... when something is wrong.",
-                    "srun --ntasks-per-node=8 python -m launcher preflight --config configs/diffmoe_l_e16_flow.yaml\n"
-                    "torchrun --standalone --nproc-per-node 2 -m launcher preflight --config configs/demo.yaml")
-    parser.add_argument("--config", help="YAML file: its shards, its run folder, room for its checkpoints")
-    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, for the price of EP groups that span nodes")
-    parser.add_argument("--from", dest="base", type=Path, default=Path.cwd(), help="where its relative paths start (default: here)")
-    parser.add_argument("--between-nodes", type=float, metavar="GB/s", help="what a rank should reach to another node (default: pairs "
-                        "are compared with each other)")
-    parser.add_argument("--within-nodes", type=float, metavar="GB/s", help="what a rank should reach to another of its node")
-    parser.add_argument("--megabytes", type=int, help="size of the buffers that are swapped (default: 64 on GPUs, 2 on CPUs)")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a rank (default: %(default)s)")
+    parser = Parser(
+        "preflight",
+        "Checks the nodes of a job: versions and code, GPUs, links, shards, disks, clocks.  Exit code 1 and "
+        "Slurm's --exclude=... when something is wrong.",
+        "srun --ntasks-per-node=8 python -m launcher preflight --config configs/diffmoe_l_e16_flow.yaml\n"
+        "torchrun --standalone --nproc-per-node 2 -m launcher preflight --config configs/demo.yaml",
+    )
+    parser.add_argument(
+        "--config", help="YAML file: its shards, its run folder, room for its checkpoints"
+    )
+    parser.add_argument(
+        "--deepspeed_config", help="DeepSpeed JSON, for the price of EP groups that span nodes"
+    )
+    parser.add_argument(
+        "--from",
+        dest="base",
+        type=Path,
+        default=Path.cwd(),
+        help="where its relative paths start (default: here)",
+    )
+    parser.add_argument(
+        "--between-nodes",
+        type=float,
+        metavar="GB/s",
+        help="what a rank should reach to another node (default: pairs "
+        "are compared with each other)",
+    )
+    parser.add_argument(
+        "--within-nodes",
+        type=float,
+        metavar="GB/s",
+        help="what a rank should reach to another of its node",
+    )
+    parser.add_argument(
+        "--megabytes",
+        type=int,
+        help="size of the buffers that are swapped (default: 64 on GPUs, 2 on CPUs)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        help="seconds to wait for a rank (default: %(default)s)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
     for name in ("between_nodes", "within_nodes", "megabytes", "timeout"):
@@ -299,8 +453,12 @@ def main(arguments: list[str]) -> int:
     deepspeed_tree, asked = read_deepspeed(options.deepspeed_config), "auto"
     if options.config is not None:
         options.config = str(Path(options.config).absolute())
-        asked = _demands(options.config, options.overrides, options.base)[0].run.device  # bad input is known before anybody waits
-    os.chdir(options.base)  # where the run will be when it opens its shards (pipe: may name relative paths)
+        asked = _demands(options.config, options.overrides, options.base)[
+            0
+        ].run.device  # bad input is known before anybody waits
+    os.chdir(
+        options.base
+    )  # where the run will be when it opens its shards (pipe: may name relative paths)
     environment = detect()
     check_started(environment, typed_at_a_terminal())
     import torch
@@ -308,6 +466,13 @@ def main(arguments: list[str]) -> int:
     on_gpu = torch.cuda.is_available() and "cpu" not in (asked, os.environ.get("DS_ACCELERATOR"))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    return preflight(environment, options.config, options.overrides, Path.cwd(),
-                     Expected(options.between_nodes, options.within_nodes), options.timeout,
-                     options.megabytes or (64 if on_gpu else 2), deepspeed_tree)
+    return preflight(
+        environment,
+        options.config,
+        options.overrides,
+        Path.cwd(),
+        Expected(options.between_nodes, options.within_nodes),
+        options.timeout,
+        options.megabytes or (64 if on_gpu else 2),
+        deepspeed_tree,
+    )

@@ -1,6 +1,8 @@
-"""What preflight measures, on every rank: who is there, versions, GPU, shards, disk, clock, links.  torch is imported inside.
+"""What preflight measures, on every rank: who is there, versions, GPU, shards, disk, clock, links.
+torch is imported inside.
 
-Every rank takes every collective.  Ranks of one node share a host name; nodes are numbered by the order of their first rank.
+Every rank takes every collective.  Ranks of one node share a host name; nodes are numbered by the
+order of their first rank.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ _MOST_ROUNDS = 15
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank knows about itself.  ``shares``: it sees rank 0's run folder; ``clock``: seconds ahead of rank 0;
-    ``speed``: FLOP/s of its GPU, 0 on CPUs."""
+    """What one rank knows about itself.  ``shares``: it sees rank 0's run folder; ``clock``:
+    seconds ahead of rank 0; ``speed``: FLOP/s of its GPU, 0 on CPUs.
+    """
 
     rank: int
     host: str
@@ -53,8 +56,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Links:
-    """Bandwidths in GB/s (1e9 bytes), each direction at once.  Pairs: the slower of both ends; ``whole``: a rank's
-    share; ``experts``: also, of all-to-all in EP groups, where they span hosts, and among their ranks of one host."""
+    """Bandwidths in GB/s (1e9 bytes), each direction at once.  Pairs: the slower of both ends;
+    ``whole``: a rank's share; ``experts``: also, of all-to-all in EP groups, where they span hosts,
+    and among their ranks of one host.
+    """
 
     between_nodes: dict[tuple[str, str], float] = field(default_factory=dict)
     within_nodes: dict[tuple[int, int], float] = field(default_factory=dict)
@@ -71,7 +76,9 @@ class Absent(Exception):
 
 
 def meet(environment: RankEnvironment, device: torch.device, timeout: float, host: str) -> None:
-    """Joins the ranks, NCCL on GPUs with gloo beside it.  Raises Absent on those who came when somebody did not."""
+    """Joins the ranks, NCCL on GPUs with gloo beside it.  Raises Absent on those who came when
+    somebody did not.
+    """
     import torch.distributed as dist
 
     from diffmoe.device import bound, share
@@ -82,12 +89,25 @@ def meet(environment: RankEnvironment, device: torch.device, timeout: float, hos
         _roll_call(store, environment, timeout)
     except (RuntimeError, ConnectionError) as error:
         reason = str(error).splitlines()[0]
-        raise Absent((), f"rank {environment.rank} cannot meet the others at {environment.init_method or environment.master_addr}: "
-                         f"{reason}") from error
-    on_gpus = set(share(device.type, "device", store, environment.rank, environment.world)) == {"cuda"}
-    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"  # a rank without its GPU would be waited for
-    dist.init_process_group(backend, store=store, rank=environment.rank, world_size=environment.world,
-                            timeout=timedelta(seconds=timeout), device_id=bound(device, environment.world) if on_gpus else None)
+        raise Absent(
+            (),
+            f"rank {environment.rank} cannot meet the others at {environment.init_method or environment.master_addr}: "
+            f"{reason}",
+        ) from error
+    on_gpus = set(share(device.type, "device", store, environment.rank, environment.world)) == {
+        "cuda"
+    }
+    backend = (
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    )  # a rank without its GPU would be waited for
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=environment.rank,
+        world_size=environment.world,
+        timeout=timedelta(seconds=timeout),
+        device_id=bound(device, environment.world) if on_gpus else None,
+    )
 
 
 def _store(environment: RankEnvironment, timeout: float) -> Store:
@@ -100,9 +120,17 @@ def _store(environment: RankEnvironment, timeout: float) -> Store:
         store = dist.FileStore(environment.init_method.removeprefix("file://"), environment.world)
         store.set_timeout(limit)
         return store
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent serves already
-    return dist.TCPStore(environment.master_addr, environment.master_port, environment.world,
-                         is_master=environment.rank == 0 and not agents, timeout=limit, wait_for_workers=False)
+    agents = (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    )  # torchrun's agent serves already
+    return dist.TCPStore(
+        environment.master_addr,
+        environment.master_port,
+        environment.world,
+        is_master=environment.rank == 0 and not agents,
+        timeout=limit,
+        wait_for_workers=False,
+    )
 
 
 def _roll_call(store: Store, environment: RankEnvironment, timeout: float) -> None:
@@ -117,9 +145,14 @@ def _roll_call(store: Store, environment: RankEnvironment, timeout: float) -> No
     store.wait(["missing"], timedelta(seconds=timeout + 15))
     missing = [int(rank) for rank in store.get("missing").decode().split(",") if rank]
     if missing:
-        hosts = tuple(dict.fromkeys(host for rank in missing if (host := _host_of(rank, environment))))
-        raise Absent(hosts, f"ranks {', '.join(map(str, missing))} of {environment.world} did not come within {timeout:g} s"
-                            + (f": {', '.join(hosts)}" if hosts else ""))
+        hosts = tuple(
+            dict.fromkeys(host for rank in missing if (host := _host_of(rank, environment)))
+        )
+        raise Absent(
+            hosts,
+            f"ranks {', '.join(map(str, missing))} of {environment.world} did not come within {timeout:g} s"
+            + (f": {', '.join(hosts)}" if hosts else ""),
+        )
 
 
 def _host_of(rank: int, environment: RankEnvironment) -> str | None:
@@ -131,7 +164,9 @@ def _host_of(rank: int, environment: RankEnvironment) -> str | None:
 
 
 def versions(root: Path, device: torch.device) -> dict[str, str]:
-    """What must be the same everywhere: interpreter, packages, device, driver, the code itself (a digest of its files)."""
+    """What must be the same everywhere: interpreter, packages, device, driver, the code itself (a
+    digest of its files).
+    """
     import torch
 
     found = {"python": platform.python_version()}
@@ -164,8 +199,10 @@ def gpu_problems(device: torch.device) -> list[str]:
 
 
 def shard_problems(data: DataConfig, base: Path) -> list[str]:
-    """Whether every shard of the index is there in its size (of remote ones nobody says), and one can be read; asked once a node.
-    A run that goes on without bad shards (``on_bad_shard: skip``) needs no more than the index."""
+    """Whether every shard of the index is there in its size (of remote ones nobody says), and one
+    can be read; asked once a node. A run that goes on without bad shards (``on_bad_shard: skip``)
+    needs no more than the index.
+    """
     from diffmoe.data.shards import load_index
     from diffmoe.data.sources import again, chunks, is_remote
 
@@ -191,9 +228,15 @@ def shard_problems(data: DataConfig, base: Path) -> list[str]:
 
 
 def disk_problems(run: Path, needed: int) -> list[str]:
-    """Too little room where checkpoints go (``needed`` bytes), for temporary files, in shared memory; asked once a node."""
+    """Too little room where checkpoints go (``needed`` bytes), for temporary files, in shared
+    memory; asked once a node.
+    """
     wrong = []
-    for folder, least in ((_existing(run), needed), (Path("/tmp"), GIB), (Path("/dev/shm"), GIB // 16)):
+    for folder, least in (
+        (_existing(run), needed),
+        (Path("/tmp"), GIB),
+        (Path("/dev/shm"), GIB // 16),
+    ):
         if not folder.is_dir():
             continue
         free = shutil.disk_usage(folder).free
@@ -205,7 +248,9 @@ def disk_problems(run: Path, needed: int) -> list[str]:
 
 
 def sees_rank_0(run: Path, environment: RankEnvironment, patience: float = 3.0) -> bool:
-    """Whether a file that rank 0 writes into the run folder is seen from here, as checkpoints must be.  Collective."""
+    """Whether a file that rank 0 writes into the run folder is seen from here, as checkpoints must
+    be.  Collective.
+    """
     import torch.distributed as dist
 
     folder, token = _existing(run), [f".preflight-{os.getpid()}-{time.time_ns()}"]
@@ -240,7 +285,9 @@ def clock_offset(clock: Callable[[], float]) -> float:
 
 
 def matmul_speed(device: torch.device) -> float:
-    """FLOP/s of a bf16 matmul on this rank's GPU, the best of several tenths of a second; 0 on a CPU."""
+    """FLOP/s of a bf16 matmul on this rank's GPU, the best of several tenths of a second; 0 on a
+    CPU.
+    """
     import torch
 
     if device.type != "cuda":
@@ -258,7 +305,9 @@ def matmul_speed(device: torch.device) -> float:
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Every pair of ``count`` players once, in rounds in which nobody plays twice (at most _MOST_ROUNDS, evenly chosen)."""
+    """Every pair of ``count`` players once, in rounds in which nobody plays twice (at most
+    _MOST_ROUNDS, evenly chosen).
+    """
     seats: list[int | None] = [*range(count), *([None] if count % 2 else [])]
     played = []
     for _ in range(len(seats) - 1):
@@ -272,7 +321,9 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 
 
 class Exchange:
-    """The timed part: this rank and ``partner`` swap a buffer by the all-to-all that the model uses; None: nothing to send."""
+    """The timed part: this rank and ``partner`` swap a buffer by the all-to-all that the model
+    uses; None: nothing to send.
+    """
 
     def __init__(self, environment: RankEnvironment, device: torch.device, size: int) -> None:
         import torch
@@ -295,13 +346,22 @@ class Exchange:
             torch.cuda.synchronize(self.device)
 
 
-def measure_links(environment: RankEnvironment, hosts: list[str], exchange: Any, size: int, device: torch.device,
-                  ep: int = 1) -> Links:
-    """Pairs of nodes (rank i of one with rank i of the other, all at once), pairs within nodes, the whole, and EP
-    groups of ``ep`` ranks where they span nodes.  Collective.
+def measure_links(
+    environment: RankEnvironment,
+    hosts: list[str],
+    exchange: Any,
+    size: int,
+    device: torch.device,
+    ep: int = 1,
+) -> Links:
+    """Pairs of nodes (rank i of one with rank i of the other, all at once), pairs within nodes, the
+    whole, and EP groups of ``ep`` ranks where they span nodes.  Collective.
 
     ``hosts``: every rank's; ``exchange``: called with this rank's partner of a round, or None."""
-    nodes = {host: [rank for rank, name in enumerate(hosts) if name == host] for host in dict.fromkeys(hosts)}
+    nodes = {
+        host: [rank for rank, name in enumerate(hosts) if name == host]
+        for host in dict.fromkeys(hosts)
+    }
     names = list(nodes)
     mine: dict[tuple[str, Any, Any], float] = {}
     for playing in rounds(len(names)) if len(names) > 1 else []:
@@ -341,15 +401,19 @@ def _best_time(exchange: Callable[[Any], None], argument: Any) -> float:
 
 
 def _experts(rank: int, hosts: list[str], ep: int, exchange: Any) -> dict[str, float]:
-    """GB/s that each rank moves in all-to-all in its EP group, and among the group's ranks of one host if these are
-    several everywhere.  By collectives of all ranks: no group has to be made for it."""
+    """GB/s that each rank moves in all-to-all in its EP group, and among the group's ranks of one
+    host if these are several everywhere.  By collectives of all ranks: no group has to be made for
+    it.
+    """
     group = [other for other in range(len(hosts)) if other // ep == rank // ep]
     exchanges = {OVER_HOSTS: group}
     if spanned(hosts, ep)[1] > 1:
         exchanges["inside a host"] = [other for other in group if hosts[other] == hosts[rank]]
     speeds = {}
     for name, peers in exchanges.items():
-        counts = [len(exchange.send) // len(peers) if other in peers else 0 for other in range(len(hosts))]
+        counts = [
+            len(exchange.send) // len(peers) if other in peers else 0 for other in range(len(hosts))
+        ]
         speeds[name] = (sum(counts) - counts[rank]) / _best_time(exchange.all_to_all, counts) / 1e9
     return speeds
 
@@ -365,8 +429,11 @@ def _whole(environment: RankEnvironment, size: int, device: torch.device) -> dic
     values = torch.ones(size // 4 // world * world, device=device)
     received = torch.empty_like(values)
     speeds = {}
-    for name, call, share in (("all-reduce", lambda: dist.all_reduce(values), 2 * (world - 1) / world),
-                              ("all-to-all", lambda: dist.all_to_all_single(received, values), (world - 1) / world)):
+    for name, call, share in (
+        ("all-reduce", lambda: dist.all_reduce(values), 2 * (world - 1) / world),
+        ("all-to-all", lambda: dist.all_to_all_single(received, values), (world - 1) / world),
+    ):
+
         def timed(_: None, call: Callable[[], object] = call) -> None:
             call()
             if device.type == "cuda":
@@ -376,15 +443,23 @@ def _whole(environment: RankEnvironment, size: int, device: torch.device) -> dic
     return speeds
 
 
-def _merge(mine: dict[tuple[str, Any, Any], float], whole: dict[str, float], experts: dict[str, float],
-           world: int) -> Links:
+def _merge(
+    mine: dict[tuple[str, Any, Any], float],
+    whole: dict[str, float],
+    experts: dict[str, float],
+    world: int,
+) -> Links:
     import torch.distributed as dist
 
     everybody: list[Any] = [None] * world
     dist.all_gather_object(everybody, (mine, whole, experts))
     pairs, together, exchange = (_least(speeds) for speeds in zip(*everybody))
-    return Links({key[1:]: speed for key, speed in pairs.items() if key[0] == "nodes"},
-                 {key[1:]: speed for key, speed in pairs.items() if key[0] == "ranks"}, together, exchange)
+    return Links(
+        {key[1:]: speed for key, speed in pairs.items() if key[0] == "nodes"},
+        {key[1:]: speed for key, speed in pairs.items() if key[0] == "ranks"},
+        together,
+        exchange,
+    )
 
 
 def _least(speeds: Iterable[dict[Any, float]]) -> dict[Any, float]:

@@ -1,7 +1,10 @@
-"""``launcher scaling``: measures real training steps on 1 ... N ranks or nodes, strong and weak, with several layouts and repeats.
+"""``launcher scaling``: measures real training steps on 1 ... N ranks or nodes, strong and weak,
+with several layouts and repeats.
 
-Every run is ``run.py profile`` under srun (inside an allocation), torchrun or deepspeed; repeats are interleaved, so that a slow
-minute of the machine hits all layouts alike.  This process needs no torch."""
+Every run is ``run.py profile`` under srun (inside an allocation), torchrun or deepspeed; repeats
+are interleaved, so that a slow minute of the machine hits all layouts alike.  This process needs no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +55,14 @@ class Trial:
 
 
 def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
-    """Returns 0, or 1 when a run failed (its line says why, the others stand).  UserError for bad input."""
+    """Returns 0, or 1 when a run failed (its line says why, the others stand).  UserError for bad
+    input.
+    """
     options = _parse(arguments)
-    config, tree = load_config(options.config, options.overrides), read_deepspeed(options.deepspeed_config)
+    config, tree = (
+        load_config(options.config, options.overrides),
+        read_deepspeed(options.deepspeed_config),
+    )
     check_deepspeed(tree, config)
     start = _start(options, environ)
     per_node = options.per_node or _ranks_per_node(environ)
@@ -69,13 +77,20 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         lines = (options.out / "runs.jsonl").open("x")
     except FileExistsError:
-        raise UserError(f"--out ({options.out}) holds the runs.jsonl of another measurement; choose another folder") from None
+        raise UserError(
+            f"--out ({options.out}) holds the runs.jsonl of another measurement; choose another folder"
+        ) from None
     except OSError as error:
         raise UserError(f"--out ({options.out}) cannot be written: {error}") from None
     records = []
     with lines:
         for number, trial in enumerate(trials, 1):
-            record = {**asdict(trial), "start": start, "commit": commit(_ROOT), **_run(trial, options, start, pool)}
+            record = {
+                **asdict(trial),
+                "start": start,
+                "commit": commit(_ROOT),
+                **_run(trial, options, start, pool),
+            }
             records.append(record)
             lines.write(json.dumps(record) + "\n")
             lines.flush()
@@ -85,25 +100,59 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser("scaling", "Measures a training step on 1 ... N ranks or nodes: runs.jsonl, table.md, efficiency.png, split.png.",
-                    _EXAMPLE)
+    parser = Parser(
+        "scaling",
+        "Measures a training step on 1 ... N ranks or nodes: runs.jsonl, table.md, efficiency.png, split.png.",
+        _EXAMPLE,
+    )
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
-    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
+    parser.add_argument(
+        "--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder for what is written")
-    parser.add_argument("--ranks", type=_numbers, help="ranks of each run: 1,2,4 (default: 1, 2, 4 ... GPUs or cores)")
-    parser.add_argument("--nodes", type=_numbers, help="instead of --ranks: nodes of each run (default in an allocation: 1, 2, 4 ... all)")
-    parser.add_argument("--per-node", type=int, help="ranks on a node (default: the allocation's GPUs or tasks a node)")
-    parser.add_argument("--mode", default="strong,weak", help="strong: train.batch stays; weak: it is that of the smallest run, and grows "
-                        "with the ranks (default: both)")
-    parser.add_argument("--ep", type=_numbers, help="expert-parallel sizes (default: the configuration's)")
+    parser.add_argument(
+        "--ranks",
+        type=_numbers,
+        help="ranks of each run: 1,2,4 (default: 1, 2, 4 ... GPUs or cores)",
+    )
+    parser.add_argument(
+        "--nodes",
+        type=_numbers,
+        help="instead of --ranks: nodes of each run (default in an allocation: 1, 2, 4 ... all)",
+    )
+    parser.add_argument(
+        "--per-node",
+        type=int,
+        help="ranks on a node (default: the allocation's GPUs or tasks a node)",
+    )
+    parser.add_argument(
+        "--mode",
+        default="strong,weak",
+        help="strong: train.batch stays; weak: it is that of the smallest run, and grows "
+        "with the ranks (default: both)",
+    )
+    parser.add_argument(
+        "--ep", type=_numbers, help="expert-parallel sizes (default: the configuration's)"
+    )
     parser.add_argument("--zero", type=_numbers, help="ZeRO stages (default: the JSON's)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a run (default 10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind, interleaved (default 3)")
-    parser.add_argument("--synthetic", action="store_true", help="made-up samples in place of data.shards")
-    parser.add_argument("--start", choices=("auto", *STARTS), default="auto", help="auto: srun in an allocation, else torchrun")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs of each kind, interleaved (default 3)"
+    )
+    parser.add_argument(
+        "--synthetic", action="store_true", help="made-up samples in place of data.shards"
+    )
+    parser.add_argument(
+        "--start",
+        choices=("auto", *STARTS),
+        default="auto",
+        help="auto: srun in an allocation, else torchrun",
+    )
     parser.add_argument("--hostfile", type=Path, help="for --start deepspeed over several nodes")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that one run may take (default 600)")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds that one run may take (default 600)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
     for name in ("per_node", "steps", "repeats", "timeout"):
@@ -118,7 +167,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if not options.mode or not set(options.mode) <= {"strong", "weak"}:
         raise UserError(f"--mode ({','.join(options.mode)}) must be strong, weak or strong,weak")
     if options.ranks and options.nodes:
-        raise UserError(f"--ranks ({options.ranks}) and --nodes ({options.nodes}) say the same thing; give one")
+        raise UserError(
+            f"--ranks ({options.ranks}) and --nodes ({options.nodes}) say the same thing; give one"
+        )
     if options.zero and not set(options.zero) <= {0, 1, 2, 3}:
         raise UserError(f"--zero ({options.zero}) must be of 0, 1, 2, 3")
     if options.out.exists() and not options.out.is_dir():
@@ -132,7 +183,8 @@ def _numbers(text: str) -> list[int]:
     return sorted({int(part) for part in text.split(",")})
 
 
-# ------------------------------------------------------------------------------------------------ what to run
+# ------------------------------------------------------------------------------------------------
+# what to run
 
 
 def _start(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
@@ -163,11 +215,15 @@ def _gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def _sizes(options: argparse.Namespace, environ: Mapping[str, str], per_node: int, start: str) -> list[tuple[int, int]]:
+def _sizes(
+    options: argparse.Namespace, environ: Mapping[str, str], per_node: int, start: str
+) -> list[tuple[int, int]]:
     """(ranks, nodes) of the runs."""
     available = int(environ.get("SLURM_JOB_NUM_NODES", "1")) if start == "srun" else None
     if options.ranks:
-        sizes = [(ranks, -(-ranks // per_node) if start == "srun" else 1) for ranks in options.ranks]
+        sizes = [
+            (ranks, -(-ranks // per_node) if start == "srun" else 1) for ranks in options.ranks
+        ]
     elif options.nodes or start == "srun":
         sizes = [(nodes * per_node, nodes) for nodes in options.nodes or _doubling(available or 1)]
     else:
@@ -176,9 +232,13 @@ def _sizes(options: argparse.Namespace, environ: Mapping[str, str], per_node: in
         if ranks < 1:
             raise UserError(f"--ranks ({ranks}) must be at least 1")
         if available is not None and nodes > available:
-            raise UserError(f"{ranks} ranks need {nodes} nodes of {per_node}; the allocation has {available}")
+            raise UserError(
+                f"{ranks} ranks need {nodes} nodes of {per_node}; the allocation has {available}"
+            )
         if nodes > 1 and start == "torchrun":
-            raise UserError(f"--nodes ({nodes}) needs srun in an allocation, or --start deepspeed with --hostfile")
+            raise UserError(
+                f"--nodes ({nodes}) needs srun in an allocation, or --start deepspeed with --hostfile"
+            )
         if nodes > 1 and start == "deepspeed" and options.hostfile is None:
             raise UserError(f"--nodes ({nodes}) with --start deepspeed needs --hostfile")
         if ranks % nodes:
@@ -190,7 +250,9 @@ def _doubling(most: int) -> list[int]:
     return [n for n in (2**i for i in range(20)) if n < most] + [most]
 
 
-def plan_trials(config: Config, tree: dict, options: argparse.Namespace, sizes: list[tuple[int, int]]) -> tuple[list[Trial], list[str]]:
+def plan_trials(
+    config: Config, tree: dict, options: argparse.Namespace, sizes: list[tuple[int, int]]
+) -> tuple[list[Trial], list[str]]:
     """(trials in the order to run them, what does not divide and is left out)."""
     stage = (tree.get("zero_optimization") or {}).get("stage", 0)
     trials, left_out = [], []
@@ -201,12 +263,24 @@ def plan_trials(config: Config, tree: dict, options: argparse.Namespace, sizes: 
                 for zero in options.zero or [stage]:
                     trial = Trial(mode, ranks, nodes, ep, zero, batch, 1)
                     try:
-                        sized = override(config, _overrides(trial, _pool(config, Trial(mode, *sizes[0], 1, zero, config.train.batch, 1))))
+                        sized = override(
+                            config,
+                            _overrides(
+                                trial,
+                                _pool(
+                                    config, Trial(mode, *sizes[0], 1, zero, config.train.batch, 1)
+                                ),
+                            ),
+                        )
                         merge_deepspeed(tree, sized, resolve_layout(sized, ranks))
                         trials.append(trial)
                     except UserError as error:
                         left_out.append(f"{trial.label.rpartition(',')[0]}: {error}")
-    repeated = [Trial(**{**asdict(trial), "repeat": repeat}) for repeat in range(1, options.repeats + 1) for trial in trials]
+    repeated = [
+        Trial(**{**asdict(trial), "repeat": repeat})
+        for repeat in range(1, options.repeats + 1)
+        for trial in trials
+    ]
     return repeated, left_out
 
 
@@ -221,30 +295,75 @@ def _pool(config: Config, smallest: Trial) -> int | None:
 
 
 def _overrides(trial: Trial, pool: int | None) -> list[str]:
-    return [f"train.batch={trial.batch}", f"parallel.ep={trial.ep}"] + ([] if pool is None else [f"moe.pool={pool}"])
+    return [f"train.batch={trial.batch}", f"parallel.ep={trial.ep}"] + (
+        [] if pool is None else [f"moe.pool={pool}"]
+    )
 
 
-# ------------------------------------------------------------------------------------------------- running
+# -------------------------------------------------------------------------------------------------
+# running
 
 
-def command_of(trial: Trial, options: argparse.Namespace, start: str, pool: int | None, record: Path) -> list[str]:
+def command_of(
+    trial: Trial, options: argparse.Namespace, start: str, pool: int | None, record: Path
+) -> list[str]:
     """The command line of one run."""
-    program = [str(_ROOT / "run.py"), "profile", "--config", str(options.config), "--zero", str(trial.zero), "--steps",
-               str(options.steps), "--warmup", str(options.warmup), "--json", str(record)]
-    program += ["--deepspeed_config", str(options.deepspeed_config)] if options.deepspeed_config else []
+    program = [
+        str(_ROOT / "run.py"),
+        "profile",
+        "--config",
+        str(options.config),
+        "--zero",
+        str(trial.zero),
+        "--steps",
+        str(options.steps),
+        "--warmup",
+        str(options.warmup),
+        "--json",
+        str(record),
+    ]
+    program += (
+        ["--deepspeed_config", str(options.deepspeed_config)] if options.deepspeed_config else []
+    )
     program += ["--synthetic"] if options.synthetic else []
     program += [*options.overrides, *_overrides(trial, pool)]
     here = trial.ranks // trial.nodes
     tools = Path(sys.executable).parent
     if start == "srun":
-        return ["srun", f"--nodes={trial.nodes}", f"--ntasks={trial.ranks}", f"--ntasks-per-node={here}",
-                f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}", "--distribution=block:block",
-                f"--cpu-bind={os.environ.get('DIFFMOE_CPU_BIND', 'none')}", "--kill-on-bad-exit=1",
-                sys.executable, *program]
+        return [
+            "srun",
+            f"--nodes={trial.nodes}",
+            f"--ntasks={trial.ranks}",
+            f"--ntasks-per-node={here}",
+            f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}",
+            "--distribution=block:block",
+            f"--cpu-bind={os.environ.get('DIFFMOE_CPU_BIND', 'none')}",
+            "--kill-on-bad-exit=1",
+            sys.executable,
+            *program,
+        ]
     if start == "torchrun":
-        return [str(tools / "torchrun"), "--standalone", "--nproc-per-node", str(trial.ranks), *program]
-    hosts = ["--hostfile", str(options.hostfile), "--num_nodes", str(trial.nodes)] if options.hostfile else []
-    return [str(tools / "deepspeed"), *hosts, "--log_level", "error", "--num_gpus", str(here), *program]
+        return [
+            str(tools / "torchrun"),
+            "--standalone",
+            "--nproc-per-node",
+            str(trial.ranks),
+            *program,
+        ]
+    hosts = (
+        ["--hostfile", str(options.hostfile), "--num_nodes", str(trial.nodes)]
+        if options.hostfile
+        else []
+    )
+    return [
+        str(tools / "deepspeed"),
+        *hosts,
+        "--log_level",
+        "error",
+        "--num_gpus",
+        str(here),
+        *program,
+    ]
 
 
 def _run(trial: Trial, options: argparse.Namespace, start: str, pool: int | None) -> dict:
@@ -259,14 +378,23 @@ def _run(trial: Trial, options: argparse.Namespace, start: str, pool: int | None
             return {"error": f"{command[0]} cannot be started: {error}", "when": began}
         if code == 0 and record.exists():
             return json.loads(record.read_text())
-        errors = [line for line in said.splitlines() if line.startswith("error:")] or said.strip().splitlines()[-1:]
+        errors = [
+            line for line in said.splitlines() if line.startswith("error:")
+        ] or said.strip().splitlines()[-1:]
         ending = f"no end after {options.timeout:g} s" if code is None else f"exit code {code}"
         return {"error": f"{ending}: {errors[0] if errors else 'nothing was said'}", "when": began}
 
 
 def _execute(command: list[str], timeout: float) -> tuple[int | None, str]:
     """(exit code, or None when it had to be killed; what it said)."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=_ROOT,
+        start_new_session=True,
+    )
     try:
         said, _ = process.communicate(timeout=timeout)
         return process.returncode, said
@@ -285,20 +413,27 @@ def _execute(command: list[str], timeout: float) -> tuple[int | None, str]:
 def _outcome(record: dict) -> str:
     if "error" in record:
         return record["error"]
-    return f"{1e3 * record['step_s']:.1f} ms a step, {record['batch'] / record['step_s']:.1f} images/s"
+    return (
+        f"{1e3 * record['step_s']:.1f} ms a step, {record['batch'] / record['step_s']:.1f} images/s"
+    )
 
 
 def write_report(records: list[dict], folder: Path) -> str:
-    """Writes ``table.md`` and, where matplotlib is installed, the plots into ``folder``; returns what to print."""
+    """Writes ``table.md`` and, where matplotlib is installed, the plots into ``folder``; returns
+    what to print.
+    """
     groups = grouped(records)
     if not groups:
         return "no run ended well; nothing to tabulate"
-    lines = write_table(groups, next(record for record in records if "error" not in record), folder / "table.md")
+    lines = write_table(
+        groups, next(record for record in records if "error" not in record), folder / "table.md"
+    )
     try:
         from launcher.scaling_plots import draw_efficiency, draw_split
     except ModuleNotFoundError as error:
-        return "\n".join([*lines, f"{folder / 'table.md'}; no plots, because {error.name} is not installed here"])
+        return "\n".join(
+            [*lines, f"{folder / 'table.md'}; no plots, because {error.name} is not installed here"]
+        )
     draw_efficiency(groups, folder / "efficiency.png")
     draw_split(groups, folder / "split.png")
     return "\n".join([*lines, f"{folder}: runs.jsonl, table.md, efficiency.png, split.png"])
-

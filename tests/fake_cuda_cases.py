@@ -1,4 +1,5 @@
-"""Training passes on CUDA tensors that hold nothing (torch's fake tensors): what the host does is real, kernels are not run.
+"""Training passes on CUDA tensors that hold nothing (torch's fake tensors): what the host does is
+real, kernels are not run.
 
     python -m diffmoe.bench.fake_cuda tests/fake_cuda_cases.py
 
@@ -18,7 +19,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -41,31 +46,52 @@ class OnlyOneDevice(TorchDispatchMode):
     """Raises where an operator gets a tensor from the host: a copy for which it would wait."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        host = [x for x in tree_leaves((args, kwargs))
-                if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim() and x.numel()]
+        host = [
+            x
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim() and x.numel()
+        ]
         if host:
             raise AssertionError(f"{func} reads {[tuple(x.shape) for x in host]} from the host")
         return func(*args, **(kwargs or {}))
 
 
-def training_pass(family: str, recompute: str, dtype: torch.dtype, groups: ParallelGroups, compiled: bool = False,
-                  ddpm: bool = False) -> None:
+def training_pass(
+    family: str,
+    recompute: str,
+    dtype: torch.dtype,
+    groups: ParallelGroups,
+    compiled: bool = False,
+    ddpm: bool = False,
+) -> None:
     """Forward, losses and backward, as a micro-batch has them."""
-    config = ModelConfig(family=family, width=WIDTH, depth=4, heads=2, input_size=16, classes=10, learn_sigma=ddpm)
+    config = ModelConfig(
+        family=family, width=WIDTH, depth=4, heads=2, input_size=16, classes=10, learn_sigma=ddpm
+    )
     dit = fake_model(config, MoEConfig(experts=EXPERTS), BATCH, recompute, dtype, groups)
     loss = fake_loss(dit, BATCH, ddpm)
     if compiled:
         compile_blocks(dit)
-    with contextlib.nullcontext() if compiled else OnlyOneDevice():  # torch.compile bears no such mode
+    with (
+        contextlib.nullcontext() if compiled else OnlyOneDevice()
+    ):  # torch.compile bears no such mode
         loss().backward()
     for p in dit.parameters():
         assert p.grad.device.type == "cuda" and p.grad.dtype == dtype and p.grad.shape == p.shape
 
 
 def time_embedding(dtype: torch.dtype) -> None:
-    """Its products, in backward too, are none that run.fp32_precision could make TF32, nor narrower ones."""
-    dit = fake_model(ModelConfig(family="dense", width=WIDTH, depth=1, heads=2, input_size=16, classes=10), MoEConfig(), 1, "none", dtype,
-                single_process())
+    """Its products, in backward too, are none that run.fp32_precision could make TF32, nor narrower
+    ones.
+    """
+    dit = fake_model(
+        ModelConfig(family="dense", width=WIDTH, depth=1, heads=2, input_size=16, classes=10),
+        MoEConfig(),
+        1,
+        "none",
+        dtype,
+        single_process(),
+    )
     seen = set()
 
     class Products(TorchDispatchMode):
@@ -81,9 +107,16 @@ def time_embedding(dtype: torch.dtype) -> None:
 
 
 def memory(name: str, recompute: str, samples: int) -> dict[str, int]:
-    """Bytes of activations in bf16 after forward and at the peak, beside what the planner says of them."""
-    overrides = ["parallel.ep=1", f"parallel.recompute={recompute}", f"train.micro_batch={samples}", f"train.batch={samples}",
-                 "moe.pool=rank"]
+    """Bytes of activations in bf16 after forward and at the peak, beside what the planner says of
+    them.
+    """
+    overrides = [
+        "parallel.ep=1",
+        f"parallel.recompute={recompute}",
+        f"train.micro_batch={samples}",
+        f"train.batch={samples}",
+        "moe.pool=rank",
+    ]
     config = load_config(REPOSITORY / "configs" / f"{name}.yaml", overrides)
     engine = engine_facts(read_deepspeed(str(REPOSITORY / "ds_configs" / "zero1_bf16.json")))
     plan = rank_memory(config, resolve_layout(config, 1), engine)
@@ -93,8 +126,13 @@ def memory(name: str, recompute: str, samples: int) -> dict[str, int]:
         total = loss()
         kept = sum(size for _, size in allocations.events)
         total.backward()
-    return {"kept": kept, "peak": allocations.peak([p.grad for p in dit.parameters()]),
-            "planned": plan.activations, "planned_peak": plan.activations + plan.working, "planned_rank": plan.peak}
+    return {
+        "kept": kept,
+        "peak": allocations.peak([p.grad for p in dit.parameters()]),
+        "planned": plan.activations,
+        "planned_peak": plan.activations + plan.working,
+        "planned_rank": plan.peak,
+    }
 
 
 @contextlib.contextmanager
@@ -106,12 +144,17 @@ def reads(numbers: list[int]) -> Iterator[list[None]]:
         asked.append(None)
         return numbers
 
-    with mock.patch("diffmoe.moe.experts.read_by_host", read), mock.patch("diffmoe.moe.dispatch.read_by_host", read):
+    with (
+        mock.patch("diffmoe.moe.experts.read_by_host", read),
+        mock.patch("diffmoe.moe.dispatch.read_by_host", read),
+    ):
         yield asked
 
 
 def experts_pass(how: str, activation: str) -> None:
-    """Forward and backward of experts that got unequal numbers of rows, one of them none; a loop says so."""
+    """Forward and backward of experts that got unequal numbers of rows, one of them none; a loop
+    says so.
+    """
     counts, dtype = [24, 0, 40, 8, 16, 8, 8, 24], torch.bfloat16
     assert has_grouped_matmul(torch.device("cuda"), dtype) == (how == "grouped")
     experts = Experts(WIDTH, HIDDEN, EXPERTS, EXPERTS, 0, activation)
@@ -121,7 +164,9 @@ def experts_pass(how: str, activation: str) -> None:
     rows = torch.empty(sum(counts), WIDTH, dtype=dtype, device="cuda", requires_grad=True)
     with warnings.catch_warnings(record=True) as said, reads(counts) as asked:
         y = experts(rows, torch.empty(len(counts), dtype=torch.long, device="cuda"))
-    assert len(asked) == len(said) == (how == "loop") and all("in a loop" in str(warning.message) for warning in said)
+    assert len(asked) == len(said) == (how == "loop") and all(
+        "in a loop" in str(warning.message) for warning in said
+    )
     assert y.dtype == dtype and y.shape == rows.shape
     y.backward(torch.empty_like(y))
     for x in [rows, *experts.parameters()]:
@@ -147,7 +192,14 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for family in ("dense", "ec", "diffmoe"):
             for recompute in ("none", "block", "selective"):
-                attempt(f"{family}, {recompute}, {dtype}", training_pass, family, recompute, dtype, single_process())
+                attempt(
+                    f"{family}, {recompute}, {dtype}",
+                    training_pass,
+                    family,
+                    recompute,
+                    dtype,
+                    single_process(),
+                )
     for dtype in (torch.float32, torch.bfloat16):
         attempt(f"time embedding, {dtype}", time_embedding, dtype)
     attempt("ddpm", training_pass, "diffmoe", "none", torch.bfloat16, single_process(), False, True)
@@ -155,10 +207,23 @@ def main() -> None:
     torch.compile = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     for recompute in ("none", "selective"):
         for family in ("diffmoe", "tc"):
-            attempt(f"compiled, {family}, {recompute}", training_pass, family, recompute, torch.bfloat16, single_process(), True)
+            attempt(
+                f"compiled, {family}, {recompute}",
+                training_pass,
+                family,
+                recompute,
+                torch.bfloat16,
+                single_process(),
+                True,
+            )
     for activation in ("gelu", "swiglu"):
         attempt(f"grouped, {activation}", experts_pass, "grouped", activation)
-    for config in ("diffmoe_s_e16_flow", "diffmoe_l_e16_flow", "diffmoe_xl_e8_flow", "dense_l_flow"):
+    for config in (
+        "diffmoe_s_e16_flow",
+        "diffmoe_l_e16_flow",
+        "diffmoe_xl_e8_flow",
+        "dense_l_flow",
+    ):
         for recompute in ("none", "block", "selective"):
             attempt(f"memory of {config}, {recompute}", memory, config, recompute, 64)
     torch.cuda.get_device_capability = lambda *_: (8, 0)
@@ -166,9 +231,31 @@ def main() -> None:
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=8)
     for recompute in ("none", "selective"):
-        attempt(f"EP 4 of 8 ranks, {recompute}", training_pass, "diffmoe", recompute, torch.bfloat16, build_groups(4, 1))
-        attempt(f"compiled, EP 4 of 8 ranks, {recompute}", training_pass, "diffmoe", recompute, torch.bfloat16, build_groups(4, 1), True)
-    attempt("EP 4, pool of 4 ranks", training_pass, "diffmoe", "none", torch.bfloat16, build_groups(4, 4))
+        attempt(
+            f"EP 4 of 8 ranks, {recompute}",
+            training_pass,
+            "diffmoe",
+            recompute,
+            torch.bfloat16,
+            build_groups(4, 1),
+        )
+        attempt(
+            f"compiled, EP 4 of 8 ranks, {recompute}",
+            training_pass,
+            "diffmoe",
+            recompute,
+            torch.bfloat16,
+            build_groups(4, 1),
+            True,
+        )
+    attempt(
+        "EP 4, pool of 4 ranks",
+        training_pass,
+        "diffmoe",
+        "none",
+        torch.bfloat16,
+        build_groups(4, 4),
+    )
 
 
 if __name__ == "__main__":

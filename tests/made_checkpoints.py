@@ -1,5 +1,6 @@
-"""Checkpoints of any shape without a model behind them: values are a function of kind and name, written as some number of
-expert-parallel ranks would write them."""
+"""Checkpoints of any shape without a model behind them: values are a function of kind and name,
+written as some number of expert-parallel ranks would write them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ _PATTERN = torch.randn(2**18 + 3, generator=torch.Generator().manual_seed(0)).ab
 
 
 def made(kind: str, piece: Piece) -> Tensor:
-    """The flat values of a piece: a walk through a fixed table, from a place that kind and name decide."""
+    """The flat values of a piece: a walk through a fixed table, from a place that kind and name
+    decide.
+    """
     first = zlib.crc32(f"{kind}/{piece.name}".encode()) + piece.start
     at, left, parts = first % len(_PATTERN), piece.stop - piece.start, []
     while left > 0:
@@ -40,21 +43,30 @@ def made_whole(kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def make_checkpoint(folder: Path, config: Config, step: int, ranks: int = 2) -> Path:
-    """A complete checkpoint in ``folder``, written in turn by the ``ranks`` of one expert-parallel group."""
+    """A complete checkpoint in ``folder``, written in turn by the ``ranks`` of one expert-parallel
+    group.
+    """
     partial = writer.prepare(folder, step)
     for rank in range(ranks):
-        shares = {kind: _share(kind, shapes, config.moe.experts, rank, ranks)
-                  for kind, shapes in expected_shapes_of(config, moments=True).items() if kind != BUFFERS}
+        shares = {
+            kind: _share(kind, shapes, config.moe.experts, rank, ranks)
+            for kind, shapes in expected_shapes_of(config, moments=True).items()
+            if kind != BUFFERS
+        }
         if rank == 0:
             shares[BUFFERS] = writer.whole_tensors(fresh_buffers(config.model, config.moe))
         writer.write_part(partial, rank, shares)
     files, shapes = writer.join_parts(partial, ranks, lambda: False)
     layout = Layout(ranks, ranks, 16, 16 // ranks, 1, 16, ranks)
-    writer.commit(partial, step_folder(folder, step), writer.describe(step, config, layout, {}, files, shapes))
+    writer.commit(
+        partial, step_folder(folder, step), writer.describe(step, config, layout, {}, files, shapes)
+    )
     return step_folder(folder, step)
 
 
-def _share(kind: str, shapes: dict[str, tuple[int, ...]], experts: int, rank: int, ranks: int) -> writer.Share:
+def _share(
+    kind: str, shapes: dict[str, tuple[int, ...]], experts: int, rank: int, ranks: int
+) -> writer.Share:
     """An even run of all dense elements, and whole experts."""
     total = sum(math.prod(shape) for name, shape in shapes.items() if ".experts." not in name)
     first, last = total * rank // ranks, total * (rank + 1) // ranks
@@ -78,7 +90,9 @@ def _share(kind: str, shapes: dict[str, tuple[int, ...]], experts: int, rank: in
 
 
 def rewrite_manifest(folder: Path, change) -> None:
-    """Changes a manifest's tree as an attacker would, with a checksum that fits; ``change`` works in place."""
+    """Changes a manifest's tree as an attacker would, with a checksum that fits; ``change`` works
+    in place.
+    """
     tree = json.loads((folder / MANIFEST).read_text())
     del tree["crc32"]
     change(tree)
@@ -95,8 +109,13 @@ def assert_rewriting_is_faithful(folder: Path) -> None:
 
 def peak_growth(function, *args) -> int:
     """Bytes of resident memory that a call adds at its highest (Linux)."""
+
     def status(field: str) -> int:
-        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in open("/proc/self/status")
+            if line.startswith(field)
+        )
 
     with open("/proc/self/clear_refs", "w") as handle:
         handle.write("5")  # the high-water mark starts anew
@@ -105,10 +124,14 @@ def peak_growth(function, *args) -> int:
     return status("VmHWM:") - before
 
 
-def measured(folder: Path, ranks: int, overrides: list[str], file: str | None = None) -> tuple[int, int, int]:
+def measured(
+    folder: Path, ranks: int, overrides: list[str], file: str | None = None
+) -> tuple[int, int, int]:
     """(bytes of the checkpoint, growth of resident memory while writing, while reading)."""
     config = load_config(file, overrides)
-    make_checkpoint(folder / "warm", load_config(None, ["model.width=32", "model.depth=2", "model.heads=2"]), 1)
+    make_checkpoint(
+        folder / "warm", load_config(None, ["model.width=32", "model.depth=2", "model.heads=2"]), 1
+    )
     read_all(Checkpoint(folder / "warm"))
     writing = peak_growth(make_checkpoint, folder / "big", config, 1, ranks)
     checkpoint = Checkpoint(folder / "big")
@@ -121,4 +144,6 @@ def read_all(checkpoint: Checkpoint) -> None:
     for kind in sorted(set(checkpoint.kinds()) - {"buffers"}):
         tensors = checkpoint.tensors(kind)
         for name in tensors:
-            assert torch.equal(tensors[name], made_whole(kind, name, tensors.shape(name))), f"{kind} {name}"
+            assert torch.equal(tensors[name], made_whole(kind, name, tensors.shape(name))), (
+                f"{kind} {name}"
+            )

@@ -1,6 +1,8 @@
-"""A rank of preflight's tests: four processes play four nodes of one rank, healthy first and then each with an illness.
+"""A rank of preflight's tests: four processes play four nodes of one rank, healthy first and then
+each with an illness.
 
-    RANK=r WORLD_SIZE=4 python tests/preflight_ranks.py FOLDER      one output file a case and rank in FOLDER
+RANK=r WORLD_SIZE=4 python tests/preflight_ranks.py FOLDER      one output file a case and rank in
+FOLDER
 """
 
 from __future__ import annotations
@@ -42,16 +44,38 @@ def other_versions(root: Path, device: Any) -> dict[str, str]:
 VERSIONS = probe.versions
 
 
-def run(case: str, base: Path, *, timeout: float = 60.0, here: bool = True, per_node: int = 1, ep: int = 2,
-        told: float | None = None, **stand_ins: Any) -> None:
-    """One case's preflight on this rank (not where it is not ``here``); what it said and its code go into a file."""
+def run(
+    case: str,
+    base: Path,
+    *,
+    timeout: float = 60.0,
+    here: bool = True,
+    per_node: int = 1,
+    ep: int = 2,
+    told: float | None = None,
+    **stand_ins: Any,
+) -> None:
+    """One case's preflight on this rank (not where it is not ``here``); what it said and its code
+    go into a file.
+    """
     out = io.StringIO()
     code = 0
     if here:
-        environment = RankEnvironment(RANK, WORLD, RANK % per_node, per_node, "srun", f"file://{FOLDER}/store-{case}")
+        environment = RankEnvironment(
+            RANK, WORLD, RANK % per_node, per_node, "srun", f"file://{FOLDER}/store-{case}"
+        )
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            code = preflight(environment, "configs/demo.yaml", ["run.folder=run", f"parallel.ep={ep}"], base,
-                             Expected(told), timeout, 2, host=f"node{RANK // per_node}", **stand_ins)
+            code = preflight(
+                environment,
+                "configs/demo.yaml",
+                ["run.folder=run", f"parallel.ep={ep}"],
+                base,
+                Expected(told),
+                timeout,
+                2,
+                host=f"node{RANK // per_node}",
+                **stand_ins,
+            )
     (FOLDER / f"{case}.{RANK}.json").write_text(json.dumps({"code": code, "said": out.getvalue()}))
 
 

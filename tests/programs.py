@@ -1,7 +1,9 @@
-"""run.py as its users start it: one process a rank, which meet through a file and never through a port.
+"""run.py as its users start it: one process a rank, which meet through a file and never through a
+port.
 
-``run_program`` starts fresh processes; ``start_program`` lets a test signal them while they run; ``run_cases`` gives many
-command lines to one set of processes, since importing torch takes longer than most mistakes take to be found.
+``run_program`` starts fresh processes; ``start_program`` lets a test signal them while they run;
+``run_cases`` gives many command lines to one set of processes, since importing torch takes longer
+than most mistakes take to be found.
 """
 
 from __future__ import annotations
@@ -28,25 +30,56 @@ from typing import NoReturn
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_ABOUT_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DIFFMOE_STORE")
+_ABOUT_RANKS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "DIFFMOE_STORE",
+)
 
-# A DiffMoE of 0.1 M parameters on the digits. Its pool covers the batch, so it spans every layout's ranks.
+# A DiffMoE of 0.1 M parameters on the digits. Its pool covers the batch, so it spans every layout's
+# ranks.
 TINY = {
-    "model": {"family": "diffmoe", "input_size": 8, "channels": 1, "width": 32, "depth": 4, "heads": 2, "classes": 10,
-              "learn_sigma": False},
+    "model": {
+        "family": "diffmoe",
+        "input_size": 8,
+        "channels": 1,
+        "width": 32,
+        "depth": 4,
+        "heads": 2,
+        "classes": 10,
+        "learn_sigma": False,
+    },
     "moe": {"experts": 4, "pool": 16},
-    "train": {"steps": 8, "batch": 16, "lr": 1e-2, "warmup": 2, "schedule": "cosine", "clip": 1.0, "ema": 0.7,
-              "log_every": 1, "save_every": 4, "keep": 3},
+    "train": {
+        "steps": 8,
+        "batch": 16,
+        "lr": 1e-2,
+        "warmup": 2,
+        "schedule": "cosine",
+        "clip": 1.0,
+        "ema": 0.7,
+        "log_every": 1,
+        "save_every": 4,
+        "keep": 3,
+    },
     "parallel": {"ep": 2},
     "sample": {"steps": 2, "columns": 4},
 }
 
 
 def zero(stage: int, bf16: bool = False, **more: object) -> dict:
-    """A DeepSpeed JSON of that ZeRO stage.  At stage 3 DeepSpeed keeps parameters below 100,000 elements whole; here the tests'
-    small ones are gathered and freed as a large model's are."""
+    """A DeepSpeed JSON of that ZeRO stage.  At stage 3 DeepSpeed keeps parameters below 100,000
+    elements whole; here the tests' small ones are gathered and freed as a large model's are.
+    """
     whole = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
-    return {"zero_optimization": {"stage": stage, **whole, **more}, **({"bf16": {"enabled": True}} if bf16 else {})}
+    return {
+        "zero_optimization": {"stage": stage, **whole, **more},
+        **({"bf16": {"enabled": True}} if bf16 else {}),
+    }
 
 
 @dataclass(frozen=True)
@@ -61,28 +94,53 @@ class Result:
 class Program:
     """A started run.py; a context manager that leaves no process behind."""
 
-    def __init__(self, command: Sequence[str], world: int, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], world: int, env: Mapping[str, str] | None = None
+    ) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="diffmoe-program-")
         self._folder = Path(self._scratch.name)
         self.processes: list[subprocess.Popen] = []
         for rank in range(world):
-            with open(self._folder / f"out{rank}", "w") as out, open(self._folder / f"err{rank}", "w") as err:
-                self.processes.append(subprocess.Popen(
-                    command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=REPOSITORY, start_new_session=True,
-                    env={**environment(), "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-                         "LOCAL_WORLD_SIZE": str(world), "DIFFMOE_STORE": str(self._folder / "store"), **(env or {})}))
+            with (
+                open(self._folder / f"out{rank}", "w") as out,
+                open(self._folder / f"err{rank}", "w") as err,
+            ):
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        stdout=out,
+                        stderr=err,
+                        stdin=subprocess.DEVNULL,
+                        cwd=REPOSITORY,
+                        start_new_session=True,
+                        env={
+                            **environment(),
+                            "RANK": str(rank),
+                            "WORLD_SIZE": str(world),
+                            "LOCAL_RANK": str(rank),
+                            "LOCAL_WORLD_SIZE": str(world),
+                            "DIFFMOE_STORE": str(self._folder / "store"),
+                            **(env or {}),
+                        },
+                    )
+                )
 
     def signal(self, rank: int, number: int) -> None:
         self.processes[rank].send_signal(number)
 
     def interrupt(self) -> None:
-        """Ctrl-C: the terminal sends SIGINT to everything that runs there, a launcher's children included."""
+        """Ctrl-C: the terminal sends SIGINT to everything that runs there, a launcher's children
+        included.
+        """
         for process in self.processes:
             os.killpg(process.pid, signal.SIGINT)
 
-    def wait_for(self, text: str, rank: int = 0, timeout: float = 180.0, even_after_the_end: bool = False) -> None:
-        """Until the rank has printed ``text``; AssertionError when it ends before (unless its children may go on), or
-        takes longer."""
+    def wait_for(
+        self, text: str, rank: int = 0, timeout: float = 180.0, even_after_the_end: bool = False
+    ) -> None:
+        """Until the rank has printed ``text``; AssertionError when it ends before (unless its
+        children may go on), or takes longer.
+        """
         deadline = time.monotonic() + timeout
         while text not in self.result(rank).stdout:
             ended = self.processes[rank].poll() is not None and not even_after_the_end
@@ -91,7 +149,9 @@ class Program:
             time.sleep(0.02)
 
     def wait(self, timeout: float = 240.0) -> list[Result]:
-        """The ranks' results; those that have not ended after ``timeout`` are killed, which is an AssertionError."""
+        """The ranks' results; those that have not ended after ``timeout`` are killed, which is an
+        AssertionError.
+        """
         deadline = time.monotonic() + timeout
         try:
             for process in self.processes:
@@ -104,8 +164,11 @@ class Program:
 
     def result(self, rank: int) -> Result:
         code = self.processes[rank].poll()
-        return Result(-1 if code is None else code, (self._folder / f"out{rank}").read_text(errors="replace"),
-                      (self._folder / f"err{rank}").read_text(errors="replace"))
+        return Result(
+            -1 if code is None else code,
+            (self._folder / f"out{rank}").read_text(errors="replace"),
+            (self._folder / f"err{rank}").read_text(errors="replace"),
+        )
 
     def results(self) -> list[Result]:
         return [self.result(rank) for rank in range(len(self.processes))]
@@ -155,19 +218,32 @@ class _ForkedProgram(Program):
         for rank in range(world):
             (self._folder / f"out{rank}").touch()
             (self._folder / f"err{rank}").touch()
-        pids = nursery.ask({"folder": str(self._folder), "world": world, "arguments": list(map(str, arguments))})
-        self.processes = [_Forked(pid, self._folder / f"code{rank}") for rank, pid in enumerate(pids)]
+        pids = nursery.ask(
+            {"folder": str(self._folder), "world": world, "arguments": list(map(str, arguments))}
+        )
+        self.processes = [
+            _Forked(pid, self._folder / f"code{rank}") for rank, pid in enumerate(pids)
+        ]
 
 
 class Nursery:
-    """A process that has imported torch and DeepSpeed and forks ranks of run.py: a start takes a second, not ten.
+    """A process that has imported torch and DeepSpeed and forks ranks of run.py: a start takes a
+    second, not ten.
 
-    For tests that kill ranks over and over.  ``main`` is ``module:function`` in tests/, called in place of run.py's."""
+    For tests that kill ranks over and over.  ``main`` is ``module:function`` in tests/, called in
+    place of run.py's.
+    """
 
     def __init__(self, main: str = "run:main") -> None:
-        self._process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "nursery", main], cwd=REPOSITORY,
-                                         env=environment(), start_new_session=True, text=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), "nursery", main],
+            cwd=REPOSITORY,
+            env=environment(),
+            start_new_session=True,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def start(self, world: int, *arguments: str) -> Program:
         return _ForkedProgram(self, world, arguments)
@@ -229,8 +305,13 @@ def _be_rank(rank: int, request: dict, function: Callable[[list[str]], int]) -> 
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(request["world"]), LOCAL_RANK=str(rank),
-                      LOCAL_WORLD_SIZE=str(request["world"]), DIFFMOE_STORE=str(folder / "store"))
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(request["world"]),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(request["world"]),
+        DIFFMOE_STORE=str(folder / "store"),
+    )
     code = 1
     try:
         code = function(request["arguments"])
@@ -247,32 +328,54 @@ def start_program(world: int, *arguments: str, env: Mapping[str, str] | None = N
     return Program([sys.executable, "run.py", *arguments], world, env)
 
 
-def run_program(world: int, *arguments: str, timeout: float = 240.0, env: Mapping[str, str] | None = None) -> list[Result]:
+def run_program(
+    world: int, *arguments: str, timeout: float = 240.0, env: Mapping[str, str] | None = None
+) -> list[Result]:
     """``run.py arguments`` on ``world`` ranks, each one's result."""
     with start_program(world, *arguments, env=env) as program:
         return program.wait(timeout)
 
 
-LAUNCHERS = {"deepspeed": ["--log_level", "error", "--num_gpus", "2"], "torchrun": ["--standalone", "--nproc-per-node", "2"]}
+LAUNCHERS = {
+    "deepspeed": ["--log_level", "error", "--num_gpus", "2"],
+    "torchrun": ["--standalone", "--nproc-per-node", "2"],
+}
 
 
 def start_launcher(launcher: str, *arguments: str) -> Program:
-    """``deepspeed`` or ``torchrun`` as one process, without any rank's environment, that starts run.py on 2 ranks."""
+    """``deepspeed`` or ``torchrun`` as one process, without any rank's environment, that starts
+    run.py on 2 ranks.
+    """
     tool = str(Path(sys.executable).parent / launcher)
     clean = ["env", *(f"--unset={name}" for name in _ABOUT_RANKS if name != "DIFFMOE_STORE")]
     return Program([*clean, tool, *LAUNCHERS[launcher], "run.py", *arguments], 1)
 
 
-def run_cases(world: int, cases: Sequence[Sequence[str]], timeout: float = 240.0, env: Mapping[str, str] | None = None
-              ) -> list[list[Result]]:
-    """Each command line in turn on the same ``world`` processes: results [case][rank].  ``timeout`` is for all."""
+def run_cases(
+    world: int,
+    cases: Sequence[Sequence[str]],
+    timeout: float = 240.0,
+    env: Mapping[str, str] | None = None,
+) -> list[list[Result]]:
+    """Each command line in turn on the same ``world`` processes: results [case][rank].  ``timeout``
+    is for all.
+    """
     with tempfile.TemporaryDirectory(prefix="diffmoe-cases-") as folder:
-        (Path(folder) / "cases.json").write_text(json.dumps([list(map(str, case)) for case in cases]))
-        with Program([sys.executable, str(Path(__file__).resolve()), folder], world, env) as program:
+        (Path(folder) / "cases.json").write_text(
+            json.dumps([list(map(str, case)) for case in cases])
+        )
+        with Program(
+            [sys.executable, str(Path(__file__).resolve()), folder], world, env
+        ) as program:
             ends = program.wait(timeout)
             assert all(end.returncode == 0 for end in ends), ends
-        return [[Result(**json.loads((Path(folder) / f"{case}.{rank}.json").read_text())) for rank in range(world)]
-                for case in range(len(cases))]
+        return [
+            [
+                Result(**json.loads((Path(folder) / f"{case}.{rank}.json").read_text()))
+                for rank in range(world)
+            ]
+            for case in range(len(cases))
+        ]
 
 
 def _serve_cases(folder: Path) -> None:
@@ -292,7 +395,9 @@ def _serve_cases(folder: Path) -> None:
         torch = sys.modules.get("torch")
         if torch is not None and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        (folder / f"{number}.{rank}.json").write_text(json.dumps(asdict(Result(code, out.getvalue(), err.getvalue()))))
+        (folder / f"{number}.{rank}.json").write_text(
+            json.dumps(asdict(Result(code, out.getvalue(), err.getvalue())))
+        )
 
 
 def environment() -> dict[str, str]:
@@ -322,7 +427,9 @@ def digits() -> Path:
 def tiny_config() -> Path:
     """TINY as a YAML file."""
     path = scratch() / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "data": {"shards": str(digits()), "streams": 64, "window": 4}}))
+    path.write_text(
+        yaml.safe_dump({**TINY, "data": {"shards": str(digits()), "streams": 64, "window": 4}})
+    )
     return path
 
 
@@ -333,7 +440,9 @@ def tiny(folder: Path, *more: str) -> list[str]:
 
 @functools.cache
 def trained(*overrides: str) -> tuple[Path, list[Result]]:
-    """The undisturbed run (2 ranks, EP 2, ZeRO 1, fp32, 8 steps) that others are compared with; do not write there."""
+    """The undisturbed run (2 ranks, EP 2, ZeRO 1, fp32, 8 steps) that others are compared with; do
+    not write there.
+    """
     folder = Path(tempfile.mkdtemp(prefix="trained-", dir=scratch()))
     return folder, run_program(2, *tiny(folder, *overrides))
 
@@ -348,5 +457,6 @@ if __name__ == "__main__" and sys.argv[1] == "nursery":
     _serve_nursery(sys.argv[2])
 elif __name__ == "__main__":
     _serve_cases(Path(sys.argv[1]))
-    # Every case's own exit code is on disk.  Threads of dozens of destroyed process groups may abort an ordinary exit.
+    # Every case's own exit code is on disk.  Threads of dozens of destroyed process groups may
+    # abort an ordinary exit.
     os._exit(0)

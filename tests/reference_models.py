@@ -1,4 +1,6 @@
-"""The published research code's tiny models and what it computed with them (tests/data/*.npz, float32, CPU)."""
+"""The published research code's tiny models and what it computed with them (tests/data/*.npz,
+float32, CPU).
+"""
 
 from pathlib import Path
 
@@ -18,12 +20,27 @@ PREDICTOR_WEIGHT, TOLERANCE = 0.7, 1e-5
 
 def reference(family: str) -> tuple[DiT, dict[str, Tensor]]:
     """Our model with the research model's weights, and all its numbers by key."""
-    numbers = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(DATA / f"{family}.npz").items()}
+    numbers = {
+        k: torch.from_numpy(np.asarray(v)) for k, v in np.load(DATA / f"{family}.npz").items()
+    }
     sizes = {k.split("/")[1]: v.item() for k, v in numbers.items() if k.startswith("config/")}
-    model = ModelConfig(family=family, input_size=8, channels=4, patch=2, width=sizes["hidden"], depth=sizes["depth"],
-                        heads=sizes["heads"], classes=10, learn_sigma=sizes["learn_sigma"])
-    moe = MoEConfig(experts=sizes["experts"], interleave=sizes["interleave"], capacity=sizes["capacity"],
-                    pool=POOL[family])
+    model = ModelConfig(
+        family=family,
+        input_size=8,
+        channels=4,
+        patch=2,
+        width=sizes["hidden"],
+        depth=sizes["depth"],
+        heads=sizes["heads"],
+        classes=10,
+        learn_sigma=sizes["learn_sigma"],
+    )
+    moe = MoEConfig(
+        experts=sizes["experts"],
+        interleave=sizes["interleave"],
+        capacity=sizes["capacity"],
+        pool=POOL[family],
+    )
     dit = DiT(model, moe, pool=POOL[family])
     state = {k.removeprefix("param/"): v for k, v in numbers.items() if k.startswith("param/")}
     load_logical(dit, from_research(state))

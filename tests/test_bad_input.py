@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from programs import Result, digits, run_cases, run_program, start_launcher, tiny, tiny_config, trained
+from programs import (
+    Result,
+    digits,
+    run_cases,
+    run_program,
+    start_launcher,
+    tiny,
+    tiny_config,
+    trained,
+)
 
 
 def assert_one_line(results: list[Result], *texts: str) -> None:
@@ -18,30 +27,62 @@ def assert_one_line(results: list[Result], *texts: str) -> None:
         assert text in lines[0]
 
 
-# ------------------------------------------------------------ what the command line and the configuration show
+# ------------------------------------------------------------ what the command line and the
+# configuration show
 
 BEFORE_JOINING = {
-    "verb": (["trian"], "verb 'trian' must be one of train, sample, evaluate, encode, inspect-data, import, export, "
-             "check-checkpoint, bench, profile, verify"),
+    "verb": (
+        ["trian"],
+        "verb 'trian' must be one of train, sample, evaluate, encode, inspect-data, import, export, "
+        "check-checkpoint, bench, profile, verify",
+    ),
     "no config": (["train.steps=3"], "train needs --config"),
-    "unknown option": (["--tpyo", "--config", "TINY"], "unrecognized arguments: --tpyo (see run.py train --help)"),
-    "ranks without dry run": (["--config", "TINY", "--ranks", "3"], "--ranks (3) goes with --dry-run"),
+    "unknown option": (
+        ["--tpyo", "--config", "TINY"],
+        "unrecognized arguments: --tpyo (see run.py train --help)",
+    ),
+    "ranks without dry run": (
+        ["--config", "TINY", "--ranks", "3"],
+        "--ranks (3) goes with --dry-run",
+    ),
     "missing config": (["--config", "gone.yaml"], "gone.yaml does not exist"),
-    "config is a folder": (["--config", "configs"], "configs must be a file, not a folder or device"),
+    "config is a folder": (
+        ["--config", "configs"],
+        "configs must be a file, not a folder or device",
+    ),
     "name too long": (["--config", "c" * 300], " cannot be read: File name too long"),
     "name with a line break": (["--config", "a\nb.yaml"], "a b.yaml does not exist"),
     "config is a list": (["--config", "LIST"], "list.yaml must hold a mapping, not list"),
-    "unknown key": (["--config", "TINY", "model.widht=3"], "unknown key model.widht (value 3); did you mean model.width?"),
-    "override": (["--config", "TINY", "train.steps"], "override 'train.steps' must look like section.field=value"),
+    "unknown key": (
+        ["--config", "TINY", "model.widht=3"],
+        "unknown key model.widht (value 3); did you mean model.width?",
+    ),
+    "override": (
+        ["--config", "TINY", "train.steps"],
+        "override 'train.steps' must look like section.field=value",
+    ),
     "negative": (["--config", "TINY", "train.lr=-1"], "train.lr (-1.0) must be at least 0"),
-    "experts": (["--config", "TINY", "moe.experts=3"], "moe.experts (3) must divide by parallel.ep (2)"),
-    "pool": (["--config", "TINY", "moe.pool=5"],
-             "moe.pool (5 samples) must divide the forward batch train.micro_batch (8) x ranks (2) = 16"),
-    "world": (["--config", "TINY", "parallel.ep=4"], "world size (2) must divide by parallel.ep (4)"),
+    "experts": (
+        ["--config", "TINY", "moe.experts=3"],
+        "moe.experts (3) must divide by parallel.ep (2)",
+    ),
+    "pool": (
+        ["--config", "TINY", "moe.pool=5"],
+        "moe.pool (5 samples) must divide the forward batch train.micro_batch (8) x ranks (2) = 16",
+    ),
+    "world": (
+        ["--config", "TINY", "parallel.ep=4"],
+        "world size (2) must divide by parallel.ep (4)",
+    ),
     "batch": (["--config", "TINY", "train.batch=15"], "train.batch (15) must divide by ranks (2)"),
-    "json gone": (["--config", "TINY", "--deepspeed_config", "gone.json"], "--deepspeed_config gone.json does not exist"),
-    "json contradicts": (["--config", "TINY", "--deepspeed_config", "JSON"],
-                         "DeepSpeed's train_batch_size (32) contradicts the YAML's train.batch (16)"),
+    "json gone": (
+        ["--config", "TINY", "--deepspeed_config", "gone.json"],
+        "--deepspeed_config gone.json does not exist",
+    ),
+    "json contradicts": (
+        ["--config", "TINY", "--deepspeed_config", "JSON"],
+        "DeepSpeed's train_batch_size (32) contradicts the YAML's train.batch (16)",
+    ),
     "sampling from nothing": (["sample"], "the following arguments are required: --checkpoint"),
 }
 
@@ -51,7 +92,11 @@ def test_mistakes_on_the_command_line(tmp_path, name):
     arguments, text = BEFORE_JOINING[name]
     (tmp_path / "list.yaml").write_text("- model\n- train\n")
     (tmp_path / "ds.json").write_text('{"train_batch_size": 32}')
-    files = {"TINY": str(tiny_config()), "LIST": str(tmp_path / "list.yaml"), "JSON": str(tmp_path / "ds.json")}
+    files = {
+        "TINY": str(tiny_config()),
+        "LIST": str(tmp_path / "list.yaml"),
+        "JSON": str(tmp_path / "ds.json"),
+    }
     assert_one_line(run_program(2, *(files.get(a, a) for a in arguments)), text)
 
 
@@ -65,29 +110,50 @@ def test_every_rank_says_what_is_wrong_with_its_own_environment():
 def test_a_dry_run_prints_it_all_and_touches_nothing(tmp_path):
     results = run_program(2, *tiny(tmp_path / "run", "--dry-run", "data.shards=/nowhere"))
     assert [(r.returncode, r.stderr) for r in results] == [(0, ""), (0, "")], results
-    for text in ("seed: 0", "shards: /nowhere", "train_batch_size': 16", "batch    8 micro x 2 ranks x 1 accumulation = 16",
-                 "experts  4 over 2 expert-parallel ranks, in 1 copies", "pool     16 samples = 256 tokens",
-                 "engine   ZeRO 1, fp32"):
+    for text in (
+        "seed: 0",
+        "shards: /nowhere",
+        "train_batch_size': 16",
+        "batch    8 micro x 2 ranks x 1 accumulation = 16",
+        "experts  4 over 2 expert-parallel ranks, in 1 copies",
+        "pool     16 samples = 256 tokens",
+        "engine   ZeRO 1, fp32",
+    ):
         assert text in results[0].stdout
     assert results[1].stdout == ""
     assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_of_bf16_at_zero_0_says_what_runs(tmp_path):
-    (tmp_path / "d.json").write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 0}}')
-    result, = run_program(1, *tiny(tmp_path / "run", "--deepspeed_config", tmp_path / "d.json", "--dry-run", "parallel.ep=1"))
+    (tmp_path / "d.json").write_text(
+        '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 0}}'
+    )
+    (result,) = run_program(
+        1,
+        *tiny(
+            tmp_path / "run",
+            "--deepspeed_config",
+            tmp_path / "d.json",
+            "--dry-run",
+            "parallel.ep=1",
+        ),
+    )
     assert result.returncode == 0 and "engine   ZeRO 1, bf16, fp32 masters" in result.stdout, result
-    assert "'zero_optimization': {'stage': 1," in result.stdout and "note: bf16 at ZeRO 0" in result.stdout
+    assert (
+        "'zero_optimization': {'stage': 1," in result.stdout
+        and "note: bf16 at ZeRO 0" in result.stdout
+    )
 
 
 def test_a_dry_run_resolves_for_ranks_that_are_not_there():
-    result, = run_program(1, *tiny(Path("unused"), "--dry-run", "--ranks", "8"))
+    (result,) = run_program(1, *tiny(Path("unused"), "--dry-run", "--ranks", "8"))
     assert result.returncode == 0 and "2 micro x 8 ranks x 1 accumulation" in result.stdout
-    result, = run_program(1, *tiny(Path("unused"), "--dry-run", "--ranks", "3"))
+    (result,) = run_program(1, *tiny(Path("unused"), "--dry-run", "--ranks", "3"))
     assert_one_line([result], "world size (3) must divide by parallel.ep (2)")
 
 
-# ---------------------------------------------------------------------- what data, folders and checkpoints show
+# ---------------------------------------------------------------------- what data, folders and
+# checkpoints show
 
 
 def damaged_digits(to: Path, **changes) -> Path:
@@ -108,7 +174,9 @@ def damaged_run(to: Path, file: str, content: bytes | None = None, cut: int | No
 
 @pytest.fixture(scope="module")
 def after_joining(tmp_path_factory):
-    """Cases by name: (results, texts). All in one start of two ranks; the ones that reach DeepSpeed come last."""
+    """Cases by name: (results, texts). All in one start of two ranks; the ones that reach DeepSpeed
+    come last.
+    """
     tmp = tmp_path_factory.mktemp("bad")
     run = str(trained()[0])
     (tmp / "file").write_text("in the way")
@@ -123,7 +191,9 @@ def after_joining(tmp_path_factory):
     (short / "shard-000003.tar").write_bytes((short / "shard-000003.tar").read_bytes()[:-512])
     size = (digits() / "shard-000003.tar").stat().st_size
     (tmp / "typo.json").write_text('{"zero_optimization": {"stage": 1, "overlap_com": true}}')
-    (tmp / "scatter.json").write_text('{"zero_optimization": {"stage": 2, "reduce_scatter": false}}')
+    (tmp / "scatter.json").write_text(
+        '{"zero_optimization": {"stage": 2, "reduce_scatter": false}}'
+    )
     (tmp / "stage3.json").write_text('{"zero_optimization": {"stage": 3}}')
     master = "master-00000.safetensors"
     whole = (trained()[0] / "checkpoints/step_00000008" / master).read_bytes()
@@ -139,51 +209,132 @@ def after_joining(tmp_path_factory):
     cases = {
         "no shards named": (train("data.shards="), "data.shards"),
         "no folder": (train("data.shards=/nowhere"), "data folder (/nowhere) does not exist"),
-        "no index": (train(f"data.shards={tmp}/empty"), f"data folder ({tmp}/empty) has no index.json"),
+        "no index": (
+            train(f"data.shards={tmp}/empty"),
+            f"data folder ({tmp}/empty) has no index.json",
+        ),
         "garbage index": (train(f"data.shards={garbage}"), f"{garbage}/index.json is malformed: "),
-        "index of another format": (train(f"data.shards={damaged_digits(tmp / 'f', format=9)}"), "format (9) is not"),
-        "index without shards": (train(f"data.shards={damaged_digits(tmp / 'n', shards=None)}"), "index.json is malformed"),
-        "index with another count": (train(f"data.shards={damaged_digits(tmp / 'c', count=5)}"), "count (5) must be"),
-        "lost shard": (train(f"data.shards={lost}"), f"shard shard-000003.tar is missing from {lost}"),
-        "cut shard": (train(f"data.shards={short}"), f"has {size - 512} bytes, its index says {size}"),
-        "other channels": (train("model.channels=3"), "holds samples of shape (1, 8, 8)", "make (3, 8, 8)"),
-        "other size": (train("model.input_size=16"), "holds samples of shape (1, 8, 8)", "make (1, 16, 16)"),
+        "index of another format": (
+            train(f"data.shards={damaged_digits(tmp / 'f', format=9)}"),
+            "format (9) is not",
+        ),
+        "index without shards": (
+            train(f"data.shards={damaged_digits(tmp / 'n', shards=None)}"),
+            "index.json is malformed",
+        ),
+        "index with another count": (
+            train(f"data.shards={damaged_digits(tmp / 'c', count=5)}"),
+            "count (5) must be",
+        ),
+        "lost shard": (
+            train(f"data.shards={lost}"),
+            f"shard shard-000003.tar is missing from {lost}",
+        ),
+        "cut shard": (
+            train(f"data.shards={short}"),
+            f"has {size - 512} bytes, its index says {size}",
+        ),
+        "other channels": (
+            train("model.channels=3"),
+            "holds samples of shape (1, 8, 8)",
+            "make (3, 8, 8)",
+        ),
+        "other size": (
+            train("model.input_size=16"),
+            "holds samples of shape (1, 8, 8)",
+            "make (1, 16, 16)",
+        ),
         "other classes": (train("model.classes=12"), "has 10 classes; model.classes is 12"),
-        "folder is a file": (train(f"run.folder={tmp}/file"), f"run.folder ({tmp}/file) cannot be written"),
-        "folder below a file": (train(f"run.folder={tmp}/file/run"), f"run.folder ({tmp}/file/run) cannot be written"),
-        "checkpoints is a file": (train(f"run.folder={tmp}/blocked"), f"run.folder ({tmp}/blocked) cannot be written"),
-        "cut checkpoint": (train(f"run.folder={damaged_run(tmp / 'a', master, cut=100)}"),
-                           f"{master} must have {len(whole)} bytes and has 100"),
-        "garbage checkpoint.json": (train(f"run.folder={damaged_run(tmp / 'b', 'checkpoint.json', cut=50)}"),
-                                    "checkpoint.json is not valid JSON"),
-        "poor checkpoint.json": (train(f"run.folder={damaged_run(tmp / 'd', 'checkpoint.json', b'{}')}"),
-                                 "checkpoint.json lacks config, counters, emas, files, format"),
-        "sample: none": (["sample", "--checkpoint", str(tmp / "empty")], f"no complete checkpoint in {tmp}/empty"),
-        "sample: gone": (["sample", "--checkpoint", "/nowhere"], "no complete checkpoint in /nowhere"),
-        "sample: cut": (["sample", "--checkpoint", str(tmp / "a")], "must have", "bytes and has 100"),
-        "sample: garbage": (["sample", "--checkpoint", str(damaged_run(tmp / "e", "ema_0.7-00001.safetensors", b"\xff" * other))],
-                            "ema_0.7-00001.safetensors"),
-        "sample: class 10": (sample("--classes", "0,8-10"), "--classes '0,8-10' must name classes from 0 to 9 (model.classes = 10)"),
-        "sample: classes": (sample("--classes", "cat"), "--classes 'cat' must be 'all' or numbers and ranges such as 0,3,7-9"),
+        "folder is a file": (
+            train(f"run.folder={tmp}/file"),
+            f"run.folder ({tmp}/file) cannot be written",
+        ),
+        "folder below a file": (
+            train(f"run.folder={tmp}/file/run"),
+            f"run.folder ({tmp}/file/run) cannot be written",
+        ),
+        "checkpoints is a file": (
+            train(f"run.folder={tmp}/blocked"),
+            f"run.folder ({tmp}/blocked) cannot be written",
+        ),
+        "cut checkpoint": (
+            train(f"run.folder={damaged_run(tmp / 'a', master, cut=100)}"),
+            f"{master} must have {len(whole)} bytes and has 100",
+        ),
+        "garbage checkpoint.json": (
+            train(f"run.folder={damaged_run(tmp / 'b', 'checkpoint.json', cut=50)}"),
+            "checkpoint.json is not valid JSON",
+        ),
+        "poor checkpoint.json": (
+            train(f"run.folder={damaged_run(tmp / 'd', 'checkpoint.json', b'{}')}"),
+            "checkpoint.json lacks config, counters, emas, files, format",
+        ),
+        "sample: none": (
+            ["sample", "--checkpoint", str(tmp / "empty")],
+            f"no complete checkpoint in {tmp}/empty",
+        ),
+        "sample: gone": (
+            ["sample", "--checkpoint", "/nowhere"],
+            "no complete checkpoint in /nowhere",
+        ),
+        "sample: cut": (
+            ["sample", "--checkpoint", str(tmp / "a")],
+            "must have",
+            "bytes and has 100",
+        ),
+        "sample: garbage": (
+            [
+                "sample",
+                "--checkpoint",
+                str(damaged_run(tmp / "e", "ema_0.7-00001.safetensors", b"\xff" * other)),
+            ],
+            "ema_0.7-00001.safetensors",
+        ),
+        "sample: class 10": (
+            sample("--classes", "0,8-10"),
+            "--classes '0,8-10' must name classes from 0 to 9 (model.classes = 10)",
+        ),
+        "sample: classes": (
+            sample("--classes", "cat"),
+            "--classes 'cat' must be 'all' or numbers and ranges such as 0,3,7-9",
+        ),
         "sample: backwards": (sample("--classes", "9-3"), "--classes '9-3' must"),
         "sample: negative": (sample("--classes=-1"), "--classes '-1' must"),
         "sample: count": (sample("--count", 0), "--count (0) must be at least 1"),
-        "sample: cfg": (sample("--cfg", "much"), "argument --cfg: invalid float value: 'much' (see run.py sample --help)"),
+        "sample: cfg": (
+            sample("--cfg", "much"),
+            "argument --cfg: invalid float value: 'much' (see run.py sample --help)",
+        ),
         "sample: steps": (sample("sample.steps=0"), "sample.steps (0) must be at least 1"),
-        "sample: model": (sample("model.width=64"), "override 'model.width=64': sampling takes the rest from the checkpoint"),
-        "sample: key": (sample("sample.stesp=3"), "unknown key sample.stesp (value 3); did you mean sample.steps?"),
+        "sample: model": (
+            sample("model.width=64"),
+            "override 'model.width=64': sampling takes the rest from the checkpoint",
+        ),
+        "sample: key": (
+            sample("sample.stesp=3"),
+            "unknown key sample.stesp (value 3); did you mean sample.steps?",
+        ),
         "sample: seed": (sample("--seed=-1"), "run.seed (-1) must be in [0, 2^64)"),
         "sample: out": (sample("--out", f"{tmp}/file/x"), f"{tmp}/file"),
         "no apex": (train("train.optimizer=apex"), "train.optimizer (apex) needs NVIDIA's apex"),
-        "apex at stage 3": (train("--deepspeed_config", tmp / "stage3.json", "train.optimizer=apex"),
-                            "train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)"),
-        "reduce_scatter": (train("--deepspeed_config", tmp / "scatter.json"),
-                           "DeepSpeed's zero_optimization.reduce_scatter (false) must be true"),
-        "typo in zero_optimization": (train("--deepspeed_config", tmp / "typo.json"),
-                                      "unknown key zero_optimization.overlap_com (value True) in the DeepSpeed JSON; did you mean zero_optimization.overlap_comm?"),
+        "apex at stage 3": (
+            train("--deepspeed_config", tmp / "stage3.json", "train.optimizer=apex"),
+            "train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)",
+        ),
+        "reduce_scatter": (
+            train("--deepspeed_config", tmp / "scatter.json"),
+            "DeepSpeed's zero_optimization.reduce_scatter (false) must be true",
+        ),
+        "typo in zero_optimization": (
+            train("--deepspeed_config", tmp / "typo.json"),
+            "unknown key zero_optimization.overlap_com (value True) in the DeepSpeed JSON; did you mean zero_optimization.overlap_comm?",
+        ),
     }
     results = run_cases(2, [arguments for arguments, *_ in cases.values()])
-    return {name: (found, texts) for (name, (_, *texts)), found in zip(cases.items(), results, strict=True)}
+    return {
+        name: (found, texts)
+        for (name, (_, *texts)), found in zip(cases.items(), results, strict=True)
+    }
 
 
 def test_mistakes_that_data_folders_and_checkpoints_show(after_joining):
@@ -196,17 +347,23 @@ def test_mistakes_that_data_folders_and_checkpoints_show(after_joining):
     assert not wrong, "\n".join(f"{name}: {error}" for name, error in wrong.items())
 
 
-# ---------------------------------------------------------------------------------------- the real launchers
+# ---------------------------------------------------------------------------------------- the real
+# launchers
 
 
-@pytest.mark.parametrize(("launcher", "change", "text"), [
-    ("deepspeed", "moe.experts=3", "moe.experts (3) must divide by parallel.ep (2)"),
-    ("deepspeed", "data.shards=/nowhere", "data folder (/nowhere) does not exist"),
-    ("torchrun", "data.shards=/nowhere", "data folder (/nowhere) does not exist"),
-])
+@pytest.mark.parametrize(
+    ("launcher", "change", "text"),
+    [
+        ("deepspeed", "moe.experts=3", "moe.experts (3) must divide by parallel.ep (2)"),
+        ("deepspeed", "data.shards=/nowhere", "data folder (/nowhere) does not exist"),
+        ("torchrun", "data.shards=/nowhere", "data folder (/nowhere) does not exist"),
+    ],
+)
 def test_launchers_end_with_our_line(tmp_path, launcher, change, text):
     with start_launcher(launcher, *tiny(tmp_path / "run", change)) as program:
-        result, = program.wait()
+        (result,) = program.wait()
     assert result.returncode != 0
-    ours = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("error: ")]
+    ours = [
+        line for line in (result.stdout + result.stderr).splitlines() if line.startswith("error: ")
+    ]
     assert ours == [f"error: {text}"], (result.stdout, result.stderr)

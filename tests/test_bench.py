@@ -1,4 +1,6 @@
-"""Every kind of ``run.py bench`` at a small size: that it runs, and that its ratios are those of its own figures."""
+"""Every kind of ``run.py bench`` at a small size: that it runs, and that its ratios are those of
+its own figures.
+"""
 
 import json
 import math
@@ -14,8 +16,18 @@ from diffmoe.errors import UserError
 from diffmoe.parallel.groups import single_process
 from programs import run_cases
 
-SMALL = ["--experts", "4", "--repeats", "1", "--json", "--set", "model.width=32", "model.heads=2", "model.depth=2",
-         "model.input_size=8"]
+SMALL = [
+    "--experts",
+    "4",
+    "--repeats",
+    "1",
+    "--json",
+    "--set",
+    "model.width=32",
+    "model.heads=2",
+    "model.depth=2",
+    "model.input_size=8",
+]
 KINDS = {
     "moe-layer": ["--tokens", "64"],
     "step": ["--samples", "2", "--accumulation", "2", "--recompute", "--loop", "--profile"],
@@ -36,11 +48,16 @@ def test_the_layer_beside_its_contenders(records):
     record = records["moe-layer"]
     contenders = record["contenders"]
     assert set(contenders) == {"ours", "dense", "floor", "loop", "deepspeed", "deepspeed+predictor"}
-    seconds, peak = ({name: c[key] for name, c in contenders.items()} for key in ("seconds", "peak_bytes"))
+    seconds, peak = (
+        {name: c[key] for name, c in contenders.items()} for key in ("seconds", "peak_bytes")
+    )
     assert math.isclose(record["time_over_dense"], seconds["ours"] / seconds["dense"])
     assert math.isclose(record["loop_time_over_ours"], seconds["loop"] / seconds["ours"])
     assert math.isclose(record["deepspeed_time_over_ours"], seconds["deepspeed"] / seconds["ours"])
-    assert math.isclose(record["deepspeed_with_predictor_time_over_ours"], seconds["deepspeed+predictor"] / seconds["ours"])
+    assert math.isclose(
+        record["deepspeed_with_predictor_time_over_ours"],
+        seconds["deepspeed+predictor"] / seconds["ours"],
+    )
     assert math.isclose(record["activation_memory_over_dense"], peak["ours"] / peak["dense"])
     assert math.isclose(record["activation_memory_over_loop"], peak["ours"] / peak["loop"])
     assert min(*seconds.values(), *peak.values()) > 0
@@ -50,33 +67,51 @@ def test_the_layer_beside_its_contenders(records):
 def test_a_step_with_recompute(records):
     record = records["step"]
     assert set(record["seconds"]) == {"ours", "dense", "block", "selective", "loop"}
-    assert record["peak_bytes"]["block"] < record["peak_bytes"]["selective"] < record["peak_bytes"]["ours"]
-    assert math.isclose(record["time_over_dense"], record["seconds"]["ours"] / record["seconds"]["dense"])
+    assert (
+        record["peak_bytes"]["block"]
+        < record["peak_bytes"]["selective"]
+        < record["peak_bytes"]["ours"]
+    )
+    assert math.isclose(
+        record["time_over_dense"], record["seconds"]["ours"] / record["seconds"]["dense"]
+    )
     assert record["images_per_second"]["ours"] == pytest.approx(2 * 2 / record["seconds"]["ours"])
 
 
 def test_a_profile_says_where_the_time_goes(records):
     profile = records["step"]["profile"]
     assert set(profile) == set(records["step"]["seconds"])
-    assert all(ms == sorted(ms, reverse=True) for ms in ([row[1] for row in rows] for rows in profile.values()))
+    assert all(
+        ms == sorted(ms, reverse=True)
+        for ms in ([row[1] for row in rows] for rows in profile.values())
+    )
 
 
 def test_a_profile_counts_calls():
     """Of all operators: which ones are the dearest of a small model is the machine's affair."""
     linear, x = torch.nn.Linear(8, 8), torch.ones(4, 8)
-    found, text = measure.profiles({"one": lambda: linear(x), "two": lambda: linear(linear(x))}, torch.device("cpu"), top=1000)
+    found, text = measure.profiles(
+        {"one": lambda: linear(x), "two": lambda: linear(linear(x))}, torch.device("cpu"), top=1000
+    )
     calls = {name: {operator: calls for operator, _, calls in rows} for name, rows in found.items()}
-    assert (calls["one"]["aten::addmm"], calls["two"]["aten::addmm"]) == (1, 2) and "aten::addmm" in text
+    assert (calls["one"]["aten::addmm"], calls["two"]["aten::addmm"]) == (
+        1,
+        2,
+    ) and "aten::addmm" in text
 
 
-@pytest.mark.parametrize("room,wanted", [(1000, 64), (660, 64), (650, 32), (60, 4), (39, 1), (30, 1)])
+@pytest.mark.parametrize(
+    "room,wanted", [(1000, 64), (660, 64), (650, 32), (60, 4), (39, 1), (30, 1)]
+)
 def test_as_many_samples_as_fit(room, wanted):
     """20 bytes, and 10 for each sample."""
     assert most_samples(20 + 40, 20 + 80, 4, room) == wanted
 
 
 def test_no_room_for_a_sample_is_refused():
-    with pytest.raises(UserError, match=r"^--samples \(fit\): one sample needs 30 bytes, there is room for 25$"):
+    with pytest.raises(
+        UserError, match=r"^--samples \(fit\): one sample needs 30 bytes, there is room for 25$"
+    ):
         most_samples(20 + 40, 20 + 80, 4, 25)
 
 
@@ -87,26 +122,59 @@ def test_sampling_meets_as_many_experts_as_it_is_asked(records):
 
 
 def test_communication_counts_what_leaves(records):
-    calls = {(case["ep"], case["pool"]): case["collectives"] for case in records["communication"]["cases"]}
+    calls = {
+        (case["ep"], case["pool"]): case["collectives"]
+        for case in records["communication"]["cases"]
+    }
     assert calls[1, "rank"] == {} and calls[2, "rank"].keys() == {"all_to_all_single"}
-    assert calls[2, "rank"]["all_to_all_single"][0] == 4  # rows there and back, in forward and in backward
+    assert (
+        calls[2, "rank"]["all_to_all_single"][0] == 4
+    )  # rows there and back, in forward and in backward
 
 
-# ------------------------------------------------------------------------------------- steps taken apart, probes, trainings
+# ------------------------------------------------------------------------------------- steps taken
+# apart, probes, trainings
 
 
-@pytest.mark.parametrize(("kernel", "kind"), [
-    ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>", "products"),
-    ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", "products"),
-    ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x64x64_warpgroupsize1x1x1_execute_kernel__5x_cudnn", "products"),
-    ("triton_tem_fused_mm_5", "products"), ("aten::baddbmm", "products"), ("aten::_grouped_mm", "products"), ("aten::convolution_backward", "products"),
-    ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, 128>>", "attention"),
-    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64_4x1x1_cga1x1x1_kernel0_0", "attention"),
-    ("fmha_cutlassB_bf16_aligned_64x64_k64_dropout_sm80", "attention"), ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
-    ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "messages"), ("gloo:all_to_all", "messages"),
-    ("triton_poi_fused_add_mul_3", "memory"), ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>", "memory"),
-    ("Memcpy DtoD (Device -> Device)", "memory"), ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "memory"),
-    ("aten::sum", "memory"), ("aten::addcmul_", "memory")])
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        (
+            "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>",
+            "products",
+        ),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", "products"),
+        (
+            "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x64x64_warpgroupsize1x1x1_execute_kernel__5x_cudnn",
+            "products",
+        ),
+        ("triton_tem_fused_mm_5", "products"),
+        ("aten::baddbmm", "products"),
+        ("aten::_grouped_mm", "products"),
+        ("aten::convolution_backward", "products"),
+        (
+            "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, 128>>",
+            "attention",
+        ),
+        (
+            "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64_4x1x1_cga1x1x1_kernel0_0",
+            "attention",
+        ),
+        ("fmha_cutlassB_bf16_aligned_64x64_k64_dropout_sm80", "attention"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "messages"),
+        ("gloo:all_to_all", "messages"),
+        ("triton_poi_fused_add_mul_3", "memory"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>",
+            "memory",
+        ),
+        ("Memcpy DtoD (Device -> Device)", "memory"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "memory"),
+        ("aten::sum", "memory"),
+        ("aten::addcmul_", "memory"),
+    ],
+)
 def test_kernels_by_name(kernel, kind):
     assert measure.kind_of(kernel) == kind
 
@@ -115,28 +183,61 @@ class Made(Exception):
     pass
 
 
-@pytest.mark.parametrize("config", ["dense_l_flow", "tc_l_e16_flow", "ec_l_e16_flow", "diffmoe_l_e16_flow"])
-@pytest.mark.parametrize("tree", [{"zero_optimization": {"stage": 2}}, {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}])
+@pytest.mark.parametrize(
+    "config", ["dense_l_flow", "tc_l_e16_flow", "ec_l_e16_flow", "diffmoe_l_e16_flow"]
+)
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"zero_optimization": {"stage": 2}},
+        {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
+    ],
+)
 def test_what_is_timed_is_of_the_family_and_json_that_are_priced(config, tree, monkeypatch):
     """As far as the engine, which is handed both."""
-    small = ["model.width=32", "model.heads=2", "model.depth=2", "parallel.ep=1", "train.batch=4", "train.micro_batch=2"]
-    config = load_config(f"configs/{config}.yaml", small + ["moe.pool=2"] * config.startswith(("diffmoe", "tc")))
+    small = [
+        "model.width=32",
+        "model.heads=2",
+        "model.depth=2",
+        "parallel.ep=1",
+        "train.batch=4",
+        "train.micro_batch=2",
+    ]
+    config = load_config(
+        f"configs/{config}.yaml", small + ["moe.pool=2"] * config.startswith(("diffmoe", "tc"))
+    )
 
     def engine(model, configured, layout, given, *_):
-        raise Made(configured, layout.pool if configured.model.family == "diffmoe" else 2, given, len(list(model.moe_layers())))
+        raise Made(
+            configured,
+            layout.pool if configured.model.family == "diffmoe" else 2,
+            given,
+            len(list(model.moe_layers())),
+        )
 
     monkeypatch.setattr(step, "build_groups", lambda *_: single_process())
     monkeypatch.setattr(step, "Engine", engine)
     with pytest.raises(Made) as made:
         step.Training(config, tree, torch.device("cpu"))
-    assert made.value.args == (config, 2, tree, 0 if config.model.family == "dense" else made.value.args[3])
+    assert made.value.args == (
+        config,
+        2,
+        tree,
+        0 if config.model.family == "dense" else made.value.args[3],
+    )
     assert (config.model.family == "dense") == (made.value.args[3] == 0)
 
 
 def test_the_probe_of_experts_finds_what_is_wrong(monkeypatch):
-    """38 arrangements are right; where the definition's weights differ, all that have rows are wrong."""
+    """38 arrangements are right; where the definition's weights differ, all that have rows are
+    wrong.
+    """
     facts, _, wrong = probe.experts(torch.device("cpu"), None)
-    assert len(facts["cases"]) == 38 and wrong == [] and max(case["difference"] for case in facts["cases"]) > 0
+    assert (
+        len(facts["cases"]) == 38
+        and wrong == []
+        and max(case["difference"] for case in facts["cases"]) > 0
+    )
     right = probe._one_by_one
 
     def spoiled(experts, x, counts):
@@ -145,7 +246,9 @@ def test_the_probe_of_experts_finds_what_is_wrong(monkeypatch):
 
     monkeypatch.setattr(probe, "_one_by_one", spoiled)
     _, _, wrong = probe.experts(torch.device("cpu"), None)
-    assert len(wrong) == 2 * 2 * (1 + 2) and all("differs by" in line and "rows for none" not in line for line in wrong)
+    assert len(wrong) == 2 * 2 * (1 + 2) and all(
+        "differs by" in line and "rows for none" not in line for line in wrong
+    )
 
 
 def metrics(steps=range(10, 101, 10), loss=lambda s: 2 - s / 100, memory=lambda s: 10.0):
@@ -155,17 +258,43 @@ def metrics(steps=range(10, 101, 10), loss=lambda s: 2 - s / 100, memory=lambda 
 FLAT = [Program(0, [1.0] * 8), Program(5, [1.1] * 8)]
 
 
-@pytest.mark.parametrize(("records", "programs", "words"), [
-    (metrics(), FLAT, []),
-    (metrics(memory=lambda s: 10.0 if s <= 50 else 12.0), FLAT, []),  # a resumed program is compared with itself
-    (metrics()[:-1], FLAT, ["the run ended at step 90 of 100"]),
-    ([], [], ["the run ended at step 0 of 100"]),
-    (metrics(steps=[10, 20, 30, 60, 70, 80, 90, 100]), [Program(0, [])], ["steps are missing or came twice"]),
-    (metrics(steps=[10, 20, 30, 30, 40, 50, 60, 70, 80, 90, 100]), [Program(0, [])], ["steps are missing or came twice"]),
-    (metrics(loss=lambda s: math.nan if s == 50 else 1.0), FLAT, ["a loss is not finite"]),
-    (metrics(loss=lambda s: 1 + s / 1000), FLAT, ["the loss does not fall"]),
-    (metrics(memory=lambda s: 10 + s / 20), FLAT, ["the device's memory grows: 11.000 GiB", "the device's memory grows: 13.500 GiB"]),
-    (metrics(), [Program(0, [1.0, 1.0, 1.2, 1.4, 1.6, 1.8])], ["the host's memory grows: 1.000 GiB after a quarter of a program, 1.800 at its end"])])
+@pytest.mark.parametrize(
+    ("records", "programs", "words"),
+    [
+        (metrics(), FLAT, []),
+        (
+            metrics(memory=lambda s: 10.0 if s <= 50 else 12.0),
+            FLAT,
+            [],
+        ),  # a resumed program is compared with itself
+        (metrics()[:-1], FLAT, ["the run ended at step 90 of 100"]),
+        ([], [], ["the run ended at step 0 of 100"]),
+        (
+            metrics(steps=[10, 20, 30, 60, 70, 80, 90, 100]),
+            [Program(0, [])],
+            ["steps are missing or came twice"],
+        ),
+        (
+            metrics(steps=[10, 20, 30, 30, 40, 50, 60, 70, 80, 90, 100]),
+            [Program(0, [])],
+            ["steps are missing or came twice"],
+        ),
+        (metrics(loss=lambda s: math.nan if s == 50 else 1.0), FLAT, ["a loss is not finite"]),
+        (metrics(loss=lambda s: 1 + s / 1000), FLAT, ["the loss does not fall"]),
+        (
+            metrics(memory=lambda s: 10 + s / 20),
+            FLAT,
+            ["the device's memory grows: 11.000 GiB", "the device's memory grows: 13.500 GiB"],
+        ),
+        (
+            metrics(),
+            [Program(0, [1.0, 1.0, 1.2, 1.4, 1.6, 1.8])],
+            ["the host's memory grows: 1.000 GiB after a quarter of a program, 1.800 at its end"],
+        ),
+    ],
+)
 def test_what_is_wrong_with_a_training(records, programs, words):
     found = complaints(records, 100, 10, programs)
-    assert len(found) == len(words) and all(line.startswith(start) for line, start in zip(found, words)), found
+    assert len(found) == len(words) and all(
+        line.startswith(start) for line, start in zip(found, words)
+    ), found

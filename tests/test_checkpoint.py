@@ -1,4 +1,6 @@
-"""Checkpoints of running engines: any layout to any layout bit for bit, saving beside training, and disks that are full."""
+"""Checkpoints of running engines: any layout to any layout bit for bit, saving beside training, and
+disks that are full.
+"""
 
 import errno
 import json
@@ -18,7 +20,14 @@ from diffmoe.parallel.collectives import raise_together
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.training import checkpoint as training_checkpoint
-from diffmoe.training.checkpoint import STREAMING_BYTES, Saved, SaveFailed, Saver, newest_usable, restore
+from diffmoe.training.checkpoint import (
+    STREAMING_BYTES,
+    Saved,
+    SaveFailed,
+    Saver,
+    newest_usable,
+    restore,
+)
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine
 from diffmoe.training.state import held, owned
@@ -28,9 +37,11 @@ from test_run import train_here
 
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT, "ema_0.9", "ema_0.5")
 # (expert-parallel ranks, ZeRO stage, bf16) by number of ranks.
-LAYOUTS = {1: [(1, 0, False), (1, 1, False), (1, 2, True), (1, 3, False)],
-           2: [(1, 0, False), (2, 0, False), (2, 1, True), (1, 2, False), (2, 3, False)],
-           4: [(2, 0, False), (2, 1, False), (4, 2, False), (2, 3, True), (1, 3, False)]}
+LAYOUTS = {
+    1: [(1, 0, False), (1, 1, False), (1, 2, True), (1, 3, False)],
+    2: [(1, 0, False), (2, 0, False), (2, 1, True), (1, 2, False), (2, 3, False)],
+    4: [(2, 0, False), (2, 1, False), (4, 2, False), (2, 3, True), (1, 3, False)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +75,12 @@ def fill(engine: Engine, ema: Ema) -> None:
             place.of(shards).copy_(made(kind, place.piece))
 
 
-def everything(folder: str, reference: str, world: int, ep: int, stage: int, bf16: bool) -> list[str]:
-    """Loads the reference and compares; saves, and leaves it to others to compare.  Returns what is wrong."""
+def everything(
+    folder: str, reference: str, world: int, ep: int, stage: int, bf16: bool
+) -> list[str]:
+    """Loads the reference and compares; saves, and leaves it to others to compare.  Returns what is
+    wrong.
+    """
     config = settings(f"parallel.ep={ep}")
     engine, ema, layout, groups = start(config, world, stage, bf16)
     for _, layer in engine.model.moe_layers():
@@ -73,13 +88,24 @@ def everything(folder: str, reference: str, world: int, ep: int, stage: int, bf1
     said: list[str] = []
     found = newest_usable(Path(reference), groups, said.append)
     assert restore(found, engine, ema, groups, said.append) == 7 and said == []
-    wrong = [f"{kind} {place.piece}" for kind, shards in shards_of(engine, ema).items() for place in held(engine)
-             if not torch.equal(place.of(shards), made(kind, place.piece))]
-    for kind, shards in shards_of(engine, ema).items():  # DeepSpeed's own way of putting tensors together agrees with ours
+    wrong = [
+        f"{kind} {place.piece}"
+        for kind, shards in shards_of(engine, ema).items()
+        for place in held(engine)
+        if not torch.equal(place.of(shards), made(kind, place.piece))
+    ]
+    for kind, shards in shards_of(
+        engine, ema
+    ).items():  # DeepSpeed's own way of putting tensors together agrees with ours
         for tensor, value in engine.read(shards):
-            wrong += [f"{kind} {name} whole" for name, piece in tensor.pieces(value)
-                      if not torch.equal(piece, made_whole(kind, name, tuple(piece.shape)))]
-    with engine.weights(engine.masters()) as model:  # the parameters are published: what computes is what was loaded
+            wrong += [
+                f"{kind} {name} whole"
+                for name, piece in tensor.pieces(value)
+                if not torch.equal(piece, made_whole(kind, name, tuple(piece.shape)))
+            ]
+    with engine.weights(
+        engine.masters()
+    ) as model:  # the parameters are published: what computes is what was loaded
         assert all(layer.thresholds.value.ne(0.25).all() for _, layer in model.moe_layers())
     saver = Saver(Path(folder), config, layout, groups)
     saver.save(7, engine, ema, {"skipped": [1, 2]})
@@ -97,8 +123,12 @@ def test_any_layout_reads_and_writes_the_same_bits(tmp_path, world):
     with Ranks(world, timeout=300.0) as ranks:
         for number, (ep, stage, bf16) in enumerate(LAYOUTS[world]):
             folder = tmp_path / str(number)
-            found = ranks.run(everything, str(folder), str(tmp_path / "reference"), world, ep, stage, bf16)
-            assert found == [[]] * world, f"EP {ep}, ZeRO {stage}, bf16 {bf16}: {[wrong[:3] for wrong in found]}"
+            found = ranks.run(
+                everything, str(folder), str(tmp_path / "reference"), world, ep, stage, bf16
+            )
+            assert found == [[]] * world, (
+                f"EP {ep}, ZeRO {stage}, bf16 {bf16}: {[wrong[:3] for wrong in found]}"
+            )
             checkpoint = Checkpoint(folder)
             assert checkpoint.counters == {"skipped": [1, 2]} and checkpoint.ranks == world
             reference = Checkpoint(tmp_path / "reference")
@@ -108,16 +138,25 @@ def test_any_layout_reads_and_writes_the_same_bits(tmp_path, world):
                 assert there.keys() == here.keys()
                 wrong = [name for name in there if not torch.equal(here[name], there[name])]
                 assert not wrong, f"EP {ep}, ZeRO {stage}, bf16 {bf16}: {kind} of {wrong[:3]}"
-            sizes = [sum(r.bytes for n, r in checkpoint.manifest.files.items() if n.endswith(f"-{rank:05d}.safetensors")
-                         and n.startswith("master")) for rank in range(world)]
+            sizes = [
+                sum(
+                    r.bytes
+                    for n, r in checkpoint.manifest.files.items()
+                    if n.endswith(f"-{rank:05d}.safetensors") and n.startswith("master")
+                )
+                for rank in range(world)
+            ]
             assert max(sizes) < 1.3 * min(sizes), f"the ranks share the work: {sizes}"
 
 
-# ------------------------------------------------------------------------------------------------ while training
+# ------------------------------------------------------------------------------------------------
+# while training
 
 
 def save_both_ways(folder: str) -> tuple[bool, float]:
-    """The same state with and without a thread; with it, the state moves on while the thread writes."""
+    """The same state with and without a thread; with it, the state moves on while the thread
+    writes.
+    """
     found = []
     for background in ("false", "true"):
         config = settings(f"train.async_save={background}", "parallel.ep=2")
@@ -166,7 +205,12 @@ def fail_on(folder: str, which: int, background: str) -> list[str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, kept[1]))
     saver.save(2, engine, ema)
     deadline = time.monotonic() + 60
-    while background == "true" and groups.rank == which and not saver.trouble and time.monotonic() < deadline:
+    while (
+        background == "true"
+        and groups.rank == which
+        and not saver.trouble
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)  # a rank knows its own trouble without asking anybody
     troubled = saver.trouble
     saver.settle()
@@ -184,7 +228,9 @@ def fail_on(folder: str, which: int, background: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("which", "background"), [(0, "true"), (1, "true"), (1, "false")])
-def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_harms_nothing(two_ranks, tmp_path, which, background):
+def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_harms_nothing(
+    two_ranks, tmp_path, which, background
+):
     found = two_ranks.run(fail_on, str(tmp_path), which, background)
     for rank, (message, *there, troubled) in enumerate(found):
         assert message == f"rank {which}: [Errno {errno.EFBIG}] File too large"
@@ -214,7 +260,10 @@ def fail_the_commit(folder: str) -> str:
 
 
 def test_a_disk_that_is_full_at_the_very_end(two_ranks, tmp_path):
-    assert two_ranks.run(fail_the_commit, str(tmp_path)) == ["rank 0: [Errno 28] No space left on device"] * 2
+    assert (
+        two_ranks.run(fail_the_commit, str(tmp_path))
+        == ["rank 0: [Errno 28] No space left on device"] * 2
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,8 +271,14 @@ def measure(folder: str) -> tuple[int, int, int, int]:
     """(bytes of state, growth of memory of a streamed save, of a save with a snapshot, of a load)."""
     grown = []
     for background in ("false", "true"):
-        config = settings("model.width=192", "model.depth=4", "model.heads=4", "moe.experts=16", "parallel.ep=1",
-                          f"train.async_save={background}")
+        config = settings(
+            "model.width=192",
+            "model.depth=4",
+            "model.heads=4",
+            "moe.experts=16",
+            "parallel.ep=1",
+            f"train.async_save={background}",
+        )
         engine, ema, layout, groups = start(config, 1)
         saver = Saver(Path(folder) / background, config, layout, groups)
         grown.append(peak_growth(lambda: (saver.save(1, engine, ema), saver.settle())))
@@ -231,7 +286,10 @@ def measure(folder: str) -> tuple[int, int, int, int]:
     found = newest_usable(Path(folder), groups, print) or Checkpoint(Path(folder) / "true")
     reading = peak_growth(restore, found, engine, ema, groups, print)
     size = sum(shard.nbytes for shards in shards_of(engine, ema).values() for shard in shards)
-    assert sum(place.piece.stop - place.piece.start for place in owned(engine)) * 4 * len(KINDS) <= size
+    assert (
+        sum(place.piece.stop - place.piece.start for place in owned(engine)) * 4 * len(KINDS)
+        <= size
+    )
     engine.engine.destroy()
     return size, *grown, reading
 
@@ -244,23 +302,44 @@ def test_memory_of_saving_and_loading_is_bounded(tmp_path):
     assert snapshot < size + STREAMING_BYTES, (size, snapshot)
 
 
-# ------------------------------------------------------------------------------------------------ several averages
+# ------------------------------------------------------------------------------------------------
+# several averages
 
 
 def test_several_averages_are_each_what_it_would_be_alone(two_ranks, tmp_path):
-    both = ["train.ema=[0.7, 0.5]", "train.steps=3", "train.save_every=2", "train.schedule=constant"]
+    both = [
+        "train.ema=[0.7, 0.5]",
+        "train.steps=3",
+        "train.save_every=2",
+        "train.schedule=constant",
+    ]
     two_ranks.run(train_here, tiny(tmp_path / "both", *both), 2)
     two_ranks.run(train_here, tiny(tmp_path / "alone", *both, "train.ema=0.5"), 2)
     first, second = (Checkpoint(tmp_path / name) for name in ("both", "alone"))
     assert first.manifest.emas == (0.7, 0.5) and second.manifest.emas == (0.5,)
     for name, value in second.weights("ema").items():
         assert torch.equal(first.weights("ema:0.5")[name], value)
-    assert any(not torch.equal(first.weights("ema")[name], value) for name, value in first.weights("ema:0.5").items())
+    assert any(
+        not torch.equal(first.weights("ema")[name], value)
+        for name, value in first.weights("ema:0.5").items()
+    )
     sample = ["sample", "--checkpoint", str(tmp_path / "both"), "--count", "2", "--out"]
-    for result, text in zip(run_cases(1, [[*sample, str(tmp_path / "s"), "--weights", "ema:0.5"], [*sample, str(tmp_path / "t")],
-                                          [*sample, str(tmp_path / "u"), "--weights", "ema:0.6"]]),
-                            ("step 3, ema:0.5 weights", "step 3, ema weights",
-                             "weights 'ema:0.6' must be one of raw, ema, ema:0.7, ema:0.5 for"), strict=True):
+    for result, text in zip(
+        run_cases(
+            1,
+            [
+                [*sample, str(tmp_path / "s"), "--weights", "ema:0.5"],
+                [*sample, str(tmp_path / "t")],
+                [*sample, str(tmp_path / "u"), "--weights", "ema:0.6"],
+            ],
+        ),
+        (
+            "step 3, ema:0.5 weights",
+            "step 3, ema weights",
+            "weights 'ema:0.6' must be one of raw, ema, ema:0.7, ema:0.5 for",
+        ),
+        strict=True,
+    ):
         assert text in result[0].stdout + result[0].stderr, result
     assert (tmp_path / "s.npz").read_bytes() != (tmp_path / "t.npz").read_bytes()
 
@@ -280,4 +359,7 @@ def resumed(arguments: list[str]) -> list[str]:
 def test_an_average_that_the_checkpoint_has_not_starts_from_the_weights(two_ranks):
     folder, _ = trained()
     said, same, count = two_ranks.run(resumed, [f"run.folder={folder}", "train.ema=[0.7, 0.2]"])[0]
-    assert said.endswith("step_00000008 has no ema_0.2; it starts from the weights") and (same, count) == ("True", "2")
+    assert said.endswith("step_00000008 has no ema_0.2; it starts from the weights") and (
+        same,
+        count,
+    ) == ("True", "2")

@@ -1,4 +1,6 @@
-"""train.compile: the numbers of the plain process, one graph a kind of block, no graph breaks, and what it refuses."""
+"""train.compile: the numbers of the plain process, one graph a kind of block, no graph breaks, and
+what it refuses.
+"""
 
 import functools
 import re
@@ -10,7 +12,14 @@ from torch._dynamo.utils import counters
 
 from diffmoe.commands.common import Parser, add_compile, add_fp32_precision, sampling_config
 from diffmoe.commands.train import describe
-from diffmoe.config import Config, ModelConfig, MoEConfig, SampleConfig, config_from_tree, load_config
+from diffmoe.config import (
+    Config,
+    ModelConfig,
+    MoEConfig,
+    SampleConfig,
+    config_from_tree,
+    load_config,
+)
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.evaluation.generate import generate
@@ -33,13 +42,19 @@ def fresh_counters():
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    """Graphs are traced and partitioned as ever, and run by torch's own kernels: seconds, and no C++ compiler."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    """Graphs are traced and partitioned as ever, and run by torch's own kernels: seconds, and no
+    C++ compiler.
+    """
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
     fresh_counters()
 
 
 def small_model(family="diffmoe", recompute="none"):
-    model = ModelConfig(family=family, width=32, depth=4, heads=2, mlp_ratio=2, input_size=8, classes=10)
+    model = ModelConfig(
+        family=family, width=32, depth=4, heads=2, mlp_ratio=2, input_size=8, classes=10
+    )
     dit = DiT(model, MoEConfig(experts=4), pool=1 if family == "ec" else 2, recompute=recompute)
     initialize(dit, 0)
     for p in dit.parameters():
@@ -51,11 +66,19 @@ def small_model(family="diffmoe", recompute="none"):
 def training_pass(dit, rule=RoutingRule()):
     """Prediction, masks and gradients."""
     dit.zero_grad(set_to_none=True)
-    x, t, y = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 4), torch.arange(4)
+    x, t, y = (
+        torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.linspace(0, 1, 4),
+        torch.arange(4),
+    )
     output = dit(x, t, y, rule)
     losses = [r.predictor_loss if r.balance_loss is None else r.balance_loss for r in output.moe]
     (output.prediction.square().mean() + sum(losses)).backward()
-    return [output.prediction.detach(), *(r.mask_TE for r in output.moe), *(p.grad for p in dit.parameters())]
+    return [
+        output.prediction.detach(),
+        *(r.mask_TE for r in output.moe),
+        *(p.grad for p in dit.parameters()),
+    ]
 
 
 def assert_same(found, wanted):
@@ -66,11 +89,17 @@ def assert_same(found, wanted):
             assert (here - there).abs().max() <= 1e-5 * there.abs().max()
 
 
-@pytest.mark.parametrize("family,recompute,graphs", [
-    ("diffmoe", "selective", 2),  # a dense block, a mixture
-    ("tc", "block", 5),  # a dense block; four parts of a mixture
-    pytest.param("diffmoe", "none", 2, marks=pytest.mark.slow), pytest.param("ec", "block", 2, marks=pytest.mark.slow),
-    pytest.param("tc", "none", 5, marks=pytest.mark.slow), pytest.param("tc", "selective", 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family,recompute,graphs",
+    [
+        ("diffmoe", "selective", 2),  # a dense block, a mixture
+        ("tc", "block", 5),  # a dense block; four parts of a mixture
+        pytest.param("diffmoe", "none", 2, marks=pytest.mark.slow),
+        pytest.param("ec", "block", 2, marks=pytest.mark.slow),
+        pytest.param("tc", "none", 5, marks=pytest.mark.slow),
+        pytest.param("tc", "selective", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_blocks_of_a_kind_share_a_graph(family, recompute, graphs, without_kernels):
     dit = small_model(family, recompute)
     wanted = training_pass(dit)
@@ -105,27 +134,42 @@ def test_kinds_have_graphs_of_their_own_and_more_than_torchs_eight(without_kerne
     run = compiled.CompiledRun(1.0)
     for size in range(2, 14):
         for function in (doubled, halved):
-            assert torch.equal(run.part("none", function, torch.ones(size)), function(torch.ones(size)))
+            assert torch.equal(
+                run.part("none", function, torch.ones(size)), function(torch.ones(size))
+            )
     assert counters["stats"]["unique_graphs"] == 24 and torch._dynamo.config.recompile_limit == 8
 
 
 def images(dit, count, **sample):
     """Of a sampling in batches of 3."""
     config = Config(model=dit.model, moe=dit.moe, sample=SampleConfig(steps=2, batch=3, **sample))
-    return generate(dit.eval(), config, [i % 10 for i in range(count)], range(count), torch.device("cpu"))
+    return generate(
+        dit.eval(), config, [i % 10 for i in range(count)], range(count), torch.device("cpu")
+    )
 
 
-@pytest.mark.parametrize("family,routing,graphs", [
-    ("dense", "token", 2), ("diffmoe", "static", 4), ("diffmoe", "token", None),
-    pytest.param("ec", "token", 4, marks=pytest.mark.slow), pytest.param("diffmoe", "batch", None, marks=pytest.mark.slow),
-    pytest.param("tc", "token", None, marks=pytest.mark.slow)])
-def test_sampling_is_compiled_and_a_short_last_batch_adds_one_size(family, routing, graphs, without_kernels):
+@pytest.mark.parametrize(
+    "family,routing,graphs",
+    [
+        ("dense", "token", 2),
+        ("diffmoe", "static", 4),
+        ("diffmoe", "token", None),
+        pytest.param("ec", "token", 4, marks=pytest.mark.slow),
+        pytest.param("diffmoe", "batch", None, marks=pytest.mark.slow),
+        pytest.param("tc", "token", None, marks=pytest.mark.slow),
+    ],
+)
+def test_sampling_is_compiled_and_a_short_last_batch_adds_one_size(
+    family, routing, graphs, without_kernels
+):
     dit = small_model(family)
     wanted = images(dit, 5, routing=routing)
     compile_blocks(dit)
     assert_same([images(dit, 5, routing=routing)], [wanted])
     compiled = counters["stats"]["unique_graphs"]
-    assert compiled == graphs or graphs is None and compiled >= 6  # whole blocks of two sizes; parts
+    assert (
+        compiled == graphs or graphs is None and compiled >= 6
+    )  # whole blocks of two sizes; parts
     assert_same([images(dit, 5, routing=routing)], [wanted])
     assert counters["stats"]["unique_graphs"] == compiled and not counters["graph_break"]
 
@@ -146,20 +190,41 @@ def test_sizes_beyond_the_fourth_stay_eager_and_are_said(without_kernels):
 
 @torch.no_grad()
 def sampling_pass(dit, size):
-    return dit(torch.ones(size, 4, 8, 8), torch.ones(size), torch.zeros(size, dtype=torch.long), RoutingRule("token")).prediction
+    return dit(
+        torch.ones(size, 4, 8, 8),
+        torch.ones(size),
+        torch.zeros(size, dtype=torch.long),
+        RoutingRule("token"),
+    ).prediction
 
 
 @pytest.mark.parametrize("family", ["tc", "diffmoe"])
 def test_the_search_for_what_is_not_finite_sees_into_compiled_blocks(family, without_kernels):
     """In parts (tc) and whole; with a backward that computes blocks again."""
-    config = load_config(None, [f"model.family={family}", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_ratio=2",
-                                "model.input_size=8", "model.classes=10", "moe.experts=4", "moe.interleave=false", "moe.pool=rank",
-                                "train.batch=4", "parallel.recompute=block"])
+    config = load_config(
+        None,
+        [
+            f"model.family={family}",
+            "model.width=32",
+            "model.depth=2",
+            "model.heads=2",
+            "model.mlp_ratio=2",
+            "model.input_size=8",
+            "model.classes=10",
+            "moe.experts=4",
+            "moe.interleave=false",
+            "moe.pool=rank",
+            "train.batch=4",
+            "parallel.recompute=block",
+        ],
+    )
     dit = build_model(config, 4, single_process())
     compile_blocks(dit)
     compiled_run = dit.run
     dit.blocks[1].attn.proj.bias.data[0] = torch.nan
-    engine = SimpleNamespace(model=dit, stage=0, device=torch.device("cpu"), tensors=logical_tensors(dit))
+    engine = SimpleNamespace(
+        model=dit, stage=0, device=torch.device("cpu"), tensors=logical_tensors(dit)
+    )
     found = find_nonfinite(engine, [synthetic_batch(config, range(4))], config, single_process(), 0)
     assert "output of blocks.1.attn.proj" in found and dit.run is compiled_run
 
@@ -171,8 +236,12 @@ def test_blocks_are_modules_as_ever(without_kernels):
         block.register_forward_hook(lambda *_, number=number: seen.append(number))
     sampling_pass(dit.train(), 2)
     compile_blocks(dit)
-    assert dit.recompute == ["selective+attention"] * 4 and not any("forward" in vars(module) for module in dit.modules())
-    dit(torch.ones(2, 4, 8, 8), torch.ones(2), torch.zeros(2, dtype=torch.long), RoutingRule()).prediction.sum().backward()
+    assert dit.recompute == ["selective+attention"] * 4 and not any(
+        "forward" in vars(module) for module in dit.modules()
+    )
+    dit(
+        torch.ones(2, 4, 8, 8), torch.ones(2), torch.zeros(2, dtype=torch.long), RoutingRule()
+    ).prediction.sum().backward()
     assert seen == [0, 1, 2, 3] * 2
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -180,7 +249,9 @@ def test_blocks_are_modules_as_ever(without_kernels):
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute,again", [("none", 0), ("selective", 1), ("block", 2)])
 def test_compiled_recompute_routes_once(recompute, again, monkeypatch):
-    """No top-k in any backward graph; of the experts' layers the first in it again with ``selective``, both with ``block``."""
+    """No top-k in any backward graph; of the experts' layers the first in it again with
+    ``selective``, both with ``block``.
+    """
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -191,24 +262,40 @@ def test_compiled_recompute_routes_once(recompute, again, monkeypatch):
         def take(graph, _inputs):
             graphs[direction].append([str(node.target) for node in graph.graph.nodes])
             return make_boxed_func(graph.forward)
+
         return take
 
-    backend = aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward"),
-                           partition_fn=min_cut_rematerialization_partition)
+    backend = aot_autograd(
+        fw_compiler=keep("forward"),
+        bw_compiler=keep("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     fresh_counters()
     dit = small_model(recompute=recompute)
     compile_blocks(dit)
     training_pass(dit)
     assert any("aten.topk.default" in ops for ops in graphs["forward"])
-    assert not any(op in ops for ops in graphs["backward"] for op in ("aten.topk.default", "aten.sort.default"))
+    assert not any(
+        op in ops for ops in graphs["backward"] for op in ("aten.topk.default", "aten.sort.default")
+    )
     gradients = 4  # two products for each layer
     assert max(ops.count("aten.bmm.default") for ops in graphs["backward"]) == gradients + again
 
 
-@pytest.mark.parametrize("said,device,stage,wanted", [
-    ("auto", "cuda", 0, True), ("auto", "cuda", 2, True), ("auto", "cuda", 3, False), ("auto", "cpu", 1, False),
-    ("true", "cuda", 1, True), ("true", "cpu", 1, True), ("false", "cuda", 1, False), ("false", "cpu", 3, False)])
+@pytest.mark.parametrize(
+    "said,device,stage,wanted",
+    [
+        ("auto", "cuda", 0, True),
+        ("auto", "cuda", 2, True),
+        ("auto", "cuda", 3, False),
+        ("auto", "cpu", 1, False),
+        ("true", "cuda", 1, True),
+        ("true", "cpu", 1, True),
+        ("false", "cuda", 1, False),
+        ("false", "cpu", 3, False),
+    ],
+)
 def test_auto_means_a_gpu_below_zero_3(said, device, stage, wanted, monkeypatch):
     monkeypatch.setattr(compiled, "_lacking", lambda device: None)
     train = load_config(None, [f"train.compile={said}"]).train
@@ -222,19 +309,32 @@ def test_auto_is_the_default_and_bools_of_old_files_stay():
     for value in (True, False):
         assert config_from_tree({"train": {"compile": value}}).train.compile is value
     for value in ("yes please", 1, None):
-        with pytest.raises(UserError, match=r"train.compile = .* must be one of auto or true or false"):
+        with pytest.raises(
+            UserError, match=r"train.compile = .* must be one of auto or true or false"
+        ):
             config_from_tree({"train": {"compile": value}})
 
 
-@pytest.mark.parametrize("said,stage,shown", [("auto", 1, "none, compiled on a GPU"), ("auto", 3, "none"), ("true", 2, "none, compiled"),
-                                              ("false", 0, "none")])
+@pytest.mark.parametrize(
+    "said,stage,shown",
+    [
+        ("auto", 1, "none, compiled on a GPU"),
+        ("auto", 3, "none"),
+        ("true", 2, "none, compiled"),
+        ("false", 0, "none"),
+    ],
+)
 def test_a_start_says_where_it_is_compiled(said, stage, shown):
     config = load_config(None, [f"train.compile={said}", "train.batch=4", "moe.pool=1"])
-    text = describe(config, resolve_layout(config, 1), {"zero_optimization": {"stage": stage}}, complete=False)
+    text = describe(
+        config, resolve_layout(config, 1), {"zero_optimization": {"stage": stage}}, complete=False
+    )
     assert text.splitlines()[-1].endswith(f"recompute {shown}")
 
 
-@pytest.mark.parametrize("given,wanted", [([], True), (["--compile", "auto"], "auto"), (["--compile", "false"], False)])
+@pytest.mark.parametrize(
+    "given,wanted", [([], True), (["--compile", "auto"], "auto"), (["--compile", "false"], False)]
+)
 def test_sampling_takes_the_runs_or_its_own(given, wanted):
     parser = Parser("sample")
     for name in ("--cfg", "--seed"):
@@ -242,7 +342,12 @@ def test_sampling_takes_the_runs_or_its_own(given, wanted):
     add_fp32_precision(parser)
     add_compile(parser)
     parser.add_argument("overrides", nargs="*")
-    assert sampling_config(load_config(None, ["train.compile=true"]), parser.parse_args(given)).train.compile == wanted
+    assert (
+        sampling_config(
+            load_config(None, ["train.compile=true"]), parser.parse_args(given)
+        ).train.compile
+        == wanted
+    )
 
 
 def test_zero_3_is_refused():
@@ -257,11 +362,19 @@ def test_zero_3_is_no_reason_to_refuse_auto():
     assert tree["zero_optimization"]["stage"] == 3 and not config.train.compiles("cuda", 3)
 
 
-@pytest.mark.parametrize("device,missing,said", [
-    ("cpu", "c++", r"a C\+\+ compiler on a CPU.*CXX"), ("cuda", "triton", "the package triton on a GPU"),
-    ("cuda", "cc", "a C compiler on a GPU.*CC"), ("cuda", "headers", "Python's headers on a GPU.*python3-dev")])
+@pytest.mark.parametrize(
+    "device,missing,said",
+    [
+        ("cpu", "c++", r"a C\+\+ compiler on a CPU.*CXX"),
+        ("cuda", "triton", "the package triton on a GPU"),
+        ("cuda", "cc", "a C compiler on a GPU.*CC"),
+        ("cuda", "headers", "Python's headers on a GPU.*python3-dev"),
+    ],
+)
 def test_a_missing_compiler_is_said_in_a_line(device, missing, said, monkeypatch, tmp_path):
-    """With true it is an error, with auto, on a GPU, a note; where all is there, there is nothing to say."""
+    """With true it is an error, with auto, on a GPU, a note; where all is there, there is nothing
+    to say.
+    """
     found = {"triton": object(), "gcc": "/gcc", "headers": tmp_path}
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: found.get(name))
@@ -271,18 +384,29 @@ def test_a_missing_compiler_is_said_in_a_line(device, missing, said, monkeypatch
     device, search = torch.device(device), torch._inductor.cpp_builder.cpp_compiler_search
     asked, auto = (load_config(None, [f"train.compile={word}"]).train for word in ("true", "auto"))
     assert compiled.compiles(asked, device) == (True, None)
-    found |= {"triton": {"triton": None}, "cc": {"gcc": None}, "headers": {"headers": tmp_path / "none"}}.get(missing, {})
-    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)} if missing == "c++" else {}):
+    found |= {
+        "triton": {"triton": None},
+        "cc": {"gcc": None},
+        "headers": {"headers": tmp_path / "none"},
+    }.get(missing, {})
+    with torch._inductor.config.patch(
+        {"cpp.cxx": ("no-such-compiler",)} if missing == "c++" else {}
+    ):
         search.cache_clear()
         with pytest.raises(UserError, match=rf"^train.compile \(true\) needs {said}"):
             compiled.compiles(asked, device)
         on, note = compiled.compiles(auto, device)
     search.cache_clear()
     assert not on
-    assert note is None if device.type == "cpu" else re.match(rf"note: train.compile \(auto\) is off: it needs {said}", note)
+    assert (
+        note is None
+        if device.type == "cpu"
+        else re.match(rf"note: train.compile \(auto\) is off: it needs {said}", note)
+    )
 
 
-# ------------------------------------------------------------------------------------------------ with its kernels
+# ------------------------------------------------------------------------------------------------
+# with its kernels
 
 
 def with_few_graphs(training):
@@ -300,21 +424,30 @@ def with_few_graphs(training):
 
 
 def with_few_graphs_without_kernels(training):
-    torch.compile = functools.partial(torch.compile, backend="aot_eager_decomp_partition")  # in this rank's process
+    torch.compile = functools.partial(
+        torch.compile, backend="aot_eager_decomp_partition"
+    )  # in this rank's process
     with_few_graphs(training)
 
 
-@pytest.mark.parametrize("case", [Case(2, 2, 1, "selective", 1, "global", 8, compiled=True, routing="static"),
-                                  pytest.param(Case(4, 2, 1, "block", 1, "group", 8, compiled=True), marks=pytest.mark.slow)],
-                         ids=lambda case: case.label)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 2, 1, "selective", 1, "global", 8, compiled=True, routing="static"),
+        pytest.param(Case(4, 2, 1, "block", 1, "group", 8, compiled=True), marks=pytest.mark.slow),
+    ],
+    ids=lambda case: case.label,
+)
 def test_parts_of_blocks_over_ranks_are_the_plain_processs(case):
-    row, = table.run_cases([case], timeout=300.0, tamper=with_few_graphs_without_kernels)
+    (row,) = table.run_cases([case], timeout=300.0, tamper=with_few_graphs_without_kernels)
     assert row.ok and row.differences["images"] > 0, (row.differences, row.error)
 
 
 @pytest.mark.slow
 def test_compiled_training_and_sampling_are_the_plain_processs():
-    """Losses, gradients, weights, averages, thresholds and images of real steps, within the parity table's bounds."""
+    """Losses, gradients, weights, averages, thresholds and images of real steps, within the parity
+    table's bounds.
+    """
     for row in table.run_cases(compiled_table(), timeout=900.0, tamper=with_few_graphs):
         print(row.case.label, row.differences)
         assert row.ok, (row.case.label, row.differences, row.error)
@@ -322,6 +455,11 @@ def test_compiled_training_and_sampling_are_the_plain_processs():
 
 @pytest.mark.slow
 def test_compiled_choice_is_the_eager_one_bit_for_bit():
-    scores = torch.rand(512, 8, generator=torch.Generator().manual_seed(0)).mul(16).round().div(16)  # full of ties
+    scores = (
+        torch.rand(512, 8, generator=torch.Generator().manual_seed(0)).mul(16).round().div(16)
+    )  # full of ties
     fresh_counters()
-    assert torch.equal(torch.compile(choose_tokens, fullgraph=True)(scores, 128, 24), choose_tokens(scores, 128, 24))
+    assert torch.equal(
+        torch.compile(choose_tokens, fullgraph=True)(scores, 128, 24),
+        choose_tokens(scores, 128, 24),
+    )

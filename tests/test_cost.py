@@ -31,8 +31,17 @@ from diffmoe.training.step import micro_loss, train_step
 
 CPU = torch.device("cpu")
 # Large enough that activations and gradients stand out, with the demo's width and experts.
-MODEL = ("model.input_size=16", "model.width=128", "model.depth=4", "model.heads=4", "model.classes=10", "moe.experts=8",
-         "train.batch=32", "train.steps=1000000", "train.save_every=0")
+MODEL = (
+    "model.input_size=16",
+    "model.width=128",
+    "model.depth=4",
+    "model.heads=4",
+    "model.classes=10",
+    "moe.experts=8",
+    "train.batch=32",
+    "train.steps=1000000",
+    "train.save_every=0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +59,32 @@ def worlds():
         ranks.close()
 
 
-# --------------------------------------------------------------------------------------------- parameters
+# ---------------------------------------------------------------------------------------------
+# parameters
 
 
-@pytest.mark.parametrize("overrides", [
-    ["model.family=dense"], ["model.family=tc"], ["model.family=ec", "moe.pool=1"], ["model.family=diffmoe"],
-    ["moe.activation=swiglu", "moe.shared_experts=1", "model.qk_norm=true", "moe.interleave=false"],
-    ["model.input_size=32", "model.width=64", "model.depth=3", "model.heads=2", "model.learn_sigma=false"],
-])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.family=dense"],
+        ["model.family=tc"],
+        ["model.family=ec", "moe.pool=1"],
+        ["model.family=diffmoe"],
+        [
+            "moe.activation=swiglu",
+            "moe.shared_experts=1",
+            "model.qk_norm=true",
+            "moe.interleave=false",
+        ],
+        [
+            "model.input_size=32",
+            "model.width=64",
+            "model.depth=3",
+            "model.heads=2",
+            "model.learn_sigma=false",
+        ],
+    ],
+)
 @pytest.mark.parametrize("ep", [1, 4])
 def test_every_tensor_of_the_model_is_counted(overrides, ep):
     config = load_config(None, [*MODEL, *overrides])
@@ -66,21 +93,36 @@ def test_every_tensor_of_the_model_is_counted(overrides, ep):
     with torch.device("meta"):
         model = DiT(config.model, config.moe, groups=ParallelGroups(group, group, one, one, one))
     found = {p.name: (p.numel, p.expert) for p in rank_parameters(config.model, config.moe, ep)}
-    assert found == {t.name: (t.parameter.numel(), t.experts is not None) for t in logical_tensors(model)}
+    assert found == {
+        t.name: (t.parameter.numel(), t.experts is not None) for t in logical_tensors(model)
+    }
     if ep == 1:
         assert sum(numel for numel, _ in found.values()) == count(config.model, config.moe).total
 
 
-# ------------------------------------------------------------------------------------------------- memory
+# -------------------------------------------------------------------------------------------------
+# memory
 
 
 def _deepspeed(zero, bf16, bucket):
-    tree = {"zero_optimization": {"stage": zero, "reduce_bucket_size": bucket, "stage3_param_persistence_threshold": 1000}}
-    return {**tree, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else tree
+    tree = {
+        "zero_optimization": {
+            "stage": zero,
+            "reduce_bucket_size": bucket,
+            "stage3_param_persistence_threshold": 1000,
+        }
+    }
+    return (
+        {**tree, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        if bf16
+        else tree
+    )
 
 
 def _measured_memory(overrides, tree):
-    """Bytes of one rank: by kind, from the engine's own tensors, and what lived at once during steps."""
+    """Bytes of one rank: by kind, from the engine's own tensors, and what lived at once during
+    steps.
+    """
     config = load_config(None, overrides)
     layout = resolve_layout(config, torch.distributed.get_world_size())
     groups = build_groups(layout.ep, layout.pool_ranks)
@@ -90,42 +132,73 @@ def _measured_memory(overrides, tree):
     engine = Engine(build_model(config, layout.pool, groups), config, layout, tree, groups, CPU)
     ema = Ema(engine, config.train.ema_decays)
     micro = layout.micro_batch
-    batches = [synthetic_batch(config, range(groups.rank * micro, (groups.rank + 1) * micro))] * layout.accumulation
+    batches = [
+        synthetic_batch(config, range(groups.rank * micro, (groups.rank + 1) * micro))
+    ] * layout.accumulation
     steps = iter(range(100))
-    found = profile_rank(engine, lambda: batches, lambda b: train_step(engine, ema, b, config, layout, groups, next(steps)), 1, 1, 1)
-    kinds = {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in (
-        (MASTER, engine.shards(MASTER)), ("moments", engine.shards(FIRST_MOMENT) + engine.shards(SECOND_MOMENT)), ("ema", [t for shards in ema.by_decay.values() for t in shards]))}
+    found = profile_rank(
+        engine,
+        lambda: batches,
+        lambda b: train_step(engine, ema, b, config, layout, groups, next(steps)),
+        1,
+        1,
+        1,
+    )
+    kinds = {
+        name: sum(t.numel() * t.element_size() for t in tensors)
+        for name, tensors in (
+            (MASTER, engine.shards(MASTER)),
+            ("moments", engine.shards(FIRST_MOMENT) + engine.shards(SECOND_MOMENT)),
+            ("ema", [t for shards in ema.by_decay.values() for t in shards]),
+        )
+    }
     engine.engine.destroy()
     del held
     return kinds, found.static_bytes - before, found.peak_bytes - before
 
 
-@pytest.mark.parametrize(("ranks", "ep", "zero", "recompute", "bf16", "accumulation", "bucket"), [
-    (1, 1, 0, "none", False, 1, 200_000),
-    (1, 1, 1, "block", False, 1, 5_000_000),
-    pytest.param(1, 1, 1, "none", True, 1, 200_000, marks=pytest.mark.slow),
-    (2, 2, 1, "none", False, 2, 5_000_000),
-    (2, 2, 1, "selective", True, 1, 5_000_000),
-    (2, 2, 2, "none", True, 2, 200_000),
-    pytest.param(2, 1, 2, "block", False, 1, 200_000, marks=pytest.mark.slow),
-    (2, 2, 3, "selective", False, 1, 200_000),
-    (2, 2, 2, "none", True, 1, 5_000_000),
-    (2, 2, 3, "none", True, 1, 5_000_000),
-])
+@pytest.mark.parametrize(
+    ("ranks", "ep", "zero", "recompute", "bf16", "accumulation", "bucket"),
+    [
+        (1, 1, 0, "none", False, 1, 200_000),
+        (1, 1, 1, "block", False, 1, 5_000_000),
+        pytest.param(1, 1, 1, "none", True, 1, 200_000, marks=pytest.mark.slow),
+        (2, 2, 1, "none", False, 2, 5_000_000),
+        (2, 2, 1, "selective", True, 1, 5_000_000),
+        (2, 2, 2, "none", True, 2, 200_000),
+        pytest.param(2, 1, 2, "block", False, 1, 200_000, marks=pytest.mark.slow),
+        (2, 2, 3, "selective", False, 1, 200_000),
+        (2, 2, 2, "none", True, 1, 5_000_000),
+        (2, 2, 3, "none", True, 1, 5_000_000),
+    ],
+)
 def test_memory_is_what_was_planned(worlds, ranks, ep, zero, recompute, bf16, accumulation, bucket):
-    """State exactly, what lives between steps within half a per cent (scalars, batches), the most at once within 10."""
-    overrides = [*MODEL, f"parallel.ep={ep}", f"parallel.recompute={recompute}", f"train.accumulation={accumulation}", "moe.pool=group"]
+    """State exactly, what lives between steps within half a per cent (scalars, batches), the most
+    at once within 10.
+    """
+    overrides = [
+        *MODEL,
+        f"parallel.ep={ep}",
+        f"parallel.recompute={recompute}",
+        f"train.accumulation={accumulation}",
+        "moe.pool=group",
+    ]
     overrides += ["train.ema=[0.9, 0.99]"] if zero == 3 else []
     tree = _deepspeed(zero, bf16, bucket)
     config = load_config(None, overrides)
     plan = rank_memory(config, resolve_layout(config, ranks), engine_facts(tree))
     for kinds, static, peak in worlds(ranks).run(_measured_memory, overrides, tree):
-        assert kinds == {MASTER: plan.weights if zero == 0 else plan.masters, "moments": plan.moments, "ema": plan.ema}
+        assert kinds == {
+            MASTER: plan.weights if zero == 0 else plan.masters,
+            "moments": plan.moments,
+            "ema": plan.ema,
+        }
         assert plan.static == pytest.approx(static, rel=5e-3)
         assert plan.peak == pytest.approx(peak, rel=0.1)
 
 
-# ------------------------------------------------------------------------------------------------ traffic
+# ------------------------------------------------------------------------------------------------
+# traffic
 
 
 def _counted(overrides, zero, bf16):
@@ -133,9 +206,20 @@ def _counted(overrides, zero, bf16):
     config = load_config(None, overrides)
     layout = resolve_layout(config, torch.distributed.get_world_size())
     groups = build_groups(layout.ep, layout.pool_ranks)
-    engine = Engine(build_model(config, layout.pool, groups), config, layout, _deepspeed(zero, bf16, 300_000), groups, CPU)
-    batch = synthetic_batch(config, range(groups.rank * layout.micro_batch, (groups.rank + 1) * layout.micro_batch))
-    count = CommunicationCount((f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers())
+    engine = Engine(
+        build_model(config, layout.pool, groups),
+        config,
+        layout,
+        _deepspeed(zero, bf16, 300_000),
+        groups,
+        CPU,
+    )
+    batch = synthetic_batch(
+        config, range(groups.rank * layout.micro_batch, (groups.rank + 1) * layout.micro_batch)
+    )
+    count = CommunicationCount(
+        (f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers()
+    )
     with count:
         loss = micro_loss(engine.forward, batch, config, RoutingRule("train"), CPU)
         engine.backward(loss.total)
@@ -145,15 +229,30 @@ def _counted(overrides, zero, bf16):
     return count.table(), rows
 
 
-@pytest.mark.parametrize(("ranks", "ep", "pool", "zero", "recompute", "bf16"), [
-    (2, 2, "rank", 1, "none", False), (2, 2, "group", 2, "selective", False), (4, 2, "group", 1, "block", False),
-    (4, 2, "global", 2, "none", False), (4, 4, "global", 1, "selective", False), (4, 2, "rank", 1, "none", True), (2, 2, "rank", 2, "none", True),
-    pytest.param(4, 2, "rank", 0, "none", False, marks=pytest.mark.slow),
-    pytest.param(4, 4, "rank", 3, "none", False, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("ranks", "ep", "pool", "zero", "recompute", "bf16"),
+    [
+        (2, 2, "rank", 1, "none", False),
+        (2, 2, "group", 2, "selective", False),
+        (4, 2, "group", 1, "block", False),
+        (4, 2, "global", 2, "none", False),
+        (4, 4, "global", 1, "selective", False),
+        (4, 2, "rank", 1, "none", True),
+        (2, 2, "rank", 2, "none", True),
+        pytest.param(4, 2, "rank", 0, "none", False, marks=pytest.mark.slow),
+        pytest.param(4, 4, "rank", 3, "none", False, marks=pytest.mark.slow),
+    ],
+)
 def test_counted_bytes_equal_the_formula(worlds, ranks, ep, pool, zero, recompute, bf16):
-    overrides = [*MODEL, "model.input_size=8", "model.depth=2", "moe.interleave=false", f"parallel.ep={ep}", f"moe.pool={pool}",
-                 f"parallel.recompute={recompute}"]
+    overrides = [
+        *MODEL,
+        "model.input_size=8",
+        "model.depth=2",
+        "moe.interleave=false",
+        f"parallel.ep={ep}",
+        f"moe.pool={pool}",
+        f"parallel.recompute={recompute}",
+    ]
     config = load_config(None, overrides)
     layout, engine = resolve_layout(config, ranks), engine_facts(_deepspeed(zero, bf16, 300_000))
     answers = worlds(ranks).run(_counted, overrides, zero, bf16)
@@ -167,41 +266,69 @@ def test_counted_bytes_equal_the_formula(worlds, ranks, ep, pool, zero, recomput
             key = (row["collective"], row["purpose"], row["phase"] if row["layer"] else "step")
             found[key] = found.get(key, 0) + row["wire"]
         exact = _wire_of_rows(config, layout, engine.element, [rows for _, rows in answers], rank)
-        travelled = {key: exact[key[1] if key[2] != "backward" else {"dispatch": "combine", "combine": "dispatch"}[key[1]]]
-                     for key in found if key[1] in ("dispatch", "combine")}
+        travelled = {
+            key: exact[
+                key[1]
+                if key[2] != "backward"
+                else {"dispatch": "combine", "combine": "dispatch"}[key[1]]
+            ]
+            for key in found
+            if key[1] in ("dispatch", "combine")
+        }
         assert {key: found[key] for key in travelled} == travelled
         if pool == "rank":  # then the plan knows the rows too
             assert travelled == {key: wire for key, wire in planned.items() if key in travelled}
         compared = {key for key in planned if key[1] not in ("dispatch", "combine")}
         if zero == 3:  # beside these it broadcasts norms and what is too small to shard
-            compared = {key for key in compared if key[0] not in ("all_gather", "reduce_scatter") or key[1] == "owners"}
+            compared = {
+                key
+                for key in compared
+                if key[0] not in ("all_gather", "reduce_scatter") or key[1] == "owners"
+            }
         assert {key: found[key] for key in compared} == {key: planned[key] for key in compared}
     sent = [row for table, _ in answers for row in table if row["collective"] == "all_to_all"]
-    least = sum(row["wire"] for row in sent if row["purpose"] in ("dispatch", "combine") and row["phase"] != "recompute")
+    least = sum(
+        row["wire"]
+        for row in sent
+        if row["purpose"] in ("dispatch", "combine") and row["phase"] != "recompute"
+    )
     if recompute != "block":  # which pays for its memory by sending everything a second time
         assert sum(row["wire"] for row in sent) <= 1.05 * least
 
 
 def _wire_of_rows(config, layout, element, rows_by_rank, rank):
-    """Bytes that leave ``rank``: rows for other ranks' experts (dispatch), results for other ranks' tokens (combine)."""
-    local, group = config.moe.experts // layout.ep, range(rank - rank % layout.ep, rank - rank % layout.ep + layout.ep)
+    """Bytes that leave ``rank``: rows for other ranks' experts (dispatch), results for other ranks'
+    tokens (combine).
+    """
+    local, group = (
+        config.moe.experts // layout.ep,
+        range(rank - rank % layout.ep, rank - rank % layout.ep + layout.ep),
+    )
     row = config.model.width * element
 
     def sent(source, target):
         first = (target % layout.ep) * local
-        return sum(sum(layer[first:first + local]) for layer in rows_by_rank[source]) * row
+        return sum(sum(layer[first : first + local]) for layer in rows_by_rank[source]) * row
 
-    return {"dispatch": sum(sent(rank, other) for other in group if other != rank),
-            "combine": sum(sent(other, rank) for other in group if other != rank)}
+    return {
+        "dispatch": sum(sent(rank, other) for other in group if other != rank),
+        "combine": sum(sent(other, rank) for other in group if other != rank),
+    }
 
 
-@pytest.mark.parametrize("model", ["s_e8", "s_e16", "b_e8", "b_e16", "l_e8", "l_e16", "xl_e8", "xl_e16"])
+@pytest.mark.parametrize(
+    "model", ["s_e8", "s_e16", "b_e8", "b_e16", "l_e8", "l_e16", "xl_e8", "xl_e16"]
+)
 def test_scores_and_masks_cost_little_beside_the_rows(model):
     """At the published sizes, in bf16, on one node and on eight."""
     for ranks in (8, 64):
-        config = load_config(f"configs/diffmoe_{model}_flow.yaml", ["parallel.ep=8", "parallel.recompute=selective"])
+        config = load_config(
+            f"configs/diffmoe_{model}_flow.yaml", ["parallel.ep=8", "parallel.recompute=selective"]
+        )
         layout, engine = resolve_layout(config, ranks), engine_facts({"bf16": {"enabled": True}})
-        sent = sum(m.wire for m in step_traffic(config, layout, engine) if m.collective == "all_to_all")
+        sent = sum(
+            m.wire for m in step_traffic(config, layout, engine) if m.collective == "all_to_all"
+        )
         assert sent <= 1.05 * least_traffic(config, layout, engine).rows
 
 
@@ -212,7 +339,8 @@ def test_the_fewest_bytes_of_each_collective():
     assert wire_bytes("all_reduce", 400, 4) == 600
 
 
-# --------------------------------------------------------------------------------------------------- time
+# ---------------------------------------------------------------------------------------------------
+# time
 
 
 @dataclasses.dataclass
@@ -235,9 +363,23 @@ class _Event:
 
 
 def test_a_step_is_split_by_what_is_hidden_behind_what():
-    shares = split([_Event("diffmoe: data", 0, 10), _Event("diffmoe: step", 10, 90), _Event("aten::mm", 10, 40),
-                    _Event("gloo:all_to_all", 40, 20), _Event("gloo:all_reduce", 55, 15), _Event("aten::add", 90, 5)])
-    assert shares == {"compute": 0.45, "all_to_all": 0.10, "reduction": 0.10, "data": 0.10, "other": 0.25}
+    shares = split(
+        [
+            _Event("diffmoe: data", 0, 10),
+            _Event("diffmoe: step", 10, 90),
+            _Event("aten::mm", 10, 40),
+            _Event("gloo:all_to_all", 40, 20),
+            _Event("gloo:all_reduce", 55, 15),
+            _Event("aten::add", 90, 5),
+        ]
+    )
+    assert shares == {
+        "compute": 0.45,
+        "all_to_all": 0.10,
+        "reduction": 0.10,
+        "data": 0.10,
+        "other": 0.25,
+    }
 
 
 def test_spans():
@@ -251,11 +393,15 @@ def test_a_calibrated_plan_meets_its_record(kind):
     hardware = choose(read_table(None), kind)
     config = load_config("configs/demo.yaml", [])
     layout, engine = resolve_layout(config, 2), engine_facts({"zero_optimization": {"stage": 1}})
-    record = Measured(config, layout, engine, 2, compute=0.3, all_to_all=0.05, reduction=0.02, other=0.1)
+    record = Measured(
+        config, layout, engine, 2, compute=0.3, all_to_all=0.05, reduction=0.02, other=0.1
+    )
     fitted = calibrate(hardware, [record], "a test")
     again = step_time(config, layout, engine, fitted, 2)
     assert again.total == pytest.approx(0.47)
-    assert again.compute == pytest.approx(0.3) and again.all_to_all + again.reduction == pytest.approx(0.07)
+    assert again.compute == pytest.approx(
+        0.3
+    ) and again.all_to_all + again.reduction == pytest.approx(0.07)
     assert fitted.calibrated == "a test"
     with pytest.raises(UserError, match="holds no measured step"):
         calibrate(hardware, [], "an empty file")
@@ -265,15 +411,24 @@ def test_the_plans_own_error():
     config = load_config("configs/demo.yaml", [])
     layout, tree = resolve_layout(config, 2), {"zero_optimization": {"stage": 1}}
     entries, line = plan_error(config, layout, tree, "cpu", 2, 0.5, 0)
-    assert entries["plan_step_error"] == pytest.approx(entries["plan_step_s"] / 0.5 - 1) and "plan_memory_error" not in entries
+    assert (
+        entries["plan_step_error"] == pytest.approx(entries["plan_step_s"] / 0.5 - 1)
+        and "plan_memory_error" not in entries
+    )
     assert "measured 500.0" in line and "of a CPU rank it is not measured" in line
     entries, line = plan_error(config, layout, tree, "NVIDIA H200", 2, 0.5, 2**31)
-    assert entries["plan_memory_error"] == pytest.approx(entries["plan_memory_gib"] / 2 - 1) and "measured 2.00" in line
+    assert (
+        entries["plan_memory_error"] == pytest.approx(entries["plan_memory_gib"] / 2 - 1)
+        and "measured 2.00" in line
+    )
     assert plan_error(config, layout, tree, "Radeon", 2, 0.5, 0) == (
-        {}, "plan: no entry in launcher/hardware.yaml is part of 'Radeon', so there is nothing to compare")
+        {},
+        "plan: no entry in launcher/hardware.yaml is part of 'Radeon', so there is nothing to compare",
+    )
 
 
-# ------------------------------------------------------------------------------------------------ layouts
+# ------------------------------------------------------------------------------------------------
+# layouts
 
 
 BF16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
@@ -299,8 +454,21 @@ def test_less_memory_is_answered_with_recompute_then_with_more_nodes():
     pins = Pins(ep=1, recompute="none", micro_batch=32)
     assert not any(c.fits for c in candidates(config, {}, small, pins))
     found = nearest_fit(config, {}, small, pins)
-    assert found.candidate.fits and found.changes == ("recompute none -> selective",) and found.cluster.nodes == 1
+    assert (
+        found.candidate.fits
+        and found.changes == ("recompute none -> selective",)
+        and found.cluster.nodes == 1
+    )
     tiny = Cluster(1, 8, dataclasses.replace(hardware, memory_gib=9.0))
     found = nearest_fit(config, BF16, tiny, Pins())
-    assert found.candidate.fits and found.changes[0].startswith("nodes 1 -> ") and found.cluster.nodes > 1
-    assert nearest_fit(config, BF16, Cluster(1, 8, dataclasses.replace(hardware, memory_gib=4.1)), Pins()) is None
+    assert (
+        found.candidate.fits
+        and found.changes[0].startswith("nodes 1 -> ")
+        and found.cluster.nodes > 1
+    )
+    assert (
+        nearest_fit(
+            config, BF16, Cluster(1, 8, dataclasses.replace(hardware, memory_gib=4.1)), Pins()
+        )
+        is None
+    )

@@ -44,7 +44,9 @@ def test_losses(case):
     dit, numbers = case
     x, noise, t, y = (numbers[f"in/{name}"] for name in ("x", "noise", "t_ddpm", "y"))
     loss, output = ddpm_loss(dit.train(), x, noise, t, y, RoutingRule(), SCHEDULE)
-    terms = training_losses(SCHEDULE, output.prediction, x, q_sample(SCHEDULE, x, t, noise), t, noise)
+    terms = training_losses(
+        SCHEDULE, output.prediction, x, q_sample(SCHEDULE, x, t, noise), t, noise
+    )
     close(terms.mse, numbers["ddpm/mse"], "mse")
     close(terms.vb, numbers["ddpm/vb"], "vb")
     predictor = sum(r.predictor_loss for r in output.moe if r.predictor_loss is not None)
@@ -63,8 +65,13 @@ def test_p_mean_variance(case):
 
 def test_guided_epsilon(case):
     dit, numbers = case
-    # Both halves of the reference hold the same three images, all at the first time step, labels then null labels.
-    x, y, t = numbers["ddpm/cfg_1.5_x"][:3], numbers["ddpm/cfg_1.5_y"][:3], numbers["in/t_ddpm"][:1].expand(3)
+    # Both halves of the reference hold the same three images, all at the first time step, labels
+    # then null labels.
+    x, y, t = (
+        numbers["ddpm/cfg_1.5_x"][:3],
+        numbers["ddpm/cfg_1.5_y"][:3],
+        numbers["in/t_ddpm"][:1].expand(3),
+    )
     theirs = numbers["ddpm/cfg_1.5_out"]
     with torch.no_grad():
         ours = guided_epsilon(dit.eval(), y, 1.5, RoutingRule("batch"))(x, t)
@@ -72,7 +79,11 @@ def test_guided_epsilon(case):
         # The reference's fourth channels of both halves tell what guiding all channels must give.
         fourth = theirs[3:, 3] + 1.5 * (theirs[:3, 3] - theirs[3:, 3])
         everything = guided_epsilon(dit, y, 1.5, RoutingRule("batch"), channels=None)(x, t)
-        close(everything, torch.cat([theirs[:3, :3], fourth[:, None], theirs[:3, 4:]], dim=1), "all channels guided")
+        close(
+            everything,
+            torch.cat([theirs[:3, :3], fourth[:, None], theirs[:3, 4:]], dim=1),
+            "all channels guided",
+        )
 
 
 def test_spaced_timesteps(case):
@@ -85,12 +96,18 @@ def test_samples(case):
     with torch.no_grad():
         close(ddim(model_fn, numbers["in/noise"], 7), numbers["ddpm/ddim_7_steps"], "ddim")
         torch.manual_seed(numbers["ddpm/ancestral_7_steps_seed"].item())
-        close(ancestral(model_fn, numbers["in/noise"], 7, draw), numbers["ddpm/ancestral_7_steps"], "ancestral")
+        close(
+            ancestral(model_fn, numbers["in/noise"], 7, draw),
+            numbers["ddpm/ancestral_7_steps"],
+            "ancestral",
+        )
 
 
 def test_the_bound_trains_the_variance_alone():
     generator = torch.Generator().manual_seed(0)
-    x, noise, prediction = (torch.randn(3, c, 4, 4, generator=generator, dtype=torch.float64) for c in (2, 2, 4))
+    x, noise, prediction = (
+        torch.randn(3, c, 4, 4, generator=generator, dtype=torch.float64) for c in (2, 2, 4)
+    )
     prediction.requires_grad_()
     t = torch.tensor([0, 400, 999])
     losses = training_losses(SCHEDULE, prediction, x, q_sample(SCHEDULE, x, t, noise), t, noise)
@@ -102,16 +119,22 @@ def test_the_bound_trains_the_variance_alone():
 
 def test_the_bound_is_the_divergence_of_normals():
     generator = torch.Generator().manual_seed(1)
-    x, noise, prediction = (torch.randn(2, c, 4, 4, generator=generator, dtype=torch.float64) for c in (1, 1, 2))
+    x, noise, prediction = (
+        torch.randn(2, c, 4, 4, generator=generator, dtype=torch.float64) for c in (1, 1, 2)
+    )
     t = torch.tensor([1, 700])
     x_t = q_sample(SCHEDULE, x, t, noise)
     p = p_mean_variance(SCHEDULE, prediction, x_t, t)
     # Bayes for q(x_{t-1} | x_t, x_0): precisions add.
-    before, beta = (values[t].view(-1, 1, 1, 1) for values in (SCHEDULE.alphas_cumprod_prev, SCHEDULE.betas))
+    before, beta = (
+        values[t].view(-1, 1, 1, 1) for values in (SCHEDULE.alphas_cumprod_prev, SCHEDULE.betas)
+    )
     precision = 1 / (1 - before) + (1 - beta) / beta
     mean = (before.sqrt() * x / (1 - before) + (1 - beta).sqrt() * x_t / beta) / precision
     q = torch.distributions.Normal(mean, precision.rsqrt().expand_as(mean))
-    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(p.mean, p.variance.sqrt()))
+    expected = torch.distributions.kl_divergence(
+        q, torch.distributions.Normal(p.mean, p.variance.sqrt())
+    )
     vb = vb_terms_bpd(SCHEDULE, prediction, x, x_t, t)
     torch.testing.assert_close(vb, expected.mean((1, 2, 3)) / math.log(2))
 
@@ -119,9 +142,13 @@ def test_the_bound_is_the_divergence_of_normals():
 def test_the_bins_of_the_last_step_hold_all_mass():
     pixels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     for mean, log_scale in ((0.1, -1.0), (-0.7, -3.0), (0.95, 0.5)):
-        mass = discretized_gaussian_log_likelihood(pixels, torch.tensor(mean), torch.tensor(log_scale)).exp()
+        mass = discretized_gaussian_log_likelihood(
+            pixels, torch.tensor(mean), torch.tensor(log_scale)
+        ).exp()
         assert mass.sum().item() == pytest.approx(1, abs=1e-6)
-        exact = torch.distributions.Normal(mean, torch.tensor(log_scale).exp().item()).cdf(pixels[:-1] + 1 / 255)
+        exact = torch.distributions.Normal(mean, torch.tensor(log_scale).exp().item()).cdf(
+            pixels[:-1] + 1 / 255
+        )
         torch.testing.assert_close(mass.cumsum(0)[:-1], exact, atol=3e-4, rtol=0)
 
 
@@ -144,9 +171,17 @@ def test_clipping_holds_the_estimate():
     t = torch.tensor([500])
     assert p_mean_variance(SCHEDULE, prediction, x, t).pred_xstart.min() > 1
     assert p_mean_variance(SCHEDULE, prediction, x, t, clip_denoised=True).pred_xstart.max() == 1
-    seen = p_sample_loop(lambda x, t: torch.zeros(1, 2, 2, 2), respace(SCHEDULE, 5), x, lambda i: x, clip_denoised=True)
+    seen = p_sample_loop(
+        lambda x, t: torch.zeros(1, 2, 2, 2),
+        respace(SCHEDULE, 5),
+        x,
+        lambda i: x,
+        clip_denoised=True,
+    )
     assert seen.max() == 1
-    seen = ddim_sample_loop(lambda x, t: torch.zeros(1, 2, 2, 2), respace(SCHEDULE, 5), x, clip_denoised=True)
+    seen = ddim_sample_loop(
+        lambda x, t: torch.zeros(1, 2, 2, 2), respace(SCHEDULE, 5), x, clip_denoised=True
+    )
     assert seen.max() == 1
 
 
@@ -161,7 +196,9 @@ def test_image_i_gets_its_noise_in_any_batch():
 
 def test_the_variance_needs_its_channels():
     with pytest.raises(AssertionError, match="4 output channels for 4 input"):
-        p_mean_variance(SCHEDULE, torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.tensor([3]))
+        p_mean_variance(
+            SCHEDULE, torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.tensor([3])
+        )
 
 
 def test_noise_is_asked_for():
@@ -178,8 +215,16 @@ def test_the_configuration_says_which_channels_are_guided() -> None:
     x, y, t = numbers["in/x"], numbers["in/y"], numbers["in/t_ddpm"]
     epsilon = {}
     for cfg, channels in ((1.0, 3), (2.0, 3), (2.0, 4)):
-        config = load_config(None, ["diffusion.process=ddpm", "sample.sampler=ddim", "sample.routing=token",
-                                    f"sample.cfg={cfg}", f"sample.cfg_channels={channels}"])
+        config = load_config(
+            None,
+            [
+                "diffusion.process=ddpm",
+                "sample.sampler=ddim",
+                "sample.routing=token",
+                f"sample.cfg={cfg}",
+                f"sample.cfg_channels={channels}",
+            ],
+        )
         config = replace(config, model=dit.model, moe=dit.moe)
         with torch.no_grad():
             epsilon[cfg, channels] = generate._field(dit.eval(), config, y)(x, t)[:, :4]

@@ -31,7 +31,9 @@ def see_gpus(monkeypatch, *uuids):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(uuids))
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=uuids[device.index]))
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=uuids[device.index])
+    )
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (79 * GIB, 80 * GIB))
     monkeypatch.delenv(gpus.SHARED, raising=False)
@@ -41,18 +43,24 @@ def test_more_ranks_than_gpus_is_every_ranks_error(monkeypatch):
     """The ranks that have a GPU would otherwise wait for the one that has none."""
     see_gpus(monkeypatch, "a", "b")
     for rank in range(3):
-        with pytest.raises(UserError, match=r"ranks on this node \(3\) must not exceed its GPUs \(2\)"):
+        with pytest.raises(
+            UserError, match=r"ranks on this node \(3\) must not exceed its GPUs \(2\)"
+        ):
             local_device(rank, 3)
 
 
-@pytest.mark.parametrize(("shown", "number"), [(["abc", "abc", "abc"], [0, 1, 2]), (["a", "b", "c"], [0, 0, 0])])
+@pytest.mark.parametrize(
+    ("shown", "number"), [(["abc", "abc", "abc"], [0, 1, 2]), (["a", "b", "c"], [0, 0, 0])]
+)
 def test_each_rank_has_its_own_gpu_of_all_or_the_one_it_sees(monkeypatch, shown, number):
     """``srun --gpus-per-task=1`` shows every process one GPU, which it calls 0."""
     store = HashStore()
     for rank, uuids in reversed(list(enumerate(shown))):
         see_gpus(monkeypatch, *uuids)
         device = local_device(rank, 3)
-        assert device.index == number[rank] and os.environ["LOCAL_RANK"] == str(number[rank]), "what DeepSpeed reads"
+        assert device.index == number[rank] and os.environ["LOCAL_RANK"] == str(number[rank]), (
+            "what DeepSpeed reads"
+        )
         if rank:
             store.set(f"gpu/{socket.gethostname()}/{rank}", uuids[device.index])
     check_own_gpu(device, 0, 3, store)  # the others are there already
@@ -74,7 +82,7 @@ def test_the_peak_of_an_unknown_gpu_is_measured_in_bf16(monkeypatch):
     monkeypatch.setattr(devices, "measured_flops", lambda *what: asked.append(what) or 5e12)
     peak = peak_flops.__wrapped__  # what was found is kept for the rest of a process
     assert peak(torch.device("cuda", 0)) == (5e12, "NVIDIA Z1, measured bf16 matmul")
-    (_, dtype, size, tries), = asked
+    ((_, dtype, size, tries),) = asked
     assert dtype == torch.bfloat16 and size >= 8192 and tries >= 5
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
     assert peak(torch.device("cuda", 0)) == (989e12, "NVIDIA H200 data sheet") and len(asked) == 1
@@ -84,7 +92,8 @@ def test_a_measured_peak_is_a_rate():
     assert 1e6 < measured_flops(torch.device("cpu"), torch.float32, 128, 5) < 1e15
 
 
-# --------------------------------------------------------------------------------- GPUs that torch cannot use
+# --------------------------------------------------------------------------------- GPUs that torch
+# cannot use
 
 
 @pytest.fixture
@@ -96,7 +105,10 @@ def unusable(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
-    say(monkeypatch, RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040)."))
+    say(
+        monkeypatch,
+        RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040)."),
+    )
 
 
 def say(monkeypatch, error):
@@ -106,7 +118,9 @@ def say(monkeypatch, error):
     monkeypatch.setattr(torch.cuda, "init", init)
 
 
-ON_THE_CPU = ", or say run.device=cpu (--device cpu where there is no run.device) to compute on the CPU"
+ON_THE_CPU = (
+    ", or say run.device=cpu (--device cpu where there is no run.device) to compute on the CPU"
+)
 
 
 def refusal(asked="auto"):
@@ -121,12 +135,20 @@ CANNOT = "this machine has 2 GPUs (/dev/nvidia0, ...), and torch (2.13.0+cu130, 
 
 
 def test_a_driver_that_torch_cannot_use(unusable, monkeypatch):
-    assert refusal() == (f"{CANNOT}: The NVIDIA driver on your system is too old (found version 11040).: see python -m launcher doctor")
+    assert refusal() == (
+        f"{CANNOT}: The NVIDIA driver on your system is too old (found version 11040).: see python -m launcher doctor"
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     say(monkeypatch, AssertionError("no driver"))
-    assert refusal() == f"{CANNOT} with CUDA_VISIBLE_DEVICES (0,1): no driver: see python -m launcher doctor"
+    assert (
+        refusal()
+        == f"{CANNOT} with CUDA_VISIBLE_DEVICES (0,1): no driver: see python -m launcher doctor"
+    )
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    assert refusal() == f"{CANNOT} with CUDA_VISIBLE_DEVICES (0,1): it finds no device: see python -m launcher doctor"
+    assert (
+        refusal()
+        == f"{CANNOT} with CUDA_VISIBLE_DEVICES (0,1): it finds no device: see python -m launcher doctor"
+    )
 
     def broken():
         raise RuntimeError("Unexpected error from cudaGetDeviceCount()")
@@ -138,32 +160,48 @@ def test_a_driver_that_torch_cannot_use(unusable, monkeypatch):
 def test_a_torch_for_cpus_on_a_machine_with_gpus(unusable, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
-    assert refusal() == ("this machine has 2 GPUs (/dev/nvidia0, ...), and torch (2.13.0+cpu) is built for CPUs only: install the build of "
-                         "torch 2.13.0 for CUDA")
+    assert refusal() == (
+        "this machine has 2 GPUs (/dev/nvidia0, ...), and torch (2.13.0+cpu) is built for CPUs only: install the build of "
+        "torch 2.13.0 for CUDA"
+    )
 
 
 @pytest.mark.parametrize("shown", ["", " ", "-1", "NoDevFiles"])
 def test_gpus_that_are_hidden(unusable, monkeypatch, shown):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
-    assert refusal() == f"CUDA_VISIBLE_DEVICES ({shown!r}) hides this machine's 2 GPUs (/dev/nvidia0, ...): unset CUDA_VISIBLE_DEVICES"
+    assert (
+        refusal()
+        == f"CUDA_VISIBLE_DEVICES ({shown!r}) hides this machine's 2 GPUs (/dev/nvidia0, ...): unset CUDA_VISIBLE_DEVICES"
+    )
 
 
 def test_a_gpu_that_is_asked_for_and_not_there(unusable, monkeypatch):
     monkeypatch.setattr(gpus, "present", lambda: "")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    assert refusal() == "DS_ACCELERATOR (cuda) asks for a GPU, and this machine shows none: unset DS_ACCELERATOR"
+    assert (
+        refusal()
+        == "DS_ACCELERATOR (cuda) asks for a GPU, and this machine shows none: unset DS_ACCELERATOR"
+    )
     monkeypatch.delenv("DS_ACCELERATOR")
-    assert refusal("cuda") == "run.device or --device (cuda) asks for a GPU, and this machine shows none: see nvidia-smi"
+    assert (
+        refusal("cuda")
+        == "run.device or --device (cuda) asks for a GPU, and this machine shows none: see nvidia-smi"
+    )
 
 
 @pytest.mark.parametrize(("asked", "said"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_two_owners_of_the_device_must_agree(unusable, monkeypatch, asked, said):
     monkeypatch.setenv("DS_ACCELERATOR", said)
-    with pytest.raises(UserError, match=rf"run.device or --device \({asked}\) must be auto or DS_ACCELERATOR \({said}\): unset"):
+    with pytest.raises(
+        UserError,
+        match=rf"run.device or --device \({asked}\) must be auto or DS_ACCELERATOR \({said}\): unset",
+    ):
         local_device(0, 1, asked)
 
 
-@pytest.mark.parametrize(("asked", "said"), [("auto", "cpu"), ("cpu", None), ("cpu", "cpu"), ("auto", None)])
+@pytest.mark.parametrize(
+    ("asked", "said"), [("auto", "cpu"), ("cpu", None), ("cpu", "cpu"), ("auto", None)]
+)
 def test_the_cpu_is_taken_where_it_is_meant(unusable, monkeypatch, asked, said):
     if said:
         monkeypatch.setenv("DS_ACCELERATOR", said)
@@ -176,13 +214,24 @@ def test_the_cpu_is_taken_where_it_is_meant(unusable, monkeypatch, asked, said):
         assert os.environ["DS_ACCELERATOR"] == "cpu", "what DeepSpeed and further processes read"
 
 
-@pytest.mark.parametrize(("says", "code", "found"), [
-    (None, 0, ""),
-    ("0, NVIDIA H100, 550.1, 81559, 30, 0, 0x0\n1, NVIDIA H100, 550.1, 81559, 30, 0, 0x0", 0, "2 GPUs (NVIDIA H100, driver 550.1)"),
-    ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9, "a GPU, whose driver is broken (nvidia-smi fails: "
-     "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.)"),
-    ("No devices were found", 6, ""),
-])
+@pytest.mark.parametrize(
+    ("says", "code", "found"),
+    [
+        (None, 0, ""),
+        (
+            "0, NVIDIA H100, 550.1, 81559, 30, 0, 0x0\n1, NVIDIA H100, 550.1, 81559, 30, 0, 0x0",
+            0,
+            "2 GPUs (NVIDIA H100, driver 550.1)",
+        ),
+        (
+            "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
+            9,
+            "a GPU, whose driver is broken (nvidia-smi fails: "
+            "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.)",
+        ),
+        ("No devices were found", 6, ""),
+    ],
+)
 def test_what_shows_that_there_are_gpus(monkeypatch, tmp_path, says, code, found):
     monkeypatch.setattr(gpus.Path, "glob", lambda *_: iter([]))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -207,7 +256,8 @@ def test_devices_count_that_this_process_may_open(monkeypatch, tmp_path):
     assert gpus.present() == ""
 
 
-# --------------------------------------------------------------------------------- a GPU that another process holds
+# --------------------------------------------------------------------------------- a GPU that
+# another process holds
 
 
 SMI = """#!/bin/sh
@@ -235,7 +285,9 @@ INSTEAD = ": end it, choose another GPU by CUDA_VISIBLE_DEVICES, or set DIFFMOE_
 
 def hold(monkeypatch, gib, total=79.6):
     see_gpus(monkeypatch, UUID)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (int((total - gib) * GIB), int(total * GIB)))
+    monkeypatch.setattr(
+        "torch.cuda.mem_get_info", lambda device: (int((total - gib) * GIB), int(total * GIB))
+    )
 
 
 def test_a_gpu_that_another_process_holds(nvidia_smi, monkeypatch):
@@ -243,7 +295,9 @@ def test_a_gpu_that_another_process_holds(nvidia_smi, monkeypatch):
     for asked in ("auto", "cuda"):
         with pytest.raises(UserError) as error:
             local_device(0, 1, asked)
-        assert str(error.value) == (f"{HELD}python (process 4711, 30.0 GiB), nbody, version 2 (process 4712, ? GiB){INSTEAD}")
+        assert str(error.value) == (
+            f"{HELD}python (process 4711, 30.0 GiB), nbody, version 2 (process 4712, ? GiB){INSTEAD}"
+        )
     monkeypatch.setenv("DIFFMOE_SHARED_GPU", "1")
     assert local_device(0, 1) == torch.device("cuda", 0)
 
@@ -259,9 +313,18 @@ def test_a_container_may_not_know_the_processes(nvidia_smi, monkeypatch, smi):
     assert str(error.value) == f"{HELD}another process{INSTEAD}"
 
 
-@pytest.mark.parametrize(("gib", "total", "good"), [
-    (0.6, 79.6, True), (3.9, 79.6, True), (4.1, 79.6, False), (1.9, 12, True), (2.1, 12, False), (0.5, 9.75, True), (9, 9.75, False),
-])
+@pytest.mark.parametrize(
+    ("gib", "total", "good"),
+    [
+        (0.6, 79.6, True),
+        (3.9, 79.6, True),
+        (4.1, 79.6, False),
+        (1.9, 12, True),
+        (2.1, 12, False),
+        (0.5, 9.75, True),
+        (9, 9.75, False),
+    ],
+)
 def test_a_context_or_a_desktop_is_nobodys_run(nvidia_smi, monkeypatch, gib, total, good):
     hold(monkeypatch, gib, total)
     if good:
@@ -273,14 +336,18 @@ def test_a_context_or_a_desktop_is_nobodys_run(nvidia_smi, monkeypatch, gib, tot
 
 def test_a_gpu_that_cannot_be_opened_at_all(nvidia_smi, monkeypatch):
     def busy(device):
-        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be reported")
+        raise RuntimeError(
+            "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be reported"
+        )
 
     see_gpus(monkeypatch, UUID)
     monkeypatch.setattr("torch.cuda.mem_get_info", busy)
     with pytest.raises(UserError) as error:
         local_device(0, 1)
-    assert str(error.value) == ("GPU 0 cannot be opened: CUDA error: CUDA-capable device(s) is/are busy or unavailable CUDA kernel errors "
-                                f"might be reported{INSTEAD}")
+    assert str(error.value) == (
+        "GPU 0 cannot be opened: CUDA error: CUDA-capable device(s) is/are busy or unavailable CUDA kernel errors "
+        f"might be reported{INSTEAD}"
+    )
 
 
 def test_a_run_that_has_just_ended_is_given_a_moment(nvidia_smi, monkeypatch):
@@ -292,7 +359,9 @@ def test_a_run_that_has_just_ended_is_given_a_moment(nvidia_smi, monkeypatch):
     assert local_device(0, 1) == torch.device("cuda", 0) and next(free, None) is None
 
 
-def test_the_only_gpu_that_a_process_sees_is_looked_at_once_it_is_nobody_elses(nvidia_smi, monkeypatch):
+def test_the_only_gpu_that_a_process_sees_is_looked_at_once_it_is_nobody_elses(
+    nvidia_smi, monkeypatch
+):
     """Before, it may be other ranks of the same run that are seen there."""
     hold(monkeypatch, 31.5)
     store = HashStore()
@@ -307,7 +376,8 @@ def test_the_only_gpu_that_a_process_sees_is_looked_at_once_it_is_nobody_elses(n
         check_own_gpu(device, 0, 2, store)
 
 
-# --------------------------------------------------------------------------------- every rank, and every verb that takes a device
+# --------------------------------------------------------------------------------- every rank, and
+# every verb that takes a device
 
 
 def together(problems, kinds):
@@ -316,8 +386,13 @@ def together(problems, kinds):
 
     def rank_of(rank):
         try:
-            _check_devices("device", problems[rank] and UserError(problems[rank]), kinds[rank] and torch.device(kinds[rank]), store,
-                           RankEnvironment(rank, len(kinds), 0, 1, "srun"))
+            _check_devices(
+                "device",
+                problems[rank] and UserError(problems[rank]),
+                kinds[rank] and torch.device(kinds[rank]),
+                store,
+                RankEnvironment(rank, len(kinds), 0, 1, "srun"),
+            )
         except AgreedError as error:
             said[rank] = str(error)
 
@@ -333,22 +408,37 @@ def together(problems, kinds):
 HOST = socket.gethostname()
 
 
-@pytest.mark.parametrize(("problems", "kinds", "message"), [
-    ((None, None), ("cpu", "cpu"), None),
-    ((None, "no driver"), ("cuda", None), f"rank 1 on {HOST}: no driver"),
-    (("no driver", None, None, None), (None, "cuda", "cuda", "cuda"), f"rank 0 on {HOST}: no driver"),
-    (("CPU build", "CPU build"), (None, None), "CPU build"),
-    ((None, "a", "b", None), ("cuda",) * 4, f"rank 1 on {HOST}: a"),
-    ((None, None, None, None), ("cuda", "cuda", "cpu", "cuda"), f"all ranks must have one kind of device: rank 0 on {HOST} has cuda, rank 2 on "
-                                                                f"{HOST} has cpu"),
-])
+@pytest.mark.parametrize(
+    ("problems", "kinds", "message"),
+    [
+        ((None, None), ("cpu", "cpu"), None),
+        ((None, "no driver"), ("cuda", None), f"rank 1 on {HOST}: no driver"),
+        (
+            ("no driver", None, None, None),
+            (None, "cuda", "cuda", "cuda"),
+            f"rank 0 on {HOST}: no driver",
+        ),
+        (("CPU build", "CPU build"), (None, None), "CPU build"),
+        ((None, "a", "b", None), ("cuda",) * 4, f"rank 1 on {HOST}: a"),
+        (
+            (None, None, None, None),
+            ("cuda", "cuda", "cpu", "cuda"),
+            f"all ranks must have one kind of device: rank 0 on {HOST} has cuda, rank 2 on "
+            f"{HOST} has cpu",
+        ),
+    ],
+)
 def test_one_ranks_problem_is_every_ranks_error(problems, kinds, message):
-    assert together(problems, kinds) == ({} if message is None else dict.fromkeys(range(len(kinds)), message))
+    assert together(problems, kinds) == (
+        {} if message is None else dict.fromkeys(range(len(kinds)), message)
+    )
 
 
 @pytest.fixture(scope="module")
 def gpu_node(tmp_path_factory):
-    """The environment of a machine that has two GPUs, by its nvidia-smi; torch here is one for CPUs."""
+    """The environment of a machine that has two GPUs, by its nvidia-smi; torch here is one for
+    CPUs.
+    """
     folder = tmp_path_factory.mktemp("node")
     line = "NVIDIA H100, 550.1, 81559, 30, 0, 0x0"
     (folder / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s\\n' '0, {line}' '1, {line}'\n")
@@ -356,19 +446,41 @@ def gpu_node(tmp_path_factory):
     return {"PATH": f"{folder}:{os.environ['PATH']}", "DS_ACCELERATOR": ""}
 
 
-LINE = (f"this machine has 2 GPUs (NVIDIA H100, driver 550.1), and torch ({torch.__version__}) is built for CPUs only: install the build of "
-        f"torch {torch.__version__.partition('+')[0]} for CUDA{ON_THE_CPU}")
+LINE = (
+    f"this machine has 2 GPUs (NVIDIA H100, driver 550.1), and torch ({torch.__version__}) is built for CPUs only: install the build of "
+    f"torch {torch.__version__.partition('+')[0]} for CUDA{ON_THE_CPU}"
+)
 cpu_build = pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for GPUs")
 
 
 @cpu_build
-def test_each_verb_of_several_ranks_says_so_on_each_and_computes_on_the_cpu_where_that_is_meant(gpu_node, tmp_path):
+def test_each_verb_of_several_ranks_says_so_on_each_and_computes_on_the_cpu_where_that_is_meant(
+    gpu_node, tmp_path
+):
     run = tiny(tmp_path / "run", "train.steps=1")
-    asks = [run, ["profile", *run, "--synthetic"], ["encode", "--source", "x", "--out", str(tmp_path / "out"), "--image-size", "8"],
-            ["evaluate", "--samples", "x.npz", "--reference", "y.npz", "--extractor", "z"]]
-    means = [[*run, "run.device=cpu"], ["sample", "--checkpoint", str(tmp_path / "run"), "--device", "cpu", "--count", "4", "--out",
-                                        str(tmp_path / "samples")]]
-    *refused, resumed, trained, sampled = run_cases(2, [*asks, [*run, "run.device=cuda"], *means], env=gpu_node)
+    asks = [
+        run,
+        ["profile", *run, "--synthetic"],
+        ["encode", "--source", "x", "--out", str(tmp_path / "out"), "--image-size", "8"],
+        ["evaluate", "--samples", "x.npz", "--reference", "y.npz", "--extractor", "z"],
+    ]
+    means = [
+        [*run, "run.device=cpu"],
+        [
+            "sample",
+            "--checkpoint",
+            str(tmp_path / "run"),
+            "--device",
+            "cpu",
+            "--count",
+            "4",
+            "--out",
+            str(tmp_path / "samples"),
+        ],
+    ]
+    *refused, resumed, trained, sampled = run_cases(
+        2, [*asks, [*run, "run.device=cuda"], *means], env=gpu_node
+    )
     for rank, said in ((0, f"error: {LINE}\n"), (1, "")):
         for case, results in zip(asks, [*refused, resumed]):
             assert (results[rank].returncode, results[rank].stderr) == (2, said), (case, results)
@@ -379,17 +491,36 @@ def test_each_verb_of_several_ranks_says_so_on_each_and_computes_on_the_cpu_wher
 
 @cpu_build
 def test_each_verb_of_one_process_says_so(gpu_node):
-    cases = [["bench", "moe-layer"], ["bench", "step"], ["bench", "sampling", "--device", "cuda"], ["bench", "communication"],
-             ["verify", "--device", "cuda"], ["sample", "--checkpoint", "nowhere"]]
+    cases = [
+        ["bench", "moe-layer"],
+        ["bench", "step"],
+        ["bench", "sampling", "--device", "cuda"],
+        ["bench", "communication"],
+        ["verify", "--device", "cuda"],
+        ["sample", "--checkpoint", "nowhere"],
+    ]
     *refused, elsewhere = run_cases(1, cases, env=gpu_node)
-    assert [(result.returncode, result.stderr) for result, in refused] == [(2, f"error: {LINE}\n")] * len(refused), refused
-    assert elsewhere[0].returncode == 2 and "nowhere" in elsewhere[0].stderr, "what a verb is given comes first"
+    assert [(result.returncode, result.stderr) for (result,) in refused] == [
+        (2, f"error: {LINE}\n")
+    ] * len(refused), refused
+    assert elsewhere[0].returncode == 2 and "nowhere" in elsewhere[0].stderr, (
+        "what a verb is given comes first"
+    )
 
 
 @cpu_build
 @pytest.mark.parametrize("more", [[], ["run.device=cpu"]])
 def test_preflight_says_the_same(gpu_node, tmp_path, more):
-    command = [sys.executable, "-m", "launcher", "preflight", "--config", str(tiny_config()), f"run.folder={tmp_path}", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "launcher",
+        "preflight",
+        "--config",
+        str(tiny_config()),
+        f"run.folder={tmp_path}",
+        *more,
+    ]
     with Program(command, 2, gpu_node) as program:
         results = program.wait()
     assert [r.returncode for r in results] == ([0, 0] if more else [1, 1]), results
@@ -397,8 +528,13 @@ def test_preflight_says_the_same(gpu_node, tmp_path, more):
 
 
 def test_the_device_is_no_part_of_a_run():
-    """A run resumes on another one, and a checkpoint's configuration that has no such field is as before."""
-    assert changes(Config(), override(Config(), ["run.device=cpu"])) == ([], ["run.device: auto -> cpu"])
+    """A run resumes on another one, and a checkpoint's configuration that has no such field is as
+    before.
+    """
+    assert changes(Config(), override(Config(), ["run.device=cpu"])) == (
+        [],
+        ["run.device: auto -> cpu"],
+    )
     assert config_from_tree({"run": {"folder": "x"}}).run.device == "auto"
     with pytest.raises(UserError, match="run.device"):
         override(Config(), ["run.device=gpu"])

@@ -13,7 +13,11 @@ from diffmoe.config import Config, override
 from launcher.__main__ import VERBS as LAUNCHER_VERBS
 from programs import REPOSITORY
 
-PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "docs/results/README.md"]
+PAGES = [
+    *sorted(REPOSITORY.glob("*.md")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    REPOSITORY / "docs/results/README.md",
+]
 
 
 def blocks(text: str) -> list[str]:
@@ -21,15 +25,23 @@ def blocks(text: str) -> list[str]:
 
 
 def test_the_tree_has_one_line_a_module():
-    tree = next(block for block in blocks((REPOSITORY / "docs/architecture.md").read_text()) if block.startswith("run.py     ") and "the program" in block)
+    tree = next(
+        block
+        for block in blocks((REPOSITORY / "docs/architecture.md").read_text())
+        if block.startswith("run.py     ") and "the program" in block
+    )
     listed, folder = [], ""
     for line in filter(None, tree.splitlines()):
         name = line.split()[0]
         folder = name if name.endswith("/") else folder if line.startswith(" ") else ""
         assert (REPOSITORY / folder / name.removeprefix(folder)).exists(), line
         listed += [] if name.endswith("/") else [folder + name]
-    modules = {str(path.relative_to(REPOSITORY)) for top in ("diffmoe", "launcher") for path in (REPOSITORY / top).rglob("*.py")
-               if path.name != "__init__.py"}
+    modules = {
+        str(path.relative_to(REPOSITORY))
+        for top in ("diffmoe", "launcher")
+        for path in (REPOSITORY / top).rglob("*.py")
+        if path.name != "__init__.py"
+    }
     assert len(listed) == len(set(listed))
     assert {name for name in listed if name.endswith(".py")} == {"run.py", *modules}
 
@@ -39,9 +51,12 @@ def commands(page: str) -> list[list[str]]:
     text = page.replace("\\\n", " ")
     lines = [re.sub(r"\s#.*", "", line) for block in blocks(text) for line in block.splitlines()]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    return [shlex.split(line) for line in [*lines, *re.findall(r"`([^`\n]+)`", prose)]
-            if re.search(r"^\s*make |\brun\.py -|\brun\.py [a-z]|-m launcher [a-z]|\bsbatch ", line)
-            and "…" not in line]
+    return [
+        shlex.split(line)
+        for line in [*lines, *re.findall(r"`([^`\n]+)`", prose)]
+        if re.search(r"^\s*make |\brun\.py -|\brun\.py [a-z]|-m launcher [a-z]|\bsbatch ", line)
+        and "…" not in line
+    ]
 
 
 class Options(Exception):
@@ -60,16 +75,17 @@ def options_of(monkeypatch):
         with pytest.raises(Options) as caught:
             main(*arguments)
         return caught.value.args[0]
+
     return options
 
 
 def known_options(words: list[str], options_of) -> tuple[list[str], set[str]]:
     """(what follows the verb, the verb's options)."""
     if "run.py" in words:
-        rest = words[words.index("run.py") + 1:]
+        rest = words[words.index("run.py") + 1 :]
         verb, rest = (rest[0], rest[1:]) if rest and rest[0] in run.VERBS else ("train", rest)
         return rest, options_of(run._main_of(verb), rest, run.detect())
-    rest = words[words.index("launcher") + 1:]
+    rest = words[words.index("launcher") + 1 :]
     assert rest[0] in LAUNCHER_VERBS, words
     return rest[1:], options_of(importlib.import_module(f"launcher.{rest[0]}").main, rest[1:])
 
@@ -84,7 +100,9 @@ def test_commands_name_verbs_options_fields_and_files_that_exist(page, options_o
         rest = words
         if "sbatch" not in words:
             rest, options = known_options(words, options_of)
-            assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= options, words
+            assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= options, (
+                words
+            )
         for word in rest:
             if word.startswith(("configs/", "ds_configs/", "scripts/")):
                 assert (REPOSITORY / word).is_file(), words
@@ -113,9 +131,13 @@ def test_the_readme_is_a_front_door():
     assert len(lines) <= 150
     assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
     linked = set(re.findall(r"\]\((docs/[\w/]+\.md)\)", "\n".join(lines)))
-    assert linked >= {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")}
+    assert linked >= {
+        str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")
+    }
 
 
 def test_the_configurations_page_is_what_the_code_says():
     written = runpy.run_path(str(REPOSITORY / "docs/reference.py"))["reference"]()
-    assert (REPOSITORY / "docs/configuration.md").read_text() == written, "run: python docs/reference.py"
+    assert (REPOSITORY / "docs/configuration.md").read_text() == written, (
+        "run: python docs/reference.py"
+    )

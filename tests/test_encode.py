@@ -1,4 +1,6 @@
-"""Pictures to shards: the crop, listings, a real autoencoder, corrupt pictures, ranks, and kills at any moment."""
+"""Pictures to shards: the crop, listings, a real autoencoder, corrupt pictures, ranks, and kills at
+any moment.
+"""
 
 from __future__ import annotations
 
@@ -56,17 +58,26 @@ CPU = torch.device("cpu")
 
 @functools.cache
 def pictures() -> Path:
-    """29 real pictures in 3 class folders: parts of scikit-learn's photographs, and digits blown up; every format."""
+    """29 real pictures in 3 class folders: parts of scikit-learn's photographs, and digits blown
+    up; every format.
+    """
     folder = scratch() / "pictures"
     for number, (name, photo) in enumerate(zip(("n01 temple", "n02"), load_sample_images().images)):
         (folder / name / "inner").mkdir(parents=True)
         whole = Image.fromarray(photo)
         for i, side in enumerate((90, 40, 33, 32, 31, 20, 16, 9, 200)):
             part = whole.crop((31 * i, 17 * i, 31 * i + side + 7 * number, 17 * i + side))
-            part.save(folder / name / ("inner" if i == 3 else "") / f"{i}.{('JPEG', 'png', 'webp', 'jpg')[i % 4]}")
+            part.save(
+                folder
+                / name
+                / ("inner" if i == 3 else "")
+                / f"{i}.{('JPEG', 'png', 'webp', 'jpg')[i % 4]}"
+            )
     (folder / "n03").mkdir()
     for i, digit in enumerate(load_digits().images[:9]):
-        Image.fromarray((digit * 15.9).astype(np.uint8)).resize((50, 40)).save(folder / "n03" / f"{i}.png")
+        Image.fromarray((digit * 15.9).astype(np.uint8)).resize((50, 40)).save(
+            folder / "n03" / f"{i}.png"
+        )
     whole.convert("P").save(folder / "n03" / "palette.png")
     whole.convert("CMYK").save(folder / "n03" / "print.jpg")
     (folder / "n03" / "notes.txt").write_text("no picture")
@@ -80,14 +91,27 @@ def vae_folder() -> Path:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
-                  up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.25,
-                  sample_size=SIZE).save_pretrained(scratch() / "vae")
+    AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+        sample_size=SIZE,
+    ).save_pretrained(scratch() / "vae")
     return scratch() / "vae"
 
 
 def request(out: Path, vae: bool = True, **changes: object) -> Request:
-    settings = {"source": str(pictures()), "image_size": SIZE, "batch": 3, "samples_per_shard": 4, "workers": 2}
+    settings = {
+        "source": str(pictures()),
+        "image_size": SIZE,
+        "batch": 3,
+        "samples_per_shard": 4,
+        "workers": 2,
+    }
     return Request(out=out, vae=str(vae_folder()) if vae else None, **(settings | changes))
 
 
@@ -103,18 +127,35 @@ def encoded() -> ShardIndex:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def stored(index: ShardIndex, flipped: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """All arrays (or the flips') and labels, in the order of the source's listing, whose numbers are the keys."""
+    """All arrays (or the flips') and labels, in the order of the source's listing, whose numbers
+    are the keys.
+    """
     arrays, labels, keys = [], [], []
     for file in index.shards:
-        shard = OpenShard(os.open(index.folder / file.name, os.O_RDONLY), file.name, count=file.count, size=file.bytes,
-                          shape=index.shape, dtype=index.dtype, classes=index.meta.classes, flipped=index.flips)
+        shard = OpenShard(
+            os.open(index.folder / file.name, os.O_RDONLY),
+            file.name,
+            count=file.count,
+            size=file.bytes,
+            shape=index.shape,
+            dtype=index.dtype,
+            classes=index.meta.classes,
+            flipped=index.flips,
+        )
         arrays += [shard.array(row, int(flipped)) for row in range(file.count)]
         labels.append(shard.table.labels)
-        keys += [member_name(os.pread(shard._descriptor, 512, int(offset))) for offset in shard.table.offsets[:, 0]]
+        keys += [
+            member_name(os.pread(shard._descriptor, 512, int(offset)))
+            for offset in shard.table.offsets[:, 0]
+        ]
         shard.close()
     listed = np.argsort(keys)
     return np.stack(arrays)[listed], np.concatenate(labels)[listed]
@@ -129,20 +170,31 @@ def cropped(channels: int = 3) -> np.ndarray:
 
 
 def reference_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """ADM's crop in float arithmetic: box halvings, then Keys's cubic (a = -1/2) stretched where it shrinks."""
+    """ADM's crop in float arithmetic: box halvings, then Keys's cubic (a = -1/2) stretched where it
+    shrinks.
+    """
+
     def box(t: np.ndarray) -> np.ndarray:
         return ((t > -0.5) & (t <= 0.5)).astype(float)
 
     def cubic(t: np.ndarray) -> np.ndarray:
         t = np.abs(t)
-        return np.where(t < 1, 1.5 * t**3 - 2.5 * t**2 + 1, np.where(t < 2, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2, 0))
+        return np.where(
+            t < 1,
+            1.5 * t**3 - 2.5 * t**2 + 1,
+            np.where(t < 2, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2, 0),
+        )
 
-    def resize(x: np.ndarray, shape: tuple[int, ...], kernel: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def resize(
+        x: np.ndarray, shape: tuple[int, ...], kernel: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
         for axis, length in enumerate(shape):
             ratio = x.shape[axis] / length
             centre = (np.arange(length) + 0.5) * ratio
             weights = kernel((np.arange(x.shape[axis]) + 0.5 - centre[:, None]) / max(ratio, 1.0))
-            x = np.moveaxis(np.tensordot(weights / weights.sum(1, keepdims=True), x, (1, axis)), 0, axis)
+            x = np.moveaxis(
+                np.tensordot(weights / weights.sum(1, keepdims=True), x, (1, axis)), 0, axis
+            )
         return x
 
     x = pixels.astype(np.float64)
@@ -154,12 +206,16 @@ def reference_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     return x[top : top + size, left : left + size].clip(0, 255)
 
 
-@pytest.mark.parametrize("shape", [(100, 160), (64, 64), (96, 128), (63, 40), (33, 32), (20, 31), (427, 640)])
+@pytest.mark.parametrize(
+    "shape", [(100, 160), (64, 64), (96, 128), (63, 40), (33, 32), (20, 31), (427, 640)]
+)
 def test_crop_is_the_formula(shape: tuple[int, int]) -> None:
     photo = load_sample_images().images[0][: shape[0], : shape[1]]
     ours = np.asarray(center_crop(Image.fromarray(photo), 32), np.float64)
     assert ours.shape == (32, 32, 3)
-    assert np.abs(ours - reference_crop(photo, 32)).max() <= 3  # Pillow rounds to 8 bits after every pass
+    assert (
+        np.abs(ours - reference_crop(photo, 32)).max() <= 3
+    )  # Pillow rounds to 8 bits after every pass
 
 
 def test_crop_of_its_own_size_is_the_middle() -> None:
@@ -179,7 +235,11 @@ def test_classes_are_folders_by_name() -> None:
     source = list_source(str(pictures()))
     assert (source.classes, source.class_names) == (3, ("n01 temple", "n02", "n03"))
     assert [source.pictures[i].address for i in (0, 1, 8, 9)] == [
-        "n01 temple/0.JPEG", "n01 temple/1.png", "n01 temple/inner/3.jpg", "n02/0.JPEG"]
+        "n01 temple/0.JPEG",
+        "n01 temple/1.png",
+        "n01 temple/inner/3.jpg",
+        "n02/0.JPEG",
+    ]
     assert [p.label for p in source.pictures] == [0] * 9 + [1] * 9 + [2] * 11
     assert list_source(str(pictures()), 10, allow_empty=True).classes == 10
     assert list_source(str(pictures())).sha256 == source.sha256
@@ -206,16 +266,19 @@ def make_tar(path: Path, members: list[tuple[str, bytes | None]]) -> None:
             tar.addfile(info, io.BytesIO(payload or b""))
 
 
-@pytest.mark.parametrize("members, message", [
-    ([("../a.png", b""), ("../a.cls", b"0")], r"member '../a.png': unsafe name"),
-    ([("/a.png", b""), ("/a.cls", b"0")], r"member '/a.png': unsafe name"),
-    ([("a.png", None), ("a.cls", b"0")], r"member 'a.png': must be a plain file"),
-    ([("a.png", b"")], r"holds no pictures.*left out, 1 pictures without .cls: x.tar:a.png"),
-    ([("a.png", b""), ("a.jpg", b""), ("a.cls", b"0")], r"member 'a.jpg': second of its kind"),
-    ([("a.png", b""), ("a.cls", b"cat")], r"label b'cat' must be a class number"),
-    ([("a.png", b""), ("a.cls", b"-1")], r"label b'-1' must be a class number"),
-    ([("a.txt", b"")], r"holds no pictures"),
-])
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ([("../a.png", b""), ("../a.cls", b"0")], r"member '../a.png': unsafe name"),
+        ([("/a.png", b""), ("/a.cls", b"0")], r"member '/a.png': unsafe name"),
+        ([("a.png", None), ("a.cls", b"0")], r"member 'a.png': must be a plain file"),
+        ([("a.png", b"")], r"holds no pictures.*left out, 1 pictures without .cls: x.tar:a.png"),
+        ([("a.png", b""), ("a.jpg", b""), ("a.cls", b"0")], r"member 'a.jpg': second of its kind"),
+        ([("a.png", b""), ("a.cls", b"cat")], r"label b'cat' must be a class number"),
+        ([("a.png", b""), ("a.cls", b"-1")], r"label b'-1' must be a class number"),
+        ([("a.txt", b"")], r"holds no pictures"),
+    ],
+)
 def test_bad_tars(tmp_path: Path, members: list[tuple[str, bytes | None]], message: str) -> None:
     make_tar(tmp_path / "x.tar", members)
     with pytest.raises(UserError, match=message):
@@ -235,7 +298,9 @@ def test_bad_sources(tmp_path: Path) -> None:
         list_source(str(tmp_path))
 
 
-def test_a_busy_file_system_is_no_bad_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_file_system_is_no_bad_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = list_source(str(pictures()))
     tries: list[object] = []
 
@@ -255,7 +320,13 @@ def test_a_busy_file_system_is_no_bad_picture(tmp_path: Path, monkeypatch: pytes
 
 def test_decoding_gives_the_autoencoders_own_reconstruction() -> None:
     index, vae = encoded(), load_vae(vae_folder())
-    assert (index.shape, index.x_shape, index.dtype, index.flips, index.count) == ((8, 8, 8), (4, 8, 8), "float16", True, 29)
+    assert (index.shape, index.x_shape, index.dtype, index.flips, index.count) == (
+        (8, 8, 8),
+        (4, 8, 8),
+        "float16",
+        True,
+        29,
+    )
     assert index.meta == ShardMeta("moments", 3, scale=0.5, mean=0.25)
     moments, labels = stored(index)
     assert labels.tolist() == [p.label for p in list_source(str(pictures())).pictures]
@@ -274,8 +345,12 @@ def test_decoding_gives_the_autoencoders_own_reconstruction() -> None:
 def test_flips_are_those_of_the_mirrored_picture() -> None:
     moments, _ = stored(encoded(), flipped=True)
     mirrored = torch.from_numpy(cropped()[..., ::-1].copy())
-    torch.testing.assert_close(torch.from_numpy(moments).float(), encode_moments(load_vae(vae_folder()), mirrored),
-                               rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        torch.from_numpy(moments).float(),
+        encode_moments(load_vae(vae_folder()), mirrored),
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
 def test_the_loader_reads_it() -> None:
@@ -288,14 +363,23 @@ def test_the_loader_reads_it() -> None:
         decode_latents(load_vae(vae_folder()), torch.from_numpy(x).repeat(1, 2, 1, 1), 0.5, 0.25)
 
 
-def test_inspect_data_shows_decoded_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few at a time, and as the autoencoder decodes them; another autoencoder is refused before anything is read."""
+def test_inspect_data_shows_decoded_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few at a time, and as the autoencoder decodes them; another autoencoder is refused before
+    anything is read.
+    """
     grids: list[np.ndarray] = []
-    monkeypatch.setattr("diffmoe.evaluation.plots.image_grid", lambda images, columns, path: grids.append(images))
+    monkeypatch.setattr(
+        "diffmoe.evaluation.plots.image_grid", lambda images, columns, path: grids.append(images)
+    )
     assert inspect_main([str(encoded().folder), "--vae", str(vae_folder())], detect({})) == 0
     x, _ = ShardReader(encoded(), seed=0).read(range(29))
     expected = decode_latents(load_vae(vae_folder()), torch.from_numpy(x), scale=0.5, shift=0.25)
-    assert grids[0].shape == (29, 3, SIZE, SIZE) and np.abs(127.5 * (grids[0] + 1) - expected.numpy()).max() <= 1
+    assert (
+        grids[0].shape == (29, 3, SIZE, SIZE)
+        and np.abs(127.5 * (grids[0] + 1) - expected.numpy()).max() <= 1
+    )
     vae = load_vae(vae_folder()).model
     next(vae.parameters()).data.add_(1)
     vae.save_pretrained(tmp_path / "other")
@@ -307,19 +391,29 @@ def test_inspect_data_shows_decoded_samples(tmp_path: Path, monkeypatch: pytest.
 def test_the_index_says_how_it_was_made() -> None:
     index, made = encoded(), encoded().encoding
     assert (made.images, made.image_size, made.image_channels, made.skipped) == (29, SIZE, 3, ())
-    assert (made.vae, made.precision, made.class_names) == (str(vae_folder()), "fp32", ("n01 temple", "n02", "n03"))
+    assert (made.vae, made.precision, made.class_names) == (
+        str(vae_folder()),
+        "fp32",
+        ("n01 temple", "n02", "n03"),
+    )
     assert made.shuffled == 0
     assert made.vae_sha256 == load_vae(vae_folder()).sha256 and len(made.vae_sha256) == 64
     both = np.concatenate([stored(index)[0], stored(index, flipped=True)[0]]).astype(np.float64)
     rng = np.random.default_rng(0)
-    latents = np.concatenate([both[:, :4] + both[:, 4:] * rng.standard_normal(both[:, 4:].shape) for _ in range(20)])
+    latents = np.concatenate(
+        [both[:, :4] + both[:, 4:] * rng.standard_normal(both[:, 4:].shape) for _ in range(20)]
+    )
     np.testing.assert_allclose(made.channel_mean, latents.mean((0, 2, 3)), atol=0.02)
     np.testing.assert_allclose(made.channel_std, latents.std((0, 2, 3)), rtol=0.01)
 
 
 def test_a_set_without_encoding_loads_and_keeps_its_bytes(tmp_path: Path) -> None:
-    index = write_shards([("0", np.zeros((1, 2, 2), np.uint8), 0)], tmp_path, samples_per_shard=1,
-                         meta=ShardMeta("pixels", 1))
+    index = write_shards(
+        [("0", np.zeros((1, 2, 2), np.uint8), 0)],
+        tmp_path,
+        samples_per_shard=1,
+        meta=ShardMeta("pixels", 1),
+    )
     assert "encoding" not in json.loads((tmp_path / "index.json").read_text())
     assert load_index(tmp_path) == index and index.encoding is None
 
@@ -342,18 +436,26 @@ def test_a_scale_that_does_not_fit_the_latents_is_refused_early(tmp_path: Path) 
     index = run(request(tmp_path / "accepted", scale=0.1, accept_values=True))
     assert index.meta.accept_values and load_index(index.folder) == index
     assert inspect_main([str(index.folder), "--grid", str(tmp_path / "grid.png")], detect({})) == 0
-    write_index(dataclasses.replace(index, meta=dataclasses.replace(index.meta, accept_values=False)))
+    write_index(
+        dataclasses.replace(index, meta=dataclasses.replace(index.meta, accept_values=False))
+    )
     assert inspect_main([str(index.folder), "--grid", str(tmp_path / "grid.png")], detect({})) == 1
 
 
 def test_bf16_storage_is_the_rounded_moments(tmp_path: Path) -> None:
     index = run(request(tmp_path, storage="bfloat16"))
-    assert load_index(tmp_path) == index and index.dtype == "bfloat16" and index.encoding.storage == "bfloat16"
+    assert (
+        load_index(tmp_path) == index
+        and index.dtype == "bfloat16"
+        and index.encoding.storage == "bfloat16"
+    )
     arrays, _ = stored(index)
     assert arrays.dtype == np.uint16
     difference = np.abs(to_float(arrays, "bfloat16") - stored(encoded())[0].astype(np.float32))
     assert 0 < difference.max() < 0.02  # 8 bits of mantissa, moments of the order of 1
-    np.testing.assert_allclose(index.encoding.channel_mean, encoded().encoding.channel_mean, atol=2e-3)
+    np.testing.assert_allclose(
+        index.encoding.channel_mean, encoded().encoding.channel_mean, atol=2e-3
+    )
     x, _ = ShardReader(index, seed=0).read(range(29))
     np.testing.assert_allclose(x, ShardReader(encoded(), seed=0).read(range(29))[0], atol=0.02)
     with pytest.raises(UserError, match=r"storage \(float16\) is not that of"):
@@ -361,15 +463,20 @@ def test_bf16_storage_is_the_rounded_moments(tmp_path: Path) -> None:
 
 
 def test_bad_autoencoders(tmp_path: Path) -> None:
-    for path, message in ((tmp_path / "none", "must be a folder, or an id of the hub"), (tmp_path, "has no config.json")):
+    for path, message in (
+        (tmp_path / "none", "must be a folder, or an id of the hub"),
+        (tmp_path, "has no config.json"),
+    ):
         with pytest.raises(UserError, match=message):
             load_vae(path)
     copy = tmp_path / "copy"
     shutil.copytree(vae_folder(), copy / "vae")
     assert load_vae(copy).sha256 == load_vae(vae_folder()).sha256  # a pipeline's folder
     config = json.loads((copy / "vae/config.json").read_text())
-    for change, message in (({"layers_per_block": 2}, "does not fit AutoencoderKL: missing keys|cannot be loaded"),
-                            ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "normalises latents by channel")):
+    for change, message in (
+        ({"layers_per_block": 2}, "does not fit AutoencoderKL: missing keys|cannot be loaded"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "normalises latents by channel"),
+    ):
         (copy / "vae/config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message):
             load_vae(copy)
@@ -392,20 +499,29 @@ def test_pixels_take_the_same_path(tmp_path: Path, channels: int) -> None:
     np.testing.assert_allclose(index.encoding.channel_mean, arrays.mean((0, 2, 3)), rtol=1e-9)
     np.testing.assert_allclose(index.encoding.channel_std, arrays.std((0, 2, 3)), rtol=1e-9)
     x, _ = ShardReader(index, seed=0, flip=True).read(range(index.count))
-    assert (x.min().item(), x.max().item()) == pytest.approx((-1, 1), abs=1e-6) and x.shape[1] == channels
+    assert (x.min().item(), x.max().item()) == pytest.approx((-1, 1), abs=1e-6) and x.shape[
+        1
+    ] == channels
 
 
 def test_tars_of_pictures_give_what_the_folder_gives(tmp_path: Path) -> None:
     source = list_source(str(pictures()))
-    members = [(f"dir.d/{i:03d}.{ext}", data) for i, p in enumerate(source.pictures)
-               for ext, data in (("cls", str(p.label).encode()),
-                                 (p.file.rpartition(".")[2], (source.root / p.file).read_bytes()))]
+    members = [
+        (f"dir.d/{i:03d}.{ext}", data)
+        for i, p in enumerate(source.pictures)
+        for ext, data in (
+            ("cls", str(p.label).encode()),
+            (p.file.rpartition(".")[2], (source.root / p.file).read_bytes()),
+        )
+    ]
     make_tar(tmp_path / "in-0.tar", members[:22])
     make_tar(tmp_path / "in-1.tar", members[22:])
     index = run(request(tmp_path / "out", vae=False, source=str(tmp_path / "in-{0,1}.tar")))
     expected = run(request(tmp_path / "folder", vae=False))
     assert index.shards == expected.shards and index.encoding.class_names == ()
-    again = run(request(tmp_path / "again", vae=False, source=str(tmp_path / "in-*.tar"), classes=7))
+    again = run(
+        request(tmp_path / "again", vae=False, source=str(tmp_path / "in-*.tar"), classes=7)
+    )
     assert again.shards == expected.shards and again.meta.classes == 7
 
 
@@ -420,7 +536,9 @@ def spoil(folder: Path) -> list[str]:
     return ["n02/0.JPEG", "n02/1.png", "n03/0.png", "n03/1.png", "n03/2.png"]
 
 
-def test_corrupt_pictures_are_left_out_and_nothing_else_changes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_corrupt_pictures_are_left_out_and_nothing_else_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     shutil.copytree(pictures(), tmp_path / "in")
     bad = spoil(tmp_path / "in")
     index = run(request(tmp_path / "out", source=str(tmp_path / "in"), bad_share=0.2))
@@ -428,10 +546,16 @@ def test_corrupt_pictures_are_left_out_and_nothing_else_changes(tmp_path: Path, 
     assert sorted(index.encoding.skipped) == bad and index.count == 24
     assert [line.split(": ")[1] for line in errors] == list(index.encoding.skipped)
     assert any("more than 8 bits" in line for line in errors)
-    kept = [i for i, p in enumerate(list_source(str(tmp_path / "in")).pictures) if p.address not in bad]
-    assert np.array_equal(stored(index)[0], stored(encoded())[0][kept])  # bit for bit: neighbours do not matter
+    kept = [
+        i for i, p in enumerate(list_source(str(tmp_path / "in")).pictures) if p.address not in bad
+    ]
+    assert np.array_equal(
+        stored(index)[0], stored(encoded())[0][kept]
+    )  # bit for bit: neighbours do not matter
     changed = [a.count < b.count for a, b in zip(index.shards, encoded().shards, strict=True)]
-    assert [a != b for a, b in zip(index.shards, encoded().shards)] == changed and 1 <= sum(changed) <= 5
+    assert [a != b for a, b in zip(index.shards, encoded().shards)] == changed and 1 <= sum(
+        changed
+    ) <= 5
     assert load_index(index.folder).encoding == index.encoding
 
 
@@ -440,10 +564,15 @@ def test_too_many_bad_pictures_stop_it(tmp_path: Path) -> None:
     spoil(tmp_path / "in")
     strict = request(tmp_path / "out", vae=False, source=str(tmp_path / "in"), bad_share=0.1)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"of 29 images are bad, more than bad_share \(0.1\) allows: n0"):
+        with pytest.raises(
+            UserError, match=r"of 29 images are bad, more than bad_share \(0.1\) allows: n0"
+        ):
             run(strict)
         assert not (tmp_path / "out/index.json").exists()
-    assert run(request(tmp_path / "out", vae=False, source=str(tmp_path / "in"), bad_share=0.2)).count == 24
+    assert (
+        run(request(tmp_path / "out", vae=False, source=str(tmp_path / "in"), bad_share=0.2)).count
+        == 24
+    )
 
 
 def test_a_shard_without_a_good_picture_is_left_out(tmp_path: Path) -> None:
@@ -451,9 +580,20 @@ def test_a_shard_without_a_good_picture_is_left_out(tmp_path: Path) -> None:
     for number in (4, 5, 6, 7):
         next((tmp_path / "in/n01 temple").glob(f"{number}.*")).write_bytes(b"")
     out = tmp_path / "out"
-    index = run(request(out, source=str(tmp_path / "in"), vae=False, bad_share=0.5, samples_per_shard=2,
-                        shuffle_seed=None))
-    assert "shard-000002.tar" not in [shard.name for shard in index.shards] and not (out / "shard-000002.tar").exists()
+    index = run(
+        request(
+            out,
+            source=str(tmp_path / "in"),
+            vae=False,
+            bad_share=0.5,
+            samples_per_shard=2,
+            shuffle_seed=None,
+        )
+    )
+    assert (
+        "shard-000002.tar" not in [shard.name for shard in index.shards]
+        and not (out / "shard-000002.tar").exists()
+    )
     assert ShardReader(load_index(out), seed=0).read(range(50))[0].shape[0] == 50
 
 
@@ -464,10 +604,15 @@ def test_a_folder_is_finished_only_by_the_same_command(tmp_path: Path) -> None:
     out = tmp_path / "out"
     index = run(request(out, vae=False))
     before = checksums(out)
-    assert run(request(out, vae=False, bad_share=0.5, workers=1)) == index and checksums(out) == before
-    for change, message in (({"image_size": 8}, r"image_size \(8\) is not that of .* \(16\)"),
-                            ({"samples_per_shard": 5}, r"samples_per_shard \(5\)"), ({"channels": 1}, "image_channels"),
-                            ({"classes": 9}, r"classes \(9\)")):
+    assert (
+        run(request(out, vae=False, bad_share=0.5, workers=1)) == index and checksums(out) == before
+    )
+    for change, message in (
+        ({"image_size": 8}, r"image_size \(8\) is not that of .* \(16\)"),
+        ({"samples_per_shard": 5}, r"samples_per_shard \(5\)"),
+        ({"channels": 1}, "image_channels"),
+        ({"classes": 9}, r"classes \(9\)"),
+    ):
         with pytest.raises(UserError, match=message):
             run(request(out, vae=False, **change))
     (out / "index.json").unlink()
@@ -475,12 +620,21 @@ def test_a_folder_is_finished_only_by_the_same_command(tmp_path: Path) -> None:
         run(request(out, vae=False))
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"image_size": 0}, r"image_size \(0\)"), ({"channels": 2}, r"channels \(2\) must be 1 or 3"),
-    ({"precision": "fp16"}, "precision"), ({"bad_share": 1.0}, "bad_share"), ({"scale": float("nan")}, "scale"),
-    ({"vae": None, "accept_values": True}, "accept_values goes with vae"),
-    ({"vae": None, "scale": 1.0}, r"scale \(1.0\) goes with vae"), ({"image_size": 15}, "must divide by 2"),
-    ({"channels": 1}, r"channels \(1\) must be those of"), ({"source": "/nowhere"}, "/nowhere does not exist")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_size": 0}, r"image_size \(0\)"),
+        ({"channels": 2}, r"channels \(2\) must be 1 or 3"),
+        ({"precision": "fp16"}, "precision"),
+        ({"bad_share": 1.0}, "bad_share"),
+        ({"scale": float("nan")}, "scale"),
+        ({"vae": None, "accept_values": True}, "accept_values goes with vae"),
+        ({"vae": None, "scale": 1.0}, r"scale \(1.0\) goes with vae"),
+        ({"image_size": 15}, "must divide by 2"),
+        ({"channels": 1}, r"channels \(1\) must be those of"),
+        ({"source": "/nowhere"}, "/nowhere does not exist"),
+    ],
+)
 def test_bad_requests(tmp_path: Path, change: dict, message: str) -> None:
     settings = {"vae": str(vae_folder()), "source": str(pictures()), "image_size": SIZE} | change
     with pytest.raises(UserError, match=message):
@@ -494,11 +648,16 @@ def test_the_folder_must_not_lie_in_the_source() -> None:
 
 
 class Fuse:
-    """Counts the calls that the package's code makes in any thread of this process, and kills it with -9 at one of them: a
-    moment of the work, however fast the machine is."""
+    """Counts the calls that the package's code makes in any thread of this process, and kills it
+    with -9 at one of them: a moment of the work, however fast the machine is.
+    """
 
     def __init__(self, count: ctypes.c_long, last: int) -> None:
-        self._count, self._last, self._numbers = count, last, itertools.count(1)  # next() is one step to other threads
+        self._count, self._last, self._numbers = (
+            count,
+            last,
+            itertools.count(1),
+        )  # next() is one step to other threads
 
     def __call__(self, frame: types.FrameType, event: str, _: object) -> None:
         if event in ("call", "c_call") and frame.f_code.co_filename.startswith(PACKAGE):
@@ -511,7 +670,9 @@ class Fuse:
         sys.setprofile(self)
 
 
-def serve(rank: int, world: int, store: str, requests: tuple[Request, ...], fuse: Fuse | None) -> None:
+def serve(
+    rank: int, world: int, store: str, requests: tuple[Request, ...], fuse: Fuse | None
+) -> None:
     torch.set_num_threads(1)
     group = single_process().world
     if world > 1:
@@ -527,14 +688,24 @@ def serve(rank: int, world: int, store: str, requests: tuple[Request, ...], fuse
         dist.destroy_process_group()
 
 
-def start(world: int, store: Path, *requests: Request, fuses: Sequence[Fuse] = ()) -> list[multiprocessing.process.BaseProcess]:
-    """Ranks forked from a server that has everything imported, which the imports' seconds are too long to do each time."""
+def start(
+    world: int, store: Path, *requests: Request, fuses: Sequence[Fuse] = ()
+) -> list[multiprocessing.process.BaseProcess]:
+    """Ranks forked from a server that has everything imported, which the imports' seconds are too
+    long to do each time.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["diffusers.models.autoencoders.autoencoder_kl", __name__])
-    processes = [context.Process(target=serve, args=(rank, world, str(store), requests, fuses[rank] if fuses else None))
-                 for rank in range(world)]
+    processes = [
+        context.Process(
+            target=serve, args=(rank, world, str(store), requests, fuses[rank] if fuses else None)
+        )
+        for rank in range(world)
+    ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server takes no path from us before Python 3.12
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join(sys.path)
+        )  # the server takes no path from us before Python 3.12
         for process in processes:
             process.start()
     return processes
@@ -555,18 +726,35 @@ def test_ranks_write_what_one_rank_writes(tmp_path: Path) -> None:
     assert checksums(tmp_path / "b") == checksums(tmp_path / "one")
 
 
-def kill_and_finish(tmp_path: Path, trials: int, world: int, expected: dict[str, str], **changes: object) -> None:
-    """Each trial: start, kill -9 at a random moment of the work, look, run to the end, compare with the undisturbed set."""
+def kill_and_finish(
+    tmp_path: Path, trials: int, world: int, expected: dict[str, str], **changes: object
+) -> None:
+    """Each trial: start, kill -9 at a random moment of the work, look, run to the end, compare with
+    the undisturbed set.
+    """
     moments = random.Random(world)
-    calls = [multiprocessing.get_context("forkserver").RawValue(ctypes.c_long) for _ in range(world)]
-    join(start(world, tmp_path / "store", request(tmp_path / "whole", **changes),
-               fuses=[Fuse(count, last=0) for count in calls]))
+    calls = [
+        multiprocessing.get_context("forkserver").RawValue(ctypes.c_long) for _ in range(world)
+    ]
+    join(
+        start(
+            world,
+            tmp_path / "store",
+            request(tmp_path / "whole", **changes),
+            fuses=[Fuse(count, last=0) for count in calls],
+        )
+    )
     whole, halfway = [count.value for count in calls], 0
     for trial in range(trials):
         out = tmp_path / f"out{trial}"
         victim = trial % world
-        fuses = [Fuse(calls[rank], round(whole[rank] * (trial + moments.random()) / trials) if rank == victim else 0)
-                 for rank in range(world)]
+        fuses = [
+            Fuse(
+                calls[rank],
+                round(whole[rank] * (trial + moments.random()) / trials) if rank == victim else 0,
+            )
+            for rank in range(world)
+        ]
         processes = start(world, tmp_path / f"store{trial}", request(out, **changes), fuses=fuses)
         processes[victim].join(60)
         assert processes[victim].exitcode == -signal.SIGKILL
@@ -602,7 +790,9 @@ def forty_classes() -> Path:
     for label in range(40):
         (folder / f"c{label:02d}").mkdir(parents=True)
         for i in range(64):
-            Image.fromarray(np.full((8, 8), (7 * label + i) % 256, np.uint8)).save(folder / f"c{label:02d}/{i:02d}.png")
+            Image.fromarray(np.full((8, 8), (7 * label + i) % 256, np.uint8)).save(
+                folder / f"c{label:02d}/{i:02d}.png"
+            )
     return folder
 
 
@@ -611,10 +801,17 @@ def forty_tars() -> str:
     """The same pictures as four tars, in order of class."""
     source = list_source(str(forty_classes()))
     for part in range(4):
-        make_tar(scratch() / f"forty-{part}.tar", [
-            (f"{i:05d}.{kind}", data) for i in range(part * 640, (part + 1) * 640)
-            for kind, data in (("cls", str(source.pictures[i].label).encode()),
-                               ("png", (source.root / source.pictures[i].file).read_bytes()))])
+        make_tar(
+            scratch() / f"forty-{part}.tar",
+            [
+                (f"{i:05d}.{kind}", data)
+                for i in range(part * 640, (part + 1) * 640)
+                for kind, data in (
+                    ("cls", str(source.pictures[i].label).encode()),
+                    ("png", (source.root / source.pictures[i].file).read_bytes()),
+                )
+            ],
+        )
     return str(scratch() / "forty-{0..3}.tar")
 
 
@@ -631,7 +828,9 @@ def classes_of_shards(index: ShardIndex) -> list[int]:
 
 
 @pytest.mark.parametrize("source", ["folder", "tars"])
-def test_every_shard_of_a_source_in_class_order_holds_nearly_all_classes(tmp_path: Path, source: str) -> None:
+def test_every_shard_of_a_source_in_class_order_holds_nearly_all_classes(
+    tmp_path: Path, source: str
+) -> None:
     source = str(forty_classes()) if source == "folder" else forty_tars()
     index = run(forty(tmp_path / "a", source=source))
     assert index == load_index(index.folder) and index.encoding.shuffled == 0
@@ -640,13 +839,17 @@ def test_every_shard_of_a_source_in_class_order_holds_nearly_all_classes(tmp_pat
     assert np.array_equal(labels, np.repeat(np.arange(40), 64))
     assert np.array_equal(arrays[:, 0, 0, 0], (7 * labels + np.tile(np.arange(64), 40)) % 256)
     other = run(forty(tmp_path / "b", source=source, shuffle_seed=1))
-    assert other.encoding.shuffled == 1 and not {s.sha256 for s in other.shards} & {s.sha256 for s in index.shards}
+    assert other.encoding.shuffled == 1 and not {s.sha256 for s in other.shards} & {
+        s.sha256 for s in index.shards
+    }
     plain = run(forty(tmp_path / "c", source=source, shuffle_seed=None))
     assert plain.encoding.shuffled is None and max(classes_of_shards(plain)) == 4
 
 
 @pytest.mark.parametrize("trials", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_shuffled_folder_of_many_classes_ends_the_same_after_kills(tmp_path: Path, trials: int) -> None:
+def test_a_shuffled_folder_of_many_classes_ends_the_same_after_kills(
+    tmp_path: Path, trials: int
+) -> None:
     index = run(forty(tmp_path / "undisturbed"))
     changes = {"source": str(forty_classes()), **FORTY} | {"vae": False}
     kill_and_finish(tmp_path, trials, 1, checksums(index.folder), **changes)
@@ -662,18 +865,24 @@ def make_older(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_an_older_folder_is_gone_on_with_by_the_option_that_the_message_names(tmp_path: Path, finished: bool) -> None:
+def test_an_older_folder_is_gone_on_with_by_the_option_that_the_message_names(
+    tmp_path: Path, finished: bool
+) -> None:
     out = tmp_path / "out"
     whole = run(request(tmp_path / "whole", vae=False, shuffle_seed=None))
     with pytest.MonkeyPatch.context() as patch:
         if not finished:
-            patch.setattr("diffmoe.data.encode_shards.write_index",
-                          lambda index: (_ for _ in ()).throw(OSError("killed")))
+            patch.setattr(
+                "diffmoe.data.encode_shards.write_index",
+                lambda index: (_ for _ in ()).throw(OSError("killed")),
+            )
         with contextlib.nullcontext() if finished else pytest.raises(UserError, match="killed"):
             run(request(out, vae=False, shuffle_seed=None))
     make_older(out)
     before = checksums(out)
-    with pytest.raises(UserError, match=r"shuffled \(0\) is not that of .*out \(None.*: --no-shuffle goes on there"):
+    with pytest.raises(
+        UserError, match=r"shuffled \(0\) is not that of .*out \(None.*: --no-shuffle goes on there"
+    ):
         run(request(out, vae=False))
     assert checksums(out) == before
     assert run(request(out, vae=False, shuffle_seed=None)).shards == whole.shards
@@ -682,7 +891,10 @@ def test_an_older_folder_is_gone_on_with_by_the_option_that_the_message_names(tm
         run(request(other.folder, vae=False))
 
 
-@pytest.mark.parametrize("moment", ["temporary tar", "tar without record", "short tar", "index", "index, state half gone"])
+@pytest.mark.parametrize(
+    "moment",
+    ["temporary tar", "tar without record", "short tar", "index", "index, state half gone"],
+)
 def test_every_moment_of_a_kill(tmp_path: Path, moment: str) -> None:
     """The states between two file operations, which random kills seldom meet."""
     out = tmp_path / "out"
@@ -692,7 +904,10 @@ def test_every_moment_of_a_kill(tmp_path: Path, moment: str) -> None:
     shutil.rmtree(out)
     state = out / ".encode"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffmoe.data.encode_shards.write_index", lambda index: (_ for _ in ()).throw(OSError("killed")))
+        patch.setattr(
+            "diffmoe.data.encode_shards.write_index",
+            lambda index: (_ for _ in ()).throw(OSError("killed")),
+        )
         with pytest.raises(UserError, match="killed"):
             run(request(out, vae=False))
     if moment == "temporary tar":
@@ -717,8 +932,20 @@ def test_every_moment_of_a_kill(tmp_path: Path, moment: str) -> None:
 
 
 def test_main(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["--source", str(pictures()), "--out", str(tmp_path / "out"), "--vae", str(vae_folder()), "--image-size",
-                 str(SIZE), "--batch", "3", "--samples-per-shard", "4"]
+    arguments = [
+        "--source",
+        str(pictures()),
+        "--out",
+        str(tmp_path / "out"),
+        "--vae",
+        str(vae_folder()),
+        "--image-size",
+        str(SIZE),
+        "--batch",
+        "3",
+        "--samples-per-shard",
+        "4",
+    ]
     assert main(arguments, detect({"DIFFMOE_STORE": str(tmp_path / "store")})) == 0
     assert checksums(tmp_path / "out") == checksums(encoded().folder)
     said = capsys.readouterr().out
@@ -726,11 +953,22 @@ def test_main(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "29 samples of 3 classes, 0 bad, in 8 shards" in said
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "required: --source, --out, --image-size"), (["--image-size", "big"], "invalid int value: 'big'"),
-    (["--shuffle-seed", "1", "--no-shuffle"], "not allowed with argument --shuffle-seed"),
-    (["--source", "a", "--out", "b", "--image-size", "8", "--shuffle-seed", "-1"], r"shuffle_seed \(-1\) must lie in"),
-    (["--source", "a", "--out", "b", "--image-size", "8", "--channels", "2"], r"channels \(2\) must be 1 or 3")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "required: --source, --out, --image-size"),
+        (["--image-size", "big"], "invalid int value: 'big'"),
+        (["--shuffle-seed", "1", "--no-shuffle"], "not allowed with argument --shuffle-seed"),
+        (
+            ["--source", "a", "--out", "b", "--image-size", "8", "--shuffle-seed", "-1"],
+            r"shuffle_seed \(-1\) must lie in",
+        ),
+        (
+            ["--source", "a", "--out", "b", "--image-size", "8", "--channels", "2"],
+            r"channels \(2\) must be 1 or 3",
+        ),
+    ],
+)
 def test_main_complains_at_once(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(arguments, detect({}))
@@ -739,4 +977,8 @@ def test_main_complains_at_once(arguments: list[str], message: str) -> None:
 def test_weights_hash_does_not_depend_on_the_file() -> None:
     vae = load_vae(vae_folder(), dtype=torch.bfloat16)
     assert vae.sha256 == load_vae(vae_folder()).sha256
-    assert vae.sha256 != hashlib.sha256().hexdigest() and (vae.factor, vae.scale, vae.shift) == (2, 0.5, 0.25)
+    assert vae.sha256 != hashlib.sha256().hexdigest() and (vae.factor, vae.scale, vae.shift) == (
+        2,
+        0.5,
+        0.25,
+    )

@@ -1,5 +1,6 @@
-"""What becomes of an exception inside a step: a user's is one line and exit code 2; any other keeps its traceback, exits with 1, and
-a job script tries again."""
+"""What becomes of an exception inside a step: a user's is one line and exit code 2; any other keeps
+its traceback, exits with 1, and a job script tries again.
+"""
 
 import builtins
 import shutil
@@ -12,7 +13,8 @@ from diffmoe.parallel.collectives import gather_objects
 from launcher.job import BAD_INPUT, START_AGAIN, after_training
 from programs import Nursery, tiny
 
-TEXT = "train.batch (16) is gloo's, NCCL's and nobody's"  # names that made a lost peer of any RuntimeError
+# names that made a lost peer of any RuntimeError
+TEXT = "train.batch (16) is gloo's, NCCL's and nobody's"
 
 
 def fail_in_a_step(arguments):
@@ -24,7 +26,9 @@ def fail_in_a_step(arguments):
 
     def train_step(engine, ema, batches, config, layout, groups, step, *more):
         if step == 1:
-            gather_objects(None, groups.world)  # all at once: a rank that is late would end by what the first one says
+            gather_objects(
+                None, groups.world
+            )  # all at once: a rank that is late would end by what the first one says
             raise (UserError if kind == "UserError" else getattr(builtins, kind))(TEXT)
         return original(engine, ema, batches, config, layout, groups, step, *more)
 
@@ -48,11 +52,20 @@ def verdict(folder, code, starts=1):
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("kind", ["ValueError", "KeyError", "RuntimeError", "AssertionError"])
-def test_a_mistake_of_ours_keeps_its_traceback_and_the_job_tries_again(nursery, tmp_path, world, kind):
-    results = nursery.run(world, kind, *tiny(tmp_path, "run.timeout_s=20", "train.save_every=0", f"parallel.ep={world}"))
+def test_a_mistake_of_ours_keeps_its_traceback_and_the_job_tries_again(
+    nursery, tmp_path, world, kind
+):
+    results = nursery.run(
+        world,
+        kind,
+        *tiny(tmp_path, "run.timeout_s=20", "train.save_every=0", f"parallel.ep={world}"),
+    )
     assert [result.returncode for result in results] == [1] * world, results
     for result in results:
-        assert "Traceback (most recent call last)" in result.stderr and "in fail_in_a_step" in result.stderr, result
+        assert (
+            "Traceback (most recent call last)" in result.stderr
+            and "in fail_in_a_step" in result.stderr
+        ), result
         assert result.stderr.rstrip().splitlines()[-1].startswith(f"{kind}: "), result
         assert "error: " not in result.stderr.lower().replace(f"{kind.lower()}: ", ""), result
     assert verdict(tmp_path, 1, starts=2) == [START_AGAIN] * 2
@@ -61,9 +74,15 @@ def test_a_mistake_of_ours_keeps_its_traceback_and_the_job_tries_again(nursery, 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_users_mistake_is_one_line_and_the_job_does_not_try_again(nursery, tmp_path, world):
-    results = nursery.run(world, "UserError", *tiny(tmp_path, "run.timeout_s=20", "train.save_every=0", f"parallel.ep={world}"))
+    results = nursery.run(
+        world,
+        "UserError",
+        *tiny(tmp_path, "run.timeout_s=20", "train.save_every=0", f"parallel.ep={world}"),
+    )
     assert [result.returncode for result in results] == [2] * world, results
-    assert [result.stderr for result in results] == [f"error: {'rank 1: ' * rank}{TEXT}\n" for rank in range(world)]
+    assert [result.stderr for result in results] == [
+        f"error: {'rank 1: ' * rank}{TEXT}\n" for rank in range(world)
+    ]
     assert verdict(tmp_path, 2) == [BAD_INPUT]
 
 
@@ -73,7 +92,9 @@ def test_a_verb_that_fails_keeps_its_traceback_too(monkeypatch, capsys, kind):
         raise kind(TEXT)
 
     for module in (run, __import__("launcher.__main__", fromlist=["main"])):
-        monkeypatch.setattr(module.importlib, "import_module", lambda _name: type("Verb", (), {"main": main}))
+        monkeypatch.setattr(
+            module.importlib, "import_module", lambda _name: type("Verb", (), {"main": main})
+        )
         arguments = (["train"],) if module is run else (["plan"],)
         with pytest.raises(kind):
             module.main(*arguments)

@@ -1,4 +1,6 @@
-"""Scores against closed forms and loops, feature networks, references, and whole evaluations on 1, 2 and 4 ranks."""
+"""Scores against closed forms and loops, feature networks, references, and whole evaluations on 1,
+2 and 4 ranks.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,13 @@ from diffmoe.evaluation import decoding
 from diffmoe.evaluation import evaluate as evaluation
 from diffmoe.evaluation.card import Card, Scores, card_from_json, commit, versions
 from diffmoe.evaluation.decoding import Decoder
-from diffmoe.evaluation.evaluate import SAMPLES_NAME, Subject, class_labels, evaluate, sampled_images
+from diffmoe.evaluation.evaluate import (
+    SAMPLES_NAME,
+    Subject,
+    class_labels,
+    evaluate,
+    sampled_images,
+)
 from diffmoe.evaluation.features import (
     Extractor,
     Features,
@@ -67,7 +75,8 @@ CPU = torch.device("cpu")
 ALONE = single_process().world
 
 
-# ------------------------------------------------------------------------------------------------------- scores
+# -------------------------------------------------------------------------------------------------------
+# scores
 
 
 def random_gaussian(rng: np.random.Generator, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,21 +89,29 @@ def test_frechet_distance_closed_forms() -> None:
     mean, covariance = random_gaussian(rng, 12)
     assert frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-12)
     shift = rng.normal(size=12)
-    assert frechet_distance(mean + shift, covariance, mean, covariance) == pytest.approx(shift @ shift)
+    assert frechet_distance(mean + shift, covariance, mean, covariance) == pytest.approx(
+        shift @ shift
+    )
     # Covariances that commute: the sum of (standard deviation differences)².
     basis, _ = np.linalg.qr(rng.normal(size=(12, 12)))
     first, second = rng.uniform(0, 3, 12), rng.uniform(0, 3, 12)
     second[:5] = 0  # singular
     expected = ((np.sqrt(first) - np.sqrt(second)) ** 2).sum() + shift @ shift
-    got = frechet_distance(mean, (basis * first) @ basis.T, mean + shift, (basis * second) @ basis.T)
+    got = frechet_distance(
+        mean, (basis * first) @ basis.T, mean + shift, (basis * second) @ basis.T
+    )
     assert got == pytest.approx(expected, rel=1e-9)
     # Two dimensions, any covariances: tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)).
     one, two = random_gaussian(rng, 2)[1], random_gaussian(rng, 2)[1]
     product = one @ two
     trace = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
     zero = np.zeros(2)
-    assert frechet_distance(zero, one, zero, two) == pytest.approx(np.trace(one) + np.trace(two) - 2 * trace, rel=1e-9)
-    assert frechet_distance(zero, one, zero, two) == pytest.approx(frechet_distance(zero, two, zero, one))
+    assert frechet_distance(zero, one, zero, two) == pytest.approx(
+        np.trace(one) + np.trace(two) - 2 * trace, rel=1e-9
+    )
+    assert frechet_distance(zero, one, zero, two) == pytest.approx(
+        frechet_distance(zero, two, zero, one)
+    )
 
 
 def test_frechet_distance_of_identical_singular_covariances_is_zero() -> None:
@@ -118,7 +135,9 @@ def test_frechet_distance_refuses_what_is_no_gaussian() -> None:
 
 
 def test_moments_in_any_cut_are_numpys() -> None:
-    x = np.random.default_rng(2).normal(size=(203, 7)) + 1e6  # sums of squares would lose the covariance here
+    x = (
+        np.random.default_rng(2).normal(size=(203, 7)) + 1e6
+    )  # sums of squares would lose the covariance here
     for batch in (1, 64, 203):
         parts = [moments_of(x[start : start + batch]) for start in range(0, len(x), batch)]
         total = moments_of(x[:0])
@@ -126,7 +145,9 @@ def test_moments_in_any_cut_are_numpys() -> None:
             total = merge(total, part)
         assert total.count == 203
         np.testing.assert_allclose(total.mean, x.mean(axis=0), rtol=1e-14)
-        np.testing.assert_allclose(total.covariance(), np.cov(x, rowvar=False), rtol=1e-8, atol=1e-9)
+        np.testing.assert_allclose(
+            total.covariance(), np.cov(x, rowvar=False), rtol=1e-8, atol=1e-9
+        )
     with pytest.raises(UserError, match=r"samples \(7\) must be at least feature width \+ 1 \(8\)"):
         moments_of(x[:7]).covariance()
     with pytest.raises(UserError, match="width 7 and 6"):
@@ -144,7 +165,9 @@ def brute_inception_score(p: np.ndarray, splits: int) -> tuple[float, float]:
     scores = []
     for part in np.array_split(p, splits):
         marginal = part.mean(axis=0)
-        divergences = [sum(q * np.log(q / m) for q, m in zip(row, marginal) if q > 0) for row in part]
+        divergences = [
+            sum(q * np.log(q / m) for q, m in zip(row, marginal) if q > 0) for row in part
+        ]
         scores.append(np.exp(np.mean(divergences)))
     return float(np.mean(scores)), float(np.std(scores))
 
@@ -159,7 +182,9 @@ def test_inception_score_against_loops_in_any_cut(splits: int) -> None:
     totals = split_totals(p[:0], split_numbers(range(0), 120, splits), splits)
     for start in range(0, 120, 37):
         part = range(start, min(120, start + 37))
-        totals = totals + split_totals(p[part.start : part.stop], split_numbers(part, 120, splits), splits)
+        totals = totals + split_totals(
+            p[part.start : part.stop], split_numbers(part, 120, splits), splits
+        )
     assert inception_score_of(totals) == pytest.approx(expected)
 
 
@@ -184,7 +209,8 @@ def test_precision_recall_of_wide_features_against_loops() -> None:
     assert precision_recall(real, real) == (1.0, 1.0)
 
 
-# ------------------------------------------------------------------------------------------- feature networks
+# -------------------------------------------------------------------------------------------
+# feature networks
 
 
 class ScriptLayer(nn.Module):
@@ -207,7 +233,9 @@ class ScriptMixed(nn.Module):
 
 
 class ScriptInception(nn.Module):
-    """Inception's outside and inner names; the resize is written as TensorFlow's kernel is, pixel by pixel."""
+    """Inception's outside and inner names; the resize is written as TensorFlow's kernel is, pixel
+    by pixel.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +251,9 @@ class ScriptInception(nn.Module):
         low = place.floor().long()
         return low, (low + 1).clamp(max=size - 1), place - low
 
-    def forward(self, img: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+    def forward(
+        self, img: Tensor, return_features: bool = False, no_output_bias: bool = False
+    ) -> Tensor:
         top, bottom, down = self.places(img.shape[2])
         left, right, across = self.places(img.shape[3])
         x = img.float()
@@ -247,18 +277,30 @@ def scripted(folder: Path, **changes: float) -> Path:
 
 
 def random_images(count: int, size: int = 8, seed: int = 0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 3, size, size), np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (count, 3, size, size), np.uint8)
+    )
 
 
 def test_torchscript_extractor_gives_all_three(tmp_path: Path) -> None:
     path = scripted(tmp_path)
-    extractor, module, images = load_extractor(path), torch.jit.load(str(path)), random_images(4, 32)
+    extractor, module, images = (
+        load_extractor(path),
+        torch.jit.load(str(path)),
+        random_images(4, 32),
+    )
     features = extractor(images)
-    np.testing.assert_allclose(features.pool, module(images, return_features=True).detach(), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(features.probabilities, module(images, no_output_bias=True).detach(), rtol=1e-4)
+    np.testing.assert_allclose(
+        features.pool, module(images, return_features=True).detach(), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        features.probabilities, module(images, no_output_bias=True).detach(), rtol=1e-4
+    )
     assert features.spatial.shape == (4, 17 * 17 * 7)
     # ADM flattens [height, width, channel]; the pool layer is the mean over places.
-    np.testing.assert_allclose(features.spatial.reshape(4, 289, 7).mean(axis=1), features.pool[:, :7], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        features.spatial.reshape(4, 289, 7).mean(axis=1), features.pool[:, :7], rtol=1e-4, atol=1e-6
+    )
     assert extractor.name == "inception.pt" and len(extractor.sha256) == 64
 
 
@@ -279,12 +321,18 @@ def test_plain_torchscript_gives_pool_features_only(tmp_path: Path) -> None:
 
     torch.jit.script(Plain()).save(str(tmp_path / "plain.pt"))
     features = load_extractor(tmp_path / "plain.pt")(random_images(3))
-    assert features.pool.shape == (3, 3) and features.spatial is None and features.probabilities is None
+    assert (
+        features.pool.shape == (3, 3)
+        and features.spatial is None
+        and features.probabilities is None
+    )
 
 
 def test_extractor_checks_images_and_features() -> None:
     bad = Extractor("bad", "", lambda images: Features(np.full((len(images), 2), np.nan)))
-    with pytest.raises(UserError, match="extractor bad: pool .3, 2. holds 6 values that are not finite"):
+    with pytest.raises(
+        UserError, match="extractor bad: pool .3, 2. holds 6 values that are not finite"
+    ):
         bad(random_images(3))
     short = Extractor("short", "", lambda images: Features(np.zeros((1, 2))))
     with pytest.raises(UserError, match=r"must be \[3, d\]"):
@@ -297,7 +345,10 @@ def test_to_uint8() -> None:
     levels = torch.arange(256, dtype=torch.float32).view(1, 1, 16, 16)
     images = to_uint8((levels - 127.5) / 127.5)
     assert images.shape == (1, 3, 16, 16) and torch.equal(images[0, 2].float(), levels[0, 0])
-    assert to_uint8(torch.tensor([-3.0, 3.0]).view(2, 1, 1, 1)).flatten().tolist() == [0] * 3 + [255] * 3
+    assert (
+        to_uint8(torch.tensor([-3.0, 3.0]).view(2, 1, 1, 1)).flatten().tolist()
+        == [0] * 3 + [255] * 3
+    )
     with pytest.raises(UserError, match="1 of 2 images"):
         to_uint8(torch.tensor([0.0, float("nan")]).view(2, 1, 1, 1))
     with pytest.raises(UserError, match="latents need a decoder"):
@@ -310,17 +361,24 @@ def test_digits_extractor_is_deterministic_and_knows_digits() -> None:
     images = to_uint8(torch.from_numpy(pixels.reshape(-1, 1, 8, 8) / 8 - 1))
     features = first(images)
     assert first.sha256 == second.sha256
-    assert all(np.array_equal(a, b) for a, b in zip(features.parts().values(), second(images).parts().values()))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(features.parts().values(), second(images).parts().values())
+    )
     assert [value.shape[1] for value in features.parts().values()] == [32, 64, 10]
     assert np.mean(features.probabilities.argmax(axis=1) == labels) > 0.93
     np.testing.assert_allclose(features.spatial, pixels, atol=0.05)
-    np.testing.assert_allclose(np.concatenate([first(images[:5]).pool, first(images[5:9]).pool]), features.pool[:9],
-                               atol=1e-9)
+    np.testing.assert_allclose(
+        np.concatenate([first(images[:5]).pool, first(images[5:9]).pool]),
+        features.pool[:9],
+        atol=1e-9,
+    )
     with pytest.raises(UserError, match="8, 8"):
         first(random_images(2, 16))
 
 
-# ------------------------------------------------------------------------------------------------- references
+# -------------------------------------------------------------------------------------------------
+# references
 
 
 def tiny_extractor(width: int = 4) -> Extractor:
@@ -329,8 +387,11 @@ def tiny_extractor(width: int = 4) -> Extractor:
     def extract(images: Tensor) -> Features:
         x = images.double().numpy() / 255
         bright = x.mean(axis=(1, 2, 3))
-        return Features(x[:, 0, :, :width].mean(axis=1), x[:, 1, :2, :2].reshape(len(x), 4),
-                        np.stack([bright, 1 - bright], axis=1))
+        return Features(
+            x[:, 0, :, :width].mean(axis=1),
+            x[:, 1, :2, :2].reshape(len(x), 4),
+            np.stack([bright, 1 - bright], axis=1),
+        )
 
     return Extractor("tiny", f"tiny-{width}", extract)
 
@@ -355,10 +416,14 @@ def test_reference_from_folder_equals_npz_and_saved(tmp_path: Path) -> None:
     save_folder(images, tmp_path / "pictures")
     np.savez(tmp_path / "images.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     np.savez_compressed(tmp_path / "packed.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
-    folder, npz, packed = (load_reference(tmp_path / name, extractor, ALONE, CPU, batch=batch)
-                           for name, batch in (("pictures", 7), ("images.npz", 30), ("packed.npz", 4)))
+    folder, npz, packed = (
+        load_reference(tmp_path / name, extractor, ALONE, CPU, batch=batch)
+        for name, batch in (("pictures", 7), ("images.npz", 30), ("packed.npz", 4))
+    )
     expected = extractor(images)
-    np.testing.assert_allclose(folder.pool.covariance, np.cov(expected.pool, rowvar=False), atol=1e-12)
+    np.testing.assert_allclose(
+        folder.pool.covariance, np.cov(expected.pool, rowvar=False), atol=1e-12
+    )
     np.testing.assert_allclose(folder.spatial.mean, expected.spatial.mean(axis=0), atol=1e-12)
     assert_same(folder, npz)
     assert_same(folder, packed)
@@ -366,7 +431,9 @@ def test_reference_from_folder_equals_npz_and_saved(tmp_path: Path) -> None:
     save_reference(folder, tmp_path / "saved.npz")
     saved = load_reference(tmp_path / "saved.npz", extractor, ALONE, CPU)
     assert_same(folder, saved)
-    with pytest.raises(UserError, match="measured with extractor tiny-4, this run uses tiny tiny-3"):
+    with pytest.raises(
+        UserError, match="measured with extractor tiny-4, this run uses tiny tiny-3"
+    ):
         load_reference(tmp_path / "saved.npz", tiny_extractor(3), ALONE, CPU)
     with np.load(tmp_path / "saved.npz") as archive:
         spoiled = {name: archive[name] for name in archive.files}
@@ -379,8 +446,14 @@ def test_reference_from_folder_equals_npz_and_saved(tmp_path: Path) -> None:
 def test_adm_reference_has_its_statistics_and_features_of_its_images(tmp_path: Path) -> None:
     rng, images, extractor = np.random.default_rng(5), random_images(12), tiny_extractor()
     (mu, sigma), (mu_s, sigma_s) = random_gaussian(rng, 4), random_gaussian(rng, 4)
-    np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma, mu_s=mu_s.astype(np.float32), sigma_s=sigma_s,
-             arr_0=images.permute(0, 2, 3, 1).numpy())
+    np.savez(
+        tmp_path / "adm.npz",
+        mu=mu,
+        sigma=sigma,
+        mu_s=mu_s.astype(np.float32),
+        sigma_s=sigma_s,
+        arr_0=images.permute(0, 2, 3, 1).numpy(),
+    )
     reference = load_reference(tmp_path / "adm.npz", extractor, ALONE, CPU)
     np.testing.assert_array_equal(reference.pool.mean, mu)
     assert reference.spatial.mean.dtype == np.float64 and reference.count is None
@@ -390,7 +463,9 @@ def test_adm_reference_has_its_statistics_and_features_of_its_images(tmp_path: P
     assert bare.features is None and bare.spatial is None
 
 
-def test_reference_from_shards_and_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_from_shards_and_refusals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_digits(tmp_path / "digits")
     extractor = digits_extractor()
     reference = load_reference(tmp_path / "digits", extractor, ALONE, CPU, batch=500)
@@ -402,8 +477,11 @@ def test_reference_from_shards_and_refusals(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_allclose(few.features, reference.features[::18], atol=1e-9)
     images = random_images(4)
     np.savez(tmp_path / "few.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
-    with pytest.raises(UserError, match=r"few.npz: its images \(4\) must be at least the pool features' width \+ 1 "
-                                        r"\(5\)"):
+    with pytest.raises(
+        UserError,
+        match=r"few.npz: its images \(4\) must be at least the pool features' width \+ 1 "
+        r"\(5\)",
+    ):
         load_reference(tmp_path / "few.npz", tiny_extractor(), ALONE, CPU)
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 8, 8, 3)))
     with pytest.raises(UserError, match=r"float64 \(4, 8, 8, 3\)\) must be uint8"):
@@ -423,16 +501,29 @@ def test_reference_from_shards_and_refusals(tmp_path: Path, monkeypatch: pytest.
         load_reference(tmp_path / "sizes", tiny_extractor(), ALONE, CPU)
 
 
-# ------------------------------------------------------------------------------------------- whole evaluations
+# ------------------------------------------------------------------------------------------- whole
+# evaluations
 
 COUNT, BATCH = 70, 16
 
 
 def setting(routing: str = "batch", **sample: object) -> tuple[DiT, Config]:
     overrides = {"steps": 2, "batch": BATCH, "routing": routing, **sample}
-    config = load_config(None, [
-        "model.width=16", "model.heads=2", "model.depth=2", "model.input_size=8", "model.channels=1", "model.classes=10",
-        "model.learn_sigma=false", "moe.experts=4", "moe.pool=rank", *(f"sample.{k}={v}" for k, v in overrides.items())])
+    config = load_config(
+        None,
+        [
+            "model.width=16",
+            "model.heads=2",
+            "model.depth=2",
+            "model.input_size=8",
+            "model.channels=1",
+            "model.classes=10",
+            "model.learn_sigma=false",
+            "moe.experts=4",
+            "moe.pool=rank",
+            *(f"sample.{k}={v}" for k, v in overrides.items()),
+        ],
+    )
     model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
     initialize(model, 0)
     with torch.no_grad():
@@ -442,15 +533,26 @@ def setting(routing: str = "batch", **sample: object) -> tuple[DiT, Config]:
     return model.eval(), config
 
 
-def run_once(out: Path, world=ALONE, *, extractor: Extractor | None = None, reference: Reference | None = None,
-             count: int = COUNT, labels: str = "balanced", model: DiT | None = None, **changes: object) -> Card | None:
+def run_once(
+    out: Path,
+    world=ALONE,
+    *,
+    extractor: Extractor | None = None,
+    reference: Reference | None = None,
+    count: int = COUNT,
+    labels: str = "balanced",
+    model: DiT | None = None,
+    **changes: object,
+) -> Card | None:
     made, config = setting()
     extractor = extractor or tiny_extractor()
     if reference is None:
         images = random_images(50, seed=9)
         source = ImageSource("noise", len(images), (8, 8), lambda start, stop: images[start:stop])
         reference = measure_reference(source, extractor, world, CPU, batch=8)
-    images = sampled_images(model or made, config, Subject("run/step_00000008", 8, "ema"), count, labels, CPU)
+    images = sampled_images(
+        model or made, config, Subject("run/step_00000008", 8, "ema"), count, labels, CPU
+    )
     return evaluate(images, reference, extractor, out, world, CPU, **changes)
 
 
@@ -495,7 +597,9 @@ def test_moments_and_totals_over_ranks_are_those_of_all(ranks, counts: list[int]
     x = np.random.default_rng(6).normal(size=(33, 5)) + 1e3
     p = np.random.default_rng(7).dirichlet(np.ones(3), size=33)
     for moments, score in ranks.run(merge_on_ranks, counts)[: len(counts)]:
-        np.testing.assert_allclose(moments.covariance(), np.cov(x, rowvar=False), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            moments.covariance(), np.cov(x, rowvar=False), rtol=1e-9, atol=1e-12
+        )
         assert moments.count == 33 and score == pytest.approx(inception_score(p, 4))
 
 
@@ -508,7 +612,10 @@ def test_one_two_and_four_ranks_have_the_same_scores_and_images(tmp_path: Path, 
     with np.load(tmp_path / "1" / SAMPLES_NAME) as samples:
         expected, labels = samples["arr_0"], samples["arr_1"]
     assert expected.dtype == np.uint8 and expected.shape == (COUNT, 8, 8, 3) and expected.std() > 10
-    assert labels.tolist() == class_labels("random", range(COUNT), 10, 0) and len(set(labels.tolist())) == 10
+    assert (
+        labels.tolist() == class_labels("random", range(COUNT), 10, 0)
+        and len(set(labels.tolist())) == 10
+    )
     assert not (tmp_path / "1" / "chunks").exists()
     plain = run_once(tmp_path / "plain", labels="random")
     for world in (2, 4):
@@ -529,19 +636,32 @@ def test_scores_are_those_of_the_written_images(tmp_path: Path) -> None:
     fake, real = extractor(images), extractor(random_images(50, seed=9))
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:
-        return frechet_distance(a.mean(axis=0), np.cov(a, rowvar=False), b.mean(axis=0), np.cov(b, rowvar=False))
+        return frechet_distance(
+            a.mean(axis=0), np.cov(a, rowvar=False), b.mean(axis=0), np.cov(b, rowvar=False)
+        )
 
     precision, recall = precision_recall(real.pool, fake.pool)
     score, spread = brute_inception_score(fake.probabilities, 1)
-    close(card.scores, Scores(distance(fake.pool, real.pool), distance(fake.spatial, real.spatial), score, spread,
-                              precision, recall))
+    close(
+        card.scores,
+        Scores(
+            distance(fake.pool, real.pool),
+            distance(fake.spatial, real.spatial),
+            score,
+            spread,
+            precision,
+            recall,
+        ),
+    )
     # ADM's file of samples is itself a reference: the distance to oneself is 0.
     own = load_reference(tmp_path / SAMPLES_NAME, extractor, ALONE, CPU)
     again = run_once(tmp_path / "again", reference=own)
     assert again.scores.fid < 1e-9 and again.scores.precision == again.scores.recall == 1.0
 
 
-def test_restart_equals_undisturbed_and_skips_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks) -> None:
+def test_restart_equals_undisturbed_and_skips_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks
+) -> None:
     undisturbed = run_once(tmp_path / "whole")
     calls: list[int] = []
     real = evaluation.generate
@@ -555,8 +675,11 @@ def test_restart_equals_undisturbed_and_skips_what_is_done(tmp_path: Path, monke
     monkeypatch.setattr(evaluation, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
         run_once(tmp_path / "cut")
-    for changes, complaint in (({"count": 60}, "count 70, this run has 60"), ({"labels": "random"}, "labels 'balanced'"),
-                               ({"keep_samples": False}, "extractor None")):
+    for changes, complaint in (
+        ({"count": 60}, "count 70, this run has 60"),
+        ({"labels": "random"}, "labels 'balanced'"),
+        ({"keep_samples": False}, "extractor None"),
+    ):
         with pytest.raises(UserError, match=f"was begun with {complaint}"):
             run_once(tmp_path / "cut", **changes)
     other = setting()[0]
@@ -564,13 +687,19 @@ def test_restart_equals_undisturbed_and_skips_what_is_done(tmp_path: Path, monke
         next(other.parameters()).flatten()[0] += 1
     with pytest.raises(UserError, match="was begun with weights_sha256"):
         run_once(tmp_path / "cut", model=other)
-    assert [path.name for path in sorted((tmp_path / "cut" / "chunks").iterdir())] == [f"00000{i}.npz" for i in range(3)]
+    assert [path.name for path in sorted((tmp_path / "cut" / "chunks").iterdir())] == [
+        f"00000{i}.npz" for i in range(3)
+    ]
     calls[:] = [0] * 10
     resumed = run_once(tmp_path / "cut")
     assert calls[10:] == [48, 64]
     close(resumed.scores, undisturbed.scores)
-    assert (tmp_path / "cut" / SAMPLES_NAME).read_bytes() == (tmp_path / "whole" / SAMPLES_NAME).read_bytes()
-    assert run_once(tmp_path / "cut") == resumed and len(calls) == 12  # finished: nothing is done again
+    assert (tmp_path / "cut" / SAMPLES_NAME).read_bytes() == (
+        tmp_path / "whole" / SAMPLES_NAME
+    ).read_bytes()
+    assert (
+        run_once(tmp_path / "cut") == resumed and len(calls) == 12
+    )  # finished: nothing is done again
     # Another number of ranks finishes what one rank began.
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
@@ -580,7 +709,9 @@ def test_restart_equals_undisturbed_and_skips_what_is_done(tmp_path: Path, monke
 
 
 def test_evaluate_refuses(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"count \(4\) must be at least the pool features' width \+ 1 \(5\)"):
+    with pytest.raises(
+        UserError, match=r"count \(4\) must be at least the pool features' width \+ 1 \(5\)"
+    ):
         run_once(tmp_path, count=4)
     with pytest.raises(UserError, match=r"splits \(71\) must lie in 1..count \(70\)"):
         run_once(tmp_path, splits=71)
@@ -609,48 +740,91 @@ def test_a_mistake_is_the_same_error_on_every_rank(tmp_path: Path, ranks) -> Non
 
 def test_latents_pass_the_decoder(tmp_path: Path) -> None:
     model, config = setting()
-    decoder = Decoder("upsample", "abc", 0.5, 0.1, lambda z: to_uint8(
-        (z / 0.5 + 0.1).tanh().repeat_interleave(2, 2).repeat_interleave(2, 3)))
+    decoder = Decoder(
+        "upsample",
+        "abc",
+        0.5,
+        0.1,
+        lambda z: to_uint8((z / 0.5 + 0.1).tanh().repeat_interleave(2, 2).repeat_interleave(2, 3)),
+    )
     reference = Reference("x", "", None, Gaussian(np.zeros(4), np.eye(4)))
     subject = Subject("c", 1, "raw")
     images = sampled_images(model, config, subject, 20, "balanced", CPU, decoder)
     card = evaluate(images, reference, tiny_extractor(), tmp_path / "decoded", ALONE, CPU)
-    assert (card.vae, card.vae_sha256, card.latent_scale, card.latent_shift) == ("upsample", "abc", 0.5, 0.1)
+    assert (card.vae, card.vae_sha256, card.latent_scale, card.latent_shift) == (
+        "upsample",
+        "abc",
+        0.5,
+        0.1,
+    )
     assert np.load(tmp_path / "decoded" / SAMPLES_NAME)["arr_0"].shape == (20, 16, 16, 3)
-    assert card.scores.sfid is None and card.scores.precision is None and card.reference_count is None
+    assert (
+        card.scores.sfid is None and card.scores.precision is None and card.reference_count is None
+    )
     assert "| sFID ↓ | not measured |" in (tmp_path / "decoded" / "card.md").read_text()
     latents = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=4))
     with pytest.raises(UserError, match=r"model.channels \(4\) are latents"):
         sampled_images(model, latents, subject, 20, "balanced", CPU)
 
 
-def test_a_decoder_takes_out_what_the_training_data_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_takes_out_what_the_training_data_put_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also of shards that encode did not make, whose index alone knows their scale."""
     vae = types.SimpleNamespace(name="vae", sha256="abc", scale=0.18, shift=0.0, latent_channels=4)
     monkeypatch.setattr(decoding, "load_vae", lambda path, device: vae)
     _, config = setting()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=4))
     samples = ((f"{i}", np.zeros((8, 2, 2), np.float16), 0) for i in range(3))
-    index = write_shards(samples, tmp_path, samples_per_shard=3, meta=ShardMeta("moments", 1, scale=0.2, mean=1.5))
-    for arguments, wanted in (((index, None, None), (0.2, 1.5)), ((index, 0.3, None), (0.3, 1.5)), ((None, None, None), (0.18, 0.0))):
+    index = write_shards(
+        samples, tmp_path, samples_per_shard=3, meta=ShardMeta("moments", 1, scale=0.2, mean=1.5)
+    )
+    for arguments, wanted in (
+        ((index, None, None), (0.2, 1.5)),
+        ((index, 0.3, None), (0.3, 1.5)),
+        ((None, None, None), (0.18, 0.0)),
+    ):
         decoder = decoding.open_decoder("vae", config, *arguments, CPU)
         assert (decoder.scale, decoder.shift) == wanted
 
 
 def test_card_names_everything_that_moves_the_score(tmp_path: Path) -> None:
     card = run_once(tmp_path, keep_samples=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["card.json", "card.md", "settings.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "card.json",
+        "card.md",
+        "settings.json",
+    ]
     assert card_from_json((tmp_path / "card.json").read_text()) == card
     model, config = setting()
     assert card.weights_sha256 == weights_digest(model)
-    assert (card.step, card.weights, card.count, card.batch, card.routing) == (8, "ema", COUNT, BATCH, "batch")
-    assert (card.cfg, card.sampler, card.steps, card.seed) == (config.sample.cfg, config.sample.sampler, 2, 0)
-    assert card.sampling["tolerance"] == config.sample.tolerance and "tolerance 0.0001" in (tmp_path / "card.md").read_text()
+    assert (card.step, card.weights, card.count, card.batch, card.routing) == (
+        8,
+        "ema",
+        COUNT,
+        BATCH,
+        "batch",
+    )
+    assert (card.cfg, card.sampler, card.steps, card.seed) == (
+        config.sample.cfg,
+        config.sample.sampler,
+        2,
+        0,
+    )
+    assert (
+        card.sampling["tolerance"] == config.sample.tolerance
+        and "tolerance 0.0001" in (tmp_path / "card.md").read_text()
+    )
     assert (card.reference, card.reference_count, card.extractor_sha256) == ("noise", 50, "tiny-4")
-    assert set(card.versions) == {"diffmoe", "commit", "python", "torch", "deepspeed", "numpy"} and card.versions == versions()
+    assert (
+        set(card.versions) == {"diffmoe", "commit", "python", "torch", "deepspeed", "numpy"}
+        and card.versions == versions()
+    )
     text = (tmp_path / "card.md").read_text()
     assert f"| FID ↓ | {card.scores.fid:.4f} |" in text
-    assert f"| Inception Score ↑ | {card.scores.inception_score:.4f} over 1 split |" in text, "one split has no spread"
+    assert f"| Inception Score ↑ | {card.scores.inception_score:.4f} over 1 split |" in text, (
+        "one split has no spread"
+    )
     assert " over 3 splits |" in dataclasses.replace(card, splits=3).to_markdown()
     for field in dataclasses.fields(card):
         assert field.name == "scores" or f"| {field.name.replace('_', ' ')} |" in text
@@ -666,7 +840,9 @@ def test_a_card_knows_the_commit_it_was_made_with(tmp_path: Path) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
         subprocess.run([*git, *words], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    head = subprocess.run(
+        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     (tmp_path / "new.txt").write_text("not tracked")
     assert commit(tmp_path) == head
     subprocess.run([*git, "add", "new.txt"], check=True)
@@ -679,25 +855,57 @@ def test_no_git_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert commit(tmp_path) is None
 
 
-def test_the_verb_scores_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_scores_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, config = setting("token")
-    pieces = {name: piece.clone() for tensor in logical_tensors(model) for name, piece in tensor.pieces(tensor.parameter.data)}
+    pieces = {
+        name: piece.clone()
+        for tensor in logical_tensors(model)
+        for name, piece in tensor.pieces(tensor.parameter.data)
+    }
     buffers = {name: value for name, value in model.named_buffers() if ".thresholds." in name}
-    save_start(tmp_path / "run" / "checkpoints", config, Layout(1, 1, 16, 16, 1, 16, 1),
-               {ema_kind(config.train.ema): pieces.items()}, buffers)
+    save_start(
+        tmp_path / "run" / "checkpoints",
+        config,
+        Layout(1, 1, 16, 16, 1, 16, 1),
+        {ema_kind(config.train.ema): pieces.items()},
+        buffers,
+    )
     write_digits(tmp_path / "digits")
     monkeypatch.setattr(command, "join", lambda environment, asked: CPU)
     monkeypatch.setattr(command, "leave", lambda: None)
-    monkeypatch.setattr("diffmoe.parallel.groups.build_groups", lambda ep, pool_ranks: single_process())
+    monkeypatch.setattr(
+        "diffmoe.parallel.groups.build_groups", lambda ep, pool_ranks: single_process()
+    )
     from launcher.environment import detect
 
-    arguments = ["--checkpoint", str(tmp_path / "run"), "--reference", str(tmp_path / "digits"), "--extractor", "digits",
-                 "--count", "100", "--out", str(tmp_path / "out"), "--save-reference", str(tmp_path / "digits.npz"),
-                 "--cfg", "1", "sample.batch=50"]
+    arguments = [
+        "--checkpoint",
+        str(tmp_path / "run"),
+        "--reference",
+        str(tmp_path / "digits"),
+        "--extractor",
+        "digits",
+        "--count",
+        "100",
+        "--out",
+        str(tmp_path / "out"),
+        "--save-reference",
+        str(tmp_path / "digits.npz"),
+        "--cfg",
+        "1",
+        "sample.batch=50",
+    ]
     assert command.main(arguments, detect()) == 0
     card = card_from_json((tmp_path / "out" / "card.json").read_text())
-    assert (card.step, card.cfg, card.batch, card.routing, card.extractor) == (0, 1.0, 50, "token", "digits")
+    assert (card.step, card.cfg, card.batch, card.routing, card.extractor) == (
+        0,
+        1.0,
+        50,
+        "token",
+        "digits",
+    )
     assert card.scores.fid > 10 and "FID" in capsys.readouterr().out
     arguments[3], arguments[9] = str(tmp_path / "digits.npz"), str(tmp_path / "again")
     assert command.main(arguments, detect()) == 0

@@ -1,4 +1,6 @@
-"""The four families against numbers of the published research code (tests/data/*.npz, float32, CPU)."""
+"""The four families against numbers of the published research code (tests/data/*.npz, float32,
+CPU).
+"""
 
 from pathlib import Path
 
@@ -22,12 +24,28 @@ PREDICTOR_WEIGHT, TOLERANCE = 0.7, 1e-5
 
 @pytest.fixture(params=FAMILIES)
 def case(request):
-    numbers = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(DATA / f"{request.param}.npz").items()}
+    numbers = {
+        k: torch.from_numpy(np.asarray(v))
+        for k, v in np.load(DATA / f"{request.param}.npz").items()
+    }
     sizes = {k.split("/")[1]: v.item() for k, v in numbers.items() if k.startswith("config/")}
-    model = ModelConfig(family=request.param, input_size=8, channels=4, patch=2, width=sizes["hidden"],
-                        depth=sizes["depth"], heads=sizes["heads"], classes=10, learn_sigma=sizes["learn_sigma"])
-    moe = MoEConfig(experts=sizes["experts"], interleave=sizes["interleave"], capacity=sizes["capacity"],
-                    pool=POOL[request.param])
+    model = ModelConfig(
+        family=request.param,
+        input_size=8,
+        channels=4,
+        patch=2,
+        width=sizes["hidden"],
+        depth=sizes["depth"],
+        heads=sizes["heads"],
+        classes=10,
+        learn_sigma=sizes["learn_sigma"],
+    )
+    moe = MoEConfig(
+        experts=sizes["experts"],
+        interleave=sizes["interleave"],
+        capacity=sizes["capacity"],
+        pool=POOL[request.param],
+    )
     dit = DiT(model, moe, pool=POOL[request.param])
     state = {k.removeprefix("param/"): v for k, v in numbers.items() if k.startswith("param/")}
     load_logical(dit, from_research(state))
@@ -48,7 +66,9 @@ def test_positions_are_the_published_ones(case):
 def test_inference(case):
     family, dit, numbers = case
     with torch.no_grad():
-        out = dit.eval()(numbers["in/x"], numbers["in/t_flow"], numbers["in/y"], RoutingRule("batch"))
+        out = dit.eval()(
+            numbers["in/x"], numbers["in/t_flow"], numbers["in/y"], RoutingRule("batch")
+        )
     close(out.prediction, numbers["eval/out"], "eval/out")
 
 
@@ -59,19 +79,37 @@ def test_training_forward_and_masks(case):
     if family == "diffmoe":
         for (index, _), report in zip(dit.moe_layers(), out.moe):
             assert torch.equal(report.mask_TE.float(), numbers[f"train/mask/{index}"].flatten(0, 1))
-            close(report.logits_TE, numbers[f"train/capacity_logits/{index}"].flatten(0, 1), f"logits {index}")
+            close(
+                report.logits_TE,
+                numbers[f"train/capacity_logits/{index}"].flatten(0, 1),
+                f"logits {index}",
+            )
 
 
 def test_flow_loss_gradients_and_thresholds(case):
     family, dit, numbers = case
-    mse, out = flow_loss(dit.train(), numbers["in/x"], numbers["in/noise"], numbers["in/t_flow"], numbers["in/y"],
-                         RoutingRule())
+    mse, out = flow_loss(
+        dit.train(),
+        numbers["in/x"],
+        numbers["in/noise"],
+        numbers["in/t_flow"],
+        numbers["in/y"],
+        RoutingRule(),
+    )
     close(mse, numbers["flow/mse"], "flow/mse")
-    loss = mse + PREDICTOR_WEIGHT * sum(r.predictor_loss for r in out.moe if r.predictor_loss is not None)
+    loss = mse + PREDICTOR_WEIGHT * sum(
+        r.predictor_loss for r in out.moe if r.predictor_loss is not None
+    )
     close(loss, numbers["flow/loss"], "flow/loss")
     (loss + 0.01 * sum(r.balance_loss for r in out.moe if r.balance_loss is not None)).backward()
-    ours = {name: piece for tensor in logical_tensors(dit) for name, piece in tensor.pieces(tensor.parameter.grad)}
-    theirs = from_research({k.removeprefix("flow/grad/"): v for k, v in numbers.items() if k.startswith("flow/grad/")})
+    ours = {
+        name: piece
+        for tensor in logical_tensors(dit)
+        for name, piece in tensor.pieces(tensor.parameter.grad)
+    }
+    theirs = from_research(
+        {k.removeprefix("flow/grad/"): v for k, v in numbers.items() if k.startswith("flow/grad/")}
+    )
     assert len(theirs) > 30
     for name, gradient in theirs.items():
         close(ours.pop(name), gradient, name)
@@ -79,12 +117,21 @@ def test_flow_loss_gradients_and_thresholds(case):
     if family == "diffmoe":
         for (index, layer), report in zip(dit.moe_layers(), out.moe):
             layer.thresholds.commit(report.threshold_sum_E)
-            close(layer.thresholds.value, numbers[f"flow/buffer_after/blocks.{index}.mlp.expert_threshold"],
-                  f"threshold {index}")
+            close(
+                layer.thresholds.value,
+                numbers[f"flow/buffer_after/blocks.{index}.mlp.expert_threshold"],
+                f"threshold {index}",
+            )
 
 
-@pytest.mark.parametrize("key, sampler, cfg", [
-    ("flow/euler_8_cfg1", euler, 1.0), ("flow/euler_8_cfg1.5", euler, 1.5), ("flow/heun_8_cfg1.5", heun, 1.5)])
+@pytest.mark.parametrize(
+    "key, sampler, cfg",
+    [
+        ("flow/euler_8_cfg1", euler, 1.0),
+        ("flow/euler_8_cfg1.5", euler, 1.5),
+        ("flow/heun_8_cfg1.5", heun, 1.5),
+    ],
+)
 def test_samples(case, key, sampler, cfg):
     _, dit, numbers = case
     with torch.no_grad():

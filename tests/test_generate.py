@@ -1,5 +1,6 @@
-"""Sampling with experts spread over ranks: dopri5's ranks stay in step though their samples take different numbers of
-steps, and every rank decodes its own share."""
+"""Sampling with experts spread over ranks: dopri5's ranks stay in step though their samples take
+different numbers of steps, and every rank decodes its own share.
+"""
 
 from dataclasses import replace
 
@@ -15,11 +16,29 @@ from diffmoe.parity.plain import build_model
 
 CPU = torch.device("cpu")
 COUNT, POOL = 8, 2
-CONFIG = load_config(None, [
-    "model.input_size=8", "model.channels=1", "model.width=32", "model.depth=2", "model.heads=2", "model.classes=10",
-    "model.learn_sigma=false", "moe.experts=4", "moe.interleave=false", f"moe.pool={POOL}", "run.seed=2",
-    "sample.sampler=dopri5", "sample.steps=200", "sample.tolerance=1e-4", "sample.batch=4", "sample.cfg=1", "sample.gamma=0.5",
-    "sample.routing=token"])
+CONFIG = load_config(
+    None,
+    [
+        "model.input_size=8",
+        "model.channels=1",
+        "model.width=32",
+        "model.depth=2",
+        "model.heads=2",
+        "model.classes=10",
+        "model.learn_sigma=false",
+        "moe.experts=4",
+        "moe.interleave=false",
+        f"moe.pool={POOL}",
+        "run.seed=2",
+        "sample.sampler=dopri5",
+        "sample.steps=200",
+        "sample.tolerance=1e-4",
+        "sample.batch=4",
+        "sample.cfg=1",
+        "sample.gamma=0.5",
+        "sample.routing=token",
+    ],
+)
 
 
 def counted(model):
@@ -40,7 +59,9 @@ def sample_over_ranks(ep):
     config = replace(CONFIG, parallel=replace(CONFIG.parallel, ep=ep))
     groups = build_groups(ep, 1)
     model, passes = counted(build_model(config, POOL, groups))
-    return generate_everywhere(model, config, [n % 10 for n in range(COUNT)], groups.world, CPU), len(passes)
+    return generate_everywhere(
+        model, config, [n % 10 for n in range(COUNT)], groups.world, CPU
+    ), len(passes)
 
 
 def decode_over_ranks():
@@ -70,11 +91,15 @@ def all_alone():
 def test_dopri5_over_ranks_that_share_experts(all_alone, world, eps):
     each = COUNT // world
     passes = [alone(range(r * each, (r + 1) * each))[1] for r in range(world)]
-    assert len(set(passes)) > 1, "the ranks' samples need different numbers of steps, or this shows nothing"
+    assert len(set(passes)) > 1, (
+        "the ranks' samples need different numbers of steps, or this shows nothing"
+    )
     with Ranks(world) as ranks:
         for ep in eps:
             found = ranks.run(sample_over_ranks, ep)
-            assert len({count for _, count in found}) == 1, "every rank takes part in every exchange"
+            assert len({count for _, count in found}) == 1, (
+                "every rank takes part in every exchange"
+            )
             for images, _ in found:
                 torch.testing.assert_close(images, all_alone, rtol=0, atol=1e-4)
 
@@ -83,5 +108,7 @@ def test_every_rank_decodes_its_share_and_no_other():
     with Ranks(2) as ranks:
         found = ranks.run(decode_over_ranks)
     for images, _ in found:
-        assert images.shape == (10, 3, 2, 2) and images[:, 0, 0, 0].tolist() == [n + 0.5 for n in range(10)]
+        assert images.shape == (10, 3, 2, 2) and images[:, 0, 0, 0].tolist() == [
+            n + 0.5 for n in range(10)
+        ]
     assert [seen for _, seen in found] == [[[0, 1, 2, 3], [4]], [[5, 6, 7, 8], [9]]]

@@ -1,4 +1,6 @@
-"""Communicators: how many there are in how many ranks, who makes them and when, and what is bound to a device."""
+"""Communicators: how many there are in how many ranks, who makes them and when, and what is bound
+to a device.
+"""
 
 from collections import Counter
 from datetime import timedelta
@@ -30,8 +32,16 @@ def made_by(rank, world, ep, pool_ranks, monkeypatch):
         calls.append((tuple(ranks), how))
         return object()
 
-    monkeypatch.setattr(groups, "dist", SimpleNamespace(
-        get_world_size=lambda: world, get_rank=lambda: rank, group=SimpleNamespace(WORLD="world"), new_group=new_group))
+    monkeypatch.setattr(
+        groups,
+        "dist",
+        SimpleNamespace(
+            get_world_size=lambda: world,
+            get_rank=lambda: rank,
+            group=SimpleNamespace(WORLD="world"),
+            new_group=new_group,
+        ),
+    )
     grid = build_groups(ep, pool_ranks, PATIENCE)
     assert not calls, "nobody has asked yet"
     for group in (grid.world, grid.ep, grid.edp, grid.pool, grid.pool_owners):
@@ -41,7 +51,9 @@ def made_by(rank, world, ep, pool_ranks, monkeypatch):
 
 
 @pytest.mark.parametrize("world", [8, 64, 1024])
-@pytest.mark.parametrize("ep,pool_ranks", [(1, 1), (1, 8), (2, 1), (8, 1), (8, 8), (8, "all"), (4, 8), (8, 16)])
+@pytest.mark.parametrize(
+    "ep,pool_ranks", [(1, 1), (1, 8), (2, 1), (8, 1), (8, 8), (8, "all"), (4, 8), (8, 16)]
+)
 def test_a_rank_makes_its_own_groups_and_no_more(world, ep, pool_ranks, monkeypatch):
     pool_ranks = world if pool_ranks == "all" else min(pool_ranks, world)
     made = [made_by(rank, world, ep, pool_ranks, monkeypatch)[1] for rank in range(world)]
@@ -50,15 +62,21 @@ def test_a_rank_makes_its_own_groups_and_no_more(world, ep, pool_ranks, monkeypa
     everywhere = set()
     for grid in grids:
         members = Counter(ranks for ranks, _ in grid)
-        # Together they are the world, so that NCCL's one split of it, in which everybody takes part, makes all of them.
+        # Together they are the world, so that NCCL's one split of it, in which everybody takes
+        # part, makes all of them.
         assert all(count == len(ranks) > 1 for ranks, count in members.items())
         assert sorted(rank for ranks in members for rank in ranks) == list(range(world))
         assert len({_process_group_color(list(ranks)) for ranks in members}) == len(members)
         assert all(rank in ranks for rank, (ranks, _) in enumerate(grid))
         assert not everywhere & members.keys(), "coinciding groups are one"
         everywhere |= members.keys()
-    assert all(how["use_local_synchronization"] and how["timeout"] == PATIENCE for calls in made for _, how in calls)
-    # The published layouts, EP 8 with pools in a rank, an EP group or all ranks: 137 groups in 1,024 ranks.
+    assert all(
+        how["use_local_synchronization"] and how["timeout"] == PATIENCE
+        for calls in made
+        for _, how in calls
+    )
+    # The published layouts, EP 8 with pools in a rank, an EP group or all ranks: 137 groups in
+    # 1,024 ranks.
     published = ep == 8 and pool_ranks in (1, ep, world)
     assert 1 + len(everywhere) <= (world // 8 + 9 if published else world)
 
@@ -76,37 +94,56 @@ def made_in_training(case):
     training = table.start_training(case, 0, torch.device("cpu"))
     training.step(0)
     training.engine.engine.destroy()
-    said = Counter(group.group_desc for group in dist.distributed_c10d._world.pg_map if group not in before)
+    said = Counter(
+        group.group_desc for group in dist.distributed_c10d._world.pg_map if group not in before
+    )
     return said.pop("undefined", 0), said
 
 
-@pytest.mark.parametrize("world,ep,pool,variant,wanted", [
-    (1, 1, "global", "diffmoe", []),
-    (2, 1, "rank", "diffmoe", []), (2, 1, "global", "tc", []),
-    (2, 2, "group", "diffmoe", ["edp"]),  # of one rank, whose handle DeepSpeed reads
-    (4, 1, "8", "diffmoe", ["pool"]),  # its owners are the same ranks
-    (4, 4, "group", "diffmoe", ["edp"]),
-    (4, 2, "rank", "diffmoe", ["ep", "edp"]), (4, 2, "global", "tc", ["ep", "edp"])])
+@pytest.mark.parametrize(
+    "world,ep,pool,variant,wanted",
+    [
+        (1, 1, "global", "diffmoe", []),
+        (2, 1, "rank", "diffmoe", []),
+        (2, 1, "global", "tc", []),
+        (2, 2, "group", "diffmoe", ["edp"]),  # of one rank, whose handle DeepSpeed reads
+        (4, 1, "8", "diffmoe", ["pool"]),  # its owners are the same ranks
+        (4, 4, "group", "diffmoe", ["edp"]),
+        (4, 2, "rank", "diffmoe", ["ep", "edp"]),
+        (4, 2, "global", "tc", ["ep", "edp"]),
+    ],
+)
 def test_training_makes_the_groups_that_it_uses(ranks, world, ep, pool, variant, wanted):
-    for deepspeeds, ours in ranks[world].run(made_in_training, Case(world, ep, 1, "none", 1, pool, 16, variant)):
+    for deepspeeds, ours in ranks[world].run(
+        made_in_training, Case(world, ep, 1, "none", 1, pool, 16, variant)
+    ):
         assert ours == Counter(wanted) and deepspeeds <= 1  # DeepSpeed copies the world
 
 
 def gathered(order):
     """The same collectives in groups that are first asked for in ``order``."""
     grid = build_groups(2, 1)
-    return {name: collectives.gather_objects(dist.get_rank(), getattr(grid, name)) for name in order}
+    return {
+        name: collectives.gather_objects(dist.get_rank(), getattr(grid, name)) for name in order
+    }
 
 
-@pytest.mark.parametrize("order", [["ep", "edp", "pool", "pool_owners"], ["pool_owners", "edp", "world", "ep"]])
+@pytest.mark.parametrize(
+    "order", [["ep", "edp", "pool", "pool_owners"], ["pool_owners", "edp", "world", "ep"]]
+)
 def test_members_meet_in_whatever_order_groups_are_used(ranks, order):
     for rank, found in enumerate(ranks[4].run(gathered, order)):
-        assert found["ep"] == [rank // 2 * 2, rank // 2 * 2 + 1] and found["edp"] == [rank % 2, rank % 2 + 2]
+        assert found["ep"] == [rank // 2 * 2, rank // 2 * 2 + 1] and found["edp"] == [
+            rank % 2,
+            rank % 2 + 2,
+        ]
         assert found["pool_owners"] == [rank]
 
 
-@pytest.mark.parametrize("world,device,wanted", [
-    (1, "cuda:0", None), (2, "cuda:1", "cuda:1"), (1, "cpu", None), (2, "cpu", None)])
+@pytest.mark.parametrize(
+    "world,device,wanted",
+    [(1, "cuda:0", None), (2, "cuda:1", "cuda:1"), (1, "cpu", None), (2, "cpu", None)],
+)
 @pytest.mark.parametrize("start", ["a run", "preflight"])
 def test_one_rank_binds_no_device(start, world, device, wanted, monkeypatch):
     said = {}
@@ -115,7 +152,9 @@ def test_one_rank_binds_no_device(start, world, device, wanted, monkeypatch):
     monkeypatch.setattr("diffmoe.device.local_device", lambda *_: torch.device(device))
     monkeypatch.setattr("diffmoe.commands.common.place", lambda *_: None)
     monkeypatch.setattr("diffmoe.device.check_own_gpu", lambda *_: None)
-    monkeypatch.setattr("diffmoe.device.share", lambda mine, name, store, rank, world: [mine] * world)
+    monkeypatch.setattr(
+        "diffmoe.device.share", lambda mine, name, store, rank, world: [mine] * world
+    )
     monkeypatch.setattr(probe, "_store", lambda *_: dist.HashStore())
     monkeypatch.setattr(probe, "_roll_call", lambda *_: None)
     environment = RankEnvironment(0, world, 0, world, "torchrun", init_method="file:///nowhere")
@@ -123,4 +162,6 @@ def test_one_rank_binds_no_device(start, world, device, wanted, monkeypatch):
         common.join(environment)
     else:
         probe.meet(environment, torch.device(device), 1.0, "here")
-    assert said["device_id"] == (wanted and torch.device(wanted)) == bound(torch.device(device), world)
+    assert (
+        said["device_id"] == (wanted and torch.device(wanted)) == bound(torch.device(device), world)
+    )

@@ -29,7 +29,10 @@ def configuration(name, *overrides):
 def asked_by(script):
     """A job script's (configuration's name, nodes, GPUs a node, overrides)."""
     text = script.read_text()
-    nodes, gpus = (int(re.search(rf"^#SBATCH --{name}=(\d+)$", text, re.M)[1]) for name in ("nodes", "gpus-per-node"))
+    nodes, gpus = (
+        int(re.search(rf"^#SBATCH --{name}=(\d+)$", text, re.M)[1])
+        for name in ("nodes", "gpus-per-node")
+    )
     layout = re.search(r"^layout=.*$", text, re.M)
     words = layout_of(script, nodes, str(gpus)) if layout else []
     return re.search(r"^train configs/(\w+)\.yaml ", text, re.M)[1], nodes, gpus, words
@@ -39,14 +42,17 @@ def layout_of(script, nodes, gpus):
     line = re.search(r"^layout=.*$", script.read_text(), re.M)[0]
     job = {"SLURM_JOB_NUM_NODES": str(nodes), "SLURM_GPUS_PER_NODE": gpus}
     script = f'set -eu; source scripts/slurm/_common.sh; {line}; echo "$layout"'
-    done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, env=job, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=REPOSITORY, env=job, check=True, capture_output=True, text=True
+    )
     return done.stdout.split()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_scripts_defaults_are_what_the_planner_finds(script):
-    """As many nodes as pay: twice as many bring less than 1.3 times the images/s, as launcher simulate has it.  On
-    these, the fastest layout; and no fewer nodes are faster."""
+    """As many nodes as pay: twice as many bring less than 1.3 times the images/s, as launcher
+    simulate has it.  On these, the fastest layout; and no fewer nodes are faster.
+    """
     name, nodes, gpus, words = asked_by(script)
     config, tree = configuration(name), read_deepspeed(BF16)
     assert config.train.batch == 256  # as published
@@ -60,8 +66,10 @@ def test_a_scripts_defaults_are_what_the_planner_finds(script):
     assert fewer_nodes(config, tree, cluster, mine.time.total) is None
 
 
-@pytest.mark.parametrize(("nodes", "gpus", "ep"),
-                         [(1, "8", 8), (2, "h200:8", 16), (4, "8", 16), (2, "4", 8), (1, "1", 1)])
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "ep"),
+    [(1, "8", 8), (2, "h200:8", 16), (4, "8", 16), (2, "4", 8), (1, "1", 1)],
+)
 def test_other_nodes_than_a_scripts_own_take_one_option(nodes, gpus, ep):
     words = layout_of(REPOSITORY / "scripts/slurm/train_xl_e16.sh", nodes, gpus)
     assert words == [f"parallel.ep={ep}", "parallel.recompute=none"]
@@ -69,53 +77,108 @@ def test_other_nodes_than_a_scripts_own_take_one_option(nodes, gpus, ep):
     resolve_layout(config, nodes * int(gpus.rpartition(":")[2]))
 
 
-@pytest.mark.parametrize(("script", "environ", "words"), [
-    ("train_xl_e16.sh", {}, ["parallel.ep=16", "parallel.recompute=none", "parallel.ep=8"]),
-    ("train_l_e8.sh", {"layout": "nonsense"}, ["parallel.ep=8"]),
-    ("train_xl_e16.sh", {"DIFFMOE_CONFIG": "mine.yaml"}, ["parallel.ep=8"]),
-])
-def test_the_command_line_comes_after_a_scripts_layout_which_is_its_configurations(script, environ, words):
+@pytest.mark.parametrize(
+    ("script", "environ", "words"),
+    [
+        ("train_xl_e16.sh", {}, ["parallel.ep=16", "parallel.recompute=none", "parallel.ep=8"]),
+        ("train_l_e8.sh", {"layout": "nonsense"}, ["parallel.ep=8"]),
+        ("train_xl_e16.sh", {"DIFFMOE_CONFIG": "mine.yaml"}, ["parallel.ep=8"]),
+    ],
+)
+def test_the_command_line_comes_after_a_scripts_layout_which_is_its_configurations(
+    script, environ, words
+):
     layout = re.search(r"^layout=.*$", (REPOSITORY / "scripts/slurm" / script).read_text(), re.M)
-    bash = ("set -euo pipefail; source scripts/slurm/_common.sh; " + (f"{layout[0]}; " if layout else "") +
-            "enter_repository() { count_ranks; }; python() { echo $*; }; preflight() { :; }; say() { :; }\n"
-            'on_ranks() { echo "$job"; }; conclude() { :; }; train configs/theirs.yaml parallel.ep=8')
-    job = {"PATH": os.environ["PATH"], "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "8", "SLURM_JOB_NAME": "a",
-           "SLURM_JOB_ID": "7"}
-    done = subprocess.run(["bash", "-c", bash], cwd=REPOSITORY, env={**job, **environ}, check=True, capture_output=True,
-                          text=True)
+    bash = (
+        "set -euo pipefail; source scripts/slurm/_common.sh; "
+        + (f"{layout[0]}; " if layout else "")
+        + "enter_repository() { count_ranks; }; python() { echo $*; }; preflight() { :; }; say() { :; }\n"
+        'on_ranks() { echo "$job"; }; conclude() { :; }; train configs/theirs.yaml parallel.ep=8'
+    )
+    job = {
+        "PATH": os.environ["PATH"],
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_PER_NODE": "8",
+        "SLURM_JOB_NAME": "a",
+        "SLURM_JOB_ID": "7",
+    }
+    done = subprocess.run(
+        ["bash", "-c", bash],
+        cwd=REPOSITORY,
+        env={**job, **environ},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert f"--config {environ.get('DIFFMOE_CONFIG', 'configs/theirs.yaml')} " in done.stdout
-    assert done.stdout.split()[-len(words) - 1:] == ["run.folder=runs/a-7", *words]
+    assert done.stdout.split()[-len(words) - 1 :] == ["run.folder=runs/a-7", *words]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_documents_say_the_planners_times(script):
     """docs/cluster.md: ``| `script` | nodes | ms on 1, 2, 4 nodes |``."""
     name, nodes, gpus, _ = asked_by(script)
-    row = re.search(rf"^\| `{script.name}` \|.*\|$", (REPOSITORY / "docs/cluster.md").read_text(), re.M)[0]
+    row = re.search(
+        rf"^\| `{script.name}` \|.*\|$", (REPOSITORY / "docs/cluster.md").read_text(), re.M
+    )[0]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2] == f"{nodes} x {gpus}"
-    points = extrapolate(configuration(name), read_deepspeed(BF16), H100, gpus, [gpus, 2 * gpus, 4 * gpus], "strong")
+    points = extrapolate(
+        configuration(name), read_deepspeed(BF16), H100, gpus, [gpus, 2 * gpus, 4 * gpus], "strong"
+    )
     found = [(f"{1e3 * p.candidate.time.total:.0f}", p.candidate.layout.ep) for p in points]
     assert cells[3:] == [f"{ms} (EP {ep})" if ep > 1 else ms for ms, ep in found]
 
 
-@pytest.mark.parametrize(("hosts", "ep", "found"), [
-    ("aaaabbbb", 4, (1, 4)), ("aaaabbbb", 8, (2, 4)), ("abababab", 4, (2, 2)), ("aaabbbcc", 4, (2, 1)),
-    ("abcd", 2, (2, 1)), ("abcd", 1, (1, 1)), ("aabbccdd", 8, (4, 2)), ("a", 1, (1, 1)),
-])
+@pytest.mark.parametrize(
+    ("hosts", "ep", "found"),
+    [
+        ("aaaabbbb", 4, (1, 4)),
+        ("aaaabbbb", 8, (2, 4)),
+        ("abababab", 4, (2, 2)),
+        ("aaabbbcc", 4, (2, 1)),
+        ("abcd", 2, (2, 1)),
+        ("abcd", 1, (1, 1)),
+        ("aabbccdd", 8, (4, 2)),
+        ("a", 1, (1, 1)),
+    ],
+)
 def test_which_groups_span_hosts(hosts, ep, found):
     assert spanned(hosts, ep) == found
 
 
-@pytest.mark.parametrize(("name", "hosts", "ep", "says"), [
-    ("diffmoe_l_e16_flow", hosts_of(8, 8), 8, None),
-    ("diffmoe_l_e16_flow", hosts_of(16, 8), 8, None),
-    ("dense_xl_flow", hosts_of(16, 4), 1, None),
-    ("diffmoe_l_e16_flow", hosts_of(8, 4), 8, "EP groups of 8 ranks span 2 hosts; parallel.ep=4"),
-    ("diffmoe_xl_e16_flow", hosts_of(16, 8), 16, "EP groups of 16 ranks span 2 hosts; parallel.ep=8"),
-    ("diffmoe_xl_e16_flow", hosts_of(16, 4), 16, "EP groups of 16 ranks span 4 hosts; parallel.ep=4"),
-    ("diffmoe_l_e16_flow", [rank % 2 for rank in range(16)], 8, "EP groups of 8 ranks span 2 hosts; not consecutive"),
-])
+@pytest.mark.parametrize(
+    ("name", "hosts", "ep", "says"),
+    [
+        ("diffmoe_l_e16_flow", hosts_of(8, 8), 8, None),
+        ("diffmoe_l_e16_flow", hosts_of(16, 8), 8, None),
+        ("dense_xl_flow", hosts_of(16, 4), 1, None),
+        (
+            "diffmoe_l_e16_flow",
+            hosts_of(8, 4),
+            8,
+            "EP groups of 8 ranks span 2 hosts; parallel.ep=4",
+        ),
+        (
+            "diffmoe_xl_e16_flow",
+            hosts_of(16, 8),
+            16,
+            "EP groups of 16 ranks span 2 hosts; parallel.ep=8",
+        ),
+        (
+            "diffmoe_xl_e16_flow",
+            hosts_of(16, 4),
+            16,
+            "EP groups of 16 ranks span 4 hosts; parallel.ep=4",
+        ),
+        (
+            "diffmoe_l_e16_flow",
+            [rank % 2 for rank in range(16)],
+            8,
+            "EP groups of 8 ranks span 2 hosts; not consecutive",
+        ),
+    ],
+)
 def test_the_price_of_spanning_hosts_is_the_planners(name, hosts, ep, says):
     config = configuration(name, f"parallel.ep={ep}")
     layout, tree = resolve_layout(config, len(hosts)), read_deepspeed(BF16)
@@ -136,20 +199,41 @@ def test_the_price_of_spanning_hosts_is_the_planners(name, hosts, ep, says):
     per_node = hosts.count(hosts[0])
     cluster = Cluster(len(hosts) // per_node, per_node, H100)
     real = evaluate(config, tree, cluster)
-    assert (exchange, step) == pytest.approx((1e3 * real.time.all_to_all, 1e3 * real.time.total), abs=0.06)
+    assert (exchange, step) == pytest.approx(
+        (1e3 * real.time.all_to_all, 1e3 * real.time.total), abs=0.06
+    )
     other = evaluate(configuration(name, then), tree, cluster)
     assert line.endswith(f"with {then}, inside hosts, a step takes {1e3 * other.time.total:.1f} ms")
 
 
-@pytest.mark.parametrize(("name", "nodes", "fewer"), [
-    ("diffmoe_s_e16_flow", 2, 1), ("diffmoe_l_e8_flow", 8, 4), ("diffmoe_xl_e16_flow", 8, 4),
-    ("diffmoe_s_e16_flow", 1, None), ("diffmoe_l_e16_flow", 2, None), ("dense_xl_flow", 4, None),
-])
+@pytest.mark.parametrize(
+    ("name", "nodes", "fewer"),
+    [
+        ("diffmoe_s_e16_flow", 2, 1),
+        ("diffmoe_l_e8_flow", 8, 4),
+        ("diffmoe_xl_e16_flow", 8, 4),
+        ("diffmoe_s_e16_flow", 1, None),
+        ("diffmoe_l_e16_flow", 2, None),
+        ("dense_xl_flow", 4, None),
+    ],
+)
 def test_plan_and_submit_say_when_fewer_nodes_are_faster(name, nodes, fewer, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
-    words = ["--config", f"configs/{name}.yaml", "--deepspeed_config", str(BF16), "--nodes", str(nodes)]
-    quick, slow = (min(c.time.total for c in candidates(configuration(name), read_deepspeed(BF16), Cluster(n, 8, H100)))
-                   for n in (fewer or nodes, nodes))
+    words = [
+        "--config",
+        f"configs/{name}.yaml",
+        "--deepspeed_config",
+        str(BF16),
+        "--nodes",
+        str(nodes),
+    ]
+    quick, slow = (
+        min(
+            c.time.total
+            for c in candidates(configuration(name), read_deepspeed(BF16), Cluster(n, 8, H100))
+        )
+        for n in (fewer or nodes, nodes)
+    )
     assert plan.main(words) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "fewer nodes" in line]
     assert main(["submit", *words, "--dry-run"]) == 0
@@ -158,15 +242,30 @@ def test_plan_and_submit_say_when_fewer_nodes_are_faster(name, nodes, fewer, mon
         assert said == notes == []
         return
     begins = f"note: fewer nodes would be faster with train.batch 256: {1e3 * quick:.1f} ms a step on {fewer} ("
-    assert len(said) == 1 and said[0].startswith(begins) and said[0].endswith(f"), {1e3 * slow:.1f} on {nodes}")
+    assert (
+        len(said) == 1
+        and said[0].startswith(begins)
+        and said[0].endswith(f"), {1e3 * slow:.1f} on {nodes}")
+    )
     assert len(notes) == 1 and notes[0].startswith(begins)
 
 
-@pytest.mark.parametrize(("gpus", "ep", "spans"), [(8, 8, False), (4, 8, True), (4, 4, False), (8, 16, True)])
+@pytest.mark.parametrize(
+    ("gpus", "ep", "spans"), [(8, 8, False), (4, 8, True), (4, 4, False), (8, 16, True)]
+)
 def test_plan_and_submit_say_when_ep_groups_span_hosts(gpus, ep, spans, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
-    words = ["--config", "configs/diffmoe_l_e16_flow.yaml", "--deepspeed_config", str(BF16), "--nodes", "2",
-             "--gpus-per-node", str(gpus), f"parallel.ep={ep}"]
+    words = [
+        "--config",
+        "configs/diffmoe_l_e16_flow.yaml",
+        "--deepspeed_config",
+        str(BF16),
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        str(gpus),
+        f"parallel.ep={ep}",
+    ]
     assert plan.main([*words, "--ep", str(ep)]) == 0
     said = capsys.readouterr().out
     assert main(["submit", *words, "--dry-run"]) == 0

@@ -1,4 +1,6 @@
-"""The arrows between modules run downward: every import in the tree, those inside functions and for type checkers too."""
+"""The arrows between modules run downward: every import in the tree, those inside functions and for
+type checkers too.
+"""
 
 import ast
 from pathlib import Path
@@ -7,10 +9,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# From the top.  A module imports its own entry and what lies below; entries of one line do not know each other.
+# From the top.  A module imports its own entry and what lies below; entries of one line do not know
+# each other.
 LAYERS = [
     ["run"],
-    ["diffmoe.__main__", "launcher.doctor", "launcher.plan", "launcher.preflight", "launcher.scaling", "launcher.simulate", "launcher.submit"],
+    [
+        "diffmoe.__main__",
+        "launcher.doctor",
+        "launcher.plan",
+        "launcher.preflight",
+        "launcher.scaling",
+        "launcher.simulate",
+        "launcher.submit",
+    ],
     ["launcher.job", "launcher.probe", "launcher.scaling_plots", "launcher.hardware_options"],
     ["launcher.scaling_report"],
     ["diffmoe.bench"],  # more of the verb bench, which loads its kinds by name
@@ -26,8 +37,14 @@ LAYERS = [
     ["diffmoe.parallel"],
     ["diffmoe.deepspeed_json"],
     ["diffmoe.layout"],
-    ["diffmoe.config", "diffmoe.device", "diffmoe.markdown", "diffmoe.placement", "diffmoe.progress",
-     "diffmoe.random_streams"],
+    [
+        "diffmoe.config",
+        "diffmoe.device",
+        "diffmoe.markdown",
+        "diffmoe.placement",
+        "diffmoe.progress",
+        "diffmoe.random_streams",
+    ],
     ["diffmoe.strict_yaml"],
     ["diffmoe", "launcher"],
     ["diffmoe.paths"],
@@ -35,11 +52,17 @@ LAYERS = [
 ]
 HEIGHT = {entry: -i for i, entries in enumerate(LAYERS) for entry in entries}
 # Packages that only some may import, wherever in the module it stands.
-ONLY = {"deepspeed": ["diffmoe.training.engine", "diffmoe.training.zero_optimizers"], "diffmoe.commands": ["diffmoe.__main__", "diffmoe.commands", "diffmoe.bench"]}
+ONLY = {
+    "deepspeed": ["diffmoe.training.engine", "diffmoe.training.zero_optimizers"],
+    "diffmoe.commands": ["diffmoe.__main__", "diffmoe.commands", "diffmoe.bench"],
+}
 
 
 def source_files():
-    return [ROOT / "run.py", *sorted(path for top in ("diffmoe", "launcher") for path in (ROOT / top).rglob("*.py"))]
+    return [
+        ROOT / "run.py",
+        *sorted(path for top in ("diffmoe", "launcher") for path in (ROOT / top).rglob("*.py")),
+    ]
 
 
 def module_of(path):
@@ -47,8 +70,12 @@ def module_of(path):
 
 
 def entry_of(module):
-    """The layers' entry that a module belongs to; a module without one, also other people's, stands for itself."""
-    packages = (entry for entry in HEIGHT if entry != "diffmoe" and (module + ".").startswith(entry + "."))
+    """The layers' entry that a module belongs to; a module without one, also other people's, stands
+    for itself.
+    """
+    packages = (
+        entry for entry in HEIGHT if entry != "diffmoe" and (module + ".").startswith(entry + ".")
+    )
     return next(packages, module)
 
 
@@ -71,8 +98,12 @@ def faults(module, text, modules):
         entry = entry_of(name)
         if entry in HEIGHT and entry != own and HEIGHT[entry] >= HEIGHT[own]:
             found.append(f"{module} imports {name}, which does not lie below it")
-        found += [f"{module} imports {name}, which is for {', '.join(allowed)}" for package, allowed in ONLY.items()
-                  if (name + ".").startswith(package + ".") and not (module + ".").startswith(tuple(a + "." for a in allowed))]
+        found += [
+            f"{module} imports {name}, which is for {', '.join(allowed)}"
+            for package, allowed in ONLY.items()
+            if (name + ".").startswith(package + ".")
+            and not (module + ".").startswith(tuple(a + "." for a in allowed))
+        ]
     return found
 
 
@@ -90,15 +121,18 @@ def test_arrows_run_downward(module):
     assert faults(module, MODULES[module], MODULES) == []
 
 
-@pytest.mark.parametrize(("module", "line"), [
-    ("diffmoe.moe.layer", "from diffmoe.models.dit import DiT"),
-    ("diffmoe.evaluation.card", "def f():\n    from diffmoe.training import checkpoint"),
-    ("diffmoe.evaluation.card", "from diffmoe import training"),
-    ("diffmoe.data.shards", "import diffmoe.commands.common"),
-    ("diffmoe.data.shards", "from diffmoe.diffusion.times import uniform_steps"),
-    ("diffmoe.moe.layer", "from deepspeed.utils import groups"),
-    ("launcher.environment", "from diffmoe.config import Config"),
-])
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("diffmoe.moe.layer", "from diffmoe.models.dit import DiT"),
+        ("diffmoe.evaluation.card", "def f():\n    from diffmoe.training import checkpoint"),
+        ("diffmoe.evaluation.card", "from diffmoe import training"),
+        ("diffmoe.data.shards", "import diffmoe.commands.common"),
+        ("diffmoe.data.shards", "from diffmoe.diffusion.times import uniform_steps"),
+        ("diffmoe.moe.layer", "from deepspeed.utils import groups"),
+        ("launcher.environment", "from diffmoe.config import Config"),
+    ],
+)
 def test_an_upward_arrow_is_found(module, line):
     assert faults(module, line, {*MODULES, "diffmoe.training"})
 
@@ -106,5 +140,12 @@ def test_an_upward_arrow_is_found(module, line):
 def test_the_launcher_needs_no_torch_to_be_imported():
     for module, text in MODULES.items():
         if module.startswith("launcher"):
-            top = ast.Module([node for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+            top = ast.Module(
+                [
+                    node
+                    for node in ast.parse(text).body
+                    if isinstance(node, (ast.Import, ast.ImportFrom))
+                ],
+                [],
+            )
             assert "torch" not in {name.split(".")[0] for name in imports_of(top, MODULES)}

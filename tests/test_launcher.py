@@ -1,4 +1,6 @@
-"""The launcher's verbs as login nodes run them: help, one line for bad input, no torch; doctor's and the job scripts' judgement."""
+"""The launcher's verbs as login nodes run them: help, one line for bad input, no torch; doctor's
+and the job scripts' judgement.
+"""
 
 import dataclasses
 import json
@@ -25,49 +27,81 @@ DEMO = ["--config", "configs/demo.yaml"]
 
 def launcher(*arguments, **kept):
     """``python -m launcher`` in a bare interpreter without site packages, as on a login node."""
-    return subprocess.run([sys.executable, "-S", "-m", "launcher", *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True,
-                          timeout=60, env={"PATH": os.environ["PATH"], **kept})
+    return subprocess.run(
+        [sys.executable, "-S", "-m", "launcher", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": os.environ["PATH"], **kept},
+    )
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------------------------------------
+# the command line
 
 
 def test_every_verb_has_help_with_an_example(capsys):
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
     assert "example:" in listed and all(f"  {verb} " in listed for verb in VERBS)
-    for words in (*([verb] for verb in VERBS if verb != "job"), ["job", "prepare"], ["job", "after"]):
+    for words in (
+        *([verb] for verb in VERBS if verb != "job"),
+        ["job", "prepare"],
+        ["job", "after"],
+    ):
         with pytest.raises(SystemExit) as end:
             main([*words, "--help"])
         said = capsys.readouterr().out
-        assert end.value.code == 0 and f"python -m launcher {' '.join(words)}" in said.partition("example:")[2], words
-    assert main(["job", "--help"]) == 0 and "python -m launcher job" in capsys.readouterr().out.partition("example:")[2]
+        assert (
+            end.value.code == 0
+            and f"python -m launcher {' '.join(words)}" in said.partition("example:")[2]
+        ), words
+    assert (
+        main(["job", "--help"]) == 0
+        and "python -m launcher job" in capsys.readouterr().out.partition("example:")[2]
+    )
 
 
-@pytest.mark.parametrize(("arguments", "text"), [
-    (["plane"], "verb 'plane' must be one of doctor, plan, submit"),
-    (["doctor", "--now"], "unrecognized arguments: --now (see python -m launcher doctor --help)"),
-    (["submit"], "the following arguments are required: --config"),
-    (["submit", "--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
-    (["submit", *DEMO, "--nodes", "0"], "--nodes (0) must be at least 1"),
-    (["submit", *DEMO, "--nodes", "3"], "train.batch (128) must divide by ranks (24)"),
-    (["submit", *DEMO, "--time", "soon"], "--time ('soon') must be minutes, hours:minutes:seconds"),
-    (["submit", *DEMO, "--memory", "lots"], "--memory ('lots') must be"),
-    (["submit", *DEMO, "--partition", "a b"], "--partition ('a b') must be one word"),
-    (["submit", *DEMO, "--account", "x;rm"], "--account ('x;rm') must be one word"),
-    (["submit", *DEMO, "--sbatch=-p"], "--sbatch ('-p') must be one long option"),
-    (["submit", *DEMO, "--gpus-per-node", "4", "--ranks-per-node", "2"], "--ranks-per-node (2) must equal --gpus-per-node (4)"),
-    (["submit", *DEMO, "train.stesp=3"], "unknown key train.stesp"),
-    (["submit", *DEMO, "--deepspeed_config", "/nowhere.json"], "/nowhere.json does not exist"),
-    (["preflight", "--timeout", "0"], "--timeout (0.0) must be above 0"),
-    (["preflight", "train.steps=3"], "override 'train.steps=3' needs --config"),
-    (["preflight", "--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
-    (["job", "after", "/nowhere", "0"], "folder (/nowhere) does not exist"),
-    (["preflight", "--from", "/nowhere"], "--from (/nowhere) does not exist"),
-    (["job", "after", "tests", "0"], "folder (tests) has no config.yaml: it is no training job's"),
-    (["job", "prepare", *DEMO, "--ranks", "2"], "SLURM_JOB_ID is unset"),
-    (["job", "prepare", *DEMO, "--ranks", "0"], "--ranks (0) must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["plane"], "verb 'plane' must be one of doctor, plan, submit"),
+        (
+            ["doctor", "--now"],
+            "unrecognized arguments: --now (see python -m launcher doctor --help)",
+        ),
+        (["submit"], "the following arguments are required: --config"),
+        (["submit", "--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
+        (["submit", *DEMO, "--nodes", "0"], "--nodes (0) must be at least 1"),
+        (["submit", *DEMO, "--nodes", "3"], "train.batch (128) must divide by ranks (24)"),
+        (
+            ["submit", *DEMO, "--time", "soon"],
+            "--time ('soon') must be minutes, hours:minutes:seconds",
+        ),
+        (["submit", *DEMO, "--memory", "lots"], "--memory ('lots') must be"),
+        (["submit", *DEMO, "--partition", "a b"], "--partition ('a b') must be one word"),
+        (["submit", *DEMO, "--account", "x;rm"], "--account ('x;rm') must be one word"),
+        (["submit", *DEMO, "--sbatch=-p"], "--sbatch ('-p') must be one long option"),
+        (
+            ["submit", *DEMO, "--gpus-per-node", "4", "--ranks-per-node", "2"],
+            "--ranks-per-node (2) must equal --gpus-per-node (4)",
+        ),
+        (["submit", *DEMO, "train.stesp=3"], "unknown key train.stesp"),
+        (["submit", *DEMO, "--deepspeed_config", "/nowhere.json"], "/nowhere.json does not exist"),
+        (["preflight", "--timeout", "0"], "--timeout (0.0) must be above 0"),
+        (["preflight", "train.steps=3"], "override 'train.steps=3' needs --config"),
+        (["preflight", "--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
+        (["job", "after", "/nowhere", "0"], "folder (/nowhere) does not exist"),
+        (["preflight", "--from", "/nowhere"], "--from (/nowhere) does not exist"),
+        (
+            ["job", "after", "tests", "0"],
+            "folder (tests) has no config.yaml: it is no training job's",
+        ),
+        (["job", "prepare", *DEMO, "--ranks", "2"], "SLURM_JOB_ID is unset"),
+        (["job", "prepare", *DEMO, "--ranks", "0"], "--ranks (0) must be at least 1"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(arguments, text, capsys, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.chdir(REPOSITORY)
@@ -79,10 +113,17 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, text, capsys, monkeypa
 def test_without_torch_and_yaml_doctor_works_and_others_say_what_to_do():
     done = launcher("doctor")
     assert done.returncode == 1 and done.stderr == ""
-    assert "not installed (a login node needs none" in done.stdout and "not installed: deepspeed, numpy" in done.stdout
+    assert (
+        "not installed (a login node needs none" in done.stdout
+        and "not installed: deepspeed, numpy" in done.stdout
+    )
     assert "type: make setup" in done.stdout
     done = launcher("submit", *DEMO, "--dry-run")
-    assert done.returncode == 2 and done.stderr.startswith("error: launcher submit needs the package yaml") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: launcher submit needs the package yaml")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_submit_needs_no_torch(tmp_path):
@@ -90,18 +131,59 @@ def test_submit_needs_no_torch(tmp_path):
     import yaml
 
     shutil.copytree(Path(yaml.__file__).parent, tmp_path / "yaml")
-    done = launcher("submit", *DEMO, "--gpus-per-node", "2", "--dry-run", "train.lr=1e-3", PYTHONPATH=str(tmp_path))
+    done = launcher(
+        "submit",
+        *DEMO,
+        "--gpus-per-node",
+        "2",
+        "--dry-run",
+        "train.lr=1e-3",
+        PYTHONPATH=str(tmp_path),
+    )
     assert done.returncode == 0, done.stderr
-    assert "#SBATCH --gpus-per-node=2\n" in done.stdout and "train configs/demo.yaml \\\n  train.lr=1e-3 \\\n  run.folder=runs/demo" in done.stdout
+    assert (
+        "#SBATCH --gpus-per-node=2\n" in done.stdout
+        and "train configs/demo.yaml \\\n  train.lr=1e-3 \\\n  run.folder=runs/demo" in done.stdout
+    )
 
 
 def test_submit_quotes_and_renders_everything(capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    assert main(["submit", *DEMO, "--nodes", "2", "--gpus-per-node", "2", "--time", "1-12", "--partition", "gpu", "--account", "us", "--sbatch=--qos=high",
-                 "--signal", "300", "--dry-run", "data.shards=/a b/c"]) == 0
+    assert (
+        main(
+            [
+                "submit",
+                *DEMO,
+                "--nodes",
+                "2",
+                "--gpus-per-node",
+                "2",
+                "--time",
+                "1-12",
+                "--partition",
+                "gpu",
+                "--account",
+                "us",
+                "--sbatch=--qos=high",
+                "--signal",
+                "300",
+                "--dry-run",
+                "data.shards=/a b/c",
+            ]
+        )
+        == 0
+    )
     script = capsys.readouterr().out
-    for line in ("--nodes=2", "--ntasks-per-node=2", "--time=1-12", "--partition=gpu", "--account=us", "--qos=high", "--signal=B:USR1@300",
-                 "--requeue"):
+    for line in (
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        "--time=1-12",
+        "--partition=gpu",
+        "--account=us",
+        "--qos=high",
+        "--signal=B:USR1@300",
+        "--requeue",
+    ):
         assert f"#SBATCH {line}\n" in script
     assert "'data.shards=/a b/c'" in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -115,19 +197,31 @@ def test_without_slurm_submit_says_so(capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------------ the job scripts
+# ------------------------------------------------------------------------------------------------
+# the job scripts
 
 
 def test_a_jobs_folder_is_a_snapshot_that_a_requeue_finds_again(tmp_path):
     root = tmp_path / "tree"
     root.mkdir()
     for name in job.CODE:
-        (shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy)(REPOSITORY / name, root / name)
-    arguments = (str(REPOSITORY / "configs/demo.yaml"), str(REPOSITORY / "ds_configs/zero1_bf16.json"), 4,
-                 [f"run.folder={tmp_path}/run", "train.lr=0.5"], "7", root)
+        (shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy)(
+            REPOSITORY / name, root / name
+        )
+    arguments = (
+        str(REPOSITORY / "configs/demo.yaml"),
+        str(REPOSITORY / "ds_configs/zero1_bf16.json"),
+        4,
+        [f"run.folder={tmp_path}/run", "train.lr=0.5"],
+        "7",
+        root,
+    )
     folder = job.prepare(*arguments)
     assert folder == tmp_path / "run/jobs/7"
-    assert "lr: 0.5" in (folder / "config.yaml").read_text() and json.loads((folder / "deepspeed.json").read_text())["bf16"]["enabled"]
+    assert (
+        "lr: 0.5" in (folder / "config.yaml").read_text()
+        and json.loads((folder / "deepspeed.json").read_text())["bf16"]["enabled"]
+    )
     (root / "run.py").write_text("broken")
     assert job.prepare(*arguments) == folder
     assert (folder / "code/run.py").read_bytes() == (REPOSITORY / "run.py").read_bytes()
@@ -135,29 +229,59 @@ def test_a_jobs_folder_is_a_snapshot_that_a_requeue_finds_again(tmp_path):
     assert not (tmp_path / "run/jobs/.7.partial").exists()
     with pytest.raises(UserError, match=r"world size \(3\) must divide by parallel.ep \(2\)"):
         job.prepare(*arguments[:2], 3, *arguments[3:])
-    done = subprocess.run([sys.executable, folder / "code/run.py", "--config", folder / "config.yaml", "--dry-run", "--ranks", "4"], cwd="/",
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [
+            sys.executable,
+            folder / "code/run.py",
+            "--config",
+            folder / "config.yaml",
+            "--dry-run",
+            "--ranks",
+            "4",
+        ],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and "lr: 0.5" in done.stdout
 
 
-@pytest.mark.parametrize(("before", "step", "said"), [
-    ("", "exit 3", "status 3"),  # a step that cannot start leaves no log to show
-    ("kill -USR1 $$;", "sleep 60", "is asked to end before its ranks have started"),  # it comes while the job is being prepared
-    ("", "kill -USR1 $PPID; trap 'exit 5' USR1; while :; do sleep 0.1; done", "asks the ranks to save and end"),
-    ("", "exit 0", "status 0"),
-])
+@pytest.mark.parametrize(
+    ("before", "step", "said"),
+    [
+        ("", "exit 3", "status 3"),  # a step that cannot start leaves no log to show
+        (
+            "kill -USR1 $$;",
+            "sleep 60",
+            "is asked to end before its ranks have started",
+        ),  # it comes while the job is being prepared
+        (
+            "",
+            "kill -USR1 $PPID; trap 'exit 5' USR1; while :; do sleep 0.1; done",
+            "asks the ranks to save and end",
+        ),
+        ("", "exit 0", "status 0"),
+    ],
+)
 def test_a_job_comes_to_its_conclusion(tmp_path, before, step, said):
     """Whenever the signal before the limit comes: that is where it is requeued."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "step.sh").write_text(step)
     script = f"set -euo pipefail; source scripts/slurm/_common.sh; trap stop_requested USR1; job={tmp_path}; SLURM_JOB_ID=1; {before}"
     script += f'step=(bash {tmp_path}/step.sh); on_ranks rank; kill -USR1 $$; echo "status $status"'
-    done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 0 and "status" in done.stdout.splitlines()[-1] and said in done.stdout, done
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=30
+    )
+    assert (
+        done.returncode == 0 and "status" in done.stdout.splitlines()[-1] and said in done.stdout
+    ), done
     assert ("status 0" in done.stdout) == (step == "exit 0" or bool(before)), done
 
 
-@pytest.mark.parametrize("script", sorted((REPOSITORY / "scripts/slurm").glob("*.sh")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script", sorted((REPOSITORY / "scripts/slurm").glob("*.sh")), ids=lambda path: path.stem
+)
 def test_job_scripts_parse_and_ask_for_ranks_that_their_configuration_divides(script, tmp_path):
     text = script.read_text()
     subprocess.run(["bash", "-n", script], check=True)
@@ -166,9 +290,19 @@ def test_job_scripts_parse_and_ask_for_ranks_that_their_configuration_divides(sc
     if trained is None:
         return
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.M))
-    assert asked["ntasks-per-node"] == asked["gpus-per-node"] and asked["signal"] == "B:USR1@120" and "#SBATCH --requeue" in text
-    job.prepare(str(REPOSITORY / trained[1]), str(REPOSITORY / "ds_configs/zero1_bf16.json"), int(asked["nodes"]) * int(asked["gpus-per-node"]),
-                [f"run.folder={tmp_path}"], "1", REPOSITORY)
+    assert (
+        asked["ntasks-per-node"] == asked["gpus-per-node"]
+        and asked["signal"] == "B:USR1@120"
+        and "#SBATCH --requeue" in text
+    )
+    job.prepare(
+        str(REPOSITORY / trained[1]),
+        str(REPOSITORY / "ds_configs/zero1_bf16.json"),
+        int(asked["nodes"]) * int(asked["gpus-per-node"]),
+        [f"run.folder={tmp_path}"],
+        "1",
+        REPOSITORY,
+    )
 
 
 def reach(run: Path, step: int) -> None:
@@ -182,7 +316,14 @@ def test_a_job_starts_again_while_it_gets_on(tmp_path):
     reach(run, 10)  # of an earlier job
     (run / "checkpoints/.step_00000099.partial").mkdir()
     (run / "checkpoints/step_00000098").mkdir()  # not complete
-    folder = job.prepare(str(REPOSITORY / "configs/demo.yaml"), None, 2, [f"run.folder={run}", "train.steps=40"], "7", REPOSITORY)
+    folder = job.prepare(
+        str(REPOSITORY / "configs/demo.yaml"),
+        None,
+        2,
+        [f"run.folder={run}", "train.steps=40"],
+        "7",
+        REPOSITORY,
+    )
 
     def after(status: int) -> int:
         return job.after_training(folder, status).code
@@ -197,7 +338,9 @@ def test_a_job_starts_again_while_it_gets_on(tmp_path):
     reach(run, 35)
     assert after(2) == job.BAD_INPUT
     reach(run, 40)
-    assert after(138) == job.START_AGAIN  # somebody died on the way out: the next start has nothing to do
+    assert (
+        after(138) == job.START_AGAIN
+    )  # somebody died on the way out: the next start has nothing to do
     assert job.after_training(folder, 0) == job.Verdict(0, "finished (step 40 of 40)")
 
 
@@ -214,10 +357,12 @@ def test_a_job_that_fills_a_folder_starts_again_while_the_folder_grows(tmp_path)
     assert job.after_writing(folder, 0, out).code == 0
 
 
-# ------------------------------------------------------------------------------------------------ the other launchers
+# ------------------------------------------------------------------------------------------------
+# the other launchers
 
-# Two nodes of one rank each, both on this machine.  DeepSpeed's multi-node start proper goes through ssh or pdsh, which a test
-# machine lacks; --no_ssh is its form for clusters without either, with the same hostfile: the command is given on every node.
+# Two nodes of one rank each, both on this machine.  DeepSpeed's multi-node start proper goes
+# through ssh or pdsh, which a test machine lacks; --no_ssh is its form for clusters without either,
+# with the same hostfile: the command is given on every node.
 TWO_NODES = {
     "torchrun": "torchrun --nnodes 2 --node-rank $node --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port}",
     "deepspeed": "deepspeed --log_level error --hostfile {hostfile} --no_ssh --node_rank $node --master_addr 127.0.0.1 --master_port {port}",
@@ -227,7 +372,9 @@ TWO_NODES = {
 @pytest.mark.parametrize("tool", TWO_NODES)
 def test_two_nodes_of_torchrun_and_of_deepspeeds_hostfile(tool, tmp_path):
     (tmp_path / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
-    with socket.socket() as probe:  # launchers meet at a port and not through a file; nobody else takes it within seconds
+    with (
+        socket.socket() as probe
+    ):  # launchers meet at a port and not through a file; nobody else takes it within seconds
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     start = TWO_NODES[tool].format(port=port, hostfile=tmp_path / "hostfile")
@@ -239,60 +386,178 @@ def test_two_nodes_of_torchrun_and_of_deepspeeds_hostfile(tool, tmp_path):
         ends = program.wait(400)
     assert [end.returncode for end in ends] == [0, 0], ends
     assert "1 ranks" not in ends[0].stdout and "2 expert-parallel ranks" in ends[0].stdout
-    said = re.findall(r"^EP groups of 2 ranks span 2 hosts: by the plan \(one CPU core.*$", ends[0].stdout, re.M)
+    said = re.findall(
+        r"^EP groups of 2 ranks span 2 hosts: by the plan \(one CPU core.*$", ends[0].stdout, re.M
+    )
     assert len(said) == 1 and said[0].endswith("ms") and "span" not in ends[1].stdout
-    assert re.findall(r"^place    CPUs .* PYTORCH_ALLOC_CONF=expandable_segments:True", ends[0].stdout, re.M)
+    assert re.findall(
+        r"^place    CPUs .* PYTORCH_ALLOC_CONF=expandable_segments:True", ends[0].stdout, re.M
+    )
     undisturbed = losses(trained()[0])
     assert losses(tmp_path / "run")[1] == undisturbed[1]
 
 
-# ------------------------------------------------------------------------------------------------ doctor
+# ------------------------------------------------------------------------------------------------
+# doctor
 
 H200 = Gpu(0, "NVIDIA H200", "570.1", 143771, ())
-TORCH = {"version": "2.13.0+cu130", "cuda": "13.0", "gpus": 1, "nccl": True, "gloo": True, "capabilities": [[9, 0]], "arches": ["sm_80", "sm_90"]}
-WELL = Facts(python=(3, 11), executable="/v/bin/python", packages={"torch": "2.13.0", "deepspeed": "0.19.8"},
-             wanted={"torch": ">=2.13,<2.14", "deepspeed": "==0.19.8"}, wanted_python=">=3.10,<3.14", torch=TORCH, apex="none", gpus=(H200,),
-             driver=True, nvcc="13.0", compiler="c++ 12", shm=2**33, cpus=64, omp=None, slurm="slurm 22.05", device_asked=None)
+TORCH = {
+    "version": "2.13.0+cu130",
+    "cuda": "13.0",
+    "gpus": 1,
+    "nccl": True,
+    "gloo": True,
+    "capabilities": [[9, 0]],
+    "arches": ["sm_80", "sm_90"],
+}
+WELL = Facts(
+    python=(3, 11),
+    executable="/v/bin/python",
+    packages={"torch": "2.13.0", "deepspeed": "0.19.8"},
+    wanted={"torch": ">=2.13,<2.14", "deepspeed": "==0.19.8"},
+    wanted_python=">=3.10,<3.14",
+    torch=TORCH,
+    apex="none",
+    gpus=(H200,),
+    driver=True,
+    nvcc="13.0",
+    compiler="c++ 12",
+    shm=2**33,
+    cpus=64,
+    omp=None,
+    slurm="slurm 22.05",
+    device_asked=None,
+)
 
 
 def wrong(**changes):
-    return {finding.what: finding for finding in judge(dataclasses.replace(WELL, **changes)) if finding.level == "wrong"}
+    return {
+        finding.what: finding
+        for finding in judge(dataclasses.replace(WELL, **changes))
+        if finding.level == "wrong"
+    }
 
 
 def test_a_machine_that_is_well():
     assert wrong() == {}
     held = {**TORCH, "memory": [["NVIDIA H200", "12345678-9", 40 * 2**30, 140 * 2**30]]}
-    assert wrong(torch=held, device_asked="cpu") == {} == wrong(torch={**TORCH, "gpus": 0}, device_asked="cpu")
-    assert wrong(gpus=None, driver=False, torch={**TORCH, "version": "2.13.0+cpu", "cuda": None, "gpus": 0, "nccl": False, "capabilities": []},
-                 nvcc=None, compiler=None) == {}
+    assert (
+        wrong(torch=held, device_asked="cpu")
+        == {}
+        == wrong(torch={**TORCH, "gpus": 0}, device_asked="cpu")
+    )
+    assert (
+        wrong(
+            gpus=None,
+            driver=False,
+            torch={
+                **TORCH,
+                "version": "2.13.0+cpu",
+                "cuda": None,
+                "gpus": 0,
+                "nccl": False,
+                "capabilities": [],
+            },
+            nvcc=None,
+            compiler=None,
+        )
+        == {}
+    )
 
 
-@pytest.mark.parametrize(("changes", "what", "text", "fix"), [
-    ({"apex": "impostor"}, "apex", "not NVIDIA's (no apex.optimizers)", "pip uninstall apex"),
-    ({"torch": {**TORCH, "version": "2.13.0+cpu", "cuda": None, "gpus": 0}}, "torch", "this machine has 1 GPU (NVIDIA H200, driver 570.1), "
-     "and torch (2.13.0+cpu) is built for CPUs only", "make setup"),
-    ({"torch": {**TORCH, "gpus": 0, "says": "driver too old"}}, "torch", "this machine has 1 GPU (NVIDIA H200, driver 570.1), and torch "
-     "(2.13.0+cu130, for CUDA 13.0) cannot use it: driver too old", "nvidia-smi"),
-    ({"torch": {**TORCH, "gpus": 0}, "shown": ""}, "torch", "CUDA_VISIBLE_DEVICES ('') hides this machine's 1 GPU", "nvidia-smi"),
-    ({"torch": {**TORCH, "memory": [["NVIDIA H200", "12345678-9", 40 * 2**30, 140 * 2**30]]}}, "gpu 0",
-     "GPU 0 (NVIDIA H200, GPU-12345678) has 100.0 of 140.0 GiB in use by another process", "DIFFMOE_SHARED_GPU=1"),
-    ({"torch": {**TORCH, "memory": ["CUDA error: busy"]}}, "gpu 0", "GPU 0 cannot be opened: CUDA error: busy", "CUDA_VISIBLE_DEVICES"),
-    ({"torch": {**TORCH, "version": "2.12.1"}}, "torch", "2.12.1; >=2.13,<2.14 is needed", "make setup"),
-    ({"torch": {**TORCH, "arches": ["sm_100"]}}, "torch", "no code for compute capability 9.0", "make setup"),
-    ({"torch": None}, "torch", "not installed (a login node needs none", "make setup"),
-    ({"torch": "libcudart.so: cannot open"}, "torch", "cannot be imported: libcudart.so: cannot open", "rm -r .venv"),
-    ({"torch": {**TORCH, "nccl": False}}, "nccl", "GPUs cannot talk to each other", "make setup"),
-    ({"nvcc": "12.4"}, "cuda", "nvcc is of CUDA 12.4, torch of 13.0", "module load cuda/13.0"),
-    ({"compiler": None}, "compiler", "no C++ compiler", "g++"),
-    ({"packages": {"torch": "2.13.0", "deepspeed": "0.18.0"}}, "deepspeed", "0.18.0; ==0.19.8 is needed", "make setup"),
-    ({"packages": {}}, "packages", "not installed: deepspeed", "make setup"),
-    ({"python": (3, 9)}, "python", "3.9 at /v/bin/python; >=3.10,<3.14 is needed", "PYTHON=python3.12"),
-    ({"shm": 2**26}, "/dev/shm", "64 MiB: too small", "--shm-size"),
-    ({"omp": "128"}, "OMP_NUM_THREADS", "'128' on 64 CPUs", "unset OMP_NUM_THREADS"),
-    ({"gpus": "nvidia-smi fails: no devices"}, "gpu", "nvidia-smi fails", "DS_ACCELERATOR=cpu"),
-    ({"gpus": (dataclasses.replace(H200, trouble=("hardware slowdown at 91 C",)),)}, "gpu 0", "hardware slowdown at 91 C", "nvidia-smi -q"),
-    ({"gpus": None}, "gpu", "driver is loaded, but nvidia-smi shows no GPU", "owner"),
-])
+@pytest.mark.parametrize(
+    ("changes", "what", "text", "fix"),
+    [
+        ({"apex": "impostor"}, "apex", "not NVIDIA's (no apex.optimizers)", "pip uninstall apex"),
+        (
+            {"torch": {**TORCH, "version": "2.13.0+cpu", "cuda": None, "gpus": 0}},
+            "torch",
+            "this machine has 1 GPU (NVIDIA H200, driver 570.1), "
+            "and torch (2.13.0+cpu) is built for CPUs only",
+            "make setup",
+        ),
+        (
+            {"torch": {**TORCH, "gpus": 0, "says": "driver too old"}},
+            "torch",
+            "this machine has 1 GPU (NVIDIA H200, driver 570.1), and torch "
+            "(2.13.0+cu130, for CUDA 13.0) cannot use it: driver too old",
+            "nvidia-smi",
+        ),
+        (
+            {"torch": {**TORCH, "gpus": 0}, "shown": ""},
+            "torch",
+            "CUDA_VISIBLE_DEVICES ('') hides this machine's 1 GPU",
+            "nvidia-smi",
+        ),
+        (
+            {
+                "torch": {
+                    **TORCH,
+                    "memory": [["NVIDIA H200", "12345678-9", 40 * 2**30, 140 * 2**30]],
+                }
+            },
+            "gpu 0",
+            "GPU 0 (NVIDIA H200, GPU-12345678) has 100.0 of 140.0 GiB in use by another process",
+            "DIFFMOE_SHARED_GPU=1",
+        ),
+        (
+            {"torch": {**TORCH, "memory": ["CUDA error: busy"]}},
+            "gpu 0",
+            "GPU 0 cannot be opened: CUDA error: busy",
+            "CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            {"torch": {**TORCH, "version": "2.12.1"}},
+            "torch",
+            "2.12.1; >=2.13,<2.14 is needed",
+            "make setup",
+        ),
+        (
+            {"torch": {**TORCH, "arches": ["sm_100"]}},
+            "torch",
+            "no code for compute capability 9.0",
+            "make setup",
+        ),
+        ({"torch": None}, "torch", "not installed (a login node needs none", "make setup"),
+        (
+            {"torch": "libcudart.so: cannot open"},
+            "torch",
+            "cannot be imported: libcudart.so: cannot open",
+            "rm -r .venv",
+        ),
+        (
+            {"torch": {**TORCH, "nccl": False}},
+            "nccl",
+            "GPUs cannot talk to each other",
+            "make setup",
+        ),
+        ({"nvcc": "12.4"}, "cuda", "nvcc is of CUDA 12.4, torch of 13.0", "module load cuda/13.0"),
+        ({"compiler": None}, "compiler", "no C++ compiler", "g++"),
+        (
+            {"packages": {"torch": "2.13.0", "deepspeed": "0.18.0"}},
+            "deepspeed",
+            "0.18.0; ==0.19.8 is needed",
+            "make setup",
+        ),
+        ({"packages": {}}, "packages", "not installed: deepspeed", "make setup"),
+        (
+            {"python": (3, 9)},
+            "python",
+            "3.9 at /v/bin/python; >=3.10,<3.14 is needed",
+            "PYTHON=python3.12",
+        ),
+        ({"shm": 2**26}, "/dev/shm", "64 MiB: too small", "--shm-size"),
+        ({"omp": "128"}, "OMP_NUM_THREADS", "'128' on 64 CPUs", "unset OMP_NUM_THREADS"),
+        ({"gpus": "nvidia-smi fails: no devices"}, "gpu", "nvidia-smi fails", "DS_ACCELERATOR=cpu"),
+        (
+            {"gpus": (dataclasses.replace(H200, trouble=("hardware slowdown at 91 C",)),)},
+            "gpu 0",
+            "hardware slowdown at 91 C",
+            "nvidia-smi -q",
+        ),
+        ({"gpus": None}, "gpu", "driver is loaded, but nvidia-smi shows no GPU", "owner"),
+    ],
+)
 def test_doctor_names_what_is_wrong_and_what_to_type(changes, what, text, fix):
     found = wrong(**changes)
     assert list(found) == [what], found
@@ -312,14 +577,35 @@ def test_the_impostor_apex_is_told_from_nvidias(tmp_path, monkeypatch):
 
 def test_doctor_reads_this_machine():
     facts = gather()
-    assert facts.wanted["deepspeed"] == "==0.19.8" and facts.wanted_python == ">=3.10,<3.14" and len(facts.wanted) == 16
+    assert (
+        facts.wanted["deepspeed"] == "==0.19.8"
+        and facts.wanted_python == ">=3.10,<3.14"
+        and len(facts.wanted) == 16
+    )
     assert facts.torch["version"].startswith("2.13")
-    assert {finding.what for finding in judge(facts)} >= {"python", "packages", "torch", "apex", "compiler"}
+    assert {finding.what for finding in judge(facts)} >= {
+        "python",
+        "packages",
+        "torch",
+        "apex",
+        "compiler",
+    }
 
 
-@pytest.mark.parametrize(("version", "wanted", "good"), [
-    ("2.13.0+cpu", ">=2.13,<2.14", True), ("2.14.0", ">=2.13,<2.14", False), ("0.19.8", "==0.19.8", True), ("0.19.10", "==0.19.8", False),
-    ("2.11.0+cu130", ">=2.11,<2.14", True), ("2.10.1", ">=2.11,<2.14", False), ("3.9", ">=3.10", False), ("1", ">=1.0", True), ("12.3", "!=12.3", False), ("5", "", True),
-])
+@pytest.mark.parametrize(
+    ("version", "wanted", "good"),
+    [
+        ("2.13.0+cpu", ">=2.13,<2.14", True),
+        ("2.14.0", ">=2.13,<2.14", False),
+        ("0.19.8", "==0.19.8", True),
+        ("0.19.10", "==0.19.8", False),
+        ("2.11.0+cu130", ">=2.11,<2.14", True),
+        ("2.10.1", ">=2.11,<2.14", False),
+        ("3.9", ">=3.10", False),
+        ("1", ">=1.0", True),
+        ("12.3", "!=12.3", False),
+        ("5", "", True),
+    ],
+)
 def test_versions_compare_as_numbers(version, wanted, good):
     assert satisfies(version, wanted) == good

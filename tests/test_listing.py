@@ -1,4 +1,6 @@
-"""What a source holds: names, links and leftovers in folders and tars; classes and their names; sources that change."""
+"""What a source holds: names, links and leftovers in folders and tars; classes and their names;
+sources that change.
+"""
 
 from __future__ import annotations
 
@@ -87,37 +89,64 @@ def run(source: Path, out: Path, **changes: object) -> tuple[ShardIndex, list[st
 # ---- folders
 
 
-LEFTOVERS = ["{}/.ipynb_checkpoints/x.png", "{}/__MACOSX/x.png", "{}/._x.png", "{}/.DS_Store", "{}/Thumbs.db",
-             "{}/@eaDir/x.jpg", "{}/.hidden/deep/x.png", "{}/desktop.ini"]
+LEFTOVERS = [
+    "{}/.ipynb_checkpoints/x.png",
+    "{}/__MACOSX/x.png",
+    "{}/._x.png",
+    "{}/.DS_Store",
+    "{}/Thumbs.db",
+    "{}/@eaDir/x.jpg",
+    "{}/.hidden/deep/x.png",
+    "{}/desktop.ini",
+]
 
 
 @pytest.mark.parametrize("where", ["a", "a/deeper", "."])
 @pytest.mark.parametrize("leftover", LEFTOVERS)
-def test_hidden_files_and_leftovers_are_not_there(tmp_path: Path, leftover: str, where: str) -> None:
+def test_hidden_files_and_leftovers_are_not_there(
+    tmp_path: Path, leftover: str, where: str
+) -> None:
     tree(tmp_path, "a/1.png", "b/2.png", leftover.format(where))
     source = list_source(str(tmp_path))
-    assert (taken(source), source.class_names, left(source)) == ([("a/1.png", 0), ("b/2.png", 1)], ("a", "b"), [])
+    assert (taken(source), source.class_names, left(source)) == (
+        [("a/1.png", 0), ("b/2.png", 1)],
+        ("a", "b"),
+        [],
+    )
     images = open_images(tmp_path)
     assert (images.count, images.left_out) == (2, ())
 
 
 def test_other_files_are_counted_and_named_and_not_bad(tmp_path: Path) -> None:
-    tree(tmp_path, "a/1.png", "b/2.png", "README.txt", "a/noending", "b/labels.csv", "b/c/list.json")
+    tree(
+        tmp_path, "a/1.png", "b/2.png", "README.txt", "a/noending", "b/labels.csv", "b/c/list.json"
+    )
     source = list_source(str(tmp_path))
-    assert left(source) == ["4 not pictures: README.txt, a/noending, b/c/list.json, …"] and source.lost == 0
+    assert (
+        left(source) == ["4 not pictures: README.txt, a/noending, b/c/list.json, …"]
+        and source.lost == 0
+    )
     assert open_images(tmp_path).count == 2
 
 
-@pytest.mark.parametrize("stray, reason", [
-    ("root.png", "1 outside of class folders and tars"), ("ROOT.JPEG", "1 outside of class folders and tars"),
-    ("a/x.heic", "1 of a kind that is not read"), ("b/deep/y.AVIF", "1 of a kind that is not read"),
-])
+@pytest.mark.parametrize(
+    "stray, reason",
+    [
+        ("root.png", "1 outside of class folders and tars"),
+        ("ROOT.JPEG", "1 outside of class folders and tars"),
+        ("a/x.heic", "1 of a kind that is not read"),
+        ("b/deep/y.AVIF", "1 of a kind that is not read"),
+    ],
+)
 def test_what_looks_like_a_sample_is_bad(tmp_path: Path, stray: str, reason: str) -> None:
     tree(tmp_path / "in", "a/1.png", "b/2.png", stray)
     source = list_source(str(tmp_path / "in"))
     assert len(source.pictures) == 2 and source.lost == 1
     assert left(source)[0].startswith(reason) and left(source)[0].endswith(f": {stray}")
-    with pytest.raises(UserError, match=rf"1 of 3 images are bad, more than bad_share \(0.01\) .*: left out, {reason}"):
+    with pytest.raises(
+        UserError,
+        match=rf"1 of 3 images are bad, more than bad_share \(0.01\) .*: left out, {reason}",
+    ):
         run(tmp_path / "in", tmp_path / "out")
     index, lines = run(tmp_path / "in", tmp_path / "out", bad_share=0.4)
     assert index.count == 2 and f"encode: left out, {left(source)[0]}" in lines
@@ -137,8 +166,10 @@ def test_links_are_followed_once_and_broken_ones_are_named(tmp_path: Path) -> No
     (root / "a/through").symlink_to("1.png/x")
     source = list_source(str(root))
     assert [file for file, _ in taken(source)] == ["a/1.png", "a/file.png", "b/1.png", "b/2.png"]
-    assert left(source) == ["3 broken links: a/gone, a/itself, a/through",
-                            "3 links to a folder that they lie in: whole, a/again, a/up"]
+    assert left(source) == [
+        "3 broken links: a/gone, a/itself, a/through",
+        "3 links to a folder that they lie in: whole, a/again, a/up",
+    ]
     assert source.lost == 3
 
 
@@ -162,9 +193,17 @@ def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
         open_images(tmp_path)
 
 
-@pytest.mark.parametrize("kind, name, more", [
-    ("BMP", "x.bmp", {}), ("TIFF", "x.tif", {}), ("TIFF", "x.TIFF", {"compression": "tiff_lzw"}), ("GIF", "x.gif", {}),
-    ("PNG", "x.bmp", {}), ("JPEG", "x.jfif", {"quality": 95})])
+@pytest.mark.parametrize(
+    "kind, name, more",
+    [
+        ("BMP", "x.bmp", {}),
+        ("TIFF", "x.tif", {}),
+        ("TIFF", "x.TIFF", {"compression": "tiff_lzw"}),
+        ("GIF", "x.gif", {}),
+        ("PNG", "x.bmp", {}),
+        ("JPEG", "x.jfif", {"quality": 95}),
+    ],
+)
 def test_every_kind_is_decoded(tmp_path: Path, kind: str, name: str, more: dict) -> None:
     tree(tmp_path / "in", "a/0.png")
     (tmp_path / "in/a" / name).write_bytes(picture(kind, 100, **more))
@@ -194,7 +233,9 @@ def test_more_than_8_bits_stay_bad(tmp_path: Path, mode: str) -> None:
 def test_a_reference_is_flat_or_of_class_folders_and_complete(tmp_path: Path) -> None:
     flat = tree(tmp_path / "flat", "1.png", "2.PNG", "n.txt")
     nested = tree(tmp_path / "nested", "a/1.png", "b/c/2.png", "3.png")
-    assert open_images(flat).count == 2 and [str(x) for x in open_images(flat).left_out] == ["1 not pictures: n.txt"]
+    assert open_images(flat).count == 2 and [str(x) for x in open_images(flat).left_out] == [
+        "1 not pictures: n.txt"
+    ]
     assert open_images(nested).count == 3
     tree(nested, "b/4.heic")
     with pytest.raises(UserError, match=r"nested\)? holds more than can be read.*b/4.heic"):
@@ -204,36 +245,83 @@ def test_a_reference_is_flat_or_of_class_folders_and_complete(tmp_path: Path) ->
 # ---- tars
 
 
-@pytest.mark.parametrize("members, expected", [
-    (["n01_1.v2.JPEG", "n01_1.v2.cls"], ["n01_1.v2.JPEG"]),
-    (["n01_1.v2.JPEG", "n01_1.cls"], ["n01_1.v2.JPEG"]),
-    (["n01_1.JPEG.cls", "n01_1.JPEG"], ["n01_1.JPEG"]),
-    (["d.x/a.1.png", "d.x/a.1.cls", "d.x/a.2.png", "d.x/a.2.cls"], ["d.x/a.1.png", "d.x/a.2.png"]),
-    (["a.image.jpg", "a.label.cls"], ["a.image.jpg"]),
-    (["A.PNG", "A.CLS", "b.v1.tiff", "b.v1.cls"], ["A.PNG", "b.v1.tiff"]),
-])
+@pytest.mark.parametrize(
+    "members, expected",
+    [
+        (["n01_1.v2.JPEG", "n01_1.v2.cls"], ["n01_1.v2.JPEG"]),
+        (["n01_1.v2.JPEG", "n01_1.cls"], ["n01_1.v2.JPEG"]),
+        (["n01_1.JPEG.cls", "n01_1.JPEG"], ["n01_1.JPEG"]),
+        (
+            ["d.x/a.1.png", "d.x/a.1.cls", "d.x/a.2.png", "d.x/a.2.cls"],
+            ["d.x/a.1.png", "d.x/a.2.png"],
+        ),
+        (["a.image.jpg", "a.label.cls"], ["a.image.jpg"]),
+        (["A.PNG", "A.CLS", "b.v1.tiff", "b.v1.cls"], ["A.PNG", "b.v1.tiff"]),
+    ],
+)
 def test_keys_may_have_dots(tmp_path: Path, members: list[str], expected: list[str]) -> None:
     source = list_source(str(tar(tmp_path / "x.tar", *members)))
     assert [name for name, _ in taken(source)] == expected and left(source) == []
 
 
 def test_pictures_get_their_own_labels(tmp_path: Path) -> None:
-    tar(tmp_path / "x.tar", "a.v1.png", "b.png", "a.v2.png", "a.v1.cls", "a.v2.cls", "b.cls", **{"a.v2": 2, "a.v1": 1})
+    tar(
+        tmp_path / "x.tar",
+        "a.v1.png",
+        "b.png",
+        "a.v2.png",
+        "a.v1.cls",
+        "a.v2.cls",
+        "b.cls",
+        **{"a.v2": 2, "a.v1": 1},
+    )
     assert taken(list_source(str(tmp_path))) == [("a.v1.png", 1), ("b.png", 0), ("a.v2.png", 2)]
 
 
-@pytest.mark.parametrize("members, lost, reason", [
-    (["a.png", "a.cls", "b.png"], 1, "1 pictures without .cls: x.tar:b.png"),
-    (["a.png", "a.cls", "b.v2.png", "b.v3.cls", "b.v4.cls"], 3, "2 .cls without a picture: x.tar:b.v3.cls, "),
-    (["a.png", "a.cls", "b.cls"], 1, "1 .cls without a picture: x.tar:b.cls"),
-    (["a.png", "a.cls", "b.heic", "b.cls"], 1, "1 of a kind that is not read"),
-    (["a.png", "a.cls", "b.v1.png", "b.v2.png", "b.cls"], 2, "2 several pictures with one .cls: x.tar:b.v1.png"),
-    (["a.png", "a.cls", "a.seg.png"], 0, "1 further pictures or labels of a sample that is taken: x.tar:a.seg"),
-    (["a.png", "a.cls", "a.coarse.cls"], 0, "1 further pictures or labels of a sample that is taken: x.tar:a.c"),
-    (["a.png", "a.cls", "a.json", "list"], 0, "2 not pictures: x.tar:a.json, x.tar:list"),
-    (["a.png", "a.cls", "._b.png", "__MACOSX/c.png", ".ipynb_checkpoints/d.png", ".DS_Store"], 0, ""),
-])
-def test_no_sample_of_a_tar_is_lost_silently(tmp_path: Path, members: list[str], lost: int, reason: str) -> None:
+@pytest.mark.parametrize(
+    "members, lost, reason",
+    [
+        (["a.png", "a.cls", "b.png"], 1, "1 pictures without .cls: x.tar:b.png"),
+        (
+            ["a.png", "a.cls", "b.v2.png", "b.v3.cls", "b.v4.cls"],
+            3,
+            "2 .cls without a picture: x.tar:b.v3.cls, ",
+        ),
+        (["a.png", "a.cls", "b.cls"], 1, "1 .cls without a picture: x.tar:b.cls"),
+        (["a.png", "a.cls", "b.heic", "b.cls"], 1, "1 of a kind that is not read"),
+        (
+            ["a.png", "a.cls", "b.v1.png", "b.v2.png", "b.cls"],
+            2,
+            "2 several pictures with one .cls: x.tar:b.v1.png",
+        ),
+        (
+            ["a.png", "a.cls", "a.seg.png"],
+            0,
+            "1 further pictures or labels of a sample that is taken: x.tar:a.seg",
+        ),
+        (
+            ["a.png", "a.cls", "a.coarse.cls"],
+            0,
+            "1 further pictures or labels of a sample that is taken: x.tar:a.c",
+        ),
+        (["a.png", "a.cls", "a.json", "list"], 0, "2 not pictures: x.tar:a.json, x.tar:list"),
+        (
+            [
+                "a.png",
+                "a.cls",
+                "._b.png",
+                "__MACOSX/c.png",
+                ".ipynb_checkpoints/d.png",
+                ".DS_Store",
+            ],
+            0,
+            "",
+        ),
+    ],
+)
+def test_no_sample_of_a_tar_is_lost_silently(
+    tmp_path: Path, members: list[str], lost: int, reason: str
+) -> None:
     tar(tmp_path / "x.tar", *members)
     source = list_source(str(tmp_path))
     assert taken(source) == [("a.png", 0)] and source.lost == lost
@@ -246,27 +334,37 @@ def test_what_lies_beside_tars(tmp_path: Path) -> None:
     (tmp_path / "note").symlink_to("nowhere")
     source = list_source(str(tmp_path))
     assert len(source.pictures) == 1 and source.lost == 3
-    assert left(source) == ["1 broken links: note", "1 compressed tars: 2.tar.gz", "1 not pictures: README.md",
-                            "1 outside of class folders and tars: x.png"]
+    assert left(source) == [
+        "1 broken links: note",
+        "1 compressed tars: 2.tar.gz",
+        "1 not pictures: README.md",
+        "1 outside of class folders and tars: x.png",
+    ]
 
 
 @pytest.mark.parametrize("names", [["a.tar.gz"], ["train.tar.zst", "val.TGZ"]])
 def test_compressed_tars_alone_are_named_as_such(tmp_path: Path, names: list[str]) -> None:
     tree(tmp_path, *names)
-    with pytest.raises(UserError, match=rf"holds no pictures: .*; left out, {len(names)} compressed tars: {names[0]}"):
+    with pytest.raises(
+        UserError,
+        match=rf"holds no pictures: .*; left out, {len(names)} compressed tars: {names[0]}",
+    ):
         list_source(str(tmp_path))
 
 
 # ---- classes
 
 
-@pytest.mark.parametrize("names, expected", [
-    (range(12), [str(i) for i in range(12)]),
-    (["10", "9", "007", "8"], ["007", "8", "9", "10"]),
-    (["10", "9", "cat"], ["10", "9", "cat"]),
-    (["n02", "n01440764", "n10"], ["n01440764", "n02", "n10"]),
-    (["c10", "c9"], ["c10", "c9"]),
-])
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (range(12), [str(i) for i in range(12)]),
+        (["10", "9", "007", "8"], ["007", "8", "9", "10"]),
+        (["10", "9", "cat"], ["10", "9", "cat"]),
+        (["n02", "n01440764", "n10"], ["n01440764", "n02", "n10"]),
+        (["c10", "c9"], ["c10", "c9"]),
+    ],
+)
 def test_order_of_classes(tmp_path: Path, names: object, expected: list[str]) -> None:
     tree(tmp_path, *(f"{name}/1.png" for name in names))
     source = list_source(str(tmp_path))
@@ -276,23 +374,39 @@ def test_order_of_classes(tmp_path: Path, names: object, expected: list[str]) ->
     assert ("names are not the numbers" in source.describe_classes()) == confusing
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda root: (root / "empty").mkdir(), lambda root: tree(root, "empty/notes.txt"),
-    lambda root: tree(root, "empty/.hid/x.png"), lambda root: tree(root, "empty/x.heic"),
-    lambda root: (root / "empty").symlink_to("nowhere")])
-def test_empty_classes_are_refused_unless_asked_for(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda root: (root / "empty").mkdir(),
+        lambda root: tree(root, "empty/notes.txt"),
+        lambda root: tree(root, "empty/.hid/x.png"),
+        lambda root: tree(root, "empty/x.heic"),
+        lambda root: (root / "empty").symlink_to("nowhere"),
+    ],
+)
+def test_empty_classes_are_refused_unless_asked_for(
+    tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
     tree(tmp_path, "cat/1.png", "zebra/2.png")
     spoil(tmp_path)
-    with pytest.raises(UserError, match="1 class folders without a picture: empty; .*--allow-empty-classes"):
+    with pytest.raises(
+        UserError, match="1 class folders without a picture: empty; .*--allow-empty-classes"
+    ):
         list_source(str(tmp_path))
     source = list_source(str(tmp_path), allow_empty=True)
-    assert source.class_names == ("cat", "empty", "zebra") and [label for _, label in taken(source)] == [0, 2]
+    assert source.class_names == ("cat", "empty", "zebra") and [
+        label for _, label in taken(source)
+    ] == [0, 2]
     assert source.describe_classes() == "0 cat, 1 empty, 2 zebra; without any picture: 1"
 
 
-@pytest.mark.parametrize("classes, message", [
-    (2, r"classes \(2\) must be at least the 3 of source .*last: c"),
-    (4, r"classes \(4\) must not be more than the 3 class folders .*a, b, c")])
+@pytest.mark.parametrize(
+    "classes, message",
+    [
+        (2, r"classes \(2\) must be at least the 3 of source .*last: c"),
+        (4, r"classes \(4\) must not be more than the 3 class folders .*a, b, c"),
+    ],
+)
 def test_one_class_more_or_less_than_said(tmp_path: Path, classes: int, message: str) -> None:
     tree(tmp_path, "a/1.png", "b/1.png", "c/1.png")
     assert list_source(str(tmp_path), 3).classes == 3
@@ -301,18 +415,35 @@ def test_one_class_more_or_less_than_said(tmp_path: Path, classes: int, message:
 
 
 @pytest.mark.parametrize(("first", "labels"), [(1, (1, 2)), (1, (2, 1)), (5, (5, 6))])
-def test_labels_that_begin_with_another_number_than_0(tmp_path: Path, first: int, labels: tuple[int, int]) -> None:
+def test_labels_that_begin_with_another_number_than_0(
+    tmp_path: Path, first: int, labels: tuple[int, int]
+) -> None:
     """Refused with the option that is right, and not a class too many without any picture."""
-    source = str(tar(tmp_path / "x.tar", "a.png", "a.cls", "b.png", "b.cls", a=labels[0], b=labels[1]))
-    with pytest.raises(UserError, match=r"classes \(2\) must be at least the .* and none is 0: .*--first-class 1"):
+    source = str(
+        tar(tmp_path / "x.tar", "a.png", "a.cls", "b.png", "b.cls", a=labels[0], b=labels[1])
+    )
+    with pytest.raises(
+        UserError, match=r"classes \(2\) must be at least the .* and none is 0: .*--first-class 1"
+    ):
         list_source(source, 2)
-    with pytest.raises(UserError, match=f"from {first} to {first + 1}, .* --first-class {first} if .*, --classes {first + 2} "):
+    with pytest.raises(
+        UserError,
+        match=f"from {first} to {first + 1}, .* --first-class {first} if .*, --classes {first + 2} ",
+    ):
         list_source(source)
     listed = list_source(source, first_class=first)
-    assert taken(listed) == [("a.png", labels[0] - first), ("b.png", labels[1] - first)] and listed.classes == 2
-    assert list_source(source, first + 2).describe_classes().endswith("without any picture: "
-                                                                      + ", ".join(map(str, range(first))))
-    with pytest.raises(UserError, match=rf"and first_class is {first + 1}: --first-class {first} if"):
+    assert (
+        taken(listed) == [("a.png", labels[0] - first), ("b.png", labels[1] - first)]
+        and listed.classes == 2
+    )
+    assert (
+        list_source(source, first + 2)
+        .describe_classes()
+        .endswith("without any picture: " + ", ".join(map(str, range(first))))
+    )
+    with pytest.raises(
+        UserError, match=rf"and first_class is {first + 1}: --first-class {first} if"
+    ):
         list_source(source, first_class=first + 1)
 
 
@@ -327,9 +458,14 @@ def configured(shards: Path, classes: int) -> Config:
     return replace(Config(), model=model, data=replace(DataConfig(), shards=str(shards)))
 
 
-@pytest.mark.parametrize("classes, message", [
-    (2, r"has 3 classes; model.classes is 2: surplus is 2 \(cow\)"), (1, r"surplus are 1 \(cat\), 2 \(cow\)"),
-    (4, r"model.classes is 4: it has 0 \(ant\) to 2 \(cow\)")])
+@pytest.mark.parametrize(
+    "classes, message",
+    [
+        (2, r"has 3 classes; model.classes is 2: surplus is 2 \(cow\)"),
+        (1, r"surplus are 1 \(cat\), 2 \(cow\)"),
+        (4, r"model.classes is 4: it has 0 \(ant\) to 2 \(cow\)"),
+    ],
+)
 def test_a_run_says_which_class_is_surplus(tmp_path: Path, classes: int, message: str) -> None:
     run(tree(tmp_path / "in", "ant/1.png", "cat/1.png", "cow/1.png"), tmp_path / "out")
     with pytest.raises(UserError, match=message):
@@ -347,15 +483,24 @@ def test_names_from_a_file(tmp_path: Path, folders: bool) -> None:
     names = tmp_path / "classes.txt"
     names.write_text("ant, small\ncat\ncow\n")
     index, lines = run(source, tmp_path / "out", class_names=names)
-    assert index.class_names == load_index(tmp_path / "out").class_names == ("ant, small", "cat", "cow")
+    assert (
+        index.class_names
+        == load_index(tmp_path / "out").class_names
+        == ("ant, small", "cat", "cow")
+    )
     assert lines[0] == "encode: classes 0 ant, small, 1 cat, 2 cow"
-    for text, message in (("ant\ncat\n", r"class_names \(2 names\) must be at least the 3"),
-                          ("ant\n\ncow\n", "line 2 must not be empty"), ("", "line 1 must not be empty")):
+    for text, message in (
+        ("ant\ncat\n", r"class_names \(2 names\) must be at least the 3"),
+        ("ant\n\ncow\n", "line 2 must not be empty"),
+        ("", "line 1 must not be empty"),
+    ):
         names.write_text(text)
         with pytest.raises(UserError, match=message):
             run(source, tmp_path / "other", class_names=names)
     names.write_text("a\nb\nc\n")
-    with pytest.raises(UserError, match=r"class_names \(3 names\) must have one for each of the classes \(5\)"):
+    with pytest.raises(
+        UserError, match=r"class_names \(3 names\) must have one for each of the classes \(5\)"
+    ):
         run(source, tmp_path / "other", class_names=names, classes=5)
 
 
@@ -368,18 +513,35 @@ def test_many_classes_are_printed_in_short(tmp_path: Path) -> None:
 NAMES = ("tench, Tinca tinca", "Boot", "7", "boot tree", "crane", "crane", "CAT", "cat")
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("boot", [1]), ("Boot,3,5-7", [1, 3, 5, 6, 7]), ("7", [7]), ('"7"', [2]), ('"tench, tinca TINCA",0', [0, 0]),
-    ("CAT,cat", [6, 7]), ("boot tree, 2", [3, 2]), ("all", list(range(8)))])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("boot", [1]),
+        ("Boot,3,5-7", [1, 3, 5, 6, 7]),
+        ("7", [7]),
+        ('"7"', [2]),
+        ('"tench, tinca TINCA",0', [0, 0]),
+        ("CAT,cat", [6, 7]),
+        ("boot tree, 2", [3, 2]),
+        ("all", list(range(8))),
+    ],
+)
 def test_classes_by_name(text: str, expected: list[int]) -> None:
     assert parse_classes(text, 8, NAMES) == expected
 
 
-@pytest.mark.parametrize("text, message", [
-    ("bot", r"'bot' is the name of no class; did you mean 1 \(Boot\)"),
-    ("tench", r"did you mean 0 \(tench, Tinca tinca\)"),
-    ("Cat", r"several classes; 6 \(CAT\), 7 \(cat\)"), ("crane", r"several classes; 4 \(crane\), 5 \(crane\)"),
-    ("qqqq", "is the name of no class$"), ("8", "from 0 to 7"), ("1,,2", "must be 'all'")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("bot", r"'bot' is the name of no class; did you mean 1 \(Boot\)"),
+        ("tench", r"did you mean 0 \(tench, Tinca tinca\)"),
+        ("Cat", r"several classes; 6 \(CAT\), 7 \(cat\)"),
+        ("crane", r"several classes; 4 \(crane\), 5 \(crane\)"),
+        ("qqqq", "is the name of no class$"),
+        ("8", "from 0 to 7"),
+        ("1,,2", "must be 'all'"),
+    ],
+)
 def test_names_that_are_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_classes(text, 8, NAMES)
@@ -402,33 +564,96 @@ def without_names(checkpoint: Path) -> None:
 
 
 def test_names_reach_checkpoints_samples_and_the_hub(tmp_path: Path) -> None:
-    """Encoded with names, trained, made older, resumed, sampled by name, exported; imported beside the data set."""
+    """Encoded with names, trained, made older, resumed, sampled by name, exported; imported beside
+    the data set.
+    """
     files = [f"{name}/{number}.png" for name in ("10", "9") for number in range(4)]
     source = tree(tmp_path / "in", *files, "boot/1.png")
-    overrides = ["model.channels=1", "model.classes=3", "train.batch=4", "moe.pool=4", "parallel.ep=1",
-                 "train.save_every=1", f"data.shards={tmp_path / 'data'}"]
+    overrides = [
+        "model.channels=1",
+        "model.classes=3",
+        "train.batch=4",
+        "moe.pool=4",
+        "parallel.ep=1",
+        "train.save_every=1",
+        f"data.shards={tmp_path / 'data'}",
+    ]
     train = tiny(tmp_path / "run", *overrides)
-    sample = ["sample", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "s"), "--count=3", "--classes"]
+    sample = [
+        "sample",
+        "--checkpoint",
+        str(tmp_path / "run"),
+        "--out",
+        str(tmp_path / "s"),
+        "--count=3",
+        "--classes",
+    ]
     export = ["export", "--checkpoint", str(tmp_path / "run"), "--format"]
-    encoded, first = run_cases(1, [
-        ["encode", "--source", str(source), "--out", str(tmp_path / "data"), "--image-size", "8", "--channels", "1"],
-        [*train, "train.steps=1"]])
+    encoded, first = run_cases(
+        1,
+        [
+            [
+                "encode",
+                "--source",
+                str(source),
+                "--out",
+                str(tmp_path / "data"),
+                "--image-size",
+                "8",
+                "--channels",
+                "1",
+            ],
+            [*train, "train.steps=1"],
+        ],
+    )
     assert encoded[0].returncode == first[0].returncode == 0, (encoded, first)
-    assert "encode: classes 0 10, 1 9, 2 boot; names are not the numbers: 0 is called 10\n" in encoded[0].stdout
+    assert (
+        "encode: classes 0 10, 1 9, 2 boot; names are not the numbers: 0 is called 10\n"
+        in encoded[0].stdout
+    )
     checkpoint = tmp_path / "run/checkpoints/step_00000001"
     assert read_manifest(checkpoint / "checkpoint.json").class_names == ("10", "9", "boot")
     without_names(checkpoint)
     assert read_manifest(checkpoint / "checkpoint.json").class_names == ()
-    nameless, resumed, named, wrong, research, hub, imported = (result for result, in run_cases(1, [
-        [*sample, "boot"], [*train, "train.steps=2"], [*sample, 'BOOT,"10",1'], [*sample, "boots"],
-        [*export, "research", "--out", str(tmp_path / "x.pt")], [*export, "hf", "--out", str(tmp_path / "hub")],
-        ["import", "--research", str(tmp_path / "x.pt"), *tiny(tmp_path / "imported", *overrides)]]))
-    assert nameless.returncode == 2 and "the checkpoint knows no names of classes" in nameless.stderr
+    nameless, resumed, named, wrong, research, hub, imported = (
+        result
+        for (result,) in run_cases(
+            1,
+            [
+                [*sample, "boot"],
+                [*train, "train.steps=2"],
+                [*sample, 'BOOT,"10",1'],
+                [*sample, "boots"],
+                [*export, "research", "--out", str(tmp_path / "x.pt")],
+                [*export, "hf", "--out", str(tmp_path / "hub")],
+                [
+                    "import",
+                    "--research",
+                    str(tmp_path / "x.pt"),
+                    *tiny(tmp_path / "imported", *overrides),
+                ],
+            ],
+        )
+    )
+    assert (
+        nameless.returncode == 2 and "the checkpoint knows no names of classes" in nameless.stderr
+    )
     assert resumed.returncode == 0 and "at step 1" in resumed.stdout
     assert named.returncode == 0 and np.load(tmp_path / "s.npz")["labels"].tolist() == [2, 0, 1]
-    assert wrong.returncode == 2 and "'boots' is the name of no class; did you mean 2 (boot)?" in wrong.stderr
-    assert research.returncode == hub.returncode == imported.returncode == 0, (research, hub, imported)
-    assert json.loads((tmp_path / "hub/config.json").read_text())["id2label"] == {"0": "10", "1": "9", "2": "boot"}
+    assert (
+        wrong.returncode == 2
+        and "'boots' is the name of no class; did you mean 2 (boot)?" in wrong.stderr
+    )
+    assert research.returncode == hub.returncode == imported.returncode == 0, (
+        research,
+        hub,
+        imported,
+    )
+    assert json.loads((tmp_path / "hub/config.json").read_text())["id2label"] == {
+        "0": "10",
+        "1": "9",
+        "2": "boot",
+    }
     assert Checkpoint(tmp_path / "imported").manifest.class_names == ("10", "9", "boot")
 
 
@@ -440,16 +665,19 @@ def changes() -> dict[str, Callable[[Path], object]]:
         path.write_bytes(data)
         os.utime(path, ns=(1, 10**18))  # however coarse the file system's clock is
 
-    return {"size": lambda root: rewrite(root / "a/1.png", picture(shade=7, kind="BMP")),
-            "time": lambda root: rewrite(root / "a/1.png", (root / "a/1.png").read_bytes()),
-            "link's target": lambda root: rewrite(root.parent / "elsewhere.png", PNG),
-            "tar": lambda root: None}
+    return {
+        "size": lambda root: rewrite(root / "a/1.png", picture(shade=7, kind="BMP")),
+        "time": lambda root: rewrite(root / "a/1.png", (root / "a/1.png").read_bytes()),
+        "link's target": lambda root: rewrite(root.parent / "elsewhere.png", PNG),
+        "tar": lambda root: None,
+    }
 
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("change", list(changes()))
-def test_a_source_that_changed_is_refused(tmp_path: Path, change: str, finished: bool,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_changed_is_refused(
+    tmp_path: Path, change: str, finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tree(tmp_path / "in", "a/0.png", "a/1.png", "b/2.png", "b/3.png", "b/4.png")
     (tmp_path / "elsewhere.png").write_bytes(PNG)
     (source / "a/z.png").symlink_to(tmp_path / "elsewhere.png")
@@ -461,8 +689,10 @@ def test_a_source_that_changed_is_refused(tmp_path: Path, change: str, finished:
             tar(source / f"{number}.tar", "a.png", "a.cls")
     with monkeypatch.context() as patch:
         if not finished:
-            patch.setattr("diffmoe.data.encode_shards.write_index",
-                          lambda index: (_ for _ in ()).throw(OSError("killed")))
+            patch.setattr(
+                "diffmoe.data.encode_shards.write_index",
+                lambda index: (_ for _ in ()).throw(OSError("killed")),
+            )
             with pytest.raises(UserError, match="killed"):
                 run(source, tmp_path / "out")
         else:
@@ -471,9 +701,14 @@ def test_a_source_that_changed_is_refused(tmp_path: Path, change: str, finished:
     if change == "tar":
         os.utime(source / "2.tar", ns=(1, 10**18))
     changes()[change](source)
-    with pytest.raises(UserError, match=f"source changed since .* by size or time of writing: 1 files, first {first};"):
+    with pytest.raises(
+        UserError,
+        match=f"source changed since .* by size or time of writing: 1 files, first {first};",
+    ):
         run(source, tmp_path / "out")
-    assert [(path.name, path.read_bytes()) for path in sorted((tmp_path / "out").glob("*.tar"))] == before
+    assert [
+        (path.name, path.read_bytes()) for path in sorted((tmp_path / "out").glob("*.tar"))
+    ] == before
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "renamed"])
@@ -484,7 +719,10 @@ def test_a_source_of_other_files_is_refused(tmp_path: Path, change: str) -> None
         tree(source, "a/2.png")
     if change != "added":
         (source / "a/1.png").unlink()
-    with pytest.raises(UserError, match=r"source holds other images \(\d\) than .* \(2\): files were added, removed or"):
+    with pytest.raises(
+        UserError,
+        match=r"source holds other images \(\d\) than .* \(2\): files were added, removed or",
+    ):
         run(source, tmp_path / "out")
 
 
@@ -503,7 +741,10 @@ def test_many_files_share_a_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     index, _ = run(source, tmp_path / "out")
     assert len(index.encoding.source_stamps) == 3
     os.utime(source / "a/4.png", ns=(1, 10**18))
-    with pytest.raises(UserError, match="files in 1 of 3 parts of the listing, the first between a/3.png and a/5.png"):
+    with pytest.raises(
+        UserError,
+        match="files in 1 of 3 parts of the listing, the first between a/3.png and a/5.png",
+    ):
         run(source, tmp_path / "out")
 
 

@@ -23,7 +23,8 @@ from diffmoe.parallel.spawn import Ranks
 
 TRAIN, TOKENS, WIDTH, EXPERTS = RoutingRule("train", 1.0), 16, 16, 4
 GRIDS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
-# (samples a rank, pool): pools inside a rank, of a group, of all, and straddling ranks of 3 samples.
+# (samples a rank, pool): pools inside a rank, of a group, of all, and straddling ranks of 3
+# samples.
 POOLS = [(2, "rank"), (2, "group"), (2, "global"), (3, "2")]
 
 groups_of = lru_cache(build_groups)
@@ -36,10 +37,21 @@ def ranks():
 
 
 def settings(world, ep, samples, pool, family="diffmoe"):
-    config = load_config(None, [
-        f"model.width={WIDTH}", "model.heads=2", "model.input_size=8", "model.mlp_ratio=2", f"model.family={family}",
-        f"moe.experts={EXPERTS}", "moe.top_k=2", f"moe.pool={pool}", f"parallel.ep={ep}",
-        f"train.batch={samples * world}"])
+    config = load_config(
+        None,
+        [
+            f"model.width={WIDTH}",
+            "model.heads=2",
+            "model.input_size=8",
+            "model.mlp_ratio=2",
+            f"model.family={family}",
+            f"moe.experts={EXPERTS}",
+            "moe.top_k=2",
+            f"moe.pool={pool}",
+            f"parallel.ep={ep}",
+            f"train.batch={samples * world}",
+        ],
+    )
     return config, resolve_layout(config, world)
 
 
@@ -61,17 +73,23 @@ def is_expert(name):
 def owned(layer, name, whole):
     """The part of a tensor over all experts that this layer holds."""
     first = layer.experts.first
-    return whole[first:first + layer.experts.local] if is_expert(name) else whole
+    return whole[first : first + layer.experts.local] if is_expert(name) else whole
 
 
 def make_samples(count):
-    return torch.randn(count, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(
+        count, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
 
 
 def run(layer, x, rule, share=1.0, weight=None, mode="none"):
-    """(output, input gradient, report) after backward of a weighted sum plus ``share`` of the layer's own losses."""
+    """(output, input gradient, report) after backward of a weighted sum plus ``share`` of the
+    layer's own losses.
+    """
     x = x.clone().requires_grad_()
-    weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) if weight is None else weight
+    weight = (
+        torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) if weight is None else weight
+    )
     if mode == "parts":  # as a compiled model runs them, each with selective recompute of its own
         with torch.compiler.set_stance("force_eager"):
             y, stats = layer(x, rule, partial(CompiledRun(rule.capacity).part, "selective"))
@@ -83,14 +101,18 @@ def run(layer, x, rule, share=1.0, weight=None, mode="none"):
 
 
 def gradients(layer):
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in layer.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in layer.named_parameters()
+    }
 
 
 def relative(found, wanted):
     return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9)).item()
 
 
-# ------------------------------------------------------------------------------------------------- parity
+# -------------------------------------------------------------------------------------------------
+# parity
 
 
 def differences(ep, samples, pool, family, rule):
@@ -101,20 +123,27 @@ def differences(ep, samples, pool, family, rule):
     x = make_samples(samples * world)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     alone = make_layer(config, layout.pool, single_process())
-    # The paper's inference rules look at one rank's batch; every other result is that of the whole batch.
+    # The paper's inference rules look at one rank's batch; every other result is that of the whole
+    # batch.
     parts = world if rule.kind in ("batch", "static") else 1
-    runs = [run(alone, *part, rule, weight=w) for *part, w in zip(x.chunk(parts), weight.chunk(parts))]
+    runs = [
+        run(alone, *part, rule, weight=w) for *part, w in zip(x.chunk(parts), weight.chunk(parts))
+    ]
     y, x_grad = (torch.cat([part[i] for part in runs]).chunk(world)[rank] for i in (0, 1))
 
     layer = make_layer(config, layout.pool, groups)
-    our_y, our_x_grad, stats = run(layer, x.chunk(world)[rank], rule, 1 / world, weight.chunk(world)[rank])
+    our_y, our_x_grad, stats = run(
+        layer, x.chunk(world)[rank], rule, 1 / world, weight.chunk(world)[rank]
+    )
     found = {"output": relative(our_y, y), "input gradient": relative(our_x_grad, x_grad)}
     wanted = gradients(alone)
     for name, gradient in gradients(layer).items():
         total = sum_over(gradient, groups.edp if is_expert(name) else groups.world)
         found[name] = relative(total, owned(layer, name, wanted[name]))
     if stats.threshold_sum_E is not None:
-        found["thresholds"] = relative(sum_over(stats.threshold_sum_E, groups.world), runs[0][2].threshold_sum_E)
+        found["thresholds"] = relative(
+            sum_over(stats.threshold_sum_E, groups.world), runs[0][2].threshold_sum_E
+        )
     return found
 
 
@@ -154,16 +183,20 @@ def test_static_routing_takes_each_experts_best_tokens_of_the_batch(samples, cap
         best = scores[:, expert].argsort(descending=True)[:K]
         assert stats.mask_TE[:, expert].nonzero().flatten().tolist() == sorted(best.tolist())
     # Over a pool that is the batch it is training's own choice.
-    torch.testing.assert_close(y, run(layer, x, RoutingRule("train", capacity))[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        y, run(layer, x, RoutingRule("train", capacity))[0], rtol=0, atol=1e-12
+    )
 
 
-# ---------------------------------------------------------------------------------------------- recompute
+# ----------------------------------------------------------------------------------------------
+# recompute
 
 
 class Watch(TorchDispatchMode):
-    """Counts the operations that really run, in forward, backward and recompute.  ``poison``: once a collective has
-    finished, what it sent becomes NaN (or -1), as if the allocator had given the block away, and whatever is allocated
-    without a value begins so."""
+    """Counts the operations that really run, in forward, backward and recompute.  ``poison``: once
+    a collective has finished, what it sent becomes NaN (or -1), as if the allocator had given the
+    block away, and whatever is allocated without a value begins so.
+    """
 
     def __init__(self, poison=False):
         super().__init__()
@@ -209,38 +242,70 @@ def recompute_and_poison(ep, samples, pool, family):
     """Names that differ from plain training in any bit, and the counts, by (mode, poison)."""
     plain_counts, plain = watched(ep, samples, pool, family, "none", False)
     differing, counts = {}, {("none", False): plain_counts}
-    for key in [("none", True), ("block", False), ("block", True), ("selective", False), ("selective", True),
-                ("parts", False), ("parts", True)]:
+    for key in [
+        ("none", True),
+        ("block", False),
+        ("block", True),
+        ("selective", False),
+        ("selective", True),
+        ("parts", False),
+        ("parts", True),
+    ]:
         counts[key], found = watched(ep, samples, pool, family, *key)
         differing[key] = same_bits(plain, found)
     return differing, counts
 
 
-@pytest.mark.parametrize("samples,pool,family", [*((*pool, "diffmoe") for pool in POOLS), (2, "global", "tc"), (3, "2", "tc")])
+@pytest.mark.parametrize(
+    "samples,pool,family",
+    [*((*pool, "diffmoe") for pool in POOLS), (2, "global", "tc"), (3, "2", "tc")],
+)
 @pytest.mark.parametrize("world,ep", GRIDS)
 def test_recompute_and_a_poisoned_buffer_change_no_bit(ranks, world, ep, samples, pool, family):
     for differing, counts in ranks[world].run(recompute_and_poison, ep, samples, pool, family):
         assert not any(differing.values()), differing
-        plain, block, selective, parts = (counts[mode, False] for mode in ("none", "block", "selective", "parts"))
-        assert plain["topk"] in (1, 2)  # the choice, and a diffmoe pool's threshold where it is observed
-        assert block["topk"] == selective["topk"] == parts["topk"] == plain["topk"], "routing was decided twice"
-        # One read for the sizes of what is sent; a second one of a loop over experts with unequal counts.
+        plain, block, selective, parts = (
+            counts[mode, False] for mode in ("none", "block", "selective", "parts")
+        )
+        assert plain["topk"] in (
+            1,
+            2,
+        )  # the choice, and a diffmoe pool's threshold where it is observed
+        assert block["topk"] == selective["topk"] == parts["topk"] == plain["topk"], (
+            "routing was decided twice"
+        )
+        # One read for the sizes of what is sent; a second one of a loop over experts with unequal
+        # counts.
         span = settings(world, ep, samples, pool, family)[1].pool_ranks
         ragged, loop = family == "tc" or span > 1, family == "tc" or span > ep
         assert plain["read_by_host"] == (ragged and not (family == "tc" and ep == 1)) + loop
-        assert all(each["read_by_host"] == plain["read_by_host"] for each in (block, selective, parts)), "the host reads in backward"
-        assert not any(each[name] for each in counts.values() for name in ("nonzero", "_local_scalar_dense", "item"))
+        assert all(
+            each["read_by_host"] == plain["read_by_host"] for each in (block, selective, parts)
+        ), "the host reads in backward"
+        assert not any(
+            each[name]
+            for each in counts.values()
+            for name in ("nonzero", "_local_scalar_dense", "item")
+        )
         for name in ("all_to_all_single", "all_gather_into_tensor", "all_reduce"):
-            assert selective[name] == parts[name] == plain[name], f"selective recompute communicates again: {name}"
+            assert selective[name] == parts[name] == plain[name], (
+                f"selective recompute communicates again: {name}"
+            )
         if ep > 1:
-            assert plain["all_to_all_single"] >= 4 and block["all_to_all_single"] > plain["all_to_all_single"]
+            assert (
+                plain["all_to_all_single"] >= 4
+                and block["all_to_all_single"] > plain["all_to_all_single"]
+            )
 
 
-# ------------------------------------------------------------------------------------ nobody's tokens, ties
+# ------------------------------------------------------------------------------------ nobody's
+# tokens, ties
 
 
 def nobody(ep, kind, gamma, empty_ranks):
-    """Inference with tokens that no expert takes: on all ranks, or on ``empty_ranks``, whose tokens are zero."""
+    """Inference with tokens that no expert takes: on all ranks, or on ``empty_ranks``, whose tokens
+    are zero.
+    """
     world, rank = dist.get_world_size(), dist.get_rank()
     config, layout = settings(world, ep, 2, "global")
     layer = make_layer(config, layout.pool, groups_of(ep, layout.pool_ranks))
@@ -295,7 +360,8 @@ def test_ties_go_to_the_lowest_expert(ranks):
         assert mask[:, :2].all() and not mask[:, 2:].any()
 
 
-# ------------------------------------------------------------------------------------------------ dispatch
+# ------------------------------------------------------------------------------------------------
+# dispatch
 
 
 def there_and_back(x, routing, ep):
@@ -315,8 +381,14 @@ def send_and_return(ep, masks):
 
 
 def test_rows_arrive_by_expert_then_rank_then_token(ranks):
-    masks = [[[1, 0], [1, 1], [0, 0]],  # rank 0: its token 0 to expert 0, token 1 to both, token 2 to nobody
-             [[0, 1], [0, 1], [1, 0]]]
+    masks = [
+        [
+            [1, 0],
+            [1, 1],
+            [0, 0],
+        ],  # rank 0: its token 0 to expert 0, token 1 to both, token 2 to nobody
+        [[0, 1], [0, 1], [1, 0]],
+    ]
     (arrived0, returned0), (arrived1, returned1) = ranks[2].run(send_and_return, 2, masks)
     assert arrived0 == [0, 1, 12] and arrived1 == [1, 10, 11]
     assert returned0 == [0, 2, 0] and returned1 == [10, 11, 12]
@@ -335,9 +407,13 @@ def integers_and_back(ep):
     generator = torch.Generator().manual_seed(rank)
     x = torch.randint(-99, 99, (24, 3), generator=generator).double()
     mask = torch.rand(24, EXPERTS, generator=generator) < 0.2 * (rank + 1)
-    chosen = torch.stack([torch.randperm(24, generator=generator)[:7].sort().values for _ in range(EXPERTS)])
-    return [(there_and_back(x, routing, groups.ep)[1], x * routing.mask_TE.sum(1, keepdim=True))
-            for routing in (Routing(mask), equal_routing(chosen, 24))]
+    chosen = torch.stack(
+        [torch.randperm(24, generator=generator)[:7].sort().values for _ in range(EXPERTS)]
+    )
+    return [
+        (there_and_back(x, routing, groups.ep)[1], x * routing.mask_TE.sum(1, keepdim=True))
+        for routing in (Routing(mask), equal_routing(chosen, 24))
+    ]
 
 
 @pytest.mark.parametrize("world,ep", GRIDS)

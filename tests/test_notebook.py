@@ -32,6 +32,16 @@ def test_every_cell_runs(cells, monkeypatch):
 
 
 def test_it_is_kept_with_its_pictures(cells):
-    pictures = [output for cell in cells for output in cell["outputs"] if "image/png" in output.get("data", {})]
+    pictures = [
+        output
+        for cell in cells
+        for output in cell["outputs"]
+        if "image/png" in output.get("data", {})
+    ]
     assert len(pictures) == 5
-    assert not [output for cell in cells for output in cell["outputs"] if output["output_type"] in ("error", "stream")]
+    assert not [
+        output
+        for cell in cells
+        for output in cell["outputs"]
+        if output["output_type"] in ("error", "stream")
+    ]

@@ -1,4 +1,6 @@
-"""A checkpoint that the program of November 2026 wrote (2 ranks, EP 2, ZeRO 1, step 4 on the digits) stays readable."""
+"""A checkpoint that the program of November 2026 wrote (2 ranks, EP 2, ZeRO 1, step 4 on the
+digits) stays readable.
+"""
 
 import hashlib
 import shutil
@@ -31,12 +33,18 @@ def digest(tensors):
 @pytest.mark.parametrize("kind", DIGESTS)
 def test_its_tensors_are_what_was_written(kind):
     checkpoint = Checkpoint(KEPT / "step_00000004")
-    assert set(checkpoint.kinds()) == set(DIGESTS) and (checkpoint.step, checkpoint.samples, checkpoint.pool) == (4, 32, 8)
+    assert set(checkpoint.kinds()) == set(DIGESTS) and (
+        checkpoint.step,
+        checkpoint.samples,
+        checkpoint.pool,
+    ) == (4, 32, 8)
     assert digest(checkpoint.tensors(kind)) == DIGESTS[kind]
 
 
 def test_it_is_checked_sampled_exported_and_trained_on(tmp_path):
-    """On 1 rank and EP 1 where 2 and EP 2 wrote it; its data are the digits, whose fingerprint it holds."""
+    """On 1 rank and EP 1 where 2 and EP 2 wrote it; its data are the digits, whose fingerprint it
+    holds.
+    """
     run = tmp_path / "run"
     shutil.copytree(KEPT, run / "checkpoints")
     step, config = run / "checkpoints/step_00000004", tmp_path / "old.yaml"
@@ -47,12 +55,28 @@ train: {steps: 6, batch: 8, lr: 0.01, warmup: 2, ema: 0.7, log_every: 1, save_ev
 sample: {steps: 2, columns: 4}
 """)
     train = ["--config", config, f"run.folder={run}", f"data.shards={digits()}", "parallel.ep=1"]
-    results = [case[0] for case in run_cases(1, [
-        ["check-checkpoint", step], ["sample", "--checkpoint", step, "--count", "4", "--out", tmp_path / "samples"],
-        *(["export", "--checkpoint", step, "--format", form, "--out", tmp_path / form] for form in ("research", "hf")), train])]
+    results = [
+        case[0]
+        for case in run_cases(
+            1,
+            [
+                ["check-checkpoint", step],
+                ["sample", "--checkpoint", step, "--count", "4", "--out", tmp_path / "samples"],
+                *(
+                    ["export", "--checkpoint", step, "--format", form, "--out", tmp_path / form]
+                    for form in ("research", "hf")
+                ),
+                train,
+            ],
+        )
+    ]
     assert [result.returncode for result in results] == [0] * 5, results
     checked, sampled, _, _, trained = (result.stdout for result in results)
     assert f"{step}: step 4, " in checked, checked
-    assert "4 images" in sampled and (tmp_path / "research").stat().st_size > 0 and open_pretrained(tmp_path / "hf").model()
+    assert (
+        "4 images" in sampled
+        and (tmp_path / "research").stat().st_size > 0
+        and open_pretrained(tmp_path / "hf").model()
+    )
     assert "at step 4" in trained and set(losses(run)) == {5, 6}
     assert Checkpoint(run).step == 6 and Checkpoint(run).samples == 48

@@ -1,4 +1,6 @@
-"""What a step moves for gradients, optimizer and averages, how often the host waits for the device, and how ranks add up."""
+"""What a step moves for gradients, optimizer and averages, how often the host waits for the device,
+and how ranks add up.
+"""
 
 import math
 
@@ -21,8 +23,19 @@ from diffmoe.training.engine import Engine
 from diffmoe.training.step import train_step
 
 CPU = torch.device("cpu")
-MODEL = ("model.input_size=8", "model.width=64", "model.depth=2", "model.heads=2", "model.classes=10", "moe.experts=4",
-         "moe.interleave=false", "moe.pool=rank", "train.batch=16", "train.steps=1000000", "train.save_every=0")
+MODEL = (
+    "model.input_size=8",
+    "model.width=64",
+    "model.depth=2",
+    "model.heads=2",
+    "model.classes=10",
+    "moe.experts=4",
+    "moe.interleave=false",
+    "moe.pool=rank",
+    "train.batch=16",
+    "train.steps=1000000",
+    "train.save_every=0",
+)
 FP32_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
 
@@ -33,7 +46,9 @@ def start(tree, *overrides):
     groups = build_groups(layout.ep, layout.pool_ranks)
     engine = Engine(build_model(config, layout.pool, groups), config, layout, tree, groups, CPU)
     ema, micro = Ema(engine, config.train.ema_decays), layout.micro_batch
-    batches = [synthetic_batch(config, range(groups.rank * micro, (groups.rank + 1) * micro))] * layout.accumulation
+    batches = [
+        synthetic_batch(config, range(groups.rank * micro, (groups.rank + 1) * micro))
+    ] * layout.accumulation
     return engine, ema, lambda step: train_step(engine, ema, batches, config, layout, groups, step)
 
 
@@ -51,11 +66,14 @@ def worlds():
         ranks.close()
 
 
-# -------------------------------------------------------------------------------------------------- bytes
+# --------------------------------------------------------------------------------------------------
+# bytes
 
 
 class Bytes(TorchDispatchMode):
-    """Memory traffic of every kernel: each input read once, each output written once, in place both; views move nothing."""
+    """Memory traffic of every kernel: each input read once, each output written once, in place
+    both; views move nothing.
+    """
 
     moved = 0
 
@@ -68,13 +86,22 @@ class Bytes(TorchDispatchMode):
         for argument in function._schema.arguments:
             place = function._schema.arguments.index(argument)
             value = args[place] if place < len(args) else kwargs.get(argument.name)
-            size = sum(t.numel() * t.element_size() for t in tree_leaves(value) if isinstance(t, torch.Tensor))
+            size = sum(
+                t.numel() * t.element_size()
+                for t in tree_leaves(value)
+                if isinstance(t, torch.Tensor)
+            )
             written = argument.alias_info is not None and argument.alias_info.is_write
             if packet == "_fused_adamw_" and argument.name == "grads":
                 written = kwargs.get("grad_scale") is not None  # the kernel keeps what it scales
-            self.moved += size * written + size * (not written or packet not in ("copy_", "zero_", "fill_"))
-        self.moved += sum(t.numel() * t.element_size() for t, returned in zip(
-            tree_leaves(found), function._schema.returns) if isinstance(t, torch.Tensor) and returned.alias_info is None)
+            self.moved += size * written + size * (
+                not written or packet not in ("copy_", "zero_", "fill_")
+            )
+        self.moved += sum(
+            t.numel() * t.element_size()
+            for t, returned in zip(tree_leaves(found), function._schema.returns)
+            if isinstance(t, torch.Tensor) and returned.alias_info is None
+        )
         return found
 
 
@@ -95,25 +122,39 @@ def counted_bytes(accumulation, clip):
         setattr(owner, name, call)
 
     # The hooks' closures look the method up on the optimizer.
-    for owner, name in ((engine.optimizer, "accumulate_hp_grads_and_remove_lp"), (engine.optimizer, "reduce_gradients"),
-                        (engine, "squared_norm"), (engine, "step"), (ema, "update")):
+    for owner, name in (
+        (engine.optimizer, "accumulate_hp_grads_and_remove_lp"),
+        (engine.optimizer, "reduce_gradients"),
+        (engine, "squared_norm"),
+        (engine, "step"),
+        (ema, "update"),
+    ):
         counting(owner, name)
     report = train(1)
     assert report.applied and report.grad_norm > 1e-3
     return count.moved / sum(p.numel() for p in engine.model.parameters())
 
 
-@pytest.mark.parametrize(("accumulation", "clip", "wanted"), [
-    (4, 1e-3, 90), (1, 1e-3, 60), (4, 1e6, 86), (1, 1e6, 56), (2, 0, 66),
-])
+@pytest.mark.parametrize(
+    ("accumulation", "clip", "wanted"),
+    [
+        (4, 1e-3, 90),
+        (1, 1e-3, 60),
+        (4, 1e6, 86),
+        (1, 1e6, 56),
+        (2, 0, 66),
+    ],
+)
 def test_bytes_a_parameter(worlds, accumulation, clip, wanted):
-    """6 for a step's first gradient and 10 for each other, 4 for the norm, 28 for Adam and 4 more where it clips, 6 for the bf16
-    weights, 12 for an average."""
+    """6 for a step's first gradient and 10 for each other, 4 for the norm, 28 for Adam and 4 more
+    where it clips, 6 for the bf16 weights, 12 for an average.
+    """
     (found,) = worlds(1).run(counted_bytes, accumulation, clip)
     assert wanted <= found <= wanted + 0.1
 
 
-# -------------------------------------------------------------------------------------------------- reads
+# --------------------------------------------------------------------------------------------------
+# reads
 
 
 class Reads(TorchFunctionMode):
@@ -125,7 +166,19 @@ class Reads(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        if name in ("tolist", "item", "__bool__", "__float__", "__int__", "__index__", "nonzero", "numpy", "is_nonzero", "equal", "cpu"):
+        if name in (
+            "tolist",
+            "item",
+            "__bool__",
+            "__float__",
+            "__int__",
+            "__index__",
+            "nonzero",
+            "numpy",
+            "is_nonzero",
+            "equal",
+            "cpu",
+        ):
             self.seen.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -139,41 +192,75 @@ def counted_reads(tree, overrides):
     return reads.seen
 
 
-@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (1, True), (2, False), (2, True), (3, True)])
+@pytest.mark.parametrize(
+    ("stage", "bf16"), [(0, False), (1, False), (1, True), (2, False), (2, True), (3, True)]
+)
 @pytest.mark.parametrize(("ranks", "ep", "accumulation"), [(1, 1, 1), (2, 2, 2), (4, 2, 1)])
 def test_the_host_waits_once_a_step(worlds, stage, bf16, ranks, ep, accumulation):
     tree = {**(FP32_SUMS if bf16 else {}), "zero_optimization": {"stage": stage}}
     # Equal counts ask for nothing in the layers.
-    for seen in worlds(ranks).run(counted_reads, tree, [f"parallel.ep={ep}", f"train.accumulation={accumulation}", "train.clip=1e-3"]):
+    for seen in worlds(ranks).run(
+        counted_reads,
+        tree,
+        [f"parallel.ep={ep}", f"train.accumulation={accumulation}", "train.clip=1e-3"],
+    ):
         # DeepSpeed's ZeRO 3 makes a host tensor of the norm that it is given, and looks at that.
-        assert seen == ["tolist", "__bool__"][:1 + (stage == 3)]
+        assert seen == ["tolist", "__bool__"][: 1 + (stage == 3)]
 
 
-# ---------------------------------------------------------------------------------------------- reductions
+# ----------------------------------------------------------------------------------------------
+# reductions
 
 
 def counted_messages(tree, overrides):
-    """{(collective, in backward): [messages, payload]} of one step's gradients, and elements of this rank's parameters."""
+    """{(collective, in backward): [messages, payload]} of one step's gradients, and elements of
+    this rank's parameters.
+    """
     engine, _, train = start(tree, *overrides)
     train(0)
-    with CommunicationCount((f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers()) as count:
+    with CommunicationCount(
+        (f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers()
+    ) as count:
         train(1)
-    found = {(row["collective"], row["phase"] == "backward"): [row["messages"], row["payload"]]
-             for row in count.table() if row["purpose"] == "gradients"}
+    found = {
+        (row["collective"], row["phase"] == "backward"): [row["messages"], row["payload"]]
+        for row in count.table()
+        if row["purpose"] == "gradients"
+    }
     return found, sum(math.prod(engine.shape(i)) for i in range(len(engine.tensors)))
 
 
-@pytest.mark.parametrize(("stage", "bf16", "named", "element"), [
-    (1, True, None, 4), (1, True, "bf16", 2), (1, True, "fp32", 4), (1, False, None, 4), (2, True, None, 4), (2, True, "bf16", 2)])
+@pytest.mark.parametrize(
+    ("stage", "bf16", "named", "element"),
+    [
+        (1, True, None, 4),
+        (1, True, "bf16", 2),
+        (1, True, "fp32", 4),
+        (1, False, None, 4),
+        (2, True, None, 4),
+        (2, True, "bf16", 2),
+    ],
+)
 @pytest.mark.parametrize(("ranks", "ep", "accumulation"), [(1, 1, 2), (2, 1, 1), (4, 2, 2)])
-def test_buckets_leave_during_backward_in_the_precision_that_the_json_says(worlds, stage, bf16, named, element, ranks, ep, accumulation):
-    tree = {**(FP32_SUMS if bf16 else {}), "zero_optimization": {"stage": stage, "reduce_bucket_size": 30_000, "overlap_comm": True}}
+def test_buckets_leave_during_backward_in_the_precision_that_the_json_says(
+    worlds, stage, bf16, named, element, ranks, ep, accumulation
+):
+    tree = {
+        **(FP32_SUMS if bf16 else {}),
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 30_000, "overlap_comm": True},
+    }
     tree |= {"communication_data_type": named} if named else {}
-    for found, numel in worlds(ranks).run(counted_messages, tree, [f"parallel.ep={ep}", f"train.accumulation={accumulation}"]):
+    for found, numel in worlds(ranks).run(
+        counted_messages, tree, [f"parallel.ep={ep}", f"train.accumulation={accumulation}"]
+    ):
         if ranks == 1:
             assert found == {}
             continue
-        collective, times = ("reduce", 1) if bf16 and stage == 1 else ("all_reduce", accumulation if stage == 2 else 1)
+        collective, times = (
+            ("reduce", 1)
+            if bf16 and stage == 1
+            else ("all_reduce", accumulation if stage == 2 else 1)
+        )
         assert {name for name, _ in found} == {collective}
         assert sum(payload for _, payload in found.values()) == times * numel * element
         messages, payload = found[collective, True]
@@ -182,21 +269,36 @@ def test_buckets_leave_during_backward_in_the_precision_that_the_json_says(world
 
 @pytest.mark.parametrize("named", ["fp32", "bf16"])
 def test_zero_3_reduces_in_the_precision_that_the_json_says(worlds, named):
-    tree = {**FP32_SUMS, "zero_optimization": {"stage": 3, "reduce_bucket_size": 30_000, "stage3_param_persistence_threshold": 0}}
+    tree = {
+        **FP32_SUMS,
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": 30_000,
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
     tree |= {"communication_data_type": named} if named != "fp32" else {}
     for found, numel in worlds(2).run(counted_messages, tree, ["parallel.ep=2"]):
-        payload = sum(payload for (collective, _), (_, payload) in found.items() if collective == "reduce_scatter")
+        payload = sum(
+            payload
+            for (collective, _), (_, payload) in found.items()
+            if collective == "reduce_scatter"
+        )
         # All dense ones; experts live on one rank each, so nobody adds theirs.
         assert 0.3 * numel < payload / (4 if named == "fp32" else 2) < numel
 
 
 def reduced_by_hand(tree, overrides, missing):
-    """Hands every rank other gradients, in an order of its own, on top of rubbish: (largest relative difference to their sum over the
-    ranks that hold the parameter, in fp32 and with parts rounded to bf16; collectives)."""
+    """Hands every rank other gradients, in an order of its own, on top of rubbish: (largest
+    relative difference to their sum over the ranks that hold the parameter, in fp32 and with parts
+    rounded to bf16; collectives).
+    """
     engine, _, _ = start(tree, *overrides)
     optimizer, rank = engine.optimizer, engine.groups.rank
     draw = torch.Generator().manual_seed(rank)
-    places = [(i, j, p) for i, group in enumerate(optimizer.bf16_groups) for j, p in enumerate(group)]
+    places = [
+        (i, j, p) for i, group in enumerate(optimizer.bf16_groups) for j, p in enumerate(group)
+    ]
     for i, j, _ in places:
         optimizer.fp32_groups_gradients[i][j].fill_(math.nan)
     wanted = [torch.zeros_like(flat) for flat in optimizer.fp32_groups_gradients_flat]
@@ -213,33 +315,53 @@ def reduced_by_hand(tree, overrides, missing):
             assert p.grad is None
     optimizer.reduce_gradients()
     differences = []
-    for flat, group, found in zip(wanted, optimizer.real_dp_process_group, optimizer.sums(), strict=True):
+    for flat, group, found in zip(
+        wanted, optimizer.real_dp_process_group, optimizer.sums(), strict=True
+    ):
         dist.all_reduce(flat, group=group)
         share = flat[dist.get_rank(group) * found.numel() :][: found.numel()]
         differences.append(((share - found).abs().max() / share.abs().max()).item())
     square = engine.squared_norm().reshape(1)
-    whole = sum(((flat / engine.groups.world.size).double().square().sum() / dist.get_world_size(group))
-                for flat, group in zip(wanted, optimizer.real_dp_process_group, strict=True)).reshape(1)
+    whole = sum(
+        ((flat / engine.groups.world.size).double().square().sum() / dist.get_world_size(group))
+        for flat, group in zip(wanted, optimizer.real_dp_process_group, strict=True)
+    ).reshape(1)
     dist.all_reduce(square), dist.all_reduce(whole)
     return max(differences), len(optimizer._buckets), (square / whole).item()
 
 
 @pytest.mark.parametrize("missing", [False, True], ids=["all", "some missing"])
-@pytest.mark.parametrize(("ranks", "ep", "named"), [(1, 1, None), (2, 1, None), (2, 2, None), (4, 2, None), (4, 4, "bf16"), (4, 2, "bf16")])
+@pytest.mark.parametrize(
+    ("ranks", "ep", "named"),
+    [(1, 1, None), (2, 1, None), (2, 2, None), (4, 2, None), (4, 4, "bf16"), (4, 2, "bf16")],
+)
 def test_sums_do_not_depend_on_the_order_that_gradients_come_in(worlds, ranks, ep, named, missing):
-    """Each owner has the sum, whoever had which gradient when; a rank without one counts as zero; and the norm is that of the mean."""
+    """Each owner has the sum, whoever had which gradient when; a rank without one counts as zero;
+    and the norm is that of the mean.
+    """
     tree = {**FP32_SUMS, "zero_optimization": {"stage": 1, "reduce_bucket_size": 9000}}
     tree |= {"communication_data_type": named} if named else {}
-    for difference, buckets, norm in worlds(ranks).run(reduced_by_hand, tree, [f"parallel.ep={ep}", "train.accumulation=2"], missing):
+    for difference, buckets, norm in worlds(ranks).run(
+        reduced_by_hand, tree, [f"parallel.ep={ep}", "train.accumulation=2"], missing
+    ):
         assert difference < 1e-6 if named is None else 1e-4 < difference < 1e-2
-        assert (buckets == 0) == (ranks == 1) and norm == pytest.approx(1, rel=1e-6 if named is None else 1e-2)
+        assert (buckets == 0) == (ranks == 1) and norm == pytest.approx(
+            1, rel=1e-6 if named is None else 1e-2
+        )
 
 
-@pytest.mark.parametrize(("tree", "wanted"), [
-    ({}, "fp32"), ({"bf16": {"enabled": True}}, "bf16"), (FP32_SUMS, "fp32"), ({**FP32_SUMS, "communication_data_type": "bf16"}, "bf16"),
-    ({**FP32_SUMS, "communication_data_type": "fp16"}, "fp16"), ({"communication_data_type": "bf16"}, "bf16"),
-    ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "torch.float32"}}, "fp32"),
-])
+@pytest.mark.parametrize(
+    ("tree", "wanted"),
+    [
+        ({}, "fp32"),
+        ({"bf16": {"enabled": True}}, "bf16"),
+        (FP32_SUMS, "fp32"),
+        ({**FP32_SUMS, "communication_data_type": "bf16"}, "bf16"),
+        ({**FP32_SUMS, "communication_data_type": "fp16"}, "fp16"),
+        ({"communication_data_type": "bf16"}, "bf16"),
+        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "torch.float32"}}, "fp32"),
+    ],
+)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_resolved_json_says_in_which_precision_ranks_add(tree, wanted, stage):
     config = load_config(None, [*MODEL])

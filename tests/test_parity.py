@@ -1,4 +1,6 @@
-"""The parity table: every number within 1e-5 of one plain process, and the table fails when training is spoiled."""
+"""The parity table: every number within 1e-5 of one plain process, and the table fails when
+training is spoiled.
+"""
 
 import json
 from dataclasses import replace
@@ -28,9 +30,14 @@ def assert_within_bound(rows):
 
 def test_quick_table():
     rows = list(table.run_cases(quick_table((2, 4))))
-    assert {(row.case.ep, row.case.zero) for row in rows if row.case.world == 4} >= {(2, zero) for zero in range(4)}
+    assert {(row.case.ep, row.case.zero) for row in rows if row.case.world == 4} >= {
+        (2, zero) for zero in range(4)
+    }
     assert {row.case.zero for row in rows if row.case.precision == "bf16"} == {1, 3}
-    assert {row.case.world for row in rows if row.case.config().diffusion.process == "ddpm"} == {2, 4}
+    assert {row.case.world for row in rows if row.case.config().diffusion.process == "ddpm"} == {
+        2,
+        4,
+    }
     assert_within_bound(rows)
 
 
@@ -42,17 +49,35 @@ def test_full_table():
 def test_cases_are_legal_and_no_case_stands_twice():
     cases = full_table()
     assert len(set(cases)) == len(cases)
-    wanted = {(world, ep, zero, recompute, accumulation) for world in (1, 2, 4) for ep in (1, 2, 4) if world % ep == 0
-              for zero in range(4) for recompute in ("none", "block", "selective") for accumulation in (1, 2)}
-    assert wanted <= {(c.world, c.ep, c.zero, c.recompute, c.accumulation) for c in cases if c.variant == "diffmoe"}
+    wanted = {
+        (world, ep, zero, recompute, accumulation)
+        for world in (1, 2, 4)
+        for ep in (1, 2, 4)
+        if world % ep == 0
+        for zero in range(4)
+        for recompute in ("none", "block", "selective")
+        for accumulation in (1, 2)
+    }
+    assert wanted <= {
+        (c.world, c.ep, c.zero, c.recompute, c.accumulation)
+        for c in cases
+        if c.variant == "diffmoe"
+    }
     for case in cases:
         for word in filter(None, case.words.split("=")):
-            same = Case(case.world, case.ep, case.zero, case.recompute, case.accumulation, word, case.batch)
+            same = Case(
+                case.world, case.ep, case.zero, case.recompute, case.accumulation, word, case.batch
+            )
             assert same.layout().pool == case.layout().pool
-    assert any(case.layout().pool % case.layout().micro_batch for case in cases), "no pool straddles ranks unevenly"
+    assert any(case.layout().pool % case.layout().micro_batch for case in cases), (
+        "no pool straddles ranks unevenly"
+    )
 
 
-@pytest.mark.parametrize(("worlds", "variant"), [((1, 2, 4), "dense"), ((1,), "dense"), ((2,), "diffmoe"), ((4,), "diffmoe")])
+@pytest.mark.parametrize(
+    ("worlds", "variant"),
+    [((1, 2, 4), "dense"), ((1,), "dense"), ((2,), "diffmoe"), ((4,), "diffmoe")],
+)
 def test_the_quick_compiled_table_is_one_case(worlds, variant):
     (case,) = quick_compiled_table(worlds)
     assert case.compiled and case.variant == variant and case in compiled_table(worlds)
@@ -62,22 +87,31 @@ def test_command_line(tmp_path, capsys):
     path = tmp_path / "table.json"
     assert verify.main(["--quick", "--worlds", "1", "--json", str(path)], detect()) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("verify: 2 cases, largest relative difference ") and last.endswith("bound 1e-05: ok")
+    assert last.startswith("verify: 2 cases, largest relative difference ") and last.endswith(
+        "bound 1e-05: ok"
+    )
     written = json.loads(path.read_text())
     assert written["ok"] and len(written["rows"]) == 2 and written["rows"][0]["case"]["world"] == 1
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--worlds", "3"], r"--worlds \(3\) must be of 1, 2, 4"),
-    (["--device", "cuda", "--worlds", "1,4"], r"--worlds \(1,4\) needs a GPU a rank; torch sees 2"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--worlds", "3"], r"--worlds \(3\) must be of 1, 2, 4"),
+        (
+            ["--device", "cuda", "--worlds", "1,4"],
+            r"--worlds \(1,4\) needs a GPU a rank; torch sees 2",
+        ),
+    ],
+)
 def test_bad_command_lines(arguments, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=message):
         verify.main(arguments, detect())
 
 
-# ------------------------------------------------------------------------------------- the table can fail
+# ------------------------------------------------------------------------------------- the table
+# can fail
 
 
 def expert_gradients_times_ep(training):
@@ -89,8 +123,11 @@ def expert_gradients_times_ep(training):
 def one_expert_gradient_lost(training):
     for tensor in training.engine.tensors:
         if tensor.experts is not None and training.groups.rank == 1:
-            tensor.parameter.register_hook(lambda gradient: gradient * torch.tensor([1.0, 0.0]).view(-1, *[1] * (
-                gradient.dim() - 1)))
+            tensor.parameter.register_hook(
+                lambda gradient: (
+                    gradient * torch.tensor([1.0, 0.0]).view(-1, *[1] * (gradient.dim() - 1))
+                )
+            )
 
 
 def thresholds_twice_as_high(training):
@@ -120,20 +157,25 @@ def compare(tmp_path_factory):
     path = tmp_path_factory.mktemp("reference") / "reference.pt"
     torch.save(table.reference_for(SPOILED, CPU), path)
     with Ranks(SPOILED.world, timeout=60) as ranks:
+
         def differences(tamper):
             results = ranks.run(table.train_and_compare, SPOILED, str(path), "cpu", tamper)
             return {column: max(found[column] for found, _ in results) for column in COLUMNS}
+
         yield differences
 
 
-@pytest.mark.parametrize("tamper,columns", [
-    (expert_gradients_times_ep, {"gradient", "norm", "weights", "ema", "loss", "thresholds"}),
-    (one_expert_gradient_lost, {"gradient", "norm", "weights", "ema", "loss", "thresholds"}),
-    (thresholds_twice_as_high, {"thresholds"}),
-    (moving_average_twice_a_step, {"ema"}),
-    (norm_of_one_rank, {"norm"}),
-    (learning_rate_off, {"weights", "ema", "loss", "norm", "thresholds"}),
-])
+@pytest.mark.parametrize(
+    "tamper,columns",
+    [
+        (expert_gradients_times_ep, {"gradient", "norm", "weights", "ema", "loss", "thresholds"}),
+        (one_expert_gradient_lost, {"gradient", "norm", "weights", "ema", "loss", "thresholds"}),
+        (thresholds_twice_as_high, {"thresholds"}),
+        (moving_average_twice_a_step, {"ema"}),
+        (norm_of_one_rank, {"norm"}),
+        (learning_rate_off, {"weights", "ema", "loss", "norm", "thresholds"}),
+    ],
+)
 def test_spoiled_training_is_a_miss(compare, tamper, columns):
     found = compare(tamper)
     assert {column for column in COLUMNS if found[column] > BOUND} == columns, found
@@ -144,7 +186,11 @@ def test_what_was_spoiled_does_not_stay(compare):
 
 
 def test_bf16_rows_miss_a_factor_too():
-    (row,) = table.run_cases([Case(2, 2, 2, "none", 2, "1", 16, precision="bf16")], tamper=expert_gradients_times_ep, timeout=60)
+    (row,) = table.run_cases(
+        [Case(2, 2, 2, "none", 2, "1", 16, precision="bf16")],
+        tamper=expert_gradients_times_ep,
+        timeout=60,
+    )
     assert not row.error and not row.ok and row.differences["gradient"] > 0.3, row.differences
 
 

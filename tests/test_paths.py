@@ -19,9 +19,12 @@ from launcher.environment import RankEnvironment
 from programs import REPOSITORY, TINY, digits
 
 ALONE = RankEnvironment(0, 1, 0, 1, "single")
-PATH_FIELDS = [f"{section.name}.{field.name}" for section in dataclasses.fields(Config)
-               for field in dataclasses.fields(typing.get_type_hints(Config)[section.name])
-               if typing.get_type_hints(typing.get_type_hints(Config)[section.name])[field.name] is str]
+PATH_FIELDS = [
+    f"{section.name}.{field.name}"
+    for section in dataclasses.fields(Config)
+    for field in dataclasses.fields(typing.get_type_hints(Config)[section.name])
+    if typing.get_type_hints(typing.get_type_hints(Config)[section.name])[field.name] is str
+]
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +39,22 @@ def places(tmp_path, monkeypatch):
 
 
 WRITTEN = {
-    "~": "HOME", "~/runs": "HOME/runs", "$SCRATCH": "SCRATCH", "$SCRATCH/a/$NAME": "SCRATCH/a/run_7", "${SCRATCH}_2/x": "SCRATCH_2/x",
-    "~/$NAME/~": "HOME/run_7/~", "": "", "runs/a": "runs/a", "a~": "a~", "5$": "5$", "owner/name": "owner/name",
-    "data/shard-{000000..000007}.tar": "data/shard-{000000..000007}.tar", "$SCRATCH/s-{00..07}.tar": "SCRATCH/s-{00..07}.tar",
-    "pipe:cat $UNSET/~ | gunzip": "pipe:cat $UNSET/~ | gunzip", "https://host/~user/$x.tar": "https://host/~user/$x.tar", "s3://b/$k": "s3://b/$k",
+    "~": "HOME",
+    "~/runs": "HOME/runs",
+    "$SCRATCH": "SCRATCH",
+    "$SCRATCH/a/$NAME": "SCRATCH/a/run_7",
+    "${SCRATCH}_2/x": "SCRATCH_2/x",
+    "~/$NAME/~": "HOME/run_7/~",
+    "": "",
+    "runs/a": "runs/a",
+    "a~": "a~",
+    "5$": "5$",
+    "owner/name": "owner/name",
+    "data/shard-{000000..000007}.tar": "data/shard-{000000..000007}.tar",
+    "$SCRATCH/s-{00..07}.tar": "SCRATCH/s-{00..07}.tar",
+    "pipe:cat $UNSET/~ | gunzip": "pipe:cat $UNSET/~ | gunzip",
+    "https://host/~user/$x.tar": "https://host/~user/$x.tar",
+    "s3://b/$k": "s3://b/$k",
 }
 
 
@@ -57,23 +72,41 @@ def test_a_home_folder_is_taken_as_it_is(monkeypatch):
     assert expand_path("~/x") == "/home/$UNSET/x"
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("$UNSET/x", "run.folder ($UNSET/x) names $UNSET, which is not set: set it, or write the path itself"),
-    ("~/${UNSET}", "run.folder (~/${UNSET}) names $UNSET, which is not set"),
-    ("~nobody-of-that-name/x", "run.folder (~nobody-of-that-name/x) begins with ~nobody-of-that-name, which is no user of this machine: "
-                               "write ./~nobody-of-that-name/x"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "$UNSET/x",
+            "run.folder ($UNSET/x) names $UNSET, which is not set: set it, or write the path itself",
+        ),
+        ("~/${UNSET}", "run.folder (~/${UNSET}) names $UNSET, which is not set"),
+        (
+            "~nobody-of-that-name/x",
+            "run.folder (~nobody-of-that-name/x) begins with ~nobody-of-that-name, which is no user of this machine: "
+            "write ./~nobody-of-that-name/x",
+        ),
+    ],
+)
 def test_what_cannot_be_expanded_is_named(text, message):
     with pytest.raises(UserError) as error:
         load_config(None, [f"run.folder={text}"])
     assert str(error.value).startswith(message)
 
 
-# ------------------------------------------------------------------------------------------------------- YAML
+# -------------------------------------------------------------------------------------------------------
+# YAML
 
 
 def test_every_path_of_the_configuration_is_found():
-    assert {"run.folder", "data.shards", "data.index", "data.cache", "score.reference", "score.extractor", "score.vae"} <= set(PATH_FIELDS)
+    assert {
+        "run.folder",
+        "data.shards",
+        "data.index",
+        "data.cache",
+        "score.reference",
+        "score.extractor",
+        "score.vae",
+    } <= set(PATH_FIELDS)
 
 
 @pytest.mark.parametrize("field", PATH_FIELDS)
@@ -81,8 +114,12 @@ def test_in_yaml_in_overrides_and_in_what_is_resolved(tmp_path, field):
     section, name = field.split(".")
     (tmp_path / "c.yaml").write_text(f"{section}: {{{name}: '~/$NAME'}}\n")
     expected = f"{tmp_path}/home/run_7"
-    for config in (load_config(tmp_path / "c.yaml"), load_config(None, [f"{field}=~/${{NAME}}"]), load_config(None, [f"{section}={{{name}: ~/$NAME}}"]),
-                   override(Config(), [f"{field}=$HOME/$NAME"])):
+    for config in (
+        load_config(tmp_path / "c.yaml"),
+        load_config(None, [f"{field}=~/${{NAME}}"]),
+        load_config(None, [f"{section}={{{name}: ~/$NAME}}"]),
+        override(Config(), [f"{field}=$HOME/$NAME"]),
+    ):
         assert config_to_tree(config)[section][name] == expected
         assert load_config(None, [f"{field}={expected}"]) == config
 
@@ -100,11 +137,15 @@ def test_includes(tmp_path, monkeypatch):
     for path in ("~/top.yaml", "$HOME/beside.yaml"):
         assert load_config(path).train.steps == 7
     (tmp_path / "home/lost.yaml").write_text("include: $UNSET/base.yaml\n")
-    with pytest.raises(UserError, match=r"lost\.yaml: include \(\$UNSET/base\.yaml\) names \$UNSET, which is not set"):
+    with pytest.raises(
+        UserError,
+        match=r"lost\.yaml: include \(\$UNSET/base\.yaml\) names \$UNSET, which is not set",
+    ):
         load_config("~/lost.yaml")
 
 
-# ----------------------------------------------------------------------------------------------- command lines
+# -----------------------------------------------------------------------------------------------
+# command lines
 
 
 def parsers(monkeypatch) -> dict[str, argparse.ArgumentParser]:
@@ -120,7 +161,13 @@ def parsers(monkeypatch) -> dict[str, argparse.ArgumentParser]:
     import diffmoe.__main__ as run
 
     verbs = [(verb,) for verb in run.VERBS if verb != "bench"]
-    for verb, *kind in [*verbs, *(("bench", kind) for kind in ("data", "checkpoint", "step", "sampling", "moe-layer", "communication"))]:
+    for verb, *kind in [
+        *verbs,
+        *(
+            ("bench", kind)
+            for kind in ("data", "checkpoint", "step", "sampling", "moe-layer", "communication")
+        ),
+    ]:
         with pytest.raises(InterruptedError):
             run._main_of(verb)(kind, ALONE)
     for verb in LAUNCHER_VERBS:
@@ -130,20 +177,35 @@ def parsers(monkeypatch) -> dict[str, argparse.ArgumentParser]:
 
 
 def test_every_option_of_every_verb_is_expanded(monkeypatch, tmp_path):
-    """Whatever the option is: no verb has a parser of its own kind, and no option a type of its own that reads a path."""
+    """Whatever the option is: no verb has a parser of its own kind, and no option a type of its own
+    that reads a path.
+    """
     found = parsers(monkeypatch)
-    assert len(found) >= 18 and {"run.py train", "run.py encode", "python -m launcher plan"} <= set(found)
+    assert len(found) >= 18 and {"run.py train", "run.py encode", "python -m launcher plan"} <= set(
+        found
+    )
     paths = 0
     for name, parser in found.items():
         assert isinstance(parser, PathParser), name
         for action in parser._actions:
             if action.type in (None, str, Path) and action.nargs != 0 and action.choices is None:
                 paths += 1
-                assert str(parser._get_value(action, "~/$NAME")) == f"{tmp_path}/home/run_7", (name, action.dest)
-                with pytest.raises(argparse.ArgumentError, match=r"path \(\$UNSET\) names \$UNSET, which is not set"):
+                assert str(parser._get_value(action, "~/$NAME")) == f"{tmp_path}/home/run_7", (
+                    name,
+                    action.dest,
+                )
+                with pytest.raises(
+                    argparse.ArgumentError,
+                    match=r"path \(\$UNSET\) names \$UNSET, which is not set",
+                ):
                     parser._get_value(action, "$UNSET")
-                assert parser._get_value(action, "pipe:cat $UNSET") in ("pipe:cat $UNSET", Path("pipe:cat $UNSET"))
-                assert str(parser._get_value(action, "data.shards=$UNSET")) == "data.shards=$UNSET", "load_config's to read"
+                assert parser._get_value(action, "pipe:cat $UNSET") in (
+                    "pipe:cat $UNSET",
+                    Path("pipe:cat $UNSET"),
+                )
+                assert (
+                    str(parser._get_value(action, "data.shards=$UNSET")) == "data.shards=$UNSET"
+                ), "load_config's to read"
             elif action.type is not None and action.dest != "storage":  # a name of a data type
                 with pytest.raises((argparse.ArgumentError, UserError)):
                     parser._get_value(action, "~/a path is not for it")
@@ -155,11 +217,19 @@ def test_a_dry_run_shows_what_was_meant(tmp_path, capsys):
 
     from diffmoe.commands.train import main
 
-    (tmp_path / "home/c.yaml").write_text(yaml.safe_dump({**TINY, "parallel": {"ep": 1}, "data": {"shards": "$SCRATCH/shards"}}))
+    (tmp_path / "home/c.yaml").write_text(
+        yaml.safe_dump({**TINY, "parallel": {"ep": 1}, "data": {"shards": "$SCRATCH/shards"}})
+    )
     assert main(["--dry-run", "--config", "~/c.yaml", "run.folder=~/runs/${NAME}"], ALONE) == 0
     said = capsys.readouterr().out
-    assert f"folder: {tmp_path}/home/runs/run_7\n" in said and f"shards: {tmp_path}/scratch/shards\n" in said
-    with pytest.raises(UserError, match=r"argument --config: path \(\$UNSET/c.yaml\) names \$UNSET, which is not set.* \(see run.py train --help\)"):
+    assert (
+        f"folder: {tmp_path}/home/runs/run_7\n" in said
+        and f"shards: {tmp_path}/scratch/shards\n" in said
+    )
+    with pytest.raises(
+        UserError,
+        match=r"argument --config: path \(\$UNSET/c.yaml\) names \$UNSET, which is not set.* \(see run.py train --help\)",
+    ):
         main(["--dry-run", "--config", "$UNSET/c.yaml"], ALONE)
 
 
@@ -167,11 +237,38 @@ def test_a_job_is_prepared_where_it_was_meant(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     (tmp_path / "scratch/d.json").write_text('{"zero_optimization": {"stage": 1}}')
-    assert launcher_main(["job", "prepare", "--config", "configs/demo.yaml", "--deepspeed_config", "$SCRATCH/d.json", "--ranks", "2",
-                          "run.folder=~/r"]) == 0
+    assert (
+        launcher_main(
+            [
+                "job",
+                "prepare",
+                "--config",
+                "configs/demo.yaml",
+                "--deepspeed_config",
+                "$SCRATCH/d.json",
+                "--ranks",
+                "2",
+                "run.folder=~/r",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == f"{tmp_path}/home/r/jobs/12\n"
     assert load_config("~/r/jobs/12/config.yaml").run.folder == f"{tmp_path}/home/r"
-    assert launcher_main(["submit", "--dry-run", "--config", "configs/demo.yaml", "--gpus-per-node", "2", "run.folder=$SCRATCH/r"]) == 0
+    assert (
+        launcher_main(
+            [
+                "submit",
+                "--dry-run",
+                "--config",
+                "configs/demo.yaml",
+                "--gpus-per-node",
+                "2",
+                "run.folder=$SCRATCH/r",
+            ]
+        )
+        == 0
+    )
     assert f"run.folder={tmp_path}/scratch/r" in capsys.readouterr().out
     assert launcher_main(["plan", "--config", "~/none.yaml"]) == 2
     assert f"config file {tmp_path}/home/none.yaml does not exist" in capsys.readouterr().err
@@ -190,11 +287,17 @@ def test_data_and_checkpoints_are_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["diffmoe.data.digits", "diffmoe.evaluation.judge"])
-@pytest.mark.parametrize(("path", "message"), [
-    ("$UNSET/x", "names $UNSET, which is not set"), ("~nobody-of-that-name/x", "is no user of this machine"),
-    ("$SCRATCH/other", "SCRATCH/other")])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("$UNSET/x", "names $UNSET, which is not set"),
+        ("~nobody-of-that-name/x", "is no user of this machine"),
+        ("$SCRATCH/other", "SCRATCH/other"),
+    ],
+)
 def test_the_demos_own_commands_expand_too_and_say_what_is_wrong_in_one_line(
-        tmp_path, monkeypatch, capsys, module, path, message):
+    tmp_path, monkeypatch, capsys, module, path, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scratch/other").mkdir()
     (tmp_path / "scratch/other/index.json").write_text("{}")

@@ -1,4 +1,6 @@
-"""The Python entry: what is loaded from where, what a call returns, and that it is what the command line makes."""
+"""The Python entry: what is loaded from where, what a call returns, and that it is what the command
+line makes.
+"""
 
 import copy
 import json
@@ -32,16 +34,33 @@ CALL = {"num_images": 5, "num_inference_steps": 2, "generator_seed": 3}
 
 def made(family="diffmoe", channels=1, names=NAMES, **model) -> Pretrained:
     """A new model, as if it had been opened."""
-    config = config_from_tree({
-        "model": {"family": family, "input_size": 8, "channels": channels, "width": 16, "depth": 2, "heads": 2, "classes": 3,
-                  "learn_sigma": False, **model},
-        "moe": {"experts": 4, "pool": 1}, "sample": {"steps": 2}})
+    config = config_from_tree(
+        {
+            "model": {
+                "family": family,
+                "input_size": 8,
+                "channels": channels,
+                "width": 16,
+                "depth": 2,
+                "heads": 2,
+                "classes": 3,
+                "learn_sigma": False,
+                **model,
+            },
+            "moe": {"experts": 4, "pool": 1},
+            "sample": {"steps": 2},
+        }
+    )
     net = DiT(config.model, config.moe)
     initialize(net, 0)
     torch.manual_seed(0)
     for tensor in logical_tensors(net):  # a new model's output is zero
         tensor.parameter.data.add_(0.05 * torch.randn(tensor.parameter.shape))
-    pieces = {name: piece for tensor in logical_tensors(net) for name, piece in tensor.pieces(tensor.parameter.data)}
+    pieces = {
+        name: piece
+        for tensor in logical_tensors(net)
+        for name, piece in tensor.pieces(tensor.parameter.data)
+    }
     buffers = {name: value for name, value in net.named_buffers() if ".thresholds." in name}
     return Pretrained(config, {**pieces, **buffers}, "ema", 7, 1, names, None, Path("nowhere"))
 
@@ -53,22 +72,50 @@ def vae_folder(tmp_path_factory):
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
-                  up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.25,
-                  sample_size=16).save_pretrained(folder)
+    AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+        sample_size=16,
+    ).save_pretrained(folder)
     return folder
 
 
 def test_it_makes_what_the_command_line_makes(tmp_path):
-    [[result]] = run_cases(1, [["sample", "--checkpoint", KEPT, "--classes", "3,7", "--count", "5", "--seed", "3", "--cfg", "2",
-                                "--out", tmp_path / "theirs", "sample.steps=2"]])
+    [[result]] = run_cases(
+        1,
+        [
+            [
+                "sample",
+                "--checkpoint",
+                KEPT,
+                "--classes",
+                "3,7",
+                "--count",
+                "5",
+                "--seed",
+                "3",
+                "--cfg",
+                "2",
+                "--out",
+                tmp_path / "theirs",
+                "sample.steps=2",
+            ]
+        ],
+    )
     assert result.returncode == 0, result
     ours = DiffMoEPipeline.from_pretrained(KEPT)([3, 7], guidance_scale=2, **CALL)
     with np.load(tmp_path / "theirs.npz") as theirs:
         assert ours.labels == theirs["labels"].tolist() == [3, 7, 3, 7, 3]
         np.testing.assert_allclose(ours.samples.numpy(), theirs["images"], atol=1e-5)
         assert np.abs(ours.arrays.astype(int) - theirs["arr_0"]).max() <= 1
-    assert [image.size for image in ours.images] == [(8, 8)] * 5 and isinstance(ours.images[0], Image.Image)
+    assert [image.size for image in ours.images] == [(8, 8)] * 5 and isinstance(
+        ours.images[0], Image.Image
+    )
     assert np.array_equal(np.stack([np.asarray(image) for image in ours.images]), ours.arrays)
 
 
@@ -77,46 +124,92 @@ def test_a_folder_and_what_it_saves_sample_the_same(tmp_path, weights):
     first = DiffMoEPipeline.from_pretrained(KEPT, weights=weights)
     export_folder(Checkpoint(KEPT), tmp_path / "exported", weights)
     first.save_pretrained(tmp_path / "deep" / "saved")
-    samples = [pipe(**CALL).samples for pipe in (first, *(DiffMoEPipeline.from_pretrained(tmp_path / name)
-                                                          for name in ("exported", "deep/saved")))]
+    samples = [
+        pipe(**CALL).samples
+        for pipe in (
+            first,
+            *(
+                DiffMoEPipeline.from_pretrained(tmp_path / name)
+                for name in ("exported", "deep/saved")
+            ),
+        )
+    ]
     assert torch.equal(samples[0], samples[1]) and torch.equal(samples[0], samples[2])
     for name in ("config.json", "README.md", "model.safetensors"):
-        assert (tmp_path / "exported" / name).read_bytes() == (tmp_path / "deep" / "saved" / name).read_bytes()
+        assert (tmp_path / "exported" / name).read_bytes() == (
+            tmp_path / "deep" / "saved" / name
+        ).read_bytes()
     with pytest.raises(UserError, match="saved already exists"):
         first.save_pretrained(tmp_path / "deep" / "saved")
-    with pytest.raises(UserError, match=rf"weights \(ema:0.5\) are not in .*, which holds {weights}$"):
+    with pytest.raises(
+        UserError, match=rf"weights \(ema:0.5\) are not in .*, which holds {weights}$"
+    ):
         DiffMoEPipeline.from_pretrained(tmp_path / "exported", weights="ema:0.5")
 
 
 def test_what_was_saved_is_imported(tmp_path):
     DiffMoEPipeline(made()).save_pretrained(tmp_path / "saved")
-    [[result]] = run_cases(1, [["import", "--hf", tmp_path / "saved", f"run.folder={tmp_path / 'run'}"]])
+    [[result]] = run_cases(
+        1, [["import", "--hf", tmp_path / "saved", f"run.folder={tmp_path / 'run'}"]]
+    )
     assert result.returncode == 0, result
     pipe = DiffMoEPipeline.from_pretrained(tmp_path / "run")
     assert pipe.class_names == NAMES
     assert torch.equal(pipe(**CALL).samples, DiffMoEPipeline(made())(**CALL).samples)
 
 
-@pytest.mark.parametrize(("classes", "labels"), [
-    (None, [0, 1, 2]), (2, [2]), ("Bag", [1]), (["coat", 0], [2, 0]), ((1, 1), [1, 1]), (range(2), [0, 1]), ("2", [2]),
-    (np.int64(2), [2]), (torch.tensor(2), [2]), (np.array([0, 2]), [0, 2]), (torch.tensor([1]), [1])])
+@pytest.mark.parametrize(
+    ("classes", "labels"),
+    [
+        (None, [0, 1, 2]),
+        (2, [2]),
+        ("Bag", [1]),
+        (["coat", 0], [2, 0]),
+        ((1, 1), [1, 1]),
+        (range(2), [0, 1]),
+        ("2", [2]),
+        (np.int64(2), [2]),
+        (torch.tensor(2), [2]),
+        (np.array([0, 2]), [0, 2]),
+        (torch.tensor([1]), [1]),
+    ],
+)
 def test_classes_by_number_and_by_name(classes, labels):
     assert DiffMoEPipeline(made())(classes).labels == labels
 
 
-@pytest.mark.parametrize(("arguments", "complaint"), [
-    ({"classes": "shoe"}, r"classes \('shoe'\): 'shoe' is the name of no class"),
-    ({"classes": [3]}, r"classes \(\[3\]\) must be numbers from 0 to 2 or names \(model.classes = 3\)"),
-    ({"classes": []}, r"classes \(\[\]\) must be"), ({"num_images": 0}, r"num_images \(0\) must be at least 1"),
-    ({"num_inference_steps": 0}, r"sample.steps \(0\)"), ({"capacity": 5}, r"sample.capacity \(5.0\) must be above 0 and at most"),
-    ({"capacity": 1.0}, r"sample.capacity \(1.0\) needs histograms"), ({"sampler": "ddim"}, r"sample.sampler \(ddim\)"),
-    ({"routing": "train"}, "sample.routing = 'train' must be one of"), ({"output_type": "np"}, r"output_type \(np\)"),
-    ({"generator_seed": -1}, r"run.seed \(-1\)"), ({"generator_seed": 1.5}, "run.seed = 1.5 must be an integer"),
-    ({"generator_seed": "3"}, "run.seed = '3' must be an integer"), ({"classes": [1.9]}, r"classes \(\[1.9\]\) must be"), ({"classes": True}, "must be numbers"),
-    ({"classes": [None]}, "must be numbers"), ({"classes": [[0, 1]]}, "must be numbers"), ({"classes": float("nan")}, "must be numbers"),
-    ({"num_images": 2.0}, r"num_images \(2.0\)"), ({"num_inference_steps": "2"}, "sample.steps"), ({"guidance_scale": "two"}, "sample.cfg"),
-    ({"guidance_scale": float("nan")}, "sample.cfg"), ({"batch_size": 2.5}, "sample.batch"), ({"capacity": "0.5"}, "sample.capacity"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"classes": "shoe"}, r"classes \('shoe'\): 'shoe' is the name of no class"),
+        (
+            {"classes": [3]},
+            r"classes \(\[3\]\) must be numbers from 0 to 2 or names \(model.classes = 3\)",
+        ),
+        ({"classes": []}, r"classes \(\[\]\) must be"),
+        ({"num_images": 0}, r"num_images \(0\) must be at least 1"),
+        ({"num_inference_steps": 0}, r"sample.steps \(0\)"),
+        ({"capacity": 5}, r"sample.capacity \(5.0\) must be above 0 and at most"),
+        ({"capacity": 1.0}, r"sample.capacity \(1.0\) needs histograms"),
+        ({"sampler": "ddim"}, r"sample.sampler \(ddim\)"),
+        ({"routing": "train"}, "sample.routing = 'train' must be one of"),
+        ({"output_type": "np"}, r"output_type \(np\)"),
+        ({"generator_seed": -1}, r"run.seed \(-1\)"),
+        ({"generator_seed": 1.5}, "run.seed = 1.5 must be an integer"),
+        ({"generator_seed": "3"}, "run.seed = '3' must be an integer"),
+        ({"classes": [1.9]}, r"classes \(\[1.9\]\) must be"),
+        ({"classes": True}, "must be numbers"),
+        ({"classes": [None]}, "must be numbers"),
+        ({"classes": [[0, 1]]}, "must be numbers"),
+        ({"classes": float("nan")}, "must be numbers"),
+        ({"num_images": 2.0}, r"num_images \(2.0\)"),
+        ({"num_inference_steps": "2"}, "sample.steps"),
+        ({"guidance_scale": "two"}, "sample.cfg"),
+        ({"guidance_scale": float("nan")}, "sample.cfg"),
+        ({"batch_size": 2.5}, "sample.batch"),
+        ({"capacity": "0.5"}, "sample.capacity"),
+    ],
+)
 def test_a_bad_call_is_one_line(arguments, complaint):
     with pytest.raises(UserError, match=complaint):
         DiffMoEPipeline(made())(**arguments)
@@ -127,14 +220,20 @@ def test_a_call_leaves_the_next_one_alone():
     plain = pipe(**CALL).samples
     guided = pipe(guidance_scale=3, **CALL).samples
     other = pipe(**{**CALL, "generator_seed": np.int64(4)}).samples
-    assert torch.equal(pipe(**CALL).samples, plain) and not torch.equal(plain, guided) and not torch.equal(plain, other)
+    assert (
+        torch.equal(pipe(**CALL).samples, plain)
+        and not torch.equal(plain, guided)
+        and not torch.equal(plain, other)
+    )
     assert torch.allclose(pipe(batch_size=2, **CALL).samples, plain, atol=1e-5)
 
 
 def test_routing_moves_the_capacity_used():
     pipe = DiffMoEPipeline(made())
     static = pipe(routing="static", **CALL)
-    assert static.capacity == pytest.approx(1.0) and static.capacity_used.by_layer() == pytest.approx([1.0])
+    assert static.capacity == pytest.approx(
+        1.0
+    ) and static.capacity_used.by_layer() == pytest.approx([1.0])
     assert pipe(**CALL).capacity != pytest.approx(1.0)
     dense = DiffMoEPipeline(made("dense"))(**CALL)
     assert dense.capacity is None and dense.capacity_used is None and len(dense.images) == 5
@@ -147,19 +246,29 @@ def test_latents_are_decoded(tmp_path, vae_folder):
     with pytest.raises(UserError, match="latents of 4 channels need a VAE"):
         bare(**CALL)
     latents = bare(output_type="latent", **CALL)
-    assert latents.images == [] and latents.arrays.size == 0 and latents.samples.shape == (5, 4, 8, 8)
+    assert (
+        latents.images == [] and latents.arrays.size == 0 and latents.samples.shape == (5, 4, 8, 8)
+    )
     pipe = DiffMoEPipeline.from_pretrained(tmp_path / "latent", vae=vae_folder)
     assert pipe.latents == (0.5, 0.25)
     out = pipe(batch_size=2, **CALL)
     decoded = to_uint8(pipe.vae.model.decode(out.samples / 0.5 + 0.25).sample)
     assert (torch.from_numpy(out.arrays).permute(0, 3, 1, 2).int() - decoded.int()).abs().max() <= 1
     assert out.images[0].size == (16, 16)
-    pipe = DiffMoEPipeline.from_pretrained(tmp_path / "latent", vae=vae_folder, latents=(2.0, 0.0))  # of other training data
+    pipe = DiffMoEPipeline.from_pretrained(
+        tmp_path / "latent", vae=vae_folder, latents=(2.0, 0.0)
+    )  # of other training data
     with pytest.raises(UserError, match=r"latents \(0.5\) must be two numbers"):
         DiffMoEPipeline.from_pretrained(tmp_path / "latent", latents=0.5)
-    assert DiffMoEPipeline.from_pretrained(tmp_path / "latent", latents=(2, 1)).latents == (2.0, 1.0)
+    assert DiffMoEPipeline.from_pretrained(tmp_path / "latent", latents=(2, 1)).latents == (
+        2.0,
+        1.0,
+    )
     pipe.save_pretrained(tmp_path / "whole")
-    assert json.loads((tmp_path / "whole/config.json").read_text())["latents"] == {"scale": 2.0, "shift": 0.0}
+    assert json.loads((tmp_path / "whole/config.json").read_text())["latents"] == {
+        "scale": 2.0,
+        "shift": 0.0,
+    }
     whole = DiffMoEPipeline.from_pretrained(tmp_path / "whole")
     assert whole.latents == (2.0, 0.0) and np.array_equal(whole(**CALL).arrays, pipe(**CALL).arrays)
     with pytest.raises(UserError, match=r"model.channels \(1\) are pixels"):
@@ -172,12 +281,21 @@ def test_latents_are_decoded(tmp_path, vae_folder):
 def test_to_moves_weights_and_leaves_thresholds():
     pipe = DiffMoEPipeline(made())
     exact = pipe(**CALL).samples
-    assert pipe.to("cpu", torch.bfloat16) is pipe and pipe.dtype == torch.bfloat16 and pipe.device.type == "cpu"
+    assert (
+        pipe.to("cpu", torch.bfloat16) is pipe
+        and pipe.dtype == torch.bfloat16
+        and pipe.device.type == "cpu"
+    )
     assert all(value.dtype != torch.bfloat16 for value in pipe.transformer.buffers())
     rounded = pipe(**CALL).samples
-    assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().mean() < 0.1 * exact.abs().mean()
+    assert (
+        rounded.dtype == torch.float32
+        and 0 < (rounded - exact).abs().mean() < 0.1 * exact.abs().mean()
+    )
     other = DiffMoEPipeline(made()).to(torch.bfloat16)
-    assert torch.equal(other(**CALL).samples, rounded) and all(value.dtype != torch.bfloat16 for value in other.transformer.buffers())
+    assert torch.equal(other(**CALL).samples, rounded) and all(
+        value.dtype != torch.bfloat16 for value in other.transformer.buffers()
+    )
     with pytest.raises(UserError, match=r"dtype \(torch.float16\) must be"):
         other.to(torch.float16)
 
@@ -216,8 +334,13 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
     pipe = DiffMoEPipeline(made())
     assert pipe.push_to_hub("me/model", private=True, token="t") == "address"
     again = DiffMoEPipeline.from_pretrained("me/model", revision="main")
-    assert torch.equal(again(**CALL).samples, pipe(**CALL).samples) and asked == [("me/model", "main")]
-    with pytest.raises(UserError, match="no folder nobody/nothing here, and no repository of the hub gives it: 404 Client Error$"):
+    assert torch.equal(again(**CALL).samples, pipe(**CALL).samples) and asked == [
+        ("me/model", "main")
+    ]
+    with pytest.raises(
+        UserError,
+        match="no folder nobody/nothing here, and no repository of the hub gives it: 404 Client Error$",
+    ):
         DiffMoEPipeline.from_pretrained("nobody/nothing")
     with pytest.raises(UserError, match="must be a folder .* or an id of the hub"):
         DiffMoEPipeline.from_pretrained("no such folder")
@@ -238,21 +361,42 @@ def test_a_damaged_folder_is_refused(tmp_path):
         DiffMoEPipeline.from_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize(("text", "complaint"), [
-    ("{", "is no folder of a DiffMoE model"), ("[" * 100_000, "is no folder of a DiffMoE model"), ("[]", "no section config"), ('{"model_type": "bert"}', "no section config"),
-    ({"latents": {"scale": 1}}, "latents .* must hold the numbers"), ({"latents": "a"}, "latents .* must hold"), ({"latents": 5}, "latents"),
-    ({"id2label": 5}, r"id2label \(5\) must name classes 0 to 2"), ({"step": "x"}, r"step \('x'\) must be an integer"),
-    ({"weights": 3}, r"weights \(3\) must be a text"), ({"pool": None}, "pool"),
-])
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "is no folder of a DiffMoE model"),
+        ("[" * 100_000, "is no folder of a DiffMoE model"),
+        ("[]", "no section config"),
+        ('{"model_type": "bert"}', "no section config"),
+        ({"latents": {"scale": 1}}, "latents .* must hold the numbers"),
+        ({"latents": "a"}, "latents .* must hold"),
+        ({"latents": 5}, "latents"),
+        ({"id2label": 5}, r"id2label \(5\) must name classes 0 to 2"),
+        ({"step": "x"}, r"step \('x'\) must be an integer"),
+        ({"weights": 3}, r"weights \(3\) must be a text"),
+        ({"pool": None}, "pool"),
+    ],
+)
 def test_a_description_from_elsewhere_is_one_line(tmp_path, text, complaint):
     write_folder(made(), tmp_path / "model")
     path = tmp_path / "model/config.json"
-    path.write_text(text if isinstance(text, str) else json.dumps({**json.loads(path.read_text()), **text}))
+    path.write_text(
+        text if isinstance(text, str) else json.dumps({**json.loads(path.read_text()), **text})
+    )
     with pytest.raises(UserError, match=complaint):
         DiT.from_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize("index", [b'{"weight_map": ["a"]}', b"\xff\xfe", b"{}", b"[]", json.dumps({"weight_map": {"a": "x" * 5000}}).encode()])
+@pytest.mark.parametrize(
+    "index",
+    [
+        b'{"weight_map": ["a"]}',
+        b"\xff\xfe",
+        b"{}",
+        b"[]",
+        json.dumps({"weight_map": {"a": "x" * 5000}}).encode(),
+    ],
+)
 def test_a_broken_index_is_one_line(tmp_path, index):
     write_folder(made(), tmp_path / "model")
     (tmp_path / "model/model.safetensors.index.json").write_bytes(index)
@@ -266,12 +410,20 @@ def test_the_model_needs_no_routing_rule(tmp_path, family):
     model = DiT.from_pretrained(tmp_path / "model")
     x, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([0, 2, 1])
     together = model(x, t, y).prediction
-    alone = torch.cat([model(x[i:i + 1], t[i:i + 1], y[i:i + 1]).prediction for i in range(3)])
+    alone = torch.cat(
+        [model(x[i : i + 1], t[i : i + 1], y[i : i + 1]).prediction for i in range(3)]
+    )
     assert together.shape == x.shape and torch.allclose(together, alone, atol=1e-5)
-    assert torch.equal(together, model(x, t, y, RoutingRule("token")).prediction) and not model.training
+    assert (
+        torch.equal(together, model(x, t, y, RoutingRule("token")).prediction)
+        and not model.training
+    )
 
 
 def test_the_package_names_what_users_import():
-    assert diffmoe.DiffMoEPipeline is DiffMoEPipeline and diffmoe.__all__ == ["DiT", "DiffMoEPipeline"]
+    assert diffmoe.DiffMoEPipeline is DiffMoEPipeline and diffmoe.__all__ == [
+        "DiT",
+        "DiffMoEPipeline",
+    ]
     with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):
         diffmoe.Pipeline

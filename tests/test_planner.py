@@ -13,7 +13,12 @@ from launcher.scaling import Trial, command_of, write_report
 from launcher.scaling_report import grouped
 from tests.programs import REPOSITORY, environment
 
-XL = ["--config", str(REPOSITORY / "configs/diffmoe_xl_e16_flow.yaml"), "--deepspeed_config", str(REPOSITORY / "ds_configs/zero1_bf16.json")]
+XL = [
+    "--config",
+    str(REPOSITORY / "configs/diffmoe_xl_e16_flow.yaml"),
+    "--deepspeed_config",
+    str(REPOSITORY / "ds_configs/zero1_bf16.json"),
+]
 DEMO = ["--config", str(REPOSITORY / "configs/demo.yaml")]
 # Runs a command in an interpreter to which the packages named first do not exist.
 _WITHOUT = """
@@ -30,28 +35,66 @@ runpy.run_module("launcher", run_name="__main__")
 
 
 def without(packages, *arguments):
-    return subprocess.run([sys.executable, "-c", _WITHOUT, packages, *map(str, arguments)], cwd=REPOSITORY, env=environment(),
-                          capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", _WITHOUT, packages, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 8])
 def test_a_login_node_plans_xl(nodes, tmp_path):
-    ended = without("torch,numpy,deepspeed,matplotlib", "plan", *XL, "--nodes", nodes, "--json", tmp_path / "plan.json")
+    ended = without(
+        "torch,numpy,deepspeed,matplotlib",
+        "plan",
+        *XL,
+        "--nodes",
+        nodes,
+        "--json",
+        tmp_path / "plan.json",
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert "as configured: EP 8, ZeRO 1, recompute selective" in ended.stdout and "GPU-hours" in ended.stdout
+    assert (
+        "as configured: EP 8, ZeRO 1, recompute selective" in ended.stdout
+        and "GPU-hours" in ended.stdout
+    )
     tree = json.loads((tmp_path / "plan.json").read_text())
-    assert tree["cluster"]["ranks"] == 8 * nodes and tree["configured"]["fits"] and tree["nearest"] is None
+    assert (
+        tree["cluster"]["ranks"] == 8 * nodes
+        and tree["configured"]["fits"]
+        and tree["nearest"] is None
+    )
     assert round((tree["parameters"]["total"] + tree["parameters"]["positions"]) / 1e6, 1) == 2925.0
     best = tree["layouts"][0]
     assert best["fits"] and best["memory"]["peak"] > best["memory"]["static"] > 0
-    assert best["least"]["rows"] <= sum(m["wire"] for m in best["traffic"] if m["collective"] == "all_to_all")
+    assert best["least"]["rows"] <= sum(
+        m["wire"] for m in best["traffic"] if m["collective"] == "all_to_all"
+    )
 
 
 def test_what_cannot_fit_gets_the_nearest_that_does(capsys):
-    ask = [*XL, "--gpu", "a100", "--memory", "20", "--ep", "1", "--recompute", "none", "--micro-batch", "32"]
+    ask = [
+        *XL,
+        "--gpu",
+        "a100",
+        "--memory",
+        "20",
+        "--ep",
+        "1",
+        "--recompute",
+        "none",
+        "--micro-batch",
+        "32",
+    ]
     assert plan.main(ask) == 1
     said = capsys.readouterr().out
-    assert "nothing fits: the smallest layout asked for needs" in said and "what to change: recompute none -> " in said
+    assert (
+        "nothing fits: the smallest layout asked for needs" in said
+        and "what to change: recompute none -> " in said
+    )
     assert plan.main([*XL, "--gpu", "a100", "--memory", "9"]) == 1
     assert "what to change: nodes 1 -> " in capsys.readouterr().out
     assert plan.main([*XL, "--gpu", "a100", "--memory", "4.1"]) == 1
@@ -59,40 +102,84 @@ def test_what_cannot_fit_gets_the_nearest_that_does(capsys):
     assert plan.main([*XL, "--nodes", "3"]) == 1  # 24 GPUs for a batch of 256
     assert "what to change: nodes 3 -> 4\n" in capsys.readouterr().out
     assert plan.main([*XL, "moe.pool=7"]) == 1
-    assert "fits either: train.batch, moe.pool or moe.experts must change" in capsys.readouterr().out
+    assert (
+        "fits either: train.batch, moe.pool or moe.experts must change" in capsys.readouterr().out
+    )
 
 
 def test_a_configuration_that_does_not_resolve_is_said_and_others_are_offered(capsys):
     assert plan.main([*XL, "--gpus-per-node", "4", "--memory", "90"]) == 0
     said = capsys.readouterr().out
-    assert "configured does not resolve: world size (4) must divide by parallel.ep (8)" in said and "  1   4 " in said
+    assert (
+        "configured does not resolve: world size (4) must divide by parallel.ep (8)" in said
+        and "  1   4 " in said
+    )
 
 
-@pytest.mark.parametrize(("verb", "arguments", "complaint"), [
-    (plan, [], "the following arguments are required: --config"),
-    (plan, [*DEMO, "--gpu", "h1000"], "--gpu (h1000) must be one of h100, h200, a100, cpu; did you mean h100?"),
-    (plan, [*DEMO, "--nodes", "0"], "--nodes (0) must be above 0"),
-    (plan, [*DEMO, "--memory", "1"], "--memory (1 GiB) must be a number above the reserve of 4 GiB"),
-    (plan, [*DEMO, "--memory", "inf"], "--memory (inf GiB) must be a number above the reserve of 4 GiB"),
-    (plan, [*DEMO, "--nodes", "100"], "train.batch (128) must be at least one sample for each of 800 GPUs"),
-    (plan, [*DEMO, "moe.expert=4"], "unknown key moe.expert"),
-    (plan, [*DEMO, "--calibrate", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
-    (plan, [*DEMO, "--hardware", "nowhere.yaml"], "nowhere.yaml does not exist"),
-    (simulate, [*DEMO, "--max-gpus", "4"], "--max-gpus (4) must be at least the smallest size (8)"),
-    (simulate, [*DEMO, "--min-gpus", "6", "--max-gpus", "12"], "--min-gpus (6), doubled, gives 12 GPUs, which are not whole nodes of 8"),
-    (simulate, ["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
-    (scaling, [*DEMO], "the following arguments are required: --out"),
-    (scaling, [*DEMO, "--out", "x", "--ranks", "1,b"], "'1,b' must be numbers"),
-    (scaling, [*DEMO, "--out", "x", "--ranks", "1", "--nodes", "1"], "say the same thing"),
-    (scaling, [*DEMO, "--out", "x", "--mode", "sideways"], "--mode (sideways) must be strong, weak or strong,weak"),
-    (scaling, [*DEMO, "--out", "x", "--zero", "4"], "--zero ([4]) must be of 0, 1, 2, 3"),
-    (scaling, [*DEMO, "--out", "x", "--warmup", "-1"], "--warmup (-1) must be at least 0"),
-    (scaling, [*DEMO, "--out", "x", "--start", "deepspeed", "--hostfile", "nowhere"], "--hostfile (nowhere) does not exist"),
-    (scaling, [*DEMO, "--out", f"{__file__}/x", "--ranks", "2", "--ep", "2"], "/x) cannot be written: "),
-    (scaling, [*DEMO, "--out", "x", "--start", "srun"], "--start (srun) needs an allocation"),
-    (scaling, [*DEMO, "--out", "x", "--nodes", "2"], "--nodes (2) needs srun in an allocation"),
-    (scaling, [*DEMO, "--out", "x", "--ranks", "3"], "nothing to measure"),
-])
+@pytest.mark.parametrize(
+    ("verb", "arguments", "complaint"),
+    [
+        (plan, [], "the following arguments are required: --config"),
+        (
+            plan,
+            [*DEMO, "--gpu", "h1000"],
+            "--gpu (h1000) must be one of h100, h200, a100, cpu; did you mean h100?",
+        ),
+        (plan, [*DEMO, "--nodes", "0"], "--nodes (0) must be above 0"),
+        (
+            plan,
+            [*DEMO, "--memory", "1"],
+            "--memory (1 GiB) must be a number above the reserve of 4 GiB",
+        ),
+        (
+            plan,
+            [*DEMO, "--memory", "inf"],
+            "--memory (inf GiB) must be a number above the reserve of 4 GiB",
+        ),
+        (
+            plan,
+            [*DEMO, "--nodes", "100"],
+            "train.batch (128) must be at least one sample for each of 800 GPUs",
+        ),
+        (plan, [*DEMO, "moe.expert=4"], "unknown key moe.expert"),
+        (plan, [*DEMO, "--calibrate", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (plan, [*DEMO, "--hardware", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (
+            simulate,
+            [*DEMO, "--max-gpus", "4"],
+            "--max-gpus (4) must be at least the smallest size (8)",
+        ),
+        (
+            simulate,
+            [*DEMO, "--min-gpus", "6", "--max-gpus", "12"],
+            "--min-gpus (6), doubled, gives 12 GPUs, which are not whole nodes of 8",
+        ),
+        (simulate, ["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (scaling, [*DEMO], "the following arguments are required: --out"),
+        (scaling, [*DEMO, "--out", "x", "--ranks", "1,b"], "'1,b' must be numbers"),
+        (scaling, [*DEMO, "--out", "x", "--ranks", "1", "--nodes", "1"], "say the same thing"),
+        (
+            scaling,
+            [*DEMO, "--out", "x", "--mode", "sideways"],
+            "--mode (sideways) must be strong, weak or strong,weak",
+        ),
+        (scaling, [*DEMO, "--out", "x", "--zero", "4"], "--zero ([4]) must be of 0, 1, 2, 3"),
+        (scaling, [*DEMO, "--out", "x", "--warmup", "-1"], "--warmup (-1) must be at least 0"),
+        (
+            scaling,
+            [*DEMO, "--out", "x", "--start", "deepspeed", "--hostfile", "nowhere"],
+            "--hostfile (nowhere) does not exist",
+        ),
+        (
+            scaling,
+            [*DEMO, "--out", f"{__file__}/x", "--ranks", "2", "--ep", "2"],
+            "/x) cannot be written: ",
+        ),
+        (scaling, [*DEMO, "--out", "x", "--start", "srun"], "--start (srun) needs an allocation"),
+        (scaling, [*DEMO, "--out", "x", "--nodes", "2"], "--nodes (2) needs srun in an allocation"),
+        (scaling, [*DEMO, "--out", "x", "--ranks", "3"], "nothing to measure"),
+    ],
+)
 def test_bad_input_is_one_line(verb, arguments, complaint, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises((UserError, ArgumentTypeError)) as raised:
@@ -103,15 +190,24 @@ def test_bad_input_is_one_line(verb, arguments, complaint, monkeypatch):
 @pytest.mark.parametrize("verb", ["plan", "simulate", "scaling"])
 def test_help_ends_with_an_example(verb):
     ended = without("torch", verb, "--help")
-    assert ended.returncode == 0 and f"python -m launcher {verb} --config" in ended.stdout.split("example:")[1]
+    assert (
+        ended.returncode == 0
+        and f"python -m launcher {verb} --config" in ended.stdout.split("example:")[1]
+    )
 
 
-@pytest.mark.parametrize(("entry", "complaint"), [
-    ("h100: 3", "h100 must be a mapping"),
-    ("h100: {name: x}", "h100.node.gb_s is missing"),
-    ("h100: {node: {gb_s: -1, latency_us: 1}}", "h100.node.gb_s (-1) must be a number above 0"),
-    ("h100: {nodes: 1, node: {gb_s: 1, latency_us: 1}, network: {gb_s: 1, latency_us: 1}}", "unknown key h100.nodes"),
-])
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ("h100: 3", "h100 must be a mapping"),
+        ("h100: {name: x}", "h100.node.gb_s is missing"),
+        ("h100: {node: {gb_s: -1, latency_us: 1}}", "h100.node.gb_s (-1) must be a number above 0"),
+        (
+            "h100: {nodes: 1, node: {gb_s: 1, latency_us: 1}, network: {gb_s: 1, latency_us: 1}}",
+            "unknown key h100.nodes",
+        ),
+    ],
+)
 def test_a_bad_hardware_table_is_refused(tmp_path, entry, complaint):
     (tmp_path / "table.yaml").write_text(entry)
     with pytest.raises(UserError, match="hardware table") as raised:
@@ -120,9 +216,24 @@ def test_a_bad_hardware_table_is_refused(tmp_path, entry, complaint):
 
 
 def test_simulation_says_where_scaling_stops_and_why(tmp_path, capsys):
-    assert simulate.main([*XL, "--ep", "8", "--json", str(tmp_path / "points.json"), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert (
+        simulate.main(
+            [
+                *XL,
+                "--ep",
+                "8",
+                "--json",
+                str(tmp_path / "points.json"),
+                "--plot",
+                str(tmp_path / "plot.png"),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "stops scaling at 16 GPUs" in said and "ZeRO's reduction" in said and "across nodes" in said
+    assert (
+        "stops scaling at 16 GPUs" in said and "ZeRO's reduction" in said and "across nodes" in said
+    )
     assert "train.batch (256) is less than one sample a rank" in said
     assert "goes on scaling up to 4096 GPUs" in said
     points = json.loads((tmp_path / "points.json").read_text())
@@ -135,11 +246,17 @@ def test_simulation_says_where_scaling_stops_and_why(tmp_path, capsys):
 def test_simulation_needs_matplotlib_only_to_draw(tmp_path):
     ended = without("torch,matplotlib", "simulate", *XL, "--max-gpus", 64)
     assert (ended.returncode, ended.stderr) == (0, "")
-    ended = without("torch,matplotlib", "simulate", *XL, "--max-gpus", 64, "--plot", tmp_path / "plot.png")
-    assert ended.returncode == 2 and "--plot needs the package matplotlib, which is not installed here" in ended.stderr
+    ended = without(
+        "torch,matplotlib", "simulate", *XL, "--max-gpus", 64, "--plot", tmp_path / "plot.png"
+    )
+    assert (
+        ended.returncode == 2
+        and "--plot needs the package matplotlib, which is not installed here" in ended.stderr
+    )
 
 
-# ------------------------------------------------------------------------------------------------ scaling
+# ------------------------------------------------------------------------------------------------
+# scaling
 
 
 def _options(*arguments):
@@ -149,28 +266,48 @@ def _options(*arguments):
 def test_every_size_trains_the_same_pool_and_repeats_are_interleaved():
     options = _options("--ep", "1,2", "--zero", "1,2", "--repeats", "2")
     config, sizes = scaling.load_config(options.config, []), [(1, 1), (2, 1), (4, 2)]
-    trials, left_out = scaling.plan_trials(config, {"zero_optimization": {"stage": 1}}, options, sizes)
-    assert {(t.ranks, t.ep) for t in trials} == {(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)} and len(trials) == 2 * 2 * 2 * 5
+    trials, left_out = scaling.plan_trials(
+        config, {"zero_optimization": {"stage": 1}}, options, sizes
+    )
+    assert {(t.ranks, t.ep) for t in trials} == {(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)} and len(
+        trials
+    ) == 2 * 2 * 2 * 5
     assert [t.repeat for t in trials] == [1] * 20 + [2] * 20
     assert len(left_out) == 4 and "world size (1) must divide by parallel.ep (2)" in left_out[0]
-    assert {(t.ranks, t.batch) for t in trials if t.mode == "weak"} == {(1, 128), (2, 256), (4, 512)}
+    assert {(t.ranks, t.batch) for t in trials if t.mode == "weak"} == {
+        (1, 128),
+        (2, 256),
+        (4, 512),
+    }
     assert {t.batch for t in trials if t.mode == "strong"} == {128}
     assert scaling._pool(config, trials[0]) == 128  # moe.pool: global
 
 
-@pytest.mark.parametrize(("start", "first"), [
-    ("srun", ["srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]),
-    ("torchrun", ["torchrun", "--standalone", "--nproc-per-node", "4"]),
-    ("deepspeed", ["deepspeed", "--hostfile", "HOSTS", "--num_nodes", "2"]),
-])
+@pytest.mark.parametrize(
+    ("start", "first"),
+    [
+        ("srun", ["srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]),
+        ("torchrun", ["torchrun", "--standalone", "--nproc-per-node", "4"]),
+        ("deepspeed", ["deepspeed", "--hostfile", "HOSTS", "--num_nodes", "2"]),
+    ],
+)
 def test_ranks_are_started_by(start, first, tmp_path):
     (tmp_path / "hosts").write_text("here slots=2\nthere slots=2\n")
     hosts = str(tmp_path / "hosts")
-    options = _options("train.lr=1e-3", "--synthetic", *(["--hostfile", hosts] if start == "deepspeed" else []))
-    command = command_of(Trial("weak", 4, 2, 2, 1, 512, 1), options, start, 128, tmp_path / "record.json")
-    assert [command[0].rpartition("/")[2], *command[1:len(first)]] == [hosts if word == "HOSTS" else word for word in first]
-    profile = command[command.index("profile"):]
-    assert profile[-4:] == ["train.lr=1e-3", "train.batch=512", "parallel.ep=2", "moe.pool=128"] and "--synthetic" in profile
+    options = _options(
+        "train.lr=1e-3", "--synthetic", *(["--hostfile", hosts] if start == "deepspeed" else [])
+    )
+    command = command_of(
+        Trial("weak", 4, 2, 2, 1, 512, 1), options, start, 128, tmp_path / "record.json"
+    )
+    assert [command[0].rpartition("/")[2], *command[1 : len(first)]] == [
+        hosts if word == "HOSTS" else word for word in first
+    ]
+    profile = command[command.index("profile") :]
+    assert (
+        profile[-4:] == ["train.lr=1e-3", "train.batch=512", "parallel.ep=2", "moe.pool=128"]
+        and "--synthetic" in profile
+    )
 
 
 def test_an_allocation_decides_nodes_and_ranks():
@@ -185,36 +322,95 @@ def test_an_allocation_decides_nodes_and_ranks():
 
 
 def _record(ranks, ep, step_s, repeat, batch=64):
-    rows = [{"collective": "all_to_all", "purpose": purpose, "phase": "forward", "wire": wire}
-            for purpose, wire in (("dispatch", 100), ("combine", 100), ("scores", 6))] if ep > 1 else []
-    return {"mode": "strong", "ranks": ranks, "nodes": 1, "ep": ep, "zero": 1, "batch": batch, "repeat": repeat, "step_s": step_s,
-            "split": {"compute": 0.5, "all_to_all": 0.2, "reduction": 0.1, "data": 0.1, "other": 0.1}, "peak_bytes": 2**30,
-            "traffic": [rows] * ranks, "device": "a CPU", "threads": 1, "torch": "2", "deepspeed_version": "0", "commit": "abc",
-            "start": "torchrun", "when": "now"}
+    rows = (
+        [
+            {"collective": "all_to_all", "purpose": purpose, "phase": "forward", "wire": wire}
+            for purpose, wire in (("dispatch", 100), ("combine", 100), ("scores", 6))
+        ]
+        if ep > 1
+        else []
+    )
+    return {
+        "mode": "strong",
+        "ranks": ranks,
+        "nodes": 1,
+        "ep": ep,
+        "zero": 1,
+        "batch": batch,
+        "repeat": repeat,
+        "step_s": step_s,
+        "split": {"compute": 0.5, "all_to_all": 0.2, "reduction": 0.1, "data": 0.1, "other": 0.1},
+        "peak_bytes": 2**30,
+        "traffic": [rows] * ranks,
+        "device": "a CPU",
+        "threads": 1,
+        "torch": "2",
+        "deepspeed_version": "0",
+        "commit": "abc",
+        "start": "torchrun",
+        "when": "now",
+    }
 
 
 def test_the_report_compares_with_the_fewest_ranks(tmp_path):
-    records = [_record(1, 1, 1.0, 1), _record(1, 1, 1.2, 2), _record(2, 2, 0.6, 1), _record(2, 2, 0.6, 2),
-               {"mode": "strong", "ranks": 4, "error": "exit code 1: error: no"}]
+    records = [
+        _record(1, 1, 1.0, 1),
+        _record(1, 1, 1.2, 2),
+        _record(2, 2, 0.6, 1),
+        _record(2, 2, 0.6, 2),
+        {"mode": "strong", "ranks": 4, "error": "exit code 1: error: no"},
+    ]
     one, two = grouped(records)
     assert (one.step_s, one.runs, one.efficiency, one.least) == (1.1, 2, 1.0, None)
     assert two.efficiency == pytest.approx(1.1 / 1.2) and two.least == pytest.approx(1.03)
     said = write_report(records, tmp_path)
     assert "| strong | 2 | 1 | 2 | 1 | 64 | 2 | 600.0 | 0 % | 106.7 | 92 % | 50 % | 20 % |" in said
     assert {p.name for p in tmp_path.iterdir()} == {"table.md", "efficiency.png", "split.png"}
-    assert "a CPU, 1 thread a rank, torch 2, DeepSpeed 0, commit abc, started by torchrun" in (tmp_path / "table.md").read_text()
+    assert (
+        "a CPU, 1 thread a rank, torch 2, DeepSpeed 0, commit abc, started by torchrun"
+        in (tmp_path / "table.md").read_text()
+    )
 
 
 def test_a_run_that_fails_or_hangs_leaves_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setattr(scaling, "command_of", lambda trial, *_: [
-        sys.executable, "-c", "import sys, time; print('error: nothing works'); sys.stdout.flush(); "
-        + ("sys.exit(3)" if trial.mode == "strong" else "time.sleep(60)")])
-    assert scaling.main([*DEMO, "--out", str(tmp_path), "--ranks", "1", "--ep", "1", "--repeats", "1", "--timeout", "4"]) == 1
+    monkeypatch.setattr(
+        scaling,
+        "command_of",
+        lambda trial, *_: [
+            sys.executable,
+            "-c",
+            "import sys, time; print('error: nothing works'); sys.stdout.flush(); "
+            + ("sys.exit(3)" if trial.mode == "strong" else "time.sleep(60)"),
+        ],
+    )
+    assert (
+        scaling.main(
+            [
+                *DEMO,
+                "--out",
+                str(tmp_path),
+                "--ranks",
+                "1",
+                "--ep",
+                "1",
+                "--repeats",
+                "1",
+                "--timeout",
+                "4",
+            ]
+        )
+        == 1
+    )
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [line["error"] for line in lines] == ["exit code 3: error: nothing works", "no end after 4 s: error: nothing works"]
+    assert [line["error"] for line in lines] == [
+        "exit code 3: error: nothing works",
+        "no end after 4 s: error: nothing works",
+    ]
     assert "no run ended well" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds the runs.jsonl of another measurement; choose another folder"):
+    with pytest.raises(
+        UserError, match="holds the runs.jsonl of another measurement; choose another folder"
+    ):
         scaling.main([*DEMO, "--out", str(tmp_path), "--ranks", "1", "--ep", "1"])
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
 
@@ -222,20 +418,69 @@ def test_a_run_that_fails_or_hangs_leaves_a_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["torchrun", "deepspeed"])
 def test_real_runs_are_measured_and_calibrate_the_plan(start, tmp_path):
-    """1 and 2 ranks of a small model; their records then make the plan of the same layouts meet what was measured."""
+    """1 and 2 ranks of a small model; their records then make the plan of the same layouts meet
+    what was measured.
+    """
     small = ["model.width=32", "model.depth=4", "train.batch=16"]
-    ended = subprocess.run([sys.executable, "-m", "launcher", "scaling", *DEMO, "--synthetic", "--ranks", "1,2", "--ep", "1,2",
-                            "--mode", "strong", "--steps", "2", "--warmup", "1", "--repeats", "1", "--start", start, "--out",
-                            str(tmp_path), *small], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600)
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "launcher",
+            "scaling",
+            *DEMO,
+            "--synthetic",
+            "--ranks",
+            "1,2",
+            "--ep",
+            "1,2",
+            "--mode",
+            "strong",
+            "--steps",
+            "2",
+            "--warmup",
+            "1",
+            "--repeats",
+            "1",
+            "--start",
+            start,
+            "--out",
+            str(tmp_path),
+            *small,
+        ],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [(r["ranks"], r["ep"]) for r in records] == [(1, 1), (2, 1), (2, 2)]
     for record in records:
         assert sum(record["split"].values()) == pytest.approx(1) and record["layout"]["pool"] == 16
-        assert record["peak_bytes"] > record["static_bytes"] > 0 and len(record["traffic"]) == record["ranks"]
+        assert (
+            record["peak_bytes"] > record["static_bytes"] > 0
+            and len(record["traffic"]) == record["ranks"]
+        )
     assert (tmp_path / "efficiency.png").exists() and (tmp_path / "split.png").exists()
-    ended = without("torch", "plan", *DEMO, "--gpu", "cpu", "--calibrate", tmp_path / "runs.jsonl", "--write-hardware",
-                    tmp_path / "table.yaml", *small)
-    assert (ended.returncode, ended.stderr) == (0, "") and "figures    from 3 records of" in ended.stdout
-    ended = without("torch", "plan", *DEMO, "--gpu", "cpu", "--hardware", tmp_path / "table.yaml", *small)
+    ended = without(
+        "torch",
+        "plan",
+        *DEMO,
+        "--gpu",
+        "cpu",
+        "--calibrate",
+        tmp_path / "runs.jsonl",
+        "--write-hardware",
+        tmp_path / "table.yaml",
+        *small,
+    )
+    assert (ended.returncode, ended.stderr) == (
+        0,
+        "",
+    ) and "figures    from 3 records of" in ended.stdout
+    ended = without(
+        "torch", "plan", *DEMO, "--gpu", "cpu", "--hardware", tmp_path / "table.yaml", *small
+    )
     assert ended.returncode == 0 and "figures    from 3 records of" in ended.stdout

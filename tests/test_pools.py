@@ -1,4 +1,6 @@
-"""The pool is a property of the model: with the same samples in it, any number of ranks trains the same model."""
+"""The pool is a property of the model: with the same samples in it, any number of ranks trains the
+same model.
+"""
 
 from dataclasses import replace
 
@@ -11,9 +13,12 @@ from diffmoe.parity.plain import plain_training
 from diffmoe.parity.table import BOUND, MARGIN, start_training
 
 STEPS, POOL, LR = 20, 8, 3e-3
-# Pools of 8 samples of 16: inside a rank of 1 and 2, over 2 of 4 ranks, over EP groups and inside one.
-CASES = [Case(world, ep, 1, "none", 1, str(POOL), 16)
-         for world, ep in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))]
+# Pools of 8 samples of 16: inside a rank of 1 and 2, over 2 of 4 ranks, over EP groups and inside
+# one.
+CASES = [
+    Case(world, ep, 1, "none", 1, str(POOL), 16)
+    for world, ep in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
+]
 
 
 def gently(config):
@@ -32,19 +37,32 @@ def losses(case, seed):
 
 @pytest.fixture(scope="module")
 def table():
-    """The losses of every layout, for a seed under which no decision hangs on the last bits of a score."""
+    """The losses of every layout, for a seed under which no decision hangs on the last bits of a
+    score.
+    """
     for seed in range(100):
-        reference = plain_training(gently(CASES[0].config(seed, STEPS)), accumulation=1, pool=POOL, steps=STEPS,
-                                   device=torch.device("cpu"))
+        reference = plain_training(
+            gently(CASES[0].config(seed, STEPS)),
+            accumulation=1,
+            pool=POOL,
+            steps=STEPS,
+            device=torch.device("cpu"),
+        )
         if reference.margin > MARGIN:
             break
-    found = {None: torch.tensor([[s["loss"], s["predictor_loss"], s["grad_norm"]] for s in reference.steps],
-                                dtype=torch.float64)}
+    found = {
+        None: torch.tensor(
+            [[s["loss"], s["predictor_loss"], s["grad_norm"]] for s in reference.steps],
+            dtype=torch.float64,
+        )
+    }
     for world in (1, 2, 4):
         with Ranks(world, timeout=120) as ranks:
             for case in CASES:
                 if case.world == world:
-                    found[case] = torch.tensor(ranks.run(losses, case, seed)[0], dtype=torch.float64)
+                    found[case] = torch.tensor(
+                        ranks.run(losses, case, seed)[0], dtype=torch.float64
+                    )
     return found
 
 
@@ -62,6 +80,14 @@ def test_the_losses_move(table):
 
 
 def test_another_pool_is_another_model():
-    one, other = (plain_training(gently(CASES[0].config(0, 2)), accumulation=1, pool=pool, steps=2,
-                                 device=torch.device("cpu")) for pool in (1, 16))
+    one, other = (
+        plain_training(
+            gently(CASES[0].config(0, 2)),
+            accumulation=1,
+            pool=pool,
+            steps=2,
+            device=torch.device("cpu"),
+        )
+        for pool in (1, 16)
+    )
     assert abs(one.steps[0]["loss"] - other.steps[0]["loss"]) > 1e-4

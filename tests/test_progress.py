@@ -8,7 +8,10 @@ def test_a_log_gets_plain_lines_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
     assert list(progress.shown(range(8), "sampling", True)) == list(range(8))
     said = capsys.readouterr()
-    assert said.out == "" and said.err.splitlines() == ["sampling: 3 of 8 (38%), 1 min left", "sampling: 6 of 8 (75%), 0 min left"]
+    assert said.out == "" and said.err.splitlines() == [
+        "sampling: 3 of 8 (38%), 1 min left",
+        "sampling: 6 of 8 (75%), 0 min left",
+    ]
 
 
 def test_quick_loops_and_other_ranks_say_nothing(monkeypatch, capsys):

@@ -1,4 +1,5 @@
-"""Counts of a training step without a GPU, against what a hand can count, and against what the planner's times are made of.
+"""Counts of a training step without a GPU, against what a hand can count, and against what the
+planner's times are made of.
 
     python -m diffmoe.bench.fake_cuda tests/test_roofline.py
 
@@ -32,7 +33,9 @@ def _tensor(*shape, dtype=torch.bfloat16):
 
 
 def two_passes():
-    """Two operators over the same rows: eager each reads and writes them, compiled it is one kernel."""
+    """Two operators over the same rows: eager each reads and writes them, compiled it is one
+    kernel.
+    """
     x = _tensor(T, D)
     return lambda: F.gelu(x, approximate="tanh") * 2
 
@@ -40,7 +43,9 @@ def two_passes():
 def pick_and_add():
     """Rows picked, scaled, and added up in fp32."""
     x, where, gate = _tensor(T, D), _tensor(T, dtype=torch.long), _tensor(T, dtype=torch.float32)
-    return lambda: _tensor(T, D, dtype=torch.float32).index_add_(0, where, x.index_select(0, where) * gate.unsqueeze(1))
+    return lambda: _tensor(T, D, dtype=torch.float32).index_add_(
+        0, where, x.index_select(0, where) * gate.unsqueeze(1)
+    )
 
 
 def products():
@@ -69,10 +74,15 @@ def count_case(name, compiled):
             counting.fused.clear()
         with counting:
             run()
-    return [[[k.kind, k.bytes, k.flops] for k in kernels] for kernels in (counting.kernels, counting.fused)]
+    return [
+        [[k.kind, k.bytes, k.flops] for k in kernels]
+        for kernels in (counting.kernels, counting.fused)
+    ]
 
 
-needs_a_device = pytest.mark.skipif(not fake_cuda.has_gpu() and shutil.which("g++") is None, reason="g++ builds the device")
+needs_a_device = pytest.mark.skipif(
+    not fake_cuda.has_gpu() and shutil.which("g++") is None, reason="g++ builds the device"
+)
 
 
 @functools.cache
@@ -89,7 +99,9 @@ def test_eager_kernels_read_their_inputs_and_write_their_outputs():
     (_, picked, _), (_, scaled, _), (_, added, _) = found()["pick_and_add, eager"][0]
     assert picked == 2 * rows + 8 * T
     assert scaled == rows + 4 * T + 2 * rows
-    assert added == 3 * (2 * rows) + 8 * T  # the rows, and those they are added to, read and written
+    assert (
+        added == 3 * (2 * rows) + 8 * T
+    )  # the rows, and those they are added to, read and written
 
 
 @needs_a_device
@@ -111,68 +123,105 @@ def test_the_ideal_fusion_stops_at_products():
     kernels, ideal = found()["between_products, compiled"]
     assert sum(k[0] == "product" for k in kernels) == sum(k[0] == "product" for k in ideal) == 2
     before, after = sorted((k[1] for k in ideal if k[0] == "memory"), reverse=True)
-    assert before == 2 * T * D * 2 + 4 * T and after == 2 * T * D * 2  # x is read once for both of its readers
+    assert (
+        before == 2 * T * D * 2 + 4 * T and after == 2 * T * D * 2
+    )  # x is read once for both of its readers
     assert sum(k[1] for k in kernels) >= sum(k[1] for k in ideal)
 
 
 def _small(*changes):
-    return load_config("configs/diffmoe_l_e16_flow.yaml", ["model.depth=4", "moe.experts=8", "train.micro_batch=16", *changes])
+    return load_config(
+        "configs/diffmoe_l_e16_flow.yaml",
+        ["model.depth=4", "moe.experts=8", "train.micro_batch=16", *changes],
+    )
 
 
 @needs_a_device
 @pytest.mark.parametrize("recompute", ["none", "block", "selective"])
 def test_reads_by_the_host_and_collectives_of_a_pool_over_ranks(recompute):
     """Two layers, in forward; recompute keeps what was read."""
-    config = _small("parallel.ep=8", "moe.pool=group", "train.batch=128", f"parallel.recompute={recompute}")
+    config = _small(
+        "parallel.ep=8", "moe.pool=group", "train.batch=128", f"parallel.recompute={recompute}"
+    )
     engine = roofline.counted(config, 8, BF16, "engine")
     assert engine["reads"] == {"forward": 2, "outside": 1}  # one a layer, and one a step
-    assert engine["collectives"]["all_to_all_single"] >= 2 * 4, "rows go there and back, and gradients"
+    assert engine["collectives"]["all_to_all_single"] >= 2 * 4, (
+        "rows go there and back, and gradients"
+    )
 
 
 @needs_a_device
 def test_no_layer_reads_where_pools_are_in_a_rank():
-    engine = roofline.counted(_small("parallel.ep=1", "moe.pool=rank", "train.batch=16"), 1, BF16, "engine")
+    engine = roofline.counted(
+        _small("parallel.ep=1", "moe.pool=rank", "train.batch=16"), 1, BF16, "engine"
+    )
     assert set(engine["reads"]) == {"outside"} and "all_to_all_single" not in engine["collectives"]
     sources = {kernel[4] for kernel in engine["kernels"]}
     assert {"Adam", "EMA", "gradient's norm"} <= sources
     adam = sum(k[2] * k[5] for k in engine["kernels"] if k[4] == "Adam") / engine["parameters"]
-    assert adam == pytest.approx(28, rel=0.01)  # master and moments read and written, the gradient read
+    assert adam == pytest.approx(
+        28, rel=0.01
+    )  # master and moments read and written, the gradient read
 
 
 @needs_a_device
 @pytest.mark.parametrize("change", ["moe.experts=16", "model.family=dense"])
 def test_the_planner_moves_what_is_counted(change):
-    config = override(_small("parallel.ep=1", "moe.pool=rank", "train.batch=16", "train.compile=false"), [change])
+    config = override(
+        _small("parallel.ep=1", "moe.pool=rank", "train.batch=16", "train.compile=false"), [change]
+    )
     layout, hardware = resolve_layout(config, 1), choose(read_table(None), "h100")
     micro = roofline.counted(config, 1, BF16, "eager")
     engine = roofline.counted(config, 1, BF16, "engine")
     size = sum(k[2] * k[5] for k in micro["kernels"] if k[0] == "memory")
-    weights = sum(k[2] * k[5] for k in engine["kernels"]) * micro["parameters"] / engine["parameters"]
+    weights = (
+        sum(k[2] * k[5] for k in engine["kernels"]) * micro["parameters"] / engine["parameters"]
+    )
     facts = engine_facts({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}})
     assert moved(config, layout, facts, hardware) == pytest.approx(size + weights, rel=0.05), (
-        "count anew: run.py bench roofline --planner")
+        "count anew: run.py bench roofline --planner"
+    )
 
 
 def test_a_step_is_priced_by_hand():
-    """Kernels of a made-up count, at the stated rates; the host only shows where it is slower than the device."""
+    """Kernels of a made-up count, at the stated rates; the host only shows where it is slower than
+    the device.
+    """
     config = load_config("configs/dense_l_flow.yaml", ["train.batch=128", "train.micro_batch=64"])
     hardware = choose(read_table(None), "h100")
     tree = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
     speed = rates(config, hardware, engine_facts(tree))
-    micro = {"kernels": [["product", "mm", 10, int(speed["product"]), "model", 3], ["memory", "add", int(speed["memory"]), 0, "model", 1],
-                         ["product", "narrow", int(speed["memory"]), 1, "model", 1]], "ideal": [], "parameters": 1, "kept": 1,
-             "collectives": {}}
-    engine = {"kernels": [["memory", "adam", 28, 0, "Adam", 1]], "parameters": 1, "reads": {"outside": 2}}
+    micro = {
+        "kernels": [
+            ["product", "mm", 10, int(speed["product"]), "model", 3],
+            ["memory", "add", int(speed["memory"]), 0, "model", 1],
+            ["product", "narrow", int(speed["memory"]), 1, "model", 1],
+        ],
+        "ideal": [],
+        "parameters": 1,
+        "kept": 1,
+        "collectives": {},
+    }
+    engine = {
+        "kernels": [["memory", "adam", 28, 0, "Adam", 1]],
+        "parameters": 1,
+        "reads": {"outside": 2},
+    }
     case = roofline.Counted(config, 1, tree, hardware, micro, engine)
     parts = case.parts()
     assert parts["products"] == pytest.approx(2 * 4) and parts["elementwise"] == pytest.approx(2)
-    assert parts["host"] == pytest.approx(2e-6 * hardware.read_us) and case.sources() == {"Adam": 28.0}
+    assert parts["host"] == pytest.approx(2e-6 * hardware.read_us) and case.sources() == {
+        "Adam": 28.0
+    }
     macs = count(config.model, config.moe).forward_macs
     assert case.mfu(2.0) == pytest.approx(6 * macs * 128 / 2.0 / (hardware.tflops_bf16 * 1e12))
 
 
-
 if __name__ == "__main__":
-    results = {f"{name}, {'compiled' if compiled else 'eager'}": count_case(name, compiled)
-               for name in CASES for compiled in (False, True) if not (compiled and name in ("pick_and_add", "products"))}
+    results = {
+        f"{name}, {'compiled' if compiled else 'eager'}": count_case(name, compiled)
+        for name in CASES
+        for compiled in (False, True)
+        if not (compiled and name in ("pick_and_add", "products"))
+    }
     print(json.dumps(results))

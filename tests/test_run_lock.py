@@ -38,15 +38,21 @@ def test_a_living_run_keeps_its_folder(tmp_path, monkeypatch):
         first.take()
         with RunLock(tmp_path, ALONE) as second, pytest.raises(AgreedError) as caught:
             second.take()
-        assert str(caught.value) == (f"run.folder ({tmp_path}) is in use by process {os.getpid()} on {socket.gethostname()}: "
-                                     "stop that run first, or choose another run.folder")
-        assert (tmp_path / FILE_NAME).exists(), "the one that was refused leaves the other's note alone"
+        assert str(caught.value) == (
+            f"run.folder ({tmp_path}) is in use by process {os.getpid()} on {socket.gethostname()}: "
+            "stop that run first, or choose another run.folder"
+        )
+        assert (tmp_path / FILE_NAME).exists(), (
+            "the one that was refused leaves the other's note alone"
+        )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_a_start_that_another_overtook_writes_nothing(tmp_path, monkeypatch, there):
-    """The other begins while this one looks at its data; the folder is new to both, or an empty one."""
+    """The other begins while this one looks at its data; the folder is new to both, or an empty
+    one.
+    """
     monkeypatch.setattr(run_lock, "BEAT_S", 0.05)
     folder = tmp_path / "run"
     if there:
@@ -55,7 +61,14 @@ def test_a_start_that_another_overtook_writes_nothing(tmp_path, monkeypatch, the
     with RunLock(folder, ALONE) as other, RunLock(folder, ALONE) as late:
         other.hold()
         with pytest.raises(AgreedError, match="is in use by process"):
-            start(config, resolve_layout(config, 1), zero(1), single_process(), torch.device("cpu"), lock=late)
+            start(
+                config,
+                resolve_layout(config, 1),
+                zero(1),
+                single_process(),
+                torch.device("cpu"),
+                lock=late,
+            )
         assert [path.name for path in folder.iterdir()] == [FILE_NAME]
 
 
@@ -65,8 +78,14 @@ def test_what_a_dead_run_left_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     at_once = ({"host": socket.gethostname(), "process": ended.pid}, {"job": "12", "start": "0"})
-    for patience, record in ((1000.0, at_once[0]), (1000.0, at_once[1]), (0.3, {}), (0.3, {"job": "12", "start": "1"}),
-                             (0.3, {"host": socket.gethostname(), "process": os.getpid()}), (0.3, {"process": "seven"})):
+    for patience, record in (
+        (1000.0, at_once[0]),
+        (1000.0, at_once[1]),
+        (0.3, {}),
+        (0.3, {"job": "12", "start": "1"}),
+        (0.3, {"host": socket.gethostname(), "process": os.getpid()}),
+        (0.3, {"process": "seven"}),
+    ):
         monkeypatch.setattr(run_lock, "_PATIENCE_S", patience)
         left(tmp_path, **record)
         with RunLock(tmp_path, ALONE) as run:
@@ -107,15 +126,21 @@ def test_a_second_start_is_refused_on_every_rank_and_the_first_goes_on(tmp_path)
         results = run_program(2, *arguments, "train.lr=0.5")
         assert [r.returncode for r in results] == [2, 2], results
         pid = program.processes[0].pid
-        assert f"run.folder ({tmp_path}/run) is in use by process {pid} on" in results[0].stderr and "Traceback" not in results[1].stderr
-        assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.yaml")} == before
+        assert (
+            f"run.folder ({tmp_path}/run) is in use by process {pid} on" in results[0].stderr
+            and "Traceback" not in results[1].stderr
+        )
+        assert {
+            path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.yaml")
+        } == before
         program.signal(0, 15)
         first = program.wait()
     assert [r.returncode for r in first] == [0, 0] and "stopped in order" in first[0].stdout, first
     assert not (tmp_path / "run" / FILE_NAME).exists()
 
 
-# ---------------------------------------------------------------------------------------- starts at the same moment
+# ---------------------------------------------------------------------------------------- starts at
+# the same moment
 
 
 ROUNDS = 200
@@ -134,7 +159,9 @@ def dead_while_it_took_over(folder, number):
     """A start had succeeded a dead run's record, and died before it put its own in place."""
     left(folder, process=number)
     lock = RunLock(folder, ALONE)
-    lock._create(lock._successor(lock._read(folder / FILE_NAME)), {**lock._me, "job": "12", "start": "0"})
+    lock._create(
+        lock._successor(lock._read(folder / FILE_NAME)), {**lock._me, "job": "12", "start": "0"}
+    )
 
 
 def dead_here(folder, number):
@@ -149,8 +176,9 @@ def dead_process():
 
 
 def start_at(gate, folder, ask, say):
-    """A process that starts once a round, at the moment at which the other does, and tells what became of it; a run that has
-    the folder keeps it until the other is refused."""
+    """A process that starts once a round, at the moment at which the other does, and tells what
+    became of it; a run that has the folder keeps it until the other is refused.
+    """
     for _ in range(ROUNDS):
         with RunLock(folder, ALONE) as lock:
             gate.wait()
@@ -173,7 +201,11 @@ def test_of_starts_at_the_same_moment_exactly_one_takes_the_folder(tmp_path, mon
     gate, pipes, processes = context.Barrier(2), [], []
     for _ in range(2):
         ours, theirs = context.Pipe()
-        processes.append(context.Process(target=start_at, args=(gate, tmp_path, theirs.recv, theirs.send), daemon=True))
+        processes.append(
+            context.Process(
+                target=start_at, args=(gate, tmp_path, theirs.recv, theirs.send), daemon=True
+            )
+        )
         pipes.append(ours)
     before(tmp_path, 1)
     for process in processes:
@@ -218,13 +250,18 @@ def test_a_file_system_without_links_holds_one_run_too(tmp_path, monkeypatch, co
     monkeypatch.setattr(run_lock, "BEAT_S", 0.02)
     with RunLock(tmp_path, ALONE) as first:
         first.take()
-        with RunLock(tmp_path, ALONE) as second, pytest.raises(AgreedError, match="is in use by process"):
+        with (
+            RunLock(tmp_path, ALONE) as second,
+            pytest.raises(AgreedError, match="is in use by process"),
+        ):
             second.take()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_link_whose_answer_was_lost_counts(tmp_path, monkeypatch):
-    """As over NFS: the request came twice, and the second time the name was taken, by this process itself."""
+    """As over NFS: the request came twice, and the second time the name was taken, by this process
+    itself.
+    """
     original = os.link
 
     def link(source, target):

@@ -1,4 +1,6 @@
-"""Sampling: image i is image i, guidance, both inference rules, files written, and the ODE samplers' orders."""
+"""Sampling: image i is image i, guidance, both inference rules, files written, and the ODE
+samplers' orders.
+"""
 
 import json
 import math
@@ -18,8 +20,8 @@ from diffmoe.models.dit import DiT
 from diffmoe.models.interchange import load_buffers, load_logical
 from programs import Result, run_cases, trained
 
-# Matrix products of other batch sizes round differently, by some 1e-7 an evaluation. A token within that of its threshold
-# could still change sides, which these seeds do not show.
+# Matrix products of other batch sizes round differently, by some 1e-7 an evaluation. A token within
+# that of its threshold could still change sides, which these seeds do not show.
 TOLERANCE = 1e-5
 COUNT = 20
 
@@ -32,12 +34,28 @@ class Samples:
         self.results: dict[str, list[Result]] = {}
 
     def make(self, world: int, cases: dict[str, list[str]]) -> None:
-        lines = [["sample", "--checkpoint", str(trained()[0]), "--count", str(COUNT), "--seed", "3",
-                  "--out", str(self.folder / name), "sample.steps=4", *more] for name, more in cases.items()]
+        lines = [
+            [
+                "sample",
+                "--checkpoint",
+                str(trained()[0]),
+                "--count",
+                str(COUNT),
+                "--seed",
+                "3",
+                "--out",
+                str(self.folder / name),
+                "sample.steps=4",
+                *more,
+            ]
+            for name, more in cases.items()
+        ]
         self.results |= dict(zip(cases, run_cases(world, lines), strict=True))
 
     def images(self, name: str) -> np.ndarray:
-        assert all(r.returncode == 0 and "Traceback" not in r.stderr for r in self.results[name]), self.results[name]
+        assert all(r.returncode == 0 and "Traceback" not in r.stderr for r in self.results[name]), (
+            self.results[name]
+        )
         with np.load(self.folder / f"{name}.npz") as file:
             return file["images"]
 
@@ -49,18 +67,35 @@ class Samples:
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     made = Samples(tmp_path_factory.mktemp("samples"))
-    made.make(1, {
-        "token": ["sample.batch=64"], "heun": ["sample.sampler=heun"], "cfg1": ["--cfg", "1"], "raw": ["--weights", "raw"],
-        "paper3": ["sample.routing=batch", "sample.batch=3"], "paper64": ["sample.routing=batch", "sample.batch=64"],
-        "seed": ["--seed", "4"], "few": ["--count", "5"], "gamma": ["sample.gamma=0.1"],
-        "static": ["sample.routing=static", "sample.batch=5", "--report"], "static20": ["sample.routing=static", "sample.batch=20"],
-        "deep/cfg1.5": ["--classes", "0,3,7-9", "--count", "7"], "named.npz": ["--count", "2"],
-    })
-    made.make(2, {
-        "token3 on 2": ["sample.batch=3"], "token7 on 2": ["sample.batch=7"], "token64 on 2": ["sample.batch=64"],
-        "heun7 on 2": ["sample.sampler=heun", "sample.batch=7"], "few on 2": ["--count", "1"],
-        "static on 2": ["sample.routing=static", "sample.batch=5"],
-    })
+    made.make(
+        1,
+        {
+            "token": ["sample.batch=64"],
+            "heun": ["sample.sampler=heun"],
+            "cfg1": ["--cfg", "1"],
+            "raw": ["--weights", "raw"],
+            "paper3": ["sample.routing=batch", "sample.batch=3"],
+            "paper64": ["sample.routing=batch", "sample.batch=64"],
+            "seed": ["--seed", "4"],
+            "few": ["--count", "5"],
+            "gamma": ["sample.gamma=0.1"],
+            "static": ["sample.routing=static", "sample.batch=5", "--report"],
+            "static20": ["sample.routing=static", "sample.batch=20"],
+            "deep/cfg1.5": ["--classes", "0,3,7-9", "--count", "7"],
+            "named.npz": ["--count", "2"],
+        },
+    )
+    made.make(
+        2,
+        {
+            "token3 on 2": ["sample.batch=3"],
+            "token7 on 2": ["sample.batch=7"],
+            "token64 on 2": ["sample.batch=64"],
+            "heun7 on 2": ["sample.sampler=heun", "sample.batch=7"],
+            "few on 2": ["--count", "1"],
+            "static on 2": ["sample.routing=static", "sample.batch=5"],
+        },
+    )
     return made
 
 
@@ -68,7 +103,8 @@ def furthest(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max())
 
 
-# ------------------------------------------------------------------------------------------ image i is image i
+# ------------------------------------------------------------------------------------------ image i
+# is image i
 
 
 @pytest.mark.parametrize("name", ["token3 on 2", "token7 on 2", "token64 on 2"])
@@ -85,7 +121,9 @@ def test_heun_does_too(samples):
 def test_how_many_images_does_not_matter(samples):
     assert samples.images("few").shape == (5, 1, 8, 8)
     assert furthest(samples.images("few"), samples.images("token")[:5]) < TOLERANCE
-    assert furthest(samples.images("few on 2"), samples.images("token")[:1]) < TOLERANCE, "one image on two ranks"
+    assert furthest(samples.images("few on 2"), samples.images("token")[:1]) < TOLERANCE, (
+        "one image on two ranks"
+    )
 
 
 def test_the_papers_rule_depends_on_batch_mates(samples):
@@ -99,7 +137,9 @@ def test_static_routing_uses_the_training_capacity_exactly_and_looks_at_the_batc
     assert furthest(samples.images("static on 2"), samples.images("static")) < TOLERANCE
     assert furthest(samples.images("static20"), samples.images("static")) > 1e-3
     report = json.loads((samples.folder / "static.capacity.json").read_text())
-    assert report["capacity"] == pytest.approx(1.0, abs=1e-9) and set(report["by_layer"].values()) == {1.0}
+    assert report["capacity"] == pytest.approx(1.0, abs=1e-9) and set(
+        report["by_layer"].values()
+    ) == {1.0}
     assert (report["routing"], report["thresholds"]) == ("static", None)
 
 
@@ -109,12 +149,17 @@ def test_what_is_asked_for_changes_the_images(samples, name):
     assert furthest(samples.images(name), samples.images("token")) > 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------- files
+# -----------------------------------------------------------------------------------------------------
+# files
 
 
 def test_files_and_labels(samples):
     images = samples.images("token")
-    assert images.shape == (COUNT, 1, 8, 8) and images.dtype == np.float32 and np.isfinite(images).all()
+    assert (
+        images.shape == (COUNT, 1, 8, 8)
+        and images.dtype == np.float32
+        and np.isfinite(images).all()
+    )
     assert samples.labels("token") == list(range(10)) * 2
     assert samples.labels("deep/cfg1.5") == [0, 3, 7, 8, 9, 0, 3]
     assert samples.images("deep/cfg1.5").shape[0] == 7
@@ -124,26 +169,39 @@ def test_files_and_labels(samples):
 
 
 def test_it_says_what_it_did(samples):
-    result, = samples.results["paper64"]
-    assert result.stdout == (f"step 8, ema weights, euler 4 steps, cfg 1.5, batch routing: 20 images in "
-                             f"{samples.folder}/paper64.npz, 20 of them in {samples.folder}/paper64.png\n")
+    (result,) = samples.results["paper64"]
+    assert result.stdout == (
+        f"step 8, ema weights, euler 4 steps, cfg 1.5, batch routing: 20 images in "
+        f"{samples.folder}/paper64.npz, 20 of them in {samples.folder}/paper64.png\n"
+    )
     assert samples.results["token3 on 2"][1].stdout == ""
 
 
-@pytest.mark.parametrize(("text", "classes"), [
-    ("all", list(range(10))), ("3", [3]), ("0,3,7-9", [0, 3, 7, 8, 9]), ("9,0", [9, 0]), ("2-2", [2]), ("1,1", [1, 1]),
-])
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ("all", list(range(10))),
+        ("3", [3]),
+        ("0,3,7-9", [0, 3, 7, 8, 9]),
+        ("9,0", [9, 0]),
+        ("2-2", [2]),
+        ("1,1", [1, 1]),
+    ],
+)
 def test_classes_on_the_command_line(text, classes):
     assert parse_classes(text, 10) == classes
 
 
-@pytest.mark.parametrize("text", ["", "10", "3-", "-3", "a", "1,,2", "5-2", "0-10", "1.5", "all,1", "²"])
+@pytest.mark.parametrize(
+    "text", ["", "10", "3-", "-3", "a", "1,,2", "5-2", "0-10", "1.5", "all,1", "²"]
+)
 def test_classes_that_are_refused(text):
     with pytest.raises(UserError, match="--classes"):
         parse_classes(text, 10)
 
 
-# -------------------------------------------------------------------------------------------------- guidance
+# --------------------------------------------------------------------------------------------------
+# guidance
 
 
 def images_in_process(cfg: float, routing: str = "token") -> torch.Tensor:
@@ -158,18 +216,23 @@ def images_in_process(cfg: float, routing: str = "token") -> torch.Tensor:
 
 
 def test_one_step_is_affine_in_guidance():
-    """z + null + cfg (conditional - null): cfg 0 and 2 lie on both sides of cfg 1, which runs one pass only."""
+    """z + null + cfg (conditional - null): cfg 0 and 2 lie on both sides of cfg 1, which runs one
+    pass only.
+    """
     none, one, two = (images_in_process(cfg) for cfg in (0.0, 1.0, 2.0))
     assert (two - none).abs().max() > 1e-3
     torch.testing.assert_close((none + two) / 2, one, rtol=0, atol=TOLERANCE)
 
 
-# -------------------------------------------------------------------------------------------------- samplers
+# --------------------------------------------------------------------------------------------------
+# samplers
 
 
 @pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
 def test_order_of_convergence_on_a_field_with_a_known_answer(sampler, order):
-    """dz/dt = cos(t) z + 1 - cos(t) t has the solution z(t) = t + z(0) exp(sin t), in fp64 so that rounding is far."""
+    """dz/dt = cos(t) z + 1 - cos(t) t has the solution z(t) = t + z(0) exp(sin t), in fp64 so that
+    rounding is far.
+    """
     start = torch.linspace(-2, 2, 5, dtype=torch.float64).view(-1, 1)
     exact = 1 + start * math.exp(math.sin(1.0))
 
@@ -178,7 +241,9 @@ def test_order_of_convergence_on_a_field_with_a_known_answer(sampler, order):
         time = t.view(-1, 1)
         return torch.cos(time) * z + 1 - torch.cos(time) * time
 
-    errors = [(sampler(field, start, steps) - exact).abs().max().item() for steps in (16, 32, 64, 128)]
+    errors = [
+        (sampler(field, start, steps) - exact).abs().max().item() for steps in (16, 32, 64, 128)
+    ]
     slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
     assert slopes == pytest.approx([order] * 3, abs=0.1), errors
 

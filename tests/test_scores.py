@@ -1,4 +1,6 @@
-"""Scores against loops, the judge against real and spoiled digits, pictures against their expected pixels."""
+"""Scores against loops, the judge against real and spoiled digits, pictures against their expected
+pixels.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,18 @@ def brute_share_inside(query: np.ndarray, centres: np.ndarray, k: int) -> float:
     def distance(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.sqrt(((a - b) ** 2).sum()))
 
-    radii = [sorted(distance(c, o) for j, o in enumerate(centres) if j != i)[k - 1] for i, c in enumerate(centres)]
+    radii = [
+        sorted(distance(c, o) for j, o in enumerate(centres) if j != i)[k - 1]
+        for i, c in enumerate(centres)
+    ]
     return np.mean([any(distance(q, c) <= r for c, r in zip(centres, radii)) for q in query])
 
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("chunk", [1 << 22, 100])
-def test_precision_recall_against_loops(monkeypatch: pytest.MonkeyPatch, k: int, chunk: int) -> None:
+def test_precision_recall_against_loops(
+    monkeypatch: pytest.MonkeyPatch, k: int, chunk: int
+) -> None:
     monkeypatch.setattr(scores, "_CHUNK_ENTRIES", chunk)
     rng = np.random.default_rng(0)
     real, fake = rng.normal(size=(40, 3)), 0.6 * rng.normal(size=(31, 3)) + 1.0
@@ -70,7 +77,9 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return (images[:500].reshape(-1, 1, 8, 8) / 8 - 1).astype(np.float32), labels[:500]
 
 
-def test_judge_knows_real_digits_and_calls_them_copies(digits: tuple[np.ndarray, np.ndarray]) -> None:
+def test_judge_knows_real_digits_and_calls_them_copies(
+    digits: tuple[np.ndarray, np.ndarray],
+) -> None:
     images, labels = digits
     report = judge_digits(1.5 * (images + 1) - 1, labels)  # brighter than white: must be clipped
     assert report.accuracy < 1.0
@@ -79,7 +88,10 @@ def test_judge_knows_real_digits_and_calls_them_copies(digits: tuple[np.ndarray,
     assert report.precision == 1.0 and report.recall > 0.6
     assert report.median_nn_generated == 0.0 and report.median_nn_real > 5.0
     assert [line.split(" ")[0] for line in report.failures()] == ["median_nn_generated"]
-    assert report.format().splitlines()[-1] == f"judge: {100 * report.accuracy:.1f} % of 500 digits are what was asked"
+    assert (
+        report.format().splitlines()[-1]
+        == f"judge: {100 * report.accuracy:.1f} % of 500 digits are what was asked"
+    )
 
 
 def test_judge_sees_wrong_labels_noise_and_one_mode(digits: tuple[np.ndarray, np.ndarray]) -> None:
@@ -94,7 +106,9 @@ def test_judge_sees_wrong_labels_noise_and_one_mode(digits: tuple[np.ndarray, np
 
 def test_judge_clips(digits: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = digits
-    stretched = np.where(np.abs(images) == 1, 5 * images, images)  # black and white far out of range
+    stretched = np.where(
+        np.abs(images) == 1, 5 * images, images
+    )  # black and white far out of range
     assert judge_digits(stretched, labels) == judge_digits(images, labels)
 
 
@@ -111,8 +125,15 @@ def test_judge_refuses_what_it_cannot_judge(digits: tuple[np.ndarray, np.ndarray
 
 
 def test_report_thresholds() -> None:
-    good = {"accuracy": 0.97, "real_accuracy": 0.99, "precision": 0.5, "recall": 0.6,
-            "median_nn_generated": 18.0, "median_nn_real": 20.0, "count": 500}
+    good = {
+        "accuracy": 0.97,
+        "real_accuracy": 0.99,
+        "precision": 0.5,
+        "recall": 0.6,
+        "median_nn_generated": 18.0,
+        "median_nn_real": 20.0,
+        "count": 500,
+    }
     assert JudgeReport(**good).failures() == []
     for name in ("accuracy", "precision", "recall", "median_nn_generated"):
         worse = JudgeReport(**(good | {name: good[name] * 0.99}))
@@ -156,9 +177,14 @@ def test_image_grid_channels(tmp_path: Path, channels: int, mode: str) -> None:
 
 
 def test_loss_curve_takes_gaps_and_missing_values(tmp_path: Path) -> None:
-    records: list[dict] = [{"step": step, "loss": 1 / (step + 1), "lr": 1e-3} for step in range(0, 200, 2)]
+    records: list[dict] = [
+        {"step": step, "loss": 1 / (step + 1), "lr": 1e-3} for step in range(0, 200, 2)
+    ]
     records[7] |= {"loss": float("nan"), "lr": None}
-    records[9:40] = [{"step": 18, "predictor_loss": 0.5, "trivial_predictor_loss": 0.6}, {"note": "no step"}]
+    records[9:40] = [
+        {"step": 18, "predictor_loss": 0.5, "trivial_predictor_loss": 0.6},
+        {"note": "no step"},
+    ]
     loss_curve(records, tmp_path / "full.png")
     loss_curve([{"step": 1, "loss": 2.0}], tmp_path / "one.png")
     full, one = (Image.open(tmp_path / name) for name in ("full.png", "one.png"))
@@ -173,7 +199,10 @@ def test_expert_load_picture(tmp_path: Path) -> None:
     load = np.random.default_rng(0).gamma(4, 0.25, (5, 10, 8))
     load[2, 3] = np.nan
     expert_load(load, tmp_path / "load.png", [f"layer {i}" for i in range(5)])
-    assert Image.open(tmp_path / "load.png").size == (int((1.6 + 2.5 * 3) * 150), int((1.5 + 2.3 * 2) * 150))
+    assert Image.open(tmp_path / "load.png").size == (
+        int((1.6 + 2.5 * 3) * 150),
+        int((1.5 + 2.3 * 2) * 150),
+    )
     expert_load(load[2:3, 3:4], tmp_path / "empty.png", ["nothing seen"])
     with pytest.raises(UserError, match="4 layer_names"):
         expert_load(load, tmp_path / "load.png", ["a", "b", "c", "d"])
@@ -182,4 +211,6 @@ def test_expert_load_picture(tmp_path: Path) -> None:
 def test_plots_leave_pyplot_alone(tmp_path: Path) -> None:
     before = "matplotlib.pyplot" in sys.modules and sys.modules["matplotlib.pyplot"].get_fignums()
     loss_curve([{"step": 1, "loss": 2.0}], tmp_path / "one.png")
-    assert ("matplotlib.pyplot" in sys.modules and sys.modules["matplotlib.pyplot"].get_fignums()) == before
+    assert (
+        "matplotlib.pyplot" in sys.modules and sys.modules["matplotlib.pyplot"].get_fignums()
+    ) == before

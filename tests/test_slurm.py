@@ -1,7 +1,9 @@
-"""The job scripts under a real Slurm: virtual nodes, the very files that users submit.  `make test-slurm` runs them.
+"""The job scripts under a real Slurm: virtual nodes, the very files that users submit.  `make
+test-slurm` runs them.
 
-On a machine without Slurm they skip; where DIFFMOE_REQUIRE_SLURM is set (CI), that is an error.  Nothing here depends on how fast
-the machine is: runs that are disturbed have no end of their own, and the undisturbed ones are as long as the disturbed one became.
+On a machine without Slurm they skip; where DIFFMOE_REQUIRE_SLURM is set (CI), that is an error.
+Nothing here depends on how fast the machine is: runs that are disturbed have no end of their own,
+and the undisturbed ones are as long as the disturbed one became.
 """
 
 import json
@@ -26,13 +28,36 @@ from virtual_slurm import Cluster, Job, missing_tools, steps_done
 
 pytestmark = pytest.mark.slurm
 
-# DiffMoE-L-E16's script at less than the demo's size, over 2 nodes x 2 ranks, experts over all four.
+# DiffMoE-L-E16's script at less than the demo's size, over 2 nodes x 2 ranks, experts over all
+# four.
 NODES, PER_NODE = 2, 2
-SBATCH = (f"--nodes={NODES}", f"--gpus-per-node={PER_NODE}", "--cpus-per-task=1", "--mem=4G", "--time=120")
+SBATCH = (
+    f"--nodes={NODES}",
+    f"--gpus-per-node={PER_NODE}",
+    "--cpus-per-task=1",
+    "--mem=4G",
+    "--time=120",
+)
 ENDLESS = "train.steps=100000"
-SMALL = ("model.input_size=8", "model.channels=1", "model.width=32", "model.depth=2", "model.heads=2", "model.classes=10",
-         "model.learn_sigma=false", "moe.experts=4", "moe.pool=16", "parallel.ep=4", "train.batch=16", "train.lr=1e-2",
-         "train.ema=0.7", "train.save_every=5", "train.log_every=1", "sample.steps=2", "sample.columns=4")
+SMALL = (
+    "model.input_size=8",
+    "model.channels=1",
+    "model.width=32",
+    "model.depth=2",
+    "model.heads=2",
+    "model.classes=10",
+    "model.learn_sigma=false",
+    "moe.experts=4",
+    "moe.pool=16",
+    "parallel.ep=4",
+    "train.batch=16",
+    "train.lr=1e-2",
+    "train.ema=0.7",
+    "train.save_every=5",
+    "train.log_every=1",
+    "sample.steps=2",
+    "sample.columns=4",
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +85,26 @@ def work(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("slurm")
 
 
-def train(cluster: Cluster, run: Path, *more: str, options: tuple[str, ...] = (), preflight: str = "no") -> Job:
-    return cluster.submit("train_l_e16.sh", *SMALL, f"data.shards={digits()}", f"run.folder={run}", *more, options=(*SBATCH, *options),
-                          log=run.with_suffix(".out"), env={"DIFFMOE_PREFLIGHT": preflight})
+def train(
+    cluster: Cluster, run: Path, *more: str, options: tuple[str, ...] = (), preflight: str = "no"
+) -> Job:
+    return cluster.submit(
+        "train_l_e16.sh",
+        *SMALL,
+        f"data.shards={digits()}",
+        f"run.folder={run}",
+        *more,
+        options=(*SBATCH, *options),
+        log=run.with_suffix(".out"),
+        env={"DIFFMOE_PREFLIGHT": preflight},
+    )
 
 
 @pytest.fixture(scope="module")
 def disturbed(cluster, work) -> tuple[Path, Job]:
-    """One job that suffers a signal, a requeue, a dead rank and a dead node in turn, and is cancelled after the last resumption."""
+    """One job that suffers a signal, a requeue, a dead rank and a dead node in turn, and is
+    cancelled after the last resumption.
+    """
     run = work / "disturbed"
     job = train(cluster, run, ENDLESS)
 
@@ -105,7 +142,16 @@ def undisturbed(cluster, work, disturbed) -> list[Path]:
     """Two equal jobs that ran at once on the same nodes, the first with its preflight."""
     nodes = f"--nodelist={','.join(cluster.names[:NODES])}"
     steps = f"train.steps={max(losses(disturbed[0]))}"
-    jobs = [train(cluster, work / f"undisturbed{i}", steps, options=(nodes,), preflight=("--timeout=300", "no")[i]) for i in range(2)]
+    jobs = [
+        train(
+            cluster,
+            work / f"undisturbed{i}",
+            steps,
+            options=(nodes,),
+            preflight=("--timeout=300", "no")[i],
+        )
+        for i in range(2)
+    ]
     for job in jobs:
         assert job.wait() == "COMPLETED", job.said()
     windows = [(job.show()["StartTime"], job.show()["EndTime"]) for job in jobs]
@@ -132,16 +178,31 @@ def test_two_jobs_at_once_on_the_same_nodes_do_not_collide(undisturbed):
 def test_a_run_folder_holds_code_configuration_and_logs_per_node(undisturbed, cluster):
     run = undisturbed[0]
     (job,) = (run / "jobs").iterdir()
-    assert {path.name for path in job.iterdir()} == {"code", "commit.txt", "config.yaml", "deepspeed.json", "logs", "starts.json"}
-    assert (job / "code/run.py").is_file() and not list((job / "code").rglob("__pycache__/*.tests*"))
-    assert {path.name for path in (job / "logs").iterdir()} == {f"{name}.log" for name in cluster.names[:NODES]}
+    assert {path.name for path in job.iterdir()} == {
+        "code",
+        "commit.txt",
+        "config.yaml",
+        "deepspeed.json",
+        "logs",
+        "starts.json",
+    }
+    assert (job / "code/run.py").is_file() and not list(
+        (job / "code").rglob("__pycache__/*.tests*")
+    )
+    assert {path.name for path in (job / "logs").iterdir()} == {
+        f"{name}.log" for name in cluster.names[:NODES]
+    }
     log = (job / f"logs/{cluster.names[0]}.log").read_text()
-    assert "4 expert-parallel ranks" in log and re.search(r"^plan: \S+ ms a step, measured ", log, re.M)
+    assert "4 expert-parallel ranks" in log and re.search(
+        r"^plan: \S+ ms a step, measured ", log, re.M
+    )
     said = run.with_suffix(".out").read_text()
     assert "preflight: 2 nodes, 4 ranks" in said and "nothing wrong" in said
     for text in (log, said):  # of training and of preflight
         assert text.count("EP groups of 4 ranks span 2 hosts: by the plan (") == 1
-    assert re.search(r"all-to-all of EP groups, GB/s a rank: over hosts \S+, inside a host \S+$", said, re.M)
+    assert re.search(
+        r"all-to-all of EP groups, GB/s a rank: over hosts \S+, inside a host \S+$", said, re.M
+    )
     (place,) = re.findall(r"^place    CPUs .*$", log, re.M)
     assert " CUDA_VISIBLE_DEVICES=0,1 " in place, "every task sees all GPUs of its job on the node"
     assert " OMP_NUM_THREADS=1 PYTORCH_ALLOC_CONF=expandable_segments:True" in place
@@ -171,12 +232,18 @@ def test_the_signal_before_the_limit_a_preemption_and_a_cancelled_job(cluster, w
         saved = re.findall(r"not finished \(status 0, step (\d+) of 100000\)", job.said())
         assert len(saved) == times
         job.wait_until(lambda: steps_done(run) > int(saved[-1]), "go on")
-        assert f"resumed from {run}/checkpoints/step_{int(saved[-1]):08d} " in log_of(run, job.number)
+        assert f"resumed from {run}/checkpoints/step_{int(saved[-1]):08d} " in log_of(
+            run, job.number
+        )
 
     job.wait_until(lambda: steps_done(run) >= 3, "reach step 3")
-    cluster.slurm("scontrol", "update", f"jobid={job.number}", "EndTime=now+300")  # Slurm looks at limits every half minute
+    cluster.slurm(
+        "scontrol", "update", f"jobid={job.number}", "EndTime=now+300"
+    )  # Slurm looks at limits every half minute
     job.wait_until(lambda: job.restarts == 1, "requeue itself")
-    cluster.slurm("scontrol", "update", f"jobid={job.number}", "TimeLimit=120")  # which is now far away again
+    cluster.slurm(
+        "scontrol", "update", f"jobid={job.number}", "TimeLimit=120"
+    )  # which is now far away again
     saves_and_goes_on(1, restarts=0)
     restarts = job.restarts
     (work / "urgent.sh").write_text("#!/bin/sh\n:\n")
@@ -192,19 +259,40 @@ def test_the_signal_before_the_limit_a_preemption_and_a_cancelled_job(cluster, w
 
 
 def test_a_job_whose_starts_bring_nothing_is_given_up(cluster, work):
-    """Ranks that die before their first step, for a reason that no restart cures: three starts, then the end."""
+    """Ranks that die before their first step, for a reason that no restart cures: three starts,
+    then the end.
+    """
     ill = work / "ill"
     ill.mkdir()
-    (ill / "sitecustomize.py").write_text("import os, sys\nif any(w.endswith('code/run.py') for w in sys.orig_argv): os._exit(9)\n")
-    job = cluster.submit("train_l_e16.sh", *SMALL, ENDLESS, f"data.shards={digits()}", f"run.folder={work / 'fruitless'}", options=SBATCH,
-                         log=work / "fruitless.out", env={"DIFFMOE_PREFLIGHT": "no", "PYTHONPATH": str(ill)})
+    (ill / "sitecustomize.py").write_text(
+        "import os, sys\nif any(w.endswith('code/run.py') for w in sys.orig_argv): os._exit(9)\n"
+    )
+    job = cluster.submit(
+        "train_l_e16.sh",
+        *SMALL,
+        ENDLESS,
+        f"data.shards={digits()}",
+        f"run.folder={work / 'fruitless'}",
+        options=SBATCH,
+        log=work / "fruitless.out",
+        env={"DIFFMOE_PREFLIGHT": "no", "PYTHONPATH": str(ill)},
+    )
     assert job.wait() == "FAILED" and job.restarts == 2
-    assert "given up (status 9, step 0 of 100000): 3 starts in a row brought no progress" in job.said(), job.said()
+    assert (
+        "given up (status 9, step 0 of 100000): 3 starts in a row brought no progress" in job.said()
+    ), job.said()
 
 
 def test_preflight_stops_a_job_and_says_why(cluster, work, tmp_path):
-    job = cluster.submit("train_l_e16.sh", *SMALL, f"data.shards={tmp_path}", f"run.folder={work / 'stopped'}", options=SBATCH,
-                         log=work / "stopped.out", env={"DIFFMOE_PREFLIGHT": "--timeout=300"})
+    job = cluster.submit(
+        "train_l_e16.sh",
+        *SMALL,
+        f"data.shards={tmp_path}",
+        f"run.folder={work / 'stopped'}",
+        options=SBATCH,
+        log=work / "stopped.out",
+        env={"DIFFMOE_PREFLIGHT": "--timeout=300"},
+    )
     assert job.wait() == "FAILED"
     assert f"all nodes: shards: data folder ({tmp_path}) has no index.json" in job.said()
     assert "--exclude" not in job.said(), "other nodes would not have it either"
@@ -222,15 +310,51 @@ def test_sample_evaluate_and_encode(cluster, work, undisturbed):
     for name in ("a", "b"):
         (work / "pictures" / name).mkdir(parents=True, exist_ok=True)
         for i in range(4):
-            Image.fromarray(np.full((10, 10, 3), 20 * i + 100 * (name == "b"), np.uint8)).save(work / "pictures" / name / f"{i}.png")
+            Image.fromarray(np.full((10, 10, 3), 20 * i + 100 * (name == "b"), np.uint8)).save(
+                work / "pictures" / name / f"{i}.png"
+            )
     one = ("--nodes=1", "--gpus-per-node=2", "--cpus-per-task=1", "--mem=4G")
     run = undisturbed[0]
     jobs = [
-        cluster.submit("sample.sh", "--checkpoint", run, "--count", 20, "--out", work / "drawn", options=one, log=work / "sample.out"),
-        cluster.submit("evaluate.sh", "--checkpoint", run, "--reference", digits(), "--extractor", "digits", "--count", 200, "--no-samples",
-                       "--out", work / "scores", options=one, log=work / "evaluate.out"),
-        cluster.submit("encode.sh", "--source", work / "pictures", "--image-size", 8, "--out", work / "shards",
-                       options=(*one, "--gpus-per-node=0", "--ntasks-per-node=2"), log=work / "encode.out")]  # bound to cores
+        cluster.submit(
+            "sample.sh",
+            "--checkpoint",
+            run,
+            "--count",
+            20,
+            "--out",
+            work / "drawn",
+            options=one,
+            log=work / "sample.out",
+        ),
+        cluster.submit(
+            "evaluate.sh",
+            "--checkpoint",
+            run,
+            "--reference",
+            digits(),
+            "--extractor",
+            "digits",
+            "--count",
+            200,
+            "--no-samples",
+            "--out",
+            work / "scores",
+            options=one,
+            log=work / "evaluate.out",
+        ),
+        cluster.submit(
+            "encode.sh",
+            "--source",
+            work / "pictures",
+            "--image-size",
+            8,
+            "--out",
+            work / "shards",
+            options=(*one, "--gpus-per-node=0", "--ntasks-per-node=2"),
+            log=work / "encode.out",
+        ),
+    ]  # bound to cores
     for job in jobs:
         assert job.wait() == "COMPLETED", job.said()
     assert np.load(work / "drawn.npz")["images"].shape == (20, 1, 8, 8)
@@ -239,41 +363,118 @@ def test_sample_evaluate_and_encode(cluster, work, undisturbed):
 
 
 def test_a_scaling_benchmark_over_two_nodes(cluster, work):
-    """The demo's width, where scores and masks cost little beside the rows; what the runs counted is what the formula says."""
+    """The demo's width, where scores and masks cost little beside the rows; what the runs counted
+    is what the formula says.
+    """
     out = work / "scaling"
-    job = cluster.submit("scaling.sh", "--steps", 2, "--warmup", 1, "--repeats", 1, "--mode", "strong", "--ep", "2,4", "--out", out,
-                         "model.depth=2", "train.batch=16", f"data.shards={digits()}", options=SBATCH, log=work / "scaling.out",
-                         env={"DIFFMOE_CONFIG": "configs/demo.yaml", "DIFFMOE_DEEPSPEED_CONFIG": "ds_configs/zero1_fp32.json"})
+    job = cluster.submit(
+        "scaling.sh",
+        "--steps",
+        2,
+        "--warmup",
+        1,
+        "--repeats",
+        1,
+        "--mode",
+        "strong",
+        "--ep",
+        "2,4",
+        "--out",
+        out,
+        "model.depth=2",
+        "train.batch=16",
+        f"data.shards={digits()}",
+        options=SBATCH,
+        log=work / "scaling.out",
+        env={
+            "DIFFMOE_CONFIG": "configs/demo.yaml",
+            "DIFFMOE_DEEPSPEED_CONFIG": "ds_configs/zero1_fp32.json",
+        },
+    )
     assert job.wait() == "COMPLETED", job.said()
-    assert {path.name for path in out.iterdir()} >= {"runs.jsonl", "table.md", "efficiency.png", "split.png"}
+    assert {path.name for path in out.iterdir()} >= {
+        "runs.jsonl",
+        "table.md",
+        "efficiency.png",
+        "split.png",
+    }
     records = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
-    assert [(record["nodes"], record["ranks"], record["ep"]) for record in records] == [(1, 2, 2), (2, 4, 2), (2, 4, 4)]
+    assert [(record["nodes"], record["ranks"], record["ep"]) for record in records] == [
+        (1, 2, 2),
+        (2, 4, 2),
+        (2, 4, 4),
+    ]
     for record in records:
         counted: dict[str, int] = {}
-        for row in (row for rows in record["traffic"] for row in rows if row["collective"] == "all_to_all"):
+        for row in (
+            row for rows in record["traffic"] for row in rows if row["collective"] == "all_to_all"
+        ):
             counted[row["purpose"]] = counted.get(row["purpose"], 0) + row["wire"]
         planned: dict[str, int] = {}
-        for message in exchange_traffic(config_from_tree(record["config"]), Layout(**record["layout"]), engine_facts(record["deepspeed"])):
+        for message in exchange_traffic(
+            config_from_tree(record["config"]),
+            Layout(**record["layout"]),
+            engine_facts(record["deepspeed"]),
+        ):
             if message.collective == "all_to_all":
-                planned[message.purpose] = planned.get(message.purpose, 0) + message.wire * record["ranks"]
+                planned[message.purpose] = (
+                    planned.get(message.purpose, 0) + message.wire * record["ranks"]
+                )
         rows = counted["dispatch"] + counted["combine"]
-        assert {name: counted[name] for name in ("scores", "mask")} == {name: planned[name] for name in ("scores", "mask")}
+        assert {name: counted[name] for name in ("scores", "mask")} == {
+            name: planned[name] for name in ("scores", "mask")
+        }
         assert counted.keys() == planned.keys() and sum(counted.values()) <= 1.05 * rows
 
 
-@pytest.mark.parametrize("script", ["train_s_e16.sh", "train_l_e8.sh", "train_xl_e16.sh", "train_dense_xl.sh"])
+@pytest.mark.parametrize(
+    "script", ["train_s_e16.sh", "train_l_e8.sh", "train_xl_e16.sh", "train_dense_xl.sh"]
+)
 def test_slurm_accepts_the_other_scripts(cluster, script, work):
-    """`sbatch --test-only`: header and size; the body is that of train_l_e16.sh but for the configuration's name."""
+    """`sbatch --test-only`: header and size; the body is that of train_l_e16.sh but for the
+    configuration's name.
+    """
     cluster.submit(script, options=("--test-only",), log=work / "x.out")
 
 
 def test_submit_submits(cluster, work):
     run = work / "submitted"
     done = subprocess.run(
-        [sys.executable, "-m", "launcher", "submit", "--config", "configs/demo.yaml", "--deepspeed_config", "ds_configs/zero1_fp32.json",
-         "--nodes", "2", "--gpus-per-node", "1", "--memory", "4G", "--cpus-per-rank", "1", "--time", "20", "--partition", "gpu", "--account", "me",
-         f"--sbatch=--output={work}/submitted.out", *SMALL, "parallel.ep=2", "train.steps=3", f"data.shards={digits()}", f"run.folder={run}"],
-        env={**cluster.env, "DIFFMOE_PREFLIGHT": "no"}, capture_output=True, text=True, timeout=300)
+        [
+            sys.executable,
+            "-m",
+            "launcher",
+            "submit",
+            "--config",
+            "configs/demo.yaml",
+            "--deepspeed_config",
+            "ds_configs/zero1_fp32.json",
+            "--nodes",
+            "2",
+            "--gpus-per-node",
+            "1",
+            "--memory",
+            "4G",
+            "--cpus-per-rank",
+            "1",
+            "--time",
+            "20",
+            "--partition",
+            "gpu",
+            "--account",
+            "me",
+            f"--sbatch=--output={work}/submitted.out",
+            *SMALL,
+            "parallel.ep=2",
+            "train.steps=3",
+            f"data.shards={digits()}",
+            f"run.folder={run}",
+        ],
+        env={**cluster.env, "DIFFMOE_PREFLIGHT": "no"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     job = Job(cluster, done.stdout.split()[1].rstrip(":"), work / "submitted.out")
     assert job.show()["Partition"] == "gpu" and job.show()["Account"] == "me"

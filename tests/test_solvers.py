@@ -42,11 +42,16 @@ def flow_of_gaussian(z, t):
     """Velocity E[x - noise | z_t] for data N(MEAN, STD^2); the flow maps noise n to MEAN + STD n."""
     t = t.view(-1, 1, 1, 1)
     variance = (t * STD) ** 2 + (1 - t) ** 2
-    return MEAN + (t * STD ** 2 - (1 - t)) / variance * (z - t * MEAN)
+    return MEAN + (t * STD**2 - (1 - t)) / variance * (z - t * MEAN)
 
 
-WITH_ANSWERS = pytest.mark.parametrize("field, answer", [
-    (decay, lambda z: z * math.exp(math.sin(2) / 2)), (flow_of_gaussian, lambda z: MEAN + STD * z)])
+WITH_ANSWERS = pytest.mark.parametrize(
+    "field, answer",
+    [
+        (decay, lambda z: z * math.exp(math.sin(2) / 2)),
+        (flow_of_gaussian, lambda z: MEAN + STD * z),
+    ],
+)
 
 
 def slope(errors, steps):
@@ -89,8 +94,14 @@ def test_dopri5_agrees_with_scipy():
     z = start((1, 1, 2, 2))
     theirs = scipy.integrate.solve_ivp(
         lambda t, y: field(torch.from_numpy(y).view(1, 1, 2, 2), torch.tensor([t])).numpy().ravel(),
-        (0, 1), z.numpy().ravel(), rtol=1e-10, atol=1e-10).y[:, -1]
-    np.testing.assert_allclose(dopri5(field, z, 500, tolerance=1e-8).numpy().ravel(), theirs, atol=1e-6)
+        (0, 1),
+        z.numpy().ravel(),
+        rtol=1e-10,
+        atol=1e-10,
+    ).y[:, -1]
+    np.testing.assert_allclose(
+        dopri5(field, z, 500, tolerance=1e-8).numpy().ravel(), theirs, atol=1e-6
+    )
 
 
 def test_dopri5_knows_no_batch_mates():
@@ -100,7 +111,9 @@ def test_dopri5_knows_no_batch_mates():
     z = start()
     together, pair = CountedField(field), CountedField(field)
     ours = dopri5(together, z, 200, tolerance=1e-6)
-    torch.testing.assert_close(ours[:2], dopri5(pair, z[:2], 200, tolerance=1e-6), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        ours[:2], dopri5(pair, z[:2], 200, tolerance=1e-6), rtol=1e-13, atol=1e-13
+    )
     assert together.evaluations > 2 * pair.evaluations
 
 
@@ -108,13 +121,17 @@ def test_dopri5_evaluates_as_long_as_any_rank_does():
     mine, others = CountedField(decay), CountedField(decay)
     alone = dopri5(mine, start(), 100)
     rounds = iter(range(30))
-    waiting = dopri5(others, start(), 100, anyone=lambda unfinished: unfinished or next(rounds) < 20)
+    waiting = dopri5(
+        others, start(), 100, anyone=lambda unfinished: unfinished or next(rounds) < 20
+    )
     assert torch.equal(alone, waiting) and others.evaluations > mine.evaluations
 
 
 @pytest.mark.parametrize("field, steps", [(decay, 2), (lambda z, t: z * math.nan, 30)])
 def test_dopri5_gives_up(field, steps):
-    with pytest.raises(UserError, match=rf"sample.steps \({steps}\) at sample.tolerance \(0.0001\)"):
+    with pytest.raises(
+        UserError, match=rf"sample.steps \({steps}\) at sample.tolerance \(0.0001\)"
+    ):
         dopri5(field, start(), steps)
 
 
@@ -125,20 +142,21 @@ def test_dopri5_in_single_precision():
     torch.testing.assert_close(ours.double(), MEAN + STD * z, atol=1e-4, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------- diffusion
+# -------------------------------------------------------------------------------------------------
+# diffusion
 
 
 def exact_model(x, t):
     """[epsilon, 0]: E[noise | x_t] for data N(MEAN, STD^2), t out of the 1000 steps."""
     abar = SCHEDULE.alphas_cumprod[t].view(-1, 1, 1, 1)
-    epsilon = (1 - abar).sqrt() * (x - abar.sqrt() * MEAN) / (abar * STD ** 2 + 1 - abar)
+    epsilon = (1 - abar).sqrt() * (x - abar.sqrt() * MEAN) / (abar * STD**2 + 1 - abar)
     return torch.cat([epsilon, torch.zeros_like(x)], dim=1)
 
 
 def probability_flow(x):
     """Where the exact ODE takes x from step 999 to the data."""
     last = SCHEDULE.alphas_cumprod[-1]
-    return MEAN + STD * (x - last.sqrt() * MEAN) / (last * STD ** 2 + 1 - last).sqrt()
+    return MEAN + STD * (x - last.sqrt() * MEAN) / (last * STD**2 + 1 - last).sqrt()
 
 
 def test_ddim_converges_to_the_probability_flow():
@@ -152,27 +170,33 @@ def test_ddim_is_the_exact_product_of_its_steps():
     x, schedule = start(), respace(SCHEDULE, 11)
     abar, before = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     # Each step maps the distance to the mean linearly, for a Gaussian.
-    factors = ((abar * before).sqrt() * STD ** 2 + ((1 - abar) * (1 - before)).sqrt()) / (abar * STD ** 2 + 1 - abar)
+    factors = ((abar * before).sqrt() * STD**2 + ((1 - abar) * (1 - before)).sqrt()) / (
+        abar * STD**2 + 1 - abar
+    )
     expected = MEAN + factors.prod() * (x - abar[-1].sqrt() * MEAN)
     torch.testing.assert_close(ddim(exact_model, x, 11), expected, rtol=1e-10, atol=1e-10)
 
 
 def exact_reverse_model(steps):
-    """[epsilon, v] whose reverse step over ``steps`` is the true q(x_{t-1} | x_t) of Gaussian data, variance too."""
+    """[epsilon, v] whose reverse step over ``steps`` is the true q(x_{t-1} | x_t) of Gaussian data,
+    variance too.
+    """
     schedule = respace(SCHEDULE, steps)
     abar = schedule.alphas_cumprod
-    of_x0 = STD ** 2 * (1 - abar) / (abar * STD ** 2 + 1 - abar)  # Var[x_0 | x_t]
-    variance = schedule.posterior_variance + schedule.posterior_mean_coef1 ** 2 * of_x0
+    of_x0 = STD**2 * (1 - abar) / (abar * STD**2 + 1 - abar)  # Var[x_0 | x_t]
+    variance = schedule.posterior_variance + schedule.posterior_mean_coef1**2 * of_x0
     low, high = schedule.posterior_log_variance_clipped, schedule.betas.log()
     v = 2 * (variance.log() - low) / (high - low) - 1
     v[0] = 0.0  # both bounds are nearly one there, and no noise is added
     place = {int(step): i for i, step in enumerate(schedule.timestep_map)}
 
     def model_fn(x, t):
-        return torch.cat([exact_model(x, t)[:, :1], torch.full_like(x, v[place[int(t[0])]].item())], dim=1)
+        return torch.cat(
+            [exact_model(x, t)[:, :1], torch.full_like(x, v[place[int(t[0])]].item())], dim=1
+        )
 
     last = abar[0]  # the final step returns E[x_0 | x_1], which is narrower than x_0
-    return model_fn, STD ** 2 * (last * STD ** 2 / (last * STD ** 2 + 1 - last))
+    return model_fn, STD**2 * (last * STD**2 / (last * STD**2 + 1 - last))
 
 
 @pytest.mark.parametrize("steps", [10, 50])
@@ -185,21 +209,28 @@ def test_ancestral_sampling_of_a_gaussian(steps):
 
     model_fn, variance = exact_reverse_model(steps)
     ours = ancestral(model_fn, noise(0), steps, noise)
-    assert ours.mean().item() == pytest.approx(MEAN, abs=4 * STD / n ** 0.5)
+    assert ours.mean().item() == pytest.approx(MEAN, abs=4 * STD / n**0.5)
     assert ours.var().item() == pytest.approx(variance.item(), rel=4 * (2 / n) ** 0.5)
-    assert scipy.stats.kstest(ours.flatten().numpy(), "norm", (MEAN, variance.sqrt().item())).pvalue > 1e-3
+    assert (
+        scipy.stats.kstest(ours.flatten().numpy(), "norm", (MEAN, variance.sqrt().item())).pvalue
+        > 1e-3
+    )
 
 
 def ddim_variance(steps):
-    """Variance that DDIM at eta 1 reaches from N(0, 1): each step is affine in x, plus its own noise."""
+    """Variance that DDIM at eta 1 reaches from N(0, 1): each step is affine in x, plus its own
+    noise.
+    """
     schedule = respace(SCHEDULE, steps)
     variance = 1.0
     for i in reversed(range(steps)):
         abar, before = schedule.alphas_cumprod[i], schedule.alphas_cumprod_prev[i]
         added = schedule.posterior_variance[i]
-        total = abar * STD ** 2 + 1 - abar
-        factor = ((before * abar).sqrt() * STD ** 2 + ((1 - before - added) * (1 - abar)).sqrt()) / total
-        variance = factor ** 2 * variance + added
+        total = abar * STD**2 + 1 - abar
+        factor = (
+            (before * abar).sqrt() * STD**2 + ((1 - before - added) * (1 - abar)).sqrt()
+        ) / total
+        variance = factor**2 * variance + added
     return variance.item()
 
 
@@ -211,11 +242,12 @@ def test_ddim_with_noise_samples_the_gaussian_too():
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     ours = ddim(exact_model, noise(0), 50, noise, eta=1.0)
-    assert ours.mean().item() == pytest.approx(MEAN, abs=4 * STD / n ** 0.5)
+    assert ours.mean().item() == pytest.approx(MEAN, abs=4 * STD / n**0.5)
     assert ours.var().item() == pytest.approx(ddim_variance(50), rel=4 * (2 / n) ** 0.5)
-    # The small variance is exact for data at one point; for others it is too narrow, less so with more steps.
-    assert STD ** 2 > ddim_variance(1000) > ddim_variance(200) > ddim_variance(50)
-    assert ddim_variance(1000) == pytest.approx(STD ** 2, rel=0.03)
+    # The small variance is exact for data at one point; for others it is too narrow, less so with
+    # more steps.
+    assert STD**2 > ddim_variance(1000) > ddim_variance(200) > ddim_variance(50)
+    assert ddim_variance(1000) == pytest.approx(STD**2, rel=0.03)
 
 
 def test_samplers_share_a_signature():
@@ -227,7 +259,8 @@ def test_samplers_share_a_signature():
         assert sampler(field, z, 40, lambda i: torch.zeros_like(z)).shape == z.shape
 
 
-# ------------------------------------------------------------------------------------------------------ times
+# ------------------------------------------------------------------------------------------------------
+# times
 
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.6, 1.4)])

@@ -1,4 +1,6 @@
-"""Data that are not on this machine: a real server on this one's loopback, pipes, retries, and the cache of bounded size."""
+"""Data that are not on this machine: a real server on this one's loopback, pipes, retries, and the
+cache of bounded size.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,12 @@ SHARD = 30_720  # bytes
 @pytest.fixture
 def index(tmp_path: Path) -> ShardIndex:
     samples = ((f"{i:03d}", np.full((1, 8, 8), i, np.float32), i % 10) for i in range(103))
-    made = write_shards(samples, tmp_path / "set", samples_per_shard=10,
-                        meta=ShardMeta("pixels", 10, accept_values=True))
+    made = write_shards(
+        samples,
+        tmp_path / "set",
+        samples_per_shard=10,
+        meta=ShardMeta("pixels", 10, accept_values=True),
+    )
     assert {shard.bytes for shard in made.shards[:-1]} == {SHARD}
     return made
 
@@ -48,7 +54,9 @@ def no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Server:
-    """A folder served over HTTP. The first requests for shards go wrong: `faults` are taken in turn."""
+    """A folder served over HTTP. The first requests for shards go wrong: `faults` are taken in
+    turn.
+    """
 
     address: str = ""
     faults: list[str] = field(default_factory=list)
@@ -69,7 +77,9 @@ def serving(folder: Path, *faults: str) -> Iterator[Server]:
                 self.connection.close()
             elif fault:
                 content = (folder / server.served[-1]).read_bytes()
-                content = content[: len(content) // 2] + (b"x" * (len(content) // 2) if fault == "alters" else b"")
+                content = content[: len(content) // 2] + (
+                    b"x" * (len(content) // 2) if fault == "alters" else b""
+                )
                 self.send_response(200)
                 if fault == "cuts":
                     self.send_header("Content-Length", str(2 * len(content)))
@@ -88,7 +98,9 @@ def serving(folder: Path, *faults: str) -> Iterator[Server]:
 
     with Listener(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as httpd:
         server.address = f"http://127.0.0.1:{httpd.server_address[1]}"
-        threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         yield server
         httpd.shutdown()
 
@@ -97,7 +109,9 @@ def cache(folder: Path, shards: float = 100) -> Cache:
     return Cache(folder / "cache", int(shards * SHARD))
 
 
-def numbers(index: ShardIndex, store: Cache | None, positions: range = range(103), **more) -> list[int]:
+def numbers(
+    index: ShardIndex, store: Cache | None, positions: range = range(103), **more
+) -> list[int]:
     reader = ShardReader(index, seed=0, cache=store, **more)
     x, _ = reader.read(positions)
     reader.close()
@@ -109,13 +123,17 @@ def held(store: Cache) -> int:
 
 
 @pytest.mark.parametrize("form", ["{}", "{}/index.json", "{}/shard-{{000000..000010}}.tar"])
-def test_a_served_data_set_is_read_as_the_local_one(index: ShardIndex, tmp_path: Path, form: str) -> None:
+def test_a_served_data_set_is_read_as_the_local_one(
+    index: ShardIndex, tmp_path: Path, form: str
+) -> None:
     with serving(index.folder) as server:
         remote = load_index(form.format(server.address))
         assert (remote.count, remote.fingerprint) == (103, index.fingerprint)
         assert numbers(remote, cache(tmp_path)) == numbers(index, None)
         assert numbers(remote, cache(tmp_path)) == numbers(index, None)
-    assert sorted(server.served) == ["index.json"] + [shard.name for shard in index.shards]  # each fetched once
+    assert sorted(server.served) == ["index.json"] + [
+        shard.name for shard in index.shards
+    ]  # each fetched once
 
 
 def test_pipes_braces_globs_and_a_far_index(index: ShardIndex, tmp_path: Path) -> None:
@@ -125,30 +143,42 @@ def test_pipes_braces_globs_and_a_far_index(index: ShardIndex, tmp_path: Path) -
     (index.folder / "index.json").unlink()
     far = load_index(f"{index.folder}/shard-*.tar", str(tmp_path / "elsewhere.json"))
     assert numbers(far, None) == numbers(index, None)
-    some = load_index(f"{index.folder}/shard-00000{{1..3}}.tar", f"pipe:cat {tmp_path}/elsewhere.json")
+    some = load_index(
+        f"{index.folder}/shard-00000{{1..3}}.tar", f"pipe:cat {tmp_path}/elsewhere.json"
+    )
     assert sorted(numbers(some, None, range(30))) == list(range(10, 40))
 
 
-def test_s3_goes_through_its_own_tool(index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_goes_through_its_own_tool(
+    index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tool = tmp_path / "bin" / "aws"
     tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && exec cat "{index.folder}/${{3##*/}}"\n')
+    tool.write_text(
+        f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && exec cat "{index.folder}/${{3##*/}}"\n'
+    )
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     assert numbers(load_index("s3://bucket/set"), cache(tmp_path)) == numbers(index, None)
 
 
 @pytest.mark.parametrize("fault", ["503", "429", "dies", "cuts", "ends", "alters"])
-def test_a_server_that_fails_and_then_works(index: ShardIndex, tmp_path: Path, capfd: pytest.CaptureFixture, fault: str) -> None:
+def test_a_server_that_fails_and_then_works(
+    index: ShardIndex, tmp_path: Path, capfd: pytest.CaptureFixture, fault: str
+) -> None:
     with serving(index.folder) as server:
         remote = load_index(server.address)
         server.faults += [fault] * 3
         assert numbers(remote, cache(tmp_path), streams=1) == numbers(index, None, streams=1)
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("data: ")]
-    assert len(said) == 3 and all("shard-" in line and "trying again in" in line for line in said), said
+    assert len(said) == 3 and all(
+        "shard-" in line and "trying again in" in line for line in said
+    ), said
 
 
-def test_a_silent_server_is_given_up(index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_given_up(
+    index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "STALL", 0.3)
     with serving(index.folder) as server:
         remote = load_index(server.address)
@@ -158,11 +188,15 @@ def test_a_silent_server_is_given_up(index: ShardIndex, tmp_path: Path, monkeypa
         list(sources.chunks("pipe:sleep 30"))
 
 
-def test_a_source_that_stays_bad_is_an_error_that_names_it(index: ShardIndex, tmp_path: Path) -> None:
+def test_a_source_that_stays_bad_is_an_error_that_names_it(
+    index: ShardIndex, tmp_path: Path
+) -> None:
     with serving(index.folder) as server:
         remote = load_index(server.address)
         server.faults += ["500"] * 1000
-        with pytest.raises(BadShard, match=r"shard shard-0.*tar cannot be fetched from http:.*HTTP status 500"):
+        with pytest.raises(
+            BadShard, match=r"shard shard-0.*tar cannot be fetched from http:.*HTTP status 500"
+        ):
             numbers(remote, cache(tmp_path), range(1))
         assert len(server.served) == 1 + sources.TRIES
         server.faults = ["404"] * 1000
@@ -188,7 +222,10 @@ def test_the_cache_is_bounded_and_what_is_open_stays(index: ShardIndex, tmp_path
         assert len(server.served) > 1 + 11  # some were fetched again
         reader.close()
         descriptors = [small.open(shard, remote.address(shard)) for shard in remote.shards[:4]]
-        with pytest.raises(UserError, match=r"data.cache_gib \(0.000114\) is too small: .* shards in use with shard shard-000004"):
+        with pytest.raises(
+            UserError,
+            match=r"data.cache_gib \(0.000114\) is too small: .* shards in use with shard shard-000004",
+        ):
             small.open(remote.shards[4], remote.address(remote.shards[4]))
         os.close(descriptors[2])
         os.close(small.open(remote.shards[4], remote.address(remote.shards[4])))
@@ -209,13 +246,20 @@ print(reader.read(range(103))[0][:, 0, 0, 0].astype(int).tolist())
 """
 
 
-def test_processes_share_the_cache_and_fetch_each_shard_once(index: ShardIndex, tmp_path: Path) -> None:
+def test_processes_share_the_cache_and_fetch_each_shard_once(
+    index: ShardIndex, tmp_path: Path
+) -> None:
     with serving(index.folder) as server:
         command = [sys.executable, "-c", _READ, server.address, str(tmp_path / "cache")]
-        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) for _ in range(3)]
+        processes = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+            for _ in range(3)
+        ]
         said = [process.communicate(timeout=120)[0] for process in processes]
     assert said == [f"{numbers(index, None, batch=11, streams=11)}\n"] * 3
-    assert sorted(name for name in server.served if name != "index.json") == [shard.name for shard in index.shards]
+    assert sorted(name for name in server.served if name != "index.json") == [
+        shard.name for shard in index.shards
+    ]
 
 
 def test_what_a_killed_process_left_is_cleared_away(index: ShardIndex, tmp_path: Path) -> None:
@@ -241,14 +285,20 @@ def test_workers_read_remote_shards(index: ShardIndex, tmp_path: Path) -> None:
         local = ShardReader(index, seed=0, batch=12, streams=3, window=1)
         with BatchStream(reader, Share(12, 12, 1, 0, 1), start_step=0, workers=2) as stream:
             for step in range(12):
-                batch, = next(stream)
+                (batch,) = next(stream)
                 assert np.array_equal(batch.x.numpy(), local.read(batch.positions)[0]), step
 
 
-@pytest.mark.parametrize("address, message", [
-    ("/nowhere", "/nowhere. does not exist"), ("/nowhere/a.tar", "a.tar does not exist"),
-    ("pipe:cat x", "must name a .tar"), ("pipe:cat /{a,b}/x.tar", "lies in 2 places"),
-    ("odd://host/set", "odd://host/set/index.json cannot be read: .*no gopen handler")])
+@pytest.mark.parametrize(
+    "address, message",
+    [
+        ("/nowhere", "/nowhere. does not exist"),
+        ("/nowhere/a.tar", "a.tar does not exist"),
+        ("pipe:cat x", "must name a .tar"),
+        ("pipe:cat /{a,b}/x.tar", "lies in 2 places"),
+        ("odd://host/set", "odd://host/set/index.json cannot be read: .*no gopen handler"),
+    ],
+)
 def test_bad_addresses(address: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_index(address)

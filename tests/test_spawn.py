@@ -1,4 +1,6 @@
-"""Ranks as child processes: results in order, errors with their rank, no hang, and a fresh world after a failure."""
+"""Ranks as child processes: results in order, errors with their rank, no hang, and a fresh world
+after a failure.
+"""
 
 import os
 import time
@@ -42,8 +44,12 @@ def test_results_errors_and_fresh_worlds():
     with Ranks(2) as ranks:
         for value in (1, 2):
             for rank, (number, total, threads) in enumerate(ranks.run(add_up, value)):
-                assert (number, threads) == (rank, 1) and torch.equal(total, torch.full((2,), 2.0 * value))
-        with pytest.raises(RankError, match=r"(?s)rank 1: ValueError: depth \(3\) must be 4.*in fail_alone") as error:
+                assert (number, threads) == (rank, 1) and torch.equal(
+                    total, torch.full((2,), 2.0 * value)
+                )
+        with pytest.raises(
+            RankError, match=r"(?s)rank 1: ValueError: depth \(3\) must be 4.*in fail_alone"
+        ) as error:
             ranks.run(fail_alone, "raise")
         assert (error.value.rank, error.value.kind) == (1, "ValueError")
         children = ranks.run(process_id)
@@ -65,7 +71,9 @@ def test_a_rank_that_hangs():
     with Ranks(2) as ranks:
         ranks.run(process_id)
         ranks.timeout = 3.0
-        with pytest.raises(RankError, match=r"TimeoutError: no answer after 3 s from ranks \[0, 1\]"):
+        with pytest.raises(
+            RankError, match=r"TimeoutError: no answer after 3 s from ranks \[0, 1\]"
+        ):
             ranks.run(fail_alone, "sleep")
 
 

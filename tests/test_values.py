@@ -1,5 +1,6 @@
-"""What stored values mean: claims that cannot be true are refused with the option that is right, and tars of others are
-read by a stated mapping."""
+"""What stored values mean: claims that cannot be true are refused with the option that is right,
+and tars of others are read by a stated mapping.
+"""
 
 from __future__ import annotations
 
@@ -62,17 +63,27 @@ def write_tars(folder: Path, samples: list[dict[str, bytes]]) -> Path:
 def plain_tars(folder: Path, arrays: np.ndarray, labels: list[int] | None = None) -> Path:
     labels = [i % 10 for i in range(len(arrays))] if labels is None else labels
     return write_tars(
-        folder, [{"npy": npy(array), "cls": str(label).encode()} for array, label in zip(arrays, labels, strict=True)]
+        folder,
+        [
+            {"npy": npy(array), "cls": str(label).encode()}
+            for array, label in zip(arrays, labels, strict=True)
+        ],
     )
 
 
 def inspected(capsys: pytest.CaptureFixture, folder: Path, *options: str) -> tuple[int, str]:
-    code = inspect_main([str(folder), "--grid", str(folder.parent / "grid.png"), *options], detect({}))
+    code = inspect_main(
+        [str(folder), "--grid", str(folder.parent / "grid.png"), *options], detect({})
+    )
     return code, capsys.readouterr().out
 
 
 def options_of(**meaning: object) -> list[str]:
-    return [word for name, value in meaning.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [
+        word
+        for name, value in meaning.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 def everything(index: ShardIndex, flip: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +95,8 @@ def everything(index: ShardIndex, flip: bool = False) -> tuple[np.ndarray, np.nd
         reader.close()
 
 
-# ------------------------------------------------------------------------------- values of many kinds
+# ------------------------------------------------------------------------------- values of many
+# kinds
 
 
 def draw(*shape: int) -> np.ndarray:
@@ -99,7 +111,9 @@ def unit_pixels(*shape: int) -> np.ndarray:
 def moments(scale: float = 1.0, logvar: bool = False, side: int = 8) -> np.ndarray:
     """As Stable Diffusion's autoencoder has them, times `scale`."""
     std = np.exp(draw(4, side, side) - 2)
-    return np.concatenate([5.5 * scale * draw(4, side, side), 2 * np.log(std * scale) if logvar else std * scale], 1)
+    return np.concatenate(
+        [5.5 * scale * draw(4, side, side), 2 * np.log(std * scale) if logvar else std * scale], 1
+    )
 
 
 def hwc(arrays: np.ndarray) -> np.ndarray:
@@ -113,8 +127,16 @@ FAULTS: dict[str, tuple[Callable[[], np.ndarray], dict, dict]] = {
         {"kind": "moments", "scale": SD, "spread": "std"},
         {"spread": "logvar"},
     ),
-    "std as log-variance": (moments, {"kind": "moments", "scale": SD, "spread": "logvar"}, {"spread": "std"}),
-    "scaled std as log-variance": (lambda: moments(SD), {"kind": "moments", "spread": "logvar"}, {"spread": "std"}),
+    "std as log-variance": (
+        moments,
+        {"kind": "moments", "scale": SD, "spread": "logvar"},
+        {"spread": "std"},
+    ),
+    "scaled std as log-variance": (
+        lambda: moments(SD),
+        {"kind": "moments", "spread": "logvar"},
+        {"spread": "std"},
+    ),
     "latents as moments": (
         lambda: 5.5 * draw(4, 8, 8),
         {"kind": "moments", "scale": SD, "spread": "std"},
@@ -125,22 +147,38 @@ FAULTS: dict[str, tuple[Callable[[], np.ndarray], dict, dict]] = {
         {"kind": "moments", "scale": 0.11, "spread": "logvar"},
         {"kind": "latents"},
     ),
-    "scaled latents as moments": (lambda: draw(4, 8, 8), {"kind": "moments", "spread": "std"}, {"kind": "latents"}),
+    "scaled latents as moments": (
+        lambda: draw(4, 8, 8),
+        {"kind": "moments", "spread": "std"},
+        {"kind": "latents"},
+    ),
     "scaled latents as log-variance": (
         lambda: draw(4, 8, 8),
         {"kind": "moments", "spread": "logvar"},
         {"kind": "latents"},
     ),
-    "moments scaled already": (lambda: moments(SD), {"kind": "moments", "scale": SD, "spread": "std"}, {"scale": "1"}),
+    "moments scaled already": (
+        lambda: moments(SD),
+        {"kind": "moments", "scale": SD, "spread": "std"},
+        {"scale": "1"},
+    ),
     "moments not scaled": (moments, {"kind": "moments", "spread": "std"}, {"scale": "0.18215"}),
     "log-variances not scaled": (
         lambda: moments(logvar=True),
         {"kind": "moments", "spread": "logvar"},
         {"scale": "0.18215"},
     ),
-    "latents scaled already": (lambda: draw(4, 8, 8), {"kind": "latents", "scale": SD}, {"scale": "1"}),
+    "latents scaled already": (
+        lambda: draw(4, 8, 8),
+        {"kind": "latents", "scale": SD},
+        {"scale": "1"},
+    ),
     "latents not scaled": (lambda: 5.5 * draw(4, 8, 8), {"kind": "latents"}, {"scale": "0.18215"}),
-    "latents of another scale": (lambda: 40 * draw(4, 8, 8), {"kind": "latents", "scale": SD}, {"scale": "0.025"}),
+    "latents of another scale": (
+        lambda: 40 * draw(4, 8, 8),
+        {"kind": "latents", "scale": SD},
+        {"scale": "0.025"},
+    ),
     "bytes as they are": (
         lambda: (255 * unit_pixels(3, 8, 8)).astype(np.uint8),
         {"kind": "pixels"},
@@ -156,7 +194,11 @@ FAULTS: dict[str, tuple[Callable[[], np.ndarray], dict, dict]] = {
         {"kind": "pixels", "scale": 1 / 255},
         {"scale": "0.007843137255", "mean": "127.5"},
     ),
-    "floats of 0 to 1": (lambda: unit_pixels(3, 8, 8), {"kind": "pixels"}, {"scale": "2", "mean": "0.5"}),
+    "floats of 0 to 1": (
+        lambda: unit_pixels(3, 8, 8),
+        {"kind": "pixels"},
+        {"scale": "2", "mean": "0.5"},
+    ),
     "floats of 0 to 1 as bytes": (
         lambda: unit_pixels(3, 8, 8),
         {"kind": "pixels", "scale": 1 / 127.5, "mean": 127.5},
@@ -177,14 +219,26 @@ FAULTS: dict[str, tuple[Callable[[], np.ndarray], dict, dict]] = {
         {"kind": "latents"},
         {"kind": "pixels", "scale": "0.007843137255", "mean": "127.5"},
     ),
-    "channels last": (lambda: hwc(2 * unit_pixels(3, 8, 8) - 1), {"kind": "pixels"}, {"layout": "hwc"}),
+    "channels last": (
+        lambda: hwc(2 * unit_pixels(3, 8, 8) - 1),
+        {"kind": "pixels"},
+        {"layout": "hwc"},
+    ),
     "moments with channels last": (
         lambda: hwc(moments(side=12)),
         {"kind": "moments", "scale": SD, "spread": "std"},
         {"layout": "hwc"},
     ),
-    "latents of more channels than pixels, last": (lambda: hwc(draw(16, 8, 8)), {"kind": "latents"}, {"layout": "hwc"}),
-    "channels first": (lambda: draw(4, 8, 8), {"kind": "latents", "layout": "hwc"}, {"layout": "chw"}),
+    "latents of more channels than pixels, last": (
+        lambda: hwc(draw(16, 8, 8)),
+        {"kind": "latents"},
+        {"layout": "hwc"},
+    ),
+    "channels first": (
+        lambda: draw(4, 8, 8),
+        {"kind": "latents", "layout": "hwc"},
+        {"layout": "chw"},
+    ),
 }
 
 
@@ -203,7 +257,9 @@ def test_an_impossible_claim_is_refused_with_the_options_that_are_right(
         inspected(capsys, folder, "--write-index", *options_of(**claimed))
     message = str(caught.value)
     assert "\n" not in message and not (folder / "index.json").exists()
-    named = dict(re.findall(r"--([a-z-]+) (-?[\w.]+)", message.partition(", or --accept-values")[0]))
+    named = dict(
+        re.findall(r"--([a-z-]+) (-?[\w.]+)", message.partition(", or --accept-values")[0])
+    )
     assert right.items() <= named.items(), message
     mended = claimed | {name.replace("-", "_"): value for name, value in named.items()}
     mended.pop("spread") if mended["kind"] != "moments" and "spread" in mended else None
@@ -216,7 +272,9 @@ def test_an_index_with_an_impossible_claim_is_a_problem_unless_it_is_accepted(
     fault: tuple, capsys: pytest.CaptureFixture
 ) -> None:
     folder, claimed, right = fault
-    code, said = inspected(capsys, folder, "--write-index", "--accept-values", *options_of(**claimed))
+    code, said = inspected(
+        capsys, folder, "--write-index", "--accept-values", *options_of(**claimed)
+    )
     assert code == 0, said
     assert inspected(capsys, folder)[0] == 0, "it is in the index"
     accepted = load_index(folder)
@@ -241,13 +299,20 @@ def test_an_index_with_an_impossible_claim_is_a_problem_unless_it_is_accepted(
         (ShardMeta("moments", 10, SD), hwc(moments(side=12))),
     ],
 )
-def test_nothing_is_written_of_what_cannot_be_meant(meta: ShardMeta, array: np.ndarray, tmp_path: Path) -> None:
+def test_nothing_is_written_of_what_cannot_be_meant(
+    meta: ShardMeta, array: np.ndarray, tmp_path: Path
+) -> None:
     def write(meta: ShardMeta) -> ShardIndex:
         return write_shards(
-            ((f"{i}", a, i % 10) for i, a in enumerate(array)), tmp_path / "set", samples_per_shard=10, meta=meta
+            ((f"{i}", a, i % 10) for i, a in enumerate(array)),
+            tmp_path / "set",
+            samples_per_shard=10,
+            meta=meta,
         )
 
-    with pytest.raises(UserError, match="--(scale|spread).* or --accept-values|--layout hwc.*transpose"):
+    with pytest.raises(
+        UserError, match="--(scale|spread).* or --accept-values|--layout hwc.*transpose"
+    ):
         write(meta)
     assert not (tmp_path / "set").exists()
     assert load_index(write(replace(meta, accept_values=True)).folder).meta.accept_values
@@ -255,13 +320,19 @@ def test_nothing_is_written_of_what_cannot_be_meant(meta: ShardMeta, array: np.n
 
 RIGHT = {
     "std": (moments, ["moments", "--scale", SD, "--spread", "std"]),
-    "log-variance": (lambda: moments(logvar=True), ["moments", "--scale", SD, "--spread", "logvar"]),
+    "log-variance": (
+        lambda: moments(logvar=True),
+        ["moments", "--scale", SD, "--spread", "logvar"],
+    ),
     "another autoencoder": (
         lambda: 0.14 * moments(),
         ["moments", "--scale", "1.5305", "--mean", "0.0609", "--spread", "std"],
     ),
     "latents": (lambda: draw(16, 8, 8), ["latents"]),
-    "half floats": (lambda: moments().astype(np.float16), ["moments", "--scale", SD, "--spread", "std"]),
+    "half floats": (
+        lambda: moments().astype(np.float16),
+        ["moments", "--scale", SD, "--spread", "std"],
+    ),
     "32 channels": (lambda: draw(32, 4, 4), ["latents"]),
     "pixels": (
         lambda: (255 * unit_pixels(3, 8, 8)).astype(np.uint8),
@@ -276,7 +347,10 @@ RIGHT = {
         ["pixels", "--scale", 1 / 127.5, "--mean", "127.5"],
     ),
     "ready pixels": (lambda: 2 * unit_pixels(1, 8, 8) - 1, ["pixels"]),
-    "black images": (lambda: np.zeros((COUNT, 3, 8, 8), np.uint8), ["pixels", "--scale", 1 / 127.5, "--mean", "127.5"]),
+    "black images": (
+        lambda: np.zeros((COUNT, 3, 8, 8), np.uint8),
+        ["pixels", "--scale", 1 / 127.5, "--mean", "127.5"],
+    ),
 }
 
 
@@ -284,7 +358,13 @@ RIGHT = {
 def test_what_is_right_is_taken(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make, claim = RIGHT[name]
     code, said = inspected(
-        capsys, plain_tars(tmp_path / "tars", make()), "--write-index", "--classes", "10", "--kind", *map(str, claim)
+        capsys,
+        plain_tars(tmp_path / "tars", make()),
+        "--write-index",
+        "--classes",
+        "10",
+        "--kind",
+        *map(str, claim),
     )
     assert code == 0, said
     assert "accept_values" not in (tmp_path / "tars" / "index.json").read_text()
@@ -299,10 +379,14 @@ def test_what_is_right_is_taken(name: str, tmp_path: Path, capsys: pytest.Captur
         ("moments", ["--spread", "variance"], "must be one of std"),
     ],
 )
-def test_the_spread_of_moments_has_to_be_said(kind: str, spread: list[str], message: str, tmp_path: Path) -> None:
+def test_the_spread_of_moments_has_to_be_said(
+    kind: str, spread: list[str], message: str, tmp_path: Path
+) -> None:
     folder = plain_tars(tmp_path / "tars", moments())
     with pytest.raises(UserError, match=message):
-        inspect_main([str(folder), "--write-index", "--classes", "10", "--kind", kind, *spread], detect({}))
+        inspect_main(
+            [str(folder), "--write-index", "--classes", "10", "--kind", kind, *spread], detect({})
+        )
     assert not (folder / "index.json").exists()
 
 
@@ -334,10 +418,14 @@ def test_labels_that_do_not_fit_the_classes(
     code, said = inspected(capsys, folder, "--write-index", *options_of(**mended))
     assert code == 0, said
     first = int(mended.get("first_class", 0))
-    assert sorted(everything(load_index(folder))[1].tolist()) == sorted(2 * [label - first for label in labels])
+    assert sorted(everything(load_index(folder))[1].tolist()) == sorted(
+        2 * [label - first for label in labels]
+    )
 
 
-def test_labels_from_one_in_an_index_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_labels_from_one_in_an_index_that_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = plain_tars(tmp_path / "tars", draw(4, 8, 8), [i % 10 + 1 for i in range(COUNT)])
     index = index_tars(folder, ShardMeta("latents", 10, members=Members(first_class=1)))
     write_index(replace(index, meta=ShardMeta("latents", 10)))
@@ -350,7 +438,9 @@ def test_labels_from_one_in_an_index_that_is_there(tmp_path: Path, capsys: pytes
         )
 
 
-def test_a_table_of_rows_obeys_the_first_class(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_table_of_rows_obeys_the_first_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Tars of this program whose index was lost, with labels that somebody counted from 1."""
     labels = [i % 10 + 1 for i in range(COUNT)]
     write_shards(
@@ -361,7 +451,15 @@ def test_a_table_of_rows_obeys_the_first_class(tmp_path: Path, capsys: pytest.Ca
     )
     (tmp_path / "set" / "index.json").unlink()
     code, said = inspected(
-        capsys, tmp_path / "set", "--write-index", "--kind", "latents", "--classes", "10", "--first-class", "1"
+        capsys,
+        tmp_path / "set",
+        "--write-index",
+        "--kind",
+        "latents",
+        "--classes",
+        "10",
+        "--first-class",
+        "1",
     )
     assert code == 0, said
     index = load_index(tmp_path / "set")
@@ -371,10 +469,14 @@ def test_a_table_of_rows_obeys_the_first_class(tmp_path: Path, capsys: pytest.Ca
     content[-1] ^= 1
     path.write_bytes(content)
     code, said = inspected(capsys, tmp_path / "set")
-    assert code == 1 and f"altered outside its arrays, byte {len(content) - 1} is 0x01 and was 0x00" in said
+    assert (
+        code == 1
+        and f"altered outside its arrays, byte {len(content) - 1} is 0x01 and was 0x00" in said
+    )
 
 
-# ------------------------------------------------------------------------------- members by a stated mapping
+# ------------------------------------------------------------------------------- members by a
+# stated mapping
 
 
 def sample_forms(array: np.ndarray, flipped: np.ndarray, label: int) -> dict[str, dict[str, bytes]]:
@@ -385,16 +487,31 @@ def sample_forms(array: np.ndarray, flipped: np.ndarray, label: int) -> dict[str
     return {
         "latent": {"latent.npy": npy(array), **cls},
         "latent, flips": {"latent.npy": npy(array), "latent.flip.npy": npy(flipped), **cls},
-        "batch of one": {"npy": npy(array[None]), "flip.npy": npy(flipped[None]), "txt": f"{label}\n".encode()},
+        "batch of one": {
+            "npy": npy(array[None]),
+            "flip.npy": npy(flipped[None]),
+            "txt": f"{label}\n".encode(),
+        },
         "npz": {"npz": npz(moments=array, other=np.zeros(3)), "json": json.dumps(entry).encode()},
-        "npz, all": {"npz": npz(moments=array[None], moments_flip=flipped[None], label=np.array([label]))},
+        "npz, all": {
+            "npz": npz(moments=array[None], moments_flip=flipped[None], label=np.array([label]))
+        },
         "npz, parts": {
             "npz": npz(mean=mean, std=std, mean_flip=flip_mean, std_flip=flip_std),
             "json": json.dumps(entry).encode(),
         },
-        "columns first": {"vae.npy": npy(np.asfortranarray(array)), "jpg": b"not read", "json": str(label).encode()},
+        "columns first": {
+            "vae.npy": npy(np.asfortranarray(array)),
+            "jpg": b"not read",
+            "json": str(label).encode(),
+        },
         "channels last": {
-            "npz": npz(mean=hwc(mean[None])[0], std=hwc(std[None]), mf=hwc(flip_mean[None]), sf=hwc(flip_std[None])),
+            "npz": npz(
+                mean=hwc(mean[None])[0],
+                std=hwc(std[None]),
+                mf=hwc(flip_mean[None]),
+                sf=hwc(flip_std[None]),
+            ),
             "label.npy": npy(np.int64(label)),
         },
     }
@@ -413,7 +530,12 @@ MAPPINGS = {
         "first_class": 1,
     },
     "columns first": {"array": "vae.npy", "label": "json"},
-    "channels last": {"array": "npz:mean,std", "flip_array": "npz:mf,sf", "label": "label.npy", "layout": "hwc"},
+    "channels last": {
+        "array": "npz:mean,std",
+        "flip_array": "npz:mf,sf",
+        "label": "label.npy",
+        "layout": "hwc",
+    },
 }
 MAPPED = ["--kind", "moments", "--classes", "10", "--spread", "std", "--scale", str(SD)]
 
@@ -421,15 +543,21 @@ MAPPED = ["--kind", "moments", "--classes", "10", "--spread", "std", "--scale", 
 def mapped_set(folder: Path, form: str, capsys: pytest.CaptureFixture) -> ShardIndex:
     arrays, flipped = moments(side=12), -moments(side=12)
     flipped[:, 4:] *= -1
-    write_tars(folder, [sample_forms(a, f, i % 10)[form] for i, (a, f) in enumerate(zip(arrays, flipped))])
+    write_tars(
+        folder, [sample_forms(a, f, i % 10)[form] for i, (a, f) in enumerate(zip(arrays, flipped))]
+    )
     code, said = inspected(capsys, folder, "--write-index", *MAPPED, *options_of(**MAPPINGS[form]))
     assert code == 0, said
     return load_index(folder)
 
 
 @pytest.mark.parametrize("form", MAPPINGS)
-def test_tars_of_others_train_as_our_own(form: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Bit for bit what `write_shards` and the default mapping give, through the reader and through loader processes."""
+def test_tars_of_others_train_as_our_own(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Bit for bit what `write_shards` and the default mapping give, through the reader and through
+    loader processes.
+    """
     index = mapped_set(tmp_path / "tars", form, capsys)
     arrays, flipped = moments(side=12), -moments(side=12)
     flipped[:, 4:] *= -1
@@ -447,7 +575,9 @@ def test_tars_of_others_train_as_our_own(form: str, tmp_path: Path, capsys: pyte
         for ours, theirs in zip(everything(own, flip), everything(index, flip), strict=True):
             assert np.array_equal(ours, theirs)
     model = ModelConfig(channels=4, input_size=12, classes=10)
-    reader = open_reader(Config(model=model, data=DataConfig(shards=str(index.folder), flip=index.flips)))
+    reader = open_reader(
+        Config(model=model, data=DataConfig(shards=str(index.folder), flip=index.flips))
+    )
     share = Share(8, 8, 1, 0, 1)
     with BatchStream(reader, share, start_step=2, workers=2) as stream:
         batch = next(stream)[0]
@@ -456,7 +586,9 @@ def test_tars_of_others_train_as_our_own(form: str, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("form", ["latent", "npz, parts"])
-def test_mapped_tars_are_held_to_their_checksum(form: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_mapped_tars_are_held_to_their_checksum(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     index = mapped_set(tmp_path / "tars", form, capsys)
     path = index.folder / index.shards[0].name
     content = bytearray(path.read_bytes())
@@ -479,16 +611,23 @@ def test_a_mapping_is_part_of_what_is_read(tmp_path: Path, capsys: pytest.Captur
         "first_class": 0,
     }
     other = replace(index.meta, members=replace(index.meta.members, array="npz:moments_flip"))
-    assert replace(index, meta=other).fingerprint != index.fingerprint == load_index(index.folder).fingerprint
+    assert (
+        replace(index, meta=other).fingerprint
+        != index.fingerprint
+        == load_index(index.folder).fingerprint
+    )
 
 
 def test_memory_stays_flat_over_mapped_tars(tmp_path: Path) -> None:
     import psutil
+
     array = np.ones((8, 32, 32), np.float32)
     payload = {"npz": npz(moments=array, label=3)}
     write_tars(tmp_path / "tars", [payload] * 1500)  # 50 MB
     members = Members("npz:moments", label="npz:label")
-    index = index_tars(tmp_path / "tars", ShardMeta("moments", 10, members=members, accept_values=True))
+    index = index_tars(
+        tmp_path / "tars", ShardMeta("moments", 10, members=members, accept_values=True)
+    )
     reader = ShardReader(index, seed=0, batch=50, streams=2)
     own, used = psutil.Process(), []
     for step in range(30):
@@ -508,16 +647,28 @@ SAMPLE = {"npz": npz(moments=moments()[0]), "cls": b"3"}
             {},
             "no member ends in npy, cls; its members also end in npz, txt: --array.*--label of",
         ),
-        (SAMPLE, {}, "missing member part/0000.npy.*also end in npz.*--array, --flip-array and --label"),
+        (
+            SAMPLE,
+            {},
+            "missing member part/0000.npy.*also end in npz.*--array, --flip-array and --label",
+        ),
         (SAMPLE, {"array": "npz:moments", "label": "json:id"}, "missing member part/0000.json"),
         (SAMPLE, {"array": "npz"}, "must name an array of the npz: npz:NAME"),
         (SAMPLE, {"array": "npz:latent"}, "no array 'latent' in the npz; it holds moments"),
         (SAMPLE, {"array": "latent.pt"}, "must end in npy or npz.*pickles"),
         (SAMPLE, {"array": "npy:x"}, "only an npz or a json has something inside"),
         (SAMPLE, {"array": "a/b"}, "must be the ending of a member's name"),
-        (SAMPLE, {"array": "npz:moments", "layout": "cwh"}, "layout .'cwh'. must be one of chw, hwc"),
+        (
+            SAMPLE,
+            {"array": "npz:moments", "layout": "cwh"},
+            "layout .'cwh'. must be one of chw, hwc",
+        ),
         (SAMPLE, {"array": "npz:moments", "flip_array": "npz:flip"}, "no array 'flip' in the npz"),
-        (SAMPLE, {"array": "npz:moments", "flip_array": "mirrored.npy"}, r"missing member part/0000.mirrored.npy"),
+        (
+            SAMPLE,
+            {"array": "npz:moments", "flip_array": "mirrored.npy"},
+            r"missing member part/0000.mirrored.npy",
+        ),
         (SAMPLE | {"npz": b"PK no zip"}, {"array": "npz:moments"}, "not an npz that can be read"),
         (
             SAMPLE | {"npz": npz(moments=np.array([{}], object))},
@@ -550,10 +701,26 @@ SAMPLE = {"npz": npz(moments=moments()[0]), "cls": b"3"}
             {"array": "npz:moments", "label": "json:a.id"},
             "no key 'id' of label json:a.id here, but 3",
         ),
-        (SAMPLE | {"json": b"{"}, {"array": "npz:moments", "label": "json:id"}, "member part/0000.json: "),
-        (SAMPLE | {"cls": b"n01440764"}, {"array": "npz:moments"}, "part/0000.cls: label .b'n01440764'. must be a whole"),
-        (SAMPLE | {"cls": b"3.0"}, {"array": "npz:moments"}, "part/0000.cls: label .b'3.0'. must be a whole"),
-        (SAMPLE | {"cls": b"\xff"}, {"array": "npz:moments"}, "part/0000.cls: label .b'.xff'. must be a whole"),
+        (
+            SAMPLE | {"json": b"{"},
+            {"array": "npz:moments", "label": "json:id"},
+            "member part/0000.json: ",
+        ),
+        (
+            SAMPLE | {"cls": b"n01440764"},
+            {"array": "npz:moments"},
+            "part/0000.cls: label .b'n01440764'. must be a whole",
+        ),
+        (
+            SAMPLE | {"cls": b"3.0"},
+            {"array": "npz:moments"},
+            "part/0000.cls: label .b'3.0'. must be a whole",
+        ),
+        (
+            SAMPLE | {"cls": b"\xff"},
+            {"array": "npz:moments"},
+            "part/0000.cls: label .b'.xff'. must be a whole",
+        ),
         (
             {"npz": npz(moments=moments()[0], y=np.float32(3))},
             {"array": "npz:moments", "label": "npz:y"},
@@ -561,7 +728,9 @@ SAMPLE = {"npz": npz(moments=moments()[0]), "cls": b"3"}
         ),
     ],
 )
-def test_mappings_that_do_not_fit(sample: dict, mapping: dict, message: str, tmp_path: Path) -> None:
+def test_mappings_that_do_not_fit(
+    sample: dict, mapping: dict, message: str, tmp_path: Path
+) -> None:
     folder = write_tars(tmp_path / "tars", [sample] * 4)
     with pytest.raises(UserError, match=message) as caught:
         inspect_main([str(folder), "--write-index", *MAPPED, *options_of(**mapping)], detect({}))
@@ -569,7 +738,9 @@ def test_mappings_that_do_not_fit(sample: dict, mapping: dict, message: str, tmp
 
 
 @pytest.mark.parametrize("kind", [["latents"], ["moments", "--spread", "std"]])
-def test_arrays_of_zeros_are_drawn(kind: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_arrays_of_zeros_are_drawn(
+    kind: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = plain_tars(tmp_path / "tars", np.zeros((COUNT, 4, 8, 8), np.float32))
     code, text = inspected(capsys, folder, "--write-index", "--classes", "10", "--kind", *kind)
     assert code == 0 and "channels 0.0000" in text and (tmp_path / "grid.png").exists()
@@ -578,7 +749,8 @@ def test_arrays_of_zeros_are_drawn(kind: list[str], tmp_path: Path, capsys: pyte
 def test_pixels_take_no_flipped_arrays(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images = 2 * unit_pixels(1, 8, 8) - 1
     folder = write_tars(
-        tmp_path / "tars", [{"npy": npy(a), "flip.npy": npy(a[..., ::-1]), "cls": b"3"} for a in images]
+        tmp_path / "tars",
+        [{"npy": npy(a), "flip.npy": npy(a[..., ::-1]), "cls": b"3"} for a in images],
     )
     claim = ["--write-index", "--kind", "pixels", "--classes", "10"]
     with pytest.raises(UserError, match="flip_array .x.npy. goes with latents and moments"):
@@ -611,16 +783,19 @@ def test_latents_are_mirrored_by_their_own_arrays_only(tmp_path: Path) -> None:
         samples_per_shard=10,
         meta=ShardMeta("latents", 1),
     )
-    assert np.array_equal(np.sort(everything(without)[0].reshape(-1)), np.sort(np.tile(latents.reshape(-1), 2)))
+    assert np.array_equal(
+        np.sort(everything(without)[0].reshape(-1)), np.sort(np.tile(latents.reshape(-1), 2))
+    )
     with pytest.raises(UserError, match="flip .True. needs flipped latents"):
         everything(without, flip=True)
 
 
-# ------------------------------------------------------------------------------- what stands already
+# ------------------------------------------------------------------------------- what stands
+# already
 
 
-# Of x and y over three epochs with flips (seed 7, batch 4, 2 streams), and the fingerprint, as given by the program
-# that wrote them.
+# Of x and y over three epochs with flips (seed 7, batch 4, 2 streams), and the fingerprint, as
+# given by the program that wrote them.
 EARLIER_SETS = {
     "pixels": (
         "8150c506a2da9e6f7bd7165077cfda898adf3e627ca602197704ad42b253e770",
@@ -641,7 +816,11 @@ def test_data_sets_that_were_written_earlier_are_read_bit_for_bit(
 ) -> None:
     index = load_index(EARLIER / name)
     x, y = ShardReader(index, seed=7, batch=4, streams=2, flip=True).read(range(3 * index.count))
-    found = (hashlib.sha256(x.tobytes()).hexdigest(), hashlib.sha256(y.tobytes()).hexdigest(), index.fingerprint)
+    found = (
+        hashlib.sha256(x.tobytes()).hexdigest(),
+        hashlib.sha256(y.tobytes()).hexdigest(),
+        index.fingerprint,
+    )
     assert found == EARLIER_SETS[name]
     code, said = inspected(capsys, EARLIER / name, "--grid", str(tmp_path / "grid.png"))
     assert code == 0, said
@@ -652,8 +831,14 @@ def test_data_sets_that_were_written_earlier_are_read_bit_for_bit(
 @pytest.mark.parametrize(
     "meta, fingerprint",
     [
-        (ShardMeta("pixels", 10, 1 / 8, 8.0), "53c50b2d9654b7d3352f23d06dd18e78862b3533532a87cb4e41357dc68d0f6e"),
-        (ShardMeta("moments", 1000, SD), "2cfee238a0a3dfb3ca6a3c1c4657fd3166c9d28a1b1fbd72593da02ccff78a23"),
+        (
+            ShardMeta("pixels", 10, 1 / 8, 8.0),
+            "53c50b2d9654b7d3352f23d06dd18e78862b3533532a87cb4e41357dc68d0f6e",
+        ),
+        (
+            ShardMeta("moments", 1000, SD),
+            "2cfee238a0a3dfb3ca6a3c1c4657fd3166c9d28a1b1fbd72593da02ccff78a23",
+        ),
         (
             ShardMeta("moments", 7, 1.5, -0.25, "logvar"),
             "f327378a4155454607d390d60ba18895f7a6734bde15932f3dfc41efd422b2de",

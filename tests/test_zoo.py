@@ -1,4 +1,6 @@
-"""The zoo: every configuration loads and fits its ranks, and counts equal both the published table and the model."""
+"""The zoo: every configuration loads and fits its ranks, and counts equal both the published table
+and the model.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,14 @@ ROOT = Path(__file__).parents[1]
 ZOO = sorted((ROOT / "configs").glob("*.yaml"))
 EVERY_YAML = sorted((ROOT / "configs").rglob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
-IMAGENET = sorted(path for path in ZOO if re.fullmatch(r"(dense|diffmoe|tc|ec)_(s|b|l|xl)(_e\d+)?_flow", path.stem))
+IMAGENET = sorted(
+    path
+    for path in ZOO
+    if re.fullmatch(r"(dense|diffmoe|tc|ec)_(s|b|l|xl)(_e\d+)?_flow", path.stem)
+)
 
-# model, experts (0: dense): parameters in millions, activated at capacity 1, forward GMACs; None: not in the table.
-# Decimals as published.
+# model, experts (0: dense): parameters in millions, activated at capacity 1, forward GMACs; None:
+# not in the table. Decimals as published.
 TABLE = [
     ("s", 0, "32.96", None, "6.06"),
     ("s", 8, "83.5", "33.9", None),
@@ -59,7 +65,9 @@ def like(printed: str, value: float) -> str:
 
 
 @pytest.mark.parametrize("size, number, total, activated, gmacs", TABLE)
-def test_published_table(size: str, number: int, total: str, activated: str | None, gmacs: str | None) -> None:
+def test_published_table(
+    size: str, number: int, total: str, activated: str | None, gmacs: str | None
+) -> None:
     name = f"diffmoe_{size}_e{number}" if number else f"dense_{size}"
     config = load_config(ROOT / "configs" / f"{name}_flow.yaml")
     assert number in (0, config.moe.experts)
@@ -72,7 +80,9 @@ def test_published_table(size: str, number: int, total: str, activated: str | No
 
 
 def meta_counts(model: ModelConfig, moe: MoEConfig) -> Counts:
-    """Totals of the real model, and activated parameters of one in which every mixture has one expert."""
+    """Totals of the real model, and activated parameters of one in which every mixture has one
+    expert.
+    """
     with torch.device("meta"):
         dit = DiT(model, moe)
     total = sum(p.numel() for p in dit.parameters())
@@ -83,22 +93,30 @@ def meta_counts(model: ModelConfig, moe: MoEConfig) -> Counts:
 @pytest.mark.parametrize("path", IMAGENET, ids=stem)
 def test_zoo_counts_equal_the_model(path: Path) -> None:
     config = load_config(path)
-    assert replace(count(config.model, config.moe), forward_macs=0) == meta_counts(config.model, config.moe)
+    assert replace(count(config.model, config.moe), forward_macs=0) == meta_counts(
+        config.model, config.moe
+    )
 
 
 SMALL = ModelConfig(width=48, depth=5, heads=3, classes=10, input_size=8)
 
 
-@pytest.mark.parametrize("model, moe", [
-    ({"family": "dense"}, {}),
-    ({"family": "dense", "qk_norm": True, "learn_sigma": False}, {}),
-    ({"family": "tc"}, {"experts": 3}),
-    ({"family": "ec"}, {"experts": 5, "pool": 1, "interleave": False}),
-    ({"family": "diffmoe"}, {"experts": 6}),
-    ({"family": "diffmoe", "qk_norm": True}, {"experts": 4, "activation": "swiglu"}),
-    ({"family": "diffmoe", "mlp_ratio": 2.5}, {"shared_experts": 2, "interleave": False}),
-    ({"family": "tc", "patch": 4, "channels": 3}, {"activation": "swiglu", "shared_experts": 1}),
-])
+@pytest.mark.parametrize(
+    "model, moe",
+    [
+        ({"family": "dense"}, {}),
+        ({"family": "dense", "qk_norm": True, "learn_sigma": False}, {}),
+        ({"family": "tc"}, {"experts": 3}),
+        ({"family": "ec"}, {"experts": 5, "pool": 1, "interleave": False}),
+        ({"family": "diffmoe"}, {"experts": 6}),
+        ({"family": "diffmoe", "qk_norm": True}, {"experts": 4, "activation": "swiglu"}),
+        ({"family": "diffmoe", "mlp_ratio": 2.5}, {"shared_experts": 2, "interleave": False}),
+        (
+            {"family": "tc", "patch": 4, "channels": 3},
+            {"activation": "swiglu", "shared_experts": 1},
+        ),
+    ],
+)
 def test_counts_equal_the_model(model: dict, moe: dict) -> None:
     model, moe = replace(SMALL, **model), MoEConfig(**moe)
     assert replace(count(model, moe), forward_macs=0) == meta_counts(model, moe)
@@ -106,11 +124,21 @@ def test_counts_equal_the_model(model: dict, moe: dict) -> None:
 
 @pytest.mark.parametrize("family", ["dense", "diffmoe"])
 def test_macs_equal_half_of_torchs_flops(family: str) -> None:
-    """Every expert takes every token; attention spelled out, because torch does not count the CPU's fused kernel."""
-    model, moe = replace(SMALL, family=family), MoEConfig(experts=4, activation="swiglu", shared_experts=1)
+    """Every expert takes every token; attention spelled out, because torch does not count the CPU's
+    fused kernel.
+    """
+    model, moe = (
+        replace(SMALL, family=family),
+        MoEConfig(experts=4, activation="swiglu", shared_experts=1),
+    )
     dit = DiT(model, moe, pool=2)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        dit(torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long), RoutingRule(capacity=4.0))
+        dit(
+            torch.zeros(2, 4, 8, 8),
+            torch.zeros(2),
+            torch.zeros(2, dtype=torch.long),
+            RoutingRule(capacity=4.0),
+        )
     assert counter.get_total_flops() == 2 * 2 * count(model, moe, capacity=4.0).forward_macs
 
 
@@ -122,7 +150,8 @@ def test_capacity_scales_experts_only() -> None:
     weights = 2 * 2 * SMALL.width * SMALL.hidden  # of one expert in each of 2 mixtures
     assert all_of_them.forward_macs - one.forward_macs == 7 * SMALL.tokens * weights
     assert count(replace(SMALL, family="tc"), MoEConfig(top_k=2, capacity=5.0)) == count(
-        replace(SMALL, family="tc"), MoEConfig(), capacity=2)
+        replace(SMALL, family="tc"), MoEConfig(), capacity=2
+    )
 
 
 def test_swiglu_experts_have_the_parameters_of_gelu_experts() -> None:
@@ -140,16 +169,32 @@ def test_zoo_is_complete() -> None:
     assert {f"diffmoe_{s}_e{e}_flow" for s in "s b l xl".split() for e in (8, 16)} <= names
     assert {"diffmoe_l_e2_flow", "diffmoe_l_e4_flow", "tc_l_e16_flow", "ec_l_e16_flow"} <= names
     assert {path.name for path in DEEPSPEED} >= {
-        "zero0_fp32.json", "zero1_fp32.json", "zero1_bf16.json", "zero2_bf16.json", "zero3_bf16.json"}
+        "zero0_fp32.json",
+        "zero1_fp32.json",
+        "zero1_bf16.json",
+        "zero2_bf16.json",
+        "zero3_bf16.json",
+    }
 
 
-LONGER = [("diffmoe_l_e8_flow", 3000), ("diffmoe_l_e16_flow", 3000), ("diffmoe_xl_e16_flow", 3000), ("dense_xl_flow", 3000),
-          *((f"{model}_{process}", 7000) for model in ("diffmoe_l_e8", "dense_xl") for process in ("flow", "ddpm"))]
+LONGER = [
+    ("diffmoe_l_e8_flow", 3000),
+    ("diffmoe_l_e16_flow", 3000),
+    ("diffmoe_xl_e16_flow", 3000),
+    ("dense_xl_flow", 3000),
+    *(
+        (f"{model}_{process}", 7000)
+        for model in ("diffmoe_l_e8", "dense_xl")
+        for process in ("flow", "ddpm")
+    ),
+]
 
 
 @pytest.mark.parametrize("name, thousands", LONGER)
 def test_longer_rows_differ_in_length_only(name: str, thousands: int) -> None:
-    short, long = (load_config(ROOT / "configs" / f"{file}.yaml") for file in (name, f"{name}_{thousands}k"))
+    short, long = (
+        load_config(ROOT / "configs" / f"{file}.yaml") for file in (name, f"{name}_{thousands}k")
+    )
     assert long.run.folder == f"runs/{name}_{thousands}k"
     assert replace(long, run=short.run, train=replace(long.train, steps=short.train.steps)) == short
     assert (short.train.steps, long.train.steps) == (700_000, 1000 * thousands)
@@ -157,7 +202,12 @@ def test_longer_rows_differ_in_length_only(name: str, thousands: int) -> None:
 
 def test_the_shipped_128_has_the_pool_of_one_of_its_four_gpus() -> None:
     config = load_config(ROOT / "configs" / "diffmoe_s_e16_flow_128.yaml")
-    assert (config.train.batch, config.moe.pool, config.model.heads, config.model.tokens) == (512, 512 // 4, 16, 64)
+    assert (config.train.batch, config.moe.pool, config.model.heads, config.model.tokens) == (
+        512,
+        512 // 4,
+        16,
+        64,
+    )
 
 
 @pytest.mark.parametrize("path", ZOO, ids=stem)
@@ -186,7 +236,11 @@ def test_imagenet_configs_share_one_recipe(path: Path) -> None:
     config = load_config(path)
     reference = load_config(ROOT / "configs" / "base" / "imagenet256_flow.yaml")
     assert (config.train, config.data, config.diffusion, config.sample) == (
-        reference.train, reference.data, reference.diffusion, reference.sample)
+        reference.train,
+        reference.data,
+        reference.diffusion,
+        reference.sample,
+    )
     assert config.run.folder == f"runs/{path.stem}"
     assert path.stem.startswith(config.model.family)
     family, pool = config.model.family, resolve_layout(config, 32).pool
@@ -198,19 +252,44 @@ def test_imagenet_configs_share_one_recipe(path: Path) -> None:
 def test_every_flow_config_has_its_ddpm_twin(path: Path) -> None:
     twin = path.with_stem(path.stem.replace("_flow", "_ddpm"))
     flow, ddpm = load_config(path), load_config(twin)
-    assert (ddpm.diffusion.process, ddpm.sample.sampler, ddpm.sample.steps) == ("ddpm", "ancestral", 250)
+    assert (ddpm.diffusion.process, ddpm.sample.sampler, ddpm.sample.steps) == (
+        "ddpm",
+        "ancestral",
+        250,
+    )
     assert (ddpm.model, ddpm.moe, ddpm.train, ddpm.data, ddpm.parallel) == (
-        flow.model, flow.moe, flow.train, flow.data, flow.parallel)
+        flow.model,
+        flow.moe,
+        flow.train,
+        flow.data,
+        flow.parallel,
+    )
     assert ddpm.run.folder == f"runs/{twin.stem}"
 
 
 @pytest.mark.parametrize("process", ["flow", "ddpm"])
 @pytest.mark.parametrize("size, number, total, activated, gmacs", TABLE)
-def test_dry_run_prints_the_published_numbers(size, number, total, activated, gmacs, process, capsys) -> None:
+def test_dry_run_prints_the_published_numbers(
+    size, number, total, activated, gmacs, process, capsys
+) -> None:
     name = f"diffmoe_{size}_e{number}" if number else f"dense_{size}"
     environment = RankEnvironment(0, 1, 0, 1, "single")
-    assert train(["--config", str(ROOT / "configs" / f"{name}_{process}.yaml"), "--dry-run", "--ranks", "8"], environment) == 0
-    printed = re.search(r"([\d.]+) M parameters \(([\d.]+) M activated\), ([\d.]+) GMACs", capsys.readouterr().out)
+    assert (
+        train(
+            [
+                "--config",
+                str(ROOT / "configs" / f"{name}_{process}.yaml"),
+                "--dry-run",
+                "--ranks",
+                "8",
+            ],
+            environment,
+        )
+        == 0
+    )
+    printed = re.search(
+        r"([\d.]+) M parameters \(([\d.]+) M activated\), ([\d.]+) GMACs", capsys.readouterr().out
+    )
     assert like(total, float(printed[1])) == total
     assert activated is None or like(activated, float(printed[2])) == activated
     assert gmacs is None or printed[3] == gmacs
@@ -218,7 +297,16 @@ def test_dry_run_prints_the_published_numbers(size, number, total, activated, gm
 
 def test_leaves_stay_short() -> None:
     for path in IMAGENET:
-        assert set(read_yaml(path)) <= {"run", "model", "moe", "diffusion", "data", "train", "sample", "parallel"}
+        assert set(read_yaml(path)) <= {
+            "run",
+            "model",
+            "moe",
+            "diffusion",
+            "data",
+            "train",
+            "sample",
+            "parallel",
+        }
         assert len(path.read_text().splitlines()) < 16
 
 

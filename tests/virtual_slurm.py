@@ -31,16 +31,29 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder, self.nodes = folder, nodes
-        self.env = {name: value for name, value in environment().items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        self.env = {
+            name: value
+            for name, value in environment().items()
+            if not name.startswith(("SLURM_", "SBATCH_"))
+        }
 
     def __enter__(self) -> Cluster:
-        # Of a node that dies Slurm is told (kill_node): one that only answers late, on a busy machine, is not to be given up.
-        self._run([_SCRIPTS / "virtual/up.sh", self.folder], NODES=str(self.nodes), PREFIX=f"n{os.getpid()}-", KILL_WAIT="30",
-                  SLURMD_TIMEOUT="600")
-        for name, value in re.findall(r'^export (\w+)="?([^"\n]*)"?$', (self.folder / "env.sh").read_text(), re.M):
+        # Of a node that dies Slurm is told (kill_node): one that only answers late, on a busy
+        # machine, is not to be given up.
+        self._run(
+            [_SCRIPTS / "virtual/up.sh", self.folder],
+            NODES=str(self.nodes),
+            PREFIX=f"n{os.getpid()}-",
+            KILL_WAIT="30",
+            SLURMD_TIMEOUT="600",
+        )
+        for name, value in re.findall(
+            r'^export (\w+)="?([^"\n]*)"?$', (self.folder / "env.sh").read_text(), re.M
+        ):
             self.env[name] = value
         self.names = self.env["VIRTUAL_SLURM_NODES"].split()
-        # Where the machine's own environment is not .venv (a test run from elsewhere), the scripts are told.
+        # Where the machine's own environment is not .venv (a test run from elsewhere), the scripts
+        # are told.
         self.env["DIFFMOE_VENV"] = sys.prefix
         return self
 
@@ -49,17 +62,34 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run(self, command: list[object], timeout: float = 300.0, **more: str) -> str:
-        done = subprocess.run([str(word) for word in command], env={**self.env, **more}, cwd=REPOSITORY, capture_output=True,
-                              text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            [str(word) for word in command],
+            env={**self.env, **more},
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
         if done.returncode:
-            raise RuntimeError(f"{command[0]} ended with {done.returncode}: {done.stdout}{done.stderr}")
+            raise RuntimeError(
+                f"{command[0]} ended with {done.returncode}: {done.stdout}{done.stderr}"
+            )
         return done.stdout
 
-    def submit(self, script: str | Path, *arguments: object, options: tuple[str, ...] = (), log: Path,
-               env: Mapping[str, str] | None = None) -> Job:
+    def submit(
+        self,
+        script: str | Path,
+        *arguments: object,
+        options: tuple[str, ...] = (),
+        log: Path,
+        env: Mapping[str, str] | None = None,
+    ) -> Job:
         """``sbatch`` of the script that users submit, with ``options`` of sbatch before it."""
         path = script if isinstance(script, Path) else _SCRIPTS / script
-        number = self._run(["sbatch", "--parsable", *options, f"--output={log}", path, *arguments], **(env or {})).strip()
+        number = self._run(
+            ["sbatch", "--parsable", *options, f"--output={log}", path, *arguments], **(env or {})
+        ).strip()
         return Job(self, number, log)
 
     def slurm(self, *command: object) -> str:
@@ -77,11 +107,16 @@ class Cluster:
         self._run([_SCRIPTS / "virtual/node.sh", "start", name, self.folder])
 
     def processes(self, name: str) -> list[int]:
-        return [int(word) for word in self._run([_SCRIPTS / "virtual/node.sh", "pids", name, self.folder]).split()]
+        return [
+            int(word)
+            for word in self._run([_SCRIPTS / "virtual/node.sh", "pids", name, self.folder]).split()
+        ]
 
 
 class Job:
-    """A submitted job.  Limits of time are for jobs that hang: no test depends on how fast this machine is."""
+    """A submitted job.  Limits of time are for jobs that hang: no test depends on how fast this
+    machine is.
+    """
 
     def __init__(self, cluster: Cluster, number: str, log: Path) -> None:
         self.cluster, self.number, self.log = cluster, number, log
@@ -112,11 +147,14 @@ class Job:
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"job {self.number} was to {what} within {timeout:g} s: {self.show()}\n{self.said()}")
+                raise AssertionError(
+                    f"job {self.number} was to {what} within {timeout:g} s: {self.show()}\n{self.said()}"
+                )
             time.sleep(0.1)
 
     def wait_for_start_after(self, restarts: int) -> None:
         """Until it runs again, having been started again more often than ``restarts`` times."""
+
         def started() -> bool:
             fields = self._hurry()
             return fields["JobState"] == "RUNNING" and int(fields["Restarts"]) > restarts
@@ -124,9 +162,15 @@ class Job:
         self.wait_until(started, f"start again after {restarts} times")
 
     def _hurry(self) -> dict[str, str]:
-        """:meth:`show`; a requeued job, which would wait out its credential's age, is told to start."""
+        """:meth:`show`; a requeued job, which would wait out its credential's age, is told to
+        start.
+        """
         fields = self.show()
-        self._pending = self._pending + 1 if fields["JobState"] == "PENDING" and fields["Restarts"] != "0" else 0
+        self._pending = (
+            self._pending + 1
+            if fields["JobState"] == "PENDING" and fields["Restarts"] != "0"
+            else 0
+        )
         if self._pending >= 15:  # a second and a half: credentials are told apart by the second
             with contextlib.suppress(RuntimeError):  # it may have started by itself meanwhile
                 self.cluster.slurm("scontrol", "update", f"jobid={self.number}", "StartTime=now")

@@ -1,1 +1,3 @@
-"""Measurements side by side in one process: ``run.py bench KIND …``, one module a kind with ``main(arguments) -> int``."""
+"""Measurements side by side in one process: ``run.py bench KIND …``, one module a kind with
+``main(arguments) -> int``.
+"""

@@ -1,4 +1,6 @@
-"""What a mixture layer is measured against, each a plain module of its own: the textbook loop and DeepSpeed's layer."""
+"""What a mixture layer is measured against, each a plain module of its own: the textbook loop and
+DeepSpeed's layer.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ from diffmoe.training.engine import import_deepspeed
 
 
 class TextbookLoop(nn.Module):
-    """DiffMoE's training pass (paper, algorithm 3) as its definition reads: a loop over experts, one row for every (expert,
-    token), a sum over experts.  The rows are scattered once, at the end: doing it inside the loop costs several times more."""
+    """DiffMoE's training pass (paper, algorithm 3) as its definition reads: a loop over experts,
+    one row for every (expert, token), a sum over experts.  The rows are scattered once, at the end:
+    doing it inside the loop costs several times more.
+    """
 
     def __init__(self, model: ModelConfig, experts: int) -> None:
         super().__init__()
@@ -34,7 +38,12 @@ class TextbookLoop(nn.Module):
         K = rows_taken(T, E, capacity)
         scores = gate_scores(x_TD, self.router.weight)
         gates, chosen = scores.t().topk(K, dim=1)
-        rows = torch.cat([gates[i].unsqueeze(1) * expert(x_TD[chosen[i]]) for i, expert in enumerate(self.experts)])
+        rows = torch.cat(
+            [
+                gates[i].unsqueeze(1) * expert(x_TD[chosen[i]])
+                for i, expert in enumerate(self.experts)
+            ]
+        )
         place = torch.cat([i * T + chosen[i] for i in range(E)])
         contributions = rows.new_zeros(E * T, D).index_copy(0, place, rows)
         y = contributions.view(E, T, D).sum(dim=0).to(x_TD.dtype)
@@ -45,13 +54,20 @@ class TextbookLoop(nn.Module):
 
 
 def deepspeed_layer(model: ModelConfig, experts: int, device: torch.device) -> nn.Module:
-    """``deepspeed.moe.layer.MoE``: token choice, one expert a token, capacity 1, the same expert MLPs.  Joins a world of one
-    if nobody has."""
+    """``deepspeed.moe.layer.MoE``: token choice, one expert a token, capacity 1, the same expert
+    MLPs.  Joins a world of one if nobody has.
+    """
     deepspeed = import_deepspeed()
     if not dist.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"
-        dist.init_process_group(backend(device), init_method=f"file://{store}", rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=backend(device), auto_mpi_discovery=False, verbose=False)
-    layer = deepspeed.moe.layer.MoE(model.width, Mlp(model.width, model.hidden), num_experts=experts, k=1, capacity_factor=1.0)
+        dist.init_process_group(
+            backend(device), init_method=f"file://{store}", rank=0, world_size=1
+        )
+    deepspeed.init_distributed(
+        dist_backend=backend(device), auto_mpi_discovery=False, verbose=False
+    )
+    layer = deepspeed.moe.layer.MoE(
+        model.width, Mlp(model.width, model.hidden), num_experts=experts, k=1, capacity_factor=1.0
+    )
     layer.set_deepspeed_parallelism()
     return layer

@@ -1,10 +1,13 @@
-"""Counts of one case of ``bench roofline``, in a process that takes a GPU for granted (:mod:`diffmoe.bench.fake_cuda`).
+"""Counts of one case of ``bench roofline``, in a process that takes a GPU for granted
+(:mod:`diffmoe.bench.fake_cuda`).
 
     python -m diffmoe.bench.fake_cuda diffmoe.bench.counted REQUESTS
 
-REQUESTS is JSON, the arguments of :func:`count` of each, all of as many ranks; the last line printed is the answers.  ``micro_batch``: forward and backward of the model on CUDA
-tensors without memory, every expert of every rank with equally many rows.  ``engine``: the same layout's whole optimizer step as it is
-on one rank, on a CPU with a narrow model of the same tensors: what DeepSpeed, clipping, Adam and EMA move, and who reads the device.
+REQUESTS is JSON, the arguments of :func:`count` of each, all of as many ranks; the last line
+printed is the answers.  ``micro_batch``: forward and backward of the model on CUDA tensors without
+memory, every expert of every rank with equally many rows.  ``engine``: the same layout's whole
+optimizer step as it is on one rank, on a CPU with a narrow model of the same tensors: what
+DeepSpeed, clipping, Adam and EMA move, and who reads the device.
 """
 
 from __future__ import annotations
@@ -45,26 +48,45 @@ from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.step import train_step
 
-# Whose an operator of the engine's step is, by files and functions that called it, the first that fits.
-_SOURCES = {"EMA": r"training/ema|\bema", "Adam": r"/optim/|fused_adam|adam", "gradient's norm": r"norm",
-            "reduction, its casts and copies": r"reduce", "gradients' clear": r"clear|zero_grad", "clipping": r"clip",
-            "gradient hook": r"hook|accumulate", "weights in bf16": r"update_lp|lp_params|publish|gather"}
+# Whose an operator of the engine's step is, by files and functions that called it, the first that
+# fits.
+_SOURCES = {
+    "EMA": r"training/ema|\bema",
+    "Adam": r"/optim/|fused_adam|adam",
+    "gradient's norm": r"norm",
+    "reduction, its casts and copies": r"reduce",
+    "gradients' clear": r"clear|zero_grad",
+    "clipping": r"clip",
+    "gradient hook": r"hook|accumulate",
+    "weights in bf16": r"update_lp|lp_params|publish|gather",
+}
 _ENGINES = re.compile(r"/deepspeed/|diffmoe/training/(engine|ema|zero_optimizers)|/torch/optim/")
 _MODEL = re.compile(r"diffmoe/(models|moe|diffusion|parallel/recompute)")
 
 
-def fake_model(config: ModelConfig, moe: MoEConfig, pool: int, recompute: str, dtype: torch.dtype, groups: ParallelGroups) -> DiT:
+def fake_model(
+    config: ModelConfig,
+    moe: MoEConfig,
+    pool: int,
+    recompute: str,
+    dtype: torch.dtype,
+    groups: ParallelGroups,
+) -> DiT:
     """A model on the device, all parameters in ``dtype``.  Inside of a FakeTensorMode."""
     with torch.device("cuda"):
         dit = DiT(config, moe, pool=pool, groups=groups, recompute=recompute)
     for module in dit.modules():  # Module.to cannot swap fake parameters
         for name, p in module._parameters.items():
-            module._parameters[name] = None if p is None else torch.nn.Parameter(p.detach().to(dtype))
+            module._parameters[name] = (
+                None if p is None else torch.nn.Parameter(p.detach().to(dtype))
+            )
     return dit
 
 
 def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor]:
-    """The losses of a micro-batch.  Called outside of ``torch.device``, which would find the device for who forgot it."""
+    """The losses of a micro-batch.  Called outside of ``torch.device``, which would find the device
+    for who forgot it.
+    """
     schedule = linear_schedule().to("cuda") if ddpm else None
     side, channels = dit.model.input_size, dit.model.channels
     x, noise = (torch.empty(samples, channels, side, side, device="cuda") for _ in range(2))
@@ -74,21 +96,36 @@ def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor
     def loss() -> Tensor:
         inputs = dit, x, noise, t, y, RoutingRule("train", dit.moe.capacity)
         denoising, output = ddpm_loss(*inputs, schedule) if ddpm else flow_loss(*inputs)
-        return denoising + sum(loss for r in output.moe for loss in (r.predictor_loss, r.balance_loss) if loss is not None)
+        return denoising + sum(
+            loss
+            for r in output.moe
+            for loss in (r.predictor_loss, r.balance_loss)
+            if loss is not None
+        )
 
     return loss
 
 
 def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[str, Any]:
-    """Kernels of a rank's micro-batch, compiled also those of the ideal fusion; bytes of activations kept; parameters."""
-    if resolve_layout(config, ranks).pool_ranks > 1 and config.model.family != "tc":  # as if other ranks' tokens were like this one's
+    """Kernels of a rank's micro-batch, compiled also those of the ideal fusion; bytes of
+    activations kept; parameters.
+    """
+    if (
+        resolve_layout(config, ranks).pool_ranks > 1 and config.model.family != "tc"
+    ):  # as if other ranks' tokens were like this one's
         config = override(config, ["moe.pool=rank"])
     layout = resolve_layout(config, ranks)
     counting = Counting()
     backend = functools.partial(torch.compile, backend=counting.backend)
     with as_on_a_gpu(), FakeTensorMode(), mock.patch.object(torch, "compile", backend):
-        dit = fake_model(config.model, config.moe, layout.pool, config.parallel.recompute, torch.bfloat16 if bf16 else torch.float32,
-                         build_groups(layout.ep, layout.pool_ranks))
+        dit = fake_model(
+            config.model,
+            config.moe,
+            layout.pool,
+            config.parallel.recompute,
+            torch.bfloat16 if bf16 else torch.float32,
+            build_groups(layout.ep, layout.pool_ranks),
+        )
         loss = fake_loss(dit, layout.micro_batch, config.diffusion.process == "ddpm")
         if compiled:
             compile_blocks(dit)
@@ -100,23 +137,35 @@ def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[
             total = loss()
             kept = sum(size for _, size in allocations.events)
             total.backward()
-        return {"kernels": _alike(counting.kernels), "ideal": _alike(counting.fused), "kept": kept,
-                "collectives": counting.collectives, "parameters": sum(p.numel() for p in dit.parameters())}
+        return {
+            "kernels": _alike(counting.kernels),
+            "ideal": _alike(counting.fused),
+            "kept": kept,
+            "collectives": counting.collectives,
+            "parameters": sum(p.numel() for p in dit.parameters()),
+        }
 
 
 def engine(config: Config, ranks: int, deepspeed: dict) -> dict[str, Any]:
-    """Kernels of a step outside of the model by source, host reads by place, collectives by name; parameters of the rank."""
+    """Kernels of a step outside of the model by source, host reads by place, collectives by name;
+    parameters of the rank.
+    """
     tokens = 4  # of a sample; pools are as many samples as ever
     width = min(config.model.width, 4 * config.model.heads)
-    small = override(config, [f"model.width={width}", f"model.input_size={2 * config.model.patch}", "model.classes=16"])
+    small = override(
+        config,
+        [f"model.width={width}", f"model.input_size={2 * config.model.patch}", "model.classes=16"],
+    )
     layout = resolve_layout(small, ranks)
     assert small.model.tokens == tokens
     groups = build_groups(layout.ep, layout.pool_ranks)
     os.environ.setdefault("LOCAL_RANK", "0")
     # Other ranks' shards are not there: DeepSpeed gathers this rank's in their place.
-    with (contextlib.redirect_stdout(io.StringIO()),
-          mock.patch.object(Engine, "_assert_weights_survived", lambda *_: None),
-          mock.patch.object(collectives, "_begin", functools.partial(_ones_come, collectives._begin))):
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.object(Engine, "_assert_weights_survived", lambda *_: None),
+        mock.patch.object(collectives, "_begin", functools.partial(_ones_come, collectives._begin)),
+    ):
         model = build_model(small, layout.pool, groups)
         parameters = sum(p.numel() for p in model.parameters())
         trained = Engine(model, small, layout, deepspeed, groups, torch.device("cpu"))
@@ -125,13 +174,19 @@ def engine(config: Config, ranks: int, deepspeed: dict) -> dict[str, Any]:
         train_step(trained, ema, batches, small, layout, groups, 0)  # what is made once
         with Counting(_owner) as counting:
             train_step(trained, ema, batches, small, layout, groups, 1)
-    return {"kernels": _alike(k for k in counting.kernels if k.source != "model"), "reads": counting.reads,
-            "collectives": counting.collectives, "parameters": parameters, "tensors": len(list(model.parameters()))}
+    return {
+        "kernels": _alike(k for k in counting.kernels if k.source != "model"),
+        "reads": counting.reads,
+        "collectives": counting.collectives,
+        "parameters": parameters,
+        "tensors": len(list(model.parameters())),
+    }
 
 
 def _ones_come(begin: Callable[..., Tensor], *args: Any) -> Tensor:
-    """What the other ranks send: that every token is chosen, say.  Before torch 2.13 it is whatever lay in memory,
-    something else in forward and in recompute."""
+    """What the other ranks send: that every token is chosen, say.  Before torch 2.13 it is whatever
+    lay in memory, something else in forward and in recompute.
+    """
     rows = begin(*args)
     with only_counting():
         rows.data.fill_(1)
@@ -139,11 +194,15 @@ def _ones_come(begin: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def _owner() -> tuple[str, str]:
-    """(source of the running operator: "model" or a part of the weights' traffic; place: forward, backward, outside)."""
+    """(source of the running operator: "model" or a part of the weights' traffic; place: forward,
+    backward, outside).
+    """
     frame, calls, place, model = sys._getframe(1), [], "outside", False
     while frame is not None and frame.f_code.co_name != "train_step":
         where = f"{frame.f_code.co_filename}:{frame.f_code.co_name}"
-        if frame.f_code.co_name == "_engine_run_backward":  # what is below was called by a hook, if by Python at all
+        if (
+            frame.f_code.co_name == "_engine_run_backward"
+        ):  # what is below was called by a hook, if by Python at all
             place, calls = "backward", calls + ["hook"] if calls else []
             model = model or not calls
             break
@@ -155,12 +214,17 @@ def _owner() -> tuple[str, str]:
     if frame is None or model or not calls:
         return "model", place if place == "backward" else "forward" if model else "outside"
     chain = " ".join(calls)
-    return next((source for source, words in _SOURCES.items() if re.search(words, chain)), calls[0].rpartition(":")[2]), "outside"
+    return next(
+        (source for source, words in _SOURCES.items() if re.search(words, chain)),
+        calls[0].rpartition(":")[2],
+    ), "outside"
 
 
 def _alike(kernels: Iterable[Kernel]) -> list[list]:
     """[kind, name, bytes, FLOPs, source, how many] of kernels."""
-    return [[k.kind, k.name, k.bytes, k.flops, k.source, count] for k, count in Counter(kernels).items()]
+    return [
+        [k.kind, k.name, k.bytes, k.flops, k.source, count] for k, count in Counter(kernels).items()
+    ]
 
 
 def count(config: dict, deepspeed: str, ranks: int, part: str) -> dict[str, Any]:
@@ -169,11 +233,19 @@ def count(config: dict, deepspeed: str, ranks: int, part: str) -> dict[str, Any]
     torch._dynamo.reset()
     if part == "engine":
         return engine(config_from_tree(config), ranks, tree)
-    return micro_batch(config_from_tree(config), ranks, bool((tree.get("bf16") or {}).get("enabled")), part == "compiled")
+    return micro_batch(
+        config_from_tree(config),
+        ranks,
+        bool((tree.get("bf16") or {}).get("enabled")),
+        part == "compiled",
+    )
 
 
 if __name__ == "__main__":
     _requests = json.loads(sys.argv[1])
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=_requests[0]["ranks"])
     print(json.dumps([count(**request) for request in _requests]), flush=True)
-    os._exit(0)  # the fake device's threads of autograd may not be joined, which now and then ends in an abort
+    os._exit(
+        0
+        # the fake device's threads of autograd may not be joined, which now and then ends in an abort
+    )

@@ -1,7 +1,9 @@
-"""How fast the loader reads ImageNet-sized latents (moments [8, 32, 32], fp16), on one core, beside plainer ways.
+"""How fast the loader reads ImageNet-sized latents (moments [8, 32, 32], fp16), on one core, beside
+plainer ways.
 
-Every contender gives what a model takes: latents sampled from moments and scaled, float32, with labels. The measure is `tar`, plain
-sequential reading of the same shards, which decodes nothing and samples nothing.
+Every contender gives what a model takes: latents sampled from moments and scaled, float32, with
+labels. The measure is `tar`, plain sequential reading of the same shards, which decodes nothing and
+samples nothing.
 """
 
 from __future__ import annotations
@@ -37,18 +39,33 @@ GOAL = 0.95  # of plain tar reading
 def main(arguments: list[str]) -> int:
     """``run.py bench data``: prints the table; 0 when both goals are met."""
     parser = Parser(prog="bench data", description=__doc__)
-    parser.add_argument("--samples", type=int, default=8192, help=f"measured, in whole shards of {_PER_SHARD} (default 8192)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds of all contenders (default 5)")
-    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each timing")
-    parser.add_argument("--folder", type=Path, help="where the data are written (default: a temporary folder)")
-    parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=8192,
+        help=f"measured, in whole shards of {_PER_SHARD} (default 8192)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed rounds of all contenders (default 5)"
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="drop the files from the page cache before each timing"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where the data are written (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one line of JSON in place of the table"
+    )
     parser.add_argument("--out", type=Path, help="folder that keeps data.json and data.md")
     options = parser.parse_args(arguments)
     for name in ("samples", "repeats"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} ({getattr(options, name)}) must be at least 1")
     if options.samples % _PER_SHARD:
-        raise UserError(f"--samples ({options.samples}) must divide by {_PER_SHARD}, the samples of a shard")
+        raise UserError(
+            f"--samples ({options.samples}) must divide by {_PER_SHARD}, the samples of a shard"
+        )
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="diffmoe-bench-", dir=options.folder) as folder:
         record = measure(Path(folder), options.samples, options.repeats, options.cold)
@@ -58,7 +75,11 @@ def main(arguments: list[str]) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "data.json").write_text(json.dumps(record, indent=1) + "\n")
         (options.out / "data.md").write_text(table + "\n")
-    return 0 if record["ratio_to_tar"]["loader"] >= GOAL and record["resume_seconds_max"] <= RESUME_LIMIT else 1
+    return (
+        0
+        if record["ratio_to_tar"]["loader"] >= GOAL and record["resume_seconds_max"] <= RESUME_LIMIT
+        else 1
+    )
 
 
 def measure(folder: Path, samples: int, repeats: int, cold: bool) -> dict:
@@ -86,15 +107,24 @@ def measure(folder: Path, samples: int, repeats: int, cold: bool) -> dict:
                 rates[name].append(count / (time.perf_counter() - began))
     rate = {name: statistics.median(values) for name, values in rates.items()}
     large = _synthetic(index, folder / "large")
-    resumes = {workers: [_resume(large, step, workers) for step in _cursors()] for workers in (0, 2)}
+    resumes = {
+        workers: [_resume(large, step, workers) for step in _cursors()] for workers in (0, 2)
+    }
     memory = _memory(large)
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(), "torch": torch.__version__,
-        "samples": samples, "repeats": repeats, "cold": cold,
-        "samples_per_second": rate, "spread": {n: [min(v), max(v)] for n, v in rates.items()},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "samples": samples,
+        "repeats": repeats,
+        "cold": cold,
+        "samples_per_second": rate,
+        "spread": {n: [min(v), max(v)] for n, v in rates.items()},
         "ratio_to_tar": {name: value / rate["tar"] for name, value in rate.items()},
-        "ratio_to_webdataset": rate["loader"] / rate["webdataset"], "ratio_to_npz": rate["loader"] / rate["npz"],
-        "resume_index_samples": large.count, "resume_seconds": {str(w): s for w, s in resumes.items()},
+        "ratio_to_webdataset": rate["loader"] / rate["webdataset"],
+        "ratio_to_npz": rate["loader"] / rate["npz"],
+        "resume_index_samples": large.count,
+        "resume_seconds": {str(w): s for w, s in resumes.items()},
         "resume_seconds_max": max(s for times in resumes.values() for s in times),
         "memory_mib": memory,
     }
@@ -108,12 +138,16 @@ def _write(shards: Path, npz: Path, samples: int) -> ShardIndex:
     def each() -> Iterable[tuple]:
         for i in range(samples):
             moments = rng.standard_normal(_SHAPE, np.float32).astype(np.float16)
-            moments[: _SHAPE[0] // 2] *= 5  # means and deviations as Stable Diffusion's autoencoder gives them
+            moments[: _SHAPE[0] // 2] *= (
+                5  # means and deviations as Stable Diffusion's autoencoder gives them
+            )
             np.abs(moments[_SHAPE[0] // 2 :], out=moments[_SHAPE[0] // 2 :])
             np.savez(npz / f"{i:07d}.npz", moments=moments, label=i % 1000)
             yield f"{i:07d}", moments, i % 1000
 
-    index = write_shards(each(), shards, samples_per_shard=_PER_SHARD, meta=ShardMeta("moments", 1000, _SCALE))
+    index = write_shards(
+        each(), shards, samples_per_shard=_PER_SHARD, meta=ShardMeta("moments", 1000, _SCALE)
+    )
     os.sync()
     return index
 
@@ -139,7 +173,10 @@ def _loader(index: ShardIndex) -> int:
 def _rows(index: ShardIndex) -> int:
     """The same rows in the same order, checked, as they are stored."""
     reader = ShardReader(index, seed=0, batch=_BATCH, streams=_STREAMS, window=_WINDOW)
-    shards = [index.opened(os.open(index.address(file), os.O_RDONLY), file, flipped=False) for file in index.shards]
+    shards = [
+        index.opened(os.open(index.address(file), os.O_RDONLY), file, flipped=False)
+        for file in index.shards
+    ]
     for position in range(index.count):
         number, row = reader.locate(position)
         shards[number].array(row)
@@ -157,8 +194,13 @@ def _webdataset(files: list[Path]) -> int:
     """The pipeline of webdataset's own introduction: shuffle buffer, decode, batches."""
     import webdataset
 
-    pipeline = (webdataset.WebDataset([str(path) for path in files], shardshuffle=100, seed=0).shuffle(1000).decode()
-                .to_tuple("npy", "cls").batched(_BATCH, partial=False))
+    pipeline = (
+        webdataset.WebDataset([str(path) for path in files], shardshuffle=100, seed=0)
+        .shuffle(1000)
+        .decode()
+        .to_tuple("npy", "cls")
+        .batched(_BATCH, partial=False)
+    )
     return sum(len(_sample(torch.as_tensor(np.asarray(moments)))) for moments, _ in pipeline)
 
 
@@ -198,7 +240,9 @@ def _synthetic(index: ShardIndex, folder: Path) -> ShardIndex:
     """ImageNet's number of samples: the first shard under many names (one file on the disk)."""
     folder.mkdir()
     first = index.shards[0]
-    shards = tuple(replace(first, name=f"shard-{n:06d}.tar") for n in range(-(-_IMAGENET // first.count)))
+    shards = tuple(
+        replace(first, name=f"shard-{n:06d}.tar") for n in range(-(-_IMAGENET // first.count))
+    )
     for shard in shards:
         os.link(index.address(first), folder / shard.name)
     large = replace(index, folder=folder, shards=shards, count=len(shards) * first.count)
@@ -207,14 +251,20 @@ def _synthetic(index: ShardIndex, folder: Path) -> ShardIndex:
 
 
 def _cursors() -> list[int]:
-    return np.random.default_rng(1).integers(0, 700_000, 5).tolist()  # steps of the published recipe: 140 epochs
+    return (
+        np.random.default_rng(1).integers(0, 700_000, 5).tolist()
+    )  # steps of the published recipe: 140 epochs
 
 
 def _resume(index: ShardIndex, step: int, workers: int) -> float:
     """Seconds from nothing to the first batch of a step."""
     began = time.perf_counter()
-    reader = ShardReader(load_index(index.folder), seed=0, batch=_BATCH, streams=_STREAMS, window=_WINDOW)
-    with BatchStream(reader, Share(_BATCH, _BATCH, 1, 0, 1), start_step=step, workers=workers) as stream:
+    reader = ShardReader(
+        load_index(index.folder), seed=0, batch=_BATCH, streams=_STREAMS, window=_WINDOW
+    )
+    with BatchStream(
+        reader, Share(_BATCH, _BATCH, 1, 0, 1), start_step=step, workers=workers
+    ) as stream:
         next(stream)
         return time.perf_counter() - began
 
@@ -236,16 +286,28 @@ def _memory(index: ShardIndex) -> list[float]:
 
 def _table(record: dict) -> str:
     rates, ratios = record["samples_per_second"], record["ratio_to_tar"]
-    lines = [f"{record['machine']}, Python {record['python']}, torch {record['torch']}; {record['samples']} samples, median of "
-             f"{record['repeats']}, page cache {'dropped' if record['cold'] else 'warm'}, one core", "",
-             "| contender | samples/s | of tar | lowest to highest |", "|---|---|---|---|"]
-    lines += [f"| {name} | {rate:,.0f} | {ratios[name]:.2f} | {lowest:,.0f} to {highest:,.0f} |"
-              for (name, rate), (lowest, highest) in zip(rates.items(), record["spread"].values())]
-    resumes = "; ".join(f"{workers} workers " + ", ".join(f"{s:.2f}" for s in times)
-                        for workers, times in record["resume_seconds"].items())
-    lines += ["", f"The loader is {record['ratio_to_webdataset']:.1f} x webdataset's pipeline, {record['ratio_to_npz']:.1f} x one "
-              "npz an image.",
-              f"Resume at random cursors of {record['resume_index_samples']:,} samples, seconds to the first batch: {resumes}.",
-              "Resident memory over an epoch of 65,536 samples, loader and one worker, MiB: "
-              + ", ".join(f"{m:.0f}" for m in record["memory_mib"]) + "."]
+    lines = [
+        f"{record['machine']}, Python {record['python']}, torch {record['torch']}; {record['samples']} samples, median of "
+        f"{record['repeats']}, page cache {'dropped' if record['cold'] else 'warm'}, one core",
+        "",
+        "| contender | samples/s | of tar | lowest to highest |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {rate:,.0f} | {ratios[name]:.2f} | {lowest:,.0f} to {highest:,.0f} |"
+        for (name, rate), (lowest, highest) in zip(rates.items(), record["spread"].values())
+    ]
+    resumes = "; ".join(
+        f"{workers} workers " + ", ".join(f"{s:.2f}" for s in times)
+        for workers, times in record["resume_seconds"].items()
+    )
+    lines += [
+        "",
+        f"The loader is {record['ratio_to_webdataset']:.1f} x webdataset's pipeline, {record['ratio_to_npz']:.1f} x one "
+        "npz an image.",
+        f"Resume at random cursors of {record['resume_index_samples']:,} samples, seconds to the first batch: {resumes}.",
+        "Resident memory over an epoch of 65,536 samples, loader and one worker, MiB: "
+        + ", ".join(f"{m:.0f}" for m in record["memory_mib"])
+        + ".",
+    ]
     return "\n".join(lines)

@@ -1,9 +1,11 @@
-"""Runs a program in whose process torch takes a GPU for granted: CUDA tensors without memory or kernels (torch's fake tensors).
+"""Runs a program in whose process torch takes a GPU for granted: CUDA tensors without memory or
+kernels (torch's fake tensors).
 
     python -m diffmoe.bench.fake_cuda SCRIPT.py|MODULE [argument …]
 
-Where there is a GPU that torch was built for, nothing is needed for that; elsewhere ``fake_cuda.cpp`` is built, and
-loaded before torch looks for its hooks: hence a process of its own, and no import of torch above.
+Where there is a GPU that torch was built for, nothing is needed for that; elsewhere
+``fake_cuda.cpp`` is built, and loaded before torch looks for its hooks: hence a process of its own,
+and no import of torch above.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ _SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def run(program: str, arguments: Sequence[str], **options) -> subprocess.CompletedProcess:
-    """Runs a module, or a script that ends in ``.py``, in such a process; ``options`` as ``subprocess.run`` takes them.
-    UserError where the device cannot be built."""
+    """Runs a module, or a script that ends in ``.py``, in such a process; ``options`` as
+    ``subprocess.run`` takes them. UserError where the device cannot be built.
+    """
     if not has_gpu() and shutil.which("g++") is None:
-        raise UserError("counting on CUDA tensors needs g++ (or a GPU), and there is none: install g++")
+        raise UserError(
+            "counting on CUDA tensors needs g++ (or a GPU), and there is none: install g++"
+        )
     return subprocess.run([sys.executable, "-m", __spec__.name, program, *arguments], **options)
 
 
@@ -49,8 +54,23 @@ def _load() -> None:
     with tempfile.TemporaryDirectory(prefix="diffmoe-fake-cuda-") as folder:
         library, torch = Path(folder) / "fake_cuda.so", _torch()
         cuda, without = (["libtorch_cuda.so"], []) if _for_cuda() else ([], ["-DWITHOUT_CUDA"])
-        subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", *without, f"-I{torch}/include", f"-L{torch}/lib",
-                        str(_SOURCE), "-o", str(library), "-lc10", "-ltorch_cpu"], check=True)
+        subprocess.run(
+            [
+                "g++",
+                "-shared",
+                "-fPIC",
+                "-std=c++20",
+                *without,
+                f"-I{torch}/include",
+                f"-L{torch}/lib",
+                str(_SOURCE),
+                "-o",
+                str(library),
+                "-lc10",
+                "-ltorch_cpu",
+            ],
+            check=True,
+        )
         for each in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so", *cuda):
             ctypes.CDLL(str(torch / "lib" / each), mode=ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

@@ -1,4 +1,6 @@
-"""How things are measured: interleaved repeats in one process, medians, bytes kept for backward, real peak."""
+"""How things are measured: interleaved repeats in one process, medians, bytes kept for backward,
+real peak.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,15 @@ from launcher.sources import commit, digest
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int, device: torch.device,
-                warm_up: int = 1) -> dict[str, float]:
-    """Median seconds of each contender.  Every round runs all of them, starting with another one each time, so that a
-    machine that slows down slows all alike."""
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    warm_up: int = 1,
+) -> dict[str, float]:
+    """Median seconds of each contender.  Every round runs all of them, starting with another one
+    each time, so that a machine that slows down slows all alike.
+    """
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-warm_up, repeats):
@@ -54,9 +61,12 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int, de
 
 
 def kept_for_backward(forward: Callable[[], object], modules: Iterable[nn.Module]) -> int:
-    """Bytes that autograd holds after ``forward``: every storage that it saved counted once, weights left out.  The
-    layer's input counts."""
-    weights = {p.untyped_storage().data_ptr() for m in modules for p in (*m.parameters(), *m.buffers())}
+    """Bytes that autograd holds after ``forward``: every storage that it saved counted once,
+    weights left out.  The layer's input counts.
+    """
+    weights = {
+        p.untyped_storage().data_ptr() for m in modules for p in (*m.parameters(), *m.buffers())
+    }
     held: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -73,11 +83,15 @@ def kept_for_backward(forward: Callable[[], object], modules: Iterable[nn.Module
 
 
 class Allocations(TorchDispatchMode):
-    """Every storage that an operation returns, from then until it dies.  What a kernel needs inside is not seen."""
+    """Every storage that an operation returns, from then until it dies.  What a kernel needs inside
+    is not seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.events: list[tuple[int, int]] = []  # (number of the storage, bytes: less than 0 when it dies)
+        self.events: list[
+            tuple[int, int]
+        ] = []  # (number of the storage, bytes: less than 0 when it dies)
         self.alive: dict[int, int] = {}  # storage's address -> number
         self._count = 0
 
@@ -120,12 +134,17 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def peak_bytes(pass_: Callable[[], object], modules: Iterable[nn.Module], device: torch.device) -> int:
-    """The most bytes of activations that ``pass_`` holds at once, beyond what was there and what it leaves in weights'
-    gradients.  On a CPU: the tensors that operations return; on a GPU: what the allocator says, gradients taken off at the
-    peak as if all of them were there."""
+def peak_bytes(
+    pass_: Callable[[], object], modules: Iterable[nn.Module], device: torch.device
+) -> int:
+    """The most bytes of activations that ``pass_`` holds at once, beyond what was there and what it
+    leaves in weights' gradients.  On a CPU: the tensors that operations return; on a GPU: what the
+    allocator says, gradients taken off at the peak as if all of them were there.
+    """
     gc.collect()
-    gradients = lambda: [p.grad for module in modules for p in module.parameters() if p.grad is not None]
+    gradients = lambda: [
+        p.grad for module in modules for p in module.parameters() if p.grad is not None
+    ]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -148,65 +167,122 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         processor = models[0] if models else processor
-    gpu = {} if device.type == "cpu" else {
-        "cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version())), "driver": _driver(),
-        "gpu_bytes": torch.cuda.get_device_properties(device).total_memory}
-    return {"when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "code": digest(_ROOT), "commit": commit(_ROOT),
-            "python": platform.python_version(), "torch": torch.__version__, "deepspeed": import_deepspeed().__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor, **gpu,
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "fp32_precision": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"}
+    gpu = (
+        {}
+        if device.type == "cpu"
+        else {
+            "cuda": torch.version.cuda,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "driver": _driver(),
+            "gpu_bytes": torch.cuda.get_device_properties(device).total_memory,
+        }
+    )
+    return {
+        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "code": digest(_ROOT),
+        "commit": commit(_ROOT),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": import_deepspeed().__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        **gpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "fp32_precision": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+    }
 
 
 # Kinds of kernels and operators by their names, the first that fits; all others move memory.
-_KINDS = {"attention": r"attention|flash|fmha|sdpa", "messages": r"nccl|gloo",
-          "products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|triton_tem|[fdw]prop|[dw]grad|::(b?add)?b?mm$|grouped_mm|convolution|mkldnn"}
+_KINDS = {
+    "attention": r"attention|flash|fmha|sdpa",
+    "messages": r"nccl|gloo",
+    "products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|triton_tem|[fdw]prop|[dw]grad|::(b?add)?b?mm$|grouped_mm|convolution|mkldnn",
+}
 
 
 def kind_of(kernel: str) -> str:
-    """attention, messages, products or memory, by the name that the profiler gives a GPU's kernel or a CPU's operator."""
-    return next((kind for kind, words in _KINDS.items() if re.search(words, kernel.lower())), "memory")
+    """attention, messages, products or memory, by the name that the profiler gives a GPU's kernel
+    or a CPU's operator.
+    """
+    return next(
+        (kind for kind, words in _KINDS.items() if re.search(words, kernel.lower())), "memory"
+    )
 
 
 def traced(pass_: Callable[[], object], device: torch.device) -> list[tuple[str, float, int]]:
-    """What one pass runs: (kernel or, on a CPU, operator; ms in it alone; calls), most expensive first."""
+    """What one pass runs: (kernel or, on a CPU, operator; ms in it alone; calls), most expensive
+    first.
+    """
     # On a GPU ranges that somebody annotated stand among the kernels.
-    activity, kind = ((ProfilerActivity.CUDA, DeviceType.CUDA) if device.type == "cuda" else (ProfilerActivity.CPU, DeviceType.CPU))
+    activity, kind = (
+        (ProfilerActivity.CUDA, DeviceType.CUDA)
+        if device.type == "cuda"
+        else (ProfilerActivity.CPU, DeviceType.CPU)
+    )
     synchronize(device)
     with profile(activities=[activity], acc_events=True) as trace:
         pass_()
         synchronize(device)
     events = [e for e in trace.key_averages() if e.device_type == kind and not e.is_user_annotation]
-    took = [(e.key, (e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total) / 1e3, e.count) for e in events]
+    took = [
+        (
+            e.key,
+            (e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total) / 1e3,
+            e.count,
+        )
+        for e in events
+    ]
     return sorted(took, key=lambda each: -each[1])
 
 
-def profiles(passes: Mapping[str, Callable[[], object]], device: torch.device, top: int = 16
-             ) -> tuple[dict[str, list[tuple[str, float, int]]], str]:
-    """Where each pass's time goes: (operator or, on a GPU, kernel; ms; calls) of the most expensive, and tables of them."""
+def profiles(
+    passes: Mapping[str, Callable[[], object]], device: torch.device, top: int = 16
+) -> tuple[dict[str, list[tuple[str, float, int]]], str]:
+    """Where each pass's time goes: (operator or, on a GPU, kernel; ms; calls) of the most
+    expensive, and tables of them.
+    """
     found, text = {}, ""
     for name, pass_ in passes.items():
         events = traced(pass_, device)
         whole = sum(ms for _, ms, _ in events)
         found[name] = [(key[:80], ms, calls) for key, ms, calls in events[:top]]
         rows = [[key, ms, 100 * ms / whole, calls] for key, ms, calls in found[name]]
-        text += f"\n\n{name}: {whole:.4g} ms\n\n" + table(["kernel" if device.type == "cuda" else "operator", "ms", "%", "calls"], rows)
+        text += f"\n\n{name}: {whole:.4g} ms\n\n" + table(
+            ["kernel" if device.type == "cuda" else "operator", "ms", "%", "calls"], rows
+        )
     return found, text
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; floats with three digits."""
-    texts = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
+    texts = [
+        [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row]
+        for row in (header, *rows)
+    ]
     widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in texts]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in texts
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def report(name: str, facts: Mapping[str, Any], text: str, bars: Mapping[str, float], unit: str, options: Any) -> int:
-    """Prints one JSON line (``--json``) or the table, and with ``--out`` keeps both and a plot of ``bars`` there; returns 0.  The
-    record comes last and complete: where it is, so is the rest."""
+def report(
+    name: str,
+    facts: Mapping[str, Any],
+    text: str,
+    bars: Mapping[str, float],
+    unit: str,
+    options: Any,
+) -> int:
+    """Prints one JSON line (``--json``) or the table, and with ``--out`` keeps both and a plot of
+    ``bars`` there; returns 0.  The record comes last and complete: where it is, so is the rest.
+    """
     line = json.dumps({"bench": name, **facts})
     print(line if options.json else text, flush=True)
     if options.out:

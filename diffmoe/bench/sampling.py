@@ -1,8 +1,10 @@
-"""``run.py bench sampling``: one pass of a sampler at capacity 1.0 and at others, per-token routing.
+"""``run.py bench sampling``: one pass of a sampler at capacity 1.0 and at others, per-token
+routing.
 
-The weights are random and alive; thresholds come from the capacity dial, whose histograms are filled by a pass over the same
-samples, so that ragged counts are what they are called.  ``experts``: the experts that a token really met.  ``mixtures``: time inside
-the mixture layers; ``pass``: the whole model.  Interleaved medians.
+The weights are random and alive; thresholds come from the capacity dial, whose histograms are
+filled by a pass over the same samples, so that ragged counts are what they are called.
+``experts``: the experts that a token really met.  ``mixtures``: time inside the mixture layers;
+``pass``: the whole model.  Interleaved medians.
 """
 
 from __future__ import annotations
@@ -27,15 +29,22 @@ CAPACITIES = (1.0, 0.7)
 
 
 class _Clock:
-    """Seconds inside the mixture layers of one model, while it is entered: the device is waited for around each."""
+    """Seconds inside the mixture layers of one model, while it is entered: the device is waited for
+    around each.
+    """
 
     def __init__(self, model: DiT, device: torch.device) -> None:
         self.model, self.device, self.start, self.seconds = model, device, 0.0, 0.0
 
     def __enter__(self) -> _Clock:
-        self._hooks = [hook for _, layer in self.model.moe_layers() for hook in (
-            layer.register_forward_pre_hook(lambda *_: self._now("start")),
-            layer.register_forward_hook(lambda *_: self._now("stop")))]
+        self._hooks = [
+            hook
+            for _, layer in self.model.moe_layers()
+            for hook in (
+                layer.register_forward_pre_hook(lambda *_: self._now("start")),
+                layer.register_forward_hook(lambda *_: self._now("stop")),
+            )
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,27 +61,50 @@ class _Clock:
 
 def main(arguments: list[str]) -> int:
     """The kind ``sampling``; returns the exit code."""
-    parser = bench_parser("sampling", "A sampler's pass at capacity 1.0 and lower, per-token routing.", profile=True)
+    parser = bench_parser(
+        "sampling", "A sampler's pass at capacity 1.0 and lower, per-token routing.", profile=True
+    )
     parser.add_argument("--samples", type=int, default=16, help="images a pass (default 16)")
-    parser.add_argument("--capacities", type=float, nargs="+", default=CAPACITIES, help="default 1.0 0.7; the first is the base")
+    parser.add_argument(
+        "--capacities",
+        type=float,
+        nargs="+",
+        default=CAPACITIES,
+        help="default 1.0 0.7; the first is the base",
+    )
     options = parser.parse_args(arguments)
     config, device, dtype = sized_config(options)
     if options.samples < 1 or not all(0 < c <= config.moe.experts for c in options.capacities):
-        raise UserError(f"--samples ({options.samples}) and --capacities ({options.capacities}) must be above 0, capacities at "
-                        f"most the experts ({config.moe.experts})")
+        raise UserError(
+            f"--samples ({options.samples}) and --capacities ({options.capacities}) must be above 0, capacities at "
+            f"most the experts ({config.moe.experts})"
+        )
     model = build_model(config, options.samples, single_process()).to(device, dtype).eval()
     for _, layer in model.moe_layers():
         layer.thresholds.float()  # as in training
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(options.samples, config.model.channels, config.model.input_size, config.model.input_size,
-                    generator=generator).to(device)
+    x = torch.randn(
+        options.samples,
+        config.model.channels,
+        config.model.input_size,
+        config.model.input_size,
+        generator=generator,
+    ).to(device)
     t = torch.rand(options.samples, generator=generator).to(device)
     y = torch.arange(options.samples, device=device) % config.model.classes
     with torch.no_grad():
-        for (_, layer), stats in zip(model.moe_layers(), model(x, t, y, RoutingRule("train", 1.0)).moe, strict=True):
+        for (_, layer), stats in zip(
+            model.moe_layers(), model(x, t, y, RoutingRule("train", 1.0)).moe, strict=True
+        ):
             layer.thresholds.commit_histogram(histogram(stats.logits_TE, options.samples), 0)
-        passes = {f"{c:g}": partial(model, x, t, y, RoutingRule("token", dial=c)) for c in options.capacities}
-        met = {name: statistics.mean(r.mask_TE.sum(1).float().mean().item() for r in pass_().moe) for name, pass_ in passes.items()}
+        passes = {
+            f"{c:g}": partial(model, x, t, y, RoutingRule("token", dial=c))
+            for c in options.capacities
+        }
+        met = {
+            name: statistics.mean(r.mask_TE.sum(1).float().mean().item() for r in pass_().moe)
+            for name, pass_ in passes.items()
+        }
         whole = measure.interleaved(passes, options.repeats, device)
         inside: dict[str, list[float]] = {name: [] for name in passes}
         with _Clock(model, device) as clock:
@@ -83,14 +115,44 @@ def main(arguments: list[str]) -> int:
         profiles, tables = measure.profiles(passes, device) if options.profile else ({}, "")
     mixtures = {name: statistics.median(values) for name, values in inside.items()}
     base = f"{options.capacities[0]:g}"
-    rows = [[name, met[name], 1e3 * mixtures[name], mixtures[name] / mixtures[base], 1e3 * whole[name], whole[name] / whole[base]]
-            for name in whole]
-    text = measure.table(["capacity", "experts", "mixtures ms", f"of {base}", "pass ms", f"of {base}"], rows) + tables
-    facts = {"model": options.model, "experts": config.moe.experts, "samples": options.samples, "dtype": options.dtype,
-             "repeats": options.repeats, "mixtures_over_first": {n: s / mixtures[base] for n, s in mixtures.items()},
-             "pass_over_first": {n: s / whole[base] for n, s in whole.items()}, "experts_met": met,
-             "mixtures_seconds": mixtures, "pass_seconds": whole, "images_per_second": {n: options.samples / s for n, s in whole.items()},
-             **({"profile": profiles} if profiles else {}), **measure.surroundings(device)}
+    rows = [
+        [
+            name,
+            met[name],
+            1e3 * mixtures[name],
+            mixtures[name] / mixtures[base],
+            1e3 * whole[name],
+            whole[name] / whole[base],
+        ]
+        for name in whole
+    ]
+    text = (
+        measure.table(
+            ["capacity", "experts", "mixtures ms", f"of {base}", "pass ms", f"of {base}"], rows
+        )
+        + tables
+    )
+    facts = {
+        "model": options.model,
+        "experts": config.moe.experts,
+        "samples": options.samples,
+        "dtype": options.dtype,
+        "repeats": options.repeats,
+        "mixtures_over_first": {n: s / mixtures[base] for n, s in mixtures.items()},
+        "pass_over_first": {n: s / whole[base] for n, s in whole.items()},
+        "experts_met": met,
+        "mixtures_seconds": mixtures,
+        "pass_seconds": whole,
+        "images_per_second": {n: options.samples / s for n, s in whole.items()},
+        **({"profile": profiles} if profiles else {}),
+        **measure.surroundings(device),
+    }
     bars = {f"capacity {name}": 1e3 * s for name, s in mixtures.items()}
-    return measure.report(f"sampling_{options.model}_e{config.moe.experts}_{options.samples}", facts, text, bars,
-                          "ms in the mixtures, one pass", options)
+    return measure.report(
+        f"sampling_{options.model}_e{config.moe.experts}_{options.samples}",
+        facts,
+        text,
+        bars,
+        "ms in the mixtures, one pass",
+        options,
+    )

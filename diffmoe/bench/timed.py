@@ -1,4 +1,6 @@
-"""A training step of one rank on this machine, timed and taken apart by kernel: ``bench roofline``'s prediction, measured."""
+"""A training step of one rank on this machine, timed and taken apart by kernel: ``bench
+roofline``'s prediction, measured.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,10 @@ _TOP = 16
 
 @dataclass(frozen=True)
 class Timed:
-    """``seconds`` of a step, median of several; of a traced one [ms, launches] by kind of kernel, the most expensive kernels
-    as [name, launches, ms], and on a GPU the most bytes that tensors took."""
+    """``seconds`` of a step, median of several; of a traced one [ms, launches] by kind of kernel,
+    the most expensive kernels as [name, launches, ms], and on a GPU the most bytes that tensors
+    took.
+    """
 
     seconds: float
     kinds: dict[str, list[float]]
@@ -37,19 +41,28 @@ class Timed:
         return dataclasses.asdict(self)
 
 
-def timed(models: Mapping[str, Config], tree: dict, ways: Sequence[str], repeats: int) -> dict[tuple[str, str], Timed]:
-    """(model, eager | compiled) -> its step on one rank, in the family and under the DeepSpeed JSON that are priced.  One model
-    after another, so that each has the memory to itself.  Compiled at ZeRO 3, which no training is, is left out."""
+def timed(
+    models: Mapping[str, Config], tree: dict, ways: Sequence[str], repeats: int
+) -> dict[tuple[str, str], Timed]:
+    """(model, eager | compiled) -> its step on one rank, in the family and under the DeepSpeed JSON
+    that are priced.  One model after another, so that each has the memory to itself.  Compiled at
+    ZeRO 3, which no training is, is left out.
+    """
     device = local_device(0, 1)
     if not dist.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"
-        dist.init_process_group(backend(device), init_method=f"file://{store}", rank=0, world_size=1)
+        dist.init_process_group(
+            backend(device), init_method=f"file://{store}", rank=0, world_size=1
+        )
     if engine_facts(tree).stage == 3:
         ways = [way for way in ways if way != "compiled"]
     found = {}
     for name, config in models.items():
         training = Training(config, tree, device)
-        steps = {way: Contender(training, config.parallel.recompute, way == "compiled").step for way in ways}
+        steps = {
+            way: Contender(training, config.parallel.recompute, way == "compiled").step
+            for way in ways
+        }
         seconds = measure.interleaved(steps, repeats, device, warm_up=2)
         found |= {(name, way): _traced(step, seconds[way], device) for way, step in steps.items()}
         del training, steps
@@ -69,5 +82,10 @@ def _traced(step: Any, seconds: float, device: torch.device) -> Timed:
         kind = kinds[measure.kind_of(key)]
         kind[0] += ms
         kind[1] += calls
-    return Timed(seconds, kinds, [[key[:100], calls, ms] for key, ms, calls in events[:_TOP]],
-                 torch.cuda.max_memory_allocated(device) if cuda else 0, measure.surroundings(device)["device"])
+    return Timed(
+        seconds,
+        kinds,
+        [[key[:100], calls, ms] for key, ms, calls in events[:_TOP]],
+        torch.cuda.max_memory_allocated(device) if cuda else 0,
+        measure.surroundings(device)["device"],
+    )

@@ -1,4 +1,6 @@
-"""Whether a checkpoint is whole: its files bit for bit, and every tensor that its configuration needs."""
+"""Whether a checkpoint is whole: its files bit for bit, and every tensor that its configuration
+needs.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +8,48 @@ from collections.abc import Iterator
 
 import torch
 
-from diffmoe.checkpoints.reader import BUFFERS, FIRST_MOMENT, MASTER, SECOND_MOMENT, Checkpoint, ema_kind
+from diffmoe.checkpoints.reader import (
+    BUFFERS,
+    FIRST_MOMENT,
+    MASTER,
+    SECOND_MOMENT,
+    Checkpoint,
+    ema_kind,
+)
 from diffmoe.checkpoints.tensor_file import CHUNK, Damaged
 from diffmoe.config import Config
 from diffmoe.models.interchange import fresh_buffers, logical_template
 
 
 def expected_shapes(checkpoint: Checkpoint) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes by kind and logical name of all that training goes on from, by the checkpoint's own configuration.
+    """Shapes by kind and logical name of all that training goes on from, by the checkpoint's own
+    configuration.
 
     Adam's moments need not be there before the first step (see ``writer.save_start``)."""
-    return expected_shapes_of(checkpoint.config(), moments=checkpoint.step > 0 or FIRST_MOMENT in checkpoint.kinds())
+    return expected_shapes_of(
+        checkpoint.config(), moments=checkpoint.step > 0 or FIRST_MOMENT in checkpoint.kinds()
+    )
 
 
 def expected_shapes_of(config: Config, moments: bool) -> dict[str, dict[str, tuple[int, ...]]]:
     """The same for a configuration alone."""
-    buffers = {name: tuple(value.shape) for name, value in fresh_buffers(config.model, config.moe).items()}
+    buffers = {
+        name: tuple(value.shape) for name, value in fresh_buffers(config.model, config.moe).items()
+    }
     template = logical_template(config.model, config.moe)
     weights = {name: tuple(value.shape) for name, value in template.items() if name not in buffers}
-    kinds = [MASTER, *map(ema_kind, config.train.ema_decays), *((FIRST_MOMENT, SECOND_MOMENT) if moments else ())]
+    kinds = [
+        MASTER,
+        *map(ema_kind, config.train.ema_decays),
+        *((FIRST_MOMENT, SECOND_MOMENT) if moments else ()),
+    ]
     return {**dict.fromkeys(kinds, weights), BUFFERS: buffers}
 
 
 def check_tensors(checkpoint: Checkpoint) -> Iterator[str]:
-    """One line for each tensor that is missing, has a gap, or has another shape than the configuration says."""
+    """One line for each tensor that is missing, has a gap, or has another shape than the
+    configuration says.
+    """
     for kind, shapes in expected_shapes(checkpoint).items():
         try:
             tensors = checkpoint.tensors(kind)
@@ -53,7 +73,9 @@ def check_files(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def check_values(checkpoint: Checkpoint) -> Iterator[str]:
-    """One line for each tensor with a NaN or an infinity, or a negative second moment.  Reads a chunk at a time."""
+    """One line for each tensor with a NaN or an infinity, or a negative second moment.  Reads a
+    chunk at a time.
+    """
     for kind in checkpoint.kinds():
         tensors = checkpoint.tensors(kind)
         for name in tensors:

@@ -1,4 +1,6 @@
-"""``checkpoint.json``: what a complete checkpoint consists of, and nothing that could lead out of its folder."""
+"""``checkpoint.json``: what a complete checkpoint consists of, and nothing that could lead out of
+its folder.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _FILE = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)-([0-9]{5})\.safetensors")
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file: its bytes and checksums, and the elements [start, stop) that it holds of each tensor."""
+    """One file: its bytes and checksums, and the elements [start, stop) that it holds of each
+    tensor.
+    """
 
     bytes: int
     crc32: tuple[int, ...]
@@ -33,10 +37,11 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``samples``: the number of the next sample.  ``config``: the resolved configuration.  ``counters``: what the training
-    loop counts besides steps.  ``emas``: decays, the default first.  ``shapes``: whole shapes by tensor name.  ``ranks``: how
-    many wrote it, which no reader needs.  ``class_names``: of the data set, in order; none where it has none, or in older
-    checkpoints."""
+    """``samples``: the number of the next sample.  ``config``: the resolved configuration.
+    ``counters``: what the training loop counts besides steps.  ``emas``: decays, the default first.
+    ``shapes``: whole shapes by tensor name.  ``ranks``: how many wrote it, which no reader needs.
+    ``class_names``: of the data set, in order; none where it has none, or in older checkpoints.
+    """
 
     step: int
     samples: int
@@ -51,7 +56,9 @@ class Manifest:
 
     def pieces(self, file: str) -> list[Piece]:
         """What a file must hold, in its order."""
-        return [Piece(name, self.shapes[name], *span) for name, span in self.files[file].tensors.items()]
+        return [
+            Piece(name, self.shapes[name], *span) for name, span in self.files[file].tensors.items()
+        ]
 
 
 def file_name(kind: str, part: int) -> str:
@@ -73,7 +80,9 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises Damaged for a file that is not what was written, and UserError for one of another format."""
+    """Raises Damaged for a file that is not what was written, and UserError for one of another
+    format.
+    """
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
@@ -99,18 +108,30 @@ def _checksum(tree: dict) -> int:
 
 
 def _parse(tree: dict) -> Manifest:
-    shapes = {name: tuple(_natural(size) for size in shape) for name, shape in tree["shapes"].items()}
+    shapes = {
+        name: tuple(_natural(size) for size in shape) for name, shape in tree["shapes"].items()
+    }
     files = {name: _parse_file(name, record, shapes) for name, record in tree["files"].items()}
     if not isinstance(tree["config"], dict) or not isinstance(tree["counters"], dict):
         raise UserError("config and counters must be mappings")
-    return Manifest(*(_natural(tree[key]) for key in ("step", "samples", "pool", "ranks")), tuple(map(float, tree["emas"])),
-                    tree["counters"], tree["config"], shapes, files, tuple(map(str, tree.get("class_names", ()))))
+    return Manifest(
+        *(_natural(tree[key]) for key in ("step", "samples", "pool", "ranks")),
+        tuple(map(float, tree["emas"])),
+        tree["counters"],
+        tree["config"],
+        shapes,
+        files,
+        tuple(map(str, tree.get("class_names", ()))),
+    )
 
 
 def _parse_file(name: str, record: dict, shapes: Mapping[str, tuple[int, ...]]) -> FileRecord:
     if not _FILE.fullmatch(name):
         raise UserError(f"{name!r} is not the name of a file of a checkpoint")
-    spans = {tensor: (_natural(start), _natural(stop)) for tensor, (start, stop) in record["tensors"].items()}
+    spans = {
+        tensor: (_natural(start), _natural(stop))
+        for tensor, (start, stop) in record["tensors"].items()
+    }
     strangers = [tensor for tensor in spans if tensor not in shapes]
     if strangers:
         raise UserError(f"{name} holds {strangers[0]}, which has no shape")

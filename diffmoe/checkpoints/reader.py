@@ -1,4 +1,6 @@
-"""Reading checkpoints: nothing is read before it is asked for, everything is checked as it is read, nothing is ever executed."""
+"""Reading checkpoints: nothing is read before it is asked for, everything is checked as it is read,
+nothing is ever executed.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +33,24 @@ def ema_kind(decay: float) -> str:
 
 
 def complete_folders(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first: found by their step, never by a pointer that could be old."""
+    """The complete checkpoints in a folder, oldest first: found by their step, never by a pointer
+    that could be old.
+    """
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file())
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if _FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file()
+    )
 
 
 class Tensors(Mapping[str, Tensor]):
     """Tensors by name, put together from the files that hold their pieces.
 
-    Raises Damaged when the pieces of a tensor leave a gap or overlap.  One file is open and one chunk in memory at a time."""
+    Raises Damaged when the pieces of a tensor leave a gap or overlap.  One file is open and one
+    chunk in memory at a time.
+    """
 
     def __init__(self, pieces: list[tuple[Piece, TensorFile]], source: str) -> None:
         self._pieces: dict[str, list[tuple[Piece, TensorFile]]] = {}
@@ -52,12 +62,16 @@ class Tensors(Mapping[str, Tensor]):
             at = 0
             for piece, file in found:
                 if piece.start < at:
-                    raise Damaged(f"{source}: tensor {name} is twice there from element {piece.start} on, {file.path.name} the second")
+                    raise Damaged(
+                        f"{source}: tensor {name} is twice there from element {piece.start} on, {file.path.name} the second"
+                    )
                 if piece.start > at or piece.stop < piece.start:
                     raise Damaged(f"{source} lacks elements {at} to {piece.start} of {name}")
                 at = piece.stop
             if at != prod(found[0][0].shape):
-                raise Damaged(f"{source} has {at} elements of {name}, whose shape is {list(found[0][0].shape)}")
+                raise Damaged(
+                    f"{source} has {at} elements of {name}, whose shape is {list(found[0][0].shape)}"
+                )
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._pieces[name][0][0].shape
@@ -68,12 +82,16 @@ class Tensors(Mapping[str, Tensor]):
         return self._use(file).dtype(piece.key)
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Copies the elements from ``start`` on into the flat tensor ``out``, on any device, and touches no others."""
+        """Copies the elements from ``start`` on into the flat tensor ``out``, on any device, and
+        touches no others.
+        """
         stop = start + out.numel()
         for piece, file in self._pieces[name]:
             first, last = max(start, piece.start), min(stop, piece.stop)
             if first < last:
-                self._use(file).read_into(piece.key, first - piece.start, out[first - start : last - start])
+                self._use(file).read_into(
+                    piece.key, first - piece.start, out[first - start : last - start]
+                )
 
     def _use(self, file: TensorFile) -> TensorFile:
         if self._last is not None and self._last is not file:
@@ -94,26 +112,36 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def open_tensors(paths: list[Path]) -> Tensors:
-    """The tensors of safetensors files that belong to no checkpoint, by name.  Damaged for a bad file or a doubled name."""
+    """The tensors of safetensors files that belong to no checkpoint, by name.  Damaged for a bad
+    file or a doubled name.
+    """
     files = [TensorFile(path) for path in paths]
-    opened = Tensors([(piece, file) for file in files for piece in whole_entry_pieces(file)], "together the files")
+    opened = Tensors(
+        [(piece, file) for file in files for piece in whole_entry_pieces(file)],
+        "together the files",
+    )
     for file in files:
         file.release()
     return opened
 
 
 class Checkpoint:
-    """A complete checkpoint, opened: ``path`` is its folder, or a run's folder whose newest one is meant.
+    """A complete checkpoint, opened: ``path`` is its folder, or a run's folder whose newest one is
+    meant.
 
-    Opening compares names and sizes.  Raises Damaged (a UserError) for damage, UserError when there is none or its format
-    is another."""
+    Opening compares names and sizes.  Raises Damaged (a UserError) for damage, UserError when there
+    is none or its format is another.
+    """
 
     def __init__(self, path: Path) -> None:
         if not (path / MANIFEST).is_file():
             newest = complete_folders(path / "checkpoints") or complete_folders(path)
             if not newest:
                 exported = ", but an exported model: run.py import --hf makes a checkpoint of it, DiffMoEPipeline reads it as it is"
-                raise UserError(f"no complete checkpoint in {path}" + exported * (path / "config.json").is_file())
+                raise UserError(
+                    f"no complete checkpoint in {path}"
+                    + exported * (path / "config.json").is_file()
+                )
             path = newest[-1]
         self.path = path
         self.manifest = read_manifest(path / MANIFEST)
@@ -154,14 +182,28 @@ class Checkpoint:
         return list(dict.fromkeys(map(kind_of, self.manifest.files)))
 
     def tensors(self, kind: str) -> Tensors:
-        """Tensors of ``master``, ``exp_avg``, ``exp_avg_sq``, ``buffers`` or an :func:`ema_kind`; empty if there are none."""
-        return Tensors([(piece, file) for name, file in self._files.items() if kind_of(name) == kind
-                        for piece in self.manifest.pieces(name)], f"{kind} of {self.path}")
+        """Tensors of ``master``, ``exp_avg``, ``exp_avg_sq``, ``buffers`` or an :func:`ema_kind`;
+        empty if there are none.
+        """
+        return Tensors(
+            [
+                (piece, file)
+                for name, file in self._files.items()
+                if kind_of(name) == kind
+                for piece in self.manifest.pieces(name)
+            ],
+            f"{kind} of {self.path}",
+        )
 
     def weights(self, which: str) -> Tensors:
-        """Weights of ``raw`` (what is trained), ``ema`` (the default EMA) or ``ema:0.999``.  Raises UserError for others."""
-        names = {"raw": MASTER, "ema": ema_kind(self.manifest.emas[0]),
-                 **{f"ema:{decay!r}": ema_kind(decay) for decay in self.manifest.emas}}
+        """Weights of ``raw`` (what is trained), ``ema`` (the default EMA) or ``ema:0.999``.  Raises
+        UserError for others.
+        """
+        names = {
+            "raw": MASTER,
+            "ema": ema_kind(self.manifest.emas[0]),
+            **{f"ema:{decay!r}": ema_kind(decay) for decay in self.manifest.emas},
+        }
         kind, _, decay = which.partition(":")
         if kind == "ema" and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", decay):
             which = f"ema:{float(decay)!r}"  # 0.9990 is 0.999
@@ -170,9 +212,14 @@ class Checkpoint:
         return self.tensors(names[which])
 
     def check_file(self, name: str) -> None:
-        """Reads a whole file.  Raises Damaged unless its bytes and its header are what the manifest says."""
+        """Reads a whole file.  Raises Damaged unless its bytes and its header are what the manifest
+        says.
+        """
         file, pieces = self._files[name], self.manifest.pieces(name)
         file.check()
-        shapes = {piece.key: piece.shape if piece.whole else (piece.stop - piece.start,) for piece in pieces}
+        shapes = {
+            piece.key: piece.shape if piece.whole else (piece.stop - piece.start,)
+            for piece in pieces
+        }
         if {key: entry.shape for key, entry in file.entries().items()} != shapes:
             raise Damaged(f"{file.path} does not hold the tensors that {MANIFEST} says")

@@ -1,9 +1,11 @@
-"""Safetensors files as streams: written header first and read range by range, with a CRC-32 of every 4 MiB.
+"""Safetensors files as streams: written header first and read range by range, with a CRC-32 of
+every 4 MiB.
 
-The files are ordinary ones, which the stock library reads; it is not used here because it builds a file in memory to write it and
-knows no checksums.  CRC-32 because it finds what disks and networks do to bytes and is the only checksum of Python's own that
-keeps up with a fast disk (3.9 GiB/s on one core where SHA-256 made 1.7); it is no defence against somebody who changes a file on
-purpose, and need not be: nothing that is read here is ever executed.
+The files are ordinary ones, which the stock library reads; it is not used here because it builds a
+file in memory to write it and knows no checksums.  CRC-32 because it finds what disks and networks
+do to bytes and is the only checksum of Python's own that keeps up with a fast disk (3.9 GiB/s on
+one core where SHA-256 made 1.7); it is no defence against somebody who changes a file on purpose,
+and need not be: nothing that is read here is ever executed.
 """
 
 from __future__ import annotations
@@ -25,8 +27,18 @@ from diffmoe.errors import UserError
 
 CHUNK = 4 * 2**20
 _MAX_HEADER = 100 * 2**20  # the stock library's limit
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -66,17 +78,25 @@ class Written:
     crc32: tuple[int, ...]
 
 
-def write_tensors(path: Path, pieces: Sequence[tuple[Piece, torch.dtype]], values: Iterable[Tensor]) -> Written:
-    """Writes ``values`` (one flat tensor for each piece, in order, on any device) and syncs the file.
+def write_tensors(
+    path: Path, pieces: Sequence[tuple[Piece, torch.dtype]], values: Iterable[Tensor]
+) -> Written:
+    """Writes ``values`` (one flat tensor for each piece, in order, on any device) and syncs the
+    file.
 
-    At most two chunks are in memory beside the values, which may be made one by one.  Raises OSError."""
+    At most two chunks are in memory beside the values, which may be made one by one.  Raises
+    OSError.
+    """
     header: dict[str, dict] = {}
     end = 0
     for piece, dtype in pieces:
         assert piece.key not in header, piece.key
         begin, end = end, end + (piece.stop - piece.start) * dtype.itemsize
-        header[piece.key] = {"dtype": _NAMES[dtype], "shape": list(piece.shape if piece.whole else (piece.stop - piece.start,)),
-                             "data_offsets": [begin, end]}
+        header[piece.key] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(piece.shape if piece.whole else (piece.stop - piece.start,)),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb", buffering=0) as stream:
@@ -132,7 +152,8 @@ class Entry:
 
 
 class TensorFile:
-    """A safetensors file, read range by range; every chunk is checked as it is read, if its checksums are known.
+    """A safetensors file, read range by range; every chunk is checked as it is read, if its
+    checksums are known.
 
     Keeps one chunk in memory until :meth:`release`."""
 
@@ -143,7 +164,9 @@ class TensorFile:
         self._held: tuple[int, memoryview] | None = None
 
     def entries(self) -> dict[str, Entry]:
-        """What the header says, by key.  Raises Damaged unless it is a safetensors header that fits the file."""
+        """What the header says, by key.  Raises Damaged unless it is a safetensors header that fits
+        the file.
+        """
         if self._entries is None:
             self._entries = self._read_header()
         return self._entries
@@ -153,7 +176,9 @@ class TensorFile:
         return self._entry(key).dtype
 
     def read_into(self, key: str, first: int, out: Tensor) -> None:
-        """Copies the elements of an entry from ``first`` on into the flat tensor ``out`` (any device)."""
+        """Copies the elements of an entry from ``first`` on into the flat tensor ``out`` (any
+        device).
+        """
         entry = self._entry(key)
         size = entry.dtype.itemsize
         begin = entry.begin + first * size
@@ -163,7 +188,11 @@ class TensorFile:
         step = CHUNK // size
         for at in range(0, out.numel(), step):
             part = out[at : at + step]
-            host = torch.empty(part.shape, dtype=part.dtype) if part.device.type != "cpu" or not part.is_contiguous() else part
+            host = (
+                torch.empty(part.shape, dtype=part.dtype)
+                if part.device.type != "cpu" or not part.is_contiguous()
+                else part
+            )
             self._fill(memoryview(host.view(torch.uint8).numpy()), begin + at * size)
             if host is not part:
                 part.copy_(host)
@@ -216,8 +245,10 @@ class TensorFile:
         if self._written is not None:
             expected = self._written.crc32[number] if number < len(self._written.crc32) else None
             if zlib.crc32(data) != expected:
-                raise Damaged(f"{self.path} is not what was written: its checksum is wrong in bytes {number * CHUNK} to "
-                              f"{number * CHUNK + filled}")
+                raise Damaged(
+                    f"{self.path} is not what was written: its checksum is wrong in bytes {number * CHUNK} to "
+                    f"{number * CHUNK + filled}"
+                )
         self._held = (number, data)
         return data
 
@@ -232,12 +263,18 @@ class TensorFile:
         self._fill(memoryview(prefix), 0)
         (length,) = struct.unpack("<Q", prefix)
         if length > min(_MAX_HEADER, total - 8):
-            raise Damaged(f"{self.path} is not a whole safetensors file: its header would have {length} bytes of {total}")
+            raise Damaged(
+                f"{self.path} is not a whole safetensors file: its header would have {length} bytes of {total}"
+            )
         text = bytearray(length)
         self._fill(memoryview(text), 8)
         try:
             tree = json.loads(text.decode(), object_pairs_hook=_once)
-            return {key: _parse_entry(record, 8 + length, total) for key, record in tree.items() if key != "__metadata__"}
+            return {
+                key: _parse_entry(record, 8 + length, total)
+                for key, record in tree.items()
+                if key != "__metadata__"
+            }
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Damaged(f"{self.path} is not a whole safetensors file: {error}") from None
 
@@ -259,5 +296,7 @@ def _parse_entry(record: dict, data: int, total: int) -> Entry:
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise UserError("shapes and offsets must be whole numbers")
     if end - begin != prod(shape) * dtype.itemsize or data + end > total:
-        raise UserError(f"shape {shape} and offsets {begin} to {end} do not fit a file of {total} bytes")
+        raise UserError(
+            f"shape {shape} and offsets {begin} to {end} do not fit a file of {total} bytes"
+        )
     return Entry(dtype, tuple(shape), data + begin, data + end)

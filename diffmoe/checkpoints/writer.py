@@ -1,7 +1,8 @@
-"""Writing checkpoints: every rank its own files, then one of them makes the folder complete by renaming it.
+"""Writing checkpoints: every rank its own files, then one of them makes the folder complete by
+renaming it.
 
-The ranks tell each other what they wrote by small records in the folder itself, so that all of this can go on in threads while
-training uses the process groups.
+The ranks tell each other what they wrote by small records in the folder itself, so that all of this
+can go on in threads while training uses the process groups.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank writes of a kind of tensors: pieces, their types, and flat values that may be made one by one, in order."""
+    """What one rank writes of a kind of tensors: pieces, their types, and flat values that may be
+    made one by one, in order.
+    """
 
     pieces: Sequence[tuple[Piece, torch.dtype]]
     values: Iterable[Tensor]
@@ -47,7 +50,9 @@ def partial_folder(folder: Path, step: int) -> Path:
 
 
 def prepare(folder: Path, step: int) -> Path:
-    """Removes what saves of earlier, dead runs left and makes an empty folder to write in; one rank.  Raises OSError."""
+    """Removes what saves of earlier, dead runs left and makes an empty folder to write in; one
+    rank.  Raises OSError.
+    """
     for left in folder.glob(".step_*.partial"):
         shutil.rmtree(left, ignore_errors=True)
     partial = partial_folder(folder, step)
@@ -56,8 +61,10 @@ def prepare(folder: Path, step: int) -> Path:
 
 
 def write_part(partial: Path, part: int, kinds: Mapping[str, Share]) -> None:
-    """Writes one rank's files and, when they are on the disk, a record of them.  Raises OSError and whatever ``values`` raises;
-    then its files are gone and the record says why, if even that can be written."""
+    """Writes one rank's files and, when they are on the disk, a record of them.  Raises OSError and
+    whatever ``values`` raises; then its files are gone and the record says why, if even that can be
+    written.
+    """
     files: dict[str, FileRecord] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     try:
@@ -76,16 +83,23 @@ def write_part(partial: Path, part: int, kinds: Mapping[str, Share]) -> None:
         with suppress(OSError):  # make room first: the disk may be full
             for kind in kinds:
                 (partial / file_name(kind, part)).unlink(missing_ok=True)
-            _write_text(partial / _record_name(part), json.dumps({"problem": f"{type(error).__name__}: {error}"}))
+            _write_text(
+                partial / _record_name(part),
+                json.dumps({"problem": f"{type(error).__name__}: {error}"}),
+            )
         raise
 
 
-def join_parts(partial: Path, parts: int, stopped: Callable[[], bool]) -> tuple[dict[str, FileRecord], dict[str, tuple[int, ...]]]:
+def join_parts(
+    partial: Path, parts: int, stopped: Callable[[], bool]
+) -> tuple[dict[str, FileRecord], dict[str, tuple[int, ...]]]:
     """Waits for all records; returns the files and the shapes that they name.
 
     Raises Stopped when another part failed or ``stopped()`` says so."""
     wanted = {_record_name(part) for part in range(parts)}
-    while not wanted <= {entry.name for entry in os.scandir(partial)}:  # a listing, which network file systems keep fresh
+    while not wanted <= {
+        entry.name for entry in os.scandir(partial)
+    }:  # a listing, which network file systems keep fresh
         if stopped():
             raise Stopped
         time.sleep(_POLL_S)
@@ -103,7 +117,9 @@ def join_parts(partial: Path, parts: int, stopped: Callable[[], bool]) -> tuple[
 
 
 def commit(partial: Path, final: Path, manifest: Manifest) -> None:
-    """Makes a written folder the complete checkpoint ``final``; what had that name goes.  Raises OSError."""
+    """Makes a written folder the complete checkpoint ``final``; what had that name goes.  Raises
+    OSError.
+    """
     _write_text(partial / MANIFEST, manifest_text(manifest))
     for record in partial.glob(_record_name("*")):
         record.unlink()
@@ -114,7 +130,8 @@ def commit(partial: Path, final: Path, manifest: Manifest) -> None:
 
 
 def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
-    """Removes complete checkpoints up to ``step`` but for the newest ``keep`` and those whose step divides by ``keep_every``.
+    """Removes complete checkpoints up to ``step`` but for the newest ``keep`` and those whose step
+    divides by ``keep_every``.
 
     Later ones stay: they are of a run that went back, and may be damaged."""
     numbers = {path: int(path.name.removeprefix("step_")) for path in complete_folders(folder)}
@@ -124,27 +141,56 @@ def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
                 _remove(path)
 
 
-def describe(step: int, config: Config, layout: Layout, counters: Mapping[str, object], files: Mapping[str, FileRecord],
-             shapes: Mapping[str, tuple[int, ...]], class_names: tuple[str, ...] = ()) -> Manifest:
-    """The manifest of a checkpoint of this run.  ``counters["recipes"]``: see ``training/resume.py``."""
+def describe(
+    step: int,
+    config: Config,
+    layout: Layout,
+    counters: Mapping[str, object],
+    files: Mapping[str, FileRecord],
+    shapes: Mapping[str, tuple[int, ...]],
+    class_names: tuple[str, ...] = (),
+) -> Manifest:
+    """The manifest of a checkpoint of this run.  ``counters["recipes"]``: see
+    ``training/resume.py``.
+    """
     shift = counters["recipes"][-1]["shift"] if counters.get("recipes") else 0
-    return Manifest(step, (step + shift) * layout.batch, layout.pool, layout.ranks, config.train.ema_decays, counters,
-                    config_to_tree(config), shapes, files, class_names)
+    return Manifest(
+        step,
+        (step + shift) * layout.batch,
+        layout.pool,
+        layout.ranks,
+        config.train.ema_decays,
+        counters,
+        config_to_tree(config),
+        shapes,
+        files,
+        class_names,
+    )
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> Share:
     """Tensors that one rank writes as they are."""
-    return Share([(whole_piece(name, value), value.dtype) for name, value in tensors.items()],
-                (value.reshape(-1) for value in tensors.values()))
+    return Share(
+        [(whole_piece(name, value), value.dtype) for name, value in tensors.items()],
+        (value.reshape(-1) for value in tensors.values()),
+    )
 
 
-def save_start(folder: Path, config: Config, layout: Layout, kinds: Mapping[str, Iterable[tuple[str, Tensor]]],
-               buffers: Mapping[str, Tensor], class_names: tuple[str, ...] = ()) -> Path:
-    """Writes weights from elsewhere as the state before step 0; one process, at most 1 GiB (or one tensor) of them in memory.
+def save_start(
+    folder: Path,
+    config: Config,
+    layout: Layout,
+    kinds: Mapping[str, Iterable[tuple[str, Tensor]]],
+    buffers: Mapping[str, Tensor],
+    class_names: tuple[str, ...] = (),
+) -> Path:
+    """Writes weights from elsewhere as the state before step 0; one process, at most 1 GiB (or one
+    tensor) of them in memory.
 
-    ``kinds``: (logical name, fp32 tensor) pairs of ``master`` and the EMAs; other kinds are kept with the checkpoint and not
-    restored.  Adam's moments are not stored: before the first step they are zero.  Raises UserError when ``folder``
-    already has a checkpoint."""
+    ``kinds``: (logical name, fp32 tensor) pairs of ``master`` and the EMAs; other kinds are kept
+    with the checkpoint and not restored.  Adam's moments are not stored: before the first step they
+    are zero.  Raises UserError when ``folder`` already has a checkpoint.
+    """
     there = complete_folders(folder)
     if there:
         raise UserError(f"{folder} already has {there[-1].name}; choose another run.folder")
@@ -165,8 +211,11 @@ def save_start(folder: Path, config: Config, layout: Layout, kinds: Mapping[str,
     return final
 
 
-def save_parts(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], limit: int) -> dict[str, Path]:
-    """Writes ``stem-000.safetensors``, …, of at most ``limit`` bytes each unless one tensor alone has more.
+def save_parts(
+    folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], limit: int
+) -> dict[str, Path]:
+    """Writes ``stem-000.safetensors``, …, of at most ``limit`` bytes each unless one tensor alone
+    has more.
 
     Returns the file of every tensor.  One part is in memory at a time."""
     where: dict[str, Path] = {}
@@ -185,7 +234,9 @@ def _parts(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[s
         if part and filled + value.nbytes > limit:
             yield part
             part, filled = {}, 0
-        part[name] = value.detach().clone(memory_format=torch.contiguous_format)  # never a view of something larger
+        part[name] = value.detach().clone(
+            memory_format=torch.contiguous_format
+        )  # never a view of something larger
         filled += value.nbytes
     if part:
         yield part

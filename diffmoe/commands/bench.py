@@ -25,8 +25,10 @@ KINDS = {
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The verb ``bench``; returns the exit code.  UserError for bad input."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("run.py bench KIND … (--help after the kind says more):\n"
-              + "\n".join(f"  {kind:13} {text}" for kind, text in KINDS.items()))
+        print(
+            "run.py bench KIND … (--help after the kind says more):\n"
+            + "\n".join(f"  {kind:13} {text}" for kind, text in KINDS.items())
+        )
         return 0
     kind, rest = arguments[0], arguments[1:]
     if kind not in KINDS:

@@ -10,12 +10,21 @@ from launcher.environment import RankEnvironment
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``check-checkpoint``; returns 0 when everything is whole, else 1.  UserError where there is no checkpoint."""
-    parser = Parser(prog="check-checkpoint", description="Whether checkpoints are whole: the manifest, every file's size and "
-                                                         "checksums, every tensor that the configuration needs. Exit code 0, "
-                                                         "1 where one is not, 2 for bad input.")
-    parser.add_argument("folder", nargs="+", help="checkpoint folder, or run folder (all of its checkpoints)")
-    parser.add_argument("--values", action="store_true", help="also look for values that are not finite")
+    """The verb ``check-checkpoint``; returns 0 when everything is whole, else 1.  UserError where
+    there is no checkpoint.
+    """
+    parser = Parser(
+        prog="check-checkpoint",
+        description="Whether checkpoints are whole: the manifest, every file's size and "
+        "checksums, every tensor that the configuration needs. Exit code 0, "
+        "1 where one is not, 2 for bad input.",
+    )
+    parser.add_argument(
+        "folder", nargs="+", help="checkpoint folder, or run folder (all of its checkpoints)"
+    )
+    parser.add_argument(
+        "--values", action="store_true", help="also look for values that are not finite"
+    )
     options = parser.parse_args(arguments)
     one_process("check-checkpoint", environment)
     from diffmoe.checkpoints.manifest import MANIFEST
@@ -23,7 +32,11 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
     problems = 0
     for folder in map(Path, options.folder):
-        found = [folder] if (folder / MANIFEST).is_file() else complete_folders(folder / "checkpoints") or complete_folders(folder)
+        found = (
+            [folder]
+            if (folder / MANIFEST).is_file()
+            else complete_folders(folder / "checkpoints") or complete_folders(folder)
+        )
         if not found:
             raise UserError(f"no complete checkpoint in {folder}")
         for path in found:
@@ -47,6 +60,9 @@ def _check(path: Path, values: bool) -> int:
         print(f"damaged  {problem}", flush=True)
     if not problems:
         files = checkpoint.manifest.files
-        print(f"whole    {path}: step {checkpoint.step}, {len(files)} files, {sum(f.bytes for f in files.values()) / 1e9:.2f} GB, "
-              f"{', '.join(checkpoint.kinds())}", flush=True)
+        print(
+            f"whole    {path}: step {checkpoint.step}, {len(files)} files, {sum(f.bytes for f in files.values()) / 1e9:.2f} GB, "
+            f"{', '.join(checkpoint.kinds())}",
+            flush=True,
+        )
     return len(problems)

@@ -1,6 +1,8 @@
 """What several verbs need: the parser, the ranks' coming and going, the model of a checkpoint.
 
-torch comes in only where ranks join: mistakes on the command line answer at once, also where there is no torch."""
+torch comes in only where ranks join: mistakes on the command line answer at once, also where there
+is no torch.
+"""
 
 from __future__ import annotations
 
@@ -47,30 +49,47 @@ def one_process(verb: str, environment: RankEnvironment) -> None:
 
 def add_fp32_precision(parser: argparse.ArgumentParser) -> None:
     """``--fp32-precision``, in place of the checkpoint's ``run.fp32_precision``."""
-    parser.add_argument("--fp32-precision", choices=("ieee", "tf32"),
-                        help="of a GPU's fp32 matmuls (default: that of the run)")
+    parser.add_argument(
+        "--fp32-precision",
+        choices=("ieee", "tf32"),
+        help="of a GPU's fp32 matmuls (default: that of the run)",
+    )
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
     """``--compile``, in place of the checkpoint's ``train.compile``."""
-    parser.add_argument("--compile", choices=("auto", "true", "false"),
-                        help="torch.compile the model; auto: on a GPU (default: train.compile of the run)")
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "true", "false"),
+        help="torch.compile the model; auto: on a GPU (default: train.compile of the run)",
+    )
 
 
 def add_latent_options(parser: argparse.ArgumentParser) -> None:
     """What ``--vae`` takes out of latents."""
     for name in ("--latent-scale", "--latent-shift"):
-        parser.add_argument(name, type=float, help="(default: the training data's, else the VAE's own)")
+        parser.add_argument(
+            name, type=float, help="(default: the training data's, else the VAE's own)"
+        )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``, of verbs whose device no configuration says."""
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): a GPU if there is one")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto (default): a GPU if there is one",
+    )
 
 
-def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE, asked: str = "auto") -> torch.device:
-    """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device, the ``asked`` one (see
-    ``device.local_device``).  ``timeout``: of a collective.  UserError on all ranks where one has no device."""
+def join(
+    environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE, asked: str = "auto"
+) -> torch.device:
+    """Joins the other ranks (NCCL on GPUs, gloo on CPUs); returns this rank's device, the ``asked``
+    one (see ``device.local_device``).  ``timeout``: of a collective.  UserError on all ranks where
+    one has no device.
+    """
     check_master(environment)
     import torch
     import torch.distributed as dist
@@ -87,17 +106,28 @@ def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE, 
     if device is not None:
         place(environment, device)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cores_each(environment.local_world))  # torch would give every rank all of the node's
+        torch.set_num_threads(
+            cores_each(environment.local_world)
+        )  # torch would give every rank all of the node's
     with _note_where_it_takes_long(environment):
-        # The store comes first, by itself: NCCL's own words for two ranks on one GPU are not for users.
+        # The store comes first, by itself: NCCL's own words for two ranks on one GPU are not for
+        # users.
         try:
-            store, _, _ = next(dist.rendezvous(environment.init_method or "env://", environment.rank, environment.world,
-                                               timeout=timeout))
+            store, _, _ = next(
+                dist.rendezvous(
+                    environment.init_method or "env://",
+                    environment.rank,
+                    environment.world,
+                    timeout=timeout,
+                )
+            )
         except RuntimeError as error:
             if "EADDRINUSE" not in str(error):
                 raise problem or error
-            raise UserError(f"MASTER_PORT ({os.environ.get('MASTER_PORT')}) is in use on this machine, perhaps by another run: "
-                            "give the launcher another --master_port") from None
+            raise UserError(
+                f"MASTER_PORT ({os.environ.get('MASTER_PORT')}) is in use on this machine, perhaps by another run: "
+                "give the launcher another --master_port"
+            ) from None
         store.set_timeout(timeout)
         _check_devices("device", problem, device, store, environment)
         if device.type == "cuda":
@@ -107,14 +137,26 @@ def join(environment: RankEnvironment, timeout: datetime.timedelta = _PATIENCE, 
                 problem = error
             _check_devices("own GPU", problem, device, store, environment)
         dist.init_process_group(
-            backend(device), store=dist.PrefixStore("ranks", store), rank=environment.rank, world_size=environment.world,
-            timeout=timeout, device_id=bound(device, environment.world))
+            backend(device),
+            store=dist.PrefixStore("ranks", store),
+            rank=environment.rank,
+            world_size=environment.world,
+            timeout=timeout,
+            device_id=bound(device, environment.world),
+        )
     return device
 
 
-def _check_devices(name: str, problem: UserError | None, device: torch.device | None, store: Store,
-                   environment: RankEnvironment) -> None:
-    """Raises AgreedError on all ranks where one has a problem with its device, or they have different ones."""
+def _check_devices(
+    name: str,
+    problem: UserError | None,
+    device: torch.device | None,
+    store: Store,
+    environment: RankEnvironment,
+) -> None:
+    """Raises AgreedError on all ranks where one has a problem with its device, or they have
+    different ones.
+    """
     from diffmoe.device import share
     from diffmoe.parallel.collectives import AgreedError
 
@@ -123,10 +165,16 @@ def _check_devices(name: str, problem: UserError | None, device: torch.device | 
     first = next((rank for rank, text in enumerate(problems) if text), None)
     other = next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None)
     if first is not None:
-        message = problems[first] if len(set(problems)) == 1 else f"rank {first} on {hosts[first]}: {problems[first]}"
+        message = (
+            problems[first]
+            if len(set(problems)) == 1
+            else f"rank {first} on {hosts[first]}: {problems[first]}"
+        )
     elif other is not None:
-        message = (f"all ranks must have one kind of device: rank 0 on {hosts[0]} has {kinds[0]}, "
-                   f"rank {other} on {hosts[other]} has {kinds[other]}")
+        message = (
+            f"all ranks must have one kind of device: rank 0 on {hosts[0]} has {kinds[0]}, "
+            f"rank {other} on {hosts[other]} has {kinds[other]}"
+        )
     else:
         return
     heard, deadline = store.add(f"{name} heard", 1), time.monotonic() + 10.0
@@ -138,8 +186,12 @@ def _check_devices(name: str, problem: UserError | None, device: torch.device | 
 
 @contextlib.contextmanager
 def _note_where_it_takes_long(environment: RankEnvironment) -> Iterator[None]:
-    """One line a node, once the ranks should have met: their patience is long, since a large job starts slowly."""
-    note = threading.Timer(_NOTE_S, lambda: print(f"note: {missed(environment)}", file=sys.stderr, flush=True))
+    """One line a node, once the ranks should have met: their patience is long, since a large job
+    starts slowly.
+    """
+    note = threading.Timer(
+        _NOTE_S, lambda: print(f"note: {missed(environment)}", file=sys.stderr, flush=True)
+    )
     note.daemon = True
     if environment.world > 1 and environment.local_rank == 0:
         note.start()
@@ -150,8 +202,9 @@ def _note_where_it_takes_long(environment: RankEnvironment) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Waits for the other ranks and parts from them.  This rank's work is done: one that is lost on its way out is noted, and
-    its own exit code tells its launcher."""
+    """Waits for the other ranks and parts from them.  This rank's work is done: one that is lost on
+    its way out is noted, and its own exit code tells its launcher.
+    """
     import torch.distributed as dist
 
     from diffmoe.parallel.collectives import is_lost_peer
@@ -162,18 +215,30 @@ def leave() -> None:
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        print("note: another rank was lost on its way out, after the work was done", file=sys.stderr, flush=True)
+        print(
+            "note: another rank was lost on its way out, after the work was done",
+            file=sys.stderr,
+            flush=True,
+        )
     dist.destroy_process_group()
 
 
 def sampling_config(config: Config, options: argparse.Namespace) -> Config:
-    """The run's configuration with what the command line says; only the ``sample`` section may be overridden.
-    UserError also for guidance that the run's training does not allow."""
+    """The run's configuration with what the command line says; only the ``sample`` section may be
+    overridden. UserError also for guidance that the run's training does not allow.
+    """
     strangers = [text for text in options.overrides if not text.startswith("sample.")]
     if strangers:
-        raise UserError(f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change")
-    said = {"sample.cfg": options.cfg, "run.seed": options.seed, "run.fp32_precision": options.fp32_precision,
-            "train.compile": options.compile, "sample.capacity": getattr(options, "capacity", None)}  # not every verb that samples has the last
+        raise UserError(
+            f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change"
+        )
+    said = {
+        "sample.cfg": options.cfg,
+        "run.seed": options.seed,
+        "run.fp32_precision": options.fp32_precision,
+        "train.compile": options.compile,
+        "sample.capacity": getattr(options, "capacity", None),
+    }  # not every verb that samples has the last
     more = [f"{name}={value}" for name, value in said.items() if value is not None]
     config = override(config, options.overrides + more)
     check_guidance(config)
@@ -181,8 +246,9 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:
-    """A model with all experts on the CPU, holding a checkpoint's ``raw``, ``ema`` or ``ema:0.999`` weights.  UserError where
-    there are none such or they do not fit."""
+    """A model with all experts on the CPU, holding a checkpoint's ``raw``, ``ema`` or ``ema:0.999``
+    weights.  UserError where there are none such or they do not fit.
+    """
     from diffmoe.checkpoints.reader import BUFFERS
     from diffmoe.models.dit import DiT
     from diffmoe.models.interchange import load_buffers, load_logical

@@ -74,50 +74,98 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         print(note, flush=True)
     set_fp32_precision(config.run.fp32_precision)
     model.to(device).eval()
-    decode = None if decoder is None else lambda latents: decoder.function(latents).float() / 127.5 - 1
-    images = generate_everywhere(model, config, labels, groups.world, device, progress=environment.rank == 0,
-                                 meter=meter, decode=decode)
+    decode = (
+        None if decoder is None else lambda latents: decoder.function(latents).float() / 127.5 - 1
+    )
+    images = generate_everywhere(
+        model,
+        config,
+        labels,
+        groups.world,
+        device,
+        progress=environment.rank == 0,
+        meter=meter,
+        decode=decode,
+    )
     used = None if meter is None else meter.merged(groups.world)
     if environment.rank == 0:
         arrays = {"images": images.numpy(), "labels": np.array(labels)}
-        if images.shape[1] in (1, 3) and torch.isfinite(images).all():  # pictures, in ADM's form too; latents have none
-            arrays |= {"arr_0": to_uint8(images).permute(0, 2, 3, 1).numpy(), "arr_1": arrays["labels"]}
+        if (
+            images.shape[1] in (1, 3) and torch.isfinite(images).all()
+        ):  # pictures, in ADM's form too; latents have none
+            arrays |= {
+                "arr_0": to_uint8(images).permute(0, 2, 3, 1).numpy(),
+                "arr_1": arrays["labels"],
+            }
         np.savez(npz, **arrays)
         shown = images[: 10 * config.sample.columns].numpy()
         image_grid(shown, config.sample.columns, png)
         if config.sample.capacity is not None and options.weights != "ema":
-            print("note: the dial was set on the EMA weights (the default); these may use another capacity, see --report")
+            print(
+                "note: the dial was set on the EMA weights (the default); these may use another capacity, see --report"
+            )
         if decoder is not None:
-            print(f"decoded by vae {decoder.name} from latents of scale {decoder.scale:g}, shift {decoder.shift:g}")
-        print(f"step {checkpoint.step}, {options.weights} weights, {config.sample.sampler} {config.sample.steps} steps, "
-              f"cfg {config.sample.cfg}, {config.sample.routing} routing: {total} images in {npz}, "
-              f"{len(shown)} of them in {png}", flush=True)
+            print(
+                f"decoded by vae {decoder.name} from latents of scale {decoder.scale:g}, shift {decoder.shift:g}"
+            )
+        print(
+            f"step {checkpoint.step}, {options.weights} weights, {config.sample.sampler} {config.sample.steps} steps, "
+            f"cfg {config.sample.cfg}, {config.sample.routing} routing: {total} images in {npz}, "
+            f"{len(shown)} of them in {png}",
+            flush=True,
+        )
         if used is not None:
             paths = write_report(used, config, str(out))
-            print(f"capacity used: {used.mean():.4f} experts per token; {', '.join(map(str, paths))}", flush=True)
+            print(
+                f"capacity used: {used.mean():.4f} experts per token; {', '.join(map(str, paths))}",
+                flush=True,
+            )
     leave()
     return 0
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="sample", description="Images from a checkpoint: a PNG grid, and an npz in ADM's form.")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
-    parser.add_argument("--classes", default="all", help="'all', or numbers, ranges and names: boot,3,7-9; in double "
-                        "quotes always a name, which may hold commas")
-    parser.add_argument("--count", type=int, help="images in all, classes in turn (default: ten of each class)")
+    parser = Parser(
+        prog="sample", description="Images from a checkpoint: a PNG grid, and an npz in ADM's form."
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)"
+    )
+    parser.add_argument(
+        "--classes",
+        default="all",
+        help="'all', or numbers, ranges and names: boot,3,7-9; in double "
+        "quotes always a name, which may hold commas",
+    )
+    parser.add_argument(
+        "--count", type=int, help="images in all, classes in turn (default: ten of each class)"
+    )
     parser.add_argument("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
-    parser.add_argument("--capacity", type=float, help="experts per token on average (default: sample.capacity of the run, or "
-                        "else the learned thresholds)")
+    parser.add_argument(
+        "--capacity",
+        type=float,
+        help="experts per token on average (default: sample.capacity of the run, or "
+        "else the learned thresholds)",
+    )
     parser.add_argument("--seed", type=int, help="seed of the noise (default: run.seed)")
-    parser.add_argument("--weights", default="ema", help="ema (the first of train.ema), ema:0.999 (by its decay) or raw")
-    parser.add_argument("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
+    parser.add_argument(
+        "--weights",
+        default="ema",
+        help="ema (the first of train.ema), ema:0.999 (by its decay) or raw",
+    )
+    parser.add_argument(
+        "--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name"
+    )
     add_latent_options(parser)
     add_fp32_precision(parser)
     add_compile(parser)
     add_device(parser)
     parser.add_argument("--out", default="samples", help="writes OUT.png and OUT.npz")
-    parser.add_argument("--report", action="store_true",
-                        help="also write the capacity used, by layer, time and class: OUT.capacity.json, .md and .png")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="also write the capacity used, by layer, time and class: OUT.capacity.json, .md and .png",
+    )
     parser.add_argument("overrides", nargs="*", metavar="sample.field=value")
     return parser
 

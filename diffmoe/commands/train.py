@@ -1,5 +1,6 @@
-"""The verb ``train``.  torch comes in once the command line and configuration are known to be good: mistakes and
-``--dry-run`` answer at once, also where there is no torch."""
+"""The verb ``train``.  torch comes in once the command line and configuration are known to be good:
+mistakes and ``--dry-run`` answer at once, also where there is no torch.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +20,35 @@ from launcher.environment import RankEnvironment
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``train``; returns the exit code, 0 also for a run that was asked to stop.  UserError for bad input."""
-    with stop_requests() as asked:  # from the first lines on: importing torch and joining take a while
+    """The verb ``train``; returns the exit code, 0 also for a run that was asked to stop.
+    UserError for bad input.
+    """
+    with (
+        stop_requests() as asked
+    ):  # from the first lines on: importing torch and joining take a while
         return _train(arguments, environment, asked)
 
 
 def _train(arguments: list[str], environment: RankEnvironment, asked: list[int]) -> int:
-    parser = Parser(prog="train", description="Train a model; resumes from the newest checkpoint in run.folder.")
+    parser = Parser(
+        prog="train", description="Train a model; resumes from the newest checkpoint in run.folder."
+    )
     parser.add_argument("--config", help="YAML file, see configs/")
-    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
-    parser.add_argument("--new-recipe", action="store_true", help="resume also where batch, seed, data or other parts of the "
-                                                                  "recipe have changed: weights, moments and averages stay")
-    parser.add_argument("--dry-run", action="store_true", help="print everything that would be run, and exit")
-    parser.add_argument("--ranks", type=int, help="with --dry-run: the number of ranks to resolve for")
+    parser.add_argument(
+        "--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)"
+    )
+    parser.add_argument(
+        "--new-recipe",
+        action="store_true",
+        help="resume also where batch, seed, data or other parts of the "
+        "recipe have changed: weights, moments and averages stay",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print everything that would be run, and exit"
+    )
+    parser.add_argument(
+        "--ranks", type=int, help="with --dry-run: the number of ranks to resolve for"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
     if options.config is None and not options.dry_run:
@@ -47,8 +64,11 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     if environment.rank == 0:
         print(describe(config, layout, merged, complete=options.dry_run), flush=True)
         if zero_stage(deepspeed_tree) != zero_stage(merged):
-            print(f"note: bf16 at ZeRO {zero_stage(deepspeed_tree)} has no fp32 masters that could be checkpointed; it runs as "
-                  f"ZeRO {zero_stage(merged)}", flush=True)
+            print(
+                f"note: bf16 at ZeRO {zero_stage(deepspeed_tree)} has no fp32 masters that could be checkpointed; it runs as "
+                f"ZeRO {zero_stage(merged)}",
+                flush=True,
+            )
     if options.dry_run:
         return 0
     # c10d prints a stack of its own for every broken connection; the watchdog says it in one line.
@@ -61,35 +81,68 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     device = join(environment, patience, config.run.device)
     if environment.rank == 0:
         print(f"place    {describe_place()}", flush=True)
-    loop.train(config, layout, deepspeed_tree, build_groups(layout.ep, layout.pool_ranks, patience), device, asked,
-               environment.local_world, options.new_recipe)
+    loop.train(
+        config,
+        layout,
+        deepspeed_tree,
+        build_groups(layout.ep, layout.pool_ranks, patience),
+        device,
+        asked,
+        environment.local_world,
+        options.new_recipe,
+    )
     leave()
     return 0
 
 
 def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: bool) -> str:
-    """What is about to run: sizes, batch arithmetic, pool; with ``complete`` the whole resolved configuration.
-    ``deepspeed_tree``: the merged one."""
+    """What is about to run: sizes, batch arithmetic, pool; with ``complete`` the whole resolved
+    configuration. ``deepspeed_tree``: the merged one.
+    """
     model, moe = config.model, config.moe
     counts = count(model, moe)
     lines = []
     if complete:
-        lines += [yaml.safe_dump(config_to_tree(config), sort_keys=False), f"deepspeed: {deepspeed_tree}", ""]
+        lines += [
+            yaml.safe_dump(config_to_tree(config), sort_keys=False),
+            f"deepspeed: {deepspeed_tree}",
+            "",
+        ]
     published = counts.positions  # the tables count the fixed position table
-    lines.append(f"model    {model.family} {model.depth} x {model.width}, {(counts.total + published) / 1e6:.2f} M parameters "
-                 f"({(counts.activated + published) / 1e6:.2f} M activated), {counts.forward_macs / 1e9:.2f} GMACs a sample")
-    lines.append(f"batch    {layout.micro_batch} micro x {layout.ranks} ranks x {layout.accumulation} accumulation = "
-                 f"{layout.batch}")
+    lines.append(
+        f"model    {model.family} {model.depth} x {model.width}, {(counts.total + published) / 1e6:.2f} M parameters "
+        f"({(counts.activated + published) / 1e6:.2f} M activated), {counts.forward_macs / 1e9:.2f} GMACs a sample"
+    )
+    lines.append(
+        f"batch    {layout.micro_batch} micro x {layout.ranks} ranks x {layout.accumulation} accumulation = "
+        f"{layout.batch}"
+    )
     if model.family != "dense":
-        lines.append(f"experts  {moe.experts} over {layout.ep} expert-parallel ranks, in {layout.ranks // layout.ep} copies")
-        lines.append(f"pool     {layout.pool} samples = {layout.pool * model.tokens} tokens (moe.pool: {moe.pool}), "
-                     f"held by {layout.pool_ranks} rank{'s' * (layout.pool_ranks > 1)}")
-    how = "bf16, fp32 masters" if precision(deepspeed_tree) == "bf16" else f"fp32 ({config.run.fp32_precision})"
-    lines.append(f"engine   ZeRO {zero_stage(deepspeed_tree)}, {how}, recompute {config.parallel.recompute}"
-                 + _compiled(config.train, zero_stage(deepspeed_tree)))
+        lines.append(
+            f"experts  {moe.experts} over {layout.ep} expert-parallel ranks, in {layout.ranks // layout.ep} copies"
+        )
+        lines.append(
+            f"pool     {layout.pool} samples = {layout.pool * model.tokens} tokens (moe.pool: {moe.pool}), "
+            f"held by {layout.pool_ranks} rank{'s' * (layout.pool_ranks > 1)}"
+        )
+    how = (
+        "bf16, fp32 masters"
+        if precision(deepspeed_tree) == "bf16"
+        else f"fp32 ({config.run.fp32_precision})"
+    )
+    lines.append(
+        f"engine   ZeRO {zero_stage(deepspeed_tree)}, {how}, recompute {config.parallel.recompute}"
+        + _compiled(config.train, zero_stage(deepspeed_tree))
+    )
     return "\n".join(lines)
 
 
 def _compiled(train: TrainConfig, stage: int) -> str:
     """Before the device is known."""
-    return ", compiled" if train.compiles("cpu", stage) else ", compiled on a GPU" if train.compiles("cuda", stage) else ""
+    return (
+        ", compiled"
+        if train.compiles("cpu", stage)
+        else ", compiled on a GPU"
+        if train.compiles("cuda", stage)
+        else ""
+    )

@@ -15,22 +15,36 @@ from diffmoe.data.tar import replacing
 from diffmoe.device import local_device, set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.models.compiled import check_compiler
-from diffmoe.parity.cases import WORLDS, compiled_table, full_table, quick_compiled_table, quick_table
+from diffmoe.parity.cases import (
+    WORLDS,
+    compiled_table,
+    full_table,
+    quick_compiled_table,
+    quick_table,
+)
 from diffmoe.parity.table import BF16_BOUNDS, BOUND, COLUMNS, Row, run_cases
 from launcher.environment import RankEnvironment
 
-_HEAD = (f"{'':>9} {'world':>5} {'ep':>2} {'zero':>4} {'recompute':9} {'acc':>3} {'pool':>20} {'samples':>7} "
-         f"{'model':21} " + " ".join(f"{column:>10}" for column in COLUMNS))
+_HEAD = (
+    f"{'':>9} {'world':>5} {'ep':>2} {'zero':>4} {'recompute':9} {'acc':>3} {'pool':>20} {'samples':>7} "
+    f"{'model':21} " + " ".join(f"{column:>10}" for column in COLUMNS)
+)
 
 
 def _line(number: int, total: int, row: Row) -> str:
     case = row.case
-    start = (f"{number:>4}/{total:<4} {case.world:>5} {case.ep:>2} {case.zero:>4} {case.recompute:9} "
-             f"{case.accumulation:>3} {case.words or case.pool:>20} {case.layout().pool:>7} "
-             f"{case.kind:21} ")
+    start = (
+        f"{number:>4}/{total:<4} {case.world:>5} {case.ep:>2} {case.zero:>4} {case.recompute:9} "
+        f"{case.accumulation:>3} {case.words or case.pool:>20} {case.layout().pool:>7} "
+        f"{case.kind:21} "
+    )
     if row.error:
         return start + "error: " + " ".join(row.error.split())
-    return start + " ".join(f"{row.differences[c]:>10.1e}" for c in COLUMNS) + ("  ok" if row.ok else "  MISS")
+    return (
+        start
+        + " ".join(f"{row.differences[c]:>10.1e}" for c in COLUMNS)
+        + ("  ok" if row.ok else "  MISS")
+    )
 
 
 def _json_row(row: Row) -> dict:
@@ -40,20 +54,37 @@ def _json_row(row: Row) -> dict:
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``verify``: prints the table as it grows; 0 when every number is within the bound.  UserError for bad input."""
+    """The verb ``verify``: prints the table as it grows; 0 when every number is within the bound.
+    UserError for bad input.
+    """
     parser = Parser(prog="verify", description="Training over ranks equals one plain process.")
-    parser.add_argument("--quick", action="store_true", help="about a minute: a pruned table, or with --compile a case")
-    parser.add_argument("--compile", action="store_true", help="other rows: training under torch.compile")
-    parser.add_argument("--worlds", help="numbers of ranks, of 1, 2 and 4 (default all; on GPUs those there are enough for)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU a rank")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="about a minute: a pruned table, or with --compile a case",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="other rows: training under torch.compile"
+    )
+    parser.add_argument(
+        "--worlds",
+        help="numbers of ranks, of 1, 2 and 4 (default all; on GPUs those there are enough for)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU a rank"
+    )
     parser.add_argument("--json", type=Path, help="also write the table here")
     options = parser.parse_args(arguments)
     one_process("verify", environment)  # it starts its own ranks
     worlds = _parse_worlds(options.worlds, options.device)
     for rank in range(max(worlds) if options.device == "cuda" else 0):
         local_device(rank, max(worlds), options.device)  # before a rank is started
-    table = {(False, False): full_table, (True, False): quick_table, (False, True): compiled_table, (True, True): quick_compiled_table}[
-        options.quick, options.compile]
+    table = {
+        (False, False): full_table,
+        (True, False): quick_table,
+        (False, True): compiled_table,
+        (True, True): quick_compiled_table,
+    }[options.quick, options.compile]
     if options.compile:
         check_compiler(torch.device(options.device))
     cases = table(worlds)
@@ -68,17 +99,34 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     worst = max(exact, key=lambda row: row.largest)
     good = all(row.ok for row in rows)
     if options.json:
-        tree = {"table": "quick" if options.quick else "whole", "bound": BOUND, "bf16_bounds": BF16_BOUNDS, "device": options.device, "ok": good,
-                "seconds": round(time.monotonic() - began, 1), "torch": torch.__version__, "rows": [_json_row(row) for row in rows]}
+        tree = {
+            "table": "quick" if options.quick else "whole",
+            "bound": BOUND,
+            "bf16_bounds": BF16_BOUNDS,
+            "device": options.device,
+            "ok": good,
+            "seconds": round(time.monotonic() - began, 1),
+            "torch": torch.__version__,
+            "rows": [_json_row(row) for row in rows],
+        }
         with replacing(options.json) as stream:
             stream.write(json.dumps(tree, indent=1).encode() + b"\n")
-    for name, some in (("fp32", exact), ("bf16", [row for row in rows if row.case.precision == "bf16"])):
+    for name, some in (
+        ("fp32", exact),
+        ("bf16", [row for row in rows if row.case.precision == "bf16"]),
+    ):
         if some:
-            print(f"largest in {len(some)} {name} cases: "
-                  + ", ".join(f"{c} {max(r.differences.get(c, 0.0) for r in some):.1e}" for c in COLUMNS))
+            print(
+                f"largest in {len(some)} {name} cases: "
+                + ", ".join(
+                    f"{c} {max(r.differences.get(c, 0.0) for r in some):.1e}" for c in COLUMNS
+                )
+            )
     print(f"{time.monotonic() - began:.0f} s")
-    print(f"verify: {len(rows)} cases, largest relative difference {worst.largest:.1e} (case {worst.case.label}), "
-          f"bound {BOUND:.0e}: {'ok' if good else 'MISS'}")
+    print(
+        f"verify: {len(rows)} cases, largest relative difference {worst.largest:.1e} (case {worst.case.label}), "
+        f"bound {BOUND:.0e}: {'ok' if good else 'MISS'}"
+    )
     return 0 if good else 1
 
 

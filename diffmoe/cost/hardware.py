@@ -20,7 +20,9 @@ TABLE = Path(__file__).resolve().parents[2] / "launcher" / "hardware.yaml"
 
 @dataclass(frozen=True)
 class Link:
-    """One direction of a rank's link: 1e9 bytes a second, and microseconds until the first byte arrives."""
+    """One direction of a rank's link: 1e9 bytes a second, and microseconds until the first byte
+    arrives.
+    """
 
     gb_s: float
     latency_us: float
@@ -28,11 +30,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A kind of machine; fields as ``launcher/hardware.yaml`` explains them; without ``tflops_tf32`` fp32's peak
-    holds for TF32 as well.  ``matmul``, ``bandwidth`` and ``link`` are the
-    shares of a peak that are reached (above 1 where the peak was set too low), ``attention`` that of the attention's kernels
-    (default: ``matmul``).  ``asynchronous``: the host launches operators
-    while the device computes."""
+    """A kind of machine; fields as ``launcher/hardware.yaml`` explains them; without
+    ``tflops_tf32`` fp32's peak holds for TF32 as well.  ``matmul``, ``bandwidth`` and ``link`` are
+    the shares of a peak that are reached (above 1 where the peak was set too low), ``attention``
+    that of the attention's kernels (default: ``matmul``).  ``asynchronous``: the host launches
+    operators while the device computes.
+    """
 
     name: str
     memory_gib: float
@@ -60,7 +63,9 @@ class Hardware:
 
 
 def read_table(path: str | Path | None) -> dict[str, Hardware]:
-    """The table in a YAML file (default: the repository's).  Raises UserError naming machine and field."""
+    """The table in a YAML file (default: the repository's).  Raises UserError naming machine and
+    field.
+    """
     tree = read_yaml(TABLE if path is None else path)
     return {name: _hardware(f"{name}", entry) for name, entry in tree.items()}
 
@@ -80,12 +85,21 @@ def named_like(table: dict[str, Hardware], device_name: str) -> Hardware | None:
 
 
 def write_entry(path: str | Path, name: str, hardware: Hardware) -> None:
-    """Puts one entry into a table file, which may be new; other entries and the comment at its head stay.  Raises UserError."""
+    """Puts one entry into a table file, which may be new; other entries and the comment at its head
+    stay.  Raises UserError.
+    """
     path = Path(path)
     tree = read_yaml(path) if path.exists() else {}
-    tree[name] = {key: value for key, value in dataclasses.asdict(hardware).items() if value is not None or key == "calibrated"}
+    tree[name] = {
+        key: value
+        for key, value in dataclasses.asdict(hardware).items()
+        if value is not None or key == "calibrated"
+    }
     try:
-        head = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines(True) if path.exists() else [])
+        head = itertools.takewhile(
+            lambda line: line.startswith("#"),
+            path.read_text().splitlines(True) if path.exists() else [],
+        )
         path.write_text("".join(head) + yaml.safe_dump(tree, sort_keys=False, width=140))
     except OSError as error:
         raise UserError(f"--write-hardware ({path}) cannot be written: {error}") from None
@@ -106,12 +120,18 @@ def _build(cls: type, name: str, values: Any) -> Any:
     hints = typing.get_type_hints(cls)
     needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if values.keys() - hints.keys():
-        raise UserError(f"hardware table: unknown key {name}.{sorted(values.keys() - hints.keys())[0]}")
+        raise UserError(
+            f"hardware table: unknown key {name}.{sorted(values.keys() - hints.keys())[0]}"
+        )
     if needed - values.keys():
         raise UserError(f"hardware table: {name}.{sorted(needed - values.keys())[0]} is missing")
     for key, value in values.items():
         if hints[key] in (int, float) or (hints[key] == float | None and value is not None):
             good = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-            if not good or (value == 0 and key not in ("reserve_gib", "latency_us", "operator_us", "read_us")):
-                raise UserError(f"hardware table: {name}.{key} ({value!r}) must be a number above 0")
+            if not good or (
+                value == 0 and key not in ("reserve_gib", "latency_us", "operator_us", "read_us")
+            ):
+                raise UserError(
+                    f"hardware table: {name}.{key} ({value!r}) must be a number above 0"
+                )
     return cls(**values)

@@ -12,7 +12,9 @@ _FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor of ``DiT``: its name, its elements on one rank, whether expert parallelism shares it out."""
+    """A tensor of ``DiT``: its name, its elements on one rank, whether expert parallelism shares it
+    out.
+    """
 
     name: str
     numel: int
@@ -33,7 +35,9 @@ def rank_parameters(model: ModelConfig, moe: MoEConfig, ep: int) -> tuple[Parame
 
 
 def is_mixture(model: ModelConfig, moe: MoEConfig, index: int) -> bool:
-    """Whether block ``index`` is a mixture, as ``models.dit.is_moe_block`` says (which needs torch)."""
+    """Whether block ``index`` is a mixture, as ``models.dit.is_moe_block`` says (which needs
+    torch).
+    """
     return model.family != "dense" and (not moe.interleave or index % 2 == 1)
 
 
@@ -51,11 +55,17 @@ def _linear(name: str, fan_in: int, fan_out: int) -> list[Parameter]:
     return [Parameter(f"{name}.weight", fan_in * fan_out), Parameter(f"{name}.bias", fan_out)]
 
 
-def _block(name: str, model: ModelConfig, moe: MoEConfig, ep: int, mixture: bool) -> list[Parameter]:
+def _block(
+    name: str, model: ModelConfig, moe: MoEConfig, ep: int, mixture: bool
+) -> list[Parameter]:
     D, F, head = model.width, model.hidden, model.width // model.heads
     found = _linear(f"{name}.attn.qkv", D, 3 * D) + _linear(f"{name}.attn.proj", D, D)
     if model.qk_norm:
-        found += [Parameter(f"{name}.attn.{which}_norm.{leaf}", head) for which in "qk" for leaf in ("weight", "bias")]
+        found += [
+            Parameter(f"{name}.attn.{which}_norm.{leaf}", head)
+            for which in "qk"
+            for leaf in ("weight", "bias")
+        ]
     if mixture:
         found += _mixture(f"{name}.mlp", model, moe, ep)
     else:
@@ -66,13 +76,21 @@ def _block(name: str, model: ModelConfig, moe: MoEConfig, ep: int, mixture: bool
 def _mixture(name: str, model: ModelConfig, moe: MoEConfig, ep: int) -> list[Parameter]:
     D, E, local, inner = model.width, moe.experts, moe.experts // ep, inner_width(model, moe)
     gelu = moe.activation == "gelu"
-    sizes = {"fc1_weight": D * inner, "fc2_weight": D * inner,
-             **({"fc1_bias": inner, "fc2_bias": D} if gelu else {"gate_weight": D * inner})}
+    sizes = {
+        "fc1_weight": D * inner,
+        "fc2_weight": D * inner,
+        **({"fc1_bias": inner, "fc2_bias": D} if gelu else {"gate_weight": D * inner}),
+    }
     found = [Parameter(f"{name}.router", E * D)]
-    found += [Parameter(f"{name}.experts.{leaf}", local * size, expert=True) for leaf, size in sizes.items()]
+    found += [
+        Parameter(f"{name}.experts.{leaf}", local * size, expert=True)
+        for leaf, size in sizes.items()
+    ]
     if moe.shared_experts:
         wide = moe.shared_experts * model.hidden
         found += _linear(f"{name}.shared.fc1", D, wide) + _linear(f"{name}.shared.fc2", wide, D)
     if model.family == "diffmoe":
-        found += _linear(f"{name}.capacity_predictor.0", D, D) + _linear(f"{name}.capacity_predictor.2", D, E)
+        found += _linear(f"{name}.capacity_predictor.0", D, D) + _linear(
+            f"{name}.capacity_predictor.2", D, E
+        )
     return found

@@ -1,8 +1,10 @@
-"""What goes over the network in one optimizer step, as formulas: the counterpart of what ``parallel/traffic.py`` counts.
+"""What goes over the network in one optimizer step, as formulas: the counterpart of what
+``parallel/traffic.py`` counts.
 
-The lower bound: each chosen row leaves its rank once for its expert and once for home, in forward and, as a gradient, in
-backward, if the expert lives elsewhere; every gradient is reduced to where its optimizer state is, and every new weight
-travels from there.  T tokens of a rank's micro-batch, R rows it sends, D width, E experts, e = E / EP.
+The lower bound: each chosen row leaves its rank once for its expert and once for home, in forward
+and, as a gradient, in backward, if the expert lives elsewhere; every gradient is reduced to where
+its optimizer state is, and every new weight travels from there.  T tokens of a rank's micro-batch,
+R rows it sends, D width, E experts, e = E / EP.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ ROWS = ("dispatch", "combine")
 
 @dataclass(frozen=True)
 class Message:
-    """A kind of message of one rank in one step.  ``group``: ranks that take part: ep, owners, edp, world.  ``messages``,
-    ``payload`` (bytes put in, the own part included), ``wire`` (bytes that leave the rank) are sums over the step."""
+    """A kind of message of one rank in one step.  ``group``: ranks that take part: ep, owners, edp,
+    world.  ``messages``, ``payload`` (bytes put in, the own part included), ``wire`` (bytes that
+    leave the rank) are sums over the step.
+    """
 
     collective: str
     purpose: str
@@ -40,8 +44,10 @@ def step_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Me
 def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Message]:
     """All-to-all and what else the mixtures say to each other.
 
-    Exact where every rank sends equally many rows to every expert (pools inside a rank).  Otherwise scores and masks are
-    exact and rows are what an even choice gives: R = T x capacity on average over ranks, 1 - 1/EP of them to other ranks."""
+    Exact where every rank sends equally many rows to every expert (pools inside a rank).  Otherwise
+    scores and masks are exact and rows are what an even choice gives: R = T x capacity on average
+    over ranks, 1 - 1/EP of them to other ranks.
+    """
     model, moe, ep = config.model, config.moe, layout.ep
     layers = mixtures(model, moe) * layout.accumulation
     if layers == 0 or ep == 1 and layout.pool_ranks == 1:
@@ -49,17 +55,32 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
     T, E = layout.micro_batch * model.tokens, moe.experts
     found: list[Message] = []
 
-    def add(collective: str, purpose: str, phase: str, group: str, payload: int, ranks: int) -> None:
+    def add(
+        collective: str, purpose: str, phase: str, group: str, payload: int, ranks: int
+    ) -> None:
         if ranks > 1:
-            wire = payload * (ranks - 1) if collective == "all_gather" else payload * (ranks - 1) // ranks
-            found.append(Message(collective, purpose, phase, group, layers, layers * payload, layers * wire))
+            wire = (
+                payload * (ranks - 1)
+                if collective == "all_gather"
+                else payload * (ranks - 1) // ranks
+            )
+            found.append(
+                Message(collective, purpose, phase, group, layers, layers * payload, layers * wire)
+            )
 
     phases = ("forward", "recompute") if config.parallel.recompute == "block" else ("forward",)
     facts = 2 if model.family == "diffmoe" else 1
     for phase in phases:
         if layout.pool_ranks > 1 and model.family != "tc":
             add("all_to_all", "scores", phase, "ep", facts * T * E * _FP32, ep)
-            add("all_gather", "owners", phase, "owners", facts * T * E * _FP32, max(1, layout.pool_ranks // ep))
+            add(
+                "all_gather",
+                "owners",
+                phase,
+                "owners",
+                facts * T * E * _FP32,
+                max(1, layout.pool_ranks // ep),
+            )
             add("all_to_all", "mask", phase, "ep", T * E, ep)
         if model.family == "tc":
             add("all_to_all", "counts", phase, "ep", E * _INT64, ep)
@@ -76,12 +97,16 @@ def rows_sent(config: Config, layout: Layout) -> int:
     if config.model.family == "tc":
         return T * config.moe.top_k
     pool = layout.pool * config.model.tokens
-    return T * config.moe.experts * rows_taken(pool, config.moe.experts, config.moe.capacity) // pool
+    return (
+        T * config.moe.experts * rows_taken(pool, config.moe.experts, config.moe.capacity) // pool
+    )
 
 
 def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Message]:
-    """Gradients and weights.  ZeRO 1 in bf16 reduces gradients to their owner; DeepSpeed 0.19.8 all-reduces whole buckets at ZeRO 0
-    to 2, of which ZeRO 1 and 2 then keep a part; ZeRO 2 and 3 do it after every micro-batch."""
+    """Gradients and weights.  ZeRO 1 in bf16 reduces gradients to their owner; DeepSpeed 0.19.8
+    all-reduces whole buckets at ZeRO 0 to 2, of which ZeRO 1 and 2 then keep a part; ZeRO 2 and 3
+    do it after every micro-batch.
+    """
     found = []
     for (numels, ranks), group in zip(shared_parts(config, layout), ("world", "edp")):
         whole = sum(numels)
@@ -91,33 +116,72 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
         if engine.stage == 3:
             times = layout.accumulation
             padded = sum(-(-n // ranks) * ranks for n in numels)
-            found.append(_reduction("reduce_scatter", "gradients", group, times * buckets, times * padded * engine.reduced, ranks))
+            found.append(
+                _reduction(
+                    "reduce_scatter",
+                    "gradients",
+                    group,
+                    times * buckets,
+                    times * padded * engine.reduced,
+                    ranks,
+                )
+            )
             # Weights stay from forward to backward if they may; else backward gathers again.
             gathers = times if padded <= engine.live else 2 * times
-            found.append(_reduction("all_gather", "parameters", group, gathers * len(numels),
-                                    gathers * padded // ranks * engine.element, ranks))
+            found.append(
+                _reduction(
+                    "all_gather",
+                    "parameters",
+                    group,
+                    gathers * len(numels),
+                    gathers * padded // ranks * engine.element,
+                    ranks,
+                )
+            )
             continue
         times = layout.accumulation if engine.stage == 2 else 1
         if engine.stage == 1 and engine.bf16:  # in parts of one owner each
-            found.append(_reduction("reduce", "gradients", group, buckets + ranks - 1, whole * engine.reduced, ranks))
+            found.append(
+                _reduction(
+                    "reduce", "gradients", group, buckets + ranks - 1, whole * engine.reduced, ranks
+                )
+            )
         else:
-            found.append(_reduction("all_reduce", "gradients", group, times * buckets, times * whole * engine.reduced, ranks))
+            found.append(
+                _reduction(
+                    "all_reduce",
+                    "gradients",
+                    group,
+                    times * buckets,
+                    times * whole * engine.reduced,
+                    ranks,
+                )
+            )
         if engine.stage:
             padded = padded_numel(numels, ranks, engine)
-            found.append(_reduction("all_gather", "parameters", group, 1, padded // ranks * engine.element, ranks))
+            found.append(
+                _reduction(
+                    "all_gather", "parameters", group, 1, padded // ranks * engine.element, ranks
+                )
+            )
     return found
 
 
-def _reduction(collective: str, purpose: str, group: str, messages: int, payload: int, ranks: int) -> Message:
+def _reduction(
+    collective: str, purpose: str, group: str, messages: int, payload: int, ranks: int
+) -> Message:
     others = ranks - 1
-    wire = {"all_gather": payload * others, "all_reduce": 2 * payload * others // ranks}.get(collective, payload * others // ranks)
+    wire = {"all_gather": payload * others, "all_reduce": 2 * payload * others // ranks}.get(
+        collective, payload * others // ranks
+    )
     return Message(collective, purpose, "step", group, messages, payload, wire)
 
 
 @dataclass(frozen=True)
 class Least:
-    """The fewest bytes that must leave a rank in one step: chosen rows to other ranks; gradients to their owners and new
-    weights from there, once a step, in the weights' precision."""
+    """The fewest bytes that must leave a rank in one step: chosen rows to other ranks; gradients to
+    their owners and new weights from there, once a step, in the weights' precision.
+    """
 
     rows: int
     reduction: int
@@ -125,6 +189,13 @@ class Least:
 
 def least_traffic(config: Config, layout: Layout, engine: EngineFacts) -> Least:
     """See :class:`Least`; rows as :func:`exchange_traffic` has them."""
-    rows = sum(m.wire for m in exchange_traffic(config, layout, engine) if m.purpose in ROWS and m.phase != "recompute")
-    reduction = sum(2 * sum(numels) * engine.element * (ranks - 1) // ranks for numels, ranks in shared_parts(config, layout))
+    rows = sum(
+        m.wire
+        for m in exchange_traffic(config, layout, engine)
+        if m.purpose in ROWS and m.phase != "recompute"
+    )
+    reduction = sum(
+        2 * sum(numels) * engine.element * (ranks - 1) // ranks
+        for numels, ranks in shared_parts(config, layout)
+    )
     return Least(rows, reduction)

@@ -1,8 +1,9 @@
 """A folder of bounded size that holds remote shards, shared by all processes of a node.
 
-A file is named by its SHA-256 and counts once it is whole: it is fetched under another name, checked and renamed. Locks are
-the kernel's (flock), so that they die with their holder: a reader holds a shared lock on what it has open, and no file with a
-lock is ever removed; who fetches holds one on the unfinished file, which takes its full size at once, so that it is counted.
+A file is named by its SHA-256 and counts once it is whole: it is fetched under another name,
+checked and renamed. Locks are the kernel's (flock), so that they die with their holder: a reader
+holds a shared lock on what it has open, and no file with a lock is ever removed; who fetches holds
+one on the unfinished file, which takes its full size at once, so that it is counted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Cache:
     limit: int
 
     def open(self, file: ShardFile, address: str) -> int:
-        """A descriptor of the shard's local copy, with a shared lock for as long as it is open; fetched where it is missing.
+        """A descriptor of the shard's local copy, with a shared lock for as long as it is open;
+        fetched where it is missing.
 
         Raises:
             BadShard: it cannot be had, or is not what its index says.
@@ -59,7 +61,9 @@ class Cache:
         return (self.folder / f"{file.sha256}.tar").exists()
 
     def _fetch(self, file: ShardFile, address: str, path: Path) -> None:
-        with _locked(self.folder / f"{file.sha256}.lock"):  # one process of the node fetches, the others wait here
+        with _locked(
+            self.folder / f"{file.sha256}.lock"
+        ):  # one process of the node fetches, the others wait here
             if path.exists():
                 return
             part = self.folder / f"{file.sha256}{_PART}"
@@ -68,7 +72,9 @@ class Cache:
                     again(lambda: _download(descriptor, file, address), address)
                 except OSError as error:
                     part.unlink(missing_ok=True)
-                    raise BadShard(file.name, f" cannot be fetched from {address}: {error}") from error
+                    raise BadShard(
+                        file.name, f" cannot be fetched from {address}: {error}"
+                    ) from error
                 os.rename(part, path)
 
     @contextmanager
@@ -95,7 +101,8 @@ class Cache:
                 try:
                     held.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
                 except FileNotFoundError:
-                    continue  # renamed by who fetched it: counted under one of its names, or next time
+                    # renamed by who fetched it: counted under one of its names, or next time
+                    continue
         total = sum(size for _, size, _ in held) + file.bytes
         for _, size, path in sorted(held):
             if total <= self.limit:
@@ -103,9 +110,11 @@ class Cache:
             if _remove_unused(path):
                 total -= size
         if total > self.limit:
-            raise UserError(f"data.cache_gib ({self.limit / 2**30:.3g}) is too small: {self.folder} would hold "
-                            f"{total / 2**30:.3g} GiB of shards in use with shard {file.name}; raise it, or lower data.window or "
-                            "data.streams")
+            raise UserError(
+                f"data.cache_gib ({self.limit / 2**30:.3g}) is too small: {self.folder} would hold "
+                f"{total / 2**30:.3g} GiB of shards in use with shard {file.name}; raise it, or lower data.window or "
+                "data.streams"
+            )
 
 
 def _remove_unused(path: str) -> bool:

@@ -1,6 +1,7 @@
-"""The embedded data set: scikit-learn's 1,797 handwritten digits (8 x 8, values 0..16) as pixel shards.
+"""The embedded data set: scikit-learn's 1,797 handwritten digits (8 x 8, values 0..16) as pixel
+shards.
 
-    python -m diffmoe.data.digits FOLDER
+python -m diffmoe.data.digits FOLDER
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ SAMPLES_PER_SHARD = 200
 
 
 def write_digits(folder: str | Path) -> ShardIndex:
-    """Write the digits to `folder`, uint8 [1, 8, 8] each, or return the index of those already there.
+    """Write the digits to `folder`, uint8 [1, 8, 8] each, or return the index of those already
+    there.
 
     Raises:
         UserError: the folder holds another data set, or a damaged copy of this one.
@@ -30,10 +32,14 @@ def write_digits(folder: str | Path) -> ShardIndex:
     if (Path(folder) / INDEX_NAME).exists():
         index = load_index(folder)
         if (index.meta, index.shape, index.count) != (DIGITS_META, arrays.shape[1:], len(arrays)):
-            raise UserError(f"folder ({folder}) holds another data set: {index.count} samples of {index.shape}, "
-                            f"digits are {len(arrays)} of {arrays.shape[1:]}")
+            raise UserError(
+                f"folder ({folder}) holds another data set: {index.count} samples of {index.shape}, "
+                f"digits are {len(arrays)} of {arrays.shape[1:]}"
+            )
         return index
-    samples = ((f"{i:04d}", array, int(label)) for i, (array, label) in enumerate(zip(arrays, labels)))
+    samples = (
+        (f"{i:04d}", array, int(label)) for i, (array, label) in enumerate(zip(arrays, labels))
+    )
     return write_shards(samples, folder, samples_per_shard=SAMPLES_PER_SHARD, meta=DIGITS_META)
 
 

@@ -1,4 +1,6 @@
-"""What is to be encoded, and how: checked before anything is opened, without torch. The work is in `encode_shards`."""
+"""What is to be encoded, and how: checked before anything is opened, without torch. The work is in
+`encode_shards`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ STORAGES = {"fp16": "float16", "bf16": "bfloat16"}
 @dataclass(frozen=True)
 class Request:
     """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own;
-    `shuffle_seed` None leaves the images in the listing's order; `first_class` is the label of class 0 in tars.
+    `shuffle_seed` None leaves the images in the listing's order; `first_class` is the label of
+    class 0 in tars.
 
     Raises:
         UserError: a field out of its range, by name.
@@ -52,11 +55,17 @@ class Request:
         if self.channels not in (1, 3):
             raise UserError(f"channels ({self.channels}) must be 1 or 3")
         if self.precision not in PRECISIONS:
-            raise UserError(f"precision ({self.precision!r}) must be one of {', '.join(PRECISIONS)}")
+            raise UserError(
+                f"precision ({self.precision!r}) must be one of {', '.join(PRECISIONS)}"
+            )
         if self.fp32_precision not in FP32_PRECISIONS:
-            raise UserError(f"fp32_precision ({self.fp32_precision!r}) must be one of {', '.join(FP32_PRECISIONS)}")
+            raise UserError(
+                f"fp32_precision ({self.fp32_precision!r}) must be one of {', '.join(FP32_PRECISIONS)}"
+            )
         if self.fp32_precision != "ieee" and self.vae is None:
-            raise UserError(f"fp32_precision ({self.fp32_precision}) goes with vae (None): pixels are copied")
+            raise UserError(
+                f"fp32_precision ({self.fp32_precision}) goes with vae (None): pixels are copied"
+            )
         if self.storage not in STORAGES.values():
             raise UserError(f"storage ({self.storage!r}) must be one of {', '.join(STORAGES)}")
         if not 0 <= self.bad_share < 1:

@@ -1,8 +1,10 @@
-"""What training takes its batches from: a stream, and what the ranks agree on when data cannot be read.
+"""What training takes its batches from: a stream, and what the ranks agree on when data cannot be
+read.
 
-Shards that are left out are a part of the run: `bad_shards.json` in its folder says which, and from which step. From there on
-the positions that fall on them get samples of the other shards, drawn by position. So the order stays a function of position,
-whatever the layout, and a run that goes on later reads the same again. All other samples keep their places.
+Shards that are left out are a part of the run: `bad_shards.json` in its folder says which, and from
+which step. From there on the positions that fall on them get samples of the other shards, drawn by
+position. So the order stays a function of position, whatever the layout, and a run that goes on
+later reads the same again. All other samples keep their places.
 """
 
 from __future__ import annotations
@@ -31,33 +33,52 @@ RECORD_NAME = "bad_shards.json"
 
 
 def open_reader(config: Config, before: DataConfig | None = None) -> ShardReader:
-    """The reader of a run's data; its streams and window are the configuration's, else those of the run `before`, else
-    chosen. UserError when the data are not there, or do not fit the model."""
+    """The reader of a run's data; its streams and window are the configuration's, else those of the
+    run `before`, else chosen. UserError when the data are not there, or do not fit the model.
+    """
     data, model = config.data, config.model
     if not data.shards:
         raise UserError("data.shards ('') must name a folder of shards with an index.json")
     index = load_index(data.shards, data.index, check_files=data.on_bad_shard == "stop")
     wanted = (model.channels, model.input_size, model.input_size)
     if tuple(index.x_shape) != wanted:
-        raise UserError(f"data.shards ({data.shards}) holds samples of shape {tuple(index.x_shape)}; model.channels "
-                        f"and model.input_size make {wanted}")
+        raise UserError(
+            f"data.shards ({data.shards}) holds samples of shape {tuple(index.x_shape)}; model.channels "
+            f"and model.input_size make {wanted}"
+        )
     if index.meta.classes != model.classes:
-        raise UserError(f"data.shards ({data.shards}) has {index.meta.classes} classes; model.classes is "
-                        f"{model.classes}{_difference(index.class_names, model.classes)}")
+        raise UserError(
+            f"data.shards ({data.shards}) has {index.meta.classes} classes; model.classes is "
+            f"{model.classes}{_difference(index.class_names, model.classes)}"
+        )
     streams, window = _order_of(data, before, index, config.train.batch)
-    return ShardReader(index, seed=config.run.seed, batch=config.train.batch, streams=streams, window=window,
-                       flip=data.flip, cache=cache_of(data))
+    return ShardReader(
+        index,
+        seed=config.run.seed,
+        batch=config.train.batch,
+        streams=streams,
+        window=window,
+        flip=data.flip,
+        cache=cache_of(data),
+    )
 
 
 def _difference(names: tuple[str, ...], classes: int) -> str:
     """Which classes a data set of these names has too many, or which it has, for messages."""
     if len(names) > classes:
         return f": surplus {'is' if len(names) == classes + 1 else 'are'} " + shorten(
-            [f"{number} ({printable(name)})" for number, name in enumerate(names)][classes:], 4)
-    return f": it has 0 ({printable(names[0])}) to {len(names) - 1} ({printable(names[-1])})" if names else ""
+            [f"{number} ({printable(name)})" for number, name in enumerate(names)][classes:], 4
+        )
+    return (
+        f": it has 0 ({printable(names[0])}) to {len(names) - 1} ({printable(names[-1])})"
+        if names
+        else ""
+    )
 
 
-def _order_of(data: DataConfig, before: DataConfig | None, index: ShardIndex, batch: int) -> tuple[int, int]:
+def _order_of(
+    data: DataConfig, before: DataConfig | None, index: ShardIndex, batch: int
+) -> tuple[int, int]:
     """Streams and window: what is said, then what the run had, then what suits the data."""
     if before is not None and before.streams is not None and before.window is not None:
         rest = before.streams, before.window
@@ -74,9 +95,11 @@ def is_shuffled(index: ShardIndex) -> bool:
 
 
 def order_notice(reader: ShardReader, pool: int) -> tuple[str, bool]:
-    """What is to be said about the classes in this reader's order, and whether it is a warning: a pool of `pool`
-    samples holds fewer classes than a permutation's, or classes stay away for longer. Reads labels of some shards, as
-    far as that is cheap; ("", False) where nothing can be known, or the index says that the data are shuffled."""
+    """What is to be said about the classes in this reader's order, and whether it is a warning: a
+    pool of `pool` samples holds fewer classes than a permutation's, or classes stay away for
+    longer. Reads labels of some shards, as far as that is cheap; ("", False) where nothing can be
+    known, or the index says that the data are shuffled.
+    """
     index = reader.index
     labels = [] if is_shuffled(index) else reader.labels_at_hand()
     if all(found is None for found in labels):
@@ -85,25 +108,40 @@ def order_notice(reader: ShardReader, pool: int) -> tuple[str, bool]:
     labels = completed(labels, counts, index.meta.classes)
     found, permuted = measure(reader.order, labels, pool)
     now = f"data.streams {reader.streams}, data.window {reader.window}"
-    text = (f"a pool of {pool} samples holds {found.classes:.1f} classes on average, a permutation's "
-            f"{permuted.classes:.1f}; a class is away for up to {found.absence:g} steps (median), in a permutation "
-            f"{permuted.absence:g} ({now})")
+    text = (
+        f"a pool of {pool} samples holds {found.classes:.1f} classes on average, a permutation's "
+        f"{permuted.classes:.1f}; a class is away for up to {found.absence:g} steps (median), in a permutation "
+        f"{permuted.absence:g} ({now})"
+    )
     if found.like(permuted):
         return text, False
-    streams, window = mending(counts, labels, batch=reader.batch, streams=reader.streams, window=reader.window,
-                              pool=pool)
-    fix = f"data.streams={streams} data.window={window}" if streams != reader.streams else f"data.window={window}"
-    return f"{index.where} is in class order: {text}; {fix} fixes it, and so does encode, which shuffles", True
+    streams, window = mending(
+        counts, labels, batch=reader.batch, streams=reader.streams, window=reader.window, pool=pool
+    )
+    fix = (
+        f"data.streams={streams} data.window={window}"
+        if streams != reader.streams
+        else f"data.window={window}"
+    )
+    return (
+        f"{index.where} is in class order: {text}; {fix} fixes it, and so does encode, which shuffles",
+        True,
+    )
 
 
 def cache_of(data: DataConfig) -> Cache:
     """Where this node holds copies of remote shards."""
-    folder = Path(data.cache) if data.cache else Path(tempfile.gettempdir()) / f"diffmoe-cache-{os.getuid()}"
+    folder = (
+        Path(data.cache)
+        if data.cache
+        else Path(tempfile.gettempdir()) / f"diffmoe-cache-{os.getuid()}"
+    )
     return Cache(folder, int(data.cache_gib * 2**30))
 
 
 class Feed:
-    """The batches of a run's steps, in order, for this rank; a context manager that leaves no worker behind.
+    """The batches of a run's steps, in order, for this rank; a context manager that leaves no
+    worker behind.
 
     Args:
         reader: of the data set.
@@ -115,8 +153,18 @@ class Feed:
         say: takes a line for the user, on rank 0.
     """
 
-    def __init__(self, reader: ShardReader, share: Share, group: Group, folder: Path, steps: range, data: DataConfig, *,
-                 pin: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        reader: ShardReader,
+        share: Share,
+        group: Group,
+        folder: Path,
+        steps: range,
+        data: DataConfig,
+        *,
+        pin: bool,
+        say: Callable[[str], None],
+    ) -> None:
         self._reader, self._share, self._group, self._data = reader, share, group, data
         self._record, self._steps, self._pin, self._say = folder / RECORD_NAME, steps, pin, say
         self._next = steps.start
@@ -126,7 +174,9 @@ class Feed:
         self.failure: AgreedError | None = None  # why the run must end, the same on every rank
 
     def first(self) -> list[Batch] | None:
-        """The first step's micro-batches, or None where there is no step left; collective. Raises AgreedError."""
+        """The first step's micro-batches, or None where there is no step left; collective. Raises
+        AgreedError.
+        """
         self._agree_on_data()
         self.read_ahead()
         self.settle(False)
@@ -135,13 +185,21 @@ class Feed:
         return self.take()
 
     def read_ahead(self) -> bool:
-        """Reads the step after the one that was taken last, if there is one; whether this rank cannot."""
+        """Reads the step after the one that was taken last, if there is one; whether this rank
+        cannot.
+        """
         self._upcoming, self._problem = None, None
         if self._next >= self._steps.stop:
             return False
         try:
-            self._stream = self._stream or BatchStream(self._reader, self._share, start_step=self._next, pin=self._pin,
-                                                       workers=self._data.workers, prefetch=self._data.prefetch)
+            self._stream = self._stream or BatchStream(
+                self._reader,
+                self._share,
+                start_step=self._next,
+                pin=self._pin,
+                workers=self._data.workers,
+                prefetch=self._data.prefetch,
+            )
             self._upcoming = next(self._stream)
         except (UserError, OSError) as error:
             self._problem = error
@@ -153,8 +211,10 @@ class Feed:
         return self._upcoming
 
     def settle(self, asked: bool) -> bool:
-        """Collective, where some rank was `asked` to stop or could not read: whether the run stops here. With
-        `data.on_bad_shard: skip` it goes on without the shards that any rank found bad, from the step that was read ahead."""
+        """Collective, where some rank was `asked` to stop or could not read: whether the run stops
+        here. With `data.on_bad_shard: skip` it goes on without the shards that any rank found bad,
+        from the step that was read ahead.
+        """
         while True:
             states = gather_objects((asked, self._bad_shard()), self._group)
             try:
@@ -177,13 +237,17 @@ class Feed:
         return None
 
     def _leave_out(self, found: dict[str, str]) -> None:
-        entries = self._entries() + [{"shard": name, "step": self._next, "problem": found[name]} for name in sorted(found)]
+        entries = self._entries() + [
+            {"shard": name, "step": self._next, "problem": found[name]} for name in sorted(found)
+        ]
         excluded = {entry["shard"]: entry["step"] for entry in entries}
         lost = sum(shard.count for shard in self._reader.index.shards if shard.name in excluded)
         total = self._reader.index.count
         if lost > self._data.bad_share * total:
-            raise AgreedError(f"{len(excluded)} bad shards hold {lost} of {total} samples, more than data.bad_share "
-                              f"({self._data.bad_share}) allows; the last: shard {max(found)}{found[max(found)]}")
+            raise AgreedError(
+                f"{len(excluded)} bad shards hold {lost} of {total} samples, more than data.bad_share "
+                f"({self._data.bad_share}) allows; the last: shard {max(found)}{found[max(found)]}"
+            )
         problem: Exception | None = None
         try:
             if self._group.index == 0:
@@ -193,12 +257,16 @@ class Feed:
             problem = error
         raise_together(problem, self._group)
         for name in sorted(found):
-            self._say(f"left out from step {self._next} on: shard {name}{found[name]} ({self._record})")
+            self._say(
+                f"left out from step {self._next} on: shard {name}{found[name]} ({self._record})"
+            )
         self._read_without(excluded)
 
     def _read_without(self, excluded: dict[str, int]) -> None:
         self.close()
-        self._reader = self._reader.without({name: step + self._share.shift for name, step in excluded.items()})
+        self._reader = self._reader.without(
+            {name: step + self._share.shift for name, step in excluded.items()}
+        )
 
     def _agree_on_data(self) -> None:
         """The same data set on every rank, and the same shards left out."""
@@ -212,8 +280,10 @@ class Feed:
         prints = gather_objects(self._reader.index.fingerprint, self._group)
         for rank, other in zip(self._group.ranks, prints):
             if other != prints[0]:
-                raise AgreedError(f"data.shards ({self._data.shards}): rank {rank} sees another data set ({other[:12]}) than rank "
-                                  f"{self._group.ranks[0]} ({prints[0][:12]})")
+                raise AgreedError(
+                    f"data.shards ({self._data.shards}): rank {rank} sees another data set ({other[:12]}) than rank "
+                    f"{self._group.ranks[0]} ({prints[0][:12]})"
+                )
         entries = gather_objects(entries, self._group)[0]
         if entries:
             self._say(f"{len(entries)} bad shards are left out, as {self._record} says")
@@ -225,9 +295,14 @@ class Feed:
             return []
         try:
             entries = json.loads(self._record.read_text())
-            return [{"shard": str(e["shard"]), "step": int(e["step"]), "problem": str(e["problem"])} for e in entries]
+            return [
+                {"shard": str(e["shard"]), "step": int(e["step"]), "problem": str(e["problem"])}
+                for e in entries
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self._record} is malformed: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"{self._record} is malformed: {type(error).__name__}: {error}"
+            ) from error
 
     def close(self) -> None:
         """Ends the workers; harmless when repeated."""

@@ -24,15 +24,19 @@ class BadImage(UserError):
 
 
 def read_picture(source: Source, picture: Picture, size: int, channels: int) -> np.ndarray:
-    """The picture, cropped (see `center_crop`), as uint8 [channels, size, size]; `channels` is 1 (grey) or 3.
+    """The picture, cropped (see `center_crop`), as uint8 [channels, size, size]; `channels` is 1
+    (grey) or 3.
 
-    Colours as published pipelines take them: alpha dropped, EXIF orientation not applied. Of several frames the first.
+    Colours as published pipelines take them: alpha dropped, EXIF orientation not applied. Of
+    several frames the first.
 
     Raises:
         BadImage: it is missing, damaged, or of a kind that has no 8-bit form.
         OSError: the file system fails, also when asked again; says nothing about the picture.
     """
-    cropped = center_crop(decode_picture(_read_bytes(source.root / picture.file, picture), channels), size)
+    cropped = center_crop(
+        decode_picture(_read_bytes(source.root / picture.file, picture), channels), size
+    )
     return np.asarray(cropped).reshape(size, size, channels).transpose(2, 0, 1).copy()
 
 
@@ -43,7 +47,8 @@ def decode_picture(data: bytes, channels: int) -> Image.Image:
         BadImage: damaged, or of a kind that has no 8-bit form.
     """
     try:
-        # Pillow's decoders raise nearly anything over damaged bytes (SyntaxError, struct.error, …): all mean the same.
+        # Pillow's decoders raise nearly anything over damaged bytes (SyntaxError, struct.error, …):
+        # all mean the same.
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.mode[0] in "IF":
                 raise BadImage(f"mode {image.mode}: more than 8 bits a channel")
@@ -81,7 +86,8 @@ def _read_bytes(path: Path, picture: Picture) -> bytes:
             if is_final(error):
                 target = f"broken link to {os.readlink(path)!r}" if os.path.islink(path) else ""
                 raise BadImage(target or error.strerror) from error
-            # A busy file server is no corrupt picture: leaving it out would give another data set every time.
+            # A busy file server is no corrupt picture: leaving it out would give another data set
+            # every time.
             if attempt == _READ_TRIES:
                 raise OSError(error.errno, error.strerror, str(path)) from error
             time.sleep(_READ_PAUSE)
@@ -89,10 +95,11 @@ def _read_bytes(path: Path, picture: Picture) -> bytes:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central size × size square, after scaling the shorter side to `size`, as ADM trains on ImageNet.
+    """The central size × size square, after scaling the shorter side to `size`, as ADM trains on
+    ImageNet.
 
-    While the shorter side is at least 2 · size, both sides are halved (rounded down) with a box filter; bicubic does the
-    rest (Dhariwal and Nichol 2021).
+    While the shorter side is at least 2 · size, both sides are halved (rounded down) with a box
+    filter; bicubic does the rest (Dhariwal and Nichol 2021).
 
     Raises:
         BadImage: so long and narrow that its scaled form would not fit in memory.

@@ -1,8 +1,10 @@
-"""Can stored values mean what their index says? Each fault comes with the options that would be right.
+"""Can stored values mean what their index says? Each fault comes with the options that would be
+right.
 
-What training would take in silence is looked for: a log-variance declared as a standard deviation and the other way
-round, latents that are scaled already or not, pixels of another range, [H, W, C] for [C, H, W], labels from 1. Rules
-about sizes need some values before they speak, and leave room: whoever means unusual values says so (`accept_values`).
+What training would take in silence is looked for: a log-variance declared as a standard deviation
+and the other way round, latents that are scaled already or not, pixels of another range, [H, W, C]
+for [C, H, W], labels from 1. Rules about sizes need some values before they speak, and leave room:
+whoever means unusual values says so (`accept_values`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from diffmoe.errors import UserError
 if TYPE_CHECKING:
     from diffmoe.data.shards import ShardMeta
 
-X_STD = (0.35, 2.5)  # of a model's latents; those of published autoencoders, scaled as published, lie near 1
+X_STD = (
+    0.35,
+    2.5,
+)  # of a model's latents; those of published autoencoders, scaled as published, lie near 1
 LOGVAR_LIMIT = 20.0  # where AutoencoderKL clamps it
 _SD_SCALE = 0.18215
 _ROUNDING = 0.01  # of pixels' range, which is 2 wide
@@ -26,7 +31,9 @@ ACCEPT = "or --accept-values where they are meant so"
 
 
 class Values:
-    """What stored values of a data set are like, array by array; the arrays as float32, channels first."""
+    """What stored values of a data set are like, array by array; the arrays as float32, channels
+    first.
+    """
 
     def __init__(self, meta: ShardMeta) -> None:
         self._meta = meta
@@ -34,7 +41,10 @@ class Values:
         self._total = self._squares = 0.0
         self._low, self._high = math.inf, -math.inf
         self._spread_low, self._spread_high = math.inf, -math.inf
-        self._variance = {"std": 0.0, "logvar": 0.0}  # of moments' noise, summed, read as the one and as the other
+        self._variance = {
+            "std": 0.0,
+            "logvar": 0.0,
+        }  # of moments' noise, summed, read as the one and as the other
 
     def add(self, array: np.ndarray) -> None:
         """One array [C, H, W], or of moments [2C, H, W]; all of its values finite."""
@@ -43,12 +53,17 @@ class Values:
         self._count += values.size
         self._total += float(values.sum(dtype=np.float64))
         self._squares += float((values**2).sum(dtype=np.float64))
-        self._low, self._high = min(self._low, float(values.min())), max(self._high, float(values.max()))
+        self._low, self._high = (
+            min(self._low, float(values.min())),
+            max(self._high, float(values.max())),
+        )
         if spread is not None:
             self._spread_low = min(self._spread_low, float(spread.min()))
             self._spread_high = max(self._spread_high, float(spread.max()))
             self._variance["std"] += float((spread**2).sum(dtype=np.float64))
-            self._variance["logvar"] += float(np.exp(np.minimum(spread, LOGVAR_LIMIT)).sum(dtype=np.float64))
+            self._variance["logvar"] += float(
+                np.exp(np.minimum(spread, LOGVAR_LIMIT)).sum(dtype=np.float64)
+            )
 
     def check(self, where: str) -> None:
         """UserError where there is a `fault`."""
@@ -57,10 +72,14 @@ class Values:
             raise UserError(f"{where}: {fault}, {ACCEPT}")
 
     def fault(self) -> str:
-        """What the values cannot mean, with the options that would be right; "" where all is well, or accepted."""
+        """What the values cannot mean, with the options that would be right; "" where all is well,
+        or accepted.
+        """
         if self._meta.accept_values or not self._arrays:
             return ""
-        return {"pixels": self._pixels, "latents": self._latents, "moments": self._moments}[self._meta.kind]()
+        return {"pixels": self._pixels, "latents": self._latents, "moments": self._moments}[
+            self._meta.kind
+        ]()
 
     @property
     def _enough(self) -> bool:
@@ -75,7 +94,9 @@ class Values:
         return self._variance[spread] / self._count
 
     def _pixels(self) -> str:
-        low, high = sorted((value - self._meta.mean) * self._meta.scale for value in (self._low, self._high))
+        low, high = sorted(
+            (value - self._meta.mean) * self._meta.scale for value in (self._low, self._high)
+        )
         span = f"pixels {self._low:.6g} to {self._high:.6g} make x {low:.3g} to {high:.3g}"
         if low < -1 - _ROUNDING or high > 1 + _ROUNDING:
             return f"{span}, outside [-1, 1]: {self._pixel_options()}"
@@ -88,7 +109,11 @@ class Values:
     def _pixel_options(self) -> str:
         """For pixels as they are: of [0, 1], of [0, 255], of [-1, 1], or of their own range."""
         low, high = self._low, self._high
-        latents = "--kind latents, or if they are pixels: " if low < -1 - _ROUNDING and high > 1 + _ROUNDING else ""
+        latents = (
+            "--kind latents, or if they are pixels: "
+            if low < -1 - _ROUNDING and high > 1 + _ROUNDING
+            else ""
+        )
         if low >= 0 and high <= 1 + _ROUNDING:
             scale, mean = 2.0, 0.5
         elif low >= 0 and 16 < high <= 255:
@@ -103,7 +128,9 @@ class Values:
         if not self._enough:
             return ""
         fault = self._scale(self._signal)
-        pixels = f"; if they are pixels: --kind pixels {self._pixel_options()}" if self._low >= 0 else ""
+        pixels = (
+            f"; if they are pixels: --kind pixels {self._pixel_options()}" if self._low >= 0 else ""
+        )
         return fault and fault + pixels
 
     def _moments(self) -> str:
@@ -112,18 +139,26 @@ class Values:
         if spread == "std" and self._spread_low < 0:
             may_be = self._spread_high <= LOGVAR_LIMIT and not self._noise(other) > self._signal > 0
             return f"moments' standard deviation runs from {span}; " + (
-                "that is never negative, a log-variance is: --spread logvar" if may_be else self._no_moments())
+                "that is never negative, a log-variance is: --spread logvar"
+                if may_be
+                else self._no_moments()
+            )
         if spread == "logvar" and self._spread_low > 0:
             return f"moments' log-variance runs from {span}, always above 0; a standard deviation does: --spread std"
         if spread == "logvar" and self._spread_high > LOGVAR_LIMIT:
             may_be = self._spread_low >= 0
             return f"moments' log-variance runs from {span}, above {LOGVAR_LIMIT:g}; " + (
-                "a standard deviation is never negative: --spread std" if may_be else self._no_moments())
+                "a standard deviation is never negative: --spread std"
+                if may_be
+                else self._no_moments()
+            )
         if not self._enough:
             return ""
         if spread == "logvar" and self._noise(spread) > self._signal > 0:
-            return (f"moments' log-variance runs from {span}: noise of deviation {self._noise(spread)**0.5:.3g} on "
-                    f"means of {self._signal**0.5:.3g}; {self._no_moments()}")
+            return (
+                f"moments' log-variance runs from {span}: noise of deviation {self._noise(spread) ** 0.5:.3g} on "
+                f"means of {self._signal**0.5:.3g}; {self._no_moments()}"
+            )
         return self._scale(self._signal + self._noise(spread))
 
     def _scale(self, variance: float) -> str:
@@ -136,22 +171,30 @@ class Values:
         return f"{fault}: about --scale {1 / std:.3g}"
 
     def _no_moments(self) -> str:
-        return ("that is neither a deviation nor a log-variance: --kind latents if these arrays are latents, without a "
-                "second half")
+        return (
+            "that is neither a deviation nor a log-variance: --kind latents if these arrays are latents, without a "
+            "second half"
+        )
 
 
 def scale_fault(std: float, meta: ShardMeta) -> str:
-    """Whether `meta.scale` does not bring latents near the size that models take, where their values have this standard
-    deviation before it; "" where it does. Values that are all the same say nothing."""
+    """Whether `meta.scale` does not bring latents near the size that models take, where their
+    values have this standard deviation before it; "" where it does. Values that are all the same
+    say nothing.
+    """
     x_std = std * abs(meta.scale)
     if meta.accept_values or std == 0 or X_STD[0] <= x_std <= X_STD[1]:
         return ""
-    return (f"latents have deviation {std:.3g}, with scale ({meta.scale:g}) {x_std:.3g}, where models take about 1 "
-            f"({X_STD[0]} to {X_STD[1]})")
+    return (
+        f"latents have deviation {std:.3g}, with scale ({meta.scale:g}) {x_std:.3g}, where models take about 1 "
+        f"({X_STD[0]} to {X_STD[1]})"
+    )
 
 
 def shape_fault(shape: tuple[int, ...], meta: ShardMeta) -> str:
-    """Whether arrays seem to have their channels elsewhere than `meta` says: square in the two axes that go with it."""
+    """Whether arrays seem to have their channels elsewhere than `meta` says: square in the two axes
+    that go with it.
+    """
     first, second, third = shape
     layout = meta.members.layout
     if not meta.accept_values and layout == "chw" and first == second != third:

@@ -1,4 +1,6 @@
-"""How well an order mixes classes: what a pool holds and how long a class is away, beside a permutation."""
+"""How well an order mixes classes: what a pool holds and how long a class is away, beside a
+permutation.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,18 @@ from diffmoe.random_streams import Use, permutation
 CLASSES_SHARE = 0.97  # of a permutation's distinct classes in a pool: less is not mixed
 ABSENCE_FACTOR = 2.0  # times a permutation's median longest absence: more is not mixed
 SHUFFLED_ORDER = (64, 4)  # streams, window
-_WHOLE = 256  # shards that are shuffled together, as many as `SHUFFLED_ORDER` holds open in one process
+_WHOLE = (
+    256  # shards that are shuffled together, as many as `SHUFFLED_ORDER` holds open in one process
+)
 _POSITIONS = 1 << 20  # that are looked at, at most
 _POOLS = 512  # at least
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """`classes`: mean number of distinct classes in a pool; `absence`: steps that a class is away at the longest,
-    median over the classes."""
+    """`classes`: mean number of distinct classes in a pool; `absence`: steps that a class is away
+    at the longest, median over the classes.
+    """
 
     classes: float
     absence: float
@@ -29,21 +34,28 @@ class Mixing:
     def like(self, permuted: Mixing) -> bool:
         """Whether this is about as good as a permutation's."""
         # One step more: where every class is in every step, a permutation's absence is 1.
-        return (self.classes >= CLASSES_SHARE * permuted.classes
-                and self.absence <= ABSENCE_FACTOR * permuted.absence + 1)
+        return (
+            self.classes >= CLASSES_SHARE * permuted.classes
+            and self.absence <= ABSENCE_FACTOR * permuted.absence + 1
+        )
 
 
 def order_for(shuffled: bool, shards: int, batch: int) -> tuple[int, int]:
-    """(streams, window) for a data set. Shards of one that is not known to be shuffled may hold few classes each: all
-    are shuffled together where shards are few, else no two slots of a batch share a stream."""
+    """(streams, window) for a data set. Shards of one that is not known to be shuffled may hold few
+    classes each: all are shuffled together where shards are few, else no two slots of a batch share
+    a stream.
+    """
     if shuffled:
         return SHUFFLED_ORDER
     return (1, _WHOLE) if shards <= _WHOLE else (batch, 8)
 
 
-def completed(labels: Sequence[np.ndarray | None], counts: Sequence[int], classes: int) -> list[np.ndarray]:
-    """Labels of every shard, from those of some: an unknown shard is taken to be like the known one before it (or the
-    first), as much further on in the classes as it is in the data set. So what is in class order, or mixed, stays it.
+def completed(
+    labels: Sequence[np.ndarray | None], counts: Sequence[int], classes: int
+) -> list[np.ndarray]:
+    """Labels of every shard, from those of some: an unknown shard is taken to be like the known one
+    before it (or the first), as much further on in the classes as it is in the data set. So what is
+    in class order, or mixed, stays it.
 
     Args:
         labels: int [n] of each shard, None where unknown; not all of them.
@@ -54,14 +66,16 @@ def completed(labels: Sequence[np.ndarray | None], counts: Sequence[int], classe
     for number, (found, count) in enumerate(zip(labels, counts, strict=True)):
         if found is None:
             near = known[max(0, int(np.searchsorted(known, number)) - 1)]
-            found = (np.resize(labels[near], count) + (number - near) * classes // len(counts)) % classes
+            found = (
+                np.resize(labels[near], count) + (number - near) * classes // len(counts)
+            ) % classes
         whole.append(found)
     return whole
 
 
 def measure(order: SampleOrder, labels: Sequence[np.ndarray], pool: int) -> tuple[Mixing, Mixing]:
-    """Of the order, and of a permutation of the same samples, over its first epoch (or its first million positions; of
-    a small data set, more epochs).
+    """Of the order, and of a permutation of the same samples, over its first epoch (or its first
+    million positions; of a small data set, more epochs).
 
     Args:
         labels: int [n] of each shard.
@@ -73,8 +87,14 @@ def measure(order: SampleOrder, labels: Sequence[np.ndarray], pool: int) -> tupl
     places = order.places(np.arange(steps * order.batch))
     seen = flat[starts[places[:, 0]] + places[:, 1]]
     permuted = seen[permutation(Use.SHARD_ORDER, 0, 0, 0, len(seen))]
-    return (Mixing(float(distinct(seen.reshape(-1, pool)).mean()), longest_absence(seen.reshape(steps, -1))),
-            Mixing(expected_distinct(np.bincount(flat), pool), longest_absence(permuted.reshape(steps, -1))))
+    return (
+        Mixing(
+            float(distinct(seen.reshape(-1, pool)).mean()), longest_absence(seen.reshape(steps, -1))
+        ),
+        Mixing(
+            expected_distinct(np.bincount(flat), pool), longest_absence(permuted.reshape(steps, -1))
+        ),
+    )
 
 
 def distinct(labels: np.ndarray) -> np.ndarray:
@@ -83,7 +103,9 @@ def distinct(labels: np.ndarray) -> np.ndarray:
 
 
 def expected_distinct(counts: np.ndarray, pool: int) -> float:
-    """The expected number of distinct classes among `pool` samples drawn without replacement; counts [classes]."""
+    """The expected number of distinct classes among `pool` samples drawn without replacement;
+    counts [classes].
+    """
     total = int(counts.sum())
     absent = np.ones(len(counts))
     for drawn in range(min(pool, total)):
@@ -92,8 +114,9 @@ def expected_distinct(counts: np.ndarray, pool: int) -> float:
 
 
 def longest_absence(labels: np.ndarray) -> float:
-    """Steps that a class is away at the longest, from one batch that has it to the next (or from the start, or to the
-    end); the median over the classes in labels [steps, batch]."""
+    """Steps that a class is away at the longest, from one batch that has it to the next (or from
+    the start, or to the end); the median over the classes in labels [steps, batch].
+    """
     classes = labels.reshape(-1)
     by_class = np.argsort(classes, kind="stable")
     classes, steps = classes[by_class], by_class // labels.shape[1]
@@ -104,10 +127,19 @@ def longest_absence(labels: np.ndarray) -> float:
     return float(np.median(np.maximum(np.maximum.reduceat(gaps, first), len(labels) - steps[last])))
 
 
-def mending(counts: Sequence[int], labels: Sequence[np.ndarray], *, batch: int, streams: int, window: int,
-            pool: int) -> tuple[int, int]:
-    """The (streams, window) that mixes like a permutation: the smallest window, by doubling, at these streams, else at
-    one a slot, else in one stream, which shuffles as much as its window holds."""
+def mending(
+    counts: Sequence[int],
+    labels: Sequence[np.ndarray],
+    *,
+    batch: int,
+    streams: int,
+    window: int,
+    pool: int,
+) -> tuple[int, int]:
+    """The (streams, window) that mixes like a permutation: the smallest window, by doubling, at
+    these streams, else at one a slot, else in one stream, which shuffles as much as its window
+    holds.
+    """
     for candidate in dict.fromkeys((streams, batch, 1)):
         width = window
         while True:

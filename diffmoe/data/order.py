@@ -1,11 +1,12 @@
 """Which sample a training position is.
 
-Everything here is a function of (seed, position) and of the run's own numbers (batch, streams, window): nothing depends on
-ranks or workers, and any position is found without replay.
+Everything here is a function of (seed, position) and of the run's own numbers (batch, streams,
+window): nothing depends on ranks or workers, and any position is found without replay.
 
-A global batch is cut into `streams` equal runs of slots, and every epoch into as many runs of samples, one a stream. So a
-rank, which holds consecutive slots, reads the shards of its own streams and no others, in any layout; and a batch mixes
-samples from all over the data set, whatever order they were written in.
+A global batch is cut into `streams` equal runs of slots, and every epoch into as many runs of
+samples, one a stream. So a rank, which holds consecutive slots, reads the shards of its own streams
+and no others, in any layout; and a batch mixes samples from all over the data set, whatever order
+they were written in.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from diffmoe.random_streams import Use, permutation
 
 
 class SampleOrder:
-    """Training position → (shard, row); every epoch of sum(counts) positions visits every sample exactly once.
+    """Training position → (shard, row); every epoch of sum(counts) positions visits every sample
+    exactly once.
 
-    The shards, permuted by (seed, epoch), are laid end to end and cut into one run a stream, as long as the stream has slots in
-    the epoch. `window` consecutive shards of a run are shuffled together.
+    The shards, permuted by (seed, epoch), are laid end to end and cut into one run a stream, as
+    long as the stream has slots in the epoch. `window` consecutive shards of a run are shuffled
+    together.
 
     Args:
         counts: samples of each shard.
@@ -31,10 +34,16 @@ class SampleOrder:
         streams: runs of slots, at most one a slot.
     """
 
-    def __init__(self, counts: Sequence[int], *, seed: int, batch: int, streams: int, window: int) -> None:
+    def __init__(
+        self, counts: Sequence[int], *, seed: int, batch: int, streams: int, window: int
+    ) -> None:
         if not 0 <= seed < 2**64:
             raise UserError(f"seed ({seed}) must lie in [0, 2^64)")
-        for name, value, unit in (("batch", batch, "sample"), ("streams", streams, "stream"), ("window", window, "shard")):
+        for name, value, unit in (
+            ("batch", batch, "sample"),
+            ("streams", streams, "stream"),
+            ("window", window, "shard"),
+        ):
             if value < 1:
                 raise UserError(f"{name} ({value}) must be at least 1 {unit}")
         self.counts, self.batch, self.window = np.asarray(counts, np.int64), batch, window
@@ -52,7 +61,8 @@ class SampleOrder:
         assert position >= 0, position
         epoch = position // self._total
         slot = position % self.batch
-        # The methods of arrays, here: numpy's functions of that name look twice at everything, and this is for every sample.
+        # The methods of arrays, here: numpy's functions of that name look twice at everything, and
+        # this is for every sample.
         stream = int(self._first_slot.searchsorted(slot, side="right")) - 1
         _, starts, _, before = self._shard_order(epoch)
         first, size = int(self._first_slot[stream]), int(self._slots[stream])
@@ -65,7 +75,9 @@ class SampleOrder:
         return int(pieces[piece, 0]), int(pieces[piece, 1] + sample - starts[piece])
 
     def places(self, positions: np.ndarray) -> np.ndarray:
-        """[n, 2]: `locate` of many positions (int64 [n]) at once, as fast as one draws the orders that they need."""
+        """[n, 2]: `locate` of many positions (int64 [n]) at once, as fast as one draws the orders
+        that they need.
+        """
         found = np.empty((len(positions), 2), np.int64)
         epochs, slots = positions // self._total, positions % self.batch
         streams = np.searchsorted(self._first_slot, slots, side="right") - 1
@@ -82,42 +94,66 @@ class SampleOrder:
                 here = numbers == window
                 samples = order[offsets[here] - windows[window]]
                 piece = np.searchsorted(starts, samples, side="right") - 1
-                found[mine[here]] = np.stack([pieces[piece, 0], pieces[piece, 1] + samples - starts[piece]], 1)
+                found[mine[here]] = np.stack(
+                    [pieces[piece, 0], pieces[piece, 1] + samples - starts[piece]], 1
+                )
         return found
 
     def streams_of(self, positions: Sequence[int]) -> int:
         """How many streams these positions belong to."""
-        return len(np.unique(np.searchsorted(self._first_slot, np.asarray(positions) % self.batch, side="right")))
+        return len(
+            np.unique(
+                np.searchsorted(self._first_slot, np.asarray(positions) % self.batch, side="right")
+            )
+        )
 
     def _positions_before(self, position: int) -> np.ndarray:
         """[streams]: how many of the positions below this one each stream has."""
-        return position // self.batch * self._slots + np.clip(position % self.batch - self._first_slot, 0, self._slots)
+        return position // self.batch * self._slots + np.clip(
+            position % self.batch - self._first_slot, 0, self._slots
+        )
 
-    def _draw_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Shards in order; where each begins among the epoch's samples; where each stream's run begins there; positions that
-        each stream had before the epoch."""
+    def _draw_shard_order(
+        self, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Shards in order; where each begins among the epoch's samples; where each stream's run
+        begins there; positions that each stream had before the epoch.
+        """
         order = permutation(Use.SHARD_ORDER, self._seed, epoch, 0, len(self.counts))
         starts = np.concatenate([[0], np.cumsum(self.counts[order])])
         before = self._positions_before(epoch * self._total)
-        runs = np.concatenate([[0], np.cumsum(self._positions_before((epoch + 1) * self._total) - before)])
+        runs = np.concatenate(
+            [[0], np.cumsum(self._positions_before((epoch + 1) * self._total) - before)]
+        )
         return order, starts, runs, before
 
     def _draw_stream(self, epoch: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where each window begins in the stream's run, and the run's pieces [n, 3]: shard, its first row and the row after
-        its last."""
+        """Where each window begins in the stream's run, and the run's pieces [n, 3]: shard, its
+        first row and the row after its last.
+        """
         order, starts, runs, _ = self._shard_order(epoch)
         begin, end = runs[stream], runs[stream + 1]
         first = np.searchsorted(starts, begin, side="right") - 1
         last = np.searchsorted(starts, end, side="left")
-        pieces = np.stack([order[first:last], np.maximum(begin, starts[first:last]) - starts[first:last],
-                           np.minimum(end, starts[first + 1 : last + 1]) - starts[first:last]], axis=1)
+        pieces = np.stack(
+            [
+                order[first:last],
+                np.maximum(begin, starts[first:last]) - starts[first:last],
+                np.minimum(end, starts[first + 1 : last + 1]) - starts[first:last],
+            ],
+            axis=1,
+        )
         lengths = np.concatenate([[0], np.cumsum(pieces[:, 2] - pieces[:, 1])])
         return lengths[:-1][:: self.window], pieces
 
-    def _draw_window_order(self, epoch: int, stream: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _draw_window_order(
+        self, epoch: int, stream: int, window: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The window's samples in order, numbered over its pieces laid end to end (int32, since all
         windows together may be the whole data set); these pieces; and where each begins there."""
         pieces = self._stream(epoch, stream)[1][window * self.window : (window + 1) * self.window]
         ends = np.cumsum(pieces[:, 2] - pieces[:, 1])
-        order = permutation(Use.WINDOW_ORDER, self._seed, epoch, stream << 32 | window, int(ends[-1]))
+        order = permutation(
+            Use.WINDOW_ORDER, self._seed, epoch, stream << 32 | window, int(ends[-1])
+        )
         return order.astype(np.int32), pieces, np.concatenate([[0], ends[:-1]])

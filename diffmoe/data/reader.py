@@ -1,7 +1,8 @@
 """Samples by training position. No torch here: the loader's processes start without it.
 
-Position p (samples seen so far, over the whole run) decides everything about a sample: which one it is, its flip, its VAE
-noise. So the same run reads the same samples on any number of ranks, and resumes anywhere without replay.
+Position p (samples seen so far, over the whole run) decides everything about a sample: which one it
+is, its flip, its VAE noise. So the same run reads the same samples on any number of ranks, and
+resumes anywhere without replay.
 """
 
 from __future__ import annotations
@@ -38,34 +39,58 @@ class ShardReader:
     Args:
         index: the data set.
         seed: fixes order, flips and VAE noise.
-        batch, streams, window: see `SampleOrder`.
+            batch, streams, window: see `SampleOrder`.
         flip: mirror about half of the samples, each by its position's own coin.
         cache: where copies of remote shards are held; not needed for local ones.
-        excluded: shards by name, each with the step from which its samples are replaced by others, drawn by position.
+        excluded: shards by name, each with the step from which its samples are replaced by others,
+            drawn by position.
 
     Raises:
-        UserError: `flip` asked of latents or moments that were written without flipped ones; no cache for remote
-            shards; nothing left that is not excluded.
+        UserError: `flip` asked of latents or moments that were written without flipped ones; no
+            cache for remote shards; nothing left that is not excluded.
     """
 
-    def __init__(self, index: ShardIndex, *, seed: int, batch: int = 1, streams: int = 1, window: int = 1, flip: bool = False,
-                 cache: Cache | None = None, excluded: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        index: ShardIndex,
+        *,
+        seed: int,
+        batch: int = 1,
+        streams: int = 1,
+        window: int = 1,
+        flip: bool = False,
+        cache: Cache | None = None,
+        excluded: Mapping[str, int] | None = None,
+    ) -> None:
         if flip and index.meta.kind != "pixels" and not index.flips:
-            raise UserError(f"flip (True) needs flipped {index.meta.kind}; the data set {index.where} has none "
-                            "(flips False)")
+            raise UserError(
+                f"flip (True) needs flipped {index.meta.kind}; the data set {index.where} has none "
+                "(flips False)"
+            )
         if index.place and cache is None:
             raise UserError(f"the data set {index.where} is remote and needs a cache")
         self.index, self.seed, self.flip, self.cache = index, seed, flip, cache
         self.batch, self.streams, self.window = batch, streams, window
         self.excluded = dict(excluded or {})
         numbers = {shard.name: number for number, shard in enumerate(index.shards)}
-        self._excluded = {numbers[name]: step for name, step in self.excluded.items() if name in numbers}
+        self._excluded = {
+            numbers[name]: step for name, step in self.excluded.items() if name in numbers
+        }
         if len(self._excluded) == len(index.shards):
-            raise UserError(f"every shard of {index.where} is bad: {', '.join(sorted(self.excluded)[:3])}, …")
-        self.order = SampleOrder([shard.count for shard in index.shards], seed=seed, batch=batch, streams=streams,
-                                 window=window)
+            raise UserError(
+                f"every shard of {index.where} is bad: {', '.join(sorted(self.excluded)[:3])}, …"
+            )
+        self.order = SampleOrder(
+            [shard.count for shard in index.shards],
+            seed=seed,
+            batch=batch,
+            streams=streams,
+            window=window,
+        )
         self._capacity = 0
-        self._failed: dict[int, Exception] = {}  # of shards that were opened before their row's turn
+        self._failed: dict[
+            int, Exception
+        ] = {}  # of shards that were opened before their row's turn
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._verified: set[int] = set()
         self._coins, self._noise = Words(Use.FLIP, seed), Words(Use.MOMENTS, seed)
@@ -89,15 +114,22 @@ class ShardReader:
     def _substitute(self, position: int) -> tuple[int, int]:
         """Some sample of a shard that is good at this position."""
         counts = self.order.counts.copy()
-        counts[[number for number, step in self._excluded.items() if step <= position // self.batch]] = 0
+        counts[
+            [number for number, step in self._excluded.items() if step <= position // self.batch]
+        ] = 0
         ends = np.cumsum(counts)
         draw = int(philox(Use.SUBSTITUTE, self.seed, position).random_raw()) % int(ends[-1])
         number = int(np.searchsorted(ends, draw, side="right"))
         return number, draw - int(ends[number] - counts[number])
 
     def read(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Samples at `positions` (any integers >= 0, over any epochs): x float32 [n, C, H, W], y int64 [n]."""
-        x, y = np.empty((len(positions), *self.index.x_shape), np.float32), np.empty(len(positions), np.int64)
+        """Samples at `positions` (any integers >= 0, over any epochs): x float32 [n, C, H, W], y
+        int64 [n].
+        """
+        x, y = (
+            np.empty((len(positions), *self.index.x_shape), np.float32),
+            np.empty(len(positions), np.int64),
+        )
         self.fill(positions, x, y)
         return x, y
 
@@ -117,7 +149,9 @@ class ShardReader:
         self._failed.clear()
         if self.index.place:
             self._fetch(dict.fromkeys(number for number, _ in places))
-        mirrorings = [self.flip and int(self._coins.at(position, 1)[0]) >> 63 == 1 for position in positions]
+        mirrorings = [
+            self.flip and int(self._coins.at(position, 1)[0]) >> 63 == 1 for position in positions
+        ]
         for (number, row), mirrored in zip(places, mirrorings):
             self._shard(number).advise(row, int(mirrored and self.index.flips))
         for i, (position, (number, row), mirrored) in enumerate(zip(positions, places, mirrorings)):
@@ -125,7 +159,12 @@ class ShardReader:
             stored = _retried(shard, row, int(mirrored and self.index.flips))
             y[i] = shard.table.labels[row]
             if meta.kind == "pixels":
-                np.subtract(stored[..., ::-1] if mirrored else stored, np.float32(meta.mean), out=x[i], dtype=np.float32)
+                np.subtract(
+                    stored[..., ::-1] if mirrored else stored,
+                    np.float32(meta.mean),
+                    out=x[i],
+                    dtype=np.float32,
+                )
             elif meta.kind == "latents":
                 np.subtract(to_float(stored, self.index.dtype), np.float32(meta.mean), out=x[i])
             else:
@@ -138,11 +177,14 @@ class ShardReader:
             np.multiply(x[i], np.float32(meta.scale), out=x[i])
 
     def _files_of(self, positions: Sequence[int]) -> int:
-        """What the windows of these positions' streams hold, and one each where a window ends and the next begins."""
+        """What the windows of these positions' streams hold, and one each where a window ends and
+        the next begins.
+        """
         return min(self.order.streams_of(positions) * (self.window + 1), len(self.index.shards))
 
     def allow_open_files(self, positions: Sequence[int]) -> None:
-        """Raises this process's soft limit of open files where it is in the way of reading such positions of every step.
+        """Raises this process's soft limit of open files where it is in the way of reading such
+        positions of every step.
 
         Raises:
             UserError: the hard limit is.
@@ -153,38 +195,57 @@ class ShardReader:
         if soft == resource.RLIM_INFINITY or soft >= needed:
             return
         if hard != resource.RLIM_INFINITY and hard < needed:
-            window, fewer = max(0, hard - _OTHER_FILES) // streams - 1, max(0, hard - _OTHER_FILES) // (self.window + 1)
-            instead = (f", or set data.window to at most {window}" if window >= 1 else
-                       f", or set data.streams to at most {self.order.streams * fewer // streams}" if fewer >= 1 else "")
-            raise UserError(f"data.streams ({self.streams}, {streams} of them read by one process) x data.window ({self.window}) need "
-                            f"{count} open files and {_OTHER_FILES} for the rest; this system allows {hard} (ulimit -Hn): raise that "
-                            f"limit{instead}")
+            window, fewer = (
+                max(0, hard - _OTHER_FILES) // streams - 1,
+                max(0, hard - _OTHER_FILES) // (self.window + 1),
+            )
+            instead = (
+                f", or set data.window to at most {window}"
+                if window >= 1
+                else f", or set data.streams to at most {self.order.streams * fewer // streams}"
+                if fewer >= 1
+                else ""
+            )
+            raise UserError(
+                f"data.streams ({self.streams}, {streams} of them read by one process) x data.window ({self.window}) need "
+                f"{count} open files and {_OTHER_FILES} for the rest; this system allows {hard} (ulimit -Hn): raise that "
+                f"limit{instead}"
+            )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
     def check_cache(self, positions: Sequence[int]) -> None:
-        """UserError where the windows of these positions' streams, even of the smallest shards, are larger than the
-        cache of remote shards: reading would end there, once the cache is full."""
+        """UserError where the windows of these positions' streams, even of the smallest shards, are
+        larger than the cache of remote shards: reading would end there, once the cache is full.
+        """
         if not self.index.place:
             return
         streams = self.order.streams_of(positions)
         held = sorted(shard.bytes for shard in self.index.shards)[: streams * self.window]
         if sum(held) > self.cache.limit:
-            raise UserError(f"data.cache_gib ({self.cache.limit / 2**30:.3g}) is too small: data.streams ({self.streams}, "
-                            f"{streams} of them read by one process) x data.window ({self.window}) keep {len(held)} "
-                            f"shards of {self.index.where} in use, {sum(held) / 2**30:.3g} GiB; raise it, or name "
-                            "smaller data.streams and data.window")
+            raise UserError(
+                f"data.cache_gib ({self.cache.limit / 2**30:.3g}) is too small: data.streams ({self.streams}, "
+                f"{streams} of them read by one process) x data.window ({self.window}) keep {len(held)} "
+                f"shards of {self.index.where} in use, {sum(held) / 2**30:.3g} GiB; raise it, or name "
+                "smaller data.streams and data.window"
+            )
 
     def fetch_ahead(self, positions: Sequence[int]) -> None:
-        """Begins to bring what these positions need, where it is remote; failures show when the positions are read."""
+        """Begins to bring what these positions need, where it is remote; failures show when the
+        positions are read.
+        """
         if not self.index.place:
             return
         self._ahead = self._ahead or ThreadPoolExecutor(2, thread_name_prefix="fetch-ahead")
         wanted = {number for number, _ in map(self.locate, positions)} - self._open.keys()
         for number in wanted:
-            self._ahead.submit(lambda file=self.index.shards[number]: os.close(self.descriptor(file)))
+            self._ahead.submit(
+                lambda file=self.index.shards[number]: os.close(self.descriptor(file))
+            )
 
     def _fetch(self, numbers: Iterable[int]) -> None:
-        """Opens the missing ones of these shards, several at a time; what fails is raised at its row's turn."""
+        """Opens the missing ones of these shards, several at a time; what fails is raised at its
+        row's turn.
+        """
         missing = [number for number in numbers if number not in self._open][: self._capacity]
         if len(missing) < 2:
             return
@@ -218,12 +279,18 @@ class ShardReader:
         descriptor = self.descriptor(file)
         try:
             shard = self.index.opened(descriptor, file, flipped=self.flip and self.index.flips)
-            # Without the rows' own checksums, the whole file's: once a run, since it costs a pass over the file.
+            # Without the rows' own checksums, the whole file's: once a run, since it costs a pass
+            # over the file.
             if shard.scanned and number not in self._verified:
                 if sha256(Path(f"/proc/self/fd/{descriptor}")) != file.sha256:
                     for row, kind in np.ndindex(shard.table.offsets.shape):
-                        shard.array(row, kind)  # names the member, if it is one that cannot be decoded
-                    raise BadShard(file.name, f" in {self.index.where}: SHA-256 is not the index's ({file.sha256})")
+                        shard.array(
+                            row, kind
+                        )  # names the member, if it is one that cannot be decoded
+                    raise BadShard(
+                        file.name,
+                        f" in {self.index.where}: SHA-256 is not the index's ({file.sha256})",
+                    )
                 self._verified.add(number)
             return shard
         except BaseException:
@@ -231,9 +298,10 @@ class ShardReader:
             raise
 
     def labels_at_hand(self) -> list[np.ndarray | None]:
-        """Every shard's labels, as far as they are cheap to have: of at most 256 shards, all over the data set; of 16
-        where they have no tables of rows; of a remote data set only those that are in the cache, or all where they are
-        few. None: unknown."""
+        """Every shard's labels, as far as they are cheap to have: of at most 256 shards, all over
+        the data set; of 16 where they have no tables of rows; of a remote data set only those that
+        are in the cache, or all where they are few. None: unknown.
+        """
         numbers = range(len(self.index.shards))
         if self.index.place and len(numbers) > _FEW_REMOTE:
             numbers = [n for n in numbers if self.cache.has(self.index.shards[n])]
@@ -242,7 +310,11 @@ class ShardReader:
             return found
         tables = self.index.meta.members.ours and self._has_table(numbers[0])
         most = _TABLES if tables else _SCANS
-        some = [numbers[i * len(numbers) // most] for i in range(most)] if len(numbers) > most else numbers
+        some = (
+            [numbers[i * len(numbers) // most] for i in range(most)]
+            if len(numbers) > most
+            else numbers
+        )
         # Scans may parse headers of arrays, which is for one thread (see `rows._packed_rows`).
         with ThreadPoolExecutor(_FETCHES if tables else 1, thread_name_prefix="labels") as pool:
             for number, labels in zip(some, pool.map(self._labels, some)):
@@ -272,7 +344,9 @@ class ShardReader:
             return None
 
     def descriptor(self, file: ShardFile) -> int:
-        """An open descriptor of a shard's tar, which the caller closes. BadShard where it cannot be had."""
+        """An open descriptor of a shard's tar, which the caller closes. BadShard where it cannot be
+        had.
+        """
         address = self.index.address(file)
         if self.index.place:
             return self.cache.open(file, address)

@@ -1,9 +1,11 @@
-"""Rows of one shard by number: where each one's array lies in the tar, and exact, checked reads of it.
+"""Rows of one shard by number: where each one's array lies in the tar, and exact, checked reads of
+it.
 
-A shard that this program wrote begins with a member `__rows__` (webdataset passes over such names): labels, places and CRC-32
-of all its arrays. Opening it is one small read, a row is another, and a row that was altered anywhere is noticed whenever it
-is read. Tars of others have no such member: opening scans their headers and compares the whole file's SHA-256.
-`Members` says which of their members hold what.
+A shard that this program wrote begins with a member `__rows__` (webdataset passes over such names):
+labels, places and CRC-32 of all its arrays. Opening it is one small read, a row is another, and a
+row that was altered anywhere is noticed whenever it is read. Tars of others have no such member:
+opening scans their headers and compares the whole file's SHA-256. `Members` says which of their
+members hold what.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ _PLACE = re.compile(r"[^/:.][^/:]*(:[^:]+)?")
 
 
 class BadShard(UserError):
-    """A shard that cannot be read as its index says; `shard` is its name, the message says what is wrong and where."""
+    """A shard that cannot be read as its index says; `shard` is its name, the message says what is
+    wrong and where.
+    """
 
     def __init__(self, shard: str, problem: str) -> None:
         super().__init__(f"shard {shard}{problem}")
@@ -42,13 +46,14 @@ class BadShard(UserError):
 
 @dataclass(frozen=True)
 class Members:
-    """Which members of a tar make a sample, and how they are read; the defaults are what this program writes.
+    """Which members of a tar make a sample, and how they are read; the defaults are what this
+    program writes.
 
-    A place is the ending of a member's name after its first dot (`latent.npy` of `000.latent.npy`). For arrays it is an
-    `.npy`, or `npz:NAME` with the name of an array in it; `npz:mean,std` lays several end to end along the channels.
-    For labels it is a text, `json` or `json:KEY` (`KEY.KEY` for one inside another), or the one number of an array. A
-    leading axis of length 1 (a batch of one) is dropped. `layout`: of the arrays, "chw" or "hwc". `first_class`: the
-    label of class 0.
+    A place is the ending of a member's name after its first dot (`latent.npy` of `000.latent.npy`).
+    For arrays it is an `.npy`, or `npz:NAME` with the name of an array in it; `npz:mean,std` lays
+    several end to end along the channels. For labels it is a text, `json` or `json:KEY` (`KEY.KEY`
+    for one inside another), or the one number of an array. A leading axis of length 1 (a batch of
+    one) is dropped. `layout`: of the arrays, "chw" or "hwc". `first_class`: the label of class 0.
     """
 
     array: str = "npy"
@@ -61,23 +66,35 @@ class Members:
         for name in ("array", "flip_array", "label"):
             place = getattr(self, name)
             if not _PLACE.fullmatch(place):
-                raise UserError(f"{name} ({place!r}) must be the ending of a member's name, or ENDING:NAME for what "
-                                "lies inside")
+                raise UserError(
+                    f"{name} ({place!r}) must be the ending of a member's name, or ENDING:NAME for what "
+                    "lies inside"
+                )
             kind, named = _format(place), ":" in place
             if name != "label" and kind not in ("npy", "npz"):
-                raise UserError(f"{name} ({place!r}) must end in npy or npz; other formats are not read (.pt and .pth "
-                                "are pickles)")
+                raise UserError(
+                    f"{name} ({place!r}) must end in npy or npz; other formats are not read (.pt and .pth "
+                    "are pickles)"
+                )
             if (kind == "npz") > named:
                 raise UserError(f"{name} ({place!r}) must name an array of the npz: {place}:NAME")
             if named and kind not in ("npz", "json"):
-                raise UserError(f"{name} ({place!r}): only an npz or a json has something inside by name")
+                raise UserError(
+                    f"{name} ({place!r}): only an npz or a json has something inside by name"
+                )
         if self.layout not in LAYOUTS:
             raise UserError(f"layout ({self.layout!r}) must be one of {', '.join(LAYOUTS)}")
 
     @property
     def ours(self) -> bool:
-        """Whether these are the members that this program writes, of which a shard's table of rows speaks."""
-        return (self.array, self.flip_array, self.label) == (Members.array, Members.flip_array, Members.label)
+        """Whether these are the members that this program writes, of which a shard's table of rows
+        speaks.
+        """
+        return (self.array, self.flip_array, self.label) == (
+            Members.array,
+            Members.flip_array,
+            Members.label,
+        )
 
     def arrays(self, flips: bool) -> tuple[str, ...]:
         """The places of a sample's arrays, in a table's order."""
@@ -103,8 +120,10 @@ def _format(place: str) -> str:
 
 @dataclass(frozen=True)
 class RowTable:
-    """Labels from 0, int64 [n]; for each row and kind of array (`npy`, then perhaps `flip.npy`), [n, kinds]: byte of
-    the member's header block in the tar, bytes of its payload, CRC-32 of header block and payload (None: unknown)."""
+    """Labels from 0, int64 [n]; for each row and kind of array (`npy`, then perhaps `flip.npy`),
+    [n, kinds]: byte of the member's header block in the tar, bytes of its payload, CRC-32 of header
+    block and payload (None: unknown).
+    """
 
     labels: np.ndarray
     offsets: np.ndarray
@@ -113,7 +132,9 @@ class RowTable:
 
 
 def pack_table(table: RowTable) -> bytes:
-    """The payload of `__rows__`: a structured .npy, then its CRC-32; the same length for as many rows and kinds."""
+    """The payload of `__rows__`: a structured .npy, then its CRC-32; the same length for as many
+    rows and kinds.
+    """
     packed = np.zeros(len(table.labels), _packed_dtype(table.offsets.shape[1]))
     packed["label"], packed["offset"], packed["size"] = table.labels, table.offsets, table.sizes
     packed["crc"] = 0 if table.crcs is None else table.crcs
@@ -123,21 +144,36 @@ def pack_table(table: RowTable) -> bytes:
 
 
 def _packed_dtype(kinds: int) -> np.dtype:
-    return np.dtype([("label", "<i8"), ("offset", "<u8", (kinds,)), ("size", "<u8", (kinds,)), ("crc", "<u4", (kinds,))])
+    return np.dtype(
+        [
+            ("label", "<i8"),
+            ("offset", "<u8", (kinds,)),
+            ("size", "<u8", (kinds,)),
+            ("crc", "<u4", (kinds,)),
+        ]
+    )
 
 
 def _packed_rows(array: bytes) -> np.ndarray:
-    """The rows of a `pack_table` .npy. Not by numpy's reader: Python 3.11's parser, which that calls, fails now and then
-    (SystemError) where several threads are in it, and tables are opened by several."""
-    start = 10 + int.from_bytes(array[8:10], "little")  # .npy 1.0: magic, version, length of the header
+    """The rows of a `pack_table` .npy. Not by numpy's reader: Python 3.11's parser, which that
+    calls, fails now and then (SystemError) where several threads are in it, and tables are opened
+    by several.
+    """
+    start = 10 + int.from_bytes(
+        array[8:10], "little"
+    )  # .npy 1.0: magic, version, length of the header
     kinds = re.search(rb"'offset', '<u8', \(([0-9]+),\)", array[:start])
     if not array.startswith(b"\x93NUMPY\x01\x00") or kinds is None:
         raise UserError("it is not a table of rows")
     return np.frombuffer(array, _packed_dtype(int(kinds[1])), offset=start)
 
 
-def unpack_table(payload: bytes, count: int | None, classes: int, kinds: int, first_class: int = 0) -> RowTable:
-    """The table again. UserError when it is damaged or is not one of `count` rows, `kinds` arrays and `classes` classes."""
+def unpack_table(
+    payload: bytes, count: int | None, classes: int, kinds: int, first_class: int = 0
+) -> RowTable:
+    """The table again. UserError when it is damaged or is not one of `count` rows, `kinds` arrays
+    and `classes` classes.
+    """
     if len(payload) < 4 or zlib.crc32(payload[:-4]) != int.from_bytes(payload[-4:], "little"):
         raise UserError("its CRC-32 is wrong")
     packed = _packed_rows(payload[:-4])
@@ -148,10 +184,18 @@ def unpack_table(payload: bytes, count: int | None, classes: int, kinds: int, fi
     labels = packed["label"] - first_class
     bad = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(bad):
-        raise UserError(f"row {bad[0]}: {_wrong_label(packed['label'][bad[0]], classes, first_class)}")
-    # A reader may hold a thousand tables: as small as they can be, and without kinds that nobody asked for.
+        raise UserError(
+            f"row {bad[0]}: {_wrong_label(packed['label'][bad[0]], classes, first_class)}"
+        )
+    # A reader may hold a thousand tables: as small as they can be, and without kinds that nobody
+    # asked for.
     offsets, sizes = (packed[name][:, :kinds].astype(np.int64) for name in ("offset", "size"))
-    if len(offsets) and offsets.min() >= 0 and sizes.min() >= 0 and (offsets + BLOCK + sizes).max() < 2**31:
+    if (
+        len(offsets)
+        and offsets.min() >= 0
+        and sizes.min() >= 0
+        and (offsets + BLOCK + sizes).max() < 2**31
+    ):
         offsets, sizes = offsets.astype(np.int32), sizes.astype(np.int32)
     if (sizes == sizes[:1]).all():
         sizes = np.broadcast_to(sizes[:1].copy(), sizes.shape)
@@ -166,9 +210,16 @@ def _wrong_label(label: int, classes: int, first_class: int) -> str:
     return f"label ({label}) must lie in {span} with classes {classes}{hint}"
 
 
-def scan_rows(stream: BinaryIO, name: str, flips: bool, count: int | None, classes: int,
-              members: Members = Members()) -> RowTable:
-    """The table of a tar from its headers and labels alone, no CRC-32; members of other kinds are passed over.
+def scan_rows(
+    stream: BinaryIO,
+    name: str,
+    flips: bool,
+    count: int | None,
+    classes: int,
+    members: Members = Members(),
+) -> RowTable:
+    """The table of a tar from its headers and labels alone, no CRC-32; members of other kinds are
+    passed over.
 
     Args:
         name: of the shard, for messages.
@@ -176,7 +227,8 @@ def scan_rows(stream: BinaryIO, name: str, flips: bool, count: int | None, class
         count: samples that it must hold (None: any number above 0).
 
     Raises:
-        BadShard: not a whole tar, unsafe names, a sample without label or array, twice, or too many of them.
+        BadShard: not a whole tar, unsafe names, a sample without label or array, twice, or too many
+            of them.
     """
     kinds, label = [ending_of(place) for place in members.arrays(flips)], ending_of(members.label)
     wanted = dict.fromkeys([*kinds, label])
@@ -192,7 +244,10 @@ def scan_rows(stream: BinaryIO, name: str, flips: bool, count: int | None, class
             for info in tar:
                 check_name(name, info.name)
                 if info.offset_data + info.size > length:
-                    raise BadShard(name, f", member {info.name}: ends at byte {info.offset_data + info.size}, the file at {length}")
+                    raise BadShard(
+                        name,
+                        f", member {info.name}: ends at byte {info.offset_data + info.size}, the file at {length}",
+                    )
                 member = info.name
                 key, kind = split_name(info.name)
                 if not info.isreg() or info.name == ROWS_NAME or kind not in wanted:
@@ -201,29 +256,51 @@ def scan_rows(stream: BinaryIO, name: str, flips: bool, count: int | None, class
                     continue
                 row = found.setdefault(key, {})
                 if kind in row or (count is not None and len(found) > count):
-                    raise BadShard(name, f", member {info.name}: second member of this name, or one sample more than the "
-                                         f"index's {count}")
+                    raise BadShard(
+                        name,
+                        f", member {info.name}: second member of this name, or one sample more than the "
+                        f"index's {count}",
+                    )
                 row[kind] = info
-            labels = [_label(name, stream, row[label], classes, members) for row in found.values() if label in row]
+            labels = [
+                _label(name, stream, row[label], classes, members)
+                for row in found.values()
+                if label in row
+            ]
             end = tar.offset
     except (tarfile.TarError, OSError, EOFError) as error:
         raise BadShard(name, f": unreadable at or after member {member}: {error}") from error
     missing = [f"{key}.{kind}" for key, row in found.items() for kind in wanted if kind not in row]
     if missing:
-        raise BadShard(name, f": missing member {missing[0]} ({len(missing)} missing){_other_endings(others)}")
+        raise BadShard(
+            name, f": missing member {missing[0]} ({len(missing)} missing){_other_endings(others)}"
+        )
     if not found and count is None:
         raise BadShard(name, f": no member ends in {', '.join(wanted)}{_other_endings(others)}")
     if not found or (count is not None and len(found) != count):
-        raise BadShard(name, f": ends after {len(found)} samples (last member {member}, byte {end}), its index says {count}")
+        raise BadShard(
+            name,
+            f": ends after {len(found)} samples (last member {member}, byte {end}), its index says {count}",
+        )
     infos = [[row[kind] for kind in kinds] for row in found.values()]
-    return RowTable(np.array(labels), np.array([[info.offset_data - BLOCK for info in row] for row in infos]),
-                    np.array([[info.size for info in row] for row in infos]), None)
+    return RowTable(
+        np.array(labels),
+        np.array([[info.offset_data - BLOCK for info in row] for row in infos]),
+        np.array([[info.size for info in row] for row in infos]),
+        None,
+    )
 
 
 def _other_endings(others: dict[str, None]) -> str:
     """What a sample has instead, and how it is said which is meant."""
-    return (f"; its members also end in {', '.join(others)}: --array, --flip-array and --label of inspect-data "
-            "--write-index say which are meant") if others else ""
+    return (
+        (
+            f"; its members also end in {', '.join(others)}: --array, --flip-array and --label of inspect-data "
+            "--write-index say which are meant"
+        )
+        if others
+        else ""
+    )
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -240,7 +317,9 @@ def check_name(shard: str, member: str) -> None:
         raise BadShard(shard, f", member {member}: unsafe name, absolute or with '..'")
 
 
-def _label(shard: str, stream: BinaryIO, info: tarfile.TarInfo, classes: int, members: Members) -> int:
+def _label(
+    shard: str, stream: BinaryIO, info: tarfile.TarInfo, classes: int, members: Members
+) -> int:
     stream.seek(info.offset_data)
     kind = _format(members.label)
     try:
@@ -253,7 +332,9 @@ def _label(shard: str, stream: BinaryIO, info: tarfile.TarInfo, classes: int, me
     except (ValueError, EOFError, TypeError) as error:
         raise BadShard(shard, f", member {info.name}: {error}") from error
     if not 0 <= label - members.first_class < classes:
-        raise BadShard(shard, f", member {info.name}: {_wrong_label(label, classes, members.first_class)}")
+        raise BadShard(
+            shard, f", member {info.name}: {_wrong_label(label, classes, members.first_class)}"
+        )
     return label - members.first_class
 
 
@@ -283,7 +364,9 @@ def _array_label(array: np.ndarray) -> int:
 
 
 def decode(payload: bytes, place: str, layout: str = "chw") -> np.ndarray:
-    """The array at `place` of a sample, from its member's bytes. ValueError, EOFError or TypeError for others."""
+    """The array at `place` of a sample, from its member's bytes. ValueError, EOFError or TypeError
+    for others.
+    """
     if _format(place) == "npy":
         parts = [np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)]
     else:
@@ -298,9 +381,15 @@ def _npz_arrays(payload: bytes, names: list[str]) -> list[np.ndarray]:
             there = [name.removesuffix(".npy") for name in archive.namelist()]
             for name in names:
                 if name not in there:
-                    raise UserError(f"no array {name!r} in the npz; it holds {', '.join(there[:8])}")
-            return [np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
-                    for name in names]
+                    raise UserError(
+                        f"no array {name!r} in the npz; it holds {', '.join(there[:8])}"
+                    )
+            return [
+                np.lib.format.read_array(
+                    io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False
+                )
+                for name in names
+            ]
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, KeyError) as error:
         raise UserError(f"not an npz that can be read: {error}") from error
 
@@ -311,12 +400,13 @@ def has_table(descriptor: int) -> bool:
 
 
 class OpenShard:
-    """An open shard file of which rows are read by number; `ShardIndex.opened` gives one of a data set.
+    """An open shard file of which rows are read by number; `ShardIndex.opened` gives one of a data
+    set.
 
     Args:
         descriptor: of the open file; closed by `close`.
-        name, count, size: the shard's name, rows (None: any number) and bytes as its index says.
-        shape, dtype: of an array, as stored ("bfloat16" is stored as uint16).
+            name, count, size: the shard's name, rows (None: any number) and bytes as its index says.
+            shape, dtype: of an array, as stored ("bfloat16" is stored as uint16).
         flipped: whether the flips' arrays will be asked for.
         members: where arrays and labels are.
 
@@ -324,13 +414,30 @@ class OpenShard:
         BadShard: the file is shorter or longer, or has no table that fits.
     """
 
-    def __init__(self, descriptor: int, name: str, *, count: int | None, size: int, shape: tuple[int, ...], dtype: str,
-                 classes: int, flipped: bool, members: Members = Members()) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        name: str,
+        *,
+        count: int | None,
+        size: int,
+        shape: tuple[int, ...],
+        dtype: str,
+        classes: int,
+        flipped: bool,
+        members: Members = Members(),
+    ) -> None:
         self.name, self._descriptor, self._shape, self._members = name, descriptor, shape, members
         self._dtype = stored_dtype(dtype)
         stream = io.BytesIO()
-        np.lib.format.write_array_header_1_0(stream, {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False,
-                                                      "shape": shape})
+        np.lib.format.write_array_header_1_0(
+            stream,
+            {
+                "descr": np.lib.format.dtype_to_descr(self._dtype),
+                "fortran_order": False,
+                "shape": shape,
+            },
+        )
         self._npy_header = stream.getvalue()
         self._body = BLOCK + len(self._npy_header)
         self._bytes = int(np.prod(shape)) * self._dtype.itemsize
@@ -338,7 +445,9 @@ class OpenShard:
         length = os.fstat(descriptor).st_size
         self.table, problem = self._read_table(count, classes) if members.ours else (None, "")
         if length != size:
-            raise BadShard(name, f" has {length} bytes, its index says {size}{self._first_lost(length)}")
+            raise BadShard(
+                name, f" has {length} bytes, its index says {size}{self._first_lost(length)}"
+            )
         if problem:
             raise BadShard(name, f", member {ROWS_NAME}: {problem}")
         self.scanned = self.table is None
@@ -353,7 +462,9 @@ class OpenShard:
         try:
             size = int(os.pread(self._descriptor, BLOCK, 0)[124:135], 8)
             packed = os.pread(self._descriptor, min(size, 1 << 28), BLOCK)
-            return unpack_table(packed, count, classes, len(self._places), self._members.first_class), ""
+            return unpack_table(
+                packed, count, classes, len(self._places), self._members.first_class
+            ), ""
         except (ValueError, KeyError, IndexError, TypeError) as error:
             return None, str(error)
 
@@ -365,29 +476,47 @@ class OpenShard:
         if not len(rows):
             return ""
         first = np.argmin(self.table.offsets[rows, kinds])
-        member = member_name(os.pread(self._descriptor, BLOCK, int(self.table.offsets[rows[first], kinds[first]])))
+        member = member_name(
+            os.pread(self._descriptor, BLOCK, int(self.table.offsets[rows[first], kinds[first]]))
+        )
         return f"; member {member or f'of row {rows[first]}'} is the first that is not whole"
 
     def advise(self, row: int, kind: int = 0) -> None:
-        """Tells the system that this array will be read: what lies on a disk is then fetched while others are worked on."""
-        os.posix_fadvise(self._descriptor, int(self.table.offsets[row, kind]), BLOCK + int(self.table.sizes[row, kind]),
-                         os.POSIX_FADV_WILLNEED)
+        """Tells the system that this array will be read: what lies on a disk is then fetched while
+        others are worked on.
+        """
+        os.posix_fadvise(
+            self._descriptor,
+            int(self.table.offsets[row, kind]),
+            BLOCK + int(self.table.sizes[row, kind]),
+            os.POSIX_FADV_WILLNEED,
+        )
 
     def array(self, row: int, kind: int = 0) -> np.ndarray:
-        """Row's array [C, H, W], read-only; kind 1 is the flip's. BadShard, naming member and bytes, when it is not as
-        it was written."""
+        """Row's array [C, H, W], read-only; kind 1 is the flip's. BadShard, naming member and
+        bytes, when it is not as it was written.
+        """
         table = self.table
         offset, size = int(table.offsets[row, kind]), int(table.sizes[row, kind])
         data = os.pread(self._descriptor, BLOCK + size, offset)
         if len(data) != BLOCK + size:
-            raise BadShard(self.name, f", member {member_name(data)}: the file ends at byte {offset + len(data)}")
+            raise BadShard(
+                self.name,
+                f", member {member_name(data)}: the file ends at byte {offset + len(data)}",
+            )
         if table.crcs is not None:
             if zlib.crc32(data) != table.crcs[row, kind]:
-                raise BadShard(self.name, f", member {member_name(data) or f'of row {row}'}: altered, "
-                                          f"{_altered(data, table.crcs[row, kind], offset)}")
+                raise BadShard(
+                    self.name,
+                    f", member {member_name(data) or f'of row {row}'}: altered, "
+                    f"{_altered(data, table.crcs[row, kind], offset)}",
+                )
             if data[0] == 47 or b".." in data[:100]:
                 check_name(self.name, member_name(data))
-        if data[BLOCK : self._body] == self._npy_header and size == self._body - BLOCK + self._bytes:
+        if (
+            data[BLOCK : self._body] == self._npy_header
+            and size == self._body - BLOCK + self._bytes
+        ):
             stored = np.frombuffer(data, self._dtype, offset=self._body).reshape(self._shape)
         else:
             stored = self._decode(data, kind)
@@ -397,7 +526,9 @@ class OpenShard:
         try:
             array = decode(data[BLOCK:], self._places[kind], self._members.layout)
             if array.shape != self._shape or array.dtype != self._dtype:
-                raise UserError(f"array is {array.dtype} {array.shape}, the index says {self._dtype} {self._shape}")
+                raise UserError(
+                    f"array is {array.dtype} {array.shape}, the index says {self._dtype} {self._shape}"
+                )
         except (ValueError, EOFError, TypeError) as error:
             raise BadShard(self.name, f", member {member_name(data)}: {error}") from error
         return array
@@ -425,10 +556,12 @@ def _altered(data: bytes, crc: int, offset: int) -> str:
 
 
 def altered_byte(data: bytes, crc: int) -> tuple[int, int] | None:
-    """Where the one byte is that makes the difference between data's CRC-32 and `crc`, and what it was; None where it takes
-    more than one. (A chance of 1 in 1,000 to be wrong about damage to several bytes of 16 KiB.)"""
-    # CRC-32 is linear: a changed byte changes the register by a table's entry, and every later byte turns that change over
-    # once. Turn it back from the end until it is an entry.
+    """Where the one byte is that makes the difference between data's CRC-32 and `crc`, and what it
+    was; None where it takes more than one. (A chance of 1 in 1,000 to be wrong about damage to
+    several bytes of 16 KiB.)
+    """
+    # CRC-32 is linear: a changed byte changes the register by a table's entry, and every later byte
+    # turns that change over once. Turn it back from the end until it is an entry.
     difference = zlib.crc32(data) ^ int(crc)
     for position in range(len(data) - 1, -1, -1):
         if difference in _ENTRIES:

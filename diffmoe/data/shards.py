@@ -1,4 +1,6 @@
-"""A data set: a place with webdataset tars plus `index.json`, written last: a folder without it is unfinished."""
+"""A data set: a place with webdataset tars plus `index.json`, written last: a folder without it is
+unfinished.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,20 @@ INDEX_NAME = "index.json"
 KINDS = ("pixels", "latents", "moments")
 SPREADS = ("std", "logvar")
 T = TypeVar("T")
-_KEY = re.compile(r"(?!__)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")  # webdataset splits names at the first dot, skips __x__
+_KEY = re.compile(
+    r"(?!__)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*"
+)  # webdataset splits names at the first dot, skips __x__
 
 
 @dataclass(frozen=True)
 class ShardMeta:
     """What the stored arrays mean.
 
-    `kind` "pixels": arrays [C, H, W], x = (array - mean) * scale, in [-1, 1].
-    `kind` "latents": arrays [C, H, W] that were drawn from a VAE's moments, x = (array - mean) * scale, std near 1.
-    `kind` "moments": arrays [2C, H, W] (VAE mean, then VAE standard deviation, or, with `spread` "logvar", the logarithm of
-    its square), x = (mu + std * eps - mean) * scale.
-    `accept_values`: they are meant as they are, also where they look as if they meant something else (`meaning.py`).
+    `kind` "pixels": arrays [C, H, W], x = (array - mean) * scale, in [-1, 1]. `kind` "latents":
+    arrays [C, H, W] that were drawn from a VAE's moments, x = (array - mean) * scale, std near 1.
+    `kind` "moments": arrays [2C, H, W] (VAE mean, then VAE standard deviation, or, with `spread`
+    "logvar", the logarithm of its square), x = (mu + std * eps - mean) * scale. `accept_values`:
+    they are meant as they are, also where they look as if they meant something else (`meaning.py`).
     """
 
     kind: str
@@ -54,10 +58,14 @@ class ShardMeta:
         if self.classes < 1:
             raise UserError(f"classes ({self.classes}) must be at least 1")
         if not (np.isfinite(self.scale) and np.isfinite(self.mean) and self.scale != 0):
-            raise UserError(f"scale ({self.scale}) and mean ({self.mean}) must be finite, scale not 0")
+            raise UserError(
+                f"scale ({self.scale}) and mean ({self.mean}) must be finite, scale not 0"
+            )
 
     def record(self) -> dict:
-        """The JSON form, without what came to the format later where it is as it always was: old fingerprints stay."""
+        """The JSON form, without what came to the format later where it is as it always was: old
+        fingerprints stay.
+        """
         record = asdict(self)
         if self.members == Members():
             del record["members"]
@@ -75,10 +83,11 @@ class ShardMeta:
 class Encoding:
     """How `run.py encode` made a data set: all that decides its bytes, then what came of it.
 
-    `vae` "" means pixels (`precision` "", `batch` 0). `images` counts the unusable ones in `skipped` (by address) as well.
-    `channel_mean`, `channel_std`: of latents sampled from the moments (both mirror images), before shift and scale; of
-    pixels as stored. `left_out` says what of the source was not taken, a line a reason; `source_stamps` are those of
-    `listing.file_stamps` (none in older data sets). `shuffled`: seed of the permutation of the source in which samples
+    `vae` "" means pixels (`precision` "", `batch` 0). `images` counts the unusable ones in
+    `skipped` (by address) as well. `channel_mean`, `channel_std`: of latents sampled from the
+    moments (both mirror images), before shift and scale; of pixels as stored. `left_out` says what
+    of the source was not taken, a line a reason; `source_stamps` are those of `listing.file_stamps`
+    (none in older data sets). `shuffled`: seed of the permutation of the source in which samples
     were written (None: in its order).
     """
 
@@ -106,7 +115,8 @@ class Encoding:
 class ShardIndex:
     """A finished data set. `shape` is the stored array's; `x_shape` is the model input's.
 
-    `dtype` is numpy's name, or "bfloat16". `place` is where the tars are when that is not `folder`: an address with `{name}`.
+    `dtype` is numpy's name, or "bfloat16". `place` is where the tars are when that is not `folder`:
+    an address with `{name}`.
     """
 
     folder: Path
@@ -121,7 +131,11 @@ class ShardIndex:
 
     def address(self, shard: ShardFile) -> str:
         """Path or URL of a shard's tar."""
-        return self.place.replace("{name}", shard.name) if self.place else str(self.folder / shard.name)
+        return (
+            self.place.replace("{name}", shard.name)
+            if self.place
+            else str(self.folder / shard.name)
+        )
 
     @property
     def where(self) -> str:
@@ -135,22 +149,43 @@ class ShardIndex:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that training reads: what the arrays mean, and every shard's count and bytes in order. It does
-        not depend on where the data set lies nor on what its files are called."""
+        """SHA-256 of everything that training reads: what the arrays mean, and every shard's count
+        and bytes in order. It does not depend on where the data set lies nor on what its files are
+        called.
+        """
         meta = replace(self.meta, accept_values=False).record()
-        content = [meta, list(self.shape), self.dtype, self.flips, [(s.count, s.sha256) for s in self.shards]]
+        content = [
+            meta,
+            list(self.shape),
+            self.dtype,
+            self.flips,
+            [(s.count, s.sha256) for s in self.shards],
+        ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def x_shape(self) -> tuple[int, int, int]:
         """Shape [C, H, W] of one training sample."""
-        channels, height, width = self.shape if self.meta.members.layout == "chw" else (self.shape[2], *self.shape[:2])
+        channels, height, width = (
+            self.shape if self.meta.members.layout == "chw" else (self.shape[2], *self.shape[:2])
+        )
         return (channels // 2 if self.meta.kind == "moments" else channels, height, width)
 
     def opened(self, descriptor: int, file: ShardFile, *, flipped: bool) -> OpenShard:
-        """A shard's open file, to be read by row; `flipped`: also the flipped images' arrays. BadShard."""
-        return OpenShard(descriptor, file.name, count=file.count, size=file.bytes, shape=self.shape, dtype=self.dtype,
-                         classes=self.meta.classes, flipped=flipped, members=self.meta.members)
+        """A shard's open file, to be read by row; `flipped`: also the flipped images' arrays.
+        BadShard.
+        """
+        return OpenShard(
+            descriptor,
+            file.name,
+            count=file.count,
+            size=file.bytes,
+            shape=self.shape,
+            dtype=self.dtype,
+            classes=self.meta.classes,
+            flipped=flipped,
+            members=self.meta.members,
+        )
 
 
 def write_shards(
@@ -163,30 +198,36 @@ def write_shards(
     """Write samples as shards and, last of all, the index; equal samples give equal bytes.
 
     Args:
-        samples: (key, array [C, H, W] or [2C, H, W], label), or with a fourth item: the flipped image's latents or
-            moments.
+        samples: (key, array [C, H, W] or [2C, H, W], label), or with a fourth item: the flipped
+            image's latents or moments.
         folder: created where missing; must not hold a finished data set.
         samples_per_shard: samples in every shard but perhaps the last.
         meta: what the arrays mean.
 
     Raises:
-        UserError: an existing index, no samples, a sample that does not fit the first one or `meta`, or values that
-            cannot mean what `meta` says.
+        UserError: an existing index, no samples, a sample that does not fit the first one or
+            `meta`, or values that cannot mean what `meta` says.
     """
     folder = Path(folder)
     if samples_per_shard < 1:
         raise UserError(f"samples_per_shard ({samples_per_shard}) must be at least 1")
     if (folder / INDEX_NAME).exists():
-        raise UserError(f"folder ({folder}) already holds a finished data set; write to another or remove it")
+        raise UserError(
+            f"folder ({folder}) already holds a finished data set; write to another or remove it"
+        )
     if meta.members != Members():
-        raise UserError(f"members ({meta.members}) describe tars of others; what is written here is {Members()}")
+        raise UserError(
+            f"members ({meta.members}) describe tars of others; what is written here is {Members()}"
+        )
     shards: list[ShardFile] = []
     values = Values(meta)
     first: tuple | None = None
     pending: dict[str, dict[str, object]] = {}
 
     def flush() -> None:
-        values.check(str(folder))  # with the first shard for the most part, before anything is written
+        values.check(
+            str(folder)
+        )  # with the first shard for the most part, before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"shard-{len(shards):06d}.tar"
         write_tar(path, pending)
@@ -207,14 +248,23 @@ def write_shards(
         raise UserError(f"samples (none) must not be empty: nothing written to {folder}")
     if pending:
         flush()
-    index = ShardIndex(folder, meta, first[1].shape, first[1].dtype.name, len(first) == 4,
-                       sum(shard.count for shard in shards), tuple(shards))
+    index = ShardIndex(
+        folder,
+        meta,
+        first[1].shape,
+        first[1].dtype.name,
+        len(first) == 4,
+        sum(shard.count for shard in shards),
+        tuple(shards),
+    )
     write_index(index)
     return index
 
 
 def write_index(index: ShardIndex) -> None:
-    """Write `index.json`, which makes the data set in `index.folder` a finished one; atomic, equal indexes equal bytes."""
+    """Write `index.json`, which makes the data set in `index.folder` a finished one; atomic, equal
+    indexes equal bytes.
+    """
     record = {"format": FORMAT_VERSION, **asdict(index), "meta": index.meta.record()}
     del record["folder"], record["place"]
     if index.encoding is None:
@@ -226,25 +276,37 @@ def write_index(index: ShardIndex) -> None:
 def _checked_members(sample: tuple, first: tuple, meta: ShardMeta) -> dict[str, object]:
     key, array, label, *flip = sample
     if not _KEY.fullmatch(key):
-        raise UserError(f"key ({key!r}) must be letters, digits, '-', '_' and inner '/', and not start with '__'")
+        raise UserError(
+            f"key ({key!r}) must be letters, digits, '-', '_' and inner '/', and not start with '__'"
+        )
     if len(sample) != len(first):
         raise UserError(f"sample {key} has {len(sample)} items, the first sample has {len(first)}")
     if flip and meta.kind == "pixels":
-        raise UserError(f"sample {key}: kind ({meta.kind}) takes no flipped array; pixels are mirrored when read")
+        raise UserError(
+            f"sample {key}: kind ({meta.kind}) takes no flipped array; pixels are mirrored when read"
+        )
     for value in (array, *flip):
         if value.shape != first[1].shape or value.dtype != first[1].dtype:
-            raise UserError(f"sample {key} is {value.dtype} {value.shape}, the first is "
-                            f"{first[1].dtype} {first[1].shape}")
+            raise UserError(
+                f"sample {key} is {value.dtype} {value.shape}, the first is "
+                f"{first[1].dtype} {first[1].shape}"
+            )
         if value.ndim != 3 or (meta.kind == "moments" and value.shape[0] % 2):
-            raise UserError(f"sample {key}: shape {value.shape} does not fit kind {meta.kind} ([C,H,W] or [2C,H,W])")
+            raise UserError(
+                f"sample {key}: shape {value.shape} does not fit kind {meta.kind} ([C,H,W] or [2C,H,W])"
+            )
         if value.dtype.kind != "f" and not (meta.kind == "pixels" and value.dtype == np.uint8):
-            raise UserError(f"sample {key}: dtype ({value.dtype}) must be a float, or uint8 for pixels")
+            raise UserError(
+                f"sample {key}: dtype ({value.dtype}) must be a float, or uint8 for pixels"
+            )
         if not np.isfinite(value).all():
             raise UserError(f"sample {key} holds values that are not finite")
     if fault := shape_fault(array.shape, meta):
         raise UserError(f"sample {key}: {fault}, which here means array.transpose(2, 0, 1)")
     if not 0 <= int(label) < meta.classes:
-        raise UserError(f"sample {key}: label ({label}) must lie in [0, classes) with classes {meta.classes}")
+        raise UserError(
+            f"sample {key}: label ({label}) must lie in [0, classes) with classes {meta.classes}"
+        )
     members = {"npy": np.ascontiguousarray(array), "cls": int(label)}
     return members | ({"flip.npy": np.ascontiguousarray(flip[0])} if flip else {})
 
@@ -253,12 +315,14 @@ def load_index(path: str | Path, index_at: str = "", check_files: bool = True) -
     """The index of a data set; where that is a local one, every shard's size is checked.
 
     Args:
-        path: its folder, its index.json, or tars of it (path, glob, braces, `pipe:`): then only those. URLs alike.
+        path: its folder, its index.json, or tars of it (path, glob, braces, `pipe:`): then only
+            those. URLs alike.
         index_at: path or URL of index.json where it does not lie beside the shards.
         check_files: whether missing shards, or shards of another size, are an error.
 
     Raises:
-        UserError: no such folder, no or malformed index.json, a missing shard, or a shard of another size.
+        UserError: no such folder, no or malformed index.json, a missing shard, or a shard of
+            another size.
     """
     place, names = resolve(str(path))
     remote = is_remote(place)
@@ -267,8 +331,14 @@ def load_index(path: str | Path, index_at: str = "", check_files: bool = True) -
     if not remote and not folder.is_dir():
         raise UserError(f"data folder ({folder}) does not exist")
     if not is_remote(index_at) and not Path(index_at).is_file():
-        tars = " (tars of others get one by `run.py inspect-data --write-index`)" if any(folder.glob("*.tar")) else ""
-        raise UserError(f"data folder ({Path(index_at).parent}) has no {Path(index_at).name}: no data set, or unfinished{tars}")
+        tars = (
+            " (tars of others get one by `run.py inspect-data --write-index`)"
+            if any(folder.glob("*.tar"))
+            else ""
+        )
+        raise UserError(
+            f"data folder ({Path(index_at).parent}) has no {Path(index_at).name}: no data set, or unfinished{tars}"
+        )
     text = read_all(index_at)
     try:
         index = _parse(json.loads(text), folder, place if remote else "")
@@ -286,20 +356,38 @@ def load_index(path: str | Path, index_at: str = "", check_files: bool = True) -
 
 def _parse(record: dict, folder: Path, place: str) -> ShardIndex:
     if record["format"] != FORMAT_VERSION:
-        raise UserError(f"format ({record['format']}) is not the one this program reads ({FORMAT_VERSION})")
+        raise UserError(
+            f"format ({record['format']}) is not the one this program reads ({FORMAT_VERSION})"
+        )
     shards = tuple(ShardFile(**shard) for shard in record["shards"])
-    index = ShardIndex(folder, ShardMeta.of(record["meta"]), tuple(record["shape"]), record["dtype"], record["flips"],
-                       record["count"], shards, from_json(Encoding, record["encoding"]) if "encoding" in record else None, place)
+    index = ShardIndex(
+        folder,
+        ShardMeta.of(record["meta"]),
+        tuple(record["shape"]),
+        record["dtype"],
+        record["flips"],
+        record["count"],
+        shards,
+        from_json(Encoding, record["encoding"]) if "encoding" in record else None,
+        place,
+    )
     stored_dtype(index.dtype)
     if index.dtype == "bfloat16" and index.meta.kind == "pixels":
         raise UserError("dtype (bfloat16) goes with kind moments or latents, not pixels")
     if len(index.shape) != 3:
         raise UserError(f"shape ({index.shape}) must have three numbers")
-    if index.meta.kind == "moments" and index.shape[0 if index.meta.members.layout == "chw" else 2] % 2:
-        raise UserError(f"shape ({index.shape}) must have an even number of channels for kind moments")
+    if (
+        index.meta.kind == "moments"
+        and index.shape[0 if index.meta.members.layout == "chw" else 2] % 2
+    ):
+        raise UserError(
+            f"shape ({index.shape}) must have an even number of channels for kind moments"
+        )
     if index.count != sum(shard.count for shard in shards) or index.count < 1:
-        raise UserError(f"count ({index.count}) must be positive and the sum over its shards "
-                        f"({sum(shard.count for shard in shards)})")
+        raise UserError(
+            f"count ({index.count}) must be positive and the sum over its shards "
+            f"({sum(shard.count for shard in shards)})"
+        )
     return index
 
 
@@ -309,13 +397,22 @@ def _pick(index: ShardIndex, names: tuple[str, ...]) -> ShardIndex:
     if strangers:
         raise UserError(f"shard {min(strangers)} is not in the index of {index.where}")
     shards = tuple(shard for shard in index.shards if shard.name in names)
-    made = index.encoding and replace(index.encoding, channel_mean=(), channel_std=())  # those of all shards
+    made = index.encoding and replace(
+        index.encoding, channel_mean=(), channel_std=()
+    )  # those of all shards
     return replace(index, shards=shards, count=sum(shard.count for shard in shards), encoding=made)
 
 
 def from_json(kind: type[T], record: dict) -> T:
-    """A dataclass of numbers, texts and tuples from its JSON form. TypeError where fields are missing or unknown."""
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
+    """A dataclass of numbers, texts and tuples from its JSON form. TypeError where fields are
+    missing or unknown.
+    """
+    return kind(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in record.items()
+        }
+    )
 
 
 def _check_shard_file(folder: Path, shard: ShardFile) -> None:
@@ -323,4 +420,6 @@ def _check_shard_file(folder: Path, shard: ShardFile) -> None:
         raise UserError(f"shard {shard.name} is missing from {folder}")
     size = (folder / shard.name).stat().st_size
     if size != shard.bytes:
-        raise UserError(f"shard {shard.name} in {folder} has {size} bytes, its index says {shard.bytes}")
+        raise UserError(
+            f"shard {shard.name} in {folder} has {size} bytes, its index says {shard.bytes}"
+        )

@@ -11,9 +11,10 @@ from diffmoe.data.reader import ShardReader
 
 @dataclass(frozen=True)
 class Share:
-    """Step s is positions [n * batch, (n + 1) * batch) with n = s + shift; micro-step j of rank r holds `micro_batch` of them
-    from n * batch + j * batch / accumulation + r * micro_batch. `shift` is 0 but after a change of the recipe
-    (`training/resume.py`)."""
+    """Step s is positions [n * batch, (n + 1) * batch) with n = s + shift; micro-step j of rank r
+    holds `micro_batch` of them from n * batch + j * batch / accumulation + r * micro_batch. `shift`
+    is 0 but after a change of the recipe (`training/resume.py`).
+    """
 
     batch: int
     micro_batch: int
@@ -23,7 +24,10 @@ class Share:
     shift: int = 0
 
     def __post_init__(self) -> None:
-        assert self.micro_batch * self.world * self.accumulation == self.batch and 0 <= self.rank < self.world, self
+        assert (
+            self.micro_batch * self.world * self.accumulation == self.batch
+            and 0 <= self.rank < self.world
+        ), self
 
     @property
     def count(self) -> int:
@@ -32,7 +36,9 @@ class Share:
 
     def positions(self, step: int) -> np.ndarray:
         """[accumulation, micro_batch]."""
-        starts = (step + self.shift) * self.batch + np.arange(self.accumulation) * (self.batch // self.accumulation)
+        starts = (step + self.shift) * self.batch + np.arange(self.accumulation) * (
+            self.batch // self.accumulation
+        )
         return starts[:, None] + self.rank * self.micro_batch + np.arange(self.micro_batch)
 
 
@@ -56,7 +62,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Ring:
-    """Room for the samples of some steps in one block of memory: all x (float32), then all y (int64)."""
+    """Room for the samples of some steps in one block of memory: all x (float32), then all y
+    (int64).
+    """
 
     slots: int
     count: int
@@ -71,20 +79,26 @@ class Ring:
         values = self.slots * self.count * int(np.prod(self.shape))
         y_at = -(-4 * values // 64) * 64
         x = np.frombuffer(memory, np.float32, values).reshape(self.slots, self.count, *self.shape)
-        return x, np.frombuffer(memory, np.int64, self.slots * self.count, y_at).reshape(self.slots, self.count)
+        return x, np.frombuffer(memory, np.int64, self.slots * self.count, y_at).reshape(
+            self.slots, self.count
+        )
 
 
 def allow_open_files(reader: ShardReader, share: Share, workers: int) -> None:
-    """Raises UserError where one of a rank's ``workers`` (0: a thread) would not get as many open files as it needs, or the
-    cache could not hold the remote ones."""
+    """Raises UserError where one of a rank's ``workers`` (0: a thread) would not get as many open
+    files as it needs, or the cache could not hold the remote ones.
+    """
     for number in range(max(1, workers)):
         positions = Part(share, number, max(1, workers)).positions(0)
         reader.check_cache(positions)
         reader.allow_open_files(positions)
 
 
-def fill_step(reader: ShardReader, part: Part, step: int, ahead: int, x: np.ndarray, y: np.ndarray) -> None:
-    """Reads the worker's samples of a step into its slots of that step's [count, …] arrays; brings nearer what step + ahead
-    needs."""
+def fill_step(
+    reader: ShardReader, part: Part, step: int, ahead: int, x: np.ndarray, y: np.ndarray
+) -> None:
+    """Reads the worker's samples of a step into its slots of that step's [count, …] arrays; brings
+    nearer what step + ahead needs.
+    """
     reader.fetch_ahead(part.positions(step + ahead))
     reader.fill(part.positions(step), x[part.slots], y[part.slots])

@@ -1,6 +1,8 @@
-"""Where a data set's files are: local paths, and whatever webdataset opens (`pipe:`, http(s), s3, gs, hf, …), with retries.
+"""Where a data set's files are: local paths, and whatever webdataset opens (`pipe:`, http(s), s3,
+gs, hf, …), with retries.
 
-All shards of a data set lie in one place, which is written as an address with `{name}` where the file's name goes.
+All shards of a data set lie in one place, which is written as an address with `{name}` where the
+file's name goes.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def is_remote(address: str) -> bool:
 
 
 def runs_a_program(address: str) -> bool:
-    """Whether reading from the address starts a program with words of the address: `pipe:`, and all that is not http(s)."""
+    """Whether reading from the address starts a program with words of the address: `pipe:`, and all
+    that is not http(s).
+    """
     return is_remote(address) and not address.startswith(("http://", "https://"))
 
 
@@ -50,7 +54,8 @@ def resolve(address: str) -> tuple[str, tuple[str, ...] | None]:
     """The place (with `{name}`) that an address means, and the names that it picks (None: all).
 
     Args:
-        address: a folder, its index.json, or tars by path, glob or braces; the same as URLs; `pipe:` with one tar's name.
+        address: a folder, its index.json, or tars by path, glob or braces; the same as URLs;
+            `pipe:` with one tar's name.
 
     Raises:
         UserError: nothing matches, or the tars lie in more than one place.
@@ -78,8 +83,10 @@ def resolve(address: str) -> tuple[str, tuple[str, ...] | None]:
         names.append(match[0])
     places = {_place(one, name) for one, name in zip(found, names)}
     if len(places) > 1:
-        raise UserError(f"data.shards ({address}) lies in {len(places)} places ({', '.join(sorted(places)[:2])}); a data set "
-                        "has one, with its index.json")
+        raise UserError(
+            f"data.shards ({address}) lies in {len(places)} places ({', '.join(sorted(places)[:2])}); a data set "
+            "has one, with its index.json"
+        )
     return places.pop(), tuple(names)
 
 
@@ -109,7 +116,9 @@ def read_all(address: str, limit: int = 1 << 28) -> bytes:
 
 
 def again(action: Callable[[], T], what: str) -> T:
-    """`action`, tried up to `TRIES` times over an OSError, with growing pauses, said aloud; Refused is final."""
+    """`action`, tried up to `TRIES` times over an OSError, with growing pauses, said aloud; Refused
+    is final.
+    """
     pause = FIRST_PAUSE
     for attempt in range(1, TRIES + 1):
         try:
@@ -118,26 +127,33 @@ def again(action: Callable[[], T], what: str) -> T:
             if attempt == TRIES or isinstance(error, (Refused, FileNotFoundError, PermissionError)):
                 raise
             # One write: several threads fetch, and print would let their lines run into each other.
-            sys.stderr.write(f"data: {what}: {error}; trying again in {pause:g} s ({attempt} of {TRIES - 1})\n")
+            sys.stderr.write(
+                f"data: {what}: {error}; trying again in {pause:g} s ({attempt} of {TRIES - 1})\n"
+            )
             time.sleep(pause)
             pause *= 2
     raise AssertionError("unreachable")
 
 
 def chunks(address: str) -> Iterator[bytes]:
-    """The bytes at a remote address. OSError when it fails, ends early or says nothing for `STALL` seconds."""
+    """The bytes at a remote address. OSError when it fails, ends early or says nothing for `STALL`
+    seconds.
+    """
     if os.environ.get("GOPEN_REWRITE"):
         from webdataset.gopen import rewrite_url
 
         address = rewrite_url(address)
     scheme = address.partition(":")[0]
     if scheme in ("http", "https"):
-        # Not webdataset's curl: that one waits for a silent server without end, and retries silently.
+        # Not webdataset's curl: that one waits for a silent server without end, and retries
+        # silently.
         return _http(address)
     if scheme == "pipe":
         return _command(address[5:])
     if scheme == "s3" and "s3" not in os.environ.get("USE_AIS_FOR", "").split(":"):
-        return _command(f"aws s3 cp {shlex.quote(address)} -")  # webdataset has no opener of its own for it
+        return _command(
+            f"aws s3 cp {shlex.quote(address)} -"
+        )  # webdataset has no opener of its own for it
     return _webdataset(address)
 
 
@@ -160,7 +176,13 @@ def _http(url: str) -> Iterator[bytes]:
 
 
 def _command(command: str) -> Iterator[bytes]:
-    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        shell=True,
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         yield from _read_pipe(process.stdout.fileno())
         code = process.wait()

@@ -1,4 +1,6 @@
-"""The batches of one rank, step after step, read ahead by a thread or by processes into one block of memory."""
+"""The batches of one rank, step after step, read ahead by a thread or by processes into one block
+of memory.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,11 @@ class Batch:
 
 
 class BatchStream(Iterator[list[Batch]]):
-    """This rank's micro-batches, step after step without end. Which samples they are does not depend on `workers`.
+    """This rank's micro-batches, step after step without end. Which samples they are does not
+    depend on `workers`.
 
-    The memory is one block, reused: a step's batches are valid until the second `next` after theirs. On CUDA it is pinned, and
-    workers write where the copy to the device reads.
+    The memory is one block, reused: a step's batches are valid until the second `next` after
+    theirs. On CUDA it is pinned, and workers write where the copy to the device reads.
 
     Args:
         reader: used by the workers alone from here on.
@@ -50,8 +53,16 @@ class BatchStream(Iterator[list[Batch]]):
         pin: pin the memory, for copies to a CUDA device.
     """
 
-    def __init__(self, reader: ShardReader, share: Share, *, start_step: int, workers: int = 0, prefetch: int = 2,
-                 pin: bool = False) -> None:
+    def __init__(
+        self,
+        reader: ShardReader,
+        share: Share,
+        *,
+        start_step: int,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin: bool = False,
+    ) -> None:
         assert start_step >= 0 and prefetch >= 1 and workers >= 0, (start_step, prefetch, workers)
         self._share, self.step = share, start_step  # the step that `next` returns next
         self._ring = Ring(prefetch + HELD, share.count, reader.index.x_shape)
@@ -67,8 +78,11 @@ class BatchStream(Iterator[list[Batch]]):
         try:
             for number in range(max(1, workers)):
                 part = Part(share, number, max(1, workers))
-                self._workers.append(_Process(reader, part, self._ring, self._memory_file) if workers else
-                                     _Thread(reader, part, x, y))
+                self._workers.append(
+                    _Process(reader, part, self._ring, self._memory_file)
+                    if workers
+                    else _Thread(reader, part, x, y)
+                )
             for step in range(start_step, start_step + prefetch):
                 self._ask(step)
         except BaseException:
@@ -80,22 +94,34 @@ class BatchStream(Iterator[list[Batch]]):
 
         Raises:
             BadShard: a shard that this step needs is bad; the steps before it were returned.
-            UserError, OSError: the reader's other errors, and the death of a worker. Once raised, always raised.
+                UserError, OSError: the reader's other errors, and the death of a worker. Once raised,
+                always raised.
         """
         if self._closed:
             raise RuntimeError("this batch stream is closed")
         if self._failure is None:
             self._ask(self.step + self._ring.slots - HELD)
-            # All of them, also after a failure: which error is raised is then no matter of which worker was faster.
-            failures = [failure for failure in [worker.wait() for worker in self._workers] if failure is not None]
+            # All of them, also after a failure: which error is raised is then no matter of which
+            # worker was faster.
+            failures = [
+                failure
+                for failure in [worker.wait() for worker in self._workers]
+                if failure is not None
+            ]
             self._failure = failures[0] if failures else None
         if self._failure is not None:
             raise self._failure
         slot, positions = self.step % self._ring.slots, self._share.positions(self.step)
         self.step += 1
         size = self._share.micro_batch
-        return [Batch(self._x[slot, j * size : (j + 1) * size], self._y[slot, j * size : (j + 1) * size], tuple(row.tolist()))
-                for j, row in enumerate(positions)]
+        return [
+            Batch(
+                self._x[slot, j * size : (j + 1) * size],
+                self._y[slot, j * size : (j + 1) * size],
+                tuple(row.tolist()),
+            )
+            for j, row in enumerate(positions)
+        ]
 
     def _ask(self, step: int) -> None:
         for worker in self._workers:
@@ -125,7 +151,11 @@ class BatchStream(Iterator[list[Batch]]):
 def _pin(x: torch.Tensor, size: int) -> bool:
     code = int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), size, 0))
     if code:
-        print(f"data: memory for batches could not be pinned (CUDA error {code}); copies will wait", file=sys.stderr, flush=True)
+        print(
+            f"data: memory for batches could not be pinned (CUDA error {code}); copies will wait",
+            file=sys.stderr,
+            flush=True,
+        )
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device="cuda")  # takes the error off: else the next kernel would raise it
     return code == 0
@@ -172,9 +202,13 @@ class _Thread:
         while (task := self._asked.get()) is not None and not self._stopped:
             step, slot = task
             try:
-                fill_step(self._reader, self._part, step, _FETCH_AHEAD, self._x[slot], self._y[slot])
+                fill_step(
+                    self._reader, self._part, step, _FETCH_AHEAD, self._x[slot], self._y[slot]
+                )
                 self._answers.put(None)
-            except BaseException as error:  # every error belongs to the caller: a thread that dies silently is a hang
+            except (
+                BaseException
+            ) as error:  # every error belongs to the caller: a thread that dies silently is a hang
                 self._answers.put(error)
         self._reader.close()
 
@@ -186,12 +220,17 @@ class _Process:
         self._name = f"data worker {part.number} of rank {part.share.rank}"
         root = str(Path(__file__).resolve().parent.parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        # What stops a run stops this process, which then ends the worker: the worker's own ear opens once it is deaf to it.
+        # What stops a run stops this process, which then ends the worker: the worker's own ear
+        # opens once it is deaf to it.
         kept = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "diffmoe.data.worker", str(memory_file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                pass_fds=[memory_file], env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+                [sys.executable, "-m", "diffmoe.data.worker", str(memory_file)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[memory_file],
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, kept)
         self._send(pickle.dumps((reader, part, ring, _FETCH_AHEAD)))

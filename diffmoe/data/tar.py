@@ -1,5 +1,6 @@
-"""One shard file: a webdataset tar of `<key>.npy`, `<key>.cls` and perhaps `<key>.flip.npy`, written whole or not at all
-(`rows.py` reads it)."""
+"""One shard file: a webdataset tar of `<key>.npy`, `<key>.cls` and perhaps `<key>.flip.npy`,
+written whole or not at all (`rows.py` reads it).
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class ShardFile:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A temporary file that becomes `path`, synced, if the block succeeds and vanishes if it fails."""
-    # The process id keeps two writers of the same bytes (two ranks of a demo) out of each other's file.
+    # The process id keeps two writers of the same bytes (two ranks of a demo) out of each other's
+    # file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "w+b") as stream:
@@ -69,15 +71,18 @@ def sha256(path: Path) -> str:
 
 
 def write_tar(path: Path, samples: Mapping[str, Mapping[str, object]]) -> None:
-    """Write key → {"npy": array, "cls": label, perhaps "flip.npy": array} to `path`, atomically, and the table of its rows
-    first; equal samples give equal bytes."""
+    """Write key → {"npy": array, "cls": label, perhaps "flip.npy": array} to `path`, atomically,
+    and the table of its rows first; equal samples give equal bytes.
+    """
     with replacing(path) as stream:
         write_tar_to(stream, path.name, samples)
 
 
 def write_tar_to(stream: BinaryIO, name: str, samples: Mapping[str, Mapping[str, object]]) -> None:
     """`write_tar` into an open file that can be read and sought."""
-    from webdataset import TarWriter  # seconds, since it brings torch: the loader's processes do without
+    from webdataset import (
+        TarWriter,
+    )  # seconds, since it brings torch: the loader's processes do without
 
     flips = any("flip.npy" in members for members in samples.values())
     nothing = np.zeros((len(samples), 1 + flips), np.int64)

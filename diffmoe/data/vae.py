@@ -1,4 +1,5 @@
-"""The autoencoder between pictures and latents: a diffusers `AutoencoderKL`, as encoding and evaluation use it.
+"""The autoencoder between pictures and latents: a diffusers `AutoencoderKL`, as encoding and
+evaluation use it.
 
 A latent is model-ready as x = (z - shift) * scale, z drawn from the encoder's normal distribution.
 """
@@ -25,7 +26,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Vae:
-    """An autoencoder with what its configuration says. `name` is what `load_vae` was given; `factor` pixels a latent.
+    """An autoencoder with what its configuration says. `name` is what `load_vae` was given;
+    `factor` pixels a latent.
 
     `sha256` is of the weights as fp32 tensors, whatever file they came from.
     """
@@ -40,14 +42,21 @@ class Vae:
     shift: float
 
 
-def load_vae(path: str | Path, *, device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float32) -> Vae:
-    """Load an `AutoencoderKL` from a folder (its own, or a pipeline's with `vae/`) or from the hub by `owner/name`.
+def load_vae(
+    path: str | Path,
+    *,
+    device: torch.device = torch.device("cpu"),
+    dtype: torch.dtype = torch.float32,
+) -> Vae:
+    """Load an `AutoencoderKL` from a folder (its own, or a pipeline's with `vae/`) or from the hub
+    by `owner/name`.
 
     Only safetensors are read, never pickles. A folder is never looked up on the hub.
 
     Raises:
-        UserError: no such folder or hub id, another kind of model, weights that do not fit or are not finite, or latents
-            normalised by channel, which one scale and one shift cannot express.
+        UserError: no such folder or hub id, another kind of model, weights that do not fit or are
+            not finite, or latents normalised by channel, which one scale and one shift cannot
+            express.
     """
     name, folder = str(path), Path(path)
     local = folder.is_dir()
@@ -61,22 +70,45 @@ def load_vae(path: str | Path, *, device: torch.device = torch.device("cpu"), dt
 
     try:
         model, info = AutoencoderKL.from_pretrained(
-            str(folder) if local else name, local_files_only=local, use_safetensors=True, low_cpu_mem_usage=False,
-            output_loading_info=True)
+            str(folder) if local else name,
+            local_files_only=local,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"vae ({name}) cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(
+            f"vae ({name}) cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
     # diffusers only warns of these, and goes on with random numbers.
-    wrong = {what: info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(what)}
+    wrong = {
+        what: info[what]
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(what)
+    }
     for what, keys in wrong.items():
-        raise UserError(f"vae ({name}) does not fit AutoencoderKL: {what.replace('_', ' ')} {keys[0]} ({len(keys)} in all)")
+        raise UserError(
+            f"vae ({name}) does not fit AutoencoderKL: {what.replace('_', ' ')} {keys[0]} ({len(keys)} in all)"
+        )
     if model.config.latents_mean is not None or model.config.latents_std is not None:
-        raise UserError(f"vae ({name}) normalises latents by channel (latents_mean); one scale and one shift are supported")
-    # torch's own `to`: diffusers' would log a warning about modules to keep in fp32, of which AutoencoderKL has none.
+        raise UserError(
+            f"vae ({name}) normalises latents by channel (latents_mean); one scale and one shift are supported"
+        )
+    # torch's own `to`: diffusers' would log a warning about modules to keep in fp32, of which
+    # AutoencoderKL has none.
     model = torch.nn.Module.to(model, torch.float32).requires_grad_(False).eval()
     digest = _weights_sha256(model, name)
     config = model.config
-    return Vae(torch.nn.Module.to(model, device, dtype), name, digest, config.in_channels, config.latent_channels,
-               2 ** (len(config.block_out_channels) - 1), float(config.scaling_factor), float(config.shift_factor or 0.0))
+    return Vae(
+        torch.nn.Module.to(model, device, dtype),
+        name,
+        digest,
+        config.in_channels,
+        config.latent_channels,
+        2 ** (len(config.block_out_channels) - 1),
+        float(config.scaling_factor),
+        float(config.shift_factor or 0.0),
+    )
 
 
 def _weights_sha256(model: torch.nn.Module, name: str) -> str:
@@ -97,7 +129,7 @@ def encode_moments(vae: Vae, images: Tensor) -> Tensor:
         images: uint8 [B, C, H, W] on any device.
 
     Returns:
-        [B, 2L, H / factor, W / factor]: L channels of means, then L of standard deviations.
+            [B, 2L, H / factor, W / factor]: L channels of means, then L of standard deviations.
     """
     x = images.to(vae.model.device).float() / 127.5 - 1
     latent = vae.model.encode(x.to(vae.model.dtype)).latent_dist
@@ -111,16 +143,19 @@ def decode_latents(vae: Vae, z: Tensor, scale: float, shift: float) -> Tensor:
 
     Args:
         z: [B, L, h, w] on any device, (latent - shift) * scale.
-        scale, shift: those of the training data (`meta.scale` and `meta.mean` of its index).
+            scale, shift: those of the training data (`meta.scale` and `meta.mean` of its index).
 
     Returns:
-        uint8 [B, C, h * factor, w * factor] on the CPU, rounded to the nearest of 256 levels.
+            uint8 [B, C, h * factor, w * factor] on the CPU, rounded to the nearest of 256 levels.
 
     Raises:
-        UserError: channels that are not the VAE's, a scale or shift that cannot be undone, or values that are not finite.
+        UserError: channels that are not the VAE's, a scale or shift that cannot be undone, or
+            values that are not finite.
     """
     if z.dim() != 4 or z.shape[1] != vae.latent_channels:
-        raise UserError(f"latents {tuple(z.shape)} must be [B, {vae.latent_channels}, h, w] for vae {vae.name}")
+        raise UserError(
+            f"latents {tuple(z.shape)} must be [B, {vae.latent_channels}, h, w] for vae {vae.name}"
+        )
     if not (math.isfinite(scale) and math.isfinite(shift) and scale != 0):
         raise UserError(f"scale ({scale}) and shift ({shift}) must be finite, scale not 0")
     latents = z.to(vae.model.device).float() / scale + shift

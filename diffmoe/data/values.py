@@ -1,4 +1,6 @@
-"""What stored arrays are as numbers: floats, and the channels' sums that a data set's statistics are made of."""
+"""What stored arrays are as numbers: floats, and the channels' sums that a data set's statistics
+are made of.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,16 @@ from statistics import NormalDist
 
 import numpy as np
 
-# numpy converts half floats one by one in software; a table of all 65,536 is faster. None of its indices can lie outside:
-# "wrap" spares the look whether one does.
+# numpy converts half floats one by one in software; a table of all 65,536 is faster. None of its
+# indices can lie outside: "wrap" spares the look whether one does.
 _FLOAT_OF_HALF = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
 @functools.cache
 def _normal_table() -> np.ndarray:
-    """The normal distribution's quantiles in the middle of 65,536 equal shares, scaled to variance 1."""
+    """The normal distribution's quantiles in the middle of 65,536 equal shares, scaled to variance
+    1.
+    """
     upper = np.array([NormalDist().inv_cdf(0.5 + (i + 0.5) / 65536) for i in range(32768)])
     upper = (upper / np.sqrt(np.mean(upper**2))).astype(np.float32)
     return np.concatenate([-upper[::-1], upper])
@@ -24,9 +28,13 @@ def _normal_table() -> np.ndarray:
 def normals(words: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal numbers of 16 random bits each, four a word, as float32 of this shape.
 
-    For the noise of moments, which are stored with 11 bits themselves: looked up, so a third of the time of numpy's, and the
-    same bits on every machine and with every numpy. They end at 4.3 deviations."""
-    return _normal_table().take(words.view(np.uint16)[: math.prod(shape)], mode="wrap").reshape(shape)
+    For the noise of moments, which are stored with 11 bits themselves: looked up, so a third of the
+    time of numpy's, and the same bits on every machine and with every numpy. They end at 4.3
+    deviations.
+    """
+    return (
+        _normal_table().take(words.view(np.uint16)[: math.prod(shape)], mode="wrap").reshape(shape)
+    )
 
 
 def to_float(stored: np.ndarray, dtype: str) -> np.ndarray:
@@ -39,13 +47,16 @@ def to_float(stored: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def std_of(spread: np.ndarray, kind: str) -> np.ndarray:
-    """Standard deviation from what moments store of it: itself ("std") or the logarithm of its square ("logvar")."""
+    """Standard deviation from what moments store of it: itself ("std") or the logarithm of its
+    square ("logvar").
+    """
     return np.exp(0.5 * spread).astype(spread.dtype) if kind == "logvar" else spread
 
 
 def channel_sums(values: np.ndarray, kind: str, spread: str = "std") -> np.ndarray:
-    """[2, C]: the channels' sums of expected values and of expected squares of one array (float); of moments, over the
-    latents' noise too."""
+    """[2, C]: the channels' sums of expected values and of expected squares of one array (float);
+    of moments, over the latents' noise too.
+    """
     values = values.astype(np.float64)
     mean, std = np.split(values, 2) if kind == "moments" else (values, None)
     variance = 0.0 if std is None else std_of(std, spread) ** 2

@@ -1,8 +1,10 @@
-"""Denoising diffusion with ADM's names: 1000 linear betas, epsilon prediction, a learned range of variances.
+"""Denoising diffusion with ADM's names: 1000 linear betas, epsilon prediction, a learned range of
+variances.
 
-q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) with abar_t the product of (1 - beta_s) up to s = t.  Time runs the
-other way than in the flow: step 0 is (almost) data, step 999 noise.  The network says [epsilon, v], 2 C channels; v in
-[-1, 1] places log sigma^2 between the two bounds of the reverse step's variance (Nichol & Dhariwal 2021, equation 15).
+q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) with abar_t the product of (1 - beta_s) up to s =
+t.  Time runs the other way than in the flow: step 0 is (almost) data, step 999 noise.  The network
+says [epsilon, v], 2 C channels; v in [-1, 1] places log sigma^2 between the two bounds of the
+reverse step's variance (Nichol & Dhariwal 2021, equation 15).
 """
 
 from __future__ import annotations
@@ -25,13 +27,16 @@ ModelFn = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 
 
-# --------------------------------------------------------------------------------------------------- schedule
+# ---------------------------------------------------------------------------------------------------
+# schedule
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Noise schedule of T steps, fp64, made on the CPU.  ``betas`` [T]; ``timestep_map`` [T] int64: the step that the network
-    was trained to see at each of these.  The rest follows, under the names of ADM's ``GaussianDiffusion``."""
+    """Noise schedule of T steps, fp64, made on the CPU.  ``betas`` [T]; ``timestep_map`` [T] int64:
+    the step that the network was trained to see at each of these.  The rest follows, under the
+    names of ADM's ``GaussianDiffusion``.
+    """
 
     betas: Tensor
     timestep_map: Tensor
@@ -40,8 +45,9 @@ class Schedule:
         return len(self.betas)
 
     def to(self, device: torch.device) -> Schedule:
-        """The same with all tables on a device, in the bits that the CPU computed; else every use would copy one there, for
-        which the host waits."""
+        """The same with all tables on a device, in the bits that the CPU computed; else every use
+        would copy one there, for which the host waits.
+        """
         there = Schedule(self.betas.to(device), self.timestep_map.to(device))
         for name, table in vars(Schedule).items():
             if isinstance(table, cached_property):
@@ -58,7 +64,9 @@ class Schedule:
 
     @cached_property
     def posterior_variance(self) -> Tensor:
-        """Variance of q(x_{t-1} | x_t, x_0): the lower bound of the reverse step's, and 0 at step 0."""
+        """Variance of q(x_{t-1} | x_t, x_0): the lower bound of the reverse step's, and 0 at step
+        0.
+        """
         return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
     @cached_property
@@ -85,18 +93,23 @@ def linear_schedule(num_timesteps: int = 1000) -> Schedule:
 
 
 def space_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """``steps`` of the original steps, evenly spaced with both ends (ADM ``space_timesteps`` with one section).
+    """``steps`` of the original steps, evenly spaced with both ends (ADM ``space_timesteps`` with
+    one section).
 
     Raises UserError outside [2, num_timesteps]."""
     if not 2 <= steps <= num_timesteps:
-        raise UserError(f"sample.steps ({steps}) must be in [2, {num_timesteps}], the steps of the diffusion")
-    # Halves fall on the even side, as in ADM.  ADM adds up the stride in floats and so falls one short of a half at 283
-    # of the 999 possible counts (21: 499 for 500), none of them 50, 100, 125, 200, 250 or 500.
+        raise UserError(
+            f"sample.steps ({steps}) must be in [2, {num_timesteps}], the steps of the diffusion"
+        )
+    # Halves fall on the even side, as in ADM.  ADM adds up the stride in floats and so falls one
+    # short of a half at 283 of the 999 possible counts (21: 499 for 500), none of them 50, 100,
+    # 125, 200, 250 or 500.
     return [round(i * (num_timesteps - 1) / (steps - 1)) for i in range(steps)]
 
 
 def respace(schedule: Schedule, steps: int) -> Schedule:
-    """The schedule of ``steps`` steps with the same abar_t at the steps kept (ADM ``SpacedDiffusion``).
+    """The schedule of ``steps`` steps with the same abar_t at the steps kept (ADM
+    ``SpacedDiffusion``).
 
     Raises UserError as ``space_timesteps`` does."""
     kept = torch.tensor(space_timesteps(len(schedule), steps))
@@ -110,7 +123,8 @@ def _at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device)[t].to(like.dtype).view(-1, 1, 1, 1)
 
 
-# ---------------------------------------------------------------------------------------------- distributions
+# ----------------------------------------------------------------------------------------------
+# distributions
 
 
 @dataclass(frozen=True)
@@ -124,53 +138,73 @@ class PMeanVariance:
 
 
 def q_sample(schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise.  x_start, noise [B, C, H, W]; t [B] steps of the schedule."""
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise.  x_start, noise [B, C, H, W]; t [B] steps of
+    the schedule.
+    """
     abar = schedule.alphas_cumprod
     return _at(abar.sqrt(), t, x_start) * x_start + _at((1 - abar).sqrt(), t, x_start) * noise
 
 
 def q_posterior_mean(schedule: Schedule, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """Mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, equation 7)."""
-    return (_at(schedule.posterior_mean_coef1, t, x_t) * x_start
-            + _at(schedule.posterior_mean_coef2, t, x_t) * x_t)
+    return (
+        _at(schedule.posterior_mean_coef1, t, x_t) * x_start
+        + _at(schedule.posterior_mean_coef2, t, x_t) * x_t
+    )
 
 
-def p_mean_variance(schedule: Schedule, prediction: Tensor, x: Tensor, t: Tensor,
-                    clip_denoised: bool = False) -> PMeanVariance:
-    """The reverse step that ``prediction`` [B, 2 C, H, W] describes at x [B, C, H, W], t [B] steps of the schedule.
+def p_mean_variance(
+    schedule: Schedule, prediction: Tensor, x: Tensor, t: Tensor, clip_denoised: bool = False
+) -> PMeanVariance:
+    """The reverse step that ``prediction`` [B, 2 C, H, W] describes at x [B, C, H, W], t [B] steps
+    of the schedule.
 
-    ``clip_denoised`` holds the estimate of x_0 in [-1, 1]: for pixels, never for latents (ADM ``p_mean_variance``)."""
+    ``clip_denoised`` holds the estimate of x_0 in [-1, 1]: for pixels, never for latents (ADM
+    ``p_mean_variance``).
+    """
     channels = x.shape[1]
-    assert prediction.shape[1] == 2 * channels, f"{prediction.shape[1]} output channels for {channels} input channels"
+    assert prediction.shape[1] == 2 * channels, (
+        f"{prediction.shape[1]} output channels for {channels} input channels"
+    )
     epsilon, v = prediction.to(x.dtype).chunk(2, dim=1)
     share = (v + 1) / 2
-    log_variance = (share * _at(schedule.betas.log(), t, x)
-                    + (1 - share) * _at(schedule.posterior_log_variance_clipped, t, x))
+    log_variance = share * _at(schedule.betas.log(), t, x) + (1 - share) * _at(
+        schedule.posterior_log_variance_clipped, t, x
+    )
     abar = schedule.alphas_cumprod
     pred_xstart = _at(abar.rsqrt(), t, x) * x - _at((1 / abar - 1).sqrt(), t, x) * epsilon
     if clip_denoised:
         pred_xstart = pred_xstart.clamp(-1, 1)
-    return PMeanVariance(q_posterior_mean(schedule, pred_xstart, x, t), log_variance.exp(), log_variance, pred_xstart)
+    return PMeanVariance(
+        q_posterior_mean(schedule, pred_xstart, x, t), log_variance.exp(), log_variance, pred_xstart
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------------------
+# training
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Per sample [B]: ``mse`` of epsilon, ``vb`` in bits per dimension; ``loss`` is their sum, as ADM trains on it."""
+    """Per sample [B]: ``mse`` of epsilon, ``vb`` in bits per dimension; ``loss`` is their sum, as
+    ADM trains on it.
+    """
 
     loss: Tensor
     mse: Tensor
     vb: Tensor
 
 
-def training_losses(schedule: Schedule, prediction: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor,
-                    noise: Tensor) -> Losses:
-    """Loss of ``prediction`` [B, 2 C, H, W] for x_t = q_sample(x_start, t, noise); t [B] steps of the schedule.
+def training_losses(
+    schedule: Schedule, prediction: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
+) -> Losses:
+    """Loss of ``prediction`` [B, 2 C, H, W] for x_t = q_sample(x_start, t, noise); t [B] steps of
+    the schedule.
 
-    ADM's ``LossType.MSE`` with a learned variance: the bound trains the variance alone, epsilon is detached in it, and
-    it is added with weight 1 (ADM's RESCALED_MSE would scale by T / 1000, which is 1 here)."""
+    ADM's ``LossType.MSE`` with a learned variance: the bound trains the variance alone, epsilon is
+    detached in it, and it is added with weight 1 (ADM's RESCALED_MSE would scale by T / 1000, which
+    is 1 here).
+    """
     prediction = prediction.to(x_start.dtype)
     epsilon, v = prediction.chunk(2, dim=1)
     vb = vb_terms_bpd(schedule, torch.cat([epsilon.detach(), v], dim=1), x_start, x_t, t)
@@ -178,11 +212,15 @@ def training_losses(schedule: Schedule, prediction: Tensor, x_start: Tensor, x_t
     return Losses(mse + vb, mse, vb)
 
 
-def vb_terms_bpd(schedule: Schedule, prediction: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """One term of the variational bound per sample [B], in bits per dimension (ADM ``_vb_terms_bpd``).
+def vb_terms_bpd(
+    schedule: Schedule, prediction: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
+) -> Tensor:
+    """One term of the variational bound per sample [B], in bits per dimension (ADM
+    ``_vb_terms_bpd``).
 
-    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at step 0 the likelihood of x_0 in bins of 2 / 255, which is what ADM
-    does with pixels and DiT, without comment, with latents."""
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at step 0 the likelihood of x_0 in bins of 2 /
+    255, which is what ADM does with pixels and DiT, without comment, with latents.
+    """
     p = p_mean_variance(schedule, prediction, x_t, t)
     true_mean = q_posterior_mean(schedule, x_start, x_t, t)
     true_log_variance = _at(schedule.posterior_log_variance_clipped, t, x_t)
@@ -194,7 +232,9 @@ def vb_terms_bpd(schedule: Schedule, prediction: Tensor, x_start: Tensor, x_t: T
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """log of N(mean, scale^2)'s mass in the bin x +- 1/255, in nats; the bins at the ends are open (beyond +-0.999)."""
+    """log of N(mean, scale^2)'s mass in the bin x +- 1/255, in nats; the bins at the ends are open
+    (beyond +-0.999).
+    """
     upper = _normal_cdf((x - mean + 1 / 255) * (-log_scale).exp())
     lower = _normal_cdf((x - mean - 1 / 255) * (-log_scale).exp())
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
@@ -203,12 +243,20 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
 
 def _normal_cdf(x: Tensor) -> Tensor:
     """ADM's approximation (Page 1977), kept so that losses are comparable: off by at most 2e-4."""
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def ddpm_loss(model: Callable[..., ModelOutput], x: Tensor, noise: Tensor, t: Tensor, y: Tensor, rule: RoutingRule,
-              schedule: Schedule) -> tuple[Tensor, ModelOutput]:
-    """Mean of ``training_losses`` over the batch, in fp32, and the model's output: the counterpart of ``flow_loss``.
+def ddpm_loss(
+    model: Callable[..., ModelOutput],
+    x: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    y: Tensor,
+    rule: RoutingRule,
+    schedule: Schedule,
+) -> tuple[Tensor, ModelOutput]:
+    """Mean of ``training_losses`` over the batch, in fp32, and the model's output: the counterpart
+    of ``flow_loss``.
 
     x, noise [B, C, H, W]; t [B] int64 steps of ``schedule``; y [B]."""
     x_t = q_sample(schedule, x, t, noise)
@@ -216,15 +264,21 @@ def ddpm_loss(model: Callable[..., ModelOutput], x: Tensor, noise: Tensor, t: Te
     return training_losses(schedule, output.prediction, x, x_t, t, noise).loss.mean(), output
 
 
-# ---------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------------------
+# sampling
 
 
-def guided_epsilon(model: DiT, y: Tensor, cfg: float, rule: RoutingRule, channels: int | None = 3) -> ModelFn:
-    """The field (x [B, C, H, W], t [B]) -> [epsilon, v] with classifier-free guidance: null + cfg (conditional - null).
+def guided_epsilon(
+    model: DiT, y: Tensor, cfg: float, rule: RoutingRule, channels: int | None = 3
+) -> ModelFn:
+    """The field (x [B, C, H, W], t [B]) -> [epsilon, v] with classifier-free guidance: null + cfg
+    (conditional - null).
 
-    Both halves run as one batch of 2 B, hence as one pool, and only the first ``channels`` of epsilon are guided (None:
-    all C), as published (DiT ``forward_with_cfg``, which samples 2 B images and drops half); the rest and v come from
-    the conditional half.  ``cfg = 1`` runs the conditional pass alone."""
+    Both halves run as one batch of 2 B, hence as one pool, and only the first ``channels`` of
+    epsilon are guided (None: all C), as published (DiT ``forward_with_cfg``, which samples 2 B
+    images and drops half); the rest and v come from the conditional half.  ``cfg = 1`` runs the
+    conditional pass alone.
+    """
     labels = torch.cat([y, torch.full_like(y, model.model.classes)])
 
     def model_fn(x: Tensor, t: Tensor) -> Tensor:
@@ -239,20 +293,31 @@ def guided_epsilon(model: DiT, y: Tensor, cfg: float, rule: RoutingRule, channel
     return model_fn
 
 
-def ancestral_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Noise:
-    """noise(step) [B, *shape], fp32, of the images with these numbers: image i gets the same in any batch."""
+def ancestral_noise(
+    seed: int, numbers: Sequence[int], shape: tuple[int, ...], device: torch.device
+) -> Noise:
+    """noise(step) [B, *shape], fp32, of the images with these numbers: image i gets the same in any
+    batch.
+    """
 
     def noise(step: int) -> Tensor:
-        rows = [np.random.Generator(philox(Use.ANCESTRAL, seed, number, step)).standard_normal(shape, dtype=np.float32)
-                for number in numbers]
+        rows = [
+            np.random.Generator(philox(Use.ANCESTRAL, seed, number, step)).standard_normal(
+                shape, dtype=np.float32
+            )
+            for number in numbers
+        ]
         return torch.from_numpy(np.stack(rows)).to(device)
 
     return noise
 
 
-def p_sample_loop(model_fn: ModelFn, schedule: Schedule, x: Tensor, noise: Noise,
-                  clip_denoised: bool = False) -> Tensor:
-    """Ancestral sampling from x [B, C, H, W] ~ N(0, I); ``noise(i)`` is asked from i = T - 1 down to 1 (not at 0)."""
+def p_sample_loop(
+    model_fn: ModelFn, schedule: Schedule, x: Tensor, noise: Noise, clip_denoised: bool = False
+) -> Tensor:
+    """Ancestral sampling from x [B, C, H, W] ~ N(0, I); ``noise(i)`` is asked from i = T - 1 down
+    to 1 (not at 0).
+    """
     for i in reversed(range(len(schedule))):
         t = torch.full((len(x),), i, device=x.device)
         p = p_mean_variance(schedule, _predict(model_fn, schedule, x, t), x, t, clip_denoised)
@@ -260,9 +325,16 @@ def p_sample_loop(model_fn: ModelFn, schedule: Schedule, x: Tensor, noise: Noise
     return x
 
 
-def ddim_sample_loop(model_fn: ModelFn, schedule: Schedule, x: Tensor, noise: Noise | None = None, eta: float = 0.0,
-                     clip_denoised: bool = False) -> Tensor:
-    """DDIM (Song et al. 2021, equations 12 and 16): deterministic at ``eta`` 0, the small-variance ancestral one at 1.
+def ddim_sample_loop(
+    model_fn: ModelFn,
+    schedule: Schedule,
+    x: Tensor,
+    noise: Noise | None = None,
+    eta: float = 0.0,
+    clip_denoised: bool = False,
+) -> Tensor:
+    """DDIM (Song et al. 2021, equations 12 and 16): deterministic at ``eta`` 0, the small-variance
+    ancestral one at 1.
 
     The learned variance is not used.  Raises UserError for ``eta`` above 0 without ``noise``."""
     if eta > 0 and noise is None:
@@ -271,10 +343,12 @@ def ddim_sample_loop(model_fn: ModelFn, schedule: Schedule, x: Tensor, noise: No
     sigma = eta * schedule.posterior_variance.sqrt()
     for i in reversed(range(len(schedule))):
         t = torch.full((len(x),), i, device=x.device)
-        x0 = p_mean_variance(schedule, _predict(model_fn, schedule, x, t), x, t, clip_denoised).pred_xstart
+        x0 = p_mean_variance(
+            schedule, _predict(model_fn, schedule, x, t), x, t, clip_denoised
+        ).pred_xstart
         # From x_0 and not from the network, so that clipping moves both.
         epsilon = (_at(abar.rsqrt(), t, x) * x - x0) / _at((1 / abar - 1).sqrt(), t, x)
-        x = _at(before.sqrt(), t, x) * x0 + _at((1 - before - sigma ** 2).sqrt(), t, x) * epsilon
+        x = _at(before.sqrt(), t, x) * x0 + _at((1 - before - sigma**2).sqrt(), t, x) * epsilon
         if eta > 0 and i:
             x = x + _at(sigma, t, x) * noise(i)
     return x

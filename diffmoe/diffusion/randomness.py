@@ -1,7 +1,7 @@
 """Noise, times and label drops as functions of (seed, number of the sample).
 
-Sample i of step s has the number s * batch + i (`data/share.py`) whatever rank holds it, so a run draws the same on 1 GPU or 64 and a
-resumed run goes on exactly.
+Sample i of step s has the number s * batch + i (`data/share.py`) whatever rank holds it, so a run
+draws the same on 1 GPU or 64 and a resumed run goes on exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from diffmoe.random_streams import Use, philox
 
 @dataclass(frozen=True)
 class Draws:
-    """``noise`` [B, C, H, W] fp32 normal, ``t`` [B] uniform in [0, 1), ``drop`` [B] uniform in [0, 1)."""
+    """``noise`` [B, C, H, W] fp32 normal, ``t`` [B] uniform in [0, 1), ``drop`` [B] uniform in [0,
+    1).
+    """
 
     noise: Tensor
     t: Tensor
@@ -38,12 +40,15 @@ def training_draws(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) ->
 
 
 class StepDraws:
-    """The draws of a run's steps, a list over micro-batches each.  A thread makes the next step's while the device is busy with
-    this one's: a step ends with a look at the device, which would stand idle after it (4 ms for 64 latents of 4 x 32 x 32).
+    """The draws of a run's steps, a list over micro-batches each.  A thread makes the next step's
+    while the device is busy with this one's: a step ends with a look at the device, which would
+    stand idle after it (4 ms for 64 latents of 4 x 32 x 32).
 
     ``positions``: step -> [micro-batches, samples], global numbers."""
 
-    def __init__(self, seed: int, positions: Callable[[int], np.ndarray], shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, seed: int, positions: Callable[[int], np.ndarray], shape: tuple[int, ...]
+    ) -> None:
         self._seed, self._positions, self._shape = seed, positions, shape
         self._thread = ThreadPoolExecutor(1, "draws")
         self._coming: tuple[int, Future[list[Draws]] | None] = -1, None
@@ -55,7 +60,10 @@ class StepDraws:
         return drawn.result()
 
     def _draw(self, step: int) -> list[Draws]:
-        return [training_draws(self._seed, numbers, self._shape) for numbers in self._positions(step).tolist()]
+        return [
+            training_draws(self._seed, numbers, self._shape)
+            for numbers in self._positions(step).tolist()
+        ]
 
     def __enter__(self) -> StepDraws:
         return self
@@ -66,7 +74,13 @@ class StepDraws:
 
 def sampling_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Start of the images with these numbers: image i is the same in any batch, on any rank."""
-    return torch.stack([
-        torch.from_numpy(
-            np.random.Generator(philox(Use.SAMPLING, seed, number)).standard_normal(shape, dtype=np.float32))
-        for number in numbers])
+    return torch.stack(
+        [
+            torch.from_numpy(
+                np.random.Generator(philox(Use.SAMPLING, seed, number)).standard_normal(
+                    shape, dtype=np.float32
+                )
+            )
+            for number in numbers
+        ]
+    )

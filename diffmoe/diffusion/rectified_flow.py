@@ -13,9 +13,16 @@ from diffmoe.moe.routing import RoutingRule
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
-def flow_loss(model: Callable[..., ModelOutput], x: Tensor, noise: Tensor, t: Tensor, y: Tensor,
-              rule: RoutingRule) -> tuple[Tensor, ModelOutput]:
-    """Mean squared error of the velocity, in fp32, and the model's output.  x, noise [B, C, H, W]; t [B]; y [B].
+def flow_loss(
+    model: Callable[..., ModelOutput],
+    x: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    y: Tensor,
+    rule: RoutingRule,
+) -> tuple[Tensor, ModelOutput]:
+    """Mean squared error of the velocity, in fp32, and the model's output.  x, noise [B, C, H, W];
+    t [B]; y [B].
 
     A model with learned sigma has 2 C output channels; the flow reads the first C."""
     time = t.view(-1, 1, 1, 1)
@@ -25,7 +32,8 @@ def flow_loss(model: Callable[..., ModelOutput], x: Tensor, noise: Tensor, t: Te
 
 
 def guided_velocity(model: DiT, y: Tensor, cfg: float, rule: RoutingRule) -> Velocity:
-    """The field v(z, t) with classifier-free guidance: null + cfg (conditional - null) on all channels.
+    """The field v(z, t) with classifier-free guidance: null + cfg (conditional - null) on all
+    channels.
 
     The two passes are two pools, as published.  ``cfg = 1`` runs the conditional pass alone."""
     null = torch.full_like(y, model.model.classes)

@@ -1,8 +1,10 @@
-"""Samplers as plain functions of one signature, ``sampler(field, z, steps, noise)``: from noise z [B, C, H, W] to data.
+"""Samplers as plain functions of one signature, ``sampler(field, z, steps, noise)``: from noise z
+[B, C, H, W] to data.
 
-A flow's field is its velocity v(z, t), t [B] in [0, 1]: ``euler``, ``heun``, ``dopri5``.  A diffusion's field is
-[epsilon, v] (x, t), t [B] steps out of 1000: ``ancestral``, ``ddim``.  ``noise(i)`` gives the noise of step i; samplers
-that need none ignore it.  What only one sampler has (eta, tolerance) is a keyword with a default.
+A flow's field is its velocity v(z, t), t [B] in [0, 1]: ``euler``, ``heun``, ``dopri5``.  A
+diffusion's field is [epsilon, v] (x, t), t [B] steps out of 1000: ``ancestral``, ``ddim``.
+``noise(i)`` gives the noise of step i; samplers that need none ignore it.  What only one sampler
+has (eta, tolerance) is a keyword with a default.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ def heun(field: Field, z: Tensor, steps: int, noise: Noise | None = None) -> Ten
     return z
 
 
-# Dormand and Prince 1980: nodes, stages, and the difference of the fifth- and fourth-order weights.  The last stage is
-# the fifth-order result itself, so its slope is the next step's first.
+# Dormand and Prince 1980: nodes, stages, and the difference of the fifth- and fourth-order weights.
+# The last stage is the fifth-order result itself, so its slope is the next step's first.
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
     (1 / 5,),
@@ -53,15 +55,24 @@ def _only_mine(unfinished: bool) -> bool:
     return unfinished
 
 
-def dopri5(field: Field, z: Tensor, steps: int, noise: Noise | None = None, *, tolerance: float = 1e-4,
-           anyone: Callable[[bool], bool] = _only_mine) -> Tensor:
-    """Dormand-Prince 5(4) with adaptive steps: at most ``steps`` of them, rejected ones included, 6 evaluations each.
+def dopri5(
+    field: Field,
+    z: Tensor,
+    steps: int,
+    noise: Noise | None = None,
+    *,
+    tolerance: float = 1e-4,
+    anyone: Callable[[bool], bool] = _only_mine,
+) -> Tensor:
+    """Dormand-Prince 5(4) with adaptive steps: at most ``steps`` of them, rejected ones included, 6
+    evaluations each.
 
-    Every sample has its own time and step size, so no sample's result depends on its batch-mates (a library's common
-    step would couple them); a finished sample waits for the slowest.  ``tolerance`` bounds the error of a step, root
-    mean square over a sample, relative and absolute.  A bf16 model's rounding reads as error: on a smooth field 1e-3
-    costs it 37 evaluations, 1e-5 133 and 1e-6 685 (fp32: 25, 49, 49).  Where the field holds collectives, ``anyone``
-    must tell every rank alike whether some rank is unfinished: ranks must evaluate in step.
+    Every sample has its own time and step size, so no sample's result depends on its batch-mates (a
+    library's common step would couple them); a finished sample waits for the slowest.
+    ``tolerance`` bounds the error of a step, root mean square over a sample, relative and absolute.
+    A bf16 model's rounding reads as error: on a smooth field 1e-3 costs it 37 evaluations, 1e-5 133
+    and 1e-6 685 (fp32: 25, 49, 49).  Where the field holds collectives, ``anyone`` must tell every
+    rank alike whether some rank is unfinished: ranks must evaluate in step.
 
     Raises UserError (on all those ranks) when ``steps`` do not suffice."""
     t = z.new_zeros(len(z), dtype=torch.float64)
@@ -75,16 +86,21 @@ def dopri5(field: Field, z: Tensor, steps: int, noise: Noise | None = None, *, t
         here = accepted.view(-1, *[1] * (z.dim() - 1))
         z, slope = torch.where(here, candidate, z), torch.where(here, end_slope, slope)
         t = torch.where(accepted, torch.where(last, 1.0, t + h), t)
-        h = h * (0.9 * error ** -0.2).nan_to_num(nan=0.2).clamp(0.2, 5.0)
+        h = h * (0.9 * error**-0.2).nan_to_num(nan=0.2).clamp(0.2, 5.0)
         if not anyone(bool((t < 1).any())):
             return z
-    raise UserError(f"dopri5 did not finish in sample.steps ({steps}) at sample.tolerance ({tolerance}), raise one of them: "
-                    f"the slowest sample here is at t = {t.min().item():.3g} of 1")
+    raise UserError(
+        f"dopri5 did not finish in sample.steps ({steps}) at sample.tolerance ({tolerance}), raise one of them: "
+        f"the slowest sample here is at t = {t.min().item():.3g} of 1"
+    )
 
 
-def _attempt(field: Field, z: Tensor, t: Tensor, h: Tensor, slope: Tensor,
-             tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of size h [B] from z at t [B]: the result, the slope there, and the error over the tolerance [B]."""
+def _attempt(
+    field: Field, z: Tensor, t: Tensor, h: Tensor, slope: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of size h [B] from z at t [B]: the result, the slope there, and the error over the
+    tolerance [B].
+    """
     width = h.to(z.dtype).view(-1, *[1] * (z.dim() - 1))
 
     def weighted(weights: tuple[float, ...]) -> Tensor:
@@ -100,13 +116,17 @@ def _attempt(field: Field, z: Tensor, t: Tensor, h: Tensor, slope: Tensor,
 
 
 def ancestral(field: Field, z: Tensor, steps: int, noise: Noise | None = None) -> Tensor:
-    """ADM's ``p_sample_loop`` over ``steps`` of the 1000, one evaluation each.  Raises UserError without ``noise``."""
+    """ADM's ``p_sample_loop`` over ``steps`` of the 1000, one evaluation each.  Raises UserError
+    without ``noise``.
+    """
     if noise is None:
         raise UserError("the ancestral sampler needs noise")
     return p_sample_loop(field, respace(linear_schedule(), steps).to(z.device), z, noise)
 
 
-def ddim(field: Field, z: Tensor, steps: int, noise: Noise | None = None, *, eta: float = 0.0) -> Tensor:
+def ddim(
+    field: Field, z: Tensor, steps: int, noise: Noise | None = None, *, eta: float = 0.0
+) -> Tensor:
     """ADM's ``ddim_sample_loop`` over ``steps`` of the 1000, one evaluation each."""
     return ddim_sample_loop(field, respace(linear_schedule(), steps).to(z.device), z, noise, eta)
 

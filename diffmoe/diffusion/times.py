@@ -1,4 +1,6 @@
-"""Training times as pure maps of a uniform draw, so that a sample's time stays a function of its number."""
+"""Training times as pure maps of a uniform draw, so that a sample's time stays a function of its
+number.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,12 @@ from torch import Tensor
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """t [B] in [0, 1] with logit(t) ~ N(mean, std^2), from u [B] uniform in [0, 1) (Esser et al. 2024, section 3.1).
+    """t [B] in [0, 1] with logit(t) ~ N(mean, std^2), from u [B] uniform in [0, 1) (Esser et al.
+    2024, section 3.1).
 
-    t = 1 is data here, so a positive ``mean`` prefers clean samples; ``std`` must be above 0.  Computed in fp64."""
+    t = 1 is data here, so a positive ``mean`` prefers clean samples; ``std`` must be above 0.
+    Computed in fp64.
+    """
     return torch.special.ndtri(u.double()).mul(std).add(mean).sigmoid().to(u.dtype)
 
 

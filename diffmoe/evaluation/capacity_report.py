@@ -1,5 +1,6 @@
-"""The capacity that sampling used, by layer, by time and by class: experts per token, mean over tokens (a token that no expert
-took counts 0).  The paper's figures 1c and 1d, as JSON, a Markdown table and a picture.
+"""The capacity that sampling used, by layer, by time and by class: experts per token, mean over
+tokens (a token that no expert took counts 0).  The paper's figures 1c and 1d, as JSON, a Markdown
+table and a picture.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ _TABLE_TIMES, _TABLE_CLASSES = 20, 50
 
 @dataclass(frozen=True)
 class CapacityUsed:
-    """Sums over all images and passes of a sampling: ``taken_LbC``, the experts per token that samples got, by layer, time
-    bin (noise to data) and class, and ``samples_bC``, how many samples those are.  The last class is the null class of
-    guidance.  float64."""
+    """Sums over all images and passes of a sampling: ``taken_LbC``, the experts per token that
+    samples got, by layer, time bin (noise to data) and class, and ``samples_bC``, how many samples
+    those are.  The last class is the null class of guidance.  float64.
+    """
 
     taken_LbC: np.ndarray
     samples_bC: np.ndarray
@@ -40,7 +42,12 @@ class CapacityUsed:
 
     def mean(self, classes: slice = slice(None)) -> float:
         """Experts per token over all layers and times; NaN where nothing ran."""
-        return float(_ratio(self.taken_LbC[..., classes].sum(), self.samples_bC[:, classes].sum() * len(self.layers)))
+        return float(
+            _ratio(
+                self.taken_LbC[..., classes].sum(),
+                self.samples_bC[:, classes].sum() * len(self.layers),
+            )
+        )
 
     def by_layer(self) -> np.ndarray:
         """[L]"""
@@ -48,44 +55,61 @@ class CapacityUsed:
 
     def by_time(self, classes: slice = slice(None)) -> np.ndarray:
         """[b], mean over layers; NaN where nothing ran."""
-        return _ratio(self.taken_LbC[..., classes].sum((0, 2)), self.samples_bC[:, classes].sum(1) * len(self.layers))
+        return _ratio(
+            self.taken_LbC[..., classes].sum((0, 2)),
+            self.samples_bC[:, classes].sum(1) * len(self.layers),
+        )
 
     def by_layer_and_time(self) -> np.ndarray:
         """[L, b]"""
         return _ratio(self.taken_LbC.sum(2), self.samples_bC.sum(1))
 
     def by_class(self) -> list[tuple[int, float]]:
-        """(class, capacity) of the classes that were sampled, from the hardest, which used most, to the easiest.  Passes
-        with the null class have no class and do not count."""
+        """(class, capacity) of the classes that were sampled, from the hardest, which used most, to
+        the easiest.  Passes with the null class have no class and do not count.
+        """
         used = _ratio(self.taken_LbC.sum((0, 1)), self.samples_bC.sum(0) * len(self.layers))[:-1]
-        return sorted(((c, float(v)) for c, v in enumerate(used) if np.isfinite(v)), key=lambda pair: (-pair[1], pair[0]))
+        return sorted(
+            ((c, float(v)) for c, v in enumerate(used) if np.isfinite(v)),
+            key=lambda pair: (-pair[1], pair[0]),
+        )
 
 
 CONDITIONAL, NULL = slice(0, -1), slice(-1, None)
 
 
 class CapacityMeter:
-    """Adds up what the layers report while sampling, on the device and without asking it for anything.
+    """Adds up what the layers report while sampling, on the device and without asking it for
+    anything.
 
-    ``images``: those with higher numbers only fill up a rank's batch and are left out.  Raises UserError for a model
-    without experts."""
+    ``images``: those with higher numbers only fill up a rank's batch and are left out.  Raises
+    UserError for a model without experts.
+    """
 
     def __init__(self, model: DiT, config: Config, images: int, device: torch.device) -> None:
         self.layers = tuple(f"block {i}" for i, _ in model.moe_layers())
         if not self.layers:
-            raise UserError(f"model.family ({config.model.family}) has no experts whose capacity could be reported")
+            raise UserError(
+                f"model.family ({config.model.family}) has no experts whose capacity could be reported"
+            )
         self.images, self.process = images, config.diffusion.process
         self.bins = min(config.sample.steps, MAX_TIME_BINS)
         classes = config.model.classes + 1
-        self.taken_LbC = torch.zeros(len(self.layers), self.bins, classes, dtype=torch.float64, device=device)
+        self.taken_LbC = torch.zeros(
+            len(self.layers), self.bins, classes, dtype=torch.float64, device=device
+        )
         self.samples_bC = torch.zeros(self.bins, classes, dtype=torch.float64, device=device)
 
     def watch(self, model: DiT, numbers: Sequence[int]) -> WatchedModel:
         """The model, whose passes over the images with these numbers are counted."""
-        counted = torch.tensor([float(number < self.images) for number in numbers], device=self.samples_bC.device)
+        counted = torch.tensor(
+            [float(number < self.images) for number in numbers], device=self.samples_bC.device
+        )
         return WatchedModel(model, self, counted)
 
-    def add(self, t: Tensor, y: Tensor, counted: Tensor, reports: tuple[MoEStats, ...], tokens: int) -> None:
+    def add(
+        self, t: Tensor, y: Tensor, counted: Tensor, reports: tuple[MoEStats, ...], tokens: int
+    ) -> None:
         """One pass: times t [B], labels y [B], weights ``counted`` [B], and the layers' reports."""
         progress = 1 - (t + 0.5) / len(linear_schedule()) if self.process == "ddpm" else t
         # A step's start, i / steps, may round to just below the bin that it begins.
@@ -97,7 +121,9 @@ class CapacityMeter:
 
     def merged(self, world: Group) -> CapacityUsed:
         """What all ranks saw; all of them call it."""
-        taken, samples = (sum_over(value, world).cpu().numpy() for value in (self.taken_LbC, self.samples_bC))
+        taken, samples = (
+            sum_over(value, world).cpu().numpy() for value in (self.taken_LbC, self.samples_bC)
+        )
         return CapacityUsed(taken, samples, self.layers)
 
 
@@ -126,25 +152,54 @@ def write_report(used: CapacityUsed, config: Config, stem: str) -> list[Path]:
     paths[0].write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
     paths[1].write_text(_markdown(tree))
     guided = bool(used.samples_bC[:, NULL].any())
-    capacity_used(used.by_layer_and_time(), used.by_time(CONDITIONAL), used.by_time(NULL) if guided else None,
-                  used.by_class(), paths[2], used.layers, target=config.sample.capacity)
+    capacity_used(
+        used.by_layer_and_time(),
+        used.by_time(CONDITIONAL),
+        used.by_time(NULL) if guided else None,
+        used.by_class(),
+        paths[2],
+        used.layers,
+        target=config.sample.capacity,
+    )
     return paths
 
 
 def report_tree(used: CapacityUsed, config: Config) -> dict:
     """The report as plain numbers; null where nothing ran."""
     sample, bins = config.sample, len(used.samples_bC)
-    thresholds = ("dial" if sample.capacity is not None else "gamma" if sample.gamma is not None else
-                  None if sample.routing == "static" else "learned")
+    thresholds = (
+        "dial"
+        if sample.capacity is not None
+        else "gamma"
+        if sample.gamma is not None
+        else None
+        if sample.routing == "static"
+        else "learned"
+    )
     return {
-        "capacity": used.mean(), "conditional": used.mean(CONDITIONAL), "null": _number(used.mean(NULL)),
-        "thresholds": thresholds if config.model.family == "diffmoe" else None, "dial": sample.capacity,
-        "gamma": sample.gamma, "routing": sample.routing, "sampler": sample.sampler, "steps": sample.steps,
-        "cfg": sample.cfg, "passes": int(used.samples_bC.sum()),
+        "capacity": used.mean(),
+        "conditional": used.mean(CONDITIONAL),
+        "null": _number(used.mean(NULL)),
+        "thresholds": thresholds if config.model.family == "diffmoe" else None,
+        "dial": sample.capacity,
+        "gamma": sample.gamma,
+        "routing": sample.routing,
+        "sampler": sample.sampler,
+        "steps": sample.steps,
+        "cfg": sample.cfg,
+        "passes": int(used.samples_bC.sum()),
         "by_layer": dict(zip(used.layers, map(float, used.by_layer()))),
-        "by_time": [{"t": (i + 0.5) / bins, "conditional": _number(c), "null": _number(n), "layers": list(map(_number, row))}
-                    for i, (c, n, row) in enumerate(zip(used.by_time(CONDITIONAL), used.by_time(NULL),
-                                                        used.by_layer_and_time().T))],
+        "by_time": [
+            {
+                "t": (i + 0.5) / bins,
+                "conditional": _number(c),
+                "null": _number(n),
+                "layers": list(map(_number, row)),
+            }
+            for i, (c, n, row) in enumerate(
+                zip(used.by_time(CONDITIONAL), used.by_time(NULL), used.by_layer_and_time().T)
+            )
+        ],
         "by_class": [{"class": c, "capacity": value} for c, value in used.by_class()],
     }
 
@@ -156,17 +211,35 @@ def _markdown(tree: dict) -> str:
     cut = len(ranking) > _TABLE_CLASSES
     half = _TABLE_CLASSES // 2
     shown = ranking[:half] + ranking[-half:] if cut else ranking
-    return "\n".join([
-        f"# Capacity used: {tree['capacity']:.4f} experts per token{wanted}", "",
-        f"{tree['sampler']}, {tree['steps']} steps, cfg {tree['cfg']:g}, {tree['routing']} routing"
-        + (f", {tree['thresholds']} thresholds" if tree["thresholds"] else "") + f"; {tree['passes']} passes of one image.", "",
-        *table(("layer", "capacity"), [(name, value) for name, value in tree["by_layer"].items()]), "",
-        "t is 0 at noise and 1 at data.", "",
-        *table(("t", "conditional", "null"), [(f"{row['t']:.3f}", row["conditional"], row["null"]) for row in times]), "",
-        "Classes from the hardest (most capacity) to the easiest, conditional passes"
-        + (f"; the first and last {half} of {len(ranking)}." if cut else "."), "",
-        *table(("rank", "class", "capacity"), [(str(i), str(row["class"]), row["capacity"]) for i, row in shown]), "",
-    ])
+    return "\n".join(
+        [
+            f"# Capacity used: {tree['capacity']:.4f} experts per token{wanted}",
+            "",
+            f"{tree['sampler']}, {tree['steps']} steps, cfg {tree['cfg']:g}, {tree['routing']} routing"
+            + (f", {tree['thresholds']} thresholds" if tree["thresholds"] else "")
+            + f"; {tree['passes']} passes of one image.",
+            "",
+            *table(
+                ("layer", "capacity"), [(name, value) for name, value in tree["by_layer"].items()]
+            ),
+            "",
+            "t is 0 at noise and 1 at data.",
+            "",
+            *table(
+                ("t", "conditional", "null"),
+                [(f"{row['t']:.3f}", row["conditional"], row["null"]) for row in times],
+            ),
+            "",
+            "Classes from the hardest (most capacity) to the easiest, conditional passes"
+            + (f"; the first and last {half} of {len(ranking)}." if cut else "."),
+            "",
+            *table(
+                ("rank", "class", "capacity"),
+                [(str(i), str(row["class"]), row["capacity"]) for i, row in shown],
+            ),
+            "",
+        ]
+    )
 
 
 def _number(value: float) -> float | None:

@@ -1,4 +1,6 @@
-"""A score with everything that moves it: two people with the same card have the same number, or one of them has a bug."""
+"""A score with everything that moves it: two people with the same card have the same number, or one
+of them has a bug.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _PACKAGES = ("torch", "deepspeed", "numpy")
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured; None: this extractor or reference cannot give it. Lower is better for `fid` and `sfid`."""
+    """What was measured; None: this extractor or reference cannot give it. Lower is better for
+    `fid` and `sfid`.
+    """
 
     fid: float
     sfid: float | None = None
@@ -38,15 +42,17 @@ class Scores:
 class Card:
     """One evaluation, of a checkpoint or of samples that exist.
 
-    `weights_sha256` is `interchange.weights_digest` of the model. `sampling` is the whole configuration section, for what has no
-    field of its own. `capacity` is the dial at inference (with static routing `moe.capacity`), `gamma` the constant
-    threshold; with neither, the learned thresholds decided. `batch` images were sampled together, and with the batch
-    and static routing rules they shape each other. `splits`: of the Inception Score. `reference_count` None: the file
-    does not say. `seconds` is the wall time of this evaluation's last start. `fp32_precision`: of a GPU's fp32 matmuls;
-    "" in older cards, when matmuls were ieee and convolutions TF32. `samples`: where the images were that were given
-    and not sampled here; then all that makes images is None. `images_sha256` is over the images' own SHA-256s, as a
-    measured reference's. `protocol`: `published`, or in what this differs from the published protocol ("": made before
-    cards said so).
+    `weights_sha256` is `interchange.weights_digest` of the model. `sampling` is the whole
+    configuration section, for what has no field of its own. `capacity` is the dial at inference
+    (with static routing `moe.capacity`), `gamma` the constant threshold; with neither, the learned
+    thresholds decided. `batch` images were sampled together, and with the batch and static routing
+    rules they shape each other. `splits`: of the Inception Score. `reference_count` None: the file
+    does not say. `seconds` is the wall time of this evaluation's last start. `fp32_precision`: of a
+    GPU's fp32 matmuls; "" in older cards, when matmuls were ieee and convolutions TF32. `samples`:
+    where the images were that were given and not sampled here; then all that makes images is None.
+    `images_sha256` is over the images' own SHA-256s, as a measured reference's. `protocol`:
+    `published`, or in what this differs from the published protocol ("": made before cards said
+    so).
     """
 
     scores: Scores
@@ -98,8 +104,13 @@ class Card:
 
     def to_markdown(self) -> str:
         """The card for people: the scores, then every setting."""
-        named = {"fid": "FID ↓", "sfid": "sFID ↓", "inception_score": "Inception Score ↑", "precision": "precision ↑",
-                 "recall": "recall ↑"}
+        named = {
+            "fid": "FID ↓",
+            "sfid": "sFID ↓",
+            "inception_score": "Inception Score ↑",
+            "precision": "precision ↑",
+            "recall": "recall ↑",
+        }
         scores: list[tuple[str, str]] = []
         for field, name in named.items():
             value = getattr(self.scores, field)
@@ -114,11 +125,27 @@ class Card:
             if isinstance(value, dict):
                 value = ", ".join(f"{name} {entry}" for name, entry in value.items())
             if field.name != "scores":
-                settings.append((field.name.replace("_", " "), None if value is None else str(value)))
-        title = (f"# {self.count} images of {self.samples}" if self.samples is not None else
-                 f"# {self.count} images of {self.family} at step {self.step}, {self.weights} weights, cfg "
-                 f"{self.cfg:g}")
-        return "\n".join([title, "", *table(("score", "value"), scores), "", *table(("setting", "value"), settings)]) + "\n"
+                settings.append(
+                    (field.name.replace("_", " "), None if value is None else str(value))
+                )
+        title = (
+            f"# {self.count} images of {self.samples}"
+            if self.samples is not None
+            else f"# {self.count} images of {self.family} at step {self.step}, {self.weights} weights, cfg "
+            f"{self.cfg:g}"
+        )
+        return (
+            "\n".join(
+                [
+                    title,
+                    "",
+                    *table(("score", "value"), scores),
+                    "",
+                    *table(("setting", "value"), settings),
+                ]
+            )
+            + "\n"
+        )
 
 
 def card_from_json(text: str) -> Card:
@@ -135,8 +162,10 @@ def card_from_json(text: str) -> Card:
 
 
 def write_card(card: Card, folder: Path) -> None:
-    """Write card.md, then card.json: a folder with the JSON has both. A card that is there of another scoring of the
-    same images stays, as `card-<reference>-<extractor>-<splits>` (the first digits of their hashes)."""
+    """Write card.md, then card.json: a folder with the JSON has both. A card that is there of
+    another scoring of the same images stays, as `card-<reference>-<extractor>-<splits>` (the first
+    digits of their hashes).
+    """
     before = read_card(folder / JSON_NAME) if (folder / JSON_NAME).is_file() else card
     if before.scoring != card.scoring:
         for path in (folder / MARKDOWN_NAME, folder / JSON_NAME):
@@ -157,7 +186,11 @@ def read_card(path: Path) -> Card:
 
 def find_card(folder: Path, scoring: tuple[str, str, int]) -> Card | None:
     """The card of this scoring among a folder's cards, if it is there."""
-    cards = (read_card(path) for path in [folder / JSON_NAME, *sorted(folder.glob("card-*.json"))] if path.is_file())
+    cards = (
+        read_card(path)
+        for path in [folder / JSON_NAME, *sorted(folder.glob("card-*.json"))]
+        if path.is_file()
+    )
     return next((card for card in cards if card.scoring == scoring), None)
 
 
@@ -166,9 +199,14 @@ def _own_name(card: Card) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that can move a score ("absent" where not installed), and the
-    commit of a git checkout that this runs from."""
-    found = {"diffmoe": diffmoe.__version__, "commit": commit() or "unknown", "python": platform.python_version()}
+    """Versions of this package, Python and the libraries that can move a score ("absent" where not
+    installed), and the commit of a git checkout that this runs from.
+    """
+    found = {
+        "diffmoe": diffmoe.__version__,
+        "commit": commit() or "unknown",
+        "python": platform.python_version(),
+    }
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -178,13 +216,24 @@ def versions() -> dict[str, str]:
 
 
 def commit(checkout: Path = Path(diffmoe.__file__).parent.parent) -> str | None:
-    """The commit that is checked out in a folder, with "+changes" where tracked files differ from it; None where the folder
-    is no checkout or git is not there."""
-    if not (checkout / ".git").exists():  # else git would look further up: an installed package in somebody's project
+    """The commit that is checked out in a folder, with "+changes" where tracked files differ from
+    it; None where the folder is no checkout or git is not there.
+    """
+    if not (
+        checkout / ".git"
+    ).exists():  # else git would look further up: an installed package in somebody's project
         return None
     try:
-        said = [subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True, timeout=30, check=True).stdout
-                for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))]
+        said = [
+            subprocess.run(
+                ["git", "-C", str(checkout), *words],
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=True,
+            ).stdout
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
     except (OSError, subprocess.SubprocessError):
         return None
     return said[0].strip() + "+changes" * bool(said[1].strip())
@@ -192,4 +241,6 @@ def commit(checkout: Path = Path(diffmoe.__file__).parent.parent) -> str | None:
 
 def hardware(device: torch.device) -> str:
     """The device of a rank, in words."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+    )

@@ -18,8 +18,9 @@ from diffmoe.errors import UserError
 
 @dataclass(frozen=True)
 class Decoder:
-    """From latents to pictures: `function` takes what the model samples, fp32 [B, C, h, w], and returns uint8
-    [B, 3, H, W]. `scale` and `shift` are what it takes out of the latents first."""
+    """From latents to pictures: `function` takes what the model samples, fp32 [B, C, h, w], and
+    returns uint8 [B, 3, H, W]. `scale` and `shift` are what it takes out of the latents first.
+    """
 
     name: str
     sha256: str
@@ -29,22 +30,24 @@ class Decoder:
 
 
 def checkpoint_data(config: Config, scale: float | None, shift: float | None) -> ShardIndex | None:
-    """The index of the training data that a checkpoint's configuration names; None where it is not here (`vae_note`
-    says so).
+    """The index of the training data that a checkpoint's configuration names; None where it is not
+    here (`vae_note` says so).
 
     A checkpoint may be anybody's: an address for which a program would be started is not opened.
 
     Raises:
-        UserError: such an address, or an index that is here and cannot be read, unless `scale` and `shift` are both
-            known without it.
+        UserError: such an address, or an index that is here and cannot be read, unless `scale` and
+            `shift` are both known without it.
     """
     name = "index" if config.data.index else "shards"
     address = getattr(config.data, name)
     known = scale is not None and shift is not None
     if runs_a_program(address):
         if not known:
-            raise UserError(f"data.{name} ({address}) would start a program, which no checkpoint may: say --latent-scale and "
-                            "--latent-shift")
+            raise UserError(
+                f"data.{name} ({address}) would start a program, which no checkpoint may: say --latent-scale and "
+                "--latent-shift"
+            )
         return None
     if not address or not is_remote(address) and not _folder(address).exists():
         return None  # sampling elsewhere than training
@@ -53,8 +56,10 @@ def checkpoint_data(config: Config, scale: float | None, shift: float | None) ->
     except (OSError, UserError) as error:
         if known:
             return None
-        raise UserError(f"the training data's index, by which VAE and scale are checked, cannot be read: {error}; "
-                        "restore it, or say --latent-scale and --latent-shift") from error
+        raise UserError(
+            f"the training data's index, by which VAE and scale are checked, cannot be read: {error}; "
+            "restore it, or say --latent-scale and --latent-shift"
+        ) from error
 
 
 def _folder(address: str) -> Path:
@@ -63,23 +68,38 @@ def _folder(address: str) -> Path:
 
 
 def vae_note(config: Config, decoder: Decoder, index: ShardIndex | None) -> str | None:
-    """What to say where nothing shows that this VAE encoded the training data whose `index` this is; None where it is
-    shown."""
+    """What to say where nothing shows that this VAE encoded the training data whose `index` this
+    is; None where it is shown.
+    """
     if index is not None and index.encoding is not None and index.encoding.vae_sha256:
         return None
-    why = "does not say which VAE encoded it" if index is not None else "is not here, or was not opened"
-    return (f"note: the training data ({config.data.shards}) {why}: vae {decoder.name} is not compared with it; "
-            f"latents have scale {decoder.scale:g}, shift {decoder.shift:g}")
+    why = (
+        "does not say which VAE encoded it"
+        if index is not None
+        else "is not here, or was not opened"
+    )
+    return (
+        f"note: the training data ({config.data.shards}) {why}: vae {decoder.name} is not compared with it; "
+        f"latents have scale {decoder.scale:g}, shift {decoder.shift:g}"
+    )
 
 
-def open_decoder(path: str, config: Config, index: ShardIndex | None, scale: float | None, shift: float | None,
-                 device: torch.device) -> Decoder:
+def open_decoder(
+    path: str,
+    config: Config,
+    index: ShardIndex | None,
+    scale: float | None,
+    shift: float | None,
+    device: torch.device,
+) -> Decoder:
     """The diffusers autoencoder at `path` as decoder of the run's latents.
 
-    Where `scale` and `shift` are None they are those of the training data whose `index` this is, else the VAE's own.
+    Where `scale` and `shift` are None they are those of the training data whose `index` this is,
+    else the VAE's own.
 
     Raises:
-        UserError: a model of pixels, no such autoencoder, or another one than the training data was encoded with.
+        UserError: a model of pixels, no such autoencoder, or another one than the training data was
+            encoded with.
     """
     vae = open_vae(path, config, device)
     scale, shift = latent_numbers(vae, config, index, scale, shift)
@@ -94,19 +114,33 @@ def open_vae(path: str | Path, config: Config, device: torch.device) -> Vae:
     """The diffusers autoencoder at `path`. UserError for a model of pixels or of other
     channels, or where there is no such autoencoder."""
     if config.model.channels in (1, 3):
-        raise UserError(f"model.channels ({config.model.channels}) are pixels: there is nothing for vae {path} to decode")
+        raise UserError(
+            f"model.channels ({config.model.channels}) are pixels: there is nothing for vae {path} to decode"
+        )
     vae = load_vae(path, device=device)
     if vae.latent_channels != config.model.channels:
-        raise UserError(f"vae {path} has {vae.latent_channels} latent channels, model.channels is {config.model.channels}")
+        raise UserError(
+            f"vae {path} has {vae.latent_channels} latent channels, model.channels is {config.model.channels}"
+        )
     return vae
 
 
-def latent_numbers(vae: Vae, config: Config, index: ShardIndex | None, scale: float | None,
-                   shift: float | None) -> tuple[float, float]:
-    """Scale and shift of latents: as given, else the training data's, else the VAE's own. UserError for another VAE than
-    the training data was encoded with."""
-    own_scale, own_shift = (vae.scale, vae.shift) if index is None else (index.meta.scale, index.meta.mean)
-    if index is not None and index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):
-        raise UserError(f"vae {vae.name} has weights {vae.sha256[:12]}; data.shards ({config.data.shards}) was encoded with "
-                        f"{index.encoding.vae_sha256[:12]}")
+def latent_numbers(
+    vae: Vae, config: Config, index: ShardIndex | None, scale: float | None, shift: float | None
+) -> tuple[float, float]:
+    """Scale and shift of latents: as given, else the training data's, else the VAE's own. UserError
+    for another VAE than the training data was encoded with.
+    """
+    own_scale, own_shift = (
+        (vae.scale, vae.shift) if index is None else (index.meta.scale, index.meta.mean)
+    )
+    if (
+        index is not None
+        and index.encoding is not None
+        and index.encoding.vae_sha256 not in ("", vae.sha256)
+    ):
+        raise UserError(
+            f"vae {vae.name} has weights {vae.sha256[:12]}; data.shards ({config.data.shards}) was encoded with "
+            f"{index.encoding.vae_sha256[:12]}"
+        )
     return own_scale if scale is None else scale, own_shift if shift is None else shift

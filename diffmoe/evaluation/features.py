@@ -1,13 +1,15 @@
 """Feature networks: uint8 images in, pool features, spatial features and class probabilities out.
 
-The published scores use the Inception network that Google released on 2015-12-05. Its TorchScript port by NVIDIA is
+The published scores use the Inception network that Google released on 2015-12-05. Its TorchScript
+port by NVIDIA is
 
-    file     inception-2015-12-05.pt (95,607,719 bytes)
-    from     https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt
+    file     inception-2015-12-05.pt (95,607,719 bytes) from
+    https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt
     SHA-256  f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4
 
-NVIDIA prints no checksum; this one is pinned by k-diffusion (`evaluation.py`, MIT) and by others who fetched the file. Fetch
-it once, by hand: nothing here downloads. Every card records the SHA-256 of the file that was used.
+NVIDIA prints no checksum; this one is pinned by k-diffusion (`evaluation.py`, MIT) and by others
+who fetched the file. Fetch it once, by hand: nothing here downloads. Every card records the SHA-256
+of the file that was used.
 """
 
 from __future__ import annotations
@@ -33,14 +35,18 @@ INCEPTION_NAME = "inception-2015-12-05.pt"
 DIGITS_NAME = "digits"
 _DIGITS_SEED, _DIGITS_HIDDEN, _DIGITS_POOL = 0, 256, 32
 _SPATIAL_LAYER = "mixed_6"
-_SPATIAL_CHANNELS = 7  # of the 17 x 17 map: 2,023 numbers, about as many as the pool features (Nash et al. 2021; ADM)
+# of the 17 x 17 map: 2,023 numbers, about as many as the pool features (Nash et al. 2021; ADM)
+_SPATIAL_CHANNELS = 7
 _INPUT_SIZE = 299
-_WALK_TOLERANCE = 1e-3  # of the largest feature: fp32 through 94 layers stays far below, another preprocessing far above
+# of the largest feature: fp32 through 94 layers stays far below, another preprocessing far above
+_WALK_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of B images: `pool` [B, d], `spatial` [B, s] or None, `probabilities` [B, c] or None; float arrays on the CPU."""
+    """Of B images: `pool` [B, d], `spatial` [B, s] or None, `probabilities` [B, c] or None; float
+    arrays on the CPU.
+    """
 
     pool: np.ndarray
     spatial: np.ndarray | None = None
@@ -67,52 +73,70 @@ class Extractor:
             UserError: other images, other than B features, or features that are not finite.
         """
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-            raise UserError(f"images ({images.dtype} {tuple(images.shape)}) must be uint8 [B, 3, H, W]")
+            raise UserError(
+                f"images ({images.dtype} {tuple(images.shape)}) must be uint8 [B, 3, H, W]"
+            )
         features = self.function(images)
         for name, value in features.parts().items():
             if value.ndim != 2 or len(value) != len(images):
-                raise UserError(f"extractor {self.name}: {name} {value.shape} must be [{len(images)}, d]")
+                raise UserError(
+                    f"extractor {self.name}: {name} {value.shape} must be [{len(images)}, d]"
+                )
             bad = np.count_nonzero(~np.isfinite(value))
             if bad:
-                raise UserError(f"extractor {self.name}: {name} {value.shape} holds {bad} values that are not finite")
+                raise UserError(
+                    f"extractor {self.name}: {name} {value.shape} holds {bad} values that are not finite"
+                )
         return features
 
     def widths(self, height: int, width: int) -> dict[str, int]:
-        """Widths of pool and, where there are such, spatial features and probabilities of images of this size, found by
-        a try.
+        """Widths of pool and, where there are such, spatial features and probabilities of images of
+        this size, found by a try.
 
         Raises:
-            UserError: images of this size are not for this network, or its features are not finite."""
+            UserError: images of this size are not for this network, or its features are not finite.
+        """
         features = self(torch.zeros(1, 3, height, width, dtype=torch.uint8))
         return {name: value.shape[1] for name, value in features.parts().items()}
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images [B, 1 or 3, H, W] in [-1, 1] as uint8 [B, 3, H, W]: rounded to the nearest of 256 levels, as published.
+    """Images [B, 1 or 3, H, W] in [-1, 1] as uint8 [B, 3, H, W]: rounded to the nearest of 256
+    levels, as published.
 
     Raises:
-        UserError: another shape, or values that are not finite, which would silently become some grey.
+        UserError: another shape, or values that are not finite, which would silently become some
+            grey.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
-        raise UserError(f"images {tuple(x.shape)} must be [B, 1 or 3, H, W]; latents need a decoder first")
+        raise UserError(
+            f"images {tuple(x.shape)} must be [B, 1 or 3, H, W]; latents need a decoder first"
+        )
     bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()) if len(x) else 0
     if bad:
         raise UserError(f"{bad} of {len(x)} images hold values that are not finite")
-    return (127.5 * x.float() + 128.0).clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    return (
+        (127.5 * x.float() + 128.0).clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    )
 
 
 def load_extractor(path: str | Path, device: torch.device = torch.device("cpu")) -> Extractor:
-    """A TorchScript network from a file, `module(images, return_features=True)` → pool features [B, d].
+    """A TorchScript network from a file, `module(images, return_features=True)` → pool features [B,
+    d].
 
-    A module with Inception's inner names (`layers` with `mixed_6.conv`, `output.weight`) also gives sFID's spatial features
-    (`mixed_6.conv`, first 7 channels, channels last as in ADM's evaluator, so that its reference statistics fit) and class
-    probabilities (softmax without the output's bias, as in the original Inception Score).
+    A module with Inception's inner names (`layers` with `mixed_6.conv`, `output.weight`) also gives
+    sFID's spatial features (`mixed_6.conv`, first 7 channels, channels last as in ADM's evaluator,
+    so that its reference statistics fit) and class probabilities (softmax without the output's
+    bias, as in the original Inception Score).
 
     Raises:
-        UserError: no such file, no TorchScript, or layers that do not lead to the module's own features.
+        UserError: no such file, no TorchScript, or layers that do not lead to the module's own
+            features.
     """
     path = Path(path)
-    module = _load_script("extractor", path, device, f"; Inception is {INCEPTION_NAME}, SHA-256 {INCEPTION_SHA256}")
+    module = _load_script(
+        "extractor", path, device, f"; Inception is {INCEPTION_NAME}, SHA-256 {INCEPTION_SHA256}"
+    )
     inner = _has_inner_names(module)
     if inner:
         _check_walk(module, path, device)
@@ -120,7 +144,8 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
     @torch.inference_mode()
     def extract(images: Tensor) -> Features:
         images = images.to(device)
-        # TF32 moves features in the third digit, and an optimizing executor may change kernels between its first calls.
+        # TF32 moves features in the third digit, and an optimizing executor may change kernels
+        # between its first calls.
         with ieee_fp32(), torch.jit.optimized_execution(False):
             if not inner:
                 return Features(_array(module(images, return_features=True)))
@@ -138,33 +163,48 @@ def open_extractor(name: str, device: torch.device) -> Extractor:
 
 def _load_script(kind: str, path: Path, device: torch.device, hint: str) -> torch.nn.Module:
     if not path.is_file():
-        raise UserError(f"{kind} file ({path}) does not exist, and nothing is downloaded in a run{hint}")
+        raise UserError(
+            f"{kind} file ({path}) does not exist, and nothing is downloaded in a run{hint}"
+        )
     try:
         return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
-        raise UserError(f"{kind} file ({path}) is not TorchScript: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{kind} file ({path}) is not TorchScript: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _has_inner_names(module: torch.nn.Module) -> bool:
     layers = getattr(module, "layers", None)
-    return hasattr(getattr(layers, _SPATIAL_LAYER, None), "conv") and hasattr(getattr(module, "output", None), "weight")
+    return hasattr(getattr(layers, _SPATIAL_LAYER, None), "conv") and hasattr(
+        getattr(module, "output", None), "weight"
+    )
 
 
 def _tensorflow_input(images: Tensor) -> Tensor:
-    """[B, 3, 299, 299] in about [-1, 1]: TensorFlow 1's bilinear resize, which samples at i * size / 299 without half-pixel
-    centres, and its (x - 128) / 128. Another resize moves FID by whole points (Parmar et al. 2022)."""
+    """[B, 3, 299, 299] in about [-1, 1]: TensorFlow 1's bilinear resize, which samples at i * size
+    / 299 without half-pixel centres, and its (x - 128) / 128. Another resize moves FID by whole
+    points (Parmar et al. 2022).
+    """
     height, width = images.shape[2:]
     places = torch.arange(_INPUT_SIZE, device=images.device, dtype=torch.float32) / _INPUT_SIZE
     y = (2 * places * height + 1) / height - 1  # grid_sample's coordinates without align_corners
     x = (2 * places * width + 1) / width - 1
     grid = torch.stack([x.expand(_INPUT_SIZE, -1), y[:, None].expand(-1, _INPUT_SIZE)], dim=-1)
-    resized = F.grid_sample(images.float(), grid.expand(len(images), -1, -1, -1), mode="bilinear", padding_mode="border",
-                            align_corners=False)
+    resized = F.grid_sample(
+        images.float(),
+        grid.expand(len(images), -1, -1, -1),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
     return (resized - 128) / 128
 
 
 def _walk(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Pool features [B, d] and spatial features [B, s]: layer by layer, since hooks do not run inside TorchScript."""
+    """Pool features [B, d] and spatial features [B, s]: layer by layer, since hooks do not run
+    inside TorchScript.
+    """
     spatial = x
     for name, layer in module.layers.named_children():
         if name == _SPATIAL_LAYER:
@@ -181,10 +221,16 @@ def _check_walk(module: torch.nn.Module, path: Path, device: torch.device) -> No
     with ieee_fp32(), torch.jit.optimized_execution(False):
         own = module(images, return_features=True).float()
         ours, _ = _walk(module, _tensorflow_input(images))
-    apart = float((own - ours).abs().max() / own.abs().max().clamp_min(1e-30)) if own.shape == ours.shape else float("inf")
+    apart = (
+        float((own - ours).abs().max() / own.abs().max().clamp_min(1e-30))
+        if own.shape == ours.shape
+        else float("inf")
+    )
     if not apart <= _WALK_TOLERANCE:
-        raise UserError(f"extractor file ({path}): its layers one by one give features {tuple(ours.shape)} that differ from "
-                        f"its own {tuple(own.shape)} by {apart:.3g} of the largest; this is not {INCEPTION_NAME}")
+        raise UserError(
+            f"extractor file ({path}): its layers one by one give features {tuple(ours.shape)} that differ from "
+            f"its own {tuple(own.shape)} by {apart:.3g} of the largest; this is not {INCEPTION_NAME}"
+        )
 
 
 def _array(value: Tensor) -> np.ndarray:
@@ -192,11 +238,13 @@ def _array(value: Tensor) -> np.ndarray:
 
 
 def digits_extractor() -> Extractor:
-    """The demo's feature space: random features of scikit-learn's digits, in closed form, ready in a fraction of a second.
+    """The demo's feature space: random features of scikit-learn's digits, in closed form, ready in
+    a fraction of a second.
 
-    Images [B, 3, 8, 8] (the mean over channels counts) pass a fixed random ReLU layer of 256. `pool` are its 32 principal
-    components over the real digits [B, 32], `spatial` the pixels in 0..16 [B, 64], `probabilities` those of a linear
-    discriminant [B, 10]. `sha256` is of the fitted numbers, rounded, so that another BLAS gives the same.
+    Images [B, 3, 8, 8] (the mean over channels counts) pass a fixed random ReLU layer of 256.
+    `pool` are its 32 principal components over the real digits [B, 32], `spatial` the pixels in
+    0..16 [B, 64], `probabilities` those of a linear discriminant [B, 10]. `sha256` is of the fitted
+    numbers, rounded, so that another BLAS gives the same.
     """
     pixels, labels = load_digits(return_X_y=True)
     generator = np.random.Generator(np.random.Philox(key=_DIGITS_SEED))
@@ -210,12 +258,16 @@ def digits_extractor() -> Extractor:
     mean = known.mean(axis=0)
     _, vectors = np.linalg.eigh(np.cov(known, rowvar=False))
     axes = vectors[:, : -_DIGITS_POOL - 1 : -1]
-    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(_DIGITS_POOL)])  # eigenvectors have no sign
+    axes = axes * np.sign(
+        axes[np.abs(axes).argmax(axis=0), np.arange(_DIGITS_POOL)]
+    )  # eigenvectors have no sign
     classifier = LinearDiscriminantAnalysis().fit((known - mean) @ axes, labels)
 
     def extract(images: Tensor) -> Features:
         if images.shape[2:] != (8, 8):
-            raise UserError(f"images {tuple(images.shape)} must be [B, 3, 8, 8] for the digits extractor")
+            raise UserError(
+                f"images {tuple(images.shape)} must be [B, 3, 8, 8] for the digits extractor"
+            )
         x = images.double().mean(dim=1).flatten(1).cpu().numpy() * (16.0 / 255.0)
         pool = (hidden(x) - mean) @ axes
         return Features(pool, x, classifier.predict_proba(pool) if len(pool) else np.empty((0, 10)))

@@ -1,4 +1,5 @@
-"""Images from a trained model: by number, so that image i is the same in any batch and on any number of ranks.
+"""Images from a trained model: by number, so that image i is the same in any batch and on any
+number of ranks.
 
 (In the per-token routing mode; the paper's rules look at the whole batch, see ``moe.routing``.)
 """
@@ -26,77 +27,138 @@ from diffmoe.progress import shown
 
 def inference_rule(moe: MoEConfig, sample: SampleConfig) -> RoutingRule:
     """The routing rule that a sampling configuration asks for."""
-    return RoutingRule(sample.routing, capacity=moe.capacity, gamma=sample.gamma, dial=sample.capacity)
+    return RoutingRule(
+        sample.routing, capacity=moe.capacity, gamma=sample.gamma, dial=sample.capacity
+    )
 
 
 def check_dial(model: DiT, sample: SampleConfig) -> None:
-    """Raises UserError where the capacity dial is asked for and a layer has no histogram of its predictor's outputs."""
-    if sample.capacity is not None and not all(layer.thresholds.has_histogram for _, layer in model.moe_layers()):
-        raise UserError(f"sample.capacity ({sample.capacity}) needs histograms of the predictors' outputs, which training "
-                        "writes into its checkpoints; this one has none (an older or an imported one): train on from it, "
-                        "or set sample.gamma")
+    """Raises UserError where the capacity dial is asked for and a layer has no histogram of its
+    predictor's outputs.
+    """
+    if sample.capacity is not None and not all(
+        layer.thresholds.has_histogram for _, layer in model.moe_layers()
+    ):
+        raise UserError(
+            f"sample.capacity ({sample.capacity}) needs histograms of the predictors' outputs, which training "
+            "writes into its checkpoints; this one has none (an older or an imported one): train on from it, "
+            "or set sample.gamma"
+        )
 
 
 def threshold_note(model: DiT, sample: SampleConfig) -> str | None:
-    """What to say where learned thresholds decide that no training step has ever observed; None where none do."""
+    """What to say where learned thresholds decide that no training step has ever observed; None
+    where none do.
+    """
     learned = sample.gamma is None and sample.capacity is None and sample.routing != "static"
-    fresh = [layer for _, layer in model.moe_layers() if layer.family == "diffmoe" and not layer.thresholds.observations]
+    fresh = [
+        layer
+        for _, layer in model.moe_layers()
+        if layer.family == "diffmoe" and not layer.thresholds.observations
+    ]
     if not learned or not fresh:
         return None
-    return (f"note: training has not observed the thresholds of {len(fresh)} layers yet: their experts take tokens above the start value "
-            f"{fresh[0].thresholds.value[0]:g}, whatever the capacity; sample.gamma sets another")
+    return (
+        f"note: training has not observed the thresholds of {len(fresh)} layers yet: their experts take tokens above the start value "
+        f"{fresh[0].thresholds.value[0]:g}, whatever the capacity; sample.gamma sets another"
+    )
 
 
 @torch.no_grad()
-def generate(model: DiT, config: Config, labels: Sequence[int], numbers: Sequence[int], device: torch.device,
-             progress: bool = False, meter: CapacityMeter | None = None, together: Group | None = None) -> Tensor:
-    """Images [n, C, H, W], fp32 on the CPU, of classes ``labels`` from the noise of images ``numbers``.
+def generate(
+    model: DiT,
+    config: Config,
+    labels: Sequence[int],
+    numbers: Sequence[int],
+    device: torch.device,
+    progress: bool = False,
+    meter: CapacityMeter | None = None,
+    together: Group | None = None,
+) -> Tensor:
+    """Images [n, C, H, W], fp32 on the CPU, of classes ``labels`` from the noise of images
+    ``numbers``.
 
-    ``together``: ranks whose passes must keep step, since the model communicates in them.  ``meter`` counts the capacity
-    used.  Raises UserError where :func:`check_dial` does."""
+    ``together``: ranks whose passes must keep step, since the model communicates in them.
+    ``meter`` counts the capacity used.  Raises UserError where :func:`check_dial` does.
+    """
     check_dial(model, config.sample)
     sizes, sample = config.model, config.sample
     shape = (sizes.channels, sizes.input_size, sizes.input_size)
     images = []
-    for start in shown(range(0, len(numbers), sample.batch), f"sampling, batches of {sample.batch}", progress):
+    for start in shown(
+        range(0, len(numbers), sample.batch), f"sampling, batches of {sample.batch}", progress
+    ):
         part = slice(start, start + sample.batch)
         noise = sampling_noise(config.run.seed, numbers[part], shape).to(device)
         y = torch.tensor(labels[part], device=device)
         field = _field(model if meter is None else meter.watch(model, numbers[part]), config, y)
         step_noise = ancestral_noise(config.run.seed, numbers[part], shape, device)
-        images.append(SAMPLERS[sample.sampler](field, noise, sample.steps, step_noise, **_options(sample, together, device)).cpu())
+        images.append(
+            SAMPLERS[sample.sampler](
+                field, noise, sample.steps, step_noise, **_options(sample, together, device)
+            ).cpu()
+        )
     return torch.cat(images)
 
 
-def _field(model: DiT | WatchedModel, config: Config, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _field(
+    model: DiT | WatchedModel, config: Config, y: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
     """What the sampler integrates.  The flow is guided on all channels, as published."""
     rule = inference_rule(config.moe, config.sample)
     if config.diffusion.process == "ddpm":
-        return guided_epsilon(model, y, config.sample.cfg, rule, channels=min(config.sample.cfg_channels, config.model.channels))
+        return guided_epsilon(
+            model,
+            y,
+            config.sample.cfg,
+            rule,
+            channels=min(config.sample.cfg_channels, config.model.channels),
+        )
     return guided_velocity(model, y, config.sample.cfg, rule)
 
 
 def _options(sample: SampleConfig, together: Group | None, device: torch.device) -> dict:
-    """What only one sampler takes.  dopri5's ranks go on until the last of them is done: passes may hold collectives."""
+    """What only one sampler takes.  dopri5's ranks go on until the last of them is done: passes may
+    hold collectives.
+    """
     if sample.sampler == "ddim":
         return {"eta": sample.eta}
     if sample.sampler != "dopri5":
         return {}
     options: dict = {"tolerance": sample.tolerance}
     if together is not None and together.size > 1:
-        options["anyone"] = lambda mine: bool(sum_over(torch.tensor([float(mine)], device=device), together) > 0)
+        options["anyone"] = lambda mine: bool(
+            sum_over(torch.tensor([float(mine)], device=device), together) > 0
+        )
     return options
 
 
-def generate_everywhere(model: DiT, config: Config, labels: Sequence[int], world: Group, device: torch.device,
-                        progress: bool = False, meter: CapacityMeter | None = None,
-                        decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Images 0 … len(labels) - 1, an equal share on every rank (surplus numbers fill the last), all of them on all
-    ranks.  Ranks make the same number of passes, so the experts may be spread over them.  ``decode`` turns a batch of
-    samples into the images, each rank's share on that rank."""
+def generate_everywhere(
+    model: DiT,
+    config: Config,
+    labels: Sequence[int],
+    world: Group,
+    device: torch.device,
+    progress: bool = False,
+    meter: CapacityMeter | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Images 0 … len(labels) - 1, an equal share on every rank (surplus numbers fill the last), all
+    of them on all ranks.  Ranks make the same number of passes, so the experts may be spread over
+    them.  ``decode`` turns a batch of samples into the images, each rank's share on that rank.
+    """
     each = -(-len(labels) // world.size)
     numbers = range(world.index * each, (world.index + 1) * each)
-    mine = generate(model, config, [labels[i % len(labels)] for i in numbers], numbers, device, progress, meter, world)
+    mine = generate(
+        model,
+        config,
+        [labels[i % len(labels)] for i in numbers],
+        numbers,
+        device,
+        progress,
+        meter,
+        world,
+    )
     if decode is not None:
         mine = torch.cat([decode(part) for part in mine.split(config.sample.batch)])
     return gather_stack(mine.to(device), world).flatten(0, 1)[: len(labels)].cpu()

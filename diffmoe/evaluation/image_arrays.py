@@ -1,6 +1,7 @@
 """uint8 images [N, H, W, 3] in a `.npy` or as `arr_0` in an `.npz` (ADM's form), read in slices.
 
-50,000 images of 256 x 256 are 10 GB: nothing here holds more than the slice that was asked for, on any rank.
+50,000 images of 256 x 256 are 10 GB: nothing here holds more than the slice that was asked for, on
+any rank.
 """
 
 from __future__ import annotations
@@ -17,10 +18,24 @@ import numpy as np
 from diffmoe.errors import UserError
 
 MEMBER = "arr_0.npy"
-_LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip's member: the lengths of its name and of its extra field end it
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_LOCAL_HEADER = struct.Struct(
+    "<26x2H"
+)  # of a zip's member: the lengths of its name and of its extra field end it
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 _DISCARD = 1 << 20
-_FOREIGN = (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error, struct.error)
+_FOREIGN = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+)
 
 
 def names_in(path: Path) -> list[str] | None:
@@ -39,10 +54,12 @@ def names_in(path: Path) -> list[str] | None:
 def open_array(path: Path) -> tuple[tuple[int, int, int, int], Callable[[int, int], np.ndarray]]:
     """The shape [N, H, W, 3] of a file's images, and `read(start, stop)` for some of them.
 
-    A compressed member is unpacked as it is read: forward reads cost what they give, a step back starts again.
+    A compressed member is unpacked as it is read: forward reads cost what they give, a step back
+    starts again.
 
     Raises:
-        UserError: no such array, of another type or shape, or cut short; from `read` what is damaged inside.
+        UserError: no such array, of another type or shape, or cut short; from `read` what is
+            damaged inside.
     """
     names = names_in(path)
     if names is not None and "arr_0" not in names:
@@ -56,12 +73,16 @@ def open_array(path: Path) -> tuple[tuple[int, int, int, int], Callable[[int, in
         raise UserError(f"{path}: its array's header cannot be read: {error}") from None
     what = "arr_0" if names is not None else "its array"
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or column_major:
-        raise UserError(f"{path}: {what} ({dtype} {shape}) must be uint8 [N, H, W, 3] in C order to be images; "
-                        "statistics are an npz with mu and sigma")
+        raise UserError(
+            f"{path}: {what} ({dtype} {shape}) must be uint8 [N, H, W, 3] in C order to be images; "
+            "statistics are an npz with mu and sigma"
+        )
     each = int(np.prod(shape[1:]))
     if size != header + shape[0] * each:
-        raise UserError(f"{path}: {what} of {shape} needs {header + shape[0] * each} bytes and has {size}: the file is "
-                        "cut short")
+        raise UserError(
+            f"{path}: {what} of {shape} needs {header + shape[0] * each} bytes and has {size}: the file is "
+            "cut short"
+        )
     opened: list[_Stream] = []
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -80,13 +101,18 @@ def _no_images(names: list[str]) -> str:
     """What a file is that has no arr_0."""
     if {"mu", "sigma"} <= set(names):
         return "holds statistics (mu, sigma) and no images (arr_0)"
-    of_sample = ("; those of `run.py sample` have it where they are pictures: sample again, latents with --vae"
-                 if {"images", "labels"} <= set(names) else "")
+    of_sample = (
+        "; those of `run.py sample` have it where they are pictures: sample again, latents with --vae"
+        if {"images", "labels"} <= set(names)
+        else ""
+    )
     return f"holds {names}, not arr_0 and not mu and sigma{of_sample}"
 
 
 class _Stream:
-    """The bytes of an array's file: a `.npy`, or a member of a zip, stored ones straight from the disk."""
+    """The bytes of an array's file: a `.npy`, or a member of a zip, stored ones straight from the
+    disk.
+    """
 
     def __init__(self, path: Path, packed: bool) -> None:
         self._file: BinaryIO = open(path, "rb")

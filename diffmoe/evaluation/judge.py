@@ -1,8 +1,10 @@
-"""The demo's judge: are the generated digits what was asked, as varied as real ones, and not copies of them?
+"""The demo's judge: are the generated digits what was asked, as varied as real ones, and not copies
+of them?
 
     python -m diffmoe.evaluation.judge samples.npz [--json out.json] [--require]
 
-`samples.npz` holds `images` [n, 1, 8, 8] in [-1, 1] and `labels` [n]. Distances are in digit units, 0..16 a pixel.
+`samples.npz` holds `images` [n, 1, 8, 8] in [-1, 1] and `labels` [n]. Distances are in digit units,
+0..16 a pixel.
 """
 
 from __future__ import annotations
@@ -29,15 +31,18 @@ MIN_REAL_ACCURACY = 0.95  # below this the classifier itself is not to be truste
 MIN_ACCURACY = 0.97
 MIN_PRECISION = 0.5
 MIN_RECALL = 0.6
-MIN_DISTANCE_RATIO = 0.9  # generated digits nearer to training digits than this times a fresh real digit are copies
+MIN_DISTANCE_RATIO = (
+    0.9  # generated digits nearer to training digits than this times a fresh real digit are copies
+)
 
 
 @dataclass(frozen=True)
 class JudgeReport:
     """What the judge measured; shares lie in [0, 1], distances in digit units.
 
-    `accuracy` is of the generated digits, `real_accuracy` of held-out real ones. `median_nn_generated` is to the
-    nearest of all real digits, `median_nn_real` from held-out real digits to the rest.
+    `accuracy` is of the generated digits, `real_accuracy` of held-out real ones.
+    `median_nn_generated` is to the nearest of all real digits, `median_nn_real` from held-out real
+    digits to the rest.
     """
 
     accuracy: float
@@ -50,13 +55,15 @@ class JudgeReport:
 
     def format(self) -> str:
         """Lines for people; the last one is the verdict."""
-        return "\n".join([
-            f"judge: classifier is right on {100 * self.real_accuracy:.1f} % of held-out real digits",
-            f"judge: precision {self.precision:.3f}, recall {self.recall:.3f} (k = {NEIGHBOURS}, pixels)",
-            f"judge: median distance to the nearest training digit {self.median_nn_generated:.1f}, "
-            f"of held-out real digits {self.median_nn_real:.1f}",
-            f"judge: {100 * self.accuracy:.1f} % of {self.count} digits are what was asked",
-        ])
+        return "\n".join(
+            [
+                f"judge: classifier is right on {100 * self.real_accuracy:.1f} % of held-out real digits",
+                f"judge: precision {self.precision:.3f}, recall {self.recall:.3f} (k = {NEIGHBOURS}, pixels)",
+                f"judge: median distance to the nearest training digit {self.median_nn_generated:.1f}, "
+                f"of held-out real digits {self.median_nn_real:.1f}",
+                f"judge: {100 * self.accuracy:.1f} % of {self.count} digits are what was asked",
+            ]
+        )
 
     def failures(self) -> list[str]:
         """The thresholds that were missed, each in words; empty when the digits pass."""
@@ -67,15 +74,20 @@ class JudgeReport:
             ("recall", self.recall, MIN_RECALL),
             ("median_nn_generated", self.median_nn_generated, nearest),
         ]
-        return [f"{name} ({value:.3f}) is below {minimum:.3f}" for name, value, minimum in checks if value < minimum]
+        return [
+            f"{name} ({value:.3f}) is below {minimum:.3f}"
+            for name, value, minimum in checks
+            if value < minimum
+        ]
 
 
 def judge_digits(images: np.ndarray, asked: np.ndarray) -> JudgeReport:
-    """Judge generated `images` [n, 1, 8, 8] (clipped to [-1, 1]) that were asked to be the digits `asked` [n].
+    """Judge generated `images` [n, 1, 8, 8] (clipped to [-1, 1]) that were asked to be the digits
+    `asked` [n].
 
     Raises:
-        UserError: shapes that do not fit, labels outside 0..9, images that are not finite, too few of them, or a
-            classifier that fails on real digits.
+        UserError: shapes that do not fit, labels outside 0..9, images that are not finite, too few
+            of them, or a classifier that fails on real digits.
     """
     images, asked = np.asarray(images), np.asarray(asked)
     if images.ndim != 4 or images.shape[1:] != (1, 8, 8) or asked.shape != images.shape[:1]:
@@ -91,11 +103,15 @@ def judge_digits(images: np.ndarray, asked: np.ndarray) -> JudgeReport:
     train, held_out, train_labels, held_out_labels = train_test_split(
         real, labels, test_size=HELD_OUT_SHARE, random_state=SPLIT_SEED, stratify=labels
     )
-    classifier = SVC(kernel="rbf", gamma=0.001, C=10.0, random_state=SPLIT_SEED).fit(train, train_labels)
+    classifier = SVC(kernel="rbf", gamma=0.001, C=10.0, random_state=SPLIT_SEED).fit(
+        train, train_labels
+    )
     real_accuracy = float(classifier.score(held_out, held_out_labels))
     if real_accuracy <= MIN_REAL_ACCURACY:
-        raise UserError(f"the judge's classifier: accuracy on real digits ({real_accuracy:.3f}) must be above "
-                        f"{MIN_REAL_ACCURACY}")
+        raise UserError(
+            f"the judge's classifier: accuracy on real digits ({real_accuracy:.3f}) must be above "
+            f"{MIN_REAL_ACCURACY}"
+        )
     return JudgeReport(
         accuracy=float(np.mean(classifier.predict(generated) == asked)),
         real_accuracy=real_accuracy,
@@ -115,14 +131,18 @@ def _read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{path} cannot be read: {error}") from None
     missing = {"images", "labels"} - set(read)
     if missing:
-        raise UserError(f"{path} lacks {' and '.join(sorted(missing))}: it must be what run.py sample writes")
+        raise UserError(
+            f"{path} lacks {' and '.join(sorted(missing))}: it must be what run.py sample writes"
+        )
     return read["images"], read["labels"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line of this module; returns the exit status."""
     parser = PathParser(description="Judge generated digits.")
-    parser.add_argument("samples", type=Path, help="npz with images [n, 1, 8, 8] in [-1, 1] and labels [n]")
+    parser.add_argument(
+        "samples", type=Path, help="npz with images [n, 1, 8, 8] in [-1, 1] and labels [n]"
+    )
     parser.add_argument("--json", type=Path, help="also write the report here")
     parser.add_argument("--require", action="store_true", help="exit 1 where a threshold is missed")
     try:

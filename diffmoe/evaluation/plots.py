@@ -1,4 +1,6 @@
-"""Pictures: grids of samples, loss curves, expert load. Figures are plain objects; pyplot's state is not used."""
+"""Pictures: grids of samples, loss curves, expert load. Figures are plain objects; pyplot's state
+is not used.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,20 @@ from diffmoe.errors import UserError
 
 GRID_GAP = 4  # pixels between the images of a grid
 _DPI = 150
-_SMOOTHING_SHARE = 0.01  # of the run's steps: the distance at which a neighbour's weight has fallen to 1/e
+_SMOOTHING_SHARE = (
+    0.01  # of the run's steps: the distance at which a neighbour's weight has fallen to 1/e
+)
 _GAP_FACTOR = 5  # a curve breaks where steps are this many times further apart than usual
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f5fa8", "#d9731a", "#2e8b57", "#8a8a8a"
 
 
-def image_grid(images: np.ndarray, columns: int, path: str | Path, upscale: int | None = None) -> None:
+def image_grid(
+    images: np.ndarray, columns: int, path: str | Path, upscale: int | None = None
+) -> None:
     """Write images [n, C, H, W] in [-1, 1] (values beyond are clipped) as one PNG, row by row.
 
-    C is 1 (grey), 3 (RGB) or 4 (latents: the first three channels). Every value becomes `upscale` x `upscale` pixels; left out,
-    small images grow to about 56 pixels.
+    C is 1 (grey), 3 (RGB) or 4 (latents: the first three channels). Every value becomes `upscale` x
+    `upscale` pixels; left out, small images grow to about 56 pixels.
 
     Raises:
         UserError: another shape, values that are not finite, or columns or upscale below 1.
@@ -38,8 +44,12 @@ def image_grid(images: np.ndarray, columns: int, path: str | Path, upscale: int 
     if columns < 1 or upscale < 1:
         raise UserError(f"columns ({columns}) and upscale ({upscale}) must be at least 1")
     if not np.isfinite(images).all():
-        raise UserError(f"images {images.shape} hold {np.count_nonzero(~np.isfinite(images))} values not finite")
-    pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)[:, :3].transpose(0, 2, 3, 1)
+        raise UserError(
+            f"images {images.shape} hold {np.count_nonzero(~np.isfinite(images))} values not finite"
+        )
+    pixels = (
+        np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)[:, :3].transpose(0, 2, 3, 1)
+    )
     pixels = pixels.repeat(upscale, axis=1).repeat(upscale, axis=2)
     count, height, width, channels = pixels.shape
     rows = math.ceil(count / columns)
@@ -53,21 +63,29 @@ def image_grid(images: np.ndarray, columns: int, path: str | Path, upscale: int 
 
 
 def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path) -> None:
-    """Draw metric records (keys step, loss, predictor_loss, trivial_predictor_loss, lr; all but step may be missing).
+    """Draw metric records (keys step, loss, predictor_loss, trivial_predictor_loss, lr; all but
+    step may be missing).
 
-    A step that appears twice (a run that resumed) counts once, as written last. Values that are missing or not finite
-    are left out, and lines break over long gaps.
+    A step that appears twice (a run that resumed) counts once, as written last. Values that are
+    missing or not finite are left out, and lines break over long gaps.
 
     Raises:
         UserError: no record has a step and a finite loss.
     """
     by_step = {int(record["step"]): record for record in records if "step" in record}
-    series = {name: _series(by_step, name) for name in ("loss", "predictor_loss", "trivial_predictor_loss", "lr")}
+    series = {
+        name: _series(by_step, name)
+        for name in ("loss", "predictor_loss", "trivial_predictor_loss", "lr")
+    }
     if len(series["loss"][0]) == 0:
-        raise UserError(f"records ({len(records)} of them) must hold at least one step with a finite loss")
+        raise UserError(
+            f"records ({len(records)} of them) must hold at least one step with a finite loss"
+        )
     names = ["loss"] + [name for name in ("predictor_loss", "lr") if len(series[name][0])]
     figure = Figure(figsize=(8, 1.4 + 2.2 * len(names)), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(len(names), 1, sharex=True, height_ratios=[2, 1.4, 1][: len(names)]))
+    axes = np.atleast_1d(
+        figure.subplots(len(names), 1, sharex=True, height_ratios=[2, 1.4, 1][: len(names)])
+    )
     for ax, name in zip(axes, names):
         if name == "loss":
             _smooth_and_raw(ax, *series["loss"], _BLUE, "loss")
@@ -85,7 +103,8 @@ def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path) -> Non
 
 
 def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) -> None:
-    """Draw `load` [layers, time_bins, experts], each expert's share of tokens (1 = average), one heat map a layer.
+    """Draw `load` [layers, time_bins, experts], each expert's share of tokens (1 = average), one
+    heat map a layer.
 
     Rows are bins of flow time from 0 to 1, upwards; bins that saw no sample are NaN and drawn grey.
 
@@ -94,7 +113,9 @@ def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) 
     """
     load = np.asarray(load, np.float64)
     if load.ndim != 3 or 0 in load.shape or len(layer_names) != len(load):
-        raise UserError(f"load {load.shape} must be [layers, time_bins, experts] with {len(layer_names)} layer_names")
+        raise UserError(
+            f"load {load.shape} must be [layers, time_bins, experts] with {len(layer_names)} layer_names"
+        )
     layers, bins, experts = load.shape
     rows = math.ceil(layers / 4)
     columns = math.ceil(layers / rows)
@@ -117,9 +138,13 @@ def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) 
         ax.set_title(layer_names[i], fontsize=10)
         ax.set_xticks(range(0, experts, max(1, math.ceil(experts / 8))))
         ax.set_yticks([0.0, 0.5, 1.0])
-        below = i + columns >= layers  # nothing is drawn under this panel, so it carries the tick labels
+        below = (
+            i + columns >= layers
+        )  # nothing is drawn under this panel, so it carries the tick labels
         ax.tick_params(labelsize=8, length=2, labelbottom=below)
-    figure.suptitle(f"Expert load over flow time ({experts} experts, {bins} time bins)", fontsize=13)
+    figure.suptitle(
+        f"Expert load over flow time ({experts} experts, {bins} time bins)", fontsize=13
+    )
     figure.supxlabel("expert", fontsize=11)
     figure.supylabel("flow time t", fontsize=11)
     bar = figure.colorbar(mesh, ax=axes, shrink=0.9, pad=0.02)
@@ -128,14 +153,22 @@ def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) 
     _save(figure, path)
 
 
-def capacity_used(layer_time: np.ndarray, conditional: np.ndarray, null: np.ndarray | None,
-                  ranking: Sequence[tuple[int, float]], path: str | Path, layer_names: Sequence[str],
-                  target: float | None = None) -> None:
-    """Draw the capacity that sampling used (experts per token): over time, by layer and time, and by class.
+def capacity_used(
+    layer_time: np.ndarray,
+    conditional: np.ndarray,
+    null: np.ndarray | None,
+    ranking: Sequence[tuple[int, float]],
+    path: str | Path,
+    layer_names: Sequence[str],
+    target: float | None = None,
+) -> None:
+    """Draw the capacity that sampling used (experts per token): over time, by layer and time, and
+    by class.
 
     Args:
         layer_time: [layers, time_bins], time from noise (0) to data (1); NaN where nothing ran.
-        conditional: [time_bins], mean over layers of the passes with a class; `null`: of those without, if there were any.
+        conditional: [time_bins], mean over layers of the passes with a class; `null`: of those
+            without, if there were any.
         ranking: (class, capacity) from the hardest class to the easiest.
         target: the capacity that was asked for, drawn as a line.
 
@@ -144,7 +177,9 @@ def capacity_used(layer_time: np.ndarray, conditional: np.ndarray, null: np.ndar
     """
     layer_time = np.asarray(layer_time, np.float64)
     if layer_time.ndim != 2 or 0 in layer_time.shape or len(layer_names) != len(layer_time):
-        raise UserError(f"layer_time {layer_time.shape} must be [layers, time_bins] with {len(layer_names)} layer_names")
+        raise UserError(
+            f"layer_time {layer_time.shape} must be [layers, time_bins] with {len(layer_names)} layer_names"
+        )
     layers, bins = layer_time.shape
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     (over_time, heat), (by_class, _) = grid = figure.subplots(2, 2, height_ratios=[1.2, 1])
@@ -157,13 +192,20 @@ def capacity_used(layer_time: np.ndarray, conditional: np.ndarray, null: np.ndar
     if null is not None:
         over_time.plot(centers, null, color=_ORANGE, linewidth=1.8, label="null class", **dots)
     if target is not None:
-        over_time.axhline(target, color=_GREY, linestyle="--", linewidth=1.2, label=f"dialled {target:g}")
+        over_time.axhline(
+            target, color=_GREY, linestyle="--", linewidth=1.2, label=f"dialled {target:g}"
+        )
     over_time.legend(frameon=False, fontsize=9)
     over_time.set_xlabel("time t (0 noise, 1 data)")
     over_time.set_title("Over time, mean of layers", fontsize=11)
     _tidy(over_time, "experts per token")
-    mesh = heat.imshow(np.ma.masked_invalid(layer_time), cmap="viridis", aspect="auto", interpolation="nearest",
-                       extent=(0.0, 1.0, layers - 0.5, -0.5))
+    mesh = heat.imshow(
+        np.ma.masked_invalid(layer_time),
+        cmap="viridis",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0.0, 1.0, layers - 0.5, -0.5),
+    )
     every = max(1, math.ceil(layers / 16))
     heat.set_yticks(range(0, layers, every), layer_names[::every], fontsize=9)
     heat.set_facecolor("#c8c8c8")
@@ -176,7 +218,9 @@ def capacity_used(layer_time: np.ndarray, conditional: np.ndarray, null: np.ndar
 
 
 def _class_ranking(ax: Axes, ranking: Sequence[tuple[int, float]]) -> None:
-    """Bars with class numbers where they can be read, else a curve with the three classes at either end named."""
+    """Bars with class numbers where they can be read, else a curve with the three classes at either
+    end named.
+    """
     values = np.array([value for _, value in ranking])
     places = np.arange(1, len(values) + 1)
     if len(values) <= 40:
@@ -186,37 +230,63 @@ def _class_ranking(ax: Axes, ranking: Sequence[tuple[int, float]]) -> None:
     else:
         ax.plot(places, values, color=_BLUE, linewidth=1.8)
         ends = [", ".join(str(c) for c, _ in part) for part in (ranking[:3], ranking[-3:])]
-        ax.set_xlabel(f"place of the class, from the hardest ({ends[0]}, …) to the easiest (…, {ends[1]})")
+        ax.set_xlabel(
+            f"place of the class, from the hardest ({ends[0]}, …) to the easiest (…, {ends[1]})"
+        )
     spread = float(np.ptp(values)) or 0.1 * float(values.max())
     ax.set_ylim(max(0.0, float(values.min()) - spread), float(values.max()) + 0.25 * spread)
-    ax.axhline(float(values.mean()), color=_GREY, linestyle="--", linewidth=1.2, label=f"mean {values.mean():.3f}")
+    ax.axhline(
+        float(values.mean()),
+        color=_GREY,
+        linestyle="--",
+        linewidth=1.2,
+        label=f"mean {values.mean():.3f}",
+    )
     ax.legend(frameon=False, fontsize=9, loc="upper right")
     ax.set_title("By class, passes with class (the axis does not start at 0)", fontsize=11)
     _tidy(ax, "experts per token")
 
 
-def _series(by_step: Mapping[int, Mapping[str, object]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [(step, float(record[name])) for step, record in sorted(by_step.items()) if record.get(name) is not None]
+def _series(
+    by_step: Mapping[int, Mapping[str, object]], name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [
+        (step, float(record[name]))
+        for step, record in sorted(by_step.items())
+        if record.get(name) is not None
+    ]
     pairs = [pair for pair in pairs if math.isfinite(pair[1])]
-    return np.array([step for step, _ in pairs], np.float64), np.array([value for _, value in pairs], np.float64)
+    return np.array([step for step, _ in pairs], np.float64), np.array(
+        [value for _, value in pairs], np.float64
+    )
 
 
-def _smooth_and_raw(ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+def _smooth_and_raw(
+    ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str
+) -> None:
     raw = {"marker": "."} if len(steps) == 1 else {}  # a line through one point shows nothing
     ax.plot(*_broken(steps, values), color=color, alpha=0.25, linewidth=0.8, **raw)
-    ax.plot(*_broken(steps, _smoothed(steps, values)), color=color, linewidth=1.8, label=label, **raw)
+    ax.plot(
+        *_broken(steps, _smoothed(steps, values)), color=color, linewidth=1.8, label=label, **raw
+    )
     ax.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=2, frameon=False, fontsize=9)
 
 
 def _smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Average weighted by exp(-distance in steps), looking both ways so that the curve does not lag."""
+    """Average weighted by exp(-distance in steps), looking both ways so that the curve does not
+    lag.
+    """
     length = max(1.0, _SMOOTHING_SHARE * (steps[-1] - steps[0]))
     past_sum, past_weight = _decayed_sums(steps, values, length)
-    next_sum, next_weight = (sums[::-1] for sums in _decayed_sums(-steps[::-1], values[::-1], length))
+    next_sum, next_weight = (
+        sums[::-1] for sums in _decayed_sums(-steps[::-1], values[::-1], length)
+    )
     return (past_sum + next_sum - values) / (past_weight + next_weight - 1.0)
 
 
-def _decayed_sums(steps: np.ndarray, values: np.ndarray, length: float) -> tuple[np.ndarray, np.ndarray]:
+def _decayed_sums(
+    steps: np.ndarray, values: np.ndarray, length: float
+) -> tuple[np.ndarray, np.ndarray]:
     sums, weights = values.copy(), np.ones_like(values)
     for i in range(1, len(values)):
         decay = math.exp((steps[i - 1] - steps[i]) / length)

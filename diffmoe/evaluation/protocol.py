@@ -1,5 +1,6 @@
-"""How the published rows were sampled and scored (arXiv 2503.14487; ADM's evaluation), and in what a score differs from
-that."""
+"""How the published rows were sampled and scored (arXiv 2503.14487; ADM's evaluation), and in what
+a score differs from that.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +17,35 @@ CFG = (1.0, 1.5)  # rows are published at both
 def published_sampling(family: str, process: str) -> dict[str, object]:
     """The published values of the configuration's section `sample`, cfg excepted, by name.
 
-    The paper's rule looks at the whole batch, which the research code has of 125 images; other families' images do not
-    depend on their batch."""
-    sampler = {"sampler": "euler"} if process == "flow" else {"sampler": "ancestral", "cfg_channels": 3}
-    batch = {"routing": "batch", "batch": 125, "gamma": None, "capacity": None} if family == "diffmoe" else {}
+    The paper's rule looks at the whole batch, which the research code has of 125 images; other
+    families' images do not depend on their batch.
+    """
+    sampler = (
+        {"sampler": "euler"} if process == "flow" else {"sampler": "ancestral", "cfg_channels": 3}
+    )
+    batch = (
+        {"routing": "batch", "batch": 125, "gamma": None, "capacity": None}
+        if family == "diffmoe"
+        else {}
+    )
     return {**sampler, "steps": 250, **batch}
 
 
 def departures(card: Card) -> list[str]:
-    """In what a score of a checkpoint differs from the published protocol, each with the published value; empty: in
-    nothing."""
-    pairs = [("weights", card.weights, WEIGHTS), ("labels", card.labels, LABELS), ("count", card.count, COUNT),
-             ("splits", card.splits, SPLITS)]
+    """In what a score of a checkpoint differs from the published protocol, each with the published
+    value; empty: in nothing.
+    """
+    pairs = [
+        ("weights", card.weights, WEIGHTS),
+        ("labels", card.labels, LABELS),
+        ("count", card.count, COUNT),
+        ("splits", card.splits, SPLITS),
+    ]
     published = published_sampling(card.family, card.process)
     pairs += [(name, card.sampling.get(name), value) for name, value in published.items()]
-    differ = [f"{name} {there} (published: {value})" for name, there, value in pairs if there != value]
+    differ = [
+        f"{name} {there} (published: {value})" for name, there, value in pairs if there != value
+    ]
     if card.cfg not in CFG:
         differ.append(f"cfg {card.cfg:g} (published: {' and '.join(f'{cfg:g}' for cfg in CFG)})")
     if card.extractor_sha256 != INCEPTION_SHA256:
@@ -39,8 +54,9 @@ def departures(card: Card) -> list[str]:
 
 
 def protocol(card: Card) -> str:
-    """The card's field `protocol`: `published`, or what differs from it; of samples that were given only the scoring is
-    known."""
+    """The card's field `protocol`: `published`, or what differs from it; of samples that were given
+    only the scoring is known.
+    """
     if card.samples is not None:
         return "not known: the samples were given"
     differ = departures(card)

@@ -1,7 +1,8 @@
-"""The published scores from streams of features: Fréchet distance, Inception Score, precision and recall.
+"""The published scores from streams of features: Fréchet distance, Inception Score, precision and
+recall.
 
-Everything is fp64 on the CPU. `Moments` and `SplitTotals` add up over batches and over ranks, so a score does not depend
-on how the samples were cut.
+Everything is fp64 on the CPU. `Moments` and `SplitTotals` add up over batches and over ranks, so a
+score does not depend on how the samples were cut.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Moments:
-    """`count` samples of width d: their mean [d] and `scatter` [d, d], the summed outer products of deviations."""
+    """`count` samples of width d: their mean [d] and `scatter` [d, d], the summed outer products of
+    deviations.
+    """
 
     count: int
     mean: np.ndarray
@@ -41,10 +44,13 @@ class Moments:
         """The unbiased covariance [d, d], as numpy's `cov`.
 
         Raises:
-            UserError: fewer than d + 1 samples, which leave a covariance without full rank and a biased distance.
+            UserError: fewer than d + 1 samples, which leave a covariance without full rank and a
+                biased distance.
         """
         if self.count < self.width + 1:
-            raise UserError(f"samples ({self.count}) must be at least feature width + 1 ({self.width + 1})")
+            raise UserError(
+                f"samples ({self.count}) must be at least feature width + 1 ({self.width + 1})"
+            )
         return self.scatter / (self.count - 1)
 
 
@@ -62,7 +68,8 @@ def moments_of(features: np.ndarray) -> Moments:
 
 
 def merge(first: Moments, second: Moments) -> Moments:
-    """Moments of both sets together, by Chan, Golub and LeVeque's pairwise update: no difference of large sums.
+    """Moments of both sets together, by Chan, Golub and LeVeque's pairwise update: no difference of
+    large sums.
 
     Raises:
         UserError: different widths.
@@ -79,30 +86,40 @@ def merge(first: Moments, second: Moments) -> Moments:
 
 
 def merge_over(moments: Moments, group: Group, device: torch.device = _CPU) -> Moments:
-    """Moments of all ranks' samples, on every rank; a rank may hold none. `device` is where the group's backend works."""
+    """Moments of all ranks' samples, on every rank; a rank may hold none. `device` is where the
+    group's backend works.
+    """
     if group.size == 1:
         return moments
     totals = _sum(np.concatenate([[moments.count], moments.count * moments.mean]), group, device)
     count = int(round(totals[0]))
     mean = totals[1:] / max(1, count)
-    step = moments.mean - mean  # the same update for many parts: every part's own scatter and its mean's deviation
-    return Moments(count, mean, _sum(moments.scatter + moments.count * np.outer(step, step), group, device))
+    step = (
+        moments.mean - mean
+    )  # the same update for many parts: every part's own scatter and its mean's deviation
+    return Moments(
+        count, mean, _sum(moments.scatter + moments.count * np.outer(step, step), group, device)
+    )
 
 
 def frechet_distance(
     mean_1: np.ndarray, covariance_1: np.ndarray, mean_2: np.ndarray, covariance_2: np.ndarray
 ) -> float:
-    """Squared Fréchet distance of two Gaussians: means [d], covariances [d, d] (Heusel et al. 2017, equation 6).
+    """Squared Fréchet distance of two Gaussians: means [d], covariances [d, d] (Heusel et al. 2017,
+    equation 6).
 
     |m1 - m2|² + tr C1 + tr C2 - 2 tr (C1^½ C2 C1^½)^½. The last trace is the sum of the singular values of C1^½ C2^½, which
     loses no digits where a covariance is singular, and has no complex part as the square root of C1 C2 has.
 
     Raises:
-        UserError: other shapes, values that are not finite, a matrix that is not symmetric or not positive.
+        UserError: other shapes, values that are not finite, a matrix that is not symmetric or not
+            positive.
     """
     mean_1, mean_2 = np.asarray(mean_1, np.float64), np.asarray(mean_2, np.float64)
     if mean_1.shape != mean_2.shape:
-        raise UserError(f"mean of {mean_1.shape} does not fit the reference's mean of {mean_2.shape}")
+        raise UserError(
+            f"mean of {mean_1.shape} does not fit the reference's mean of {mean_2.shape}"
+        )
     root_1 = covariance_root(mean_1, covariance_1, "first")
     root_2 = covariance_root(mean_2, covariance_2, "second")
     overlap = np.linalg.svd(root_1 @ root_2, compute_uv=False).sum()
@@ -116,8 +133,8 @@ def covariance_root(mean: np.ndarray, covariance: np.ndarray, name: str) -> np.n
     """The symmetric square root [d, d] of the covariance of a Gaussian that messages call `name`.
 
     Raises:
-        UserError: other shapes than [d] and [d, d], values that are not finite, a matrix that is not symmetric or not
-            positive.
+        UserError: other shapes than [d] and [d, d], values that are not finite, a matrix that is
+            not symmetric or not positive.
     """
     covariance = np.asarray(covariance, np.float64)
     if mean.ndim != 1 or not len(mean):
@@ -126,14 +143,20 @@ def covariance_root(mean: np.ndarray, covariance: np.ndarray, name: str) -> np.n
         raise UserError(f"{name} covariance {covariance.shape} does not fit its mean {mean.shape}")
     for what, value in (("mean", mean), ("covariance", covariance)):
         if not np.isfinite(value).all():
-            raise UserError(f"{name} {what} holds {np.count_nonzero(~np.isfinite(value))} values that are not finite")
+            raise UserError(
+                f"{name} {what} holds {np.count_nonzero(~np.isfinite(value))} values that are not finite"
+            )
     scale = np.abs(covariance).max(initial=0.0)
     skew = np.abs(covariance - covariance.T).max(initial=0.0)
     if skew > _ROUNDING * scale:
-        raise UserError(f"{name} covariance must be symmetric: it differs from its transpose by {skew:.3g}")
+        raise UserError(
+            f"{name} covariance must be symmetric: it differs from its transpose by {skew:.3g}"
+        )
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     if values[0] < -_ROUNDING * values[-1] or values[-1] < 0:
-        raise UserError(f"{name} covariance must be positive: eigenvalues {values[0]:.3g} to {values[-1]:.3g}")
+        raise UserError(
+            f"{name} covariance must be positive: eigenvalues {values[0]:.3g} to {values[-1]:.3g}"
+        )
     # The noise of a zero eigenvalue would come back as its square root, 1e-8 where it was 1e-16.
     values = np.where(values > len(values) * np.finfo(np.float64).eps * values[-1], values, 0.0)
     return (vectors * np.sqrt(values)) @ vectors.T
@@ -141,15 +164,20 @@ def covariance_root(mean: np.ndarray, covariance: np.ndarray, name: str) -> np.n
 
 @dataclass(frozen=True)
 class SplitTotals:
-    """What the Inception Score needs of class probabilities, per split: samples [S], sum of p log p [S], sum of p [S, c]."""
+    """What the Inception Score needs of class probabilities, per split: samples [S], sum of p log p
+    [S], sum of p [S, c].
+    """
 
     counts: np.ndarray
     negentropy: np.ndarray
     probability: np.ndarray
 
     def __add__(self, other: SplitTotals) -> SplitTotals:
-        return SplitTotals(self.counts + other.counts, self.negentropy + other.negentropy,
-                           self.probability + other.probability)
+        return SplitTotals(
+            self.counts + other.counts,
+            self.negentropy + other.negentropy,
+            self.probability + other.probability,
+        )
 
 
 def split_totals(probabilities: np.ndarray, split: np.ndarray, splits: int) -> SplitTotals:
@@ -161,8 +189,10 @@ def split_totals(probabilities: np.ndarray, split: np.ndarray, splits: int) -> S
     _check_matrix(probabilities, "probabilities")
     p = np.asarray(probabilities, np.float64)
     if p.size and (p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 1e-3):
-        raise UserError(f"probabilities must be at least 0 (least {p.min():.3g}) and each row sum to 1 (worst "
-                        f"{p.sum(axis=1)[np.abs(p.sum(axis=1) - 1).argmax()]:.4g})")
+        raise UserError(
+            f"probabilities must be at least 0 (least {p.min():.3g}) and each row sum to 1 (worst "
+            f"{p.sum(axis=1)[np.abs(p.sum(axis=1) - 1).argmax()]:.4g})"
+        )
     counts = np.bincount(split, minlength=splits).astype(np.float64)
     member = (np.arange(splits)[:, None] == np.asarray(split)[None, :]).astype(np.float64)
     return SplitTotals(counts, member @ xlogy(p, p).sum(axis=1), member @ p)
@@ -170,17 +200,25 @@ def split_totals(probabilities: np.ndarray, split: np.ndarray, splits: int) -> S
 
 def totals_over(totals: SplitTotals, group: Group, device: torch.device = _CPU) -> SplitTotals:
     """The sum over all ranks, on every rank."""
-    return SplitTotals(*(_sum(part, group, device) for part in (totals.counts, totals.negentropy, totals.probability)))
+    return SplitTotals(
+        *(
+            _sum(part, group, device)
+            for part in (totals.counts, totals.negentropy, totals.probability)
+        )
+    )
 
 
 def inception_score_of(totals: SplitTotals) -> tuple[float, float]:
-    """Mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016).
+    """Mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al.
+    2016).
 
     Raises:
         UserError: a split without samples.
     """
     if (totals.counts < 1).any():
-        raise UserError(f"splits ({len(totals.counts)}) must not exceed the samples ({int(totals.counts.sum())})")
+        raise UserError(
+            f"splits ({len(totals.counts)}) must not exceed the samples ({int(totals.counts.sum())})"
+        )
     marginal = totals.probability / totals.counts[:, None]
     scores = np.exp(totals.negentropy / totals.counts - xlogy(marginal, marginal).sum(axis=1))
     return float(scores.mean()), float(scores.std())
@@ -191,11 +229,15 @@ def split_numbers(numbers: range, count: int, splits: int) -> np.ndarray:
     return np.asarray(numbers, np.int64) * splits // max(1, count)
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019) of `fake` [m, d] against `real` [n, d].
+def precision_recall(
+    real: np.ndarray, fake: np.ndarray, k: int = NEIGHBOURS
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019) of `fake` [m, d] against `real` [n,
+    d].
 
-    A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest other point.
-    Precision is the share of fake points inside the real manifold, recall the share of real ones inside the fake's.
+    A set's manifold is the union of balls around its points, each reaching to the point's k-th
+    nearest other point. Precision is the share of fake points inside the real manifold, recall the
+    share of real ones inside the fake's.
 
     Raises:
         UserError: different widths, values that are not finite, or a set of k points or fewer.
@@ -208,7 +250,8 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = NEIGHBOURS) ->
 
 
 def nearest_distances(query: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Euclidean distance [n] from each row of `query` [n, d] to the nearest row of `reference` [m, d].
+    """Euclidean distance [n] from each row of `query` [n, d] to the nearest row of `reference` [m,
+    d].
 
     Raises:
         UserError: different widths, values that are not finite, or an empty reference.
@@ -216,12 +259,16 @@ def nearest_distances(query: np.ndarray, reference: np.ndarray) -> np.ndarray:
     if len(reference) == 0:
         raise UserError(f"reference (0 points) must not be empty: query has {len(query)} points")
     _check_pair(query, reference, "query", "reference")
-    return np.concatenate([np.empty(0), *(block.min(axis=1) for block in _distance_blocks(query, reference))])
+    return np.concatenate(
+        [np.empty(0), *(block.min(axis=1) for block in _distance_blocks(query, reference))]
+    )
 
 
 def _share_inside(query: np.ndarray, centres: np.ndarray, k: int) -> float:
     # Column k after the point itself, whose distance of 0 sorts first.
-    radii = np.concatenate([np.partition(block, k, axis=1)[:, k] for block in _distance_blocks(centres, centres)])
+    radii = np.concatenate(
+        [np.partition(block, k, axis=1)[:, k] for block in _distance_blocks(centres, centres)]
+    )
     inside = [(block <= radii).any(axis=1) for block in _distance_blocks(query, centres)]
     return float(np.concatenate(inside).mean())
 
@@ -252,11 +299,15 @@ def _check_matrix(points: np.ndarray, name: str) -> None:
     if points.ndim != 2:
         raise UserError(f"{name} {points.shape} must be [n, d]")
     if not np.isfinite(points).all():
-        raise UserError(f"{name} holds {np.count_nonzero(~np.isfinite(points))} values that are not finite")
+        raise UserError(
+            f"{name} holds {np.count_nonzero(~np.isfinite(points))} values that are not finite"
+        )
 
 
 def _check_pair(first: np.ndarray, second: np.ndarray, first_name: str, second_name: str) -> None:
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise UserError(f"{first_name} {first.shape} and {second_name} {second.shape} must be [n, d] with the same d")
+        raise UserError(
+            f"{first_name} {first.shape} and {second_name} {second.shape} must be [n, d] with the same d"
+        )
     _check_matrix(first, first_name)
     _check_matrix(second, second_name)

@@ -1,6 +1,8 @@
-"""Scores of a model that is being trained: the images that the verb `evaluate` would make, measured at once and kept nowhere.
+"""Scores of a model that is being trained: the images that the verb `evaluate` would make, measured
+at once and kept nowhere.
 
-Experts may be spread over ranks and weights sharded, so every rank makes as many passes over as many images as the others.
+Experts may be spread over ranks and weights sharded, so every rank makes as many passes over as
+many images as the others.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Scorer:
 
 
 def open_scorer(config: Config, index: ShardIndex, world: Group, device: torch.device) -> Scorer:
-    """All ranks together, before hours of training; `index` is the training data's.  Raises AgreedError."""
+    """All ranks together, before hours of training; `index` is the training data's.  Raises
+    AgreedError.
+    """
     score = config.score
     problem: Exception | None = None
     extractor = decoder = None
@@ -52,12 +56,14 @@ def open_scorer(config: Config, index: ShardIndex, world: Group, device: torch.d
 
 
 def score(model: DiT, config: Config, scorer: Scorer, world: Group, device: torch.device) -> Scores:
-    """Scores of images 0 … count - 1, classes in turn, the same on every rank: those of the verb `evaluate` (whose last batch
-    is smaller, which the batch routing rule sees; and which loads fp32 weights, where these are in the training's precision), but
-    for precision and recall, which need all features in one place.
+    """Scores of images 0 … count - 1, classes in turn, the same on every rank: those of the verb
+    `evaluate` (whose last batch is smaller, which the batch routing rule sees; and which loads fp32
+    weights, where these are in the training's precision), but for precision and recall, which need
+    all features in one place.
 
     Raises:
-        AgreedError: images or features that are not finite, on any rank; all have made their passes.
+        AgreedError: images or features that are not finite, on any rank; all have made their
+            passes.
     """
     batch, tally = config.sample.batch, Tally(scorer.count, default_splits(scorer.count))
     rounds = -(-scorer.count // (batch * world.size))
@@ -67,8 +73,12 @@ def score(model: DiT, config: Config, scorer: Scorer, world: Group, device: torc
         labels = class_labels("balanced", numbers, config.model.classes, config.run.seed)
         x = generate(model, config, labels, numbers, device, together=world)
         try:
-            features = scorer.extractor(to_uint8(x) if scorer.decoder is None else scorer.decoder.function(x))
-            tally.add(features, range(scorer.count)[numbers.start : numbers.stop])  # the last rounds may have more than that
+            features = scorer.extractor(
+                to_uint8(x) if scorer.decoder is None else scorer.decoder.function(x)
+            )
+            tally.add(
+                features, range(scorer.count)[numbers.start : numbers.stop]
+            )  # the last rounds may have more than that
         except UserError as error:
             problem = problem or error
     raise_together(problem, world)

@@ -1,8 +1,9 @@
 """torch.compile of a DiT's blocks: what is compiled and when is decided here alone.
 
-A graph is a block, or a part of it between two exchanges, with its recompute inside: there the compiler's partition of
-forward and backward obeys the same policies, and routes once.  Blocks of a kind share graphs, a graph break is an error.
-Hooks of a block stay outside; those of modules in a graph are not heard.
+A graph is a block, or a part of it between two exchanges, with its recompute inside: there the
+compiler's partition of forward and backward obeys the same policies, and routes once.  Blocks of a
+kind share graphs, a graph break is an error. Hooks of a block stay outside; those of modules in a
+graph are not heard.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.recompute import recomputed
 
-# A graph is of one batch size, for which kernels are chosen: the micro-batch's, sampling's, a smaller last one's, one more.
+# A graph is of one batch size, for which kernels are chosen: the micro-batch's, sampling's, a
+# smaller last one's, one more.
 _MOST_SIZES = 4
-# Graphs of one function, kinds of blocks, forms of recompute and routing rules for each size; torch raises beyond that.
+# Graphs of one function, kinds of blocks, forms of recompute and routing rules for each size; torch
+# raises beyond that.
 _MOST_GRAPHS = 16 * _MOST_SIZES
 
 
 def compiles(train: TrainConfig, device: torch.device, stage: int = 0) -> tuple[bool, str | None]:
-    """Whether ``train.compile`` means yes here, and what to say where ``auto`` means no on a GPU.  ``stage``: ZeRO's.
+    """Whether ``train.compile`` means yes here, and what to say where ``auto`` means no on a GPU.
+    ``stage``: ZeRO's.
 
     Raises UserError for ``true`` where torch.compile lacks something."""
     if train.compile is True:
@@ -79,24 +83,33 @@ def _lacking(device: torch.device) -> str | None:
 
 
 def compile_blocks(model: DiT) -> None:
-    """From now on the model's blocks run compiled, see :class:`CompiledRun`.  The first pass takes a minute."""
+    """From now on the model's blocks run compiled, see :class:`CompiledRun`.  The first pass takes
+    a minute.
+    """
     model.run = CompiledRun(model.moe.capacity)
 
 
 class CompiledRun:
-    """How a DiT's blocks are run compiled: as a whole where all shapes are known (dense blocks; mixtures that neither ask
-    another rank nor the host), else in parts between exchanges, with choosing and the host's reads outside.  Parts are the
-    units of ``selective`` recompute: what crosses their edges, as rows from the network do, is kept by itself.
+    """How a DiT's blocks are run compiled: as a whole where all shapes are known (dense blocks;
+    mixtures that neither ask another rank nor the host), else in parts between exchanges, with
+    choosing and the host's reads outside.  Parts are the units of ``selective`` recompute: what
+    crosses their edges, as rows from the network do, is kept by itself.
 
-    ``capacity``: at which training ends.  While it changes, what moves rows would be another graph in every step."""
+    ``capacity``: at which training ends.  While it changes, what moves rows would be another graph
+    in every step.
+    """
 
     def __init__(self, capacity: float) -> None:
         self.settled = RoutingRule("train", capacity)
         self.sizes: set[int] = set()
         self.compiled: dict[Any, Callable] = {}
-        self._limit = torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS)  # torch.compile has it from 2.12 on
+        self._limit = torch._dynamo.config.patch(
+            recompile_limit=_MOST_GRAPHS
+        )  # torch.compile has it from 2.12 on
 
-    def __call__(self, block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
+    def __call__(
+        self, block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingRule
+    ) -> BlockOutput:
         assert x.is_contiguous() and c.is_contiguous()  # see PatchEmbedding
         if not self._takes(len(x)):
             return run_plainly(block, form, x, c, rule)
@@ -116,33 +129,57 @@ class CompiledRun:
             return recomputed(function, form, *args)
         return self.part(form, function, *args, **how)
 
-    def part(self, form: str, function: Callable, *args: Any, ragged: bool = False, traceable: bool = True) -> Any:
-        """See ``parallel.recompute.Run``; with ``ragged`` rows come first, or are named ``…_R`` in a plan."""
+    def part(
+        self,
+        form: str,
+        function: Callable,
+        *args: Any,
+        ragged: bool = False,
+        traceable: bool = True,
+    ) -> Any:
+        """See ``parallel.recompute.Run``; with ``ragged`` rows come first, or are named ``…_R`` in
+        a plan.
+        """
         if not traceable:
             return recomputed(function, form, *args)
         if ragged:
-            # What the host knows of rows on their way is no part's business; torch 2.11 would guard it, and compile anew.
-            args = tuple(replace(each, send=None, receive=None) if isinstance(each, Plan) else each for each in args)
+            # What the host knows of rows on their way is no part's business; torch 2.11 would guard
+            # it, and compile anew.
+            args = tuple(
+                replace(each, send=None, receive=None) if isinstance(each, Plan) else each
+                for each in args
+            )
             plans = (argument for argument in args if isinstance(argument, Plan))
-            rows = [value for plan in plans for name, value in vars(plan).items() if name.endswith("_R")]
+            rows = [
+                value for plan in plans for name, value in vars(plan).items() if name.endswith("_R")
+            ]
             for tensor in [args[0], *rows]:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        kind = type(function) if isinstance(function, nn.Module) else getattr(function, "__func__", function)
+        kind = (
+            type(function)
+            if isinstance(function, nn.Module)
+            else getattr(function, "__func__", function)
+        )
         if kind not in self.compiled:
-            self.compiled[kind] = torch.compile(_recomputed_as(kind.__name__), fullgraph=True, dynamic=False)
+            self.compiled[kind] = torch.compile(
+                _recomputed_as(kind.__name__), fullgraph=True, dynamic=False
+            )
         with self._limit:
             return self.compiled[kind](function, form, *args)
 
     def _takes(self, size: int) -> bool:
         if size not in self.sizes and len(self.sizes) == _MOST_SIZES:
-            warnings.warn(f"a batch of {size} samples runs eager: there are graphs for {_MOST_SIZES} other sizes")
+            warnings.warn(
+                f"a batch of {size} samples runs eager: there are graphs for {_MOST_SIZES} other sizes"
+            )
             return False
         self.sizes.add(size)
         return True
 
 
 def _recomputed_as(name: str) -> Callable:
-    """``recomputed`` for one kind of function: torch keeps graphs by code object, and would look through those of the
-    other kinds (``isolate_recompiles`` is newer than 2.12)."""
+    """``recomputed`` for one kind of function: torch keeps graphs by code object, and would look
+    through those of the other kinds (``isolate_recompiles`` is newer than 2.12).
+    """
     code = recomputed.__code__.replace(co_name=f"{recomputed.__name__}_{name}")
     return FunctionType(code, recomputed.__globals__, code.co_name)

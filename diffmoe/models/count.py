@@ -16,14 +16,17 @@ _FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
 class Counts:
     """What a model holds, and what one sample uses.
 
-    ``total``: every parameter, router and capacity predictor included.  ``experts``: the part of it in routed
-    experts, which expert parallelism shares out.  ``activated``: everything but routed experts, plus ``capacity``
-    experts in each mixture.  ``positions``: the fixed position table, a parameter without gradient in the research code
-    and a computed buffer here; published figures are ``total + positions`` and ``activated + positions``.
+    ``total``: every parameter, router and capacity predictor included.  ``experts``: the part of it
+    in routed experts, which expert parallelism shares out.  ``activated``: everything but routed
+    experts, plus ``capacity`` experts in each mixture.  ``positions``: the fixed position table, a
+    parameter without gradient in the research code and a computed buffer here; published figures
+    are ``total + positions`` and ``activated + positions``.
 
-    ``forward_macs``: multiply-accumulates of one sample's forward pass: every matrix product (patches, time step,
-    adaLN, q k v and output, both products of attention, MLPs, experts, router, predictor, final layer) and nothing else
-    (no bias, norm, softmax, activation, gating or table look-up).  Half of what torch's ``FlopCounterMode`` counts."""
+    ``forward_macs``: multiply-accumulates of one sample's forward pass: every matrix product
+    (patches, time step, adaLN, q k v and output, both products of attention, MLPs, experts, router,
+    predictor, final layer) and nothing else (no bias, norm, softmax, activation, gating or table
+    look-up).  Half of what torch's ``FlopCounterMode`` counts.
+    """
 
     total: int
     experts: int
@@ -61,10 +64,13 @@ def _expert(model: ModelConfig, moe: MoEConfig) -> _Part:
 
 
 def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> Counts:
-    """Counts of ``DiT(model, moe)`` when a token meets ``capacity`` experts on average in each mixture.
+    """Counts of ``DiT(model, moe)`` when a token meets ``capacity`` experts on average in each
+    mixture.
 
-    Without ``capacity``, as trained: ``moe.top_k`` for token choice, ``moe.capacity`` for the others.  Rows that
-    rounding leaves out (K is a whole number of tokens of a pool) are not considered."""
+    Without ``capacity``, as trained: ``moe.top_k`` for token choice, ``moe.capacity`` for the
+    others.  Rows that rounding leaves out (K is a whole number of tokens of a pool) are not
+    considered.
+    """
     D, tokens = model.width, model.tokens
     mixtures = _mixtures(model, moe)
     if capacity is None:
@@ -74,11 +80,14 @@ def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> 
         + (_linear(D, 3 * D) + _linear(D, D)) * model.depth
         + _mlp(D, model.hidden) * (model.depth - mixtures)
         + _around_experts(model, moe) * mixtures
-        + _linear(D, model.patch**2 * model.out_channels))
+        + _linear(D, model.patch**2 * model.out_channels)
+    )
     per_sample = (
-        _linear(_FREQUENCIES, D) + _linear(D, D)
+        _linear(_FREQUENCIES, D)
+        + _linear(D, D)
         + _linear(D, 6 * D) * model.depth
-        + _linear(D, 2 * D))
+        + _linear(D, 2 * D)
+    )
     unmultiplied = (model.classes + 1) * D
     if model.qk_norm:
         unmultiplied += model.depth * 4 * (D // model.heads)
@@ -90,8 +99,12 @@ def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> 
         experts=moe.experts * expert.parameters,
         activated=fixed + round(capacity * expert.parameters),
         positions=tokens * D,
-        forward_macs=(tokens * per_token.weights + per_sample.weights + attention
-                      + round(tokens * capacity * expert.weights)),
+        forward_macs=(
+            tokens * per_token.weights
+            + per_sample.weights
+            + attention
+            + round(tokens * capacity * expert.weights)
+        ),
     )
 
 

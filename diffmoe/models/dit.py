@@ -1,4 +1,6 @@
-"""The one diffusion transformer for all four families; a block's MLP is the only difference between them."""
+"""The one diffusion transformer for all four families; a block's MLP is the only difference between
+them.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,18 @@ from diffmoe.parallel.recompute import Run, at_once, forms, recomputed
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """``prediction`` [B, out_channels, H, W]; ``moe`` holds one report per MoE layer, in order of depth."""
+    """``prediction`` [B, out_channels, H, W]; ``moe`` holds one report per MoE layer, in order of
+    depth.
+    """
 
     prediction: Tensor
     moe: tuple[MoEStats, ...]
 
 
 def is_moe_block(model: ModelConfig, moe: MoEConfig, index: int) -> bool:
-    """Whether block ``index`` is a mixture: every one, or with ``interleave`` every second (1, 3, …)."""
+    """Whether block ``index`` is a mixture: every one, or with ``interleave`` every second (1, 3,
+    …).
+    """
     return model.family != "dense" and (not moe.interleave or index % 2 == 1)
 
 
@@ -47,7 +53,9 @@ BlockRun = Callable[["DiTBlock", str, Tensor, Tensor, RoutingRule], BlockOutput]
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block: attention, then an MLP or a mixture, each scaled, shifted and gated by the condition."""
+    """adaLN-Zero block: attention, then an MLP or a mixture, each scaled, shifted and gated by the
+    condition.
+    """
 
     def __init__(self, model: ModelConfig, mlp: nn.Module) -> None:
         super().__init__()
@@ -57,19 +65,26 @@ class DiTBlock(nn.Module):
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(model.width, 6 * model.width))
 
-    def forward(self, x: Tensor, c: Tensor, rule: RoutingRule, form: str, run: BlockRun) -> BlockOutput:
-        """The block as ``run`` computes it, its activations made again in backward as ``form`` says."""
+    def forward(
+        self, x: Tensor, c: Tensor, rule: RoutingRule, form: str, run: BlockRun
+    ) -> BlockOutput:
+        """The block as ``run`` computes it, its activations made again in backward as ``form``
+        says.
+        """
         return run(self, form, x, c, rule)
 
     def compute(self, x: Tensor, c: Tensor, rule: RoutingRule, run: Run = at_once) -> BlockOutput:
-        """x [B, N, D], c [B, D] -> x after attention and MLP, and the mixture's report.  ``run`` is given what lies
-        between exchanges, a part at a time."""
+        """x [B, N, D], c [B, D] -> x after attention and MLP, and the mixture's report.  ``run`` is
+        given what lies between exchanges, a part at a time.
+        """
         x, h, gate = run(self.attend, x, c)
         y, stats = self.mlp(h, rule, run) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
         return run(_gated_sum, x, gate, y), stats
 
     def attend(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything before the MLP: (x after attention, the MLP's input, the gate [B, D] of its output)."""
+        """Everything before the MLP: (x after attention, the MLP's input, the gate [B, D] of its
+        output).
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = _gated_sum(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
         return x, modulate(self.norm2(x), shift2, scale2), gate2
@@ -84,7 +99,9 @@ def run_plainly(block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingR
     return recomputed(block.compute, form, x, c, rule)
 
 
-def _mlp(model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups, index: int) -> nn.Module:
+def _mlp(
+    model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups, index: int
+) -> nn.Module:
     """What stands behind the attention of block ``index``."""
     if not is_moe_block(model, moe, index):
         return Mlp(model.width, model.hidden)
@@ -95,11 +112,21 @@ def _mlp(model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups, 
 class DiT(nn.Module):
     """Diffusion transformer (Peebles & Xie 2023) with DiffMoE's mixture layers.
 
-    ``pool`` is in samples and only matters for the training rule; ``groups`` says which experts live here.  ``run`` is how
-    its blocks are computed: ``run_plainly``, or what ``models.compiled`` puts there."""
+    ``pool`` is in samples and only matters for the training rule; ``groups`` says which experts
+    live here.  ``run`` is how its blocks are computed: ``run_plainly``, or what ``models.compiled``
+    puts there.
+    """
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, *, pool: int = 1, groups: ParallelGroups | None = None,
-                 recompute: str = "none", time_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        moe: MoEConfig,
+        *,
+        pool: int = 1,
+        groups: ParallelGroups | None = None,
+        recompute: str = "none",
+        time_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         groups = groups or single_process()
         self.model, self.moe, self.time_scale = model, moe, time_scale
@@ -108,21 +135,31 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedding(model.channels, model.patch, model.width)
         self.t_embedder = TimestepEmbedding(model.width)
         self.y_embedder = LabelEmbedding(model.classes, model.width)
-        self.blocks = nn.ModuleList(DiTBlock(model, _mlp(model, moe, pool, groups, i)) for i in range(model.depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(model, _mlp(model, moe, pool, groups, i)) for i in range(model.depth)
+        )
         self.final_layer = FinalLayer(model.width, model.patch, model.out_channels)
         positions = sine_positions(model.width, model.input_size // model.patch)
         self.register_buffer("pos_embed", positions.unsqueeze(0), persistent=False)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, weights: str | None = None, revision: str | None = None) -> DiT:
-        """The trained model at ``name``, fp32 on the CPU, in eval mode; see ``models.pretrained.open_pretrained``."""
+    def from_pretrained(
+        cls, name: str | Path, weights: str | None = None, revision: str | None = None
+    ) -> DiT:
+        """The trained model at ``name``, fp32 on the CPU, in eval mode; see
+        ``models.pretrained.open_pretrained``.
+        """
         from diffmoe.models.pretrained import open_pretrained
 
         return open_pretrained(name, weights, revision).model()
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule | None = None) -> ModelOutput:
-        """x [B, C, H, W] noised latents, t [B] times, y [B] classes (``classes`` = null).  Without a ``rule`` experts take
-        tokens as in sampling: those above the learned thresholds, whatever else is in the batch."""
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule | None = None
+    ) -> ModelOutput:
+        """x [B, C, H, W] noised latents, t [B] times, y [B] classes (``classes`` = null).  Without
+        a ``rule`` experts take tokens as in sampling: those above the learned thresholds, whatever
+        else is in the batch.
+        """
         rule = rule or RoutingRule("token", self.moe.capacity)
         dtype = self.final_layer.linear.bias.dtype
         h = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)
@@ -136,7 +173,9 @@ class DiT(nn.Module):
 
     @contextlib.contextmanager
     def plainly(self) -> Iterator[None]:
-        """Blocks are run plainly inside, backward too: nothing that looks at operators or modules sees into a graph."""
+        """Blocks are run plainly inside, backward too: nothing that looks at operators or modules
+        sees into a graph.
+        """
         run, self.run = self.run, run_plainly
         try:
             yield
@@ -145,7 +184,7 @@ class DiT(nn.Module):
 
     def _unpatchify(self, h: Tensor) -> Tensor:
         B, N, _ = h.shape
-        p, side = self.model.patch, int(N ** 0.5)
+        p, side = self.model.patch, int(N**0.5)
         h = h.view(B, side, side, p, p, self.model.out_channels)
         return h.permute(0, 5, 1, 3, 2, 4).reshape(B, self.model.out_channels, side * p, side * p)
 
@@ -158,14 +197,18 @@ class DiT(nn.Module):
 
 @dataclass(frozen=True)
 class LogicalTensor:
-    """A parameter under its logical name.  ``experts``: its owner when dimension 0 counts experts, else None."""
+    """A parameter under its logical name.  ``experts``: its owner when dimension 0 counts experts,
+    else None.
+    """
 
     name: str
     parameter: nn.Parameter
     experts: Experts | None
 
     def pieces(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(logical name, tensor): experts one by one under their global numbers, so that no layout shows."""
+        """(logical name, tensor): experts one by one under their global numbers, so that no layout
+        shows.
+        """
         if self.experts is None:
             yield self.name, value
             return
@@ -184,14 +227,19 @@ class LogicalTensor:
 def logical_tensors(model: DiT) -> list[LogicalTensor]:
     """Every parameter of the model, in a fixed order."""
     owners = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    return [LogicalTensor(name, p, owners.get(name.rpartition(".")[0])) for name, p in model.named_parameters()]
+    return [
+        LogicalTensor(name, p, owners.get(name.rpartition(".")[0]))
+        for name, p in model.named_parameters()
+    ]
 
 
 def initialize(model: DiT, seed: int) -> None:
-    """DiT's initialisation, each tensor (and each expert) from its own logical name: the same in any layout.
+    """DiT's initialisation, each tensor (and each expert) from its own logical name: the same in
+    any layout.
 
-    Linears Xavier uniform with zero bias, embeddings N(0, 0.02), gates as ``moe.router_start`` says, adaLN and output
-    layers zero."""
+    Linears Xavier uniform with zero bias, embeddings N(0, 0.02), gates as ``moe.router_start``
+    says, adaLN and output layers zero.
+    """
     for tensor in logical_tensors(model):
         for name, value in tensor.pieces(tensor.parameter.data):
             initialize_tensor(name, value, seed, model.moe.router_start)
@@ -204,7 +252,11 @@ def initialize_tensor(name: str, value: Tensor, seed: int, router_start: str = "
     fresh = torch.empty(value.shape)
     if "_norm.weight" in name:
         fresh.fill_(1.0)
-    elif "bias" in name.rpartition(".")[2] or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+    elif (
+        "bias" in name.rpartition(".")[2]
+        or "adaLN_modulation" in name
+        or name.startswith("final_layer.linear")
+    ):
         fresh.zero_()
     elif name.endswith(".router"):
         if router_start == "uniform":

@@ -33,7 +33,8 @@ _RENAMES = [
 _EXPERT_MATRIX = re.compile(r"\.experts\.\d+\.\w+_weight$")
 # Constants that the research code stores and this model computes.
 _COMPUTED = re.compile(r"(^pos_embed|\.ema_decay)$")
-_HASH_VERSION = "v2"  # the first, without a prefix, saw 4,096 entries of a tensor: other weights could have the same
+# the first, without a prefix, saw 4,096 entries of a tensor: other weights could have the same
+_HASH_VERSION = "v2"
 _HASHED_AT_ONCE = 1 << 22  # entries: 16 MiB as fp32
 _LABELS = "y_embedder.embedding_table.weight"
 _SWIGLU = {"gate": "gate_proj", "fc1": "up_proj", "fc2": "down_proj"}
@@ -51,9 +52,15 @@ def logical_name(research_name: str) -> str | None:
 
 
 def from_research(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A research state dict under logical names.  Expert matrices are stored [in, out] here, [out, in] there."""
+    """A research state dict under logical names.  Expert matrices are stored [in, out] here, [out,
+    in] there.
+    """
     renamed = ((logical_name(name), value) for name, value in state.items())
-    return {name: value.t() if _EXPERT_MATRIX.search(name) else value for name, value in renamed if name is not None}
+    return {
+        name: value.t() if _EXPERT_MATRIX.search(name) else value
+        for name, value in renamed
+        if name is not None
+    }
 
 
 def research_name(name: str, model: ModelConfig, moe: MoEConfig) -> str:
@@ -69,32 +76,54 @@ def research_name(name: str, model: ModelConfig, moe: MoEConfig) -> str:
     return name.replace(".mlp.shared.", ".mlp.shared_experts.")
 
 
-def to_research(tensors: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig) -> Iterator[tuple[str, Tensor]]:
-    """(research name, tensor) of a whole research state dict, one by one, from tensors by logical name.
+def to_research(
+    tensors: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """(research name, tensor) of a whole research state dict, one by one, from tensors by logical
+    name.
 
-    ``tensors`` holds the thresholds too, where the family has them; fixed positions and the thresholds' decay come from
-    the configuration."""
+    ``tensors`` holds the thresholds too, where the family has them; fixed positions and the
+    thresholds' decay come from the configuration.
+    """
     yield "pos_embed", sine_positions(model.width, model.input_size // model.patch).unsqueeze(0)
     for name in logical_template(model, moe):
         value = tensors[name]
-        yield research_name(name, model, moe), (value.t() if _EXPERT_MATRIX.search(name) else value).contiguous()
+        yield (
+            research_name(name, model, moe),
+            (value.t() if _EXPERT_MATRIX.search(name) else value).contiguous(),
+        )
         if name.endswith(".mlp.thresholds.value"):
             decay = torch.tensor([moe.threshold_decay], dtype=torch.float32)
             yield name.removesuffix("thresholds.value") + "ema_decay", decay
 
 
 def logical_template(model: ModelConfig, moe: MoEConfig) -> dict[str, Tensor]:
-    """Every weight of a model, and its thresholds' values, by logical name: shapes only, on torch's meta device."""
+    """Every weight of a model, and its thresholds' values, by logical name: shapes only, on torch's
+    meta device.
+    """
     with torch.device("meta"), torch.no_grad():
         whole = DiT(model, moe)
-        shapes = {name: piece for tensor in logical_tensors(whole) for name, piece in tensor.pieces(tensor.parameter)}
-    values = {name: value for name, value in whole.named_buffers() if name.endswith(".thresholds.value")}
+        shapes = {
+            name: piece
+            for tensor in logical_tensors(whole)
+            for name, piece in tensor.pieces(tensor.parameter)
+        }
+    values = {
+        name: value for name, value in whole.named_buffers() if name.endswith(".thresholds.value")
+    }
     return {**shapes, **values}
 
 
-def whole_weights(weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig,
-                  source: str) -> Mapping[str, Tensor]:
-    """Weights and thresholds in one mapping, unread.  Raises UserError, naming ``source``, where the model needs more."""
+def whole_weights(
+    weights: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    model: ModelConfig,
+    moe: MoEConfig,
+    source: str,
+) -> Mapping[str, Tensor]:
+    """Weights and thresholds in one mapping, unread.  Raises UserError, naming ``source``, where
+    the model needs more.
+    """
     tensors: Mapping[str, Tensor] = ChainMap(weights, buffers)
     missing = [name for name in logical_template(model, moe) if name not in tensors]
     if missing:
@@ -104,25 +133,50 @@ def whole_weights(weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], 
 
 def fresh_buffers(model: ModelConfig, moe: MoEConfig) -> dict[str, Tensor]:
     """A new model's thresholds as a checkpoint keeps them, by name."""
-    blocks = [i for i in range(model.depth) if model.family == "diffmoe" and is_moe_block(model, moe, i)]
-    return {f"blocks.{i}.mlp.thresholds.{name}": value
-            for i in blocks for name, value in Thresholds(moe.experts, moe.threshold_decay).named_buffers()}
+    blocks = [
+        i for i in range(model.depth) if model.family == "diffmoe" and is_moe_block(model, moe, i)
+    ]
+    return {
+        f"blocks.{i}.mlp.thresholds.{name}": value
+        for i in blocks
+        for name, value in Thresholds(moe.experts, moe.threshold_decay).named_buffers()
+    }
 
 
-def observed_buffers(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig) -> dict[str, Tensor]:
-    """Thresholds of a research state dict as a checkpoint keeps them: observed once, since they have been trained."""
-    given = from_research({name: value for name, value in state.items() if name.endswith(".expert_threshold")})
-    buffers = {**fresh_buffers(model, moe), **{name: value.float() for name, value in given.items()}}
-    return {name: torch.ones_like(value) if name.endswith(".observations") else value for name, value in buffers.items()}
+def observed_buffers(
+    state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig
+) -> dict[str, Tensor]:
+    """Thresholds of a research state dict as a checkpoint keeps them: observed once, since they
+    have been trained.
+    """
+    given = from_research(
+        {name: value for name, value in state.items() if name.endswith(".expert_threshold")}
+    )
+    buffers = {
+        **fresh_buffers(model, moe),
+        **{name: value.float() for name, value in given.items()},
+    }
+    return {
+        name: torch.ones_like(value) if name.endswith(".observations") else value
+        for name, value in buffers.items()
+    }
 
 
-def fit_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig, source: str,
-                 new_labels_from: int | None = None) -> tuple[dict[str, Tensor], list[str]]:
-    """A research state dict as this configuration needs it, and what was changed for that, in words.
+def fit_research(
+    state: Mapping[str, Tensor],
+    model: ModelConfig,
+    moe: MoEConfig,
+    source: str,
+    new_labels_from: int | None = None,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A research state dict as this configuration needs it, and what was changed for that, in
+    words.
 
-    Fixed positions of another grid become those of ``model.input_size``, and constants that the file does not store are
-    computed.  With ``new_labels_from``, a seed, the classes'
-    embeddings start anew and the null class, the file's last row, is kept.  Raises UserError for all else that does not fit."""
+    Fixed positions of another grid become those of ``model.input_size``, and constants that the
+    file does not store are computed.  With ``new_labels_from``, a seed, the classes' embeddings
+    start anew and the null class, the file's last row, is kept.  Raises UserError for all else that
+    does not fit.
+    """
     fitted, notes = dict(state), []
     positions = fitted.get("pos_embed")
     ours = sine_positions(model.width, model.input_size // model.patch).unsqueeze(0)
@@ -132,19 +186,32 @@ def fit_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig
         theirs = sine_positions(model.width, side).unsqueeze(0)
         if positions.shape == theirs.shape and _rounds_to(positions, theirs):
             fitted["pos_embed"] = ours
-            notes.append(f"pos_embed is of {side} x {side} tokens, model.input_size {side * model.patch}; positions are "
-                         f"a function of place, so those of model.input_size ({model.input_size}) are computed")
+            notes.append(
+                f"pos_embed is of {side} x {side} tokens, model.input_size {side * model.patch}; positions are "
+                f"a function of place, so those of model.input_size ({model.input_size}) are computed"
+            )
     table = fitted.get(_LABELS)
-    if new_labels_from is not None and table is not None and table.ndim == 2 and table.shape[1] == model.width:
+    if (
+        new_labels_from is not None
+        and table is not None
+        and table.ndim == 2
+        and table.shape[1] == model.width
+    ):
         fresh = torch.empty(model.classes + 1, model.width)
         initialize_tensor(_LABELS, fresh, new_labels_from)
         fresh[-1] = table[-1]
         fitted[_LABELS] = fresh
-        notes.append(f"--drop-labels: the embeddings of {len(table) - 1} classes are dropped, those of model.classes "
-                     f"({model.classes}) start anew; the null class (the file's last row) is kept")
+        notes.append(
+            f"--drop-labels: the embeddings of {len(table) - 1} classes are dropped, those of model.classes "
+            f"({model.classes}) start anew; the null class (the file's last row) is kept"
+        )
     check_research(fitted, model, moe, source)
     notes += filter(None, [not_finite_note(fitted, source)])
-    computed = {name: value for name, value in to_research(logical_template(model, moe), model, moe) if _COMPUTED.search(name)}
+    computed = {
+        name: value
+        for name, value in to_research(logical_template(model, moe), model, moe)
+        if _COMPUTED.search(name)
+    }
     return computed | fitted, notes
 
 
@@ -157,16 +224,22 @@ def _rounds_to(value: Tensor, wanted: Tensor) -> bool:
     return _furthest(value, wanted) <= max(1e-6, torch.finfo(value.dtype).eps)
 
 
-def check_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig, source: str) -> None:
+def check_research(
+    state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig, source: str
+) -> None:
     """Raises UserError unless a research state dict is exactly what this configuration needs.
 
-    Missing, extra and misshaped tensors are listed, with the settings that would fit.  Positions must be ours, and the
-    thresholds' decay the configured."""
+    Missing, extra and misshaped tensors are listed, with the settings that would fit.  Positions
+    must be ours, and the thresholds' decay the configured.
+    """
     wanted = dict(to_research(logical_template(model, moe), model, moe))
     missing = [name for name in wanted if name not in state and not _COMPUTED.search(name)]
     extra = [name for name in state if name not in wanted]
-    misshaped = [f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-                 for name, value in wanted.items() if name in state and state[name].shape != value.shape]
+    misshaped = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in state and state[name].shape != value.shape
+    ]
     if missing or extra or misshaped:
         settings, obstacles = differing_settings(state, model, moe)
         advice = f"; no setting fits it: {', and '.join(obstacles)}" if obstacles else ""
@@ -174,27 +247,43 @@ def check_research(state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConf
             advice = f"; by its shapes it needs {' '.join(settings)}"
             if any(setting.startswith("model.classes=") for setting in settings):
                 advice += " (or, for other classes, --drop-labels)"
-        raise UserError(f"{source} does not fit the configuration (model.family {model.family}): {some('missing', missing)}, "
-                        f"{some('extra', extra)}, {some('misshaped', misshaped)}{advice}")
+        raise UserError(
+            f"{source} does not fit the configuration (model.family {model.family}): {some('missing', missing)}, "
+            f"{some('extra', extra)}, {some('misshaped', misshaped)}{advice}"
+        )
     for name, value in state.items():
         if not _COMPUTED.search(name):
             continue
         furthest = _furthest(value, wanted[name])
         if not _rounds_to(value, wanted[name]):
-            ours = "the sine-cosine table" if name == "pos_embed" else f"moe.threshold_decay ({moe.threshold_decay})"
+            ours = (
+                "the sine-cosine table"
+                if name == "pos_embed"
+                else f"moe.threshold_decay ({moe.threshold_decay})"
+            )
             raise UserError(f"{source}: {name} differs from {ours} by up to {furthest:.3g}")
 
 
 def not_finite_note(tensors: Mapping[str, Tensor], source: str) -> str | None:
     """A warning where weights hold NaN or infinity, which an import keeps bit for bit."""
     broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
-    return f"warning: {source} holds values that are not finite: {some('tensors', broken)}" if broken else None
+    return (
+        f"warning: {source} holds values that are not finite: {some('tensors', broken)}"
+        if broken
+        else None
+    )
 
 
-def kept_as_they_were(states: Mapping[str, Mapping[str, Tensor]], buffers: Mapping[str, Tensor], model: ModelConfig,
-                      moe: MoEConfig) -> Iterator[tuple[str, Tensor]]:
-    """("model/…" or "ema/…", tensor) of what an export from fp32 weights and one set of thresholds would not give back
-    bit for bit: half precision, thresholds that were averaged again in the EMA, another machine's position table."""
+def kept_as_they_were(
+    states: Mapping[str, Mapping[str, Tensor]],
+    buffers: Mapping[str, Tensor],
+    model: ModelConfig,
+    moe: MoEConfig,
+) -> Iterator[tuple[str, Tensor]]:
+    """("model/…" or "ema/…", tensor) of what an export from fp32 weights and one set of thresholds
+    would not give back bit for bit: half precision, thresholds that were averaged again in the EMA,
+    another machine's position table.
+    """
     for which, state in states.items():
         ours = {name: value.float() for name, value in from_research(state).items()}
         for name, value in to_research({**ours, **buffers}, model, moe):
@@ -213,8 +302,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def load_logical(model: DiT, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors by logical name into the model's own layout.
 
-    Raises UserError naming tensors that are missing or misshaped.  Experts that live on other ranks are not missed,
-    and thresholds may be absent (a model without a predictor) but then keep their start value."""
+    Raises UserError naming tensors that are missing or misshaped.  Experts that live on other ranks
+    are not missed, and thresholds may be absent (a model without a predictor) but then keep their
+    start value.
+    """
     missing, misshaped = [], []
     for tensor in logical_tensors(model):
         for name, target in tensor.pieces(tensor.parameter.data):
@@ -226,21 +317,27 @@ def load_logical(model: DiT, tensors: Mapping[str, Tensor]) -> None:
             else:
                 target.copy_(value)
     if missing or misshaped:
-        raise UserError(f"weights do not fit the model: {some('missing', missing)}, {some('misshaped', misshaped)}")
+        raise UserError(
+            f"weights do not fit the model: {some('missing', missing)}, {some('misshaped', misshaped)}"
+        )
     load_buffers(model, tensors)
 
 
 @torch.no_grad()
 def load_buffers(model: DiT, tensors: Mapping[str, Tensor]) -> None:
-    """Copies the thresholds and histograms that are among the tensors; a model without predictors has none."""
+    """Copies the thresholds and histograms that are among the tensors; a model without predictors
+    has none.
+    """
     for index, layer in model.moe_layers():
         if layer.family == "diffmoe":
             layer.thresholds.load(tensors, f"blocks.{index}.mlp.thresholds")
 
 
 def weights_digest(model: nn.Module) -> str:
-    """`v2:` and the SHA-256 over names, shapes and all entries (as fp32) of every tensor, whatever its type and device:
-    tells any two checkpoints apart. Reads each tensor in pieces: a second or two for a GB."""
+    """`v2:` and the SHA-256 over names, shapes and all entries (as fp32) of every tensor, whatever
+    its type and device: tells any two checkpoints apart. Reads each tensor in pieces: a second or
+    two for a GB.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
@@ -250,11 +347,15 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def digest_note(one: str, other: str) -> str:
-    """What to add where two digests differ: whether one of them was made before they covered all weights; else
-    nothing."""
+    """What to add where two digests differ: whether one of them was made before they covered all
+    weights; else nothing.
+    """
     older = [digest for digest in (one, other) if not digest.startswith(f"{_HASH_VERSION}:")]
-    return (" (the one without v2 is of an earlier version, which hashed only a part of the weights: score them again)"
-            if older else "")
+    return (
+        " (the one without v2 is of an earlier version, which hashed only a part of the weights: score them again)"
+        if older
+        else ""
+    )
 
 
 def some(what: str, names: Iterable[str]) -> str:

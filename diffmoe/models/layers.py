@@ -1,4 +1,6 @@
-"""The transformer's parts: attention, MLP, embeddings, final layer.  Shapes: B samples, N tokens, D width."""
+"""The transformer's parts: attention, MLP, embeddings, final layer.  Shapes: B samples, N tokens, D
+width.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)``, x [B, N, D] or [T, D]; compiled in fp32, and to be rounded by the pass that it becomes part of.
+    """``layer(x)``, x [B, N, D] or [T, D]; compiled in fp32, and to be rounded by the pass that it
+    becomes part of.
 
-    Inductor then adds the bias there, and sums its gradient sample by sample where that is made.  One sum over all tokens
-    would be a pass of its own: 5 % of the elementwise traffic of L-E16 (counted by Inductor's scheduler, bf16, 64 samples)."""
+    Inductor then adds the bias there, and sums its gradient sample by sample where that is made.
+    One sum over all tokens would be a pass of its own: 5 % of the elementwise traffic of L-E16
+    (counted by Inductor's scheduler, bf16, 64 samples).
+    """
     if not torch.compiler.is_compiling():
         return layer(x)
     bias = layer.bias.to(torch.promote_types(x.dtype, torch.float32))
@@ -26,7 +31,9 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over [B, N, D] with torch's fused kernels; ``qk_norm`` normalises each head's q and k."""
+    """Multi-head self-attention over [B, N, D] with torch's fused kernels; ``qk_norm`` normalises
+    each head's q and k.
+    """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
@@ -38,8 +45,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
-        # Taken apart where they lie, so that their gradients are put together in the order of qkv's output, without another copy.
-        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).view(B, N, 3, self.heads, D // self.heads).unbind(2))
+        # Taken apart where they lie, so that their gradients are put together in the order of qkv's
+        # output, without another copy.
+        q, k, v = (
+            part.transpose(1, 2)
+            for part in self.qkv(x).view(B, N, 3, self.heads, D // self.heads).unbind(2)
+        )
         y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return linear(self.proj, y.transpose(1, 2).reshape(B, N, D)).to(x.dtype)
 
@@ -53,8 +64,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # As [T, D]: of more dimensions DeepSpeed's linear at ZeRO 3 adds the bias in place, into a product that selective
-        # recompute keeps.
+        # As [T, D]: of more dimensions DeepSpeed's linear at ZeRO 3 adds the bias in place, into a
+        # product that selective recompute keeps.
         rows = x if torch.compiler.is_compiling() else x.flatten(0, -2)
         inner = F.gelu(linear(self.fc1, rows), approximate="tanh").to(x.dtype)
         return linear(self.fc2, inner).to(x.dtype).view_as(x)
@@ -68,13 +79,15 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Contiguous, as then is every sum down the residual stream: norms would copy each of them, and Inductor's kernels on a
-        # CPU (torch 2.13) give wrong gradients for transposed ones.
+        # Contiguous, as then is every sum down the residual stream: norms would copy each of them,
+        # and Inductor's kernels on a CPU (torch 2.13) give wrong gradients for transposed ones.
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class WideLinear(nn.Linear):
-    """A linear layer of few rows, fp32 at least in and out, whatever its parameters and ``run.fp32_precision`` are."""
+    """A linear layer of few rows, fp32 at least in and out, whatever its parameters and
+    ``run.fp32_precision`` are.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         # fp32 may mean TF32 on CUDA; fp64 does not.
@@ -83,20 +96,27 @@ class WideLinear(nn.Linear):
 
 
 class TimestepEmbedding(nn.Module):
-    """t [B] -> [B, D], in fp32 at least: 256 sines and cosines (ADM ``timestep_embedding``), then Linear, SiLU, Linear.
+    """t [B] -> [B, D], in fp32 at least: 256 sines and cosines (ADM ``timestep_embedding``), then
+    Linear, SiLU, Linear.
 
-    bf16 would mix up neighbouring times: with t in [0, 1] a sampler's step moves the result by less than its rounding."""
+    bf16 would mix up neighbouring times: with t in [0, 1] a sampler's step moves the result by less
+    than its rounding.
+    """
 
     frequencies = 256
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(WideLinear(self.frequencies, width), nn.SiLU(), WideLinear(width, width))
+        self.mlp = nn.Sequential(
+            WideLinear(self.frequencies, width), nn.SiLU(), WideLinear(width, width)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequencies // 2
         t = t.to(torch.promote_types(t.dtype, torch.float32))
-        rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+        rates = torch.exp(
+            -math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / half
+        )
         angles = t[:, None] * rates
         wide = torch.promote_types(self.mlp[0].weight.dtype, t.dtype)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(wide))
@@ -128,8 +148,10 @@ class FinalLayer(nn.Module):
 
 
 def sine_positions(width: int, side: int) -> Tensor:
-    """Fixed 2-d sine-cosine positions [side * side, width] (MAE ``get_2d_sincos_pos_embed``): the first half of the
-    channels codes the column, the second the row.  Computed in fp64, returned in fp32."""
+    """Fixed 2-d sine-cosine positions [side * side, width] (MAE ``get_2d_sincos_pos_embed``): the
+    first half of the channels codes the column, the second the row.  Computed in fp64, returned in
+    fp32.
+    """
     rates = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     parts = []

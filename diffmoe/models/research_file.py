@@ -1,7 +1,9 @@
-"""Files of the research code and its relatives: which tensors in them are the model's, and which its average's.
+"""Files of the research code and its relatives: which tensors in them are the model's, and which
+its average's.
 
-States are found by the names of a DiT's tensors, wherever in the file they lie and whatever stands before them: dicts in
-dicts (``state_dict``), wrappers' prefixes (``module.``, ``_orig_mod.``, ``model.``), an average's own (``ema_model.``).
+States are found by the names of a DiT's tensors, wherever in the file they lie and whatever stands
+before them: dicts in dicts (``state_dict``), wrappers' prefixes (``module.``, ``_orig_mod.``,
+``model.``), an average's own (``ema_model.``).
 """
 
 from __future__ import annotations
@@ -19,21 +21,33 @@ from torch import Tensor
 from diffmoe.errors import UserError
 from diffmoe.models.interchange import same_bits, some
 
-_OURS = re.compile(r"(?:(?P<place>.*?)\.)?"
-                   r"(?P<name>(?:x_embedder|t_embedder|y_embedder|blocks|final_layer)\..+|pos_embed)")
+_OURS = re.compile(
+    r"(?:(?P<place>.*?)\.)?"
+    r"(?P<name>(?:x_embedder|t_embedder|y_embedder|blocks|final_layer)\..+|pos_embed)"
+)
 # An optimizer that keeps its moments by name has the same names.
 _MOMENTS = re.compile(r"(^|\.)(opt\w*|exp_avg|exp_avg_sq)(\.|$)")
 _AVERAGE = re.compile(r"(?:^|[._])(ema\w*|shadow|averaged?|avg)(?=[._]|$)")
 # What averages count, and what REPA trains beside the model.
-_BESIDE = {"num_updates", "decay", "initted", "step", "n_averaged", "optimization_step", "projectors", "projector"}
+_BESIDE = {
+    "num_updates",
+    "decay",
+    "initted",
+    "step",
+    "n_averaged",
+    "optimization_step",
+    "projectors",
+    "projector",
+}
 
 Leaf = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ResearchFile:
-    """``states``: ``model``, ``ema`` or both, by research names; ``places``: where each lies in the file (``''``: at the
-    top); ``unused``: what else the file holds."""
+    """``states``: ``model``, ``ema`` or both, by research names; ``places``: where each lies in the
+    file (``''``: at the top); ``unused``: what else the file holds.
+    """
 
     states: dict[str, dict[str, Tensor]]
     places: dict[str, str]
@@ -42,7 +56,9 @@ class ResearchFile:
 
 @dataclass
 class _State:
-    """Tensors that lie in one dict (``container``) under one prefix (``place``, beginning with the dict's own path)."""
+    """Tensors that lie in one dict (``container``) under one prefix (``place``, beginning with the
+    dict's own path).
+    """
 
     place: str
     container: Leaf
@@ -55,34 +71,57 @@ class _State:
 
 
 def read_research(path: Path, keys: Mapping[str, str | None] | None = None) -> ResearchFile:
-    """The states of a research checkpoint, a torch file or safetensors; ``keys`` says where ``model`` or ``ema`` lies if
-    several could be meant.
+    """The states of a research checkpoint, a torch file or safetensors; ``keys`` says where
+    ``model`` or ``ema`` lies if several could be meant.
 
-    Only tensors, plain containers and an ``argparse.Namespace`` (what the research code keeps its options in) are
-    read; a pickle that asks for anything else is refused, and nothing in it runs.  Raises UserError."""
+    Only tensors, plain containers and an ``argparse.Namespace`` (what the research code keeps its
+    options in) are read; a pickle that asks for anything else is refused, and nothing in it runs.
+    Raises UserError.
+    """
     if not path.is_file():
         raise UserError(f"research checkpoint {path} does not exist")
     tree = _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
     if not isinstance(tree, dict) or not tree:
-        raise UserError(f"{path} must hold a dict of tensors, not {type(tree).__name__} ({len(tree)} entries)"
-                        if isinstance(tree, dict) else f"{path} must hold a dict, not {type(tree).__name__}")
+        raise UserError(
+            f"{path} must hold a dict of tensors, not {type(tree).__name__} ({len(tree)} entries)"
+            if isinstance(tree, dict)
+            else f"{path} must hold a dict, not {type(tree).__name__}"
+        )
     leaves = dict(_leaves(tree))
     found, unused = _find(leaves)
     if not found:
-        raise UserError(f"{path} has neither model nor ema and is no bare state dict; it has {some('entries', tree)}")
+        raise UserError(
+            f"{path} has neither model nor ema and is no bare state dict; it has {some('entries', tree)}"
+        )
     chosen: dict[str, _State] = {}
     for role in ("model", "ema"):
         key = (keys or {}).get(role)
-        state = _choose(path, role, [s for s in found if key is not None or s.is_average == (role == "ema")], key)
+        state = _choose(
+            path,
+            role,
+            [s for s in found if key is not None or s.is_average == (role == "ema")],
+            key,
+        )
         if state is not None:
             chosen[role] = state
     for role, state in chosen.items():
-        wrong = [f"{name} ({value.dtype})" for name, value in state.tensors.items() if not value.is_floating_point()]
+        wrong = [
+            f"{name} ({value.dtype})"
+            for name, value in state.tensors.items()
+            if not value.is_floating_point()
+        ]
         if wrong:
-            raise UserError(f"{path}: {role} must hold tensors of floating-point numbers, not {some('others', wrong)}")
-    unused += [state.place or "the tensors at the top" for state in found if state not in chosen.values()]
-    return ResearchFile({role: state.tensors for role, state in chosen.items()},
-                        {role: state.place for role, state in chosen.items()}, unused)
+            raise UserError(
+                f"{path}: {role} must hold tensors of floating-point numbers, not {some('others', wrong)}"
+            )
+    unused += [
+        state.place or "the tensors at the top" for state in found if state not in chosen.values()
+    ]
+    return ResearchFile(
+        {role: state.tensors for role, state in chosen.items()},
+        {role: state.place for role, state in chosen.items()},
+        unused,
+    )
 
 
 def _find(leaves: Mapping[Leaf, object]) -> tuple[list[_State], list[str]]:
@@ -104,9 +143,15 @@ def _find(leaves: Mapping[Leaf, object]) -> tuple[list[_State], list[str]]:
     unused: dict[str, None] = {}
     for leaf in rest:
         name = ".".join(leaf)
-        owner = max((s for s in states
-                     if s.container == leaf[:-1] and (not s.place or name.startswith(f"{s.place}."))),
-                    key=lambda s: len(s.place), default=None)
+        owner = max(
+            (
+                s
+                for s in states
+                if s.container == leaf[:-1] and (not s.place or name.startswith(f"{s.place}."))
+            ),
+            key=lambda s: len(s.place),
+            default=None,
+        )
         inner = name.removeprefix(f"{owner.place}.") if owner and owner.place else name
         first, dot, _ = inner.partition(".")
         if owner and first not in _BESIDE and isinstance(leaves[leaf], Tensor):
@@ -114,28 +159,39 @@ def _find(leaves: Mapping[Leaf, object]) -> tuple[list[_State], list[str]]:
         elif owner:
             unused[(f"{owner.place}." if owner.place else "") + first + ".*" * bool(dot)] = None
         else:  # as much of it as no state has a part in
-            used = {other[:n] for state in states for other in state.leaves for n in range(len(other) + 1)}
-            unused[".".join(next(leaf[:n] for n in range(1, len(leaf) + 1) if leaf[:n] not in used))] = None
+            used = {
+                other[:n]
+                for state in states
+                for other in state.leaves
+                for n in range(len(other) + 1)
+            }
+            unused[
+                ".".join(next(leaf[:n] for n in range(1, len(leaf) + 1) if leaf[:n] not in used))
+            ] = None
     return states, list(unused)
 
 
 def _choose(path: Path, role: str, states: list[_State], key: str | None) -> _State | None:
     if key is not None:
-        states = [state for state in states if state.place == key or state.place.startswith(f"{key}.")] or [
-            state for state in states if state.place.startswith(key)]
+        states = [
+            state for state in states if state.place == key or state.place.startswith(f"{key}.")
+        ] or [state for state in states if state.place.startswith(key)]
         if not states:
             raise UserError(f"--{role}-key ({key}) is no state of {path}")
     first = states[0] if states else None
     if all(_same(first, other) for other in states[1:]):
         return first
     places = ", ".join(state.place or "''" for state in states)
-    raise UserError(f"{path} has {len(states)} states that may be the {role}: {places}; say which by --{role}-key "
-                    f"{states[0].place or repr('')}")
+    raise UserError(
+        f"{path} has {len(states)} states that may be the {role}: {places}; say which by --{role}-key "
+        f"{states[0].place or repr('')}"
+    )
 
 
 def _same(one: _State, other: _State) -> bool:
-    return (one.tensors.keys() == other.tensors.keys()
-            and all(same_bits(value, other.tensors[name]) for name, value in one.tensors.items()))
+    return one.tensors.keys() == other.tensors.keys() and all(
+        same_bits(value, other.tensors[name]) for name, value in one.tensors.items()
+    )
 
 
 def _leaves(tree: Mapping, path: Leaf = ()) -> Iterator[tuple[Leaf, object]]:
@@ -153,20 +209,26 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is refused: it is no intact safetensors file: {' '.join(str(error).split())[:150]}") from None
+        raise UserError(
+            f"{path} is refused: it is no intact safetensors file: {' '.join(str(error).split())[:150]}"
+        ) from None
 
 
 def _torch_file(path: Path) -> object:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Tensors of a zip file stay on disk until they are used.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except Exception as error:  # a damaged or hostile file can fail anywhere in the unpickler
         raise UserError(f"{path} is refused: {_why_refused(path, error)}") from None
 
 
 def _why_refused(path: Path, error: Exception) -> str:
-    """One line.  Lists what a pickle asks for when that is why; the scan reads opcodes and runs none."""
+    """One line.  Lists what a pickle asks for when that is why; the scan reads opcodes and runs
+    none.
+    """
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # no zip of torch's: the unpickler's own words remain

@@ -1,8 +1,9 @@
 """Upcycling: a dense model starts a mixture, every expert a copy of its block's MLP.
 
-A copy does not keep the function.  The gate is the raw softmax value, about 1/E before training, and expert choice leaves
-some tokens to no expert and takes others several times.  The receipt says how far the function moved; it does not move
-while every expert takes every token, for then a token's gates sum to 1 (``moe.capacity_hold``).
+A copy does not keep the function.  The gate is the raw softmax value, about 1/E before training,
+and expert choice leaves some tokens to no expert and takes others several times.  The receipt says
+how far the function moved; it does not move while every expert takes every token, for then a
+token's gates sum to 1 (``moe.capacity_hold``).
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ _SAMPLES = 4  # of the receipt's batch: 1024 tokens at 256 pixels, seconds for a
 
 @dataclass(frozen=True)
 class Receipt:
-    """How far the function moved: ||upcycled - dense|| / ||dense|| of the outputs on a fixed random batch, under the
-    training rule of step 0.
+    """How far the function moved: ||upcycled - dense|| / ||dense|| of the outputs on a fixed random
+    batch, under the training rule of step 0.
 
-    ``renormalised``: plain copies with each token's gates divided by their sum.  ``scaled``: fc2 times ``factor``.
-    ``everywhere``: plain copies, every expert takes every token (None for token choice, which has no capacity).
-    ``untaken``: the share of (token, mixture) pairs that no expert took."""
+    ``renormalised``: plain copies with each token's gates divided by their sum.  ``scaled``: fc2
+    times ``factor``. ``everywhere``: plain copies, every expert takes every token (None for token
+    choice, which has no capacity). ``untaken``: the share of (token, mixture) pairs that no expert
+    took.
+    """
 
     samples: int
     pool: int
@@ -50,16 +53,24 @@ class Receipt:
 def check_upcycling(config: Config) -> None:
     """Raises UserError for a configuration that a dense model cannot start."""
     if config.model.family == "dense":
-        raise UserError("model.family (dense) must be a mixture (tc, ec, diffmoe) to be started from a dense model")
+        raise UserError(
+            "model.family (dense) must be a mixture (tc, ec, diffmoe) to be started from a dense model"
+        )
     if config.moe.activation != "gelu":
-        raise UserError(f"moe.activation ({config.moe.activation}) must be gelu, as in the dense MLP that experts copy")
+        raise UserError(
+            f"moe.activation ({config.moe.activation}) must be gelu, as in the dense MLP that experts copy"
+        )
     if config.moe.shared_experts:
-        raise UserError(f"moe.shared_experts ({config.moe.shared_experts}) must be 0: beside whole copies of the dense "
-                        "MLP it would be counted twice")
+        raise UserError(
+            f"moe.shared_experts ({config.moe.shared_experts}) must be 0: beside whole copies of the dense "
+            "MLP it would be counted twice"
+        )
 
 
 def load_dense(state: Mapping[str, Tensor], config: Config, source: str) -> DiT:
-    """The dense model of a research state dict, with the sizes of ``config``.  Raises UserError when it does not fit."""
+    """The dense model of a research state dict, with the sizes of ``config``.  Raises UserError
+    when it does not fit.
+    """
     model = dataclasses.replace(config.model, family="dense")
     check_research(state, model, config.moe, source)
     dense = DiT(model, config.moe, time_scale=config.diffusion.time_scale)
@@ -69,7 +80,8 @@ def load_dense(state: Mapping[str, Tensor], config: Config, source: str) -> DiT:
 
 @torch.no_grad()
 def upcycle(dense: DiT, config: Config, pool: int) -> DiT:
-    """The mixture of ``config`` that starts from a dense model; router and predictor as a new run initialises them.
+    """The mixture of ``config`` that starts from a dense model; router and predictor as a new run
+    initialises them.
 
     Experts are views of one copy: they take no memory, and must not be trained in place."""
     model = DiT(config.model, config.moe, pool=pool, time_scale=config.diffusion.time_scale)
@@ -92,26 +104,36 @@ def copy_experts(model: DiT, dense: DiT, factor: float) -> None:
     """Makes every expert the dense MLP of its block, with the second linear times ``factor``."""
     for index, layer in model.moe_layers():
         mlp = dense.blocks[index].mlp
-        for name, value in {"fc1_weight": mlp.fc1.weight.t(), "fc1_bias": mlp.fc1.bias,
-                            "fc2_weight": mlp.fc2.weight.t() * factor, "fc2_bias": mlp.fc2.bias * factor}.items():
+        for name, value in {
+            "fc1_weight": mlp.fc1.weight.t(),
+            "fc1_bias": mlp.fc1.bias,
+            "fc2_weight": mlp.fc2.weight.t() * factor,
+            "fc2_bias": mlp.fc2.bias * factor,
+        }.items():
             many = value.detach().unsqueeze(0).expand(layer.experts.experts, *value.shape)
             setattr(layer.experts, name, nn.Parameter(many, requires_grad=False))
 
 
 def balancing_factor(moe: MoEConfig, family: str) -> float:
-    """What a token's gates must be multiplied by to sum to 1 on average before training, when each is 1/E."""
+    """What a token's gates must be multiplied by to sum to 1 on average before training, when each
+    is 1/E.
+    """
     return moe.experts / (moe.top_k if family == "tc" else moe.capacity_at(0))
 
 
 @torch.no_grad()
 def measure(model: DiT, dense: DiT, config: Config) -> Receipt:
-    """The receipt of :func:`upcycle`'s model, which is left with plain copies.  Raises UserError when the dense
-    model's output is zero, as that of an untrained one is: nothing can be measured against it."""
+    """The receipt of :func:`upcycle`'s model, which is left with plain copies.  Raises UserError
+    when the dense model's output is zero, as that of an untrained one is: nothing can be measured
+    against it.
+    """
     moe, sizes = config.moe, config.model
     pool = _receipt_pool(config, next(layer.pool for _, layer in model.moe_layers()))
     samples = -(-_SAMPLES // pool) * pool
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(samples, sizes.channels, sizes.input_size, sizes.input_size, generator=generator)
+    x = torch.randn(
+        samples, sizes.channels, sizes.input_size, sizes.input_size, generator=generator
+    )
     t = torch.rand(samples, generator=generator)
     if config.diffusion.process == "ddpm":
         t = (t * 1000).floor()
@@ -131,17 +153,25 @@ def measure(model: DiT, dense: DiT, config: Config) -> Receipt:
         copied, untaken = moved(rule)
         with _renormalised_gates(model):
             renormalised, _ = moved(rule)
-        everywhere = None if sizes.family == "tc" else moved(RoutingRule(capacity=float(moe.experts)))[0]
+        everywhere = (
+            None if sizes.family == "tc" else moved(RoutingRule(capacity=float(moe.experts)))[0]
+        )
         copy_experts(model, dense, factor)
         scaled, _ = moved(rule)
         copy_experts(model, dense, 1.0)
-    return Receipt(samples, pool, rule.capacity, factor, copied, renormalised, scaled, everywhere, untaken)
+    return Receipt(
+        samples, pool, rule.capacity, factor, copied, renormalised, scaled, everywhere, untaken
+    )
 
 
 def _receipt_pool(config: Config, pool: int) -> int:
-    """The run's pool, or a smaller one that still gives every expert a token: the whole pool of an L model takes minutes."""
+    """The run's pool, or a smaller one that still gives every expert a token: the whole pool of an
+    L model takes minutes.
+    """
     small = min(pool, _SAMPLES)
-    enough = rows_taken(small * config.model.tokens, config.moe.experts, config.moe.capacity_at(0)) >= 1
+    enough = (
+        rows_taken(small * config.model.tokens, config.moe.experts, config.moe.capacity_at(0)) >= 1
+    )
     return small if enough or config.model.family == "tc" else pool
 
 
@@ -160,8 +190,10 @@ def _pools_of(model: DiT, pool: int) -> Iterator[None]:
 
 @contextmanager
 def _renormalised_gates(model: DiT) -> Iterator[None]:
-    """Divides what the mixtures return by the sum of the token's gates.  That is the same as other gates, since all
-    experts are one function."""
+    """Divides what the mixtures return by the sum of the token's gates.  That is the same as other
+    gates, since all experts are one function.
+    """
+
     def divide(layer: MoELayer, inputs: tuple, output: tuple) -> tuple:
         y_BND, stats = output
         gates_T = (gate_scores(inputs[0].flatten(0, 1), layer.router) * stats.mask_TE).sum(dim=1)

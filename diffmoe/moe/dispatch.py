@@ -1,7 +1,9 @@
-"""Moves chosen rows to their experts and back: a plan, then ``dispatch``, ``by_expert``, ``by_source``, ``combine``.
+"""Moves chosen rows to their experts and back: a plan, then ``dispatch``, ``by_expert``,
+``by_source``, ``combine``.
 
-Rows leave sorted by (expert, token), so those for one EP rank are together; they arrive grouped by source rank and are
-regrouped by expert.  With one EP rank they are there at once.  T tokens, R rows sent, S rows received, D width.
+Rows leave sorted by (expert, token), so those for one EP rank are together; they arrive grouped by
+source rank and are regrouped by expert.  With one EP rank they are there at once.  T tokens, R rows
+sent, S rows received, D width.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from diffmoe.parallel.groups import Group
 class Plan:
     """Where every row comes from and goes to.
 
-    ``token_R``, ``place_R``: each row's token, and its place in flattened [T, E].  ``by_token_R``: rows sorted by
-    (token, expert), where those of a token begin at ``first_T``.  ``counts``: rows of each local expert, one number where
-    all have equally many, else [e].  ``received_re``: rows by source rank and local expert; ``send``, ``receive``: rows by
-    rank.  None where all are equal or nothing moves.  ``ragged``: whether their number differs from pass to pass."""
+    ``token_R``, ``place_R``: each row's token, and its place in flattened [T, E].  ``by_token_R``:
+    rows sorted by (token, expert), where those of a token begin at ``first_T``.  ``counts``: rows
+    of each local expert, one number where all have equally many, else [e].  ``received_re``: rows
+    by source rank and local expert; ``send``, ``receive``: rows by rank.  None where all are equal
+    or nothing moves.  ``ragged``: whether their number differs from pass to pass.
+    """
 
     token_R: Tensor
     place_R: Tensor
@@ -38,20 +42,29 @@ class Plan:
 
 
 def make_plan(routing: Routing, ep: Group) -> Plan:
-    """The plan of a choice.  The host reads the device once where counts are ragged and not known, else never."""
+    """The plan of a choice.  The host reads the device once where counts are ragged and not known,
+    else never.
+    """
     mask_TE, E = routing.mask_TE, routing.mask_TE.shape[1]
     if routing.tokens_EK is not None:
         K = routing.tokens_EK.shape[1]
-        token, expert = routing.tokens_EK.flatten(), torch.arange(E, device=mask_TE.device).repeat_interleave(K)
+        token, expert = (
+            routing.tokens_EK.flatten(),
+            torch.arange(E, device=mask_TE.device).repeat_interleave(K),
+        )
         return Plan(token, token * E + expert, *_by_token(mask_TE, token * E + expert), ep.size * K)
     counts_E = mask_TE.sum(dim=0)
     if ep.size == 1:
-        rows = routing.rows if routing.rows is not None else read_by_host(counts_E.sum(0, keepdim=True))[0]
+        rows = (
+            routing.rows
+            if routing.rows is not None
+            else read_by_host(counts_E.sum(0, keepdim=True))[0]
+        )
         return Plan(*_rows(mask_TE, rows), counts_E, ragged=routing.rows is None)
     sent = counts_E.view(ep.size, -1)
     received = routing.received_re if routing.received_re is not None else exchange_equal(sent, ep)
     numbers = read_by_host(torch.cat([sent.sum(1), received.sum(1)]))
-    send, receive = numbers[:ep.size], numbers[ep.size:]
+    send, receive = numbers[: ep.size], numbers[ep.size :]
     counts = routing.each if routing.each is not None else received.sum(0)
     return Plan(*_rows(mask_TE, sum(send)), counts, received, send, receive, ragged=True)
 
@@ -65,13 +78,22 @@ def _rows(mask_TE: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _by_token(mask_TE: Tensor, place_R: Tensor) -> tuple[Tensor, Tensor]:
     """Rows sorted by place [R], and how many lie before each token's first [T]."""
     upto = mask_TE.flatten().cumsum(0)  # counting needs no sort
-    by_token = torch.empty_like(place_R).scatter_(0, upto[place_R] - 1, torch.arange(len(place_R), device=place_R.device))
+    by_token = torch.empty_like(place_R).scatter_(
+        0, upto[place_R] - 1, torch.arange(len(place_R), device=place_R.device)
+    )
     return by_token, upto.view(mask_TE.shape)[:, 0] - mask_TE[:, 0].long()
 
 
 def dispatch(x_TD: Tensor, plan: Plan, ep: Group) -> Travelling:
-    """Tokens [T, D] -> the rows [S, D] of this rank's experts, on their way until they have ``arrived``."""
-    return send_rows(_Gather.apply(x_TD, plan.token_R, plan.by_token_R, plan.first_T), plan.send, plan.receive, ep)
+    """Tokens [T, D] -> the rows [S, D] of this rank's experts, on their way until they have
+    ``arrived``.
+    """
+    return send_rows(
+        _Gather.apply(x_TD, plan.token_R, plan.by_token_R, plan.first_T),
+        plan.send,
+        plan.receive,
+        ep,
+    )
 
 
 def by_expert(rows_SD: Tensor, plan: Plan, ranks: int, local: int) -> Tensor:
@@ -86,10 +108,12 @@ def by_source(rows_SD: Tensor, plan: Plan, ranks: int, local: int) -> Tensor:
 
 
 def combine(rows_RD: Tensor, scores_TE: Tensor, plan: Plan, shared_TD: Tensor | None) -> Tensor:
-    """Experts' outputs, come home, are scaled by their gate and added up per token, in fp32 at least, to shared experts': [T, D].
+    """Experts' outputs, come home, are scaled by their gate and added up per token, in fp32 at
+    least, to shared experts': [T, D].
 
-    The gate is the raw softmax value of a chosen (token, expert), not renormalised (paper, equation 6).  It multiplies here,
-    where its scores live, so that its gradient needs no communication."""
+    The gate is the raw softmax value of a chosen (token, expert), not renormalised (paper, equation
+    6).  It multiplies here, where its scores live, so that its gradient needs no communication.
+    """
     gate_R = scores_TE.flatten().gather(0, plan.place_R)
     y_TD = _WeightedSum.apply(rows_RD, gate_R, plan.token_R, plan.by_token_R, plan.first_T)
     return y_TD if shared_TD is None else y_TD + shared_TD
@@ -111,11 +135,15 @@ class _Gather(torch.autograd.Function):
 class _WeightedSum(torch.autograd.Function):
     """y[token_r] += gate_r * rows_r.
 
-    Autograd would keep the products and go through them in fp32: two fifths of the elementwise traffic of a layer of L-E16
-    (2.51 GB in place of 1.54), 13 % of what it keeps (counted on CUDA tensors without memory, bf16, 64 samples)."""
+    Autograd would keep the products and go through them in fp32: two fifths of the elementwise
+    traffic of a layer of L-E16 (2.51 GB in place of 1.54), 13 % of what it keeps (counted on CUDA
+    tensors without memory, bf16, 64 samples).
+    """
 
     @staticmethod
-    def forward(ctx, rows_RD: Tensor, gate_R: Tensor, token_R: Tensor, by_token_R: Tensor, first_T: Tensor) -> Tensor:
+    def forward(
+        ctx, rows_RD: Tensor, gate_R: Tensor, token_R: Tensor, by_token_R: Tensor, first_T: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(rows_RD, gate_R, token_R)
         return _sum_by_token(rows_RD, by_token_R, first_T, gate_R[by_token_R])
 
@@ -124,20 +152,34 @@ class _WeightedSum(torch.autograd.Function):
         rows_RD, gate_R, token_R = ctx.saved_tensors
         if torch.compiler.is_compiling():  # one pass over the rows
             g = dy_TD.index_select(0, token_R)
-            return (g * gate_R.unsqueeze(1)).to(g.dtype), (g * rows_RD).sum(1, dtype=gate_R.dtype), None, None, None
+            return (
+                (g * gate_R.unsqueeze(1)).to(g.dtype),
+                (g * rows_RD).sum(1, dtype=gate_R.dtype),
+                None,
+                None,
+                None,
+            )
         each_R = torch.arange(len(token_R), device=token_R.device)
         d_rows = _sum_by_token(dy_TD, token_R, each_R, gate_R)
         # embedding_bag's own: dy of the row's token times the row, added up in fp32.
-        d_gate = torch.ops.aten._embedding_bag_per_sample_weights_backward(dy_TD, rows_RD, each_R, each_R, token_R, 0)
+        d_gate = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            dy_TD, rows_RD, each_R, each_R, token_R, 0
+        )
         return d_rows, d_gate.to(gate_R.dtype), None, None, None
 
 
-def _sum_by_token(rows_RD: Tensor, row_S: Tensor, first_T: Tensor, weight_S: Tensor | None = None) -> Tensor:
-    """y_t = sum of the rows ``row_S`` from ``first_T[t]`` on, times their weights [T, D]; zeros for a token without rows.
+def _sum_by_token(
+    rows_RD: Tensor, row_S: Tensor, first_T: Tensor, weight_S: Tensor | None = None
+) -> Tensor:
+    """y_t = sum of the rows ``row_S`` from ``first_T[t]`` on, times their weights [T, D]; zeros for
+    a token without rows.
 
-    One pass that reads the rows where they lie, adds up in fp32 at least, always in the same order, and rounds once."""
+    One pass that reads the rows where they lie, adds up in fp32 at least, always in the same order,
+    and rounds once.
+    """
     if weight_S is not None and weight_S.dtype != rows_RD.dtype:
-        # The kernel wants weights of the rows' type: as a sum of two bf16 numbers, which hold 16 bits.
+        # The kernel wants weights of the rows' type: as a sum of two bf16 numbers, which hold 16
+        # bits.
         high = weight_S.to(rows_RD.dtype)
         weight_S = torch.stack([high, (weight_S - high).to(rows_RD.dtype)], dim=1).flatten()
         row_S, first_T = row_S.repeat_interleave(2), 2 * first_T
@@ -147,8 +189,14 @@ def _sum_by_token(rows_RD: Tensor, row_S: Tensor, first_T: Tensor, weight_S: Ten
 def _turned(rows_SD: Tensor, a: int, b: int, counts_ab: Tensor | None) -> Tensor:
     """Rows that lie as [a][b] -> as [b][a], ``counts_ab`` of each pair, or equally many."""
     if counts_ab is None:
-        return rows_SD.view(a, b, len(rows_SD) // (a * b), rows_SD.shape[1]).transpose(0, 1).flatten(0, 2)
+        return (
+            rows_SD.view(a, b, len(rows_SD) // (a * b), rows_SD.shape[1])
+            .transpose(0, 1)
+            .flatten(0, 2)
+        )
     flat, counts = counts_ab.reshape(-1), counts_ab.t().reshape(-1)
     starts = (flat.cumsum(0) - flat).view_as(counts_ab).t().reshape(-1)
-    offset = (starts - (counts.cumsum(0) - counts)).repeat_interleave(counts, output_size=len(rows_SD))
+    offset = (starts - (counts.cumsum(0) - counts)).repeat_interleave(
+        counts, output_size=len(rows_SD)
+    )
     return rows_SD.index_select(0, offset + torch.arange(len(rows_SD), device=offset.device))

@@ -1,4 +1,6 @@
-"""Experts as stacked MLPs over rows grouped by expert.  e local experts, R rows, D width, F inner width."""
+"""Experts as stacked MLPs over rows grouped by expert.  e local experts, R rows, D width, F inner
+width.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,21 @@ from diffmoe.parallel.collectives import read_by_host
 class Experts(nn.Module):
     """Experts ``first … first + local`` of ``experts``, as tensors [e, in, out] and [e, out].
 
-    In that order the weights' gradients come out of the batched matmul contiguous; the other way round each is copied.
-    GELU: fc2(gelu(fc1 x)) with biases, DiT's MLP.  SwiGLU: fc2(silu(gate x) * fc1 x) without biases."""
+    In that order the weights' gradients come out of the batched matmul contiguous; the other way
+    round each is copied.
+    GELU: fc2(gelu(fc1 x)) with biases, DiT's MLP.  SwiGLU: fc2(silu(gate x) * fc1 x) without
+    biases.
+    """
 
-    def __init__(self, width: int, hidden: int, experts: int, local: int, first: int,
-                 activation: Literal["gelu", "swiglu"]) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        experts: int,
+        local: int,
+        first: int,
+        activation: Literal["gelu", "swiglu"],
+    ) -> None:
         super().__init__()
         self.experts, self.first, self.local, self.activation = experts, first, local, activation
         inner = hidden if activation == "gelu" else swiglu_hidden(hidden)
@@ -30,35 +42,59 @@ class Experts(nn.Module):
         self.fc2_weight = nn.Parameter(torch.empty(local, inner, width))
         self.fc1_bias = nn.Parameter(torch.empty(local, inner)) if activation == "gelu" else None
         self.fc2_bias = nn.Parameter(torch.empty(local, width)) if activation == "gelu" else None
-        self.gate_weight = nn.Parameter(torch.empty(local, width, inner)) if activation == "swiglu" else None
+        self.gate_weight = (
+            nn.Parameter(torch.empty(local, width, inner)) if activation == "swiglu" else None
+        )
 
     def forward(self, rows_RD: Tensor, counts: int | Tensor) -> Tensor:
-        """Every row through its expert, [R, D] -> [R, D].  ``counts``: rows of each expert [e], or of all alike.
+        """Every row through its expert, [R, D] -> [R, D].  ``counts``: rows of each expert [e], or
+        of all alike.
 
-        Equal counts are one batched matmul a layer; ragged ones torch's grouped matmul or, where that is missing, a
-        loop, for which the host reads them.  An expert without rows gets a gradient of zeros, so that it exists on every
-        rank."""
+        Equal counts are one batched matmul a layer; ragged ones torch's grouped matmul or, where
+        that is missing, a loop, for which the host reads them.  An expert without rows gets a
+        gradient of zeros, so that it exists on every rank.
+        """
         weights = self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, self.gate_weight
         if isinstance(counts, int):
-            return _mlp(rows_RD.view(self.local, counts, rows_RD.shape[1]), _affine, *weights).flatten(0, 1)
+            return _mlp(
+                rows_RD.view(self.local, counts, rows_RD.shape[1]), _affine, *weights
+            ).flatten(0, 1)
         if has_grouped_matmul(rows_RD.device, rows_RD.dtype):
-            return _mlp(rows_RD, partial(_grouped_affine, ends_e=counts.cumsum(0, dtype=torch.int32)), *weights)
+            return _mlp(
+                rows_RD,
+                partial(_grouped_affine, ends_e=counts.cumsum(0, dtype=torch.int32)),
+                *weights,
+            )
         if rows_RD.device.type == "cuda":  # Python says it once
-            warnings.warn(f"experts with unequal numbers of rows run in a loop: no grouped matmul here for {rows_RD.dtype}")
+            warnings.warn(
+                f"experts with unequal numbers of rows run in a loop: no grouped matmul here for {rows_RD.dtype}"
+            )
         each = zip(*([None] * self.local if t is None else t.unbind(0) for t in weights))
         parts = rows_RD.split(read_by_host(counts))
         return torch.cat([_mlp(x, _affine, *tensors) for x, tensors in zip(parts, each)])
 
 
 def has_grouped_matmul(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device has a kernel for torch's grouped matmul that is right: bf16 at compute capability 9.0.
+    """Whether the device has a kernel for torch's grouped matmul that is right: bf16 at compute
+    capability 9.0.
 
     (On 10.x gradients of experts without rows were garbage, pytorch issue 172439.)"""
-    return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) == (9, 0)
+    return (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(device) == (9, 0)
+    )
 
 
-def _mlp(x: Tensor, affine: Callable[..., Tensor], fc1: Tensor, fc1_bias: Tensor | None, fc2: Tensor,
-         fc2_bias: Tensor | None, gate: Tensor | None) -> Tensor:
+def _mlp(
+    x: Tensor,
+    affine: Callable[..., Tensor],
+    fc1: Tensor,
+    fc1_bias: Tensor | None,
+    fc2: Tensor,
+    fc2_bias: Tensor | None,
+    gate: Tensor | None,
+) -> Tensor:
     h = affine(x, fc1, fc1_bias)
     a = F.gelu(h, approximate="tanh") if gate is None else F.silu(affine(x, gate, None)) * h
     return affine(a, fc2, fc2_bias)
@@ -70,8 +106,13 @@ def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return x @ w
     if x.dim() == 2:
         return torch.addmm(b, x, w)
-    # A sum that is written out becomes part of the compiled activation; eager it would be a pass of its own.
-    return x @ w + b.unsqueeze(1) if torch.compiler.is_compiling() else torch.baddbmm(b.unsqueeze(1), x, w)
+    # A sum that is written out becomes part of the compiled activation; eager it would be a pass of
+    # its own.
+    return (
+        x @ w + b.unsqueeze(1)
+        if torch.compiler.is_compiling()
+        else torch.baddbmm(b.unsqueeze(1), x, w)
+    )
 
 
 def _grouped_affine(x_RI: Tensor, w_eIO: Tensor, b_eO: Tensor | None, ends_e: Tensor) -> Tensor:
@@ -79,6 +120,8 @@ def _grouped_affine(x_RI: Tensor, w_eIO: Tensor, b_eO: Tensor | None, ends_e: Te
     y = F.grouped_mm(x_RI, w_eIO, offs=ends_e)
     if b_eO is None:
         return y
-    # The bias as a product with a one, whose gradient adds up in fp32: that of an index rounds to bf16 after every row.
-    # 8 columns, for the kernel's alignment.
-    return y + F.grouped_mm(x_RI.new_ones(len(x_RI), 8), F.pad(b_eO.unsqueeze(1), (0, 0, 0, 7)), offs=ends_e)
+    # The bias as a product with a one, whose gradient adds up in fp32: that of an index rounds to
+    # bf16 after every row. 8 columns, for the kernel's alignment.
+    return y + F.grouped_mm(
+        x_RI.new_ones(len(x_RI), 8), F.pad(b_eO.unsqueeze(1), (0, 0, 0, 7)), offs=ends_e
+    )

@@ -8,16 +8,22 @@ from torch import Tensor
 
 
 def gate_scores(x_TD: Tensor, router_ED: Tensor) -> Tensor:
-    """Softmax over experts of x W (paper, equation 2) [T, E], in fp32 at least: bf16 scores tie by the thousand."""
+    """Softmax over experts of x W (paper, equation 2) [T, E], in fp32 at least: bf16 scores tie by
+    the thousand.
+    """
     narrow = x_TD.dtype.itemsize < 4
-    return (_WideLogits.apply(x_TD, router_ED) if narrow else F.linear(x_TD, router_ED)).softmax(dim=-1)
+    return (_WideLogits.apply(x_TD, router_ED) if narrow else F.linear(x_TD, router_ED)).softmax(
+        dim=-1
+    )
 
 
 class _WideLogits(torch.autograd.Function):
     """x W in fp32 from bf16 tokens.
 
-    Autograd would cast the tokens and keep the copy: 13 % of what a layer of L-E16 keeps (440 MB in place of 507), 10 %
-    of its elementwise traffic (counted on CUDA tensors without memory, 64 samples)."""
+    Autograd would cast the tokens and keep the copy: 13 % of what a layer of L-E16 keeps (440 MB in
+    place of 507), 10 % of its elementwise traffic (counted on CUDA tensors without memory, 64
+    samples).
+    """
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, router_ED: Tensor) -> Tensor:
@@ -36,4 +42,8 @@ class _WideLogits(torch.autograd.Function):
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32; on CUDA of bf16 matrices as they are."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else torch.mm(a.float(), b.float())
+    return (
+        torch.mm(a, b, out_dtype=torch.float32)
+        if a.device.type == "cuda"
+        else torch.mm(a.float(), b.float())
+    )

@@ -34,9 +34,11 @@ from diffmoe.parallel.recompute import Run, at_once
 class MoEStats:
     """What one layer reports about one forward pass; nothing is kept in the layer.
 
-    ``predictor_loss`` and ``balance_loss`` carry gradients (None where the family has none, or at inference).
-    ``threshold_sum_E`` is this rank's share of the sum over all pools.  ``tokens_BE``: tokens of each sample that each
-    expert took.  ``mask_TE``, ``logits_TE``: the choice and the predictor's view of it."""
+    ``predictor_loss`` and ``balance_loss`` carry gradients (None where the family has none, or at
+    inference). ``threshold_sum_E`` is this rank's share of the sum over all pools.  ``tokens_BE``:
+    tokens of each sample that each expert took.  ``mask_TE``, ``logits_TE``: the choice and the
+    predictor's view of it.
+    """
 
     tokens_BE: Tensor
     mask_TE: Tensor
@@ -50,29 +52,43 @@ class MoELayer(nn.Module):
     """Mixture of experts for the families tc, ec and diffmoe.
 
     ``pool`` counts samples (resolved, see ``layout.resolve_layout``); this rank holds experts
-    ``[ep.index * E / ep.size, …)``.  ``shared``: an MLP [T, D] -> [T, D] that every token goes through as well."""
+    ``[ep.index * E / ep.size, …)``.  ``shared``: an MLP [T, D] -> [T, D] that every token goes
+    through as well.
+    """
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, pool: int, groups: ParallelGroups,
-                 shared: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        moe: MoEConfig,
+        pool: int,
+        groups: ParallelGroups,
+        shared: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         local = moe.experts // groups.ep.size
         self.family, self.moe, self.pool, self.groups = model.family, moe, pool, groups
         self.router = nn.Parameter(torch.empty(moe.experts, model.width))
-        self.experts = Experts(model.width, model.hidden, moe.experts, local, groups.ep.index * local, moe.activation)
+        self.experts = Experts(
+            model.width, model.hidden, moe.experts, local, groups.ep.index * local, moe.activation
+        )
         self.shared = shared
         if model.family == "diffmoe":
             self.capacity_predictor = CapacityPredictor(model.width, moe.experts)
             self.thresholds = Thresholds(moe.experts, moe.threshold_decay)
 
     def has_static_shapes(self, rule: RoutingRule) -> bool:
-        """Whether no shape here depends on what the device or another rank would have to be asked for under ``rule``."""
+        """Whether no shape here depends on what the device or another rank would have to be asked
+        for under ``rule``.
+        """
         if self.groups.ep.size > 1 or self.groups.pool.size > 1 and rule.kind != "static":
             return False
         if self.family == "tc":
             return has_grouped_matmul(self.router.device, self.router.dtype)
         return self.family == "ec" or rule.kind in ("train", "static")
 
-    def forward(self, x_BND: Tensor, rule: RoutingRule, run: Run = at_once) -> tuple[Tensor, MoEStats]:
+    def forward(
+        self, x_BND: Tensor, rule: RoutingRule, run: Run = at_once
+    ) -> tuple[Tensor, MoEStats]:
         """[B, N, D] -> [B, N, D] and the layer's report.  A token that no expert takes gets zero."""
         x_TD, ep = x_BND.flatten(0, 1), self.groups.ep
         scores_TE, logits_TE = run(self._look, x_TD)
@@ -80,25 +96,39 @@ class MoELayer(nn.Module):
         plan = make_plan(routing, ep)
         coming_SD = dispatch(x_TD, plan, ep)
         shared_TD = None if self.shared is None else run(self.shared, x_TD)  # while rows travel
-        rows_SD = run(self._compute, arrived(coming_SD), plan, ragged=plan.ragged, traceable=not self._loops(plan))
+        rows_SD = run(
+            self._compute,
+            arrived(coming_SD),
+            plan,
+            ragged=plan.ragged,
+            traceable=not self._loops(plan),
+        )
         coming_RD = send_rows(rows_SD, plan.receive, plan.send, ep)
         y_TD = run(combine, arrived(coming_RD), scores_TE, plan, shared_TD, ragged=plan.ragged)
         return y_TD.view_as(x_BND), stats
 
     def _look(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gate scores and the predictor's logits, [T, E] both."""
-        return gate_scores(x_TD, self.router), self.capacity_predictor(x_TD) if self.family == "diffmoe" else None
+        return gate_scores(x_TD, self.router), self.capacity_predictor(
+            x_TD
+        ) if self.family == "diffmoe" else None
 
     def _compute(self, rows_SD: Tensor, plan: Plan) -> Tensor:
         """Rows grouped by source rank through their experts, and grouped so again."""
         ranks, local = self.groups.ep.size, self.experts.local
-        return by_source(self.experts(by_expert(rows_SD, plan, ranks, local), plan.counts), plan, ranks, local)
+        return by_source(
+            self.experts(by_expert(rows_SD, plan, ranks, local), plan.counts), plan, ranks, local
+        )
 
     def _loops(self, plan: Plan) -> bool:
         """Whether experts are a loop of the host's."""
-        return not isinstance(plan.counts, int) and not has_grouped_matmul(self.router.device, self.router.dtype)
+        return not isinstance(plan.counts, int) and not has_grouped_matmul(
+            self.router.device, self.router.dtype
+        )
 
-    def _route(self, scores: Tensor, logits: Tensor | None, samples: int, rule: RoutingRule) -> tuple[Routing, MoEStats]:
+    def _route(
+        self, scores: Tensor, logits: Tensor | None, samples: int, rule: RoutingRule
+    ) -> tuple[Routing, MoEStats]:
         tokens = len(scores) // samples
         pool_tokens = self.pool * tokens
         observed = predicted = balance = None
@@ -115,16 +145,24 @@ class MoELayer(nn.Module):
             routing = equal_routing(choose_tokens(scores, len(scores), K), len(scores))
         else:
             threshold = self.thresholds.chosen(rule.gamma, rule.dial)
-            routing = Routing(predicted_counts(scores, logits, threshold) if rule.kind == "batch"
-                              else predicted_tokens(logits, threshold))
+            routing = Routing(
+                predicted_counts(scores, logits, threshold)
+                if rule.kind == "batch"
+                else predicted_tokens(logits, threshold)
+            )
         mask = routing.mask_TE
         tokens_BE = mask.view(samples, tokens, -1).sum(dim=1)
         return routing, MoEStats(tokens_BE, mask, logits, predicted, balance, observed)
 
-    def _balance(self, scores_TE: Tensor, mask_TE: Tensor, tokens: int, samples: int) -> Tensor | None:
-        """Balance loss over pools: counts are summed over the ranks of a pool, each rank keeps its tokens' share.
+    def _balance(
+        self, scores_TE: Tensor, mask_TE: Tensor, tokens: int, samples: int
+    ) -> Tensor | None:
+        """Balance loss over pools: counts are summed over the ranks of a pool, each rank keeps its
+        tokens' share.
 
-        Samples are taken in runs that divide both the pool and this rank's batch, each of which is in one pool."""
+        Samples are taken in runs that divide both the pool and this rank's batch, each of which is
+        in one pool.
+        """
         if not torch.is_grad_enabled():
             return None
         run = math.gcd(self.pool, samples)
@@ -133,5 +171,9 @@ class MoELayer(nn.Module):
         pool_of_run = (first + torch.arange(0, samples, run, device=counts.device)) // self.pool
         pools = max(1, samples * self.groups.pool.size // self.pool)
         per_pool = counts.new_zeros(pools, counts.shape[1]).index_add(0, pool_of_run, counts)
-        return balance_loss(scores_TE, sum_over(per_pool, self.groups.pool)[pool_of_run], self.pool * tokens,
-                            self.moe.top_k)
+        return balance_loss(
+            scores_TE,
+            sum_over(per_pool, self.groups.pool)[pool_of_run],
+            self.pool * tokens,
+            self.moe.top_k,
+        )

@@ -1,8 +1,9 @@
 """Exact expert choice over a token pool, inside a rank or across ranks.
 
-Across ranks an expert's owner decides: scores and capacity logits travel to it, it takes the top K of each pool and sends
-the choice back as a mask, so ranks cannot disagree.  When a pool spans several EP groups the owners of one expert first
-share what they hold; each then decides from the same bits, with unique keys, hence the same.
+Across ranks an expert's owner decides: scores and capacity logits travel to it, it takes the top K
+of each pool and sends the choice back as a mask, so ranks cannot disagree.  When a pool spans
+several EP groups the owners of one expert first share what they hold; each then decides from the
+same bits, with unique keys, hence the same.
 """
 
 from __future__ import annotations
@@ -20,16 +21,24 @@ from diffmoe.parallel.groups import ParallelGroups
 
 @dataclass(frozen=True)
 class Choice:
-    """What the pool decided about this rank's tokens, and this rank's share of the sum over all pools of the thresholds
-    observed [E] (None without a capacity predictor)."""
+    """What the pool decided about this rank's tokens, and this rank's share of the sum over all
+    pools of the thresholds observed [E] (None without a capacity predictor).
+    """
 
     routing: Routing
     threshold_sum_E: Tensor | None
 
 
-def choose(scores_TE: Tensor, logits_TE: Tensor | None, pool_tokens: int, capacity: float,
-           groups: ParallelGroups) -> Choice:
-    """Every expert takes its K best tokens of each pool.  All ranks of the pool call it with as many tokens each."""
+def choose(
+    scores_TE: Tensor,
+    logits_TE: Tensor | None,
+    pool_tokens: int,
+    capacity: float,
+    groups: ParallelGroups,
+) -> Choice:
+    """Every expert takes its K best tokens of each pool.  All ranks of the pool call it with as
+    many tokens each.
+    """
     K = rows_taken(pool_tokens, scores_TE.shape[1], capacity)
     if groups.pool.size == 1:
         return _choose_here(scores_TE, logits_TE, pool_tokens, K)
@@ -42,13 +51,18 @@ def _choose_here(scores_TE: Tensor, logits_TE: Tensor | None, pool_tokens: int, 
     return Choice(equal_routing(tokens_EK, len(scores_TE)), observed)
 
 
-def _choose_at_owner(scores_TE: Tensor, logits_TE: Tensor | None, pool_tokens: int, K: int,
-                     groups: ParallelGroups) -> Choice:
+def _choose_at_owner(
+    scores_TE: Tensor, logits_TE: Tensor | None, pool_tokens: int, K: int, groups: ParallelGroups
+) -> Choice:
     T, E = scores_TE.shape
     ep, local = groups.ep, E // groups.ep.size
-    facts = [scores_TE.detach()] + ([] if logits_TE is None else [logits_TE.detach().to(scores_TE.dtype)])
+    facts = [scores_TE.detach()] + (
+        [] if logits_TE is None else [logits_TE.detach().to(scores_TE.dtype)]
+    )
     # [owner, facts, T, e] -> [source, facts, T, e] -> [EP group of the pool, source, facts, T, e]
-    held = exchange_equal(torch.stack(facts).view(len(facts), T, ep.size, local).permute(2, 0, 1, 3), ep)
+    held = exchange_equal(
+        torch.stack(facts).view(len(facts), T, ep.size, local).permute(2, 0, 1, 3), ep
+    )
     held = gather_stack(held, groups.pool_owners)
     # Ranks are consecutive in a pool group, so (EP group, source, T) is the order of the samples.
     scores, *logits = held.permute(2, 0, 1, 3, 4).reshape(len(facts), -1, local)
@@ -62,6 +76,7 @@ def _choose_at_owner(scores_TE: Tensor, logits_TE: Tensor | None, pool_tokens: i
         if groups.pool_owners.index == 0:  # the other owners observe the same pools
             observed[ep.index] = pool_thresholds(logits[0], pool_tokens, K).sum(dim=0)
         observed = observed.view(E)
-    # An expert's tokens come from this EP group alone, so that their number is known where the pool has no other.
+    # An expert's tokens come from this EP group alone, so that their number is known where the pool
+    # has no other.
     each = chosen_eK.shape[1] if groups.pool_owners.size == 1 else None
     return Choice(Routing(mask_TE, received_re=mine.sum(dim=1), each=each), observed)

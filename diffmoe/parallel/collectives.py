@@ -1,7 +1,8 @@
 """Collectives over a :class:`Group`; every one is a no-op for a group of one rank.
 
-All are torch's functional collectives, which return new tensors: selective recompute may keep those.  Keeping an in-place
-collective keeps its handle and not what it wrote, and gives wrong gradients silently.  They are called as
+All are torch's functional collectives, which return new tensors: selective recompute may keep
+those.  Keeping an in-place collective keeps its handle and not what it wrote, and gives wrong
+gradients silently.  They are called as
 operators: those have the same names from torch 2.11 to 2.13, the functions around them have not.
 """
 
@@ -22,18 +23,30 @@ from diffmoe.parallel.groups import Group
 
 _functional = torch.ops._c10d_functional
 # The operators of all that follows, but for objects; recompute can keep what they bring.
-OPERATORS = [op.default for op in (_functional.all_to_all_single, _functional.all_gather_into_tensor,
-                                   _functional.all_reduce, _functional.wait_tensor)]
+OPERATORS = [
+    op.default
+    for op in (
+        _functional.all_to_all_single,
+        _functional.all_gather_into_tensor,
+        _functional.all_reduce,
+        _functional.wait_tensor,
+    )
+]
 EXIT_LOST = 75  # sysexits' "temporary failure": the same command resumes from the last checkpoint
-# gloo has no type of its own: its messages on connections begin with the line of its source, its stores say a few words.
-_LOST_PEER = re.compile(r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] |Wait timeout$|Timeout waiting for key: |Read error: Connection reset by peer"
-                        r"|(\[[^]]*Rank \d+\] )?(NCCL communicator was aborted|Watchdog caught collective operation timeout)")
+# gloo has no type of its own: its messages on connections begin with the line of its source, its
+# stores say a few words.
+_LOST_PEER = re.compile(
+    r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] |Wait timeout$|Timeout waiting for key: |Read error: Connection reset by peer"
+    r"|(\[[^]]*Rank \d+\] )?(NCCL communicator was aborted|Watchdog caught collective operation timeout)"
+)
 # NCCL's one type is for all that it complains of.
 _OWN_FAULT = re.compile(r"ncclInvalidUsage|ncclInvalidArgument|out of memory")
 
 
 class _Exchange:
-    """An all-to-all of rows: ``send[r]`` of them go to rank r of the group, ``receive[r]`` come from it."""
+    """An all-to-all of rows: ``send[r]`` of them go to rank r of the group, ``receive[r]`` come
+    from it.
+    """
 
     def __init__(self, send: list[int] | None, receive: list[int] | None, group: Group) -> None:
         self.send, self.receive, self.group = send, receive, group
@@ -48,10 +61,13 @@ class Travelling:
     exchange: _Exchange
 
 
-def send_rows(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group) -> Travelling:
-    """Begins a differentiable all-to-all of the first dimension: ``send[r]`` rows go to rank r of the group,
-    ``receive[r]`` come from it, in rank order; None for both: equal shares.  Every rank of the group must call it, also with
-    no rows, and backward sends the gradients the other way."""
+def send_rows(
+    rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group
+) -> Travelling:
+    """Begins a differentiable all-to-all of the first dimension: ``send[r]`` rows go to rank r of
+    the group, ``receive[r]`` come from it, in rank order; None for both: equal shares.  Every rank
+    of the group must call it, also with no rows, and backward sends the gradients the other way.
+    """
     exchange = _Exchange(send, receive, group)
     if group.size == 1:
         return Travelling(rows, exchange)
@@ -60,8 +76,10 @@ def send_rows(rows: Tensor, send: list[int] | None, receive: list[int] | None, g
 
 
 def arrived(coming: Travelling) -> Tensor:
-    """The rows once they are here, in rank order.  Whatever lies between sending and this computes while they travel; in
-    backward too, where this sends the gradients off and ``send_rows`` waits for them."""
+    """The rows once they are here, in rank order.  Whatever lies between sending and this computes
+    while they travel; in backward too, where this sends the gradients off and ``send_rows`` waits
+    for them.
+    """
     group = coming.exchange.group
     if group.size == 1:
         return coming.rows
@@ -97,7 +115,9 @@ class _Arrive(torch.autograd.Function):
 def _begin(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group) -> Tensor:
     """All-to-all in a new tensor, not waited for."""
     each = [len(rows) // group.size] * group.size
-    return _functional.all_to_all_single(rows.contiguous(), receive or each, send or each, group.handle.group_name)
+    return _functional.all_to_all_single(
+        rows.contiguous(), receive or each, send or each, group.handle.group_name
+    )
 
 
 @torch.library.custom_op("diffmoe::read_by_host", mutates_args=())
@@ -111,8 +131,9 @@ def _(numbers: Tensor) -> Tensor:
 
 
 def read_by_host(numbers: Tensor) -> list[int]:
-    """The values of a small integer tensor: the host waits for the device.  An operator of its own, so that recompute can
-    keep what was read, and a count can see it."""
+    """The values of a small integer tensor: the host waits for the device.  An operator of its own,
+    so that recompute can keep what was read, and a count can see it.
+    """
     return _copied_to_host(numbers).tolist()
 
 
@@ -130,7 +151,9 @@ def gather_stack(part: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return part.unsqueeze(0)
     with group.trace.inside("all-gather", group.ranks):
-        gathered = _functional.all_gather_into_tensor(part.detach().reshape(-1), group.size, group.handle.group_name)
+        gathered = _functional.all_gather_into_tensor(
+            part.detach().reshape(-1), group.size, group.handle.group_name
+        )
         flat = _functional.wait_tensor(gathered)
     return flat.view(group.size, *part.shape)
 
@@ -163,25 +186,34 @@ class AgreedError(UserError):
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an exception is how torch says that another rank has gone, or does not answer: by type where torch has one.  Of
-    plain RuntimeErrors only those that begin as gloo's and NCCL's own do, wherever else a message names them."""
+    """Whether an exception is how torch says that another rank has gone, or does not answer: by
+    type where torch has one.  Of plain RuntimeErrors only those that begin as gloo's and NCCL's own
+    do, wherever else a message names them.
+    """
     if isinstance(error, dist.DistError):
         return _OWN_FAULT.search(str(error)) is None
     return type(error) is RuntimeError and _LOST_PEER.match(str(error)) is not None
 
 
 def raise_together(error: Exception | None, group: Group) -> None:
-    """Raises AgreedError on every rank when any rank holds an error, with the first such rank's message.
+    """Raises AgreedError on every rank when any rank holds an error, with the first such rank's
+    message.
 
-    For set-up steps that can fail on one node only (a missing shard, a full disk): nobody is left waiting."""
+    For set-up steps that can fail on one node only (a missing shard, a full disk): nobody is left
+    waiting.
+    """
     message = first_complaint(gather_objects(None if error is None else str(error), group), group)
     if message is not None:
         raise AgreedError(message) from error
 
 
 def first_complaint(messages: Sequence[str | None], group: Group) -> str | None:
-    """What to say when every rank gave a message or None: the first, and whose it is unless all had one."""
-    found = [(rank, text) for rank, text in zip(group.ranks, messages, strict=True) if text is not None]
+    """What to say when every rank gave a message or None: the first, and whose it is unless all had
+    one.
+    """
+    found = [
+        (rank, text) for rank, text in zip(group.ranks, messages, strict=True) if text is not None
+    ]
     if not found:
         return None
     rank, text = found[0]

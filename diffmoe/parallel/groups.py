@@ -1,8 +1,9 @@
 """The rank grid as pure functions, and the process groups made from it.
 
-Expert-parallel (EP) groups are consecutive ranks; an expert-data-parallel (EDP) group holds the ranks that own the same
-experts.  A pool group is the smallest set of consecutive ranks that holds whole pools and whole EP groups; inside it the
-pool-owner groups are the ranks that own the same experts.
+Expert-parallel (EP) groups are consecutive ranks; an expert-data-parallel (EDP) group holds the
+ranks that own the same experts.  A pool group is the smallest set of consecutive ranks that holds
+whole pools and whole EP groups; inside it the pool-owner groups are the ranks that own the same
+experts.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from diffmoe.parallel.trace import Trace
 class Group:
     """Some ranks and this rank's place among them.
 
-    ``trace`` is where this rank's collectives leave a note; the groups of a grid share one.  ``existing``: torch's
-    handle, if it was made by somebody else.  ``name`` is for torch's log; ``timeout`` is that of collectives."""
+    ``trace`` is where this rank's collectives leave a note; the groups of a grid share one.
+    ``existing``: torch's handle, if it was made by somebody else.  ``name`` is for torch's log;
+    ``timeout`` is that of collectives.
+    """
 
     ranks: tuple[int, ...]
     index: int
@@ -36,13 +39,19 @@ class Group:
 
     @cached_property
     def handle(self) -> dist.ProcessGroup:
-        """torch's handle, created where it is first asked for, at the same place on all ranks of the world: only members
-        take part, but where a device is bound NCCL splits the world's communicator and waits for everybody.  Every rank
-        is in exactly one group of a grid, so each makes one, and they are one split."""
+        """torch's handle, created where it is first asked for, at the same place on all ranks of
+        the world: only members take part, but where a device is bound NCCL splits the world's
+        communicator and waits for everybody.  Every rank is in exactly one group of a grid, so each
+        makes one, and they are one split.
+        """
         if self.existing is not None:
             return self.existing
-        return dist.new_group(list(self.ranks), timeout=self.timeout, use_local_synchronization=True,
-                              group_desc=self.name)
+        return dist.new_group(
+            list(self.ranks),
+            timeout=self.timeout,
+            use_local_synchronization=True,
+            group_desc=self.name,
+        )
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,13 @@ def single_process() -> ParallelGroups:
 
 
 def build_groups(ep: int, pool_ranks: int, timeout: timedelta | None = None) -> ParallelGroups:
-    """This rank's groups, after ``init_process_group``; torch's handles are made when they are used.
+    """This rank's groups, after ``init_process_group``; torch's handles are made when they are
+    used.
 
-    ``pool_ranks`` is 1 (pools inside a rank) or a multiple of ``ep`` (see ``layout.resolve_layout``).  ``timeout`` is for
-    their collectives; new groups do not take it from the world (None: torch's 30 minutes)."""
+    ``pool_ranks`` is 1 (pools inside a rank) or a multiple of ``ep`` (see
+    ``layout.resolve_layout``).  ``timeout`` is for their collectives; new groups do not take it
+    from the world (None: torch's 30 minutes).
+    """
     world, rank, trace = dist.get_world_size(), dist.get_rank(), Trace()
     everybody = tuple(range(world))
     known = {everybody: Group(everybody, rank, dist.group.WORLD, trace, "world")}

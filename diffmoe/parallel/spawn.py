@@ -1,8 +1,8 @@
 """Ranks as child processes of this one: for the parity table, the tests and small local jobs.
 
-The ranks meet through a file, never a port, compute on one thread each, and live for as many calls as wanted: importing
-torch and DeepSpeed costs seconds, a call milliseconds.  A rank that fails or hangs takes the whole world with it; the
-next call starts a fresh one.
+The ranks meet through a file, never a port, compute on one thread each, and live for as many calls
+as wanted: importing torch and DeepSpeed costs seconds, a call milliseconds.  A rank that fails or
+hangs takes the whole world with it; the next call starts a fresh one.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ import torch.distributed as dist
 from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import is_lost_peer
 
-_MOMENT = 2.0  # seconds by which the news of a rank that fails may come after those of the ranks that lose it
+# seconds by which the news of a rank that fails may come after those of the ranks that lose it
+_MOMENT = 2.0
 
 
 class RankError(RuntimeError):
-    """A rank raised, died or did not answer.  ``rank`` is the first of them, ``kind`` its exception's class name
-    (``TimeoutError`` for one that hung), ``reason`` that exception's message; ``lost_peer``: it only lost another rank."""
+    """A rank raised, died or did not answer.  ``rank`` is the first of them, ``kind`` its
+    exception's class name (``TimeoutError`` for one that hung), ``reason`` that exception's
+    message; ``lost_peer``: it only lost another rank.
+    """
 
-    def __init__(self, rank: int, kind: str, reason: str, trace: str = "", lost_peer: bool = False) -> None:
+    def __init__(
+        self, rank: int, kind: str, reason: str, trace: str = "", lost_peer: bool = False
+    ) -> None:
         super().__init__(f"rank {rank}: {kind}: {reason}" + (f"\n{trace}" if trace else ""))
         self.rank, self.kind, self.reason, self.lost_peer = rank, kind, reason, lost_peer
 
@@ -53,10 +58,12 @@ class Ranks:
         self._folder: tempfile.TemporaryDirectory | None = None
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """``function(*args)`` on every rank, which is importable by name; the ranks' results in order.
+        """``function(*args)`` on every rank, which is importable by name; the ranks' results in
+        order.
 
-        Raises RankError when a rank raises, dies, or has not answered after ``timeout`` seconds; the others are
-        then ended, since they may be waiting for it."""
+        Raises RankError when a rank raises, dies, or has not answered after ``timeout`` seconds;
+        the others are then ended, since they may be waiting for it.
+        """
         if not self._processes:
             self._start()
         payload = pickle.dumps((function, args))
@@ -78,8 +85,12 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, daemon=True, name=f"rank-{rank}",
-                                      args=(rank, self.world, store, self.device, self.timeout, theirs))
+            process = context.Process(
+                target=_serve,
+                daemon=True,
+                name=f"rank-{rank}",
+                args=(rank, self.world, store, self.device, self.timeout, theirs),
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -92,8 +103,11 @@ class Ranks:
             waiting = {c: rank for rank, c in enumerate(self._connections) if rank not in results}
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise RankError(min(waiting.values()), "TimeoutError",
-                                f"no answer after {self.timeout:g} s from ranks {sorted(waiting.values())}")
+                raise RankError(
+                    min(waiting.values()),
+                    "TimeoutError",
+                    f"no answer after {self.timeout:g} s from ranks {sorted(waiting.values())}",
+                )
             for rank, connection in sorted((waiting[c], c) for c in ready):
                 try:
                     results[rank] = _answer(rank, connection)
@@ -125,8 +139,12 @@ class Ranks:
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None,
-                 _trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -134,7 +152,9 @@ class Ranks:
 
 
 def _cause(first: RankError, others: dict[Connection, int]) -> RankError:
-    """The failure to tell of: that of a rank which only lost another may be the first to arrive, a moment before the other's."""
+    """The failure to tell of: that of a rank which only lost another may be the first to arrive, a
+    moment before the other's.
+    """
     deadline = time.monotonic() + _MOMENT
     while first.lost_peer and others:
         ready = wait(list(others), timeout=max(0.0, deadline - time.monotonic()))
@@ -159,9 +179,12 @@ def _answer(rank: int, connection: Connection) -> Any:
     return value
 
 
-def _serve(rank: int, world: int, store: str, device: str, timeout: float, connection: Connection) -> None:
-    """A rank's life: join, answer calls until the parent hangs up, leave together.  A failure ends it, because the
-    other ranks may be inside a collective that this one will never join."""
+def _serve(
+    rank: int, world: int, store: str, device: str, timeout: float, connection: Connection
+) -> None:
+    """A rank's life: join, answer calls until the parent hangs up, leave together.  A failure ends
+    it, because the other ranks may be inside a collective that this one will never join.
+    """
     good = True
     joined = False
     while good:
@@ -174,11 +197,17 @@ def _serve(rank: int, world: int, store: str, device: str, timeout: float, conne
                 _join(rank, world, store, device, timeout)
                 joined = True
             function, args = pickle.loads(payload)
-            # Bytes, not Connection.send: that would put tensors into shared memory, which dies with this process.
+            # Bytes, not Connection.send: that would put tensors into shared memory, which dies with
+            # this process.
             answer = pickle.dumps((True, function(*args)))
         except BaseException as error:
             good = False
-            answer = pickle.dumps((False, (type(error).__name__, str(error), traceback.format_exc(), is_lost_peer(error))))
+            answer = pickle.dumps(
+                (
+                    False,
+                    (type(error).__name__, str(error), traceback.format_exc(), is_lost_peer(error)),
+                )
+            )
         sys.stdout.flush()
         connection.send_bytes(answer)
     if good and joined:
@@ -188,10 +217,21 @@ def _serve(rank: int, world: int, store: str, device: str, timeout: float, conne
 
 
 def _join(rank: int, world: int, store: str, device: str, timeout: float) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-                      OMP_NUM_THREADS="1", DS_ACCELERATOR=device)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR=device,
+    )
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{store}", rank=rank,
-                            world_size=world, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout),
+    )

@@ -1,4 +1,6 @@
-"""Where a rank is: noted by its main thread, told by the watchdog's thread.  Knows nothing of torch's collectives."""
+"""Where a rank is: noted by its main thread, told by the watchdog's thread.  Knows nothing of
+torch's collectives.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,13 @@ from typing import Any
 
 @dataclass
 class Trace:
-    """A few words and a count that grows with each of them; writing one costs less than a microsecond.
+    """A few words and a count that grows with each of them; writing one costs less than a
+    microsecond.
 
-    ``waiting`` says that the main thread is inside ``collective``; on a GPU a collective returns at once and the thread waits
-    later, so there it only says what was issued last.  ``warm``: the first optimizer step is done."""
+    ``waiting`` says that the main thread is inside ``collective``; on a GPU a collective returns at
+    once and the thread waits later, so there it only says what was issued last.  ``warm``: the
+    first optimizer step is done.
+    """
 
     step: int = 0
     phase: str = "start"
@@ -36,7 +41,9 @@ class Trace:
 
     @contextmanager
     def inside(self, collective: str, ranks: tuple[int, ...]) -> Iterator[None]:
-        """Around a collective over ``ranks``.  An error leaves it noted as the one that the thread is inside of."""
+        """Around a collective over ``ranks``.  An error leaves it noted as the one that the thread
+        is inside of.
+        """
         self.collective, self.waiting = f"{collective} of ranks {shortened(ranks)}", True
         self.count += 1
         yield
@@ -49,4 +56,6 @@ class Trace:
 
 def shortened(ranks: tuple[int, ...]) -> str:
     """``0, 1, 2, 3``; of more than eight the first, the second and the last."""
-    return ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}, {ranks[1]}, … {ranks[-1]}"
+    return (
+        ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}, {ranks[1]}, … {ranks[-1]}"
+    )

@@ -1,7 +1,9 @@
-"""Counts what goes over the network: bytes and messages by collective, layer and purpose, on this rank, during real steps.
+"""Counts what goes over the network: bytes and messages by collective, layer and purpose, on this
+rank, during real steps.
 
-A :class:`CommunicationCount` is a context manager around whatever is to be counted.  It sees every collective where torch
-dispatches it, ours (functional) and DeepSpeed's (in place) alike, in forward, backward and recomputation.  It slows a step
+A :class:`CommunicationCount` is a context manager around whatever is to be counted.  It sees every
+collective where torch dispatches it, ours (functional) and DeepSpeed's (in place) alike, in
+forward, backward and recomputation.  It slows a step
 down: count and time different steps.
 """
 
@@ -17,7 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _pop_mode,
+    _push_mode,
+)
 
 _FUNCTIONAL, _IN_PLACE = "_c10d_functional", "c10d"
 # Operator -> (collective, argument that holds what this rank puts in).
@@ -41,9 +48,10 @@ _QUIET = {"wait_tensor", "_wrap_tensor_autograd", "barrier"}  # move nothing by 
 
 @dataclass(frozen=True, order=True)
 class Kind:
-    """What a message was: ``collective``; ``layer``, a mixture's name, or "" outside; ``purpose``: scores, mask, counts,
-    dispatch, combine, owners, balance (in a mixture), gradients, parameters, norm, statistics (outside); ``phase``: forward,
-    backward, recompute, step."""
+    """What a message was: ``collective``; ``layer``, a mixture's name, or "" outside; ``purpose``:
+    scores, mask, counts, dispatch, combine, owners, balance (in a mixture), gradients, parameters,
+    norm, statistics (outside); ``phase``: forward, backward, recompute, step.
+    """
 
     collective: str
     layer: str
@@ -53,8 +61,9 @@ class Kind:
 
 @dataclass
 class Amount:
-    """``messages``: collectives that this rank took part in.  ``payload``: bytes it put in, its own part included.
-    ``wire``: bytes that had to leave it, see :func:`wire_bytes`."""
+    """``messages``: collectives that this rank took part in.  ``payload``: bytes it put in, its own
+    part included. ``wire``: bytes that had to leave it, see :func:`wire_bytes`.
+    """
 
     messages: int = 0
     payload: int = 0
@@ -62,11 +71,13 @@ class Amount:
 
 
 def wire_bytes(collective: str, payload: int, ranks: int) -> int:
-    """The fewest bytes that leave a rank, on average, for a collective of ``ranks`` whose input there is ``payload`` bytes.
+    """The fewest bytes that leave a rank, on average, for a collective of ``ranks`` whose input
+    there is ``payload`` bytes.
 
-    All-to-all of equal parts and reduce-scatter: all but the own part.  All-gather: the own part to each other rank.
-    All-reduce: a reduce-scatter and an all-gather of the result (Patarasuk & Yuan 2009).  Reduce, broadcast: once through
-    everybody but the last."""
+    All-to-all of equal parts and reduce-scatter: all but the own part.  All-gather: the own part to
+    each other rank. All-reduce: a reduce-scatter and an all-gather of the result (Patarasuk & Yuan
+    2009).  Reduce, broadcast: once through everybody but the last.
+    """
     others = ranks - 1
     if collective == "all_gather":
         return payload * others
@@ -85,7 +96,9 @@ class CommunicationCount(TorchDispatchMode):
         self.amounts: dict[Kind, Amount] = defaultdict(Amount)
         self._mixtures = list(mixtures)
         self._layer, self._rows = "", ""
-        self._arrived_by_node: dict[int, tuple[str, str]] = {}  # autograd's number of an arrival -> layer, purpose
+        self._arrived_by_node: dict[
+            int, tuple[str, str]
+        ] = {}  # autograd's number of an arrival -> layer, purpose
         self._handles: list[Any] = []
 
     def __enter__(self) -> CommunicationCount:
@@ -93,7 +106,8 @@ class CommunicationCount(TorchDispatchMode):
             self._handles += [
                 layer.register_forward_pre_hook(lambda *_, name=name: self._at(name, "dispatch")),
                 layer.register_forward_hook(lambda *_: self._at("", "")),
-                experts.register_forward_pre_hook(lambda *_, name=name: self._at(name, "combine"))]
+                experts.register_forward_pre_hook(lambda *_, name=name: self._at(name, "combine")),
+            ]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -105,7 +119,9 @@ class CommunicationCount(TorchDispatchMode):
     def _at(self, layer: str, rows: str) -> None:
         self._layer, self._rows = layer, rows
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if function.namespace in (_FUNCTIONAL, _IN_PLACE):
             self._note(function, args)
         return function(*args, **(kwargs or {}))
@@ -113,7 +129,8 @@ class CommunicationCount(TorchDispatchMode):
     def _note(self, function: Any, args: tuple) -> None:
         packet = function.overloadpacket.__name__
         if packet == "wait_tensor" and self._rows and torch._C._current_autograd_node() is None:
-            # Where rows arrive their gradients leave in backward: by a node that was made just before this was called.
+            # Where rows arrive their gradients leave in backward: by a node that was made just
+            # before this was called.
             self._arrived_by_node[torch.autograd._get_sequence_nr() - 1] = (self._layer, self._rows)
         if packet in _QUIET:
             return
@@ -130,13 +147,19 @@ class CommunicationCount(TorchDispatchMode):
             sends = args[2] if function.namespace == _FUNCTIONAL else args[4]
             wire = payload - _own_bytes(tensors[0], sends, group)
         amount = self.amounts[self._kind(function.namespace, collective, tensors[0])]
-        amount.messages, amount.payload, amount.wire = amount.messages + 1, amount.payload + payload, amount.wire + wire
+        amount.messages, amount.payload, amount.wire = (
+            amount.messages + 1,
+            amount.payload + payload,
+            amount.wire + wire,
+        )
 
     def _kind(self, namespace: str, collective: str, tensor: Tensor) -> Kind:
         node = torch._C._current_autograd_node()
         if self._layer:
             purpose = self._purpose_in_layer(collective, tensor)
-            return Kind(collective, self._layer, purpose, "forward" if node is None else "recompute")
+            return Kind(
+                collective, self._layer, purpose, "forward" if node is None else "recompute"
+            )
         if collective == "all_to_all" and node is not None:
             layer, purpose = self._arrived_by_node.get(node._sequence_nr(), ("", "rows"))
             return Kind(collective, layer, purpose, "backward")
@@ -163,9 +186,14 @@ class CommunicationCount(TorchDispatchMode):
         return [{**vars(kind), **vars(self.amounts[kind])} for kind in sorted(self.amounts)]
 
     def total(self, field: str, **wanted: str) -> int:
-        """Sum of ``messages``, ``payload`` or ``wire`` over the kinds whose fields equal ``wanted``."""
-        return sum(getattr(amount, field) for kind, amount in self.amounts.items()
-                   if all(getattr(kind, name) == value for name, value in wanted.items()))
+        """Sum of ``messages``, ``payload`` or ``wire`` over the kinds whose fields equal
+        ``wanted``.
+        """
+        return sum(
+            getattr(amount, field)
+            for kind, amount in self.amounts.items()
+            if all(getattr(kind, name) == value for name, value in wanted.items())
+        )
 
 
 def _flat(value: Any) -> list[Tensor]:
@@ -175,10 +203,14 @@ def _flat(value: Any) -> list[Tensor]:
 
 
 def _group(namespace: str, args: tuple) -> dist.ProcessGroup:
-    """The process group among a collective's arguments: a name, always the last one, or torch's boxed handle."""
+    """The process group among a collective's arguments: a name, always the last one, or torch's
+    boxed handle.
+    """
     if namespace == _FUNCTIONAL:
         return _resolve_process_group(args[-1])
-    boxed = next(a for a in args if isinstance(a, torch.ScriptObject) and a._type().name() == "ProcessGroup")
+    boxed = next(
+        a for a in args if isinstance(a, torch.ScriptObject) and a._type().name() == "ProcessGroup"
+    )
     return dist.ProcessGroup.unbox(boxed)
 
 
@@ -190,7 +222,9 @@ def _own_bytes(tensor: Tensor, sends: Sequence[int], group: dist.ProcessGroup) -
 
 @contextmanager
 def only_counting() -> Iterator[None]:
-    """Without any of torch's dispatch modes but a CommunicationCount: hides what is done inside from recompute's."""
+    """Without any of torch's dispatch modes but a CommunicationCount: hides what is done inside
+    from recompute's.
+    """
     with _disable_current_modes() as modes:
         counting = [mode for mode in modes if isinstance(mode, CommunicationCount)]
         for mode in counting:

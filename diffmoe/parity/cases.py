@@ -1,8 +1,8 @@
 """The rows of the parity table: which layouts, and the recipe that makes the comparison sharp.
 
-Adam's eps is 1e-3: with the usual 1e-8 the first update is lr * sign(g), which turns rounding of a zero gradient into a
-whole step.  Learning rate and weight decay are large, so that every tensor moves by much more than its own rounding.
-Clipping bites at every step.
+Adam's eps is 1e-3: with the usual 1e-8 the first update is lr * sign(g), which turns rounding of a
+zero gradient into a whole step.  Learning rate and weight decay are large, so that every tensor
+moves by much more than its own rounding. Clipping bites at every step.
 """
 
 from __future__ import annotations
@@ -18,28 +18,57 @@ RECOMPUTE = ("none", "block", "selective")
 WORLDS = (1, 2, 4)
 VARIANTS: dict[str, tuple[str, ...]] = {
     "diffmoe": (),
-    "rich": ("moe.activation=swiglu", "moe.shared_experts=1", "model.qk_norm=true", "moe.interleave=true",
-             "model.depth=4", "moe.capacity=1.5"),
+    "rich": (
+        "moe.activation=swiglu",
+        "moe.shared_experts=1",
+        "model.qk_norm=true",
+        "moe.interleave=true",
+        "model.depth=4",
+        "moe.capacity=1.5",
+    ),
     "tc": ("model.family=tc", "moe.top_k=2"),
-    "tc-all": ("model.family=tc", "moe.top_k=4"),  # every expert takes every token: no decision that bf16's rounding could turn
+    "tc-all": (
+        "model.family=tc",
+        "moe.top_k=4",
+    ),  # every expert takes every token: no decision that bf16's rounding could turn
     "ec": ("model.family=ec",),
     "dense": ("model.family=dense",),
-    "ddpm": ("diffusion.process=ddpm", "diffusion.time_sampling=uniform", "diffusion.time_scale=1", "sample.sampler=ancestral"),
+    "ddpm": (
+        "diffusion.process=ddpm",
+        "diffusion.time_sampling=uniform",
+        "diffusion.time_scale=1",
+        "sample.sampler=ancestral",
+    ),
 }
 _COMMON = (
-    "model.input_size=8", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_ratio=2", "model.classes=10",
-    "moe.experts=4", "moe.interleave=false", "moe.threshold_decay=0.5", "moe.balance_weight=0.1",
-    "train.lr=0.1", "train.eps=1e-3", "train.weight_decay=0.5", "train.clip=0.5", "train.ema=0.25",
+    "model.input_size=8",
+    "model.width=32",
+    "model.depth=2",
+    "model.heads=2",
+    "model.mlp_ratio=2",
+    "model.classes=10",
+    "moe.experts=4",
+    "moe.interleave=false",
+    "moe.threshold_decay=0.5",
+    "moe.balance_weight=0.1",
+    "train.lr=0.1",
+    "train.eps=1e-3",
+    "train.weight_decay=0.5",
+    "train.clip=0.5",
+    "train.ema=0.25",
     "train.label_drop=0.3",
-    "sample.steps=2", "sample.batch=3",
-    "train.sample_every=1",  # the EMA's weights are in the model's place for a pass after every step
+    "sample.steps=2",
+    "sample.batch=3",
+    # the EMA's weights are in the model's place for a pass after every step
+    "train.sample_every=1",
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row.  ``pool`` is what the configuration says, a word or samples; ``words``: other words for the same.  ``overlap``:
-    gradients are reduced in many small buckets while backward runs."""
+    """One row.  ``pool`` is what the configuration says, a word or samples; ``words``: other words
+    for the same.  ``overlap``: gradients are reduced in many small buckets while backward runs.
+    """
 
     world: int
     ep: int
@@ -57,17 +86,30 @@ class Case:
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
         """The configuration of this row.  Raises UserError where the numbers do not fit."""
-        return load_config(None, [
-            *_COMMON, f"run.seed={seed}", f"parallel.ep={self.ep}", f"parallel.recompute={self.recompute}",
-            f"moe.pool={self.pool}", f"train.batch={self.batch}", f"train.accumulation={self.accumulation}",
-            f"train.steps={steps}", f"train.compile={str(self.compiled).lower()}",
-            f"sample.routing={self.routing}", *VARIANTS[self.variant]])
+        return load_config(
+            None,
+            [
+                *_COMMON,
+                f"run.seed={seed}",
+                f"parallel.ep={self.ep}",
+                f"parallel.recompute={self.recompute}",
+                f"moe.pool={self.pool}",
+                f"train.batch={self.batch}",
+                f"train.accumulation={self.accumulation}",
+                f"train.steps={steps}",
+                f"train.compile={str(self.compiled).lower()}",
+                f"sample.routing={self.routing}",
+                *VARIANTS[self.variant],
+            ],
+        )
 
     def deepspeed(self) -> dict:
         """The DeepSpeed JSON of this row."""
         stage = {"stage": self.zero}
         if self.zero == 3:
-            stage["stage3_param_persistence_threshold"] = 0  # else tensors as small as these would never be sharded
+            stage["stage3_param_persistence_threshold"] = (
+                0  # else tensors as small as these would never be sharded
+            )
         if self.overlap:
             stage |= {"overlap_comm": True, "reduce_bucket_size": 5000}
         zero = {"zero_optimization": stage}
@@ -80,40 +122,98 @@ class Case:
 
     @property
     def label(self) -> str:
-        return (f"world {self.world}, ep {self.ep}, zero {self.zero}, {self.recompute}, accumulation "
-                f"{self.accumulation}, pool {self.words or self.pool}, {self.kind}")
+        return (
+            f"world {self.world}, ep {self.ep}, zero {self.zero}, {self.recompute}, accumulation "
+            f"{self.accumulation}, pool {self.words or self.pool}, {self.kind}"
+        )
 
     @property
     def kind(self) -> str:
-        return self.variant + " bf16" * (self.precision == "bf16") + " compiled" * self.compiled + " overlap" * self.overlap
+        return (
+            self.variant
+            + " bf16" * (self.precision == "bf16")
+            + " compiled" * self.compiled
+            + " overlap" * self.overlap
+        )
 
 
 def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
-    """Every legal combination of the published family, and the other families and options at every ZeRO stage."""
+    """Every legal combination of the published family, and the other families and options at every
+    ZeRO stage.
+    """
     cases = []
     for world, ep in _grids(worlds):
         for pool, words in _pools(world, ep):
-            cases += [Case(world, ep, zero, recompute, accumulation, pool, 16, words=words)
-                      for zero in range(4) for recompute in RECOMPUTE for accumulation in (1, 2)]
-        for i, (variant, pool) in enumerate([("rich", "global"), ("tc", "global"), ("tc", "rank"), ("ec", "1"),
-                                             ("dense", "1"), ("ddpm", "global")]):
+            cases += [
+                Case(world, ep, zero, recompute, accumulation, pool, 16, words=words)
+                for zero in range(4)
+                for recompute in RECOMPUTE
+                for accumulation in (1, 2)
+            ]
+        for i, (variant, pool) in enumerate(
+            [
+                ("rich", "global"),
+                ("tc", "global"),
+                ("tc", "rank"),
+                ("ec", "1"),
+                ("dense", "1"),
+                ("ddpm", "global"),
+            ]
+        ):
             if variant != "dense" or ep == 1:
-                cases += [Case(world, ep, zero, RECOMPUTE[(zero + i + ep) % 3], 1 + (zero + i + ep // 2) % 2, pool, 16,
-                               variant) for zero in range(4)]
-        cases += [Case(world, ep, zero, RECOMPUTE[(zero + ep) % 3], 1 + zero % 2, pool, 3 * world * (1 + zero % 2))
-                  for pool in _uneven_pools(world) for zero in range(4)]
+                cases += [
+                    Case(
+                        world,
+                        ep,
+                        zero,
+                        RECOMPUTE[(zero + i + ep) % 3],
+                        1 + (zero + i + ep // 2) % 2,
+                        pool,
+                        16,
+                        variant,
+                    )
+                    for zero in range(4)
+                ]
+        cases += [
+            Case(
+                world,
+                ep,
+                zero,
+                RECOMPUTE[(zero + ep) % 3],
+                1 + zero % 2,
+                pool,
+                3 * world * (1 + zero % 2),
+            )
+            for pool in _uneven_pools(world)
+            for zero in range(4)
+        ]
         cases += [Case(world, ep, zero, "none", 2, "1", 16, precision="bf16") for zero in (1, 2, 3)]
         if world > 1:
             for zero, accumulation in ((1, 1), (1, 2), (2, 1), (2, 2)):
-                cases += [Case(world, ep, zero, RECOMPUTE[zero - 1], accumulation, "rank", 16, variant, precision=precision, overlap=True)
-                          for variant, precision in (("diffmoe", "fp32"), ("tc-all", "bf16"))]
+                cases += [
+                    Case(
+                        world,
+                        ep,
+                        zero,
+                        RECOMPUTE[zero - 1],
+                        accumulation,
+                        "rank",
+                        16,
+                        variant,
+                        precision=precision,
+                        overlap=True,
+                    )
+                    for variant, precision in (("diffmoe", "fp32"), ("tc-all", "bf16"))
+                ]
         if ep == 1:  # counts that the host must ask for: where a GPU has it, the grouped matmul
             cases.append(Case(world, ep, 1, "none", 1, "rank", 16, "tc-all", precision="bf16"))
     return cases
 
 
 def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
-    """A minute's worth: each value of each axis, most pairs, and 4 ranks with EP 2 at every ZeRO stage."""
+    """A minute's worth: each value of each axis, most pairs, and 4 ranks with EP 2 at every ZeRO
+    stage.
+    """
     cases = [
         Case(1, 1, 0, "block", 1, "global", 16),
         Case(1, 1, 3, "selective", 2, "8", 16, "rich"),
@@ -143,25 +243,39 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
 
 
 def compiled_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
-    """Minutes: ``train.compile`` with every family, form of recompute and stage that it takes, as a whole and in parts."""
+    """Minutes: ``train.compile`` with every family, form of recompute and stage that it takes, as a
+    whole and in parts.
+    """
     cases = [
-        Case(1, 1, 0, "none", 1, "rank", 8, routing="static"), Case(1, 1, 1, "block", 2, "2", 8),
-        Case(1, 1, 2, "selective", 1, "rank", 8, routing="batch"), Case(1, 1, 1, "selective", 2, "1", 16, precision="bf16"),
-        Case(1, 1, 1, "none", 1, "rank", 8, "dense"), Case(1, 1, 2, "selective", 1, "1", 8, "dense"),
-        Case(1, 1, 1, "selective", 1, "1", 8, "ec"), Case(1, 1, 0, "block", 1, "rank", 8, "tc"),
-        Case(1, 1, 1, "selective", 1, "rank", 8, "tc"), Case(1, 1, 1, "selective", 1, "rank", 8, "rich"),
+        Case(1, 1, 0, "none", 1, "rank", 8, routing="static"),
+        Case(1, 1, 1, "block", 2, "2", 8),
+        Case(1, 1, 2, "selective", 1, "rank", 8, routing="batch"),
+        Case(1, 1, 1, "selective", 2, "1", 16, precision="bf16"),
+        Case(1, 1, 1, "none", 1, "rank", 8, "dense"),
+        Case(1, 1, 2, "selective", 1, "1", 8, "dense"),
+        Case(1, 1, 1, "selective", 1, "1", 8, "ec"),
+        Case(1, 1, 0, "block", 1, "rank", 8, "tc"),
+        Case(1, 1, 1, "selective", 1, "rank", 8, "tc"),
+        Case(1, 1, 1, "selective", 1, "rank", 8, "rich"),
         Case(1, 1, 0, "none", 1, "rank", 8, "ddpm"),
-        Case(2, 2, 1, "selective", 2, "global", 16), Case(2, 1, 2, "none", 1, "global", 16),
+        Case(2, 2, 1, "selective", 2, "global", 16),
+        Case(2, 1, 2, "none", 1, "global", 16),
         Case(2, 2, 0, "block", 1, "rank", 16, routing="static"),
-        Case(4, 2, 1, "none", 1, "rank", 16), Case(4, 2, 2, "selective", 2, "global", 16), Case(4, 2, 0, "block", 1, "group", 16),
-        Case(4, 2, 1, "selective", 1, "global", 16, "tc"), Case(4, 2, 2, "block", 2, "1", 16, "ec"),
-        Case(4, 2, 1, "selective", 1, "rank", 16, "rich"), Case(4, 1, 2, "block", 1, "global", 16),
+        Case(4, 2, 1, "none", 1, "rank", 16),
+        Case(4, 2, 2, "selective", 2, "global", 16),
+        Case(4, 2, 0, "block", 1, "group", 16),
+        Case(4, 2, 1, "selective", 1, "global", 16, "tc"),
+        Case(4, 2, 2, "block", 2, "1", 16, "ec"),
+        Case(4, 2, 1, "selective", 1, "rank", 16, "rich"),
+        Case(4, 1, 2, "block", 1, "global", 16),
     ]
     return [replace(case, compiled=True) for case in cases if case.world in set(worlds)]
 
 
 def quick_compiled_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
-    """One case of :func:`compiled_table`, of the dense model where there is one: it compiles quickest."""
+    """One case of :func:`compiled_table`, of the dense model where there is one: it compiles
+    quickest.
+    """
     cases = compiled_table(worlds)
     return [next((case for case in cases if case.variant == "dense"), cases[0])]
 
@@ -171,7 +285,9 @@ def _grids(worlds: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def _pools(world: int, ep: int) -> Iterator[tuple[str, str]]:
-    """The pool's words, once where several mean the same number of samples: (word, all of its names)."""
+    """The pool's words, once where several mean the same number of samples: (word, all of its
+    names).
+    """
     names: dict[int, list[str]] = {}
     for word, ranks in (("rank", 1), ("group", ep), ("global", world)):
         names.setdefault(ranks, []).append(word)

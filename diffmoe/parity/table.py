@@ -1,21 +1,23 @@
 """The parity table: training spread over ranks equals one plain PyTorch process, number by number.
 
-Every row trains a tiny model through the Engine (expert parallelism, ZeRO, recompute, accumulation, pools across ranks)
-and compares it with :mod:`diffmoe.parity.plain`, the same steps in one process without any of that.  Largest relative
-differences are printed:
+Every row trains a tiny model through the Engine (expert parallelism, ZeRO, recompute, accumulation,
+pools across ranks) and compares it with :mod:`diffmoe.parity.plain`, the same steps in one process
+without any of that.  Largest relative differences are printed:
 
-loss        denoising (flow: mean squared error; ddpm: with the bound), predictor and balance loss of every step
-gradient    every tensor's (every expert's) clipped averaged gradient of step 0, as the optimizer received it
-norm        the gradient's norm before clipping, of every step
-weights     every tensor's change over all steps; ema: the same for the moving average
-thresholds  of the capacity predictor, after all steps
-images      of a compiled model after all steps: as the same ranks sample them, beside those of its eager form
+loss        denoising (flow: mean squared error; ddpm: with the bound), predictor and balance loss
+of every step gradient    every tensor's (every expert's) clipped averaged gradient of step 0, as
+the optimizer received it norm        the gradient's norm before clipping, of every step weights
+every tensor's change over all steps; ema: the same for the moving average thresholds  of the
+capacity predictor, after all steps images      of a compiled model after all steps: as the same
+ranks sample them, beside those of its eager form
 
-Rows in bf16 are compared with the same fp32 process, within ``BF16_BOUNDS``: a check of factors, not of bits.
+Rows in bf16 are compared with the same fp32 process, within ``BF16_BOUNDS``: a check of factors,
+not of bits.
 
-A tensor's differences are divided by its largest entry (weights, EMA: its largest change), or by ``FLOOR`` times the
-model's largest where that is more: a bias after k_norm shifts all of a query's logits alike, so its true gradient is 0
-and what arrives is rounding.  Only such tensors, some 1e-9 of the largest, are below the floor.
+A tensor's differences are divided by its largest entry (weights, EMA: its largest change), or by
+``FLOOR`` times the model's largest where that is more: a bias after k_norm shifts all of a query's
+logits alike, so its true gradient is 0 and what arrives is rounding.  Only such tensors, some 1e-9
+of the largest, are below the floor.
 """
 
 from __future__ import annotations
@@ -45,27 +47,37 @@ from diffmoe.training.engine import FIRST_MOMENT, Engine
 from diffmoe.training.step import StepReport, train_step
 
 BOUND, FLOOR = 1e-5, 1e-3
-# bf16 keeps 8 bits: one rounding is up to 2^-9, and a forward and backward of this model chain some tens of them.  What is
-# wrong by a factor (a micro-batch counted twice, a group's average missed) differs by 0.3 and more.  Weights have no bound:
-# where a gradient is small Adam makes its rounding a large part of the step.
+# bf16 keeps 8 bits: one rounding is up to 2^-9, and a forward and backward of this model chain some
+# tens of them.  What is wrong by a factor (a micro-batch counted twice, a group's average missed)
+# differs by 0.3 and more.  Weights have no bound: where a gradient is small Adam makes its rounding
+# a large part of the step.
 BF16_BOUNDS = {"loss": 5e-3, "gradient": 5e-2, "norm": 2e-2, "thresholds": 1e-2}
 MARGIN = 1e-5  # scores carry about 1e-7 of rounding; see reference_for
 COLUMNS = ("loss", "gradient", "norm", "weights", "ema", "thresholds", "images")
 
 
-# ------------------------------------------------------------------------------------------------ the ranks
+# ------------------------------------------------------------------------------------------------
+# the ranks
 
 
 def reference_for(case: Case, device: torch.device, steps: int = STEPS) -> Reference:
-    """One plain process's run of the case, for the first seed that clips at every step and has no close decision:
-    where two scores agree to the last bits, rounding decides which token an expert takes, and another order of
-    summation may rightly take the other."""
+    """One plain process's run of the case, for the first seed that clips at every step and has no
+    close decision: where two scores agree to the last bits, rounding decides which token an expert
+    takes, and another order of summation may rightly take the other.
+    """
     for seed in range(100):
-        found = plain_training(case.config(seed, steps), accumulation=case.accumulation, pool=case.layout().pool,
-                               steps=steps, device=device)
+        found = plain_training(
+            case.config(seed, steps),
+            accumulation=case.accumulation,
+            pool=case.layout().pool,
+            steps=steps,
+            device=device,
+        )
         if found.clipped and found.margin > MARGIN:
             return found
-    raise AssertionError(f"no seed below 100 clips and keeps decisions {MARGIN} apart: {case.label}")
+    raise AssertionError(
+        f"no seed below 100 clips and keeps decisions {MARGIN} apart: {case.label}"
+    )
 
 
 @dataclass
@@ -81,10 +93,14 @@ class Training:
     def step(self, step: int) -> StepReport:
         """Optimizer step ``step`` through the ordinary train_step."""
         rows, micro = self.layout.batch // self.layout.accumulation, self.layout.micro_batch
-        firsts = [step * self.layout.batch + j * rows + self.groups.rank * micro
-                  for j in range(self.layout.accumulation)]
+        firsts = [
+            step * self.layout.batch + j * rows + self.groups.rank * micro
+            for j in range(self.layout.accumulation)
+        ]
         batches = [synthetic_batch(self.config, range(first, first + micro)) for first in firsts]
-        return train_step(self.engine, self.ema, batches, self.config, self.layout, self.groups, step)
+        return train_step(
+            self.engine, self.ema, batches, self.config, self.layout, self.groups, step
+        )
 
 
 # Groups are kept: every new one costs sockets until the process ends.
@@ -102,11 +118,15 @@ def start_training(case: Case, seed: int, device: torch.device, steps: int = STE
     return Training(config, layout, groups, engine, Ema(engine, config.train.ema_decays))
 
 
-def train_and_compare(case: Case, reference_path: str, device: str,
-                      tamper: Callable[[Training], None] | None = None) -> tuple[dict[str, float], list[str]]:
-    """A rank's work for one row: its largest relative differences by column, and the logical names it compared.
+def train_and_compare(
+    case: Case, reference_path: str, device: str, tamper: Callable[[Training], None] | None = None
+) -> tuple[dict[str, float], list[str]]:
+    """A rank's work for one row: its largest relative differences by column, and the logical names
+    it compared.
 
-    ``tamper`` is for tests that the table can fail: it is called before the first step and may spoil anything."""
+    ``tamper`` is for tests that the table can fail: it is called before the first step and may
+    spoil anything.
+    """
     reference: Reference = torch.load(reference_path, weights_only=False)
     set_fp32_precision("ieee")
     training = start_training(case, reference.seed, torch.device(device))
@@ -122,20 +142,30 @@ def train_and_compare(case: Case, reference_path: str, device: str,
     for step, wanted in enumerate(reference.steps):
         report = training.step(step)
         compare("norm", [(abs(report.grad_norm - wanted["grad_norm"]), wanted["grad_norm"])])
-        compare("loss", [(abs(getattr(report, name) - wanted[name]), wanted[name])
-                         for name in ("loss", "predictor_loss", "balance_loss")])
+        compare(
+            "loss",
+            [
+                (abs(getattr(report, name) - wanted[name]), wanted[name])
+                for name in ("loss", "predictor_loss", "balance_loss")
+            ],
+        )
         if step == 0:
             # The first moment starts at 0, so after one step it is (1 - beta1) times the gradient.
             scale = 1 - training.config.train.betas[0]
             received = [(n, v / scale) for n, v in _pieces(engine, engine.shards(FIRST_MOMENT))]
             compare("gradient", _tensor_pairs(received, reference.gradient, reference.gradient))
             names = [name for name, _ in received]
-    for column, shards, wanted in (("weights", engine.masters(), reference.weights),
-                                   ("ema", training.ema.shards, reference.ema)):
+    for column, shards, wanted in (
+        ("weights", engine.masters(), reference.weights),
+        ("ema", training.ema.shards, reference.ema),
+    ):
         change = {name: wanted[name] - reference.initial[name] for name in wanted}
         compare(column, _tensor_pairs(_pieces(engine, shards), wanted, change))
     for (_, layer), wanted in zip(engine.model.moe_layers(), reference.thresholds):
-        compare("thresholds", [((layer.thresholds.value.cpu() - wanted).abs().max().item(), wanted.max().item())])
+        compare(
+            "thresholds",
+            [((layer.thresholds.value.cpu() - wanted).abs().max().item(), wanted.max().item())],
+        )
     if case.compiled:
         compiled, eager = _sampled(training)
         compare("images", [((compiled - eager).abs().max().item(), eager.abs().max().item())])
@@ -144,10 +174,20 @@ def train_and_compare(case: Case, reference_path: str, device: str,
 
 
 def _sampled(training: Training) -> tuple[Tensor, Tensor]:
-    """Images of a batch and a smaller one from the averaged weights: of the model as it is run, and of its eager form."""
+    """Images of a batch and a smaller one from the averaged weights: of the model as it is run, and
+    of its eager form.
+    """
     with training.engine.weights(training.ema.shards) as model:
+
         def images() -> Tensor:
-            return generate(model, training.config, range(5), range(5), training.engine.device, together=training.groups.world)
+            return generate(
+                model,
+                training.config,
+                range(5),
+                range(5),
+                training.engine.device,
+                together=training.groups.world,
+            )
 
         compiled, run = images(), model.run
         model.run = run_plainly
@@ -156,24 +196,32 @@ def _sampled(training: Training) -> tuple[Tensor, Tensor]:
 
 
 def _pieces(engine: Engine, shards: list[Tensor]) -> list[tuple[str, Tensor]]:
-    # Clones: at ZeRO 0 what read() yields is the parameter's own memory, and holds these shards only until it goes on.
-    return [(name, piece.cpu().clone())
-            for tensor, value in engine.read(shards) for name, piece in tensor.pieces(value)]
+    # Clones: at ZeRO 0 what read() yields is the parameter's own memory, and holds these shards
+    # only until it goes on.
+    return [
+        (name, piece.cpu().clone())
+        for tensor, value in engine.read(shards)
+        for name, piece in tensor.pieces(value)
+    ]
 
 
-def _tensor_pairs(pieces: Iterable[tuple[str, Tensor]], wanted: dict[str, Tensor],
-                  scales: dict[str, Tensor]) -> Iterator[tuple[float, float]]:
+def _tensor_pairs(
+    pieces: Iterable[tuple[str, Tensor]], wanted: dict[str, Tensor], scales: dict[str, Tensor]
+) -> Iterator[tuple[float, float]]:
     floor = FLOOR * max(value.abs().max().item() for value in scales.values())
     for name, value in pieces:
         yield (value - wanted[name]).abs().max().item(), max(scales[name].abs().max().item(), floor)
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# ------------------------------------------------------------------------------------------------
+# the table
 
 
 @dataclass
 class Row:
-    """A case and what came out: largest relative differences by column, or the error that stopped it."""
+    """A case and what came out: largest relative differences by column, or the error that stopped
+    it.
+    """
 
     case: Case
     differences: dict[str, float]
@@ -187,15 +235,24 @@ class Row:
     def ok(self) -> bool:
         """Within the bounds of its precision."""
         if self.case.precision == "bf16":
-            return not self.error and all(self.differences[column] <= bound for column, bound in BF16_BOUNDS.items())
+            return not self.error and all(
+                self.differences[column] <= bound for column, bound in BF16_BOUNDS.items()
+            )
         return self.largest <= BOUND
 
 
-def run_cases(cases: list[Case], *, device: str = "cpu", timeout: float = 120.0,
-              tamper: Callable[[Training], None] | None = None) -> Iterator[Row]:
-    """The rows of the cases, world by world, each world one set of processes; ``timeout`` is for one case.
+def run_cases(
+    cases: list[Case],
+    *,
+    device: str = "cpu",
+    timeout: float = 120.0,
+    tamper: Callable[[Training], None] | None = None,
+) -> Iterator[Row]:
+    """The rows of the cases, world by world, each world one set of processes; ``timeout`` is for
+    one case.
 
-    A case that fails on any rank is a row with an error, and the rest goes on in fresh processes."""
+    A case that fails on any rank is a row with an error, and the rest goes on in fresh processes.
+    """
     references: dict[tuple, str] = {}
     with tempfile.TemporaryDirectory(prefix="diffmoe-verify-") as folder:
         for world in sorted({case.world for case in cases}):
@@ -204,8 +261,13 @@ def run_cases(cases: list[Case], *, device: str = "cpu", timeout: float = 120.0,
                     yield _run_case(case, ranks, references, Path(folder), tamper)
 
 
-def _run_case(case: Case, ranks: Ranks, references: dict[tuple, str], folder: Path,
-              tamper: Callable[[Training], None] | None) -> Row:
+def _run_case(
+    case: Case,
+    ranks: Ranks,
+    references: dict[tuple, str],
+    folder: Path,
+    tamper: Callable[[Training], None] | None,
+) -> Row:
     key = (case.variant, case.batch, case.accumulation, case.layout().pool)
     if key not in references:
         references[key] = str(folder / f"{len(references)}.pt")

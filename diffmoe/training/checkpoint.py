@@ -1,7 +1,8 @@
-"""Checkpoints of a training run: which one to go on from, loading it in any layout, and saving while training goes on.
+"""Checkpoints of a training run: which one to go on from, loading it in any layout, and saving
+while training goes on.
 
-The collectives here run in the main thread, between steps.  What a background thread does is files only: process groups
-demand one order of operations on all ranks, and training owns it.
+The collectives here run in the main thread, between steps.  What a background thread does is files
+only: process groups demand one order of operations on all ranks, and training owns it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.models.interchange import load_buffers
-from diffmoe.parallel.collectives import AgreedError, first_complaint, gather_objects, raise_together
+from diffmoe.parallel.collectives import (
+    AgreedError,
+    first_complaint,
+    gather_objects,
+    raise_together,
+)
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.trace import Trace
 from diffmoe.training.ema import Ema
@@ -45,24 +51,30 @@ from diffmoe.training.state import Place, held, owned
 
 _POLL_S = 0.05
 _GRACE_S = 30.0
-# What a save without a snapshot, or a load, takes of a rank's memory beside its state: chunks on their way.  Tests hold it to that.
+# What a save without a snapshot, or a load, takes of a rank's memory beside its state: chunks on
+# their way.  Tests hold it to that.
 STREAMING_BYTES = 64 * 2**20
 
 Say = Callable[[str], None]
 
 
 def newest_usable(folder: Path, groups: ParallelGroups, say: Say) -> Checkpoint | None:
-    """The newest complete checkpoint that is not damaged, the same on every rank; None where there is none at all.
+    """The newest complete checkpoint that is not damaged, the same on every rank; None where there
+    is none at all.
 
-    Every byte is checked, the files divided among the ranks.  ``say`` hears of each one that is passed over.  Raises
-    AgreedError when all are damaged, or when the newest is not damaged but cannot be read (another format)."""
+    Every byte is checked, the files divided among the ranks.  ``say`` hears of each one that is
+    passed over.  Raises AgreedError when all are damaged, or when the newest is not damaged but
+    cannot be read (another format).
+    """
     names, problem = [], None
     try:
         names = [path.name for path in complete_folders(folder)]
     except OSError as error:
         problem = error
     raise_together(problem, groups.world)
-    names = gather_objects(names, groups.world)[0]  # rank 0's: others may see what was there a moment ago
+    names = gather_objects(names, groups.world)[
+        0
+    ]  # rank 0's: others may see what was there a moment ago
     complaints = []
     for name in reversed(names):
         if complaints:
@@ -96,10 +108,15 @@ def _damage(checkpoint: Checkpoint, groups: ParallelGroups) -> str | None:
     return None
 
 
-def restore(checkpoint: Checkpoint, engine: Engine, ema: Ema, groups: ParallelGroups, say: Say) -> int:
-    """Loads a checkpoint into an engine of any layout; every rank reads what it holds.  Returns the number of steps done.
+def restore(
+    checkpoint: Checkpoint, engine: Engine, ema: Ema, groups: ParallelGroups, say: Say
+) -> int:
+    """Loads a checkpoint into an engine of any layout; every rank reads what it holds.  Returns the
+    number of steps done.
 
-    An average with a decay that the checkpoint has not starts from its weights, which ``say`` hears of.  Raises AgreedError."""
+    An average with a decay that the checkpoint has not starts from its weights, which ``say`` hears
+    of.  Raises AgreedError.
+    """
     problem: Exception | None = None
     try:
         places = held(engine)
@@ -128,25 +145,32 @@ def _load(places: list[Place], shards: list[Tensor], stored: Tensors, source: st
         raise UserError(f"{source} lacks {', '.join(missing[:3])} ({len(missing)} missing)")
     for place in places:
         if stored.shape(place.piece.name) != place.piece.shape:
-            raise UserError(f"{source} has {place.piece.name} with shape {list(stored.shape(place.piece.name))} instead of "
-                            f"{list(place.piece.shape)}")
+            raise UserError(
+                f"{source} has {place.piece.name} with shape {list(stored.shape(place.piece.name))} instead of "
+                f"{list(place.piece.shape)}"
+            )
         stored.read_into(place.piece.name, place.piece.start, place.of(shards))
 
 
 def _kinds(engine: Engine, ema: Ema) -> dict[str, list[Tensor]]:
     """Shards by kind; the masters first."""
-    return {**{kind: engine.shards(kind) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)},
-            **{ema_kind(decay): shards for decay, shards in ema.by_decay.items()}}
+    return {
+        **{kind: engine.shards(kind) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)},
+        **{ema_kind(decay): shards for decay, shards in ema.by_decay.items()},
+    }
 
 
-# ------------------------------------------------------------------------------------------------------ saving
+# ------------------------------------------------------------------------------------------------------
+# saving
 
 
 @dataclass(frozen=True)
 class Saved:
     """A save that is done: the folder ``path`` is complete.
 
-    ``stall_s``: how long training stood still on this rank; ``write_s``: how long its thread took (rank 0's until the commit)."""
+    ``stall_s``: how long training stood still on this rank; ``write_s``: how long its thread took
+    (rank 0's until the commit).
+    """
 
     step: int
     path: Path
@@ -156,7 +180,9 @@ class Saved:
 
 @dataclass(frozen=True)
 class SaveFailed:
-    """A save that came to nothing, the same on every rank.  What it wrote is gone, and earlier checkpoints stand."""
+    """A save that came to nothing, the same on every rank.  What it wrote is gone, and earlier
+    checkpoints stand.
+    """
 
     step: int
     message: str
@@ -165,14 +191,22 @@ class SaveFailed:
 class Saver:
     """Writes checkpoints of a run, one at a time.  Every rank writes the state that it owns.
 
-    With ``train.async_save`` the state is first copied to host memory, which costs one copy of what this rank owns, kept for the
-    next save; training goes on while a thread writes it.  Otherwise it is streamed and takes ``STREAMING_BYTES`` at most.
+    With ``train.async_save`` the state is first copied to host memory, which costs one copy of what
+    this rank owns, kept for the next save; training goes on while a thread writes it.  Otherwise it
+    is streamed and takes ``STREAMING_BYTES`` at most.
 
-    As a context it gives a save in flight half a minute on the way out, for the sake of errors elsewhere: who ends a run in
-    order calls :meth:`settle`."""
+    As a context it gives a save in flight half a minute on the way out, for the sake of errors
+    elsewhere: who ends a run in order calls :meth:`settle`.
+    """
 
-    def __init__(self, folder: Path, config: Config, layout: Layout, groups: ParallelGroups,
-                 class_names: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        layout: Layout,
+        groups: ParallelGroups,
+        class_names: tuple[str, ...] = (),
+    ) -> None:
         self.folder, self.config, self.layout, self.groups = folder, config, layout, groups
         self.class_names = class_names
         self._job: _Job | None = None
@@ -195,21 +229,29 @@ class Saver:
 
     @property
     def trouble(self) -> bool:
-        """Whether this rank's part of the save in flight has failed.  When any rank has trouble, all call :meth:`settle`."""
+        """Whether this rank's part of the save in flight has failed.  When any rank has trouble,
+        all call :meth:`settle`.
+        """
         return self._job is not None and self._job.problem is not None
 
     def outcomes(self) -> list[Saved | SaveFailed]:
-        """What became known since the last call, oldest first; on rank 0 as soon as a folder is complete, else when settled."""
+        """What became known since the last call, oldest first; on rank 0 as soon as a folder is
+        complete, else when settled.
+        """
         if self._job is not None and self._job.finished and self.groups.rank == 0:
             self._tell(self._job)
         told, self._outcomes = self._outcomes, []
         return told
 
-    def save(self, step: int, engine: Engine, ema: Ema, counters: Mapping[str, Any] | None = None) -> None:
-        """Starts saving the state after ``step`` optimizer steps; all ranks together.  Settles the save before it first.
+    def save(
+        self, step: int, engine: Engine, ema: Ema, counters: Mapping[str, Any] | None = None
+    ) -> None:
+        """Starts saving the state after ``step`` optimizer steps; all ranks together.  Settles the
+        save before it first.
 
-        ``counters``: what else the loop counts, ready for JSON; rank 0's are kept.  What a disk may do is not raised but
-        among the :meth:`outcomes`."""
+        ``counters``: what else the loop counts, ready for JSON; rank 0's are kept.  What a disk may
+        do is not raised but among the :meth:`outcomes`.
+        """
         began = time.perf_counter()
         self.settle()
         problem = None
@@ -231,7 +273,9 @@ class Saver:
     def settle(self) -> None:
         """Waits until the save in flight, if any, is complete or given up; all ranks together.
 
-        To ask each other is no progress, and to write is: a disk that answers no more is the watchdog's, like any other hang."""
+        To ask each other is no progress, and to write is: a disk that answers no more is the
+        watchdog's, like any other hang.
+        """
         job, world = self._job, self.groups.world
         if job is None:
             return
@@ -246,7 +290,11 @@ class Saver:
             if (begun := sum(begun for _, _, begun in states)) != before:
                 before = begun
                 world.trace.at("files")
-            world.trace.collective = "save, in which other ranks still write" if job.waits else "save, in which this rank still writes"
+            world.trace.collective = (
+                "save, in which other ranks still write"
+                if job.waits
+                else "save, in which this rank still writes"
+            )
             world.trace.waiting = job.waits
         world.trace.waiting = False
         if message is not None:
@@ -265,7 +313,9 @@ class Saver:
         if not job.told:
             job.told = True
             stall_s = job.stall_s if self.config.train.async_save else job.stall_s + job.write_s
-            self._outcomes.append(Saved(job.step, step_folder(self.folder, job.step), stall_s, job.write_s))
+            self._outcomes.append(
+                Saved(job.step, step_folder(self.folder, job.step), stall_s, job.write_s)
+            )
 
     def _shares(self, engine: Engine, ema: Ema) -> dict[str, writer.Share]:
         places = owned(engine)
@@ -273,15 +323,28 @@ class Saver:
         if self.config.train.async_save:
             values = self._snapshot(places, kinds, engine.device)
         else:
-            values = {kind: [place.of(shards) for place in places] for kind, shards in kinds.items()}
-        shares = {kind: writer.Share([(place.piece, torch.float32) for place in places], values[kind]) for kind in kinds}
+            values = {
+                kind: [place.of(shards) for place in places] for kind, shards in kinds.items()
+            }
+        shares = {
+            kind: writer.Share([(place.piece, torch.float32) for place in places], values[kind])
+            for kind in kinds
+        }
         if self.groups.rank == 0:
-            buffers = {name: value.detach().cpu().clone() for name, value in engine.model.named_buffers() if ".thresholds." in name}
+            buffers = {
+                name: value.detach().cpu().clone()
+                for name, value in engine.model.named_buffers()
+                if ".thresholds." in name
+            }
             shares[BUFFERS] = writer.whole_tensors(buffers)
         return shares
 
-    def _snapshot(self, places: list[Place], kinds: Mapping[str, list[Tensor]], device: torch.device) -> dict[str, list[Tensor]]:
-        """Copies in host memory, taken now; the memory is kept and pinned where a GPU copies into it."""
+    def _snapshot(
+        self, places: list[Place], kinds: Mapping[str, list[Tensor]], device: torch.device
+    ) -> dict[str, list[Tensor]]:
+        """Copies in host memory, taken now; the memory is kept and pinned where a GPU copies into
+        it.
+        """
         sizes = [place.piece.stop - place.piece.start for place in places]
         on_gpu = device.type == "cuda"
         for kind, shards in kinds.items():
@@ -297,10 +360,15 @@ class Saver:
 class _Job(threading.Thread):
     """One rank's part of a save; on rank 0 also the commit, when every part is there."""
 
-    def __init__(self, saver: Saver, step: int, shares: dict[str, writer.Share], counters: dict[str, Any]) -> None:
+    def __init__(
+        self, saver: Saver, step: int, shares: dict[str, writer.Share], counters: dict[str, Any]
+    ) -> None:
         super().__init__(name=f"save-{step}", daemon=True)
         self.saver, self.step, self.counters = saver, step, counters
-        self.shares = {kind: writer.Share(share.pieces, self._until_stopped(share.values)) for kind, share in shares.items()}
+        self.shares = {
+            kind: writer.Share(share.pieces, self._until_stopped(share.values))
+            for kind, share in shares.items()
+        }
         self.stop = threading.Event()
         self.problem: str | None = None
         self.begun = 0  # pieces that it began to write
@@ -315,7 +383,9 @@ class _Job(threading.Thread):
         except writer.Stopped:  # by settle, or since another rank failed, which says why
             pass
         except Exception as error:  # whatever it is, the other ranks must hear of it
-            self.problem = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+            self.problem = (
+                f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+            )
             if not isinstance(error, OSError):  # a fault of this program
                 traceback.print_exc()
         else:
@@ -330,10 +400,19 @@ class _Job(threading.Thread):
         if saver.groups.rank == 0:
             files, shapes = writer.join_parts(partial, saver.groups.world.size, self.stop.is_set)
             self.waits = False
-            manifest = writer.describe(self.step, saver.config, saver.layout, self.counters, files, shapes,
-                                       saver.class_names)
+            manifest = writer.describe(
+                self.step,
+                saver.config,
+                saver.layout,
+                self.counters,
+                files,
+                shapes,
+                saver.class_names,
+            )
             writer.commit(partial, step_folder(saver.folder, self.step), manifest)
-            writer.prune(saver.folder, self.step, saver.config.train.keep, saver.config.train.keep_every)
+            writer.prune(
+                saver.folder, self.step, saver.config.train.keep, saver.config.train.keep_every
+            )
 
     def _until_stopped(self, values: Iterable[Tensor]) -> Iterator[Tensor]:
         for value in values:

@@ -11,13 +11,16 @@ from diffmoe.training.engine import Engine
 
 
 class Ema:
-    """Flat shards congruent with the engine's masters, one set for each decay; no rank ever holds a full copy.
+    """Flat shards congruent with the engine's masters, one set for each decay; no rank ever holds a
+    full copy.
 
     Parameters only: thresholds are already running means and are taken as they are."""
 
     def __init__(self, engine: Engine, decays: Sequence[float]) -> None:
         self.engine = engine
-        self.by_decay = {decay: [master.detach().clone() for master in engine.masters()] for decay in decays}
+        self.by_decay = {
+            decay: [master.detach().clone() for master in engine.masters()] for decay in decays
+        }
 
     @property
     def shards(self) -> list[Tensor]:

@@ -1,9 +1,11 @@
-"""DeepSpeed's engine as this trainer needs it; with ``zero_optimizers.py``, which it loads, the only one that imports deepspeed.
+"""DeepSpeed's engine as this trainer needs it; with ``zero_optimizers.py``, which it loads, the
+only one that imports deepspeed.
 
-The heart of it: experts that DeepSpeed does not know as experts are overwritten with rank 0's at ``initialize``, without a
-word.  So expert tensors are tagged, their groups registered, a parameterless marker tells the engine that there are
-experts, and after start every tensor is compared with what was given.  Leans on DeepSpeed 0.19.8's private names; the parity table
-(``run.py verify``) is the first thing to run on an upgrade.
+The heart of it: experts that DeepSpeed does not know as experts are overwritten with rank 0's at
+``initialize``, without a word.  So expert tensors are tagged, their groups registered, a
+parameterless marker tells the engine that there are experts, and after start every tensor is
+compared with what was given.  Leans on DeepSpeed 0.19.8's private names; the parity table (``run.py
+verify``) is the first thing to run on an upgrade.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _ROW = 4096
 
 @dataclass(frozen=True)
 class Span:
-    """``count`` elements from ``start`` on of a flattened parameter: they lie from ``offset`` on in flat shard ``shard``."""
+    """``count`` elements from ``start`` on of a flattened parameter: they lie from ``offset`` on in
+    flat shard ``shard``.
+    """
 
     start: int
     shard: int
@@ -47,38 +51,64 @@ class Span:
 
 
 def import_deepspeed():
-    """DeepSpeed, quietly, without its JIT-built shared-memory op (30 s of compiling for a CPU start)."""
+    """DeepSpeed, quietly, without its JIT-built shared-memory op (30 s of compiling for a CPU
+    start).
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed 0.19.8 calls torch 2.13's collectives by their older names.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed"
+    )
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if os.environ.get("DS_ACCELERATOR") == "cpu":  # on a GPU there is none, and asking would look for a compiler of every op
+    if (
+        os.environ.get("DS_ACCELERATOR") == "cpu"
+    ):  # on a GPU there is none, and asking would look for a compiler of every op
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def check_by_deepspeed(tree: dict) -> None:
-    """Raises UserError where DeepSpeed's own models of its JSON refuse the merged ``tree``: what :func:`check_deepspeed` let pass."""
+    """Raises UserError where DeepSpeed's own models of its JSON refuse the merged ``tree``: what
+    :func:`check_deepspeed` let pass.
+    """
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     try:
         DeepSpeedConfig(copy.deepcopy(tree))
-    except (AssertionError, ValueError, TypeError, KeyError, DeepSpeedConfigError) as problem:  # pydantic's have several lines
-        raise UserError(f"DeepSpeed refuses the configuration: {' '.join(str(problem).split())}") from None
+    except (
+        AssertionError,
+        ValueError,
+        TypeError,
+        KeyError,
+        DeepSpeedConfigError,
+    ) as problem:  # pydantic's have several lines
+        raise UserError(
+            f"DeepSpeed refuses the configuration: {' '.join(str(problem).split())}"
+        ) from None
 
 
 class Engine:
-    """One rank's share of training: forward, backward, step, and the fp32 state behind the parameters.
+    """One rank's share of training: forward, backward, step, and the fp32 state behind the
+    parameters.
 
-    Fp32 state is held as flat shards, congruent for masters, both moments and whatever copies them (EMA).  :meth:`span`
-    says which elements of a parameter lie where in them, :meth:`read` puts whole tensors together."""
+    Fp32 state is held as flat shards, congruent for masters, both moments and whatever copies them
+    (EMA).  :meth:`span` says which elements of a parameter lie where in them, :meth:`read` puts
+    whole tensors together.
+    """
 
-    def __init__(self, model: DiT, config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups,
-                 device: torch.device) -> None:
+    def __init__(
+        self,
+        model: DiT,
+        config: Config,
+        layout: Layout,
+        deepspeed_tree: dict,
+        groups: ParallelGroups,
+        device: torch.device,
+    ) -> None:
         self.deepspeed = import_deepspeed()
         self.model, self.groups, self.device, self.clip = model, groups, device, config.train.clip
         self.tensors = logical_tensors(model)
@@ -88,7 +118,9 @@ class Engine:
             tree = merge_deepspeed(deepspeed_tree, config, layout)
             zero = tree["zero_optimization"]
             self.offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
-            self._adam = _build_optimizer(self._parameter_groups(), config.train, device, self.offload)
+            self._adam = _build_optimizer(
+                self._parameter_groups(), config.train, device, self.offload
+            )
         except UserError as problem:
             error = problem
         raise_together(error, groups.world)
@@ -104,16 +136,23 @@ class Engine:
         except UserError as problem:
             error = problem
         raise_together(error, groups.world)
-        from diffmoe.training import zero_optimizers  # which imports deepspeed: not before import_deepspeed has
+        from diffmoe.training import (
+            zero_optimizers,
+        )  # which imports deepspeed: not before import_deepspeed has
 
         self._zero, self._decision = zero_optimizers, zero_optimizers.Decision()
         with zero_optimizers.in_place_of_deepspeeds():
             self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
-                model=model, optimizer=self._adam, config=tree, dist_init_required=False)
+                model=model, optimizer=self._adam, config=tree, dist_init_required=False
+            )
         self._sums = isinstance(self.optimizer, zero_optimizers.Bf16Optimizer)
         if self._sums:
-            self.optimizer.reduce_in_buckets([t.parameter for t in self.tensors], zero["reduce_bucket_size"],
-                                             self.engine.communication_data_type, zero["overlap_comm"])
+            self.optimizer.reduce_in_buckets(
+                [t.parameter for t in self.tensors],
+                zero["reduce_bucket_size"],
+                self.engine.communication_data_type,
+                zero["overlap_comm"],
+            )
         if self.stage:
             zero_optimizers.decide_by(self._decision, self.optimizer, self.stage)
         if self.stage == 3:
@@ -122,7 +161,8 @@ class Engine:
         self._start_adam()
         self._assert_weights_survived(given)
 
-    # ------------------------------------------------------------------------------------------------ start
+    # ------------------------------------------------------------------------------------------------
+    # start
 
     def _parameter_groups(self) -> list[dict]:
         dense = [t.parameter for t in self.tensors if not (self.expert_parallel and t.experts)]
@@ -137,7 +177,9 @@ class Engine:
         return f"ep_size_{self.groups.ep.size}"
 
     def _declare_experts(self) -> None:
-        """Tags, groups and marker: all that makes DeepSpeed reduce, clip and shard experts over their EDP group."""
+        """Tags, groups and marker: all that makes DeepSpeed reduce, clip and shard experts over
+        their EDP group.
+        """
         from deepspeed.utils import groups as registry
 
         name, ep, edp = self._ep_name, self.groups.ep, self.groups.edp
@@ -157,73 +199,116 @@ class Engine:
     def _find_masters(self) -> list[Tensor]:
         if self.stage == 0:
             return [t.parameter.data for t in self.tensors]
-        for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
+        for name in (
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+            "fp32_partitioned_groups_flat",
+        ):
             shards = getattr(self.optimizer, name, None)
             if shards:
                 return list(shards)
-        raise AssertionError(f"no fp32 masters in {type(self.optimizer).__name__}: another DeepSpeed than 0.19.8?")
+        raise AssertionError(
+            f"no fp32 masters in {type(self.optimizer).__name__}: another DeepSpeed than 0.19.8?"
+        )
 
     def _state_keys(self) -> list[Tensor]:
         return [t.parameter for t in self.tensors] if self.stage == 0 else self._masters
 
     def _start_adam(self) -> None:
-        """Zero moments and step 0, on every rank: some DeepSpeed optimizers take a dummy step at start, which would
-        shift the bias correction; others have no state yet, which a checkpoint could not fill."""
+        """Zero moments and step 0, on every rank: some DeepSpeed optimizers take a dummy step at
+        start, which would shift the bias correction; others have no state yet, which a checkpoint
+        could not fill.
+        """
         for key in self._state_keys():
             state = self._adam.state[key]
             for name in (FIRST_MOMENT, SECOND_MOMENT):
-                state[name] = torch.zeros_like(key.data) if name not in state else state[name].zero_()
+                state[name] = (
+                    torch.zeros_like(key.data) if name not in state else state[name].zero_()
+                )
         self.set_adam_step(0)
 
     def _assert_weights_survived(self, given: list[Tensor]) -> None:
-        """DeepSpeed holds what it was given, up to the parameters' precision; then the masters get it in full."""
+        """DeepSpeed holds what it was given, up to the parameters' precision; then the masters get
+        it in full.
+        """
         changed = []
         for tensor, before in zip(self.tensors, given, strict=True):
             now = self._full(tensor)
             if not torch.equal(now, before.to(now.device, tensor.parameter.dtype).float()):
                 changed.append(tensor.name)
         if anyone(bool(changed), self.groups.world):  # all of them, each with its own traceback
-            raise AssertionError(f"DeepSpeed overwrote {changed[:3] or 'tensors of another rank'} at initialize")
+            raise AssertionError(
+                f"DeepSpeed overwrote {changed[:3] or 'tensors of another rank'} at initialize"
+            )
         self._write_masters(given)
 
-    # ------------------------------------------------------------------------------------------------- step
+    # -------------------------------------------------------------------------------------------------
+    # step
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule) -> ModelOutput:
         """The model's forward, through the engine (ZeRO 3 gathers parameters on the way)."""
         return self.engine(x, t, y, rule)
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of one micro-batch's mean loss; the engine divides by accumulation and averages over ranks.  After the
-        last one come :meth:`squared_norm` and :meth:`step`."""
+        """Backward of one micro-batch's mean loss; the engine divides by accumulation and averages
+        over ranks.  After the last one come :meth:`squared_norm` and :meth:`step`.
+        """
         last = self.engine.is_gradient_accumulation_boundary()
         if self.stage:
-            self.optimizer.set_gradient_accumulation_boundary(last)  # which hooks in backward ask for
+            self.optimizer.set_gradient_accumulation_boundary(
+                last
+            )  # which hooks in backward ask for
         self.engine.backward(loss)
         if not last:
             self.engine.step()  # counts the micro-batch
 
     def squared_norm(self) -> Tensor:
-        """This rank's share (fp64, on the device) of the squared norm of the step's gradient before clipping: summed over
-        all ranks, every dense tensor counts once and every expert once."""
+        """This rank's share (fp64, on the device) of the squared norm of the step's gradient before
+        clipping: summed over all ranks, every dense tensor counts once and every expert once.
+        """
         world, parts = self.groups.world.size, []
         if self.stage == 0:
-            grads = [(t.parameter.grad, self.groups.edp.size if self.expert_parallel and t.experts else world)
-                     for t in self.tensors if t.parameter.grad is not None]
-            parts = [([grad for grad, copies in grads if copies == n], n) for n in {copies for _, copies in grads}]
+            grads = [
+                (
+                    t.parameter.grad,
+                    self.groups.edp.size if self.expert_parallel and t.experts else world,
+                )
+                for t in self.tensors
+                if t.parameter.grad is not None
+            ]
+            parts = [
+                ([grad for grad, copies in grads if copies == n], n)
+                for n in {copies for _, copies in grads}
+            ]
         else:
             if self.offload:
                 synchronize(self.device)  # gradients are on their way to the host
-            parts = [(self._zero.gradients(self.optimizer, self.stage, self.offload), world**2 if self._sums else 1)]
+            parts = [
+                (
+                    self._zero.gradients(self.optimizer, self.stage, self.offload),
+                    world**2 if self._sums else 1,
+                )
+            ]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradients, divisor in parts:
-            total += sum(_square(gradient.detach().reshape(-1)).to(self.device) for gradient in gradients) / divisor
+            total += (
+                sum(
+                    _square(gradient.detach().reshape(-1)).to(self.device) for gradient in gradients
+                )
+                / divisor
+            )
         return total
 
     def step(self, lr: float, norm: float) -> bool:
-        """Updates by the step's gradient, clipped to ``train.clip`` where its ``norm``, the same number on all ranks, is
-        more.  A norm that is not finite changes neither weights nor moments nor ``updates``.  Returns whether it is finite."""
+        """Updates by the step's gradient, clipped to ``train.clip`` where its ``norm``, the same
+        number on all ranks, is more.  A norm that is not finite changes neither weights nor moments
+        nor ``updates``.  Returns whether it is finite.
+        """
         decision = self._decision
-        decision.norm, decision.factor = norm, min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
+        decision.norm, decision.factor = (
+            norm,
+            min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0,
+        )
         for group in self._adam.param_groups:
             group["lr"] = lr
         if self.stage == 0:
@@ -241,9 +326,13 @@ class Engine:
             for tensor in self.tensors:
                 tensor.parameter.grad = None  # what no optimizer touches
         elif self._decision.factor < 1:
-            torch._foreach_mul_([t.parameter.grad for t in self.tensors if t.parameter.grad is not None], self._decision.factor)
+            torch._foreach_mul_(
+                [t.parameter.grad for t in self.tensors if t.parameter.grad is not None],
+                self._decision.factor,
+            )
 
-    # ------------------------------------------------------------------------------------------------ state
+    # ------------------------------------------------------------------------------------------------
+    # state
 
     def masters(self) -> list[Tensor]:
         """This rank's flat fp32 shards of the weights (the parameters themselves at ZeRO 0)."""
@@ -270,14 +359,20 @@ class Engine:
         return key.device if fused else torch.device("cpu")
 
     def span(self, index: int) -> Span:
-        """What this rank holds of parameter number ``index`` of ``tensors``, perhaps nothing.  Not collective."""
+        """What this rank holds of parameter number ``index`` of ``tensors``, perhaps nothing.  Not
+        collective.
+        """
         parameter = self.tensors[index].parameter
         if self.stage == 0:
             return Span(0, index, 0, parameter.numel())
         if self.stage == 3:
-            shard, offset, count = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            shard, offset, count = self.optimizer.grad_position[
+                self.optimizer.get_param_id(parameter)
+            ]
             start = count * self.optimizer._get_param_partition_rank(parameter)
-            return Span(start, shard, offset, max(0, min(count, parameter.ds_numel - start)))  # the last ranks' are padded
+            return Span(
+                start, shard, offset, max(0, min(count, parameter.ds_numel - start))
+            )  # the last ranks' are padded
         mapping = parameter._hp_mapping
         if mapping is None:
             return Span(0, 0, 0, 0)
@@ -301,8 +396,9 @@ class Engine:
             _swap(self._masters, shards)
 
     def read(self, shards: list[Tensor]) -> Iterator[tuple[LogicalTensor, Tensor]]:
-        """(logical tensor, full fp32 value of this rank's layout) one by one.  Collective: every rank iterates to
-        the end.  Any shards congruent with the masters will do."""
+        """(logical tensor, full fp32 value of this rank's layout) one by one.  Collective: every
+        rank iterates to the end.  Any shards congruent with the masters will do.
+        """
         with self._in_place_of_masters(shards):
             for tensor in self.tensors:
                 self.groups.trace.at(tensor.name)
@@ -312,12 +408,16 @@ class Engine:
         """Full fp32 values in the order of the logical tensors, into the masters."""
         for index, value in enumerate(values):
             span = self.span(index)
-            place = self._masters[span.shard].detach().view(-1)[span.offset : span.offset + span.count]
+            place = (
+                self._masters[span.shard].detach().view(-1)[span.offset : span.offset + span.count]
+            )
             place.copy_(value.reshape(-1)[span.start : span.start + span.count])
 
     def _full(self, tensor: LogicalTensor) -> Tensor:
         if self.stage == 0:
-            return tensor.parameter.data.float().clone()  # the caller may keep it while shards are swapped back
+            return (
+                tensor.parameter.data.float().clone()
+            )  # the caller may keep it while shards are swapped back
         return self.deepspeed.utils.safe_get_full_fp32_param(tensor.parameter)
 
     def publish(self) -> None:
@@ -325,15 +425,17 @@ class Engine:
         if self.stage in (1, 2):
             self.optimizer.update_lp_params()
         elif self.stage == 3:
-            # All of them: parameters that the trace of modules wants again soon stay whole after a pass without backward, and
-            # the next forward would take them as they are.
+            # All of them: parameters that the trace of modules wants again soon stay whole after a
+            # pass without backward, and the next forward would take them as they are.
             self.optimizer._partition_all_parameters()
             for i in range(len(self._masters)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
             persistent = self.optimizer.persistent_parameters
             if persistent:
                 persistent[0].all_gather(persistent)
-            synchronize(self.device)  # DeepSpeed gathers on a stream of its own, which does not wait for these copies
+            synchronize(
+                self.device
+            )  # DeepSpeed gathers on a stream of its own, which does not wait for these copies
 
     @contextlib.contextmanager
     def weights(self, shards: list[Tensor]) -> Iterator[DiT]:
@@ -351,7 +453,9 @@ class Engine:
 
 
 def _square(values: Tensor) -> Tensor:
-    """The sum of squares in fp64, read once.  Row by row: in one long sum fp32 loses digits (on a CPU 1e-5 at 250,000 values)."""
+    """The sum of squares in fp64, read once.  Row by row: in one long sum fp32 loses digits (on a
+    CPU 1e-5 at 250,000 values).
+    """
     whole = values.numel() // _ROW * _ROW
     rows = torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
     rest = torch.linalg.vector_norm(values[whole:], dtype=torch.float32)
@@ -359,23 +463,30 @@ def _square(values: Tensor) -> Tensor:
 
 
 def _swap(left: list[Tensor], right: list[Tensor]) -> None:
-    """Exchanges contents in place: other code holds views of both.  A piece at a time: a shard may be all that a rank has."""
+    """Exchanges contents in place: other code holds views of both.  A piece at a time: a shard may
+    be all that a rank has.
+    """
     with torch.no_grad():
         for a, b in zip(left, right, strict=True):
-            for here, there in zip(a.data.view(-1).split(_SWAPPED), b.data.view(-1).split(_SWAPPED), strict=True):
+            for here, there in zip(
+                a.data.view(-1).split(_SWAPPED), b.data.view(-1).split(_SWAPPED), strict=True
+            ):
                 kept = here.clone()
                 here.copy_(there)
                 there.copy_(kept)
 
 
 def _hide_gathers_from_recompute(offload) -> None:
-    """ZeRO 3 gathers and frees parameters in module hooks, as they are needed: when recompute runs a block again it may
-    gather what the first pass already had (after a restore, say).  Selective recompute insists that both passes run the
-    same operators, so these stay out of its sight."""
+    """ZeRO 3 gathers and frees parameters in module hooks, as they are needed: when recompute runs
+    a block again it may gather what the first pass already had (after a restore, say).  Selective
+    recompute insists that both passes run the same operators, so these stay out of its sight.
+    """
+
     def hidden(function: Callable) -> Callable:
         def call(*args):
             with only_counting():
                 return function(*args)
+
         return call
 
     for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
@@ -383,15 +494,22 @@ def _hide_gathers_from_recompute(offload) -> None:
 
 
 def _marker(experts: int, ep, name: str) -> nn.Module:
-    """A parameterless module that DeepSpeed takes for one of its expert layers: it switches on reduction, clipping
-    and sharding of tagged parameters at every ZeRO stage.  Its forward is never called."""
+    """A parameterless module that DeepSpeed takes for one of its expert layers: it switches on
+    reduction, clipping and sharding of tagged parameters at every ZeRO stage.  Its forward is never
+    called.
+    """
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
     class ExpertMarker(AutoEPMoELayer):
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts, self.num_local_experts = experts, experts // ep.size
-            self.ep_size, self.ep_rank, self.ep_group, self.ep_group_name = ep.size, ep.index, ep.handle, name
+            self.ep_size, self.ep_rank, self.ep_group, self.ep_group_name = (
+                ep.size,
+                ep.index,
+                ep.handle,
+                name,
+            )
             self.folding_group_handles = self.tp_group = None
 
         def set_deepspeed_parallelism(self, *_args, **_kwargs) -> None:
@@ -412,12 +530,16 @@ def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.devic
             return FusedAdam(groups, adam_w_mode=True, **common)
         except RuntimeError as problem:
             reason = " ".join(str(problem).split())[:200]
-            raise UserError(f"train.optimizer (deepspeed) cannot be compiled here: {reason}") from None
+            raise UserError(
+                f"train.optimizer (deepspeed) cannot be compiled here: {reason}"
+            ) from None
     if train.optimizer == "apex":
         try:
             from apex.optimizers import FusedAdam as ApexAdam
         except ImportError:
-            raise UserError("train.optimizer (apex) needs NVIDIA's apex, built from its source; "
-                            "PyPI's apex is another package") from None
+            raise UserError(
+                "train.optimizer (apex) needs NVIDIA's apex, built from its source; "
+                "PyPI's apex is another package"
+            ) from None
         return ApexAdam(groups, adam_w_mode=True, **common)
     return torch.optim.AdamW(groups, fused=True, **common)

@@ -1,4 +1,6 @@
-"""Steps that go wrong: not finite, or a spike of the loss.  Every decision comes from numbers that all ranks share."""
+"""Steps that go wrong: not finite, or a spike of the loss.  Every decision comes from numbers that
+all ranks share.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,13 @@ _REMEMBERED = ("nonfinite", "left_out", "losses", "in_a_row", "rollbacks")
 
 @dataclass
 class Guard:
-    """What the run remembers about bad steps; part of every checkpoint, so that a resumed run decides alike.
+    """What the run remembers about bad steps; part of every checkpoint, so that a resumed run
+    decides alike.
 
-    ``nonfinite``: steps that changed nothing.  ``left_out``: steps whose batch is not to be tried again, after a spike.
-    ``losses``: of the last ``spike_window`` good steps.  ``returns``: how often the run went back to ``returned_to``."""
+    ``nonfinite``: steps that changed nothing.  ``left_out``: steps whose batch is not to be tried
+    again, after a spike. ``losses``: of the last ``spike_window`` good steps.  ``returns``: how
+    often the run went back to ``returned_to``.
+    """
 
     train: TrainConfig
     nonfinite: list[int] = field(default_factory=list)
@@ -51,20 +56,27 @@ class Guard:
             full = len(self.losses) == self.train.spike_window
             if full and report.loss > self.train.spike_factor * statistics.median(self.losses):
                 return "spike"
-            self.losses = [*self.losses, report.loss][-self.train.spike_window:]
+            self.losses = [*self.losses, report.loss][-self.train.spike_window :]
         return "good"
 
     def go_back(self, step: int, to: int, before: Guard) -> None:
-        """Back to the checkpoint of step ``to``, whose memory is ``before``, never to try ``step`` again.  AgreedError when
-        ``spike_limit`` returns there did not help."""
+        """Back to the checkpoint of step ``to``, whose memory is ``before``, never to try ``step``
+        again.  AgreedError when ``spike_limit`` returns there did not help.
+        """
         self.returns = self.returns + 1 if to == self.returned_to else 1
         if self.returns > self.train.spike_limit:
-            raise AgreedError(f"the loss spiked at step {step}, after train.spike_limit ({self.train.spike_limit}) returns to "
-                              f"the checkpoint of step {to}, each without the step that had spiked: the batches are not what "
-                              "is wrong")
+            raise AgreedError(
+                f"the loss spiked at step {step}, after train.spike_limit ({self.train.spike_limit}) returns to "
+                f"the checkpoint of step {to}, each without the step that had spiked: the batches are not what "
+                "is wrong"
+            )
         self.returned_to, self.rollbacks = to, self.rollbacks + 1
         self.left_out = sorted({*self.left_out, step})
-        self.nonfinite, self.losses, self.in_a_row = list(before.nonfinite), list(before.losses), before.in_a_row
+        self.nonfinite, self.losses, self.in_a_row = (
+            list(before.nonfinite),
+            list(before.losses),
+            before.in_a_row,
+        )
 
     def skipped(self, done: int) -> int:
         """Steps below ``done`` that changed nothing."""
@@ -78,16 +90,21 @@ class Guard:
     def from_counters(train: TrainConfig, counters: dict[str, Any]) -> Guard:
         """The inverse; a checkpoint without them remembers nothing."""
         guard = Guard(train, **{name: counters[name] for name in _REMEMBERED if name in counters})
-        guard.losses = guard.losses[-train.spike_window:]
+        guard.losses = guard.losses[-train.spike_window :]
         return guard
 
 
-def find_nonfinite(engine: Engine, batches: Sequence[Batch], config: Config, groups: ParallelGroups, step: int) -> str:
-    """Where the first value that is not finite appears, and on which ranks: ``output of blocks.1.mlp on rank 2``.
+def find_nonfinite(
+    engine: Engine, batches: Sequence[Batch], config: Config, groups: ParallelGroups, step: int
+) -> str:
+    """Where the first value that is not finite appears, and on which ranks: ``output of
+    blocks.1.mlp on rank 2``.
 
-    Runs the step's samples again, forward and backward, beside the engine: nothing accumulates and nothing is updated.
-    Outputs of modules come first, in the order of execution; then gradients of those outputs, from the loss downwards; then,
-    below ZeRO 3, gradients of parameters.  All ranks together."""
+    Runs the step's samples again, forward and backward, beside the engine: nothing accumulates and
+    nothing is updated. Outputs of modules come first, in the order of execution; then gradients of
+    those outputs, from the loss downwards; then, below ZeRO 3, gradients of parameters.  All ranks
+    together.
+    """
     groups.trace.enter("looking for what is not finite", step)
     rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
     finds: list[tuple[int, int, str]] = []
@@ -103,7 +120,9 @@ def find_nonfinite(engine: Engine, batches: Sequence[Batch], config: Config, gro
     return f"first in the {first[2]} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}"
 
 
-def _run_watched(engine: Engine, batch: Batch, config: Config, rule: RoutingRule) -> list[tuple[int, int, str]]:
+def _run_watched(
+    engine: Engine, batch: Batch, config: Config, rule: RoutingRule
+) -> list[tuple[int, int, str]]:
     """(stage, order, name) of everything that is not finite on this rank in one micro-batch."""
     finds: list[tuple[int, int, str]] = []
     outputs: list[Tensor] = []
@@ -122,8 +141,11 @@ def _run_watched(engine: Engine, batch: Batch, config: Config, rule: RoutingRule
             if value.requires_grad:
                 value.register_hook(partial(on_gradient, name, order))
 
-    handles = [module.register_forward_hook(partial(on_output, name))
-               for name, module in engine.model.named_modules() if name and not name.startswith("deepspeed_marker")]
+    handles = [
+        module.register_forward_hook(partial(on_output, name))
+        for name, module in engine.model.named_modules()
+        if name and not name.startswith("deepspeed_marker")
+    ]
     try:
         loss = micro_loss(engine.model, batch, config, rule, engine.device).total
     finally:
@@ -134,10 +156,14 @@ def _run_watched(engine: Engine, batch: Batch, config: Config, rule: RoutingRule
     if engine.stage < 3:
         tensors = [t for t in engine.tensors if t.parameter.requires_grad]
         gradients = torch.autograd.grad(loss, [t.parameter for t in tensors], allow_unused=True)
-        finds += [(2, -order, f"gradient of {t.name}") for order, (t, g) in enumerate(zip(tensors, gradients, strict=True))
-                  if g is not None and not g.isfinite().all()]
+        finds += [
+            (2, -order, f"gradient of {t.name}")
+            for order, (t, g) in enumerate(zip(tensors, gradients, strict=True))
+            if g is not None and not g.isfinite().all()
+        ]
     else:
-        # ZeRO 3 gathers parameters as backward comes to them; only what lies between modules can be asked for.
+        # ZeRO 3 gathers parameters as backward comes to them; only what lies between modules can be
+        # asked for.
         leaves = [value for value in outputs if value.requires_grad]
         torch.autograd.grad(loss, leaves[:1])
     return finds

@@ -1,7 +1,10 @@
-"""How long ranks wait for each other, and torch's own watch over collectives, which has to be the more patient one.
+"""How long ranks wait for each other, and torch's own watch over collectives, which has to be the
+more patient one.
 
-The watchdog ends a run in order, with a report.  torch's threads beside NCCL would end it with a stack (``SIGABRT``): they stay
-for what the watchdog cannot end, and their limits lie behind its own."""
+The watchdog ends a run in order, with a report.  torch's threads beside NCCL would end it with a
+stack (``SIGABRT``): they stay for what the watchdog cannot end, and their limits lie behind its
+own.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,32 @@ def interval(timeout_s: float) -> float:
 
 
 def patience(timeout_s: float) -> timedelta:
-    """How long a collective may take: longer than the watchdog waits; without it (0) this is what ends a hang."""
-    return timedelta(seconds=START_FACTOR * timeout_s + 6 * interval(timeout_s) if timeout_s else 1800)
+    """How long a collective may take: longer than the watchdog waits; without it (0) this is what
+    ends a hang.
+    """
+    return timedelta(
+        seconds=START_FACTOR * timeout_s + 6 * interval(timeout_s) if timeout_s else 1800
+    )
 
 
 def set_nccl(timeout_s: float) -> None:
-    """Before ``init_process_group``: torch's flight recorder, and its watch over NCCL.  What the environment says already is
-    left alone."""
-    settings = {("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): 1000}  # collectives that a rank remembers
+    """Before ``init_process_group``: torch's flight recorder, and its watch over NCCL.  What the
+    environment says already is left alone.
+    """
+    settings = {
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): 1000
+    }  # collectives that a rank remembers
     if timeout_s:
         settings |= {
-            # After an error of NCCL's, as of a connection that breaks with a dead peer, the process is ended; four times this later.
+            # After an error of NCCL's, as of a connection that breaks with a dead peer, the process
+            # is ended; four times this later.
             ("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC",): round(500 * DEATH_S),
-            # Without aborting the communicator, which would let the rest of a step compute on what never arrived.
+            # Without aborting the communicator, which would let the rest of a step compute on what
+            # never arrived.
             ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"): 3,
-            ("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC",): round(patience(timeout_s).total_seconds() + DEATH_S),
+            ("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC",): round(
+                patience(timeout_s).total_seconds() + DEATH_S
+            ),
         }
     for names, value in settings.items():
         if not any(name in os.environ for name in names):
@@ -46,26 +60,45 @@ def set_nccl(timeout_s: float) -> None:
 
 
 def lengthen_timeouts(timeout_s: float) -> None:
-    """Gives the groups that DeepSpeed has made the patience of ours: torch's own for NCCL, 10 minutes, would be over first."""
+    """Gives the groups that DeepSpeed has made the patience of ours: torch's own for NCCL, 10
+    minutes, would be over first.
+    """
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(patience(timeout_s), group)
 
 
 def recorder(form: str = "") -> Callable[..., Any] | None:
-    """The function of this build that reads torch's flight recorder, pickled or in another ``form`` ("_json")."""
+    """The function of this build that reads torch's flight recorder, pickled or in another ``form``
+    ("_json").
+    """
     library = torch._C._distributed_c10d
-    return getattr(library, f"_dump_nccl_trace{form}", None) or getattr(library, f"_dump_fr_trace{form}", None)
+    return getattr(library, f"_dump_nccl_trace{form}", None) or getattr(
+        library, f"_dump_fr_trace{form}", None
+    )
 
 
 def pending_collective() -> str:
-    """The oldest collective that torch's flight recorder calls unfinished, where this build has one."""
+    """The oldest collective that torch's flight recorder calls unfinished, where this build has
+    one.
+    """
     dump = recorder("_json")
     if dump is None:
         return ""
     try:
         entries = json.loads(dump(includeCollectives=True, onlyActive=True)).get("entries") or []
         entry = next((entry for entry in entries if not entry.get("retired")), None)
-        return "" if entry is None else (f"unfinished {entry['profiling_name']} {entry['input_sizes']}, number "
-                                         f"{entry['collective_seq_id']} of group {entry['process_group'][0]}")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # private, and another form must not end a run
+        return (
+            ""
+            if entry is None
+            else (
+                f"unfinished {entry['profiling_name']} {entry['input_sizes']}, number "
+                f"{entry['collective_seq_id']} of group {entry['process_group'][0]}"
+            )
+        )
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # private, and another form must not end a run
         return f"torch's flight recorder is not readable ({type(error).__name__})"

@@ -51,8 +51,10 @@ from launcher.environment import host_name
 
 @dataclass
 class Run:
-    """Everything that one rank of a training run holds.  ``writer`` is rank 0's alone; ``scorer``: None where nobody asked for
-    scores; ``fresh``: no checkpoint was there; ``recipes``: changes of the recipe so far, see ``resume``."""
+    """Everything that one rank of a training run holds.  ``writer`` is rank 0's alone; ``scorer``:
+    None where nobody asked for scores; ``fresh``: no checkpoint was there; ``recipes``: changes of
+    the recipe so far, see ``resume``.
+    """
 
     config: Config
     layout: Layout
@@ -93,25 +95,43 @@ class Run:
         return self.folder / "checkpoints"
 
 
-def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device,
-          asked: Sequence[int] = (), per_node: int | None = None, new_recipe: bool = False) -> None:
-    """Trains to ``train.steps``, from the newest usable checkpoint in the run folder if there is one.  ``per_node``: ranks
-    on a node (default: all).  ``new_recipe``: that checkpoint may be one of another recipe.
+def train(
+    config: Config,
+    layout: Layout,
+    deepspeed_tree: dict,
+    groups: ParallelGroups,
+    device: torch.device,
+    asked: Sequence[int] = (),
+    per_node: int | None = None,
+    new_recipe: bool = False,
+) -> None:
+    """Trains to ``train.steps``, from the newest usable checkpoint in the run folder if there is
+    one.  ``per_node``: ranks on a node (default: all).  ``new_recipe``: that checkpoint may be one
+    of another recipe.
 
-    Any rank whose ``asked`` fills (see ``training.stop``) ends the run in order: the ranks agree at a step boundary, save, and
-    return.  Raises AgreedError when the run cannot go on, or its last state cannot be saved; a rank that dies or hangs ends
-    the process with ``EXIT_LOST``."""
+    Any rank whose ``asked`` fills (see ``training.stop``) ends the run in order: the ranks agree at
+    a step boundary, save, and return.  Raises AgreedError when the run cannot go on, or its last
+    state cannot be saved; a rank that dies or hangs ends the process with ``EXIT_LOST``.
+    """
     folder = Path(config.run.folder)
-    with Watchdog(groups, config.run.timeout_s, folder) as watchdog, RunLock(folder, groups.world) as lock:
+    with (
+        Watchdog(groups, config.run.timeout_s, folder) as watchdog,
+        RunLock(folder, groups.world) as lock,
+    ):
         if anyone(bool(asked), groups.world):
             return _say(groups, "stopped in order before the start; the same command begins again")
         lock.take()
         run = start(config, layout, deepspeed_tree, groups, device, per_node, new_recipe, lock)
         if run.done >= config.train.steps:
-            _say(groups, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
+            _say(
+                groups, f"nothing left to do: step {run.done} of train.steps ({config.train.steps})"
+            )
         elif anyone(bool(asked), groups.world):
-            return _say(groups, f"stopped in order at step {run.done}, before the first step of this start; the same command "
-                                "goes on from there")
+            return _say(
+                groups,
+                f"stopped in order at step {run.done}, before the first step of this start; the same command "
+                "goes on from there",
+            )
         with run.saver, watchdog.hears_first():
             if config.train.spike_factor > 0 and run.fresh:
                 _save(run)  # so that there is always something to go back to
@@ -121,10 +141,20 @@ def train(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
                 spiked = _train_steps(run, asked)
 
 
-def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: ParallelGroups, device: torch.device,
-          per_node: int | None = None, new_recipe: bool = False, lock: RunLock | None = None) -> Run:
-    """Model, engine, EMA and data of a run, resumed from its newest usable checkpoint.  All ranks raise together.  Rank 0
-    holds ``lock`` before it writes into the run folder."""
+def start(
+    config: Config,
+    layout: Layout,
+    deepspeed_tree: dict,
+    groups: ParallelGroups,
+    device: torch.device,
+    per_node: int | None = None,
+    new_recipe: bool = False,
+    lock: RunLock | None = None,
+) -> Run:
+    """Model, engine, EMA and data of a run, resumed from its newest usable checkpoint.  All ranks
+    raise together.  Rank 0 holds ``lock`` before it writes into the run folder.
+    """
+
     def say(text: str) -> None:
         _say(groups, text)
 
@@ -138,7 +168,15 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     folder = Path(config.run.folder)
     newest = newest_usable(folder / "checkpoints", groups, say_passed_over)
     hosts = gather_objects(host_name(), groups.world)
-    reader, problem, accepted, recipes, left_out, notes, compiled = None, None, [], [], [], [], False
+    reader, problem, accepted, recipes, left_out, notes, compiled = (
+        None,
+        None,
+        [],
+        [],
+        [],
+        [],
+        False,
+    )
     try:
         # A new recipe may choose its order anew; the same recipe keeps it.
         before = None if newest is None or new_recipe else newest.config().data
@@ -148,18 +186,24 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
         config, notes = _with_order(config, reader, before)
         notes += filter(None, [note])
         if newest is not None:  # before anything of an earlier run is overwritten
-            accepted, recipes = check_resumable(newest, config, layout, reader.index.fingerprint, new_recipe)
+            accepted, recipes = check_resumable(
+                newest, config, layout, reader.index.fingerprint, new_recipe
+            )
         if groups.rank == 0:
             notice, unmixed = order_notice(reader, layout.pool if layout.pool > 1 else layout.batch)
             if unmixed:
-                notes.append(f"warning: {notice}" + " (in another run.folder)" * (newest is not None))
+                notes.append(
+                    f"warning: {notice}" + " (in another run.folder)" * (newest is not None)
+                )
             merged = merge_deepspeed(deepspeed_tree, config, layout)
             notes += filter(None, [spanning(config, layout, merged, machine_of(device), hosts)])
             left_out = read_left_out(folder)
             accepted += engine_changes(folder, merged) if newest is not None else []
             if layout.ranks > 1 and reduction(deepspeed_tree).precision != "fp32":
-                notes.append(f"gradients are summed in {reduction(deepspeed_tree).precision} across ranks, as the DeepSpeed JSON's "
-                             "communication_data_type or data_types.grad_accum_dtype says")
+                notes.append(
+                    f"gradients are summed in {reduction(deepspeed_tree).precision} across ranks, as the DeepSpeed JSON's "
+                    "communication_data_type or data_types.grad_accum_dtype says"
+                )
             if lock is not None:
                 lock.hold()  # the folder may be new, and another run have begun there since
             _write_resolved(config, layout, deepspeed_tree)
@@ -168,9 +212,19 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     raise_together(problem, groups.world)
     for note in notes:
         say(note)
-    scorer = open_scorer(config, reader.index, groups.world, device) if config.train.score_every else None
-    model = DiT(config.model, config.moe, pool=layout.pool, groups=groups, recompute=config.parallel.recompute,
-                time_scale=config.diffusion.time_scale)
+    scorer = (
+        open_scorer(config, reader.index, groups.world, device)
+        if config.train.score_every
+        else None
+    )
+    model = DiT(
+        config.model,
+        config.moe,
+        pool=layout.pool,
+        groups=groups,
+        recompute=config.parallel.recompute,
+        time_scale=config.diffusion.time_scale,
+    )
     initialize(model, config.run.seed)
     if compiled:
         compile_blocks(model)
@@ -183,12 +237,30 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
     if begins:
         guard.losses = []  # of another recipe
     guard.left_out = sorted({*guard.left_out, *gather_objects(left_out, groups.world)[0]})
-    writer = Writer(folder, config.train.steps, [f"block {i}" for i, _ in model.moe_layers()]) if groups.rank == 0 else None
+    writer = (
+        Writer(folder, config.train.steps, [f"block {i}" for i, _ in model.moe_layers()])
+        if groups.rank == 0
+        else None
+    )
     names = reader.index.class_names or (newest.manifest.class_names if newest is not None else ())
     saver = Saver(folder / "checkpoints", config, layout, groups, names)
-    run = Run(config, layout, groups, device, engine, ema, reader, saver, guard,
-              Meter(config, groups, device), PlanCheck(config, layout, deepspeed_tree, device, per_node or layout.ranks), writer,
-              scorer, newest is None, recipes)
+    run = Run(
+        config,
+        layout,
+        groups,
+        device,
+        engine,
+        ema,
+        reader,
+        saver,
+        guard,
+        Meter(config, groups, device),
+        PlanCheck(config, layout, deepspeed_tree, device, per_node or layout.ranks),
+        writer,
+        scorer,
+        newest is None,
+        recipes,
+    )
     for text in passed_over if writer else ():
         writer.event(newest.step, "passed over", text, aloud=False)
     if newest is not None:
@@ -198,8 +270,12 @@ def start(config: Config, layout: Layout, deepspeed_tree: dict, groups: Parallel
         engine.set_adam_step(newest.counters.get("updates", newest.step))
         say(f"resumed from {newest.path} at step {run.done}")
         if begins:
-            _event(run, "new recipe", f"new recipe from here on ({'; '.join(recipes[-1].changes)}); weights, moments, "
-                                      f"averages and thresholds stay, samples are counted on from {run.samples}")
+            _event(
+                run,
+                "new recipe",
+                f"new recipe from here on ({'; '.join(recipes[-1].changes)}); weights, moments, "
+                f"averages and thresholds stay, samples are counted on from {run.samples}",
+            )
     return run
 
 
@@ -207,14 +283,23 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
     """Trains to the end or to a stop (None), or to a step whose loss spiked, which is returned."""
     config, layout, groups, meter = run.config, run.layout, run.groups, run.meter
     share = _share(layout, groups.rank, run.shift)
-    feed = Feed(run.reader, share, groups.world, run.folder, range(run.done, config.train.steps), config.data,
-                pin=run.device.type == "cuda", say=lambda text: _say(groups, text))
+    feed = Feed(
+        run.reader,
+        share,
+        groups.world,
+        run.folder,
+        range(run.done, config.train.steps),
+        config.data,
+        pin=run.device.type == "cuda",
+        say=lambda text: _say(groups, text),
+    )
     with feed, StepDraws(config.run.seed, share.positions, run.reader.index.x_shape) as draws:
         groups.trace.enter("reading data", run.done)
         batches = feed.first()
         meter.restart_clock()
         while run.done < config.train.steps:
-            # A step ahead: what one rank cannot read concerns all of them, and a step's reduction can still say so.
+            # A step ahead: what one rank cannot read concerns all of them, and a step's reduction
+            # can still say so.
             groups.trace.enter("reading data", run.done)
             began = time.perf_counter()
             stop, verdict = _step(run, batches, draws, feed.read_ahead() or bool(asked))
@@ -232,7 +317,9 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
                 _record(run, last)
             if _due(run.done, config.train.save_every, last):
                 _save(run)
-            if _due(run.done, config.train.sample_every, finished):  # not at a stop, whose grace is for saving
+            if _due(
+                run.done, config.train.sample_every, finished
+            ):  # not at a stop, whose grace is for saving
                 _sample(run)
             if run.scorer is not None and _due(run.done, config.train.score_every, finished):
                 _score(run)
@@ -241,7 +328,10 @@ def _train_steps(run: Run, asked: Sequence[int]) -> int | None:
             if run.done % config.train.log_every == 0:
                 meter.restart_clock()  # saving, sampling and drawing are not training
             if stop:
-                _say(groups, f"stopped in order at step {run.done}; the same command resumes from there")
+                _say(
+                    groups,
+                    f"stopped in order at step {run.done}; the same command resumes from there",
+                )
                 break
     if run.writer:
         run.writer.close()
@@ -254,14 +344,22 @@ def _share(layout: Layout, rank: int, shift: int = 0) -> Share:
     return Share(layout.batch, layout.micro_batch, layout.accumulation, rank, layout.ranks, shift)
 
 
-def _with_order(config: Config, reader: ShardReader, before: DataConfig | None) -> tuple[Config, list[str]]:
-    """The configuration with the reader's streams and window as numbers, and what is to be said of them."""
-    resolved = replace(config, data=replace(config.data, streams=reader.streams, window=reader.window))
+def _with_order(
+    config: Config, reader: ShardReader, before: DataConfig | None
+) -> tuple[Config, list[str]]:
+    """The configuration with the reader's streams and window as numbers, and what is to be said of
+    them.
+    """
+    resolved = replace(
+        config, data=replace(config.data, streams=reader.streams, window=reader.window)
+    )
     if resolved == config:
         return config, []
     kept = before is not None and before.window is not None
-    return resolved, [f"order    data.streams {reader.streams}, data.window {reader.window}, "
-                      + ("as the checkpoint has them" if kept else "chosen for these data")]
+    return resolved, [
+        f"order    data.streams {reader.streams}, data.window {reader.window}, "
+        + ("as the checkpoint has them" if kept else "chosen for these data")
+    ]
 
 
 def _step(run: Run, batches: list[Batch], draws: StepDraws, stop: bool) -> tuple[bool, Verdict]:
@@ -269,8 +367,18 @@ def _step(run: Run, batches: list[Batch], draws: StepDraws, stop: bool) -> tuple
     if run.done in run.guard.left_out:
         _event(run, "left out", "left out, as its loss spiked before")
         return anyone(stop, run.groups.world), "left out"
-    report = train_step(run.engine, run.ema, batches, run.config, run.layout, run.groups, run.done, stop, run.saver.trouble,
-                        draws.of(run.done))
+    report = train_step(
+        run.engine,
+        run.ema,
+        batches,
+        run.config,
+        run.layout,
+        run.groups,
+        run.done,
+        stop,
+        run.saver.trouble,
+        draws.of(run.done),
+    )
     if report.trouble:
         run.saver.settle()
         _hear_of_saves(run)
@@ -280,39 +388,63 @@ def _step(run: Run, batches: list[Batch], draws: StepDraws, stop: bool) -> tuple
     elif verdict == "not finite":
         _not_finite(run, report, batches)
     else:
-        _event(run, "spike", f"loss {report.loss:.6g} is above train.spike_factor ({run.config.train.spike_factor:g}) times the "
-                             f"median of the last {run.config.train.spike_window} steps")
+        _event(
+            run,
+            "spike",
+            f"loss {report.loss:.6g} is above train.spike_factor ({run.config.train.spike_factor:g}) times the "
+            f"median of the last {run.config.train.spike_window} steps",
+        )
     return report.stop, verdict
 
 
 def _not_finite(run: Run, report: StepReport, batches: list[Batch]) -> None:
-    """The step has changed nothing anywhere; says where it went wrong, and raises AgreedError unless the run may go on."""
+    """The step has changed nothing anywhere; says where it went wrong, and raises AgreedError
+    unless the run may go on.
+    """
     train = run.config.train
-    text = (f"loss is {report.loss} and gradient norm {report.grad_norm} at step {run.done}, "
-            f"{find_nonfinite(run.engine, batches, run.config, run.groups, run.done)}")
+    text = (
+        f"loss is {report.loss} and gradient norm {report.grad_norm} at step {run.done}, "
+        f"{find_nonfinite(run.engine, batches, run.config, run.groups, run.done)}"
+    )
     if train.on_nonfinite == "skip" and run.guard.in_a_row <= train.nonfinite_limit:
-        _event(run, "skipped", f"{text}; skipped, {run.guard.in_a_row} in a row of at most {train.nonfinite_limit}")
+        _event(
+            run,
+            "skipped",
+            f"{text}; skipped, {run.guard.in_a_row} in a row of at most {train.nonfinite_limit}",
+        )
         return
     run.saver.settle()
     _hear_of_saves(run)
     limit = f" (train.nonfinite_limit ({train.nonfinite_limit}) steps in a row were skipped before)"
-    raise AgreedError(f"{text}{limit if train.on_nonfinite == 'skip' else ''}; the last checkpoint is untouched")
+    raise AgreedError(
+        f"{text}{limit if train.on_nonfinite == 'skip' else ''}; the last checkpoint is untouched"
+    )
 
 
 def _go_back(run: Run, spiked: int) -> None:
-    """Restores the newest checkpoint, from which the run goes on without step ``spiked``.  All ranks together."""
+    """Restores the newest checkpoint, from which the run goes on without step ``spiked``.  All
+    ranks together.
+    """
     run.groups.trace.enter("going back")
     run.saver.settle()
     _hear_of_saves(run)
-    newest = newest_usable(run.checkpoints, run.groups, lambda text: _event(run, "passed over", text))
+    newest = newest_usable(
+        run.checkpoints, run.groups, lambda text: _event(run, "passed over", text)
+    )
     if newest is None:
-        raise AgreedError(f"the loss spiked at step {spiked}, and {run.checkpoints} has no checkpoint to go back to")
-    _, run.recipes = check_resumable(newest, run.config, run.layout, run.reader.index.fingerprint, new_recipe=True)
+        raise AgreedError(
+            f"the loss spiked at step {spiked}, and {run.checkpoints} has no checkpoint to go back to"
+        )
+    _, run.recipes = check_resumable(
+        newest, run.config, run.layout, run.reader.index.fingerprint, new_recipe=True
+    )
     run.guard.go_back(spiked, newest.step, Guard.from_counters(run.config.train, newest.counters))
     run.done = restore(newest, run.engine, run.ema, run.groups, lambda text: _say(run.groups, text))
     run.engine.set_adam_step(newest.counters.get("updates", newest.step))
     run.meter.discard()
-    _event(run, "went back", f"went back to {newest.path.name}; step {spiked} is left out from now on")
+    _event(
+        run, "went back", f"went back to {newest.path.name}; step {spiked} is left out from now on"
+    )
     if run.writer:
         with run.writer.unless_refused("left_out.json"):
             write_left_out(run.folder, run.guard.left_out)
@@ -323,8 +455,13 @@ def _record(run: Run, last: bool) -> None:
     run.groups.trace.enter("recording")
     record, load = run.meter.collect(run.done, run.samples)
     _hear_of_saves(run)
-    record |= {"skipped_steps": run.guard.skipped(run.done), "rollbacks": run.guard.rollbacks,
-               "failed_saves": run.failed_saves, **run.save_times, **run.plan.entries}
+    record |= {
+        "skipped_steps": run.guard.skipped(run.done),
+        "rollbacks": run.guard.rollbacks,
+        "failed_saves": run.failed_saves,
+        **run.save_times,
+        **run.plan.entries,
+    }
     run.save_times, run.plan.entries = {}, {}
     if run.writer:
         run.writer.record(record)
@@ -333,10 +470,21 @@ def _record(run: Run, last: bool) -> None:
 
 
 def _save(run: Run) -> None:
-    """Begins a save of the present state; what became of earlier ones is heard here.  A failed one is tried again when due."""
+    """Begins a save of the present state; what became of earlier ones is heard here.  A failed one
+    is tried again when due.
+    """
     run.groups.trace.enter("saving")
-    run.saver.save(run.done, run.engine, run.ema, {**run.guard.as_counters(), **recipes_as_counters(run.recipes),
-                                                   "updates": run.engine.updates, "data": run.reader.index.fingerprint})
+    run.saver.save(
+        run.done,
+        run.engine,
+        run.ema,
+        {
+            **run.guard.as_counters(),
+            **recipes_as_counters(run.recipes),
+            "updates": run.engine.updates,
+            "data": run.reader.index.fingerprint,
+        },
+    )
     _hear_of_saves(run)
 
 
@@ -346,20 +494,29 @@ def _finish_saving(run: Run) -> None:
     run.saver.settle()
     _hear_of_saves(run)
     if run.done == run.unsaved:
-        raise AgreedError(f"the state of step {run.done} could not be saved; what the run has is the checkpoint before")
+        raise AgreedError(
+            f"the state of step {run.done} could not be saved; what the run has is the checkpoint before"
+        )
 
 
 def _hear_of_saves(run: Run) -> None:
     for outcome in run.saver.outcomes():
         if isinstance(outcome, SaveFailed):
             run.failed_saves, run.unsaved = run.failed_saves + 1, outcome.step
-            _event(run, "save failed", f"error: step {outcome.step} was NOT saved: {outcome.message}; training goes on, the "
-                                       "checkpoint before stays, the next save is tried as planned")
+            _event(
+                run,
+                "save failed",
+                f"error: step {outcome.step} was NOT saved: {outcome.message}; training goes on, the "
+                "checkpoint before stays, the next save is tried as planned",
+            )
         else:
             run.unsaved = None
             run.save_times = {"save_stall_s": outcome.stall_s, "save_write_s": outcome.write_s}
-            _say(run.groups, f"saved {outcome.path}: training stood still for {outcome.stall_s:.2f} s, written in "
-                             f"{outcome.write_s:.2f} s")
+            _say(
+                run.groups,
+                f"saved {outcome.path}: training stood still for {outcome.stall_s:.2f} s, written in "
+                f"{outcome.write_s:.2f} s",
+            )
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -372,15 +529,18 @@ def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> Non
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config_to_tree(config), sort_keys=False))
-        (folder / "deepspeed.json").write_text(json.dumps(merge_deepspeed(deepspeed_tree, config, layout), indent=1) + "\n")
+        (folder / "deepspeed.json").write_text(
+            json.dumps(merge_deepspeed(deepspeed_tree, config, layout), indent=1) + "\n"
+        )
         (folder / "layout.json").write_text(json.dumps(vars(layout), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.folder ({folder}) cannot be written: {error}") from error
 
 
 def _sample(run: Run) -> None:
-    """A grid from the EMA weights, classes in turn; every rank makes its share.  The last one comes unasked: guidance
-    that training does not allow is an event there and no error."""
+    """A grid from the EMA weights, classes in turn; every rank makes its share.  The last one comes
+    unasked: guidance that training does not allow is an event there and no error.
+    """
     try:
         check_guidance(run.config)
     except UserError as error:
@@ -395,7 +555,9 @@ def _sample(run: Run) -> None:
 
 
 def _score(run: Run) -> None:
-    """Scores of every average, a line of ``scores.jsonl`` each.  What cannot be scored is said, and the run goes on."""
+    """Scores of every average, a line of ``scores.jsonl`` each.  What cannot be scored is said, and
+    the run goes on.
+    """
     run.groups.trace.enter("scoring")
     for decay, shards in run.ema.by_decay.items():
         weights = f"ema:{decay!r}"

@@ -1,4 +1,6 @@
-"""What a run tells: JSONL first, TensorBoard beside it, one progress line.  Rank 0 writes; the others hold no files."""
+"""What a run tells: JSONL first, TensorBoard beside it, one progress line.  Rank 0 writes; the
+others hold no files.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,13 @@ from diffmoe.training.step import TIME_BINS, StepReport
 
 
 class Meter:
-    """Sums step reports between two log lines; all ranks call it, since load is reduced when it is looked at.
+    """Sums step reports between two log lines; all ranks call it, since load is reduced when it is
+    looked at.
 
-    MFU = 3 x 2 x forward MACs per image x images/s / (ranks x peak FLOP/s): backward counts twice forward, recompute
-    not at all; MACs of the activated parameters at the step's capacity (``models.count``)."""
+    MFU = 3 x 2 x forward MACs per image x images/s / (ranks x peak FLOP/s): backward counts twice
+    forward, recompute not at all; MACs of the activated parameters at the step's capacity
+    (``models.count``).
+    """
 
     def __init__(self, config: Config, groups: ParallelGroups, device: torch.device) -> None:
         self.config, self.groups, self.device = config, groups, device
@@ -50,10 +55,12 @@ class Meter:
         self._reports = []
 
     def collect(self, step: int, samples: int) -> tuple[dict, np.ndarray]:
-        """(record, load [layers, time bins, experts] as share of the mean) of the steps since the last call.
+        """(record, load [layers, time bins, experts] as share of the mean) of the steps since the
+        last call.
 
-        Losses are means over those steps, norms the last; load is NaN in a time bin that had no sample.  When all of those steps
-        were passed over there is no loss (None) and no load."""
+        Losses are means over those steps, norms the last; load is NaN in a time bin that had no
+        sample.  When all of those steps were passed over there is no loss (None) and no load.
+        """
         reports, self._reports = self._reports, []
         if not reports:
             return {"step": step, "samples": samples, "loss": None}, np.zeros((0, TIME_BINS, 0))
@@ -63,12 +70,17 @@ class Meter:
         last = reports[-1]
         load, per_expert = self._load(reports)
         images = len(reports) * train.batch / seconds
-        macs = count(model, moe, capacity=None if model.family == "tc" else last.capacity).forward_macs
+        macs = count(
+            model, moe, capacity=None if model.family == "tc" else last.capacity
+        ).forward_macs
         record = {
-            "step": step, "samples": samples,
+            "step": step,
+            "samples": samples,
             "loss": float(np.mean([r.loss for r in reports])),
-            "grad_norm": last.grad_norm, "lr": last.lr,
-            "images_per_s": images, "mfu": 6 * macs * images / (self.groups.world.size * self.peak),
+            "grad_norm": last.grad_norm,
+            "lr": last.lr,
+            "images_per_s": images,
+            "mfu": 6 * macs * images / (self.groups.world.size * self.peak),
             "memory_gib": peak_memory_gib(self.device),
         }
         if model.family == "diffmoe":
@@ -78,29 +90,44 @@ class Meter:
         if model.family == "tc":
             record["balance_loss"] = float(np.mean([r.balance_loss for r in reports]))
         if load.size:
-            record["load_max"], record["load_min"] = float(per_expert.max()), float(per_expert.min())
+            record["load_max"], record["load_min"] = (
+                float(per_expert.max()),
+                float(per_expert.min()),
+            )
         return record, load
 
     def _load(self, reports: list[StepReport]) -> tuple[np.ndarray, np.ndarray]:
         """Load by [layer, time bin, expert] and, over all times, by [layer, expert]."""
-        load: Tensor = sum_over(torch.stack([r.load_LbE for r in reports]).sum(0), self.groups.world)
+        load: Tensor = sum_over(
+            torch.stack([r.load_LbE for r in reports]).sum(0), self.groups.world
+        )
         samples = sum_over(torch.stack([r.samples_b for r in reports]).sum(0), self.groups.world)
         layers, _, experts = load.shape
         if layers == 0:
             return np.zeros((0, TIME_BINS, experts)), np.zeros((0, experts))
-        mean_rows = samples * self.config.model.tokens / experts  # what an expert takes of a bin at capacity 1
+        mean_rows = (
+            samples * self.config.model.tokens / experts
+        )  # what an expert takes of a bin at capacity 1
         with np.errstate(divide="ignore", invalid="ignore"):
-            return (load / mean_rows[:, None]).cpu().numpy(), (load.sum(1) / mean_rows.sum()).cpu().numpy()
+            return (load / mean_rows[:, None]).cpu().numpy(), (
+                load.sum(1) / mean_rows.sum()
+            ).cpu().numpy()
 
 
 class Writer:
-    """Rank 0's files in the run folder: ``metrics.jsonl``, ``events.jsonl``, ``scores.jsonl``, TensorBoard scalars and pictures.
+    """Rank 0's files in the run folder: ``metrics.jsonl``, ``events.jsonl``, ``scores.jsonl``,
+    TensorBoard scalars and pictures.
 
-    What a disk refuses is said once, on stderr, and does not stop the run; lines wait in memory until they can be written."""
+    What a disk refuses is said once, on stderr, and does not stop the run; lines wait in memory
+    until they can be written.
+    """
 
     def __init__(self, folder: Path, total_steps: int, layer_names: list[str]) -> None:
         self.folder, self.total_steps, self.layer_names = folder, total_steps, layer_names
-        self._waiting = {name: _start_of_line(folder / name) for name in ("metrics.jsonl", "events.jsonl", "scores.jsonl")}
+        self._waiting = {
+            name: _start_of_line(folder / name)
+            for name in ("metrics.jsonl", "events.jsonl", "scores.jsonl")
+        }
         self._board: Any = None
         self._refused: set[str] = set()
 
@@ -114,7 +141,9 @@ class Writer:
         print(progress_line(record, self.total_steps), flush=True)
 
     def event(self, step: int, kind: str, text: str, aloud: bool = True) -> None:
-        """Something that should not pass unseen: a line of ``events.jsonl`` and, with ``aloud``, of stderr."""
+        """Something that should not pass unseen: a line of ``events.jsonl`` and, with ``aloud``, of
+        stderr.
+        """
         if aloud:
             print(f"step {step}: {text}", file=sys.stderr, flush=True)
         self._line("events.jsonl", {"step": step, "event": kind, "text": text})
@@ -126,8 +155,11 @@ class Writer:
         with self.unless_refused("tensorboard"):
             for name, value in found.items():
                 self._open_board().add_scalar(f"{name}/{weights}", value, step)
-        print(f"scores of step {step}, {weights} weights, {count} images: "
-              + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items()), flush=True)
+        print(
+            f"scores of step {step}, {weights} weights, {count} images: "
+            + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items()),
+            flush=True,
+        )
 
     def load_picture(self, load: np.ndarray, step: int) -> None:
         """``expert_load.png``: which expert works at which flow time, layer by layer."""
@@ -145,7 +177,9 @@ class Writer:
             self._picture("samples", path, step)
 
     def close(self) -> None:
-        """Closes the files and draws ``loss.png`` from the whole of ``metrics.jsonl``, earlier starts included."""
+        """Closes the files and draws ``loss.png`` from the whole of ``metrics.jsonl``, earlier
+        starts included.
+        """
         for name in self._waiting:
             self._line(name, None)
         with self.unless_refused("tensorboard"):
@@ -153,7 +187,11 @@ class Writer:
                 self._board.close()
         with self.unless_refused("loss.png"):
             metrics = self.folder / "metrics.jsonl"
-            records = [r for r in read_metrics(metrics) if r["loss"] is not None] if metrics.exists() else []
+            records = (
+                [r for r in read_metrics(metrics) if r["loss"] is not None]
+                if metrics.exists()
+                else []
+            )
             if records:
                 loss_curve(records, self.folder / "loss.png")
 
@@ -163,7 +201,7 @@ class Writer:
         if self._waiting[name]:
             with self.unless_refused(name), (self.folder / name).open("ab", buffering=0) as file:
                 while self._waiting[name]:
-                    self._waiting[name] = self._waiting[name][file.write(self._waiting[name]):]
+                    self._waiting[name] = self._waiting[name][file.write(self._waiting[name]) :]
 
     def _open_board(self) -> Any:
         if self._board is None:
@@ -182,14 +220,20 @@ class Writer:
 
     @contextmanager
     def unless_refused(self, name: str) -> Iterator[None]:
-        """Says the first refusal of ``name`` and when it is over.  UserError is a picture's of values that are not finite."""
+        """Says the first refusal of ``name`` and when it is over.  UserError is a picture's of
+        values that are not finite.
+        """
         try:
             yield
         except (OSError, ValueError) as error:
             if name == "tensorboard":
                 self._board = None  # its thread is dead; the next record opens another file
             if name not in self._refused:
-                print(f"error: {self.folder / name} cannot be written: {error}; training goes on", file=sys.stderr, flush=True)
+                print(
+                    f"error: {self.folder / name} cannot be written: {error}; training goes on",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._refused.add(name)
         else:
             if name in self._refused:
@@ -198,7 +242,9 @@ class Writer:
 
 
 def _start_of_line(path: Path) -> bytes:
-    """What must come before the next line: a run that was killed, or a full disk, may have left half a line."""
+    """What must come before the next line: a run that was killed, or a full disk, may have left
+    half a line.
+    """
     try:
         with path.open("rb") as file:
             file.seek(-1, 2)
@@ -208,7 +254,8 @@ def _start_of_line(path: Path) -> bytes:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of ``metrics.jsonl``, one a step, in order: of a step that was trained twice (after a kill) the last.
+    """The records of ``metrics.jsonl``, one a step, in order: of a step that was trained twice
+    (after a kill) the last.
 
     Half a line, which a kill may leave, is passed over."""
     records: dict[int, dict] = {}
@@ -224,15 +271,25 @@ def read_metrics(path: Path) -> list[dict]:
 def progress_line(record: dict, total: int) -> str:
     """``step 100/1500  loss 0.812  predictor 0.31 (trivial 0.377)  …``"""
     parts = [f"step {record['step']}/{total}"]
-    parts += [f"{name.replace('_', ' ')} {record[name]}" for name in ("skipped_steps", "rollbacks", "failed_saves")
-              if record.get(name)]
+    parts += [
+        f"{name.replace('_', ' ')} {record[name]}"
+        for name in ("skipped_steps", "rollbacks", "failed_saves")
+        if record.get(name)
+    ]
     if record["loss"] is None:
         return "  ".join([*parts, "no step counted"])
     parts.append(f"loss {record['loss']:.4f}")
     if "predictor_loss" in record:
-        parts.append(f"predictor {record['predictor_loss']:.3f} (trivial {record['trivial_predictor_loss']:.3f})")
+        parts.append(
+            f"predictor {record['predictor_loss']:.3f} (trivial {record['trivial_predictor_loss']:.3f})"
+        )
     if "balance_loss" in record:
         parts.append(f"balance {record['balance_loss']:.3f}")
-    parts += [f"norm {record['grad_norm']:.3f}", f"lr {record['lr']:.2e}", f"{record['images_per_s']:.0f} images/s",
-              f"MFU {100 * record['mfu']:.1f} %", f"{record['memory_gib']:.1f} GiB"]
+    parts += [
+        f"norm {record['grad_norm']:.3f}",
+        f"lr {record['lr']:.2e}",
+        f"{record['images_per_s']:.0f} images/s",
+        f"MFU {100 * record['mfu']:.1f} %",
+        f"{record['memory_gib']:.1f} GiB",
+    ]
     return "  ".join(parts)

@@ -16,15 +16,26 @@ from diffmoe.layout import Layout
 def machine_of(device: torch.device) -> Hardware:
     """The hardware table's entry for the device; for a GPU that it does not know an H100's."""
     table = read_table(None)
-    return named_like(table, "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)) or table["h100"]
+    return (
+        named_like(table, "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device))
+        or table["h100"]
+    )
 
 
 class PlanCheck:
-    """Times of the first ``AFTER_STEPS`` steps of a start; their median, and the memory so far, are then compared with the plan.
+    """Times of the first ``AFTER_STEPS`` steps of a start; their median, and the memory so far, are
+    then compared with the plan.
 
     ``entries`` are then numbers for the next record of the metrics, which takes them."""
 
-    def __init__(self, config: Config, layout: Layout, deepspeed_tree: dict, device: torch.device, per_node: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        deepspeed_tree: dict,
+        device: torch.device,
+        per_node: int,
+    ) -> None:
         self._asked = (config, layout, deepspeed_tree)
         self._device, self._per_node = device, per_node
         self._times: list[float] = []
@@ -37,9 +48,15 @@ class PlanCheck:
         self._times.append(seconds)
         if len(self._times) < AFTER_STEPS:
             return None
-        # A CPU's figure is the whole process's, Python and libraries included: nothing that a plan speaks of.
+        # A CPU's figure is the whole process's, Python and libraries included: nothing that a plan
+        # speaks of.
         name, peak = "cpu", 0.0
         if self._device.type == "cuda":
-            name, peak = torch.cuda.get_device_name(self._device), peak_memory_gib(self._device) * 2**30
-        self.entries, line = plan_error(*self._asked, name, self._per_node, statistics.median(self._times), peak)
+            name, peak = (
+                torch.cuda.get_device_name(self._device),
+                peak_memory_gib(self._device) * 2**30,
+            )
+        self.entries, line = plan_error(
+            *self._asked, name, self._per_node, statistics.median(self._times), peak
+        )
         return line

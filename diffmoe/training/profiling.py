@@ -1,7 +1,9 @@
-"""Where a training step's time, memory and traffic go: some real steps, timed, then traced, then counted.
+"""Where a training step's time, memory and traffic go: some real steps, timed, then traced, then
+counted.
 
-Three kinds of steps, because each way of looking slows down what the others look at: plain ones give the time, traced ones
-(``torch.profiler``) the split and the memory, counted ones (``parallel/traffic.py``) the messages.
+Three kinds of steps, because each way of looking slows down what the others look at: plain ones
+give the time, traced ones (``torch.profiler``) the split and the memory, counted ones
+(``parallel/traffic.py``) the messages.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RankProfile:
-    """What one rank saw.  ``step_s``: seconds of each plain step, data included.  ``split``: share of a traced step's time by
-    phase.  ``static_bytes``: tensors that live between steps; ``peak_bytes``: most that lived at once.  ``traffic``: one dict a
-    kind of message of one step (``CommunicationCount.table``)."""
+    """What one rank saw.  ``step_s``: seconds of each plain step, data included.  ``split``: share
+    of a traced step's time by phase.  ``static_bytes``: tensors that live between steps;
+    ``peak_bytes``: most that lived at once.  ``traffic``: one dict a kind of message of one step
+    (``CommunicationCount.table``).
+    """
 
     step_s: list[float]
     traced_step_s: float
@@ -41,10 +45,17 @@ class RankProfile:
     traffic: list[dict]
 
 
-def profile_rank(engine: Engine, fetch: Callable[[], T], train: Callable[[T], Any], warmup: int, steps: int,
-                 traced: int = 2) -> RankProfile:
-    """``warmup`` steps, ``steps`` timed ones, ``traced`` traced ones, one counted; every rank together.  A step is
-    ``train(fetch())``: a batch, and what is done with it."""
+def profile_rank(
+    engine: Engine,
+    fetch: Callable[[], T],
+    train: Callable[[T], Any],
+    warmup: int,
+    steps: int,
+    traced: int = 2,
+) -> RankProfile:
+    """``warmup`` steps, ``steps`` timed ones, ``traced`` traced ones, one counted; every rank
+    together.  A step is ``train(fetch())``: a batch, and what is done with it.
+    """
     device = engine.device
 
     def step() -> None:
@@ -65,10 +76,17 @@ def profile_rank(engine: Engine, fetch: Callable[[], T], train: Callable[[T], An
         step_s.append(time.perf_counter() - began)
     static = live_bytes(device)
     events, traced_s = _trace(step, traced, device)
-    count = CommunicationCount((f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers())
-    with engine.model.plainly(), count:  # nothing compiled can run under the count; messages are the same
+    count = CommunicationCount(
+        (f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers()
+    )
+    with (
+        engine.model.plainly(),
+        count,
+    ):  # nothing compiled can run under the count; messages are the same
         step()
-    return RankProfile(step_s, traced_s, split(events), static, _peak(events, static, device), count.table())
+    return RankProfile(
+        step_s, traced_s, split(events), static, _peak(events, static, device), count.table()
+    )
 
 
 def _trace(step: Callable[[], None], times: int, device: torch.device) -> tuple[list[Any], float]:
@@ -85,13 +103,17 @@ def _trace(step: Callable[[], None], times: int, device: torch.device) -> tuple[
 
 
 def live_bytes(device: torch.device) -> int:
-    """Bytes of all tensors' memory on the device.  On the CPU every tensor that Python can see, each storage once."""
+    """Bytes of all tensors' memory on the device.  On the CPU every tensor that Python can see,
+    each storage once.
+    """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if not issubclass(type(thing), torch.Tensor) or is_fake(thing):  # a compiler's tensors have no memory
+        if not issubclass(type(thing), torch.Tensor) or is_fake(
+            thing
+        ):  # a compiler's tensors have no memory
             continue
         if thing.device.type == "cpu" and thing.layout == torch.strided:
             storage = thing.untyped_storage()
@@ -100,8 +122,9 @@ def live_bytes(device: torch.device) -> int:
 
 
 def _peak(events: Iterable[Any], static: int, device: torch.device) -> int:
-    """The most bytes allocated at once: on CUDA the allocator's own figure; on the CPU what lived before, and what the traced
-    steps allocated and freed from there."""
+    """The most bytes allocated at once: on CUDA the allocator's own figure; on the CPU what lived
+    before, and what the traced steps allocated and freed from there.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -115,9 +138,11 @@ def _peak(events: Iterable[Any], static: int, device: torch.device) -> int:
 def split(events: Sequence[Any]) -> dict[str, float]:
     """Shares of the steps' time by phase; they add up to 1.
 
-    ``compute``: some kernel (on the CPU: some operator) runs that is no communication.  ``all_to_all``, ``reduction``: none
-    does, and such a collective is under way: what is not hidden behind compute, waiting for slower ranks included.  ``data``:
-    none of these, and the step waits for its batch.  ``other``: Python, launches, waiting for the host."""
+    ``compute``: some kernel (on the CPU: some operator) runs that is no communication.
+    ``all_to_all``, ``reduction``: none does, and such a collective is under way: what is not hidden
+    behind compute, waiting for slower ranks included.  ``data``: none of these, and the step waits
+    for its batch.  ``other``: Python, launches, waiting for the host.
+    """
     on_device = any(_is_cuda(e) for e in events)
     spans: dict[str, list[Span]] = {name: [] for name in (*PHASES, "step")}
     for event in events:
@@ -139,7 +164,9 @@ def _phase_of(event: Any, on_device: bool) -> str | None:
     if name in (_STEP, _DATA):
         return None if _is_cuda(event) else ("step" if name == _STEP else "data")
     if on_device:
-        if not _is_cuda(event) or event.is_user_annotation():  # of a range of kernels, and what is between them
+        if (
+            not _is_cuda(event) or event.is_user_annotation()
+        ):  # of a range of kernels, and what is between them
             return None
         if "nccl" not in name.lower():
             return "compute"

@@ -1,8 +1,10 @@
-"""Resuming from a checkpoint: what of the configuration may have changed since, and what was left out on the way.
+"""Resuming from a checkpoint: what of the configuration may have changed since, and what was left
+out on the way.
 
-A run may go on under another recipe (``train --new-recipe``): weights, moments, averages and thresholds stay, steps go on
-being counted, and so do samples, whose numbers decide data, noise, times and label drops.  A recipe's step s begins with
-sample (s + shift) * batch, where ``shift`` is the least that repeats no number of the recipe before.
+A run may go on under another recipe (``train --new-recipe``): weights, moments, averages and
+thresholds stay, steps go on being counted, and so do samples, whose numbers decide data, noise,
+times and label drops.  A recipe's step s begins with sample (s + shift) * batch, where ``shift`` is
+the least that repeats no number of the recipe before.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from diffmoe.deepspeed_json import precision, zero_stage
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 
-# What may not change: the model, the data and their order, the noise.  Whole sections, then single fields.
+# What may not change: the model, the data and their order, the noise.  Whole sections, then single
+# fields.
 _MEANING_SECTIONS = ("model", "moe", "diffusion")
 _MEANING_FIELDS = ("run.seed", "train.batch", "data.streams", "data.window", "data.flip")
 # Chosen at the first start where they are null (imported weights, which no run has read data for).
@@ -27,9 +30,19 @@ _CHOSEN = ("data.streams", "data.window")
 _START_FIELDS = ("moe.router_start",)
 _POOL, _CONTENTS = "moe.pool (samples)", "data.shards' contents"
 # What of these a new recipe may change: the weights are the same function under it.
-_RECIPE_FIELDS = (*_MEANING_FIELDS, _POOL, _CONTENTS, "moe.capacity_hold", "moe.capacity_until", "moe.balance_weight",
-                  "moe.predictor_weight", "moe.threshold_decay", "diffusion.time_sampling", "diffusion.time_mean",
-                  "diffusion.time_std")
+_RECIPE_FIELDS = (
+    *_MEANING_FIELDS,
+    _POOL,
+    _CONTENTS,
+    "moe.capacity_hold",
+    "moe.capacity_until",
+    "moe.balance_weight",
+    "moe.predictor_weight",
+    "moe.threshold_decay",
+    "diffusion.time_sampling",
+    "diffusion.time_mean",
+    "diffusion.time_std",
+)
 # Resolved to numbers (moe.pool, micro-batches) or about this place only.
 _NO_CHANGE = ("moe.pool", "run.folder")
 _LEFT_OUT = "left_out.json"
@@ -37,7 +50,9 @@ _LEFT_OUT = "left_out.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A change of the recipe: from step ``step`` on, whose first sample has number (step + shift) * batch."""
+    """A change of the recipe: from step ``step`` on, whose first sample has number (step + shift) *
+    batch.
+    """
 
     step: int
     shift: int
@@ -49,19 +64,29 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     old, new = _flat(config_to_tree(before)), _flat(config_to_tree(now))
     broken, accepted = [], []
     for name in new:
-        if old[name] != new[name] and name not in _NO_CHANGE and not (name in _CHOSEN and old[name] is None):
+        if (
+            old[name] != new[name]
+            and name not in _NO_CHANGE
+            and not (name in _CHOSEN and old[name] is None)
+        ):
             section = name.partition(".")[0]
-            breaks = name in _MEANING_FIELDS or (section in _MEANING_SECTIONS and name not in _START_FIELDS)
+            breaks = name in _MEANING_FIELDS or (
+                section in _MEANING_SECTIONS and name not in _START_FIELDS
+            )
             (broken if breaks else accepted).append(f"{name}: {old[name]} -> {new[name]}")
     return broken, accepted
 
 
-def check_resumable(checkpoint: Any, config: Config, layout: Layout, data: str,
-                    new_recipe: bool = False) -> tuple[list[str], list[Recipe]]:
-    """The changes since ``checkpoint`` (a ``Checkpoint``) that leave the recipe as it is, and the run's changes of it.
+def check_resumable(
+    checkpoint: Any, config: Config, layout: Layout, data: str, new_recipe: bool = False
+) -> tuple[list[str], list[Recipe]]:
+    """The changes since ``checkpoint`` (a ``Checkpoint``) that leave the recipe as it is, and the
+    run's changes of it.
 
-    With ``new_recipe`` the last of these is made of what differs now, if anything of the recipe does.  UserError when
-    the checkpoint belongs to another run.  ``data`` is the data set's fingerprint."""
+    With ``new_recipe`` the last of these is made of what differs now, if anything of the recipe
+    does.  UserError when the checkpoint belongs to another run.  ``data`` is the data set's
+    fingerprint.
+    """
     broken, accepted = changes(checkpoint.config(), config)
     if config.model.family != "dense" and checkpoint.pool != layout.pool:
         broken.append(f"{_POOL}: {checkpoint.pool} -> {layout.pool}")
@@ -75,9 +100,15 @@ def check_resumable(checkpoint: Any, config: Config, layout: Layout, data: str,
         return accepted, recipes
     other = [change for change in broken if not is_of_recipe(change)]
     if other or not new_recipe:
-        way = "" if other else ", or say --new-recipe to go on under the new recipe with these weights, moments and averages"
-        raise UserError(f"{checkpoint.path} belongs to another run ({'; '.join(other or broken)}); choose another "
-                        f"run.folder{way}")
+        way = (
+            ""
+            if other
+            else ", or say --new-recipe to go on under the new recipe with these weights, moments and averages"
+        )
+        raise UserError(
+            f"{checkpoint.path} belongs to another run ({'; '.join(other or broken)}); choose another "
+            f"run.folder{way}"
+        )
     shift = -(-checkpoint.samples // layout.batch) - checkpoint.step
     return accepted, [*recipes, Recipe(checkpoint.step, shift, broken)]
 
@@ -93,17 +124,24 @@ def recipes_as_counters(recipes: list[Recipe]) -> dict[str, Any]:
 
 
 def engine_changes(folder: Path, now: dict) -> list[str]:
-    """How DeepSpeed trains otherwise than at the last start in this run folder.  ``now``: the merged JSON."""
+    """How DeepSpeed trains otherwise than at the last start in this run folder.  ``now``: the
+    merged JSON.
+    """
     try:
         before = json.loads((folder / "deepspeed.json").read_text())
-        pairs = [(name, of(before), of(now)) for name, of in (("ZeRO stage", zero_stage), ("precision", precision))]
+        pairs = [
+            (name, of(before), of(now))
+            for name, of in (("ZeRO stage", zero_stage), ("precision", precision))
+        ]
     except (OSError, ValueError, AttributeError):
         return []  # there was none, or nothing that a start wrote
     return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]
 
 
 def read_left_out(folder: Path) -> list[int]:
-    """Steps that the run folder says to leave out.  UserError for anything but a JSON list of step numbers."""
+    """Steps that the run folder says to leave out.  UserError for anything but a JSON list of step
+    numbers.
+    """
     path = folder / _LEFT_OUT
     if not path.exists():
         return []
@@ -126,5 +164,7 @@ def write_left_out(folder: Path, steps: list[int]) -> None:
 def _flat(tree: dict, stem: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{stem}{key}.") if isinstance(value, dict) else {f"{stem}{key}": value}
+        found |= (
+            _flat(value, f"{stem}{key}.") if isinstance(value, dict) else {f"{stem}{key}": value}
+        )
     return found

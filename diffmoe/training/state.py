@@ -1,4 +1,6 @@
-"""Which pieces of which logical tensors a rank holds, and which of them it saves.  Nothing here is collective."""
+"""Which pieces of which logical tensors a rank holds, and which of them it saves.  Nothing here is
+collective.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from diffmoe.training.engine import Engine
 
 @dataclass(frozen=True)
 class Place:
-    """Where this rank holds a piece of a logical tensor: from element ``offset`` of its flattened shard number ``shard`` on."""
+    """Where this rank holds a piece of a logical tensor: from element ``offset`` of its flattened
+    shard number ``shard`` on.
+    """
 
     piece: Piece
     shard: int
@@ -22,7 +26,11 @@ class Place:
 
     def of(self, shards: list[Tensor]) -> Tensor:
         """The piece, flat, in any shards congruent with the masters: their own memory."""
-        return shards[self.shard].detach().view(-1)[self.offset : self.offset + self.piece.stop - self.piece.start]
+        return (
+            shards[self.shard]
+            .detach()
+            .view(-1)[self.offset : self.offset + self.piece.stop - self.piece.start]
+        )
 
 
 def held(engine: Engine) -> list[Place]:
@@ -33,13 +41,19 @@ def held(engine: Engine) -> list[Place]:
 def owned(engine: Engine) -> list[Place]:
     """What of it this rank saves: over all ranks every element once.
 
-    ZeRO shards the state already.  At ZeRO 0 the ranks that hold the same tensors (all ranks; the expert-data-parallel ranks
-    for experts) take even runs of them, so that all write, and about as much."""
+    ZeRO shards the state already.  At ZeRO 0 the ranks that hold the same tensors (all ranks; the
+    expert-data-parallel ranks for experts) take even runs of them, so that all write, and about as
+    much.
+    """
     if engine.stage > 0:
         return held(engine)
     places: list[Place] = []
     for experts, group in ((False, engine.groups.world), (True, engine.groups.edp)):
-        shared = [i for i, t in enumerate(engine.tensors) if (engine.expert_parallel and t.experts is not None) == experts]
+        shared = [
+            i
+            for i, t in enumerate(engine.tensors)
+            if (engine.expert_parallel and t.experts is not None) == experts
+        ]
         total = sum(engine.tensors[i].parameter.numel() for i in shared)
         first, last = (total * rank // group.size for rank in (group.index, group.index + 1))
         before = 0
@@ -49,8 +63,12 @@ def owned(engine: Engine) -> list[Place]:
     return places
 
 
-def _places(engine: Engine, index: int, first: float = 0, last: float = math.inf) -> Iterator[Place]:
-    """What this rank holds of a parameter between two of its elements, cut where one expert ends and the next begins."""
+def _places(
+    engine: Engine, index: int, first: float = 0, last: float = math.inf
+) -> Iterator[Place]:
+    """What this rank holds of a parameter between two of its elements, cut where one expert ends
+    and the next begins.
+    """
     tensor, shape, span = engine.tensors[index], engine.shape(index), engine.span(index)
     shape = shape if tensor.experts is None else shape[1:]
     each = math.prod(shape)

@@ -35,10 +35,12 @@ _DIAL_EVERY = 256
 
 @dataclass(frozen=True)
 class StepReport:
-    """Global means of one optimizer step.  ``predictor_loss`` is the mean over layers, in nats; ``stop`` says that
-    some rank was asked to stop, ``trouble`` that some rank's save has failed; ``applied`` is false where loss or gradient was
-    not finite and the step changed nothing.  All of these are the same on every rank.  ``load``: this rank's tokens by
-    [layer, time bin, expert], with the samples that fell in each bin, on the device: reduced only when somebody looks."""
+    """Global means of one optimizer step.  ``predictor_loss`` is the mean over layers, in nats;
+    ``stop`` says that some rank was asked to stop, ``trouble`` that some rank's save has failed;
+    ``applied`` is false where loss or gradient was not finite and the step changed nothing.  All of
+    these are the same on every rank.  ``load``: this rank's tokens by [layer, time bin, expert],
+    with the samples that fell in each bin, on the device: reduced only when somebody looks.
+    """
 
     loss: float
     predictor_loss: float
@@ -55,8 +57,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class MicroLoss:
-    """Parts of one micro-batch's loss; ``total`` carries the gradient.  ``denoising``: the flow's mean squared error, or
-    DDPM's with the variational bound of its variance.  Predictor and balance are summed over layers."""
+    """Parts of one micro-batch's loss; ``total`` carries the gradient.  ``denoising``: the flow's
+    mean squared error, or DDPM's with the variational bound of its variance.  Predictor and balance
+    are summed over layers.
+    """
 
     total: Tensor
     denoising: Tensor
@@ -66,10 +70,17 @@ class MicroLoss:
     time_bin_B: Tensor
 
 
-def micro_loss(forward: Callable[..., ModelOutput], batch: Batch, config: Config, rule: RoutingRule,
-               device: torch.device, draws: Draws | None = None) -> MicroLoss:
-    """The training loss with noise, time and label drop of the samples' global numbers; ``draws``: these, if somebody has made
-    them already."""
+def micro_loss(
+    forward: Callable[..., ModelOutput],
+    batch: Batch,
+    config: Config,
+    rule: RoutingRule,
+    device: torch.device,
+    draws: Draws | None = None,
+) -> MicroLoss:
+    """The training loss with noise, time and label drop of the samples' global numbers; ``draws``:
+    these, if somebody has made them already.
+    """
     draws = draws or training_draws(config.run.seed, batch.positions, tuple(batch.x.shape[1:]))
     y = torch.where(draws.drop < config.train.label_drop, config.model.classes, batch.y)
     t = _training_time(draws.t, config.diffusion)
@@ -83,9 +94,17 @@ def micro_loss(forward: Callable[..., ModelOutput], batch: Batch, config: Config
     zero = torch.zeros((), device=device)
     predictor = sum((r.predictor_loss for r in output.moe if r.predictor_loss is not None), zero)
     balance = sum((r.balance_loss for r in output.moe if r.balance_loss is not None), zero)
-    total = denoising + config.moe.predictor_weight * predictor + config.moe.balance_weight * balance
-    return MicroLoss(total, denoising.detach(), predictor.detach(), balance.detach(), output,
-                     (progress * TIME_BINS).long().clamp_(max=TIME_BINS - 1))
+    total = (
+        denoising + config.moe.predictor_weight * predictor + config.moe.balance_weight * balance
+    )
+    return MicroLoss(
+        total,
+        denoising.detach(),
+        predictor.detach(),
+        balance.detach(),
+        output,
+        (progress * TIME_BINS).long().clamp_(max=TIME_BINS - 1),
+    )
 
 
 def _training_time(u: Tensor, diffusion: DiffusionConfig) -> Tensor:
@@ -97,12 +116,24 @@ def _training_time(u: Tensor, diffusion: DiffusionConfig) -> Tensor:
     return u
 
 
-def train_step(engine: Engine, ema: Ema, batches: Sequence[Batch], config: Config, layout: Layout,
-               groups: ParallelGroups, step: int, stop: bool = False, trouble: bool = False,
-               draws: Sequence[Draws] | None = None) -> StepReport:
-    """Optimizer step ``step`` (0-based) on this rank's ``accumulation`` micro-batches; ``draws``: see ``micro_loss``.
+def train_step(
+    engine: Engine,
+    ema: Ema,
+    batches: Sequence[Batch],
+    config: Config,
+    layout: Layout,
+    groups: ParallelGroups,
+    step: int,
+    stop: bool = False,
+    trouble: bool = False,
+    draws: Sequence[Draws] | None = None,
+) -> StepReport:
+    """Optimizer step ``step`` (0-based) on this rank's ``accumulation`` micro-batches; ``draws``:
+    see ``micro_loss``.
 
-    When loss or gradient is not finite on any rank, nothing changes on any: weights, moments, EMA, thresholds."""
+    When loss or gradient is not finite on any rank, nothing changes on any: weights, moments, EMA,
+    thresholds.
+    """
     assert len(batches) == layout.accumulation
     rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
     lr = config.train.lr_at(step)
@@ -123,13 +154,26 @@ def train_step(engine: Engine, ema: Ema, batches: Sequence[Batch], config: Confi
         if config.model.family == "diffmoe" and counts_for_dial(config.train, step):
             groups.trace.enter("counting for the dial")
             _count_for_dial(engine, ema, batches, config, groups, step)
-    return StepReport(means.loss, means.predictor, means.balance, means.norm, lr, rule.capacity, means.stop, means.trouble, applied,
-                      tally.load_LbE, tally.samples_b)
+    return StepReport(
+        means.loss,
+        means.predictor,
+        means.balance,
+        means.norm,
+        lr,
+        rule.capacity,
+        means.stop,
+        means.trouble,
+        applied,
+        tally.load_LbE,
+        tally.samples_b,
+    )
 
 
 def _all_or_nothing(loss: Tensor) -> Tensor:
-    """``loss``; where it is not finite, neither is any gradient: the gradient's norm alone, which all ranks share, then decides
-    about the step, without another reduction or look at the device.  Bit for bit the loss where it is finite."""
+    """``loss``; where it is not finite, neither is any gradient: the gradient's norm alone, which
+    all ranks share, then decides about the step, without another reduction or look at the device.
+    Bit for bit the loss where it is finite.
+    """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
@@ -141,29 +185,49 @@ def commit_thresholds(model: DiT, observed_LE: Tensor) -> None:
 
 
 def counts_for_dial(train: TrainConfig, step: int) -> bool:
-    """Whether the dial's histograms are filled after step ``step``: on the last steps before whatever is sure to use them, a
-    checkpoint, a grid of samples or scores (a 16th of all steps, but no more than 32 at a time), and now and then between, for a
-    checkpoint that nobody planned.  A function of the step alone: a run that is stopped and goes on stays the same bit for
-    bit.  One costs 0.3 of a step (it is a forward pass): 2 % of the demo, 0.2 % of the published recipe."""
+    """Whether the dial's histograms are filled after step ``step``: on the last steps before
+    whatever is sure to use them, a checkpoint, a grid of samples or scores (a 16th of all steps,
+    but no more than 32 at a time), and now and then between, for a checkpoint that nobody planned.
+    A function of the step alone: a run that is stopped and goes on stays the same bit for bit.  One
+    costs 0.3 of a step (it is a forward pass): 2 % of the demo, 0.2 % of the published recipe.
+    """
     periods = (train.save_every, train.sample_every, train.score_every, train.steps)
-    planned = any(every > 0 and -(step + 1) % every < min(32, max(1, every // 16)) for every in periods)
+    planned = any(
+        every > 0 and -(step + 1) % every < min(32, max(1, every // 16)) for every in periods
+    )
     return planned or (step + 1) % _DIAL_EVERY == 0
 
 
-def _count_for_dial(engine: Engine, ema: Ema, batches: Sequence[Batch], config: Config, groups: ParallelGroups,
-                    step: int) -> None:
-    """Runs the step's samples through the EMA weights, forward only, and commits what their predictors say.
+def _count_for_dial(
+    engine: Engine,
+    ema: Ema,
+    batches: Sequence[Batch],
+    config: Config,
+    groups: ParallelGroups,
+    step: int,
+) -> None:
+    """Runs the step's samples through the EMA weights, forward only, and commits what their
+    predictors say.
 
-    Not the outputs of the training passes: samples are drawn from the EMA, whose predictors may be much less sure than those
-    of one step, or surer (digits, constant rate 2e-3, EMA 0.999, step 800: a dial of 0.7 from those used 0.21)."""
+    Not the outputs of the training passes: samples are drawn from the EMA, whose predictors may be
+    much less sure than those of one step, or surer (digits, constant rate 2e-3, EMA 0.999, step
+    800: a dial of 0.7 from those used 0.21).
+    """
     rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
-    counts = torch.zeros(len(list(engine.model.moe_layers())), config.moe.experts, HISTOGRAM_BINS, device=engine.device)
+    counts = torch.zeros(
+        len(list(engine.model.moe_layers())),
+        config.moe.experts,
+        HISTOGRAM_BINS,
+        device=engine.device,
+    )
     with engine.weights(ema.shards) as model:
         for batch in batches:
             reports = micro_loss(model, batch, config, rule, engine.device).output.moe
             counts += torch.stack([histogram(stats.logits_TE, len(batch.y)) for stats in reports])
     synchronize(engine.device)  # the batches' memory is about to be filled anew
-    for (_, layer), layer_counts in zip(engine.model.moe_layers(), sum_over(counts, groups.world), strict=True):
+    for (_, layer), layer_counts in zip(
+        engine.model.moe_layers(), sum_over(counts, groups.world), strict=True
+    ):
         layer.thresholds.commit_histogram(layer_counts, step)
 
 
@@ -179,20 +243,26 @@ class _Means:
 
 
 class _Tally:
-    """Sums over a step's micro-batches, on the device; one small reduction for all layers at the end."""
+    """Sums over a step's micro-batches, on the device; one small reduction for all layers at the
+    end.
+    """
 
     def __init__(self, model: DiT, config: Config, device: torch.device) -> None:
         self.layers = len(list(model.moe_layers()))
         self.experts = config.moe.experts
         self.parts = torch.zeros(3, dtype=torch.float64, device=device)
         predicts = model.model.family == "diffmoe"
-        self.thresholds_LE = torch.zeros(self.layers if predicts else 0, self.experts, device=device)
+        self.thresholds_LE = torch.zeros(
+            self.layers if predicts else 0, self.experts, device=device
+        )
         self.load_LbE = torch.zeros(self.layers, TIME_BINS, self.experts, device=device)
         self.samples_b = torch.zeros(TIME_BINS, device=device)
 
     def add(self, loss: MicroLoss) -> None:
         self.parts += torch.stack([loss.denoising, loss.predictor, loss.balance]).double()
-        self.samples_b.index_add_(0, loss.time_bin_B, torch.ones_like(loss.time_bin_B, dtype=torch.float32))
+        self.samples_b.index_add_(
+            0, loss.time_bin_B, torch.ones_like(loss.time_bin_B, dtype=torch.float32)
+        )
         for layer, stats in enumerate(loss.output.moe):
             self._add_layer(layer, stats, loss.time_bin_B)
 
@@ -201,13 +271,36 @@ class _Tally:
         if stats.threshold_sum_E is not None:
             self.thresholds_LE[layer] += stats.threshold_sum_E
 
-    def reduce(self, squared_norm: Tensor, groups: ParallelGroups, layout: Layout, stop: bool, trouble: bool) -> _Means:
-        """Sums over ranks and gives means; the one time in a step that the host waits for the device."""
-        flags = torch.tensor([float(stop), float(trouble)], dtype=torch.float64, device=self.parts.device)
-        sums = sum_over(torch.cat([squared_norm.view(1), self.parts, flags, self.thresholds_LE.flatten().double()]), groups.world)
+    def reduce(
+        self,
+        squared_norm: Tensor,
+        groups: ParallelGroups,
+        layout: Layout,
+        stop: bool,
+        trouble: bool,
+    ) -> _Means:
+        """Sums over ranks and gives means; the one time in a step that the host waits for the
+        device.
+        """
+        flags = torch.tensor(
+            [float(stop), float(trouble)], dtype=torch.float64, device=self.parts.device
+        )
+        sums = sum_over(
+            torch.cat(
+                [squared_norm.view(1), self.parts, flags, self.thresholds_LE.flatten().double()]
+            ),
+            groups.world,
+        )
         passes = layout.ranks * layout.accumulation
         square, loss, predictor, balance, stopped, troubled = sums[:6].tolist()
         observed = sums[6:].view_as(self.thresholds_LE) / (layout.pools * layout.accumulation)
         layers = max(1, self.layers)
-        return _Means(math.sqrt(square), loss / passes, predictor / passes / layers, balance / passes / layers, stopped > 0, troubled > 0,
-                      observed)
+        return _Means(
+            math.sqrt(square),
+            loss / passes,
+            predictor / passes / layers,
+            balance / passes / layers,
+            stopped > 0,
+            troubled > 0,
+            observed,
+        )

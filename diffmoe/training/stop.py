@@ -11,10 +11,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """The signals received so far, in order: the run stops, saved, at the next step boundary (or where its start allows).
+    """The signals received so far, in order: the run stops, saved, at the next step boundary (or
+    where its start allows).
 
-    Only the second Ctrl-C interrupts at once.  Schedulers and launchers send SIGTERM several times, and a save that is under
-    way must survive that."""
+    Only the second Ctrl-C interrupts at once.  Schedulers and launchers send SIGTERM several times,
+    and a save that is under way must survive that.
+    """
     asked: list[int] = []
 
     def note(number: int, _frame: object) -> None:

@@ -1,18 +1,21 @@
 """A dead or hung rank is noticed, named and ends the job, in place of silence.
 
-Every rank has a thread that leaves a heartbeat in the store through which the ranks met (no shared file system needed):
-a tick of its own, and where its main thread is.  Rank 0 looks at all of them, the others at rank 0, with two limits:
+Every rank has a thread that leaves a heartbeat in the store through which the ranks met (no shared
+file system needed): a tick of its own, and where its main thread is.  Rank 0 looks at all of them,
+the others at rank 0, with two limits:
 
-dead: a process whose ticks stop, at any time, is reported within ``limits.DEATH_S``, whatever the backend.  A tick needs
-    Python's global lock, which a C call may hold for longer: of a silent rank the ranks before and after it say whether
-    its process runs, where they share a host (``/proc``: it is there and not stopped), and while it does it is alive.
-    What the judge itself sleeps through, or the store does not answer in, is nobody's silence.
-hung: a process that lives, and whose main thread has not moved for ``run.timeout_s`` (three times that until the first
-    step is done).
+dead: a process whose ticks stop, at any time, is reported within ``limits.DEATH_S``, whatever the
+    backend.  A tick needs Python's global lock, which a C call may hold for longer: of a silent
+    rank the ranks before and after it say whether its process runs, where they share a host
+    (``/proc``: it is there and not stopped), and while it does it is alive. What the judge itself
+    sleeps through, or the store does not answer in, is nobody's silence.
+hung: a process that lives, and whose main thread has not moved for ``run.timeout_s`` (three times
+    that until the first step is done).
 
-Then rank 0 writes a verdict that names the rank, and every process ends with ``EXIT_LOST``.  The main threads need no part
-in that: with NCCL they wait for a kernel that never ends.  A connection that breaks (gloo's answer to a dead peer) asks
-for the verdict at once.  Times are read on the judge's own clock: nodes' clocks may differ.
+Then rank 0 writes a verdict that names the rank, and every process ends with ``EXIT_LOST``.  The
+main threads need no part in that: with NCCL they wait for a kernel that never ends.  A connection
+that breaks (gloo's answer to a dead peer) asks for the verdict at once.  Times are read on the
+judge's own clock: nodes' clocks may differ.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ _HUNG = "hung: the process lives, its main thread does not move"
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last said of itself.  ``state``: empty, ``lost`` (a connection of its broke), or why it ended."""
+    """What a rank last said of itself.  ``state``: empty, ``lost`` (a connection of its broke), or
+    why it ended.
+    """
 
     rank: int
     host: str
@@ -80,7 +85,9 @@ class Beat:
 
 @dataclass
 class _Seen:
-    """The heartbeat read last, when that was, and the seconds since thread (``silent``) and main thread (``still``) moved."""
+    """The heartbeat read last, when that was, and the seconds since thread (``silent``) and main
+    thread (``still``) moved.
+    """
 
     beat: Beat
     read: float
@@ -90,14 +97,19 @@ class _Seen:
 
 
 class Watchdog:
-    """Around a run; ``timeout_s`` 0 leaves only the one-line report of a broken connection.  ``folder``: the run's, in which
-    a rank that is ended leaves torch's flight recorder."""
+    """Around a run; ``timeout_s`` 0 leaves only the one-line report of a broken connection.
+    ``folder``: the run's, in which a rank that is ended leaves torch's flight recorder.
+    """
 
-    def __init__(self, groups: ParallelGroups, timeout_s: float, folder: Path | None = None) -> None:
+    def __init__(
+        self, groups: ParallelGroups, timeout_s: float, folder: Path | None = None
+    ) -> None:
         self.groups, self.trace, self.timeout_s = groups, groups.trace, timeout_s
         self.rank, self.world = groups.rank, groups.world.size
         self.interval = limits.interval(timeout_s)
-        self.silence = min(limits.DEATH_S - 4 * self.interval, timeout_s)  # until it is seen by the judge, and then by all
+        self.silence = min(
+            limits.DEATH_S - 4 * self.interval, timeout_s
+        )  # until it is seen by the judge, and then by all
         self._traces = folder and folder / "flight_recorder"
         self._tick = 0
         self._state = ""  # of this rank's beats; only the main thread writes it, and only once
@@ -111,7 +123,8 @@ class Watchdog:
         self._verdict: str | None = None
         self._lost_at: float | None = None
         self._stopping = threading.Event()
-        # Two, since a store whose process is stopped answers never: one talks to it, the other looks at the clock.
+        # Two, since a store whose process is stopped answers never: one talks to it, the other
+        # looks at the clock.
         self._talker = threading.Thread(target=self._talk, name="watchdog-store", daemon=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -144,7 +157,12 @@ class Watchdog:
                 self._lost(error)
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
         if error is not None and self.world > 1 and is_lost_peer(error):
             self._lost(error)
         if error is not None and not isinstance(error, AgreedError) and self.world > 1:
@@ -157,11 +175,15 @@ class Watchdog:
                 with suppress(RuntimeError):  # the store is gone: the others have noticed
                     self._tell()
             if self.rank == 0:
-                time.sleep(2 * self.interval)  # the store may end with this process: the others read it first
+                time.sleep(
+                    2 * self.interval
+                )  # the store may end with this process: the others read it first
         self.stop()
 
     def stop(self) -> None:
-        """Ends the watch; every rank calls it before any of them leaves, since rank 0 may hold the store."""
+        """Ends the watch; every rank calls it before any of them leaves, since rank 0 may hold the
+        store.
+        """
         self._stopping.set()
         self._hurry.set()
         for thread in (self._thread, self._talker):
@@ -173,16 +195,21 @@ class Watchdog:
         """Seconds after which a main thread that does not move is hung."""
         return self.timeout_s * (1 if self.trace.warm else limits.START_FACTOR)
 
-    # ------------------------------------------------------------------------------------------------ the thread
+    # ------------------------------------------------------------------------------------------------
+    # the thread
 
     def _watch(self) -> None:
         before = time.monotonic()
         while not self._stopping.wait(self.interval / 2):
             now = time.monotonic()
-            self._unanswered += min(now - before, self.interval)  # more only where this process slept, and heard nothing
+            self._unanswered += min(
+                now - before, self.interval
+            )  # more only where this process slept, and heard nothing
             before = now
             verdict = self._verdict or self._without_store()
-            if verdict and not self._stopping.is_set() and self._state in ("", "lost"):  # else it ends by an error of its own
+            if (
+                verdict and not self._stopping.is_set() and self._state in ("", "lost")
+            ):  # else it ends by an error of its own
                 self._end(verdict)
 
     def _talk(self) -> None:
@@ -205,11 +232,21 @@ class Watchdog:
                     return
 
     def _tell(self) -> None:
-        """Leaves a beat.  The thread that talks does, and the main thread only while that one does not run: beats of two could
-        overtake each other, and one without a state hide one that has it."""
+        """Leaves a beat.  The thread that talks does, and the main thread only while that one does
+        not run: beats of two could overtake each other, and one without a state hide one that has
+        it.
+        """
         self._tick += 1
         state = self._state
-        beat = Beat(self.rank, socket.gethostname(), os.getpid(), self._tick, self.trace, state, self._place())
+        beat = Beat(
+            self.rank,
+            socket.gethostname(),
+            os.getpid(),
+            self._tick,
+            self.trace,
+            state,
+            self._place(),
+        )
         self._store.set(f"beat/{self.rank}", beat.dumps())
         if state:
             self._told.set()
@@ -229,29 +266,52 @@ class Watchdog:
 
     def _read(self, ranks: range | list[int]) -> None:
         now = time.monotonic()
-        keys = [f"beat/{rank}" for rank in ranks if rank in self._seen or self._store.check([f"beat/{rank}"])]
-        for text in self._store.multi_get(keys) if self._store.has_extended_api() else map(self._store.get, keys):
+        keys = [
+            f"beat/{rank}"
+            for rank in ranks
+            if rank in self._seen or self._store.check([f"beat/{rank}"])
+        ]
+        for text in (
+            self._store.multi_get(keys)
+            if self._store.has_extended_api()
+            else map(self._store.get, keys)
+        ):
             beat = Beat.loads(text)
             seen = self._seen.setdefault(beat.rank, _Seen(beat, now))
-            passed = min(now - seen.read, 3 * self.interval)  # more only where this process or the store slept
+            passed = min(
+                now - seen.read, 3 * self.interval
+            )  # more only where this process or the store slept
             seen.vouched = 0 if beat.tick != seen.beat.tick else seen.vouched
             seen.still = 0.0 if beat.trace.count != seen.beat.trace.count else seen.still + passed
-            seen.silent = 0.0 if beat.tick != seen.beat.tick or self._has_voucher(seen) else seen.silent + passed
+            seen.silent = (
+                0.0
+                if beat.tick != seen.beat.tick or self._has_voucher(seen)
+                else seen.silent + passed
+            )
             seen.beat, seen.read = beat, now
 
     def _vouch(self) -> None:
-        """Says of the ranks before and after this one that they live, where they are silent and run on this host."""
+        """Says of the ranks before and after this one that they live, where they are silent and run
+        on this host.
+        """
         near = sorted({(self.rank - 1) % self.world, (self.rank + 1) % self.world} - {self.rank})
         self._read(near)
         for seen in (self._seen[rank] for rank in near if rank in self._seen):
-            if seen.silent > 2 * self.interval and seen.beat.host == socket.gethostname() and _runs(seen.beat.pid):
+            if (
+                seen.silent > 2 * self.interval
+                and seen.beat.host == socket.gethostname()
+                and _runs(seen.beat.pid)
+            ):
                 self._store.add(f"vouched/{seen.beat.rank}/{seen.beat.tick}", 1)
 
     def _has_voucher(self, seen: _Seen) -> bool:
         """Whether somebody has said anew that a silent rank lives."""
         if seen.silent <= 2 * self.interval:
             return False
-        before, seen.vouched = seen.vouched, self._store.add(f"vouched/{seen.beat.rank}/{seen.beat.tick}", 0)
+        before, seen.vouched = (
+            seen.vouched,
+            self._store.add(f"vouched/{seen.beat.rank}/{seen.beat.tick}", 0),
+        )
         return seen.vouched != before
 
     def _judge(self) -> str | None:
@@ -266,9 +326,16 @@ class Watchdog:
             return None
         elsewhere = [s for s in self._seen.values() if not s.beat.trace.waiting]
         least = min(s.beat.trace.count for s in self._seen.values())
-        stuck = elsewhere if 0 < len(elsewhere) < self.world else [
-            s for s in self._seen.values() if s.beat.trace.count == least]
-        return self._report([f"{s.beat.who()} has made no progress for {s.still:.0f} s" for s in stuck], stuck, _HUNG)
+        stuck = (
+            elsewhere
+            if 0 < len(elsewhere) < self.world
+            else [s for s in self._seen.values() if s.beat.trace.count == least]
+        )
+        return self._report(
+            [f"{s.beat.who()} has made no progress for {s.still:.0f} s" for s in stuck],
+            stuck,
+            _HUNG,
+        )
 
     def _as_well(self, report: str) -> str:
         return f"rank {self.rank} ends with exit code {EXIT_LOST} as well: {report.splitlines()[0]}"
@@ -277,33 +344,45 @@ class Watchdog:
         return self._report([f"{s.beat.who()} ended by {s.beat.state}" for s in ended], ended)
 
     def _dead(self, silent: list[_Seen]) -> str:
-        return self._report([f"{s.beat.who()} has not answered for {s.silent:.0f} s" for s in silent], silent, _DEAD)
+        return self._report(
+            [f"{s.beat.who()} has not answered for {s.silent:.0f} s" for s in silent], silent, _DEAD
+        )
 
     def _judge_first_rank(self) -> str | None:
         first = self._seen.get(0)
         if first is None:
             return None
         ended = first.beat.state not in ("", "lost")
-        if not ended and first.silent <= self.silence + 2 * self.interval:  # it judges the others, so it gets a little longer
+        if (
+            not ended and first.silent <= self.silence + 2 * self.interval
+        ):  # it judges the others, so it gets a little longer
             return None
         self._read(range(self.world) if self.rank == 1 else [])
         report = self._ended([first]) if ended else self._dead([first])
         return report if self.rank == 1 else self._as_well(report)
 
     def _after_a_break(self) -> str | None:
-        """A connection of this rank broke: who is gone?  Those who ended said so; those who were killed tick no more."""
+        """A connection of this rank broke: who is gone?  Those who ended said so; those who were
+        killed tick no more.
+        """
         now = time.monotonic()
         ended = [s for s in self._seen.values() if s.beat.state not in ("", "lost")]
         if not ended and now - self._lost_at < 2.5 * self.interval + 1:
             return None
-        silent = [s for s in self._seen.values() if not s.beat.state and s.silent > 2 * self.interval]
+        silent = [
+            s for s in self._seen.values() if not s.beat.state and s.silent > 2 * self.interval
+        ]
         gone = ended or silent
-        headlines = [f"{s.beat.who()} ended by {s.beat.state}" for s in ended] or [f"{s.beat.who()} is gone" for s in silent]
+        headlines = [f"{s.beat.who()} ended by {s.beat.state}" for s in ended] or [
+            f"{s.beat.who()} is gone" for s in silent
+        ]
         living = [rank for rank in range(self.world) if rank not in {s.beat.rank for s in gone}]
         if not gone:
             headlines = ["a connection between ranks broke, and all of them are there"]
         if self.rank != living[0]:
-            return f"rank {self.rank} ends with exit code {EXIT_LOST}: {'; '.join(headlines[:_SHOWN])}"
+            return (
+                f"rank {self.rank} ends with exit code {EXIT_LOST}: {'; '.join(headlines[:_SHOWN])}"
+            )
         return self._report(headlines, gone, _DEAD if silent and not ended else "")
 
     def _without_store(self) -> str | None:
@@ -315,18 +394,28 @@ class Watchdog:
         first = self._seen[0].beat.who() if 0 in self._seen else "rank 0"
         holder = "the launcher" if by_launcher else first
         said = f"{holder}, which holds the store, has not answered for {self._unanswered:.0f} s{self._store_error}"
-        return self._report([said], [self._seen[0]] if 0 in self._seen and not by_launcher else [], _DEAD)
+        return self._report(
+            [said], [self._seen[0]] if 0 in self._seen and not by_launcher else [], _DEAD
+        )
 
     def _report(self, headlines: list[str], first: list[_Seen], kind: str = "") -> str:
-        """One line that names the culprits and the ``kind`` of their end, then where each rank is, culprits first."""
+        """One line that names the culprits and the ``kind`` of their end, then where each rank is,
+        culprits first.
+        """
         others = [s for _, s in sorted(self._seen.items()) if s not in first]
-        lines = [f"watchdog: {'; '.join(headlines[:_SHOWN])} (run.timeout_s {self.timeout_s:g}); the job ends with exit code "
-                 f"{EXIT_LOST}, the same command resumes from the last checkpoint" + f" ({kind})" * bool(kind)]
+        lines = [
+            f"watchdog: {'; '.join(headlines[:_SHOWN])} (run.timeout_s {self.timeout_s:g}); the job ends with exit code "
+            f"{EXIT_LOST}, the same command resumes from the last checkpoint"
+            + f" ({kind})"
+            * bool(kind)
+        ]
         heard = [f"  {s.beat.who()}: when last heard, {s.beat.where()}" for s in first]
         lines += [*heard, *(f"  {s.beat.who()}: {s.beat.where()}" for s in others)][:_SHOWN]
         lines += [f"  … {len(self._seen) - _SHOWN} more ranks"] * (len(self._seen) > _SHOWN)
         if self._traces and limits.recorder():
-            lines.append(f"  the last collectives of each rank: torchfrtrace {self._traces} --prefix rank_")
+            lines.append(
+                f"  the last collectives of each rank: torchfrtrace {self._traces} --prefix rank_"
+            )
         return "\n".join(lines)
 
     def _end(self, text: str) -> None:
@@ -335,7 +424,9 @@ class Watchdog:
         writes.start()
         if self.rank == 0 and self.world > 1 and self._verdict is not None:
             threading.Thread(target=self._store.set, args=("verdict", text), daemon=True).start()
-            time.sleep(2 * self.interval)  # the store may die with this process: the others read it first
+            time.sleep(
+                2 * self.interval
+            )  # the store may die with this process: the others read it first
         writes.join(self.interval)  # not longer: it may be the disk that hangs
         sys.stdout.flush()
         os._exit(EXIT_LOST)
@@ -347,7 +438,8 @@ class Watchdog:
                 self._traces.mkdir(parents=True, exist_ok=True)
                 (self._traces / f"rank_{self.rank}").write_bytes(recorder(includeStackTraces=False))
 
-    # --------------------------------------------------------------------------------------- the main thread's end
+    # --------------------------------------------------------------------------------------- the
+    # main thread's end
 
     def _lost(self, error: BaseException) -> None:
         """A peer is gone.  The thread finds out who; this returns never."""
@@ -356,7 +448,9 @@ class Watchdog:
         if not self._thread.is_alive():
             self._begin()
         self._thread.join(8 * self.interval + 10)
-        self._end(f"rank {self.rank} ends with exit code {EXIT_LOST}: {' '.join(str(error).split())[:200]}")
+        self._end(
+            f"rank {self.rank} ends with exit code {EXIT_LOST}: {' '.join(str(error).split())[:200]}"
+        )
 
     def _place(self) -> str:
         """Once the main thread has rested for a while: where, and in which of torch's collectives."""
@@ -365,7 +459,9 @@ class Watchdog:
         if count != self.trace.count:
             self._rests = (self.trace.count, now)
         elif now - since > self.limit / 2 and self._lost_at is None:
-            return ", ".join(part for part in (limits.pending_collective(), _main_thread_at()) if part)
+            return ", ".join(
+                part for part in (limits.pending_collective(), _main_thread_at()) if part
+            )
         return ""
 
 
@@ -377,7 +473,9 @@ def watch_layers(blocks: nn.ModuleList, trace: Trace) -> None:
         def entering(_module: nn.Module, _inputs: Any, name: str = name) -> None:
             trace.at(name)
 
-        def leaving(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Any], name: str = name) -> None:
+        def leaving(
+            _module: nn.Module, _inputs: Any, output: tuple[Tensor, Any], name: str = name
+        ) -> None:
             if output[0].requires_grad:
                 output[0].register_hook(lambda _gradient: trace.at(name))
 
@@ -386,21 +484,31 @@ def watch_layers(blocks: nn.ModuleList, trace: Trace) -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process of this host is there and neither stopped nor about to end, which may take a while."""
+    """Whether a process of this host is there and neither stopped nor about to end, which may take
+    a while.
+    """
     try:
         state, *more = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         writes_core = re.search(r"^CoreDumping:\s+1", Path(f"/proc/{pid}/status").read_text(), re.M)
     except OSError:
         return False
-    return state in "RSDI" and not int(more[5]) & 4 and not writes_core  # PF_EXITING of Linux's include/linux/sched.h
+    return (
+        state in "RSDI" and not int(more[5]) & 4 and not writes_core
+    )  # PF_EXITING of Linux's include/linux/sched.h
 
 
 def _main_thread_at() -> str:
-    """``collectives.py:27 send_rows``: this program's innermost frame of the main thread, or else the innermost."""
+    """``collectives.py:27 send_rows``: this program's innermost frame of the main thread, or else
+    the innermost.
+    """
     frame = sys._current_frames().get(threading.main_thread().ident)
     here = str(Path(__file__).parents[1])
     found = frame
     while found is not None and not found.f_code.co_filename.startswith(here):
         found = found.f_back
     found = found or frame
-    return "" if found is None else f"at {Path(found.f_code.co_filename).name}:{found.f_lineno} {found.f_code.co_name}"
+    return (
+        ""
+        if found is None
+        else f"at {Path(found.f_code.co_filename).name}:{found.f_lineno} {found.f_code.co_name}"
+    )

@@ -1,7 +1,8 @@
-"""DeepSpeed's ZeRO optimizers as :class:`Engine` drives them: the norm is known before they step, so they ask the device
-nothing; and ZeRO 1 for bf16 weights moves fewer bytes.
+"""DeepSpeed's ZeRO optimizers as :class:`Engine` drives them: the norm is known before they step,
+so they ask the device nothing; and ZeRO 1 for bf16 weights moves fewer bytes.
 
-Imported by ``engine.py`` alone, after :func:`engine.import_deepspeed`.  Leans on DeepSpeed 0.19.8's private names.
+Imported by ``engine.py`` alone, after :func:`engine.import_deepspeed`.  Leans on DeepSpeed 0.19.8's
+private names.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 @dataclass
 class Decision:
-    """What the host knows about a step before it is taken, the same on all ranks: the ``norm`` of the averaged gradient, and
-    the ``factor`` of at most 1 that clips it.  A norm that is not finite changes nothing."""
+    """What the host knows about a step before it is taken, the same on all ranks: the ``norm`` of
+    the averaged gradient, and the ``factor`` of at most 1 that clips it.  A norm that is not finite
+    changes nothing.
+    """
 
     norm: float = 0.0
     factor: float = 1.0
@@ -34,8 +37,9 @@ class Decision:
 
 @dataclass
 class _Bucket:
-    """Gradients that are reduced together, a run of a flat buffer: (global rank that owns it, its gradients), and how many
-    parameters' gradients are still to come in this backward."""
+    """Gradients that are reduced together, a run of a flat buffer: (global rank that owns it, its
+    gradients), and how many parameters' gradients are still to come in this backward.
+    """
 
     group: dist.ProcessGroup
     parts: list[tuple[int, Tensor]]
@@ -46,18 +50,22 @@ class _Bucket:
 class Bf16Optimizer(BF16_Optimizer):
     """ZeRO 1 with bf16 weights and fp32 sums of gradients, as DeepSpeed's, but
 
-    - a step's first gradient overwrites the sum and later ones are added as they are: 6 and 10 bytes a parameter instead of
-      18, and nothing to clear;
-    - gradients are reduced to their owner only, in buckets, while the last micro-batch's backward still runs; not at all in a
-      group of one;
+    - a step's first gradient overwrites the sum and later ones are added as they are: 6 and 10
+      bytes a parameter instead of 18, and nothing to clear;
+    - gradients are reduced to their owner only, in buckets, while the last micro-batch's backward
+      still runs; not at all in a group of one;
     - averaging and clipping are one factor, which torch's fused Adam applies on its way."""
 
     decision: Decision
 
-    def reduce_in_buckets(self, order: list[nn.Parameter], most: int, dtype: torch.dtype, overlap: bool) -> None:
-        """To be called once, before training.  ``order``: all parameters as forward uses them; backward gives their gradients
-        roughly from the last to the first, and buckets of up to ``most`` elements (or one parameter) leave in that order.
-        ``dtype``: in which ranks add.  Without ``overlap`` they wait for the end of backward."""
+    def reduce_in_buckets(
+        self, order: list[nn.Parameter], most: int, dtype: torch.dtype, overlap: bool
+    ) -> None:
+        """To be called once, before training.  ``order``: all parameters as forward uses them;
+        backward gives their gradients roughly from the last to the first, and buckets of up to
+        ``most`` elements (or one parameter) leave in that order. ``dtype``: in which ranks add.
+        Without ``overlap`` they wait for the end of backward.
+        """
         self._dtype, self._overlap, self._work, self._launched = dtype, overlap, [], 0
         self._bucket_of: dict[tuple[int, int], _Bucket] = {}
         place = {id(parameter): i for i, parameter in enumerate(order)}
@@ -72,22 +80,35 @@ class Bf16Optimizer(BF16_Optimizer):
                 first = last - 1
                 while first > 0 and starts[last] - starts[first - 1] <= most:
                     first -= 1
-                bucket = _Bucket(group, self._parts(i, starts[first], starts[last]), last - first, last - first)
+                bucket = _Bucket(
+                    group, self._parts(i, starts[first], starts[last]), last - first, last - first
+                )
                 self._bucket_of |= {(i, j): bucket for j in range(first, last)}
-                found.append((min(place[id(parameter)] for parameter in parameters[first:last]), bucket))
+                found.append(
+                    (min(place[id(parameter)] for parameter in parameters[first:last]), bucket)
+                )
                 last = first
-        # One order for all ranks, whatever order gradients come in: collectives that ranks begin in different orders hang.
+        # One order for all ranks, whatever order gradients come in: collectives that ranks begin in
+        # different orders hang.
         self._buckets = [bucket for _, bucket in sorted(found, key=lambda pair: -pair[0])]
 
     def _parts(self, i: int, start: int, stop: int) -> list[tuple[int, Tensor]]:
         """The run [start, stop) of flat buffer ``i``, cut where the owner changes."""
         ranks = dist.get_process_group_ranks(self.real_dp_process_group[i])
-        flat, size = self.fp32_groups_gradients_flat[i], self.fp32_groups_gradients_flat[i].numel() // len(ranks)
-        return [(rank, flat[max(start, k * size) : min(stop, (k + 1) * size)])
-                for k, rank in enumerate(ranks) if start < (k + 1) * size and k * size < stop]
+        flat, size = (
+            self.fp32_groups_gradients_flat[i],
+            self.fp32_groups_gradients_flat[i].numel() // len(ranks),
+        )
+        return [
+            (rank, flat[max(start, k * size) : min(stop, (k + 1) * size)])
+            for k, rank in enumerate(ranks)
+            if start < (k + 1) * size and k * size < stop
+        ]
 
     @torch.no_grad()
-    def accumulate_hp_grads_and_remove_lp(self, lp_param: nn.Parameter, group_idx: int, param_idx: int) -> None:
+    def accumulate_hp_grads_and_remove_lp(
+        self, lp_param: nn.Parameter, group_idx: int, param_idx: int
+    ) -> None:
         """Called in backward, when a parameter's gradient is complete."""
         gradient, lp_param.grad = lp_param.grad, None
         summed = self.fp32_groups_gradients[group_idx][param_idx].view_as(gradient)
@@ -99,20 +120,26 @@ class Bf16Optimizer(BF16_Optimizer):
         bucket = self._bucket_of.get((group_idx, param_idx))
         if bucket is not None and self._overlap and self.is_gradient_accumulation_boundary():
             bucket.missing -= 1
-            while self._launched < len(self._buckets) and self._buckets[self._launched].missing == 0:
+            while (
+                self._launched < len(self._buckets) and self._buckets[self._launched].missing == 0
+            ):
                 self._launch()
 
     def _launch(self) -> None:
         bucket = self._buckets[self._launched]
         for owner, part in bucket.parts:
             sent = part.to(self._dtype)
-            self._work.append((dist.reduce(sent, owner, group=bucket.group, async_op=True), owner, part, sent))
+            self._work.append(
+                (dist.reduce(sent, owner, group=bucket.group, async_op=True), owner, part, sent)
+            )
         self._launched += 1
 
     @torch.no_grad()
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """DeepSpeed's engine calls this after the last micro-batch's backward."""
-        for sums, there in zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True):
+        for sums, there in zip(
+            self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True
+        ):
             for summed, has_gradient in zip(sums, there, strict=True):
                 if not has_gradient:
                     summed.zero_()
@@ -127,8 +154,9 @@ class Bf16Optimizer(BF16_Optimizer):
             bucket.missing = bucket.parameters
 
     def sums(self) -> list[Tensor]:
-        """What this rank owns of the gradients, summed over the ranks that have them; their average over all ranks, the
-        experts' too, is a ``ranks``-th."""
+        """What this rank owns of the gradients, summed over the ranks that have them; their average
+        over all ranks, the experts' too, is a ``ranks``-th.
+        """
         return self.fp32_groups_gradient_flat_partition
 
     @property
@@ -149,10 +177,14 @@ class Bf16Optimizer(BF16_Optimizer):
 
     @contextmanager
     def _scaled(self, factor: float) -> Iterator[None]:
-        """Gradients ``factor`` times as large for the optimizer inside: by torch's own kernel, or in a pass before it."""
+        """Gradients ``factor`` times as large for the optimizer inside: by torch's own kernel, or
+        in a pass before it.
+        """
         fused = isinstance(self.optimizer, torch.optim.AdamW)
         if factor != 1 and fused:
-            self.optimizer.grad_scale = torch.full((), 1 / factor, dtype=torch.float32, device=self.sums()[0].device)
+            self.optimizer.grad_scale = torch.full(
+                (), 1 / factor, dtype=torch.float32, device=self.sums()[0].device
+            )
         elif factor != 1:
             torch._foreach_mul_(self.sums(), factor)
         try:
@@ -163,12 +195,16 @@ class Bf16Optimizer(BF16_Optimizer):
 
     def clear_hp_grads(self) -> None:
         """Nothing is cleared: the first gradient of the next step overwrites what is there."""
-        self.fp32_groups_has_gradients = [[False] * len(sums) for sums in self.fp32_groups_gradients]
+        self.fp32_groups_has_gradients = [
+            [False] * len(sums) for sums in self.fp32_groups_gradients
+        ]
 
 
 @contextmanager
 def in_place_of_deepspeeds() -> Iterator[None]:
-    """While ``deepspeed.initialize`` runs inside, what it makes for bf16 at ZeRO 1 is a :class:`Bf16Optimizer`."""
+    """While ``deepspeed.initialize`` runs inside, what it makes for bf16 at ZeRO 1 is a
+    :class:`Bf16Optimizer`.
+    """
     module = deepspeed.runtime.engine
     module.BF16_Optimizer = Bf16Optimizer
     try:
@@ -178,8 +214,9 @@ def in_place_of_deepspeeds() -> Iterator[None]:
 
 
 def decide_by(decision: Decision, optimizer, stage: int) -> None:
-    """Lets DeepSpeed's optimizer of a ZeRO stage take ``decision`` instead of asking the device about overflow, norm and
-    clipping, and the ranks about each of them."""
+    """Lets DeepSpeed's optimizer of a ZeRO stage take ``decision`` instead of asking the device
+    about overflow, norm and clipping, and the ranks about each of them.
+    """
     assert type(optimizer) is not BF16_Optimizer, "DeepSpeed made another optimizer than ours"
     optimizer.decision = decision
     if isinstance(optimizer, Bf16Optimizer):
@@ -191,7 +228,9 @@ def decide_by(decision: Decision, optimizer, stage: int) -> None:
 
     if stage == 3:
         optimizer._get_norm_groups = lambda: [decision.norm]
-        optimizer.unscale_and_clip_grads = lambda i, norm: clip([optimizer.fp32_partitioned_groups_flat[i].grad])
+        optimizer.unscale_and_clip_grads = lambda i, norm: clip(
+            [optimizer.fp32_partitioned_groups_flat[i].grad]
+        )
     else:
         optimizer.check_overflow = lambda partition_gradients=True: None  # the norm says it too
         optimizer.scaled_global_norm = lambda norm_type=2: decision.norm
@@ -199,11 +238,16 @@ def decide_by(decision: Decision, optimizer, stage: int) -> None:
 
 
 def gradients(optimizer, stage: int, offload: bool) -> list[Tensor]:
-    """What an optimizer of ZeRO 1 to 3 holds of the gradients on this rank, after the last backward: averages, or a
-    :class:`Bf16Optimizer`'s sums."""
+    """What an optimizer of ZeRO 1 to 3 holds of the gradients on this rank, after the last
+    backward: averages, or a :class:`Bf16Optimizer`'s sums.
+    """
     if isinstance(optimizer, Bf16Optimizer):
         return optimizer.sums()
     if offload:
-        shards = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+        shards = (
+            optimizer.fp32_partitioned_groups_flat
+            if stage == 3
+            else optimizer.single_partition_of_fp32_groups
+        )
         return [shard.grad for shard in shards]
     return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
