@@ -12,8 +12,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from diffmoe.environment import RankEnvironment, check_started, detect, export, typed_at_a_terminal
 from diffmoe.errors import UserError
-from launcher.environment import RankEnvironment, check_started, detect, export, typed_at_a_terminal
 
 VERBS = {
     "train": "train a model, or go on with it (the default)",

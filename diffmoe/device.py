@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
+from diffmoe import gpus
 from diffmoe.errors import UserError
-from launcher import gpus
 
 _LEAVING_S = 20.0  # in which a process that was ended gives back a GPU's memory
 

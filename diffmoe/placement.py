@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from launcher.environment import RankEnvironment
+    from diffmoe.environment import RankEnvironment
 
 _SHOWN = re.compile(
     r"(TORCH_)?NCCL_\w+|GLOO_\w+|PYTORCH_\w*ALLOC_CONF|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES"

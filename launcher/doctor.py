@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from diffmoe import gpus
 from diffmoe.errors import UserError
-from launcher import gpus
 from launcher.command_line import Parser
 
 Level = Literal["good", "note", "wrong"]

@@ -20,7 +20,9 @@ def add_hardware_options(parser: argparse.ArgumentParser) -> None:
         help="entry of the hardware table: h100, h200, a100, cpu (default: h100)",
     )
     parser.add_argument("--memory", type=float, help="GiB of a GPU, in place of the table's")
-    parser.add_argument("--hardware", type=Path, help="another table than launcher/hardware.yaml")
+    parser.add_argument(
+        "--hardware", type=Path, help="another table than diffmoe/cost/hardware.yaml"
+    )
     parser.add_argument(
         "--calibrate",
         type=Path,

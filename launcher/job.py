@@ -16,9 +16,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffmoe.code_version import commit
 from diffmoe.errors import UserError
 from launcher.command_line import Parser
-from launcher.sources import commit
 
 # The exit code that asks the job's script for a requeue (EX_TEMPFAIL of sysexits.h); 2 is bad
 # input, as everywhere.

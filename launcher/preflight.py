@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmoe.deepspeed_json import read_deepspeed
-from diffmoe.errors import UserError
-from diffmoe.placement import place
-from launcher.command_line import Parser
-from launcher.environment import (
+from diffmoe.environment import (
     RankEnvironment,
     check_started,
     detect,
     host_name,
     typed_at_a_terminal,
 )
+from diffmoe.errors import UserError
+from diffmoe.placement import place
+from launcher.command_line import Parser
 from launcher.probe import OVER_HOSTS, Absent, Exchange, Links, Report
 
 if TYPE_CHECKING:

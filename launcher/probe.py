@@ -19,11 +19,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffmoe import gpus
+from diffmoe.code_version import commit, digest
 from diffmoe.cost.hosts import spanned
+from diffmoe.environment import RankEnvironment, expand_nodelist
 from diffmoe.errors import UserError
-from launcher import gpus
-from launcher.environment import RankEnvironment, expand_nodelist
-from launcher.sources import commit, digest
 
 if TYPE_CHECKING:
     import torch

@@ -21,13 +21,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from diffmoe.code_version import commit
 from diffmoe.config import Config, load_config, override
 from diffmoe.deepspeed_json import check_deepspeed, merge_deepspeed, read_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from launcher.command_line import Parser
 from launcher.scaling_report import grouped, write_table
-from launcher.sources import commit
 
 _EXAMPLE = """
 python -m launcher scaling --config configs/demo.yaml --ranks 1,2 --ep 1,2 --repeats 2 --synthetic --out runs/scaling

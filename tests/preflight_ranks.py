@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from diffmoe.environment import RankEnvironment  # noqa: E402
 from launcher import probe  # noqa: E402
-from launcher.environment import RankEnvironment  # noqa: E402
 from launcher.preflight import Expected, preflight  # noqa: E402
 
 RANK, FOLDER = int(os.environ["RANK"]), Path(sys.argv[1])

@@ -24,11 +24,11 @@ from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import ShardMeta, load_index, write_shards
 from diffmoe.data.share import Share
 from diffmoe.data.tar import write_tar
+from diffmoe.environment import detect
 from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import AgreedError, anyone
 from diffmoe.parallel.groups import build_groups, single_process
 from diffmoe.parallel.spawn import Ranks
-from launcher.environment import detect
 from programs import digits, losses, run_cases, run_program, start_program, tiny
 
 BATCH = 16

@@ -30,13 +30,13 @@ from diffmoe.checkpoints.tensor_file import (
 )
 from diffmoe.commands import check_checkpoint
 from diffmoe.config import load_config
+from diffmoe.environment import detect
 from diffmoe.errors import UserError
 from diffmoe.evaluation.decoding import checkpoint_data
 from diffmoe.layout import Layout
 from diffmoe.parallel.collectives import AgreedError
 from diffmoe.parallel.groups import single_process
 from diffmoe.training.checkpoint import newest_usable
-from launcher.environment import detect
 from made_checkpoints import (
     assert_rewriting_is_faithful,
     made_whole,

@@ -423,7 +423,7 @@ def test_the_plans_own_error():
     )
     assert plan_error(config, layout, tree, "Radeon", 2, 0.5, 0) == (
         {},
-        "plan: no entry in launcher/hardware.yaml is part of 'Radeon', so there is nothing to compare",
+        "plan: no entry in diffmoe/cost/hardware.yaml is part of 'Radeon', so there is nothing to compare",
     )
 
 

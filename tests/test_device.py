@@ -11,14 +11,14 @@ import torch
 from torch.distributed import HashStore
 
 from diffmoe import device as devices
+from diffmoe import gpus
 from diffmoe.commands.common import _check_devices, join
 from diffmoe.config import Config, config_from_tree, override
 from diffmoe.device import check_own_gpu, local_device, measured_flops, peak_flops
+from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import AgreedError
 from diffmoe.training.resume import changes
-from launcher import gpus
-from launcher.environment import RankEnvironment
 from programs import Program, run_cases, tiny, tiny_config
 
 GIB = 2**30

@@ -46,9 +46,9 @@ from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_index, 
 from diffmoe.data.tar import sha256
 from diffmoe.data.vae import decode_latents, encode_moments, load_vae
 from diffmoe.data.values import to_float
+from diffmoe.environment import detect
 from diffmoe.errors import UserError
 from diffmoe.parallel.groups import Group, build_groups, single_process
-from launcher.environment import detect
 from programs import scratch
 
 SIZE = 16

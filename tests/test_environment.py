@@ -10,8 +10,7 @@ import sys
 import pytest
 
 from diffmoe.commands.common import join
-from diffmoe.errors import UserError
-from launcher.environment import (
+from diffmoe.environment import (
     RankEnvironment,
     check_master,
     check_started,
@@ -22,6 +21,7 @@ from launcher.environment import (
     missed,
     rendezvous_port,
 )
+from diffmoe.errors import UserError
 from programs import REPOSITORY, environment
 
 TORCHRUN = {
@@ -362,7 +362,7 @@ def test_a_task_of_sruns_that_writes_to_a_terminal_was_not_typed(open_to):
     """``srun --unbuffered``: a terminal for output, which no session has, and the step's process
     group in the session of slurmstepd.
     """
-    code = "from launcher.environment import typed_at_a_terminal; import os; print(os.isatty(1), typed_at_a_terminal())"
+    code = "from diffmoe.environment import typed_at_a_terminal; import os; print(os.isatty(1), typed_at_a_terminal())"
     stepd = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]], process_group=0).returncode)"
     ours, theirs = pty.openpty()
     try:
@@ -440,7 +440,7 @@ def test_what_a_rank_says_that_waits_for_the_others(environ, text):
 def test_who_waits_says_so_within_seconds_and_goes_on_waiting(monkeypatch, tmp_path, meeting):
     """Of two ranks one comes; it is stopped by the meeting's own patience."""
     script = (
-        "import sys, datetime; from diffmoe.commands import common; from launcher.environment import RankEnvironment; "
+        "import sys, datetime; from diffmoe.commands import common; from diffmoe.environment import RankEnvironment; "
         "common._NOTE_S = 0.2; store = sys.argv[1] or None; port = int(sys.argv[2])\n"
         "try: common.join(RankEnvironment(1, 2, 0, 1, 'environment', store, '127.0.0.1', port), datetime.timedelta(seconds=3))\n"
         "except RuntimeError: print('gave up')"

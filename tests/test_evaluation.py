@@ -878,7 +878,7 @@ def test_the_verb_scores_a_checkpoint(
     monkeypatch.setattr(
         "diffmoe.parallel.groups.build_groups", lambda ep, pool_ranks: single_process()
     )
-    from launcher.environment import detect
+    from diffmoe.environment import detect
 
     arguments = [
         "--checkpoint",

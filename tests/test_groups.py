@@ -13,13 +13,13 @@ from torch.distributed.distributed_c10d import _process_group_color
 
 from diffmoe.commands import common
 from diffmoe.device import bound
+from diffmoe.environment import RankEnvironment
 from diffmoe.parallel import collectives, groups
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.parity import table
 from diffmoe.parity.cases import Case
 from launcher import probe
-from launcher.environment import RankEnvironment
 
 PATIENCE = timedelta(seconds=7)
 

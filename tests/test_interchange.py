@@ -20,6 +20,7 @@ from diffmoe.commands import exchange
 from diffmoe.config import SampleConfig, config_to_tree, load_config
 from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import euler
+from diffmoe.environment import detect
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import Card, Scores
 from diffmoe.evaluation.generate import generate, threshold_note
@@ -35,7 +36,6 @@ from diffmoe.models.interchange import (
 from diffmoe.models.pretrained import open_pretrained
 from diffmoe.models.upcycling import load_dense, measure, upcycle
 from diffmoe.moe.routing import RoutingRule
-from launcher.environment import detect
 from programs import TINY, digits, losses, run_cases, start_program
 from reference_models import DATA, FAMILIES, POOL, close, reference
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from diffmoe.errors import UserError
+from diffmoe.gpus import Gpu
 from launcher import job
 from launcher.__main__ import VERBS, main
 from launcher.doctor import Facts, gather, judge, satisfies
-from launcher.gpus import Gpu
 from programs import REPOSITORY, Program, losses, tiny, trained
 
 DEMO = ["--config", "configs/demo.yaml"]

@@ -30,7 +30,7 @@ from diffmoe.data.mixing import (
 from diffmoe.data.order import SampleOrder
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import Encoding, ShardIndex, ShardMeta, write_index, write_shards
-from launcher.environment import detect
+from diffmoe.environment import detect
 from programs import Nursery, losses, tiny
 
 ROOT = Path(__file__).resolve().parent.parent

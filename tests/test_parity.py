@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from diffmoe.commands import verify
+from diffmoe.environment import detect
 from diffmoe.errors import UserError
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.parity import table
 from diffmoe.parity.cases import Case, compiled_table, full_table, quick_compiled_table, quick_table
 from diffmoe.parity.table import BOUND, COLUMNS
-from launcher.environment import detect
 
 CPU = torch.device("cpu")
 SPOILED = Case(2, 2, 1, "none", 1, "group", 16)

@@ -11,11 +11,11 @@ import pytest
 
 from diffmoe.commands.common import Parser
 from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, override
+from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.paths import PathParser, expand_path
 from launcher.__main__ import VERBS as LAUNCHER_VERBS
 from launcher.__main__ import main as launcher_main
-from launcher.environment import RankEnvironment
 from programs import REPOSITORY, TINY, digits
 
 ALONE = RankEnvironment(0, 1, 0, 1, "single")

@@ -13,8 +13,8 @@ import torch
 
 from diffmoe import placement
 from diffmoe.commands.common import join
+from diffmoe.environment import RankEnvironment, detect, export
 from diffmoe.placement import bind_near, cores_each, cores_of, describe, place, ranges
-from launcher.environment import RankEnvironment, detect, export
 from launcher.scaling import Trial, command_of
 from programs import REPOSITORY
 

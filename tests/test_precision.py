@@ -24,6 +24,7 @@ from diffmoe.cost.memory import engine_facts
 from diffmoe.cost.step_time import step_time
 from diffmoe.data.shards import load_index
 from diffmoe.device import ieee_fp32, set_fp32_precision
+from diffmoe.environment import detect
 from diffmoe.errors import UserError
 from diffmoe.evaluation import features
 from diffmoe.evaluation.card import Card, Scores, card_from_json
@@ -36,7 +37,6 @@ from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import single_process
 from diffmoe.training import loop
 from diffmoe.training.resume import changes
-from launcher.environment import detect
 from programs import digits, run_cases, tiny, tiny_config, trained
 from test_encode import request
 from test_encode import run as encode_here

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from diffmoe import gpus
 from diffmoe.config import load_config
 from diffmoe.errors import UserError
-from launcher import gpus
 from launcher.preflight import Expected, blame, exclude_line, judge
 from launcher.probe import Links, Report, rounds, shard_problems
 from programs import REPOSITORY, Program, digits

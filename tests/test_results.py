@@ -286,7 +286,7 @@ def test_a_step_that_lacks_something_is_named(tmp_path, lacks, message):
 def test_one_command_calibrates_the_hardware_table(tmp_path):
     """Without torch; the comment that explains the fields stays, and so do other machines."""
     folder, own = put(tmp_path / "h100", l=step_record("l_e16")), tmp_path / "hardware.yaml"
-    own.write_text((REPOSITORY / "launcher/hardware.yaml").read_text())
+    own.write_text((REPOSITORY / "diffmoe/cost/hardware.yaml").read_text())
     done = subprocess.run(
         [
             sys.executable,
@@ -313,7 +313,7 @@ def test_one_command_calibrates_the_hardware_table(tmp_path):
         "h100": 0,
     }
     assert own.read_text().startswith(
-        (REPOSITORY / "launcher/hardware.yaml").read_text().partition("h100:")[0]
+        (REPOSITORY / "diffmoe/cost/hardware.yaml").read_text().partition("h100:")[0]
     )
     write_entry(own, "mine", TRUE)
     assert read_table(own)["mine"] == TRUE

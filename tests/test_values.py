@@ -27,8 +27,8 @@ from diffmoe.data.rows import BadShard, Members
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_index, write_shards
 from diffmoe.data.share import Share
 from diffmoe.data.stream import BatchStream
+from diffmoe.environment import detect
 from diffmoe.errors import UserError
-from launcher.environment import detect
 
 EARLIER = Path(__file__).parent / "data" / "earlier"
 COUNT, TARS = 24, 4  # samples of the tars below

@@ -119,7 +119,7 @@ def test_what_the_wheel_holds(wheel):
     assert {
         "diffmoe/py.typed",
         "diffmoe/cost/counted.json",
-        "launcher/hardware.yaml",
+        "diffmoe/cost/hardware.yaml",
         "diffmoe/pipeline.py",
     } <= names
     assert not [

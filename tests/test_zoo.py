@@ -18,13 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffmoe.commands.train import main as train
 from diffmoe.config import ModelConfig, MoEConfig, ParallelConfig, load_config, swiglu_hidden
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
+from diffmoe.environment import RankEnvironment
 from diffmoe.layout import resolve_layout
 from diffmoe.models.count import Counts, count
 from diffmoe.models.dit import DiT
 from diffmoe.moe.experts import Experts
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.strict_yaml import read_yaml
-from launcher.environment import RankEnvironment
 
 ROOT = Path(__file__).parents[1]
 ZOO = sorted((ROOT / "configs").glob("*.yaml"))

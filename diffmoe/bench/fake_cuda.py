@@ -20,8 +20,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffmoe import gpus
 from diffmoe.errors import UserError
-from launcher import gpus
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 

@@ -25,13 +25,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffmoe import gpus
+from diffmoe.code_version import commit, digest
 from diffmoe.data.tar import replacing
 from diffmoe.device import synchronize
 from diffmoe.errors import UserError
 from diffmoe.evaluation import plots
 from diffmoe.training.engine import import_deepspeed
-from launcher import gpus
-from launcher.sources import commit, digest
 
 _ROOT = Path(__file__).resolve().parents[2]
 

@@ -293,10 +293,10 @@ def summary(folder: Path) -> str:
         "",
         "```",
         "python -m launcher plan --config configs/diffmoe_l_e16_flow.yaml --gpu h100 "
-        f"--calibrate {folder.name} --write-hardware launcher/hardware.yaml",
+        f"--calibrate {folder.name} --write-hardware diffmoe/cost/hardware.yaml",
         "```",
         "",
-        "(`--gpu` as launcher/hardware.yaml names this one), README.md's table, once the folder is in `docs/results/`, by "
+        "(`--gpu` as diffmoe/cost/hardware.yaml names this one), README.md's table, once the folder is in `docs/results/`, by "
         "`python run.py bench results`.",
     ]
     return "\n".join(lines) + "\n"

@@ -4,7 +4,7 @@ of equal activated width.
 A micro-batch's kernels are counted on CUDA tensors without memory, eager and compiled
 (:mod:`diffmoe.bench.kernels`), the weights' traffic and host reads in the engine's own step
 (:mod:`diffmoe.bench.counted`), messages by the planner's formulas.  A kernel takes the longer of
-its bytes and its FLOPs at the rates that ``launcher/hardware.yaml`` says are reached, a message
+its bytes and its FLOPs at the rates that ``diffmoe/cost/hardware.yaml`` says are reached, a message
 what the planner says; nothing overlaps.  ``ideal``: the compiled graphs with all kernels between
 the same products and library calls that hand data on to each other, or read the same, made one,
 which reads its inputs and writes its outputs once.  MFU: 6 FLOPs for each multiply-add of the
@@ -505,7 +505,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--gpu", default="h100", help="machine of the hardware table (default h100)"
     )
-    parser.add_argument("--hardware", type=Path, help="another table than launcher/hardware.yaml")
+    parser.add_argument(
+        "--hardware", type=Path, help="another table than diffmoe/cost/hardware.yaml"
+    )
     only = parser.add_mutually_exclusive_group()
     for way in _WAYS:
         only.add_argument(f"--{way}", action="store_true", help=f"only {way}")

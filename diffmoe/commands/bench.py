@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 
 from diffmoe.commands.common import one_process
+from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
-from launcher.environment import RankEnvironment
 
 KINDS = {
     "probe": "what this machine can do, and whether it does it right: versions, ceilings, experts without rows, new groups",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffmoe.commands.common import Parser, one_process
+from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
-from launcher.environment import RankEnvironment
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:

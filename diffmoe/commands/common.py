@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from diffmoe.config import Config, check_guidance, override
+from diffmoe.environment import RankEnvironment, check_master, missed
 from diffmoe.errors import UserError
 from diffmoe.paths import PathParser
 from diffmoe.placement import cores_each, place
-from launcher.environment import RankEnvironment, check_master, missed
 
 if TYPE_CHECKING:
     import torch

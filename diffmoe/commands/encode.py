@@ -8,8 +8,8 @@ from pathlib import Path
 
 from diffmoe.commands.common import Parser, add_device, join, leave
 from diffmoe.data.encode_request import STORAGES, Request
+from diffmoe.environment import RankEnvironment
 from diffmoe.placement import cores_each
-from launcher.environment import RankEnvironment
 
 # Ranks that have no shard left in the last round wait for those that have, which on a CPU takes
 # hours.

@@ -18,9 +18,9 @@ from diffmoe.commands.common import (
     whole_model,
 )
 from diffmoe.config import Config
+from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.evaluation.protocol import CFG, COUNT, LABELS, SPLITS, WEIGHTS, published_sampling
-from launcher.environment import RankEnvironment
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from diffmoe.commands.common import Parser, one_process
 from diffmoe.config import Config, ModelConfig, MoEConfig, load_config
+from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
-from launcher.environment import RankEnvironment
 
 if TYPE_CHECKING:
     from torch import Tensor

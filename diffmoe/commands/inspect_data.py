@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe.commands.common import Parser, add_device, one_process
+from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
-from launcher.environment import RankEnvironment
 
 if TYPE_CHECKING:
     from diffmoe.data.cache import Cache

@@ -21,10 +21,10 @@ from diffmoe.config import Config, config_from_tree, config_to_tree, load_config
 from diffmoe.cost.memory import EngineFacts, engine_facts, rank_memory
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed, zero_stage
+from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.markdown import table
-from launcher.environment import RankEnvironment
 
 if TYPE_CHECKING:
     import torch

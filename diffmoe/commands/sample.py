@@ -15,9 +15,9 @@ from diffmoe.commands.common import (
     sampling_config,
     whole_model,
 )
+from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.evaluation.class_names import parse_classes
-from launcher.environment import RankEnvironment
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:

@@ -11,12 +11,12 @@ import yaml
 from diffmoe.commands.common import Parser, join, leave
 from diffmoe.config import Config, TrainConfig, check_guidance, config_to_tree, load_config
 from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed, zero_stage
+from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.models.count import count
 from diffmoe.placement import describe as describe_place
 from diffmoe.training.stop import stop_requests
-from launcher.environment import RankEnvironment
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:

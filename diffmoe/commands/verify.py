@@ -13,6 +13,7 @@ import torch
 from diffmoe.commands.common import Parser, one_process
 from diffmoe.data.tar import replacing
 from diffmoe.device import local_device, set_fp32_precision
+from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.models.compiled import check_compiler
 from diffmoe.parity.cases import (
@@ -23,7 +24,6 @@ from diffmoe.parity.cases import (
     quick_table,
 )
 from diffmoe.parity.table import BF16_BOUNDS, BOUND, COLUMNS, Row, run_cases
-from launcher.environment import RankEnvironment
 
 _HEAD = (
     f"{'':>9} {'world':>5} {'ep':>2} {'zero':>4} {'recompute':9} {'acc':>3} {'pool':>20} {'samples':>7} "

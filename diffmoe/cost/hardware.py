@@ -15,7 +15,7 @@ import yaml
 from diffmoe.errors import UserError
 from diffmoe.strict_yaml import read_yaml
 
-TABLE = Path(__file__).resolve().parents[2] / "launcher" / "hardware.yaml"
+TABLE = Path(__file__).with_name("hardware.yaml")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A kind of machine; fields as ``launcher/hardware.yaml`` explains them; without
+    """A kind of machine; fields as ``diffmoe/cost/hardware.yaml`` explains them; without
     ``tflops_tf32`` fp32's peak holds for TF32 as well.  ``matmul``, ``bandwidth`` and ``link`` are
     the shares of a peak that are reached (above 1 where the peak was set too low), ``attention``
     that of the attention's kernels (default: ``matmul``).  ``asynchronous``: the host launches

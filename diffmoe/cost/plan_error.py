@@ -32,7 +32,7 @@ def plan_error(
     if hardware is None:
         return (
             {},
-            f"plan: no entry in launcher/hardware.yaml is part of {device_name!r}, so there is nothing to compare",
+            f"plan: no entry in diffmoe/cost/hardware.yaml is part of {device_name!r}, so there is nothing to compare",
         )
     engine = engine_facts(deepspeed_tree)
     seconds, memory = (

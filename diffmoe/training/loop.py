@@ -20,6 +20,7 @@ from diffmoe.data.stream import Batch
 from diffmoe.deepspeed_json import merge_deepspeed, reduction, zero_stage
 from diffmoe.device import set_fp32_precision
 from diffmoe.diffusion.randomness import StepDraws
+from diffmoe.environment import host_name
 from diffmoe.errors import UserError
 from diffmoe.evaluation.generate import generate_everywhere
 from diffmoe.evaluation.while_training import Scorer, open_scorer, score
@@ -46,7 +47,6 @@ from diffmoe.training.resume import (
 from diffmoe.training.run_lock import RunLock
 from diffmoe.training.step import StepReport, train_step
 from diffmoe.training.watchdog import Watchdog, watch_layers
-from launcher.environment import host_name
 
 
 @dataclass
