@@ -16,11 +16,12 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 # since much of a test is ranks that start or wait for each other.
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}
 
-.PHONY: help setup demo cards lint test test-torch check-torch test-operators test-slow test-slurm clean
+.PHONY: help setup demo cards docs lint test test-torch check-torch test-operators test-slow test-slurm clean
 
 help:
 	@echo "make demo       train, sample and score a small model on this machine, 2 ranks, no download"
 	@echo "make cards      score cards of the demo's model: two capacities, two routing rules (minutes)"
+	@echo "make docs       the pages of docs/ as a site in site/; a dead link is an error"
 	@echo "make lint       ruff over the tree, as pyproject.toml says"
 	@echo "make test       quick tests"
 	@echo "make test-slow  the slow ones"
@@ -52,6 +53,9 @@ demo: setup
 
 cards: demo
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/cards.sh
+
+docs: setup
+	@$(BIN)/mkdocs build -q
 
 lint: setup
 	@$(BIN)/ruff check

@@ -5,6 +5,8 @@ import importlib
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -134,6 +136,13 @@ def test_the_readme_is_a_front_door():
     assert linked >= {
         str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")
     }
+
+
+def test_the_site_builds_without_a_dead_link(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert (tmp_path / "troubleshooting/index.html").is_file()
 
 
 def test_the_configurations_page_is_what_the_code_says():
