@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from diffmoe.config import Config, load_config
 from diffmoe.layout import Layout, resolve_layout
@@ -16,51 +17,26 @@ from diffmoe.layout import Layout, resolve_layout
 STEPS = 2
 RECOMPUTE = ("none", "block", "selective")
 WORLDS = (1, 2, 4)
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "diffmoe": (),
-    "rich": (
-        "moe.activation=swiglu",
-        "moe.shared_experts=1",
-        "model.qk_norm=true",
-        "moe.interleave=true",
-        "model.depth=4",
-        "moe.capacity=1.5",
-    ),
-    "tc": ("model.family=tc", "moe.top_k=2"),
-    "tc-all": (
-        "model.family=tc",
-        "moe.top_k=4",
-    ),  # every expert takes every token: no decision that bf16's rounding could turn
-    "ec": ("model.family=ec",),
-    "dense": ("model.family=dense",),
-    "ddpm": (
-        "diffusion.process=ddpm",
-        "diffusion.time_sampling=uniform",
-        "diffusion.time_scale=1",
-        "sample.sampler=ancestral",
-    ),
+# World -> pools that begin on one rank and end on another, where a rank has 3 samples.
+_STRADDLING: dict[int, list[str]] = {1: [], 2: ["2"], 4: ["2", "4"]}
+VARIANTS = {
+    "diffmoe": "",
+    "rich": "moe.activation=swiglu moe.shared_experts=1 model.qk_norm=true moe.interleave=true "
+    "model.depth=4 moe.capacity=1.5",
+    "tc": "model.family=tc moe.top_k=2",
+    # every expert takes every token: no decision that bf16's rounding could turn
+    "tc-all": "model.family=tc moe.top_k=4",
+    "ec": "model.family=ec",
+    "dense": "model.family=dense",
+    "ddpm": "diffusion.process=ddpm diffusion.time_sampling=uniform diffusion.time_scale=1 "
+    "sample.sampler=ancestral",
 }
+# train.sample_every: the EMA's weights are in the model's place for a pass after every step.
 _COMMON = (
-    "model.input_size=8",
-    "model.width=32",
-    "model.depth=2",
-    "model.heads=2",
-    "model.mlp_ratio=2",
-    "model.classes=10",
-    "moe.experts=4",
-    "moe.interleave=false",
-    "moe.threshold_decay=0.5",
-    "moe.balance_weight=0.1",
-    "train.lr=0.1",
-    "train.eps=1e-3",
-    "train.weight_decay=0.5",
-    "train.clip=0.5",
-    "train.ema=0.25",
-    "train.label_drop=0.3",
-    "sample.steps=2",
-    "sample.batch=3",
-    # the EMA's weights are in the model's place for a pass after every step
-    "train.sample_every=1",
+    "model.input_size=8 model.width=32 model.depth=2 model.heads=2 model.mlp_ratio=2 "
+    "model.classes=10 moe.experts=4 moe.interleave=false moe.threshold_decay=0.5 "
+    "moe.balance_weight=0.1 train.lr=0.1 train.eps=1e-3 train.weight_decay=0.5 train.clip=0.5 "
+    "train.ema=0.25 train.label_drop=0.3 train.sample_every=1 sample.steps=2 sample.batch=3"
 )
 
 
@@ -89,7 +65,7 @@ class Case:
         return load_config(
             None,
             [
-                *_COMMON,
+                *_COMMON.split(),
                 f"run.seed={seed}",
                 f"parallel.ep={self.ep}",
                 f"parallel.recompute={self.recompute}",
@@ -99,17 +75,15 @@ class Case:
                 f"train.steps={steps}",
                 f"train.compile={str(self.compiled).lower()}",
                 f"sample.routing={self.routing}",
-                *VARIANTS[self.variant],
+                *VARIANTS[self.variant].split(),
             ],
         )
 
     def deepspeed(self) -> dict:
         """The DeepSpeed JSON of this row."""
         stage = {"stage": self.zero}
-        if self.zero == 3:
-            stage["stage3_param_persistence_threshold"] = (
-                0  # else tensors as small as these would never be sharded
-            )
+        if self.zero == 3:  # else tensors as small as these would never be sharded
+            stage["stage3_param_persistence_threshold"] = 0
         if self.overlap:
             stage |= {"overlap_comm": True, "reduce_bucket_size": 5000}
         zero = {"zero_optimization": stage}
@@ -142,69 +116,26 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
     ZeRO stage.
     """
     cases = []
-    for world, ep in _grids(worlds):
+    grids = [(world, ep) for world in worlds for ep in (1, 2, 4) if world % ep == 0]
+    for world, ep in grids:
         for pool, words in _pools(world, ep):
-            cases += [
-                Case(world, ep, zero, recompute, accumulation, pool, 16, words=words)
-                for zero in range(4)
-                for recompute in RECOMPUTE
-                for accumulation in (1, 2)
-            ]
-        for i, (variant, pool) in enumerate(
-            [
-                ("rich", "global"),
-                ("tc", "global"),
-                ("tc", "rank"),
-                ("ec", "1"),
-                ("dense", "1"),
-                ("ddpm", "global"),
-            ]
-        ):
+            for zero, recompute, accumulation in product(range(4), RECOMPUTE, (1, 2)):
+                cases += [Case(world, ep, zero, recompute, accumulation, pool, 16, words=words)]
+        others = "rich global, tc global, tc rank, ec 1, dense 1, ddpm global".split(", ")
+        for (i, (variant, pool)), zero in product(enumerate(map(str.split, others)), range(4)):
             if variant != "dense" or ep == 1:
-                cases += [
-                    Case(
-                        world,
-                        ep,
-                        zero,
-                        RECOMPUTE[(zero + i + ep) % 3],
-                        1 + (zero + i + ep // 2) % 2,
-                        pool,
-                        16,
-                        variant,
-                    )
-                    for zero in range(4)
-                ]
-        cases += [
-            Case(
-                world,
-                ep,
-                zero,
-                RECOMPUTE[(zero + ep) % 3],
-                1 + zero % 2,
-                pool,
-                3 * world * (1 + zero % 2),
-            )
-            for pool in _uneven_pools(world)
-            for zero in range(4)
-        ]
+                recompute = RECOMPUTE[(zero + i + ep) % 3]
+                accumulation = 1 + (zero + i + ep // 2) % 2
+                cases += [Case(world, ep, zero, recompute, accumulation, pool, 16, variant)]
+        for pool, zero in product(_STRADDLING[world], range(4)):
+            accumulation, recompute = 1 + zero % 2, RECOMPUTE[(zero + ep) % 3]
+            batch = 3 * world * accumulation
+            cases += [Case(world, ep, zero, recompute, accumulation, pool, batch)]
         cases += [Case(world, ep, zero, "none", 2, "1", 16, precision="bf16") for zero in (1, 2, 3)]
-        if world > 1:
-            for zero, accumulation in ((1, 1), (1, 2), (2, 1), (2, 2)):
-                cases += [
-                    Case(
-                        world,
-                        ep,
-                        zero,
-                        RECOMPUTE[zero - 1],
-                        accumulation,
-                        "rank",
-                        16,
-                        variant,
-                        precision=precision,
-                        overlap=True,
-                    )
-                    for variant, precision in (("diffmoe", "fp32"), ("tc-all", "bf16"))
-                ]
+        for zero, accumulation in product((1, 2), (1, 2)) if world > 1 else ():
+            case = Case(world, ep, zero, RECOMPUTE[zero - 1], accumulation, "rank", 16)
+            case = replace(case, overlap=True)
+            cases += [case, replace(case, variant="tc-all", precision="bf16")]
         if ep == 1:  # counts that the host must ask for: where a GPU has it, the grouped matmul
             cases.append(Case(world, ep, 1, "none", 1, "rank", 16, "tc-all", precision="bf16"))
     return cases
@@ -280,10 +211,6 @@ def quick_compiled_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
     return [next((case for case in cases if case.variant == "dense"), cases[0])]
 
 
-def _grids(worlds: Iterable[int]) -> list[tuple[int, int]]:
-    return [(world, ep) for world in worlds for ep in (1, 2, 4) if world % ep == 0]
-
-
 def _pools(world: int, ep: int) -> Iterator[tuple[str, str]]:
     """The pool's words, once where several mean the same number of samples: (word, all of its
     names).
@@ -293,8 +220,3 @@ def _pools(world: int, ep: int) -> Iterator[tuple[str, str]]:
         names.setdefault(ranks, []).append(word)
     for words in names.values():
         yield words[0], "=".join(words)
-
-
-def _uneven_pools(world: int) -> list[str]:
-    """Pools that straddle ranks of 3 samples each."""
-    return {1: [], 2: ["2"], 4: ["2", "4"]}[world]

@@ -7,9 +7,8 @@ thresholds by hand; no DeepSpeed, no collective, nothing of ``training/``.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,42 +21,12 @@ from diffmoe.diffusion.randomness import training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.diffusion.times import uniform_steps
 from diffmoe.layout import rows_taken
-from diffmoe.models.dit import DiT, ModelOutput, initialize, logical_tensors
+from diffmoe.models.dit import DiT, ModelOutput, logical_tensors
 from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
-from diffmoe.parallel.groups import ParallelGroups, single_process
-
-
-def build_model(config: Config, pool: int, groups: ParallelGroups) -> DiT:
-    """A model whose tensors are all alive: what starts at zero (adaLN, biases, output) and the
-    routers, whose scores would be all but equal, are drawn anew, each (expert) by its logical name.
-    """
-    model = DiT(
-        config.model, config.moe, pool=pool, groups=groups, recompute=config.parallel.recompute
-    )
-    initialize(model, config.run.seed)
-    for tensor in logical_tensors(model):
-        for name, value in tensor.pieces(tensor.parameter.data):
-            if name.endswith(".router") or not value.any():
-                digest = hashlib.sha256(f"verify/{config.run.seed}/{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-                value.copy_(
-                    torch.randn(value.shape, generator=generator)
-                    * (0.3 if name.endswith(".router") else 0.1)
-                )
-    return model
-
-
-def synthetic_batch(config: Config, numbers: Sequence[int]) -> Batch:
-    """The samples with these global numbers, the same wherever they are asked for."""
-    shape = (config.model.channels, config.model.input_size, config.model.input_size)
-    x = torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(1 + 2 * n)) for n in numbers]
-    )
-    return Batch(
-        x, torch.tensor([(3 * n + 1) % config.model.classes for n in numbers]), tuple(numbers)
-    )
+from diffmoe.parallel.groups import single_process
+from diffmoe.parity.synthetic import build_model, synthetic_batch
 
 
 @dataclass
@@ -102,39 +71,31 @@ def plain_training(
             lambda layer, args: margins.append(_margin(layer, *args[:2]))
         )
     initial = _by_name(model, lambda p: p.data)
-    gradient, ema, thresholds, done = {}, initial, [], []
+    gradient: dict[str, Tensor] = {}
+    ema, thresholds, done = initial, [], []
     for step in range(steps):
         adam.zero_grad()
-        passes = []
+        passes, observed = [], []
         for j in range(accumulation):
             first = step * train.batch + j * rows
-            total, output, numbers = _loss(
-                model, synthetic_batch(config, range(first, first + rows)), config, device
-            )
+            batch = synthetic_batch(config, range(first, first + rows))
+            total, output, numbers = _loss(model, batch, config, device)
             (total / accumulation).backward()
-            observed = [
-                _observe(stats.logits_TE, config, pool)
-                for stats in output.moe
-                if stats.logits_TE is not None
-            ]
-            passes.append((numbers, observed))
+            logits = [stats.logits_TE for stats in output.moe if stats.logits_TE is not None]
+            passes.append(numbers)
+            observed.append([_observe(each, config, pool) for each in logits])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip).item()
         gradient = gradient or _by_name(model, lambda p: p.grad)
         adam.step()
         weights = _by_name(model, lambda p: p.data)
         decay = train.ema_decays[0]
         ema = {name: decay * ema[name] + (1 - decay) * weights[name] for name in weights}
-        seen = [sum(layer) / accumulation for layer in zip(*(observed for _, observed in passes))]
+        seen = [sum(layer) / accumulation for layer in zip(*observed)]
         decay = config.moe.threshold_decay
-        thresholds = (
-            [decay * old + (1 - decay) * new for old, new in zip(thresholds, seen)]
-            if step
-            else seen
-        )
-        means = {
-            name: sum(numbers[name] for numbers, _ in passes) / accumulation
-            for name in passes[0][0]
-        }
+        if step:
+            seen = [decay * old + (1 - decay) * new for old, new in zip(thresholds, seen)]
+        thresholds = seen
+        means = {name: sum(each[name] for each in passes) / accumulation for name in passes[0]}
         done.append({**means, "grad_norm": norm})
     clipped = all(numbers["grad_norm"] > train.clip for numbers in done)
     return Reference(
@@ -144,23 +105,20 @@ def plain_training(
 
 def _loss(
     model: DiT, batch: Batch, config: Config, device: torch.device
-) -> tuple[Tensor, ModelOutput, dict]:
+) -> tuple[Tensor, ModelOutput, dict[str, float]]:
     """The training loss, and its parts under StepReport's names (predictor and balance as means
     over layers).
     """
     draws = training_draws(config.run.seed, batch.positions, tuple(batch.x.shape[1:]))
     y = torch.where(draws.drop < config.train.label_drop, config.model.classes, batch.y)
     rule = RoutingRule("train", config.moe.capacity)
+    x, noise, y = (value.to(device) for value in (batch.x, draws.noise, y))
     if config.diffusion.process == "ddpm":
         schedule = linear_schedule()
-        t = uniform_steps(draws.t, len(schedule))
-        denoising, output = ddpm_loss(
-            model, *(value.to(device) for value in (batch.x, draws.noise, t, y)), rule, schedule
-        )
+        t = uniform_steps(draws.t, len(schedule)).to(device)
+        denoising, output = ddpm_loss(model, x, noise, t, y, rule, schedule)
     else:
-        denoising, output = flow_loss(
-            model, *(value.to(device) for value in (batch.x, draws.noise, draws.t, y)), rule
-        )
+        denoising, output = flow_loss(model, x, noise, draws.t.to(device), y, rule)
     none = torch.zeros((), device=device)
     predictor = sum((s.predictor_loss for s in output.moe if s.predictor_loss is not None), none)
     balance = sum((s.balance_loss for s in output.moe if s.balance_loss is not None), none)
@@ -170,11 +128,9 @@ def _loss(
         "predictor_loss": predictor.item() / layers,
         "balance_loss": balance.item() / layers,
     }
-    return (
-        denoising + config.moe.predictor_weight * predictor + config.moe.balance_weight * balance,
-        output,
-        numbers,
-    )
+    moe = config.moe
+    total = denoising + moe.predictor_weight * predictor + moe.balance_weight * balance
+    return total, output, numbers
 
 
 def _by_name(model: DiT, value: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
@@ -195,16 +151,12 @@ def _observe(logits_TE: Tensor, config: Config, pool: int) -> Tensor:
 
 def _margin(layer: MoELayer, x_BND: Tensor, _rule: RoutingRule) -> float:
     scores = gate_scores(x_BND.detach().flatten(0, 1), layer.router.detach())
-    experts = layer.moe.experts
-    if layer.family == "tc":
-        ranked, K = scores.sort(dim=1, descending=True).values, layer.moe.top_k
-    else:
-        pool_tokens = layer.pool * x_BND.shape[1]
-        pools = scores.view(-1, pool_tokens, experts).transpose(1, 2)
-        ranked, K = (
-            pools.sort(dim=2, descending=True).values,
-            rows_taken(pool_tokens, experts, layer.moe.capacity),
-        )
-    if K == ranked.shape[-1]:
+    K = layer.moe.top_k
+    if layer.family != "tc":
+        pool_tokens, experts = layer.pool * x_BND.shape[1], layer.moe.experts
+        scores = scores.view(-1, pool_tokens, experts).transpose(1, 2)
+        K = rows_taken(pool_tokens, experts, layer.moe.capacity)
+    if K == scores.shape[-1]:
         return math.inf
+    ranked = scores.sort(dim=-1, descending=True).values
     return (1 - ranked[..., K] / ranked[..., K - 1]).min().item()

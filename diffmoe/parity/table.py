@@ -4,12 +4,15 @@ Every row trains a tiny model through the Engine (expert parallelism, ZeRO, reco
 pools across ranks) and compares it with :mod:`diffmoe.parity.plain`, the same steps in one process
 without any of that.  Largest relative differences are printed:
 
-loss        denoising (flow: mean squared error; ddpm: with the bound), predictor and balance loss
-of every step gradient    every tensor's (every expert's) clipped averaged gradient of step 0, as
-the optimizer received it norm        the gradient's norm before clipping, of every step weights
-every tensor's change over all steps; ema: the same for the moving average thresholds  of the
-capacity predictor, after all steps images      of a compiled model after all steps: as the same
-ranks sample them, beside those of its eager form
+- loss: denoising (flow: mean squared error; ddpm: with the bound), predictor and balance loss of
+  every step
+- gradient: every tensor's (every expert's) clipped averaged gradient of step 0, as the optimizer
+  received it
+- norm: the gradient's norm before clipping, of every step
+- weights: every tensor's change over all steps; ema: the same for the moving average
+- thresholds: of the capacity predictor, after all steps
+- images: of a compiled model after all steps, as the same ranks sample them, beside those of its
+  eager form
 
 Rows in bf16 are compared with the same fp32 process, within ``BF16_BOUNDS``: a check of factors,
 not of bits.
@@ -22,29 +25,26 @@ of the largest, are below the floor.
 
 from __future__ import annotations
 
-import functools
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffmoe.config import Config
 from diffmoe.device import set_fp32_precision
 from diffmoe.evaluation.generate import generate
-from diffmoe.layout import Layout
 from diffmoe.models.compiled import compile_blocks, compiles
 from diffmoe.models.dit import run_plainly
-from diffmoe.parallel.groups import ParallelGroups, build_groups
+from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import RankError, Ranks
 from diffmoe.parity.cases import STEPS, Case
-from diffmoe.parity.plain import Reference, build_model, plain_training, synthetic_batch
-from diffmoe.training.ema import Ema
+from diffmoe.parity.plain import Reference, plain_training
+from diffmoe.parity.synthetic import Training, build_model
 from diffmoe.training.engine import FIRST_MOMENT, Engine
-from diffmoe.training.step import StepReport, train_step
 
 BOUND, FLOOR = 1e-5, 1e-3
 # bf16 keeps 8 bits: one rounding is up to 2^-9, and a forward and backward of this model chain some
@@ -54,10 +54,6 @@ BOUND, FLOOR = 1e-5, 1e-3
 BF16_BOUNDS = {"loss": 5e-3, "gradient": 5e-2, "norm": 2e-2, "thresholds": 1e-2}
 MARGIN = 1e-5  # scores carry about 1e-7 of rounding; see reference_for
 COLUMNS = ("loss", "gradient", "norm", "weights", "ema", "thresholds", "images")
-
-
-# ------------------------------------------------------------------------------------------------
-# the ranks
 
 
 def reference_for(case: Case, device: torch.device, steps: int = STEPS) -> Reference:
@@ -80,31 +76,8 @@ def reference_for(case: Case, device: torch.device, steps: int = STEPS) -> Refer
     )
 
 
-@dataclass
-class Training:
-    """One rank's share of a case, ready for :meth:`step`."""
-
-    config: Config
-    layout: Layout
-    groups: ParallelGroups
-    engine: Engine
-    ema: Ema
-
-    def step(self, step: int) -> StepReport:
-        """Optimizer step ``step`` through the ordinary train_step."""
-        rows, micro = self.layout.batch // self.layout.accumulation, self.layout.micro_batch
-        firsts = [
-            step * self.layout.batch + j * rows + self.groups.rank * micro
-            for j in range(self.layout.accumulation)
-        ]
-        batches = [synthetic_batch(self.config, range(first, first + micro)) for first in firsts]
-        return train_step(
-            self.engine, self.ema, batches, self.config, self.layout, self.groups, step
-        )
-
-
 # Groups are kept: every new one costs sockets until the process ends.
-_groups = functools.lru_cache(maxsize=None)(build_groups)
+_groups = lru_cache(maxsize=None)(build_groups)
 
 
 def start_training(case: Case, seed: int, device: torch.device, steps: int = STEPS) -> Training:
@@ -114,8 +87,7 @@ def start_training(case: Case, seed: int, device: torch.device, steps: int = STE
     model = build_model(config, layout.pool, groups)
     if compiles(config.train, device, case.zero)[0]:
         compile_blocks(model)
-    engine = Engine(model, config, layout, case.deepspeed(), groups, device)
-    return Training(config, layout, groups, engine, Ema(engine, config.train.ema_decays))
+    return Training(model, config, case.deepspeed(), groups, device)
 
 
 def train_and_compare(
@@ -141,31 +113,24 @@ def train_and_compare(
 
     for step, wanted in enumerate(reference.steps):
         report = training.step(step)
-        compare("norm", [(abs(report.grad_norm - wanted["grad_norm"]), wanted["grad_norm"])])
-        compare(
-            "loss",
-            [
-                (abs(getattr(report, name) - wanted[name]), wanted[name])
-                for name in ("loss", "predictor_loss", "balance_loss")
-            ],
-        )
+        for name, value in wanted.items():
+            column = "norm" if name == "grad_norm" else "loss"
+            compare(column, [(abs(getattr(report, name) - value), value)])
         if step == 0:
             # The first moment starts at 0, so after one step it is (1 - beta1) times the gradient.
             scale = 1 - training.config.train.betas[0]
             received = [(n, v / scale) for n, v in _pieces(engine, engine.shards(FIRST_MOMENT))]
             compare("gradient", _tensor_pairs(received, reference.gradient, reference.gradient))
             names = [name for name, _ in received]
-    for column, shards, wanted in (
+    for column, shards, tensors in (
         ("weights", engine.masters(), reference.weights),
         ("ema", training.ema.shards, reference.ema),
     ):
-        change = {name: wanted[name] - reference.initial[name] for name in wanted}
-        compare(column, _tensor_pairs(_pieces(engine, shards), wanted, change))
-    for (_, layer), wanted in zip(engine.model.moe_layers(), reference.thresholds):
-        compare(
-            "thresholds",
-            [((layer.thresholds.value.cpu() - wanted).abs().max().item(), wanted.max().item())],
-        )
+        change = {name: tensors[name] - reference.initial[name] for name in tensors}
+        compare(column, _tensor_pairs(_pieces(engine, shards), tensors, change))
+    for (_, layer), value in zip(engine.model.moe_layers(), reference.thresholds):
+        difference = (layer.thresholds.value.cpu() - value).abs().max().item()
+        compare("thresholds", [(difference, value.max().item())])
     if case.compiled:
         compiled, eager = _sampled(training)
         compare("images", [((compiled - eager).abs().max().item(), eager.abs().max().item())])
@@ -178,17 +143,10 @@ def _sampled(training: Training) -> tuple[Tensor, Tensor]:
     of its eager form.
     """
     with training.engine.weights(training.ema.shards) as model:
-
-        def images() -> Tensor:
-            return generate(
-                model,
-                training.config,
-                range(5),
-                range(5),
-                training.engine.device,
-                together=training.groups.world,
-            )
-
+        device, world = training.engine.device, training.groups.world
+        images = partial(
+            generate, model, training.config, range(5), range(5), device, together=world
+        )
         compiled, run = images(), model.run
         model.run = run_plainly
         eager, model.run = images(), run
@@ -211,10 +169,6 @@ def _tensor_pairs(
     floor = FLOOR * max(value.abs().max().item() for value in scales.values())
     for name, value in pieces:
         yield (value - wanted[name]).abs().max().item(), max(scales[name].abs().max().item(), floor)
-
-
-# ------------------------------------------------------------------------------------------------
-# the table
 
 
 @dataclass
