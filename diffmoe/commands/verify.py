@@ -1,4 +1,4 @@
-"""The verb ``verify``: the parity table in print and as JSON."""
+"""The subcommand ``verify``: the parity table in print and as JSON."""
 
 from __future__ import annotations
 
@@ -25,9 +25,15 @@ from diffmoe.parity.cases import (
 )
 from diffmoe.parity.table import BF16_BOUNDS, BOUND, COLUMNS, Row, run_cases
 
+_TABLES = {
+    (False, False): full_table,
+    (True, False): quick_table,
+    (False, True): compiled_table,
+    (True, True): quick_compiled_table,
+}
 _HEAD = (
-    f"{'':>9} {'world':>5} {'ep':>2} {'zero':>4} {'recompute':9} {'acc':>3} {'pool':>20} {'samples':>7} "
-    f"{'model':21} " + " ".join(f"{column:>10}" for column in COLUMNS)
+    f"{'':>9} {'world':>5} {'ep':>2} {'zero':>4} {'recompute':9} {'acc':>3} {'pool':>20} "
+    f"{'samples':>7} {'model':21} " + " ".join(f"{column:>10}" for column in COLUMNS)
 )
 
 
@@ -40,11 +46,8 @@ def _line(number: int, total: int, row: Row) -> str:
     )
     if row.error:
         return start + "error: " + " ".join(row.error.split())
-    return (
-        start
-        + " ".join(f"{row.differences[c]:>10.1e}" for c in COLUMNS)
-        + ("  ok" if row.ok else "  MISS")
-    )
+    found = " ".join(f"{row.differences[c]:>10.1e}" for c in COLUMNS)
+    return start + found + ("  ok" if row.ok else "  MISS")
 
 
 def _json_row(row: Row) -> dict:
@@ -54,40 +57,24 @@ def _json_row(row: Row) -> dict:
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``verify``: prints the table as it grows; 0 when every number is within the bound.
-    UserError for bad input.
+    """Prints the table as it grows; 0 when every number is within the bound.  UserError for bad
+    input.
     """
     parser = Parser(prog="verify", description="Training over ranks equals one plain process.")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="about a minute: a pruned table, or with --compile a case",
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="other rows: training under torch.compile"
-    )
-    parser.add_argument(
-        "--worlds",
-        help="numbers of ranks, of 1, 2 and 4 (default all; on GPUs those there are enough for)",
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU a rank"
-    )
-    parser.add_argument("--json", type=Path, help="also write the table here")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="about a minute: fewer rows, or with --compile one")
+    add("--compile", action="store_true", help="other rows: training under torch.compile")
+    add("--worlds", help="numbers of ranks, of 1, 2 and 4 (default: all that have a device)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU a rank")
+    add("--json", type=Path, help="also write the table here")
     options = parser.parse_args(arguments)
     one_process("verify", environment)  # it starts its own ranks
     worlds = _parse_worlds(options.worlds, options.device)
     for rank in range(max(worlds) if options.device == "cuda" else 0):
         local_device(rank, max(worlds), options.device)  # before a rank is started
-    table = {
-        (False, False): full_table,
-        (True, False): quick_table,
-        (False, True): compiled_table,
-        (True, True): quick_compiled_table,
-    }[options.quick, options.compile]
     if options.compile:
         check_compiler(torch.device(options.device))
-    cases = table(worlds)
+    cases = _TABLES[options.quick, options.compile](worlds)
     torch.set_num_threads(1)
     set_fp32_precision("ieee")
     rows, began = [], time.monotonic()
@@ -95,9 +82,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     for row in run_cases(cases, device=options.device, timeout=600.0 if options.compile else 120.0):
         rows.append(row)
         print(_line(len(rows), len(cases), row), flush=True)
-    exact = [row for row in rows if row.case.precision == "fp32"]
-    worst = max(exact, key=lambda row: row.largest)
-    good = all(row.ok for row in rows)
+    good, seconds = all(row.ok for row in rows), time.monotonic() - began
     if options.json:
         tree = {
             "table": "quick" if options.quick else "whole",
@@ -105,27 +90,22 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
             "bf16_bounds": BF16_BOUNDS,
             "device": options.device,
             "ok": good,
-            "seconds": round(time.monotonic() - began, 1),
+            "seconds": round(seconds, 1),
             "torch": torch.__version__,
             "rows": [_json_row(row) for row in rows],
         }
         with replacing(options.json) as stream:
             stream.write(json.dumps(tree, indent=1).encode() + b"\n")
-    for name, some in (
-        ("fp32", exact),
-        ("bf16", [row for row in rows if row.case.precision == "bf16"]),
-    ):
+    for name in ("fp32", "bf16"):
+        some = [row.differences for row in rows if row.case.precision == name]
+        worst = ", ".join(f"{c} {max(d.get(c, 0.0) for d in some):.1e}" for c in COLUMNS if some)
         if some:
-            print(
-                f"largest in {len(some)} {name} cases: "
-                + ", ".join(
-                    f"{c} {max(r.differences.get(c, 0.0) for r in some):.1e}" for c in COLUMNS
-                )
-            )
-    print(f"{time.monotonic() - began:.0f} s")
+            print(f"largest in {len(some)} {name} cases: {worst}")
+    largest = max((r for r in rows if r.case.precision == "fp32"), key=lambda row: row.largest)
+    print(f"{seconds:.0f} s")
     print(
-        f"verify: {len(rows)} cases, largest relative difference {worst.largest:.1e} (case {worst.case.label}), "
-        f"bound {BOUND:.0e}: {'ok' if good else 'MISS'}"
+        f"verify: {len(rows)} cases, largest relative difference {largest.largest:.1e} "
+        f"(case {largest.case.label}), bound {BOUND:.0e}: {'ok' if good else 'MISS'}"
     )
     return 0 if good else 1
 
