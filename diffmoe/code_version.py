@@ -4,6 +4,8 @@ import hashlib
 import subprocess
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]  # run.py's folder; of an installed package its parent
+
 
 def commit(root: Path) -> str:
     """The commit of the tree and whether it was changed since, or ``unknown (why)``."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """A Markdown table's lines.  A float gets four decimals, None a dash."""
+def table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    floats: str = ".4f",
+    aligned: bool = False,
+) -> list[str]:
+    """A Markdown table's lines.  Floats as the format says, None as a dash; ``aligned``: columns
+    filled up with spaces, for a terminal.
+    """
 
-    def line(cells: Iterable[object]) -> str:
-        return (
-            "| "
-            + " | ".join(
-                "–" if c is None else f"{c:.4f}" if isinstance(c, float) else str(c) for c in cells
-            )
-            + " |"
-        )
+    def text(cell: object) -> str:
+        return "–" if cell is None else f"{cell:{floats}}" if isinstance(cell, float) else str(cell)
 
-    return [line(head), f"|{'---|' * len(head)}", *map(line, rows)]
+    texts = [[text(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) if aligned else 0 for column in zip(*texts)]
+    rule = [("-" * (width + 2)) if aligned else "---" for width in widths]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in texts]
+    return [lines[0], f"|{'|'.join(rule)}|", *lines[1:]]

@@ -13,6 +13,7 @@ DeepSpeed, clipping, Adam and EMA move, and who reads the device.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -43,10 +44,8 @@ from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel import collectives
 from diffmoe.parallel.groups import ParallelGroups, build_groups
 from diffmoe.parallel.traffic import only_counting
-from diffmoe.parity.plain import build_model, synthetic_batch
-from diffmoe.training.ema import Ema
+from diffmoe.parity.synthetic import Training, build_model
 from diffmoe.training.engine import Engine
-from diffmoe.training.step import train_step
 
 # Whose an operator of the engine's step is, by files and functions that called it, the first that
 # fits.
@@ -77,9 +76,8 @@ def fake_model(
         dit = DiT(config, moe, pool=pool, groups=groups, recompute=recompute)
     for module in dit.modules():  # Module.to cannot swap fake parameters
         for name, p in module._parameters.items():
-            module._parameters[name] = (
-                None if p is None else torch.nn.Parameter(p.detach().to(dtype))
-            )
+            if p is not None:
+                module._parameters[name] = torch.nn.Parameter(p.detach().to(dtype))
     return dit
 
 
@@ -96,26 +94,19 @@ def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor
     def loss() -> Tensor:
         inputs = dit, x, noise, t, y, RoutingRule("train", dit.moe.capacity)
         denoising, output = ddpm_loss(*inputs, schedule) if ddpm else flow_loss(*inputs)
-        return denoising + sum(
-            loss
-            for r in output.moe
-            for loss in (r.predictor_loss, r.balance_loss)
-            if loss is not None
-        )
+        others = [each for r in output.moe for each in (r.predictor_loss, r.balance_loss)]
+        return denoising + sum(each for each in others if each is not None)
 
     return loss
 
 
 def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[str, Any]:
-    """Kernels of a rank's micro-batch, compiled also those of the ideal fusion; bytes of
-    activations kept; parameters.
-    """
-    if (
-        resolve_layout(config, ranks).pool_ranks > 1 and config.model.family != "tc"
-    ):  # as if other ranks' tokens were like this one's
+    """Kernels of a rank's micro-batch; bytes of activations kept; collectives; parameters."""
+    # As if other ranks' tokens were like this one's.
+    if resolve_layout(config, ranks).pool_ranks > 1 and config.model.family != "tc":
         config = override(config, ["moe.pool=rank"])
-    layout = resolve_layout(config, ranks)
-    counting = Counting()
+    layout, counting = resolve_layout(config, ranks), Counting()
+    groups = build_groups(layout.ep, layout.pool_ranks)
     backend = functools.partial(torch.compile, backend=counting.backend)
     with as_on_a_gpu(), FakeTensorMode(), mock.patch.object(torch, "compile", backend):
         dit = fake_model(
@@ -124,7 +115,7 @@ def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[
             layout.pool,
             config.parallel.recompute,
             torch.bfloat16 if bf16 else torch.float32,
-            build_groups(layout.ep, layout.pool_ranks),
+            groups,
         )
         loss = fake_loss(dit, layout.micro_batch, config.diffusion.process == "ddpm")
         if compiled:
@@ -132,14 +123,12 @@ def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[
             loss().backward()  # compiles
             dit.zero_grad(set_to_none=True)
             counting.kernels.clear()
-            counting.fused.clear()
         with Allocations() as allocations, counting:
             total = loss()
             kept = sum(size for _, size in allocations.events)
             total.backward()
         return {
             "kernels": _alike(counting.kernels),
-            "ideal": _alike(counting.fused),
             "kept": kept,
             "collectives": counting.collectives,
             "parameters": sum(p.numel() for p in dit.parameters()),
@@ -150,14 +139,14 @@ def engine(config: Config, ranks: int, deepspeed: dict) -> dict[str, Any]:
     """Kernels of a step outside of the model by source, host reads by place, collectives by name;
     parameters of the rank.
     """
-    tokens = 4  # of a sample; pools are as many samples as ever
-    width = min(config.model.width, 4 * config.model.heads)
-    small = override(
-        config,
-        [f"model.width={width}", f"model.input_size={2 * config.model.patch}", "model.classes=16"],
-    )
+    model = config.model
+    narrow = [
+        f"model.width={min(model.width, 4 * model.heads)}",
+        f"model.input_size={2 * model.patch}",  # 4 tokens a sample; pools are as many samples
+        "model.classes=16",
+    ]
+    small = override(config, narrow)
     layout = resolve_layout(small, ranks)
-    assert small.model.tokens == tokens
     groups = build_groups(layout.ep, layout.pool_ranks)
     os.environ.setdefault("LOCAL_RANK", "0")
     # Other ranks' shards are not there: DeepSpeed gathers this rank's in their place.
@@ -166,20 +155,19 @@ def engine(config: Config, ranks: int, deepspeed: dict) -> dict[str, Any]:
         mock.patch.object(Engine, "_assert_weights_survived", lambda *_: None),
         mock.patch.object(collectives, "_begin", functools.partial(_ones_come, collectives._begin)),
     ):
-        model = build_model(small, layout.pool, groups)
-        parameters = sum(p.numel() for p in model.parameters())
-        trained = Engine(model, small, layout, deepspeed, groups, torch.device("cpu"))
-        ema = Ema(trained, small.train.ema_decays)
-        batches = [synthetic_batch(small, range(layout.micro_batch))] * layout.accumulation
-        train_step(trained, ema, batches, small, layout, groups, 0)  # what is made once
+        dit = build_model(small, layout.pool, groups)
+        parameters = sum(p.numel() for p in dit.parameters())  # before ZeRO 3 takes them away
+        training = Training(dit, small, deepspeed, groups, torch.device("cpu"))
+        batches = training.batches(0)[:1] * layout.accumulation
+        training.step(0, batches)  # what is made once
         with Counting(_owner) as counting:
-            train_step(trained, ema, batches, small, layout, groups, 1)
+            training.step(1, batches)
     return {
         "kernels": _alike(k for k in counting.kernels if k.source != "model"),
         "reads": counting.reads,
         "collectives": counting.collectives,
         "parameters": parameters,
-        "tensors": len(list(model.parameters())),
+        "tensors": len(list(dit.parameters())),
     }
 
 
@@ -199,10 +187,10 @@ def _owner() -> tuple[str, str]:
     """
     frame, calls, place, model = sys._getframe(1), [], "outside", False
     while frame is not None and frame.f_code.co_name != "train_step":
-        where = f"{frame.f_code.co_filename}:{frame.f_code.co_name}"
-        if (
-            frame.f_code.co_name == "_engine_run_backward"
-        ):  # what is below was called by a hook, if by Python at all
+        function = frame.f_code.co_name
+        where = f"{frame.f_code.co_filename}:{function}"
+        if function == "_engine_run_backward":
+            # What is below was called by a hook, if by Python at all.
             place, calls = "backward", calls + ["hook"] if calls else []
             model = model or not calls
             break
@@ -214,38 +202,28 @@ def _owner() -> tuple[str, str]:
     if frame is None or model or not calls:
         return "model", place if place == "backward" else "forward" if model else "outside"
     chain = " ".join(calls)
-    return next(
-        (source for source, words in _SOURCES.items() if re.search(words, chain)),
-        calls[0].rpartition(":")[2],
-    ), "outside"
+    known = (source for source, words in _SOURCES.items() if re.search(words, chain))
+    return next(known, calls[0].rpartition(":")[2]), "outside"
 
 
 def _alike(kernels: Iterable[Kernel]) -> list[list]:
     """[kind, name, bytes, FLOPs, source, how many] of kernels."""
-    return [
-        [k.kind, k.name, k.bytes, k.flops, k.source, count] for k, count in Counter(kernels).items()
-    ]
+    return [[*dataclasses.astuple(kernel), times] for kernel, times in Counter(kernels).items()]
 
 
 def count(config: dict, deepspeed: str, ranks: int, part: str) -> dict[str, Any]:
     """``part``: eager, compiled or engine."""
-    tree = read_deepspeed(deepspeed)
+    tree, given = read_deepspeed(deepspeed), config_from_tree(config)
     torch._dynamo.reset()
     if part == "engine":
-        return engine(config_from_tree(config), ranks, tree)
-    return micro_batch(
-        config_from_tree(config),
-        ranks,
-        bool((tree.get("bf16") or {}).get("enabled")),
-        part == "compiled",
-    )
+        return engine(given, ranks, tree)
+    bf16 = bool((tree.get("bf16") or {}).get("enabled"))
+    return micro_batch(given, ranks, bf16, part == "compiled")
 
 
 if __name__ == "__main__":
     _requests = json.loads(sys.argv[1])
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=_requests[0]["ranks"])
     print(json.dumps([count(**request) for request in _requests]), flush=True)
-    os._exit(
-        0
-        # the fake device's threads of autograd may not be joined, which now and then ends in an abort
-    )
+    # The fake device's threads of autograd may not be joined, which now and then ends in an abort.
+    os._exit(0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
 import runpy
 import shutil
 import subprocess
@@ -19,31 +20,48 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from diffmoe import gpus
+from diffmoe.config import Config, config_to_tree
 from diffmoe.errors import UserError
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 
 
-def run(program: str, arguments: Sequence[str], **options) -> subprocess.CompletedProcess:
+def run(program: str, arguments: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
     """Runs a module, or a script that ends in ``.py``, in such a process; ``options`` as
     ``subprocess.run`` takes them. UserError where the device cannot be built.
     """
     if not has_gpu() and shutil.which("g++") is None:
-        raise UserError(
-            "counting on CUDA tensors needs g++ (or a GPU), and there is none: install g++"
-        )
-    return subprocess.run([sys.executable, "-m", __spec__.name, program, *arguments], **options)
+        raise UserError("counting on CUDA tensors needs g++ or a GPU: install g++")
+    this = "diffmoe.bench.fake_cuda"
+    return subprocess.run([sys.executable, "-m", this, program, *arguments], **options)
 
 
-def _torch() -> Path:
-    return Path(importlib.util.find_spec("torch").origin).parent
+def counted(cases: Sequence[tuple[Config, str, str]], ranks: int) -> list[dict[str, Any]]:
+    """What :mod:`diffmoe.bench.counted` says of (configuration, DeepSpeed JSON, part: eager,
+    compiled or engine), of as many ranks, one after another in one process.
+    """
+    requests = [
+        {"config": config_to_tree(config), "deepspeed": deepspeed, "ranks": ranks, "part": part}
+        for config, deepspeed, part in cases
+    ]
+    done = run("diffmoe.bench.counted", [json.dumps(requests)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"counting failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def has_gpu() -> bool:
     """Whether this machine has a GPU, and its torch is built for one."""
     return _for_cuda() and bool(gpus.present())
+
+
+def _torch() -> Path:
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def _for_cuda() -> bool:
@@ -54,23 +72,9 @@ def _load() -> None:
     with tempfile.TemporaryDirectory(prefix="diffmoe-fake-cuda-") as folder:
         library, torch = Path(folder) / "fake_cuda.so", _torch()
         cuda, without = (["libtorch_cuda.so"], []) if _for_cuda() else ([], ["-DWITHOUT_CUDA"])
-        subprocess.run(
-            [
-                "g++",
-                "-shared",
-                "-fPIC",
-                "-std=c++20",
-                *without,
-                f"-I{torch}/include",
-                f"-L{torch}/lib",
-                str(_SOURCE),
-                "-o",
-                str(library),
-                "-lc10",
-                "-ltorch_cpu",
-            ],
-            check=True,
-        )
+        build = ["g++", "-shared", "-fPIC", "-std=c++20", f"-I{torch}/include", f"-L{torch}/lib"]
+        build += [*without, str(_SOURCE), "-o", str(library), "-lc10", "-ltorch_cpu"]
+        subprocess.run(build, check=True)
         for each in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so", *cuda):
             ctypes.CDLL(str(torch / "lib" / each), mode=ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,82 +25,29 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-_FREE = {
-    "empty",
-    "empty_like",
-    "new_empty",
-    "empty_strided",
-    "new_empty_strided",
-    "detach",
-    "lift_fresh",
-    "_unsafe_view",
-    "alias",
-    "_local_scalar_dense",
-    "is_same_size",
-    "wait_tensor",
-}
-_FILLS = {
-    "zeros",
-    "zeros_like",
-    "new_zeros",
-    "ones",
-    "ones_like",
-    "new_ones",
-    "full",
-    "full_like",
-    "new_full",
-    "fill",
-    "zero",
-    "arange",
-    "copy",
-    "scalar_tensor",
-    "random",
-    "normal",
-    "uniform",
-}
-_PICKS = {
-    "index_select",
-    "gather",
-    "index",
-    "embedding",
-    "_embedding_bag",
-    "_embedding_bag_forward_only",
-}
-_READS = {
-    "read_by_host",
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-}
-_READING_METHODS = (
-    "tolist",
-    "cpu",
-    "numpy",
-)  # no operator shows them where the tensor is on the host already
+# Operators that launch nothing, that only write, that touch the rows which an index picks, and that
+# make the host wait.
+_FREE = set(
+    "empty empty_like new_empty empty_strided new_empty_strided detach lift_fresh _unsafe_view "
+    "alias _local_scalar_dense is_same_size wait_tensor".split()
+)
+_FILLS = set(
+    "zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full fill zero arange "
+    "copy scalar_tensor random normal uniform".split()
+)
+_PICKS = {"index_select", "gather", "index", "embedding"}
+_SCATTERS = set("index_add scatter_add scatter index_put index_copy scatter_reduce".split())
+_READS = set(
+    "read_by_host _local_scalar_dense nonzero masked_select _unique2 unique_dim "
+    "unique_consecutive".split()
+)
+# No operator shows these where the tensor is on the host already.
+_READING_METHODS = ("tolist", "cpu", "numpy")
 # Names that say nothing of what a fused kernel does.
-_SILENT = {
-    "view",
-    "reshape",
-    "permute",
-    "expand",
-    "unsqueeze",
-    "squeeze",
-    "convert_element_type",
-    "split",
-    "full",
-    "iota",
-    "clone",
-    "slice",
-    "select",
-    "getitem",
-    "unbind",
-    "transpose",
-    "t",
-    "_unsafe_view",
-}
+_SILENT = set(
+    "view reshape permute expand unsqueeze squeeze convert_element_type split full iota clone "
+    "slice select getitem unbind transpose t _unsafe_view".split()
+)
 # A GPU's figures for Inductor's choices, where none is at hand: an H100's.
 _DEVICE = SimpleNamespace(
     name="H100",
@@ -139,7 +86,6 @@ class Counting(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.kernels: list[Kernel] = []
-        self.fused: list[Kernel] = []  # of compiled code, as it would be with the ideal fusion
         self.reads: Counter[str] = Counter()  # by place
         self.collectives: Counter[str] = Counter()
         self.owner, self._inside_compiled, self._methods = owner, False, contextlib.ExitStack()
@@ -151,9 +97,8 @@ class Counting(TorchDispatchMode):
 
     def __enter__(self) -> Counting:
         for name in _READING_METHODS:
-            self._methods.enter_context(
-                mock.patch.object(Tensor, name, self._reading(getattr(Tensor, name)))
-            )
+            method = self._reading(getattr(Tensor, name))
+            self._methods.enter_context(mock.patch.object(Tensor, name, method))
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
@@ -164,10 +109,8 @@ class Counting(TorchDispatchMode):
         def call(*args: Any, **kwargs: Any) -> Any:
             # What collectives.read_by_host has is on the host: its operator counts, unless
             # recompute kept what it found.
-            if (
-                not torch.compiler.is_compiling()
-                and sys._getframe(1).f_code.co_name != "read_by_host"
-            ):
+            caller = sys._getframe(1).f_code.co_name
+            if not torch.compiler.is_compiling() and caller != "read_by_host":
                 self.reads[self.owner()[1]] += 1
             return method(*args, **kwargs)
 
@@ -199,26 +142,23 @@ class Counting(TorchDispatchMode):
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any
     ) -> Callable:
         run = copy.deepcopy(module)  # lowering changes it
+        backward, inference = (
+            options.get(f"is_{name}", False) for name in ("backward", "inference")
+        )
         with _disable_current_modes(), as_on_a_gpu():
-            kernels, fused = _scheduled(
-                module,
-                inputs,
-                options.get("is_backward", False),
-                options.get("is_inference", False),
-            )
+            kernels = _scheduled(module, inputs, backward, inference)
 
         def call(inputs: list) -> Any:
             arguments = list(inputs)
             inputs.clear()
             self.kernels += kernels
-            self.fused += fused
             self._inside_compiled = True
             try:
                 return run(*arguments)
             finally:
                 self._inside_compiled = False
 
-        call._boxed_call = True
+        call._boxed_call = True  # type: ignore[attr-defined]
         return call
 
 
@@ -249,84 +189,54 @@ def kernels_of(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, source: str = "model"
 ) -> list[Kernel]:
     """The kernels of one operator, none for views."""
-    name, packet = _name(func), func.overloadpacket
-    given = list(zip((a.name for a in func._schema.arguments), args)) + list(kwargs.items())
-    writes = {
-        a.name
-        for a in func._schema.arguments
-        if a.alias_info is not None and a.alias_info.is_write and a.name != "grads"
-    }
+    name, packet, arguments = _name(func), func.overloadpacket, func._schema.arguments
+    given = {**dict(zip((a.name for a in arguments), args)), **kwargs}
+    writes = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
     tensors = lambda values: [t for t in tree_leaves(values) if isinstance(t, Tensor)]
-    written = tensors([out, *(value for key, value in given if key in writes)])
+    written = tensors([out, *(given.get(key) for key in writes if key != "grads")])
     if func.is_view or name in _FREE or not written:
         return []
-    read = tensors([value for key, value in given if key not in ("out", "grad_input")])
-    if packet in flop_registry or name == "_grouped_mm":
-        kind = "attention" if "attention" in name else "product"
-        product = Kernel(
-            kind, name, nbytes(read) + nbytes(written), _flops(packet, args, kwargs, out), source
-        )
-        added = args[0] if name in ("addmm", "baddbmm") else None
-        if (
-            added is None or added.dim() < written[0].dim()
-        ):  # a row of biases is added by the product itself
-            return [product]
-        # cuBLAS adds what is in its output already: it is copied there.
-        return [
-            Kernel("memory", f"{name}'s sum", nbytes([added]) + nbytes(written), 0, source),
-            product,
-        ]
-    return [
-        Kernel(
-            "memory", name, _moved(name.removesuffix("_"), read, written, dict(given)), 0, source
-        )
-    ]
+    read = tensors([value for key, value in given.items() if key not in ("out", "grad_input")])
+    if packet not in flop_registry and name != "_grouped_mm":
+        size = _moved(name.removesuffix("_"), read, written, given)
+        return [Kernel("memory", name, size, 0, source)]
+    if packet in flop_registry:
+        flops = flop_registry[packet](*args, **kwargs, out_val=out)
+    else:
+        a, b = args[:2]
+        flops = 2 * (a.numel() * b.shape[-1] if a.dim() == 2 else a.shape[-2] * b.numel())
+    size = nbytes(read) + nbytes(written)
+    kind: Literal["product", "attention"] = "attention" if "attention" in name else "product"
+    product = Kernel(kind, name, size, flops, source)
+    # A row of biases is added by the product itself; for more cuBLAS adds to what is in its output
+    # already: it is copied there.
+    if name not in ("addmm", "baddbmm") or args[0].dim() < written[0].dim():
+        return [product]
+    copied = nbytes([args[0]]) + nbytes(written)
+    return [Kernel("memory", f"{name}'s sum", copied, 0, source), product]
 
 
 def _moved(name: str, read: list[Tensor], written: list[Tensor], given: dict[str, Any]) -> int:
     indices = [t for t in read if t.dtype in (torch.int32, torch.int64)]
     if name in _FILLS:
-        return nbytes(written) + nbytes(
-            [given["src"]] if name == "copy" and isinstance(given.get("src"), Tensor) else []
-        )
-    if name == "_embedding_bag" or name == "_embedding_bag_forward_only":
+        return nbytes(written) + nbytes([given.get("src")] if name == "copy" else [])
+    if name in ("_embedding_bag", "_embedding_bag_forward_only"):
         table, which = given["weight"], given["indices"]
-        rows = (
-            min(which.numel(), len(table)) * table.shape[1] * table.element_size()
-        )  # a row that is wanted twice comes once
+        wanted = min(which.numel(), len(table))  # a row that is wanted twice comes once
+        rows = wanted * table.shape[1] * table.element_size()
         return rows + nbytes(written[:1]) + nbytes(indices)
     if name in _PICKS:
         return 2 * nbytes(written) + nbytes(indices)
-    if name in ("index_add", "scatter_add", "scatter", "index_put", "index_copy", "scatter_reduce"):
-        target = given["self"]
-        source = next(
-            (
-                given[key]
-                for key in ("source", "src", "values")
-                if isinstance(given.get(key), Tensor)
-            ),
-            None,
-        )
-        rows = (
-            nbytes([source])
-            if source is not None
-            else sum(i.numel() for i in indices) * target.element_size()
-        )
+    if name in _SCATTERS:
+        target, sources = given["self"], [given.get(key) for key in ("source", "src", "values")]
+        source = next((each for each in sources if isinstance(each, Tensor)), None)
+        rows = sum(i.numel() for i in indices) * target.element_size()
+        if source is not None:
+            rows = nbytes([source])
         adds = "add" in name or given.get("accumulate", False)
         copied = 0 if any(t is target for t in written) else 2 * nbytes([target])
         return copied + nbytes(indices) + rows * ((source is not None) + 1 + adds)
     return nbytes(read) + nbytes(written)
-
-
-def _flops(packet: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
-    if packet in flop_registry:
-        return flop_registry[packet](*args, **kwargs, out_val=out)
-    a, b = args[:2]  # _grouped_mm
-    return 2 * (a.numel() * b.shape[-1] if a.dim() == 2 else a.shape[-2] * b.numel())
-
-
-# ---------------------------------------------------------------------------------------------------
-# Inductor
 
 
 @contextlib.contextmanager
@@ -337,6 +247,12 @@ def as_on_a_gpu() -> Iterator[None]:
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import config
 
+    answers = {
+        "get_device_properties": _DEVICE,
+        "current_device": 0,
+        "device_count": 1,
+        "get_device_capability": (_DEVICE.major, _DEVICE.minor),
+    }
     with contextlib.ExitStack() as stack:
         # Its folding of constants computes them on the device; lowering writes them into the
         # kernels all the same.
@@ -345,33 +261,20 @@ def as_on_a_gpu() -> Iterator[None]:
             stack.enter_context(mock.patch("torch._inductor.scheduler.has_triton", lambda: True))
             # Attention that backward computes again counts as random, for which a generator of the
             # device would be asked.
-            stack.enter_context(
-                mock.patch(
-                    "torch._functorch.partitioners.functionalize_rng_ops",
-                    lambda _, forward, backward, *__: (forward, backward),
-                )
-            )
-            for name, answer in (
-                ("get_device_properties", _DEVICE),
-                ("current_device", 0),
-                ("device_count", 1),
-                ("get_device_capability", (_DEVICE.major, _DEVICE.minor)),
-            ):
+            functionalize = "torch._functorch.partitioners.functionalize_rng_ops"
+            as_it_is = lambda _, forward, backward, *__: (forward, backward)
+            stack.enter_context(mock.patch(functionalize, as_it_is))
+            for name, answer in answers.items():
+                says = staticmethod(lambda *_, answer=answer: answer)
                 for owner in (torch.cuda, CudaInterface):
-                    stack.enter_context(
-                        mock.patch.object(
-                            owner, name, staticmethod(lambda *_, answer=answer: answer), create=True
-                        )
-                    )
+                    stack.enter_context(mock.patch.object(owner, name, says, create=True))
         yield
 
 
 def _scheduled(
     module: torch.fx.GraphModule, inputs: Sequence[Any], backward: bool, inference: bool
-) -> tuple[list[Kernel], list[Kernel]]:
-    """A graph's kernels after Inductor's passes, lowering and fusion; and those of the ideal
-    fusion.
-    """
+) -> list[Kernel]:
+    """A graph's kernels after Inductor's passes, lowering and fusion."""
     import torch._inductor.compile_fx as inductor
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
@@ -393,115 +296,30 @@ def _scheduled(
             graph.run(*inputs)
             graph.init_wrapper_code()
             graph._update_scheduler()
-            return _kernels_of_graph(graph.scheduler.nodes)
+            return [kernel for node in graph.scheduler.nodes for kernel in _of_node(node)]
 
 
-def _kernels_of_graph(nodes: Sequence[Any]) -> tuple[list[Kernel], list[Kernel]]:
+def _of_node(node: Any) -> list[Kernel]:
+    """Kernels of a scheduled node.  One that Inductor calls: by the rules of eager operators, for
+    the graph's node that it came from.
+    """
     from torch._inductor.ir import MultiOutput
     from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
 
-    kernels: list[Kernel] = []
-    fused: list[Kernel] = []
-    level: dict[str, int] = {}  # of every buffer: products on the longest way to it
-    groups = _Groups()
-    for node in nodes:
-        reads, writes = node.read_writes.reads, set(node.get_buffer_names())
-        above = max((level.get(dep.name, 0) for dep in reads), default=0)
-        extern = isinstance(node, ExternKernelSchedulerNode)
-        if (
-            isinstance(node, NopKernelSchedulerNode)
-            or extern
-            and isinstance(node.node, MultiOutput)
-        ):
-            level.update(dict.fromkeys(writes, above))
-            continue
-        level.update(dict.fromkeys(writes, above + extern))
-        if extern:
-            found = _extern(node)
-            fused += [k for k in found if not k.name.endswith("'s sum")]
-        else:
-            found = [Kernel("memory", _origins(node), node.get_read_write_buffers_sizes())]
-            groups.add(node, above)
-        kernels += found
-    return kernels, fused + groups.kernels()
-
-
-def _extern(node: Any) -> list[Kernel]:
-    """A kernel that Inductor calls: by the rules of eager operators, for the graph's node that it
-    came from.
-    """
-    called = getattr(node.node, "op_overload", None)
-    origin = next(
-        (o for o in node.node.get_origins() if o.target == called), node.node.get_origin_node()
-    )
-    if origin is None or not isinstance(origin.target, torch._ops.OpOverload):
-        return [Kernel("memory", _origins(node), node.get_read_write_buffers_sizes())]
-    args, kwargs = tree_map(
-        lambda x: x.meta.get("val") if isinstance(x, torch.fx.Node) else x,
-        (tuple(origin.args), dict(origin.kwargs)),
-    )
-    return kernels_of(origin.target, args, kwargs, origin.meta["val"])
+    extern = isinstance(node, ExternKernelSchedulerNode)
+    if isinstance(node, NopKernelSchedulerNode) or extern and isinstance(node.node, MultiOutput):
+        return []
+    if extern:
+        called, origin = getattr(node.node, "op_overload", None), node.node.get_origin_node()
+        origin = next((o for o in node.node.get_origins() if o.target == called), origin)
+        if origin is not None and isinstance(origin.target, torch._ops.OpOverload):
+            value = lambda x: x.meta.get("val") if isinstance(x, torch.fx.Node) else x
+            args, kwargs = tree_map(value, (tuple(origin.args), dict(origin.kwargs)))
+            return kernels_of(origin.target, args, kwargs, origin.meta["val"])
+    return [Kernel("memory", _origins(node), node.get_read_write_buffers_sizes())]
 
 
 def _origins(node: Any) -> str:
-    names = (
-        str(o.target).split(".")[1:2]
-        for n in node.get_nodes()
-        if n.node is not None
-        for o in n.node.get_origins()
-    )
-    said = sorted({name[0] for name in names if name} - _SILENT)
-    return " ".join(said) or "copy"
-
-
-class _Groups:
-    """The ideal fusion: kernels between the same products that hand data on to each other, or read
-    the same, are one, which reads each of its inputs once and writes each of its outputs once.
-    """
-
-    def __init__(self) -> None:
-        self.members: list[tuple[int, Any]] = []
-
-    def add(self, node: Any, level: int) -> None:
-        self.members.append((level, node))
-
-    def kernels(self) -> list[Kernel]:
-        parent = list(range(len(self.members)))
-
-        def root(i: int) -> int:
-            while parent[i] != i:
-                i = parent[i]
-            return i
-
-        seen: dict[tuple[int, str], int] = {}  # (level, buffer) -> a member that touches it
-        for i, (level, node) in enumerate(self.members):
-            for name in {dep.name for dep in node.read_writes.reads_and_writes()}:
-                parent[root(i)] = root(seen.setdefault((level, name), i))
-        together: dict[int, list[Any]] = defaultdict(list)
-        for i, (_, node) in enumerate(self.members):
-            together[root(i)].append(node)
-        return [Kernel("memory", "ideal", self._bytes(nodes)) for nodes in together.values()]
-
-    @staticmethod
-    def _bytes(nodes: list[Any]) -> int:
-        read: dict[str, int] = defaultdict(int)
-        written: dict[str, int] = defaultdict(int)
-        for node in nodes:
-            for total, reads in ((read, True), (written, False)):
-                for name, size in node.get_read_write_buffer_accesses(
-                    include_reads=reads, include_writes=not reads
-                ).items():
-                    total[name] = max(total[name], size)
-        inside = {part for node in nodes for part in node.get_nodes()}
-        kept = [
-            name
-            for name in written
-            if any(
-                user.node not in inside
-                for node in nodes
-                for user in node.scheduler.name_to_buf[name].users
-            )
-        ]
-        return sum(size for name, size in read.items() if name not in written) + sum(
-            written[name] for name in kept
-        )
+    nodes = [n.node for n in node.get_nodes() if n.node is not None]
+    names = [str(o.target).split(".")[1:2] for n in nodes for o in n.get_origins()]
+    return " ".join(sorted({name[0] for name in names if name} - _SILENT)) or "copy"

@@ -4,48 +4,53 @@ real peak.
 
 from __future__ import annotations
 
-import datetime
 import gc
 import json
-import os
-import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffmoe import gpus
-from diffmoe.code_version import commit, digest
+from diffmoe import markdown
 from diffmoe.data.tar import replacing
-from diffmoe.device import synchronize
-from diffmoe.errors import UserError
+from diffmoe.device import backend, synchronize
 from diffmoe.evaluation import plots
-from diffmoe.training.engine import import_deepspeed
+from diffmoe.training.profiling import surroundings as surroundings
 
-_ROOT = Path(__file__).resolve().parents[2]
+
+def world_of_one(device: torch.device) -> None:
+    """Joins a world of one rank, if nobody has."""
+    if not dist.is_initialized():
+        store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"
+        dist.init_process_group(
+            backend(device), init_method=f"file://{store}", rank=0, world_size=1
+        )
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]],
+    passes: Mapping[str, Callable[[], object]],
     repeats: int,
     device: torch.device,
     warm_up: int = 1,
 ) -> dict[str, float]:
-    """Median seconds of each contender.  Every round runs all of them, starting with another one
+    """Median seconds of each pass.  Every round runs all of them, starting with another one
     each time, so that a machine that slows down slows all alike.
     """
-    names = list(contenders)
+    names = list(passes)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-warm_up, repeats):
         shift = turn % len(names)
@@ -53,7 +58,7 @@ def interleaved(
             gc.collect()
             synchronize(device)
             start = time.perf_counter()
-            contenders[name]()
+            passes[name]()
             synchronize(device)
             if turn >= 0:
                 times[name].append(time.perf_counter() - start)
@@ -64,9 +69,8 @@ def kept_for_backward(forward: Callable[[], object], modules: Iterable[nn.Module
     """Bytes that autograd holds after ``forward``: every storage that it saved counted once,
     weights left out.  The layer's input counts.
     """
-    weights = {
-        p.untyped_storage().data_ptr() for m in modules for p in (*m.parameters(), *m.buffers())
-    }
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    weights = {t.untyped_storage().data_ptr() for t in tensors}
     held: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -89,9 +93,8 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.events: list[
-            tuple[int, int]
-        ] = []  # (number of the storage, bytes: less than 0 when it dies)
+        # (number of the storage, bytes: less than 0 when it dies)
+        self.events: list[tuple[int, int]] = []
         self.alive: dict[int, int] = {}  # storage's address -> number
         self._count = 0
 
@@ -123,11 +126,8 @@ class Allocations(TorchDispatchMode):
     def peak(self, without: Iterable[Tensor]) -> int:
         """The most bytes alive at once, the storages of ``without`` left out."""
         left_out = {self.alive.get(_storage(t)) for t in without}
-        now = most = 0
-        for number, size in self.events:
-            now += 0 if number in left_out else size
-            most = max(most, now)
-        return most
+        sizes = (0 if number in left_out else size for number, size in self.events)
+        return max(accumulate(sizes, initial=0))
 
 
 def _storage(tensor: Tensor) -> int:
@@ -142,9 +142,7 @@ def peak_bytes(
     allocator says, gradients taken off at the peak as if all of them were there.
     """
     gc.collect()
-    gradients = lambda: [
-        p.grad for module in modules for p in module.parameters() if p.grad is not None
-    ]
+    gradients = lambda: [p.grad for m in modules for p in m.parameters() if p.grad is not None]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -155,54 +153,12 @@ def peak_bytes(
     return allocations.peak(gradients())
 
 
-def _driver() -> str:
-    try:
-        return next((gpu.driver for gpu in gpus.query() or []), "unknown")
-    except UserError as error:  # nvidia-smi is not what is measured
-        return f"unknown: {error}"
-
-
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, for a record that can be compared."""
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        processor = models[0] if models else processor
-    gpu = (
-        {}
-        if device.type == "cpu"
-        else {
-            "cuda": torch.version.cuda,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-            "driver": _driver(),
-            "gpu_bytes": torch.cuda.get_device_properties(device).total_memory,
-        }
-    )
-    return {
-        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "code": digest(_ROOT),
-        "commit": commit(_ROOT),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": import_deepspeed().__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
-        **gpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "fp32_precision": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-    }
-
-
 # Kinds of kernels and operators by their names, the first that fits; all others move memory.
 _KINDS = {
     "attention": r"attention|flash|fmha|sdpa",
     "messages": r"nccl|gloo",
-    "products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|triton_tem|[fdw]prop|[dw]grad|::(b?add)?b?mm$|grouped_mm|convolution|mkldnn",
+    "products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|triton_tem|[fdw]prop|[dw]grad"
+    r"|::(b?add)?b?mm$|grouped_mm|convolution|mkldnn",
 }
 
 
@@ -210,35 +166,28 @@ def kind_of(kernel: str) -> str:
     """attention, messages, products or memory, by the name that the profiler gives a GPU's kernel
     or a CPU's operator.
     """
-    return next(
-        (kind for kind, words in _KINDS.items() if re.search(words, kernel.lower())), "memory"
-    )
+    found = (kind for kind, words in _KINDS.items() if re.search(words, kernel.lower()))
+    return next(found, "memory")
 
 
 def traced(pass_: Callable[[], object], device: torch.device) -> list[tuple[str, float, int]]:
     """What one pass runs: (kernel or, on a CPU, operator; ms in it alone; calls), most expensive
     first.
     """
-    # On a GPU ranges that somebody annotated stand among the kernels.
-    activity, kind = (
-        (ProfilerActivity.CUDA, DeviceType.CUDA)
-        if device.type == "cuda"
-        else (ProfilerActivity.CPU, DeviceType.CPU)
-    )
+    cuda = device.type == "cuda"
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     synchronize(device)
     with profile(activities=[activity], acc_events=True) as trace:
         pass_()
         synchronize(device)
-    events = [e for e in trace.key_averages() if e.device_type == kind and not e.is_user_annotation]
-    took = [
-        (
-            e.key,
-            (e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total) / 1e3,
-            e.count,
-        )
-        for e in events
-    ]
-    return sorted(took, key=lambda each: -each[1])
+    found = []
+    for e in trace.key_averages():
+        # On a GPU ranges that somebody annotated stand among the kernels.
+        if e.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU):
+            if not e.is_user_annotation:
+                us = e.self_device_time_total if cuda else e.self_cpu_time_total
+                found.append((e.key, us / 1e3, e.count))
+    return sorted(found, key=lambda each: -each[1])
 
 
 def profiles(
@@ -248,28 +197,19 @@ def profiles(
     expensive, and tables of them.
     """
     found, text = {}, ""
+    head = ["kernel" if device.type == "cuda" else "operator", "ms", "%", "calls"]
     for name, pass_ in passes.items():
         events = traced(pass_, device)
-        whole = sum(ms for _, ms, _ in events)
+        total = sum(ms for _, ms, _ in events)
         found[name] = [(key[:80], ms, calls) for key, ms, calls in events[:top]]
-        rows = [[key, ms, 100 * ms / whole, calls] for key, ms, calls in found[name]]
-        text += f"\n\n{name}: {whole:.4g} ms\n\n" + table(
-            ["kernel" if device.type == "cuda" else "operator", "ms", "%", "calls"], rows
-        )
+        rows = [[key, ms, 100 * ms / total, calls] for key, ms, calls in found[name]]
+        text += f"\n\n{name}: {total:.4g} ms\n\n" + table(head, rows)
     return found, text
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; floats with three digits."""
-    texts = [
-        [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row]
-        for row in (header, *rows)
-    ]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in texts
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    """A Markdown table, aligned; floats with three digits."""
+    return "\n".join(markdown.table(header, rows, ".3g", aligned=True))
 
 
 def report(

@@ -1,23 +1,20 @@
 """``run.py bench probe WHAT``: what this machine can do, and whether it does it right, before
 anything long is asked of it.
 
-machine   versions; the ceilings of matrix products, copies and attention at the models' shapes, and
-which attention kernel
-          runs; what a launch and a read by the host take
-experts   forward and backward of the experts in every arrangement (bmm, grouped, loop), and of the
-way there and back,
-          against a plain loop in fp64: all with rows, some without, none at all
-nccl      new groups in a world of one, and every kind of collective that training uses, in each
-(gloo on a CPU)
+- machine: versions; the ceilings of matrix products, copies and attention at the models' shapes,
+  and which attention kernel runs; what a launch and a read by the host take
+- experts: forward and backward of the experts in every arrangement (bmm, grouped, loop), and of the
+  way there and back, against a plain loop in fp64: all with rows, some without, none at all
+- nccl: new groups in a world of one, and every kind of collective that training uses, in each (gloo
+  on a CPU)
 """
 
 from __future__ import annotations
 
-import tempfile
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,12 +23,11 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
 from diffmoe.bench import measure
-from diffmoe.commands.common import Parser
-from diffmoe.device import backend, local_device
+from diffmoe.bench.options import bench_parser, count
+from diffmoe.device import backend, local_device, synchronize
 from diffmoe.moe.dispatch import by_expert, by_source, combine, dispatch, make_plan
 from diffmoe.moe.experts import Experts, has_grouped_matmul
 from diffmoe.moe.routing import Routing
@@ -40,12 +36,6 @@ from diffmoe.parallel.groups import single_process
 
 _WIDTHS = {"S": (384, 6), "L": (1024, 16), "XL": (1152, 16)}  # width, heads
 _TOKENS = 256  # of a sample
-_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 # Rows of eight experts: all with as many, some without, none at all.
 _ROWS = {"all": [24] * 8, "some": [0, 40, 0, 1, 0, 64, 7, 0], "none": [0] * 8}
 _BOUNDS = {torch.bfloat16: 3e-2, torch.float32: 1e-5}
@@ -55,21 +45,13 @@ def main(arguments: list[str]) -> int:
     """The kind ``probe``; returns the exit code, 1 where something is wrong.  UserError for bad
     input.
     """
-    parser = Parser(
-        prog="bench probe", description="What this machine can do, and whether it does it right."
+    parser = bench_parser(
+        "probe", "What this machine can do, and whether it does it right.", of="machine"
     )
-    parser.add_argument("what", choices=("machine", "experts", "nccl"))
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=64,
-        help="of a micro-batch, which gives the shapes (default 64)",
-    )
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each timing (default 0.2)")
-    parser.add_argument(
-        "--json", action="store_true", help="one line of JSON in place of the table"
-    )
-    parser.add_argument("--out", help="folder that keeps table and JSON")
+    add = parser.add_argument
+    add("what", choices=("machine", "experts", "nccl"))
+    add("--samples", type=count, default=64, help="of a micro-batch (default 64)")
+    add("--seconds", type=float, default=0.2, help="for each timing (default 0.2)")
     options = parser.parse_args(arguments)
     device = local_device(0, 1)
     facts, text, wrong = {"machine": machine, "experts": experts, "nccl": nccl}[options.what](
@@ -81,183 +63,116 @@ def main(arguments: list[str]) -> int:
     return 1 if wrong else 0
 
 
-# --------------------------------------------------------------------------------------------------
-# machine
-
-
 def machine(device: torch.device, options: Any) -> tuple[dict[str, Any], str, list[str]]:
     """(record, tables, what is wrong)."""
-    seconds = partial(_seconds, least=options.seconds)
-    products = {
-        name: flops / seconds(call) for name, flops, call in _products(device, options.samples)
-    }
-    copies, tokens = {}, options.samples * _TOKENS
-    sizes = {f"{name} [T, D]": tokens * width * 2 for name, (width, _) in _WIDTHS.items()}
-    for name, size in {**sizes, "large": 2**30 if device.type == "cuda" else 2**24}.items():
-        x = torch.randn(size // 2, device=device).to(torch.bfloat16)
-        copies[name] = 2 * size / seconds(partial(torch.empty_like(x).copy_, x))
+
+    def seconds(call: Callable[[], object]) -> float:
+        timer = Timer("call()", globals={"call": call})
+        return timer.blocked_autorange(min_run_time=options.seconds).median
+
+    random = lambda *shape: torch.randn(*shape, device=device).to(torch.bfloat16)
+    large, tokens = device.type == "cuda", options.samples * _TOKENS
+    products, copies, attention = {}, {}, {}
+
+    def product(name: str, multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor):
+        products[name] = 2 * a.numel() * b.shape[-1] / seconds(partial(multiply, a, b))
+
+    side = 8192 if large else 256
+    product(f"{side} x {side}", torch.mm, random(side, side), random(side, side))
+    for name, (width, _) in _WIDTHS.items():
+        x, inner = random(tokens, width), 4 * width
+        product(f"{name} qkv", torch.mm, x, random(width, 3 * width))
+        product(f"{name} fc1", torch.mm, x, random(width, inner))
+        product(f"{name} fc2", torch.mm, random(tokens, inner), random(inner, width))
+        each = x.view(16, tokens // 16, width)
+        product(f"{name} 16 experts' fc1", torch.bmm, each, random(16, width, inner))
+    sizes = {f"{name} [T, D]": tokens * width for name, (width, _) in _WIDTHS.items()}
+    for name, size in {**sizes, "large": 2**29 if large else 2**23}.items():
+        x = random(size)
+        copies[name] = 4 * size / seconds(partial(torch.empty_like(x).copy_, x))
         del x
-    attention = {
-        name: _attention(device, options.samples, *_WIDTHS[name], seconds) for name in ("L", "XL")
-    }
+    for name in ("L", "XL"):
+        attention[name] = _attention(device, options.samples, *_WIDTHS[name], seconds)
     small = torch.ones(1, device=device)
+    launch_us, read_us = 1e6 * seconds(partial(small.add_, 1)), 1e6 * seconds(small.item)
     facts = {
         "matmul_flops": products,
         "copy_bytes_s": copies,
         "attention": attention,
-        "launch_us": 1e6 * seconds(partial(small.add_, 1)),
-        "read_us": 1e6 * seconds(small.item),
+        "launch_us": launch_us,
+        "read_us": read_us,
     }
-    text = measure.table(
-        ["product, bf16", "TFLOP/s"], [[name, f / 1e12] for name, f in products.items()]
-    )
-    text += "\n\n" + measure.table(
-        ["copy, bf16", "GB/s read and written"], [[n, b / 1e9] for n, b in copies.items()]
-    )
-    text += "\n\n" + measure.table(
-        ["attention, forward + backward", "head dimension", "TFLOP/s", "kernels", *_BACKENDS],
-        [
-            [
-                name,
-                a["head"],
-                a["flops"] / 1e12,
-                ", ".join(a["kernels"]),
-                *(_cell(a["backends"][b]) for b in _BACKENDS),
-            ]
-            for name, a in attention.items()
-        ],
-    )
-    text += f"\n\nA launch takes the host {facts['launch_us']:.3g} µs, a read {facts['read_us']:.3g} µs."
+    rows = [
+        [n, a["head"], a["flops"] / 1e12, ", ".join(a["kernels"])] for n, a in attention.items()
+    ]
+    found = [
+        (["product, bf16", "TFLOP/s"], [[name, f / 1e12] for name, f in products.items()]),
+        (["copy, bf16", "GB/s read and written"], [[n, b / 1e9] for n, b in copies.items()]),
+        (["attention, forward + backward", "head dimension", "TFLOP/s", "kernels"], rows),
+    ]
+    text = "\n\n".join(measure.table(head, rows) for head, rows in found)
+    text += f"\n\nA launch takes the host {launch_us:.3g} µs, a read {read_us:.3g} µs."
     return facts, text, []
-
-
-def _cell(value: float | str) -> str:
-    return f"{value / 1e12:.3g} TFLOP/s" if isinstance(value, float) else "not here"
-
-
-def _seconds(call: Callable[[], object], least: float) -> float:
-    """Median seconds of a call that keeps a device busy for ``least`` seconds."""
-    return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=least).median
-
-
-def _products(device: torch.device, samples: int) -> list[tuple[str, int, Callable[[], Tensor]]]:
-    """(name, FLOPs, call) of a large square product and of those of a block, experts' at equal
-    counts included.
-    """
-    tokens, found = samples * _TOKENS, []
-    random = lambda *shape: torch.randn(*shape, device=device).to(torch.bfloat16)
-    square = 8192 if device.type == "cuda" else 256
-    a, b = random(square, square), random(square, square)
-    found.append((f"{square} x {square}", 2 * square**3, partial(torch.mm, a, b)))
-    for name, (width, _) in _WIDTHS.items():
-        x = random(tokens, width)
-        for layer, out in (("qkv", 3 * width), ("fc1", 4 * width)):
-            found.append(
-                (
-                    f"{name} {layer}",
-                    2 * tokens * width * out,
-                    partial(torch.mm, x, random(width, out)),
-                )
-            )
-        found.append(
-            (
-                f"{name} fc2",
-                8 * tokens * width**2,
-                partial(torch.mm, random(tokens, 4 * width), random(4 * width, width)),
-            )
-        )
-        found.append(
-            (
-                f"{name} 16 experts' fc1",
-                8 * tokens * width**2,
-                partial(torch.bmm, x.view(16, tokens // 16, width), random(16, width, 4 * width)),
-            )
-        )
-    return found
 
 
 def _attention(
     device: torch.device, samples: int, width: int, heads: int, seconds: Callable[..., float]
 ) -> dict[str, Any]:
-    """Forward and backward at the model's strides: FLOP/s (backward as 2.5 forward), kernels, each
-    backend's FLOP/s.
-    """
-    qkv = (
-        torch.randn(samples, _TOKENS, 3, heads, width // heads, device=device)
-        .to(torch.bfloat16)
-        .requires_grad_()
-    )
-    dy = torch.randn(samples, heads, _TOKENS, width // heads, device=device).to(torch.bfloat16)
+    """Forward and backward at the model's strides: FLOP/s (backward as 2.5 forward), kernels."""
+    head = width // heads
+    qkv = torch.randn(samples, _TOKENS, 3, heads, head, device=device).to(torch.bfloat16)
+    qkv.requires_grad_()
+    dy = torch.randn(samples, heads, _TOKENS, head, device=device).to(torch.bfloat16)
 
     def run() -> None:
         y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in qkv.unbind(2)))
         torch.autograd.grad(y, qkv, dy)
 
-    flops = 3.5 * 4 * samples * _TOKENS**2 * width
-    found: dict[str, Any] = {"head": width // heads, "flops": flops / seconds(run), "backends": {}}
-    found["kernels"] = [
-        key for key, _, _ in measure.traced(run, device) if measure.kind_of(key) == "attention"
-    ][:2]
-    for name, kind in _BACKENDS.items():
-        try:
-            with sdpa_kernel(kind):
-                found["backends"][name] = flops / seconds(run)
-        except RuntimeError as error:  # what this device or build lacks
-            found["backends"][name] = " ".join(str(error).split())[:120]
-    return found
-
-
-# --------------------------------------------------------------------------------------------------
-# experts
+    flops = 3.5 * 4 * samples * _TOKENS**2 * width / seconds(run)
+    kernels = [key for key, _, _ in measure.traced(run, device)]
+    return {
+        "head": head,
+        "flops": flops,
+        "kernels": [key for key in kernels if measure.kind_of(key) == "attention"][:2],
+    }
 
 
 def experts(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str]]:
     """(record, table, what is wrong)."""
-    dtypes = (torch.bfloat16, torch.float32)
     cases = [
         (activation, how, rows, dtype)
-        for dtype in dtypes
-        for activation in ("gelu", "swiglu")
-        for how in ("bmm", "grouped", "loop")
+        for dtype in (torch.bfloat16, torch.float32)
+        for activation, ways in (
+            ("gelu", ("bmm", "grouped", "loop")),
+            ("swiglu", ("bmm", "grouped", "loop")),
+            ("there and back", ("dispatch",)),
+        )
+        for how in ways
         for rows in _ROWS
         if how != "bmm" or rows != "some"
     ]
-    cases += [("there and back", "dispatch", rows, dtype) for dtype in dtypes for rows in _ROWS]
-    found, wrong = [], []
+    found, wrong, table = [], [], []
     for activation, how, rows, dtype in cases:
         used = how != "grouped" or has_grouped_matmul(device, dtype)
         if not used and device.type == "cuda":
             continue
-        error, largest = None, None
+        error, largest = None, math.nan
         try:
-            largest = (
-                _dispatched(device, rows, dtype)
-                if how == "dispatch"
-                else _arranged(device, activation, how, rows, dtype)
-            )
-        except (
-            RuntimeError,
-            ValueError,
-        ) as raised:  # of torch's own kernels: the rest is still worth asking
+            if how == "dispatch":
+                largest = _dispatched(device, rows, dtype)
+            else:
+                largest = _arranged(device, activation, how, rows, dtype)
+        except (RuntimeError, ValueError) as raised:  # of torch's own kernels: the rest goes on
             error = " ".join(str(raised).split())[:200]
         name = f"{activation}, {how}, rows for {rows}, {str(dtype).removeprefix('torch.')}"
-        found.append({"case": name, "used": used, "difference": largest, "error": error})
-        if used and (error or not largest <= _BOUNDS[dtype]):  # not <=: NaN too
-            wrong.append(
-                f"{name}: {error or f'differs by {largest:.1e}, bound {_BOUNDS[dtype]:.0e}'}"
-            )
-    text = measure.table(
-        ["experts, forward + backward", "largest relative difference", ""],
-        [
-            [
-                f["case"],
-                f["error"] or f"{f['difference']:.1e}",
-                "" if f["used"] else "not used here",
-            ]
-            for f in found
-        ],
-    )
-    return {"cases": found}, text, wrong
+        difference = None if error else largest
+        found.append({"case": name, "used": used, "difference": difference, "error": error})
+        table.append([name, error or f"{largest:.1e}", "" if used else "not used here"])
+        if used and not largest <= _BOUNDS[dtype]:  # not <=: NaN too
+            bound = f"differs by {largest:.1e}, bound {_BOUNDS[dtype]:.0e}"
+            wrong.append(f"{name}: {error or bound}")
+    head = ["experts, forward + backward", "largest relative difference", ""]
+    return {"cases": found}, measure.table(head, table), wrong
 
 
 def _arranged(
@@ -275,12 +190,9 @@ def _arranged(
     x, dy = (torch.randn(sum(counts), 64, generator=generator).to(dtype) for _ in range(2))
     given = counts[0] if how == "bmm" else torch.tensor(counts, device=device)
     with mock.patch("diffmoe.moe.experts.has_grouped_matmul", lambda *_: how == "grouped"):
-        found = _passed(
-            lambda x: ours(x, given), x.to(device), dy.to(device), list(ours.parameters())
-        )
-    wanted = _passed(
-        lambda x: _one_by_one(exact, x, counts), x.double(), dy.double(), list(exact.parameters())
-    )
+        found = _passed(lambda x: ours(x, given), x.to(device), dy.to(device), ours.parameters())
+    one_by_one = lambda x: _one_by_one(exact, x, counts)
+    wanted = _passed(one_by_one, x.double(), dy.double(), exact.parameters())
     return _largest(found, wanted)
 
 
@@ -311,35 +223,26 @@ def _dispatched(device: torch.device, rows: str, dtype: torch.dtype) -> float:
         return combine(by_source(there, plan, 1, len(counts)), scores, plan, None)
 
     s, exact = scores.clone().to(device).requires_grad_(), scores.double().requires_grad_()
+    plain = lambda x: x * (exact * mask).sum(1, keepdim=True)
     found = _passed(lambda x: ours(x, s).to(dtype), x.to(device), dy.to(device), [s])
-    return _largest(
-        found,
-        _passed(
-            lambda x: x * (exact * mask).sum(1, keepdim=True), x.double(), dy.double(), [exact]
-        ),
-    )
+    return _largest(found, _passed(plain, x.double(), dy.double(), [exact]))
 
 
 def _passed(
-    run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, others: list[Tensor]
+    run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, others: Iterable[Tensor]
 ) -> list[Tensor]:
     """Output, and gradients of input and ``others``, in fp64 on the CPU."""
     x = x.detach().requires_grad_()
     y = run(x)
     y.backward(dy)
-    return [t.detach().cpu().double() for t in (y, x.grad, *(p.grad for p in others))]
+    gradients = (p.grad for p in (x, *others))
+    return [t.detach().cpu().double() for t in (y, *gradients)]
 
 
 def _largest(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest relative difference; where nothing is wanted, what is there."""
-    return max(
-        ((a - b).norm() / (b.norm() if b.any() else 1.0)).item()
-        for a, b in zip(found, wanted, strict=True)
-    )
-
-
-# -----------------------------------------------------------------------------------------------------
-# nccl
+    pairs = zip(found, wanted, strict=True)
+    return max(((a - b).norm() / (b.norm() if b.any() else 1.0)).item() for a, b in pairs)
 
 
 def nccl(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str]]:
@@ -349,22 +252,14 @@ def nccl(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str]]:
     def timed(name: str, call: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         value = call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         took[name] = 1e3 * (time.perf_counter() - start)
         return value
 
-    store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"
-    timed(
-        "start",
-        lambda: dist.init_process_group(
-            backend(device), init_method=f"file://{store}", rank=0, world_size=1
-        ),
-    )
-    groups = {
-        name: timed(name, lambda: dist.new_group([0])) for name in ("new group 1", "new group 2")
-    }
-    groups = {"the world": dist.group.WORLD, **groups}
+    timed("start", lambda: measure.world_of_one(device))
+    groups = {"the world": dist.group.WORLD}
+    for name in ("new group 1", "new group 2"):
+        groups[name] = timed(name, lambda: dist.new_group([0]))
     x, wrong = torch.arange(4096, device=device, dtype=torch.float32), []
     ops = torch.ops._c10d_functional
     for name, group in groups.items():

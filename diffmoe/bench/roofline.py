@@ -5,10 +5,8 @@ A micro-batch's kernels are counted on CUDA tensors without memory, eager and co
 (:mod:`diffmoe.bench.kernels`), the weights' traffic and host reads in the engine's own step
 (:mod:`diffmoe.bench.counted`), messages by the planner's formulas.  A kernel takes the longer of
 its bytes and its FLOPs at the rates that ``diffmoe/cost/hardware.yaml`` says are reached, a message
-what the planner says; nothing overlaps.  ``ideal``: the compiled graphs with all kernels between
-the same products and library calls that hand data on to each other, or read the same, made one,
-which reads its inputs and writes its outputs once.  MFU: 6 FLOPs for each multiply-add of the
-model's forward pass, recompute not counted, over the dense matmul peak of the precision.
+what the planner says; nothing overlaps.  MFU: 6 FLOPs for each multiply-add of the model's forward
+pass, recompute not counted, over the dense matmul peak of the precision.
 
 Where a GPU is at hand, one rank's step is also timed and taken apart (:mod:`diffmoe.bench.timed`),
 and stands beside the prediction.
@@ -18,41 +16,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffmoe.bench import fake_cuda, measure
+from diffmoe.bench import measure
+from diffmoe.bench.fake_cuda import counted
+from diffmoe.bench.options import bench_parser, count
+from diffmoe.bench.planner_counts import planner_counts
 from diffmoe.bench.timed import Timed, timed
-from diffmoe.commands.common import Parser
 from diffmoe.config import Config, config_to_tree, load_config, override
 from diffmoe.cost.hardware import Hardware, choose, read_table
 from diffmoe.cost.memory import engine_facts, rank_memory
-from diffmoe.cost.step_time import COUNTED, exchange_seconds, peak_flops, rates, terms
+from diffmoe.cost.step_time import COUNTED, exchange_seconds, peak_flops, rates
 from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.device import local_device
-from diffmoe.errors import UserError
-from diffmoe.layout import resolve_layout
-from diffmoe.models.count import count
+from diffmoe.layout import Layout, resolve_layout
+from diffmoe.models.count import count as count_model
 
-_WAYS = ("eager", "compiled")
-_TOP = 10
-_SHARDED = ("Adam", "weights in bf16")  # sources that touch what ZeRO leaves a rank
-# What the record of a tree shows: 4 micro-batches of 64 samples on one GPU, and a pool over eight.
-_RECORD = [
-    ("L-E16", "diffmoe_l_e16_flow", 1, []),
-    ("XL-E8", "diffmoe_xl_e8_flow", 1, ["parallel.recompute=none"]),
-    (
-        "L-E16, pool over EP 8, selective",
-        "diffmoe_l_e16_flow",
-        8,
-        ["parallel.ep=8", "moe.pool=group", "parallel.recompute=selective"],
-    ),
-]
+_PARTS = {"product": "products", "attention": "attention", "memory": "elementwise"}
 
 
 @dataclass(frozen=True)
@@ -70,18 +56,29 @@ class Counted:
     micro: dict[str, Any]
     engine: dict[str, Any]
 
-    @property
-    def layout(self):
+    @cached_property
+    def layout(self) -> Layout:
         return resolve_layout(self.config, self.ranks)
 
-    def kernels(self, ideal: bool = False) -> int:
-        return sum(k[5] for k in self.micro["ideal" if ideal else "kernels"])
+    @cached_property
+    def rates(self) -> dict[str, float]:
+        """FLOP/s of products and attention, bytes/s of memory."""
+        return rates(self.config, self.hardware, engine_facts(self.deepspeed))
 
-    def elementwise(self, ideal: bool = False) -> int:
+    @property
+    def launches(self) -> int:
+        """Of a micro-batch."""
+        return sum(k[5] for k in self.micro["kernels"])
+
+    @property
+    def elementwise(self) -> int:
         """Bytes of a micro-batch beside products and attention."""
-        return sum(
-            k[2] * k[5] for k in self.micro["ideal" if ideal else "kernels"] if k[0] == "memory"
-        )
+        return sum(k[2] * k[5] for k in self.micro["kernels"] if k[0] == "memory")
+
+    @property
+    def flops(self) -> int:
+        """Of a micro-batch's products and attention."""
+        return sum(k[3] * k[5] for k in self.micro["kernels"])
 
     def kinds(self) -> dict[str, list[float]]:
         """[ms, kernels] of a step by kind of kernel."""
@@ -95,10 +92,6 @@ class Counted:
             "memory": [1e3 * (parts["elementwise"] + parts["weights"]), launches["memory"]],
         }
 
-    def flops(self) -> int:
-        """Of a micro-batch's products and attention."""
-        return sum(k[3] * k[5] for k in self.micro["kernels"])
-
     def sources(self) -> dict[str, float]:
         """Bytes a parameter and step of the weights' traffic, by source, largest first."""
         found: Counter[str] = Counter()
@@ -107,507 +100,228 @@ class Counted:
         return {source: size for source, size in found.most_common() if size >= 0.05}
 
     def _seconds(self, kernel: list) -> float:
+        """Of a step."""
         kind, _, size, flops, _, times = kernel
-        speed = rates(self.config, self.hardware, engine_facts(self.deepspeed))
-        return times * max(size / speed["memory"], flops / speed[kind] if flops else 0.0)
+        each = max(size / self.rates["memory"], flops / self.rates[kind] if flops else 0.0)
+        return times * each * self.layout.accumulation
 
-    def parts(self, ideal: bool = False) -> dict[str, float]:
+    def parts(self) -> dict[str, float]:
         """Seconds of a step by what takes them."""
         found = Counter({"products": 0.0, "attention": 0.0, "elementwise": 0.0})
-        names = {"product": "products", "attention": "attention", "memory": "elementwise"}
-        for kernel in self.micro["ideal" if ideal else "kernels"]:
-            found[names[kernel[0]]] += self._seconds(kernel) * self.layout.accumulation
-        facts, layout = engine_facts(self.deepspeed), self.layout
+        for kernel in self.micro["kernels"]:
+            found[_PARTS[kernel[0]]] += self._seconds(kernel)
+        facts, hardware = engine_facts(self.deepspeed), self.hardware
         weights = sum(self.sources().values()) * self.micro["parameters"]
-        found["weights"] = weights / rates(self.config, self.hardware, facts)["memory"]
+        found["weights"] = weights / self.rates["memory"]
         found["messages"] = exchange_seconds(
-            self.config, layout, facts, self.hardware, self.hardware.gpus_per_node
+            self.config, self.layout, facts, hardware, hardware.gpus_per_node
         )
-        launches = self.kernels(ideal) * layout.accumulation + sum(
-            k[5] for k in self.engine["kernels"]
-        )
-        host = 1e-6 * (
-            self.hardware.operator_us * launches
-            + self.hardware.read_us * sum(self.engine["reads"].values())
-        )
+        launches = self.launches * self.layout.accumulation
+        launches += sum(k[5] for k in self.engine["kernels"])
         # The host runs ahead of the device, until it reads.
-        reads = 1e-6 * self.hardware.read_us * sum(self.engine["reads"].values())
+        reads = 1e-6 * hardware.read_us * sum(self.engine["reads"].values())
+        host = 1e-6 * hardware.operator_us * launches + reads
         found["host"] = max(reads, host - sum(found.values()))
         return dict(found)
 
-    def seconds(self, ideal: bool = False) -> float:
-        return sum(self.parts(ideal).values())
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts().values())
 
     def mfu(self, seconds: float) -> float:
         peak = peak_flops(self.config, self.hardware, engine_facts(self.deepspeed))
         samples = self.layout.micro_batch * self.layout.accumulation
-        return 6 * count(self.config.model, self.config.moe).forward_macs * samples / seconds / peak
+        macs = count_model(self.config.model, self.config.moe).forward_macs
+        return 6 * macs * samples / seconds / peak
 
-    def dearest(self) -> list[list]:
-        """[operators, launches, GB of a micro-batch, ms of a step] of the most expensive kernels of
-        a kind.
-        """
+    def most_expensive(self) -> list[list]:
+        """[operators, launches, GB of a micro-batch, ms of a step] of kernels that do the same."""
         found: dict[str, list] = {}
         for kernel in self.micro["kernels"]:
             entry = found.setdefault(kernel[1], [kernel[1][:70], 0, 0.0, 0.0])
             entry[1] += kernel[5]
             entry[2] += kernel[2] * kernel[5] / 1e9
-            entry[3] += 1e3 * self._seconds(kernel) * self.layout.accumulation
-        return sorted(found.values(), key=lambda entry: -entry[3])[:_TOP]
+            entry[3] += 1e3 * self._seconds(kernel)
+        return sorted(found.values(), key=lambda entry: -entry[3])[:10]
+
+    def record(self, way: str, measured: Timed | None) -> dict[str, Any]:
+        """Also what calibrates the planner (``cost.records``), of a measured step."""
+        parts, taken = self.parts(), None
+        seconds = sum(parts.values())
+        if measured:
+            compiled = str(way == "compiled").lower()
+            taken = {
+                **dataclasses.asdict(measured),
+                "config": config_to_tree(override(self.config, [f"train.compile={compiled}"])),
+                "deepspeed": self.deepspeed,
+                "layout": dataclasses.asdict(self.layout),
+            }
+        return {
+            "kernels": self.launches,
+            "elementwise_bytes": self.elementwise,
+            "flops": self.flops,
+            "kept_bytes": self.micro["kept"],
+            "seconds": parts,
+            "predicted_s": seconds,
+            "measured": taken,
+            "mfu": self.mfu(seconds),
+            "kinds": self.kinds(),
+            "images_per_second": self.layout.batch / seconds,
+            "bytes_a_parameter": self.sources(),
+            "reads": self.engine["reads"],
+            "collectives": {**self.micro["collectives"], **self.engine["collectives"]},
+            "dearest": self.most_expensive(),
+        }
 
 
-def counted(config: Config, ranks: int, deepspeed: str, part: str) -> dict[str, Any]:
-    """``part``: eager, compiled or engine.  Counted in a process of its own."""
-    return counted_all([(config, deepspeed, part)], ranks)[0]
-
-
-def counted_all(cases: list[tuple[Config, str, str]], ranks: int) -> list[dict[str, Any]]:
-    """(configuration, DeepSpeed JSON, part) of as many ranks, one after another in one process."""
-    requests = [
-        {"config": config_to_tree(config), "deepspeed": deepspeed, "ranks": ranks, "part": part}
-        for config, deepspeed, part in cases
-    ]
-    run = fake_cuda.run(
-        "diffmoe.bench.counted",
-        [json.dumps(requests)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if run.returncode:
-        raise RuntimeError(f"counting failed:\n{run.stderr[-4000:]}")
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def dense_of(config: Config) -> Config:
-    """The dense model of equal activated width, on as many ranks."""
-    return override(config, ["model.family=dense", "parallel.ep=1"])
+Cases = dict[tuple[str, str], Counted]  # (model | dense, eager | compiled) -> counts
 
 
 def models_of(config: Config) -> dict[str, Config]:
-    """model, and beside a mixture dense."""
-    return (
-        {"model": config}
-        if config.model.family == "dense"
-        else {"model": config, "dense": dense_of(config)}
-    )
+    """model, and beside an MoE model the dense one of equal activated width, on as many ranks."""
+    if config.model.family == "dense":
+        return {"model": config}
+    return {"model": config, "dense": override(config, ["model.family=dense", "parallel.ep=1"])}
 
 
 def compare(
-    config: Config, ranks: int, deepspeed: str, hardware: Hardware, ways: tuple[str, ...]
-) -> dict[str, dict[str, Counted]]:
-    """model | dense -> way -> counts."""
+    config: Config, ranks: int, deepspeed: str, hardware: Hardware, ways: list[str]
+) -> Cases:
+    """Counts of the model and of the dense one beside it."""
     tree, models = read_deepspeed(deepspeed), models_of(config)
     # Engines last: DeepSpeed, once imported, has torch ask the driver whether there is a GPU.
     cases = [(name, part) for part in (*ways, "engine") for name in models]
-    counts = dict(
-        zip(cases, counted_all([(models[name], deepspeed, part) for name, part in cases], ranks))
-    )
+    answers = counted([(models[name], deepspeed, part) for name, part in cases], ranks)
+    found = dict(zip(cases, answers))
     return {
-        name: {
-            way: Counted(each, ranks, tree, hardware, counts[name, way], counts[name, "engine"])
-            for way in ways
-        }
+        (name, way): Counted(each, ranks, tree, hardware, found[name, way], found[name, "engine"])
         for name, each in models.items()
+        for way in ways
     }
 
 
-def tables(
-    title: str, found: dict[str, dict[str, Counted]], measured: dict[tuple[str, str], Timed]
-) -> str:
+def tables(title: str, cases: Cases, measured: dict[tuple[str, str], Timed]) -> str:
     """Everything that is known of a case, as Markdown."""
-    cases = [(name, way, each) for name, ways in found.items() for way, each in ways.items()]
-    one, reference = cases[0][2], found.get("dense", found["model"])
-    layout, images = one.layout, one.layout.batch
-    speed = rates(one.config, one.hardware, engine_facts(one.deepspeed))
-    origin = f"from {one.hardware.calibrated}" if one.hardware.calibrated else "assumed"
+    one = next(iter(cases.values()))
+    layout, hardware, speed = one.layout, one.hardware, one.rates
+    origin = f"from {hardware.calibrated}" if hardware.calibrated else "assumed"
     text = (
-        f"## {title}\n\n{layout.ranks} ranks, EP {layout.ep}, {layout.accumulation} x {layout.micro_batch} samples a rank, pool of "
-        f"{layout.pool}, recompute {one.config.parallel.recompute}.  {one.hardware.name}; "
-        f"rates {origin}: products "
-        f"{speed['product'] / 1e12:.0f} and attention {speed['attention'] / 1e12:.0f} TFLOP/s, memory {speed['memory'] / 1e12:.2f} TB/s, "
-        f"{one.hardware.operator_us} µs a launch, {one.hardware.read_us} µs a read.\n\n"
+        f"## {title}\n\n{layout.ranks} ranks, EP {layout.ep}, {layout.accumulation} x "
+        f"{layout.micro_batch} samples a rank, pool of {layout.pool}, recompute "
+        f"{one.config.parallel.recompute}.  {hardware.name}; rates {origin}: products "
+        f"{speed['product'] / 1e12:.0f} and attention {speed['attention'] / 1e12:.0f} TFLOP/s, "
+        f"memory {speed['memory'] / 1e12:.2f} TB/s, {hardware.operator_us} µs a launch, "
+        f"{hardware.read_us} µs a read."
     )
-    text += measure.table(
-        [
-            "a micro-batch",
-            "kernels",
-            "elementwise GB",
-            "of dense",
-            "ideal GB",
-            "TFLOP",
-            "kept GiB",
-            "of dense",
-            "collectives",
-        ],
-        [
-            [
-                f"{name}, {way}",
-                each.kernels(),
-                each.elementwise() / 1e9,
-                each.elementwise() / reference[way].elementwise(),
-                each.elementwise(True) / 1e9 if each.micro["ideal"] else "-",
-                each.flops() / 1e12,
-                each.micro["kept"] / 2**30,
-                each.micro["kept"] / reference[way].micro["kept"],
-                sum(each.micro["collectives"].values()),
-            ]
-            for name, way, each in cases
-        ],
-    )
-    rows = []
-    for name, way, each in cases:
-        for ideal in (False, True)[: 1 + bool(each.micro["ideal"])]:
-            seconds, parts = each.seconds(ideal), each.parts(ideal)
-            timed = measured[name, way].seconds if not ideal and (name, way) in measured else None
-            rows.append(
-                [
-                    f"{name}, {'ideal' if ideal else way}",
-                    *(1e3 * parts[part] for part in parts),
-                    1e3 * seconds,
-                    images / seconds,
-                    f"{each.mfu(seconds):.1%}",
-                    "-" if timed is None else 1e3 * timed,
-                    "-" if timed is None else f"{each.mfu(timed):.1%}",
-                ]
-            )
-    text += "\n\n" + measure.table(
-        ["a step, ms", *one.parts(), "predicted", "images/s", "MFU", "measured", "MFU "], rows
-    )
-    text += "\n\n" + measure.table(
-        [
-            "outside of the model, a step",
-            "reads in forward",
-            "in backward",
-            "elsewhere",
-            "bytes a parameter",
-            "by source",
-        ],
-        [
-            [
-                name,
-                *(
-                    ways_[0].engine["reads"].get(place, 0)
-                    for place in ("forward", "backward", "outside")
-                ),
-                sum(ways_[0].sources().values()),
-                ", ".join(f"{s} {b:.3g}" for s, b in ways_[0].sources().items()),
-            ]
-            for name, ways_ in ((name, list(ways.values())) for name, ways in found.items())
-        ],
-    )
-    for way, each in found["model"].items():
-        text += f"\n\nMost expensive, {way}:\n\n" + measure.table(
-            ["operators of a kernel", "launches", "GB", "ms a step"], each.dearest()
-        )
-    return text + _beside(found, measured)
-
-
-def _beside(found: dict[str, dict[str, Counted]], measured: dict[tuple[str, str], Timed]) -> str:
-    """Predicted and measured by kernel; nothing where nothing was measured."""
-    if not measured:
-        return ""
-    rows = [
-        [
-            f"{name}, {way}",
-            kind,
-            *found[name][way].kinds().get(kind, [0.0, 0]),
-            *took,
-            took[0] / predicted[0]
-            if (predicted := found[name][way].kinds().get(kind)) and predicted[0]
-            else "-",
-        ]
-        for (name, way), each in measured.items()
-        for kind, took in each.kinds.items()
-    ]
-    text = f"\n\nMeasured on {next(iter(measured.values())).device}:\n\n" + measure.table(
-        ["a step", "kind", "predicted ms", "kernels", "measured ms", "kernels ", "of predicted"],
-        rows,
-    )
-    memory = [
-        [
-            f"{name}, {way}",
-            rank_memory((c := found[name][way]).config, c.layout, engine_facts(c.deepspeed)).peak
-            / 2**30,
-            each.peak_bytes / 2**30,
-        ]
-        for (name, way), each in measured.items()
-        if each.peak_bytes
-    ]
-    if memory:
-        text += "\n\n" + measure.table(["peak", "planned GiB", "measured GiB"], memory)
-    for (name, way), each in measured.items():
-        text += f"\n\nMeasured, {name}, {way}:\n\n" + measure.table(
-            ["kernel", "launches", "ms"], each.kernels
-        )
-    return text
-
-
-def facts_of(
-    found: dict[str, dict[str, Counted]], measured: dict[tuple[str, str], Timed]
-) -> dict[str, Any]:
-    """The same for a record; of a measured step also what calibrates the planner
-    (``cost.records``).
-    """
-
-    def taken(name: str, way: str, c: Counted) -> dict[str, Any]:
-        config = override(c.config, [f"train.compile={str(way == 'compiled').lower()}"])
-        return {
-            **measured[name, way].record(),
-            "config": config_to_tree(config),
-            "deepspeed": c.deepspeed,
-            "layout": dataclasses.asdict(c.layout),
-        }
-
-    return {
-        name: {
-            way: {
-                "kernels": c.kernels(),
-                "elementwise_bytes": c.elementwise(),
-                "flops": c.flops(),
-                "kept_bytes": c.micro["kept"],
-                "ideal_bytes": c.elementwise(True) if c.micro["ideal"] else None,
-                "seconds": c.parts(),
-                "predicted_s": c.seconds(),
-                "measured": taken(name, way, c) if (name, way) in measured else None,
-                "mfu": c.mfu(c.seconds()),
-                "kinds": c.kinds(),
-                "images_per_second": c.layout.batch / c.seconds(),
-                "bytes_a_parameter": c.sources(),
-                "reads": c.engine["reads"],
-                "collectives": {**c.micro["collectives"], **c.engine["collectives"]},
-                "dearest": c.dearest(),
-            }
-            for way, c in ways.items()
-        }
-        for name, ways in found.items()
-    }
-
-
-def planner_counts(
-    ways: tuple[str, ...] = _WAYS, recomputes: tuple[str, ...] = ("none", "block", "selective")
-) -> dict[str, Any]:
-    """The coefficients of ``diffmoe/cost/counted.json``: what a small model's counts are linear in,
-    in bf16 (``cost.step_time``).
-    """
-    path, bf16 = "configs/diffmoe_l_e16_flow.yaml", "ds_configs/zero1_bf16.json"
-    small = load_config(
-        path,
-        [
-            "parallel.ep=1",
-            "moe.pool=rank",
-            "train.batch=32",
-            "train.micro_batch=32",
-            "model.width=512",
-            "model.heads=8",
-            "model.depth=2",
-        ],
-    )
-    changes = [
-        ["model.family=dense"],
-        ["model.family=dense", "model.depth=4"],
-        ["model.family=dense", "model.mlp_ratio=2"],
-        ["moe.experts=8"],
-        ["moe.experts=32"],
-    ]
-    cases = [override(small, change) for change in changes]
-    found: dict[str, Any] = {}
-    for way in ways:
-        found[way] = {}
-        for recompute in recomputes:
-            each = counted_all(
-                [
-                    (override(case, [f"parallel.recompute={recompute}"]), bf16, way)
-                    for case in cases
-                ],
-                1,
-            )
-            counts = [
-                (
-                    sum(k[2] * k[5] for k in micro["kernels"] if k[0] == "memory")
-                    / (2 * 32 * small.model.tokens),
-                    sum(k[5] for k in micro["kernels"]),
-                )
-                for micro in each
-            ]
-            found[way][recompute] = _solved(cases, counts)
-    found["weights"] = {
-        "bf16": _weights_of(small, bf16),
-        "fp32": _weights_of(small, "ds_configs/zero0_fp32.json"),
-    }
-    return found
-
-
-def _solved(cases: list[Config], counts: list[tuple[float, int]]) -> dict[str, dict[str, float]]:
-    import numpy as np
-
-    by_term = [terms(case) for case in cases]
-    elements = np.linalg.solve([list(t.values()) for t in by_term], [c[0] for c in counts])
-    (one, two, _, mixed, _), depth = (c[1] for c in counts), cases[0].model.depth
-    block = (two - one) / depth
-    return {
-        "elements": {name: round(float(value), 3) for name, value in zip(by_term[0], elements)},
-        "kernels": {"outside": one - depth * block, "block": block, "mixture": mixed - one},
-    }
-
-
-def _weights_of(config: Config, deepspeed: str) -> dict[str, float]:
-    """From steps of one and of three micro-batches."""
-    found = []
-    batches = [config.train.micro_batch, 3 * config.train.micro_batch]
-    for engine in counted_all(
-        [(override(config, [f"train.batch={batch}"]), deepspeed, "engine") for batch in batches], 1
+    micro, steps, outside = [], [], []
+    for (name, way), each in cases.items():
+        dense = cases.get(("dense", way), each)
+        kept, reads, sources = each.micro["kept"], each.engine["reads"], each.sources()
+        size, collectives = each.elementwise, sum(each.micro["collectives"].values())
+        row = [each.launches, size / 1e9, size / dense.elementwise, each.flops / 1e12, kept / 2**30]
+        micro.append([f"{name}, {way}", *row, kept / dense.micro["kept"], collectives])
+        parts, seconds, took = each.parts(), each.seconds, measured.get((name, way))
+        row = [1e3 * seconds, layout.batch / seconds, f"{each.mfu(seconds):.1%}"]
+        row += [1e3 * took.seconds, f"{each.mfu(took.seconds):.1%}"] if took else [None, None]
+        steps.append([f"{name}, {way}", *(1e3 * part for part in parts.values()), *row])
+        row = [reads.get(place, 0) for place in ("forward", "backward", "outside")]
+        by_source = ", ".join(f"{source} {size:.3g}" for source, size in sources.items())
+        outside.append([name, *row, sum(sources.values()), by_source])
+    for head, rows in (
+        (
+            "a micro-batch|kernels|elementwise GB|of dense|TFLOP|kept GiB|of dense|collectives",
+            micro,
+        ),
+        (
+            f"a step, ms|{'|'.join(one.parts())}|predicted|images/s|MFU|measured|MFU ",
+            steps,
+        ),
+        (
+            "outside of the model, a step|reads in forward|in backward|elsewhere|"
+            "bytes a parameter|by source",
+            outside[:: len({way for _, way in cases})],
+        ),
     ):
-        sizes: Counter[str] = Counter()
-        for _, _, size, _, source, times in engine["kernels"]:
-            sizes[source if source in ("EMA", *_SHARDED) else "parameter"] += (
-                size * times / engine["parameters"]
-            )
-        found.append((sizes, sum(k[5] for k in engine["kernels"]) / engine["tensors"]))
-    (one, kernels_of_one), (three, kernels_of_three) = found
-    each, kernels = (
-        (three["parameter"] - one["parameter"]) / 2,
-        (kernels_of_three - kernels_of_one) / 2,
-    )
-    values = {
-        "micro_batch": each,
-        "step": one["parameter"] - each,
-        "shard": sum(one[s] for s in _SHARDED),
-        "ema": one["EMA"],
-        "kernels_micro_batch": kernels,
-        "kernels_step": kernels_of_one - kernels,
-    }
-    return {name: round(value, 3) for name, value in values.items()}
+        text += "\n\n" + measure.table(head.split("|"), rows)
+    for (name, way), each in cases.items():
+        if name == "model":
+            head = "operators of a kernel|launches|GB|ms a step"
+            text += f"\n\nMost expensive, {way}:\n\n"
+            text += measure.table(head.split("|"), each.most_expensive())
+    return text + (_beside(cases, measured) if measured else "")
+
+
+def _beside(cases: Cases, measured: dict[tuple[str, str], Timed]) -> str:
+    """Predicted and measured by kernel."""
+    kinds, memory, kernels = [], [], ""
+    for (name, way), took in measured.items():
+        each, predicted = cases[name, way], cases[name, way].kinds()
+        for kind, (ms, launches) in took.kinds.items():
+            wanted = predicted.get(kind, [0.0, 0])
+            ratio = ms / wanted[0] if wanted[0] else None
+            kinds.append([f"{name}, {way}", kind, *wanted, ms, launches, ratio])
+        plan = rank_memory(each.config, each.layout, engine_facts(each.deepspeed))
+        memory.append([f"{name}, {way}", plan.peak / 2**30, took.peak_bytes / 2**30])
+        table = measure.table(["kernel", "launches", "ms"], took.kernels)
+        kernels += f"\n\nMeasured, {name}, {way}:\n\n{table}"
+    head = "a step|kind|predicted ms|kernels|measured ms|kernels |of predicted"
+    text = f"\n\nMeasured on {took.device}:\n\n{measure.table(head.split('|'), kinds)}"
+    if took.peak_bytes:
+        text += "\n\n" + measure.table(["peak", "planned GiB", "measured GiB"], memory)
+    return text + kernels
 
 
 def main(arguments: list[str]) -> int:
-    """The kind ``roofline``; returns the exit code."""
-    parser = Parser(
-        prog="bench roofline",
-        description="A training step counted without a GPU and priced for one.",
+    """The kind ``roofline``; returns the exit code.  UserError for bad input."""
+    parser = bench_parser(
+        "roofline", "A training step counted without a GPU and priced for one.", of="config"
     )
-    parser.add_argument(
-        "--config", default="configs/diffmoe_l_e16_flow.yaml", help="default: L-E16"
-    )
-    parser.add_argument(
-        "--deepspeed_config", default="ds_configs/zero1_bf16.json", help="default: ZeRO 1 in bf16"
-    )
-    parser.add_argument("--ranks", type=int, default=1, help="GPUs of the layout (default 1)")
-    parser.add_argument(
-        "--samples", type=int, default=64, help="samples of a rank's micro-batch (default 64)"
-    )
-    parser.add_argument(
-        "--accumulation", type=int, default=4, help="micro-batches of a step (default 4)"
-    )
-    parser.add_argument(
-        "--recompute", choices=["none", "block", "selective"], help="default: the configuration's"
-    )
-    parser.add_argument(
-        "--gpu", default="h100", help="machine of the hardware table (default h100)"
-    )
-    parser.add_argument(
-        "--hardware", type=Path, help="another table than diffmoe/cost/hardware.yaml"
-    )
-    only = parser.add_mutually_exclusive_group()
-    for way in _WAYS:
-        only.add_argument(f"--{way}", action="store_true", help=f"only {way}")
-    parser.add_argument(
-        "--record",
-        metavar="FOLDER",
-        help="the tables of L-E16, XL-E8 and a pool over EP 8, kept in this folder",
-    )
-    parser.add_argument(
-        "--planner",
-        action="store_true",
-        help="count anew what launcher plan's times are made of, into diffmoe/cost/counted.json",
-    )
-    parser.add_argument(
-        "--time", action="store_true", help="also time the step of one rank where there is no GPU"
-    )
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps (default 7)")
-    parser.add_argument(
-        "--json", action="store_true", help="one line of JSON in place of the tables"
-    )
-    parser.add_argument("--out", help="folder that keeps table, JSON and plot")
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="section.field=value",
-        help="changes to the configuration",
-    )
+    add = parser.add_argument
+    add("--ranks", type=count, default=1, help="GPUs of the layout (default 1)")
+    add("--samples", type=count, default=64, help="of a rank's micro-batch (default 64)")
+    add("--accumulation", type=count, default=4, help="micro-batches of a step (default 4)")
+    forms = ["none", "block", "selective"]
+    add("--recompute", choices=forms, help="default: the configuration's")
+    add("--gpu", default="h100", help="machine of the hardware table (default h100)")
+    add("--hardware", type=Path, help="another table than diffmoe/cost/hardware.yaml")
+    add("--eager", action="store_true", help="only eager, not compiled")
+    anew = "count what launcher plan's times are made of anew, into diffmoe/cost/counted.json"
+    add("--planner", action="store_true", help=anew)
+    add("--time", action="store_true", help="time one rank's step also where there is no GPU")
+    add("--repeats", type=count, default=7, help="timed steps (default 7)")
     options = parser.parse_args(arguments)
-    for name in ("ranks", "samples", "accumulation", "repeats"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} ({getattr(options, name)}) must be at least 1")
     if options.planner:
         COUNTED.write_text(json.dumps(planner_counts(), indent=1) + "\n")
         print(f"wrote {COUNTED}")
         return 0
-    ways = tuple(way for way in _WAYS if getattr(options, way)) or _WAYS
-    hardware = choose(read_table(options.hardware), options.gpu)
-    recompute = [f"parallel.recompute={options.recompute}"] if options.recompute else []
-    cases = [
-        (
-            Path(options.config).stem,
-            options.config,
-            options.ranks,
-            ["parallel.ep=1", "moe.pool=rank"] * (options.ranks == 1),
-        )
+    ways = ["eager"] if options.eager else ["eager", "compiled"]
+    hardware, ranks = choose(read_table(options.hardware), options.gpu), options.ranks
+    changes = [
+        f"train.micro_batch={options.samples}",
+        f"train.batch={options.samples * ranks * options.accumulation}",
+        "train.accumulation=null",
     ]
-    if options.record:
-        cases = [
-            (
-                title,
-                f"configs/{name}.yaml",
-                ranks,
-                ["parallel.ep=1", "moe.pool=rank"] * (ranks == 1) + more,
-            )
-            for title, name, ranks, more in _RECORD
-        ]
-    facts, texts, bars = {}, [], {}
-    for title, path, ranks, changes in cases:
-        if load_config(path).model.family != "diffmoe":
-            changes = [c for c in changes if not c.startswith("moe.pool")]
-        batch = [
-            f"train.micro_batch={options.samples}",
-            f"train.batch={options.samples * ranks * options.accumulation}",
-        ]
-        config = load_config(
-            path, changes + batch + ["train.accumulation=null"] + recompute + options.set
-        )
-        found = compare(config, ranks, options.deepspeed_config, hardware, ways)
-        measured = {}
-        if ranks == 1 and (options.time or torch.cuda.is_available()):
-            measured = timed(
-                models_of(config), read_deepspeed(options.deepspeed_config), ways, options.repeats
-            )
-        if options.record and ranks == 1:
-            once = override(config, [f"train.batch={options.samples}"])
-            alone = counted(once, 1, options.deepspeed_config, "engine")
-            single = dataclasses.replace(
-                next(iter(found["model"].values())), config=once, engine=alone
-            )
-            facts[f"{title}, one micro-batch a step"] = {"bytes_a_parameter": single.sources()}
-        texts.append(tables(title, found, measured))
-        if options.record and ranks == 1:
-            texts.append(
-                f"With one micro-batch a step: {sum(single.sources().values()):.3g} bytes a parameter."
-            )
-        facts[title] = facts_of(found, measured)
-        bars |= {
-            f"{title}: {name}, {way}": 1e3 * c.seconds()
-            for name, of in found.items()
-            for way, c in of.items()
-        }
-    options.out, name = (
-        (options.record, "roofline") if options.record else (options.out, f"roofline_{cases[0][0]}")
-    )
-    return measure.report(
-        name,
-        {"cases": facts, "gpu": options.gpu, **measure.surroundings(local_device(0, 1))},
-        "\n\n".join(texts),
-        bars,
-        "ms a step, predicted",
-        options,
-    )
+    if ranks == 1:
+        changes.append("parallel.ep=1")
+        if load_config(options.config).model.family == "diffmoe":
+            changes.append("moe.pool=rank")
+    if options.recompute:
+        changes.append(f"parallel.recompute={options.recompute}")
+    config = load_config(options.config, changes + options.set)
+    cases = compare(config, ranks, options.deepspeed_config, hardware, ways)
+    measured: dict[tuple[str, str], Timed] = {}
+    if ranks == 1 and (options.time or torch.cuda.is_available()):
+        tree = read_deepspeed(options.deepspeed_config)
+        measured = timed(models_of(config), tree, ways, options.repeats)
+    record: dict[str, dict[str, Any]] = {}
+    for (name, way), each in cases.items():
+        record.setdefault(name, {})[way] = each.record(way, measured.get((name, way)))
+    title = Path(options.config).stem
+    facts = {
+        "cases": {title: record},
+        "gpu": options.gpu,
+        **measure.surroundings(local_device(0, 1)),
+    }
+    text = tables(title, cases, measured)
+    bars = {f"{title}: {name}, {way}": 1e3 * c.seconds for (name, way), c in cases.items()}
+    return measure.report(f"roofline_{title}", facts, text, bars, "ms a step, predicted", options)

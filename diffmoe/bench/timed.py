@@ -4,24 +4,17 @@ roofline``'s prediction, measured.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from diffmoe.bench import measure
-from diffmoe.bench.step import Contender, Training
+from diffmoe.bench.step import FixedTraining, Variant
 from diffmoe.config import Config
-from diffmoe.cost.memory import engine_facts
-from diffmoe.device import backend, local_device
-
-_TOP = 16
+from diffmoe.deepspeed_json import zero_stage
+from diffmoe.device import local_device
 
 
 @dataclass(frozen=True)
@@ -33,12 +26,9 @@ class Timed:
 
     seconds: float
     kinds: dict[str, list[float]]
-    kernels: list[list[Any]]
+    kernels: list[list]
     peak_bytes: int
     device: str
-
-    def record(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def timed(
@@ -49,20 +39,13 @@ def timed(
     ZeRO 3, which no training is, is left out.
     """
     device = local_device(0, 1)
-    if not dist.is_initialized():
-        store = Path(tempfile.mkdtemp(prefix="diffmoe-bench-")) / "store"
-        dist.init_process_group(
-            backend(device), init_method=f"file://{store}", rank=0, world_size=1
-        )
-    if engine_facts(tree).stage == 3:
+    measure.world_of_one(device)
+    if zero_stage(tree) == 3:
         ways = [way for way in ways if way != "compiled"]
     found = {}
     for name, config in models.items():
-        training = Training(config, tree, device)
-        steps = {
-            way: Contender(training, config.parallel.recompute, way == "compiled").step
-            for way in ways
-        }
+        training, recompute = FixedTraining(config, tree, device), config.parallel.recompute
+        steps = {way: Variant(training, recompute, way == "compiled").step for way in ways}
         seconds = measure.interleaved(steps, repeats, device, warm_up=2)
         found |= {(name, way): _traced(step, seconds[way], device) for way, step in steps.items()}
         del training, steps
@@ -72,20 +55,16 @@ def timed(
     return found
 
 
-def _traced(step: Any, seconds: float, device: torch.device) -> Timed:
+def _traced(step: Callable[[], None], seconds: float, device: torch.device) -> Timed:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     events = measure.traced(step, device)
+    peak = torch.cuda.max_memory_allocated(device) if cuda else 0
     kinds = {kind: [0.0, 0] for kind in ("products", "attention", "memory", "messages")}
     for key, ms, calls in events:
         kind = kinds[measure.kind_of(key)]
         kind[0] += ms
         kind[1] += calls
-    return Timed(
-        seconds,
-        kinds,
-        [[key[:100], calls, ms] for key, ms, calls in events[:_TOP]],
-        torch.cuda.max_memory_allocated(device) if cuda else 0,
-        measure.surroundings(device)["device"],
-    )
+    kernels = [[key[:100], calls, ms] for key, ms, calls in events[:16]]
+    return Timed(seconds, kinds, kernels, peak, measure.surroundings(device)["device"])

@@ -8,24 +8,32 @@ give the time, traced ones (``torch.profiler``) the split and the memory, counte
 
 from __future__ import annotations
 
+import datetime
 import gc
+import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import is_fake
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from diffmoe import gpus
+from diffmoe.code_version import ROOT, commit, digest
 from diffmoe.device import synchronize
+from diffmoe.errors import UserError
 from diffmoe.parallel.traffic import CommunicationCount
-from diffmoe.training.engine import Engine
+from diffmoe.training.engine import Engine, import_deepspeed
 
 PHASES = ("compute", "all_to_all", "reduction", "data", "other")
 _STEP, _DATA = "diffmoe: step", "diffmoe: data"
-Span = tuple[int, int]  # from, to, in ns
 T = TypeVar("T")
 
 
@@ -79,14 +87,11 @@ def profile_rank(
     count = CommunicationCount(
         (f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers()
     )
-    with (
-        engine.model.plainly(),
-        count,
-    ):  # nothing compiled can run under the count; messages are the same
+    # Nothing compiled can run under the count; messages are the same.
+    with engine.model.plainly(), count:
         step()
-    return RankProfile(
-        step_s, traced_s, split(events), static, _peak(events, static, device), count.table()
-    )
+    peak = _peak(events, static, device)
+    return RankProfile(step_s, traced_s, split(events), static, peak, count.table())
 
 
 def _trace(step: Callable[[], None], times: int, device: torch.device) -> tuple[list[Any], float]:
@@ -111,9 +116,8 @@ def live_bytes(device: torch.device) -> int:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if not issubclass(type(thing), torch.Tensor) or is_fake(
-            thing
-        ):  # a compiler's tensors have no memory
+        # A compiler's tensors have no memory.
+        if not issubclass(type(thing), torch.Tensor) or is_fake(thing):
             continue
         if thing.device.type == "cpu" and thing.layout == torch.strided:
             storage = thing.untyped_storage()
@@ -128,11 +132,7 @@ def _peak(events: Iterable[Any], static: int, device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    now = most = 0
-    for _, change in changes:
-        now += change
-        most = max(most, now)
-    return static + most
+    return static + max(accumulate((change for _, change in changes), initial=0))
 
 
 def split(events: Sequence[Any]) -> dict[str, float]:
@@ -144,19 +144,27 @@ def split(events: Sequence[Any]) -> dict[str, float]:
     for its batch.  ``other``: Python, launches, waiting for the host.
     """
     on_device = any(_is_cuda(e) for e in events)
-    spans: dict[str, list[Span]] = {name: [] for name in (*PHASES, "step")}
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in (*PHASES, "step")}
     for event in events:
         name = _phase_of(event, on_device)
         if name is not None:
             spans[name].append((event.start_ns(), event.start_ns() + event.duration_ns()))
-    spans["step"] += spans["data"]
-    left = union(spans["step"])
-    total = length(left)
-    shares = {}
+    edges = np.unique(np.array([edge for each in spans.values() for edge in each], np.int64))
+    lengths = np.diff(edges)
+
+    def covered(spans: list[tuple[int, int]]) -> np.ndarray:
+        """Of every piece of time between two edges whether some span covers it."""
+        depth = np.zeros(len(edges), np.int64)
+        for sign, side in ((1, [start for start, _ in spans]), (-1, [end for _, end in spans])):
+            np.add.at(depth, np.searchsorted(edges, np.array(side, np.int64)), sign)
+        return np.cumsum(depth)[:-1] > 0
+
+    left = covered(spans["step"] + spans["data"])
+    total, shares = lengths[left].sum(), {}
     for phase in ("compute", "all_to_all", "reduction", "data"):
-        rest = without(left, union(spans[phase]))
-        shares[phase], left = (length(left) - length(rest)) / total, rest
-    return {**shares, "other": length(left) / total}
+        here = left & covered(spans[phase])
+        shares[phase], left = float(lengths[here].sum() / total), left & ~here
+    return {**shares, "other": float(lengths[left].sum() / total)}
 
 
 def _phase_of(event: Any, on_device: bool) -> str | None:
@@ -164,9 +172,8 @@ def _phase_of(event: Any, on_device: bool) -> str | None:
     if name in (_STEP, _DATA):
         return None if _is_cuda(event) else ("step" if name == _STEP else "data")
     if on_device:
-        if (
-            not _is_cuda(event) or event.is_user_annotation()
-        ):  # of a range of kernels, and what is between them
+        # Not an annotated range of kernels with what is between them.
+        if not _is_cuda(event) or event.is_user_annotation():
             return None
         if "nccl" not in name.lower():
             return "compute"
@@ -181,34 +188,38 @@ def _is_cuda(event: Any) -> bool:
     return event.device_type() == torch.autograd.DeviceType.CUDA
 
 
-def union(spans: Iterable[Span]) -> list[Span]:
-    """Sorted, disjoint spans that cover the same time."""
-    merged: list[Span] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, for a record that can be compared."""
+    found: dict[str, Any] = {
+        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "code": digest(ROOT),
+        "commit": commit(ROOT),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": import_deepspeed().__version__,
+        "device": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "fp32_precision": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+    }
+    if device.type == "cuda":
+        try:
+            driver = next((gpu.driver for gpu in gpus.query() or []), "unknown")
+        except UserError as error:  # nvidia-smi is not what is measured
+            driver = f"unknown: {error}"
+        found |= {
+            "device": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "driver": driver,
+            "gpu_bytes": torch.cuda.get_device_properties(device).total_memory,
+        }
+    return found
 
 
-def without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
-    """``spans`` less ``taken``; both sorted and disjoint."""
-    kept, first = [], 0
-    for start, end in spans:
-        while first < len(taken) and taken[first][1] <= start:
-            first += 1
-        place, i = start, first
-        while i < len(taken) and taken[i][0] < end:
-            if taken[i][0] > place:
-                kept.append((place, taken[i][0]))
-            place = max(place, taken[i][1])
-            i += 1
-        if place < end:
-            kept.append((place, end))
-    return kept
-
-
-def length(spans: Iterable[Span]) -> int:
-    """What spans that do not overlap measure together."""
-    return sum(end - start for start, end in spans)
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
