@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from diffmoe.bench import measure, probe, step
-from diffmoe.bench.step import most_samples
 from diffmoe.bench.train import Program, complaints
+from diffmoe.commands import bench
 from diffmoe.config import load_config
+from diffmoe.environment import detect
 from diffmoe.errors import UserError
 from diffmoe.parallel.groups import single_process
+from diffmoe.parity import synthetic
 from programs import run_cases
 
 SMALL = [
@@ -30,7 +32,7 @@ SMALL = [
 ]
 KINDS = {
     "moe-layer": ["--tokens", "64"],
-    "step": ["--samples", "2", "--accumulation", "2", "--recompute", "--loop", "--profile"],
+    "step": ["--samples", "2", "--accumulation", "2", "--recompute", "--profile"],
     "sampling": ["--samples", "2"],
     "communication": ["--samples", "1", "--worlds", "2"],
 }
@@ -44,7 +46,7 @@ def records():
     return {kind: json.loads(case[0].stdout.splitlines()[-1]) for kind, case in zip(KINDS, found)}
 
 
-def test_the_layer_beside_its_contenders(records):
+def test_the_layer_beside_its_baselines(records):
     record = records["moe-layer"]
     contenders = record["contenders"]
     assert set(contenders) == {"ours", "dense", "floor", "loop", "deepspeed", "deepspeed+predictor"}
@@ -66,7 +68,7 @@ def test_the_layer_beside_its_contenders(records):
 
 def test_a_step_with_recompute(records):
     record = records["step"]
-    assert set(record["seconds"]) == {"ours", "dense", "block", "selective", "loop"}
+    assert set(record["seconds"]) == {"ours", "dense", "block", "selective"}
     assert (
         record["peak_bytes"]["block"]
         < record["peak_bytes"]["selective"]
@@ -76,6 +78,21 @@ def test_a_step_with_recompute(records):
         record["time_over_dense"], record["seconds"]["ours"] / record["seconds"]["dense"]
     )
     assert record["images_per_second"]["ours"] == pytest.approx(2 * 2 / record["seconds"]["ours"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--samples", "0"], "argument --samples: 0 must be at least 1"),
+        (["moe-layer", "--tokens", "100"], r"--tokens \(100\) must be whole samples of 256"),
+        (["moe-layer", "--only", "ours"], r"--only \(ours\) must hold ours and dense"),
+        (["communication", "--worlds", "2,x"], r"--worlds \(2,x\) must be whole numbers above 0"),
+        (["train"], "--out .* is missing"),
+    ],
+)
+def test_bad_command_lines(arguments, message):
+    with pytest.raises(UserError, match=message):
+        bench.main(arguments, detect())
 
 
 def test_a_profile_says_where_the_time_goes(records):
@@ -98,21 +115,6 @@ def test_a_profile_counts_calls():
         1,
         2,
     ) and "aten::addmm" in text
-
-
-@pytest.mark.parametrize(
-    "room,wanted", [(1000, 64), (660, 64), (650, 32), (60, 4), (39, 1), (30, 1)]
-)
-def test_as_many_samples_as_fit(room, wanted):
-    """20 bytes, and 10 for each sample."""
-    assert most_samples(20 + 40, 20 + 80, 4, room) == wanted
-
-
-def test_no_room_for_a_sample_is_refused():
-    with pytest.raises(
-        UserError, match=r"^--samples \(fit\): one sample needs 30 bytes, there is room for 25$"
-    ):
-        most_samples(20 + 40, 20 + 80, 4, 25)
 
 
 def test_sampling_meets_as_many_experts_as_it_is_asked(records):
@@ -216,9 +218,9 @@ def test_what_is_timed_is_of_the_family_and_json_that_are_priced(config, tree, m
         )
 
     monkeypatch.setattr(step, "build_groups", lambda *_: single_process())
-    monkeypatch.setattr(step, "Engine", engine)
+    monkeypatch.setattr(synthetic, "Engine", engine)
     with pytest.raises(Made) as made:
-        step.Training(config, tree, torch.device("cpu"))
+        step.FixedTraining(config, tree, torch.device("cpu"))
     assert made.value.args == (
         config,
         2,

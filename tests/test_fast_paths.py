@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe.bench import measure
-from diffmoe.bench.contenders import TextbookLoop
+from diffmoe.bench.moe_layer import TextbookLoop
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.diffusion import randomness
 from diffmoe.models.dit import DiT, initialize
