@@ -22,6 +22,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -85,7 +86,7 @@ def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor
     """The losses of a micro-batch.  Called outside of ``torch.device``, which would find the device
     for who forgot it.
     """
-    schedule = linear_schedule().to("cuda") if ddpm else None
+    schedule = linear_schedule().to(torch.device("cuda")) if ddpm else None
     side, channels = dit.model.input_size, dit.model.channels
     x, noise = (torch.empty(samples, channels, side, side, device="cuda") for _ in range(2))
     t = torch.empty(samples, dtype=torch.long if ddpm else torch.float32, device="cuda")
@@ -93,7 +94,7 @@ def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor
 
     def loss() -> Tensor:
         inputs = dit, x, noise, t, y, RoutingRule("train", dit.moe.capacity)
-        denoising, output = ddpm_loss(*inputs, schedule) if ddpm else flow_loss(*inputs)
+        denoising, output = ddpm_loss(*inputs, schedule) if schedule else flow_loss(*inputs)
         others = [each for r in output.moe for each in (r.predictor_loss, r.balance_loss)]
         return denoising + sum(each for each in others if each is not None)
 
@@ -185,7 +186,9 @@ def _owner() -> tuple[str, str]:
     """(source of the running operator: "model" or a part of the weights' traffic; place: forward,
     backward, outside).
     """
-    frame, calls, place, model = sys._getframe(1), [], "outside", False
+    frame: FrameType | None = sys._getframe(1)
+    calls: list[str] = []
+    place, model = "outside", False
     while frame is not None and frame.f_code.co_name != "train_step":
         function = frame.f_code.co_name
         where = f"{frame.f_code.co_filename}:{function}"

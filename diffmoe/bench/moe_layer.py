@@ -5,13 +5,9 @@ Every layer gets the same tokens and the same gradient of its output:
 - ours: :class:`diffmoe.moe.layer.MoELayer`, family diffmoe, training rule, predictor loss included
 - dense: the MLP of a dense block: what the chosen rows alone would cost, the activated width being
   equal
-- floor: dense, and beside it router, softmax, predictor and its loss, which any DiffMoE layer must
-  compute
 - loop: the textbook loop over experts
 - deepspeed: ``deepspeed.moe.layer.MoE``: token choice, the same experts, capacity 1, its balance
   loss included
-- deepspeed+predictor: the same with DiffMoE's predictor and its loss beside it, which makes the
-  arithmetic equal to ours
 
 Time is the median of interleaved repeats.  ``kept``: bytes that autograd holds between forward and
 backward, weights left out (the input counts).  ``peak``: the most bytes of activations alive at
@@ -23,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +38,7 @@ from diffmoe.parallel.groups import single_process
 from diffmoe.training.engine import import_deepspeed
 
 RULE = RoutingRule("train", 1.0)
-LAYERS = ("ours", "dense", "floor", "loop", "deepspeed", "deepspeed+predictor")
+LAYERS = ("ours", "dense", "loop", "deepspeed")
 
 
 class TextbookLoop(nn.Module):
@@ -59,7 +54,7 @@ class TextbookLoop(nn.Module):
         self.experts = nn.ModuleList(Mlp(model.width, model.hidden) for _ in range(experts))
 
     def forward(self, x_TD: Tensor, capacity: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(output [T, D], predictor loss, K-th largest sigmoids [E]) with all tokens as one pool."""
+        """(output [T, D], predictor loss, K-th largest sigmoids [E]); all tokens are one pool."""
         (T, D), E = x_TD.shape, len(self.experts)
         K = rows_taken(T, E, capacity)
         scores = gate_scores(x_TD, self.router.weight)
@@ -88,25 +83,6 @@ def _deepspeed_layer(model: ModelConfig, experts: int, device: torch.device) -> 
     return layer
 
 
-class _WithPredictor(nn.Module):
-    """A layer and DiffMoE's predictor beside it, and with ``router`` also its router; the choice is
-    made beforehand.
-    """
-
-    def __init__(self, layer: nn.Module, config: Config, router: bool) -> None:
-        super().__init__()
-        width, experts = config.model.width, config.moe.experts
-        self.layer, self.predictor = layer, CapacityPredictor(width, experts)
-        self.router = nn.Parameter(torch.empty(experts, width)) if router else None
-
-    def forward(self, x_BND: Tensor, mask_TE: Tensor) -> tuple[Any, list[Tensor]]:
-        x_TD = x_BND.flatten(0, 1)
-        losses = [predictor_loss(self.predictor(x_TD), mask_TE)]
-        if self.router is not None:
-            losses.append(gate_scores(x_TD, self.router).sum())
-        return self.layer(x_BND), losses
-
-
 def _build(
     name: str, config: Config, samples: int, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
@@ -115,35 +91,29 @@ def _build(
     torch.manual_seed(0)
     if name == "ours":
         module: nn.Module = MoELayer(model, config.moe, samples, single_process())
+    elif name == "dense":
+        module = Mlp(model.width, model.hidden)
     elif name == "loop":
         module = TextbookLoop(model, experts)
-    elif name in ("dense", "floor"):
-        module = Mlp(model.width, model.hidden)
     else:
         module = _deepspeed_layer(model, experts, device)
-    if name in ("floor", "deepspeed+predictor"):
-        module = _WithPredictor(module, config, router=name == "floor")
     for p in module.parameters():
         nn.init.normal_(p, std=0.02)
     return module.to(device, dtype)
 
 
-def _forward(
-    name: str, module: nn.Module, x_BND: Tensor, mask_TE: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+def _forward(name: str, module: nn.Module, x_BND: Tensor) -> tuple[Tensor, list[Tensor]]:
     """(output, losses of its own)."""
     if name == "ours":
         y, stats = module(x_BND, RULE)
         return y, [stats.predictor_loss]
+    if name == "dense":
+        return module(x_BND), []
     if name == "loop":
         y, loss, _ = module(x_BND.flatten(0, 1), RULE.capacity)
         return y.view_as(x_BND), [loss]
-    beside = name in ("floor", "deepspeed+predictor")
-    y, losses = module(x_BND, mask_TE) if beside else (module(x_BND), [])
-    if name.startswith("deepspeed"):
-        y, balance, _ = y
-        losses = [balance, *losses]
-    return y, losses
+    y, balance, _ = module(x_BND)
+    return y, [balance]
 
 
 def training_pass(
@@ -156,29 +126,19 @@ def training_pass(
     torch.autograd.backward([y, *losses], [dy] + [None] * len(losses))
 
 
-def _ratios(found: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
     """The figures that the layer is judged by."""
-    seconds, peak, kept = (
-        {name: values[key] for name, values in found.items()}
-        for key in ("seconds", "peak_bytes", "kept_bytes")
-    )
-    facts: dict[str, Any] = {
-        "time_over_dense": seconds["ours"] / seconds["dense"],
-        "activation_memory_over_dense": peak["ours"] / peak["dense"],
-        "kept_over_dense": kept["ours"] / kept["dense"],
+    ours, dense = found["ours"], found["dense"]
+    facts = {
+        "time_over_dense": ours["seconds"] / dense["seconds"],
+        "activation_memory_over_dense": ours["peak_bytes"] / dense["peak_bytes"],
+        "kept_over_dense": ours["kept_bytes"] / dense["kept_bytes"],
     }
-    if "floor" in found:
-        facts["floor_over_dense"] = seconds["floor"] / seconds["dense"]
-    if "loop" in found:
-        facts["loop_time_over_ours"] = seconds["loop"] / seconds["ours"]
-        facts["activation_memory_over_loop"] = peak["ours"] / peak["loop"]
-        facts["kept_over_loop"] = kept["ours"] / kept["loop"]
-    if "deepspeed" in found:
-        facts["deepspeed_time_over_ours"] = seconds["deepspeed"] / seconds["ours"]
-        facts["activation_memory_over_deepspeed"] = peak["ours"] / peak["deepspeed"]
-    if "deepspeed+predictor" in found:
-        ratio = seconds["deepspeed+predictor"] / seconds["ours"]
-        facts["deepspeed_with_predictor_time_over_ours"] = ratio
+    for name in ("loop", "deepspeed"):
+        if name in found:
+            facts[f"{name}_time_over_ours"] = found[name]["seconds"] / ours["seconds"]
+            peak = ours["peak_bytes"] / found[name]["peak_bytes"]
+            facts[f"activation_memory_over_{name}"] = peak
     return facts
 
 
@@ -209,9 +169,8 @@ def main(arguments: list[str]) -> int:
     shape = samples, config.model.tokens, config.model.width
     x, dy = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     x.requires_grad_()
-    mask_TE = torch.rand(options.tokens, experts, generator=generator).to(device) < 1 / experts
     modules = {name: _build(name, config, samples, device, dtype) for name in names}
-    forwards = {name: partial(_forward, name, m, x, mask_TE) for name, m in modules.items()}
+    forwards = {name: partial(_forward, name, m, x) for name, m in modules.items()}
     passes = {name: partial(training_pass, modules[name], forwards[name], x, dy) for name in names}
     seconds = measure.interleaved(passes, options.repeats, device)
     profiles, tables = measure.profiles(passes, device) if options.profile else ({}, "")

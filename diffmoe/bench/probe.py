@@ -125,7 +125,8 @@ def _attention(
     dy = torch.randn(samples, heads, _TOKENS, head, device=device).to(torch.bfloat16)
 
     def run() -> None:
-        y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in qkv.unbind(2)))
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        y = F.scaled_dot_product_attention(q, k, v)
         torch.autograd.grad(y, qkv, dy)
 
     flops = 3.5 * 4 * samples * _TOKENS**2 * width / seconds(run)
@@ -139,15 +140,11 @@ def _attention(
 
 def experts(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str]]:
     """(record, table, what is wrong)."""
+    arranged = [(a, how) for a in ("gelu", "swiglu") for how in ("bmm", "grouped", "loop")]
     cases = [
         (activation, how, rows, dtype)
-        for dtype in (torch.bfloat16, torch.float32)
-        for activation, ways in (
-            ("gelu", ("bmm", "grouped", "loop")),
-            ("swiglu", ("bmm", "grouped", "loop")),
-            ("there and back", ("dispatch",)),
-        )
-        for how in ways
+        for dtype in _BOUNDS
+        for activation, how in [*arranged, ("there and back", "dispatch")]
         for rows in _ROWS
         if how != "bmm" or rows != "some"
     ]
@@ -176,7 +173,7 @@ def experts(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str
 
 
 def _arranged(
-    device: torch.device, activation: str, how: str, rows: str, dtype: torch.dtype
+    device: torch.device, activation: Any, how: str, rows: str, dtype: torch.dtype
 ) -> float:
     """The largest relative difference of output and gradients from those of a loop in fp64."""
     counts, generator = _ROWS[rows], torch.Generator().manual_seed(0)
@@ -199,14 +196,16 @@ def _arranged(
 def _one_by_one(experts: Experts, x_RD: Tensor, counts: list[int]) -> Tensor:
     """Its definition: every row by itself, through the weights of its expert."""
     numbers, rows = [i for i, count in enumerate(counts) for _ in range(count)], []
+    weights = dict(experts.named_parameters())
     for i, x_D in zip(numbers, x_RD):
-        h = x_D @ experts.fc1_weight[i]
+        w = {name: value[i] for name, value in weights.items()}
+        h = x_D @ w["fc1_weight"]
         if experts.activation == "gelu":
-            a = F.gelu(h + experts.fc1_bias[i], approximate="tanh")
-            rows.append(a @ experts.fc2_weight[i] + experts.fc2_bias[i])
+            a = F.gelu(h + w["fc1_bias"], approximate="tanh")
+            rows.append(a @ w["fc2_weight"] + w["fc2_bias"])
         else:
-            rows.append((F.silu(x_D @ experts.gate_weight[i]) * h) @ experts.fc2_weight[i])
-    return torch.stack(rows) if rows else x_RD + 0 * sum(p.sum() for p in experts.parameters())
+            rows.append((F.silu(x_D @ w["gate_weight"]) * h) @ w["fc2_weight"])
+    return torch.stack(rows) if rows else x_RD + 0 * sum(p.sum() for p in weights.values())
 
 
 def _dispatched(device: torch.device, rows: str, dtype: torch.dtype) -> float:
@@ -235,8 +234,8 @@ def _passed(
     x = x.detach().requires_grad_()
     y = run(x)
     y.backward(dy)
-    gradients = (p.grad for p in (x, *others))
-    return [t.detach().cpu().double() for t in (y, *gradients)]
+    found: list[Any] = [y, *(p.grad for p in (x, *others))]
+    return [t.detach().cpu().double() for t in found]
 
 
 def _largest(found: list[Tensor], wanted: list[Tensor]) -> float:
@@ -257,7 +256,7 @@ def nccl(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str]]:
         return value
 
     timed("start", lambda: measure.world_of_one(device))
-    groups = {"the world": dist.group.WORLD}
+    groups: dict[str, Any] = {"the world": dist.group.WORLD}
     for name in ("new group 1", "new group 2"):
         groups[name] = timed(name, lambda: dist.new_group([0]))
     x, wrong = torch.arange(4096, device=device, dtype=torch.float32), []

@@ -84,12 +84,12 @@ def _layer(r: dict) -> Iterator[Fact]:
 
 
 def _step(r: dict) -> Iterator[Fact]:
-    step = f"step of {_name(r)}, {r['accumulation']} x {r['samples']} samples, {r['dtype']}"
     for name, share in r["mfu"].items():
         if name not in ("dense", "compiled-dense", "loop"):
             dense = r["seconds"]["compiled-dense" if name == "compiled" else "dense"]
             yield (
-                f"{step}, {'eager' if name == 'ours' else name}",
+                f"step of {_name(r)}, {r['accumulation']} x {r['samples']} samples, {r['dtype']}, "
+                f"{'eager' if name == 'ours' else name}",
                 f"{r['images_per_second'][name]:.4g} images/s, {share:.0%} of the matmul ceiling, "
                 f"{r['seconds'][name] / dense:.2f} x dense's time",
             )

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,22 +81,24 @@ class Counted:
 
     def kinds(self) -> dict[str, list[float]]:
         """[ms, kernels] of a step by kind of kernel."""
-        parts, launches = self.parts(), Counter()
+        parts, launches = self.parts(), {"memory": sum(k[5] for k in self.engine["kernels"])}
         for kernel in self.micro["kernels"]:
-            launches[kernel[0]] += kernel[5] * self.layout.accumulation
-        launches["memory"] += sum(k[5] for k in self.engine["kernels"])
+            more = kernel[5] * self.layout.accumulation
+            launches[kernel[0]] = launches.get(kernel[0], 0) + more
         return {
-            "products": [1e3 * parts["products"], launches["product"]],
-            "attention": [1e3 * parts["attention"], launches["attention"]],
+            "products": [1e3 * parts["products"], launches.get("product", 0)],
+            "attention": [1e3 * parts["attention"], launches.get("attention", 0)],
             "memory": [1e3 * (parts["elementwise"] + parts["weights"]), launches["memory"]],
         }
 
     def sources(self) -> dict[str, float]:
         """Bytes a parameter and step of the weights' traffic, by source, largest first."""
-        found: Counter[str] = Counter()
+        found: dict[str, float] = {}
         for _, _, size, _, source, times in self.engine["kernels"]:
-            found[source] += size * times / self.engine["parameters"]
-        return {source: size for source, size in found.most_common() if size >= 0.05}
+            each = size * times / self.engine["parameters"]
+            found[source] = found.get(source, 0.0) + each
+        ordered = sorted(found.items(), key=lambda item: -item[1])
+        return {source: size for source, size in ordered if size >= 0.05}
 
     def _seconds(self, kernel: list) -> float:
         """Of a step."""
@@ -107,7 +108,7 @@ class Counted:
 
     def parts(self) -> dict[str, float]:
         """Seconds of a step by what takes them."""
-        found = Counter({"products": 0.0, "attention": 0.0, "elementwise": 0.0})
+        found = dict.fromkeys(_PARTS.values(), 0.0)
         for kernel in self.micro["kernels"]:
             found[_PARTS[kernel[0]]] += self._seconds(kernel)
         facts, hardware = engine_facts(self.deepspeed), self.hardware
@@ -122,7 +123,7 @@ class Counted:
         reads = 1e-6 * hardware.read_us * sum(self.engine["reads"].values())
         host = 1e-6 * hardware.operator_us * launches + reads
         found["host"] = max(reads, host - sum(found.values()))
-        return dict(found)
+        return found
 
     @property
     def seconds(self) -> float:

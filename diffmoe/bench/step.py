@@ -143,7 +143,7 @@ def main(arguments: list[str]) -> int:
                 name,
                 1e3 * seconds[name],
                 seconds[name] / seconds["dense"],
-                *([None, None] if peak is None else [peak / 2**20, peak / base]),
+                *([None, None] if peak is None or not base else [peak / 2**20, peak / base]),
                 facts["mfu"][name],
                 facts["images_per_second"][name],
             ]

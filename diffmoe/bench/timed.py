@@ -42,7 +42,7 @@ def timed(
     measure.world_of_one(device)
     if zero_stage(tree) == 3:
         ways = [way for way in ways if way != "compiled"]
-    found = {}
+    found: dict[tuple[str, str], Timed] = {}
     for name, config in models.items():
         training, recompute = FixedTraining(config, tree, device), config.parallel.recompute
         steps = {way: Variant(training, recompute, way == "compiled").step for way in ways}

@@ -67,7 +67,9 @@ def main(arguments: list[str]) -> int:
     command += [f"train.steps={options.steps}", f"train.log_every={every}", "train.save_every=0"]
     command += [f"data.shards={work / 'data'}", f"run.folder={work / 'run'}"]
     shutil.rmtree(work, ignore_errors=True)
-    began, programs, wrong = time.monotonic(), [], []
+    began = time.monotonic()
+    programs: list[Program] = []
+    wrong: list[str] = []
     meta = ShardMeta("moments", 1000, 0.18215)
     write_shards(_samples(options.samples), work / "data", samples_per_shard=256, meta=meta)
     for stop in (options.steps // 2, None):

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from diffmoe.data.share import Share
     from diffmoe.data.stream import Batch
     from diffmoe.parallel.groups import ParallelGroups
-    from diffmoe.training.profiling import RankProfile
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
@@ -48,7 +47,14 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         tree["zero_optimization"] = {**zero, "stage": options.zero}
     merge_deepspeed(tree, config, layout)
     device = join(environment, asked=config.run.device)
-    record = _measure(config, layout, tree, environment, device, options)
+    found = _measure(config, layout, tree, device, options)
+    record = {
+        **found,
+        "config": config_to_tree(config),
+        "deepspeed": tree,
+        "layout": dataclasses.asdict(layout),
+        "per_node": environment.local_world,
+    }
     if environment.rank == 0:
         print(describe(record), flush=True)
         if options.json:
@@ -89,14 +95,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _measure(
-    config: Config,
-    layout: Layout,
-    tree: dict,
-    environment: RankEnvironment,
-    device: torch.device,
-    options: argparse.Namespace,
+    config: Config, layout: Layout, tree: dict, device: torch.device, options: argparse.Namespace
 ) -> dict:
-    """A fresh model's steps, of which nothing is left."""
+    """A fresh model's steps, of which nothing is left, as all ranks saw them: the slowest rank's
+    step time, the mean split, the most memory, all traffic.
+    """
+    import torch.distributed as dist
+
     from diffmoe.data.share import Share
     from diffmoe.device import set_fp32_precision
     from diffmoe.diffusion.randomness import StepDraws
@@ -104,7 +109,7 @@ def _measure(
     from diffmoe.models.dit import DiT, initialize
     from diffmoe.parallel.groups import build_groups
     from diffmoe.parity.synthetic import Training
-    from diffmoe.training.profiling import profile_rank
+    from diffmoe.training.profiling import RankProfile, profile_rank, surroundings
 
     set_fp32_precision(config.run.fp32_precision)
     groups = build_groups(layout.ep, layout.pool_ranks)
@@ -135,7 +140,23 @@ def _measure(
     with StepDraws(config.run.seed, positions, shape) as draws:
         fetch = lambda: next(batches)
         found = profile_rank(training.engine, fetch, train, options.warmup, options.steps)
-    return _record(config, layout, tree, environment, device, found)
+    ranks: list[RankProfile] = [found] * layout.ranks
+    dist.all_gather_object(ranks, found)
+    about = surroundings(device)
+    return {
+        **about,
+        "deepspeed_version": about["deepspeed"],
+        "steps": len(found.step_s),
+        "step_s": max(statistics.median(rank.step_s) for rank in ranks),
+        "all_step_s": [rank.step_s for rank in ranks],
+        "traced_step_s": max(rank.traced_step_s for rank in ranks),
+        "split": {
+            name: statistics.mean(rank.split[name] for rank in ranks) for name in found.split
+        },
+        "static_bytes": max(rank.static_bytes for rank in ranks),
+        "peak_bytes": max(rank.peak_bytes for rank in ranks),
+        "traffic": [rank.traffic for rank in ranks],
+    }
 
 
 def _batches(
@@ -152,7 +173,7 @@ def _batches(
     if synthetic:
         positions = share.positions(0).tolist()
         return itertools.repeat([synthetic_batch(config, numbers) for numbers in positions])
-    reader, problem = None, None
+    problem: Exception | None = None
     try:
         reader = open_reader(config)
     except (UserError, OSError) as error:
@@ -161,42 +182,6 @@ def _batches(
     return BatchStream(
         reader, share, start_step=0, workers=config.data.workers, prefetch=config.data.prefetch
     )
-
-
-def _record(
-    config: Config,
-    layout: Layout,
-    tree: dict,
-    environment: RankEnvironment,
-    device: torch.device,
-    found: RankProfile,
-) -> dict:
-    """What all ranks saw, as one plain dict: the slowest rank's step time, the mean split, the most
-    memory, all traffic.
-    """
-    import torch.distributed as dist
-
-    from diffmoe.training.profiling import surroundings
-
-    everyone: list = [None] * environment.world
-    dist.all_gather_object(everyone, found)
-    about = surroundings(device)
-    return {
-        **about,
-        "config": config_to_tree(config),
-        "deepspeed": tree,
-        "deepspeed_version": about["deepspeed"],
-        "layout": dataclasses.asdict(layout),
-        "per_node": environment.local_world,
-        "steps": len(found.step_s),
-        "step_s": max(statistics.median(p.step_s) for p in everyone),
-        "all_step_s": [p.step_s for p in everyone],
-        "traced_step_s": max(p.traced_step_s for p in everyone),
-        "split": {ph: statistics.mean(p.split[ph] for p in everyone) for ph in found.split},
-        "static_bytes": max(p.static_bytes for p in everyone),
-        "peak_bytes": max(p.peak_bytes for p in everyone),
-        "traffic": [p.traffic for p in everyone],
-    }
 
 
 def describe(record: dict) -> str:

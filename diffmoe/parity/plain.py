@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,8 @@ def plain_training(
         )
     initial = _by_name(model, lambda p: p.data)
     gradient: dict[str, Tensor] = {}
-    ema, thresholds, done = initial, [], []
+    thresholds: list[Tensor] = []
+    ema, done = initial, []
     for step in range(steps):
         adam.zero_grad()
         passes, observed = [], []
@@ -133,12 +135,9 @@ def _loss(
     return total, output, numbers
 
 
-def _by_name(model: DiT, value: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
-    return {
-        name: piece.detach().cpu().clone()
-        for tensor in logical_tensors(model)
-        for name, piece in tensor.pieces(value(tensor.parameter))
-    }
+def _by_name(model: DiT, value: Callable[[torch.nn.Parameter], Any]) -> dict[str, Tensor]:
+    pieces = [p for t in logical_tensors(model) for p in t.pieces(value(t.parameter))]
+    return {name: piece.detach().cpu().clone() for name, piece in pieces}
 
 
 def _observe(logits_TE: Tensor, config: Config, pool: int) -> Tensor:
