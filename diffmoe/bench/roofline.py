@@ -8,13 +8,14 @@ its bytes and its FLOPs at the rates that ``diffmoe/cost/hardware.yaml`` says ar
 what the planner says; nothing overlaps.  MFU: 6 FLOPs for each multiply-add of the model's forward
 pass, recompute not counted, over the dense matmul peak of the precision.
 
-Where a GPU is at hand, one rank's step is also timed and taken apart (:mod:`diffmoe.bench.timed`),
-and stands beside the prediction.
+Where a GPU is at hand, one rank's step is also timed and taken apart by kernel, and stands beside
+the prediction.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,12 +28,12 @@ from diffmoe.bench import measure
 from diffmoe.bench.fake_cuda import counted
 from diffmoe.bench.options import bench_parser, count
 from diffmoe.bench.planner_counts import planner_counts
-from diffmoe.bench.timed import Timed, timed
+from diffmoe.bench.step import FixedTraining, Variant
 from diffmoe.config import Config, config_to_tree, load_config, override
 from diffmoe.cost.hardware import Hardware, choose, read_table
 from diffmoe.cost.memory import engine_facts, rank_memory
 from diffmoe.cost.step_time import COUNTED, exchange_seconds, peak_flops, rates
-from diffmoe.deepspeed_json import read_deepspeed
+from diffmoe.deepspeed_json import read_deepspeed, zero_stage
 from diffmoe.device import local_device
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.models.count import count as count_model
@@ -145,14 +146,14 @@ class Counted:
             entry[3] += 1e3 * self._seconds(kernel)
         return sorted(found.values(), key=lambda entry: -entry[3])[:10]
 
-    def record(self, way: str, measured: Timed | None) -> dict[str, Any]:
+    def record(self, way: str, measured: dict | None) -> dict[str, Any]:
         """Also what calibrates the planner (``cost.records``), of a measured step."""
         parts, taken = self.parts(), None
         seconds = sum(parts.values())
         if measured:
             compiled = str(way == "compiled").lower()
             taken = {
-                **dataclasses.asdict(measured),
+                **measured,
                 "config": config_to_tree(override(self.config, [f"train.compile={compiled}"])),
                 "deepspeed": self.deepspeed,
                 "layout": dataclasses.asdict(self.layout),
@@ -201,7 +202,47 @@ def compare(
     }
 
 
-def tables(title: str, cases: Cases, measured: dict[tuple[str, str], Timed]) -> str:
+def timed(
+    models: dict[str, Config], tree: dict, ways: list[str], repeats: int
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """(model, eager | compiled) -> a step of one rank on this machine, in the family and under the
+    DeepSpeed JSON that are priced: ``seconds``, median of several; of a traced one ``kinds``, [ms,
+    launches] by kind of kernel, the most expensive ``kernels`` as [name, launches, ms], and on a
+    GPU the most bytes that tensors took.  Compiled at ZeRO 3, which no training is, is left out.
+    """
+    device, found = local_device(0, 1), {}
+    cuda = device.type == "cuda"
+    measure.world_of_one(device)
+    if zero_stage(tree) == 3:
+        ways = [way for way in ways if way != "compiled"]
+    for name, config in models.items():  # one after another: each has the memory to itself
+        training, recompute = FixedTraining(config, tree, device), config.parallel.recompute
+        steps = {way: Variant(training, recompute, way == "compiled").step for way in ways}
+        seconds = measure.interleaved(steps, repeats, device, warm_up=2)
+        for way, step in steps.items():
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+            events = measure.traced(step, device)
+            peak = torch.cuda.max_memory_allocated(device) if cuda else 0
+            kinds = {kind: [0.0, 0] for kind in ("products", "attention", "memory", "messages")}
+            for key, ms, calls in events:
+                kind = kinds[measure.kind_of(key)]
+                kind[:] = kind[0] + ms, kind[1] + calls
+            found[name, way] = {
+                "seconds": seconds[way],
+                "kinds": kinds,
+                "kernels": [[key[:100], calls, ms] for key, ms, calls in events[:16]],
+                "peak_bytes": peak,
+                "device": measure.surroundings(device)["device"],
+            }
+        del training, steps, step
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+    return found
+
+
+def tables(title: str, cases: Cases, measured: dict[tuple[str, str], dict]) -> str:
     """Everything that is known of a case, as Markdown."""
     one = next(iter(cases.values()))
     layout, hardware, speed = one.layout, one.hardware, one.rates
@@ -223,7 +264,7 @@ def tables(title: str, cases: Cases, measured: dict[tuple[str, str], Timed]) -> 
         micro.append([f"{name}, {way}", *row, kept / dense.micro["kept"], collectives])
         parts, seconds, took = each.parts(), each.seconds, measured.get((name, way))
         row = [1e3 * seconds, layout.batch / seconds, f"{each.mfu(seconds):.1%}"]
-        row += [1e3 * took.seconds, f"{each.mfu(took.seconds):.1%}"] if took else [None, None]
+        row += [1e3 * took["seconds"], f"{each.mfu(took['seconds']):.1%}"] if took else [None, None]
         steps.append([f"{name}, {way}", *(1e3 * part for part in parts.values()), *row])
         row = [reads.get(place, 0) for place in ("forward", "backward", "outside")]
         by_source = ", ".join(f"{source} {size:.3g}" for source, size in sources.items())
@@ -252,22 +293,22 @@ def tables(title: str, cases: Cases, measured: dict[tuple[str, str], Timed]) -> 
     return text + (_beside(cases, measured) if measured else "")
 
 
-def _beside(cases: Cases, measured: dict[tuple[str, str], Timed]) -> str:
+def _beside(cases: Cases, measured: dict[tuple[str, str], dict]) -> str:
     """Predicted and measured by kernel."""
     kinds, memory, kernels = [], [], ""
     for (name, way), took in measured.items():
         each, predicted = cases[name, way], cases[name, way].kinds()
-        for kind, (ms, launches) in took.kinds.items():
+        for kind, (ms, launches) in took["kinds"].items():
             wanted = predicted.get(kind, [0.0, 0])
             ratio = ms / wanted[0] if wanted[0] else None
             kinds.append([f"{name}, {way}", kind, *wanted, ms, launches, ratio])
         plan = rank_memory(each.config, each.layout, engine_facts(each.deepspeed))
-        memory.append([f"{name}, {way}", plan.peak / 2**30, took.peak_bytes / 2**30])
-        table = measure.table(["kernel", "launches", "ms"], took.kernels)
+        memory.append([f"{name}, {way}", plan.peak / 2**30, took["peak_bytes"] / 2**30])
+        table = measure.table(["kernel", "launches", "ms"], took["kernels"])
         kernels += f"\n\nMeasured, {name}, {way}:\n\n{table}"
     head = "a step|kind|predicted ms|kernels|measured ms|kernels |of predicted"
-    text = f"\n\nMeasured on {took.device}:\n\n{measure.table(head.split('|'), kinds)}"
-    if took.peak_bytes:
+    text = f"\n\nMeasured on {took['device']}:\n\n{measure.table(head.split('|'), kinds)}"
+    if took["peak_bytes"]:
         text += "\n\n" + measure.table(["peak", "planned GiB", "measured GiB"], memory)
     return text + kernels
 
@@ -310,7 +351,7 @@ def main(arguments: list[str]) -> int:
         changes.append(f"parallel.recompute={options.recompute}")
     config = load_config(options.config, changes + options.set)
     cases = compare(config, ranks, options.deepspeed_config, hardware, ways)
-    measured: dict[tuple[str, str], Timed] = {}
+    measured: dict[tuple[str, str], dict] = {}
     if ranks == 1 and (options.time or torch.cuda.is_available()):
         tree = read_deepspeed(options.deepspeed_config)
         measured = timed(models_of(config), tree, ways, options.repeats)
