@@ -13,7 +13,7 @@
 # train     a thousand steps of S-E16 on made-up latents, stopped and resumed in the middle
 # WHEELS: folder of wheels that the image lacks (docs/cluster.md); they go into a folder of their own.  PYTHON: interpreter.
 # BENCH_MINUTES: for everything; what finds no time is left out, and noted.  BENCH_LIMIT: seconds of every part.
-# BENCH_SAMPLES: of a micro-batch (64; "fit": as many as memory allows).  BENCH_TINY=1: a dry run of the same lines on a CPU.
+# BENCH_SAMPLES: of a micro-batch (64), a divisor of 256.  BENCH_TINY=1: a dry run of the same lines on a CPU.
 set -uo pipefail
 start=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -60,7 +60,7 @@ else
     device=cuda; gpu=h100; dtype=bf16; zero=zero1_bf16; tokens=65536; samples=${BENCH_SAMPLES:-64}; repeats=11; steps=1000
     sizes=("l 16" "xl 8"); zoo=(s_e16 l_e16 xl_e8)
     wide=(); deep=(); probe=(); priced=(); compile=(--compile); train=()
-    accumulation=1; [ "$samples" = fit ] || accumulation=$((256 / samples))
+    accumulation=$((256 / samples))
     case $(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null) in *H200*) gpu=h200 ;; *A100*) gpu=a100 ;; esac
 fi
 
@@ -119,7 +119,7 @@ recomputed() {
     bench step_recompute step --recompute --model l --experts 16 --dtype $dtype --repeats $repeats --samples "$samples" \
         --accumulation $accumulation "${deep[@]}"
 }
-sampling() { sized sampling --profile --samples "${samples/fit/64}" "${deep[@]}"; }
+sampling() { sized sampling --profile --samples "$samples" "${deep[@]}"; }
 priced() {
     bench "profile_$1" roofline --config "configs/diffmoe_$1_flow.yaml" --deepspeed_config ds_configs/$zero.json --gpu $gpu \
         --repeats $repeats "${priced[@]}" "${deep[@]}"
