@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -143,11 +144,9 @@ class Counting(TorchDispatchMode):
         self, module: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any
     ) -> Callable:
         run = copy.deepcopy(module)  # lowering changes it
-        backward, inference = (
-            options.get(f"is_{name}", False) for name in ("backward", "inference")
-        )
+        how = {name: options.get(name, False) for name in ("is_backward", "is_inference")}
         with _disable_current_modes(), as_on_a_gpu():
-            kernels = _scheduled(module, inputs, backward, inference)
+            kernels = _scheduled(module, inputs, how)
 
         def call(inputs: list) -> Any:
             arguments = list(inputs)
@@ -169,21 +168,16 @@ def _name(func: Any) -> str:
 
 def _is_read(name: str, args: Sequence[Any]) -> bool:
     """Whether the host waits for what the operator finds."""
-    by_mask = name in ("index", "index_put_", "index_put") and any(
-        t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
-    )
-    return name in _READS or by_mask
+    picks = args[1] if name in ("index", "index_put_", "index_put") else ()
+    masks = [t for t in picks if t is not None and t.dtype in (torch.bool, torch.uint8)]
+    return name in _READS or bool(masks)
 
 
 def nbytes(tensors: Sequence[Any]) -> int:
     """Bytes of distinct tensors as they lie in memory, what is only repeated counted once."""
-    total = 0
-    for t in {id(t): t for t in tensors if isinstance(t, Tensor) and t.dim()}.values():
-        elements = t.element_size()
-        for size, stride in zip(t.shape, t.stride()):
-            elements *= size if stride else 1
-        total += elements
-    return total
+    distinct = {id(t): t for t in tensors if isinstance(t, Tensor) and t.dim()}.values()
+    shapes = [[n if s else 1 for n, s in zip(t.shape, t.stride())] for t in distinct]
+    return sum(math.prod(shape) * t.element_size() for t, shape in zip(distinct, shapes))
 
 
 def kernels_of(
@@ -273,7 +267,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def _scheduled(
-    module: torch.fx.GraphModule, inputs: Sequence[Any], backward: bool, inference: bool
+    module: torch.fx.GraphModule, inputs: Sequence[Any], how: dict[str, Any]
 ) -> list[Kernel]:
     """A graph's kernels after Inductor's passes, lowering and fusion."""
     import torch._inductor.compile_fx as inductor
@@ -285,14 +279,9 @@ def _scheduled(
         mode = inductor.fake_tensor_prop(module, inputs)
     inductor._recursive_record_original_output_strides(module)
     with V.set_fake_mode(mode), inductor.DebugContext():
-        inductor._recursive_post_grad_passes(module, is_inference=inference)
-        graph = GraphLowering(
-            module,
-            example_inputs=inputs,
-            shape_env=module.shape_env or inductor.shape_env_from_inputs(inputs),
-            is_inference=inference,
-            is_backward=backward,
-        )
+        inductor._recursive_post_grad_passes(module, is_inference=how["is_inference"])
+        shapes = module.shape_env or inductor.shape_env_from_inputs(inputs)
+        graph = GraphLowering(module, example_inputs=inputs, shape_env=shapes, **how)
         with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
             graph.run(*inputs)
             graph.init_wrapper_code()

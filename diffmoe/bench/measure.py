@@ -31,6 +31,8 @@ from diffmoe.device import backend, synchronize
 from diffmoe.evaluation import plots
 from diffmoe.training.profiling import surroundings as surroundings
 
+Passes = Mapping[Any, Callable[[], object]]
+
 
 def world_of_one(device: torch.device) -> None:
     """Joins a world of one rank, if nobody has."""
@@ -42,10 +44,7 @@ def world_of_one(device: torch.device) -> None:
 
 
 def interleaved(
-    passes: Mapping[str, Callable[[], object]],
-    repeats: int,
-    device: torch.device,
-    warm_up: int = 1,
+    passes: Passes, repeats: int, device: torch.device, warm_up: int = 1
 ) -> dict[str, float]:
     """Median seconds of each pass.  Every round runs all of them, starting with another one
     each time, so that a machine that slows down slows all alike.
@@ -191,7 +190,7 @@ def traced(pass_: Callable[[], object], device: torch.device) -> list[tuple[str,
 
 
 def profiles(
-    passes: Mapping[str, Callable[[], object]], device: torch.device, top: int = 16
+    passes: Passes, device: torch.device, top: int = 16
 ) -> tuple[dict[str, list[tuple[str, float, int]]], str]:
     """Where each pass's time goes: (operator or, on a GPU, kernel; ms; calls) of the most
     expensive, and tables of them.
@@ -213,12 +212,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def report(
-    name: str,
-    facts: Mapping[str, Any],
-    text: str,
-    bars: Mapping[str, float],
-    unit: str,
-    options: Any,
+    name: str, facts: dict, text: str, bars: dict[str, float], unit: str, options: Any
 ) -> int:
     """Prints one JSON line (``--json``) or the table, and with ``--out`` keeps both and a plot of
     ``bars`` there; returns 0.  The record comes last and complete: where it is, so is the rest.

@@ -54,9 +54,8 @@ def main(arguments: list[str]) -> int:
     add("--seconds", type=float, default=0.2, help="for each timing (default 0.2)")
     options = parser.parse_args(arguments)
     device = local_device(0, 1)
-    facts, text, wrong = {"machine": machine, "experts": experts, "nccl": nccl}[options.what](
-        device, options
-    )
+    probe = {"machine": machine, "experts": experts, "nccl": nccl}[options.what]
+    facts, text, wrong = probe(device, options)
     text += "".join(f"\n\nwrong: {line}" for line in wrong)
     facts |= {"wrong": wrong, **measure.surroundings(device)}
     measure.report(f"probe_{options.what}", facts, text, {}, "", options)

@@ -129,17 +129,23 @@ def _machine(r: dict) -> Iterator[Fact]:
     yield "a launch, a read by the host", f"{r['launch_us']:.3g} and {r['read_us']:.3g} µs"
 
 
-def _wrong(what: str, told: str, r: dict) -> Iterator[Fact]:
-    yield what, "; ".join(r["wrong"]) or told
+def _experts(r: dict) -> Iterator[Fact]:
+    told = "; ".join(r["wrong"]) or f"{len(r['cases'])} cases right"
+    yield "experts without rows, every arrangement", told
+
+
+def _groups(r: dict) -> Iterator[Fact]:
+    told = "; ".join(r["wrong"]) or f"right; start {r['ms']['start']:.0f} ms"
+    yield f"new groups of {r['backend']} in a world of one", told
 
 
 def _train(r: dict) -> Iterator[Fact]:
-    yield from _wrong(
+    yield (
         f"training of {_short(r['config'])}, {r['engine']}, {r['steps']:,} steps, stopped and "
         f"resumed at {r['stopped_at']}",
-        f"loss {r['loss'][0]:.3g} to {r['loss'][1]:.3g}, {r['images_per_second']:.4g} images/s, "
+        "; ".join(r["wrong"])
+        or f"loss {r['loss'][0]:.3g} to {r['loss'][1]:.3g}, {r['images_per_second']:.4g} images/s, "
         f"{r['memory_gib'][1]:.3g} GiB at most, as after the first steps",
-        r,
     )
 
 
@@ -169,14 +175,8 @@ def _digits(r: dict) -> Iterator[Fact]:
 # What a record is of: by the beginning of its name, or a key that only such a record has.
 _BENCHES: dict[str, Callable[[dict], Iterator[Fact]]] = {
     "probe_machine": _machine,
-    "probe_experts": lambda r: _wrong(
-        "experts without rows, every arrangement", f"{len(r['cases'])} cases right", r
-    ),
-    "probe_nccl": lambda r: _wrong(
-        f"new groups of {r['backend']} in a world of one",
-        f"right; start {r['ms']['start']:.0f} ms",
-        r,
-    ),
+    "probe_experts": _experts,
+    "probe_nccl": _groups,
     "moe_layer": _layer,
     "step": _step,
     "sampling": _sampling,

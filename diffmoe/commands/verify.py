@@ -50,12 +50,6 @@ def _line(number: int, total: int, row: Row) -> str:
     return start + found + ("  ok" if row.ok else "  MISS")
 
 
-def _json_row(row: Row) -> dict:
-    # JSON has no infinity.
-    differences = {c: v if math.isfinite(v) else str(v) for c, v in row.differences.items()}
-    return {**asdict(row), "differences": differences, "ok": row.ok}
-
-
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """Prints the table as it grows; 0 when every number is within the bound.  UserError for bad
     input.
@@ -84,6 +78,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         print(_line(len(rows), len(cases), row), flush=True)
     good, seconds = all(row.ok for row in rows), time.monotonic() - began
     if options.json:
+        finite = lambda value: value if math.isfinite(value) else str(value)  # as JSON knows it
         tree = {
             "table": "quick" if options.quick else "whole",
             "bound": BOUND,
@@ -92,7 +87,14 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
             "ok": good,
             "seconds": round(seconds, 1),
             "torch": torch.__version__,
-            "rows": [_json_row(row) for row in rows],
+            "rows": [
+                {
+                    **asdict(row),
+                    "differences": {c: finite(v) for c, v in row.differences.items()},
+                    "ok": row.ok,
+                }
+                for row in rows
+            ],
         }
         with replacing(options.json) as stream:
             stream.write(json.dumps(tree, indent=1).encode() + b"\n")

@@ -62,22 +62,13 @@ class Case:
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
         """The configuration of this row.  Raises UserError where the numbers do not fit."""
-        return load_config(
-            None,
-            [
-                *_COMMON.split(),
-                f"run.seed={seed}",
-                f"parallel.ep={self.ep}",
-                f"parallel.recompute={self.recompute}",
-                f"moe.pool={self.pool}",
-                f"train.batch={self.batch}",
-                f"train.accumulation={self.accumulation}",
-                f"train.steps={steps}",
-                f"train.compile={str(self.compiled).lower()}",
-                f"sample.routing={self.routing}",
-                *VARIANTS[self.variant].split(),
-            ],
+        text = (
+            f"{_COMMON} run.seed={seed} parallel.ep={self.ep} parallel.recompute={self.recompute} "
+            f"moe.pool={self.pool} train.batch={self.batch} train.accumulation={self.accumulation} "
+            f"train.steps={steps} train.compile={str(self.compiled).lower()} "
+            f"sample.routing={self.routing} {VARIANTS[self.variant]}"
         )
+        return load_config(None, text.split())
 
     def deepspeed(self) -> dict:
         """The DeepSpeed JSON of this row."""
@@ -103,11 +94,9 @@ class Case:
 
     @property
     def kind(self) -> str:
-        return (
-            self.variant
-            + " bf16" * (self.precision == "bf16")
-            + " compiled" * self.compiled
-            + " overlap" * self.overlap
+        words = [self.variant, "bf16" * (self.precision == "bf16")]
+        return " ".join(
+            filter(None, [*words, "compiled" * self.compiled, "overlap" * self.overlap])
         )
 
 

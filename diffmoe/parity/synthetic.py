@@ -52,12 +52,7 @@ class Training:
     """
 
     def __init__(
-        self,
-        model: DiT,
-        config: Config,
-        tree: dict,
-        groups: ParallelGroups,
-        device: torch.device,
+        self, model: DiT, config: Config, tree: dict, groups: ParallelGroups, device: torch.device
     ) -> None:
         self.model, self.config, self.groups = model, config, groups
         self.layout = resolve_layout(config, groups.world.size)
@@ -80,13 +75,6 @@ class Training:
         draws: Sequence[Draws] | None = None,
     ) -> StepReport:
         """Optimizer step ``step``, on its own batches where none are given."""
-        return train_step(
-            self.engine,
-            self.ema,
-            self.batches(step) if batches is None else batches,
-            self.config,
-            self.layout,
-            self.groups,
-            step,
-            draws=draws,
-        )
+        batches = self.batches(step) if batches is None else batches
+        run = self.engine, self.ema, batches, self.config, self.layout, self.groups, step
+        return train_step(*run, draws=draws)
