@@ -126,16 +126,17 @@ def main(arguments: list[str]) -> int:
     steps = {name: variants[name].step for name in names}
     seconds = measure.interleaved(steps, options.repeats, device)
     peaks = {name: variants[name].peak_bytes() for name in names}
+    base = peaks["dense"] or 1
     facts = {
         "samples": samples,
         "accumulation": options.accumulation,
-        **_ratios(seconds, peaks),
+        "time_over_dense": seconds["ours"] / seconds["dense"],
+        "activation_memory_over_dense": (peaks["ours"] or 0) / base,
         **_utilization(variants, seconds, device, dtype),
         "seconds": seconds,
         "peak_bytes": peaks,
         **common_facts(options, config, device),
     }
-    base = peaks["dense"]
     text = measure.table(
         ["step", "ms", "of dense", "peak MiB", "of dense", "of matmul ceiling", "images/s"],
         [
@@ -143,7 +144,7 @@ def main(arguments: list[str]) -> int:
                 name,
                 1e3 * seconds[name],
                 seconds[name] / seconds["dense"],
-                *([None, None] if peak is None or not base else [peak / 2**20, peak / base]),
+                *([None, None] if peak is None else [peak / 2**20, peak / base]),
                 facts["mfu"][name],
                 facts["images_per_second"][name],
             ]
@@ -157,21 +158,6 @@ def main(arguments: list[str]) -> int:
     title += "_recompute" * options.recompute + "_compile" * options.compile
     bars = {n: 1e3 * s for n, s in seconds.items()}
     return measure.report(title, facts, text, bars, "ms, one optimizer step", options)
-
-
-def _ratios(seconds: dict[str, float], peaks: dict[str, Any]) -> dict[str, float]:
-    facts = {
-        "time_over_dense": seconds["ours"] / seconds["dense"],
-        "activation_memory_over_dense": peaks["ours"] / peaks["dense"],
-    }
-    if "block" in seconds:
-        extra = {name: seconds[name] - seconds["ours"] for name in ("block", "selective")}
-        facts["selective_over_block_extra_time"] = extra["selective"] / extra["block"]
-        facts["selective_over_block_memory"] = peaks["selective"] / peaks["block"]
-    if "compiled" in seconds:
-        facts["compiled_time_over_ours"] = seconds["compiled"] / seconds["ours"]
-        facts["compiled_time_over_compiled_dense"] = seconds["compiled"] / seconds["compiled-dense"]
-    return facts
 
 
 def _utilization(
