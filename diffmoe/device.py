@@ -109,8 +109,12 @@ def _cuda_says() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return " ".join(str(error).split())[:200]
+        return _one_line(error)
     return "it finds no device"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def check_free(device: torch.device) -> None:
@@ -120,23 +124,39 @@ def check_free(device: torch.device) -> None:
     """
     if os.environ.get(gpus.SHARED):
         return
-    uuid, deadline = (
-        str(torch.cuda.get_device_properties(device).uuid),
-        time.monotonic() + _LEAVING_S,
-    )
-    while True:
-        try:
-            seen = (torch.cuda.get_device_name(device), uuid, *torch.cuda.mem_get_info(device))
-        except (
-            RuntimeError
-        ) as error:  # no context: another process has it for itself, or all of its memory
-            seen = " ".join(str(error).split())[:200]
-        reason = gpus.taken(device.index, seen)
-        if not reason:
-            return
+    deadline = time.monotonic() + _LEAVING_S
+    while reason := gpus.taken(device.index, _opened(device.index)):
         if time.monotonic() >= deadline:
             raise UserError(f"{reason}: {gpus.FREE_ONE}")
         time.sleep(1.0)
+
+
+def _opened(index: int) -> tuple[str, str, int, int] | str:
+    """A GPU's name, UUID, free bytes and all of them; CUDA's error where another process has it for
+    itself, or all of its memory.
+    """
+    try:
+        name = torch.cuda.get_device_name(index)
+        uuid = str(torch.cuda.get_device_properties(index).uuid)
+        return (name, uuid, *torch.cuda.mem_get_info(index))
+    except RuntimeError as error:
+        return _one_line(error)
+
+
+def torch_facts() -> dict[str, Any]:
+    """What ``launcher doctor`` asks of torch, as JSON can hold it."""
+    distributed, count = torch.distributed, torch.cuda.device_count() if _usable() else 0
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": count,
+        "nccl": distributed.is_available() and distributed.is_nccl_available(),
+        "gloo": distributed.is_available() and distributed.is_gloo_available(),
+        "capabilities": [torch.cuda.get_device_capability(i) for i in range(count)],
+        "arches": torch.cuda.get_arch_list() if count else [],
+        "says": "" if count else _cuda_says(),
+        "memory": [_opened(i) for i in range(count)],
+    }
 
 
 def share(value: Any, name: str, store: Store, rank: int, world: int) -> list[Any]:
