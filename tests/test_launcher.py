@@ -66,7 +66,7 @@ def test_every_verb_has_help_with_an_example(capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["plane"], "verb 'plane' must be one of doctor, plan, submit"),
+        (["plane"], "subcommand 'plane' must be one of doctor, plan, submit"),
         (
             ["doctor", "--now"],
             "unrecognized arguments: --now (see python -m launcher doctor --help)",
@@ -96,7 +96,7 @@ def test_every_verb_has_help_with_an_example(capsys):
         (["preflight", "--from", "/nowhere"], "--from (/nowhere) does not exist"),
         (
             ["job", "after", "tests", "0"],
-            "folder (tests) has no config.yaml: it is no training job's",
+            "folder (tests) has no config.yaml: it is not a training job's",
         ),
         (["job", "prepare", *DEMO, "--ranks", "2"], "SLURM_JOB_ID is unset"),
         (["job", "prepare", *DEMO, "--ranks", "0"], "--ranks (0) must be at least 1"),

@@ -7,10 +7,11 @@ from argparse import ArgumentTypeError
 
 import pytest
 
+from diffmoe.cost.hardware import TABLE
 from diffmoe.errors import UserError
 from launcher import plan, scaling, simulate
-from launcher.scaling import Trial, command_of, write_report
-from launcher.scaling_report import grouped
+from launcher.scaling import Trial, command_of
+from launcher.scaling_report import grouped, write_report
 from tests.programs import REPOSITORY, environment
 
 XL = [
@@ -200,8 +201,11 @@ def test_help_ends_with_an_example(verb):
     ("entry", "complaint"),
     [
         ("h100: 3", "h100 must be a mapping"),
-        ("h100: {name: x}", "h100.node.gb_s is missing"),
-        ("h100: {node: {gb_s: -1, latency_us: 1}}", "h100.node.gb_s (-1) must be a number above 0"),
+        ("h100: {name: x}", "h100 is incomplete: missing 12 required"),
+        (
+            TABLE.read_text().replace("gb_s: 450", "gb_s: -1"),
+            "h100.node.gb_s (-1) must be a number above 0",
+        ),
         (
             "h100: {nodes: 1, node: {gb_s: 1, latency_us: 1}, network: {gb_s: 1, latency_us: 1}}",
             "unknown key h100.nodes",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from diffmoe.commands.common import Parser
-from diffmoe.cost.records import timed_steps
+from diffmoe.cost.calibration import timed_steps
 from diffmoe.errors import UserError
 from diffmoe.markdown import table
 

@@ -347,7 +347,7 @@ def facts_of(
     found: dict[str, dict[str, Counted]], measured: dict[tuple[str, str], Timed]
 ) -> dict[str, Any]:
     """The same for a record; of a measured step also what calibrates the planner
-    (``cost.records``).
+    (``cost.calibration``).
     """
 
     def taken(name: str, way: str, c: Counted) -> dict[str, Any]:
