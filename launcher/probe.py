@@ -5,7 +5,7 @@ Every rank takes part in every collective.  Ranks of one node share a host name.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -198,8 +198,7 @@ def shard_problems(data: DataConfig, base: Path) -> list[str]:
 
     def first_bytes() -> None:
         if is_remote(last):
-            with contextlib.closing(chunks(last)) as stream:
-                next(stream, b"")
+            next(chunks(last), b"")
         else:
             with open(last, "rb") as file:
                 file.read(2**16)
@@ -346,24 +345,19 @@ def measure_links(
     rank, world, size = environment.rank, environment.world, len(exchange.send)
     nodes = {host: [r for r in range(world) if hosts[r] == host] for host in dict.fromkeys(hosts)}
     names, own = list(nodes), nodes[hosts[rank]]
-    between, within = {}, {}
-    for playing in rounds(len(names)):
-        partner, key = None, None
-        for a, b in playing:
-            for here, there in zip(nodes[names[a]], nodes[names[b]]):
-                if rank in (here, there):
-                    partner, key = here + there - rank, (names[a], names[b])
-        seconds = _best_time(lambda: exchange(partner))
-        if key:
-            between[key] = size / seconds / 1e9
-    for playing in rounds(max(map(len, nodes.values()))):
-        partner, key = None, None
-        for a, b in playing:
-            if b < len(own) and rank in (own[a], own[b]):
-                partner, key = own[a] + own[b] - rank, (own[a], own[b])
-        seconds = _best_time(lambda: exchange(partner))
-        if key:
-            within[key] = size / seconds / 1e9
+    between = [
+        [
+            ((names[a], names[b]), *ranks)
+            for a, b in playing
+            for ranks in zip(nodes[names[a]], nodes[names[b]])
+        ]
+        for playing in rounds(len(names))
+    ]
+    within = [
+        [((own[a], own[b]), own[a], own[b]) for a, b in playing if b < len(own)]
+        for playing in rounds(max(map(len, nodes.values())))
+    ]
+    pairs = _pair_speeds(exchange, rank, between), _pair_speeds(exchange, rank, within)
     together, experts = {}, {}
     if world > 1:  # bus bandwidth: what each rank moves to others
         everyone = list(range(world))
@@ -379,8 +373,22 @@ def measure_links(
             inside = [other for other in group if hosts[other] == hosts[rank]]
             experts["inside a host"] = _all_to_all_speed(exchange, rank, inside)
     everybody: list[Any] = [None] * world
-    dist.all_gather_object(everybody, (between, within, together, experts))
+    dist.all_gather_object(everybody, (*pairs, together, experts))
     return Links(*map(_least, zip(*everybody)))
+
+
+def _pair_speeds(
+    exchange: Exchange, rank: int, played: list[list[tuple[Any, int, int]]]
+) -> dict[Any, float]:
+    """GB/s of this rank's pairs by key; a round's pairs, (key, rank, rank), swap at once."""
+    speeds = {}
+    for pairs in played:
+        mine = next((pair for pair in pairs if rank in pair[1:]), None)
+        partner = mine[1] + mine[2] - rank if mine else None
+        seconds = _best_time(functools.partial(exchange, partner))
+        if mine:
+            speeds[mine[0]] = len(exchange.send) / seconds / 1e9
+    return speeds
 
 
 def _best_time(call: Callable[[], None]) -> float:

@@ -78,12 +78,12 @@ def _group(key: tuple, records: list[dict]) -> Group:
     phases = records[0]["split"]
     return Group(
         *key,
-        runs=len(records),
-        step_s=middle,
-        spread=(max(times) - min(times)) / middle,
-        split={p: statistics.mean(record["split"][p] for record in records) for p in phases},
-        peak_bytes=max(record["peak_bytes"] for record in records),
-        least=_over_least(records[0]["traffic"]),
+        len(records),
+        middle,
+        (max(times) - min(times)) / middle,
+        {p: statistics.mean(record["split"][p] for record in records) for p in phases},
+        max(record["peak_bytes"] for record in records),
+        _over_least(records[0]["traffic"]),
     )
 
 

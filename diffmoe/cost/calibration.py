@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from diffmoe.config import Config, config_from_tree
 from diffmoe.cost.hardware import Hardware, Link, choose, named_like, read_table
@@ -199,9 +199,9 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
     elif path.is_file() and tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
             for member in archive:
-                file: IO[bytes] | None = archive.extractfile(member)
-                if file is not None and member.name.endswith(endings):
-                    yield f"{path}: {member.name}", file.read().decode()
+                stream = archive.extractfile(member)
+                if stream and member.name.endswith(endings):
+                    yield f"{path}: {member.name}", stream.read().decode()
     else:
         yield str(path), path.read_text(encoding="utf-8")
 

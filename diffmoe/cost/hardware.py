@@ -6,7 +6,6 @@ import difflib
 import itertools
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
