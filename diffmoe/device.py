@@ -145,8 +145,6 @@ def torch_facts() -> dict[str, Any]:
         "gpus": count,
         "nccl": distributed.is_available() and distributed.is_nccl_available(),
         "gloo": distributed.is_available() and distributed.is_gloo_available(),
-        "capabilities": [torch.cuda.get_device_capability(i) for i in range(count)],
-        "arches": torch.cuda.get_arch_list() if count else [],
         "says": "" if count else _cuda_says(),
         "memory": [_opened(torch.device("cuda", i)) for i in range(count)],
     }

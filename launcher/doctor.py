@@ -81,8 +81,9 @@ def _good(what: str, text: str) -> Finding:
     return Finding("good", what, text)
 
 
-def _note(what: str, text: str) -> Finding:
-    return Finding("note", what, text)
+def _bad(facts: Facts, what: str, text: str, fix: str) -> Finding:
+    """Wrong where there are GPUs, else worth knowing."""
+    return Finding("wrong", what, text, fix) if facts.gpus else Finding("note", what, text)
 
 
 def _wrong(what: str, text: str, fix: str) -> Finding:
@@ -91,24 +92,16 @@ def _wrong(what: str, text: str, fix: str) -> Finding:
 
 def judge(facts: Facts) -> list[Finding]:
     """The whole report: good, worth knowing, wrong."""
-    return [
-        _python(facts),
-        *_packages(facts),
-        *_torch(facts),
-        *_gpus(facts),
-        _apex(facts),
-        *_compilers(facts),
-        *_machine(facts),
-    ]
+    checks = (_python, _packages, _torch, _gpus, _apex, _compilers, _machine)
+    return [finding for check in checks for finding in check(facts)]
 
 
-def _python(facts: Facts) -> Finding:
+def _python(facts: Facts) -> list[Finding]:
     text = f"{'.'.join(map(str, facts.python))} at {facts.executable}"
     if satisfies(text, facts.wanted_python):
-        return _good("python", text)
-    return _wrong(
-        "python", f"{text}; {facts.wanted_python} is needed", f"{_NEW_VENV} PYTHON=python3.12"
-    )
+        return [_good("python", text)]
+    text += f"; {facts.wanted_python} is needed"
+    return [_wrong("python", text, f"{_NEW_VENV} PYTHON=python3.12")]
 
 
 def _packages(facts: Facts) -> list[Finding]:
@@ -154,7 +147,7 @@ def _gpus(facts: Facts) -> list[Finding]:
         text = "NVIDIA's driver is loaded, but nvidia-smi shows no GPU"
         return [_wrong("gpu", text, owner)]
     if not facts.gpus:
-        return [_note("gpu", "none: everything runs on the CPU")]
+        return [Finding("note", "gpu", "none: everything runs on the CPU")]
     first = facts.gpus[0]
     text = f"{len(facts.gpus)} x {first.name}, {first.memory / 1024:.0f} GiB, driver {first.driver}"
     found = [_good("gpu", text)] + [
@@ -178,41 +171,22 @@ def _gpus(facts: Facts) -> list[Finding]:
         if torch["cuda"]:
             fix = "nvidia-smi; echo $CUDA_VISIBLE_DEVICES"
         found.append(_wrong("torch", reason, fix))
-    elif capability := _unsupported(torch):
-        text = f"its build has no code for compute capability {capability}"
-        found.append(_wrong("torch", text, _NEW_VENV))
     if on_cpu:
-        return [*found, _note("DS_ACCELERATOR", "cpu: the GPUs are left alone")]
+        return [*found, Finding("note", "DS_ACCELERATOR", "cpu: the GPUs are left alone")]
     for index, seen in enumerate(torch.get("memory", [])):
         if text := gpus.taken(index, seen):
             found.append(_wrong(f"gpu {index}", text, gpus.FREE_ONE))
     return found
 
 
-def _unsupported(torch: dict) -> str | None:
-    """The first GPU's compute capability that torch has no code for: PTX runs on all, machine code
-    on the same major and at least its minor number.
-    """
-    arches = torch["arches"]
-    built = [(int(m[1]), int(m[2])) for a in arches if (m := re.match(r"sm_(\d+)(\d)", a))]
-    if not built or any(arch.startswith("compute_") for arch in arches):
-        return None
-    for major, minor in torch["capabilities"]:
-        if not any(a == major and b <= minor for a, b in built):
-            return f"{major}.{minor}"
-    return None
-
-
-def _apex(facts: Facts) -> Finding:
+def _apex(facts: Facts) -> list[Finding]:
     if facts.apex == "impostor":
-        return _wrong(
-            "apex",
-            "the package of that name on PyPI, a web toolkit and not NVIDIA's (no apex.optimizers)",
-            f"{facts.executable} -m pip uninstall apex   # optional; build NVIDIA's from source",
-        )
+        text = "the package of that name on PyPI, which is not NVIDIA's (no apex.optimizers)"
+        fix = f"{facts.executable} -m pip uninstall apex   # optional; build NVIDIA's from source"
+        return [_wrong("apex", text, fix)]
     if facts.apex == "nvidia":
-        return _good("apex", "NVIDIA's")
-    return _note("apex", "none (optional: train.optimizer=apex)")
+        return [_good("apex", "NVIDIA's")]
+    return [Finding("note", "apex", "none (optional: train.optimizer=apex)")]
 
 
 def _compilers(facts: Facts) -> list[Finding]:
@@ -224,11 +198,11 @@ def _compilers(facts: Facts) -> list[Finding]:
             "offload), nor torch what train.compile needs"
         )
         fix = "apt-get install -y g++   # or: module load gcc"
-        found = [_wrong("compiler", text, fix) if facts.gpus else _note("compiler", text)]
+        found = [_bad(facts, "compiler", text, fix)]
     cuda = facts.torch["cuda"] if isinstance(facts.torch, dict) else None
     if cuda and facts.nvcc is None:
         text = "no nvcc: DeepSpeed's own CUDA operators cannot be built (torch's Adam needs none)"
-        found.append(_note("cuda", text))
+        found.append(Finding("note", "cuda", text))
     elif cuda and facts.nvcc and cuda.split(".")[0] != facts.nvcc.split(".")[0]:
         text = f"nvcc is of CUDA {facts.nvcc}, torch of {cuda}: what DeepSpeed builds fails to load"
         fix = f"module load cuda/{cuda}   # or: export CUDA_HOME=/usr/local/cuda-{cuda}"
@@ -241,14 +215,14 @@ def _machine(facts: Facts) -> list[Finding]:
     if facts.shm is not None and facts.shm < _SHM_LEAST:
         text = f"{facts.shm / 2**20:.0f} MiB: too small for NCCL and for data workers"
         fix = "mount -o remount,size=8G /dev/shm   # in a container: --shm-size=8g"
-        found.append(_wrong("/dev/shm", text, fix) if facts.gpus else _note("/dev/shm", text))
+        found.append(_bad(facts, "/dev/shm", text, fix))
     if facts.omp is None:
         text = f"unset: the ranks of a node share its {facts.cpus} CPUs"
         found.append(_good("OMP_NUM_THREADS", text))
     elif not facts.omp.isdigit() or not 1 <= int(facts.omp) <= facts.cpus:
         text = f"{facts.omp!r} on {facts.cpus} CPUs: ranks would fight for them"
         found.append(_wrong("OMP_NUM_THREADS", text, "unset OMP_NUM_THREADS"))
-    return [*found, _note("slurm", facts.slurm or "none: sbatch is not on the PATH")]
+    return [*found, Finding("note", "slurm", facts.slurm or "none: sbatch is not on the PATH")]
 
 
 def satisfies(version: str, wanted: str) -> bool:
@@ -334,10 +308,9 @@ def _ask_torch() -> dict[str, Any] | str | None:
 
 def _which_apex() -> Literal["none", "nvidia", "impostor"]:
     spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return "none"
-    folders = spec.submodule_search_locations or []
-    return "nvidia" if any((Path(f) / "optimizers").is_dir() for f in folders) else "impostor"
+    folders = spec.submodule_search_locations or [] if spec else []
+    nvidia = any((Path(folder) / "optimizers").is_dir() for folder in folders)
+    return "nvidia" if nvidia else "impostor" if spec else "none"
 
 
 def _output(program: str) -> str:

@@ -1,33 +1,31 @@
-"""What scaling, measured and simulated, looks like: repeats together, efficiencies, a table, plots.
+"""What ``launcher scaling`` says about its runs: repeats together, efficiencies, a table, plots.
 matplotlib is imported only to draw.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe.errors import UserError
 from diffmoe.markdown import table
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from diffmoe.cost.extrapolation import Point
 
 _COLOURS = {
     "compute": "#1f5fa8",
     "all_to_all": "#d9731a",
     "reduction": "#2e8b57",
     "data": "#b5a642",
-    "host": "#8a8a8a",
     "other": "#8a8a8a",
 }
 _MARKS = "osD^vP*X"
+
+
+_KIND = ("mode", "zero", "ep", "ranks", "nodes", "batch")
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,18 @@ class Group:
     def images_per_s(self) -> float:
         return self.batch / self.step_s
 
+    @property
+    def layout(self) -> str:
+        return f"EP {self.ep}, ZeRO {self.zero}"
+
 
 def grouped(records: list[dict]) -> list[Group]:
     """The good records by kind of run, in order of mode, layout and ranks."""
     kinds: dict[tuple, list[dict]] = {}
     for record in records:
         if "error" not in record:
-            key = tuple(record[k] for k in ("mode", "zero", "ep", "ranks", "nodes", "batch"))
-            kinds.setdefault(key, []).append(record)
-    groups = [_group(key, kinds[key]) for key in sorted(kinds)]
+            kinds.setdefault(tuple(record[k] for k in _KIND), []).append(record)
+    groups = [_group(kinds[key]) for key in sorted(kinds)]
     smallest = {g.mode: min(o.ranks for o in groups if o.mode == g.mode) for g in groups}
     best: dict[str, float] = {}
     for g in groups:
@@ -72,18 +73,17 @@ def grouped(records: list[dict]) -> list[Group]:
     return [replace(g, efficiency=g.images_per_s / g.ranks / best[g.mode]) for g in groups]
 
 
-def _group(key: tuple, records: list[dict]) -> Group:
-    times = [record["step_s"] for record in records]
+def _group(records: list[dict]) -> Group:
+    first, times = records[0], [record["step_s"] for record in records]
     middle = statistics.median(times)
-    phases = records[0]["split"]
     return Group(
-        *key,
-        len(records),
-        middle,
-        (max(times) - min(times)) / middle,
-        {p: statistics.mean(record["split"][p] for record in records) for p in phases},
-        max(record["peak_bytes"] for record in records),
-        _over_least(records[0]["traffic"]),
+        **{key: first[key] for key in _KIND},
+        runs=len(records),
+        step_s=middle,
+        spread=(max(times) - min(times)) / middle,
+        split={p: statistics.mean(r["split"][p] for r in records) for p in first["split"]},
+        peak_bytes=max(record["peak_bytes"] for record in records),
+        least=_over_least(first["traffic"]),
     )
 
 
@@ -147,49 +147,42 @@ def _table(groups: list[Group]) -> list[str]:
 def _draw_efficiency(groups: Sequence[Group], path: Path) -> None:
     """Efficiency by ranks, a panel a mode, a line a layout, and the ideal line."""
     modes = sorted({g.mode for g in groups})
+    ticks = sorted({g.ranks for g in groups})
     figure = _figure(5.2 * len(modes), 4.2)
     for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes):
         lines: dict[str, list[Group]] = {}
         for g in groups:
             if g.mode == mode:
-                lines.setdefault(f"EP {g.ep}, ZeRO {g.zero}", []).append(g)
+                lines.setdefault(g.layout, []).append(g)
         for (label, line), mark in zip(lines.items(), _MARKS * len(lines)):
             heights = [100 * g.efficiency for g in line]
             axes.plot([g.ranks for g in line], heights, marker=mark, label=label)
-        _efficiency_axes(axes, f"{mode} scaling", [g.ranks for g in groups], "ranks")
+        axes.axhline(100, color="black", linewidth=1, linestyle="--", label="ideal")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, list(map(str, ticks)), minor=False)
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set(title=f"{mode} scaling", xlabel="ranks", ylabel="efficiency, %")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
 
 def _draw_split(groups: Sequence[Group], path: Path) -> None:
     """Where a step's time goes: a bar a kind of run, milliseconds by phase."""
     figure = _figure(max(6.0, 0.62 * len(groups) + 2), 4.6)
-    axes = figure.add_subplot()
+    axes, places, base = figure.add_subplot(), range(len(groups)), [0.0] * len(groups)
+    for phase in groups[0].split:
+        heights = [1e3 * g.step_s * g.split[phase] for g in groups]
+        label = phase.replace("_", "-")
+        axes.bar(places, heights, bottom=base, color=_COLOURS[phase], label=label)
+        base = [a + b for a, b in zip(base, heights)]
     names = [f"{g.mode}\n{g.ranks} ranks\nEP {g.ep} Z {g.zero}" for g in groups]
-    phases = groups[0].split
-    _bars(axes, names, {p: [1e3 * g.step_s * g.split[p] for g in groups] for p in phases})
+    axes.set_xticks(places, names, fontsize=7)
+    axes.margins(y=0.2)  # room for the legend
+    axes.legend(fontsize=8, ncols=5, loc="upper center", handlelength=1, columnspacing=1)
     axes.set_ylabel("ms a step")
     figure.savefig(path, dpi=150)
-
-
-def draw_simulation(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
-    """Efficiency by GPUs with the ideal line, and under it each size's step by phase."""
-    figure = _figure(5.6 * len(curves), 7.4)
-    above, below = figure.subplots(2, len(curves), squeeze=False)
-    for upper, lower, (mode, points) in zip(above, below, curves.items()):
-        good = {p.ranks: p for p in points if p.candidate}
-        times = [p.candidate.time for p in good.values() if p.candidate]
-        heights = [100 * p.efficiency for p in good.values()]
-        upper.plot(list(good), heights, marker="o", label="best layout")
-        _efficiency_axes(upper, f"{mode} scaling", [p.ranks for p in points], "GPUs")
-        phases = ("compute", "host", "all_to_all", "reduction")
-        _bars(
-            lower, list(map(str, good)), {p: [1e3 * getattr(t, p) for t in times] for p in phases}
-        )
-        lower.set(xlabel="GPUs", ylabel="ms a step")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot ({path}) cannot be written: {error}") from None
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -199,27 +192,3 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _efficiency_axes(axes: Axes, title: str, ranks: Sequence[int], unit: str) -> None:
-    axes.axhline(100, color="black", linewidth=1, linestyle="--", label="ideal")
-    axes.set_xscale("log", base=2)
-    ticks = sorted(set(ranks))
-    axes.set_xticks(ticks, list(map(str, ticks)), minor=False)
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set(title=title, xlabel=unit, ylabel="efficiency, %")
-    axes.tick_params(axis="x", labelsize=8)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-
-
-def _bars(axes: Axes, names: Sequence[str], heights: Mapping[str, Sequence[float]]) -> None:
-    base = [0.0] * len(names)
-    for phase, values in heights.items():
-        label, where = phase.replace("_", "-"), range(len(names))
-        axes.bar(where, values, bottom=base, color=_COLOURS[phase], label=label)
-        base = [a + b for a, b in zip(base, values)]
-    axes.set_xticks(range(len(names)), names, fontsize=7)
-    axes.margins(y=0.2)  # room for the legend
-    axes.legend(fontsize=8, ncols=len(heights), loc="upper center", handlelength=1, columnspacing=1)

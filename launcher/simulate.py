@@ -1,5 +1,5 @@
 """``launcher simulate``: extends measured (or assumed) compute and link figures to thousands of
-GPUs.  No torch; matplotlib only for ``--plot``.
+GPUs.  No torch.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 
 from diffmoe.cost.extrapolation import MODES, WORDS, Point, extrapolate, stops
 from diffmoe.cost.layouts import GIB
@@ -23,7 +22,7 @@ from launcher.command_line import (
 
 _EXAMPLE = """
 python -m launcher simulate --config configs/diffmoe_xl_e16_flow.yaml --gpu h100 --ep 8
-python -m launcher simulate --config configs/demo.yaml --mode weak --max-gpus 64 --plot plot.png
+python -m launcher simulate --config configs/demo.yaml --mode weak --max-gpus 64
 """
 
 
@@ -32,14 +31,6 @@ def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     config, tree, hardware, per_node, pins = read_planner_options(options)
     sizes = _sizes(options.min_gpus or per_node, options.max_gpus, per_node)
-    if options.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"--plot needs the package {error.name}, which is not installed here; leave --plot "
-                "out"
-            ) from None
     curves = {
         mode: extrapolate(config, tree, hardware, per_node, sizes, mode, pins)
         for mode in (MODES if options.mode == "both" else (options.mode,))
@@ -51,10 +42,6 @@ def main(arguments: list[str]) -> int:
     if options.json:
         answer = {mode: [_as_dict(p) for p in points] for mode, points in curves.items()}
         write_text("--json", options.json, json.dumps(answer, indent=1) + "\n")
-    if options.plot:
-        from launcher.scaling_report import draw_simulation
-
-        draw_simulation(curves, options.plot)
     return 0 if all(points[0].candidate for points in curves.values()) else 1
 
 
@@ -74,7 +61,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     add("--min-gpus", type=int, help="default: one node")
     add("--max-gpus", type=int, default=4096)
-    add("--plot", type=Path, help="also draw efficiency here (PNG; needs matplotlib)")
     add_planner_options(parser)
     options = parser.parse_intermixed_args(arguments)
     check_above_0(options, "min_gpus", "max_gpus", "gpus_per_node", "ep", "micro_batch")
