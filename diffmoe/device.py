@@ -38,21 +38,21 @@ def local_device(local_rank: int, local_world: int, asked: str = "auto") -> torc
     else a GPU if this process has one.
 
     Of several visible GPUs each rank of a node takes its own by local rank; where a process sees
-    one (``srun
-    --gpus-per-task=1``), it is that one, and :func:`check_own_gpu` tells whether others see the
-    same.  UserError for fewer visible GPUs than ranks otherwise, on every rank of the node, for
-    GPUs that torch cannot use, where the CPU would be taken silently, and for one that another
-    process holds.
+    one (``srun --gpus-per-task=1``), it is that one, and :func:`check_own_gpu` tells whether others
+    see the same.
+
+    Raises:
+        UserError: fewer visible GPUs than ranks, GPUs that torch cannot use (the CPU would be taken
+            silently), or one that another process holds.
     """
     said = os.environ.get("DS_ACCELERATOR", "")
     if said and asked not in ("auto", said):
         raise UserError(
-            f"run.device or --device ({asked}) must be auto or DS_ACCELERATOR ({said}): unset DS_ACCELERATOR"
+            f"run.device or --device ({asked}) must be auto or DS_ACCELERATOR ({said}): unset "
+            "DS_ACCELERATOR"
         )
     if "cpu" in (asked, said):
-        os.environ["DS_ACCELERATOR"] = (
-            "cpu"  # for DeepSpeed, and for processes that this one starts
-        )
+        os.environ["DS_ACCELERATOR"] = "cpu"  # for DeepSpeed and the processes started from here
         return torch.device("cpu")
     if not _usable():
         _check_no_gpu_is_meant(asked)
@@ -62,9 +62,7 @@ def local_device(local_rank: int, local_world: int, asked: str = "auto") -> torc
         raise UserError(f"ranks on this node ({local_world}) must not exceed its GPUs ({visible})")
     device = torch.device("cuda", local_rank if visible > 1 else 0)
     torch.cuda.set_device(device)
-    os.environ["LOCAL_RANK"] = str(
-        device.index
-    )  # DeepSpeed takes it for the number of this process's GPU
+    os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed finds this process's GPU
     if visible > 1 or local_world == 1:  # else it may be held by this node's other ranks
         check_free(device)
     return device
@@ -80,8 +78,9 @@ def _usable() -> bool:
 
 
 def _check_no_gpu_is_meant(asked: str) -> None:
-    """Raises UserError where this process has GPUs and torch cannot use them, or one is asked for."""
+    """Raises UserError where this process has GPUs that torch cannot use, or one is asked for."""
     found, said = gpus.present(), os.environ.get("DS_ACCELERATOR", "")
+    nothing = "asks for a GPU, and this machine shows none"
     if found:
         reason, fix = gpus.unusable(
             found,
@@ -91,15 +90,9 @@ def _check_no_gpu_is_meant(asked: str) -> None:
             _cuda_says(),
         )
     elif said:
-        reason, fix = (
-            f"DS_ACCELERATOR ({said}) asks for a GPU, and this machine shows none",
-            "unset DS_ACCELERATOR",
-        )
+        reason, fix = f"DS_ACCELERATOR ({said}) {nothing}", "unset DS_ACCELERATOR"
     elif asked == "cuda":
-        reason, fix = (
-            "run.device or --device (cuda) asks for a GPU, and this machine shows none",
-            "see nvidia-smi",
-        )
+        reason, fix = f"run.device or --device (cuda) {nothing}", "see nvidia-smi"
     else:
         return
     raise UserError(f"{reason}: {fix}, or say {gpus.CPU} to compute on the CPU")
@@ -109,8 +102,12 @@ def _cuda_says() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return " ".join(str(error).split())[:200]
+        return _one_line(error)
     return "it finds no device"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def check_free(device: torch.device) -> None:
@@ -120,32 +117,45 @@ def check_free(device: torch.device) -> None:
     """
     if os.environ.get(gpus.SHARED):
         return
-    uuid, deadline = (
-        str(torch.cuda.get_device_properties(device).uuid),
-        time.monotonic() + _LEAVING_S,
-    )
-    while True:
-        try:
-            seen = (torch.cuda.get_device_name(device), uuid, *torch.cuda.mem_get_info(device))
-        except (
-            RuntimeError
-        ) as error:  # no context: another process has it for itself, or all of its memory
-            seen = " ".join(str(error).split())[:200]
-        reason = gpus.taken(device.index, seen)
-        if not reason:
-            return
+    deadline = time.monotonic() + _LEAVING_S
+    while reason := gpus.taken(device.index, _opened(device)):
         if time.monotonic() >= deadline:
             raise UserError(f"{reason}: {gpus.FREE_ONE}")
         time.sleep(1.0)
+
+
+def _opened(device: torch.device) -> tuple[str, str, int, int] | str:
+    """A GPU's name, UUID, free bytes and all of them; CUDA's error where another process has it for
+    itself, or all of its memory.
+    """
+    try:
+        name = torch.cuda.get_device_name(device)
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return (name, uuid, *torch.cuda.mem_get_info(device))
+    except RuntimeError as error:
+        return _one_line(error)
+
+
+def torch_facts() -> dict[str, Any]:
+    """What ``launcher doctor`` asks of torch, as JSON can hold it."""
+    distributed, count = torch.distributed, torch.cuda.device_count() if _usable() else 0
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": count,
+        "nccl": distributed.is_available() and distributed.is_nccl_available(),
+        "gloo": distributed.is_available() and distributed.is_gloo_available(),
+        "says": "" if count else _cuda_says(),
+        "memory": [_opened(torch.device("cuda", i)) for i in range(count)],
+    }
 
 
 def share(value: Any, name: str, store: Store, rank: int, world: int) -> list[Any]:
     """Every rank's small value, which JSON can hold, by rank; before there are process groups."""
     store.set(f"{name}/{rank}", json.dumps(value))
     if rank == 0:
-        store.set(
-            name, json.dumps([json.loads(store.get(f"{name}/{other}")) for other in range(world)])
-        )
+        everybody = [json.loads(store.get(f"{name}/{other}")) for other in range(world)]
+        store.set(name, json.dumps(everybody))
     return json.loads(store.get(name))
 
 

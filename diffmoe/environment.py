@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from diffmoe.errors import UserError
@@ -69,12 +69,16 @@ def export(env: RankEnvironment, environ: MutableMapping[str, str] = os.environ)
     With ``init_method`` set, pass that to the initialisation: the address and port then are
     placeholders.
     """
-    environ["RANK"] = str(env.rank)
-    environ["WORLD_SIZE"] = str(env.world)
-    environ["LOCAL_RANK"] = str(env.local_rank)
-    environ["LOCAL_WORLD_SIZE"] = str(env.local_world)
-    environ["MASTER_ADDR"] = env.master_addr
-    environ["MASTER_PORT"] = str(env.master_port)
+    environ.update(
+        {
+            "RANK": str(env.rank),
+            "WORLD_SIZE": str(env.world),
+            "LOCAL_RANK": str(env.local_rank),
+            "LOCAL_WORLD_SIZE": str(env.local_world),
+            "MASTER_ADDR": env.master_addr,
+            "MASTER_PORT": str(env.master_port),
+        }
+    )
     if not any(name in environ for name in _ALLOCATOR):
         environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
@@ -91,8 +95,9 @@ def check_started(env: RankEnvironment, typed: bool) -> None:
     """
     if env.source == "srun" and env.world > 1 and typed:
         raise UserError(
-            f"SLURM_NTASKS ({env.world}) is that of this shell's step, and this is one process: type srun --overlap "
-            f"--ntasks={env.world} python run.py ... for {env.world} ranks, or unset SLURM_STEP_ID for one"
+            f"SLURM_NTASKS ({env.world}) is that of this shell's step, and this is one process: "
+            f"type srun --overlap --ntasks={env.world} python run.py ... for {env.world} ranks, or "
+            "unset SLURM_STEP_ID for one"
         )
 
 
@@ -102,9 +107,7 @@ def typed_at_a_terminal() -> bool:
     begins its session; those of ``srun --unbuffered`` write to a terminal that is not their
     session's.
     """
-    return any(
-        _is_sessions_terminal(descriptor) for descriptor in range(3)
-    ) and os.getpgrp() != os.getsid(0)
+    return os.getpgrp() != os.getsid(0) and any(map(_is_sessions_terminal, range(3)))
 
 
 def check_master(env: RankEnvironment) -> None:
@@ -118,8 +121,8 @@ def check_master(env: RankEnvironment) -> None:
     except (OSError, UnicodeError) as error:  # the latter of a name with an empty part
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(
-            f"MASTER_ADDR ({env.master_addr}) cannot be resolved on {socket.gethostname()}: {reason}; set MASTER_ADDR to the "
-            "name or address by which all nodes reach rank 0's"
+            f"MASTER_ADDR ({env.master_addr}) cannot be resolved on {socket.gethostname()}: "
+            f"{reason}; set MASTER_ADDR to the name or address by which all nodes reach rank 0's"
         ) from None
 
 
@@ -127,43 +130,29 @@ def missed(env: RankEnvironment) -> str:
     """What to look at when the other ranks do not come: where they are waited for, what says that
     there are any, what to type.
     """
-    where = (
-        f"DIFFMOE_STORE ({env.init_method.removeprefix('file://')})"
-        if env.init_method
-        else f"MASTER_ADDR ({env.master_addr}), MASTER_PORT ({env.master_port})"
-    )
-    said, instead = {
-        "srun": (
-            f"SLURM_NTASKS ({env.world})",
-            "if this was to be one process, unset SLURM_STEP_ID",
-        ),
-        "environment": (
-            f"WORLD_SIZE ({env.world})",
-            "if this was to be one process, unset RANK WORLD_SIZE LOCAL_RANK, which an earlier "
-            "command may have left",
-        ),
-    }.get(
-        env.source,
-        (
-            f"WORLD_SIZE ({env.world})",
-            f"see that the {env.source} command runs on every node with the same address and port",
-        ),
-    )
+    where = f"MASTER_ADDR ({env.master_addr}), MASTER_PORT ({env.master_port})"
+    if env.init_method:
+        where = f"DIFFMOE_STORE ({env.init_method.removeprefix('file://')})"
+    said = f"WORLD_SIZE ({env.world})"
+    one = "if this was to be one process, unset"
+    if env.source == "srun":
+        said, instead = f"SLURM_NTASKS ({env.world})", f"{one} SLURM_STEP_ID"
+    elif env.source == "environment":
+        instead = f"{one} RANK WORLD_SIZE LOCAL_RANK, which an earlier command may have left"
+    else:
+        instead = (
+            f"see that the {env.source} command runs on every node with the same address and port"
+        )
     return f"rank {env.rank} waits for the others of {said} at {where}: start them, or {instead}"
 
 
 def expand_nodelist(nodelist: str) -> list[str]:
-    """Host names of a Slurm node list: ``node[01-03,7],other`` is node01 node02 node03 node7 other."""
-    if not re.fullmatch(
-        r"(?!,)(?:[^\[\],\s]|,(?=[^,\s])|\[[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*\])+", nodelist
-    ):
+    """Host names of a Slurm node list: ``node[01-03,7],a`` is node01 node02 node03 node7 a."""
+    numbers = r"\[[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*\]"
+    if not re.fullmatch(rf"(?!,)(?:[^\[\],\s]|,(?=[^,\s])|{numbers})+", nodelist):
         raise UserError(f"node list ({nodelist!r}) is not one of Slurm's: name, name[01-03,7], ...")
-    return [
-        host
-        for pattern in re.split(r",(?![^\[]*\])", nodelist)
-        if pattern
-        for host in _expand_pattern(pattern)
-    ]
+    patterns = re.split(r",(?![^\[]*\])", nodelist)
+    return [host for pattern in patterns if pattern for host in _expand_pattern(pattern)]
 
 
 def expand_task_counts(counts: str) -> list[int]:
@@ -178,8 +167,7 @@ def expand_task_counts(counts: str) -> list[int]:
 
 
 def rendezvous_port(job: int, step: int) -> int:
-    """The port on which rank 0 of a job's step listens, the same for every rank without a word
-    between them.
+    """The port on which rank 0 of a job's step listens, known to every rank.
 
     10000 + (32 * job + step) mod 22016: steps below 32 of any 688 consecutive jobs have ports of
     their own.
@@ -199,11 +187,9 @@ def _from_rank(environ: Mapping[str, str]) -> RankEnvironment:
     rank = _integer(environ, "RANK", "WORLD_SIZE")
     world = _integer(environ, "WORLD_SIZE", "RANK")
     local_rank = _integer(environ, "LOCAL_RANK", "RANK")
-    # The deepspeed command says LOCAL_SIZE. Variables set by hand may say neither: that is one
-    # node.
-    local_world_name = next(
-        (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), "WORLD_SIZE"
-    )
+    # The deepspeed command says LOCAL_SIZE.  Variables set by hand may say neither: one node.
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    local_world_name = next((name for name in names if name in environ), "WORLD_SIZE")
     local_world = _integer(environ, local_world_name, "RANK")
     _check_below("RANK", rank, "WORLD_SIZE", world)
     _check_below("LOCAL_RANK", local_rank, local_world_name, local_world)
@@ -216,26 +202,20 @@ def _from_rank(environ: Mapping[str, str]) -> RankEnvironment:
         source = "deepspeed"
     elif _in_srun_step(environ) and world < _integer(environ, "SLURM_NTASKS", "SLURM_STEP_ID"):
         raise UserError(
-            f"WORLD_SIZE ({world}) must not be below SLURM_NTASKS ({environ['SLURM_NTASKS']}): unset RANK WORLD_SIZE LOCAL_RANK, "
-            "which an earlier shell may have set, and srun's own variables count"
+            f"WORLD_SIZE ({world}) must not be below SLURM_NTASKS ({environ['SLURM_NTASKS']}): "
+            "unset RANK WORLD_SIZE LOCAL_RANK, which an earlier shell may have set, and srun's own "
+            "variables count"
         )
-    store = _file_store(environ)
-    if store is not None or (world == 1 and "MASTER_ADDR" not in environ):
-        return RankEnvironment(rank, world, local_rank, local_world, source, store)
+    env = RankEnvironment(rank, world, local_rank, local_world, source, _file_store(environ))
+    if env.init_method is not None or (world == 1 and "MASTER_ADDR" not in environ):
+        return env
     if "MASTER_ADDR" not in environ:
         raise UserError(
-            f"WORLD_SIZE ({world}) needs MASTER_ADDR and MASTER_PORT (or DIFFMOE_STORE), which are unset"
+            f"WORLD_SIZE ({world}) needs MASTER_ADDR and MASTER_PORT (or DIFFMOE_STORE), which are "
+            "unset"
         )
-    return RankEnvironment(
-        rank,
-        world,
-        local_rank,
-        local_world,
-        source,
-        None,
-        environ["MASTER_ADDR"],
-        _master_port(environ, world),
-    )
+    port = _master_port(environ, world)
+    return replace(env, master_addr=environ["MASTER_ADDR"], master_port=port)
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
@@ -255,11 +235,11 @@ def _from_srun(environ: Mapping[str, str]) -> RankEnvironment:
         raise UserError(f"WORLD_SIZE ({environ['WORLD_SIZE']}) must equal SLURM_NTASKS ({world})")
     local_world = _srun_local_world(environ, world)
     _check_below("SLURM_LOCALID", local_rank, "tasks on this node", local_world)
-    store = _file_store(environ)
-    if store is not None:
-        return RankEnvironment(rank, world, local_rank, local_world, "srun", store)
+    env = RankEnvironment(rank, world, local_rank, local_world, "srun", _file_store(environ))
+    if env.init_method is not None:
+        return env
     address, port = _srun_master(environ)
-    return RankEnvironment(rank, world, local_rank, local_world, "srun", None, address, port)
+    return replace(env, master_addr=address, master_port=port)
 
 
 def _srun_local_world(environ: Mapping[str, str], world: int) -> int:
@@ -291,7 +271,8 @@ def _master_port(environ: Mapping[str, str], world: int) -> int:
     port = _integer(environ, "MASTER_PORT", "MASTER_ADDR")
     if not int(world > 1) <= port < 2**16:  # one rank takes any free port for 0
         raise UserError(
-            f"MASTER_PORT ({port}) must be from 1 to 65535: any that is free on MASTER_ADDR ({environ.get('MASTER_ADDR', 'unset')})"
+            f"MASTER_PORT ({port}) must be from 1 to 65535: any that is free on MASTER_ADDR "
+            f"({environ.get('MASTER_ADDR', 'unset')})"
         )
     return port
 
@@ -306,22 +287,16 @@ def _expand_pattern(pattern: str) -> list[str]:
     if not bracket:
         return [pattern]
     ranges, _, tail = rest.partition("]")
-    tails = _expand_pattern(tail)
-    return [
-        f"{head}{number}{end}"
-        for item in ranges.split(",")
-        for number in _expand_range(item)
-        for end in tails
-    ]
+    numbers = [number for item in ranges.split(",") for number in _expand_range(item)]
+    return [f"{head}{number}{end}" for number in numbers for end in _expand_pattern(tail)]
 
 
 def _expand_range(item: str) -> list[str]:
-    first, dash, last = item.partition("-")
-    if not dash:
-        return [first]
-    if int(first) > int(last):
+    first, _, last = item.partition("-")
+    numbers = range(int(first), int(last or first) + 1)
+    if not numbers:
         raise UserError(f"node list's range ({item}) starts at {first}, after its end {last}")
-    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return [str(number).zfill(len(first)) for number in numbers]
 
 
 def _first_set(environ: Mapping[str, str], names: tuple[str, str], companion: str) -> str:
@@ -333,14 +308,12 @@ def _first_set(environ: Mapping[str, str], names: tuple[str, str], companion: st
 
 def _integer(environ: Mapping[str, str], name: str, companion: str) -> int:
     """The variable as an integer >= 0; ``companion`` is the variable that makes us expect it."""
+    other = environ.get(companion, "unset")
     if name not in environ:
-        raise UserError(f"{name} is unset but {companion} is {environ.get(companion, 'unset')}")
-    text = environ[name]
-    if not re.fullmatch(r"[0-9]+", text):
-        raise UserError(
-            f"{name} ({text!r}) must be an integer >= 0 ({companion}={environ.get(companion, 'unset')})"
-        )
-    return int(text)
+        raise UserError(f"{name} is unset but {companion} is {other}")
+    if not re.fullmatch(r"[0-9]+", environ[name]):
+        raise UserError(f"{name} ({environ[name]!r}) must be an integer >= 0 ({companion}={other})")
+    return int(environ[name])
 
 
 def _check_below(name: str, value: int, limit_name: str, limit: int) -> None:

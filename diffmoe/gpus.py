@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +40,7 @@ FREE_ONE = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU.  ``memory`` in MiB; ``trouble``: why it is slowed down or broken, empty when it is
-    well.
-    """
+    """One GPU.  ``memory`` in MiB; ``trouble``: why it is slowed down or broken."""
 
     index: int
     name: str
@@ -51,24 +50,25 @@ class Gpu:
 
 
 def query() -> list[Gpu] | None:
-    """This machine's GPUs; None where there is no nvidia-smi.  UserError with its complaint when it
+    """This machine's GPUs; None where there is no nvidia-smi.  UserError with its message when it
     fails.
     """
+    text = _ask(f"--query-gpu={','.join(_FIELDS)}")
+    return None if text is None else parse(text)
+
+
+def _ask(question: str) -> str | None:
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
+    command = [program, question, "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
-            [program, f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except subprocess.TimeoutExpired:
         raise UserError("nvidia-smi hangs: the driver needs a restart") from None
     if done.returncode:
         raise UserError(f"nvidia-smi fails: {' '.join((done.stdout + done.stderr).split())}")
-    return parse(done.stdout)
+    return done.stdout
 
 
 def parse(text: str) -> list[Gpu]:
@@ -83,71 +83,66 @@ def parse(text: str) -> list[Gpu]:
         trouble = [f"{text} at {temperature} C" for bit, text in _TROUBLE.items() if active & bit]
         if ecc.isdigit() and int(ecc):
             trouble.append(f"{ecc} uncorrected ECC errors")
-        gpus.append(
-            Gpu(int(index), name, driver, int(memory) if memory.isdigit() else 0, tuple(trouble))
-        )
+        mib = int(memory) if memory.isdigit() else 0
+        gpus.append(Gpu(int(index), name, driver, mib, tuple(trouble)))
     return gpus
 
 
 def present() -> str:
-    """What says that this process has GPUs, whatever torch makes of them; empty where nothing does."""
-    devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
-    mine = [
-        path.name for path in devices if os.access(path, os.R_OK | os.W_OK) and _opens(path)
-    ]  # not a job's that was given none
+    """The GPUs of this process, whatever torch makes of them; empty where there are none."""
+    mine = [path.name for path in sorted(Path("/dev").glob("nvidia[0-9]*")) if _opens(path)]
     if mine:
-        return f"{len(mine)} GPU{'s' * (len(mine) > 1)} (/dev/{mine[0]}{', ...' * (len(mine) > 1)})"
+        return f"{_count(mine)} (/dev/{mine[0]}{', ...' * (len(mine) > 1)})"
     try:
-        found = query()
+        return described(query() or [])
     except UserError as error:
-        return (
-            ""
-            if "No devices were found" in str(error)
-            else f"a GPU, whose driver is broken ({error})"
-        )
-    return described(found or [])
+        none = "No devices were found" in str(error)
+        return "" if none else f"a GPU, whose driver is broken ({error})"
 
 
-def described(gpus: list[Gpu]) -> str:
+def _count(gpus: Sequence) -> str:
+    return f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}"
+
+
+def described(gpus: Sequence[Gpu]) -> str:
     """``2 GPUs (NVIDIA H100, driver 550.1)``; empty for none."""
-    return (
-        f"{len(gpus)} GPU{'s' * (len(gpus) > 1)} ({gpus[0].name}, driver {gpus[0].driver})"
-        if gpus
-        else ""
-    )
+    return f"{_count(gpus)} ({gpus[0].name}, driver {gpus[0].driver})" if gpus else ""
 
 
 def unusable(
     found: str, version: str, cuda: str | None, shown: str | None, says: str
 ) -> tuple[str, str]:
-    """Why torch has none of the GPUs that are there, and what to do.  ``found``: :func:`present`'s
-    words; ``version``, ``cuda``: torch's, and of CUDA that it is built for (None: none); ``shown``:
-    CUDA_VISIBLE_DEVICES; ``says``: CUDA's words.
+    """Why torch has none of the GPUs that are there, and what to do.
+
+    Args:
+        found: :func:`present`'s words.
+        version: torch's.
+        cuda: CUDA's version that torch is built for; None: for none.
+        shown: CUDA_VISIBLE_DEVICES.
+        says: CUDA's error.
     """
     if cuda is None:
         return (
             f"this machine has {found}, and torch ({version}) is built for CPUs only",
             f"install the build of torch {version.partition('+')[0]} for CUDA",
         )
-    if shown is not None and not re.match(
-        r"\d|GPU-|MIG-", shown.strip()
-    ):  # CUDA stops at the first that is no device
+    # CUDA stops at the first entry that is not a device.
+    if shown is not None and not re.match(r"\d|GPU-|MIG-", shown.strip()):
         return (
             f"CUDA_VISIBLE_DEVICES ({shown!r}) hides this machine's {found}",
             "unset CUDA_VISIBLE_DEVICES",
         )
+    among = f" with CUDA_VISIBLE_DEVICES ({shown})" * (shown is not None)
     return (
-        f"this machine has {found}, and torch ({version}, for CUDA {cuda}) cannot use it"
-        + f" with CUDA_VISIBLE_DEVICES ({shown})" * (shown is not None)
-        + f": {says}",
+        f"this machine has {found}, and torch ({version}, for CUDA {cuda}) cannot use it{among}: "
+        f"{says}",
         "see python -m launcher doctor",
     )
 
 
 def taken(index: int, seen: tuple[str, str, int, int] | str) -> str:
-    """Why GPU ``index`` is not to be had; empty where it is.  ``seen``: its name, UUID, free bytes
-    and all of them, before anything of ours is there, or CUDA's complaint where it could not be
-    opened.
+    """Why GPU ``index`` cannot be used; empty where it can.  ``seen``: its name, UUID, free bytes
+    and all of them, before anything of ours is there, or CUDA's error where it could not be opened.
 
     The planner leaves a twentieth of the memory to context and buffers: with more than that gone, a
     run that was planned to fit does not.  Less is nobody's run: this process's own context, or a
@@ -159,43 +154,27 @@ def taken(index: int, seen: tuple[str, str, int, int] | str) -> str:
     if total - free <= max(2 * 2**30, total // 20):
         return ""
     return (
-        f"GPU {index} ({name}, GPU-{uuid[:8]}) has {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use by "
-        f"{_holders(uuid) or 'another process'}"
+        f"GPU {index} ({name}, GPU-{uuid[:8]}) has {(total - free) / 2**30:.1f} of "
+        f"{total / 2**30:.1f} GiB in use by {_holders(uuid) or 'another process'}"
     )
 
 
 def _holders(uuid: str) -> str:
     """Other processes on a GPU as nvidia-smi names them, which in a container may be none."""
-    program = shutil.which("nvidia-smi")
     try:
-        done = (
-            subprocess.run(
-                [
-                    program,
-                    "--query-compute-apps=gpu_uuid,pid,used_memory,process_name",
-                    "--format=csv,noheader,nounits",
-                ],
-                capture_output=True,
-                text=True,
-                timeout=30,
-            )
-            if program
-            else None
-        )
-    except subprocess.TimeoutExpired:
+        text = _ask("--query-compute-apps=gpu_uuid,pid,used_memory,process_name") or ""
+    except UserError:
         return ""
-    rows = [
-        line.split(", ", 3)
-        for line in (done.stdout.splitlines() if done and done.returncode == 0 else [])
-    ]
-    return ", ".join(
-        f"{Path(name).name} (process {pid}, {f'{int(mib) / 1024:.1f}' if mib.isdigit() else '?'} GiB)"
-        for owner, pid, mib, name in (row for row in rows if len(row) == 4)
-        if uuid and owner.endswith(uuid) and pid != str(os.getpid())
-    )
+    found = []
+    for row in (line.split(", ", 3) for line in text.splitlines()):
+        if len(row) == 4 and uuid and row[0].endswith(uuid) and row[1] != str(os.getpid()):
+            size = f"{int(row[2]) / 1024:.1f}" if row[2].isdigit() else "?"
+            found.append(f"{Path(row[3]).name} (process {row[1]}, {size} GiB)")
+    return ", ".join(found)
 
 
 def _opens(path: Path) -> bool:
+    """Not where a job was given none of this machine's GPUs."""
     try:
         os.close(os.open(path, os.O_RDWR))
     except OSError:
@@ -205,4 +184,4 @@ def _opens(path: Path) -> bool:
 
 def has_driver() -> bool:
     """Whether this machine has NVIDIA's kernel driver, whatever else works."""
-    return Path("/proc/driver/nvidia/version").exists() or os.path.exists("/dev/nvidia0")
+    return os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/nvidia0")

@@ -5,16 +5,16 @@ whether to start it again.
     [section.field=value ...] python -m launcher job after FOLDER STATUS [--out OUT]
 
 A training job's folder is ``<run.folder>/jobs/<job's number>``: the code and the resolved
-configuration that it runs from (a requeued job goes on with the same ones, whatever became of the
-working tree), the commit, a log for each node.  No torch here.
+configuration that it runs from (a requeued job takes the same ones, whatever became of the working
+tree), the commit, a log for each node.  No torch here.
 """
 
 import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from diffmoe.code_version import commit
 from diffmoe.errors import UserError
@@ -30,9 +30,8 @@ _STEP_FOLDER = re.compile(r"step_(\d{8})")
 _STATE = "starts.json"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What becomes of a job whose ranks have ended: the script's exit code, and a line for its log."""
+class Verdict(NamedTuple):
+    """What becomes of a job whose ranks have ended: its exit code, and a line for its log."""
 
     code: int
     text: str
@@ -100,17 +99,12 @@ def after_training(folder: Path, status: int) -> Verdict:
 
     last = yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"]
     step = newest_step(folder.parent.parent)
-    return _verdict(
-        folder,
-        status,
-        step,
-        finished=status == 0 and step >= last,
-        where=f"step {max(step, 0)} of {last}",
-    )
+    where = f"step {max(step, 0)} of {last}"
+    return _verdict(folder, status, step, status == 0 and step >= last, where)
 
 
 def after_writing(folder: Path, status: int, out: Path) -> Verdict:
-    """The verdict on a job that fills a folder (scores, shards) and goes on from what lies there."""
+    """The verdict on a job that fills a folder (scores, shards) and resumes from what is there."""
     files = sum(path.is_file() for path in out.rglob("*"))
     return _verdict(folder, status, files, finished=status == 0, where=f"{files} files in {out}")
 
@@ -150,13 +144,11 @@ def main(arguments: list[str]) -> int:
     """``job prepare`` prints the job's folder; ``job after`` prints the verdict and returns its
     code.
     """
-    if arguments[:1] == ["after"]:
-        return _main_after(arguments[1:])
-    if arguments[:1] == ["prepare"]:
-        return _main_prepare(arguments[1:])
-    print(
-        f"usage: python -m launcher job prepare|after ...\n\n{__doc__}\nexample:\n  python -m launcher job after runs/mine/jobs/7 143"
-    )
+    subcommands = {"prepare": _main_prepare, "after": _main_after}
+    if arguments[:1] and arguments[0] in subcommands:
+        return subcommands[arguments[0]](arguments[1:])
+    print(f"usage: python -m launcher job prepare|after ...\n\n{__doc__}")
+    print("example:\n  python -m launcher job after runs/mine/jobs/7 143")
     return 0 if arguments[:1] in (["-h"], ["--help"]) else BAD_INPUT
 
 
@@ -164,53 +156,45 @@ def _main_prepare(arguments: list[str]) -> int:
     parser = Parser(
         "job prepare",
         "Makes the folder that a training job runs from, and prints it.",
-        "SLURM_JOB_ID=7 python -m launcher job prepare --config configs/demo.yaml --ranks 2 train.steps=10",
+        "SLURM_JOB_ID=7 python -m launcher job prepare --config configs/demo.yaml --ranks 2",
     )
-    parser.add_argument("--config", required=True, help="YAML file, see configs/")
-    parser.add_argument(
-        "--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)"
-    )
-    parser.add_argument("--ranks", type=int, required=True, help="ranks that the job will have")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    add = parser.add_argument
+    add("--config", required=True, help="YAML file, see configs/")
+    add("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
+    add("--ranks", type=int, required=True, help="ranks that the job will have")
+    add("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
     if options.ranks < 1:
         raise UserError(f"--ranks ({options.ranks}) must be at least 1")
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         raise UserError("SLURM_JOB_ID is unset: job prepare is for a job's script")
-    print(
-        prepare(
-            options.config,
-            options.deepspeed_config,
-            options.ranks,
-            options.overrides,
-            job,
-            Path.cwd(),
-        )
-    )
+    configs = (options.config, options.deepspeed_config)
+    print(prepare(*configs, options.ranks, options.overrides, job, Path.cwd()))
     return 0
 
 
 def _main_after(arguments: list[str]) -> int:
     parser = Parser(
         "job after",
-        f"Says what becomes of a job whose ranks have ended; exit code {START_AGAIN}: start it again.",
+        f"What becomes of a job whose ranks have ended; exit code {START_AGAIN}: start it again.",
         "python -m launcher job after runs/mine/jobs/7 143",
     )
     parser.add_argument("folder", type=Path, help="the job's folder")
     parser.add_argument("status", type=int, help="srun's exit code")
     parser.add_argument("--out", type=Path, help="not a training job: the folder that it fills")
     options = parser.parse_args(arguments)
-    if not options.folder.is_dir():
-        raise UserError(f"folder ({options.folder}) does not exist")
-    if options.out is None and not (options.folder / "config.yaml").is_file():
+    folder, out = options.folder, options.out
+    if not folder.is_dir():
+        raise UserError(f"folder ({folder}) does not exist")
+    if out is None and not (folder / "config.yaml").is_file():
         raise UserError(
-            f"folder ({options.folder}) has no config.yaml: it is no training job's (of another: --out OUT)"
+            f"folder ({folder}) has no config.yaml: it is not a training job's (of another: "
+            "--out OUT)"
         )
-    verdict = (
-        after_training(options.folder, options.status)
-        if options.out is None
-        else after_writing(options.folder, options.status, options.out)
-    )
+    if out is None:
+        verdict = after_training(folder, options.status)
+    else:
+        verdict = after_writing(folder, options.status, out)
     print(verdict.text)
     return verdict.code

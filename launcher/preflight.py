@@ -1,4 +1,4 @@
-"""The verb ``preflight``: are these nodes fit for this run?  Under srun, torchrun, deepspeed or
+"""``launcher preflight``: are these nodes fit for this run?  Under srun, torchrun, deepspeed or
 alone; seconds, not minutes.
 
 Every rank measures (``launcher/probe.py``), rank 0 judges and prints, and all return the same exit
@@ -28,7 +28,7 @@ from diffmoe.environment import (
 )
 from diffmoe.errors import UserError
 from diffmoe.placement import place
-from launcher.command_line import Parser
+from launcher.command_line import Parser, check_above_0
 from launcher.probe import OVER_HOSTS, Absent, Exchange, Links, Report
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ CLOCK_TOLERANCE = 1.0  # seconds
 SLOW = {"told": 0.5, "cuda": 0.4, "cpu": 0.1}
 SLOW_GPU = 0.8
 _ENOUGH = 3  # links or GPUs that it takes to compare them with each other
-# fp32 weights, EMA and both Adam moments of a parameter, in bytes.
-_CHECKPOINT_BYTES = 16
+# fp32 weights, EMA and both Adam moments of a parameter, in bytes, and a tenth.
+_CHECKPOINT_BYTES = 1.1 * 16
 
 
 @dataclass(frozen=True)
@@ -66,42 +66,29 @@ class Expected:
 
 
 def judge(reports: list[Report], links: Links, expected: Expected, kind: str) -> list[Problem]:
-    """What is wrong with these nodes, worst first named by host.  ``kind``: cuda or cpu, how even
-    links are.
-    """
+    """What is wrong with these nodes.  ``kind``: cuda or cpu, by which links are compared."""
     hosts = [report.host for report in reports]
-    problems = _judge_own(reports)
-    problems += (
-        _judge_versions(reports)
-        + _judge_sharing(reports)
-        + _judge_clocks(reports)
-        + _judge_speeds(reports)
-    )
-    problems += _judge_links(
-        links.between_nodes,
-        expected.between_nodes,
-        kind,
-        "node {} - node {}".format,
-        lambda host: host,
-    )
-    problems += _judge_links(
-        links.within_nodes,
-        expected.within_nodes,
-        kind,
-        lambda a, b: f"{hosts[a]}: rank {a} - rank {b}",
-        lambda rank: hosts[rank],
-    )
-    nodes = len(set(hosts))
-    limit = expected.between_nodes if nodes > 1 else expected.within_nodes
+
+    def name(a: int, b: int) -> str:
+        return f"{hosts[a]}: rank {a} - rank {b}"
+
+    between, within = expected.between_nodes, expected.within_nodes
+    problems = [
+        *_judge_own(reports),
+        *_judge_versions(reports),
+        *_judge_sharing(reports),
+        *_judge_clocks(reports),
+        *_judge_speeds(reports),
+        *_judge_links(links.between_nodes, between, kind, "node {} - node {}".format, str),
+        *_judge_links(links.within_nodes, within, kind, name, hosts.__getitem__),
+    ]
+    limit = between if len(set(hosts)) > 1 else within
     shared = {f"{name} of all ranks": speed for name, speed in links.whole.items()}
-    shared |= {
-        "all-to-all of EP groups": speed
-        for name, speed in links.experts.items()
-        if name == OVER_HOSTS
-    }
-    for name, speed in shared.items():
+    if OVER_HOSTS in links.experts:
+        shared["all-to-all of EP groups"] = links.experts[OVER_HOSTS]
+    for title, speed in shared.items():
         if limit is not None and speed < SLOW["told"] * limit:
-            problems.append(Problem((), f"{name}: {speed:.3g} GB/s a rank, {limit:.3g} expected"))
+            problems.append(Problem((), f"{title}: {speed:.3g} GB/s a rank, {limit:.3g} expected"))
     return list(dict.fromkeys(problems))
 
 
@@ -109,17 +96,16 @@ def _judge_own(reports: list[Report]) -> list[Problem]:
     """What nodes say of themselves.  What all of several say is no fault of a node: a data folder
     that is nowhere, say.
     """
-    said: dict[str, list[str]] = {}
+    said: dict[str, dict[str, None]] = {}
     for report in reports:
         for text in report.problems:
-            said.setdefault(text, []).append(report.host)
-    nodes = {report.host for report in reports}
-    problems = []
+            said.setdefault(text, {})[report.host] = None
+    nodes, problems = {report.host for report in reports}, []
     for text, hosts in said.items():
         if len(nodes) > 1 and set(hosts) == nodes:
             problems.append(Problem((), f"all nodes: {text}"))
         else:
-            problems += [Problem((host,), f"{host}: {text}") for host in dict.fromkeys(hosts)]
+            problems += [Problem((host,), f"{host}: {text}") for host in hosts]
     return problems
 
 
@@ -127,13 +113,12 @@ def _judge_versions(reports: list[Report]) -> list[Problem]:
     """The commonest version is right; where two are as common, that of the lower rank."""
     problems = []
     for name in dict.fromkeys(name for report in reports for name in report.versions):
-        said = [report.versions.get(name, "none") for report in reports]
-        common = Counter(said).most_common(1)[0][0]
-        problems += [
-            Problem((report.host,), f"{report.host}: {name} is {version}, elsewhere {common}")
-            for report, version in zip(reports, said)
-            if version != common
-        ]
+        found = [report.versions.get(name, "none") for report in reports]
+        common = Counter(found).most_common(1)[0][0]
+        for report, version in zip(reports, found):
+            if version != common:
+                text = f"{report.host}: {name} is {version}, elsewhere {common}"
+                problems.append(Problem((report.host,), text))
     return problems
 
 
@@ -141,23 +126,16 @@ def _judge_sharing(reports: list[Report]) -> list[Problem]:
     """Rank 0's node is the odd one when most others do not see its file; of two nodes nobody knows
     which.
     """
-    nodes = dict.fromkeys(report.host for report in reports)
-    blind = dict.fromkeys(report.host for report in reports if not report.shares)
+    nodes, first = {report.host for report in reports}, reports[0].host
+    blind = tuple(dict.fromkeys(report.host for report in reports if not report.shares))
     if not blind:
         return []
-    odd = (
-        tuple(blind)
-        if 2 * len(blind) < len(nodes)
-        else ()
-        if len(nodes) == 2
-        else (reports[0].host,)
-    )
-    return [
-        Problem(
-            odd,
-            f"the run folder is not shared: {', '.join(blind)} see{'s' * (len(blind) == 1)} no file that {reports[0].host} writes there",
-        )
-    ]
+    odd = blind
+    if 2 * len(blind) >= len(nodes):
+        odd = () if len(nodes) == 2 else (first,)
+    who = f"{', '.join(blind)} see{'s' * (len(blind) == 1)}"
+    text = f"the run folder is not shared: {who} no file that {first} writes there"
+    return [Problem(odd, text)]
 
 
 def _judge_clocks(reports: list[Report]) -> list[Problem]:
@@ -170,19 +148,16 @@ def _judge_clocks(reports: list[Report]) -> list[Problem]:
 
 
 def _judge_speeds(reports: list[Report]) -> list[Problem]:
-    speeds = [report.speed for report in reports if report.speed > 0]
-    if len(speeds) < _ENOUGH:
+    on_gpus = [report for report in reports if report.speed > 0]
+    if len(on_gpus) < _ENOUGH:
         return []
-    middle = statistics.median(speeds)
-    return [
-        Problem(
-            (report.host,),
-            f"{report.host}: the GPU of rank {report.rank} computes {report.speed / 1e12:.0f} TFLOP/s, "
-            f"others {middle / 1e12:.0f}",
-        )
-        for report in reports
-        if 0 < report.speed < SLOW_GPU * middle
-    ]
+    middle, problems = statistics.median(report.speed for report in on_gpus), []
+    for report in on_gpus:
+        if report.speed < SLOW_GPU * middle:
+            speeds = f"{report.speed / 1e12:.0f} TFLOP/s, others {middle / 1e12:.0f}"
+            text = f"{report.host}: the GPU of rank {report.rank} computes {speeds}"
+            problems.append(Problem((report.host,), text))
+    return problems
 
 
 def _judge_links(
@@ -198,14 +173,12 @@ def _judge_links(
     better_quarter = sorted(speeds.values())[math.ceil(0.75 * (len(speeds) - 1))]
     goal, share = (better_quarter, SLOW[kind]) if expected is None else (expected, SLOW["told"])
     slow = {pair: speed for pair, speed in speeds.items() if speed < share * goal}
-    guilty = blame(list(slow))
-    return [
-        Problem(
-            tuple(dict.fromkeys(host_of(end) for end in pair if end in guilty)),
-            f"{name_of(*pair)}: {speed:.3g} GB/s, {goal:.3g} expected",
-        )
-        for pair, speed in slow.items()
-    ]
+    guilty, problems = blame(list(slow)), []
+    for pair, speed in slow.items():
+        hosts = tuple(dict.fromkeys(host_of(end) for end in pair if end in guilty))
+        text = f"{name_of(*pair)}: {speed:.3g} GB/s, {goal:.3g} expected"
+        problems.append(Problem(hosts, text))
+    return problems
 
 
 def blame(slow: list[tuple[Any, Any]]) -> set[Any]:
@@ -215,8 +188,7 @@ def blame(slow: list[tuple[Any, Any]]) -> set[Any]:
     guilty: set[Any] = set()
     left = list(slow)
     while left:
-        counts = Counter(end for pair in left for end in pair)
-        worst, count = counts.most_common(1)[0]
+        worst, count = Counter(end for pair in left for end in pair).most_common(1)[0]
         found = {worst} if count > 1 else set(left[0])
         guilty |= found
         left = [pair for pair in left if not found & set(pair)]
@@ -244,16 +216,15 @@ def preflight(
     exchange_with: Callable[..., Any] = Exchange,
 ) -> int:
     """Measures, judges, prints; returns 0 or 1 on every rank.  Relative paths of the configuration
-    start from ``base``. ``deepspeed_tree``: the run's, for the price of EP groups that span nodes.
+    start from ``base``.  ``deepspeed_tree``: the run's, for the price of EP groups that span nodes.
 
     ``host``, ``clock`` and ``exchange_with`` stand in for this machine's own: one machine can then
     play several, some of them ill.
     """
     from launcher import probe
 
-    started = time.monotonic()
-    host = host or host_name()
-    config, run, needed, problem = None, base, 0, None
+    started, host = time.monotonic(), host or host_name()
+    config, run, needed, problems = None, base, 0, []
     try:
         if config_path is not None:
             config, run, needed = _demands(config_path, overrides, base)
@@ -262,7 +233,7 @@ def preflight(
         device = local_device(
             environment.local_rank,
             environment.local_world,
-            "auto" if config is None else config.run.device,
+            config.run.device if config else "auto",
         )
         if device.type == "cuda":
             check_free(device)
@@ -272,28 +243,22 @@ def preflight(
             raise
         import torch
 
-        problem, device = str(error), torch.device("cpu")
+        problems, device = [str(error)], torch.device("cpu")
     try:
         probe.meet(environment, device, timeout, host)
     except Absent as absent:
         return _absent(absent, environment)
     import torch.distributed as dist
 
-    first = environment.local_rank == 0
-    problems = [problem] if problem else []
-    if first:
+    if environment.local_rank == 0:
         problems += probe.gpu_problems(device) + probe.disk_problems(run, needed)
-        problems += (
-            probe.shard_problems(config.data, base)
-            if config is not None and config.data.shards
-            else []
-        )
+        if config and config.data.shards:
+            problems += probe.shard_problems(config.data, base)
     shares = probe.sees_rank_0(run, environment)
-    versions = probe.versions(Path(__file__).resolve().parent.parent, device)
     report = Report(
         environment.rank,
         host,
-        versions,
+        probe.versions(Path(__file__).resolve().parent.parent, device),
         tuple(problems),
         shares,
         probe.clock_offset(clock),
@@ -304,19 +269,13 @@ def preflight(
     # A rank without its GPU would wait for NCCL's others for ever: the links are then left alone.
     links, hosts = Links(), [report.host for report in reports]
     if len({report.versions["device"] == "cpu" for report in reports}) == 1:
-        size = megabytes * 2**20
-        links = probe.measure_links(
-            environment,
-            hosts,
-            exchange_with(environment, device, size),
-            size,
-            device,
-            config.parallel.ep if config is not None else 1,
-        )
+        exchange = exchange_with(environment, device, megabytes * 2**20)
+        ep = config.parallel.ep if config else 1
+        links = probe.measure_links(environment, hosts, exchange, ep)
     found = judge(reports, links, expected, device.type)
     if environment.rank == 0:
         note = None
-        if links.experts and config is not None:
+        if links.experts and config:
             note = _spanning(config, deepspeed_tree or read_deepspeed(None), device, hosts)
         _print(reports, links, note, found, time.monotonic() - started)
     dist.barrier()
@@ -324,17 +283,13 @@ def preflight(
     return 1 if found else 0
 
 
-def _spanning(
-    config: Config, deepspeed_tree: dict, device: torch.device, hosts: list[str]
-) -> str | None:
-    from diffmoe.cost.hosts import spanning
+def _spanning(config: Config, tree: dict, device: torch.device, hosts: list[str]) -> str | None:
+    from diffmoe.cost.extrapolation import spanning
     from diffmoe.layout import resolve_layout
     from diffmoe.training.plan_check import machine_of
 
     try:
-        return spanning(
-            config, resolve_layout(config, len(hosts)), deepspeed_tree, machine_of(device), hosts
-        )
+        return spanning(config, resolve_layout(config, len(hosts)), tree, machine_of(device), hosts)
     except UserError:  # a batch that does not divide by these ranks: they are not the run's
         return None
 
@@ -345,17 +300,15 @@ def _demands(config_path: str, overrides: list[str], base: Path) -> tuple[Config
     from diffmoe.models.count import count
 
     config = load_config(config_path, overrides)
-    needed = int(
-        1.1 * _CHECKPOINT_BYTES * count(config.model, config.moe).total * (config.train.keep + 1)
-    )
-    return config, base / config.run.folder, needed
+    each = _CHECKPOINT_BYTES * count(config.model, config.moe).total
+    return config, base / config.run.folder, int(each * (config.train.keep + 1))
 
 
 def _absent(absent: Absent, environment: RankEnvironment) -> int:
-    """Not everybody came: one line from each node that did, the exclusion from rank 0."""
+    """One line from each node that did come, the exclusion from rank 0."""
     if environment.local_rank == 0:
         print(f"preflight: {absent}", file=sys.stderr, flush=True)
-    line = exclude_line([Problem(absent.hosts, str(absent))])
+    line = exclude_line([Problem(absent.hosts, "")])
     if environment.rank == 0 and line:
         print(line, flush=True)
     return 1
@@ -365,28 +318,26 @@ def _print(
     reports: list[Report], links: Links, note: str | None, problems: list[Problem], seconds: float
 ) -> None:
     nodes = len({report.host for report in reports})
-    versions = reports[0].versions
+    versions = ", ".join(f"{name} {version}" for name, version in reports[0].versions.items())
     clocks = [report.clock for report in reports]
     lines = [
         f"preflight: {nodes} nodes, {len(reports)} ranks, {seconds:.1f} s",
-        "  versions  " + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        f"  versions  {versions}",
         f"  clocks    within {max(clocks) - min(clocks):.3f} s",
     ]
     for title, speeds in (("nodes", links.between_nodes), ("ranks", links.within_nodes)):
         if speeds:
             (a, b), least = min(speeds.items(), key=lambda item: item[1])
             lines.append(
-                f"  {title:8}  {len(speeds)} pairs swap at {statistics.median(speeds.values()):.3g} GB/s each way, least "
-                f"{least:.3g} ({a} - {b})"
+                f"  {title:8}  {len(speeds)} pairs swap at {statistics.median(speeds.values()):.3g}"
+                f" GB/s each way, least {least:.3g} ({a} - {b})"
             )
     if links.whole:
-        lines.append(
-            "  together  "
-            + ", ".join(f"{name} {speed:.3g} GB/s a rank" for name, speed in links.whole.items())
-        )
+        parts = (f"{name} {speed:.3g} GB/s a rank" for name, speed in links.whole.items())
+        lines.append("  together  " + ", ".join(parts))
     if links.experts:
-        measured = ", ".join(f"{name} {speed:.3g}" for name, speed in links.experts.items())
-        lines.append(f"  experts   all-to-all of EP groups, GB/s a rank: {measured}")
+        parts = (f"{name} {speed:.3g}" for name, speed in links.experts.items())
+        lines.append("  experts   all-to-all of EP groups, GB/s a rank: " + ", ".join(parts))
     if note:
         lines.append(f"  experts   {note}")
     lines += [f"  wrong     {problem.text}" for problem in problems] or ["  nothing wrong"]
@@ -395,57 +346,37 @@ def _print(
 
 
 def main(arguments: list[str]) -> int:
-    """The verb ``preflight``; returns 0, or 1 when something is wrong.  UserError for bad input."""
+    """Returns 0, or 1 when something is wrong.  UserError for bad input."""
     parser = Parser(
         "preflight",
-        "Checks the nodes of a job: versions and code, GPUs, links, shards, disks, clocks.  Exit code 1 and "
-        "Slurm's --exclude=... when something is wrong.",
-        "srun --ntasks-per-node=8 python -m launcher preflight --config configs/diffmoe_l_e16_flow.yaml\n"
-        "torchrun --standalone --nproc-per-node 2 -m launcher preflight --config configs/demo.yaml",
+        "Checks the nodes of a job: versions and code, GPUs, links, shards, disks, clocks.  Exit "
+        "code 1 and Slurm's --exclude=... when something is wrong.",
+        """
+        srun --ntasks-per-node=8 python -m launcher preflight --config configs/demo.yaml
+        torchrun --standalone --nproc-per-node 2 -m launcher preflight --config configs/demo.yaml
+        """,
     )
-    parser.add_argument(
-        "--config", help="YAML file: its shards, its run folder, room for its checkpoints"
-    )
-    parser.add_argument(
-        "--deepspeed_config", help="DeepSpeed JSON, for the price of EP groups that span nodes"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", help="YAML file: its shards, its run folder, room for its checkpoints")
+    add("--deepspeed_config", help="DeepSpeed JSON, for the price of EP groups that span nodes")
+    add(
         "--from",
         dest="base",
         type=Path,
         default=Path.cwd(),
         help="where its relative paths start (default: here)",
     )
-    parser.add_argument(
-        "--between-nodes",
-        type=float,
-        metavar="GB/s",
-        help="what a rank should reach to another node (default: pairs "
-        "are compared with each other)",
-    )
-    parser.add_argument(
-        "--within-nodes",
-        type=float,
-        metavar="GB/s",
-        help="what a rank should reach to another of its node",
-    )
-    parser.add_argument(
-        "--megabytes",
-        type=int,
-        help="size of the buffers that are swapped (default: 64 on GPUs, 2 on CPUs)",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=60.0,
-        help="seconds to wait for a rank (default: %(default)s)",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    rate = "GB/s that a rank should reach to another "
+    compared = "node (default: pairs are compared with each other)"
+    add("--between-nodes", type=float, metavar="GB/s", help=rate + compared)
+    add("--within-nodes", type=float, metavar="GB/s", help=rate + "of its node")
+    size = "size of the buffers that are swapped (default: 64 on GPUs, 2 on CPUs)"
+    add("--megabytes", type=int, help=size)
+    wait = "seconds to wait for a rank (default: %(default)s)"
+    add("--timeout", type=float, default=60.0, help=wait)
+    add("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
-    for name in ("between_nodes", "within_nodes", "megabytes", "timeout"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} ({value}) must be above 0")
+    check_above_0(options, "between_nodes", "within_nodes", "megabytes", "timeout")
     if options.overrides and options.config is None:
         raise UserError(f"override {options.overrides[0]!r} needs --config")
     if not options.base.is_dir():
@@ -453,12 +384,9 @@ def main(arguments: list[str]) -> int:
     deepspeed_tree, asked = read_deepspeed(options.deepspeed_config), "auto"
     if options.config is not None:
         options.config = str(Path(options.config).absolute())
-        asked = _demands(options.config, options.overrides, options.base)[
-            0
-        ].run.device  # bad input is known before anybody waits
-    os.chdir(
-        options.base
-    )  # where the run will be when it opens its shards (pipe: may name relative paths)
+        # Bad input is found before any rank waits.
+        asked = _demands(options.config, options.overrides, options.base)[0].run.device
+    os.chdir(options.base)  # as the run will: pipe: may name relative paths
     environment = detect()
     check_started(environment, typed_at_a_terminal())
     import torch

@@ -1,19 +1,17 @@
 """What preflight measures, on every rank: who is there, versions, GPU, shards, disk, clock, links.
-torch is imported inside.
 
-Every rank takes every collective.  Ranks of one node share a host name; nodes are numbered by the
-order of their first rank.
+Every rank takes part in every collective.  Ranks of one node share a host name.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffmoe import gpus
 from diffmoe.code_version import commit, digest
-from diffmoe.cost.hosts import spanned
+from diffmoe.cost.extrapolation import spanned
 from diffmoe.environment import RankEnvironment, expand_nodelist
 from diffmoe.errors import UserError
 
@@ -35,7 +33,7 @@ GIB = 2**30
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "webdataset")
 _REPEATS = 5
 OVER_HOSTS = "over hosts"
-# More rounds than these add time and no knowledge: every node has met so many others.
+# More add time and no knowledge: every node has met so many others.
 _MOST_ROUNDS = 15
 
 
@@ -76,37 +74,31 @@ class Absent(Exception):
 
 
 def meet(environment: RankEnvironment, device: torch.device, timeout: float, host: str) -> None:
-    """Joins the ranks, NCCL on GPUs with gloo beside it.  Raises Absent on those who came when
-    somebody did not.
+    """Joins the ranks, NCCL on GPUs with gloo beside it.  Raises Absent on all that came where
+    others did not.
     """
     import torch.distributed as dist
 
     from diffmoe.device import bound, share
 
+    rank, world = environment.rank, environment.world
     try:
         store = dist.PrefixStore("preflight", _store(environment, timeout))
-        store.set(f"here/{environment.rank}", host)
+        store.set(f"here/{rank}", host)
         _roll_call(store, environment, timeout)
     except (RuntimeError, ConnectionError) as error:
+        where = environment.init_method or environment.master_addr
         reason = str(error).splitlines()[0]
-        raise Absent(
-            (),
-            f"rank {environment.rank} cannot meet the others at {environment.init_method or environment.master_addr}: "
-            f"{reason}",
-        ) from error
-    on_gpus = set(share(device.type, "device", store, environment.rank, environment.world)) == {
-        "cuda"
-    }
-    backend = (
-        "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-    )  # a rank without its GPU would be waited for
+        raise Absent((), f"rank {rank} cannot meet the others at {where}: {reason}") from error
+    # NCCL would wait for a rank without its GPU.
+    on_gpus = set(share(device.type, "device", store, rank, world)) == {"cuda"}
     dist.init_process_group(
-        backend,
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
         store=store,
-        rank=environment.rank,
-        world_size=environment.world,
+        rank=rank,
+        world_size=world,
         timeout=timedelta(seconds=timeout),
-        device_id=bound(device, environment.world) if on_gpus else None,
+        device_id=bound(device, world) if on_gpus else None,
     )
 
 
@@ -120,39 +112,34 @@ def _store(environment: RankEnvironment, timeout: float) -> Store:
         store = dist.FileStore(environment.init_method.removeprefix("file://"), environment.world)
         store.set_timeout(limit)
         return store
-    agents = (
-        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    )  # torchrun's agent serves already
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
     return dist.TCPStore(
         environment.master_addr,
         environment.master_port,
         environment.world,
-        is_master=environment.rank == 0 and not agents,
+        is_master=environment.rank == 0 and not served,
         timeout=limit,
         wait_for_workers=False,
     )
 
 
 def _roll_call(store: Store, environment: RankEnvironment, timeout: float) -> None:
-    """Rank 0 waits for everybody, and tells everybody what came of it."""
+    """Rank 0 waits for all ranks, and tells them who is missing."""
+    world = environment.world
     if environment.rank == 0:
         deadline = time.monotonic() + timeout
-        missing = list(range(environment.world))
+        missing = list(range(world))
         while missing and time.monotonic() < deadline:
             missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
             time.sleep(0.05 if missing else 0)
         store.set("missing", ",".join(map(str, missing)))
     store.wait(["missing"], timedelta(seconds=timeout + 15))
-    missing = [int(rank) for rank in store.get("missing").decode().split(",") if rank]
-    if missing:
-        hosts = tuple(
-            dict.fromkeys(host for rank in missing if (host := _host_of(rank, environment)))
-        )
-        raise Absent(
-            hosts,
-            f"ranks {', '.join(map(str, missing))} of {environment.world} did not come within {timeout:g} s"
-            + (f": {', '.join(hosts)}" if hosts else ""),
-        )
+    text = store.get("missing").decode()
+    if text:
+        names = [_host_of(int(rank), environment) for rank in text.split(",")]
+        hosts = tuple(dict.fromkeys(filter(None, names)))
+        line = f"ranks {text.replace(',', ', ')} of {world} did not come within {timeout:g} s"
+        raise Absent(hosts, f"{line}: {', '.join(hosts)}" if hosts else line)
 
 
 def _host_of(rank: int, environment: RankEnvironment) -> str | None:
@@ -164,7 +151,7 @@ def _host_of(rank: int, environment: RankEnvironment) -> str | None:
 
 
 def versions(root: Path, device: torch.device) -> dict[str, str]:
-    """What must be the same everywhere: interpreter, packages, device, driver, the code itself (a
+    """What must be the same everywhere: interpreter, packages, device, driver, and the code (a
     digest of its files).
     """
     import torch
@@ -188,20 +175,20 @@ def versions(root: Path, device: torch.device) -> dict[str, str]:
 
 
 def gpu_problems(device: torch.device) -> list[str]:
-    """What is wrong with this node's GPUs, asked once a node."""
-    wrong: list[str] = []
+    """What is wrong with this node's GPUs."""
+    if device.type != "cuda":
+        return []
     try:
-        for gpu in (gpus.query() or []) if device.type == "cuda" else []:
-            wrong += [f"GPU {gpu.index} ({gpu.name}): {text}" for text in gpu.trouble]
+        return [
+            f"GPU {g.index} ({g.name}): {text}" for g in gpus.query() or [] for text in g.trouble
+        ]
     except UserError as error:
-        wrong.append(str(error))
-    return wrong
+        return [str(error)]
 
 
 def shard_problems(data: DataConfig, base: Path) -> list[str]:
-    """Whether every shard of the index is there in its size (of remote ones nobody says), and one
-    can be read; asked once a node. A run that goes on without bad shards (``on_bad_shard: skip``)
-    needs no more than the index.
+    """Whether every shard of the index is there in its size (remote ones are not asked), and one
+    can be read.  With ``on_bad_shard: skip`` a run needs no more than the index.
     """
     from diffmoe.data.shards import load_index
     from diffmoe.data.sources import again, chunks, is_remote
@@ -210,40 +197,34 @@ def shard_problems(data: DataConfig, base: Path) -> list[str]:
         return address if not address or is_remote(address) else str(base / address)
 
     def first_bytes() -> None:
-        address = index.address(index.shards[-1])
-        if is_remote(address):
-            with contextlib.closing(chunks(address)) as stream:
-                next(stream, b"")
+        if is_remote(last):
+            next(chunks(last), b"")
         else:
-            with open(address, "rb") as file:
+            with open(last, "rb") as file:
                 file.read(2**16)
 
+    stops = data.on_bad_shard == "stop"
     try:
-        index = load_index(at(data.shards), at(data.index), check_files=data.on_bad_shard == "stop")
-        if data.on_bad_shard == "stop":
-            again(first_bytes, index.address(index.shards[-1]))
+        index = load_index(at(data.shards), at(data.index), check_files=stops)
+        last = index.address(index.shards[-1])
+        if stops:
+            again(first_bytes, last)
     except (UserError, OSError) as error:
         return [f"shards: {error}"]
     return []
 
 
 def disk_problems(run: Path, needed: int) -> list[str]:
-    """Too little room where checkpoints go (``needed`` bytes), for temporary files, in shared
-    memory; asked once a node.
+    """Too little room where checkpoints go (``needed`` bytes), for temporary files, or in shared
+    memory.
     """
-    wrong = []
-    for folder, least in (
-        (_existing(run), needed),
-        (Path("/tmp"), GIB),
-        (Path("/dev/shm"), GIB // 16),
-    ):
-        if not folder.is_dir():
-            continue
-        free = shutil.disk_usage(folder).free
+    wrong, run = [], _existing(run)
+    for folder, least in ((run, needed), (Path("/tmp"), GIB), (Path("/dev/shm"), GIB // 16)):
+        free = shutil.disk_usage(folder).free if folder.is_dir() else least
         if free < least:
             wrong.append(f"{folder} has {free / GIB:.1f} GiB free, {least / GIB:.1f} are needed")
-    if not os.access(_existing(run), os.W_OK):
-        wrong.append(f"{_existing(run)} cannot be written")
+    if not os.access(run, os.W_OK):
+        wrong.append(f"{run} cannot be written")
     return wrong
 
 
@@ -269,6 +250,12 @@ def sees_rank_0(run: Path, environment: RankEnvironment, patience: float = 3.0) 
     return seen
 
 
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def clock_offset(clock: Callable[[], float]) -> float:
     """Seconds that this rank's clock is ahead of rank 0's, within milliseconds.  Collective."""
     import torch
@@ -285,23 +272,12 @@ def clock_offset(clock: Callable[[], float]) -> float:
 
 
 def matmul_speed(device: torch.device) -> float:
-    """FLOP/s of a bf16 matmul on this rank's GPU, the best of several tenths of a second; 0 on a
-    CPU.
-    """
+    """FLOP/s of bf16 matmuls on this rank's GPU; 0 on a CPU."""
     import torch
 
-    if device.type != "cuda":
-        return 0.0
-    size, calls, best = 4096, 20, float("inf")
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    for _ in range(_REPEATS + 1):  # the first warms up
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            a @ a
-        torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 * calls / best
+    from diffmoe.device import measured_flops
+
+    return 0.0 if device.type == "cpu" else measured_flops(device, torch.bfloat16, 8192, 20)
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
@@ -337,142 +313,107 @@ class Exchange:
 
     def all_to_all(self, counts: list[int]) -> None:
         """Sends so many bytes to each rank, and receives as many."""
-        import torch
         import torch.distributed as dist
+
+        from diffmoe.device import synchronize
 
         total = sum(counts)
         dist.all_to_all_single(self.received[:total], self.send[:total], counts, counts)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
+
+    def all_reduce(self) -> None:
+        """Adds up all ranks' buffers."""
+        import torch
+        import torch.distributed as dist
+
+        from diffmoe.device import synchronize
+
+        dist.all_reduce(self.received.view(torch.float32))
+        synchronize(self.device)
 
 
 def measure_links(
-    environment: RankEnvironment,
-    hosts: list[str],
-    exchange: Any,
-    size: int,
-    device: torch.device,
-    ep: int = 1,
+    environment: RankEnvironment, hosts: list[str], exchange: Exchange, ep: int = 1
 ) -> Links:
-    """Pairs of nodes (rank i of one with rank i of the other, all at once), pairs within nodes, the
-    whole, and EP groups of ``ep`` ranks where they span nodes.  Collective.
+    """Pairs of nodes (rank i of one with rank i of the other, all at once), pairs within nodes, all
+    ranks together, and EP groups of ``ep`` ranks where they span nodes.  Collective.
 
-    ``hosts``: every rank's; ``exchange``: called with this rank's partner of a round, or None."""
-    nodes = {
-        host: [rank for rank, name in enumerate(hosts) if name == host]
-        for host in dict.fromkeys(hosts)
-    }
-    names = list(nodes)
-    mine: dict[tuple[str, Any, Any], float] = {}
-    for playing in rounds(len(names)) if len(names) > 1 else []:
-        partner, key = None, None
-        for a, b in playing:
-            for here, there in zip(nodes[names[a]], nodes[names[b]]):
-                if environment.rank in (here, there):
-                    partner, key = here + there - environment.rank, ("nodes", names[a], names[b])
-        seconds = _best_time(exchange, partner)
-        if key:
-            mine[key] = size / seconds / 1e9
-    for playing in rounds(max(map(len, nodes.values()))):
-        partner, key = None, None
-        own = nodes[hosts[environment.rank]]
-        for a, b in playing:
-            if b < len(own) and environment.rank in (own[a], own[b]):
-                partner, key = own[a] + own[b] - environment.rank, ("ranks", own[a], own[b])
-        seconds = _best_time(exchange, partner)
-        if key:
-            mine[key] = size / seconds / 1e9
-    whole = _whole(environment, size, device)
-    spans = environment.world % ep == 0 and spanned(hosts, ep)[0] > 1
-    experts = _experts(environment.rank, hosts, ep, exchange) if spans else {}
-    return _merge(mine, whole, experts, environment.world)
+    ``hosts``: every rank's.
+    """
+    import torch.distributed as dist
+
+    rank, world, size = environment.rank, environment.world, len(exchange.send)
+    nodes = {host: [r for r in range(world) if hosts[r] == host] for host in dict.fromkeys(hosts)}
+    names, own = list(nodes), nodes[hosts[rank]]
+    between = [
+        [
+            ((names[a], names[b]), *ranks)
+            for a, b in playing
+            for ranks in zip(nodes[names[a]], nodes[names[b]])
+        ]
+        for playing in rounds(len(names))
+    ]
+    within = [
+        [((own[a], own[b]), own[a], own[b]) for a, b in playing if b < len(own)]
+        for playing in rounds(max(map(len, nodes.values())))
+    ]
+    pairs = _pair_speeds(exchange, rank, between), _pair_speeds(exchange, rank, within)
+    together, experts = {}, {}
+    if world > 1:  # bus bandwidth: what each rank moves to others
+        everyone = list(range(world))
+        together = {
+            "all-reduce": 2 * (world - 1) / world * size / _best_time(exchange.all_reduce) / 1e9,
+            "all-to-all": _all_to_all_speed(exchange, rank, everyone),
+        }
+    if world % ep == 0 and spanned(hosts, ep)[0] > 1:
+        # By collectives of all ranks: no group has to be made for it.
+        group = [other for other in range(world) if other // ep == rank // ep]
+        experts[OVER_HOSTS] = _all_to_all_speed(exchange, rank, group)
+        if spanned(hosts, ep)[1] > 1:
+            inside = [other for other in group if hosts[other] == hosts[rank]]
+            experts["inside a host"] = _all_to_all_speed(exchange, rank, inside)
+    everybody: list[Any] = [None] * world
+    dist.all_gather_object(everybody, (*pairs, together, experts))
+    return Links(*map(_least, zip(*everybody)))
 
 
-def _best_time(exchange: Callable[[Any], None], argument: Any) -> float:
+def _pair_speeds(
+    exchange: Exchange, rank: int, played: list[list[tuple[Any, int, int]]]
+) -> dict[Any, float]:
+    """GB/s of this rank's pairs by key; a round's pairs, (key, rank, rank), swap at once."""
+    speeds = {}
+    for pairs in played:
+        mine = next((pair for pair in pairs if rank in pair[1:]), None)
+        partner = mine[1] + mine[2] - rank if mine else None
+        seconds = _best_time(functools.partial(exchange, partner))
+        if mine:
+            speeds[mine[0]] = len(exchange.send) / seconds / 1e9
+    return speeds
+
+
+def _best_time(call: Callable[[], None]) -> float:
     import torch.distributed as dist
 
     best = float("inf")
     for _ in range(_REPEATS):
         dist.barrier()
         start = time.perf_counter()
-        exchange(argument)
+        call()
         best = min(best, time.perf_counter() - start)
     return best
 
 
-def _experts(rank: int, hosts: list[str], ep: int, exchange: Any) -> dict[str, float]:
-    """GB/s that each rank moves in all-to-all in its EP group, and among the group's ranks of one
-    host if these are several everywhere.  By collectives of all ranks: no group has to be made for
-    it.
-    """
-    group = [other for other in range(len(hosts)) if other // ep == rank // ep]
-    exchanges = {OVER_HOSTS: group}
-    if spanned(hosts, ep)[1] > 1:
-        exchanges["inside a host"] = [other for other in group if hosts[other] == hosts[rank]]
-    speeds = {}
-    for name, peers in exchanges.items():
-        counts = [
-            len(exchange.send) // len(peers) if other in peers else 0 for other in range(len(hosts))
-        ]
-        speeds[name] = (sum(counts) - counts[rank]) / _best_time(exchange.all_to_all, counts) / 1e9
-    return speeds
+def _all_to_all_speed(exchange: Exchange, rank: int, peers: list[int]) -> float:
+    """GB/s that this rank moves to its other peers."""
+    share = len(exchange.send) // len(peers)
+    counts = [share if other in peers else 0 for other in range(exchange.world)]
+    seconds = _best_time(lambda: exchange.all_to_all(counts))
+    return (sum(counts) - counts[rank]) / seconds / 1e9
 
 
-def _whole(environment: RankEnvironment, size: int, device: torch.device) -> dict[str, float]:
-    """GB/s that each rank moves to others when all take part: the usual bus bandwidth."""
-    import torch
-    import torch.distributed as dist
-
-    world = environment.world
-    if world == 1:
-        return {}
-    values = torch.ones(size // 4 // world * world, device=device)
-    received = torch.empty_like(values)
-    speeds = {}
-    for name, call, share in (
-        ("all-reduce", lambda: dist.all_reduce(values), 2 * (world - 1) / world),
-        ("all-to-all", lambda: dist.all_to_all_single(received, values), (world - 1) / world),
-    ):
-
-        def timed(_: None, call: Callable[[], object] = call) -> None:
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        speeds[name] = share * values.nbytes / _best_time(timed, None) / 1e9
-    return speeds
-
-
-def _merge(
-    mine: dict[tuple[str, Any, Any], float],
-    whole: dict[str, float],
-    experts: dict[str, float],
-    world: int,
-) -> Links:
-    import torch.distributed as dist
-
-    everybody: list[Any] = [None] * world
-    dist.all_gather_object(everybody, (mine, whole, experts))
-    pairs, together, exchange = (_least(speeds) for speeds in zip(*everybody))
-    return Links(
-        {key[1:]: speed for key, speed in pairs.items() if key[0] == "nodes"},
-        {key[1:]: speed for key, speed in pairs.items() if key[0] == "ranks"},
-        together,
-        exchange,
-    )
-
-
-def _least(speeds: Iterable[dict[Any, float]]) -> dict[Any, float]:
+def _least(speeds: tuple[dict[Any, float], ...]) -> dict[Any, float]:
     """The lowest of all ranks' figures for each name."""
     least: dict[Any, float] = {}
     for mine in speeds:
         least |= {name: min(speed, least.get(name, speed)) for name, speed in mine.items()}
     return least
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder

@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from diffmoe import gpus
 from diffmoe.code_version import commit
 from diffmoe.config import Config, load_config, override
 from diffmoe.deepspeed_json import check_deepspeed, merge_deepspeed, read_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
-from launcher.command_line import Parser
-from launcher.scaling_report import grouped, write_table
+from launcher.command_line import Parser, check_above_0
+from launcher.scaling_report import write_report
 
 _EXAMPLE = """
-python -m launcher scaling --config configs/demo.yaml --ranks 1,2 --ep 1,2 --repeats 2 --synthetic --out runs/scaling
+python -m launcher scaling --config configs/demo.yaml --ranks 1,2 --synthetic --out runs/scaling
 sbatch scripts/slurm/scaling.sh        # the same inside an allocation, by nodes
 """
 _ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +52,10 @@ class Trial:
 
     @property
     def label(self) -> str:
-        return f"{self.mode}, {self.ranks} ranks on {self.nodes} nodes, EP {self.ep}, ZeRO {self.zero}, repeat {self.repeat}"
+        return (
+            f"{self.mode}, {self.ranks} ranks on {self.nodes} nodes, EP {self.ep}, ZeRO "
+            f"{self.zero}, repeat {self.repeat}"
+        )
 
 
 def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
@@ -59,10 +63,8 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
     input.
     """
     options = _parse(arguments)
-    config, tree = (
-        load_config(options.config, options.overrides),
-        read_deepspeed(options.deepspeed_config),
-    )
+    config = load_config(options.config, options.overrides)
+    tree = read_deepspeed(options.deepspeed_config)
     check_deepspeed(tree, config)
     start = _start(options, environ)
     per_node = options.per_node or _ranks_per_node(environ)
@@ -76,21 +78,16 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         lines = (options.out / "runs.jsonl").open("x")
-    except FileExistsError:
-        raise UserError(
-            f"--out ({options.out}) holds the runs.jsonl of another measurement; choose another folder"
-        ) from None
     except OSError as error:
-        raise UserError(f"--out ({options.out}) cannot be written: {error}") from None
+        reason = f"cannot be written: {error}"
+        if (options.out / "runs.jsonl").exists():
+            reason = "holds the runs.jsonl of another measurement; choose another folder"
+        raise UserError(f"--out ({options.out}) {reason}") from None
     records = []
     with lines:
         for number, trial in enumerate(trials, 1):
-            record = {
-                **asdict(trial),
-                "start": start,
-                "commit": commit(_ROOT),
-                **_run(trial, options, start, pool),
-            }
+            origin = {"start": start, "commit": commit(_ROOT)}
+            record = {**asdict(trial), **origin, **_run(trial, options, start, pool)}
             records.append(record)
             lines.write(json.dumps(record) + "\n")
             lines.flush()
@@ -102,69 +99,45 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         "scaling",
-        "Measures a training step on 1 ... N ranks or nodes: runs.jsonl, table.md, efficiency.png, split.png.",
+        "Measures a training step on 1 ... N ranks or nodes: runs.jsonl, table.md, efficiency.png, "
+        "split.png.",
         _EXAMPLE,
     )
-    parser.add_argument("--config", required=True, help="YAML file, see configs/")
-    parser.add_argument(
-        "--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)"
+    add = parser.add_argument
+    add("--config", required=True, help="YAML file, see configs/")
+    add("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
+    add("--out", required=True, type=Path, help="folder for what is written")
+    ranks = "ranks of each run: 1,2,4 (default: 1, 2, 4 ... GPUs or cores)"
+    add("--ranks", type=_numbers, help=ranks)
+    nodes = "instead of --ranks: nodes of each run (default in an allocation: 1, 2, 4 ... all)"
+    add("--nodes", type=_numbers, help=nodes)
+    per_node = "ranks on a node (default: the allocation's GPUs or tasks a node)"
+    add("--per-node", type=int, help=per_node)
+    mode = (
+        "strong: train.batch stays; weak: it is that of the smallest run, and grows with the ranks "
+        "(default: both)"
     )
-    parser.add_argument("--out", required=True, type=Path, help="folder for what is written")
-    parser.add_argument(
-        "--ranks",
-        type=_numbers,
-        help="ranks of each run: 1,2,4 (default: 1, 2, 4 ... GPUs or cores)",
-    )
-    parser.add_argument(
-        "--nodes",
-        type=_numbers,
-        help="instead of --ranks: nodes of each run (default in an allocation: 1, 2, 4 ... all)",
-    )
-    parser.add_argument(
-        "--per-node",
-        type=int,
-        help="ranks on a node (default: the allocation's GPUs or tasks a node)",
-    )
-    parser.add_argument(
-        "--mode",
-        default="strong,weak",
-        help="strong: train.batch stays; weak: it is that of the smallest run, and grows "
-        "with the ranks (default: both)",
-    )
-    parser.add_argument(
-        "--ep", type=_numbers, help="expert-parallel sizes (default: the configuration's)"
-    )
-    parser.add_argument("--zero", type=_numbers, help="ZeRO stages (default: the JSON's)")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of a run (default 10)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="runs of each kind, interleaved (default 3)"
-    )
-    parser.add_argument(
-        "--synthetic", action="store_true", help="made-up samples in place of data.shards"
-    )
-    parser.add_argument(
-        "--start",
-        choices=("auto", *STARTS),
-        default="auto",
-        help="auto: srun in an allocation, else torchrun",
-    )
-    parser.add_argument("--hostfile", type=Path, help="for --start deepspeed over several nodes")
-    parser.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds that one run may take (default 600)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    add("--mode", default="strong,weak", help=mode)
+    add("--ep", type=_numbers, help="expert-parallel sizes (default: the configuration's)")
+    add("--zero", type=_numbers, help="ZeRO stages (default: the JSON's)")
+    add("--steps", type=int, default=10, help="timed steps of a run (default 10)")
+    add("--warmup", type=int, default=3, help="steps before them (default 3)")
+    add("--repeats", type=int, default=3, help="runs of each kind, interleaved (default 3)")
+    add("--synthetic", action="store_true", help="made-up samples in place of data.shards")
+    started = "auto: srun in an allocation, else torchrun"
+    add("--start", choices=("auto", *STARTS), default="auto", help=started)
+    add("--hostfile", type=Path, help="for --start deepspeed over several nodes")
+    limit = "seconds that one run may take (default 600)"
+    add("--timeout", type=float, default=600.0, help=limit)
+    add("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
-    for name in ("per_node", "steps", "repeats", "timeout"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} ({value}) must be above 0")
+    check_above_0(options, "per_node", "steps", "repeats", "timeout")
     if options.warmup < 0:
         raise UserError(f"--warmup ({options.warmup}) must be at least 0")
     if options.hostfile and not options.hostfile.is_file():
         raise UserError(f"--hostfile ({options.hostfile}) does not exist")
     options.mode = options.mode.split(",")
-    if not options.mode or not set(options.mode) <= {"strong", "weak"}:
+    if not set(options.mode) <= {"strong", "weak"}:
         raise UserError(f"--mode ({','.join(options.mode)}) must be strong, weak or strong,weak")
     if options.ranks and options.nodes:
         raise UserError(
@@ -172,8 +145,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         )
     if options.zero and not set(options.zero) <= {0, 1, 2, 3}:
         raise UserError(f"--zero ({options.zero}) must be of 0, 1, 2, 3")
-    if options.out.exists() and not options.out.is_dir():
-        raise UserError(f"--out ({options.out}) must be a folder")
     return options
 
 
@@ -199,20 +170,15 @@ def _start(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
 
 def _ranks_per_node(environ: Mapping[str, str]) -> int:
     if "SLURM_JOB_ID" not in environ:
-        return _gpus() or os.cpu_count() or 1
+        try:
+            return len(gpus.query() or ()) or os.cpu_count() or 1
+        except UserError:  # nvidia-smi without a GPU
+            return os.cpu_count() or 1
     for name in ("SLURM_GPUS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
         number = environ.get(name, "").rpartition(":")[2]  # h200:8
         if number.isdigit() and int(number) > 0:
             return int(number)
     return 1
-
-
-def _gpus() -> int:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return 0
-    listed = subprocess.run([tool, "-L"], capture_output=True, text=True)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 def _sizes(
@@ -221,9 +187,7 @@ def _sizes(
     """(ranks, nodes) of the runs."""
     available = int(environ.get("SLURM_JOB_NUM_NODES", "1")) if start == "srun" else None
     if options.ranks:
-        sizes = [
-            (ranks, -(-ranks // per_node) if start == "srun" else 1) for ranks in options.ranks
-        ]
+        sizes = [(n, -(-n // per_node) if start == "srun" else 1) for n in options.ranks]
     elif options.nodes or start == "srun":
         sizes = [(nodes * per_node, nodes) for nodes in options.nodes or _doubling(available or 1)]
     else:
@@ -235,12 +199,11 @@ def _sizes(
             raise UserError(
                 f"{ranks} ranks need {nodes} nodes of {per_node}; the allocation has {available}"
             )
-        if nodes > 1 and start == "torchrun":
+        if nodes > 1 and available is None and options.hostfile is None:
             raise UserError(
-                f"--nodes ({nodes}) needs srun in an allocation, or --start deepspeed with --hostfile"
+                f"--nodes ({nodes}) needs srun in an allocation, or --start deepspeed with "
+                "--hostfile"
             )
-        if nodes > 1 and start == "deepspeed" and options.hostfile is None:
-            raise UserError(f"--nodes ({nodes}) with --start deepspeed needs --hostfile")
         if ranks % nodes:
             raise UserError(f"--ranks ({ranks}) must divide by the {nodes} nodes they need")
     return sizes
@@ -255,37 +218,26 @@ def plan_trials(
 ) -> tuple[list[Trial], list[str]]:
     """(trials in the order to run them, what does not divide and is left out)."""
     stage = (tree.get("zero_optimization") or {}).get("stage", 0)
+    kinds = itertools.product(
+        options.mode, sizes, options.ep or [config.parallel.ep], options.zero or [stage]
+    )
     trials, left_out = [], []
-    for mode in options.mode:
-        for ranks, nodes in sizes:
-            batch = config.train.batch * (ranks // sizes[0][0] if mode == "weak" else 1)
-            for ep in options.ep or [config.parallel.ep]:
-                for zero in options.zero or [stage]:
-                    trial = Trial(mode, ranks, nodes, ep, zero, batch, 1)
-                    try:
-                        sized = override(
-                            config,
-                            _overrides(
-                                trial,
-                                _pool(
-                                    config, Trial(mode, *sizes[0], 1, zero, config.train.batch, 1)
-                                ),
-                            ),
-                        )
-                        merge_deepspeed(tree, sized, resolve_layout(sized, ranks))
-                        trials.append(trial)
-                    except UserError as error:
-                        left_out.append(f"{trial.label.rpartition(',')[0]}: {error}")
-    repeated = [
-        Trial(**{**asdict(trial), "repeat": repeat})
-        for repeat in range(1, options.repeats + 1)
-        for trial in trials
-    ]
-    return repeated, left_out
+    for mode, (ranks, nodes), ep, zero in kinds:
+        batch = config.train.batch * (ranks // sizes[0][0] if mode == "weak" else 1)
+        trial = Trial(mode, ranks, nodes, ep, zero, batch, 1)
+        smallest = Trial(mode, *sizes[0], 1, zero, config.train.batch, 1)
+        try:
+            sized = override(config, _overrides(trial, _pool(config, smallest)))
+            merge_deepspeed(tree, sized, resolve_layout(sized, ranks))
+            trials.append(trial)
+        except UserError as error:
+            left_out.append(f"{trial.label.rpartition(',')[0]}: {error}")
+    repeats = range(1, options.repeats + 1)
+    return [replace(trial, repeat=repeat) for repeat in repeats for trial in trials], left_out
 
 
 def _pool(config: Config, smallest: Trial) -> int | None:
-    """The pool in samples, the same in every run: a word would mean another model at another size."""
+    """The pool in samples, the same in every run: a word would mean another model in each."""
     if config.model.family == "dense":
         return None
     if isinstance(config.moe.pool, int):
@@ -295,9 +247,8 @@ def _pool(config: Config, smallest: Trial) -> int | None:
 
 
 def _overrides(trial: Trial, pool: int | None) -> list[str]:
-    return [f"train.batch={trial.batch}", f"parallel.ep={trial.ep}"] + (
-        [] if pool is None else [f"moe.pool={pool}"]
-    )
+    words = [f"train.batch={trial.batch}", f"parallel.ep={trial.ep}"]
+    return words if pool is None else [*words, f"moe.pool={pool}"]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -308,29 +259,9 @@ def command_of(
     trial: Trial, options: argparse.Namespace, start: str, pool: int | None, record: Path
 ) -> list[str]:
     """The command line of one run."""
-    program = [
-        str(_ROOT / "run.py"),
-        "profile",
-        "--config",
-        str(options.config),
-        "--zero",
-        str(trial.zero),
-        "--steps",
-        str(options.steps),
-        "--warmup",
-        str(options.warmup),
-        "--json",
-        str(record),
-    ]
-    program += (
-        ["--deepspeed_config", str(options.deepspeed_config)] if options.deepspeed_config else []
-    )
-    program += ["--synthetic"] if options.synthetic else []
-    program += [*options.overrides, *_overrides(trial, pool)]
-    here = trial.ranks // trial.nodes
-    tools = Path(sys.executable).parent
+    here, tools = trial.ranks // trial.nodes, Path(sys.executable).parent
     if start == "srun":
-        return [
+        command = [
             "srun",
             f"--nodes={trial.nodes}",
             f"--ntasks={trial.ranks}",
@@ -340,30 +271,21 @@ def command_of(
             f"--cpu-bind={os.environ.get('DIFFMOE_CPU_BIND', 'none')}",
             "--kill-on-bad-exit=1",
             sys.executable,
-            *program,
         ]
-    if start == "torchrun":
-        return [
-            str(tools / "torchrun"),
-            "--standalone",
-            "--nproc-per-node",
-            str(trial.ranks),
-            *program,
-        ]
-    hosts = (
-        ["--hostfile", str(options.hostfile), "--num_nodes", str(trial.nodes)]
-        if options.hostfile
-        else []
-    )
-    return [
-        str(tools / "deepspeed"),
-        *hosts,
-        "--log_level",
-        "error",
-        "--num_gpus",
-        str(here),
-        *program,
-    ]
+    elif start == "torchrun":
+        command = [f"{tools}/torchrun", "--standalone", "--nproc-per-node", str(trial.ranks)]
+    else:
+        command = [f"{tools}/deepspeed"]
+        if options.hostfile:
+            command += ["--hostfile", str(options.hostfile), "--num_nodes", str(trial.nodes)]
+        command += ["--log_level", "error", "--num_gpus", str(here)]
+    command += [f"{_ROOT}/run.py", "profile", "--config", options.config]
+    command += ["--zero", str(trial.zero), "--steps", str(options.steps)]
+    command += ["--warmup", str(options.warmup), "--json", str(record)]
+    if options.deepspeed_config:
+        command += ["--deepspeed_config", options.deepspeed_config]
+    command += ["--synthetic"] if options.synthetic else []
+    return [*command, *options.overrides, *_overrides(trial, pool)]
 
 
 def _run(trial: Trial, options: argparse.Namespace, start: str, pool: int | None) -> dict:
@@ -378,15 +300,14 @@ def _run(trial: Trial, options: argparse.Namespace, start: str, pool: int | None
             return {"error": f"{command[0]} cannot be started: {error}", "when": began}
         if code == 0 and record.exists():
             return json.loads(record.read_text())
-        errors = [
-            line for line in said.splitlines() if line.startswith("error:")
-        ] or said.strip().splitlines()[-1:]
+        lines = said.strip().splitlines() or ["no output"]
+        reason = next((line for line in lines if line.startswith("error:")), lines[-1])
         ending = f"no end after {options.timeout:g} s" if code is None else f"exit code {code}"
-        return {"error": f"{ending}: {errors[0] if errors else 'nothing was said'}", "when": began}
+        return {"error": f"{ending}: {reason}", "when": began}
 
 
 def _execute(command: list[str], timeout: float) -> tuple[int | None, str]:
-    """(exit code, or None when it had to be killed; what it said)."""
+    """(exit code, or None when it had to be killed; its output)."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -413,27 +334,5 @@ def _execute(command: list[str], timeout: float) -> tuple[int | None, str]:
 def _outcome(record: dict) -> str:
     if "error" in record:
         return record["error"]
-    return (
-        f"{1e3 * record['step_s']:.1f} ms a step, {record['batch'] / record['step_s']:.1f} images/s"
-    )
-
-
-def write_report(records: list[dict], folder: Path) -> str:
-    """Writes ``table.md`` and, where matplotlib is installed, the plots into ``folder``; returns
-    what to print.
-    """
-    groups = grouped(records)
-    if not groups:
-        return "no run ended well; nothing to tabulate"
-    lines = write_table(
-        groups, next(record for record in records if "error" not in record), folder / "table.md"
-    )
-    try:
-        from launcher.scaling_plots import draw_efficiency, draw_split
-    except ModuleNotFoundError as error:
-        return "\n".join(
-            [*lines, f"{folder / 'table.md'}; no plots, because {error.name} is not installed here"]
-        )
-    draw_efficiency(groups, folder / "efficiency.png")
-    draw_split(groups, folder / "split.png")
-    return "\n".join([*lines, f"{folder}: runs.jsonl, table.md, efficiency.png, split.png"])
+    speed = record["batch"] / record["step_s"]
+    return f"{1e3 * record['step_s']:.1f} ms a step, {speed:.1f} images/s"

@@ -1,12 +1,31 @@
-"""What ``launcher scaling`` says about its runs: repeats together, efficiencies, a table."""
+"""What ``launcher scaling`` says about its runs: repeats together, efficiencies, a table, plots.
+matplotlib is imported only to draw.
+"""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffmoe.markdown import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = {
+    "compute": "#1f5fa8",
+    "all_to_all": "#d9731a",
+    "reduction": "#2e8b57",
+    "data": "#b5a642",
+    "other": "#8a8a8a",
+}
+_MARKS = "osD^vP*X"
+
+
+_KIND = ("mode", "zero", "ep", "ranks", "nodes", "batch")
 
 
 @dataclass(frozen=True)
@@ -17,10 +36,10 @@ class Group:
     """
 
     mode: str
+    zero: int
+    ep: int
     ranks: int
     nodes: int
-    ep: int
-    zero: int
     batch: int
     runs: int
     step_s: float
@@ -34,50 +53,42 @@ class Group:
     def images_per_s(self) -> float:
         return self.batch / self.step_s
 
+    @property
+    def layout(self) -> str:
+        return f"EP {self.ep}, ZeRO {self.zero}"
+
 
 def grouped(records: list[dict]) -> list[Group]:
     """The good records by kind of run, in order of mode, layout and ranks."""
     kinds: dict[tuple, list[dict]] = {}
     for record in records:
         if "error" not in record:
-            kinds.setdefault(
-                tuple(record[k] for k in ("mode", "zero", "ep", "ranks", "nodes", "batch")), []
-            ).append(record)
-    groups = [_group(key, kinds[key]) for key in sorted(kinds)]
-    found = []
+            kinds.setdefault(tuple(record[k] for k in _KIND), []).append(record)
+    groups = [_group(kinds[key]) for key in sorted(kinds)]
+    smallest = {g.mode: min(o.ranks for o in groups if o.mode == g.mode) for g in groups}
+    best: dict[str, float] = {}
     for g in groups:
-        same = [other for other in groups if other.mode == g.mode]
-        smallest = min(other.ranks for other in same)
-        best = max(other.images_per_s / other.ranks for other in same if other.ranks == smallest)
-        found.append(Group(**{**vars(g), "efficiency": g.images_per_s / g.ranks / best}))
-    return found
+        if g.ranks == smallest[g.mode]:
+            best[g.mode] = max(best.get(g.mode, 0.0), g.images_per_s / g.ranks)
+    return [replace(g, efficiency=g.images_per_s / g.ranks / best[g.mode]) for g in groups]
 
 
-def _group(key: tuple, records: list[dict]) -> Group:
-    mode, zero, ep, ranks, nodes, batch = key
-    times = [record["step_s"] for record in records]
-    split = {
-        phase: statistics.mean(record["split"][phase] for record in records)
-        for phase in records[0]["split"]
-    }
+def _group(records: list[dict]) -> Group:
+    first, times = records[0], [record["step_s"] for record in records]
+    middle = statistics.median(times)
     return Group(
-        mode,
-        ranks,
-        nodes,
-        ep,
-        zero,
-        batch,
-        len(records),
-        statistics.median(times),
-        (max(times) - min(times)) / statistics.median(times),
-        split,
-        max(record["peak_bytes"] for record in records),
-        _over_least(records[0]["traffic"]),
+        **{key: first[key] for key in _KIND},
+        runs=len(records),
+        step_s=middle,
+        spread=(max(times) - min(times)) / middle,
+        split={p: statistics.mean(r["split"][p] for r in records) for p in first["split"]},
+        peak_bytes=max(record["peak_bytes"] for record in records),
+        least=_over_least(first["traffic"]),
     )
 
 
 def _over_least(by_rank: list[list[dict]]) -> float | None:
-    """Counted all-to-all bytes over those of the chosen rows, there and home, forward and backward."""
+    """Counted all-to-all bytes over those of the chosen rows, forward and backward."""
     sent = [row for rows in by_rank for row in rows if row["collective"] == "all_to_all"]
     rows = sum(
         row["wire"]
@@ -87,59 +98,97 @@ def _over_least(by_rank: list[list[dict]]) -> float | None:
     return sum(row["wire"] for row in sent) / rows if rows else None
 
 
-def write_table(groups: list[Group], good: dict, path: Path) -> list[str]:
-    """Writes ``table.md``, under a head that says where it comes from (``good``: any good record);
-    returns the table's lines.
+def write_report(records: list[dict], folder: Path) -> str:
+    """Writes ``table.md`` and, where matplotlib is installed, the plots into ``folder``; returns
+    what to print.
     """
-    lines = _lines(groups)
-    head = [
-        f"{good['device']}, {good['threads']} thread{'s' * (good['threads'] > 1)} a rank, torch {good['torch']}, DeepSpeed "
-        f"{good['deepspeed_version']}, commit {good['commit']}, started by {good['start']}, {good['when']}.",
-        "Times are medians of runs, split by phase in traced steps of the same runs; efficiency is images per second and rank "
-        "against the fewest ranks.",
-        "",
-    ]
-    path.write_text("\n".join(head + lines) + "\n")
-    return lines
-
-
-def _lines(groups: list[Group]) -> list[str]:
-    phases = list(groups[0].split)
-    head = [
-        "mode",
-        "ranks",
-        "nodes",
-        "EP",
-        "ZeRO",
-        "batch",
-        "runs",
-        "ms a step",
-        "spread",
-        "images/s",
-        "efficiency",
-        *(phase.replace("_", "-") for phase in phases),
-        "peak MiB",
-        "all-to-all over least",
-    ]
-    return table(
-        head,
-        [
-            [
-                g.mode,
-                g.ranks,
-                g.nodes,
-                g.ep,
-                g.zero,
-                g.batch,
-                g.runs,
-                f"{1e3 * g.step_s:.1f}",
-                f"{100 * g.spread:.0f} %",
-                f"{g.images_per_s:.1f}",
-                f"{100 * g.efficiency:.0f} %",
-                *(f"{100 * g.split[phase]:.0f} %" for phase in phases),
-                f"{g.peak_bytes / 2**20:.0f}",
-                None if g.least is None else g.least,
-            ]
-            for g in groups
-        ],
+    groups = grouped(records)
+    if not groups:
+        return "no run ended well; nothing to tabulate"
+    good = next(record for record in records if "error" not in record)
+    lines = _table(groups)
+    head = (
+        f"{good['device']}, {good['threads']} thread{'s' * (good['threads'] > 1)} a rank, torch "
+        f"{good['torch']}, DeepSpeed {good['deepspeed_version']}, commit {good['commit']}, started "
+        f"by {good['start']}, {good['when']}.\nTimes are medians of runs, split by phase in traced "
+        "steps of the same runs; efficiency is images per second and rank against the fewest "
+        "ranks.\n"
     )
+    (folder / "table.md").write_text("\n".join([head, *lines]) + "\n")
+    try:
+        _draw_efficiency(groups, folder / "efficiency.png")
+        _draw_split(groups, folder / "split.png")
+        last = f"{folder}: runs.jsonl, table.md, efficiency.png, split.png"
+    except ModuleNotFoundError as error:
+        last = f"{folder / 'table.md'}; no plots, because {error.name} is not installed here"
+    return "\n".join([*lines, last])
+
+
+def _table(groups: list[Group]) -> list[str]:
+    phases = list(groups[0].split)
+    head = ["mode", "ranks", "nodes", "EP", "ZeRO", "batch", "runs", "ms a step", "spread"]
+    head += ["images/s", "efficiency", *(phase.replace("_", "-") for phase in phases)]
+    rows = [
+        [
+            *(g.mode, g.ranks, g.nodes, g.ep, g.zero, g.batch, g.runs, f"{1e3 * g.step_s:.1f}"),
+            *(f"{100 * g.spread:.0f} %", f"{g.images_per_s:.1f}", f"{100 * g.efficiency:.0f} %"),
+            *(f"{100 * g.split[phase]:.0f} %" for phase in phases),
+            *(f"{g.peak_bytes / 2**20:.0f}", g.least),
+        ]
+        for g in groups
+    ]
+    return table([*head, "peak MiB", "all-to-all over lower bound"], rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# plots
+
+
+def _draw_efficiency(groups: Sequence[Group], path: Path) -> None:
+    """Efficiency by ranks, a panel a mode, a line a layout, and the ideal line."""
+    modes = sorted({g.mode for g in groups})
+    ticks = sorted({g.ranks for g in groups})
+    figure = _figure(5.2 * len(modes), 4.2)
+    for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes):
+        lines: dict[str, list[Group]] = {}
+        for g in groups:
+            if g.mode == mode:
+                lines.setdefault(g.layout, []).append(g)
+        for (label, line), mark in zip(lines.items(), _MARKS * len(lines)):
+            heights = [100 * g.efficiency for g in line]
+            axes.plot([g.ranks for g in line], heights, marker=mark, label=label)
+        axes.axhline(100, color="black", linewidth=1, linestyle="--", label="ideal")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, list(map(str, ticks)), minor=False)
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set(title=f"{mode} scaling", xlabel="ranks", ylabel="efficiency, %")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_split(groups: Sequence[Group], path: Path) -> None:
+    """Where a step's time goes: a bar a kind of run, milliseconds by phase."""
+    figure = _figure(max(6.0, 0.62 * len(groups) + 2), 4.6)
+    axes, places, base = figure.add_subplot(), range(len(groups)), [0.0] * len(groups)
+    for phase in groups[0].split:
+        heights = [1e3 * g.step_s * g.split[phase] for g in groups]
+        label = phase.replace("_", "-")
+        axes.bar(places, heights, bottom=base, color=_COLOURS[phase], label=label)
+        base = [a + b for a, b in zip(base, heights)]
+    names = [f"{g.mode}\n{g.ranks} ranks\nEP {g.ep} Z {g.zero}" for g in groups]
+    axes.set_xticks(places, names, fontsize=7)
+    axes.margins(y=0.2)  # room for the legend
+    axes.legend(fontsize=8, ncols=5, loc="upper center", handlelength=1, columnspacing=1)
+    axes.set_ylabel("ms a step")
+    figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

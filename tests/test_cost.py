@@ -8,12 +8,13 @@ import torch
 
 from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from diffmoe.config import load_config
+from diffmoe.cost.calibration import Measured, calibrate, plan_error
+from diffmoe.cost.extrapolation import nearest_fit
 from diffmoe.cost.hardware import choose, read_table
-from diffmoe.cost.layouts import Cluster, Pins, candidates, nearest_fit, reasons
+from diffmoe.cost.layouts import Cluster, Pins, candidates, reasons
 from diffmoe.cost.memory import engine_facts, rank_memory
 from diffmoe.cost.parameters import rank_parameters
-from diffmoe.cost.plan_error import plan_error
-from diffmoe.cost.step_time import Measured, calibrate, step_time
+from diffmoe.cost.step_time import step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
@@ -419,7 +420,7 @@ def test_the_plans_own_error():
     )
     assert plan_error(config, layout, tree, "Radeon", 2, 0.5, 0) == (
         {},
-        "plan: no entry in diffmoe/cost/hardware.yaml is part of 'Radeon', so there is nothing to compare",
+        "plan: diffmoe/cost/hardware.yaml has no entry for 'Radeon'",
     )
 
 

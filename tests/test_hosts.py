@@ -7,10 +7,16 @@ import subprocess
 import pytest
 
 from diffmoe.config import load_config
-from diffmoe.cost.extrapolation import extrapolate, stops
+from diffmoe.cost.extrapolation import (
+    extrapolate,
+    fewer_nodes,
+    hosts_of,
+    spanned,
+    spanning,
+    stops,
+)
 from diffmoe.cost.hardware import read_table
-from diffmoe.cost.hosts import hosts_of, spanned, spanning
-from diffmoe.cost.layouts import Cluster, candidates, evaluate, fewer_nodes
+from diffmoe.cost.layouts import Cluster, candidates, evaluate
 from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.layout import resolve_layout
 from launcher import plan

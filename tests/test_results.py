@@ -11,10 +11,10 @@ import pytest
 
 from diffmoe.bench import results
 from diffmoe.config import config_to_tree, load_config
+from diffmoe.cost.calibration import calibrated_by
 from diffmoe.cost.hardware import choose, read_table, write_entry
 from diffmoe.cost.memory import engine_facts
-from diffmoe.cost.records import calibrated_by
-from diffmoe.cost.step_time import _flops, launches, moved, rates
+from diffmoe.cost.step_time import launches, moved, rates, step_flops
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from programs import REPOSITORY
@@ -59,7 +59,7 @@ def step_record(size, **changes):
         each = dataclasses.replace(
             config, train=dataclasses.replace(config.train, compile=way == "compiled")
         )
-        speed, (products, attention) = rates(each, TRUE, engine), _flops(each, layout)
+        speed, (products, attention) = rates(each, TRUE, engine), step_flops(each, layout)
         ms = {
             "products": 1e3 * products / speed["product"],
             "attention": 1e3 * attention / speed["attention"],

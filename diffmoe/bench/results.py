@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffmoe.code_version import ROOT
 from diffmoe.commands.common import Parser
-from diffmoe.cost.records import timed_steps
+from diffmoe.cost.calibration import timed_steps
 from diffmoe.errors import UserError
 from diffmoe.markdown import table
 

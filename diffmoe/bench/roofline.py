@@ -147,7 +147,7 @@ class Counted:
         return sorted(found.values(), key=lambda entry: -entry[3])[:10]
 
     def record(self, way: str, measured: dict | None) -> dict[str, Any]:
-        """Also what calibrates the planner (``cost.records``), of a measured step."""
+        """Also what calibrates the planner (``cost.calibration``), of a measured step."""
         parts, taken = self.parts(), None
         seconds = sum(parts.values())
         if measured:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import itertools
-import typing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from diffmoe.errors import UserError
-from diffmoe.strict_yaml import read_yaml
+from diffmoe.strict_yaml import build, read_yaml
 
 TABLE = Path(__file__).with_name("hardware.yaml")
+_MAY_BE_0 = ("reserve_gib", "latency_us", "operator_us", "read_us")
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,27 @@ def read_table(path: str | Path | None) -> dict[str, Hardware]:
     """The table in a YAML file (default: the repository's).  Raises UserError naming machine and
     field.
     """
-    tree = read_yaml(TABLE if path is None else path)
-    return {name: _hardware(f"{name}", entry) for name, entry in tree.items()}
+    table = {}
+    for name, entry in read_yaml(TABLE if path is None else path).items():
+        try:
+            machine: Hardware = build(Hardware, entry, name)
+            _check(machine, name)
+            _check(machine.node, f"{name}.node")
+            _check(machine.network, f"{name}.network")
+        except TypeError as error:  # a field without a default is not there
+            missing = str(error).partition(") ")[2]
+            raise UserError(f"hardware table: {name} is incomplete: {missing}") from None
+        except UserError as error:
+            raise UserError(f"hardware table: {error}") from None
+        table[name] = machine
+    return table
+
+
+def _check(values: Hardware | Link, name: str) -> None:
+    for key, value in vars(values).items():
+        if isinstance(value, (int, float)) and key != "asynchronous":
+            if value < 0 or (value == 0 and key not in _MAY_BE_0):
+                raise UserError(f"{name}.{key} ({value:g}) must be a number above 0")
 
 
 def choose(table: dict[str, Hardware], name: str) -> Hardware:
@@ -90,48 +107,11 @@ def write_entry(path: str | Path, name: str, hardware: Hardware) -> None:
     """
     path = Path(path)
     tree = read_yaml(path) if path.exists() else {}
-    tree[name] = {
-        key: value
-        for key, value in dataclasses.asdict(hardware).items()
-        if value is not None or key == "calibrated"
-    }
+    values = asdict(hardware).items()
+    tree[name] = {k: value for k, value in values if value is not None or k == "calibrated"}
     try:
-        head = itertools.takewhile(
-            lambda line: line.startswith("#"),
-            path.read_text().splitlines(True) if path.exists() else [],
-        )
-        path.write_text("".join(head) + yaml.safe_dump(tree, sort_keys=False, width=140))
+        lines = path.read_text().splitlines(True) if path.exists() else []
+        head = "".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+        path.write_text(head + yaml.safe_dump(tree, sort_keys=False, width=140))
     except OSError as error:
         raise UserError(f"--write-hardware ({path}) cannot be written: {error}") from None
-
-
-def _hardware(name: str, entry: Any) -> Hardware:
-    if not isinstance(entry, dict):
-        raise UserError(f"hardware table: {name} must be a mapping, not {entry!r}")
-    values = dict(entry)
-    for link in ("node", "network"):
-        values[link] = _build(Link, f"{name}.{link}", values.get(link, {}))
-    return _build(Hardware, name, values)
-
-
-def _build(cls: type, name: str, values: Any) -> Any:
-    if not isinstance(values, dict):
-        raise UserError(f"hardware table: {name} must be a mapping, not {values!r}")
-    hints = typing.get_type_hints(cls)
-    needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-    if values.keys() - hints.keys():
-        raise UserError(
-            f"hardware table: unknown key {name}.{sorted(values.keys() - hints.keys())[0]}"
-        )
-    if needed - values.keys():
-        raise UserError(f"hardware table: {name}.{sorted(needed - values.keys())[0]} is missing")
-    for key, value in values.items():
-        if hints[key] in (int, float) or (hints[key] == float | None and value is not None):
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-            if not good or (
-                value == 0 and key not in ("reserve_gib", "latency_us", "operator_us", "read_us")
-            ):
-                raise UserError(
-                    f"hardware table: {name}.{key} ({value!r}) must be a number above 0"
-                )
-    return cls(**values)

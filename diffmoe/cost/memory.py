@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from diffmoe.config import Config, attention_kept
-from diffmoe.cost.parameters import inner_width, is_mixture, rank_parameters
+from diffmoe.cost.parameters import inner_width, is_moe_block, rank_parameters
 from diffmoe.deepspeed_json import reduction
 from diffmoe.layout import Layout
 
@@ -44,22 +44,22 @@ def engine_facts(deepspeed_tree: dict) -> EngineFacts:
     zero = deepspeed_tree.get("zero_optimization") or {}
     bf16 = bool((deepspeed_tree.get("bf16") or {}).get("enabled"))
     stage, how = zero.get("stage", 0), reduction(deepspeed_tree)
+
+    def number(name: str, default: float) -> int:
+        return int(float(zero.get(f"stage3_{name}", zero.get(name, default))))
+
     return EngineFacts(
         stage=max(stage, 1) if bf16 else stage,
         element=2 if bf16 else _FP32,
         reduced=_FP32 if how.precision == "fp32" else 2,
         bucket=how.bucket,
         buckets=2 if how.overlap and stage in (1, 2) else 1,
-        persistent=_number(zero, "param_persistence_threshold", 1e5),
-        live=_number(zero, "max_live_parameters", 1e9),
+        persistent=number("param_persistence_threshold", 1e5),
+        live=number("max_live_parameters", 1e9),
     )
 
 
-def _number(zero: dict, name: str, default: float) -> int:
-    return int(float(zero.get(f"stage3_{name}", zero.get(name, default))))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes of one rank.
 
@@ -76,15 +76,15 @@ class Memory:
     masters: int
     moments: int
     ema: int
-    gradient_sums: int
+    gradient_sums: int = 0
     gathered: int
-    buckets: int
-    accumulated: int
+    buckets: int = 0
+    accumulated: int = 0
     activations: int
     exchange: int
     working: int
-    gradients: int
-    reduction: int
+    gradients: int = 0
+    reduction: int = 0
 
     @property
     def static(self) -> int:
@@ -99,19 +99,12 @@ class Memory:
         ends = self.gradients + max(self.working, self.reduction)
         return self.static + self.buckets + self.accumulated + max(begins + self.gathered, ends)
 
+    def parts(self) -> dict[str, int]:
+        """The fields by name, for people."""
+        return {name.replace("_", " "): value for name, value in asdict(self).items()}
+
     def table(self) -> dict[str, int]:
         return {**asdict(self), "static": self.static, "peak": self.peak}
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Elements: of this rank's weights, of its share of the optimizer's state, of DeepSpeed's flat
-    weights.
-    """
-
-    whole: int
-    shard: int
-    padded: int
 
 
 def shared_parts(
@@ -131,40 +124,27 @@ def shared_parts(
 def rank_memory(config: Config, layout: Layout, engine: EngineFacts) -> Memory:
     """Memory of one rank of ``layout``."""
     parts = shared_parts(config, layout)
-    (dense, _), (experts, _) = parts
-    sizes = _Sizes(
-        sum(dense) + sum(experts),
-        sum(_shard(part, ranks, engine) for part, ranks in parts),
-        sum(padded_numel(part, ranks, engine) for part, ranks in parts),
-    )
+    numels = [n for part, _ in parts for n in part]
+    whole = sum(numels)
+    shard = sum(_shard(part, ranks, engine) for part, ranks in parts)
+    padded = sum(padded_numel(part, ranks, engine) for part, ranks in parts)
+    weights, gathered = engine.element * padded, 0
     if engine.stage == 3:
         # Small tensors stay whole beside their shard.
-        persistent = sum(n for n in dense + experts if n <= engine.persistent)
-        weights = engine.element * (sizes.shard + persistent)
-        gathered = engine.element * min(engine.live, sizes.whole - persistent)
-    else:
-        weights, gathered = engine.element * sizes.padded, 0
-    masters = 0 if engine.stage == 0 else _FP32 * sizes.shard
-    sums, buckets, accumulated, gradients, reduction = _gradients(
-        sizes, engine, layout.accumulation > 1
-    )
+        persistent = sum(n for n in numels if n <= engine.persistent)
+        weights = engine.element * (shard + persistent)
+        gathered = engine.element * min(engine.live, whole - persistent)
     activations, exchange, working = _activations(config, layout, engine.element)
-    working += engine.element * max(dense + experts)  # a gradient, before it is in its bucket
-    averages = len(config.train.ema_decays) * _FP32 * sizes.shard
     return Memory(
-        weights,
-        masters,
-        2 * _FP32 * sizes.shard,
-        averages,
-        sums,
-        gathered,
-        buckets,
-        accumulated,
-        activations,
-        exchange,
-        working,
-        gradients,
-        reduction,
+        weights=weights,
+        masters=0 if engine.stage == 0 else _FP32 * shard,
+        moments=2 * _FP32 * shard,
+        ema=len(config.train.ema_decays) * _FP32 * shard,
+        gathered=gathered,
+        activations=activations,
+        exchange=exchange,
+        working=working + engine.element * max(numels),  # a gradient, before it is in its bucket
+        **_gradients(whole, shard, padded, engine, layout.accumulation > 1),
     )
 
 
@@ -184,45 +164,37 @@ def _shard(numels: list[int], ranks: int, engine: EngineFacts) -> int:
 
 
 def _gradients(
-    sizes: _Sizes, engine: EngineFacts, accumulates: bool
-) -> tuple[int, int, int, int, int]:
-    """Bytes of (gradient_sums, buckets, accumulated, gradients, reduction), see :class:`Memory`."""
-    bucket = min(sizes.whole, engine.bucket)  # of which so much is ever used
-    reduced = engine.reduced * bucket + (
-        engine.element * bucket if engine.reduced != engine.element else 0
-    )  # and a copy to cast
+    whole: int, shard: int, padded: int, engine: EngineFacts, accumulates: bool
+) -> dict[str, int]:
+    """What gradients take, see :class:`Memory`, from elements: of this rank's weights, of its share
+    of the optimizer's state, of DeepSpeed's flat weights.
+    """
+    element, reduced = engine.element, engine.reduced
+    bucket = min(whole, engine.bucket)  # of which so much is ever used
+    copied = (reduced + (element if reduced != element else 0)) * bucket  # and a copy to cast
     if engine.stage == 0:
-        gradients = engine.element * sizes.whole
-        return 0, 0, gradients if accumulates else 0, gradients, engine.element * bucket
+        gradients = element * whole
+        accumulated = gradients if accumulates else 0
+        return dict(accumulated=accumulated, gradients=gradients, reduction=element * bucket)
     if engine.stage == 3:
-        return _FP32 * sizes.shard + engine.reduced * engine.bucket, 0, 0, 0, reduced
+        return dict(gradient_sums=_FP32 * shard + reduced * engine.bucket, reduction=copied)
     if engine.stage == 1 and engine.bf16:
         # Fp32 sums of all gradients, always; they are reduced in place, or as copies that all wait
         # for the end of backward.
-        return (
-            _FP32 * sizes.padded,
-            0,
-            0,
-            0,
-            engine.reduced * sizes.whole if engine.reduced < _FP32 else 0,
-        )
+        copies = reduced * whole if reduced < _FP32 else 0
+        return dict(gradient_sums=_FP32 * padded, reduction=copies)
     if engine.stage == 1:
-        left = _FP32 * max(
-            0, sizes.whole - engine.bucket
-        )  # what no longer fits into a bucket stays where it is
-        return (
-            0,
-            _FP32 * engine.bucket * engine.buckets,
-            _FP32 * sizes.whole if accumulates else 0,
-            left,
-            _FP32 * (bucket + sizes.shard),
+        return dict(
+            buckets=_FP32 * engine.bucket * engine.buckets,
+            accumulated=_FP32 * whole if accumulates else 0,
+            gradients=_FP32 * max(0, whole - engine.bucket),  # what does not fit into a bucket
+            reduction=_FP32 * (bucket + shard),
         )
-    return (
-        0,
-        engine.element * engine.bucket * engine.buckets,
-        _FP32 * sizes.shard if accumulates else 0,
-        engine.element * sizes.shard,
-        reduced + _FP32 * sizes.shard,
+    return dict(
+        buckets=element * engine.bucket * engine.buckets,
+        accumulated=_FP32 * shard if accumulates else 0,
+        gradients=element * shard,
+        reduction=copied + _FP32 * shard,
     )
 
 
@@ -231,93 +203,71 @@ def _gradients(
 
 
 def _activations(config: Config, layout: Layout, element: int) -> tuple[int, int, int]:
-    """(bytes kept for backward, of which rows that travelled are counted apart, temporaries)."""
-    model = config.model
-    recompute = config.parallel.recompute
-    blocks = [_block_bytes(config, layout, element, i) for i in range(model.depth)]
-    token = layout.micro_batch * model.tokens * model.width * element
-    around = (
-        3 * token + layout.micro_batch * model.tokens * model.patch**2 * model.channels * _FP32 * 4
-    )
-    kept = sum(_kept(block, recompute, token) for block in blocks) + around
-    exchange = sum(block.exchange for block in blocks if recompute != "block")
-    again = [
-        block.full
-        - _kept(block, recompute, token)
-        + (block.exchange if recompute == "block" else 0)
-        for block in blocks
-    ]
-    working = max(extra + block.working for extra, block in zip(again, blocks))
+    """Bytes kept for backward, of rows that arrived from other ranks, and of temporaries."""
+    model, recompute = config.model, config.parallel.recompute
+    T = layout.micro_batch * model.tokens
+    kept = 3 * T * model.width * element + T * model.patch**2 * model.channels * _FP32 * 4
+    exchange = working = 0
+    for number in range(model.depth):
+        block = _block_bytes(config, layout, element, number)
+        stays = {"none": block.full, "selective": block.selective, "block": block.least}[recompute]
+        again = block.full - stays
+        kept += stays
+        if recompute == "block":
+            again += block.exchange
+        else:
+            exchange += block.exchange
+        working = max(working, again + block.working)
     return kept, exchange, working
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Bytes of one block: kept without recompute; rows that arrived; kept by selective recompute
-    beside its input; routing's decisions; temporaries in backward.
+    """Bytes of one block: kept without recompute, with selective and with block recompute; rows
+    that arrived; temporaries in backward.
     """
 
     full: int
-    exchange: int
     selective: int
-    routing: int
+    least: int
+    exchange: int
     working: int
-
-
-def _kept(block: _Block, recompute: str, token: int) -> int:
-    if recompute == "none":
-        return block.full
-    return token + block.routing + (block.selective if recompute == "selective" else 0)
 
 
 def _block_bytes(config: Config, layout: Layout, element: int, number: int) -> _Block:
     """Attention keeps its input, norm, modulated input, q, k, v, output, projection (8 D a token);
     the other half its input, norm, modulated input and result (4 D).
     """
-    model, moe = config.model, config.moe
+    model, moe, moved = config.model, config.moe, layout.ep > 1
     T, D = layout.micro_batch * model.tokens, model.width
-    attention = T * (8 * D * element + model.heads * _FP32) + (
-        2 * T * D * element if model.qk_norm else 0
-    )
-    half = 4 * T * D * element
-    attended = (
-        T * (D * element + model.heads * _FP32) if number < attention_kept(model.depth) else 0
-    )
-    if not is_mixture(model, moe, number):
-        return _Block(
-            attention + half + 2 * T * model.hidden * element,
-            0,
-            T * D * element + attended,
-            0,
-            round(2.4 * T * D * element),
-        )
+    token = T * D * element
+    full = 12 * token + T * model.heads * _FP32 + (2 * token if model.qk_norm else 0)
+    selective = token  # the block's input
+    if number < attention_kept(model.depth):
+        selective += token + T * model.heads * _FP32
+    if not is_moe_block(model, moe, number):
+        full += 2 * T * model.hidden * element
+        return _Block(full, selective + token, token, 0, round(2.4 * token))
     # A schedule of the capacity begins with the most rows.
-    rows = round(T * (moe.top_k if model.family == "tc" else max(moe.capacity, moe.capacity_at(0))))
-    kept, exchange = _mixture_bytes(config, rows, T, element, layout.ep > 1)
-    routing = rows * 8 * 2
+    share = moe.top_k if model.family == "tc" else max(moe.capacity, moe.capacity_at(0))
+    rows = round(T * share)
+    routing, outputs = rows * 8 * 2, rows * D * element
     # Outputs of experts, with EP also as they came home, and of the shared expert.
-    second = (rows * (2 if layout.ep > 1 else 1) + (T if moe.shared_experts else 0)) * D * element
-    return _Block(
-        attention + half + kept,
-        exchange,
-        second + attended,
-        routing,
-        round((2.2 * element) * T * D),
-    )
-
-
-def _mixture_bytes(config: Config, rows: int, T: int, element: int, moved: bool) -> tuple[int, int]:
-    model, moe = config.model, config.moe
-    D, E, inner = model.width, moe.experts, inner_width(model, moe)
+    second = outputs * (2 if moved else 1) + (token if moe.shared_experts else 0)
     # Gathered rows, and what lies between the layers: before and after GELU; SwiGLU's gate before
     # and after SiLU, fc1, their product.
-    kept = rows * (D + (2 if moe.activation == "gelu" else 4) * inner) * element
-    kept += (
-        0 if moved else rows * D * element
-    )  # outputs, which wait for their gate's gradient; moved, those that came home
-    kept += T * E * (3 * _FP32 + 1)  # scores, logits, mask as numbers and as truth
+    layers = (2 if moe.activation == "gelu" else 4) * inner_width(model, moe)
+    full += rows * (D + layers) * element
+    full += 0 if moved else outputs  # which wait for their gate's gradient; moved, those at home do
+    full += T * moe.experts * (3 * _FP32 + 1)  # scores, logits, mask as numbers and as booleans
     if model.family == "diffmoe":
-        kept += 2 * T * D * element  # the predictor's first layer, before and after SiLU
+        full += 2 * token  # the predictor's first layer, before and after SiLU
     if moe.shared_experts:
-        kept += T * (2 * moe.shared_experts * model.hidden + D) * element
-    return kept, (rows * D * element if moved else 0)
+        full += 2 * T * moe.shared_experts * model.hidden * element + token
+    return _Block(
+        full,
+        selective + routing + second,
+        token + routing,
+        outputs if moved else 0,
+        round((2.2 * element) * T * D),
+    )

@@ -29,21 +29,19 @@ def rank_parameters(model: ModelConfig, moe: MoEConfig, ep: int) -> tuple[Parame
     found += _linear("t_embedder.mlp.0", _FREQUENCIES, D) + _linear("t_embedder.mlp.2", D, D)
     found.append(Parameter("y_embedder.embedding_table.weight", (model.classes + 1) * D))
     for i in range(model.depth):
-        found += _block(f"blocks.{i}", model, moe, ep, is_mixture(model, moe, i))
+        found += _block(f"blocks.{i}", model, moe, ep, is_moe_block(model, moe, i))
     found += _linear("final_layer.linear", D, model.patch**2 * model.out_channels)
     return (*found, *_linear("final_layer.adaLN_modulation.1", D, 2 * D))
 
 
-def is_mixture(model: ModelConfig, moe: MoEConfig, index: int) -> bool:
-    """Whether block ``index`` is a mixture, as ``models.dit.is_moe_block`` says (which needs
-    torch).
-    """
+def is_moe_block(model: ModelConfig, moe: MoEConfig, index: int) -> bool:
+    """As ``models.dit.is_moe_block`` says, which needs torch."""
     return model.family != "dense" and (not moe.interleave or index % 2 == 1)
 
 
-def mixtures(model: ModelConfig, moe: MoEConfig) -> int:
-    """How many blocks are mixtures."""
-    return sum(is_mixture(model, moe, i) for i in range(model.depth))
+def moe_layers(model: ModelConfig, moe: MoEConfig) -> int:
+    """How many blocks have an MoE layer."""
+    return sum(is_moe_block(model, moe, i) for i in range(model.depth))
 
 
 def inner_width(model: ModelConfig, moe: MoEConfig) -> int:
@@ -56,41 +54,32 @@ def _linear(name: str, fan_in: int, fan_out: int) -> list[Parameter]:
 
 
 def _block(
-    name: str, model: ModelConfig, moe: MoEConfig, ep: int, mixture: bool
+    name: str, model: ModelConfig, moe: MoEConfig, ep: int, has_moe: bool
 ) -> list[Parameter]:
     D, F, head = model.width, model.hidden, model.width // model.heads
     found = _linear(f"{name}.attn.qkv", D, 3 * D) + _linear(f"{name}.attn.proj", D, D)
-    if model.qk_norm:
-        found += [
-            Parameter(f"{name}.attn.{which}_norm.{leaf}", head)
-            for which in "qk"
-            for leaf in ("weight", "bias")
-        ]
-    if mixture:
-        found += _mixture(f"{name}.mlp", model, moe, ep)
+    for norm in ("q_norm", "k_norm") if model.qk_norm else ():
+        found += [Parameter(f"{name}.attn.{norm}.{leaf}", head) for leaf in ("weight", "bias")]
+    if has_moe:
+        found += _moe_layer(f"{name}.mlp", model, moe, ep)
     else:
         found += _linear(f"{name}.mlp.fc1", D, F) + _linear(f"{name}.mlp.fc2", F, D)
     return found + _linear(f"{name}.adaLN_modulation.1", D, 6 * D)
 
 
-def _mixture(name: str, model: ModelConfig, moe: MoEConfig, ep: int) -> list[Parameter]:
+def _moe_layer(name: str, model: ModelConfig, moe: MoEConfig, ep: int) -> list[Parameter]:
     D, E, local, inner = model.width, moe.experts, moe.experts // ep, inner_width(model, moe)
-    gelu = moe.activation == "gelu"
-    sizes = {
-        "fc1_weight": D * inner,
-        "fc2_weight": D * inner,
-        **({"fc1_bias": inner, "fc2_bias": D} if gelu else {"gate_weight": D * inner}),
-    }
+    sizes = {"fc1_weight": D * inner, "fc2_weight": D * inner}
+    if moe.activation == "gelu":
+        sizes |= {"fc1_bias": inner, "fc2_bias": D}
+    else:
+        sizes["gate_weight"] = D * inner
     found = [Parameter(f"{name}.router", E * D)]
-    found += [
-        Parameter(f"{name}.experts.{leaf}", local * size, expert=True)
-        for leaf, size in sizes.items()
-    ]
+    found += [Parameter(f"{name}.experts.{leaf}", local * n, True) for leaf, n in sizes.items()]
     if moe.shared_experts:
         wide = moe.shared_experts * model.hidden
         found += _linear(f"{name}.shared.fc1", D, wide) + _linear(f"{name}.shared.fc2", wide, D)
     if model.family == "diffmoe":
-        found += _linear(f"{name}.capacity_predictor.0", D, D) + _linear(
-            f"{name}.capacity_predictor.2", D, E
-        )
+        found += _linear(f"{name}.capacity_predictor.0", D, D)
+        found += _linear(f"{name}.capacity_predictor.2", D, E)
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from diffmoe.config import Config
 from diffmoe.cost.memory import EngineFacts, padded_numel, shared_parts
-from diffmoe.cost.parameters import mixtures
+from diffmoe.cost.parameters import moe_layers
 from diffmoe.layout import Layout, rows_taken
 
 _FP32, _INT64 = 4, 8
@@ -41,53 +41,48 @@ def step_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Me
     return exchange_traffic(config, layout, engine) + reduction_traffic(config, layout, engine)
 
 
+def _wire(collective: str, payload: int, ranks: int) -> int:
+    """Bytes that leave a rank."""
+    if collective == "all_gather":
+        return payload * (ranks - 1)
+    return (2 if collective == "all_reduce" else 1) * payload * (ranks - 1) // ranks
+
+
 def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Message]:
-    """All-to-all and what else the mixtures say to each other.
+    """All-to-all and what else the MoE layers say to each other.
 
     Exact where every rank sends equally many rows to every expert (pools inside a rank).  Otherwise
     scores and masks are exact and rows are what an even choice gives: R = T x capacity on average
     over ranks, 1 - 1/EP of them to other ranks.
     """
     model, moe, ep = config.model, config.moe, layout.ep
-    layers = mixtures(model, moe) * layout.accumulation
+    layers = moe_layers(model, moe) * layout.accumulation
     if layers == 0 or ep == 1 and layout.pool_ranks == 1:
         return []
     T, E = layout.micro_batch * model.tokens, moe.experts
+    scores = (2 if model.family == "diffmoe" else 1) * T * E * _FP32
+    owners = max(1, layout.pool_ranks // ep)
+    rows = rows_sent(config, layout) * model.width * engine.element
     found: list[Message] = []
 
-    def add(
-        collective: str, purpose: str, phase: str, group: str, payload: int, ranks: int
-    ) -> None:
+    def add(purpose: str, phase: str, payload: int, ranks: int = ep) -> None:
+        gather = purpose == "owners"
+        collective, group = ("all_gather", "owners") if gather else ("all_to_all", "ep")
         if ranks > 1:
-            wire = (
-                payload * (ranks - 1)
-                if collective == "all_gather"
-                else payload * (ranks - 1) // ranks
-            )
-            found.append(
-                Message(collective, purpose, phase, group, layers, layers * payload, layers * wire)
-            )
+            wire = layers * _wire(collective, payload, ranks)
+            found.append(Message(collective, purpose, phase, group, layers, layers * payload, wire))
 
     phases = ("forward", "recompute") if config.parallel.recompute == "block" else ("forward",)
-    facts = 2 if model.family == "diffmoe" else 1
     for phase in phases:
-        if layout.pool_ranks > 1 and model.family != "tc":
-            add("all_to_all", "scores", phase, "ep", facts * T * E * _FP32, ep)
-            add(
-                "all_gather",
-                "owners",
-                phase,
-                "owners",
-                facts * T * E * _FP32,
-                max(1, layout.pool_ranks // ep),
-            )
-            add("all_to_all", "mask", phase, "ep", T * E, ep)
         if model.family == "tc":
-            add("all_to_all", "counts", phase, "ep", E * _INT64, ep)
-    payload = rows_sent(config, layout) * model.width * engine.element
+            add("counts", phase, E * _INT64)
+        elif layout.pool_ranks > 1:
+            add("scores", phase, scores)
+            add("owners", phase, scores, owners)
+            add("mask", phase, T * E)
     for purpose in ROWS:
         for phase in (*phases, "backward"):
-            add("all_to_all", purpose, phase, "ep", payload, ep)
+            add(purpose, phase, rows)
     return found
 
 
@@ -113,68 +108,25 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
         if ranks == 1 or whole == 0:
             continue
         buckets = -(-whole // engine.bucket)
+        times = layout.accumulation if engine.stage in (2, 3) else 1
+        collective, messages, elements = "all_reduce", times * buckets, whole
+        gathers, gathered = 1, padded_numel(numels, ranks, engine)
         if engine.stage == 3:
-            times = layout.accumulation
-            padded = sum(-(-n // ranks) * ranks for n in numels)
-            found.append(
-                _reduction(
-                    "reduce_scatter",
-                    "gradients",
-                    group,
-                    times * buckets,
-                    times * padded * engine.reduced,
-                    ranks,
-                )
-            )
+            elements = sum(-(-n // ranks) * ranks for n in numels)
+            collective = "reduce_scatter"
             # Weights stay from forward to backward if they may; else backward gathers again.
-            gathers = times if padded <= engine.live else 2 * times
-            found.append(
-                _reduction(
-                    "all_gather",
-                    "parameters",
-                    group,
-                    gathers * len(numels),
-                    gathers * padded // ranks * engine.element,
-                    ranks,
-                )
-            )
-            continue
-        times = layout.accumulation if engine.stage == 2 else 1
-        if engine.stage == 1 and engine.bf16:  # in parts of one owner each
-            found.append(
-                _reduction(
-                    "reduce", "gradients", group, buckets + ranks - 1, whole * engine.reduced, ranks
-                )
-            )
-        else:
-            found.append(
-                _reduction(
-                    "all_reduce",
-                    "gradients",
-                    group,
-                    times * buckets,
-                    times * whole * engine.reduced,
-                    ranks,
-                )
-            )
+            again = times if elements <= engine.live else 2 * times
+            gathers, gathered = again * len(numels), again * elements
+        elif engine.stage == 1 and engine.bf16:  # in parts of one owner each
+            collective, messages = "reduce", buckets + ranks - 1
+        payload = times * elements * engine.reduced
+        wire = _wire(collective, payload, ranks)
+        found.append(Message(collective, "gradients", "step", group, messages, payload, wire))
         if engine.stage:
-            padded = padded_numel(numels, ranks, engine)
-            found.append(
-                _reduction(
-                    "all_gather", "parameters", group, 1, padded // ranks * engine.element, ranks
-                )
-            )
+            payload = gathered // ranks * engine.element
+            wire = _wire("all_gather", payload, ranks)
+            found.append(Message("all_gather", "parameters", "step", group, gathers, payload, wire))
     return found
-
-
-def _reduction(
-    collective: str, purpose: str, group: str, messages: int, payload: int, ranks: int
-) -> Message:
-    others = ranks - 1
-    wire = {"all_gather": payload * others, "all_reduce": 2 * payload * others // ranks}.get(
-        collective, payload * others // ranks
-    )
-    return Message(collective, purpose, "step", group, messages, payload, wire)
 
 
 @dataclass(frozen=True)

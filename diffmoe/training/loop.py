@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from diffmoe.config import Config, DataConfig, check_guidance, config_to_tree
-from diffmoe.cost.hosts import spanning
+from diffmoe.cost.extrapolation import spanning
 from diffmoe.data.feed import Feed, open_reader, order_notice
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.share import Share, allow_open_files

@@ -7,10 +7,13 @@ import statistics
 import torch
 
 from diffmoe.config import Config
+from diffmoe.cost.calibration import plan_error
 from diffmoe.cost.hardware import Hardware, named_like, read_table
-from diffmoe.cost.plan_error import AFTER_STEPS, plan_error
 from diffmoe.device import peak_memory_gib
 from diffmoe.layout import Layout
+
+# Optimizer steps after which a run compares itself with its plan.
+AFTER_STEPS = 20
 
 
 def machine_of(device: torch.device) -> Hardware:
