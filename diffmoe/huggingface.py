@@ -25,7 +25,7 @@ from diffmoe.evaluation.card import Card, card_from_json
 from diffmoe.evaluation.decoding import checkpoint_data
 from diffmoe.markdown import table
 from diffmoe.models.count import count
-from diffmoe.models.interchange import digest_note, logical_template, weights_digest
+from diffmoe.models.logical import digest_note, logical_template, weights_digest
 from diffmoe.models.pretrained import PARTS, Pretrained, of_checkpoint, read_description
 from diffmoe.training.resume import changes, is_of_recipe
 

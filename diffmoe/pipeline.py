@@ -21,7 +21,7 @@ from diffmoe.evaluation.decoding import checkpoint_data, latent_numbers, open_va
 from diffmoe.evaluation.features import to_uint8
 from diffmoe.evaluation.generate import generate, threshold_note
 from diffmoe.huggingface import write_folder
-from diffmoe.models.dit import logical_tensors
+from diffmoe.models.logical import logical_tensors
 from diffmoe.models.pretrained import Pretrained, open_pretrained
 from diffmoe.parallel.groups import single_process
 from diffmoe.strict_yaml import merge

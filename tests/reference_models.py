@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.models.dit import DiT
-from diffmoe.models.interchange import from_research, load_logical
+from diffmoe.models.interchange import from_research
+from diffmoe.models.logical import load_logical
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = ["dense", "tc", "ec", "diffmoe"]

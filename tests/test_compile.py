@@ -26,7 +26,8 @@ from diffmoe.evaluation.generate import generate
 from diffmoe.layout import resolve_layout
 from diffmoe.models import compiled
 from diffmoe.models.compiled import compile_blocks
-from diffmoe.models.dit import DiT, initialize, logical_tensors
+from diffmoe.models.dit import DiT
+from diffmoe.models.logical import initialize, logical_tensors
 from diffmoe.moe.routing import RoutingRule, choose_tokens
 from diffmoe.parallel.groups import single_process
 from diffmoe.parity import table

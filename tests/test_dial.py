@@ -26,8 +26,8 @@ from diffmoe.evaluation.capacity_report import (
     write_report,
 )
 from diffmoe.evaluation.generate import generate, generate_everywhere
-from diffmoe.models.dit import DiT, initialize
-from diffmoe.models.interchange import load_buffers, load_logical
+from diffmoe.models.dit import DiT
+from diffmoe.models.logical import initialize, load_buffers, load_logical
 from diffmoe.moe.capacity import (
     HISTOGRAM_BINS,
     HISTOGRAM_DECAY,

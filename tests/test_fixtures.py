@@ -11,9 +11,10 @@ import torch
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.diffusion.rectified_flow import flow_loss, guided_velocity
 from diffmoe.diffusion.sampling import euler, heun
-from diffmoe.models.dit import DiT, logical_tensors
-from diffmoe.models.interchange import from_research, load_logical
+from diffmoe.models.dit import DiT
+from diffmoe.models.interchange import from_research
 from diffmoe.models.layers import sine_positions
+from diffmoe.models.logical import load_logical, logical_tensors
 from diffmoe.moe.routing import RoutingRule
 
 DATA = Path(__file__).parent / "data"

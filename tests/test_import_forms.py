@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from diffmoe.checkpoints.reader import BUFFERS, MASTER, Checkpoint, ema_kind
 from diffmoe.commands import exchange
 from diffmoe.config import ModelConfig, MoEConfig
-from diffmoe.models.dit import DiT, initialize, logical_tensors
-from diffmoe.models.interchange import fresh_buffers, from_research, to_research
+from diffmoe.models.dit import DiT
+from diffmoe.models.interchange import from_research, to_research
 from diffmoe.models.layers import sine_positions
+from diffmoe.models.logical import fresh_buffers, initialize, logical_tensors
 from test_interchange import call, changed, config_of, other_state, refusal, state_of
 
 MODEL, AVERAGE = state_of("diffmoe"), other_state("diffmoe")

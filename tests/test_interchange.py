@@ -22,15 +22,17 @@ from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import euler
 from diffmoe.environment import detect
 from diffmoe.errors import UserError
-from diffmoe.evaluation.card import Card, Scores
+from diffmoe.evaluation.card import Card
 from diffmoe.evaluation.generate import generate, threshold_note
-from diffmoe.models.dit import DiT, initialize, logical_tensors
-from diffmoe.models.interchange import (
+from diffmoe.evaluation.scores import Scores
+from diffmoe.models.dit import DiT
+from diffmoe.models.interchange import same_bits, to_research
+from diffmoe.models.logical import (
     fresh_buffers,
+    initialize,
     load_buffers,
     load_logical,
-    same_bits,
-    to_research,
+    logical_tensors,
     weights_digest,
 )
 from diffmoe.models.pretrained import open_pretrained

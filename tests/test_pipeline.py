@@ -21,7 +21,7 @@ from diffmoe.config import config_from_tree
 from diffmoe.errors import UserError
 from diffmoe.evaluation.features import to_uint8
 from diffmoe.huggingface import export_folder, write_folder
-from diffmoe.models.dit import initialize, logical_tensors
+from diffmoe.models.logical import initialize, logical_tensors
 from diffmoe.models.pretrained import Pretrained
 from diffmoe.moe.routing import RoutingRule
 from programs import run_cases

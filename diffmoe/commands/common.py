@@ -251,7 +251,7 @@ def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:
     """
     from diffmoe.checkpoints.reader import BUFFERS
     from diffmoe.models.dit import DiT
-    from diffmoe.models.interchange import load_buffers, load_logical
+    from diffmoe.models.logical import load_buffers, load_logical
 
     model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
     load_logical(model, checkpoint.weights(weights))

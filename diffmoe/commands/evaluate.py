@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from diffmoe.checkpoints.reader import Checkpoint
-    from diffmoe.evaluation.evaluate import Images
+    from diffmoe.evaluation.scored_images import Images
 
 _DESCRIPTION = (
     "FID, sFID, Inception Score, precision and recall of a checkpoint, or of samples that exist. "
@@ -56,9 +56,11 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     )
     _check_options(options)
     from diffmoe.checkpoints.reader import Checkpoint
-    from diffmoe.evaluation.evaluate import check_evaluation, evaluate, given_images
+    from diffmoe.evaluation.evaluate import check_evaluation, evaluate
     from diffmoe.evaluation.features import open_extractor
-    from diffmoe.evaluation.reference_statistics import load_reference, open_images, save_reference
+    from diffmoe.evaluation.image_sources import open_images
+    from diffmoe.evaluation.reference_statistics import load_reference, save_reference
+    from diffmoe.evaluation.scored_images import given_images
     from diffmoe.parallel.collectives import raise_together
     from diffmoe.parallel.groups import build_groups
 
@@ -117,8 +119,8 @@ def _sampled(
     first: bool,
 ) -> Images:
     from diffmoe.evaluation.decoding import checkpoint_data, open_decoder, vae_note
-    from diffmoe.evaluation.evaluate import Subject, sampled_images
     from diffmoe.evaluation.generate import check_dial, threshold_note
+    from diffmoe.evaluation.scored_images import Subject, sampled_images
     from diffmoe.models.compiled import compile_blocks, compiles
 
     weights = options.weights or WEIGHTS

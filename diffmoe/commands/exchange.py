@@ -209,13 +209,8 @@ def import_hf(folder: Path, config: Config, layout: Layout) -> Path:
     """
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
-    from diffmoe.models.interchange import (
-        fresh_buffers,
-        logical_template,
-        not_finite_note,
-        some,
-        whole_weights,
-    )
+    from diffmoe.models.interchange import not_finite_note
+    from diffmoe.models.logical import fresh_buffers, logical_template, some, whole_weights
     from diffmoe.models.pretrained import folder_class_names, read_folder
 
     tree, tensors = read_folder(folder)
@@ -262,8 +257,7 @@ def import_dense(
     """
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
-    from diffmoe.models.dit import logical_tensors
-    from diffmoe.models.interchange import fresh_buffers
+    from diffmoe.models.logical import fresh_buffers, logical_tensors
     from diffmoe.models.research_file import read_research
     from diffmoe.models.upcycling import (
         balancing_factor,
@@ -422,7 +416,8 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
 
     from diffmoe.checkpoints.reader import BUFFERS
     from diffmoe.data.tar import replacing
-    from diffmoe.models.interchange import to_research, whole_weights
+    from diffmoe.models.interchange import to_research
+    from diffmoe.models.logical import whole_weights
 
     config = checkpoint.config()
     _check_times(config)

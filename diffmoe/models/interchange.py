@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.errors import UserError
-from diffmoe.models.dit import DiT, initialize_tensor, is_moe_block, logical_tensors
 from diffmoe.models.layers import sine_positions
+from diffmoe.models.logical import fresh_buffers, initialize_tensor, logical_template, some
 from diffmoe.models.shapes import differing_settings
-from diffmoe.moe.capacity import Thresholds
 
 # Research state-dict name -> ours, for what differs.  Expert numbers stay where they are.
 _RENAMES = [
@@ -33,9 +30,6 @@ _RENAMES = [
 _EXPERT_MATRIX = re.compile(r"\.experts\.\d+\.\w+_weight$")
 # Constants that the research code stores and this model computes.
 _COMPUTED = re.compile(r"(^pos_embed|\.ema_decay)$")
-# the first, without a prefix, saw 4,096 entries of a tensor: other weights could have the same
-_HASH_VERSION = "v2"
-_HASHED_AT_ONCE = 1 << 22  # entries: 16 MiB as fp32
 _LABELS = "y_embedder.embedding_table.weight"
 _SWIGLU = {"gate": "gate_proj", "fc1": "up_proj", "fc2": "down_proj"}
 
@@ -95,52 +89,6 @@ def to_research(
         if name.endswith(".mlp.thresholds.value"):
             decay = torch.tensor([moe.threshold_decay], dtype=torch.float32)
             yield name.removesuffix("thresholds.value") + "ema_decay", decay
-
-
-def logical_template(model: ModelConfig, moe: MoEConfig) -> dict[str, Tensor]:
-    """Every weight of a model, and its thresholds' values, by logical name: shapes only, on torch's
-    meta device.
-    """
-    with torch.device("meta"), torch.no_grad():
-        whole = DiT(model, moe)
-        shapes = {
-            name: piece
-            for tensor in logical_tensors(whole)
-            for name, piece in tensor.pieces(tensor.parameter)
-        }
-    values = {
-        name: value for name, value in whole.named_buffers() if name.endswith(".thresholds.value")
-    }
-    return {**shapes, **values}
-
-
-def whole_weights(
-    weights: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    model: ModelConfig,
-    moe: MoEConfig,
-    source: str,
-) -> Mapping[str, Tensor]:
-    """Weights and thresholds in one mapping, unread.  Raises UserError, naming ``source``, where
-    the model needs more.
-    """
-    tensors: Mapping[str, Tensor] = ChainMap(weights, buffers)
-    missing = [name for name in logical_template(model, moe) if name not in tensors]
-    if missing:
-        raise UserError(f"{source} lacks {', '.join(missing[:3])} ({len(missing)} missing)")
-    return tensors
-
-
-def fresh_buffers(model: ModelConfig, moe: MoEConfig) -> dict[str, Tensor]:
-    """A new model's thresholds as a checkpoint keeps them, by name."""
-    blocks = [
-        i for i in range(model.depth) if model.family == "diffmoe" and is_moe_block(model, moe, i)
-    ]
-    return {
-        f"blocks.{i}.mlp.thresholds.{name}": value
-        for i in blocks
-        for name, value in Thresholds(moe.experts, moe.threshold_decay).named_buffers()
-    }
 
 
 def observed_buffers(
@@ -296,70 +244,3 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-@torch.no_grad()
-def load_logical(model: DiT, tensors: Mapping[str, Tensor]) -> None:
-    """Copies tensors by logical name into the model's own layout.
-
-    Raises UserError naming tensors that are missing or misshaped.  Experts that live on other ranks
-    are not missed, and thresholds may be absent (a model without a predictor) but then keep their
-    start value.
-    """
-    missing, misshaped = [], []
-    for tensor in logical_tensors(model):
-        for name, target in tensor.pieces(tensor.parameter.data):
-            value = tensors.get(name)
-            if value is None:
-                missing.append(name)
-            elif value.shape != target.shape:
-                misshaped.append(f"{name} {tuple(value.shape)} instead of {tuple(target.shape)}")
-            else:
-                target.copy_(value)
-    if missing or misshaped:
-        raise UserError(
-            f"weights do not fit the model: {some('missing', missing)}, {some('misshaped', misshaped)}"
-        )
-    load_buffers(model, tensors)
-
-
-@torch.no_grad()
-def load_buffers(model: DiT, tensors: Mapping[str, Tensor]) -> None:
-    """Copies the thresholds and histograms that are among the tensors; a model without predictors
-    has none.
-    """
-    for index, layer in model.moe_layers():
-        if layer.family == "diffmoe":
-            layer.thresholds.load(tensors, f"blocks.{index}.mlp.thresholds")
-
-
-def weights_digest(model: nn.Module) -> str:
-    """`v2:` and the SHA-256 over names, shapes and all entries (as fp32) of every tensor, whatever
-    its type and device: tells any two checkpoints apart. Reads each tensor in pieces: a second or
-    two for a GB.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        for piece in value.detach().flatten().split(_HASHED_AT_ONCE):
-            digest.update(piece.float().cpu().numpy())
-    return f"{_HASH_VERSION}:{digest.hexdigest()}"
-
-
-def digest_note(one: str, other: str) -> str:
-    """What to add where two digests differ: whether one of them was made before they covered all
-    weights; else nothing.
-    """
-    older = [digest for digest in (one, other) if not digest.startswith(f"{_HASH_VERSION}:")]
-    return (
-        " (the one without v2 is of an earlier version, which hashed only a part of the weights: score them again)"
-        if older
-        else ""
-    )
-
-
-def some(what: str, names: Iterable[str]) -> str:
-    """``5 entries (a, b, c, …)``."""
-    names = list(map(str, names))
-    shown = f" ({', '.join(names[:3])}{', …' * (len(names) > 3)})" if names else ""
-    return f"{len(names)} {what}{shown}"

@@ -18,7 +18,7 @@ from diffmoe.checkpoints.reader import BUFFERS, Checkpoint, Tensors, open_tensor
 from diffmoe.config import Config, config_from_tree, validate
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
-from diffmoe.models.interchange import (
+from diffmoe.models.logical import (
     fresh_buffers,
     load_logical,
     logical_template,

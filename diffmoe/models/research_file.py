@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from diffmoe.errors import UserError
-from diffmoe.models.interchange import same_bits, some
+from diffmoe.models.interchange import same_bits
+from diffmoe.models.logical import some
 
 _OURS = re.compile(
     r"(?:(?P<place>.*?)\.)?"

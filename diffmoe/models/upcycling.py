@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from diffmoe.config import Config, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.layout import rows_taken
-from diffmoe.models.dit import DiT, initialize, logical_tensors
-from diffmoe.models.interchange import check_research, from_research, load_logical
+from diffmoe.models.dit import DiT
+from diffmoe.models.interchange import check_research, from_research
+from diffmoe.models.logical import initialize, load_logical, logical_tensors
 from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
