@@ -647,7 +647,7 @@ def test_scaled_experts_are_written_and_said(tmp_path):
 @pytest.mark.parametrize(
     "family, moe, text",
     [
-        ("dense", {}, "model.family (dense) must be a mixture"),
+        ("dense", {}, "model.family (dense) must be an MoE family"),
         ("diffmoe", {"activation": "swiglu"}, "moe.activation (swiglu) must be gelu"),
         ("diffmoe", {"shared_experts": 1}, "moe.shared_experts (1) must be 0"),
     ],

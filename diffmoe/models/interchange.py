@@ -79,13 +79,10 @@ def to_research(
     ``tensors`` holds the thresholds too, where the family has them; fixed positions and the
     thresholds' decay come from the configuration.
     """
-    yield "pos_embed", sine_positions(model.width, model.input_size // model.patch).unsqueeze(0)
+    yield "pos_embed", _positions(model.width, model.input_size // model.patch)
     for name in logical_template(model, moe):
-        value = tensors[name]
-        yield (
-            research_name(name, model, moe),
-            (value.t() if _EXPERT_MATRIX.search(name) else value).contiguous(),
-        )
+        value = tensors[name].t() if _EXPERT_MATRIX.search(name) else tensors[name]
+        yield research_name(name, model, moe), value.contiguous()
         if name.endswith(".mlp.thresholds.value"):
             decay = torch.tensor([moe.threshold_decay], dtype=torch.float32)
             yield name.removesuffix("thresholds.value") + "ema_decay", decay
@@ -97,13 +94,9 @@ def observed_buffers(
     """Thresholds of a research state dict as a checkpoint keeps them: observed once, since they
     have been trained.
     """
-    given = from_research(
-        {name: value for name, value in state.items() if name.endswith(".expert_threshold")}
-    )
-    buffers = {
-        **fresh_buffers(model, moe),
-        **{name: value.float() for name, value in given.items()},
-    }
+    of_thresholds = {n: v for n, v in state.items() if n.endswith(".expert_threshold")}
+    given = {name: value.float() for name, value in from_research(of_thresholds).items()}
+    buffers = {**fresh_buffers(model, moe), **given}
     return {
         name: torch.ones_like(value) if name.endswith(".observations") else value
         for name, value in buffers.items()
@@ -126,41 +119,37 @@ def fit_research(
     does not fit.
     """
     fitted, notes = dict(state), []
-    positions = fitted.get("pos_embed")
-    ours = sine_positions(model.width, model.input_size // model.patch).unsqueeze(0)
-    another = positions is not None and positions.ndim == 3 and positions.shape != ours.shape
-    if another and positions.shape[2] == model.width:
-        side = math.isqrt(positions.shape[1])
-        theirs = sine_positions(model.width, side).unsqueeze(0)
-        if positions.shape == theirs.shape and _rounds_to(positions, theirs):
+    there, table = fitted.get("pos_embed"), fitted.get(_LABELS)
+    ours = _positions(model.width, model.input_size // model.patch)
+    if there is not None and there.ndim == 3 and there.shape != ours.shape:
+        side = math.isqrt(there.shape[1])
+        theirs = _positions(model.width, side)
+        if there.shape == theirs.shape and _rounds_to(there, theirs):
             fitted["pos_embed"] = ours
             notes.append(
-                f"pos_embed is of {side} x {side} tokens, model.input_size {side * model.patch}; positions are "
-                f"a function of place, so those of model.input_size ({model.input_size}) are computed"
+                f"pos_embed is of {side} x {side} tokens, model.input_size {side * model.patch}; "
+                "positions are a function of place, so those of model.input_size "
+                f"({model.input_size}) are computed"
             )
-    table = fitted.get(_LABELS)
-    if (
-        new_labels_from is not None
-        and table is not None
-        and table.ndim == 2
-        and table.shape[1] == model.width
-    ):
+    if new_labels_from is not None and table is not None and table.shape[1:] == (model.width,):
         fresh = torch.empty(model.classes + 1, model.width)
         initialize_tensor(_LABELS, fresh, new_labels_from)
         fresh[-1] = table[-1]
         fitted[_LABELS] = fresh
         notes.append(
-            f"--drop-labels: the embeddings of {len(table) - 1} classes are dropped, those of model.classes "
-            f"({model.classes}) start anew; the null class (the file's last row) is kept"
+            f"--drop-labels: the embeddings of {len(table) - 1} classes are dropped, those of "
+            f"model.classes ({model.classes}) start anew; the null class (the file's last row) is "
+            "kept"
         )
     check_research(fitted, model, moe, source)
     notes += filter(None, [not_finite_note(fitted, source)])
-    computed = {
-        name: value
-        for name, value in to_research(logical_template(model, moe), model, moe)
-        if _COMPUTED.search(name)
-    }
-    return computed | fitted, notes
+    whole = to_research(logical_template(model, moe), model, moe)
+    return {name: value for name, value in whole if _COMPUTED.search(name)} | fitted, notes
+
+
+def _positions(width: int, side: int) -> Tensor:
+    """As the research code stores them."""
+    return sine_positions(width, side).unsqueeze(0)
 
 
 def _furthest(value: Tensor, wanted: Tensor) -> float:
@@ -183,43 +172,45 @@ def check_research(
     wanted = dict(to_research(logical_template(model, moe), model, moe))
     missing = [name for name in wanted if name not in state and not _COMPUTED.search(name)]
     extra = [name for name in state if name not in wanted]
-    misshaped = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if missing or extra or misshaped:
+    wrong = misshaped(state, wanted)
+    if missing or extra or wrong:
         settings, obstacles = differing_settings(state, model, moe)
         advice = f"; no setting fits it: {', and '.join(obstacles)}" if obstacles else ""
         if settings and not obstacles:
             advice = f"; by its shapes it needs {' '.join(settings)}"
             if any(setting.startswith("model.classes=") for setting in settings):
                 advice += " (or, for other classes, --drop-labels)"
+        lists = (
+            some(*pair) for pair in (("missing", missing), ("extra", extra), ("misshaped", wrong))
+        )
         raise UserError(
-            f"{source} does not fit the configuration (model.family {model.family}): {some('missing', missing)}, "
-            f"{some('extra', extra)}, {some('misshaped', misshaped)}{advice}"
+            f"{source} does not fit the configuration (model.family {model.family}): "
+            f"{', '.join(lists)}{advice}"
         )
     for name, value in state.items():
-        if not _COMPUTED.search(name):
-            continue
-        furthest = _furthest(value, wanted[name])
-        if not _rounds_to(value, wanted[name]):
-            ours = (
-                "the sine-cosine table"
-                if name == "pos_embed"
-                else f"moe.threshold_decay ({moe.threshold_decay})"
-            )
+        if _COMPUTED.search(name) and not _rounds_to(value, wanted[name]):
+            ours = f"moe.threshold_decay ({moe.threshold_decay})"
+            if name == "pos_embed":
+                ours = "the sine-cosine table"
+            furthest = _furthest(value, wanted[name])
             raise UserError(f"{source}: {name} differs from {ours} by up to {furthest:.3g}")
+
+
+def misshaped(tensors: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> list[str]:
+    """Those that are there in other shapes than the template's, in words."""
+    return [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in template.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
 
 
 def not_finite_note(tensors: Mapping[str, Tensor], source: str) -> str | None:
     """A warning where weights hold NaN or infinity, which an import keeps bit for bit."""
     broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
-    return (
-        f"warning: {source} holds values that are not finite: {some('tensors', broken)}"
-        if broken
-        else None
-    )
+    if not broken:
+        return None
+    return f"warning: {source} holds values that are not finite: {some('tensors', broken)}"
 
 
 def kept_as_they_were(
@@ -241,6 +232,5 @@ def kept_as_they_were(
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal type, shape and bytes: tells 0 from -0 and any NaN from another."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    same = a.dtype == b.dtype and a.shape == b.shape
+    return same and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
