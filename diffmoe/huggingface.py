@@ -78,7 +78,7 @@ def write_folder(
         card = model_card(config, model.step, model.weights, model.pool, scores)
         (partial / "README.md").write_text(card)
         if vae is not None:
-            vae.model.save_pretrained(partial / "vae")
+            vae.model.save_pretrained(partial / "vae")  # type: ignore[attr-defined]  # diffusers
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -196,8 +196,8 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
         ("batch", train.batch),
         (
             "optimizer",
-            f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup}, betas {train.betas}, "
-            f"weight decay {train.weight_decay:g}, clipping "
+            f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup}, "
+            f"betas {train.betas}, weight decay {train.weight_decay:g}, clipping "
             + (f"{train.clip:g}" if train.clip else "off"),
         ),
         ("EMA", f"{decays}; these are the {weights.replace('ema', 'EMA')} weights"),

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -141,7 +141,7 @@ class DiffMoEPipeline:
         if device is not None:
             self.transformer.to(device)
             if self.vae is not None:
-                self.vae.model.to(device)
+                self.vae.model.to(device)  # type: ignore[attr-defined]  # diffusers' stubs
         if dtype is not None:
             for parameter in self.transformer.parameters():
                 parameter.data = parameter.data.to(dtype)
@@ -182,7 +182,7 @@ class DiffMoEPipeline:
         Raises:
             UserError: a value that the model does not allow, or latents without a VAE.
         """
-        said = {
+        said: dict[str, dict[str, Any]] = {
             "sample": {
                 "cfg": guidance_scale,
                 "steps": num_inference_steps,
@@ -284,9 +284,9 @@ class DiffMoEPipeline:
         return str(commit)
 
 
-def _two_numbers(latents: object) -> tuple[float, float]:
+def _two_numbers(latents: Any) -> tuple[float, float]:
     try:
-        scale, shift = latents  # type: ignore[misc]  # what somebody gave
+        scale, shift = latents
         return float(scale), float(shift)
     except (TypeError, ValueError):
         raise UserError(f"latents ({latents!r}) must be two numbers, scale and shift") from None

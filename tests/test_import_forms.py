@@ -193,7 +193,7 @@ def test_a_damaged_safetensors_file(tmp_path):
         "--config",
         config_of("diffmoe", tmp_path),
     )
-    assert "is refused: it is no intact safetensors file" in said
+    assert "is refused: not an intact safetensors file" in said
 
 
 def test_several_averages_are_a_question(tmp_path):
@@ -205,7 +205,7 @@ def test_several_averages_are_a_question(tmp_path):
         "2 states that may be the ema: ema_0.999, ema_0.9999; say which by --ema-key ema_0.999"
         in said
     )
-    assert "--ema-key (emma) is no state of" in refusal(
+    assert "--ema-key (emma) is not a state of" in refusal(
         exchange.import_main, *ask, "--ema-key", "emma"
     )
     assert "not used: ema_0.999\n" in call(exchange.import_main, *ask, "--ema-key", "ema_0.9999")
@@ -578,9 +578,13 @@ def test_names_of_classes_go_through_hugging_face_folders(exported, tmp_path):
 def test_folders_that_are_none(exported, tmp_path):
     family, folder = exported
     run = f"run.folder={tmp_path / 'run'}"
-    assert "is no folder of a DiffMoE model" in refusal(exchange.import_main, "--hf", tmp_path, run)
+    assert "is not a folder of a DiffMoE model" in refusal(
+        exchange.import_main, "--hf", tmp_path, run
+    )
     (tmp_path / "config.json").write_text(json.dumps({"config": 3}))
-    assert "is no folder of a DiffMoE model" in refusal(exchange.import_main, "--hf", tmp_path, run)
+    assert "is not a folder of a DiffMoE model" in refusal(
+        exchange.import_main, "--hf", tmp_path, run
+    )
     (tmp_path / "config.json").write_text((folder / "hf" / "config.json").read_text())
     assert "lacks model.safetensors" in refusal(exchange.import_main, "--hf", tmp_path, run)
     assert "go with --research" in refusal(

@@ -432,7 +432,7 @@ REFUSED = {
     ),
     "no state": (
         lambda: {"state_dict": {}, "epoch": 3},
-        "has neither model nor ema and is no bare state dict; it has 2 entries",
+        "has neither model nor ema and is not a bare state dict; it has 2 entries",
     ),
     "not a dict": (lambda: torch.zeros(3), "must hold a dict, not Tensor"),
     "not a model's tensors": (
@@ -469,7 +469,10 @@ def test_damaged_files_are_refused(tmp_path):
     for i, content in enumerate((b"", b"hello", whole[: len(whole) // 2], whole[:-1000])):
         (tmp_path / f"{i}.pt").write_bytes(content)
         said = refusal(exchange.import_main, "--research", tmp_path / f"{i}.pt", "--config", config)
-        assert "is refused: it is no whole file of tensors (" in said and "weights_only" not in said
+        assert (
+            "is refused: it is not an intact file of tensors (" in said
+            and "weights_only" not in said
+        )
 
 
 def test_bad_options(imported, tmp_path):

@@ -364,8 +364,8 @@ def test_a_damaged_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("{", "is no folder of a DiffMoE model"),
-        ("[" * 100_000, "is no folder of a DiffMoE model"),
+        ("{", "is not a folder of a DiffMoE model"),
+        ("[" * 100_000, "is not a folder of a DiffMoE model"),
         ("[]", "no section config"),
         ('{"model_type": "bert"}', "no section config"),
         ({"latents": {"scale": 1}}, "latents .* must hold the numbers"),

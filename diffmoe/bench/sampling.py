@@ -76,8 +76,8 @@ def main(arguments: list[str]) -> int:
     config, device, dtype = sized_config(options)
     if options.samples < 1 or not all(0 < c <= config.moe.experts for c in options.capacities):
         raise UserError(
-            f"--samples ({options.samples}) and --capacities ({options.capacities}) must be above 0, capacities at "
-            f"most the experts ({config.moe.experts})"
+            f"--samples ({options.samples}) and --capacities ({options.capacities}) must be above "
+            f"0, capacities at most the experts ({config.moe.experts})"
         )
     model = build_model(config, options.samples, single_process()).to(device, dtype).eval()
     for _, layer in model.moe_layers():

@@ -1,4 +1,4 @@
-"""What several subcommands need: the parser, the ranks' coming and going, the model of a checkpoint.
+"""What several subcommands need: the parser, the ranks' coming and going, a checkpoint's model.
 
 torch comes in only where ranks join: mistakes on the command line answer at once, also where there
 is no torch.
@@ -43,7 +43,7 @@ class Parser(PathParser):
 
 
 def one_process(verb: str, environment: RankEnvironment) -> None:
-    """Raises UserError where a subcommand that does its work in one process was started as several."""
+    """Raises UserError where a subcommand for one process was started as several."""
     if environment.world != 1:
         raise UserError(f"{verb} runs in one process; WORLD_SIZE is {environment.world}")
 

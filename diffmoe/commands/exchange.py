@@ -1,5 +1,5 @@
-"""The subcommands import and export: weights from and to the published research code's files and Hugging
-Face folders.
+"""The subcommands import and export: weights from and to the published research code's files and
+Hugging Face folders.
 
 torch comes in once the command line and configuration are known to be good.
 """
@@ -274,8 +274,8 @@ def import_dense(
     new = "router" + " and capacity predictor" * (config.model.family == "diffmoe")
     print(
         f"read {path}: {which} of {', '.join(states)}; weights and EMA both start from it\n"
-        f"upcycled {blocks} blocks x {config.moe.experts} experts, each a copy of its block's dense "
-        f"MLP; {new} new from run.seed {config.run.seed}",
+        f"upcycled {blocks} blocks x {config.moe.experts} experts, each a copy of its block's "
+        f"dense MLP; {new} new from run.seed {config.run.seed}",
         flush=True,
     )
     _say_places(file)
@@ -304,9 +304,9 @@ def describe_report(report: Report, scale: bool) -> str:
         note = "how training starts with moe.capacity_hold above 0"
         rows.append(("plain copies, every expert takes every token", report.everywhere, note))
     head = (
-        f"how far the function moved at step 0: relative L2 of the outputs, {report.samples} random "
-        f"samples in pools of {report.pool}, capacity {report.capacity:g}, {report.untaken:.1%} of "
-        "tokens in no expert"
+        f"how far the function moved at step 0: relative L2 of the outputs, {report.samples} "
+        f"random samples in pools of {report.pool}, capacity {report.capacity:g}, "
+        f"{report.untaken:.1%} of tokens in no expert"
     )
     lines = [f"  {name:<46} {value:.6f}  {note}".rstrip() for name, value, note in rows]
     return "\n".join([head, *lines])

@@ -27,7 +27,6 @@ ModelFn = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------
 # schedule
 
 
@@ -123,7 +122,6 @@ def _at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device)[t].to(like.dtype).view(-1, 1, 1, 1)
 
 
-# ----------------------------------------------------------------------------------------------
 # distributions
 
 
@@ -180,7 +178,6 @@ def p_mean_variance(
     )
 
 
-# ----------------------------------------------------------------------------------------------------
 # training
 
 
@@ -264,7 +261,6 @@ def ddpm_loss(
     return training_losses(schedule, output.prediction, x, x_t, t, noise).loss.mean(), output
 
 
-# ----------------------------------------------------------------------------------------------------
 # sampling
 
 
@@ -349,7 +345,7 @@ def ddim_sample_loop(
         # From x_0 and not from the network, so that clipping moves both.
         epsilon = (_at(abar.rsqrt(), t, x) * x - x0) / _at((1 / abar - 1).sqrt(), t, x)
         x = _at(before.sqrt(), t, x) * x0 + _at((1 - before - sigma**2).sqrt(), t, x) * epsilon
-        if eta > 0 and i:
+        if noise is not None and eta > 0 and i:
             x = x + _at(sigma, t, x) * noise(i)
     return x
 

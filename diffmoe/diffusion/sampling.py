@@ -90,8 +90,8 @@ def dopri5(
         if not anyone(bool((t < 1).any())):
             return z
     raise UserError(
-        f"dopri5 did not finish in sample.steps ({steps}) at sample.tolerance ({tolerance}), raise one of them: "
-        f"the slowest sample here is at t = {t.min().item():.3g} of 1"
+        f"dopri5 did not finish in sample.steps ({steps}) at sample.tolerance ({tolerance}), raise "
+        f"one of them: the slowest sample here is at t = {t.min().item():.3g} of 1"
     )
 
 

@@ -6,22 +6,22 @@ table and a picture.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffmoe.config import Config, ModelConfig
+from diffmoe.config import Config
 from diffmoe.diffusion.ddpm import linear_schedule
 from diffmoe.errors import UserError
 from diffmoe.evaluation.plots import capacity_used
 from diffmoe.markdown import table
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.layer import MoEStats
-from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import Group
 
@@ -93,10 +93,23 @@ class CapacityMeter:
         self.taken_LbC = torch.zeros(layers, *shape, dtype=torch.float64, device=device)
         self.samples_bC = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def watch(self, model: DiT, numbers: Sequence[int]) -> WatchedModel:
-        """The model, whose passes over the images with these numbers are counted."""
-        counted = [float(number < self.images) for number in numbers]
-        return WatchedModel(model, self, torch.tensor(counted, device=self.samples_bC.device))
+    @contextmanager
+    def watching(self, model: DiT, numbers: Sequence[int]) -> Iterator[None]:
+        """The model's passes inside, over the images with these numbers, are counted."""
+        weights = [float(number < self.images) for number in numbers]
+        counted = torch.tensor(weights, device=self.samples_bC.device)
+
+        def count(_: nn.Module, inputs: tuple, output: ModelOutput) -> None:
+            _, t, y, _ = inputs
+            # DDPM's guidance runs both halves as one batch.
+            both = counted.repeat(len(y) // len(counted))
+            self.add(t, y, both, output.moe, model.model.tokens)
+
+        hook = model.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def add(
         self, t: Tensor, y: Tensor, counted: Tensor, reports: tuple[MoEStats, ...], tokens: int
@@ -116,21 +129,6 @@ class CapacityMeter:
             sum_over(v, world).cpu().numpy() for v in (self.taken_LbC, self.samples_bC)
         )
         return CapacityUsed(taken, samples, self.layers)
-
-
-class WatchedModel:
-    """Called like the model, for the model's guided fields."""
-
-    def __init__(self, model: DiT, meter: CapacityMeter, counted_B: Tensor) -> None:
-        self._dit, self._meter, self._counted = model, meter, counted_B
-        self.model: ModelConfig = model.model
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule) -> ModelOutput:
-        output = self._dit(x, t, y, rule)
-        # DDPM's guidance runs both halves as one batch.
-        counted = self._counted.repeat(len(y) // len(self._counted))
-        self._meter.add(t, y, counted, output.moe, self.model.tokens)
-        return output
 
 
 def write_report(used: CapacityUsed, config: Config, stem: str) -> list[Path]:

@@ -234,7 +234,7 @@ def _read_settings(out: Path) -> dict[str, Any] | None:
 
 
 def _claim(out: Path, images: Images, settings: dict[str, Any], finished: bool) -> None:
-    """Take a folder that `_check_folder` found fit, to make images or score those that are there."""
+    """Take a folder that `_check_folder` found fit."""
     there = _read_settings(out)
     if there is None:
         with replacing(out / SETTINGS_NAME) as stream:
@@ -293,6 +293,7 @@ def _make_chunk(images: Images, index: int, extractor: Extractor, out: Path, kee
     with replacing(path) as stream:
         np.savez(
             stream,
+            allow_pickle=False,
             **features.parts(),
             sha256=np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32),
             extractor=np.array(extractor.sha256),

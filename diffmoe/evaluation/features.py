@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
         said = str(error).splitlines()[0]
         raise UserError(f"extractor file ({path}) is not TorchScript: {said}") from None
     try:
-        weight = module.output.weight.double()
+        weight = module.get_parameter("output.weight").double()
         inner = hasattr(module.layers, _SPATIAL_LAYER)
     except AttributeError:
         inner = False
@@ -178,7 +179,8 @@ def _walk(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     inside TorchScript.
     """
     spatial = x
-    for name, layer in module.layers.named_children():
+    layers: Any = module.layers
+    for name, layer in layers.named_children():
         if name == _SPATIAL_LAYER:
             spatial = layer.conv(x)[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         x = layer(x)

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def open_images(path: str | Path) -> ImageSource:
         def read_rows(start: int, stop: int) -> Tensor:
             return channels_first(rows(start, stop))
 
-        return ImageSource(str(path), shape[0], shape[1:3], read_rows, (path,))
+        return ImageSource(str(path), shape[0], (shape[1], shape[2]), read_rows, (path,))
     if (path / INDEX_NAME).is_file():
         return _open_shards(path)
     if not path.is_dir():
@@ -174,10 +175,10 @@ def open_array(path: Path) -> tuple[tuple[int, ...], Callable[[int, int], np.nda
         raise UserError(f"{path} {_no_images(names)}")
     what, mapped, offset = "its array", True, 0
     try:
-        if names is None:
-            stream, size = open(path, "rb"), path.stat().st_size
-        else:
-            archive = zipfile.ZipFile(path)
+        stream: IO[bytes] = open(path, "rb")
+        size = path.stat().st_size
+        if names is not None:
+            archive = zipfile.ZipFile(stream)
             info = archive.getinfo("arr_0.npy")
             what, stream, size = "arr_0", archive.open(info), info.file_size
             mapped = info.compress_type == zipfile.ZIP_STORED

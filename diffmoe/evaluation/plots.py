@@ -7,11 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from PIL import Image
 
 from diffmoe.errors import UserError
@@ -268,7 +270,9 @@ def _decayed_sums(
     return sums, weights
 
 
-def _heat(ax: Axes, values: np.ndarray, extent: tuple[float, ...], **how: object):
+def _heat(
+    ax: Axes, values: np.ndarray, extent: tuple[float, float, float, float], **how: Any
+) -> AxesImage:
     """A heat map, grey where nothing was measured."""
     ax.set_facecolor("#c8c8c8")
     return ax.imshow(np.ma.masked_invalid(values), aspect="auto", extent=extent, **how)

@@ -241,7 +241,7 @@ def save_reference(reference: Reference, path: str | Path) -> None:
     }
     arrays = {name: np.asarray(value) for name, value in named.items() if value is not None}
     with replacing(Path(path)) as stream:
-        np.savez(stream, **arrays, sha256=np.array(_digest(arrays)))
+        np.savez(stream, allow_pickle=False, **arrays, sha256=np.array(_digest(arrays)))
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ from diffmoe.random_streams import Use, philox
 
 _GIVEN_BATCH = 64  # of given images that pass the extractor together
 _LABEL_WORD = 1  # second word of the sampling stream; the noise has 0
-
-Labels = Literal["balanced", "random"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def sampled_images(
     config: Config,
     subject: Subject,
     count: int,
-    labels: Labels,
+    labels: str,
     device: torch.device,
     decoder: Decoder | None = None,
 ) -> Images:

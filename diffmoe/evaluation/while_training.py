@@ -1,5 +1,5 @@
-"""Scores of a model that is being trained: the images that the subcommand `evaluate` would make, measured
-at once and kept nowhere.
+"""Scores of a model that is being trained: the images that the subcommand `evaluate` would make,
+measured at once and kept nowhere.
 
 Experts may be spread over ranks and weights sharded, so every rank makes as many passes over as
 many images as the others.

@@ -115,7 +115,7 @@ def _mixtures(model: ModelConfig, moe: MoEConfig) -> int:
 
 
 def _around_experts(model: ModelConfig, moe: MoEConfig) -> _Part:
-    """What every token passes in a mixture beside its experts: router, predictor, shared experts."""
+    """What every token passes in an MoE layer beside its experts."""
     part = _linear(model.width, moe.experts, bias=False)
     if model.family == "diffmoe":
         part += _linear(model.width, model.width) + _linear(model.width, moe.experts)

@@ -36,8 +36,8 @@ class Report:
 
     ``renormalised``: plain copies with each token's gates divided by their sum.  ``scaled``: fc2
     times ``factor``. ``everywhere``: plain copies, every expert takes every token (None for token
-    choice, which has no capacity). ``untaken``: the share of (token, MoE layer) pairs that no expert
-    took.
+    choice, which has no capacity). ``untaken``: the share of (token, MoE layer) pairs that no
+    expert took.
     """
 
     samples: int
@@ -65,8 +65,8 @@ def check_upcycling(config: Config) -> None:
         )
     if moe.shared_experts:
         raise UserError(
-            f"moe.shared_experts ({moe.shared_experts}) must be 0: beside whole copies of the dense "
-            "MLP it would be counted twice"
+            f"moe.shared_experts ({moe.shared_experts}) must be 0: beside whole copies of the "
+            "dense MLP it would be counted twice"
         )
 
 
@@ -105,14 +105,14 @@ def upcycle(dense: DiT, config: Config, pool: int) -> DiT:
 @torch.no_grad()
 def copy_experts(model: DiT, dense: DiT, factor: float) -> None:
     """Makes every expert the dense MLP of its block, with the second linear times ``factor``."""
-    mlps = {index: block.mlp for index, block in enumerate(dense.blocks)}
+    given = dict(dense.named_parameters())
     for index, layer in model.moe_layers():
-        mlp = mlps[index]
+        mlp = f"blocks.{index}.mlp"
         values = {
-            "fc1_weight": mlp.fc1.weight.t(),
-            "fc1_bias": mlp.fc1.bias,
-            "fc2_weight": mlp.fc2.weight.t() * factor,
-            "fc2_bias": mlp.fc2.bias * factor,
+            "fc1_weight": given[f"{mlp}.fc1.weight"].t(),
+            "fc1_bias": given[f"{mlp}.fc1.bias"],
+            "fc2_weight": given[f"{mlp}.fc2.weight"].t() * factor,
+            "fc2_bias": given[f"{mlp}.fc2.bias"] * factor,
         }
         for name, value in values.items():
             many = value.detach().unsqueeze(0).expand(layer.experts.experts, *value.shape)
@@ -191,8 +191,8 @@ def _pools_of(model: DiT, pool: int) -> Iterator[None]:
 
 @contextmanager
 def _renormalised_gates(model: DiT) -> Iterator[None]:
-    """Divides what the MoE layers return by the sum of the token's gates.  That is the same as other
-    gates, since all experts are one function.
+    """Divides what the MoE layers return by the sum of the token's gates.  That is the same as
+    other gates, since all experts are one function.
     """
 
     def divide(layer: MoELayer, inputs: tuple, output: tuple) -> tuple:

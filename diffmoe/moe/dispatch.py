@@ -109,7 +109,7 @@ def combine(rows_RD: Tensor, scores_TE: Tensor, plan: Plan, shared_TD: Tensor | 
 
 
 class _Gather(torch.autograd.Function):
-    """rows_r = x[token_r].  Autograd would add the gradients up in bf16 and, on CUDA, in any order."""
+    """rows_r = x[token_r].  Autograd adds the gradients up in bf16 and, on CUDA, in any order."""
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, token_R: Tensor, by_token_R: Tensor, first_T: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class MoELayer(nn.Module):
     def forward(
         self, x_BND: Tensor, rule: RoutingRule, run: Run = at_once
     ) -> tuple[Tensor, MoEStats]:
-        """[B, N, D] -> [B, N, D] and the layer's report.  A token that no expert takes gets zero."""
+        """[B, N, D] -> [B, N, D] and the report.  A token that no expert takes gets zero."""
         x_TD, ep = x_BND.flatten(0, 1), self.groups.ep
         scores_TE, logits_TE = run(self._look, x_TD)
         routing, stats = self._route(scores_TE, logits_TE, len(x_BND), rule)
