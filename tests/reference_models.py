@@ -44,7 +44,7 @@ def reference(family: str) -> tuple[DiT, dict[str, Tensor]]:
     )
     dit = DiT(model, moe, pool=POOL[family])
     state = {k.removeprefix("param/"): v for k, v in numbers.items() if k.startswith("param/")}
-    load_logical(dit, from_research(state))
+    load_logical(dit, from_research(state, dit.model, dit.moe))
     return dit, numbers
 
 

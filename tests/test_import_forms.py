@@ -134,7 +134,8 @@ def written(folder):
 def assert_holds(checkpoint, model, average):
     for kind, state in ((MASTER, model), (ema_kind(0.9999), average)):
         tensors = checkpoint.tensors(kind)
-        for name, value in from_research(state).items():
+        config = checkpoint.config()
+        for name, value in from_research(state, config.model, config.moe).items():
             assert name.endswith("thresholds.value") or torch.equal(tensors[name], value), (
                 f"{kind} {name}"
             )

@@ -59,16 +59,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
     for name in ("--latent-scale", "--latent-shift"):
         add(name, type=float, help="(default: the training data's, else the VAE's own)")
-    add(
-        "--fp32-precision",
-        choices=("ieee", "tf32"),
-        help="of a GPU's fp32 matmuls (default: that of the run)",
-    )
-    add(
-        "--compile",
-        choices=("auto", "true", "false"),
-        help="torch.compile the model; auto: on a GPU (default: train.compile of the run)",
-    )
+    fp32 = "of a GPU's fp32 matmuls (default: that of the run)"
+    add("--fp32-precision", choices=("ieee", "tf32"), help=fp32)
+    compiled = "torch.compile the model; auto: on a GPU (default: train.compile of the run)"
+    add("--compile", choices=("auto", "true", "false"), help=compiled)
     add_device(parser)
     add("overrides", nargs="*", metavar="sample.field=value")
 

@@ -174,49 +174,21 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", help="checkpoint folder, or run folder (its newest)")
-    add(
-        "--samples",
-        help="in place of a checkpoint, images that exist: npz (arr_0, as ADM's), .npy, or a "
-        "folder",
-    )
-    add(
-        "--published",
-        action="store_true",
-        help="sample as the published rows: 50,000 images of random classes, cfg 1 (or --cfg 1.5), "
-        "250 steps, and the paper's routing in batches of 125",
-    )
-    add(
-        "--reference",
-        required=True,
-        help="npz (ADM's, or one saved here), .npy of images, folder of pictures, or folder of "
-        "pixel shards",
-    )
-    add(
-        "--extractor", required=True, help="TorchScript file (inception-2015-12-05.pt), or 'digits'"
-    )
+    add("--samples", help="instead, images that exist: npz (arr_0, as ADM's), .npy, or a folder")
+    published = "sample as the published rows (docs/scores.md)"
+    add("--published", action="store_true", help=published)
+    reference = "npz (ADM's, or one saved here), .npy of images, folder of images or pixel shards"
+    add("--reference", required=True, help=reference)
+    extractor = "TorchScript file (inception-2015-12-05.pt), or 'digits'"
+    add("--extractor", required=True, help=extractor)
     add("--count", type=int, help="images (default: 50,000, or all of --samples)")
-    add(
-        "--classes",
-        dest="labels",
-        choices=("balanced", "random"),
-        help="balanced (default): in turn, which scores a little better; random: as ADM, DiT and "
-        "the research code",
-    )
+    classes = "balanced (default): in turn; random: as ADM, DiT and the research code"
+    add("--classes", dest="labels", choices=("balanced", "random"), help=classes)
     add("--splits", type=int, help="of the Inception Score (default: one per 5,000 images)")
-    add(
-        "--save-reference",
-        help="also write the reference's statistics here (npz), to skip measuring it again",
-    )
-    add(
-        "--no-samples",
-        action="store_true",
-        help="do not write samples.npz (10 GB for 50,000 of 256 x 256); another reference then "
-        "needs them made again",
-    )
-    add(
-        "--out",
-        default="evaluation",
-        help="folder: card.json, card.md, samples.npz (default: %(default)s)",
-    )
+    add("--save-reference", help="also write the reference's statistics here (npz), to use again")
+    no_samples = "do not write samples.npz; another reference then needs them made again"
+    add("--no-samples", action="store_true", help=no_samples)
+    out = "folder: card.json, card.md, samples.npz (default: %(default)s)"
+    add("--out", default="evaluation", help=out)
     add_sampling_options(parser)
     return parser

@@ -79,51 +79,25 @@ def _import_parser() -> Parser:
         description="Weights from elsewhere, as the checkpoint that run.folder starts from "
         "(sample, train and evaluate read it).",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--research",
-        metavar="FILE",
-        help="research checkpoint (.pt, .safetensors) of the model that --config names",
-    )
-    source.add_argument(
-        "--dense",
-        metavar="FILE",
-        help="research checkpoint of a dense DiT or SiT: every expert of the MoE model that "
-        "--config names starts as a copy of the dense MLP",
-    )
-    source.add_argument("--hf", metavar="FOLDER", help="folder that export --format hf wrote")
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    research = "research checkpoint (.pt, .safetensors) of the model that --config names"
+    source("--research", metavar="FILE", help=research)
+    dense = "research checkpoint of a dense DiT or SiT, whose MLPs every expert copies"
+    source("--dense", metavar="FILE", help=dense)
+    source("--hf", metavar="FOLDER", help="folder that export --format hf wrote")
     add = parser.add_argument
-    add(
-        "--config",
-        help="YAML file, see configs/ (with --hf: default: the folder's own configuration)",
-    )
-    add(
-        "--ranks",
-        type=int,
-        help="ranks that moe.pool is resolved for, where it is a word (default: parallel.ep)",
-    )
-    add(
-        "--weights",
-        choices=("ema", "model"),
-        help="with --dense: which of the file's two (default: ema)",
-    )
-    add(
-        "--model-key",
-        metavar="NAME",
-        help="where in the file the weights lie, if several could be meant",
-    )
+    add("--config", help="YAML file, see configs/ (with --hf: default: the folder's own)")
+    ranks = "ranks that moe.pool is resolved for, where it is a word (default: parallel.ep)"
+    add("--ranks", type=int, help=ranks)
+    weights = "with --dense: which of the file's two (default: ema)"
+    add("--weights", choices=("ema", "model"), help=weights)
+    model_key = "where in the file the weights lie, if several could be meant"
+    add("--model-key", metavar="NAME", help=model_key)
     add("--ema-key", metavar="NAME", help="the same for their average")
-    add(
-        "--drop-labels",
-        action="store_true",
-        help="let the classes' embeddings start anew, for other classes",
-    )
-    add(
-        "--scale-experts",
-        action="store_true",
-        help="with --dense: multiply the experts' second linear so that a token's gates sum to 1 "
-        "on average",
-    )
+    drop = "let the classes' embeddings start anew, for other classes"
+    add("--drop-labels", action="store_true", help=drop)
+    scale = "with --dense: scale experts so that a token's gates sum to 1 on average"
+    add("--scale-experts", action="store_true", help=scale)
     add("overrides", nargs="*", metavar="section.field=value")
     return parser
 
@@ -162,7 +136,7 @@ def import_research(
     buffers = observed_buffers(states["ema"], model, moe)
 
     def weights(which: str) -> Pieces:
-        for name, value in from_research(states[which]).items():
+        for name, value in from_research(states[which], model, moe).items():
             if name not in buffers:
                 yield name, value.float()
 
@@ -319,25 +293,13 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
     parser = Parser(prog="export", description="A checkpoint in other people's formats.")
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
-    add(
-        "--format",
-        required=True,
-        choices=("research", "hf"),
-        help="research: one .pt file with model and ema; hf: a Hugging Face folder",
-    )
+    formats = "research: one .pt file with model and ema; hf: a Hugging Face folder"
+    add("--format", required=True, choices=("research", "hf"), help=formats)
     add("--out", required=True, help="the file or folder to write; must not exist")
-    add(
-        "--weights",
-        help="with hf: ema (default; the first of train.ema), ema:0.999 (by its decay) or raw",
-    )
+    add("--weights", help="with hf: ema (default; the first), ema:0.999 (by its decay) or raw")
     add("--shard-size", help="with hf: largest file, such as 5GB or 500MB (default: 5GB)")
-    add(
-        "--scores",
-        nargs="+",
-        default=[],
-        metavar="CARD",
-        help="with hf: card.json files of these weights",
-    )
+    scores = "with hf: card.json files of these weights"
+    add("--scores", nargs="+", default=[], metavar="CARD", help=scores)
     options = parser.parse_args(arguments)
     one_process("export", environment)
     if options.format == "research" and (options.weights or options.shard_size or options.scores):

@@ -98,25 +98,14 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
-    add(
-        "--classes",
-        default="all",
-        help="'all', or numbers, ranges and names: boot,3,7-9; in double quotes always a name, "
-        "which may hold commas",
-    )
+    classes = "'all', or numbers, ranges and names: boot,3,7-9; in double quotes always a name"
+    add("--classes", default="all", help=classes)
     add("--count", type=int, help="images in all, classes in turn (default: ten of each class)")
-    add(
-        "--capacity",
-        type=float,
-        help="experts per token on average (default: sample.capacity of the run, or else the "
-        "learned thresholds)",
-    )
+    capacity = "experts per token on average (default: sample.capacity, or learned thresholds)"
+    add("--capacity", type=float, help=capacity)
     add("--out", default="samples", help="writes OUT.png and OUT.npz")
-    add(
-        "--report",
-        action="store_true",
-        help="also write the capacity used, by layer, time and class: OUT.capacity.json, .md, .png",
-    )
+    report = "also write the capacity used: OUT.capacity.json, .md and .png"
+    add("--report", action="store_true", help=report)
     add_sampling_options(parser)
     return parser
 

@@ -100,13 +100,10 @@ def evaluate(
 ) -> Card | None:
     """Scores of images with their card, on rank 0; None elsewhere.
 
-    Args:
-        out: folder of the results; one that is half done with the same settings is completed, the
-            card of a finished one is returned, and images that are there are scored by another
-            reference, extractor or number of splits.
-        splits: of the Inception Score; left out, one per 5,000 images.
-        keep_samples: also write `samples.npz`: `arr_0` uint8 [N, H, W, 3], `arr_1` labels [N]
-            (never of given images).
+    An `out` that is half done with the same settings is completed, the card of a finished one is
+    returned, and images that are there are scored by another reference, extractor or number of
+    `splits` (left out: one per 5,000 images). `keep_samples` also writes `samples.npz`: `arr_0`
+    uint8 [N, H, W, 3], `arr_1` labels [N] (never of given images).
 
     Raises:
         UserError: as `check_evaluation`; images or features that are not finite, a reference of

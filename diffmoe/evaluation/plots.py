@@ -15,12 +15,12 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
+from scipy.ndimage import gaussian_filter1d
 
 from diffmoe.errors import UserError
 
 GRID_GAP = 4  # pixels between the images of a grid
-_SMOOTHING_SHARE = 0.01  # of the run's steps: where a neighbour's weight has fallen to 1/e
-_GAP_FACTOR = 5  # a curve breaks where steps are this many times further apart than usual
+_SMOOTHING_SHARE = 0.005  # of the records: standard deviation of the curves' smoothing
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f5fa8", "#d9731a", "#2e8b57", "#8a8a8a"
 
 
@@ -59,8 +59,7 @@ def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path) -> Non
     step may be missing).
 
     A step that appears twice (a run that resumed) counts once, as written last. Values that are
-    missing or not finite are left out, and lines break over long gaps. UserError where no record
-    has a step and a finite loss.
+    missing or not finite are left out. UserError where no record has a step and a finite loss.
     """
     by_step = {record["step"]: record for record in records if "step" in record}
     panels = (  # (what the axis shows, its curves, share of the height)
@@ -239,35 +238,9 @@ def _smooth_and_raw(
     ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str
 ) -> None:
     marker = "." if len(steps) == 1 else ""  # a line through one point shows nothing
-    smooth = _smoothed(steps, values)
-    if len(steps) > 2:  # a NaN in every long gap, where the line then breaks
-        distance = np.diff(steps)
-        after = np.flatnonzero(distance > _GAP_FACTOR * np.median(distance)) + 1
-        steps = np.insert(steps, after, steps[after - 1])
-        values, smooth = np.insert(values, after, np.nan), np.insert(smooth, after, np.nan)
+    smooth = gaussian_filter1d(values, max(1.0, _SMOOTHING_SHARE * len(values)), mode="nearest")
     ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, marker=marker)
     ax.plot(steps, smooth, color=color, linewidth=1.8, label=label, marker=marker)
-
-
-def _smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Average weighted by exp(-distance in steps), looking both ways so that the curve does not
-    lag.
-    """
-    length = max(1.0, _SMOOTHING_SHARE * (steps[-1] - steps[0]))
-    past_sum, past_weight = _decayed_sums(steps, values, length)
-    next_sum, next_weight = _decayed_sums(-steps[::-1], values[::-1], length)
-    return (past_sum + next_sum[::-1] - values) / (past_weight + next_weight[::-1] - 1.0)
-
-
-def _decayed_sums(
-    steps: np.ndarray, values: np.ndarray, length: float
-) -> tuple[np.ndarray, np.ndarray]:
-    sums, weights = values.copy(), np.ones_like(values)
-    for i in range(1, len(values)):
-        decay = math.exp((steps[i - 1] - steps[i]) / length)
-        sums[i] += decay * sums[i - 1]
-        weights[i] += decay * weights[i - 1]
-    return sums, weights
 
 
 def _heat(

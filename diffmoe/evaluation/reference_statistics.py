@@ -74,15 +74,13 @@ def load_reference(
     """The reference behind a path, measured by all ranks together where it is images; all that can
     be known of it is judged before.
 
-    Args:
-        path: an npz (ADM's or `save_reference`'s), a folder of pictures of one size, a folder of
-            pixel shards, or a .npy of images.
-        size: (height, width) of the images that will be compared with it, where that is known.
-        batch: images that pass the extractor at once.
+    `path`: an npz (ADM's or `save_reference`'s), a folder of images of one size, a folder of pixel
+    shards, or a .npy of images. `size`: (height, width) of the images that will be compared with
+    it, where that is known. `batch` images pass the extractor at once.
 
     Raises:
-        UserError: on every rank: nothing that is a reference, statistics that are no Gaussian's or
-            another extractor's, images of another size, damaged images, too few.
+        UserError: on every rank: nothing that is a reference, statistics that are not a Gaussian's
+            or another extractor's, images of another size, damaged images, too few.
     """
     path = Path(path)
     source = None
@@ -162,10 +160,7 @@ def measure_reference(
 ) -> Reference:
     """Features of all of a source's images, an equal run of them on each rank; the same reference
     on every rank. Precision and recall get every k-th image, at most `NEIGHBOUR_FEATURES`.
-
-    Raises:
-        UserError: on every rank: an image that cannot be read, or fewer images than feature width +
-            1.
+    UserError on every rank: an image that cannot be read, or fewer images than feature width + 1.
     """
     tally, features, digest = _measure(source, extractor, world, device, batch, progress)
     assert tally.pool is not None

@@ -82,16 +82,10 @@ def sampled_images(
 ) -> Images:
     """Images of a whole model: every rank holds all of it.
 
-    Args:
-        config: the run's, with `sample` and `run.seed` as wanted; `sample.batch` images are sampled
-            together.
-        labels: `balanced`: image i is of class i modulo classes; `random`: a uniform class from
-            (seed, i).
-        decoder: needed where the model samples latents.
-
-    Raises:
-        UserError: fewer than one image, latents without a decoder, or a decoder that does not fit
-            them.
+    `config`: the run's, with `sample` and `run.seed` as wanted; `sample.batch` images are sampled
+    together. `labels`: `balanced`: image i is of class i modulo classes; `random`: a uniform class
+    from (seed, i). UserError for fewer than one image, latents without a decoder, or a decoder that
+    does not fit them.
     """
     if count < 1:
         raise UserError(f"count ({count}) must be at least 1")

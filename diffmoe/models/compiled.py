@@ -91,7 +91,7 @@ def compile_blocks(model: DiT) -> None:
 
 class CompiledRun:
     """How a DiT's blocks are run compiled: as a whole where all shapes are known (dense blocks;
-    mixtures that neither ask another rank nor the host), else in parts between exchanges, with
+    MoE layers that neither ask another rank nor the host), else in parts between exchanges, with
     choosing and the host's reads outside.  Parts are the units of ``selective`` recompute: what
     crosses their edges, as rows from the network do, is kept by itself.
 

@@ -39,9 +39,7 @@ class ModelOutput:
 
 
 def is_moe_block(model: ModelConfig, moe: MoEConfig, index: int) -> bool:
-    """Whether block ``index`` is a mixture: every one, or with ``interleave`` every second (1, 3,
-    …).
-    """
+    """Whether block ``index`` has an MoE layer: every one, or every second (1, 3, …)."""
     return model.family != "dense" and (not moe.interleave or index % 2 == 1)
 
 
@@ -50,7 +48,7 @@ BlockRun = Callable[["DiTBlock", str, Tensor, Tensor, RoutingRule], BlockOutput]
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block: attention, then an MLP or a mixture, each scaled, shifted and gated by the
+    """adaLN-Zero block: attention, then an MLP or an MoE layer, each scaled, shifted and gated by the
     condition.
     """
 
@@ -65,13 +63,11 @@ class DiTBlock(nn.Module):
     def forward(
         self, x: Tensor, c: Tensor, rule: RoutingRule, form: str, run: BlockRun
     ) -> BlockOutput:
-        """The block as ``run`` computes it, its activations made again in backward as ``form``
-        says.
-        """
+        """The block as ``run`` computes it, recomputed in backward as ``form`` says."""
         return run(self, form, x, c, rule)
 
     def compute(self, x: Tensor, c: Tensor, rule: RoutingRule, run: Run = at_once) -> BlockOutput:
-        """x [B, N, D], c [B, D] -> x after attention and MLP, and the mixture's report.  ``run`` is
+        """x [B, N, D], c [B, D] -> x after attention and MLP, and the MoE layer's report.  ``run`` is
         given what lies between exchanges, a part at a time.
         """
         x, h, gate = run(self.attend, x, c)
@@ -107,7 +103,7 @@ def _mlp(
 
 
 class DiT(nn.Module):
-    """Diffusion transformer (Peebles & Xie 2023) with DiffMoE's mixture layers.
+    """Diffusion transformer (Peebles & Xie 2023) with DiffMoE's MoE layers.
 
     ``pool`` is in samples and only matters for the training rule; ``groups`` says which experts
     live here.  ``run`` is how its blocks are computed: ``run_plainly``, or what ``models.compiled``
@@ -186,7 +182,7 @@ class DiT(nn.Module):
         return h.permute(0, 5, 1, 3, 2, 4).reshape(B, self.model.out_channels, side * p, side * p)
 
     def moe_layers(self) -> Iterator[tuple[int, MoELayer]]:
-        """(block index, layer) of every mixture, in order of depth."""
+        """(block index, layer) of every MoE layer, in order of depth."""
         for i, block in enumerate(self.blocks):
             if isinstance(block.mlp, MoELayer):
                 yield i, block.mlp

@@ -15,18 +15,6 @@ from diffmoe.models.layers import sine_positions
 from diffmoe.models.logical import fresh_buffers, initialize_tensor, logical_template, some
 from diffmoe.models.shapes import differing_settings
 
-# Research state-dict name -> ours, for what differs.  Expert numbers stay where they are.
-_RENAMES = [
-    (r"\.mlp\.gate_weight$", ".mlp.router"),
-    (r"\.mlp\.gate\.weight$", ".mlp.router"),
-    (r"(\.mlp\.experts\.\d+)\.fc1\.(weight|bias)$", r"\1.fc1_\2"),
-    (r"(\.mlp\.experts\.\d+)\.fc2\.(weight|bias)$", r"\1.fc2_\2"),
-    (r"(\.mlp\.experts\.\d+)\.gate_proj\.weight$", r"\1.gate_weight"),
-    (r"(\.mlp\.experts\.\d+)\.up_proj\.weight$", r"\1.fc1_weight"),
-    (r"(\.mlp\.experts\.\d+)\.down_proj\.weight$", r"\1.fc2_weight"),
-    (r"\.mlp\.shared_experts\.", ".mlp.shared."),
-    (r"\.mlp\.expert_threshold$", ".mlp.thresholds.value"),
-]
 _EXPERT_MATRIX = re.compile(r"\.experts\.\d+\.\w+_weight$")
 # Constants that the research code stores and this model computes.
 _COMPUTED = re.compile(r"(^pos_embed|\.ema_decay)$")
@@ -34,31 +22,22 @@ _LABELS = "y_embedder.embedding_table.weight"
 _SWIGLU = {"gate": "gate_proj", "fc1": "up_proj", "fc2": "down_proj"}
 
 
-def logical_name(research_name: str) -> str | None:
-    """Our name for a research tensor; None for a constant that this model computes."""
-    if _COMPUTED.search(research_name):
-        return None
-    for pattern, replacement in _RENAMES:
-        research_name, count = re.subn(pattern, replacement, research_name)
-        if count:
-            break
-    return research_name
-
-
-def from_research(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A research state dict under logical names.  Expert matrices are stored [in, out] here, [out,
-    in] there.
+def from_research(
+    state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig
+) -> dict[str, Tensor]:
+    """What a research state dict has of a model's tensors, under logical names.  Expert matrices
+    are stored [in, out] here, [out, in] there.
     """
-    renamed = ((logical_name(name), value) for name, value in state.items())
+    names = {name: research_name(name, model, moe) for name in logical_template(model, moe)}
     return {
-        name: value.t() if _EXPERT_MATRIX.search(name) else value
-        for name, value in renamed
-        if name is not None
+        name: state[theirs].t() if _EXPERT_MATRIX.search(name) else state[theirs]
+        for name, theirs in names.items()
+        if theirs in state
     }
 
 
 def research_name(name: str, model: ModelConfig, moe: MoEConfig) -> str:
-    """The research code's name for one of our tensors: the inverse of :func:`logical_name`."""
+    """The research code's name for one of our tensors."""
     stem, _, leaf = name.rpartition(".")
     if leaf == "router":
         return f"{stem}.gate.weight" if model.family == "tc" else f"{stem}.gate_weight"
@@ -94,9 +73,8 @@ def observed_buffers(
     """Thresholds of a research state dict as a checkpoint keeps them: observed once, since they
     have been trained.
     """
-    of_thresholds = {n: v for n, v in state.items() if n.endswith(".expert_threshold")}
-    given = {name: value.float() for name, value in from_research(of_thresholds).items()}
-    buffers = {**fresh_buffers(model, moe), **given}
+    given, buffers = from_research(state, model, moe), fresh_buffers(model, moe)
+    buffers |= {name: given[name].float() for name in buffers if name in given}
     return {
         name: torch.ones_like(value) if name.endswith(".observations") else value
         for name, value in buffers.items()
@@ -224,7 +202,7 @@ def kept_as_they_were(
     another machine's position table.
     """
     for which, state in states.items():
-        ours = {name: value.float() for name, value in from_research(state).items()}
+        ours = {name: value.float() for name, value in from_research(state, model, moe).items()}
         for name, value in to_research({**ours, **buffers}, model, moe):
             if not same_bits(value, state[name]):
                 yield f"{which}/{name}", state[name]

@@ -77,7 +77,7 @@ def load_dense(state: Mapping[str, Tensor], config: Config, source: str) -> DiT:
     model = dataclasses.replace(config.model, family="dense")
     check_research(state, model, config.moe, source)
     dense = DiT(model, config.moe, time_scale=config.diffusion.time_scale)
-    load_logical(dense, from_research(state))
+    load_logical(dense, from_research(state, model, config.moe))
     return dense.eval()
 
 
