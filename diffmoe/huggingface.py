@@ -8,37 +8,29 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from torch import Tensor
+from huggingface_hub import ModelCardData, save_torch_state_dict
 
 import diffmoe
 from diffmoe.checkpoints.reader import Checkpoint
-from diffmoe.checkpoints.writer import save_parts
 from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, override
 from diffmoe.data.sources import runs_a_program
+from diffmoe.data.vae import Vae
 from diffmoe.errors import UserError
-from diffmoe.evaluation.card import Card, card_from_json
+from diffmoe.evaluation.card import SCORE_NAMES, Card, read_card
 from diffmoe.evaluation.decoding import checkpoint_data
 from diffmoe.markdown import table
 from diffmoe.models.count import count
-from diffmoe.models.interchange import digest_note, logical_template, weights_digest
-from diffmoe.models.pretrained import PARTS, Pretrained, of_checkpoint, read_description
+from diffmoe.models.logical import digest_note, logical_template, weights_digest
+from diffmoe.models.pretrained import Pretrained, of_checkpoint, read_description
 from diffmoe.training.resume import changes, is_of_recipe
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
 LARGEST_FILE = 5 * 10**9  # bytes, as other libraries write
-_PRIVATE = (
-    ("run", "folder"),
-    ("data", "shards"),
-    ("data", "index"),
-)  # paths of the machine that trained
-_SCORES = ("fid", "sfid", "inception_score", "precision", "recall")
+# Paths of the machine that trained.
+_PRIVATE = (("run", "folder"), ("data", "shards"), ("data", "index"))
 
 
 def export_folder(
@@ -55,9 +47,9 @@ def export_folder(
     UserError.
     """
     model = of_checkpoint(checkpoint, weights)
-    return write_folder(
-        replace(model, latents=_latents(model.config)), out, limit, _read_cards(cards, model)
-    )
+    digest = weights_digest(model.model()) if cards else ""
+    scores = [_read_card(path, model, digest) for path in cards]
+    return write_folder(replace(model, latents=_latents(model.config)), out, limit, scores)
 
 
 def write_folder(
@@ -65,7 +57,7 @@ def write_folder(
     out: Path,
     limit: int = LARGEST_FILE,
     scores: Sequence[Card] = (),
-    vae: AutoencoderKL | None = None,
+    vae: Vae | None = None,
 ) -> int:
     """Writes the folder of a model; it appears whole or not at all.  Returns the number of weight
     files.
@@ -75,24 +67,18 @@ def write_folder(
     partial = out.with_name(f".{out.name}.{os.getpid()}-{threading.get_ident()}.partial")
     partial.mkdir(parents=True)
     try:
-        total = 0
-
-        def pieces() -> Iterator[tuple[str, Tensor]]:
-            nonlocal total
-            thresholds = [name for name in tensors if ".thresholds." in name]
-            for name in dict.fromkeys([*logical_template(config.model, config.moe), *thresholds]):
-                value = tensors[name]
-                total += value.nbytes
-                yield name, value
-
-        where = save_parts(partial, "model", pieces(), limit)
-        files = _name_parts(partial, where, total)
-        (partial / "config.json").write_text(json.dumps(_description(model), indent=1) + "\n")
-        (partial / "README.md").write_text(
-            model_card(config, model.step, model.weights, model.pool, scores)
+        thresholds = [name for name in tensors if ".thresholds." in name]
+        names = dict.fromkeys([*logical_template(config.model, config.moe), *thresholds])
+        # Copies: experts are views of one tensor, which would be one file's.
+        save_torch_state_dict(
+            {name: tensors[name].clone() for name in names}, partial, max_shard_size=limit
         )
+        files = len(list(partial.glob("*.safetensors")))
+        (partial / "config.json").write_text(json.dumps(_description(model), indent=1) + "\n")
+        card = model_card(config, model.step, model.weights, model.pool, scores)
+        (partial / "README.md").write_text(card)
         if vae is not None:
-            vae.save_pretrained(partial / "vae")
+            vae.model.save_pretrained(partial / "vae")  # type: ignore[attr-defined]  # diffusers
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -114,7 +100,7 @@ def folder_config(folder: Path, file: str | None, overrides: list[str]) -> Confi
     Raises UserError where that is another model than the folder's."""
     tree = read_description(folder)
     theirs = config_from_tree(tree["config"])
-    if type(tree.get("pool")) is int:  # what a word in moe.pool was
+    if "pool" in tree:  # what a word in moe.pool was
         theirs = override(theirs, [f"moe.pool={tree['pool']}"])
     config = override(theirs, overrides) if file is None else load_config(file, overrides)
     broken, _ = changes(theirs, config)
@@ -126,30 +112,11 @@ def folder_config(folder: Path, file: str | None, overrides: list[str]) -> Confi
     return config
 
 
-def _name_parts(folder: Path, where: dict[str, Path], total: int) -> int:
-    """Gives the parts the names that Hugging Face's loaders look for; returns how many there are."""
-    parts = sorted(set(where.values()))
-    if len(parts) == 1:
-        parts[0].rename(folder / "model.safetensors")
-        return 1
-    final = {
-        path: f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i, path in enumerate(parts, 1)
-    }
-    for path, name in final.items():
-        path.rename(folder / name)
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: final[path] for name, path in where.items()},
-    }
-    (folder / PARTS).write_text(json.dumps(index, indent=1) + "\n")
-    return len(parts)
-
-
 def _description(model: Pretrained) -> dict:
-    tree = config_to_tree(model.config)
+    config = config_to_tree(model.config)
     for section, key in _PRIVATE:
-        del tree[section][key]
-    return {
+        del config[section][key]
+    tree = {
         "model_type": "diffmoe",
         "architectures": ["DiT"],
         "torch_dtype": "float32",
@@ -157,35 +124,31 @@ def _description(model: Pretrained) -> dict:
         "weights": model.weights,
         "step": model.step,
         "pool": model.pool,
-        "config": tree,
-        **({"latents": dict(zip(("scale", "shift"), model.latents))} if model.latents else {}),
-        **({"id2label": dict(enumerate(model.class_names))} if model.class_names else {}),
+        "config": config,
     }
-
-
-def _read_cards(paths: Sequence[Path], model: Pretrained) -> list[Card]:
-    if not paths:
-        return []
-    digest = weights_digest(model.model())
-    return [_read_card(path, model, digest) for path in paths]
+    if model.latents:
+        tree["latents"] = dict(zip(("scale", "shift"), model.latents))
+    if model.class_names:
+        tree["id2label"] = dict(enumerate(model.class_names))
+    return tree
 
 
 def _read_card(path: Path, model: Pretrained, digest: str) -> Card:
     try:
-        card = card_from_json(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--scores {path}: {error}") from None
-    for name, theirs, ours in (
-        ("family", card.family, model.config.model.family),
-        ("step", card.step, model.step),
-        ("weights", card.weights, model.weights),
-        ("weights_sha256", card.weights_sha256, digest),
+        card = read_card(path)
+    except UserError as error:
+        raise UserError(f"--scores {error}") from None
+    note = digest_note(card.weights_sha256, digest)
+    for name, ours in (
+        ("family", model.config.model.family),
+        ("step", model.step),
+        ("weights", model.weights),
+        ("weights_sha256", digest),
     ):
-        if theirs != ours:
-            note = digest_note(theirs, ours) if name == "weights_sha256" else ""
+        if (theirs := getattr(card, name)) != ours:
             raise UserError(
                 f"--scores {path} is of another model: {name} {theirs} there, {ours} in "
-                f"{model.source}{note}"
+                f"{model.source}{note * (name == 'weights_sha256')}"
             )
     return card
 
@@ -196,38 +159,34 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
     """
     model, moe, train, flow = config.model, config.moe, config.train, config.diffusion
     counts = count(model, moe)
-    millions = [f"{(n + counts.positions) / 1e6:.2f} M" for n in (counts.total, counts.activated)]
-    mixture = model.family != "dense"
-    rows = [
+    total, active = (
+        f"{(n + counts.positions) / 1e6:.2f} M" for n in (counts.total, counts.activated)
+    )
+    side, tags = model.input_size, ["diffusion-transformer", "class-conditional-image-generation"]
+    rows: list[tuple[str, object]] = [
         ("family", model.family),
         ("depth x width, heads", f"{model.depth} x {model.width}, {model.heads}"),
-        ("parameters (activated)", f"{millions[0]} ({millions[1]})"),
+        ("parameters (activated)", f"{total} ({active})"),
         (
             "input",
-            f"{model.channels} x {model.input_size} x {model.input_size}, patch {model.patch}, {model.classes} "
-            "classes",
+            f"{model.channels} x {side} x {side}, patch {model.patch}, {model.classes} classes",
         ),
     ]
-    if mixture:
+    if model.family != "dense":
+        tags.append("mixture-of-experts")
+        where = f"every {'second ' * moe.interleave}block"
+        met = str(moe.top_k) if model.family == "tc" else f"{moe.capacity:g} on average (capacity)"
         rows += [
-            (
-                "experts",
-                f"{moe.experts} {moe.activation}, {moe.shared_experts} shared, every "
-                f"{'second ' * moe.interleave}block",
-            ),
+            ("experts", f"{moe.experts} {moe.activation}, {moe.shared_experts} shared, {where}"),
             ("pool", f"{pool} samples"),
-            (
-                "experts per token",
-                f"{moe.top_k}"
-                if model.family == "tc"
-                else f"{moe.capacity:g} on average (capacity)",
-            ),
+            ("experts per token", met),
         ]
-    times = (
-        f", t x {flow.time_scale:g}, {flow.time_sampling} times" if flow.process == "flow" else ""
-    )
+    process: str = flow.process
+    if process == "flow":
+        process += f", t x {flow.time_scale:g}, {flow.time_sampling} times"
+    decays = ", ".join(f"{decay:g}" for decay in train.ema_decays)
     recipe = [
-        ("process", flow.process + times),
+        ("process", process),
         (
             "steps",
             f"{step} of {train.steps}"
@@ -237,68 +196,63 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
         ("batch", train.batch),
         (
             "optimizer",
-            f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup}, betas {train.betas}, weight "
-            f"decay {train.weight_decay:g}, clipping {f'{train.clip:g}' if train.clip else 'off'}",
+            f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup}, "
+            f"betas {train.betas}, weight decay {train.weight_decay:g}, clipping "
+            + (f"{train.clip:g}" if train.clip else "off"),
         ),
-        (
-            "EMA",
-            f"{', '.join(f'{decay:g}' for decay in train.ema_decays)}; these are the {weights.replace('ema', 'EMA')} weights",
-        ),
+        ("EMA", f"{decays}; these are the {weights.replace('ema', 'EMA')} weights"),
         ("label drop", f"{train.label_drop:g}"),
         ("flip", "yes" if config.data.flip else "no"),
         ("seed", config.run.seed),
     ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: diffmoe",
-            "tags:",
-            "- diffusion-transformer",
-            "- class-conditional-image-generation",
-            *(["- mixture-of-experts"] if mixture else []),
-            "---",
-            "",
-            f"# {model.family} {model.depth} x {model.width}, step {step}",
-            "",
-            "A class-conditional diffusion transformer trained with the DiffMoE trainer (method: arXiv 2503.14487).",
-            "",
-            "## Model",
-            "",
-            *table(("", ""), rows),
-            "",
-            "## Recipe",
-            "",
-            *table(("", ""), recipe),
-            "",
-            "## Scores",
-            "",
-            *_score_table(scores),
-            "",
-            "## Use",
-            "",
-            "```python",
-            "from diffmoe import DiffMoEPipeline",
-            "",
-            'pipe = DiffMoEPipeline.from_pretrained("this folder, or owner/name")',
-            "pipe(num_images=4).images",
-            "```",
-            "",
-        ]
-    )
+    lines = [
+        "---",
+        ModelCardData(library_name="diffmoe", tags=tags).to_yaml(),
+        "---",
+        "",
+        f"# {model.family} {model.depth} x {model.width}, step {step}",
+        "",
+        "A class-conditional diffusion transformer trained with the DiffMoE trainer (method: arXiv "
+        "2503.14487).",
+        "",
+        "## Model",
+        "",
+        *table(("", ""), rows),
+        "",
+        "## Recipe",
+        "",
+        *table(("", ""), recipe),
+        "",
+        "## Scores",
+        "",
+        *_score_table(scores),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from diffmoe import DiffMoEPipeline",
+        "",
+        'pipe = DiffMoEPipeline.from_pretrained("this folder, or owner/name")',
+        "pipe(num_images=4).images",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _score_table(scores: Sequence[Card]) -> list[str]:
     if not scores:
         return ["None were given at export."]
+    head = [name.replace("Inception Score", "IS") for name in SCORE_NAMES.values()]
+    head += ["images", "cfg", "sampler, steps", "routing", "reference", "features"]
     rows = []
     for card in scores:
-        values = [getattr(card.scores, name) for name in _SCORES]
-        routing = card.routing if card.gamma is None else f"{card.routing}, gamma {card.gamma:g}"
-        if card.capacity is not None:
-            routing += f", capacity {card.capacity:g}"
+        routing = str(card.routing)
+        for name in ("gamma", "capacity"):
+            if (value := getattr(card, name)) is not None:
+                routing += f", {name} {value:g}"
         rows.append(
             (
-                *values,
+                *(getattr(card.scores, name) for name in SCORE_NAMES),
                 card.count,
                 f"{card.cfg:g}",
                 f"{card.sampler}, {card.steps}",
@@ -307,19 +261,4 @@ def _score_table(scores: Sequence[Card]) -> list[str]:
                 f"{card.extractor} ({card.extractor_sha256[:12]})",
             )
         )
-    return table(
-        (
-            "FID ↓",
-            "sFID ↓",
-            "IS ↑",
-            "precision ↑",
-            "recall ↑",
-            "images",
-            "cfg",
-            "sampler, steps",
-            "routing",
-            "reference",
-            "features",
-        ),
-        rows,
-    )
+    return table(head, rows)

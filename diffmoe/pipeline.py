@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from diffmoe.evaluation.decoding import checkpoint_data, latent_numbers, open_va
 from diffmoe.evaluation.features import to_uint8
 from diffmoe.evaluation.generate import generate, threshold_note
 from diffmoe.huggingface import write_folder
-from diffmoe.models.dit import logical_tensors
+from diffmoe.models.logical import logical_pieces, thresholds_of
 from diffmoe.models.pretrained import Pretrained, open_pretrained
 from diffmoe.parallel.groups import single_process
 from diffmoe.strict_yaml import merge
@@ -62,8 +62,9 @@ class DiffMoEPipeline:
     def __repr__(self) -> str:
         about, model = self._pretrained, self.config.model
         return (
-            f"DiffMoEPipeline({about.source}, {model.family}, {about.weights} weights of step {about.step}, "
-            f"{model.classes} classes, {self.dtype} on {self.device}, vae {self.vae and self.vae.name})"
+            f"DiffMoEPipeline({about.source}, {model.family}, {about.weights} weights of step "
+            f"{about.step}, {model.classes} classes, {self.dtype} on {self.device}, "
+            f"vae {self.vae and self.vae.name})"
         )
 
     @classmethod
@@ -90,21 +91,16 @@ class DiffMoEPipeline:
         opened = open_pretrained(name, weights, revision)
         if latents is not None:
             opened = replace(opened, latents=_two_numbers(latents))
-        if (
-            vae is None
-            and (opened.source / "vae").is_dir()
-            and opened.config.model.channels not in (1, 3)
-        ):
+        latent = opened.config.model.channels not in (1, 3)
+        if vae is None and latent and (opened.source / "vae").is_dir():
             vae = opened.source / "vae"
         if vae is None:
             return cls(opened).to(dtype=torch_dtype)
         autoencoder = open_vae(vae, opened.config, torch.device("cpu"))
         scale, shift = opened.latents or (None, None)
         index = checkpoint_data(opened.config, scale, shift)
-        opened = replace(
-            opened, latents=latent_numbers(autoencoder, opened.config, index, scale, shift)
-        )
-        return cls(opened, autoencoder).to(dtype=torch_dtype)
+        numbers = latent_numbers(autoencoder, opened.config, index, scale, shift)
+        return cls(replace(opened, latents=numbers), autoencoder).to(dtype=torch_dtype)
 
     @property
     def config(self) -> Config:
@@ -123,7 +119,7 @@ class DiffMoEPipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.pos_embed.device
+        return self.transformer.final_layer.linear.bias.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,7 +141,7 @@ class DiffMoEPipeline:
         if device is not None:
             self.transformer.to(device)
             if self.vae is not None:
-                self.vae.model.to(device)
+                self.vae.model.to(device)  # type: ignore[attr-defined]  # diffusers' stubs
         if dtype is not None:
             for parameter in self.transformer.parameters():
                 parameter.data = parameter.data.to(dtype)
@@ -186,7 +182,7 @@ class DiffMoEPipeline:
         Raises:
             UserError: a value that the model does not allow, or latents without a VAE.
         """
-        said = {
+        said: dict[str, dict[str, Any]] = {
             "sample": {
                 "cfg": guidance_scale,
                 "steps": num_inference_steps,
@@ -197,16 +193,11 @@ class DiffMoEPipeline:
             },
             "run": {"seed": generator_seed},
         }
-        tree = {
-            section: {
-                name: value.item()
-                if hasattr(value, "item")
-                else value  # numpy's and torch's numbers
-                for name, value in fields.items()
-                if value is not None
-            }
-            for section, fields in said.items()
-        }
+        tree: dict[str, dict[str, object]] = {"sample": {}, "run": {}}
+        for section, fields in said.items():
+            for name, value in fields.items():
+                if value is not None:  # numpy's and torch's numbers become Python's
+                    tree[section][name] = value.item() if hasattr(value, "item") else value
         config = config_from_tree(merge(config_to_tree(self.config), tree))
         validate(config)
         check_guidance(config)
@@ -221,24 +212,21 @@ class DiffMoEPipeline:
             raise UserError(f"output_type ({output_type}) must be pil or latent")
         if output_type == "pil" and not pixels and self.vae is None:
             raise UserError(
-                f"latents of {config.model.channels} channels need a VAE: give vae=… to from_pretrained, or say "
-                'output_type="latent"'
+                f"latents of {config.model.channels} channels need a VAE: give vae=… to "
+                'from_pretrained, or say output_type="latent"'
             )
         if (note := threshold_note(self.transformer, config.sample)) is not None:
             print(note, flush=True)
         labels = [chosen[i % len(chosen)] for i in range(count)]
-        meter = (
-            CapacityMeter(self.transformer, config, count, self.device)
-            if config.model.family != "dense"
-            else None
-        )
+        meter = None
+        if config.model.family != "dense":
+            meter = CapacityMeter(self.transformer, config, count, self.device)
         samples = generate(self.transformer, config, labels, range(count), self.device, meter=meter)
         used = None if meter is None else meter.merged(single_process().world)
         arrays = np.zeros((0, 0, 0, 3), np.uint8)
         if output_type == "pil":
-            arrays = (
-                self._pictures(samples, pixels, config.sample.batch).permute(0, 2, 3, 1).numpy()
-            )
+            pictures = self._pictures(samples, pixels, config.sample.batch)
+            arrays = pictures.permute(0, 2, 3, 1).numpy()
         from PIL import Image
 
         return DiffMoEPipelineOutput(
@@ -266,21 +254,11 @@ class DiffMoEPipeline:
         out = Path(folder)
         if out.exists():
             raise UserError(f"{out} already exists")
-        pieces = {
-            name: piece.float().cpu()
-            for tensor in logical_tensors(self.transformer)
-            for name, piece in tensor.pieces(tensor.parameter.data)
+        tensors = {
+            **{name: piece.float().cpu() for name, piece in logical_pieces(self.transformer)},
+            **{name: value.cpu() for name, value in thresholds_of(self.transformer).items()},
         }
-        thresholds = {
-            name: value.cpu()
-            for name, value in self.transformer.named_buffers()
-            if ".thresholds." in name
-        }
-        write_folder(
-            replace(self._pretrained, tensors={**pieces, **thresholds}),
-            out,
-            vae=self.vae and self.vae.model,
-        )
+        write_folder(replace(self._pretrained, tensors=tensors), out, vae=self.vae)
 
     def push_to_hub(
         self,
@@ -300,16 +278,15 @@ class DiffMoEPipeline:
         with tempfile.TemporaryDirectory() as scratch:
             self.save_pretrained(folder := Path(scratch) / "model")
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(
-                api.upload_folder(
-                    repo_id=repo_id, folder_path=folder, commit_message=commit_message
-                )
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message
             )
+        return str(commit)
 
 
-def _two_numbers(latents: object) -> tuple[float, float]:
+def _two_numbers(latents: Any) -> tuple[float, float]:
     try:
-        scale, shift = map(float, latents)
+        scale, shift = latents
+        return float(scale), float(shift)
     except (TypeError, ValueError):
         raise UserError(f"latents ({latents!r}) must be two numbers, scale and shift") from None
-    return scale, shift

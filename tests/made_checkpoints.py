@@ -20,7 +20,7 @@ from diffmoe.checkpoints.reader import BUFFERS, Checkpoint, step_folder
 from diffmoe.checkpoints.tensor_file import Piece
 from diffmoe.config import Config, load_config
 from diffmoe.layout import Layout
-from diffmoe.models.interchange import fresh_buffers
+from diffmoe.models.logical import fresh_buffers
 
 _PATTERN = torch.randn(2**18 + 3, generator=torch.Generator().manual_seed(0)).abs()
 

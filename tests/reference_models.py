@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.models.dit import DiT
-from diffmoe.models.interchange import from_research, load_logical
+from diffmoe.models.interchange import from_research
+from diffmoe.models.logical import load_logical
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = ["dense", "tc", "ec", "diffmoe"]
@@ -43,7 +44,7 @@ def reference(family: str) -> tuple[DiT, dict[str, Tensor]]:
     )
     dit = DiT(model, moe, pool=POOL[family])
     state = {k.removeprefix("param/"): v for k, v in numbers.items() if k.startswith("param/")}
-    load_logical(dit, from_research(state))
+    load_logical(dit, from_research(state, dit.model, dit.moe))
     return dit, numbers
 
 

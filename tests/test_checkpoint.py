@@ -15,7 +15,8 @@ from diffmoe.checkpoints import writer
 from diffmoe.checkpoints.reader import Checkpoint, complete_folders
 from diffmoe.config import Config, load_config
 from diffmoe.layout import resolve_layout
-from diffmoe.models.dit import DiT, initialize
+from diffmoe.models.dit import DiT
+from diffmoe.models.logical import initialize
 from diffmoe.parallel.collectives import raise_together
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks

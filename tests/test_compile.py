@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from diffmoe.commands.common import Parser, add_compile, add_fp32_precision, sampling_config
+from diffmoe.commands.common import Parser, add_sampling_options, sampling_config
 from diffmoe.commands.train import describe
 from diffmoe.config import (
     Config,
@@ -26,7 +26,8 @@ from diffmoe.evaluation.generate import generate
 from diffmoe.layout import resolve_layout
 from diffmoe.models import compiled
 from diffmoe.models.compiled import compile_blocks
-from diffmoe.models.dit import DiT, initialize, logical_tensors
+from diffmoe.models.dit import DiT
+from diffmoe.models.logical import initialize, logical_tensors
 from diffmoe.moe.routing import RoutingRule, choose_tokens
 from diffmoe.parallel.groups import single_process
 from diffmoe.parity import table
@@ -337,11 +338,7 @@ def test_a_start_says_where_it_is_compiled(said, stage, shown):
 )
 def test_sampling_takes_the_runs_or_its_own(given, wanted):
     parser = Parser("sample")
-    for name in ("--cfg", "--seed"):
-        parser.add_argument(name)
-    add_fp32_precision(parser)
-    add_compile(parser)
-    parser.add_argument("overrides", nargs="*")
+    add_sampling_options(parser)
     assert (
         sampling_config(
             load_config(None, ["train.compile=true"]), parser.parse_args(given)

@@ -19,7 +19,8 @@ from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.models.count import count
-from diffmoe.models.dit import DiT, logical_tensors
+from diffmoe.models.dit import DiT
+from diffmoe.models.logical import logical_tensors
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import Group, ParallelGroups, build_groups
 from diffmoe.parallel.spawn import Ranks

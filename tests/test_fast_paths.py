@@ -13,8 +13,9 @@ from diffmoe.bench import measure
 from diffmoe.bench.moe_layer import TextbookLoop
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.diffusion import randomness
-from diffmoe.models.dit import DiT, initialize
+from diffmoe.models.dit import DiT
 from diffmoe.models.layers import Mlp
+from diffmoe.models.logical import initialize
 from diffmoe.moe import experts as experts_module
 from diffmoe.moe.dispatch import _Gather, _WeightedSum, make_plan
 from diffmoe.moe.experts import Experts, has_grouped_matmul

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from diffmoe.checkpoints.reader import BUFFERS, MASTER, Checkpoint, ema_kind
 from diffmoe.commands import exchange
 from diffmoe.config import ModelConfig, MoEConfig
-from diffmoe.models.dit import DiT, initialize, logical_tensors
-from diffmoe.models.interchange import fresh_buffers, from_research, to_research
+from diffmoe.models.dit import DiT
+from diffmoe.models.interchange import from_research, to_research
 from diffmoe.models.layers import sine_positions
+from diffmoe.models.logical import fresh_buffers, initialize, logical_tensors
 from test_interchange import call, changed, config_of, other_state, refusal, state_of
 
 MODEL, AVERAGE = state_of("diffmoe"), other_state("diffmoe")
@@ -133,7 +134,8 @@ def written(folder):
 def assert_holds(checkpoint, model, average):
     for kind, state in ((MASTER, model), (ema_kind(0.9999), average)):
         tensors = checkpoint.tensors(kind)
-        for name, value in from_research(state).items():
+        config = checkpoint.config()
+        for name, value in from_research(state, config.model, config.moe).items():
             assert name.endswith("thresholds.value") or torch.equal(tensors[name], value), (
                 f"{kind} {name}"
             )
@@ -192,7 +194,7 @@ def test_a_damaged_safetensors_file(tmp_path):
         "--config",
         config_of("diffmoe", tmp_path),
     )
-    assert "is refused: it is no intact safetensors file" in said
+    assert "is refused: not an intact safetensors file" in said
 
 
 def test_several_averages_are_a_question(tmp_path):
@@ -204,7 +206,7 @@ def test_several_averages_are_a_question(tmp_path):
         "2 states that may be the ema: ema_0.999, ema_0.9999; say which by --ema-key ema_0.999"
         in said
     )
-    assert "--ema-key (emma) is no state of" in refusal(
+    assert "--ema-key (emma) is not a state of" in refusal(
         exchange.import_main, *ask, "--ema-key", "emma"
     )
     assert "not used: ema_0.999\n" in call(exchange.import_main, *ask, "--ema-key", "ema_0.9999")
@@ -577,9 +579,13 @@ def test_names_of_classes_go_through_hugging_face_folders(exported, tmp_path):
 def test_folders_that_are_none(exported, tmp_path):
     family, folder = exported
     run = f"run.folder={tmp_path / 'run'}"
-    assert "is no folder of a DiffMoE model" in refusal(exchange.import_main, "--hf", tmp_path, run)
+    assert "is not a folder of a DiffMoE model" in refusal(
+        exchange.import_main, "--hf", tmp_path, run
+    )
     (tmp_path / "config.json").write_text(json.dumps({"config": 3}))
-    assert "is no folder of a DiffMoE model" in refusal(exchange.import_main, "--hf", tmp_path, run)
+    assert "is not a folder of a DiffMoE model" in refusal(
+        exchange.import_main, "--hf", tmp_path, run
+    )
     (tmp_path / "config.json").write_text((folder / "hf" / "config.json").read_text())
     assert "lacks model.safetensors" in refusal(exchange.import_main, "--hf", tmp_path, run)
     assert "go with --research" in refusal(

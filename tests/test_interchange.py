@@ -22,15 +22,17 @@ from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import euler
 from diffmoe.environment import detect
 from diffmoe.errors import UserError
-from diffmoe.evaluation.card import Card, Scores
+from diffmoe.evaluation.card import Card
 from diffmoe.evaluation.generate import generate, threshold_note
-from diffmoe.models.dit import DiT, initialize, logical_tensors
-from diffmoe.models.interchange import (
+from diffmoe.evaluation.scores import Scores
+from diffmoe.models.dit import DiT
+from diffmoe.models.interchange import same_bits, to_research
+from diffmoe.models.logical import (
     fresh_buffers,
+    initialize,
     load_buffers,
     load_logical,
-    same_bits,
-    to_research,
+    logical_tensors,
     weights_digest,
 )
 from diffmoe.models.pretrained import open_pretrained
@@ -430,7 +432,7 @@ REFUSED = {
     ),
     "no state": (
         lambda: {"state_dict": {}, "epoch": 3},
-        "has neither model nor ema and is no bare state dict; it has 2 entries",
+        "has neither model nor ema and is not a bare state dict; it has 2 entries",
     ),
     "not a dict": (lambda: torch.zeros(3), "must hold a dict, not Tensor"),
     "not a model's tensors": (
@@ -467,7 +469,10 @@ def test_damaged_files_are_refused(tmp_path):
     for i, content in enumerate((b"", b"hello", whole[: len(whole) // 2], whole[:-1000])):
         (tmp_path / f"{i}.pt").write_bytes(content)
         said = refusal(exchange.import_main, "--research", tmp_path / f"{i}.pt", "--config", config)
-        assert "is refused: it is no whole file of tensors (" in said and "weights_only" not in said
+        assert (
+            "is refused: it is not an intact file of tensors (" in said
+            and "weights_only" not in said
+        )
 
 
 def test_bad_options(imported, tmp_path):
@@ -645,7 +650,7 @@ def test_scaled_experts_are_written_and_said(tmp_path):
 @pytest.mark.parametrize(
     "family, moe, text",
     [
-        ("dense", {}, "model.family (dense) must be a mixture"),
+        ("dense", {}, "model.family (dense) must be an MoE family"),
         ("diffmoe", {"activation": "swiglu"}, "moe.activation (swiglu) must be gelu"),
         ("diffmoe", {"shared_experts": 1}, "moe.shared_experts (1) must be 0"),
     ],

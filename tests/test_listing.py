@@ -30,7 +30,7 @@ from diffmoe.data.listing import Source, list_source
 from diffmoe.data.shards import ShardIndex, load_index
 from diffmoe.errors import UserError
 from diffmoe.evaluation.class_names import parse_classes
-from diffmoe.evaluation.reference_statistics import open_images
+from diffmoe.evaluation.image_sources import open_images
 from diffmoe.parallel.groups import single_process
 from programs import run_cases, tiny
 

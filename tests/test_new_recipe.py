@@ -26,8 +26,8 @@ from diffmoe.data.share import Share
 from diffmoe.data.stream import Batch
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
-from diffmoe.models.dit import DiT, logical_tensors
-from diffmoe.models.interchange import load_logical
+from diffmoe.models.dit import DiT
+from diffmoe.models.logical import load_logical, logical_tensors
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.training.resume import check_resumable
 from diffmoe.training.step import micro_loss

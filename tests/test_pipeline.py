@@ -21,7 +21,7 @@ from diffmoe.config import config_from_tree
 from diffmoe.errors import UserError
 from diffmoe.evaluation.features import to_uint8
 from diffmoe.huggingface import export_folder, write_folder
-from diffmoe.models.dit import initialize, logical_tensors
+from diffmoe.models.logical import initialize, logical_tensors
 from diffmoe.models.pretrained import Pretrained
 from diffmoe.moe.routing import RoutingRule
 from programs import run_cases
@@ -364,8 +364,8 @@ def test_a_damaged_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("{", "is no folder of a DiffMoE model"),
-        ("[" * 100_000, "is no folder of a DiffMoE model"),
+        ("{", "is not a folder of a DiffMoE model"),
+        ("[" * 100_000, "is not a folder of a DiffMoE model"),
         ("[]", "no section config"),
         ('{"model_type": "bert"}', "no section config"),
         ({"latents": {"scale": 1}}, "latents .* must hold the numbers"),

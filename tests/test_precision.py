@@ -27,12 +27,16 @@ from diffmoe.device import ieee_fp32, set_fp32_precision
 from diffmoe.environment import detect
 from diffmoe.errors import UserError
 from diffmoe.evaluation import features
-from diffmoe.evaluation.card import Card, Scores, card_from_json
-from diffmoe.evaluation.evaluate import Subject, evaluate, sampled_images
-from diffmoe.evaluation.reference_statistics import ImageSource, measure_reference
+from diffmoe.evaluation.card import Card, card_from_json
+from diffmoe.evaluation.evaluate import evaluate
+from diffmoe.evaluation.image_sources import ImageSource
+from diffmoe.evaluation.reference_statistics import measure_reference
+from diffmoe.evaluation.scored_images import Subject, sampled_images
+from diffmoe.evaluation.scores import Scores
 from diffmoe.layout import resolve_layout
-from diffmoe.models.dit import DiT, initialize
+from diffmoe.models.dit import DiT
 from diffmoe.models.layers import TimestepEmbedding
+from diffmoe.models.logical import initialize
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import single_process
 from diffmoe.training import loop

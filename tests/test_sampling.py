@@ -17,7 +17,7 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation.class_names import parse_classes
 from diffmoe.evaluation.generate import generate
 from diffmoe.models.dit import DiT
-from diffmoe.models.interchange import load_buffers, load_logical
+from diffmoe.models.logical import load_buffers, load_logical
 from programs import Result, run_cases, trained
 
 # Matrix products of other batch sizes round differently, by some 1e-7 an evaluation. A token within

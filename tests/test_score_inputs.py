@@ -26,23 +26,18 @@ from diffmoe.config import Config, load_config
 from diffmoe.data.digits import write_digits
 from diffmoe.data.shards import INDEX_NAME, ShardMeta, write_shards
 from diffmoe.errors import UserError
-from diffmoe.evaluation import evaluate as evaluation
+from diffmoe.evaluation import scored_images
 from diffmoe.evaluation.card import Card, card_from_json, read_card, write_card
 from diffmoe.evaluation.decoding import Decoder, checkpoint_data, vae_note
-from diffmoe.evaluation.evaluate import SAMPLES_NAME, evaluate, given_images
+from diffmoe.evaluation.evaluate import SAMPLES_NAME, evaluate
 from diffmoe.evaluation.features import Extractor, digits_extractor
-from diffmoe.evaluation.image_arrays import open_array
+from diffmoe.evaluation.image_sources import open_array, open_images
 from diffmoe.evaluation.protocol import COUNT, INCEPTION_SHA256, departures, protocol
-from diffmoe.evaluation.reference_statistics import (
-    Reference,
-    load_reference,
-    open_images,
-    save_reference,
-)
+from diffmoe.evaluation.reference_statistics import Reference, load_reference, save_reference
+from diffmoe.evaluation.scored_images import given_images
 from diffmoe.huggingface import export_folder
 from diffmoe.layout import Layout
-from diffmoe.models.dit import logical_tensors
-from diffmoe.models.interchange import weights_digest
+from diffmoe.models.logical import logical_tensors, weights_digest
 from programs import REPOSITORY, run_cases
 from test_evaluation import (
     ALONE,
@@ -113,11 +108,11 @@ STATISTICS: dict[str, tuple[dict[str, object], str]] = {
     "of one image": ({"sigma": np.zeros((4, 4))}, "sigma is all zeros, as of one image"),
     "another width": (
         {"mu": MU[:3], "sigma": SIGMA[:3, :3]},
-        "its pool features have width 3, those of extractor tiny 4",
+        "its pool features have width 3, those of the extractor 4",
     ),
     "another spatial width": (
         {"mu_s": MU_S[:3], "sigma_s": SIGMA_S[:3, :3]},
-        "its spatial features have width 3, those of extractor tiny 4",
+        "its spatial features have width 3, those of the extractor 4",
     ),
     "half of the spatial ones": ({"mu_s": None}, "only one of mu_s and sigma_s"),
     "words": ({"mu": np.array(["a"] * 4)}, "mu (<U1) must be numbers"),
@@ -377,7 +372,7 @@ def other_extractor() -> Extractor:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The first number of each batch that is sampled."""
     batches: list[int] = []
-    real = evaluation.generate
+    real = scored_images.generate
 
     def counted_generate(model, config, labels, numbers, device):
         batches.append(numbers[0])
@@ -385,7 +380,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise KeyboardInterrupt
         return real(model, config, labels, numbers, device)
 
-    monkeypatch.setattr(evaluation, "generate", counted_generate)
+    monkeypatch.setattr(scored_images, "generate", counted_generate)
     return batches
 
 
@@ -953,7 +948,7 @@ def test_a_digest_sees_every_entry(place: str, monkeypatch: pytest.MonkeyPatch) 
         "whatever the type"
     )
     model.float()
-    monkeypatch.setattr("diffmoe.models.interchange._HASHED_AT_ONCE", 999)
+    monkeypatch.setattr("diffmoe.models.logical._HASHED_AT_ONCE", 999)
     assert weights_digest(model) == before, "and the size of the pieces"
     with torch.no_grad():
         model.weight.flatten()[{"first": 0, "beyond 4,096": 5000, "last": -1}[place]] += 1

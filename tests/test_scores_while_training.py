@@ -14,9 +14,10 @@ from diffmoe.commands.common import whole_model
 from diffmoe.config import load_config
 from diffmoe.errors import UserError
 from diffmoe.evaluation import while_training
-from diffmoe.evaluation.evaluate import Subject, evaluate, sampled_images
+from diffmoe.evaluation.evaluate import evaluate
 from diffmoe.evaluation.features import digits_extractor
 from diffmoe.evaluation.reference_statistics import load_reference
+from diffmoe.evaluation.scored_images import Subject, sampled_images
 from diffmoe.parallel.groups import single_process
 from diffmoe.parallel.spawn import Ranks
 from programs import digits, losses, tiny, tiny_config, trained, zero

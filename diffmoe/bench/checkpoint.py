@@ -26,7 +26,8 @@ from diffmoe.config import Config, load_config
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.markdown import table
-from diffmoe.models.dit import DiT, initialize
+from diffmoe.models.dit import DiT
+from diffmoe.models.logical import initialize
 from diffmoe.parallel.collectives import raise_together
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks

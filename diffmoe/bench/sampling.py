@@ -3,7 +3,7 @@ routing.
 
 The weights are random and alive; thresholds come from the capacity dial, whose histograms are
 filled by a pass over the same samples, so that ragged counts are what they are called.
-``experts``: the experts that a token really met.  ``mixtures``: time inside the mixture layers;
+``experts``: the experts that a token really met.  ``MoE``: time inside the MoE layers;
 ``pass``: the whole model.  Interleaved medians.
 """
 
@@ -29,7 +29,7 @@ CAPACITIES = (1.0, 0.7)
 
 
 class _Clock:
-    """Seconds inside the mixture layers of one model, while it is entered: the device is waited for
+    """Seconds inside the MoE layers of one model, while it is entered: the device is waited for
     around each.
     """
 
@@ -76,31 +76,24 @@ def main(arguments: list[str]) -> int:
     config, device, dtype = sized_config(options)
     if options.samples < 1 or not all(0 < c <= config.moe.experts for c in options.capacities):
         raise UserError(
-            f"--samples ({options.samples}) and --capacities ({options.capacities}) must be above 0, capacities at "
-            f"most the experts ({config.moe.experts})"
+            f"--samples ({options.samples}) and --capacities ({options.capacities}) must be above "
+            f"0, capacities at most the experts ({config.moe.experts})"
         )
     model = build_model(config, options.samples, single_process()).to(device, dtype).eval()
     for _, layer in model.moe_layers():
         layer.thresholds.float()  # as in training
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(
-        options.samples,
-        config.model.channels,
-        config.model.input_size,
-        config.model.input_size,
-        generator=generator,
-    ).to(device)
+    side = config.model.input_size
+    shape = (options.samples, config.model.channels, side, side)
+    x = torch.randn(shape, generator=generator).to(device)
     t = torch.rand(options.samples, generator=generator).to(device)
     y = torch.arange(options.samples, device=device) % config.model.classes
     with torch.no_grad():
-        for (_, layer), stats in zip(
-            model.moe_layers(), model(x, t, y, RoutingRule("train", 1.0)).moe, strict=True
-        ):
+        reports = model(x, t, y, RoutingRule("train", 1.0)).moe
+        for (_, layer), stats in zip(model.moe_layers(), reports, strict=True):
             layer.thresholds.commit_histogram(histogram(stats.logits_TE, options.samples), 0)
-        passes = {
-            f"{c:g}": partial(model, x, t, y, RoutingRule("token", dial=c))
-            for c in options.capacities
-        }
+        rules = {f"{c:g}": RoutingRule("token", dial=c) for c in options.capacities}
+        passes = {name: partial(model, x, t, y, rule) for name, rule in rules.items()}
         met = {
             name: statistics.mean(r.mask_TE.sum(1).float().mean().item() for r in pass_().moe)
             for name, pass_ in passes.items()
@@ -113,46 +106,35 @@ def main(arguments: list[str]) -> int:
                 passes[name]()
                 inside[name].append(clock.seconds)
         profiles, tables = measure.profiles(passes, device) if options.profile else ({}, "")
-    mixtures = {name: statistics.median(values) for name, values in inside.items()}
+    inside_moe = {name: statistics.median(values) for name, values in inside.items()}
     base = f"{options.capacities[0]:g}"
-    rows = [
-        [
-            name,
-            met[name],
-            1e3 * mixtures[name],
-            mixtures[name] / mixtures[base],
-            1e3 * whole[name],
-            whole[name] / whole[base],
-        ]
-        for name in whole
-    ]
-    text = (
-        measure.table(
-            ["capacity", "experts", "mixtures ms", f"of {base}", "pass ms", f"of {base}"], rows
-        )
-        + tables
-    )
+    rows = []
+    for name, seconds in whole.items():
+        row = [name, met[name], 1e3 * inside_moe[name], inside_moe[name] / inside_moe[base]]
+        rows.append([*row, 1e3 * seconds, seconds / whole[base]])
+    head = ["capacity", "experts", "MoE ms", f"of {base}", "pass ms", f"of {base}"]
+    text = measure.table(head, rows) + tables
     facts = {
         "model": options.model,
         "experts": config.moe.experts,
         "samples": options.samples,
         "dtype": options.dtype,
         "repeats": options.repeats,
-        "mixtures_over_first": {n: s / mixtures[base] for n, s in mixtures.items()},
+        "mixtures_over_first": {n: s / inside_moe[base] for n, s in inside_moe.items()},
         "pass_over_first": {n: s / whole[base] for n, s in whole.items()},
         "experts_met": met,
-        "mixtures_seconds": mixtures,
+        "mixtures_seconds": inside_moe,
         "pass_seconds": whole,
         "images_per_second": {n: options.samples / s for n, s in whole.items()},
         **({"profile": profiles} if profiles else {}),
         **measure.surroundings(device),
     }
-    bars = {f"capacity {name}": 1e3 * s for name, s in mixtures.items()}
+    bars = {f"capacity {name}": 1e3 * s for name, s in inside_moe.items()}
     return measure.report(
         f"sampling_{options.model}_e{config.moe.experts}_{options.samples}",
         facts,
         text,
         bars,
-        "ms in the mixtures, one pass",
+        "ms in the MoE layers, one pass",
         options,
     )

@@ -18,7 +18,7 @@ from diffmoe.checkpoints.reader import (
 )
 from diffmoe.checkpoints.tensor_file import CHUNK, Damaged
 from diffmoe.config import Config
-from diffmoe.models.interchange import fresh_buffers, logical_template
+from diffmoe.models.logical import fresh_buffers, logical_template
 
 
 def expected_shapes(checkpoint: Checkpoint) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -211,22 +211,6 @@ def save_start(
     return final
 
 
-def save_parts(
-    folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], limit: int
-) -> dict[str, Path]:
-    """Writes ``stem-000.safetensors``, …, of at most ``limit`` bytes each unless one tensor alone
-    has more.
-
-    Returns the file of every tensor.  One part is in memory at a time."""
-    where: dict[str, Path] = {}
-    for number, part in enumerate(_parts(tensors, limit)):
-        path = folder / f"{stem}-{number:03d}.safetensors"
-        content = whole_tensors(part)
-        write_tensors(path, content.pieces, content.values)
-        where.update(dict.fromkeys(part, path))
-    return where
-
-
 def _parts(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
     part: dict[str, Tensor] = {}
     filled = 0

@@ -1,4 +1,4 @@
-"""What several verbs need: the parser, the ranks' coming and going, the model of a checkpoint.
+"""What several subcommands need: the parser, the ranks' coming and going, a checkpoint's model.
 
 torch comes in only where ranks join: mistakes on the command line answer at once, also where there
 is no torch.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
     from diffmoe.checkpoints.reader import Checkpoint
+    from diffmoe.evaluation.decoding import Decoder
     from diffmoe.models.dit import DiT
 
 _PATIENCE = datetime.timedelta(minutes=30)
@@ -35,46 +36,39 @@ _NOTE_S = 15.0  # by which the others of a start have come
 
 
 class Parser(PathParser):
-    """The parser of a verb of run.py."""
+    """The parser of a subcommand of run.py."""
 
     def __init__(self, prog: str, description: str | None = None) -> None:
         super().__init__(prog=f"run.py {prog}", description=description)
 
 
 def one_process(verb: str, environment: RankEnvironment) -> None:
-    """Raises UserError where a verb that does its work in one process was started as several."""
+    """Raises UserError where a subcommand for one process was started as several."""
     if environment.world != 1:
         raise UserError(f"{verb} runs in one process; WORLD_SIZE is {environment.world}")
 
 
-def add_fp32_precision(parser: argparse.ArgumentParser) -> None:
-    """``--fp32-precision``, in place of the checkpoint's ``run.fp32_precision``."""
-    parser.add_argument(
-        "--fp32-precision",
-        choices=("ieee", "tf32"),
-        help="of a GPU's fp32 matmuls (default: that of the run)",
-    )
-
-
-def add_compile(parser: argparse.ArgumentParser) -> None:
-    """``--compile``, in place of the checkpoint's ``train.compile``."""
-    parser.add_argument(
-        "--compile",
-        choices=("auto", "true", "false"),
-        help="torch.compile the model; auto: on a GPU (default: train.compile of the run)",
-    )
-
-
-def add_latent_options(parser: argparse.ArgumentParser) -> None:
-    """What ``--vae`` takes out of latents."""
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """What subcommands that sample a checkpoint have in common; see `sampling_config` and
+    `sampling_model`.
+    """
+    add = parser.add_argument
+    add("--weights", help="ema (default; the first of train.ema), ema:0.999 (by its decay) or raw")
+    add("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
+    add("--seed", type=int, help="seed of noise and random classes (default: run.seed)")
+    add("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
     for name in ("--latent-scale", "--latent-shift"):
-        parser.add_argument(
-            name, type=float, help="(default: the training data's, else the VAE's own)"
-        )
+        add(name, type=float, help="(default: the training data's, else the VAE's own)")
+    fp32 = "of a GPU's fp32 matmuls (default: that of the run)"
+    add("--fp32-precision", choices=("ieee", "tf32"), help=fp32)
+    compiled = "torch.compile the model; auto: on a GPU (default: train.compile of the run)"
+    add("--compile", choices=("auto", "true", "false"), help=compiled)
+    add_device(parser)
+    add("overrides", nargs="*", metavar="sample.field=value")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device``, of verbs whose device no configuration says."""
+    """``--device``, of subcommands whose device no configuration says."""
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -96,40 +90,35 @@ def join(
 
     from diffmoe.device import backend, bound, check_own_gpu, local_device
 
-    device, problem = None, None
+    device: torch.device | None = None
+    problem: UserError | None = None
     try:
         device = local_device(environment.local_rank, environment.local_world, asked)
+        place(environment, device)
     except UserError as error:
         if environment.world == 1:
             raise
         problem = error
-    if device is not None:
-        place(environment, device)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(
-            cores_each(environment.local_world)
-        )  # torch would give every rank all of the node's
+    if "OMP_NUM_THREADS" not in os.environ:  # torch would give every rank all of the node's
+        torch.set_num_threads(cores_each(environment.local_world))
     with _note_where_it_takes_long(environment):
         # The store comes first, by itself: NCCL's own words for two ranks on one GPU are not for
         # users.
         try:
-            store, _, _ = next(
-                dist.rendezvous(
-                    environment.init_method or "env://",
-                    environment.rank,
-                    environment.world,
-                    timeout=timeout,
-                )
-            )
+            url = environment.init_method or "env://"
+            meeting = dist.rendezvous(url, environment.rank, environment.world, timeout=timeout)
+            store, _, _ = next(meeting)
         except RuntimeError as error:
             if "EADDRINUSE" not in str(error):
                 raise problem or error
+            port = os.environ.get("MASTER_PORT")
             raise UserError(
-                f"MASTER_PORT ({os.environ.get('MASTER_PORT')}) is in use on this machine, perhaps by another run: "
-                "give the launcher another --master_port"
+                f"MASTER_PORT ({port}) is in use on this machine, perhaps by another run: give the "
+                "launcher another --master_port"
             ) from None
         store.set_timeout(timeout)
         _check_devices("device", problem, device, store, environment)
+        assert device is not None
         if device.type == "cuda":
             try:
                 check_own_gpu(device, environment.local_rank, environment.local_world, store)
@@ -165,11 +154,9 @@ def _check_devices(
     first = next((rank for rank, text in enumerate(problems) if text), None)
     other = next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None)
     if first is not None:
-        message = (
-            problems[first]
-            if len(set(problems)) == 1
-            else f"rank {first} on {hosts[first]}: {problems[first]}"
-        )
+        message = problems[first]
+        if len(set(problems)) > 1:
+            message = f"rank {first} on {hosts[first]}: {message}"
     elif other is not None:
         message = (
             f"all ranks must have one kind of device: rank 0 on {hosts[0]} has {kinds[0]}, "
@@ -215,11 +202,8 @@ def leave() -> None:
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        print(
-            "note: another rank was lost on its way out, after the work was done",
-            file=sys.stderr,
-            flush=True,
-        )
+        note = "note: another rank was lost on its way out, after the work was done"
+        print(note, file=sys.stderr, flush=True)
     dist.destroy_process_group()
 
 
@@ -227,22 +211,47 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
     """The run's configuration with what the command line says; only the ``sample`` section may be
     overridden. UserError also for guidance that the run's training does not allow.
     """
-    strangers = [text for text in options.overrides if not text.startswith("sample.")]
-    if strangers:
-        raise UserError(
-            f"override {strangers[0]!r}: sampling takes the rest from the checkpoint, only sample.* may change"
-        )
+    for text in options.overrides:
+        if not text.startswith("sample."):
+            raise UserError(
+                f"override {text!r}: sampling takes the rest from the checkpoint, only sample.* "
+                "may change"
+            )
     said = {
         "sample.cfg": options.cfg,
         "run.seed": options.seed,
         "run.fp32_precision": options.fp32_precision,
         "train.compile": options.compile,
-        "sample.capacity": getattr(options, "capacity", None),
-    }  # not every verb that samples has the last
+        "sample.capacity": getattr(options, "capacity", None),  # only sample has it
+    }
     more = [f"{name}={value}" for name, value in said.items() if value is not None]
     config = override(config, options.overrides + more)
     check_guidance(config)
     return config
+
+
+def sampling_model(
+    checkpoint: Checkpoint, config: Config, options: argparse.Namespace, device: torch.device
+) -> tuple[DiT, Decoder | None, list[str]]:
+    """The model of a checkpoint on the CPU, compiled if it is to be, the decoder of ``--vae``, and
+    what to say of both. UserError where they do not fit.
+    """
+    from diffmoe.evaluation.decoding import checkpoint_data, open_decoder, vae_note
+    from diffmoe.evaluation.generate import check_dial, threshold_note
+    from diffmoe.models.compiled import compile_blocks, compiles
+
+    model, decoder = whole_model(checkpoint, config, options.weights or "ema"), None
+    check_dial(model, config.sample)
+    compiled, note = compiles(config.train, device)
+    if compiled:
+        compile_blocks(model)
+    notes = [threshold_note(model, config.sample), note]
+    if options.vae is not None:
+        numbers = (options.latent_scale, options.latent_shift)
+        index = checkpoint_data(config, *numbers)
+        decoder = open_decoder(options.vae, config, index, *numbers, device)
+        notes.append(vae_note(config, decoder, index))
+    return model, decoder, [note for note in notes if note is not None]
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:
@@ -251,7 +260,7 @@ def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:
     """
     from diffmoe.checkpoints.reader import BUFFERS
     from diffmoe.models.dit import DiT
-    from diffmoe.models.interchange import load_buffers, load_logical
+    from diffmoe.models.logical import load_buffers, load_logical
 
     model = DiT(config.model, config.moe, time_scale=config.diffusion.time_scale)
     load_logical(model, checkpoint.weights(weights))

@@ -106,7 +106,8 @@ def _measure(
     from diffmoe.device import set_fp32_precision
     from diffmoe.diffusion.randomness import StepDraws
     from diffmoe.models.compiled import compile_blocks, compiles
-    from diffmoe.models.dit import DiT, initialize
+    from diffmoe.models.dit import DiT
+    from diffmoe.models.logical import initialize
     from diffmoe.parallel.groups import build_groups
     from diffmoe.parity.synthetic import Training
     from diffmoe.training.profiling import RankProfile, profile_rank, surroundings

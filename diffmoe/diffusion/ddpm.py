@@ -23,11 +23,10 @@ from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.random_streams import Use, philox
 
-ModelFn = Callable[[Tensor, Tensor], Tensor]
+Field = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------
 # schedule
 
 
@@ -123,7 +122,6 @@ def _at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device)[t].to(like.dtype).view(-1, 1, 1, 1)
 
 
-# ----------------------------------------------------------------------------------------------
 # distributions
 
 
@@ -153,14 +151,9 @@ def q_posterior_mean(schedule: Schedule, x_start: Tensor, x_t: Tensor, t: Tensor
     )
 
 
-def p_mean_variance(
-    schedule: Schedule, prediction: Tensor, x: Tensor, t: Tensor, clip_denoised: bool = False
-) -> PMeanVariance:
+def p_mean_variance(schedule: Schedule, prediction: Tensor, x: Tensor, t: Tensor) -> PMeanVariance:
     """The reverse step that ``prediction`` [B, 2 C, H, W] describes at x [B, C, H, W], t [B] steps
-    of the schedule.
-
-    ``clip_denoised`` holds the estimate of x_0 in [-1, 1]: for pixels, never for latents (ADM
-    ``p_mean_variance``).
+    of the schedule (ADM ``p_mean_variance`` without clipping, which is never done to latents).
     """
     channels = x.shape[1]
     assert prediction.shape[1] == 2 * channels, (
@@ -173,14 +166,11 @@ def p_mean_variance(
     )
     abar = schedule.alphas_cumprod
     pred_xstart = _at(abar.rsqrt(), t, x) * x - _at((1 / abar - 1).sqrt(), t, x) * epsilon
-    if clip_denoised:
-        pred_xstart = pred_xstart.clamp(-1, 1)
     return PMeanVariance(
         q_posterior_mean(schedule, pred_xstart, x, t), log_variance.exp(), log_variance, pred_xstart
     )
 
 
-# ----------------------------------------------------------------------------------------------------
 # training
 
 
@@ -264,13 +254,12 @@ def ddpm_loss(
     return training_losses(schedule, output.prediction, x, x_t, t, noise).loss.mean(), output
 
 
-# ----------------------------------------------------------------------------------------------------
 # sampling
 
 
 def guided_epsilon(
     model: DiT, y: Tensor, cfg: float, rule: RoutingRule, channels: int | None = 3
-) -> ModelFn:
+) -> Field:
     """The field (x [B, C, H, W], t [B]) -> [epsilon, v] with classifier-free guidance: null + cfg
     (conditional - null).
 
@@ -312,47 +301,37 @@ def ancestral_noise(
     return noise
 
 
-def p_sample_loop(
-    model_fn: ModelFn, schedule: Schedule, x: Tensor, noise: Noise, clip_denoised: bool = False
-) -> Tensor:
-    """Ancestral sampling from x [B, C, H, W] ~ N(0, I); ``noise(i)`` is asked from i = T - 1 down
-    to 1 (not at 0).
+def ancestral(field: Field, z: Tensor, steps: int, noise: Noise | None = None) -> Tensor:
+    """ADM's ``p_sample_loop`` over ``steps`` of the 1000, one evaluation each, from z [B, C, H, W];
+    ``noise(i)`` is asked from the last step down to 1 (not at 0).  Raises UserError without it.
     """
+    if noise is None:
+        raise UserError("the ancestral sampler needs noise")
+    schedule = respace(linear_schedule(), steps).to(z.device)
     for i in reversed(range(len(schedule))):
-        t = torch.full((len(x),), i, device=x.device)
-        p = p_mean_variance(schedule, _predict(model_fn, schedule, x, t), x, t, clip_denoised)
-        x = p.mean + (0.5 * p.log_variance).exp() * noise(i) if i else p.mean
-    return x
+        t = torch.full((len(z),), i, device=z.device)
+        p = p_mean_variance(schedule, field(z, schedule.timestep_map[t]), z, t)
+        z = p.mean + (0.5 * p.log_variance).exp() * noise(i) if i else p.mean
+    return z
 
 
-def ddim_sample_loop(
-    model_fn: ModelFn,
-    schedule: Schedule,
-    x: Tensor,
-    noise: Noise | None = None,
-    eta: float = 0.0,
-    clip_denoised: bool = False,
+def ddim(
+    field: Field, z: Tensor, steps: int, noise: Noise | None = None, *, eta: float = 0.0
 ) -> Tensor:
-    """DDIM (Song et al. 2021, equations 12 and 16): deterministic at ``eta`` 0, the small-variance
-    ancestral one at 1.
+    """ADM's ``ddim_sample_loop`` over ``steps`` of the 1000, one evaluation each (Song et al. 2021,
+    equations 12 and 16): deterministic at ``eta`` 0, the small-variance ancestral one at 1.
 
     The learned variance is not used.  Raises UserError for ``eta`` above 0 without ``noise``."""
     if eta > 0 and noise is None:
         raise UserError(f"DDIM with eta ({eta}) above 0 needs noise")
+    schedule = respace(linear_schedule(), steps).to(z.device)
     abar, before = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     sigma = eta * schedule.posterior_variance.sqrt()
     for i in reversed(range(len(schedule))):
-        t = torch.full((len(x),), i, device=x.device)
-        x0 = p_mean_variance(
-            schedule, _predict(model_fn, schedule, x, t), x, t, clip_denoised
-        ).pred_xstart
-        # From x_0 and not from the network, so that clipping moves both.
-        epsilon = (_at(abar.rsqrt(), t, x) * x - x0) / _at((1 / abar - 1).sqrt(), t, x)
-        x = _at(before.sqrt(), t, x) * x0 + _at((1 - before - sigma**2).sqrt(), t, x) * epsilon
-        if eta > 0 and i:
-            x = x + _at(sigma, t, x) * noise(i)
-    return x
-
-
-def _predict(model_fn: ModelFn, schedule: Schedule, x: Tensor, t: Tensor) -> Tensor:
-    return model_fn(x, schedule.timestep_map.to(t.device)[t])
+        t = torch.full((len(z),), i, device=z.device)
+        x0 = p_mean_variance(schedule, field(z, schedule.timestep_map[t]), z, t).pred_xstart
+        epsilon = (_at(abar.rsqrt(), t, z) * z - x0) / _at((1 / abar - 1).sqrt(), t, z)
+        z = _at(before.sqrt(), t, z) * x0 + _at((1 - before - sigma**2).sqrt(), t, z) * epsilon
+        if noise is not None and eta > 0 and i:
+            z = z + _at(sigma, t, z) * noise(i)
+    return z

@@ -51,11 +51,12 @@ class StepDraws:
     ) -> None:
         self._seed, self._positions, self._shape = seed, positions, shape
         self._thread = ThreadPoolExecutor(1, "draws")
-        self._coming: tuple[int, Future[list[Draws]] | None] = -1, None
+        self._coming: tuple[int, Future[list[Draws]] | None] = (-1, None)
 
     def of(self, step: int) -> list[Draws]:
-        number, coming = self._coming
-        drawn = coming if number == step else self._thread.submit(self._draw, step)
+        number, drawn = self._coming
+        if drawn is None or number != step:
+            drawn = self._thread.submit(self._draw, step)
         self._coming = step + 1, self._thread.submit(self._draw, step + 1)
         return drawn.result()
 

@@ -14,10 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffmoe.diffusion.ddpm import Noise, ddim_sample_loop, linear_schedule, p_sample_loop, respace
+from diffmoe.diffusion.ddpm import Field, Noise, ancestral, ddim
 from diffmoe.errors import UserError
-
-Field = Callable[[Tensor, Tensor], Tensor]
 
 
 def euler(field: Field, z: Tensor, steps: int, noise: Noise | None = None) -> Tensor:
@@ -90,8 +88,8 @@ def dopri5(
         if not anyone(bool((t < 1).any())):
             return z
     raise UserError(
-        f"dopri5 did not finish in sample.steps ({steps}) at sample.tolerance ({tolerance}), raise one of them: "
-        f"the slowest sample here is at t = {t.min().item():.3g} of 1"
+        f"dopri5 did not finish in sample.steps ({steps}) at sample.tolerance ({tolerance}), raise "
+        f"one of them: the slowest sample here is at t = {t.min().item():.3g} of 1"
     )
 
 
@@ -113,22 +111,6 @@ def _attempt(
     scale = tolerance * (1 + torch.maximum(z.abs(), stage.abs()))
     error = (weighted(_ERROR) / scale).flatten(1).double().square().mean(1).sqrt()
     return stage, slopes[-1], error
-
-
-def ancestral(field: Field, z: Tensor, steps: int, noise: Noise | None = None) -> Tensor:
-    """ADM's ``p_sample_loop`` over ``steps`` of the 1000, one evaluation each.  Raises UserError
-    without ``noise``.
-    """
-    if noise is None:
-        raise UserError("the ancestral sampler needs noise")
-    return p_sample_loop(field, respace(linear_schedule(), steps).to(z.device), z, noise)
-
-
-def ddim(
-    field: Field, z: Tensor, steps: int, noise: Noise | None = None, *, eta: float = 0.0
-) -> Tensor:
-    """ADM's ``ddim_sample_loop`` over ``steps`` of the 1000, one evaluation each."""
-    return ddim_sample_loop(field, respace(linear_schedule(), steps).to(z.device), z, noise, eta)
 
 
 SAMPLERS = {"euler": euler, "heun": heun, "dopri5": dopri5, "ancestral": ancestral, "ddim": ddim}

@@ -6,27 +6,28 @@ table and a picture.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffmoe.config import Config, ModelConfig
+from diffmoe.config import Config
 from diffmoe.diffusion.ddpm import linear_schedule
 from diffmoe.errors import UserError
 from diffmoe.evaluation.plots import capacity_used
 from diffmoe.markdown import table
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.layer import MoEStats
-from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import Group
 
 MAX_TIME_BINS = 100
 _TABLE_TIMES, _TABLE_CLASSES = 20, 50
+CONDITIONAL, NULL = slice(0, -1), slice(-1, None)
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,7 @@ class CapacityUsed:
 
     def mean(self, classes: slice = slice(None)) -> float:
         """Experts per token over all layers and times; NaN where nothing ran."""
-        return float(
-            _ratio(
-                self.taken_LbC[..., classes].sum(),
-                self.samples_bC[:, classes].sum() * len(self.layers),
-            )
-        )
+        return float(self._per_layer((0, 1), classes))
 
     def by_layer(self) -> np.ndarray:
         """[L]"""
@@ -55,10 +51,7 @@ class CapacityUsed:
 
     def by_time(self, classes: slice = slice(None)) -> np.ndarray:
         """[b], mean over layers; NaN where nothing ran."""
-        return _ratio(
-            self.taken_LbC[..., classes].sum((0, 2)),
-            self.samples_bC[:, classes].sum(1) * len(self.layers),
-        )
+        return self._per_layer((1,), classes)
 
     def by_layer_and_time(self) -> np.ndarray:
         """[L, b]"""
@@ -68,14 +61,14 @@ class CapacityUsed:
         """(class, capacity) of the classes that were sampled, from the hardest, which used most, to
         the easiest.  Passes with the null class have no class and do not count.
         """
-        used = _ratio(self.taken_LbC.sum((0, 1)), self.samples_bC.sum(0) * len(self.layers))[:-1]
-        return sorted(
-            ((c, float(v)) for c, v in enumerate(used) if np.isfinite(v)),
-            key=lambda pair: (-pair[1], pair[0]),
-        )
+        used = self._per_layer((0,), CONDITIONAL)
+        pairs = [(c, float(value)) for c, value in enumerate(used) if np.isfinite(value)]
+        return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
 
-
-CONDITIONAL, NULL = slice(0, -1), slice(-1, None)
+    def _per_layer(self, axes: tuple[int, ...], classes: slice) -> np.ndarray:
+        """Mean over layers and over these axes of [time, class]."""
+        taken, samples = self.taken_LbC.sum(0)[:, classes], self.samples_bC[:, classes]
+        return _ratio(taken.sum(axes), samples.sum(axes) * len(self.layers))
 
 
 class CapacityMeter:
@@ -90,22 +83,33 @@ class CapacityMeter:
         self.layers = tuple(f"block {i}" for i, _ in model.moe_layers())
         if not self.layers:
             raise UserError(
-                f"model.family ({config.model.family}) has no experts whose capacity could be reported"
+                f"model.family ({config.model.family}) has no experts whose capacity could be "
+                "reported"
             )
         self.images, self.process = images, config.diffusion.process
         self.bins = min(config.sample.steps, MAX_TIME_BINS)
-        classes = config.model.classes + 1
-        self.taken_LbC = torch.zeros(
-            len(self.layers), self.bins, classes, dtype=torch.float64, device=device
-        )
-        self.samples_bC = torch.zeros(self.bins, classes, dtype=torch.float64, device=device)
+        shape = (self.bins, config.model.classes + 1)
+        layers = len(self.layers)
+        self.taken_LbC = torch.zeros(layers, *shape, dtype=torch.float64, device=device)
+        self.samples_bC = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def watch(self, model: DiT, numbers: Sequence[int]) -> WatchedModel:
-        """The model, whose passes over the images with these numbers are counted."""
-        counted = torch.tensor(
-            [float(number < self.images) for number in numbers], device=self.samples_bC.device
-        )
-        return WatchedModel(model, self, counted)
+    @contextmanager
+    def watching(self, model: DiT, numbers: Sequence[int]) -> Iterator[None]:
+        """The model's passes inside, over the images with these numbers, are counted."""
+        weights = [float(number < self.images) for number in numbers]
+        counted = torch.tensor(weights, device=self.samples_bC.device)
+
+        def count(_: nn.Module, inputs: tuple, output: ModelOutput) -> None:
+            _, t, y, _ = inputs
+            # DDPM's guidance runs both halves as one batch.
+            both = counted.repeat(len(y) // len(counted))
+            self.add(t, y, both, output.moe, model.model.tokens)
+
+        hook = model.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def add(
         self, t: Tensor, y: Tensor, counted: Tensor, reports: tuple[MoEStats, ...], tokens: int
@@ -122,27 +126,9 @@ class CapacityMeter:
     def merged(self, world: Group) -> CapacityUsed:
         """What all ranks saw; all of them call it."""
         taken, samples = (
-            sum_over(value, world).cpu().numpy() for value in (self.taken_LbC, self.samples_bC)
+            sum_over(v, world).cpu().numpy() for v in (self.taken_LbC, self.samples_bC)
         )
         return CapacityUsed(taken, samples, self.layers)
-
-
-class WatchedModel:
-    """Called like the model, for the model's guided fields."""
-
-    def __init__(self, model: DiT, meter: CapacityMeter, counted_B: Tensor) -> None:
-        self._dit, self._meter, self._counted = model, meter, counted_B
-
-    @property
-    def model(self) -> ModelConfig:
-        return self._dit.model
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule) -> ModelOutput:
-        output = self._dit(x, t, y, rule)
-        # DDPM's guidance runs both halves as one batch.
-        counted = self._counted.repeat(len(y) // len(self._counted))
-        self._meter.add(t, y, counted, output.moe, self._dit.model.tokens)
-        return output
 
 
 def write_report(used: CapacityUsed, config: Config, stem: str) -> list[Path]:
@@ -151,11 +137,10 @@ def write_report(used: CapacityUsed, config: Config, stem: str) -> list[Path]:
     tree = report_tree(used, config)
     paths[0].write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
     paths[1].write_text(_markdown(tree))
-    guided = bool(used.samples_bC[:, NULL].any())
     capacity_used(
         used.by_layer_and_time(),
         used.by_time(CONDITIONAL),
-        used.by_time(NULL) if guided else None,
+        used.by_time(NULL) if used.samples_bC[:, NULL].any() else None,
         used.by_class(),
         paths[2],
         used.layers,
@@ -167,20 +152,19 @@ def write_report(used: CapacityUsed, config: Config, stem: str) -> list[Path]:
 def report_tree(used: CapacityUsed, config: Config) -> dict:
     """The report as plain numbers; null where nothing ran."""
     sample, bins = config.sample, len(used.samples_bC)
-    thresholds = (
-        "dial"
-        if sample.capacity is not None
-        else "gamma"
-        if sample.gamma is not None
-        else None
-        if sample.routing == "static"
-        else "learned"
-    )
+    thresholds = None
+    if config.model.family == "diffmoe" and sample.capacity is not None:
+        thresholds = "dial"
+    elif config.model.family == "diffmoe" and sample.gamma is not None:
+        thresholds = "gamma"
+    elif config.model.family == "diffmoe" and sample.routing != "static":
+        thresholds = "learned"
+    times = zip(used.by_time(CONDITIONAL), used.by_time(NULL), used.by_layer_and_time().T)
     return {
         "capacity": used.mean(),
         "conditional": used.mean(CONDITIONAL),
         "null": _number(used.mean(NULL)),
-        "thresholds": thresholds if config.model.family == "diffmoe" else None,
+        "thresholds": thresholds,
         "dial": sample.capacity,
         "gamma": sample.gamma,
         "routing": sample.routing,
@@ -192,13 +176,11 @@ def report_tree(used: CapacityUsed, config: Config) -> dict:
         "by_time": [
             {
                 "t": (i + 0.5) / bins,
-                "conditional": _number(c),
-                "null": _number(n),
-                "layers": list(map(_number, row)),
+                "conditional": _number(conditional),
+                "null": _number(null),
+                "layers": list(map(_number, layers)),
             }
-            for i, (c, n, row) in enumerate(
-                zip(used.by_time(CONDITIONAL), used.by_time(NULL), used.by_layer_and_time().T)
-            )
+            for i, (conditional, null, layers) in enumerate(times)
         ],
         "by_class": [{"class": c, "capacity": value} for c, value in used.by_class()],
     }
@@ -206,40 +188,31 @@ def report_tree(used: CapacityUsed, config: Config) -> dict:
 
 def _markdown(tree: dict) -> str:
     wanted = f", dialled {tree['dial']:g}" if tree["dial"] is not None else ""
+    thresholds = f", {tree['thresholds']} thresholds" if tree["thresholds"] else ""
     times = tree["by_time"][:: -(-len(tree["by_time"]) // _TABLE_TIMES)]
-    ranking = list(enumerate(tree["by_class"], 1))
-    cut = len(ranking) > _TABLE_CLASSES
-    half = _TABLE_CLASSES // 2
-    shown = ranking[:half] + ranking[-half:] if cut else ranking
-    return "\n".join(
-        [
-            f"# Capacity used: {tree['capacity']:.4f} experts per token{wanted}",
-            "",
-            f"{tree['sampler']}, {tree['steps']} steps, cfg {tree['cfg']:g}, {tree['routing']} routing"
-            + (f", {tree['thresholds']} thresholds" if tree["thresholds"] else "")
-            + f"; {tree['passes']} passes of one image.",
-            "",
-            *table(
-                ("layer", "capacity"), [(name, value) for name, value in tree["by_layer"].items()]
-            ),
-            "",
-            "t is 0 at noise and 1 at data.",
-            "",
-            *table(
-                ("t", "conditional", "null"),
-                [(f"{row['t']:.3f}", row["conditional"], row["null"]) for row in times],
-            ),
-            "",
-            "Classes from the hardest (most capacity) to the easiest, conditional passes"
-            + (f"; the first and last {half} of {len(ranking)}." if cut else "."),
-            "",
-            *table(
-                ("rank", "class", "capacity"),
-                [(str(i), str(row["class"]), row["capacity"]) for i, row in shown],
-            ),
-            "",
-        ]
-    )
+    time_rows = [(f"{row['t']:.3f}", row["conditional"], row["null"]) for row in times]
+    ranking = [(str(i), str(r["class"]), r["capacity"]) for i, r in enumerate(tree["by_class"], 1)]
+    half, which = _TABLE_CLASSES // 2, "."
+    if len(ranking) > _TABLE_CLASSES:
+        which = f"; the first and last {half} of {len(ranking)}."
+        ranking = ranking[:half] + ranking[-half:]
+    lines = [
+        f"# Capacity used: {tree['capacity']:.4f} experts per token{wanted}",
+        "",
+        f"{tree['sampler']}, {tree['steps']} steps, cfg {tree['cfg']:g}, {tree['routing']} "
+        f"routing{thresholds}; {tree['passes']} passes of one image.",
+        "",
+        *table(("layer", "capacity"), tree["by_layer"].items()),
+        "",
+        "t is 0 at noise and 1 at data.",
+        "",
+        *table(("t", "conditional", "null"), time_rows),
+        "",
+        f"Classes from the hardest (most capacity) to the easiest, conditional passes{which}",
+        "",
+        *table(("rank", "class", "capacity"), ranking),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _number(value: float) -> float | None:

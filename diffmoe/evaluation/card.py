@@ -9,73 +9,66 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import diffmoe
+from diffmoe import code_version
 from diffmoe.data.tar import replacing
 from diffmoe.errors import UserError
+from diffmoe.evaluation.scores import Scores
 from diffmoe.markdown import table
 
 JSON_NAME, MARKDOWN_NAME = "card.json", "card.md"
-_PACKAGES = ("torch", "deepspeed", "numpy")
+SCORE_NAMES = {
+    "fid": "FID ↓",
+    "sfid": "sFID ↓",
+    "inception_score": "Inception Score ↑",
+    "precision": "precision ↑",
+    "recall": "recall ↑",
+}
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What was measured; None: this extractor or reference cannot give it. Lower is better for
-    `fid` and `sfid`.
-    """
-
-    fid: float
-    sfid: float | None = None
-    inception_score: float | None = None
-    inception_score_std: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Card:
     """One evaluation, of a checkpoint or of samples that exist.
 
-    `weights_sha256` is `interchange.weights_digest` of the model. `sampling` is the whole
-    configuration section, for what has no field of its own. `capacity` is the dial at inference
-    (with static routing `moe.capacity`), `gamma` the constant threshold; with neither, the learned
-    thresholds decided. `batch` images were sampled together, and with the batch and static routing
-    rules they shape each other. `splits`: of the Inception Score. `reference_count` None: the file
-    does not say. `seconds` is the wall time of this evaluation's last start. `fp32_precision`: of a
-    GPU's fp32 matmuls; "" in older cards, when matmuls were ieee and convolutions TF32. `samples`:
-    where the images were that were given and not sampled here; then all that makes images is None.
+    `weights_sha256` is `logical.weights_digest` of the model. `sampling` is the whole configuration
+    section, for what has no field of its own. `capacity` is the dial at inference (with static
+    routing `moe.capacity`), `gamma` the constant threshold; with neither, the learned thresholds
+    decided. `batch` images were sampled together, and with the batch and static routing rules they
+    shape each other. `splits`: of the Inception Score. `reference_count` None: the file does not
+    say. `seconds` is the wall time of this evaluation's last start. `fp32_precision`: of a GPU's
+    fp32 matmuls; "" in older cards, when matmuls were ieee and convolutions TF32. `samples`: where
+    the images were that were given and not sampled here; then all that makes images is None.
     `images_sha256` is over the images' own SHA-256s, as a measured reference's. `protocol`:
     `published`, or in what this differs from the published protocol ("": made before cards said
     so).
     """
 
     scores: Scores
-    checkpoint: str | None
-    weights: str | None
-    step: int | None
-    weights_sha256: str | None
-    family: str | None
-    process: str | None
-    vae: str | None
-    vae_sha256: str | None
-    latent_scale: float | None
-    latent_shift: float | None
-    cfg: float | None
-    sampler: str | None
-    steps: int | None
-    sampling: dict[str, object] | None
-    routing: str | None
-    capacity: float | None
-    gamma: float | None
-    batch: int | None
-    seed: int | None
-    labels: str | None
+    checkpoint: str | None = None
+    weights: str | None = None
+    step: int | None = None
+    weights_sha256: str | None = None
+    family: str | None = None
+    process: str | None = None
+    vae: str | None = None
+    vae_sha256: str | None = None
+    latent_scale: float | None = None
+    latent_shift: float | None = None
+    cfg: float | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    sampling: dict[str, object] | None = None
+    routing: str | None = None
+    capacity: float | None = None
+    gamma: float | None = None
+    batch: int | None = None
+    seed: int | None = None
+    labels: str | None = None
     count: int
     splits: int
     reference: str
@@ -104,61 +97,47 @@ class Card:
 
     def to_markdown(self) -> str:
         """The card for people: the scores, then every setting."""
-        named = {
-            "fid": "FID ↓",
-            "sfid": "sFID ↓",
-            "inception_score": "Inception Score ↑",
-            "precision": "precision ↑",
-            "recall": "recall ↑",
-        }
-        scores: list[tuple[str, str]] = []
-        for field, name in named.items():
+        scores = []
+        for field, name in SCORE_NAMES.items():
             value = getattr(self.scores, field)
             shown = "not measured" if value is None else f"{value:.4f}"
-            if field == "inception_score" and value is not None:
-                spread = f" ± {self.scores.inception_score_std:.4f} over {self.splits} splits"
-                shown += spread if self.splits > 1 else " over 1 split"
+            if field == "inception_score" and value is not None and self.splits > 1:
+                shown += f" ± {self.scores.inception_score_std:.4f} over {self.splits} splits"
+            elif field == "inception_score" and value is not None:
+                shown += " over 1 split"
             scores.append((name, shown))
-        settings: list[tuple[str, str | None]] = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        settings = []
+        for field in [f.name for f in dataclasses.fields(self) if f.name != "scores"]:
+            value = getattr(self, field)
             if isinstance(value, dict):
                 value = ", ".join(f"{name} {entry}" for name, entry in value.items())
-            if field.name != "scores":
-                settings.append(
-                    (field.name.replace("_", " "), None if value is None else str(value))
-                )
-        title = (
-            f"# {self.count} images of {self.samples}"
-            if self.samples is not None
-            else f"# {self.count} images of {self.family} at step {self.step}, {self.weights} weights, cfg "
-            f"{self.cfg:g}"
-        )
-        return (
-            "\n".join(
-                [
-                    title,
-                    "",
-                    *table(("score", "value"), scores),
-                    "",
-                    *table(("setting", "value"), settings),
-                ]
-            )
-            + "\n"
-        )
+            settings.append((field.replace("_", " "), None if value is None else str(value)))
+        what = f"{self.family} at step {self.step}, {self.weights} weights, cfg {self.cfg}"
+        lines = [
+            f"# {self.count} images of {self.samples or what}",
+            "",
+            *table(("score", "value"), scores),
+            "",
+            *table(("setting", "value"), settings),
+        ]
+        return "\n".join(lines) + "\n"
 
 
 def card_from_json(text: str) -> Card:
-    """A card back from its JSON.
-
-    Raises:
-        UserError: not a card, or a card with other fields.
-    """
+    """A card back from its JSON. UserError: not a card, or a card with other fields."""
     try:
         tree = json.loads(text)
         return Card(**{**tree, "scores": Scores(**tree["scores"])})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"not a score card: {error}") from None
+
+
+def read_card(path: Path) -> Card:
+    """UserError, naming the file, for one that is not a card."""
+    try:
+        return card_from_json(path.read_text())
+    except (OSError, UserError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def write_card(card: Card, folder: Path) -> None:
@@ -168,34 +147,20 @@ def write_card(card: Card, folder: Path) -> None:
     """
     before = read_card(folder / JSON_NAME) if (folder / JSON_NAME).is_file() else card
     if before.scoring != card.scoring:
+        own = f"{before.reference_sha256[:8]}-{before.extractor_sha256[:8]}-{before.splits}"
         for path in (folder / MARKDOWN_NAME, folder / JSON_NAME):
             if path.is_file():
-                os.replace(path, folder / f"card-{_own_name(before)}{path.suffix}")
+                os.replace(path, folder / f"card-{own}{path.suffix}")
     for name, text in ((MARKDOWN_NAME, card.to_markdown()), (JSON_NAME, card.to_json())):
         with replacing(folder / name) as stream:
             stream.write(text.encode())
 
 
-def read_card(path: Path) -> Card:
-    """UserError, naming the file, for one that is no card."""
-    try:
-        return card_from_json(path.read_text())
-    except (OSError, UserError) as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def find_card(folder: Path, scoring: tuple[str, str, int]) -> Card | None:
     """The card of this scoring among a folder's cards, if it is there."""
-    cards = (
-        read_card(path)
-        for path in [folder / JSON_NAME, *sorted(folder.glob("card-*.json"))]
-        if path.is_file()
-    )
+    paths = [folder / JSON_NAME, *sorted(folder.glob("card-*.json"))]
+    cards = (read_card(path) for path in paths if path.is_file())
     return next((card for card in cards if card.scoring == scoring), None)
-
-
-def _own_name(card: Card) -> str:
-    return f"{card.reference_sha256[:8]}-{card.extractor_sha256[:8]}-{card.splits}"
 
 
 def versions() -> dict[str, str]:
@@ -204,10 +169,10 @@ def versions() -> dict[str, str]:
     """
     found = {
         "diffmoe": diffmoe.__version__,
-        "commit": commit() or "unknown",
+        "commit": code_version.commit(Path(diffmoe.__file__).parent.parent),
         "python": platform.python_version(),
     }
-    for package in _PACKAGES:
+    for package in ("torch", "deepspeed", "numpy"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -215,32 +180,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit(checkout: Path = Path(diffmoe.__file__).parent.parent) -> str | None:
-    """The commit that is checked out in a folder, with "+changes" where tracked files differ from
-    it; None where the folder is no checkout or git is not there.
-    """
-    if not (
-        checkout / ".git"
-    ).exists():  # else git would look further up: an installed package in somebody's project
-        return None
-    try:
-        said = [
-            subprocess.run(
-                ["git", "-C", str(checkout), *words],
-                capture_output=True,
-                text=True,
-                timeout=30,
-                check=True,
-            ).stdout
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return said[0].strip() + "+changes" * bool(said[1].strip())
-
-
 def hardware(device: torch.device) -> str:
     """The device of a rank, in words."""
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}"

@@ -21,9 +21,8 @@ def parse_classes(text: str, classes: int, names: tuple[str, ...] = ()) -> list[
     if text == "all":
         return list(range(classes))
     said, chosen = f"--classes {text!r}", []
-    for part in map(
-        str.strip, re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*$)', text)
-    ):  # at commas outside of quotes
+    # At commas outside of quotes.
+    for part in map(str.strip, re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*$)', text)):
         first, _, last = part.partition("-")
         if not re.fullmatch("[0-9]+(-[0-9]+)?", part):
             wanted = "'all' or numbers and ranges such as 0,3,7-9"
@@ -39,64 +38,43 @@ def parse_classes(text: str, classes: int, names: tuple[str, ...] = ()) -> list[
 
 def chosen_classes(chosen: Any, classes: int, names: tuple[str, ...] = ()) -> list[int]:
     """Class numbers of a number, a name, or several (any iterable, arrays and tensors too); None:
-    all.  A text that is no name may be a number.  Raises UserError as :func:`parse_classes` does.
+    all.  A text that is not a name may be a number.  Raises UserError as :func:`parse_classes`.
     """
     if chosen is None:
         return list(range(classes))
-    said, wanted = (
-        f"classes ({chosen!r})",
-        f"numbers from 0 to {classes - 1}" + " or names" * bool(names),
-    )
+    said = f"classes ({chosen!r})"
+    wanted = f"numbers from 0 to {classes - 1}" + " or names" * bool(names)
     if hasattr(chosen, "tolist"):  # an array's or a tensor's
         chosen = chosen.tolist()
-    several = (
-        [chosen]
-        if isinstance(chosen, (int, str)) or not isinstance(chosen, Iterable)
-        else list(chosen)
-    )
+    several = isinstance(chosen, Iterable) and not isinstance(chosen, str)
     numbers = []
-    for one in several:
-        if isinstance(one, str):
-            one = (
-                int(one)
-                if one.isdecimal() and one not in names
-                else _number_of(one, said, wanted, names)
-            )
-        if (
-            isinstance(one, bool)
-            or not hasattr(one, "__index__")
-            or not 0 <= operator.index(one) < classes
-        ):
-            raise UserError(f"{said} must be {wanted} (model.classes = {classes})")
-        numbers.append(operator.index(one))
-    if not numbers:
+    for one in chosen if several else [chosen]:
+        if isinstance(one, str) and one.isdecimal() and one not in names:
+            one = int(one)
+        elif isinstance(one, str):
+            one = _number_of(one, said, wanted, names)
+        numbers.append(-1 if isinstance(one, bool) or not hasattr(one, "__index__") else one)
+    numbers = list(map(operator.index, numbers))
+    if not numbers or not all(0 <= number < classes for number in numbers):
         raise UserError(f"{said} must be {wanted} (model.classes = {classes})")
     return numbers
 
 
 def _number_of(name: str, said: str, wanted: str, names: tuple[str, ...]) -> int:
     """The class of that name, in any case of letters if only one is meant."""
-    if not names or not name:
-        raise UserError(
-            f"{said} must be {wanted}"
-            + ("" if names else ": the checkpoint knows no names of classes")
-        )
-    folded = [other.casefold() for other in names]
-    meant = [number for number, other in enumerate(names) if other == name] or [
-        number for number, other in enumerate(folded) if other == name.casefold()
-    ]
+    if not names:
+        raise UserError(f"{said} must be {wanted}: the checkpoint knows no names of classes")
+    if not name:
+        raise UserError(f"{said} must be {wanted}")
+    low, folded = name.casefold(), [other.casefold() for other in names]
+    meant = [i for i, other in enumerate(names) if other == name]
+    meant = meant or [i for i, other in enumerate(folded) if other == low]
     if len(meant) == 1:
         return meant[0]
-    near = (
-        meant
-        or [number for number, other in enumerate(folded) if name.casefold() in other]
-        or [
-            folded.index(other)
-            for other in difflib.get_close_matches(name.casefold(), folded, cutoff=0.5)
-        ]
-    )
-    listed = ", ".join(f"{number} ({names[number]})" for number in near[:3])
-    raise UserError(
-        f"{said}: {name!r} is the name of {'several classes' if meant else 'no class'}"
-        f"{f'; {listed}' if meant else f'; did you mean {listed}?' if near else ''}"
-    )
+    near = meant or [i for i, other in enumerate(folded) if low in other]
+    near = near or [folded.index(o) for o in difflib.get_close_matches(low, folded, cutoff=0.5)]
+    listed = ", ".join(f"{i} ({names[i]})" for i in near[:3])
+    if meant:
+        raise UserError(f"{said}: {name!r} is the name of several classes; {listed}")
+    hint = f"; did you mean {listed}?" if near else ""
+    raise UserError(f"{said}: {name!r} is the name of no class{hint}")

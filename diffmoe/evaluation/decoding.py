@@ -1,4 +1,4 @@
-"""From what a latent model samples to pictures."""
+"""From what a latent model samples to images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffmoe.errors import UserError
 
 @dataclass(frozen=True)
 class Decoder:
-    """From latents to pictures: `function` takes what the model samples, fp32 [B, C, h, w], and
+    """From latents to images: `function` takes what the model samples, fp32 [B, C, h, w], and
     returns uint8 [B, 3, H, W]. `scale` and `shift` are what it takes out of the latents first.
     """
 
@@ -43,13 +43,16 @@ def checkpoint_data(config: Config, scale: float | None, shift: float | None) ->
     address = getattr(config.data, name)
     known = scale is not None and shift is not None
     if runs_a_program(address):
-        if not known:
-            raise UserError(
-                f"data.{name} ({address}) would start a program, which no checkpoint may: say --latent-scale and "
-                "--latent-shift"
-            )
-        return None
-    if not address or not is_remote(address) and not _folder(address).exists():
+        if known:
+            return None
+        raise UserError(
+            f"data.{name} ({address}) would start a program, which no checkpoint may: say "
+            "--latent-scale and --latent-shift"
+        )
+    folder = Path(address)
+    if folder.suffix in (".tar", ".json"):
+        folder = folder.parent
+    if not address or not is_remote(address) and not folder.exists():
         return None  # sampling elsewhere than training
     try:
         return load_index(config.data.shards, config.data.index, check_files=False)
@@ -57,30 +60,23 @@ def checkpoint_data(config: Config, scale: float | None, shift: float | None) ->
         if known:
             return None
         raise UserError(
-            f"the training data's index, by which VAE and scale are checked, cannot be read: {error}; "
-            "restore it, or say --latent-scale and --latent-shift"
+            "the training data's index, by which VAE and scale are checked, cannot be read: "
+            f"{error}; restore it, or say --latent-scale and --latent-shift"
         ) from error
-
-
-def _folder(address: str) -> Path:
-    path = Path(address)
-    return path.parent if path.suffix in (".tar", ".json") else path
 
 
 def vae_note(config: Config, decoder: Decoder, index: ShardIndex | None) -> str | None:
     """What to say where nothing shows that this VAE encoded the training data whose `index` this
     is; None where it is shown.
     """
-    if index is not None and index.encoding is not None and index.encoding.vae_sha256:
-        return None
-    why = (
-        "does not say which VAE encoded it"
-        if index is not None
-        else "is not here, or was not opened"
-    )
+    why = "is not here, or was not opened"
+    if index is not None:
+        if index.encoding is not None and index.encoding.vae_sha256:
+            return None
+        why = "does not say which VAE encoded it"
     return (
-        f"note: the training data ({config.data.shards}) {why}: vae {decoder.name} is not compared with it; "
-        f"latents have scale {decoder.scale:g}, shift {decoder.shift:g}"
+        f"note: the training data ({config.data.shards}) {why}: vae {decoder.name} is not compared "
+        f"with it; latents have scale {decoder.scale:g}, shift {decoder.shift:g}"
     )
 
 
@@ -113,14 +109,15 @@ def open_decoder(
 def open_vae(path: str | Path, config: Config, device: torch.device) -> Vae:
     """The diffusers autoencoder at `path`. UserError for a model of pixels or of other
     channels, or where there is no such autoencoder."""
-    if config.model.channels in (1, 3):
+    channels = config.model.channels
+    if channels in (1, 3):
         raise UserError(
-            f"model.channels ({config.model.channels}) are pixels: there is nothing for vae {path} to decode"
+            f"model.channels ({channels}) are pixels: there is nothing for vae {path} to decode"
         )
     vae = load_vae(path, device=device)
-    if vae.latent_channels != config.model.channels:
+    if vae.latent_channels != channels:
         raise UserError(
-            f"vae {path} has {vae.latent_channels} latent channels, model.channels is {config.model.channels}"
+            f"vae {path} has {vae.latent_channels} latent channels, model.channels is {channels}"
         )
     return vae
 
@@ -131,16 +128,12 @@ def latent_numbers(
     """Scale and shift of latents: as given, else the training data's, else the VAE's own. UserError
     for another VAE than the training data was encoded with.
     """
-    own_scale, own_shift = (
-        (vae.scale, vae.shift) if index is None else (index.meta.scale, index.meta.mean)
-    )
-    if (
-        index is not None
-        and index.encoding is not None
-        and index.encoding.vae_sha256 not in ("", vae.sha256)
-    ):
-        raise UserError(
-            f"vae {vae.name} has weights {vae.sha256[:12]}; data.shards ({config.data.shards}) was encoded with "
-            f"{index.encoding.vae_sha256[:12]}"
-        )
-    return own_scale if scale is None else scale, own_shift if shift is None else shift
+    own = (vae.scale, vae.shift)
+    if index is not None:
+        own = (index.meta.scale, index.meta.mean)
+        if index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):
+            raise UserError(
+                f"vae {vae.name} has weights {vae.sha256[:12]}; data.shards ({config.data.shards}) "
+                f"was encoded with {index.encoding.vae_sha256[:12]}"
+            )
+    return own[0] if scale is None else scale, own[1] if shift is None else shift

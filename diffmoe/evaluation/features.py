@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,10 +68,8 @@ class Extractor:
     function: Callable[[Tensor], Features]
 
     def __call__(self, images: Tensor) -> Features:
-        """Features of uint8 images [B, 3, H, W] in 0..255.
-
-        Raises:
-            UserError: other images, other than B features, or features that are not finite.
+        """Features of uint8 images [B, 3, H, W] in 0..255. UserError for other images, other than B
+        features, or features that are not finite.
         """
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
             raise UserError(
@@ -78,23 +77,16 @@ class Extractor:
             )
         features = self.function(images)
         for name, value in features.parts().items():
+            what = f"extractor {self.name}: {name} {value.shape}"
             if value.ndim != 2 or len(value) != len(images):
-                raise UserError(
-                    f"extractor {self.name}: {name} {value.shape} must be [{len(images)}, d]"
-                )
-            bad = np.count_nonzero(~np.isfinite(value))
-            if bad:
-                raise UserError(
-                    f"extractor {self.name}: {name} {value.shape} holds {bad} values that are not finite"
-                )
+                raise UserError(f"{what} must be [{len(images)}, d]")
+            if bad := np.count_nonzero(~np.isfinite(value)):
+                raise UserError(f"{what} holds {bad} values that are not finite")
         return features
 
     def widths(self, height: int, width: int) -> dict[str, int]:
         """Widths of pool and, where there are such, spatial features and probabilities of images of
-        this size, found by a try.
-
-        Raises:
-            UserError: images of this size are not for this network, or its features are not finite.
+        this size, found by a try. UserError where they are not for this network.
         """
         features = self(torch.zeros(1, 3, height, width, dtype=torch.uint8))
         return {name: value.shape[1] for name, value in features.parts().items()}
@@ -102,22 +94,17 @@ class Extractor:
 
 def to_uint8(x: Tensor) -> Tensor:
     """Images [B, 1 or 3, H, W] in [-1, 1] as uint8 [B, 3, H, W]: rounded to the nearest of 256
-    levels, as published.
-
-    Raises:
-        UserError: another shape, or values that are not finite, which would silently become some
-            grey.
+    levels, as published. UserError for another shape, or values that are not finite, which would
+    silently become some grey.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise UserError(
             f"images {tuple(x.shape)} must be [B, 1 or 3, H, W]; latents need a decoder first"
         )
-    bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()) if len(x) else 0
-    if bad:
+    if bad := int((~torch.isfinite(x)).any(3).any(2).any(1).sum()):
         raise UserError(f"{bad} of {len(x)} images hold values that are not finite")
-    return (
-        (127.5 * x.float() + 128.0).clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
-    )
+    levels = (127.5 * x.float() + 128.0).clamp(0, 255).to(torch.uint8)
+    return levels.expand(-1, 3, -1, -1).contiguous()
 
 
 def load_extractor(path: str | Path, device: torch.device = torch.device("cpu")) -> Extractor:
@@ -134,10 +121,21 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
             features.
     """
     path = Path(path)
-    module = _load_script(
-        "extractor", path, device, f"; Inception is {INCEPTION_NAME}, SHA-256 {INCEPTION_SHA256}"
-    )
-    inner = _has_inner_names(module)
+    if not path.is_file():
+        raise UserError(
+            f"extractor file ({path}) does not exist, and nothing is downloaded in a run; "
+            f"Inception is {INCEPTION_NAME}, SHA-256 {INCEPTION_SHA256}"
+        )
+    try:
+        module = torch.jit.load(str(path), map_location=device).eval()
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise UserError(f"extractor file ({path}) is not TorchScript: {said}") from None
+    try:
+        weight = module.get_parameter("output.weight").double()
+        inner = hasattr(module.layers, _SPATIAL_LAYER)
+    except AttributeError:
+        inner = False
     if inner:
         _check_walk(module, path, device)
 
@@ -150,7 +148,7 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
             if not inner:
                 return Features(_array(module(images, return_features=True)))
             pool, spatial = _walk(module, _tensorflow_input(images))
-            probabilities = F.linear(pool.double(), module.output.weight.double()).softmax(dim=1)
+            probabilities = F.linear(pool.double(), weight).softmax(dim=1)
         return Features(_array(pool), _array(spatial), _array(probabilities))
 
     return Extractor(path.name, sha256(path), extract)
@@ -159,26 +157,6 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
 def open_extractor(name: str, device: torch.device) -> Extractor:
     """`digits`, or the TorchScript file of that name.  UserError as `load_extractor`."""
     return digits_extractor() if name == DIGITS_NAME else load_extractor(name, device)
-
-
-def _load_script(kind: str, path: Path, device: torch.device, hint: str) -> torch.nn.Module:
-    if not path.is_file():
-        raise UserError(
-            f"{kind} file ({path}) does not exist, and nothing is downloaded in a run{hint}"
-        )
-    try:
-        return torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as error:
-        raise UserError(
-            f"{kind} file ({path}) is not TorchScript: {str(error).splitlines()[0]}"
-        ) from None
-
-
-def _has_inner_names(module: torch.nn.Module) -> bool:
-    layers = getattr(module, "layers", None)
-    return hasattr(getattr(layers, _SPATIAL_LAYER, None), "conv") and hasattr(
-        getattr(module, "output", None), "weight"
-    )
 
 
 def _tensorflow_input(images: Tensor) -> Tensor:
@@ -191,13 +169,8 @@ def _tensorflow_input(images: Tensor) -> Tensor:
     y = (2 * places * height + 1) / height - 1  # grid_sample's coordinates without align_corners
     x = (2 * places * width + 1) / width - 1
     grid = torch.stack([x.expand(_INPUT_SIZE, -1), y[:, None].expand(-1, _INPUT_SIZE)], dim=-1)
-    resized = F.grid_sample(
-        images.float(),
-        grid.expand(len(images), -1, -1, -1),
-        mode="bilinear",
-        padding_mode="border",
-        align_corners=False,
-    )
+    grid = grid.expand(len(images), -1, -1, -1)
+    resized = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
     return (resized - 128) / 128
 
 
@@ -206,7 +179,8 @@ def _walk(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     inside TorchScript.
     """
     spatial = x
-    for name, layer in module.layers.named_children():
+    layers: Any = module.layers
+    for name, layer in layers.named_children():
         if name == _SPATIAL_LAYER:
             spatial = layer.conv(x)[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         x = layer(x)
@@ -221,15 +195,14 @@ def _check_walk(module: torch.nn.Module, path: Path, device: torch.device) -> No
     with ieee_fp32(), torch.jit.optimized_execution(False):
         own = module(images, return_features=True).float()
         ours, _ = _walk(module, _tensorflow_input(images))
-    apart = (
-        float((own - ours).abs().max() / own.abs().max().clamp_min(1e-30))
-        if own.shape == ours.shape
-        else float("inf")
-    )
+    apart = float("inf")
+    if own.shape == ours.shape:
+        apart = float((own - ours).abs().max() / own.abs().max().clamp_min(1e-30))
     if not apart <= _WALK_TOLERANCE:
         raise UserError(
-            f"extractor file ({path}): its layers one by one give features {tuple(ours.shape)} that differ from "
-            f"its own {tuple(own.shape)} by {apart:.3g} of the largest; this is not {INCEPTION_NAME}"
+            f"extractor file ({path}): its layers one by one give features {tuple(ours.shape)} "
+            f"that differ from its own {tuple(own.shape)} by {apart:.3g} of the largest; this is "
+            f"not {INCEPTION_NAME}"
         )
 
 
@@ -258,9 +231,8 @@ def digits_extractor() -> Extractor:
     mean = known.mean(axis=0)
     _, vectors = np.linalg.eigh(np.cov(known, rowvar=False))
     axes = vectors[:, : -_DIGITS_POOL - 1 : -1]
-    axes = axes * np.sign(
-        axes[np.abs(axes).argmax(axis=0), np.arange(_DIGITS_POOL)]
-    )  # eigenvectors have no sign
+    largest = axes[np.abs(axes).argmax(axis=0), np.arange(_DIGITS_POOL)]
+    axes = axes * np.sign(largest)  # eigenvectors have no sign
     classifier = LinearDiscriminantAnalysis().fit((known - mean) @ axes, labels)
 
     def extract(images: Tensor) -> Features:

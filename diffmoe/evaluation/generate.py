@@ -6,6 +6,7 @@ number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from diffmoe.diffusion.randomness import sampling_noise
 from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import SAMPLERS
 from diffmoe.errors import UserError
-from diffmoe.evaluation.capacity_report import CapacityMeter, WatchedModel
+from diffmoe.evaluation.capacity_report import CapacityMeter
 from diffmoe.models.dit import DiT
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import gather_stack, sum_over
@@ -36,13 +37,12 @@ def check_dial(model: DiT, sample: SampleConfig) -> None:
     """Raises UserError where the capacity dial is asked for and a layer has no histogram of its
     predictor's outputs.
     """
-    if sample.capacity is not None and not all(
-        layer.thresholds.has_histogram for _, layer in model.moe_layers()
-    ):
+    layers = [layer for _, layer in model.moe_layers()]
+    if sample.capacity is not None and not all(x.thresholds.has_histogram for x in layers):
         raise UserError(
-            f"sample.capacity ({sample.capacity}) needs histograms of the predictors' outputs, which training "
-            "writes into its checkpoints; this one has none (an older or an imported one): train on from it, "
-            "or set sample.gamma"
+            f"sample.capacity ({sample.capacity}) needs histograms of the predictors' outputs, "
+            "which training writes into its checkpoints; this one has none (an older or an "
+            "imported one): train on from it, or set sample.gamma"
         )
 
 
@@ -50,17 +50,16 @@ def threshold_note(model: DiT, sample: SampleConfig) -> str | None:
     """What to say where learned thresholds decide that no training step has ever observed; None
     where none do.
     """
-    learned = sample.gamma is None and sample.capacity is None and sample.routing != "static"
-    fresh = [
-        layer
-        for _, layer in model.moe_layers()
-        if layer.family == "diffmoe" and not layer.thresholds.observations
-    ]
-    if not learned or not fresh:
+    if sample.gamma is not None or sample.capacity is not None or sample.routing == "static":
+        return None
+    predicting = [x.thresholds for _, x in model.moe_layers() if x.family == "diffmoe"]
+    fresh = [thresholds for thresholds in predicting if not thresholds.observations]
+    if not fresh:
         return None
     return (
-        f"note: training has not observed the thresholds of {len(fresh)} layers yet: their experts take tokens above the start value "
-        f"{fresh[0].thresholds.value[0]:g}, whatever the capacity; sample.gamma sets another"
+        f"note: training has not observed the thresholds of {len(fresh)} layers yet: their experts "
+        f"take tokens above the start value {float(fresh[0].value[0]):g}, whatever the capacity; "
+        "sample.gamma sets another"
     )
 
 
@@ -85,36 +84,30 @@ def generate(
     sizes, sample = config.model, config.sample
     shape = (sizes.channels, sizes.input_size, sizes.input_size)
     images = []
-    for start in shown(
-        range(0, len(numbers), sample.batch), f"sampling, batches of {sample.batch}", progress
-    ):
+    starts = range(0, len(numbers), sample.batch)
+    for start in shown(starts, f"sampling, batches of {sample.batch}", progress):
         part = slice(start, start + sample.batch)
         noise = sampling_noise(config.run.seed, numbers[part], shape).to(device)
         y = torch.tensor(labels[part], device=device)
-        field = _field(model if meter is None else meter.watch(model, numbers[part]), config, y)
-        step_noise = ancestral_noise(config.run.seed, numbers[part], shape, device)
-        images.append(
-            SAMPLERS[sample.sampler](
-                field, noise, sample.steps, step_noise, **_options(sample, together, device)
-            ).cpu()
+        field = _field(model, config, y)
+        counting = (
+            contextlib.nullcontext() if meter is None else meter.watching(model, numbers[part])
         )
+        step_noise = ancestral_noise(config.run.seed, numbers[part], shape, device)
+        sampler, options = SAMPLERS[sample.sampler], _options(sample, together, device)
+        with counting:
+            images.append(sampler(field, noise, sample.steps, step_noise, **options).cpu())
     return torch.cat(images)
 
 
-def _field(
-    model: DiT | WatchedModel, config: Config, y: Tensor
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _field(model: DiT, config: Config, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """What the sampler integrates.  The flow is guided on all channels, as published."""
-    rule = inference_rule(config.moe, config.sample)
+    sample = config.sample
+    rule = inference_rule(config.moe, sample)
     if config.diffusion.process == "ddpm":
-        return guided_epsilon(
-            model,
-            y,
-            config.sample.cfg,
-            rule,
-            channels=min(config.sample.cfg_channels, config.model.channels),
-        )
-    return guided_velocity(model, y, config.sample.cfg, rule)
+        channels = min(sample.cfg_channels, config.model.channels)
+        return guided_epsilon(model, y, sample.cfg, rule, channels=channels)
+    return guided_velocity(model, y, sample.cfg, rule)
 
 
 def _options(sample: SampleConfig, together: Group | None, device: torch.device) -> dict:
@@ -125,12 +118,13 @@ def _options(sample: SampleConfig, together: Group | None, device: torch.device)
         return {"eta": sample.eta}
     if sample.sampler != "dopri5":
         return {}
-    options: dict = {"tolerance": sample.tolerance}
-    if together is not None and together.size > 1:
-        options["anyone"] = lambda mine: bool(
-            sum_over(torch.tensor([float(mine)], device=device), together) > 0
-        )
-    return options
+    if together is None or together.size == 1:
+        return {"tolerance": sample.tolerance}
+
+    def anyone(mine: bool) -> bool:
+        return bool(sum_over(torch.tensor([float(mine)], device=device), together) > 0)
+
+    return {"tolerance": sample.tolerance, "anyone": anyone}
 
 
 def generate_everywhere(
@@ -149,16 +143,8 @@ def generate_everywhere(
     """
     each = -(-len(labels) // world.size)
     numbers = range(world.index * each, (world.index + 1) * each)
-    mine = generate(
-        model,
-        config,
-        [labels[i % len(labels)] for i in numbers],
-        numbers,
-        device,
-        progress,
-        meter,
-        world,
-    )
+    my_labels = [labels[i % len(labels)] for i in numbers]
+    mine = generate(model, config, my_labels, numbers, device, progress, meter, world)
     if decode is not None:
         mine = torch.cat([decode(part) for part in mine.split(config.sample.batch)])
     return gather_stack(mine.to(device), world).flatten(0, 1)[: len(labels)].cpu()

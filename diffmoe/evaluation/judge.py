@@ -24,16 +24,10 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation.scores import NEIGHBOURS, nearest_distances, precision_recall
 from diffmoe.paths import PathParser
 
-CLASSES = 10
-HELD_OUT_SHARE = 0.25
-SPLIT_SEED = 0
 MIN_REAL_ACCURACY = 0.95  # below this the classifier itself is not to be trusted
-MIN_ACCURACY = 0.97
-MIN_PRECISION = 0.5
-MIN_RECALL = 0.6
-MIN_DISTANCE_RATIO = (
-    0.9  # generated digits nearer to training digits than this times a fresh real digit are copies
-)
+MIN_ACCURACY, MIN_PRECISION, MIN_RECALL = 0.97, 0.5, 0.6
+# Generated digits nearer to training digits than this times a fresh real digit are copies.
+MIN_DISTANCE_RATIO = 0.9
 
 
 @dataclass(frozen=True)
@@ -55,29 +49,28 @@ class JudgeReport:
 
     def format(self) -> str:
         """Lines for people; the last one is the verdict."""
-        return "\n".join(
-            [
-                f"judge: classifier is right on {100 * self.real_accuracy:.1f} % of held-out real digits",
-                f"judge: precision {self.precision:.3f}, recall {self.recall:.3f} (k = {NEIGHBOURS}, pixels)",
-                f"judge: median distance to the nearest training digit {self.median_nn_generated:.1f}, "
-                f"of held-out real digits {self.median_nn_real:.1f}",
-                f"judge: {100 * self.accuracy:.1f} % of {self.count} digits are what was asked",
-            ]
+        return (
+            f"judge: classifier is right on {100 * self.real_accuracy:.1f} % of held-out real "
+            "digits\n"
+            f"judge: precision {self.precision:.3f}, recall {self.recall:.3f} (k = {NEIGHBOURS}, "
+            "pixels)\n"
+            "judge: median distance to the nearest training digit "
+            f"{self.median_nn_generated:.1f}, of held-out real digits {self.median_nn_real:.1f}\n"
+            f"judge: {100 * self.accuracy:.1f} % of {self.count} digits are what was asked"
         )
 
     def failures(self) -> list[str]:
         """The thresholds that were missed, each in words; empty when the digits pass."""
-        nearest = MIN_DISTANCE_RATIO * self.median_nn_real
-        checks = [
-            ("accuracy", self.accuracy, MIN_ACCURACY),
-            ("precision", self.precision, MIN_PRECISION),
-            ("recall", self.recall, MIN_RECALL),
-            ("median_nn_generated", self.median_nn_generated, nearest),
-        ]
+        minima = {
+            "accuracy": MIN_ACCURACY,
+            "precision": MIN_PRECISION,
+            "recall": MIN_RECALL,
+            "median_nn_generated": MIN_DISTANCE_RATIO * self.median_nn_real,
+        }
         return [
-            f"{name} ({value:.3f}) is below {minimum:.3f}"
-            for name, value, minimum in checks
-            if value < minimum
+            f"{name} ({getattr(self, name):.3f}) is below {minimum:.3f}"
+            for name, minimum in minima.items()
+            if getattr(self, name) < minimum
         ]
 
 
@@ -92,20 +85,17 @@ def judge_digits(images: np.ndarray, asked: np.ndarray) -> JudgeReport:
     images, asked = np.asarray(images), np.asarray(asked)
     if images.ndim != 4 or images.shape[1:] != (1, 8, 8) or asked.shape != images.shape[:1]:
         raise UserError(f"images {images.shape} must be [n, 1, 8, 8] and asked {asked.shape} [n]")
-    if len(asked) and not (asked.min() >= 0 and asked.max() < CLASSES):
-        raise UserError(f"asked ({asked.min()}..{asked.max()}) must lie in 0..{CLASSES - 1}")
-    if not np.isfinite(images).all():
-        bad = np.count_nonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+    if len(asked) and not (asked.min() >= 0 and asked.max() <= 9):
+        raise UserError(f"asked ({asked.min()}..{asked.max()}) must lie in 0..9")
+    if bad := np.count_nonzero(~np.isfinite(images).all(axis=(1, 2, 3))):
         raise UserError(f"images: {bad} of {len(images)} hold values that are not finite")
     generated = (np.clip(images.reshape(len(images), 64).astype(np.float64), -1.0, 1.0) + 1.0) * 8.0
     real, labels = load_digits(return_X_y=True)
-    precision, recall = precision_recall(real, generated, k=NEIGHBOURS)
+    precision, recall = precision_recall(real, generated)
     train, held_out, train_labels, held_out_labels = train_test_split(
-        real, labels, test_size=HELD_OUT_SHARE, random_state=SPLIT_SEED, stratify=labels
+        real, labels, test_size=0.25, random_state=0, stratify=labels
     )
-    classifier = SVC(kernel="rbf", gamma=0.001, C=10.0, random_state=SPLIT_SEED).fit(
-        train, train_labels
-    )
+    classifier = SVC(gamma=0.001, C=10.0, random_state=0).fit(train, train_labels)
     real_accuracy = float(classifier.score(held_out, held_out_labels))
     if real_accuracy <= MIN_REAL_ACCURACY:
         raise UserError(
@@ -129,8 +119,7 @@ def _read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
             read = {name: samples[name] for name in ("images", "labels") if name in samples.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    missing = {"images", "labels"} - set(read)
-    if missing:
+    if missing := {"images", "labels"} - set(read):
         raise UserError(
             f"{path} lacks {' and '.join(sorted(missing))}: it must be what run.py sample writes"
         )
@@ -140,11 +129,10 @@ def _read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line of this module; returns the exit status."""
     parser = PathParser(description="Judge generated digits.")
-    parser.add_argument(
-        "samples", type=Path, help="npz with images [n, 1, 8, 8] in [-1, 1] and labels [n]"
-    )
-    parser.add_argument("--json", type=Path, help="also write the report here")
-    parser.add_argument("--require", action="store_true", help="exit 1 where a threshold is missed")
+    add = parser.add_argument
+    add("samples", type=Path, help="npz with images [n, 1, 8, 8] in [-1, 1] and labels [n]")
+    add("--json", type=Path, help="also write the report here")
+    add("--require", action="store_true", help="exit 1 where a threshold is missed")
     try:
         options = parser.parse_args(arguments)
         report = judge_digits(*_read_samples(options.samples))

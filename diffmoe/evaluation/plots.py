@@ -7,22 +7,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from PIL import Image
+from scipy.ndimage import gaussian_filter1d
 
 from diffmoe.errors import UserError
 
 GRID_GAP = 4  # pixels between the images of a grid
-_DPI = 150
-_SMOOTHING_SHARE = (
-    0.01  # of the run's steps: the distance at which a neighbour's weight has fallen to 1/e
-)
-_GAP_FACTOR = 5  # a curve breaks where steps are this many times further apart than usual
+_SMOOTHING_SHARE = 0.005  # of the records: standard deviation of the curves' smoothing
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f5fa8", "#d9731a", "#2e8b57", "#8a8a8a"
 
 
@@ -32,10 +30,8 @@ def image_grid(
     """Write images [n, C, H, W] in [-1, 1] (values beyond are clipped) as one PNG, row by row.
 
     C is 1 (grey), 3 (RGB) or 4 (latents: the first three channels). Every value becomes `upscale` x
-    `upscale` pixels; left out, small images grow to about 56 pixels.
-
-    Raises:
-        UserError: another shape, values that are not finite, or columns or upscale below 1.
+    `upscale` pixels; left out, small images grow to about 56 pixels. UserError for another shape,
+    values that are not finite, or columns or upscale below 1.
     """
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3, 4):
@@ -43,14 +39,10 @@ def image_grid(
     upscale = max(1, 56 // images.shape[2]) if upscale is None else upscale
     if columns < 1 or upscale < 1:
         raise UserError(f"columns ({columns}) and upscale ({upscale}) must be at least 1")
-    if not np.isfinite(images).all():
-        raise UserError(
-            f"images {images.shape} hold {np.count_nonzero(~np.isfinite(images))} values not finite"
-        )
-    pixels = (
-        np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)[:, :3].transpose(0, 2, 3, 1)
-    )
-    pixels = pixels.repeat(upscale, axis=1).repeat(upscale, axis=2)
+    if bad := np.count_nonzero(~np.isfinite(images)):
+        raise UserError(f"images {images.shape} hold {bad} values not finite")
+    pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)[:, :3]
+    pixels = pixels.transpose(0, 2, 3, 1).repeat(upscale, axis=1).repeat(upscale, axis=2)
     count, height, width, channels = pixels.shape
     rows = math.ceil(count / columns)
     size = (rows * (height + GRID_GAP) + GRID_GAP, columns * (width + GRID_GAP) + GRID_GAP)
@@ -67,36 +59,42 @@ def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path) -> Non
     step may be missing).
 
     A step that appears twice (a run that resumed) counts once, as written last. Values that are
-    missing or not finite are left out, and lines break over long gaps.
-
-    Raises:
-        UserError: no record has a step and a finite loss.
+    missing or not finite are left out. UserError where no record has a step and a finite loss.
     """
-    by_step = {int(record["step"]): record for record in records if "step" in record}
-    series = {
-        name: _series(by_step, name)
-        for name in ("loss", "predictor_loss", "trivial_predictor_loss", "lr")
-    }
-    if len(series["loss"][0]) == 0:
+    by_step = {record["step"]: record for record in records if "step" in record}
+    panels = (  # (what the axis shows, its curves, share of the height)
+        ("loss", {"loss": ("loss", _BLUE)}, 2.0),
+        (
+            "predictor loss",
+            {
+                "predictor_loss": ("capacity predictor", _ORANGE),
+                "trivial_predictor_loss": ("trivial predictor", _GREY),
+            },
+            1.4,
+        ),
+        ("learning rate", {"lr": ("", _GREEN)}, 1.0),
+    )
+    drawn = []
+    for title, names, share in panels:
+        curves = [(*_series(by_step, name), *style) for name, style in names.items()]
+        curves = [curve for curve in curves if len(curve[0])]
+        if curves:
+            drawn.append((title, curves, share))
+    if not drawn or drawn[0][0] != "loss":
         raise UserError(
             f"records ({len(records)} of them) must hold at least one step with a finite loss"
         )
-    names = ["loss"] + [name for name in ("predictor_loss", "lr") if len(series[name][0])]
-    figure = Figure(figsize=(8, 1.4 + 2.2 * len(names)), layout="constrained")
-    axes = np.atleast_1d(
-        figure.subplots(len(names), 1, sharex=True, height_ratios=[2, 1.4, 1][: len(names)])
-    )
-    for ax, name in zip(axes, names):
-        if name == "loss":
-            _smooth_and_raw(ax, *series["loss"], _BLUE, "loss")
-        elif name == "predictor_loss":
-            _smooth_and_raw(ax, *series["predictor_loss"], _ORANGE, "capacity predictor")
-            if len(series["trivial_predictor_loss"][0]):
-                _smooth_and_raw(ax, *series["trivial_predictor_loss"], _GREY, "trivial predictor")
-        else:
-            ax.plot(*_broken(*series["lr"]), color=_GREEN, linewidth=1.5)
-            ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        _tidy(ax, {"loss": "loss", "predictor_loss": "predictor loss", "lr": "learning rate"}[name])
+    figure = Figure(figsize=(8, 1.4 + 2.2 * len(drawn)), layout="constrained")
+    shares = [share for _, _, share in drawn]
+    axes = figure.subplots(len(drawn), 1, squeeze=False, sharex=True, height_ratios=shares)[:, 0]
+    for ax, (title, curves, _) in zip(axes, drawn):
+        for steps, values, label, color in curves:
+            _smooth_and_raw(ax, steps, values, color, label)
+        if title != "learning rate":
+            ax.legend(
+                loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=2, frameon=False, fontsize=9
+            )
+        _tidy(ax, title)
     figure.suptitle("Training", fontsize=13)
     axes[-1].set_xlabel("step")
     _save(figure, path)
@@ -104,44 +102,31 @@ def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path) -> Non
 
 def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) -> None:
     """Draw `load` [layers, time_bins, experts], each expert's share of tokens (1 = average), one
-    heat map a layer.
-
-    Rows are bins of flow time from 0 to 1, upwards; bins that saw no sample are NaN and drawn grey.
-
-    Raises:
-        UserError: another rank, or not one name a layer.
+    heat map a layer. Rows are bins of flow time from 0 to 1, upwards; bins that saw no sample are
+    NaN and drawn grey. UserError for another rank, or not one name a layer.
     """
     load = np.asarray(load, np.float64)
     if load.ndim != 3 or 0 in load.shape or len(layer_names) != len(load):
         raise UserError(
-            f"load {load.shape} must be [layers, time_bins, experts] with {len(layer_names)} layer_names"
+            f"load {load.shape} must be [layers, time_bins, experts] with {len(layer_names)} "
+            "layer_names"
         )
     layers, bins, experts = load.shape
     rows = math.ceil(layers / 4)
     columns = math.ceil(layers / rows)
     figure = Figure(figsize=(1.6 + 2.5 * columns, 1.5 + 2.3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    top = max(2.0, float(np.nanmax(load, initial=0.0)))
+    norm = TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanmax(load, initial=0.0))))
+    extent = (-0.5, experts - 0.5, 0.0, 1.0)
     for ax in axes.flat[layers:]:
         ax.set_visible(False)
     for i, ax in enumerate(axes.flat[:layers]):
-        ax.set_facecolor("#c8c8c8")
-        mesh = ax.imshow(
-            np.ma.masked_invalid(load[i]),
-            cmap="RdBu_r",
-            norm=TwoSlopeNorm(1.0, 0.0, top),
-            origin="lower",
-            aspect="auto",
-            interpolation="nearest",
-            extent=(-0.5, experts - 0.5, 0.0, 1.0),
-        )
+        mesh = _heat(ax, load[i], extent, cmap="RdBu_r", norm=norm, origin="lower")
         ax.set_title(layer_names[i], fontsize=10)
         ax.set_xticks(range(0, experts, max(1, math.ceil(experts / 8))))
         ax.set_yticks([0.0, 0.5, 1.0])
-        below = (
-            i + columns >= layers
-        )  # nothing is drawn under this panel, so it carries the tick labels
-        ax.tick_params(labelsize=8, length=2, labelbottom=below)
+        # A panel with nothing drawn under it carries the tick labels.
+        ax.tick_params(labelsize=8, length=2, labelbottom=i + columns >= layers)
     figure.suptitle(
         f"Expert load over flow time ({experts} experts, {bins} time bins)", fontsize=13
     )
@@ -171,48 +156,29 @@ def capacity_used(
             without, if there were any.
         ranking: (class, capacity) from the hardest class to the easiest.
         target: the capacity that was asked for, drawn as a line.
-
-    Raises:
-        UserError: another rank, or not one name a layer.
     """
-    layer_time = np.asarray(layer_time, np.float64)
-    if layer_time.ndim != 2 or 0 in layer_time.shape or len(layer_names) != len(layer_time):
-        raise UserError(
-            f"layer_time {layer_time.shape} must be [layers, time_bins] with {len(layer_names)} layer_names"
-        )
     layers, bins = layer_time.shape
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    (over_time, heat), (by_class, _) = grid = figure.subplots(2, 2, height_ratios=[1.2, 1])
-    for ax in grid[1]:
-        ax.remove()
-    by_class = figure.add_subplot(grid[1, 0].get_gridspec()[1, :])
+    grid = figure.add_gridspec(2, 2, height_ratios=[1.2, 1])
+    over_time, heat = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     centers = (np.arange(bins) + 0.5) / bins
-    dots = {"marker": "o", "markersize": 3.5} if bins <= 30 else {}
-    over_time.plot(centers, conditional, color=_BLUE, linewidth=1.8, label="with class", **dots)
-    if null is not None:
-        over_time.plot(centers, null, color=_ORANGE, linewidth=1.8, label="null class", **dots)
+    marker = "o" if bins <= 30 else ""
+    for values, color, label in ((conditional, _BLUE, "with class"), (null, _ORANGE, "null class")):
+        if values is not None:
+            over_time.plot(centers, values, color=color, marker=marker, markersize=3.5, label=label)
     if target is not None:
-        over_time.axhline(
-            target, color=_GREY, linestyle="--", linewidth=1.2, label=f"dialled {target:g}"
-        )
+        over_time.axhline(target, color=_GREY, linestyle="--", label=f"dialled {target:g}")
     over_time.legend(frameon=False, fontsize=9)
     over_time.set_xlabel("time t (0 noise, 1 data)")
     over_time.set_title("Over time, mean of layers", fontsize=11)
     _tidy(over_time, "experts per token")
-    mesh = heat.imshow(
-        np.ma.masked_invalid(layer_time),
-        cmap="viridis",
-        aspect="auto",
-        interpolation="nearest",
-        extent=(0.0, 1.0, layers - 0.5, -0.5),
-    )
+    mesh = _heat(heat, layer_time, (0.0, 1.0, layers - 0.5, -0.5), cmap="viridis")
     every = max(1, math.ceil(layers / 16))
     heat.set_yticks(range(0, layers, every), layer_names[::every], fontsize=9)
-    heat.set_facecolor("#c8c8c8")
     heat.set_xlabel("time t (0 noise, 1 data)")
     heat.set_title("By layer and time, all passes", fontsize=11)
     figure.colorbar(mesh, ax=heat, shrink=0.95, pad=0.02).set_label("experts per token")
-    _class_ranking(by_class, ranking)
+    _class_ranking(figure.add_subplot(grid[1, :]), ranking)
     figure.suptitle("Capacity used in sampling", fontsize=13)
     _save(figure, path)
 
@@ -229,79 +195,60 @@ def _class_ranking(ax: Axes, ranking: Sequence[tuple[int, float]]) -> None:
         ax.set_xlabel("class, from the hardest to the easiest")
     else:
         ax.plot(places, values, color=_BLUE, linewidth=1.8)
-        ends = [", ".join(str(c) for c, _ in part) for part in (ranking[:3], ranking[-3:])]
+        hardest, easiest = (
+            ", ".join(str(c) for c, _ in part) for part in (ranking[:3], ranking[-3:])
+        )
         ax.set_xlabel(
-            f"place of the class, from the hardest ({ends[0]}, …) to the easiest (…, {ends[1]})"
+            f"place of the class, from the hardest ({hardest}, …) to the easiest (…, {easiest})"
         )
     spread = float(np.ptp(values)) or 0.1 * float(values.max())
     ax.set_ylim(max(0.0, float(values.min()) - spread), float(values.max()) + 0.25 * spread)
-    ax.axhline(
-        float(values.mean()),
-        color=_GREY,
-        linestyle="--",
-        linewidth=1.2,
-        label=f"mean {values.mean():.3f}",
-    )
+    mean = float(values.mean())
+    ax.axhline(mean, color=_GREY, linestyle="--", linewidth=1.2, label=f"mean {mean:.3f}")
     ax.legend(frameon=False, fontsize=9, loc="upper right")
     ax.set_title("By class, passes with class (the axis does not start at 0)", fontsize=11)
     _tidy(ax, "experts per token")
 
 
+def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -> None:
+    """Draw one horizontal bar for each name, with its figure, top down in the given order."""
+    figure = Figure(figsize=(8, 1.2 + 0.36 * len(values)), layout="constrained")
+    ax = figure.subplots()
+    drawn = ax.barh(list(values), list(values.values()), color=_BLUE)
+    ax.bar_label(drawn, fmt=" {:.3g}", fontsize=9)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.set_xlabel(unit)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(title, fontsize=12)
+    _save(figure, path)
+
+
 def _series(
-    by_step: Mapping[int, Mapping[str, object]], name: str
+    by_step: Mapping[object, Mapping[str, object]], name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [
-        (step, float(record[name]))
-        for step, record in sorted(by_step.items())
-        if record.get(name) is not None
-    ]
-    pairs = [pair for pair in pairs if math.isfinite(pair[1])]
-    return np.array([step for step, _ in pairs], np.float64), np.array(
-        [value for _, value in pairs], np.float64
-    )
+    """Steps, ascending, and the finite values that were recorded there."""
+    pairs = [(step, r[name]) for step, r in by_step.items() if r.get(name) is not None]
+    both = np.array(sorted(pairs), np.float64).reshape(-1, 2)
+    both = both[np.isfinite(both[:, 1])]
+    return both[:, 0], both[:, 1]
 
 
 def _smooth_and_raw(
     ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str
 ) -> None:
-    raw = {"marker": "."} if len(steps) == 1 else {}  # a line through one point shows nothing
-    ax.plot(*_broken(steps, values), color=color, alpha=0.25, linewidth=0.8, **raw)
-    ax.plot(
-        *_broken(steps, _smoothed(steps, values)), color=color, linewidth=1.8, label=label, **raw
-    )
-    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=2, frameon=False, fontsize=9)
+    marker = "." if len(steps) == 1 else ""  # a line through one point shows nothing
+    smooth = gaussian_filter1d(values, max(1.0, _SMOOTHING_SHARE * len(values)), mode="nearest")
+    ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, marker=marker)
+    ax.plot(steps, smooth, color=color, linewidth=1.8, label=label, marker=marker)
 
 
-def _smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Average weighted by exp(-distance in steps), looking both ways so that the curve does not
-    lag.
-    """
-    length = max(1.0, _SMOOTHING_SHARE * (steps[-1] - steps[0]))
-    past_sum, past_weight = _decayed_sums(steps, values, length)
-    next_sum, next_weight = (
-        sums[::-1] for sums in _decayed_sums(-steps[::-1], values[::-1], length)
-    )
-    return (past_sum + next_sum - values) / (past_weight + next_weight - 1.0)
-
-
-def _decayed_sums(
-    steps: np.ndarray, values: np.ndarray, length: float
-) -> tuple[np.ndarray, np.ndarray]:
-    sums, weights = values.copy(), np.ones_like(values)
-    for i in range(1, len(values)):
-        decay = math.exp((steps[i - 1] - steps[i]) / length)
-        sums[i] += decay * sums[i - 1]
-        weights[i] += decay * weights[i - 1]
-    return sums, weights
-
-
-def _broken(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same curve with a NaN in every long gap, where the line then breaks."""
-    if len(steps) < 3:
-        return steps, values
-    distance = np.diff(steps)
-    after = np.flatnonzero(distance > _GAP_FACTOR * np.median(distance)) + 1
-    return np.insert(steps, after, steps[after - 1]), np.insert(values, after, np.nan)
+def _heat(
+    ax: Axes, values: np.ndarray, extent: tuple[float, float, float, float], **how: Any
+) -> AxesImage:
+    """A heat map, grey where nothing was measured."""
+    ax.set_facecolor("#c8c8c8")
+    return ax.imshow(np.ma.masked_invalid(values), aspect="auto", extent=extent, **how)
 
 
 def _tidy(ax: Axes, ylabel: str) -> None:
@@ -313,25 +260,4 @@ def _tidy(ax: Axes, ylabel: str) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=_DPI)
-
-
-def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -> None:
-    """Draw one horizontal bar for each name, with its figure, top down in the given order.
-
-    Raises:
-        UserError: no values.
-    """
-    if not values:
-        raise UserError(f"values ({len(values)} of them) must hold at least one bar")
-    figure = Figure(figsize=(8, 1.2 + 0.36 * len(values)), layout="constrained")
-    ax = figure.subplots()
-    drawn = ax.barh(list(values), list(values.values()), color=_BLUE)
-    ax.bar_label(drawn, fmt=" {:.3g}", fontsize=9)
-    ax.invert_yaxis()
-    ax.margins(x=0.12)
-    ax.set_xlabel(unit)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set_title(title, fontsize=12)
-    _save(figure, path)
+    figure.savefig(path, format="png", dpi=150)

@@ -14,37 +14,32 @@ COUNT, SPLITS, LABELS, WEIGHTS = 50_000, 10, "random", "ema"
 CFG = (1.0, 1.5)  # rows are published at both
 
 
-def published_sampling(family: str, process: str) -> dict[str, object]:
+def published_sampling(family: str | None, process: str | None) -> dict[str, object]:
     """The published values of the configuration's section `sample`, cfg excepted, by name.
 
     The paper's rule looks at the whole batch, which the research code has of 125 images; other
     families' images do not depend on their batch.
     """
-    sampler = (
-        {"sampler": "euler"} if process == "flow" else {"sampler": "ancestral", "cfg_channels": 3}
-    )
-    batch = (
-        {"routing": "batch", "batch": 125, "gamma": None, "capacity": None}
-        if family == "diffmoe"
-        else {}
-    )
-    return {**sampler, "steps": 250, **batch}
+    published: dict[str, object] = {"sampler": "ancestral", "cfg_channels": 3}
+    if process == "flow":
+        published = {"sampler": "euler"}
+    published["steps"] = 250
+    if family == "diffmoe":
+        published |= {"routing": "batch", "batch": 125, "gamma": None, "capacity": None}
+    return published
 
 
 def departures(card: Card) -> list[str]:
     """In what a score of a checkpoint differs from the published protocol, each with the published
     value; empty: in nothing.
     """
-    pairs = [
-        ("weights", card.weights, WEIGHTS),
-        ("labels", card.labels, LABELS),
-        ("count", card.count, COUNT),
-        ("splits", card.splits, SPLITS),
-    ]
-    published = published_sampling(card.family, card.process)
-    pairs += [(name, card.sampling.get(name), value) for name, value in published.items()]
+    published = {"weights": WEIGHTS, "labels": LABELS, "count": COUNT, "splits": SPLITS}
+    published |= published_sampling(card.family, card.process)
+    there = {**vars(card), **(card.sampling or {})}
     differ = [
-        f"{name} {there} (published: {value})" for name, there, value in pairs if there != value
+        f"{name} {there.get(name)} (published: {value})"
+        for name, value in published.items()
+        if there.get(name) != value
     ]
     if card.cfg not in CFG:
         differ.append(f"cfg {card.cfg:g} (published: {' and '.join(f'{cfg:g}' for cfg in CFG)})")

@@ -1,29 +1,56 @@
 """The published scores from streams of features: Fréchet distance, Inception Score, precision and
 recall.
 
-Everything is fp64 on the CPU. `Moments` and `SplitTotals` add up over batches and over ranks, so a
-score does not depend on how the samples were cut.
+Everything is fp64 on the CPU. `Tally` adds up over batches and over ranks, so a score does not
+depend on how the samples were cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.spatial.distance import cdist
 from scipy.special import xlogy
 
 from diffmoe.errors import UserError
+from diffmoe.evaluation.features import Features
 from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import Group
 
+if TYPE_CHECKING:
+    from diffmoe.evaluation.reference_statistics import Reference
+
 NEIGHBOURS = 3  # k of precision and recall
+SPLIT_SIZE = 5_000  # samples of one split of the Inception Score (ADM: 10 splits of 50,000)
 _CHUNK_ENTRIES = 1 << 22  # distances held at once: 32 MiB of float64
-_WIDE = 64  # from this width on distances are matrix products: cdist takes hours for 50,000 x 2048
+_WIDE = 64  # from this width on distances are matrix products: else 50,000 x 2048 take hours
 _ROUNDING = 1e-6  # of the largest eigenvalue: a more negative one is no rounding error
 _CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured; None: this extractor or reference cannot give it. Lower is better for
+    `fid` and `sfid`.
+    """
+
+    fid: float
+    sfid: float | None = None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean [d] and covariance [d, d] of features, fp64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -36,30 +63,24 @@ class Moments:
     mean: np.ndarray
     scatter: np.ndarray
 
-    @property
-    def width(self) -> int:
-        return len(self.mean)
-
     def covariance(self) -> np.ndarray:
-        """The unbiased covariance [d, d], as numpy's `cov`.
-
-        Raises:
-            UserError: fewer than d + 1 samples, which leave a covariance without full rank and a
-                biased distance.
+        """The unbiased covariance [d, d], as numpy's `cov`. UserError for fewer than d + 1 samples:
+        it would not have full rank, and the distance would be biased.
         """
-        if self.count < self.width + 1:
+        width = len(self.mean)
+        if self.count < width + 1:
             raise UserError(
-                f"samples ({self.count}) must be at least feature width + 1 ({self.width + 1})"
+                f"samples ({self.count}) must be at least feature width + 1 ({width + 1})"
             )
         return self.scatter / (self.count - 1)
 
+    def gaussian(self) -> Gaussian:
+        """UserError as `covariance`."""
+        return Gaussian(self.mean, self.covariance())
+
 
 def moments_of(features: np.ndarray) -> Moments:
-    """Moments of one batch [n, d], n >= 0, in fp64.
-
-    Raises:
-        UserError: not a matrix, or values that are not finite.
-    """
+    """Moments of one batch [n, d], n >= 0. UserError for values that are not finite."""
     _check_matrix(features, "features")
     x = np.asarray(features, np.float64)
     mean = x.mean(axis=0) if len(x) else np.zeros(x.shape[1])
@@ -67,15 +88,16 @@ def moments_of(features: np.ndarray) -> Moments:
     return Moments(len(x), mean, deviations.T @ deviations)
 
 
-def merge(first: Moments, second: Moments) -> Moments:
+def merge(first: Moments | None, second: Moments) -> Moments:
     """Moments of both sets together, by Chan, Golub and LeVeque's pairwise update: no difference of
-    large sums.
-
-    Raises:
-        UserError: different widths.
+    large sums. UserError for different widths.
     """
-    if first.width != second.width:
-        raise UserError(f"moments of width {first.width} and {second.width} cannot be merged")
+    if first is None:
+        return second
+    if len(first.mean) != len(second.mean):
+        raise UserError(
+            f"moments of width {len(first.mean)} and {len(second.mean)} cannot be merged"
+        )
     count = first.count + second.count
     if count == 0:
         return first
@@ -94,12 +116,10 @@ def merge_over(moments: Moments, group: Group, device: torch.device = _CPU) -> M
     totals = _sum(np.concatenate([[moments.count], moments.count * moments.mean]), group, device)
     count = int(round(totals[0]))
     mean = totals[1:] / max(1, count)
-    step = (
-        moments.mean - mean
-    )  # the same update for many parts: every part's own scatter and its mean's deviation
-    return Moments(
-        count, mean, _sum(moments.scatter + moments.count * np.outer(step, step), group, device)
-    )
+    # The pairwise update for many parts: each part's own scatter, and its mean's deviation.
+    step = moments.mean - mean
+    scatter = moments.scatter + moments.count * np.outer(step, step)
+    return Moments(count, mean, _sum(scatter, group, device))
 
 
 def frechet_distance(
@@ -108,12 +128,9 @@ def frechet_distance(
     """Squared Fréchet distance of two Gaussians: means [d], covariances [d, d] (Heusel et al. 2017,
     equation 6).
 
-    |m1 - m2|² + tr C1 + tr C2 - 2 tr (C1^½ C2 C1^½)^½. The last trace is the sum of the singular values of C1^½ C2^½, which
-    loses no digits where a covariance is singular, and has no complex part as the square root of C1 C2 has.
-
-    Raises:
-        UserError: other shapes, values that are not finite, a matrix that is not symmetric or not
-            positive.
+    |m1 - m2|² + tr C1 + tr C2 - 2 tr (C1^½ C2 C1^½)^½. The last trace is the sum of the singular
+    values of C1^½ C2^½, which loses no digits where a covariance is singular, and has no complex
+    part as the square root of C1 C2 has. UserError for what is not a Gaussian's, or other widths.
     """
     mean_1, mean_2 = np.asarray(mean_1, np.float64), np.asarray(mean_2, np.float64)
     if mean_1.shape != mean_2.shape:
@@ -131,10 +148,8 @@ def frechet_distance(
 
 def covariance_root(mean: np.ndarray, covariance: np.ndarray, name: str) -> np.ndarray:
     """The symmetric square root [d, d] of the covariance of a Gaussian that messages call `name`.
-
-    Raises:
-        UserError: other shapes than [d] and [d, d], values that are not finite, a matrix that is
-            not symmetric or not positive.
+    UserError for other shapes, values that are not finite, a matrix that is not symmetric or not
+    positive.
     """
     covariance = np.asarray(covariance, np.float64)
     if mean.ndim != 1 or not len(mean):
@@ -142,13 +157,9 @@ def covariance_root(mean: np.ndarray, covariance: np.ndarray, name: str) -> np.n
     if covariance.shape != (len(mean), len(mean)):
         raise UserError(f"{name} covariance {covariance.shape} does not fit its mean {mean.shape}")
     for what, value in (("mean", mean), ("covariance", covariance)):
-        if not np.isfinite(value).all():
-            raise UserError(
-                f"{name} {what} holds {np.count_nonzero(~np.isfinite(value))} values that are not finite"
-            )
-    scale = np.abs(covariance).max(initial=0.0)
-    skew = np.abs(covariance - covariance.T).max(initial=0.0)
-    if skew > _ROUNDING * scale:
+        _check_finite(value, f"{name} {what}")
+    skew = np.abs(covariance - covariance.T).max()
+    if skew > _ROUNDING * np.abs(covariance).max():
         raise UserError(
             f"{name} covariance must be symmetric: it differs from its transpose by {skew:.3g}"
         )
@@ -162,71 +173,94 @@ def covariance_root(mean: np.ndarray, covariance: np.ndarray, name: str) -> np.n
     return (vectors * np.sqrt(values)) @ vectors.T
 
 
-@dataclass(frozen=True)
-class SplitTotals:
-    """What the Inception Score needs of class probabilities, per split: samples [S], sum of p log p
-    [S], sum of p [S, c].
-    """
-
-    counts: np.ndarray
-    negentropy: np.ndarray
-    probability: np.ndarray
-
-    def __add__(self, other: SplitTotals) -> SplitTotals:
-        return SplitTotals(
-            self.counts + other.counts,
-            self.negentropy + other.negentropy,
-            self.probability + other.probability,
-        )
-
-
-def split_totals(probabilities: np.ndarray, split: np.ndarray, splits: int) -> SplitTotals:
-    """Totals of a batch: class probabilities [n, c], the split [n] in 0..splits - 1 of each sample.
-
-    Raises:
-        UserError: values that are not finite or rows that are no distribution.
+def split_totals(probabilities: np.ndarray, split: np.ndarray, splits: int) -> np.ndarray:
+    """What the Inception Score needs of a batch, to be added up: class probabilities [n, c] and the
+    split [n] in 0..splits - 1 of each sample -> [splits, 2 + c], samples, sum of p log p, sum of p.
+    UserError for values that are not finite, and rows that are not a distribution.
     """
     _check_matrix(probabilities, "probabilities")
     p = np.asarray(probabilities, np.float64)
-    if p.size and (p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 1e-3):
+    sums = p.sum(axis=1)
+    if p.size and (p.min() < 0 or np.abs(sums - 1).max() > 1e-3):
+        worst = sums[np.abs(sums - 1).argmax()]
         raise UserError(
-            f"probabilities must be at least 0 (least {p.min():.3g}) and each row sum to 1 (worst "
-            f"{p.sum(axis=1)[np.abs(p.sum(axis=1) - 1).argmax()]:.4g})"
+            f"probabilities must be at least 0 (least {p.min():.3g}) and each row sum to 1 "
+            f"(worst {worst:.4g})"
         )
-    counts = np.bincount(split, minlength=splits).astype(np.float64)
     member = (np.arange(splits)[:, None] == np.asarray(split)[None, :]).astype(np.float64)
-    return SplitTotals(counts, member @ xlogy(p, p).sum(axis=1), member @ p)
+    return member @ np.column_stack([np.ones(len(p)), xlogy(p, p).sum(axis=1), p])
 
 
-def totals_over(totals: SplitTotals, group: Group, device: torch.device = _CPU) -> SplitTotals:
-    """The sum over all ranks, on every rank."""
-    return SplitTotals(
-        *(
-            _sum(part, group, device)
-            for part in (totals.counts, totals.negentropy, totals.probability)
-        )
-    )
-
-
-def inception_score_of(totals: SplitTotals) -> tuple[float, float]:
+def inception_score_of(totals: np.ndarray) -> tuple[float, float]:
     """Mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al.
-    2016).
-
-    Raises:
-        UserError: a split without samples.
+    2016), of summed `split_totals`. UserError for a split without samples.
     """
-    if (totals.counts < 1).any():
-        raise UserError(
-            f"splits ({len(totals.counts)}) must not exceed the samples ({int(totals.counts.sum())})"
-        )
-    marginal = totals.probability / totals.counts[:, None]
-    scores = np.exp(totals.negentropy / totals.counts - xlogy(marginal, marginal).sum(axis=1))
+    counts, negentropy, probability = totals[:, 0], totals[:, 1], totals[:, 2:]
+    if (counts < 1).any():
+        raise UserError(f"splits ({len(counts)}) must not exceed the samples ({int(counts.sum())})")
+    marginal = probability / counts[:, None]
+    scores = np.exp(negentropy / counts - xlogy(marginal, marginal).sum(axis=1))
     return float(scores.mean()), float(scores.std())
 
 
 def split_numbers(numbers: range, count: int, splits: int) -> np.ndarray:
     """The split of each of these samples when `count` are cut into `splits` equal runs."""
     return np.asarray(numbers, np.int64) * splits // max(1, count)
+
+
+def default_splits(count: int) -> int:
+    """Of the Inception Score: one per 5,000 images."""
+    return max(1, count // SPLIT_SIZE)
+
+
+class Tally:
+    """Sums over some of `count` images, and the scores that follow from them. A rank that counts
+    none still adds a batch's features with no numbers: widths must agree.
+    """
+
+    def __init__(self, count: int, splits: int) -> None:
+        self.count, self.splits = count, splits
+        self.pool: Moments | None = None
+        self.spatial: Moments | None = None
+        self.totals: np.ndarray | None = None
+
+    def add(self, features: Features, numbers: range) -> None:
+        """The first features of a batch, as many as there are `numbers`. UserError for values that
+        are not finite.
+        """
+        rows = slice(len(numbers))
+        self.pool = merge(self.pool, moments_of(features.pool[rows]))
+        if features.spatial is not None:
+            self.spatial = merge(self.spatial, moments_of(features.spatial[rows]))
+        if features.probabilities is not None:
+            split = split_numbers(numbers, self.count, self.splits)
+            sums = split_totals(features.probabilities[rows], split, self.splits)
+            self.totals = sums if self.totals is None else self.totals + sums
+
+    def add_ranks(self, world: Group, device: torch.device) -> None:
+        """Becomes the sum over all ranks, the same on each."""
+        if self.pool is not None:
+            self.pool = merge_over(self.pool, world, device)
+        if self.spatial is not None:
+            self.spatial = merge_over(self.spatial, world, device)
+        if self.totals is not None:
+            self.totals = _sum(self.totals, world, device)
+
+    def scores(
+        self, reference: Reference, precision: float | None = None, recall: float | None = None
+    ) -> Scores:
+        """UserError for statistics that are not a Gaussian's, or a split without samples."""
+        assert self.pool is not None and self.pool.count == self.count, self.pool
+        sfid = None
+        if self.spatial is not None and reference.spatial is not None:
+            sfid = _distance(self.spatial, reference.spatial)
+        score, spread = (None, None) if self.totals is None else inception_score_of(self.totals)
+        fid = _distance(self.pool, reference.pool)
+        return Scores(fid, sfid, score, spread, precision, recall)
+
+
+def _distance(moments: Moments, other: Gaussian) -> float:
+    return frechet_distance(moments.mean, moments.covariance(), other.mean, other.covariance)
 
 
 def precision_recall(
@@ -237,10 +271,8 @@ def precision_recall(
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th
     nearest other point. Precision is the share of fake points inside the real manifold, recall the
-    share of real ones inside the fake's.
-
-    Raises:
-        UserError: different widths, values that are not finite, or a set of k points or fewer.
+    share of real ones inside the fake's. UserError for different widths, values that are not
+    finite, or a set of k points or fewer.
     """
     for name, points in (("real", real), ("fake", fake)):
         if len(points) <= k:
@@ -251,63 +283,54 @@ def precision_recall(
 
 def nearest_distances(query: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Euclidean distance [n] from each row of `query` [n, d] to the nearest row of `reference` [m,
-    d].
-
-    Raises:
-        UserError: different widths, values that are not finite, or an empty reference.
+    d]. UserError for different widths, values that are not finite, or an empty reference.
     """
     if len(reference) == 0:
         raise UserError(f"reference (0 points) must not be empty: query has {len(query)} points")
     _check_pair(query, reference, "query", "reference")
-    return np.concatenate(
-        [np.empty(0), *(block.min(axis=1) for block in _distance_blocks(query, reference))]
-    )
+    nearest = [block.min(axis=1) for block in _distance_blocks(query, reference)]
+    return np.concatenate([np.empty(0), *nearest])
 
 
 def _share_inside(query: np.ndarray, centres: np.ndarray, k: int) -> float:
     # Column k after the point itself, whose distance of 0 sorts first.
-    radii = np.concatenate(
-        [np.partition(block, k, axis=1)[:, k] for block in _distance_blocks(centres, centres)]
-    )
+    blocks = _distance_blocks(centres, centres)
+    radii = np.concatenate([np.partition(block, k, axis=1)[:, k] for block in blocks])
     inside = [(block <= radii).any(axis=1) for block in _distance_blocks(query, centres)]
     return float(np.concatenate(inside).mean())
 
 
 def _distance_blocks(rows: np.ndarray, columns: np.ndarray) -> Iterator[np.ndarray]:
+    products = (
+        "use_mm_for_euclid_dist" if rows.shape[1] >= _WIDE else "donot_use_mm_for_euclid_dist"
+    )
+    others = torch.from_numpy(np.asarray(columns, np.float64))
     step = max(1, _CHUNK_ENTRIES // len(columns))
-    if rows.shape[1] < _WIDE:
-        return (cdist(rows[start : start + step], columns) for start in range(0, len(rows), step))
-    return _wide_blocks(rows, np.asarray(columns, np.float64), step)
-
-
-def _wide_blocks(rows: np.ndarray, columns: np.ndarray, step: int) -> Iterator[np.ndarray]:
-    squares = np.square(columns).sum(axis=1)
     for start in range(0, len(rows), step):
-        part = np.asarray(rows[start : start + step], np.float64)
-        block = part @ columns.T
-        block *= -2.0
-        block += np.square(part).sum(axis=1)[:, None]
-        block += squares
-        yield np.sqrt(np.maximum(block, 0.0, out=block), out=block)
+        part = torch.from_numpy(np.asarray(rows[start : start + step], np.float64))
+        yield torch.cdist(part, others, compute_mode=products).numpy()
 
 
 def _sum(value: np.ndarray, group: Group, device: torch.device) -> np.ndarray:
     return sum_over(torch.from_numpy(np.ascontiguousarray(value)).to(device), group).cpu().numpy()
 
 
+def _check_finite(value: np.ndarray, name: str) -> None:
+    if bad := np.count_nonzero(~np.isfinite(value)):
+        raise UserError(f"{name} holds {bad} values that are not finite")
+
+
 def _check_matrix(points: np.ndarray, name: str) -> None:
     if points.ndim != 2:
         raise UserError(f"{name} {points.shape} must be [n, d]")
-    if not np.isfinite(points).all():
-        raise UserError(
-            f"{name} holds {np.count_nonzero(~np.isfinite(points))} values that are not finite"
-        )
+    _check_finite(points, name)
 
 
 def _check_pair(first: np.ndarray, second: np.ndarray, first_name: str, second_name: str) -> None:
-    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise UserError(
-            f"{first_name} {first.shape} and {second_name} {second.shape} must be [n, d] with the same d"
-        )
     _check_matrix(first, first_name)
     _check_matrix(second, second_name)
+    if first.shape[1] != second.shape[1]:
+        raise UserError(
+            f"{first_name} {first.shape} and {second_name} {second.shape} must be [n, d] with the "
+            "same d"
+        )

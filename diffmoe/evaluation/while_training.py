@@ -1,5 +1,5 @@
-"""Scores of a model that is being trained: the images that the verb `evaluate` would make, measured
-at once and kept nowhere.
+"""Scores of a model that is being trained: the images that the subcommand `evaluate` would make,
+measured at once and kept nowhere.
 
 Experts may be spread over ranks and weights sharded, so every rank makes as many passes over as
 many images as the others.
@@ -14,15 +14,15 @@ import torch
 from diffmoe.config import Config
 from diffmoe.data.shards import ShardIndex
 from diffmoe.errors import UserError
-from diffmoe.evaluation.card import Scores
 from diffmoe.evaluation.decoding import Decoder, open_decoder
-from diffmoe.evaluation.evaluate import check_plan, class_labels, default_splits, image_size
+from diffmoe.evaluation.evaluate import check_plan
 from diffmoe.evaluation.features import Extractor, open_extractor, to_uint8
 from diffmoe.evaluation.generate import generate
 from diffmoe.evaluation.reference_statistics import Reference, load_reference
-from diffmoe.evaluation.tally import Tally
+from diffmoe.evaluation.scored_images import class_labels, image_size
+from diffmoe.evaluation.scores import Scores, Tally, default_splits
 from diffmoe.models.dit import DiT
-from diffmoe.parallel.collectives import raise_together
+from diffmoe.parallel.collectives import agreed, raise_together
 from diffmoe.parallel.groups import Group
 
 
@@ -41,16 +41,11 @@ def open_scorer(config: Config, index: ShardIndex, world: Group, device: torch.d
     AgreedError.
     """
     score = config.score
-    problem: Exception | None = None
-    extractor = decoder = None
-    try:
+    with agreed(world):
         extractor = open_extractor(score.extractor, device)
         decoder = open_decoder(score.vae, config, index, None, None, device) if score.vae else None
         size = image_size(config, decoder)
         check_plan(score.count, default_splits(score.count), size, extractor)
-    except (OSError, UserError) as error:
-        problem = error
-    raise_together(problem, world)
     reference = load_reference(score.reference, extractor, world, device, size=size)
     return Scorer(score.count, reference, extractor, decoder)
 
@@ -73,19 +68,13 @@ def score(model: DiT, config: Config, scorer: Scorer, world: Group, device: torc
         labels = class_labels("balanced", numbers, config.model.classes, config.run.seed)
         x = generate(model, config, labels, numbers, device, together=world)
         try:
-            features = scorer.extractor(
-                to_uint8(x) if scorer.decoder is None else scorer.decoder.function(x)
-            )
-            tally.add(
-                features, range(scorer.count)[numbers.start : numbers.stop]
-            )  # the last rounds may have more than that
+            images = to_uint8(x) if scorer.decoder is None else scorer.decoder.function(x)
+            asked = range(scorer.count)[numbers.start : numbers.stop]  # the last rounds have more
+            tally.add(scorer.extractor(images), asked)
         except UserError as error:
             problem = problem or error
     raise_together(problem, world)
     tally.add_ranks(world, device)
-    try:
-        return tally.scores(scorer.reference)
-    except UserError as error:
-        problem = error
-    raise_together(problem, world)
-    raise AssertionError("unreachable")
+    with agreed(world):
+        scores = tally.scores(scorer.reference)
+    return scores

@@ -74,7 +74,7 @@ def _lacking(device: torch.device) -> str | None:
             return "a C++ compiler on a CPU, and there is none: install g++, or name one in CXX"
         return None
     if importlib.util.find_spec("triton") is None:
-        return "the package triton on a GPU, and there is none: install the one that belongs to this torch"
+        return "the package triton on a GPU, and there is none: install this torch's"
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
         return "a C compiler on a GPU, and there is none: install gcc, or name one in CC"
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
@@ -91,7 +91,7 @@ def compile_blocks(model: DiT) -> None:
 
 class CompiledRun:
     """How a DiT's blocks are run compiled: as a whole where all shapes are known (dense blocks;
-    mixtures that neither ask another rank nor the host), else in parts between exchanges, with
+    MoE layers that neither ask another rank nor the host), else in parts between exchanges, with
     choosing and the host's reads outside.  Parts are the units of ``selective`` recompute: what
     crosses their edges, as rows from the network do, is kept by itself.
 
@@ -170,7 +170,7 @@ class CompiledRun:
     def _takes(self, size: int) -> bool:
         if size not in self.sizes and len(self.sizes) == _MOST_SIZES:
             warnings.warn(
-                f"a batch of {size} samples runs eager: there are graphs for {_MOST_SIZES} other sizes"
+                f"a batch of {size} samples runs eager: there are graphs for {_MOST_SIZES} others"
             )
             return False
         self.sizes.add(size)

@@ -18,7 +18,7 @@ class Counts:
 
     ``total``: every parameter, router and capacity predictor included.  ``experts``: the part of it
     in routed experts, which expert parallelism shares out.  ``activated``: everything but routed
-    experts, plus ``capacity`` experts in each mixture.  ``positions``: the fixed position table, a
+    experts, plus ``capacity`` experts in each MoE layer.  ``positions``: the fixed position table, a
     parameter without gradient in the research code and a computed buffer here; published figures
     are ``total + positions`` and ``activated + positions``.
 
@@ -65,21 +65,21 @@ def _expert(model: ModelConfig, moe: MoEConfig) -> _Part:
 
 def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> Counts:
     """Counts of ``DiT(model, moe)`` when a token meets ``capacity`` experts on average in each
-    mixture.
+    MoE layer.
 
     Without ``capacity``, as trained: ``moe.top_k`` for token choice, ``moe.capacity`` for the
     others.  Rows that rounding leaves out (K is a whole number of tokens of a pool) are not
     considered.
     """
     D, tokens = model.width, model.tokens
-    mixtures = _mixtures(model, moe)
+    moe_blocks = _moe_blocks(model, moe)
     if capacity is None:
         capacity = moe.top_k if model.family == "tc" else moe.capacity
     per_token = (
         _linear(model.channels * model.patch**2, D)
         + (_linear(D, 3 * D) + _linear(D, D)) * model.depth
-        + _mlp(D, model.hidden) * (model.depth - mixtures)
-        + _around_experts(model, moe) * mixtures
+        + _mlp(D, model.hidden) * (model.depth - moe_blocks)
+        + _around_experts(model, moe) * moe_blocks
         + _linear(D, model.patch**2 * model.out_channels)
     )
     per_sample = (
@@ -92,7 +92,7 @@ def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> 
     if model.qk_norm:
         unmultiplied += model.depth * 4 * (D // model.heads)
     fixed = per_token.parameters + per_sample.parameters + unmultiplied
-    expert = _expert(model, moe) * mixtures
+    expert = _expert(model, moe) * moe_blocks
     attention = model.depth * 2 * tokens * tokens * D
     return Counts(
         total=fixed + moe.experts * expert.parameters,
@@ -108,14 +108,14 @@ def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> 
     )
 
 
-def _mixtures(model: ModelConfig, moe: MoEConfig) -> int:
+def _moe_blocks(model: ModelConfig, moe: MoEConfig) -> int:
     if model.family == "dense":
         return 0
     return model.depth // 2 if moe.interleave else model.depth
 
 
 def _around_experts(model: ModelConfig, moe: MoEConfig) -> _Part:
-    """What every token passes in a mixture beside its experts: router, predictor, shared experts."""
+    """What every token passes in an MoE layer beside its experts."""
     part = _linear(model.width, moe.experts, bias=False)
     if model.family == "diffmoe":
         part += _linear(model.width, model.width) + _linear(model.width, moe.experts)

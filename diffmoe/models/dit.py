@@ -5,12 +5,10 @@ them.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig
@@ -24,7 +22,6 @@ from diffmoe.models.layers import (
     modulate,
     sine_positions,
 )
-from diffmoe.moe.experts import Experts
 from diffmoe.moe.layer import MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import ParallelGroups, single_process
@@ -42,9 +39,7 @@ class ModelOutput:
 
 
 def is_moe_block(model: ModelConfig, moe: MoEConfig, index: int) -> bool:
-    """Whether block ``index`` is a mixture: every one, or with ``interleave`` every second (1, 3,
-    …).
-    """
+    """Whether block ``index`` has an MoE layer: every one, or every second (1, 3, …)."""
     return model.family != "dense" and (not moe.interleave or index % 2 == 1)
 
 
@@ -53,7 +48,7 @@ BlockRun = Callable[["DiTBlock", str, Tensor, Tensor, RoutingRule], BlockOutput]
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block: attention, then an MLP or a mixture, each scaled, shifted and gated by the
+    """adaLN-Zero block: attention, then an MLP or an MoE layer, each scaled, shifted and gated by the
     condition.
     """
 
@@ -68,13 +63,11 @@ class DiTBlock(nn.Module):
     def forward(
         self, x: Tensor, c: Tensor, rule: RoutingRule, form: str, run: BlockRun
     ) -> BlockOutput:
-        """The block as ``run`` computes it, its activations made again in backward as ``form``
-        says.
-        """
+        """The block as ``run`` computes it, recomputed in backward as ``form`` says."""
         return run(self, form, x, c, rule)
 
     def compute(self, x: Tensor, c: Tensor, rule: RoutingRule, run: Run = at_once) -> BlockOutput:
-        """x [B, N, D], c [B, D] -> x after attention and MLP, and the mixture's report.  ``run`` is
+        """x [B, N, D], c [B, D] -> x after attention and MLP, and the MoE layer's report.  ``run`` is
         given what lies between exchanges, a part at a time.
         """
         x, h, gate = run(self.attend, x, c)
@@ -110,7 +103,7 @@ def _mlp(
 
 
 class DiT(nn.Module):
-    """Diffusion transformer (Peebles & Xie 2023) with DiffMoE's mixture layers.
+    """Diffusion transformer (Peebles & Xie 2023) with DiffMoE's MoE layers.
 
     ``pool`` is in samples and only matters for the training rule; ``groups`` says which experts
     live here.  ``run`` is how its blocks are computed: ``run_plainly``, or what ``models.compiled``
@@ -189,85 +182,7 @@ class DiT(nn.Module):
         return h.permute(0, 5, 1, 3, 2, 4).reshape(B, self.model.out_channels, side * p, side * p)
 
     def moe_layers(self) -> Iterator[tuple[int, MoELayer]]:
-        """(block index, layer) of every mixture, in order of depth."""
+        """(block index, layer) of every MoE layer, in order of depth."""
         for i, block in enumerate(self.blocks):
             if isinstance(block.mlp, MoELayer):
                 yield i, block.mlp
-
-
-@dataclass(frozen=True)
-class LogicalTensor:
-    """A parameter under its logical name.  ``experts``: its owner when dimension 0 counts experts,
-    else None.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    experts: Experts | None
-
-    def pieces(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(logical name, tensor): experts one by one under their global numbers, so that no layout
-        shows.
-        """
-        if self.experts is None:
-            yield self.name, value
-            return
-        stem, leaf = self.name.rsplit(".", 1)
-        for i in range(self.experts.local):
-            yield f"{stem}.{self.experts.first + i}.{leaf}", value[i]
-
-    def piece_names(self) -> list[str]:
-        """The logical names of this rank's pieces, in order."""
-        if self.experts is None:
-            return [self.name]
-        stem, leaf = self.name.rsplit(".", 1)
-        return [f"{stem}.{self.experts.first + i}.{leaf}" for i in range(self.experts.local)]
-
-
-def logical_tensors(model: DiT) -> list[LogicalTensor]:
-    """Every parameter of the model, in a fixed order."""
-    owners = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    return [
-        LogicalTensor(name, p, owners.get(name.rpartition(".")[0]))
-        for name, p in model.named_parameters()
-    ]
-
-
-def initialize(model: DiT, seed: int) -> None:
-    """DiT's initialisation, each tensor (and each expert) from its own logical name: the same in
-    any layout.
-
-    Linears Xavier uniform with zero bias, embeddings N(0, 0.02), gates as ``moe.router_start``
-    says, adaLN and output layers zero.
-    """
-    for tensor in logical_tensors(model):
-        for name, value in tensor.pieces(tensor.parameter.data):
-            initialize_tensor(name, value, seed, model.moe.router_start)
-
-
-def initialize_tensor(name: str, value: Tensor, seed: int, router_start: str = "normal") -> None:
-    """Fills one tensor (of one expert) as a new model has it under this logical name."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    fresh = torch.empty(value.shape)
-    if "_norm.weight" in name:
-        fresh.fill_(1.0)
-    elif (
-        "bias" in name.rpartition(".")[2]
-        or "adaLN_modulation" in name
-        or name.startswith("final_layer.linear")
-    ):
-        fresh.zero_()
-    elif name.endswith(".router"):
-        if router_start == "uniform":
-            bound = value.shape[1] ** -0.5
-            fresh.uniform_(-bound, bound, generator=generator)
-        else:
-            fresh.normal_(std=0.006, generator=generator)
-    elif name.startswith(("t_embedder", "y_embedder")):
-        fresh.normal_(std=0.02, generator=generator)
-    else:  # Xavier over the matrix that the tensor is applied as
-        fan_out, fan_in = value.shape[0], value[0].numel()
-        bound = (6.0 / (fan_in + fan_out)) ** 0.5
-        fresh.uniform_(-bound, bound, generator=generator)
-    value.copy_(fresh)

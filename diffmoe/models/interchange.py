@@ -2,69 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.errors import UserError
-from diffmoe.models.dit import DiT, initialize_tensor, is_moe_block, logical_tensors
 from diffmoe.models.layers import sine_positions
+from diffmoe.models.logical import fresh_buffers, initialize_tensor, logical_template, some
 from diffmoe.models.shapes import differing_settings
-from diffmoe.moe.capacity import Thresholds
 
-# Research state-dict name -> ours, for what differs.  Expert numbers stay where they are.
-_RENAMES = [
-    (r"\.mlp\.gate_weight$", ".mlp.router"),
-    (r"\.mlp\.gate\.weight$", ".mlp.router"),
-    (r"(\.mlp\.experts\.\d+)\.fc1\.(weight|bias)$", r"\1.fc1_\2"),
-    (r"(\.mlp\.experts\.\d+)\.fc2\.(weight|bias)$", r"\1.fc2_\2"),
-    (r"(\.mlp\.experts\.\d+)\.gate_proj\.weight$", r"\1.gate_weight"),
-    (r"(\.mlp\.experts\.\d+)\.up_proj\.weight$", r"\1.fc1_weight"),
-    (r"(\.mlp\.experts\.\d+)\.down_proj\.weight$", r"\1.fc2_weight"),
-    (r"\.mlp\.shared_experts\.", ".mlp.shared."),
-    (r"\.mlp\.expert_threshold$", ".mlp.thresholds.value"),
-]
 _EXPERT_MATRIX = re.compile(r"\.experts\.\d+\.\w+_weight$")
 # Constants that the research code stores and this model computes.
 _COMPUTED = re.compile(r"(^pos_embed|\.ema_decay)$")
-# the first, without a prefix, saw 4,096 entries of a tensor: other weights could have the same
-_HASH_VERSION = "v2"
-_HASHED_AT_ONCE = 1 << 22  # entries: 16 MiB as fp32
 _LABELS = "y_embedder.embedding_table.weight"
 _SWIGLU = {"gate": "gate_proj", "fc1": "up_proj", "fc2": "down_proj"}
 
 
-def logical_name(research_name: str) -> str | None:
-    """Our name for a research tensor; None for a constant that this model computes."""
-    if _COMPUTED.search(research_name):
-        return None
-    for pattern, replacement in _RENAMES:
-        research_name, count = re.subn(pattern, replacement, research_name)
-        if count:
-            break
-    return research_name
-
-
-def from_research(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A research state dict under logical names.  Expert matrices are stored [in, out] here, [out,
-    in] there.
+def from_research(
+    state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig
+) -> dict[str, Tensor]:
+    """What a research state dict has of a model's tensors, under logical names.  Expert matrices
+    are stored [in, out] here, [out, in] there.
     """
-    renamed = ((logical_name(name), value) for name, value in state.items())
+    names = {name: research_name(name, model, moe) for name in logical_template(model, moe)}
     return {
-        name: value.t() if _EXPERT_MATRIX.search(name) else value
-        for name, value in renamed
-        if name is not None
+        name: state[theirs].t() if _EXPERT_MATRIX.search(name) else state[theirs]
+        for name, theirs in names.items()
+        if theirs in state
     }
 
 
 def research_name(name: str, model: ModelConfig, moe: MoEConfig) -> str:
-    """The research code's name for one of our tensors: the inverse of :func:`logical_name`."""
+    """The research code's name for one of our tensors."""
     stem, _, leaf = name.rpartition(".")
     if leaf == "router":
         return f"{stem}.gate.weight" if model.family == "tc" else f"{stem}.gate_weight"
@@ -85,62 +58,13 @@ def to_research(
     ``tensors`` holds the thresholds too, where the family has them; fixed positions and the
     thresholds' decay come from the configuration.
     """
-    yield "pos_embed", sine_positions(model.width, model.input_size // model.patch).unsqueeze(0)
+    yield "pos_embed", _positions(model.width, model.input_size // model.patch)
     for name in logical_template(model, moe):
-        value = tensors[name]
-        yield (
-            research_name(name, model, moe),
-            (value.t() if _EXPERT_MATRIX.search(name) else value).contiguous(),
-        )
+        value = tensors[name].t() if _EXPERT_MATRIX.search(name) else tensors[name]
+        yield research_name(name, model, moe), value.contiguous()
         if name.endswith(".mlp.thresholds.value"):
             decay = torch.tensor([moe.threshold_decay], dtype=torch.float32)
             yield name.removesuffix("thresholds.value") + "ema_decay", decay
-
-
-def logical_template(model: ModelConfig, moe: MoEConfig) -> dict[str, Tensor]:
-    """Every weight of a model, and its thresholds' values, by logical name: shapes only, on torch's
-    meta device.
-    """
-    with torch.device("meta"), torch.no_grad():
-        whole = DiT(model, moe)
-        shapes = {
-            name: piece
-            for tensor in logical_tensors(whole)
-            for name, piece in tensor.pieces(tensor.parameter)
-        }
-    values = {
-        name: value for name, value in whole.named_buffers() if name.endswith(".thresholds.value")
-    }
-    return {**shapes, **values}
-
-
-def whole_weights(
-    weights: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    model: ModelConfig,
-    moe: MoEConfig,
-    source: str,
-) -> Mapping[str, Tensor]:
-    """Weights and thresholds in one mapping, unread.  Raises UserError, naming ``source``, where
-    the model needs more.
-    """
-    tensors: Mapping[str, Tensor] = ChainMap(weights, buffers)
-    missing = [name for name in logical_template(model, moe) if name not in tensors]
-    if missing:
-        raise UserError(f"{source} lacks {', '.join(missing[:3])} ({len(missing)} missing)")
-    return tensors
-
-
-def fresh_buffers(model: ModelConfig, moe: MoEConfig) -> dict[str, Tensor]:
-    """A new model's thresholds as a checkpoint keeps them, by name."""
-    blocks = [
-        i for i in range(model.depth) if model.family == "diffmoe" and is_moe_block(model, moe, i)
-    ]
-    return {
-        f"blocks.{i}.mlp.thresholds.{name}": value
-        for i in blocks
-        for name, value in Thresholds(moe.experts, moe.threshold_decay).named_buffers()
-    }
 
 
 def observed_buffers(
@@ -149,13 +73,8 @@ def observed_buffers(
     """Thresholds of a research state dict as a checkpoint keeps them: observed once, since they
     have been trained.
     """
-    given = from_research(
-        {name: value for name, value in state.items() if name.endswith(".expert_threshold")}
-    )
-    buffers = {
-        **fresh_buffers(model, moe),
-        **{name: value.float() for name, value in given.items()},
-    }
+    given, buffers = from_research(state, model, moe), fresh_buffers(model, moe)
+    buffers |= {name: given[name].float() for name in buffers if name in given}
     return {
         name: torch.ones_like(value) if name.endswith(".observations") else value
         for name, value in buffers.items()
@@ -178,41 +97,37 @@ def fit_research(
     does not fit.
     """
     fitted, notes = dict(state), []
-    positions = fitted.get("pos_embed")
-    ours = sine_positions(model.width, model.input_size // model.patch).unsqueeze(0)
-    another = positions is not None and positions.ndim == 3 and positions.shape != ours.shape
-    if another and positions.shape[2] == model.width:
-        side = math.isqrt(positions.shape[1])
-        theirs = sine_positions(model.width, side).unsqueeze(0)
-        if positions.shape == theirs.shape and _rounds_to(positions, theirs):
+    there, table = fitted.get("pos_embed"), fitted.get(_LABELS)
+    ours = _positions(model.width, model.input_size // model.patch)
+    if there is not None and there.ndim == 3 and there.shape != ours.shape:
+        side = math.isqrt(there.shape[1])
+        theirs = _positions(model.width, side)
+        if there.shape == theirs.shape and _rounds_to(there, theirs):
             fitted["pos_embed"] = ours
             notes.append(
-                f"pos_embed is of {side} x {side} tokens, model.input_size {side * model.patch}; positions are "
-                f"a function of place, so those of model.input_size ({model.input_size}) are computed"
+                f"pos_embed is of {side} x {side} tokens, model.input_size {side * model.patch}; "
+                "positions are a function of place, so those of model.input_size "
+                f"({model.input_size}) are computed"
             )
-    table = fitted.get(_LABELS)
-    if (
-        new_labels_from is not None
-        and table is not None
-        and table.ndim == 2
-        and table.shape[1] == model.width
-    ):
+    if new_labels_from is not None and table is not None and table.shape[1:] == (model.width,):
         fresh = torch.empty(model.classes + 1, model.width)
         initialize_tensor(_LABELS, fresh, new_labels_from)
         fresh[-1] = table[-1]
         fitted[_LABELS] = fresh
         notes.append(
-            f"--drop-labels: the embeddings of {len(table) - 1} classes are dropped, those of model.classes "
-            f"({model.classes}) start anew; the null class (the file's last row) is kept"
+            f"--drop-labels: the embeddings of {len(table) - 1} classes are dropped, those of "
+            f"model.classes ({model.classes}) start anew; the null class (the file's last row) is "
+            "kept"
         )
     check_research(fitted, model, moe, source)
     notes += filter(None, [not_finite_note(fitted, source)])
-    computed = {
-        name: value
-        for name, value in to_research(logical_template(model, moe), model, moe)
-        if _COMPUTED.search(name)
-    }
-    return computed | fitted, notes
+    whole = to_research(logical_template(model, moe), model, moe)
+    return {name: value for name, value in whole if _COMPUTED.search(name)} | fitted, notes
+
+
+def _positions(width: int, side: int) -> Tensor:
+    """As the research code stores them."""
+    return sine_positions(width, side).unsqueeze(0)
 
 
 def _furthest(value: Tensor, wanted: Tensor) -> float:
@@ -235,43 +150,45 @@ def check_research(
     wanted = dict(to_research(logical_template(model, moe), model, moe))
     missing = [name for name in wanted if name not in state and not _COMPUTED.search(name)]
     extra = [name for name in state if name not in wanted]
-    misshaped = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if missing or extra or misshaped:
+    wrong = misshaped(state, wanted)
+    if missing or extra or wrong:
         settings, obstacles = differing_settings(state, model, moe)
         advice = f"; no setting fits it: {', and '.join(obstacles)}" if obstacles else ""
         if settings and not obstacles:
             advice = f"; by its shapes it needs {' '.join(settings)}"
             if any(setting.startswith("model.classes=") for setting in settings):
                 advice += " (or, for other classes, --drop-labels)"
+        lists = (
+            some(*pair) for pair in (("missing", missing), ("extra", extra), ("misshaped", wrong))
+        )
         raise UserError(
-            f"{source} does not fit the configuration (model.family {model.family}): {some('missing', missing)}, "
-            f"{some('extra', extra)}, {some('misshaped', misshaped)}{advice}"
+            f"{source} does not fit the configuration (model.family {model.family}): "
+            f"{', '.join(lists)}{advice}"
         )
     for name, value in state.items():
-        if not _COMPUTED.search(name):
-            continue
-        furthest = _furthest(value, wanted[name])
-        if not _rounds_to(value, wanted[name]):
-            ours = (
-                "the sine-cosine table"
-                if name == "pos_embed"
-                else f"moe.threshold_decay ({moe.threshold_decay})"
-            )
+        if _COMPUTED.search(name) and not _rounds_to(value, wanted[name]):
+            ours = f"moe.threshold_decay ({moe.threshold_decay})"
+            if name == "pos_embed":
+                ours = "the sine-cosine table"
+            furthest = _furthest(value, wanted[name])
             raise UserError(f"{source}: {name} differs from {ours} by up to {furthest:.3g}")
+
+
+def misshaped(tensors: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> list[str]:
+    """Those that are there in other shapes than the template's, in words."""
+    return [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in template.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
 
 
 def not_finite_note(tensors: Mapping[str, Tensor], source: str) -> str | None:
     """A warning where weights hold NaN or infinity, which an import keeps bit for bit."""
     broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
-    return (
-        f"warning: {source} holds values that are not finite: {some('tensors', broken)}"
-        if broken
-        else None
-    )
+    if not broken:
+        return None
+    return f"warning: {source} holds values that are not finite: {some('tensors', broken)}"
 
 
 def kept_as_they_were(
@@ -285,7 +202,7 @@ def kept_as_they_were(
     another machine's position table.
     """
     for which, state in states.items():
-        ours = {name: value.float() for name, value in from_research(state).items()}
+        ours = {name: value.float() for name, value in from_research(state, model, moe).items()}
         for name, value in to_research({**ours, **buffers}, model, moe):
             if not same_bits(value, state[name]):
                 yield f"{which}/{name}", state[name]
@@ -293,73 +210,5 @@ def kept_as_they_were(
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal type, shape and bytes: tells 0 from -0 and any NaN from another."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-@torch.no_grad()
-def load_logical(model: DiT, tensors: Mapping[str, Tensor]) -> None:
-    """Copies tensors by logical name into the model's own layout.
-
-    Raises UserError naming tensors that are missing or misshaped.  Experts that live on other ranks
-    are not missed, and thresholds may be absent (a model without a predictor) but then keep their
-    start value.
-    """
-    missing, misshaped = [], []
-    for tensor in logical_tensors(model):
-        for name, target in tensor.pieces(tensor.parameter.data):
-            value = tensors.get(name)
-            if value is None:
-                missing.append(name)
-            elif value.shape != target.shape:
-                misshaped.append(f"{name} {tuple(value.shape)} instead of {tuple(target.shape)}")
-            else:
-                target.copy_(value)
-    if missing or misshaped:
-        raise UserError(
-            f"weights do not fit the model: {some('missing', missing)}, {some('misshaped', misshaped)}"
-        )
-    load_buffers(model, tensors)
-
-
-@torch.no_grad()
-def load_buffers(model: DiT, tensors: Mapping[str, Tensor]) -> None:
-    """Copies the thresholds and histograms that are among the tensors; a model without predictors
-    has none.
-    """
-    for index, layer in model.moe_layers():
-        if layer.family == "diffmoe":
-            layer.thresholds.load(tensors, f"blocks.{index}.mlp.thresholds")
-
-
-def weights_digest(model: nn.Module) -> str:
-    """`v2:` and the SHA-256 over names, shapes and all entries (as fp32) of every tensor, whatever
-    its type and device: tells any two checkpoints apart. Reads each tensor in pieces: a second or
-    two for a GB.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        for piece in value.detach().flatten().split(_HASHED_AT_ONCE):
-            digest.update(piece.float().cpu().numpy())
-    return f"{_HASH_VERSION}:{digest.hexdigest()}"
-
-
-def digest_note(one: str, other: str) -> str:
-    """What to add where two digests differ: whether one of them was made before they covered all
-    weights; else nothing.
-    """
-    older = [digest for digest in (one, other) if not digest.startswith(f"{_HASH_VERSION}:")]
-    return (
-        " (the one without v2 is of an earlier version, which hashed only a part of the weights: score them again)"
-        if older
-        else ""
-    )
-
-
-def some(what: str, names: Iterable[str]) -> str:
-    """``5 entries (a, b, c, …)``."""
-    names = list(map(str, names))
-    shown = f" ({', '.join(names[:3])}{', …' * (len(names) > 3)})" if names else ""
-    return f"{len(names)} {what}{shown}"
+    same = a.dtype == b.dtype and a.shape == b.shape
+    return same and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

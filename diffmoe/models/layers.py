@@ -118,8 +118,9 @@ class TimestepEmbedding(nn.Module):
             -math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / half
         )
         angles = t[:, None] * rates
-        wide = torch.promote_types(self.mlp[0].weight.dtype, t.dtype)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(wide))
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1)
+        weight = next(self.mlp.parameters())
+        return self.mlp(waves.to(torch.promote_types(weight.dtype, t.dtype)))
 
 
 class LabelEmbedding(nn.Module):

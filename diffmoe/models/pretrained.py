@@ -18,7 +18,7 @@ from diffmoe.checkpoints.reader import BUFFERS, Checkpoint, Tensors, open_tensor
 from diffmoe.config import Config, config_from_tree, validate
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
-from diffmoe.models.interchange import (
+from diffmoe.models.logical import (
     fresh_buffers,
     load_logical,
     logical_template,
@@ -85,23 +85,21 @@ def open_pretrained(
     if weights not in (None, theirs):
         raise UserError(f"weights ({weights}) are not in {name}, which holds {theirs}")
     whole_weights(tensors, {}, config.model, config.moe, str(name))
-    expected = {
-        *logical_template(config.model, config.moe),
-        *fresh_buffers(config.model, config.moe),
-    }
-    if unexpected := sorted(set(tensors) - expected):
+    sizes = (config.model, config.moe)
+    if unexpected := sorted(set(tensors) - {*logical_template(*sizes), *fresh_buffers(*sizes)}):
         raise UserError(
-            f"{name} holds {some('unexpected tensors', unexpected)} for model.family ({config.model.family})"
+            f"{name} holds {some('unexpected tensors', unexpected)} for model.family "
+            f"({config.model.family})"
         )
     return Pretrained(
-        config,
-        tensors,
-        theirs,
-        tree.get("step", 0),
-        tree.get("pool", 1),
-        folder_class_names(tree, config),
-        tree.get("latents"),
-        folder,
+        config=config,
+        tensors=tensors,
+        weights=theirs,
+        step=tree.get("step", 0),
+        pool=tree.get("pool", 1),
+        class_names=folder_class_names(tree, config),
+        latents=tree.get("latents"),
+        source=folder,
     )
 
 
@@ -109,23 +107,17 @@ def of_checkpoint(checkpoint: Checkpoint, weights: str) -> Pretrained:
     """The ``raw``, ``ema`` or ``ema:0.999`` weights of a checkpoint.  UserError where it has none
     such.
     """
-    config = checkpoint.config()
-    tensors = whole_weights(
-        checkpoint.weights(weights),
-        checkpoint.tensors(BUFFERS),
-        config.model,
-        config.moe,
-        f"{weights} of {checkpoint.path}",
-    )
+    config, source = checkpoint.config(), f"{weights} of {checkpoint.path}"
+    own, buffers = checkpoint.weights(weights), checkpoint.tensors(BUFFERS)
     return Pretrained(
-        config,
-        tensors,
-        weights,
-        checkpoint.step,
-        checkpoint.pool,
-        checkpoint.manifest.class_names,
-        None,
-        checkpoint.path,
+        config=config,
+        tensors=whole_weights(own, buffers, config.model, config.moe, source),
+        weights=weights,
+        step=checkpoint.step,
+        pool=checkpoint.pool,
+        class_names=checkpoint.manifest.class_names,
+        latents=None,
+        source=checkpoint.path,
     )
 
 
@@ -152,26 +144,22 @@ def read_description(folder: Path) -> dict:
     """config.json of an exported folder: ``config``, ``weights``, ``step``, ``pool``, ``latents``,
     ``id2label``.  UserError where it is not one.
     """
-    path = folder / "config.json"
+    path, what = folder / "config.json", f"{folder} is not a folder of a DiffMoE model"
     try:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{folder} is no folder of a DiffMoE model: config.json: {str(error)[:100]}"
-        ) from None
+        raise UserError(f"{what}: config.json: {str(error)[:100]}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("config"), dict):
-        raise UserError(
-            f"{folder} is no folder of a DiffMoE model: config.json has no section config"
-        )
+        raise UserError(f"{what}: config.json has no section config")
     for name, kind in (("weights", str), ("step", int), ("pool", int)):
         if name in tree and type(tree[name]) is not kind:
             raise UserError(f"{path}: {name} ({tree[name]!r}) must be {_KINDS[kind]}")
-    if tree.get("latents") is not None:
+    if (latents := tree.get("latents")) is not None:
         try:
-            tree["latents"] = float(tree["latents"]["scale"]), float(tree["latents"]["shift"])
+            tree["latents"] = float(latents["scale"]), float(latents["shift"])
         except (KeyError, TypeError, ValueError):
             raise UserError(
-                f"{path}: latents ({tree['latents']!r}) must hold the numbers scale and shift"
+                f"{path}: latents ({latents!r}) must hold the numbers scale and shift"
             ) from None
     return tree
 
@@ -194,7 +182,8 @@ def folder_class_names(tree: dict, config: Config) -> tuple[str, ...]:
 def _downloaded(name: str, revision: str | None) -> Path:
     if not _HUB_ID.fullmatch(name):
         raise UserError(
-            f"{name} must be a folder (exported, a checkpoint's or a run's), or an id of the hub (owner/name)"
+            f"{name} must be a folder (exported, a checkpoint's or a run's), or an id of the hub "
+            "(owner/name)"
         )
     from huggingface_hub import snapshot_download  # seconds, and needless for folders
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from diffmoe.errors import UserError
-from diffmoe.models.interchange import same_bits, some
+from diffmoe.models.interchange import same_bits
+from diffmoe.models.logical import some
 
 _OURS = re.compile(
     r"(?:(?P<place>.*?)\.)?"
@@ -81,42 +82,31 @@ def read_research(path: Path, keys: Mapping[str, str | None] | None = None) -> R
     if not path.is_file():
         raise UserError(f"research checkpoint {path} does not exist")
     tree = _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
-    if not isinstance(tree, dict) or not tree:
-        raise UserError(
-            f"{path} must hold a dict of tensors, not {type(tree).__name__} ({len(tree)} entries)"
-            if isinstance(tree, dict)
-            else f"{path} must hold a dict, not {type(tree).__name__}"
-        )
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a dict, not {type(tree).__name__}")
     leaves = dict(_leaves(tree))
     found, unused = _find(leaves)
     if not found:
         raise UserError(
-            f"{path} has neither model nor ema and is no bare state dict; it has {some('entries', tree)}"
+            f"{path} has neither model nor ema and is not a bare state dict; it has "
+            f"{some('entries', tree)}"
         )
     chosen: dict[str, _State] = {}
     for role in ("model", "ema"):
         key = (keys or {}).get(role)
-        state = _choose(
-            path,
-            role,
-            [s for s in found if key is not None or s.is_average == (role == "ema")],
-            key,
-        )
+        candidates = [s for s in found if key is not None or s.is_average == (role == "ema")]
+        state = _choose(path, role, candidates, key)
         if state is not None:
             chosen[role] = state
     for role, state in chosen.items():
-        wrong = [
-            f"{name} ({value.dtype})"
-            for name, value in state.tensors.items()
-            if not value.is_floating_point()
-        ]
-        if wrong:
+        others = [f"{n} ({v.dtype})" for n, v in state.tensors.items() if not v.is_floating_point()]
+        if others:
             raise UserError(
-                f"{path}: {role} must hold tensors of floating-point numbers, not {some('others', wrong)}"
+                f"{path}: {role} must hold tensors of floating-point numbers, not "
+                f"{some('others', others)}"
             )
-    unused += [
-        state.place or "the tensors at the top" for state in found if state not in chosen.values()
-    ]
+    rest = [state for state in found if state not in chosen.values()]
+    unused += [state.place or "the tensors at the top" for state in rest]
     return ResearchFile(
         {role: state.tensors for role, state in chosen.items()},
         {role: state.place for role, state in chosen.items()},
@@ -140,51 +130,41 @@ def _find(leaves: Mapping[Leaf, object]) -> tuple[list[_State], list[str]]:
     most = max((len(state.tensors) for state in found.values()), default=0)
     states = [state for state in found.values() if 2 * len(state.tensors) >= most]
     rest += [leaf for state in found.values() if state not in states for leaf in state.leaves]
+    places = [leaf for state in states for leaf in state.leaves]
+    used = {leaf[:n] for leaf in places for n in range(len(leaf) + 1)}
     unused: dict[str, None] = {}
     for leaf in rest:
         name = ".".join(leaf)
-        owner = max(
-            (
-                s
-                for s in states
-                if s.container == leaf[:-1] and (not s.place or name.startswith(f"{s.place}."))
-            ),
-            key=lambda s: len(s.place),
-            default=None,
-        )
+        near = [s for s in states if s.container == leaf[:-1]]
+        near = [s for s in near if not s.place or name.startswith(f"{s.place}.")]
+        owner = max(near, key=lambda s: len(s.place), default=None)
         inner = name.removeprefix(f"{owner.place}.") if owner and owner.place else name
         first, dot, _ = inner.partition(".")
-        if owner and first not in _BESIDE and isinstance(leaves[leaf], Tensor):
-            owner.tensors[inner] = leaves[leaf]  # check_research will say that it is too much
+        value = leaves[leaf]
+        if owner and first not in _BESIDE and isinstance(value, Tensor):
+            owner.tensors[inner] = value  # check_research will say that it is too much
         elif owner:
             unused[(f"{owner.place}." if owner.place else "") + first + ".*" * bool(dot)] = None
         else:  # as much of it as no state has a part in
-            used = {
-                other[:n]
-                for state in states
-                for other in state.leaves
-                for n in range(len(other) + 1)
-            }
-            unused[
-                ".".join(next(leaf[:n] for n in range(1, len(leaf) + 1) if leaf[:n] not in used))
-            ] = None
+            n = next(n for n in range(1, len(leaf) + 1) if leaf[:n] not in used)
+            unused[".".join(leaf[:n])] = None
     return states, list(unused)
 
 
 def _choose(path: Path, role: str, states: list[_State], key: str | None) -> _State | None:
     if key is not None:
-        states = [
-            state for state in states if state.place == key or state.place.startswith(f"{key}.")
-        ] or [state for state in states if state.place.startswith(key)]
+        exact = [s for s in states if s.place == key or s.place.startswith(f"{key}.")]
+        states = exact or [state for state in states if state.place.startswith(key)]
         if not states:
-            raise UserError(f"--{role}-key ({key}) is no state of {path}")
-    first = states[0] if states else None
-    if all(_same(first, other) for other in states[1:]):
-        return first
+            raise UserError(f"--{role}-key ({key}) is not a state of {path}")
+    if not states:
+        return None
+    if all(_same(states[0], other) for other in states[1:]):
+        return states[0]
     places = ", ".join(state.place or "''" for state in states)
     raise UserError(
-        f"{path} has {len(states)} states that may be the {role}: {places}; say which by --{role}-key "
-        f"{states[0].place or repr('')}"
+        f"{path} has {len(states)} states that may be the {role}: {places}; say which by "
+        f"--{role}-key {states[0].place or repr('')}"
     )
 
 
@@ -209,9 +189,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(
-            f"{path} is refused: it is no intact safetensors file: {' '.join(str(error).split())[:150]}"
-        ) from None
+        said = " ".join(str(error).split())[:150]
+        raise UserError(f"{path} is refused: not an intact safetensors file: {said}") from None
 
 
 def _torch_file(path: Path) -> object:
@@ -241,4 +220,4 @@ def _why_refused(path: Path, error: Exception) -> str:
         return f"it is a pickle with code and not only tensors: {named[1]}"
     # torch's advice to load it without safety stays out.
     words = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:150]
-    return f"it is no whole file of tensors ({type(error).__name__}{words and ': '}{words})"
+    return f"it is not an intact file of tensors ({type(error).__name__}{words and ': '}{words})"

@@ -1,7 +1,7 @@
-"""Upcycling: a dense model starts a mixture, every expert a copy of its block's MLP.
+"""Upcycling: a dense model starts an MoE model, every expert a copy of its block's MLP.
 
 A copy does not keep the function.  The gate is the raw softmax value, about 1/E before training,
-and expert choice leaves some tokens to no expert and takes others several times.  The receipt says
+and expert choice leaves some tokens to no expert and takes others several times.  The report says
 how far the function moved; it does not move while every expert takes every token, for then a
 token's gates sum to 1 (``moe.capacity_hold``).
 """
@@ -19,24 +19,25 @@ from torch import Tensor, nn
 from diffmoe.config import Config, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.layout import rows_taken
-from diffmoe.models.dit import DiT, initialize, logical_tensors
-from diffmoe.models.interchange import check_research, from_research, load_logical
+from diffmoe.models.dit import DiT
+from diffmoe.models.interchange import check_research, from_research
+from diffmoe.models.logical import initialize, load_logical
 from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
 
-_SAMPLES = 4  # of the receipt's batch: 1024 tokens at 256 pixels, seconds for an L model
+_SAMPLES = 4  # of the report's batch: 1024 tokens at 256 pixels, seconds for an L model
 
 
 @dataclass(frozen=True)
-class Receipt:
+class Report:
     """How far the function moved: ||upcycled - dense|| / ||dense|| of the outputs on a fixed random
     batch, under the training rule of step 0.
 
     ``renormalised``: plain copies with each token's gates divided by their sum.  ``scaled``: fc2
     times ``factor``. ``everywhere``: plain copies, every expert takes every token (None for token
-    choice, which has no capacity). ``untaken``: the share of (token, mixture) pairs that no expert
-    took.
+    choice, which has no capacity). ``untaken``: the share of (token, MoE layer) pairs that no
+    expert took.
     """
 
     samples: int
@@ -52,18 +53,20 @@ class Receipt:
 
 def check_upcycling(config: Config) -> None:
     """Raises UserError for a configuration that a dense model cannot start."""
+    moe = config.moe
     if config.model.family == "dense":
         raise UserError(
-            "model.family (dense) must be a mixture (tc, ec, diffmoe) to be started from a dense model"
+            "model.family (dense) must be an MoE family (tc, ec, diffmoe) to be started from a "
+            "dense model"
         )
-    if config.moe.activation != "gelu":
+    if moe.activation != "gelu":
         raise UserError(
-            f"moe.activation ({config.moe.activation}) must be gelu, as in the dense MLP that experts copy"
+            f"moe.activation ({moe.activation}) must be gelu, as in the dense MLP that experts copy"
         )
-    if config.moe.shared_experts:
+    if moe.shared_experts:
         raise UserError(
-            f"moe.shared_experts ({config.moe.shared_experts}) must be 0: beside whole copies of the dense "
-            "MLP it would be counted twice"
+            f"moe.shared_experts ({moe.shared_experts}) must be 0: beside whole copies of the "
+            "dense MLP it would be counted twice"
         )
 
 
@@ -74,25 +77,25 @@ def load_dense(state: Mapping[str, Tensor], config: Config, source: str) -> DiT:
     model = dataclasses.replace(config.model, family="dense")
     check_research(state, model, config.moe, source)
     dense = DiT(model, config.moe, time_scale=config.diffusion.time_scale)
-    load_logical(dense, from_research(state))
+    load_logical(dense, from_research(state, model, config.moe))
     return dense.eval()
 
 
 @torch.no_grad()
 def upcycle(dense: DiT, config: Config, pool: int) -> DiT:
-    """The mixture of ``config`` that starts from a dense model; router and predictor as a new run
+    """The MoE model of ``config`` that starts from a dense model; router and predictor as a new run
     initialises them.
 
     Experts are views of one copy: they take no memory, and must not be trained in place."""
     model = DiT(config.model, config.moe, pool=pool, time_scale=config.diffusion.time_scale)
     experts = {index: layer.experts for index, layer in model.moe_layers()}
     for _, layer in model.moe_layers():
-        layer.experts = nn.Identity()  # initialize would fill what is about to be replaced
+        del layer.experts  # initialize would fill what is about to be replaced
     initialize(model, config.run.seed)
     given = dict(dense.named_parameters())
-    for tensor in logical_tensors(model):
-        if tensor.name in given:
-            tensor.parameter.copy_(given[tensor.name])
+    for name, parameter in model.named_parameters():
+        if name in given:
+            parameter.copy_(given[name])
     for index, layer in model.moe_layers():
         layer.experts = experts[index]
     copy_experts(model, dense, 1.0)
@@ -102,14 +105,16 @@ def upcycle(dense: DiT, config: Config, pool: int) -> DiT:
 @torch.no_grad()
 def copy_experts(model: DiT, dense: DiT, factor: float) -> None:
     """Makes every expert the dense MLP of its block, with the second linear times ``factor``."""
+    given = dict(dense.named_parameters())
     for index, layer in model.moe_layers():
-        mlp = dense.blocks[index].mlp
-        for name, value in {
-            "fc1_weight": mlp.fc1.weight.t(),
-            "fc1_bias": mlp.fc1.bias,
-            "fc2_weight": mlp.fc2.weight.t() * factor,
-            "fc2_bias": mlp.fc2.bias * factor,
-        }.items():
+        mlp = f"blocks.{index}.mlp"
+        values = {
+            "fc1_weight": given[f"{mlp}.fc1.weight"].t(),
+            "fc1_bias": given[f"{mlp}.fc1.bias"],
+            "fc2_weight": given[f"{mlp}.fc2.weight"].t() * factor,
+            "fc2_bias": given[f"{mlp}.fc2.bias"] * factor,
+        }
+        for name, value in values.items():
             many = value.detach().unsqueeze(0).expand(layer.experts.experts, *value.shape)
             setattr(layer.experts, name, nn.Parameter(many, requires_grad=False))
 
@@ -122,18 +127,16 @@ def balancing_factor(moe: MoEConfig, family: str) -> float:
 
 
 @torch.no_grad()
-def measure(model: DiT, dense: DiT, config: Config) -> Receipt:
-    """The receipt of :func:`upcycle`'s model, which is left with plain copies.  Raises UserError
+def measure(model: DiT, dense: DiT, config: Config) -> Report:
+    """The report of :func:`upcycle`'s model, which is left with plain copies.  Raises UserError
     when the dense model's output is zero, as that of an untrained one is: nothing can be measured
     against it.
     """
     moe, sizes = config.moe, config.model
-    pool = _receipt_pool(config, next(layer.pool for _, layer in model.moe_layers()))
+    pool = _report_pool(config, next(layer.pool for _, layer in model.moe_layers()))
     samples = -(-_SAMPLES // pool) * pool
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(
-        samples, sizes.channels, sizes.input_size, sizes.input_size, generator=generator
-    )
+    generator, side = torch.Generator().manual_seed(0), sizes.input_size
+    x = torch.randn(samples, sizes.channels, side, side, generator=generator)
     t = torch.rand(samples, generator=generator)
     if config.diffusion.process == "ddpm":
         t = (t * 1000).floor()
@@ -153,26 +156,24 @@ def measure(model: DiT, dense: DiT, config: Config) -> Receipt:
         copied, untaken = moved(rule)
         with _renormalised_gates(model):
             renormalised, _ = moved(rule)
-        everywhere = (
-            None if sizes.family == "tc" else moved(RoutingRule(capacity=float(moe.experts)))[0]
-        )
+        everywhere = None
+        if sizes.family != "tc":
+            everywhere, _ = moved(RoutingRule(capacity=float(moe.experts)))
         copy_experts(model, dense, factor)
         scaled, _ = moved(rule)
         copy_experts(model, dense, 1.0)
-    return Receipt(
+    return Report(
         samples, pool, rule.capacity, factor, copied, renormalised, scaled, everywhere, untaken
     )
 
 
-def _receipt_pool(config: Config, pool: int) -> int:
+def _report_pool(config: Config, pool: int) -> int:
     """The run's pool, or a smaller one that still gives every expert a token: the whole pool of an
     L model takes minutes.
     """
-    small = min(pool, _SAMPLES)
-    enough = (
-        rows_taken(small * config.model.tokens, config.moe.experts, config.moe.capacity_at(0)) >= 1
-    )
-    return small if enough or config.model.family == "tc" else pool
+    small, moe = min(pool, _SAMPLES), config.moe
+    rows = rows_taken(small * config.model.tokens, moe.experts, moe.capacity_at(0))
+    return small if rows >= 1 or config.model.family == "tc" else pool
 
 
 @contextmanager
@@ -190,8 +191,8 @@ def _pools_of(model: DiT, pool: int) -> Iterator[None]:
 
 @contextmanager
 def _renormalised_gates(model: DiT) -> Iterator[None]:
-    """Divides what the mixtures return by the sum of the token's gates.  That is the same as other
-    gates, since all experts are one function.
+    """Divides what the MoE layers return by the sum of the token's gates.  That is the same as
+    other gates, since all experts are one function.
     """
 
     def divide(layer: MoELayer, inputs: tuple, output: tuple) -> tuple:

@@ -76,9 +76,8 @@ def histogram(logits_TE: Tensor, samples: int) -> Tensor:
     bins = ((some - _LOWEST) / _BIN_WIDTH).nan_to_num(0.0).clamp(0, HISTOGRAM_BINS - 1).long()
     place = (bins + HISTOGRAM_BINS * torch.arange(experts, device=bins.device)).flatten()
     counts = torch.zeros(experts * HISTOGRAM_BINS, device=bins.device)
-    return counts.index_add_(0, place, torch.ones_like(place, dtype=counts.dtype)).view(
-        experts, HISTOGRAM_BINS
-    )
+    counts.index_add_(0, place, torch.ones_like(place, dtype=counts.dtype))
+    return counts.view(experts, HISTOGRAM_BINS)
 
 
 def dialled_thresholds(counts_EH: Tensor, capacity: float) -> Tensor:
@@ -92,9 +91,7 @@ def dialled_thresholds(counts_EH: Tensor, capacity: float) -> Tensor:
     if share >= 1:
         return torch.full_like(counts_EH[:, 0], _ALL_PASS)
     counts = counts_EH.double()
-    least = (
-        counts.flip(1).cumsum(1).flip(1)
-    )  # what lies above each bin's lower edge: falls along the bins
+    least = counts.flip(1).cumsum(1).flip(1)  # what lies above each bin's lower edge: falls
     wanted = share * least[:, :1]
     # The highest bin above whose lower edge there is enough.  Empty ones share that edge's count
     # with the bin above them, so this one is not empty.
@@ -111,6 +108,11 @@ class Thresholds(nn.Module):
     :meth:`commit_histogram` run once per optimizer step, so recompute and accumulation cannot count
     an observation twice.
     """
+
+    value: Tensor
+    observations: Tensor
+    histogram: Tensor
+    counted_at: Tensor
 
     def __init__(self, experts: int, decay: float) -> None:
         super().__init__()
@@ -147,11 +149,9 @@ class Thresholds(nn.Module):
         """
         if gamma is not None:
             return torch.full_like(self.value, gamma or _ALL_PASS)
-        return (
-            self.value
-            if dial is None
-            else dialled_thresholds(self.histogram, dial).to(self.value.dtype)
-        )
+        if dial is not None:
+            return dialled_thresholds(self.histogram, dial).to(self.value.dtype)
+        return self.value
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], stem: str) -> None:
@@ -164,7 +164,7 @@ class Thresholds(nn.Module):
         if f"{stem}.value" not in tensors:
             return
         defaults = {
-            "value": None,
+            "value": self.value,
             "observations": torch.tensor(1),
             "histogram": torch.zeros_like(self.histogram),
             "counted_at": torch.tensor(0),
@@ -172,7 +172,6 @@ class Thresholds(nn.Module):
         for name, default in defaults.items():
             there, here = tensors.get(f"{stem}.{name}", default), getattr(self, name)
             if there.shape != here.shape:
-                raise UserError(
-                    f"{stem}.{name} has shape {tuple(there.shape)} instead of {tuple(here.shape)}"
-                )
+                shapes = f"{tuple(there.shape)} instead of {tuple(here.shape)}"
+                raise UserError(f"{stem}.{name} has shape {shapes}")
             here.copy_(there)

@@ -47,19 +47,13 @@ def make_plan(routing: Routing, ep: Group) -> Plan:
     """
     mask_TE, E = routing.mask_TE, routing.mask_TE.shape[1]
     if routing.tokens_EK is not None:
-        K = routing.tokens_EK.shape[1]
-        token, expert = (
-            routing.tokens_EK.flatten(),
-            torch.arange(E, device=mask_TE.device).repeat_interleave(K),
-        )
-        return Plan(token, token * E + expert, *_by_token(mask_TE, token * E + expert), ep.size * K)
-    counts_E = mask_TE.sum(dim=0)
+        K, token = routing.tokens_EK.shape[1], routing.tokens_EK.flatten()
+        place = token * E + torch.arange(E, device=mask_TE.device).repeat_interleave(K)
+        return Plan(token, place, *_by_token(mask_TE, place), ep.size * K)
+    counts_E, rows = mask_TE.sum(dim=0), routing.rows
     if ep.size == 1:
-        rows = (
-            routing.rows
-            if routing.rows is not None
-            else read_by_host(counts_E.sum(0, keepdim=True))[0]
-        )
+        if rows is None:
+            rows = read_by_host(counts_E.sum(0, keepdim=True))[0]
         return Plan(*_rows(mask_TE, rows), counts_E, ragged=routing.rows is None)
     sent = counts_E.view(ep.size, -1)
     received = routing.received_re if routing.received_re is not None else exchange_equal(sent, ep)
@@ -78,9 +72,8 @@ def _rows(mask_TE: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _by_token(mask_TE: Tensor, place_R: Tensor) -> tuple[Tensor, Tensor]:
     """Rows sorted by place [R], and how many lie before each token's first [T]."""
     upto = mask_TE.flatten().cumsum(0)  # counting needs no sort
-    by_token = torch.empty_like(place_R).scatter_(
-        0, upto[place_R] - 1, torch.arange(len(place_R), device=place_R.device)
-    )
+    each = torch.arange(len(place_R), device=place_R.device)
+    by_token = torch.empty_like(place_R).scatter_(0, upto[place_R] - 1, each)
     return by_token, upto.view(mask_TE.shape)[:, 0] - mask_TE[:, 0].long()
 
 
@@ -88,12 +81,8 @@ def dispatch(x_TD: Tensor, plan: Plan, ep: Group) -> Travelling:
     """Tokens [T, D] -> the rows [S, D] of this rank's experts, on their way until they have
     ``arrived``.
     """
-    return send_rows(
-        _Gather.apply(x_TD, plan.token_R, plan.by_token_R, plan.first_T),
-        plan.send,
-        plan.receive,
-        ep,
-    )
+    rows_RD = _Gather.apply(x_TD, plan.token_R, plan.by_token_R, plan.first_T)
+    return send_rows(rows_RD, plan.send, plan.receive, ep)
 
 
 def by_expert(rows_SD: Tensor, plan: Plan, ranks: int, local: int) -> Tensor:
@@ -120,7 +109,7 @@ def combine(rows_RD: Tensor, scores_TE: Tensor, plan: Plan, shared_TD: Tensor | 
 
 
 class _Gather(torch.autograd.Function):
-    """rows_r = x[token_r].  Autograd would add the gradients up in bf16 and, on CUDA, in any order."""
+    """rows_r = x[token_r].  Autograd adds the gradients up in bf16 and, on CUDA, in any order."""
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, token_R: Tensor, by_token_R: Tensor, first_T: Tensor) -> Tensor:
@@ -152,13 +141,8 @@ class _WeightedSum(torch.autograd.Function):
         rows_RD, gate_R, token_R = ctx.saved_tensors
         if torch.compiler.is_compiling():  # one pass over the rows
             g = dy_TD.index_select(0, token_R)
-            return (
-                (g * gate_R.unsqueeze(1)).to(g.dtype),
-                (g * rows_RD).sum(1, dtype=gate_R.dtype),
-                None,
-                None,
-                None,
-            )
+            d_gate = (g * rows_RD).sum(1, dtype=gate_R.dtype)
+            return (g * gate_R.unsqueeze(1)).to(g.dtype), d_gate, None, None, None
         each_R = torch.arange(len(token_R), device=token_R.device)
         d_rows = _sum_by_token(dy_TD, token_R, each_R, gate_R)
         # embedding_bag's own: dy of the row's token times the row, added up in fp32.
@@ -189,14 +173,10 @@ def _sum_by_token(
 def _turned(rows_SD: Tensor, a: int, b: int, counts_ab: Tensor | None) -> Tensor:
     """Rows that lie as [a][b] -> as [b][a], ``counts_ab`` of each pair, or equally many."""
     if counts_ab is None:
-        return (
-            rows_SD.view(a, b, len(rows_SD) // (a * b), rows_SD.shape[1])
-            .transpose(0, 1)
-            .flatten(0, 2)
-        )
+        each = len(rows_SD) // (a * b)
+        return rows_SD.view(a, b, each, rows_SD.shape[1]).transpose(0, 1).flatten(0, 2)
     flat, counts = counts_ab.reshape(-1), counts_ab.t().reshape(-1)
     starts = (flat.cumsum(0) - flat).view_as(counts_ab).t().reshape(-1)
-    offset = (starts - (counts.cumsum(0) - counts)).repeat_interleave(
-        counts, output_size=len(rows_SD)
-    )
+    shift = starts - (counts.cumsum(0) - counts)
+    offset = shift.repeat_interleave(counts, output_size=len(rows_SD))
     return rows_SD.index_select(0, offset + torch.arange(len(rows_SD), device=offset.device))

@@ -40,11 +40,10 @@ class Experts(nn.Module):
         inner = hidden if activation == "gelu" else swiglu_hidden(hidden)
         self.fc1_weight = nn.Parameter(torch.empty(local, width, inner))
         self.fc2_weight = nn.Parameter(torch.empty(local, inner, width))
-        self.fc1_bias = nn.Parameter(torch.empty(local, inner)) if activation == "gelu" else None
-        self.fc2_bias = nn.Parameter(torch.empty(local, width)) if activation == "gelu" else None
-        self.gate_weight = (
-            nn.Parameter(torch.empty(local, width, inner)) if activation == "swiglu" else None
-        )
+        gelu = activation == "gelu"
+        self.fc1_bias = nn.Parameter(torch.empty(local, inner)) if gelu else None
+        self.fc2_bias = nn.Parameter(torch.empty(local, width)) if gelu else None
+        self.gate_weight = None if gelu else nn.Parameter(torch.empty(local, width, inner))
 
     def forward(self, rows_RD: Tensor, counts: int | Tensor) -> Tensor:
         """Every row through its expert, [R, D] -> [R, D].  ``counts``: rows of each expert [e], or
@@ -56,18 +55,15 @@ class Experts(nn.Module):
         """
         weights = self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, self.gate_weight
         if isinstance(counts, int):
-            return _mlp(
-                rows_RD.view(self.local, counts, rows_RD.shape[1]), _affine, *weights
-            ).flatten(0, 1)
+            rows_eRD = rows_RD.view(self.local, counts, rows_RD.shape[1])
+            return _mlp(rows_eRD, _affine, *weights).flatten(0, 1)
         if has_grouped_matmul(rows_RD.device, rows_RD.dtype):
-            return _mlp(
-                rows_RD,
-                partial(_grouped_affine, ends_e=counts.cumsum(0, dtype=torch.int32)),
-                *weights,
-            )
+            ends_e = counts.cumsum(0, dtype=torch.int32)
+            return _mlp(rows_RD, partial(_grouped_affine, ends_e=ends_e), *weights)
         if rows_RD.device.type == "cuda":  # Python says it once
             warnings.warn(
-                f"experts with unequal numbers of rows run in a loop: no grouped matmul here for {rows_RD.dtype}"
+                "experts with unequal numbers of rows run in a loop: no grouped matmul here for "
+                f"{rows_RD.dtype}"
             )
         each = zip(*([None] * self.local if t is None else t.unbind(0) for t in weights))
         parts = rows_RD.split(read_by_host(counts))
@@ -79,11 +75,8 @@ def has_grouped_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     capability 9.0.
 
     (On 10.x gradients of experts without rows were garbage, pytorch issue 172439.)"""
-    return (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(device) == (9, 0)
-    )
+    right = device.type == "cuda" and dtype == torch.bfloat16
+    return right and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _mlp(
@@ -106,13 +99,9 @@ def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return x @ w
     if x.dim() == 2:
         return torch.addmm(b, x, w)
-    # A sum that is written out becomes part of the compiled activation; eager it would be a pass of
-    # its own.
-    return (
-        x @ w + b.unsqueeze(1)
-        if torch.compiler.is_compiling()
-        else torch.baddbmm(b.unsqueeze(1), x, w)
-    )
+    if torch.compiler.is_compiling():
+        return x @ w + b.unsqueeze(1)  # becomes part of the activation; eager it would be a pass
+    return torch.baddbmm(b.unsqueeze(1), x, w)
 
 
 def _grouped_affine(x_RI: Tensor, w_eIO: Tensor, b_eO: Tensor | None, ends_e: Tensor) -> Tensor:
@@ -122,6 +111,5 @@ def _grouped_affine(x_RI: Tensor, w_eIO: Tensor, b_eO: Tensor | None, ends_e: Te
         return y
     # The bias as a product with a one, whose gradient adds up in fp32: that of an index rounds to
     # bf16 after every row. 8 columns, for the kernel's alignment.
-    return y + F.grouped_mm(
-        x_RI.new_ones(len(x_RI), 8), F.pad(b_eO.unsqueeze(1), (0, 0, 0, 7)), offs=ends_e
-    )
+    ones = x_RI.new_ones(len(x_RI), 8)
+    return y + F.grouped_mm(ones, F.pad(b_eO.unsqueeze(1), (0, 0, 0, 7)), offs=ends_e)

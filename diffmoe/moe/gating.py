@@ -11,10 +11,9 @@ def gate_scores(x_TD: Tensor, router_ED: Tensor) -> Tensor:
     """Softmax over experts of x W (paper, equation 2) [T, E], in fp32 at least: bf16 scores tie by
     the thousand.
     """
-    narrow = x_TD.dtype.itemsize < 4
-    return (_WideLogits.apply(x_TD, router_ED) if narrow else F.linear(x_TD, router_ED)).softmax(
-        dim=-1
-    )
+    if x_TD.dtype.itemsize < 4:
+        return _WideLogits.apply(x_TD, router_ED).softmax(dim=-1)
+    return F.linear(x_TD, router_ED).softmax(dim=-1)
 
 
 class _WideLogits(torch.autograd.Function):
@@ -42,8 +41,6 @@ class _WideLogits(torch.autograd.Function):
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32; on CUDA of bf16 matrices as they are."""
-    return (
-        torch.mm(a, b, out_dtype=torch.float32)
-        if a.device.type == "cuda"
-        else torch.mm(a.float(), b.float())
-    )
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())

@@ -23,7 +23,6 @@ from diffmoe.moe.routing import (
     choose_tokens,
     equal_routing,
     predicted_counts,
-    predicted_tokens,
 )
 from diffmoe.parallel.collectives import arrived, send_rows, sum_over
 from diffmoe.parallel.groups import ParallelGroups
@@ -49,7 +48,7 @@ class MoEStats:
 
 
 class MoELayer(nn.Module):
-    """Mixture of experts for the families tc, ec and diffmoe.
+    """An MoE layer of the families tc, ec and diffmoe.
 
     ``pool`` counts samples (resolved, see ``layout.resolve_layout``); this rank holds experts
     ``[ep.index * E / ep.size, …)``.  ``shared``: an MLP [T, D] -> [T, D] that every token goes
@@ -89,42 +88,35 @@ class MoELayer(nn.Module):
     def forward(
         self, x_BND: Tensor, rule: RoutingRule, run: Run = at_once
     ) -> tuple[Tensor, MoEStats]:
-        """[B, N, D] -> [B, N, D] and the layer's report.  A token that no expert takes gets zero."""
+        """[B, N, D] -> [B, N, D] and the report.  A token that no expert takes gets zero."""
         x_TD, ep = x_BND.flatten(0, 1), self.groups.ep
         scores_TE, logits_TE = run(self._look, x_TD)
         routing, stats = self._route(scores_TE, logits_TE, len(x_BND), rule)
         plan = make_plan(routing, ep)
         coming_SD = dispatch(x_TD, plan, ep)
         shared_TD = None if self.shared is None else run(self.shared, x_TD)  # while rows travel
-        rows_SD = run(
-            self._compute,
-            arrived(coming_SD),
-            plan,
-            ragged=plan.ragged,
-            traceable=not self._loops(plan),
-        )
+        eager = self._loops(plan)
+        rows_SD = arrived(coming_SD)
+        rows_SD = run(self._compute, rows_SD, plan, ragged=plan.ragged, traceable=not eager)
         coming_RD = send_rows(rows_SD, plan.receive, plan.send, ep)
         y_TD = run(combine, arrived(coming_RD), scores_TE, plan, shared_TD, ragged=plan.ragged)
         return y_TD.view_as(x_BND), stats
 
     def _look(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gate scores and the predictor's logits, [T, E] both."""
-        return gate_scores(x_TD, self.router), self.capacity_predictor(
-            x_TD
-        ) if self.family == "diffmoe" else None
+        logits = self.capacity_predictor(x_TD) if self.family == "diffmoe" else None
+        return gate_scores(x_TD, self.router), logits
 
     def _compute(self, rows_SD: Tensor, plan: Plan) -> Tensor:
         """Rows grouped by source rank through their experts, and grouped so again."""
         ranks, local = self.groups.ep.size, self.experts.local
-        return by_source(
-            self.experts(by_expert(rows_SD, plan, ranks, local), plan.counts), plan, ranks, local
-        )
+        outputs = self.experts(by_expert(rows_SD, plan, ranks, local), plan.counts)
+        return by_source(outputs, plan, ranks, local)
 
     def _loops(self, plan: Plan) -> bool:
         """Whether experts are a loop of the host's."""
-        return not isinstance(plan.counts, int) and not has_grouped_matmul(
-            self.router.device, self.router.dtype
-        )
+        grouped = has_grouped_matmul(self.router.device, self.router.dtype)
+        return not isinstance(plan.counts, int) and not grouped
 
     def _route(
         self, scores: Tensor, logits: Tensor | None, samples: int, rule: RoutingRule
@@ -137,19 +129,18 @@ class MoELayer(nn.Module):
             routing = Routing(mask, rows=len(scores) * self.moe.top_k)
             balance = self._balance(scores, mask, tokens, samples)
         elif self.family == "ec" or rule.kind == "train":
-            choice = choose(scores, logits, pool_tokens, rule.capacity, self.groups)
-            routing, observed = choice.routing, choice.threshold_sum_E
+            routing, observed = choose(scores, logits, pool_tokens, rule.capacity, self.groups)
             predicted = None if logits is None else predictor_loss(logits, routing.mask_TE)
         elif rule.kind == "static":
             K = rows_taken(len(scores), self.moe.experts, rule.capacity)
             routing = equal_routing(choose_tokens(scores, len(scores), K), len(scores))
         else:
+            assert logits is not None  # the family is diffmoe
             threshold = self.thresholds.chosen(rule.gamma, rule.dial)
-            routing = Routing(
-                predicted_counts(scores, logits, threshold)
-                if rule.kind == "batch"
-                else predicted_tokens(logits, threshold)
-            )
+            if rule.kind == "batch":
+                routing = Routing(predicted_counts(scores, logits, threshold))
+            else:
+                routing = Routing(logits.sigmoid() > threshold)
         mask = routing.mask_TE
         tokens_BE = mask.view(samples, tokens, -1).sum(dim=1)
         return routing, MoEStats(tokens_BE, mask, logits, predicted, balance, observed)
@@ -171,9 +162,5 @@ class MoELayer(nn.Module):
         pool_of_run = (first + torch.arange(0, samples, run, device=counts.device)) // self.pool
         pools = max(1, samples * self.groups.pool.size // self.pool)
         per_pool = counts.new_zeros(pools, counts.shape[1]).index_add(0, pool_of_run, counts)
-        return balance_loss(
-            scores_TE,
-            sum_over(per_pool, self.groups.pool)[pool_of_run],
-            self.pool * tokens,
-            self.moe.top_k,
-        )
+        counts = sum_over(per_pool, self.groups.pool)[pool_of_run]
+        return balance_loss(scores_TE, counts, self.pool * tokens, self.moe.top_k)

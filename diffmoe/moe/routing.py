@@ -69,9 +69,8 @@ def choose_tokens(scores_TE: Tensor, pool_tokens: int, K: int) -> Tensor:
     Returns token numbers [E, pools * K], ascending."""
     T, E = scores_TE.shape
     keys = ranking_keys(scores_TE.view(T // pool_tokens, pool_tokens, E), dim=1)
-    chosen = (
-        keys.transpose(1, 2).topk(K, dim=2, sorted=False).indices.sort(dim=2).values
-    )  # [pools, E, K]
+    best = keys.transpose(1, 2).topk(K, dim=2, sorted=False).indices
+    chosen = best.sort(dim=2).values  # [pools, E, K]
     starts = torch.arange(0, T, pool_tokens, device=scores_TE.device).view(-1, 1, 1)
     return (chosen + starts).transpose(0, 1).reshape(E, -1)
 
@@ -93,13 +92,9 @@ def equal_routing(tokens_EK: Tensor, T: int) -> Routing:
 
 
 def mask_of(tokens_EK: Tensor, T: int) -> Tensor:
-    """[E, K] token numbers -> [T, E] truth."""
-    E = tokens_EK.shape[0]
-    return (
-        torch.zeros(E, T, dtype=torch.bool, device=tokens_EK.device)
-        .scatter_(1, tokens_EK, True)
-        .t()
-    )
+    """[E, K] token numbers -> [T, E] boolean mask."""
+    mask_ET = torch.zeros(tokens_EK.shape[0], T, dtype=torch.bool, device=tokens_EK.device)
+    return mask_ET.scatter_(1, tokens_EK, True).t()
 
 
 def choose_experts(scores_TE: Tensor, top_k: int) -> Tensor:
@@ -114,13 +109,6 @@ def predicted_counts(scores_TE: Tensor, logits_TE: Tensor, threshold_E: Tensor) 
     order = ranking_keys(scores_TE, dim=0).argsort(dim=0, descending=True)
     place = torch.arange(order.shape[0], device=order.device).unsqueeze(1)
     return torch.zeros_like(order, dtype=torch.bool).scatter_(0, order, place < count_E)
-
-
-def predicted_tokens(logits_TE: Tensor, threshold_E: Tensor) -> Tensor:
-    """The tokens that the predictor itself marks; mask [T, E].  No token's fate depends on
-    another's.
-    """
-    return logits_TE.sigmoid() > threshold_E
 
 
 def balance_loss(scores_TE: Tensor, counts_pE: Tensor, pool_tokens: int, top_k: int) -> Tensor:

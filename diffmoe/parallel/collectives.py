@@ -8,8 +8,9 @@ operators: those have the same names from torch 2.11 to 2.13, the functions arou
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,6 +206,19 @@ def raise_together(error: Exception | None, group: Group) -> None:
     message = first_complaint(gather_objects(None if error is None else str(error), group), group)
     if message is not None:
         raise AgreedError(message) from error
+
+
+@contextlib.contextmanager
+def agreed(group: Group) -> Iterator[None]:
+    """A block, without collectives, whose UserError or OSError on any rank becomes an AgreedError
+    on all.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except (OSError, UserError) as error:
+        problem = error
+    raise_together(problem, group)
 
 
 def first_complaint(messages: Sequence[str | None], group: Group) -> str | None:

@@ -22,7 +22,8 @@ from diffmoe.diffusion.randomness import training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.diffusion.times import uniform_steps
 from diffmoe.layout import rows_taken
-from diffmoe.models.dit import DiT, ModelOutput, logical_tensors
+from diffmoe.models.dit import DiT, ModelOutput
+from diffmoe.models.logical import logical_tensors
 from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule

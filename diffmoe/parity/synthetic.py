@@ -11,7 +11,8 @@ from diffmoe.config import Config
 from diffmoe.data.stream import Batch
 from diffmoe.diffusion.randomness import Draws
 from diffmoe.layout import resolve_layout
-from diffmoe.models.dit import DiT, initialize, logical_tensors
+from diffmoe.models.dit import DiT
+from diffmoe.models.logical import initialize, logical_tensors
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine

@@ -36,7 +36,7 @@ from diffmoe.checkpoints.tensor_file import Damaged
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
-from diffmoe.models.interchange import load_buffers
+from diffmoe.models.logical import load_buffers
 from diffmoe.parallel.collectives import (
     AgreedError,
     first_complaint,

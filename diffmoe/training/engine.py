@@ -28,7 +28,8 @@ from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.device import synchronize
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
-from diffmoe.models.dit import DiT, LogicalTensor, ModelOutput, logical_tensors
+from diffmoe.models.dit import DiT, ModelOutput
+from diffmoe.models.logical import LogicalTensor, logical_tensors
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import anyone, raise_together
 from diffmoe.parallel.groups import ParallelGroups

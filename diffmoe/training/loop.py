@@ -26,7 +26,8 @@ from diffmoe.evaluation.generate import generate_everywhere
 from diffmoe.evaluation.while_training import Scorer, open_scorer, score
 from diffmoe.layout import Layout
 from diffmoe.models.compiled import compile_blocks, compiles
-from diffmoe.models.dit import DiT, initialize
+from diffmoe.models.dit import DiT
+from diffmoe.models.logical import initialize
 from diffmoe.parallel.collectives import AgreedError, anyone, gather_objects, raise_together
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.training.checkpoint import SaveFailed, Saver, newest_usable, restore

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from diffmoe.config import Config
 from diffmoe.device import peak_flops, peak_memory_gib
-from diffmoe.evaluation.card import Scores
 from diffmoe.evaluation.plots import expert_load, image_grid, loss_curve
+from diffmoe.evaluation.scores import Scores
 from diffmoe.models.count import count
 from diffmoe.moe.capacity import trivial_predictor_loss
 from diffmoe.parallel.collectives import sum_over
