@@ -9,7 +9,8 @@ operators: those have the same names from torch 2.11 to 2.13, the functions arou
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,12 +196,23 @@ def is_lost_peer(error: BaseException) -> bool:
     return type(error) is RuntimeError and _LOST_PEER.match(str(error)) is not None
 
 
+@contextmanager
+def together(group: Group) -> Iterator[None]:
+    """What every rank does here, bad input or a disk may end on one of them only (a missing shard,
+    a full disk): a UserError or OSError of any is an AgreedError of all, and nobody is left
+    waiting.  The ranks wait for each other at the end.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        problem = error
+    raise_together(problem, group)
+
+
 def raise_together(error: Exception | None, group: Group) -> None:
     """Raises AgreedError on every rank when any rank holds an error, with the first such rank's
     message.
-
-    For set-up steps that can fail on one node only (a missing shard, a full disk): nobody is left
-    waiting.
     """
     message = first_complaint(gather_objects(None if error is None else str(error), group), group)
     if message is not None:
