@@ -17,7 +17,7 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.paths import shipped
-from diffmoe.strict_yaml import open_text
+from diffmoe.strict_yaml import open_text, without_duplicates
 
 # Keys that DeepSpeed would read and that the YAML owns: allowed only with the YAML's own value.
 _OWNED = {
@@ -233,19 +233,12 @@ def read_deepspeed(path: str | Path | None) -> dict:
         return {"zero_optimization": {"stage": 1}}
     with open_text(shipped(path), "--deepspeed_config") as stream:
         try:
-            tree = json.load(stream, object_pairs_hook=_object_without_duplicates)
+            tree = json.load(stream, object_pairs_hook=without_duplicates)
         except (ValueError, RecursionError) as error:
             raise UserError(f"--deepspeed_config {path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"--deepspeed_config {path} must hold an object, not {type(tree).__name__}")
     return tree
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
-    for i, (key, _) in enumerate(pairs):
-        if key in dict(pairs[:i]):
-            raise UserError(f"key {key!r} stands twice")
-    return dict(pairs)
 
 
 def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:

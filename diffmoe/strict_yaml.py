@@ -48,6 +48,15 @@ _StrictLoader.add_constructor(
 )
 
 
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object (``object_pairs_hook``) in which no key stands twice; UserError for others."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise UserError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return found
+
+
 def open_text(path: Path, what: str, origin: str = "") -> TextIO:
     """A file that a person names, open to be read.  Raises UserError, which calls it ``what``,
     where that cannot be done.

@@ -329,7 +329,7 @@ def _spanning(
 ) -> str | None:
     from diffmoe.cost.hosts import spanning
     from diffmoe.layout import resolve_layout
-    from diffmoe.training.plan_check import machine_of
+    from diffmoe.training.start import machine_of
 
     try:
         return spanning(

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffmoe.checkpoints import writer
-from diffmoe.checkpoints.check import check_files, check_tensors, check_values
 from diffmoe.checkpoints.manifest import MANIFEST
 from diffmoe.checkpoints.reader import Checkpoint, Tensors, complete_folders, open_tensors
 from diffmoe.checkpoints.tensor_file import (
@@ -37,6 +36,7 @@ from diffmoe.layout import Layout
 from diffmoe.parallel.collectives import AgreedError
 from diffmoe.parallel.groups import single_process
 from diffmoe.training.checkpoint import newest_usable
+from diffmoe.training.checkpoint_check import check_files, check_tensors, check_values
 from made_checkpoints import (
     assert_rewriting_is_faithful,
     made_whole,

@@ -46,8 +46,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
 def _check(path: Path, values: bool) -> int:
     """Prints what is wrong with one checkpoint, or what it is.  Returns the number of problems."""
-    from diffmoe.checkpoints.check import check_files, check_tensors, check_values
     from diffmoe.checkpoints.reader import Checkpoint
+    from diffmoe.training.checkpoint_check import check_files, check_tensors, check_values
 
     try:
         checkpoint = Checkpoint(path)

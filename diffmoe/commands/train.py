@@ -5,6 +5,9 @@ mistakes and ``--dry-run`` answer at once, also where there is no torch.
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import yaml
 
@@ -16,20 +19,43 @@ from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.models.count import count
 from diffmoe.placement import describe as describe_place
-from diffmoe.training.stop import stop_requests
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """The signals received so far, in order: the run stops, saved, at the next step boundary (or
+    where its start allows).
+
+    Only the second Ctrl-C interrupts at once.  Schedulers and launchers send SIGTERM several times,
+    and a save that is under way must survive that.
+    """
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    kept = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The verb ``train``; returns the exit code, 0 also for a run that was asked to stop.
     UserError for bad input.
     """
-    with (
-        stop_requests() as asked
-    ):  # from the first lines on: importing torch and joining take a while
-        return _train(arguments, environment, asked)
+    # From the first lines on: importing torch and joining take a while.
+    with _stop_requests() as stop_requested:
+        return _train(arguments, environment, stop_requested)
 
 
-def _train(arguments: list[str], environment: RankEnvironment, asked: list[int]) -> int:
+def _train(arguments: list[str], environment: RankEnvironment, stop_requested: list[int]) -> int:
     parser = Parser(
         prog="train", description="Train a model; resumes from the newest checkpoint in run.folder."
     )
@@ -84,10 +110,10 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     loop.train(
         config,
         layout,
-        deepspeed_tree,
+        merged,
         build_groups(layout.ep, layout.pool_ranks, patience),
         device,
-        asked,
+        stop_requested,
         environment.local_world,
         options.new_recipe,
     )

@@ -238,7 +238,8 @@ class Watchdog:
 
     def _read(self, ranks: Iterable[int]) -> None:
         now = time.monotonic()
-        ticked, running = set(), set()
+        ticked: set[int] = set()
+        running: set[int] = set()
         for rank in ranks:
             key = f"beat/{rank}"
             if rank not in self._seen and not self._store.check([key]):
