@@ -272,8 +272,8 @@ def test_bad_overrides(override, message):
         (["train.ema=[]"], "train.ema ([]) must have at least one decay"),
         (["train.ema=[a]"], "train.ema = ['a'] must be a finite number or a list of numbers"),
         (["train.keep_every=-1"], "train.keep_every (-1) must be at least 0"),
-        (["data.window=0"], "data.window (0) must be at least 1 shard"),
-        (["data.prefetch=0"], "data.prefetch (0) must be at least 1 step"),
+        (["data.window=0"], "data.window (0) must be at least 1"),
+        (["data.prefetch=0"], "data.prefetch (0) must be at least 1"),
         (["sample.steps=0"], "sample.steps (0) must be at least 1"),
         (["sample.gamma=2"], "sample.gamma (2.0) must be in [0, 1]"),
         (
