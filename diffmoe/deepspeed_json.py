@@ -331,12 +331,12 @@ def _check_together(tree: dict, config: Config) -> None:
         "param_dtype": _BF16 if bf16 else _FP32,
         "buffer_dtype": _FP32,
     }
-    for name, words in fitting.items():
+    for name, dtypes in fitting.items():
         value = _found(tree, f"data_types.{name}")
-        if value is not None and value not in words:
+        if value is not None and value not in dtypes:
             why = ", since the thresholds are buffers" if name == "buffer_dtype" else ""
             raise UserError(
-                f"DeepSpeed's data_types.{name} ({value}) must be {words[0]} with bf16.enabled "
+                f"DeepSpeed's data_types.{name} ({value}) must be {dtypes[0]} with bf16.enabled "
                 f"({json.dumps(bf16)}){why}"
             )
     for name, least, words in (

@@ -97,6 +97,7 @@ def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:
             trace.enter("reading data", run.done)
             began = time.perf_counter()
             stop = feed.read_ahead() or bool(stop_requested)
+            assert batches is not None  # there are as many as steps
             stop, verdict = _step(run, batches, draws, stop)
             if verdict == "spike":
                 return run.done
