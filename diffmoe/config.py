@@ -381,7 +381,7 @@ class Config:
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Defaults <- YAML file <- overrides, typed and validated.  Raises UserError naming the field."""
+    """Defaults <- YAML file <- overrides, typed and validated.  UserError names the field."""
     tree = read_yaml(path) if path is not None else {}
     config = _expand_paths(config_from_tree(merge(tree, tree_of_overrides(overrides or []))))
     validate(config)
@@ -389,7 +389,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
 
 
 def override(config: Config, overrides: list[str]) -> Config:
-    """``config`` with ``a.b=c`` overrides, typed and validated.  Raises UserError naming the field."""
+    """``config`` with ``a.b=c`` overrides, typed and validated.  UserError names the field."""
     changed = _expand_paths(
         config_from_tree(merge(config_to_tree(config), tree_of_overrides(overrides))), known=config
     )
@@ -451,8 +451,8 @@ def _shown(value: Any) -> str:
     return {"": "''", (): "[]"}.get(value, str(value))
 
 
-# Rules: (field, whether it is good, what it must be).  One that is not good ends them, so that later
-# ones may divide by it.
+# (Field, whether it is good, what it must be).  One that is not good ends them, so that later ones
+# may divide by it.
 Rules = Iterator[tuple[str, bool, str]]
 
 

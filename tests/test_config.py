@@ -116,13 +116,13 @@ def test_wrong_keys_and_types_are_named(write, text, message):
         ("model:\n  width: 32\n  width: 32", "key 'width' stands twice, on lines 2 and 3"),
         ("? [1, 2]\n: 3", "key [1, 2] on line 1 must be a text"),
         ("1: 2", "key 1 on line 1 must be a text"),
-        ("include: 3", "include (3) must be a file name or a list of file names"),
+        ("include: 3", "include (3) must be a file name or a list of them"),
         (
             "include: [a.yaml, 3]",
-            "include (['a.yaml', 3]) must be a file name or a list of file names",
+            "include (['a.yaml', 3]) must be a file name or a list of them",
         ),
         ("[" * 3000, "is not valid YAML: maximum recursion depth exceeded"),
-        ("include:", "include (None) must be a file name or a list of file names"),
+        ("include:", "include (None) must be a file name or a list of them"),
     ],
 )
 def test_a_bad_file_is_named_with_the_place(write, text, message):

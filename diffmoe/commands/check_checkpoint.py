@@ -10,9 +10,7 @@ from diffmoe.errors import UserError
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The subcommand ``check-checkpoint``; returns 0 when everything is intact, else 1.  UserError where
-    there is no checkpoint.
-    """
+    """Returns 0 when everything is intact, else 1.  UserError where there is no checkpoint."""
     parser = Parser(
         prog="check-checkpoint",
         description="Whether checkpoints are intact: the manifest, every file's size and "

@@ -1,5 +1,5 @@
-"""The subcommand ``train``.  torch comes in once the command line and configuration are known to be good:
-mistakes and ``--dry-run`` answer at once, also where there is no torch.
+"""The subcommand ``train``.  torch comes in once the command line and configuration are known to be
+good: mistakes and ``--dry-run`` answer at once, also where there is no torch.
 """
 
 from __future__ import annotations
