@@ -49,8 +49,8 @@ _QUIET = {"wait_tensor", "_wrap_tensor_autograd", "barrier"}  # move nothing by 
 @dataclass(frozen=True, order=True)
 class Kind:
     """What a message was: ``collective``; ``layer``, an MoE layer's name, or "" outside;
-    ``purpose``: scores, mask, counts, dispatch, combine, owners, balance (in an MoE layer), gradients,
-    parameters, norm, statistics (outside); ``phase``: forward, backward, recompute, step.
+    ``purpose``: scores, mask, counts, dispatch, combine, owners, balance (in an MoE layer),
+    gradients, parameters, norm, statistics (outside); ``phase``: forward, backward, recompute, step.
     """
 
     collective: str

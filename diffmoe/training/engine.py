@@ -145,8 +145,7 @@ class Engine:
         self._start_adam()
         self._assert_weights_survived(given)
 
-    # ------------------------------------------------------------------------------------------------
-    # start
+    # --------------------------------------------------------------------------------------- start
 
     def _parameter_groups(self) -> list[dict]:
         dense = [t.parameter for t in self.tensors if not (self.expert_parallel and t.experts)]
@@ -224,8 +223,7 @@ class Engine:
             )
         self._write_masters(given)
 
-    # -------------------------------------------------------------------------------------------------
-    # step
+    # ---------------------------------------------------------------------------------------- step
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule) -> ModelOutput:
         """The model's forward, through the engine (ZeRO 3 gathers parameters on the way)."""
@@ -295,8 +293,7 @@ class Engine:
             grads = [t.parameter.grad for t in self.tensors if t.parameter.grad is not None]
             torch._foreach_mul_(grads, self._decision.factor)
 
-    # ------------------------------------------------------------------------------------------------
-    # state
+    # --------------------------------------------------------------------------------------- state
 
     def masters(self) -> list[Tensor]:
         """This rank's flat fp32 shards of the weights (the parameters themselves at ZeRO 0)."""
@@ -397,7 +394,7 @@ class Engine:
 
     @contextlib.contextmanager
     def weights(self, shards: list[Tensor]) -> Iterator[DiT]:
-        """The model with these weights (EMA, say) in eval mode, for sampling; all ranks together."""
+        """The model with these weights (EMA, say) in eval mode; all ranks together."""
         try:
             with self._in_place_of_masters(shards), torch.no_grad():
                 self.publish()
@@ -470,7 +467,7 @@ def _marker(experts: int, ep, name: str) -> nn.Module:
 
 
 def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool):
-    """AdamW: torch's fused one, DeepSpeed's, or Apex's where it is installed from NVIDIA's source."""
+    """AdamW: torch's fused one, DeepSpeed's, or NVIDIA's Apex, built from its source."""
     common: dict[str, Any] = dict(
         lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
     )

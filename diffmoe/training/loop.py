@@ -41,10 +41,10 @@ def train(
     new_recipe: bool = False,
 ) -> None:
     """Trains to ``train.steps``, from the newest usable checkpoint in the run folder if there is
-    one.  ``per_node``: ranks on a node (default: all).  ``new_recipe``: that checkpoint may be one
-    of another recipe.
+    one.  ``deepspeed_tree``: the merged JSON.  ``per_node``: ranks on a node (default: all).
+    ``new_recipe``: that checkpoint may be one of another recipe.
 
-    Any rank whose ``stop_requested`` fills (see ``training.stop``) ends the run in order: the ranks agree at
+    Any rank whose ``stop_requested`` fills (with signals) ends the run in order: the ranks agree at
     a step boundary, save, and return.  Raises AgreedError when the run cannot go on, or its last
     state cannot be saved; a rank that dies or hangs ends the process with ``EXIT_LOST``.
     """

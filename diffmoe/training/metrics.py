@@ -32,7 +32,7 @@ class Writer:
         self._refused: set[str] = set()
 
     def record(self, record: dict) -> None:
-        """One line of JSON, on disk at once; the same numbers as scalars; one line on the terminal."""
+        """A line of JSON, on disk at once, scalars, and a line on the terminal."""
         self._line("metrics.jsonl", record)
         numbers = {name: v for name, v in record.items() if name not in ("step", "samples")}
         self._scalars(numbers, record["step"])

@@ -152,7 +152,7 @@ def read_left_out(folder: Path) -> list[int]:
 
 
 def write_left_out(folder: Path, steps: list[int]) -> None:
-    """Before the run goes on: a start that finds only older checkpoints leaves the same steps out."""
+    """So that a start that finds only older checkpoints leaves the same steps out."""
     partial = folder / f".{_LEFT_OUT}.partial"
     partial.write_text(json.dumps(steps) + "\n")
     os.replace(partial, folder / _LEFT_OUT)

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches through the engine, then everything that changes once per step."""
+"""One optimizer step: micro-batches through the engine, then what changes once a step."""
 
 from __future__ import annotations
 

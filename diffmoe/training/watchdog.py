@@ -371,7 +371,7 @@ class Watchdog:
         self._end(f"rank {self.rank} ends with exit code {EXIT_LOST}: {_short(error)}")
 
     def _place(self) -> str:
-        """Once the main thread has rested for a while: where, and in which of torch's collectives."""
+        """Where the main thread rests, once it has for a while, and in which collective."""
         count, since = self._moved
         now = time.monotonic()
         if count != self.trace.count:
