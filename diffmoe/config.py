@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -380,7 +381,7 @@ class Config:
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Defaults <- YAML file <- overrides, typed and validated.  Raises UserError naming the field."""
+    """Defaults <- YAML file <- overrides, typed and validated.  UserError names the field."""
     tree = read_yaml(path) if path is not None else {}
     config = _expand_paths(config_from_tree(merge(tree, tree_of_overrides(overrides or []))))
     validate(config)
@@ -388,7 +389,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
 
 
 def override(config: Config, overrides: list[str]) -> Config:
-    """``config`` with ``a.b=c`` overrides, typed and validated.  Raises UserError naming the field."""
+    """``config`` with ``a.b=c`` overrides, typed and validated.  UserError names the field."""
     changed = _expand_paths(
         config_from_tree(merge(config_to_tree(config), tree_of_overrides(overrides))), known=config
     )
@@ -426,226 +427,157 @@ def config_to_tree(config: Any) -> dict:
 
 def validate(config: Config) -> None:
     """Everything that can be checked without knowing the number of ranks.  Raises UserError."""
-    _validate_model(config.model)
-    _validate_moe(config)
-    _validate_diffusion(config)
-    _validate_train(config.train)
-    _need(0 <= config.run.seed < 2**64, f"run.seed ({config.run.seed}) must be in [0, 2^64)")
-    _need(
-        0 <= config.run.timeout_s <= 1e7,
-        f"run.timeout_s ({config.run.timeout_s}) must be from 0 to 1e7 seconds",
-    )
-    _need(config.run.folder != "", "run.folder ('') must name a folder")
-    _validate_data(config.data)
-    _validate_score(config)
+    checks = (_model, _moe, _diffusion, _sample, _train, _run, _data, _score)
+    for name, good, words in (rule for check in checks for rule in check(config)):
+        if not good:
+            section, field_name = name.split(".")
+            raise UserError(
+                f"{name} ({_shown(getattr(vars(config)[section], field_name))}) {words}"
+            )
 
 
 def check_guidance(config: Config) -> None:
     """Raises UserError for guidance by a null class that this configuration never trains."""
-    _need(
-        config.train.label_drop > 0 or config.sample.cfg == 1,
-        f"sample.cfg ({config.sample.cfg}) must be 1 where train.label_drop (0) never trains the null class that "
-        "guidance needs: say sample.cfg=1 (--cfg 1)",
-    )
-
-
-def _need(good: bool, message: str) -> None:
-    if not good:
-        raise UserError(message)
-
-
-def _validate_model(model: ModelConfig) -> None:
-    for name in ("input_size", "channels", "patch", "width", "depth", "heads", "classes"):
-        _need(
-            getattr(model, name) >= 1, f"model.{name} ({getattr(model, name)}) must be at least 1"
+    if config.train.label_drop == 0 and config.sample.cfg != 1:
+        raise UserError(
+            f"sample.cfg ({config.sample.cfg}) must be 1 where train.label_drop (0) never trains "
+            "the null class that guidance needs: say sample.cfg=1 (--cfg 1)"
         )
-    _need(
-        model.input_size % model.patch == 0,
-        f"model.input_size ({model.input_size}) must divide by model.patch ({model.patch})",
-    )
-    _need(
-        model.width % model.heads == 0,
-        f"model.width ({model.width}) must divide by model.heads ({model.heads})",
-    )
-    _need(
-        model.width % 4 == 0,
-        f"model.width ({model.width}) must divide by 4 for the 2-d sine position embedding",
-    )
-    _need(
-        model.hidden >= 1,
-        f"model.mlp_ratio ({model.mlp_ratio}) x model.width ({model.width}) must be at least 1",
-    )
 
 
-def _validate_moe(config: Config) -> None:
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return {"": "''", (): "[]"}.get(value, str(value))
+
+
+# (Field, whether it is good, what it must be).  One that is not good ends them, so that later ones
+# may divide by it.
+Rules = Iterator[tuple[str, bool, str]]
+
+
+def _at_least(section: str, values: Any, least: int, *names: str) -> Rules:
+    for name in names:
+        value = getattr(values, name)
+        yield f"{section}.{name}", value is None or value >= least, f"must be at least {least}"
+
+
+def _model(config: Config) -> Rules:
+    model = config.model
+    sizes = ("input_size", "channels", "patch", "width", "depth", "heads", "classes")
+    yield from _at_least("model", model, 1, *sizes)
+    divides = model.input_size % model.patch == 0
+    yield "model.input_size", divides, f"must divide by model.patch ({model.patch})"
+    divides = model.width % model.heads == 0
+    yield "model.width", divides, f"must divide by model.heads ({model.heads})"
+    divides = model.width % 4 == 0
+    yield "model.width", divides, "must divide by 4 for the 2-d sine position embedding"
+    words = f"x model.width ({model.width}) must be at least 1"
+    yield "model.mlp_ratio", model.hidden >= 1, words
+
+
+def _moe(config: Config) -> Rules:
     model, moe, ep = config.model, config.moe, config.parallel.ep
-    _need(ep >= 1, f"parallel.ep ({ep}) must be at least 1")
+    yield from _at_least("parallel", config.parallel, 1, "ep")
     if model.family == "dense":
-        _need(ep == 1, f"parallel.ep ({ep}) must be 1 for model.family (dense): it has no experts")
+        words = "must be 1 for model.family (dense): it has no experts"
+        yield "parallel.ep", ep == 1, words
         return
-    _need(
-        model.depth >= 2 or not moe.interleave,
-        f"model.depth ({model.depth}) leaves no MoE block with moe.interleave (true)",
-    )
-    _need(moe.experts >= 1, f"moe.experts ({moe.experts}) must be at least 1")
-    _need(moe.experts % ep == 0, f"moe.experts ({moe.experts}) must divide by parallel.ep ({ep})")
-    for name in ("shared_experts", "balance_weight", "predictor_weight"):
-        _need(getattr(moe, name) >= 0, f"moe.{name} ({getattr(moe, name)}) must be at least 0")
-    _need(
-        0 < moe.capacity <= moe.experts,
-        f"moe.capacity ({moe.capacity}) must be above 0 and at most moe.experts ({moe.experts})",
-    )
-    _need(
-        1 <= moe.top_k <= moe.experts,
-        f"moe.top_k ({moe.top_k}) must be from 1 to moe.experts ({moe.experts})",
-    )
-    _need(
-        0 <= moe.capacity_hold <= moe.capacity_until,
-        f"moe.capacity_hold ({moe.capacity_hold}) must be from 0 to moe.capacity_until ({moe.capacity_until})",
-    )
-    _need(
-        0 <= moe.threshold_decay < 1,
-        f"moe.threshold_decay ({moe.threshold_decay}) must be in [0, 1)",
-    )
-    _need(
-        not isinstance(moe.pool, int) or moe.pool >= 1,
-        f"moe.pool ({moe.pool}) must be at least 1 sample",
-    )
-    _need(
-        model.family != "ec" or moe.pool == 1,
-        f"moe.pool ({moe.pool}) must be 1 for model.family (ec): its experts choose inside each sample",
-    )
+    words = "leaves no MoE block with moe.interleave (true)"
+    yield "model.depth", model.depth >= 2 or not moe.interleave, words
+    yield from _at_least("moe", moe, 1, "experts")
+    yield "moe.experts", moe.experts % ep == 0, f"must divide by parallel.ep ({ep})"
+    yield from _at_least("moe", moe, 0, "shared_experts", "balance_weight", "predictor_weight")
+    words = f"must be above 0 and at most moe.experts ({moe.experts})"
+    yield "moe.capacity", 0 < moe.capacity <= moe.experts, words
+    words = f"must be from 1 to moe.experts ({moe.experts})"
+    yield "moe.top_k", 1 <= moe.top_k <= moe.experts, words
+    words = f"must be from 0 to moe.capacity_until ({moe.capacity_until})"
+    yield "moe.capacity_hold", 0 <= moe.capacity_hold <= moe.capacity_until, words
+    yield "moe.threshold_decay", 0 <= moe.threshold_decay < 1, "must be in [0, 1)"
+    good = not isinstance(moe.pool, int) or moe.pool >= 1
+    yield "moe.pool", good, "must be at least 1 sample"
+    words = "must be 1 for model.family (ec): its experts choose inside each sample"
+    yield "moe.pool", model.family != "ec" or moe.pool == 1, words
 
 
-def _validate_diffusion(config: Config) -> None:
-    diffusion, sample = config.diffusion, config.sample
-    _need(diffusion.time_std > 0, f"diffusion.time_std ({diffusion.time_std}) must be above 0")
-    fitting = {"flow": ("euler", "heun", "dopri5"), "ddpm": ("ancestral", "ddim")}[
-        diffusion.process
-    ]
-    _need(
-        sample.sampler in fitting,
-        f"sample.sampler ({sample.sampler}) must be one of {', '.join(fitting)} for diffusion.process "
-        f"({diffusion.process})",
-    )
-    if diffusion.process == "ddpm":
-        _need(
-            config.model.learn_sigma,
-            "model.learn_sigma (false) must be true for diffusion.process (ddpm)",
-        )
-        _need(
-            diffusion.time_scale == 1.0,
-            f"diffusion.time_scale ({diffusion.time_scale}) must be 1 for diffusion.process (ddpm)",
-        )
-        _need(
-            diffusion.time_sampling == "uniform",
-            f"diffusion.time_sampling ({diffusion.time_sampling}) must be uniform for diffusion.process (ddpm)",
-        )
-        _need(
-            2 <= sample.steps <= 1000,
-            f"sample.steps ({sample.steps}) must be from 2 to DDPM's 1000 steps",
-        )
-    for name in ("steps", "batch", "columns", "cfg_channels"):
-        _need(
-            getattr(sample, name) >= 1,
-            f"sample.{name} ({getattr(sample, name)}) must be at least 1",
-        )
-    _need(0 <= sample.eta <= 1, f"sample.eta ({sample.eta}) must be in [0, 1]")
-    _need(sample.tolerance > 0, f"sample.tolerance ({sample.tolerance}) must be above 0")
-    _need(
-        sample.gamma is None or 0 <= sample.gamma <= 1,
-        f"sample.gamma ({sample.gamma}) must be in [0, 1]",
-    )
+def _diffusion(config: Config) -> Rules:
+    diffusion, steps = config.diffusion, config.sample.steps
+    yield "diffusion.time_std", diffusion.time_std > 0, "must be above 0"
+    flow, process = diffusion.process == "flow", f"for diffusion.process ({diffusion.process})"
+    fitting = ("euler", "heun", "dopri5") if flow else ("ancestral", "ddim")
+    words = f"must be one of {', '.join(fitting)} {process}"
+    yield "sample.sampler", config.sample.sampler in fitting, words
+    if not flow:
+        yield "model.learn_sigma", config.model.learn_sigma, f"must be true {process}"
+        yield "diffusion.time_scale", diffusion.time_scale == 1.0, f"must be 1 {process}"
+        uniform = diffusion.time_sampling == "uniform"
+        yield "diffusion.time_sampling", uniform, f"must be uniform {process}"
+        yield "sample.steps", 2 <= steps <= 1000, "must be from 2 to DDPM's 1000 steps"
+
+
+def _sample(config: Config) -> Rules:
+    sample, family = config.sample, config.model.family
+    yield from _at_least("sample", sample, 1, "steps", "batch", "columns", "cfg_channels")
+    yield "sample.eta", 0 <= sample.eta <= 1, "must be in [0, 1]"
+    yield "sample.tolerance", sample.tolerance > 0, "must be above 0"
+    yield "sample.gamma", sample.gamma is None or 0 <= sample.gamma <= 1, "must be in [0, 1]"
     if sample.routing == "static":
-        _need(
-            config.model.family == "diffmoe",
-            f"sample.routing (static) needs model.family (diffmoe), not {config.model.family}"
-            + ", whose experts take as many tokens always" * (config.model.family == "ec"),
+        words = f"needs model.family (diffmoe), not {family}"
+        if family == "ec":
+            words += ", whose experts take as many tokens always"
+        yield "sample.routing", family == "diffmoe", words
+        words = (
+            "must be null for sample.routing (static), which has no thresholds and takes "
+            f"moe.capacity ({config.moe.capacity})"
         )
-        for name in ("gamma", "capacity"):
-            _need(
-                getattr(sample, name) is None,
-                f"sample.{name} ({getattr(sample, name)}) must be null for sample.routing (static), which has no "
-                f"thresholds and takes moe.capacity ({config.moe.capacity})",
-            )
+        yield "sample.gamma", sample.gamma is None, words
+        yield "sample.capacity", sample.capacity is None, words
     if sample.capacity is not None:
-        _need(
-            config.model.family == "diffmoe",
-            f"sample.capacity ({sample.capacity}) needs a capacity predictor, which model.family ({config.model.family}) "
-            "has not",
-        )
-        _need(
-            sample.gamma is None,
-            f"sample.capacity ({sample.capacity}) and sample.gamma ({sample.gamma}) both set the thresholds; one must be "
-            "null",
-        )
-        _need(
-            0 < sample.capacity <= config.moe.experts,
-            f"sample.capacity ({sample.capacity}) must be above 0 and at most moe.experts ({config.moe.experts})",
-        )
+        words = f"needs a capacity predictor, which model.family ({family}) has not"
+        yield "sample.capacity", family == "diffmoe", words
+        words = f"and sample.gamma ({sample.gamma}) both set the thresholds; one must be null"
+        yield "sample.capacity", sample.gamma is None, words
+        words = f"must be above 0 and at most moe.experts ({config.moe.experts})"
+        yield "sample.capacity", 0 < sample.capacity <= config.moe.experts, words
 
 
-def _validate_score(config: Config) -> None:
+def _train(config: Config) -> Rules:
+    train = config.train
+    yield from _at_least("train", train, 1, "batch", "micro_batch", "accumulation", "log_every")
+    limits = ("keep", "nonfinite_limit", "spike_window", "spike_limit")
+    yield from _at_least("train", train, 1, *limits)
+    numbers = ("steps", "lr", "warmup", "eps", "clip", "weight_decay")
+    periods = ("sample_every", "score_every", "save_every", "keep_every")
+    yield from _at_least("train", train, 0, *numbers, *periods)
+    good = train.spike_factor == 0 or train.spike_factor > 1
+    yield "train.spike_factor", good, "must be above 1, or 0 for no guard"
+    yield "train.betas", all(0 <= b < 1 for b in train.betas), "must each be in [0, 1)"
+    yield "train.label_drop", 0 <= train.label_drop <= 1, "must be in [0, 1]"
+    decays = train.ema_decays
+    yield "train.ema", len(decays) > 0, "must have at least one decay"
+    yield "train.ema", all(0 <= decay < 1 for decay in decays), "must be in [0, 1)"
+    yield "train.ema", len(set(decays)) == len(decays), "must not name a decay twice"
+
+
+def _run(config: Config) -> Rules:
+    run = config.run
+    yield "run.seed", 0 <= run.seed < 2**64, "must be in [0, 2^64)"
+    yield "run.timeout_s", 0 <= run.timeout_s <= 1e7, "must be from 0 to 1e7 seconds"
+    yield "run.folder", run.folder != "", "must name a folder"
+
+
+def _data(config: Config) -> Rules:
+    data = config.data
+    yield from _at_least("data", data, 1, "streams", "window", "prefetch")
+    yield from _at_least("data", data, 0, "workers")
+    yield "data.cache_gib", data.cache_gib > 0, "must be above 0"
+    yield "data.bad_share", 0 <= data.bad_share < 1, "must be in [0, 1)"
+
+
+def _score(config: Config) -> Rules:
     score, every = config.score, config.train.score_every
-    _need(score.count >= 1, f"score.count ({score.count}) must be at least 1")
-    for name in ("reference", "extractor"):
-        _need(
-            every == 0 or getattr(score, name) != "",
-            f"score.{name} ('') must be given for train.score_every ({every})",
-        )
-
-
-def _validate_data(data: DataConfig) -> None:
-    for name, unit in (("streams", "stream"), ("window", "shard"), ("prefetch", "step")):
-        value = getattr(data, name)
-        _need(value is None or value >= 1, f"data.{name} ({value}) must be at least 1 {unit}")
-    _need(data.workers >= 0, f"data.workers ({data.workers}) must be at least 0")
-    _need(data.cache_gib > 0, f"data.cache_gib ({data.cache_gib}) must be above 0")
-    _need(0 <= data.bad_share < 1, f"data.bad_share ({data.bad_share}) must be in [0, 1)")
-
-
-def _validate_train(train: TrainConfig) -> None:
-    for name in (
-        "batch",
-        "micro_batch",
-        "accumulation",
-        "log_every",
-        "keep",
-        "nonfinite_limit",
-        "spike_window",
-        "spike_limit",
-    ):
-        value = getattr(train, name)
-        _need(value is None or value >= 1, f"train.{name} ({value}) must be at least 1")
-    for name in (
-        "steps",
-        "lr",
-        "warmup",
-        "eps",
-        "clip",
-        "weight_decay",
-        "sample_every",
-        "score_every",
-        "save_every",
-        "keep_every",
-    ):
-        _need(
-            getattr(train, name) >= 0, f"train.{name} ({getattr(train, name)}) must be at least 0"
-        )
-    _need(
-        train.spike_factor == 0 or train.spike_factor > 1,
-        f"train.spike_factor ({train.spike_factor}) must be above 1, or 0 for no guard",
-    )
-    _need(
-        all(0 <= b < 1 for b in train.betas), f"train.betas ({train.betas}) must each be in [0, 1)"
-    )
-    _need(0 <= train.label_drop <= 1, f"train.label_drop ({train.label_drop}) must be in [0, 1]")
-    _need(len(train.ema_decays) > 0, "train.ema ([]) must have at least one decay")
-    _need(
-        all(0 <= decay < 1 for decay in train.ema_decays),
-        f"train.ema ({train.ema}) must be in [0, 1)",
-    )
-    _need(
-        len(set(train.ema_decays)) == len(train.ema_decays),
-        f"train.ema ({train.ema}) must not name a decay twice",
-    )
+    yield from _at_least("score", score, 1, "count")
+    words = f"must be given for train.score_every ({every})"
+    yield "score.reference", every == 0 or score.reference != "", words
+    yield "score.extractor", every == 0 or score.extractor != "", words

@@ -17,7 +17,7 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.paths import shipped
-from diffmoe.strict_yaml import open_text
+from diffmoe.strict_yaml import open_text, without_duplicates
 
 # Keys that DeepSpeed would read and that the YAML owns: allowed only with the YAML's own value.
 _OWNED = {
@@ -30,6 +30,7 @@ _OWNED_BLOCKS = {
     "optimizer": "train.optimizer, train.lr, …",
     "scheduler": "train.schedule, train.warmup",
 }
+_CONTIGUOUS = ("reduce_scatter", "contiguous_gradients")
 _WORDS = {str: "a text", bool: "true or false", list: "a list"}
 
 
@@ -43,18 +44,25 @@ class Number:
 
     def __str__(self) -> str:
         word = "an integer" if self.kind is int else "a number"
-        if math.isinf(self.least):
-            return word
-        return f"{word} {f'from {self.least:g} to {self.most:g}' if math.isfinite(self.most) else f'of at least {self.least:g}'}"
+        if math.isfinite(self.most):
+            return f"{word} from {self.least:g} to {self.most:g}"
+        return word if math.isinf(self.least) else f"{word} of at least {self.least:g}"
+
+    def holds(self, value: Any) -> bool:
+        if type(value) is not int and not (type(value) is float and math.isfinite(value)):
+            return False
+        return (self.kind is float or value == int(value)) and self.least <= value <= self.most
 
 
-_COUNT, _SHARE, _FP32, _BF16 = (
-    Number(least=0),
-    Number(float, 0, 1),
-    ("fp32", "float32", "float", "torch.float32"),
-    ("bf16", "bfloat16", "torch.bfloat16"),
-)
+_INTEGER, _COUNT, _SHARE = Number(), Number(least=0), Number(float, 0, 1)
+_FP32 = ("fp32", "float32", "float", "torch.float32")
+_BF16 = ("bf16", "bfloat16", "torch.bfloat16")
 _DTYPES = _FP32 + _BF16
+
+
+def _keys(kind: Any, names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), kind)
+
 
 # DeepSpeed silently ignores unknown keys at the top, and trips over other ones, over a wrong type,
 # and over keys of other versions only on the ranks.  So here is what its 0.19.8 reads: a type, a
@@ -69,112 +77,67 @@ _OFFLOAD: dict = {
 PASSED: dict = {
     "zero_optimization": {
         "stage": Number(least=0, most=3),
-        "contiguous_gradients": bool,
-        "reduce_scatter": bool,
         "reduce_bucket_size": Number(least=1),
-        "use_multi_rank_bucket_allreduce": bool,
-        "allgather_partitions": bool,
-        "allgather_bucket_size": _COUNT,
-        "overlap_comm": bool,
-        "compute_grad_norm": bool,
-        "load_from_fp32_weights": bool,
-        "elastic_checkpoint": bool,
+        "stage3_module_granularity_threshold": _INTEGER,
+        **_keys(
+            bool,
+            "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce "
+            "allgather_partitions overlap_comm compute_grad_norm load_from_fp32_weights "
+            "elastic_checkpoint stage3_gather_16bit_weights_on_model_save "
+            "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential "
+            "ignore_unused_parameters legacy_stage1 round_robin_gradients parameter_alignment "
+            "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
+            "memory_efficient_linear pipeline_loading_checkpoint override_module_apply "
+            "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory",
+        ),
+        **_keys(
+            _COUNT,
+            "allgather_bucket_size sub_group_size stage3_prefetch_bucket_size "
+            "stage3_param_persistence_threshold stage3_model_persistence_threshold "
+            "stage3_max_live_parameters stage3_max_reuse_distance zero_hpz_partition_size",
+        ),
         "offload_param": {**_OFFLOAD, "buffer_size": _COUNT, "max_in_cpu": _COUNT},
         "offload_optimizer": {
             **_OFFLOAD,
-            "pipeline_read": bool,
-            "pipeline_write": bool,
-            "fast_init": bool,
-            "ratio": _SHARE,
-            "super_offload": bool,
-            "cpuadam_cores_perc": _SHARE,
+            **_keys(bool, "pipeline_read pipeline_write fast_init super_offload"),
+            **_keys(_SHARE, "ratio cpuadam_cores_perc"),
         },
-        "sub_group_size": _COUNT,
-        "stage3_prefetch_bucket_size": _COUNT,
-        "stage3_param_persistence_threshold": _COUNT,
-        "stage3_model_persistence_threshold": _COUNT,
-        "stage3_max_live_parameters": _COUNT,
-        "stage3_max_reuse_distance": _COUNT,
-        "stage3_gather_16bit_weights_on_model_save": bool,
-        "stage3_module_granularity_threshold": Number(),
-        "stage3_use_all_reduce_for_fetch_params": bool,
-        "stage3_allgather_sequential": bool,
-        "ignore_unused_parameters": bool,
-        "legacy_stage1": bool,
-        "round_robin_gradients": bool,
-        "parameter_alignment": bool,
-        "zero_hpz_partition_size": _COUNT,
-        "zero_quantized_weights": bool,
-        "zero_quantized_nontrainable_weights": bool,
-        "zero_quantized_gradients": bool,
-        "memory_efficient_linear": bool,
-        "pipeline_loading_checkpoint": bool,
-        "override_module_apply": bool,
-        "log_trace_cache_warnings": bool,
-        "enable_sanity_checks": bool,
-        "save_muon_momentum_buffer_in_memory": bool,
-        "leaf_module": {"classes": list, "names": list, "name_suffixes": list},
+        "leaf_module": _keys(list, "classes names name_suffixes"),
     },
-    "bf16": {
-        "enabled": bool,
-        "immediate_grad_update": bool,
-        "check_grad_overflow": bool,
-        "bf16_master_weights_and_grads": bool,
-        "bf16_optimizer_states": bool,
-    },
+    "bf16": _keys(
+        bool,
+        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads "
+        "bf16_optimizer_states",
+    ),
     "fp16": {
-        "enabled": bool,
-        "auto_cast": bool,
+        **_keys(bool, "enabled auto_cast consecutive_hysteresis fp16_master_weights_and_grads"),
+        **_keys(_INTEGER, "initial_scale_power loss_scale_window hysteresis min_loss_scale"),
         "loss_scale": Number(float, 0),
-        "initial_scale_power": Number(),
-        "loss_scale_window": Number(),
-        "hysteresis": Number(),
-        "consecutive_hysteresis": bool,
-        "min_loss_scale": Number(),
-        "fp16_master_weights_and_grads": bool,
     },
     "data_types": {
-        "grad_accum_dtype": _DTYPES,
-        "param_dtype": _DTYPES,
-        "buffer_dtype": _DTYPES,
+        **_keys(_DTYPES, "grad_accum_dtype param_dtype buffer_dtype"),
         "keep_in_fp32_modules": list,
     },
     "communication_data_type": ("fp32", "bf16", "fp16"),
-    "prescale_gradients": bool,
     "gradient_predivide_factor": Number(float),
-    "zero_allow_untested_optimizer": bool,
-    "zero_force_ds_cpu_optimizer": bool,
-    "steps_per_print": Number(),
-    "wall_clock_breakdown": bool,
-    "memory_breakdown": bool,
-    "dump_state": bool,
-    "disable_allgather": bool,
-    "seed": Number(),
-    "comms_logger": {
-        "enabled": bool,
-        "prof_all": bool,
-        "prof_ops": list,
-        "verbose": bool,
-        "debug": bool,
-    },
+    **_keys(
+        bool,
+        "prescale_gradients zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
+        "wall_clock_breakdown memory_breakdown dump_state disable_allgather",
+    ),
+    **_keys(_INTEGER, "steps_per_print seed"),
+    "comms_logger": {**_keys(bool, "enabled prof_all verbose debug"), "prof_ops": list},
     "flops_profiler": {
-        "enabled": bool,
+        **_keys(bool, "enabled detailed"),
+        **_keys(_INTEGER, "profile_step module_depth top_modules"),
         "recompute_fwd_factor": Number(float),
-        "profile_step": Number(),
-        "module_depth": Number(),
-        "top_modules": Number(),
-        "detailed": bool,
         "output_file": str,
     },
     "aio": {
-        "block_size": _COUNT,
-        "queue_depth": _COUNT,
-        "intra_op_parallelism": _COUNT,
-        "single_submit": bool,
-        "overlap_events": bool,
-        "use_gds": bool,
+        **_keys(_COUNT, "block_size queue_depth intra_op_parallelism"),
+        **_keys(bool, "single_submit overlap_events use_gds"),
     },
-    "timers": {"throughput": {"enabled": bool, "synchronized": bool}},
+    "timers": {"throughput": _keys(bool, "enabled synchronized")},
 }
 # Names that DeepSpeed reads as another's.
 ALIASES = {
@@ -184,45 +147,43 @@ ALIASES = {
 }
 # Keys of older versions: what to write, unless they say false, which is no more than to leave them
 # out.
+_ZERO = "zero_optimization"
+_OFFLOAD_PARAM = f'{_ZERO}.offload_param: {{"device": "cpu"}}'
 OLD = {
     "bfloat16": "bf16",
     "fp32_allreduce": 'communication_data_type: "fp32"',
-    "allgather_size": "zero_optimization.allgather_bucket_size",
-    "zero_optimization.cpu_offload": 'zero_optimization.offload_optimizer: {"device": "cpu"}, and train.optimizer: deepspeed in the YAML',
-    "zero_optimization.cpu_offload_params": 'zero_optimization.offload_param: {"device": "cpu"}',
-    "zero_optimization.cpu_offload_param": 'zero_optimization.offload_param: {"device": "cpu"}',
-    "zero_optimization.cpu_offload_use_pin_memory": "zero_optimization.offload_optimizer.pin_memory",
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "allgather_size": f"{_ZERO}.allgather_bucket_size",
+    f"{_ZERO}.cpu_offload": f'{_ZERO}.offload_optimizer: {{"device": "cpu"}}, '
+    "and train.optimizer: deepspeed in the YAML",
+    f"{_ZERO}.cpu_offload_params": _OFFLOAD_PARAM,
+    f"{_ZERO}.cpu_offload_param": _OFFLOAD_PARAM,
+    f"{_ZERO}.cpu_offload_use_pin_memory": f"{_ZERO}.offload_optimizer.pin_memory",
+    f"{_ZERO}.stage3_gather_fp16_weights_on_model_save": (
+        f"{_ZERO}.stage3_gather_16bit_weights_on_model_save"
+    ),
     "activation_checkpointing": "parallel.recompute in the YAML",
     "compile": "train.compile in the YAML",
     "torch_autocast": "bf16.enabled",
     "aio.thread_count": "aio.intra_op_parallelism",
 }
 # What DeepSpeed has and a run here cannot use, unless it says off.
+_SHUFFLES = (
+    "DeepSpeed 0.19.8 shuffles the fp32 state by it and takes one tensor's part for another's; "
+    "leave it out"
+)
+_NORM = "clipping, the records and the check for steps that are not finite need the norm"
+_ALL = "it must be 1: checkpoints and averages need all of the fp32 state in one place"
+_ELSEWHERE = "its fp32 state lives in another process; leave it out"
+_MASTERS = "checkpoints and averages are of fp32 masters; leave it out"
 UNSUPPORTED = {
     "fp16.enabled": (False, "use bf16.enabled"),
-    "zero_optimization.zenflow": (None, "its updates come later than the step; leave it out"),
-    "zero_optimization.legacy_stage1": (False, "DeepSpeed has given it up; leave it out"),
-    "zero_optimization.round_robin_gradients": (
-        False,
-        "DeepSpeed 0.19.8 shuffles the fp32 state by it and takes one tensor's part for another's; leave it out",
-    ),
-    "zero_optimization.compute_grad_norm": (
-        True,
-        "clipping, the records and the check for steps that are not finite need the norm",
-    ),
-    "zero_optimization.offload_optimizer.ratio": (
-        1,
-        "it must be 1: checkpoints and averages need all of the fp32 state in one place",
-    ),
-    "zero_optimization.offload_optimizer.super_offload": (
-        False,
-        "its fp32 state lives in another process; leave it out",
-    ),
-    "bf16.bf16_master_weights_and_grads": (
-        False,
-        "checkpoints and averages are of fp32 masters; leave it out",
-    ),
+    f"{_ZERO}.zenflow": (None, "its updates come later than the step; leave it out"),
+    f"{_ZERO}.legacy_stage1": (False, "DeepSpeed has given it up; leave it out"),
+    f"{_ZERO}.round_robin_gradients": (False, _SHUFFLES),
+    f"{_ZERO}.compute_grad_norm": (True, _NORM),
+    f"{_ZERO}.offload_optimizer.ratio": (1, _ALL),
+    f"{_ZERO}.offload_optimizer.super_offload": (False, _ELSEWHERE),
+    "bf16.bf16_master_weights_and_grads": (False, _MASTERS),
     "bf16.bf16_optimizer_states": (False, "checkpoints hold fp32 moments; leave it out"),
 }
 
@@ -233,19 +194,12 @@ def read_deepspeed(path: str | Path | None) -> dict:
         return {"zero_optimization": {"stage": 1}}
     with open_text(shipped(path), "--deepspeed_config") as stream:
         try:
-            tree = json.load(stream, object_pairs_hook=_object_without_duplicates)
+            tree = json.load(stream, object_pairs_hook=without_duplicates)
         except (ValueError, RecursionError) as error:
             raise UserError(f"--deepspeed_config {path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"--deepspeed_config {path} must hold an object, not {type(tree).__name__}")
     return tree
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
-    for i, (key, _) in enumerate(pairs):
-        if key in dict(pairs[:i]):
-            raise UserError(f"key {key!r} stands twice")
-    return dict(pairs)
 
 
 def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
@@ -263,15 +217,15 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": config.train.clip,
     }
-    for key, value in tree.items():
-        if key in owned:
-            resolved = (
-                key == "gradient_clipping" and value == 0.0 and zero_stage(tree) == 0
-            )  # see _resolve
-            if value not in ("auto", owned[key]) and not resolved:
-                raise UserError(
-                    f"DeepSpeed's {key} ({value}) contradicts the YAML's {_OWNED[key]} ({owned[key]}); the YAML owns it"
-                )
+    for key, mine in owned.items():
+        value = tree.get(key, mine)
+        # At ZeRO 0 a merged JSON says 0, see _resolve.
+        resolved = key == "gradient_clipping" and value == 0.0 and zero_stage(tree) == 0
+        if value not in ("auto", mine) and not resolved:
+            raise UserError(
+                f"DeepSpeed's {key} ({value}) contradicts the YAML's {_OWNED[key]} ({mine}); "
+                "the YAML owns it"
+            )
     passed = {
         key: _plain(value, f"{key}.")
         for key, value in tree.items()
@@ -280,7 +234,7 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
     # DeepSpeed's throughput timer, on by default, has the host wait for the device twice in every
     # micro-batch.
     quiet = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}
-    return _resolve({**quiet, **passed, **owned}, expert_parallel=layout.ep > 1)
+    return _resolve({**quiet, **passed, **owned})
 
 
 def check_deepspeed(tree: dict, config: Config) -> None:
@@ -293,12 +247,8 @@ def check_deepspeed(tree: dict, config: Config) -> None:
             raise UserError(
                 f"DeepSpeed's {key!r} block is not read: the YAML owns it as {_OWNED_BLOCKS[key]}"
             )
-    _check_keys(
-        {key: value for key, value in tree.items() if key not in _OWNED},
-        PASSED,
-        "",
-        extra=tuple(_OWNED),
-    )
+    rest = {key: value for key, value in tree.items() if key not in _OWNED}
+    _check_keys(rest, PASSED, "", extra=tuple(_OWNED))
     for name, (off, reason) in UNSUPPORTED.items():
         value = _found(tree, name)
         if value is not None and value != off:
@@ -315,18 +265,17 @@ def _check_keys(tree: dict, known: dict, path: str, extra: tuple[str, ...] = ())
             raise UserError(
                 f"DeepSpeed's {name} ({json.dumps(value)}) is an old form: write {OLD[name]}"
             )
-        kind = known.get(ALIASES.get(name, name).removeprefix(path))
-        if ALIASES.get(name, name) in (path + other for other in tree if other != key):
+        known_as = ALIASES.get(name, name)
+        if known_as != name and known_as in (path + other for other in tree):
             raise UserError(
-                f"DeepSpeed's {name} ({json.dumps(value)}) stands beside {ALIASES[name]}, which is the same key"
+                f"DeepSpeed's {name} ({json.dumps(value)}) stands beside {known_as}, "
+                "which is the same key"
             )
+        kind = known.get(known_as.removeprefix(path))
         if kind is None and name not in UNSUPPORTED:
-            close = difflib.get_close_matches(key, [*known, *extra], n=1)
-            hint = (
-                f"; did you mean {path}{close[0]}?"
-                if close
-                else f"; known: {', '.join(known)}" * bool(path)
-            )
+            hint = f"; known: {', '.join(known)}" if path else ""
+            if close := difflib.get_close_matches(key, [*known, *extra], n=1):
+                hint = f"; did you mean {path}{close[0]}?"
             raise UserError(f"unknown key {name} (value {value!r}) in the DeepSpeed JSON{hint}")
         if kind is not None and value is not None:
             _check_value(name, value, kind)
@@ -338,27 +287,22 @@ def _check_value(name: str, value: Any, kind: Any) -> None:
         return  # here it is DeepSpeed's own
     if value == "auto":
         raise UserError(
-            f"DeepSpeed's {name} ('auto') is left to Hugging Face's trainer, which is not here: write {words}, or leave it "
-            "out for DeepSpeed's default"
+            f"DeepSpeed's {name} ('auto') is left to Hugging Face's trainer, which is not here: "
+            f"write {words}, or leave it out for DeepSpeed's default"
         )
     if name == "zero_optimization" and isinstance(value, bool):
         raise UserError(
             f"DeepSpeed's zero_optimization ({json.dumps(value)}) is an old form: write "
             f'zero_optimization: {{"stage": {int(value)}}}'
         )
-    if name == "zero_optimization.stage" and (type(value) is not int or value not in range(4)):
-        raise UserError(f"DeepSpeed's zero_optimization.stage ({value!r}) must be 0, 1, 2 or 3")
     if isinstance(kind, dict):
         good = isinstance(value, dict)
     elif isinstance(kind, tuple):
         good = value in kind
     elif isinstance(kind, Number):
-        number = type(value) is int or (type(value) is float and math.isfinite(value))
-        good = (
-            number
-            and (kind.kind is float or value == int(value))
-            and kind.least <= value <= kind.most
-        )
+        good = kind.holds(value)
+        if name == "zero_optimization.stage":
+            good, words = type(value) is int and good, "0, 1, 2 or 3"
     else:
         good = type(value) is kind
     if not good:
@@ -368,88 +312,98 @@ def _check_value(name: str, value: Any, kind: Any) -> None:
 
 
 def _words(kind: Any) -> str:
+    if isinstance(kind, dict):
+        return "an object"
+    if isinstance(kind, Number):
+        return str(kind)
     if isinstance(kind, tuple):  # the first of the names of each data type, say
         shown = [word for word in kind if word not in _DTYPES or word in ("fp32", "bf16")]
         return f"{', '.join(shown[:-1])} or {shown[-1]}"
-    return (
-        "an object"
-        if isinstance(kind, dict)
-        else str(kind)
-        if isinstance(kind, Number)
-        else _WORDS[kind]
-    )
+    return _WORDS[kind]
 
 
 def _check_together(tree: dict, config: Config) -> None:
     """What single keys cannot show."""
     train, bf16 = config.train, precision(tree) == "bf16"
     stage = max(zero_stage(tree), int(bf16))  # see _resolve
-    for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
-        value, fitting = (
-            _found(tree, f"data_types.{name}"),
-            {
-                "grad_accum_dtype": _DTYPES if bf16 else _FP32,
-                "buffer_dtype": _FP32,
-                "param_dtype": _BF16 if bf16 else _FP32,
-            }[name],
-        )
-        if value is not None and value not in fitting:
+    fitting = {
+        "grad_accum_dtype": _DTYPES if bf16 else _FP32,
+        "param_dtype": _BF16 if bf16 else _FP32,
+        "buffer_dtype": _FP32,
+    }
+    for name, dtypes in fitting.items():
+        value = _found(tree, f"data_types.{name}")
+        if value is not None and value not in dtypes:
+            why = ", since the thresholds are buffers" if name == "buffer_dtype" else ""
             raise UserError(
-                f"DeepSpeed's data_types.{name} ({value}) must be {fitting[0]} with bf16.enabled ({json.dumps(bf16)})"
-                + ", since the thresholds are buffers" * (name == "buffer_dtype")
+                f"DeepSpeed's data_types.{name} ({value}) must be {dtypes[0]} with bf16.enabled "
+                f"({json.dumps(bf16)}){why}"
             )
-    offload = _found(tree, "zero_optimization.offload_optimizer.device") or "none"
-    for name, device in (
-        ("offload_optimizer", offload),
-        ("offload_param", _found(tree, "zero_optimization.offload_param.device") or "none"),
+    for name, least, words in (
+        ("offload_optimizer", 1, "1 or above"),
+        ("offload_param", 3, "3"),
     ):
+        device = _found(tree, f"{_ZERO}.{name}.device") or "none"
         if device == "nvme":
             raise UserError(
-                f"DeepSpeed's zero_optimization.{name}.device (nvme) is not supported: checkpoints and averages read the "
-                "state from memory; use cpu"
+                f"DeepSpeed's {_ZERO}.{name}.device (nvme) is not supported: checkpoints and "
+                "averages read the state from memory; use cpu"
             )
-        least = 3 if name == "offload_param" else 1
         if device != "none" and stage < least:
             raise UserError(
-                f"DeepSpeed's zero_optimization.{name}.device ({device}) needs zero_optimization.stage {least}"
-                f"{' or above' * (least < 3)}; it is {stage}"
+                f"DeepSpeed's {_ZERO}.{name}.device ({device}) needs {_ZERO}.stage {words}; "
+                f"it is {stage}"
             )
-    if offload == "cpu" and train.optimizer != "deepspeed":
+    offloads = _found(tree, f"{_ZERO}.offload_optimizer.device") == "cpu"
+    if offloads and train.optimizer != "deepspeed":
         raise UserError(
-            f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's offload_optimizer.device is cpu"
+            f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's "
+            "offload_optimizer.device is cpu"
         )
     if train.optimizer == "apex" and stage == 3:
         # There DeepSpeed steps once a sub-group, and Apex counts updates once a step of the whole
         # group.
         raise UserError(
-            "train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)"
+            "train.optimizer (apex) must be torch or deepspeed with DeepSpeed's "
+            "zero_optimization.stage (3)"
         )
     if train.compile is True and stage == 3:  # see TrainConfig.compiles
         raise UserError(
             "train.compile (true) needs a DeepSpeed zero_optimization.stage (3) of at most 2"
         )
-    if stage >= 2 and _found(tree, "zero_optimization.reduce_scatter") is not False:
-        for name, off in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
-            if tree.get(name) not in (None, off):
-                raise UserError(
-                    f"DeepSpeed's {name} ({json.dumps(tree[name])}) must be {json.dumps(off)} at ZeRO stage {stage}, unless "
-                    "zero_optimization.reduce_scatter is false"
-                )
+    # (key, what it must be, where)
+    rules: list[tuple[str, float, str]] = []
+    if stage >= 2 and _found(tree, f"{_ZERO}.reduce_scatter") is not False:
+        where = f"at ZeRO stage {stage}, unless zero_optimization.reduce_scatter is false"
+        rules += [("prescale_gradients", False, where), ("gradient_predivide_factor", 1, where)]
     if config.parallel.ep > 1 and stage == 3:
-        for name, most in (("zero_quantized_gradients", False), ("zero_hpz_partition_size", 1)):
-            value = _found(tree, f"zero_optimization.{name}")
-            if value is not None and value > most:
-                raise UserError(
-                    f"DeepSpeed's zero_optimization.{name} ({json.dumps(value)}) must be {json.dumps(most)} with expert "
-                    "parallelism at ZeRO stage 3"
-                )
+        where = "with expert parallelism at ZeRO stage 3"
+        rules.append((f"{_ZERO}.zero_quantized_gradients", False, where))
+        if (_found(tree, f"{_ZERO}.zero_hpz_partition_size") or 0) > 0:
+            rules.append((f"{_ZERO}.zero_hpz_partition_size", 1, where))
+    if config.parallel.ep > 1 and stage in (1, 2):
+        where = f"with expert parallelism at ZeRO stage {stage}"
+        rules += [(f"{_ZERO}.{key}", True, where) for key in _CONTIGUOUS]
+    if bf16 and stage == 1:
+        # With fp32 accumulation DeepSpeed 0.19.8 adds a micro-batch's bf16 gradient to its fp32
+        # sum after every micro-batch without clearing it, so that early ones count twice; updating
+        # at once is right.
+        where = "at ZeRO stage 1, where fp32 accumulation goes wrong without it"
+        rules.append(("bf16.immediate_grad_update", True, where))
+    for name, must, where in rules:
+        value = _found(tree, name)
+        if value is not None and value != must:
+            raise UserError(
+                f"DeepSpeed's {name} ({json.dumps(value)}) must be {json.dumps(must)} {where}"
+            )
 
 
 def _found(tree: dict, name: str) -> Any:
     """The value of ``a.b.c``; None where there is none."""
+    found: Any = tree
     for part in name.split("."):
-        tree = (tree or {}).get(part)
-    return tree
+        found = (found or {}).get(part)
+    return found
 
 
 def _plain(value: Any, path: str) -> Any:
@@ -502,42 +456,23 @@ def reduction(tree: dict) -> Reduction:
     )
 
 
-def _resolve(tree: dict, expert_parallel: bool) -> dict:
+def _resolve(tree: dict) -> dict:
     zero, bf16 = {"stage": 0, **tree.get("zero_optimization", {})}, tree.get("bf16", {})
     how = reduction(tree)
-    tree = {
-        **tree,
-        "communication_data_type": how.precision,
-    }  # DeepSpeed's default is bf16 where weights are
+    # DeepSpeed's default is bf16 where weights are.
+    tree = {**tree, "communication_data_type": how.precision}
     if bf16.get("enabled"):
         # Fp32 masters need a home that can be checkpointed by name; ZeRO 1 is the least that gives
         # them one.
         zero["stage"] = max(1, zero["stage"])
         if zero["stage"] == 1:
-            # With fp32 accumulation DeepSpeed 0.19.8 adds a micro-batch's bf16 gradient to its fp32
-            # sum after every micro-batch without clearing it, so that early ones count twice;
-            # updating at once is right.
-            if not bf16.get("immediate_grad_update", True):
-                raise UserError(
-                    "DeepSpeed's bf16.immediate_grad_update (false) must be true at ZeRO stage 1, where "
-                    "fp32 accumulation goes wrong without it"
-                )
             bf16 = {**bf16, "immediate_grad_update": True}
-        tree = {
-            **tree,
-            "bf16": {**bf16, "check_grad_overflow": True},
-        }  # a step that is not finite changes nothing
-    if expert_parallel and zero["stage"] in (1, 2):
-        for key in ("reduce_scatter", "contiguous_gradients"):
-            if zero.get(key) is False:
-                raise UserError(
-                    f"DeepSpeed's zero_optimization.{key} (false) must be true with expert parallelism "
-                    f"at ZeRO stage {zero['stage']}"
-                )
+        # A step that is not finite changes nothing.
+        tree["bf16"] = {**bf16, "check_grad_overflow": True}
     if zero["stage"] > 0:
         zero |= {"reduce_bucket_size": how.bucket, "overlap_comm": how.overlap}
     else:
         # DeepSpeed's own clipping at stage 0 forgets experts on other ranks; the engine clips by
         # itself, to train.clip. Said, not left out: DeepSpeed 0.19.8's default is 1.
-        tree = {**tree, "gradient_clipping": 0.0}
+        tree["gradient_clipping"] = 0.0
     return {**tree, "zero_optimization": zero}

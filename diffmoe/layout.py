@@ -40,38 +40,47 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
     train, ep = config.train, config.parallel.ep
     if ranks % ep:
         raise UserError(
-            f"world size ({ranks}) must divide by parallel.ep ({ep}): start another number of ranks, or say "
-            f"parallel.ep={math.gcd(ranks, ep)}"
+            f"world size ({ranks}) must divide by parallel.ep ({ep}): start another number of "
+            f"ranks, or say parallel.ep={math.gcd(ranks, ep)}"
         )
     micro, accumulation = train.micro_batch, train.accumulation
     if accumulation is None:
         per_pass = train.batch if micro is None else micro * ranks
         if train.batch % per_pass:
-            raise UserError(
-                f"train.batch ({train.batch}) must divide by train.micro_batch ({micro}) x ranks ({ranks})"
-            )
+            what = f"train.micro_batch ({micro}) x ranks ({ranks})"
+            raise UserError(f"train.batch ({train.batch}) must divide by {what}")
         accumulation = train.batch // per_pass
     if micro is None:
         if train.batch % (accumulation * ranks):
-            raise UserError(
-                f"train.batch ({train.batch}) must divide by ranks ({ranks}) x train.accumulation ({accumulation})"
-            )
+            what = f"ranks ({ranks}) x train.accumulation ({accumulation})"
+            raise UserError(f"train.batch ({train.batch}) must divide by {what}")
         micro = train.batch // (accumulation * ranks)
     if micro * ranks * accumulation != train.batch:
         raise UserError(
-            f"train.micro_batch ({micro}) x ranks ({ranks}) x train.accumulation ({accumulation}) = "
-            f"{micro * ranks * accumulation} must equal train.batch ({train.batch})"
+            f"train.micro_batch ({micro}) x ranks ({ranks}) x train.accumulation ({accumulation}) "
+            f"= {micro * ranks * accumulation} must equal train.batch ({train.batch})"
         )
-    words = {"rank": micro, "group": micro * ep, "global": micro * ranks}
-    pool = words.get(config.moe.pool, config.moe.pool)
+    pool = config.moe.pool
+    if isinstance(pool, str):
+        pool = {"rank": micro, "group": micro * ep, "global": micro * ranks}[pool]
     if config.model.family == "dense":
         pool = 1
     if (micro * ranks) % pool:
         raise UserError(
-            f"moe.pool ({pool} samples) must divide the forward batch train.micro_batch ({micro}) x ranks ({ranks}) = "
-            f"{micro * ranks}"
+            f"moe.pool ({pool} samples) must divide the forward batch train.micro_batch ({micro}) "
+            f"x ranks ({ranks}) = {micro * ranks}"
         )
-    _check_taken(config, pool)
+    if config.model.family in ("ec", "diffmoe"):
+        tokens, experts, capacity = (
+            pool * config.model.tokens,
+            config.moe.experts,
+            config.moe.capacity,
+        )
+        if rows_taken(tokens, experts, capacity) < 1:
+            raise UserError(
+                f"moe.pool ({pool} samples = {tokens} tokens) gives each of moe.experts "
+                f"({experts}) less than one token at moe.capacity ({capacity})"
+            )
     return Layout(ranks, ep, train.batch, micro, accumulation, pool, _pool_ranks(pool, micro, ep))
 
 
@@ -88,13 +97,3 @@ def rows_taken(pool_tokens: int, experts: int, capacity: float) -> int:
     5).
     """
     return min(pool_tokens, int(pool_tokens * capacity / experts + 1e-9))
-
-
-def _check_taken(config: Config, pool: int) -> None:
-    if config.model.family in ("ec", "diffmoe"):
-        tokens = pool * config.model.tokens
-        if rows_taken(tokens, config.moe.experts, config.moe.capacity) < 1:
-            raise UserError(
-                f"moe.pool ({pool} samples = {tokens} tokens) gives each of moe.experts ({config.moe.experts}) less "
-                f"than one token at moe.capacity ({config.moe.capacity})"
-            )

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def bind_near(device: torch.device, devices: Path = Path("/sys/bus/pci/devices")
     import torch
 
     try:
-        gpu = torch.cuda.get_device_properties(device)
+        gpu: Any = torch.cuda.get_device_properties(device)
         address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
         near = cores_of((devices / address / "local_cpulist").read_text())
     except (AttributeError, OSError) as error:  # in some virtual machines
@@ -49,8 +49,9 @@ def bind_near(device: torch.device, devices: Path = Path("/sys/bus/pci/devices")
     allowed = os.sched_getaffinity(0)
     if not allowed & near:
         return (
-            f"it may run on CPUs {ranges(allowed)}, none of which is near GPU {address} (CPUs {ranges(near)} are): "
-            "ask for more CPUs or whole nodes (sbatch --exclusive), or bind it otherwise"
+            f"it may run on CPUs {ranges(allowed)}, none of which is near GPU {address} (CPUs "
+            f"{ranges(near)} are): ask for more CPUs or whole nodes (sbatch --exclusive), "
+            "or bind it otherwise"
         )
     if len(allowed) < _cores():
         return None
@@ -95,6 +96,4 @@ def ranges(cores: set[int]) -> str:
     """Numbers as the kernel's ``0-3,8``."""
     starts = sorted(core for core in cores if core - 1 not in cores)
     ends = sorted(core for core in cores if core + 1 not in cores)
-    return ",".join(
-        f"{first}-{last}" if last > first else f"{first}" for first, last in zip(starts, ends)
-    )
+    return ",".join(f"{a}-{z}" if z > a else f"{a}" for a, z in zip(starts, ends))

@@ -21,6 +21,14 @@ import yaml
 from diffmoe.errors import UserError
 from diffmoe.paths import expand_path, shipped
 
+_WORDS = {
+    int: "an integer",
+    float: "a finite number",
+    str: "a text",
+    bool: "true or false",
+    type(None): "null",
+}
+
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML that refuses a key written twice: PyYAML keeps the last one silently."""
@@ -30,22 +38,27 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        where, line = node.start_mark.name, key_node.start_mark.line + 1
         if not isinstance(key, str):
-            raise UserError(
-                f"{node.start_mark.name}: key {key!r} on line {key_node.start_mark.line + 1} must be a text"
-            )
+            raise UserError(f"{where}: key {key!r} on line {line} must be a text")
         if key in seen:
-            raise UserError(
-                f"{node.start_mark.name}: key {key!r} stands twice, on lines {seen[key]} and "
-                f"{key_node.start_mark.line + 1}"
-            )
-        seen[key] = key_node.start_mark.line + 1
+            raise UserError(f"{where}: key {key!r} stands twice, on lines {seen[key]} and {line}")
+        seen[key] = line
     return loader.construct_mapping(node, deep=True)
 
 
 _StrictLoader.add_constructor(
     yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates
 )
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object (``object_pairs_hook``) in which no key stands twice; UserError for others."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise UserError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return found
 
 
 def open_text(path: Path, what: str, origin: str = "") -> TextIO:
@@ -70,9 +83,8 @@ def read_yaml(path: str | Path, _stack: tuple[Path, ...] = ()) -> dict:
     path = shipped(expand_path(str(path), "config file")).resolve()
     if path in _stack:
         raise UserError(f"include goes in a circle: {' -> '.join(p.name for p in (*_stack, path))}")
-    with open_text(
-        path, "config file", f" (included from {_stack[-1]})" if _stack else ""
-    ) as stream:
+    origin = f" (included from {_stack[-1]})" if _stack else ""
+    with open_text(path, "config file", origin) as stream:
         try:
             tree = yaml.load(stream, _StrictLoader)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -83,14 +95,11 @@ def read_yaml(path: str | Path, _stack: tuple[Path, ...] = ()) -> dict:
     includes = tree.pop("include", [])
     includes = [includes] if isinstance(includes, str) else includes
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
-        raise UserError(
-            f"{path}: include ({includes!r}) must be a file name or a list of file names"
-        )
+        raise UserError(f"{path}: include ({includes!r}) must be a file name or a list of them")
     merged: dict = {}
     for name in includes:
-        merged = merge(
-            merged, read_yaml(path.parent / expand_path(name, f"{path}: include"), (*_stack, path))
-        )
+        included = path.parent / expand_path(name, f"{path}: include")
+        merged = merge(merged, read_yaml(included, (*_stack, path)))
     return merge(merged, tree)
 
 
@@ -133,18 +142,13 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
     for key, value in tree.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in hints:
-            prefix = f"{path}." if path else ""
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            hint = (
-                f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(hints)}"
-            )
-            raise UserError(f"unknown key {name} (value {value!r}){hint}")
-        kind = hints[key]
-        values[key] = (
-            build(kind, value, name)
-            if dataclasses.is_dataclass(kind)
-            else _typed(kind, value, name)
-        )
+            hint = f"known: {', '.join(hints)}"
+            if close := difflib.get_close_matches(str(key), hints, n=1):
+                hint = f"did you mean {name.removesuffix(str(key))}{close[0]}?"
+            raise UserError(f"unknown key {name} (value {value!r}); {hint}")
+        kind: Any = hints[key]
+        read = build if dataclasses.is_dataclass(kind) else _typed
+        values[key] = read(kind, value, name)
     return cls(**values)
 
 
@@ -189,10 +193,4 @@ def _describe(kind: Any) -> str:
         return "one of " + ", ".join(map(str, args))
     if origin is tuple:
         return "a list of numbers" if args[1:] == (...,) else f"{len(args)} numbers"
-    return {
-        int: "an integer",
-        float: "a finite number",
-        str: "a text",
-        bool: "true or false",
-        type(None): "null",
-    }[kind]
+    return _WORDS[kind]

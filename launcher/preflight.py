@@ -286,7 +286,7 @@ def preflight(
 def _spanning(config: Config, tree: dict, device: torch.device, hosts: list[str]) -> str | None:
     from diffmoe.cost.extrapolation import spanning
     from diffmoe.layout import resolve_layout
-    from diffmoe.training.plan_check import machine_of
+    from diffmoe.training.start import machine_of
 
     try:
         return spanning(config, resolve_layout(config, len(hosts)), tree, machine_of(device), hosts)

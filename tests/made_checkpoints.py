@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from diffmoe.checkpoints import writer
-from diffmoe.checkpoints.check import expected_shapes_of
 from diffmoe.checkpoints.manifest import MANIFEST, manifest_text, read_manifest
 from diffmoe.checkpoints.reader import BUFFERS, Checkpoint, step_folder
 from diffmoe.checkpoints.tensor_file import Piece
 from diffmoe.config import Config, load_config
 from diffmoe.layout import Layout
 from diffmoe.models.logical import fresh_buffers
+from diffmoe.training.checkpoint_check import expected_shapes
 
 _PATTERN = torch.randn(2**18 + 3, generator=torch.Generator().manual_seed(0)).abs()
 
@@ -50,7 +50,7 @@ def make_checkpoint(folder: Path, config: Config, step: int, ranks: int = 2) -> 
     for rank in range(ranks):
         shares = {
             kind: _share(kind, shapes, config.moe.experts, rank, ranks)
-            for kind, shapes in expected_shapes_of(config, moments=True).items()
+            for kind, shapes in expected_shapes(config, moments=True).items()
             if kind != BUFFERS
         }
         if rank == 0:

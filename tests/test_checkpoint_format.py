@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffmoe.checkpoints import writer
-from diffmoe.checkpoints.check import check_files, check_tensors, check_values
 from diffmoe.checkpoints.manifest import MANIFEST
 from diffmoe.checkpoints.reader import Checkpoint, Tensors, complete_folders, open_tensors
 from diffmoe.checkpoints.tensor_file import (
@@ -37,6 +36,7 @@ from diffmoe.layout import Layout
 from diffmoe.parallel.collectives import AgreedError
 from diffmoe.parallel.groups import single_process
 from diffmoe.training.checkpoint import newest_usable
+from diffmoe.training.checkpoint_check import check_files, check_tensors, check_values
 from made_checkpoints import (
     assert_rewriting_is_faithful,
     made_whole,
@@ -517,7 +517,7 @@ def test_the_verb_names_file_and_tensor(made_once, tmp_path, capsys):
         shutil.copytree(made_once, tmp_path / f"checkpoints/step_{step:08d}")
     newest = tmp_path / "checkpoints/step_00000007"
     code, text = check(capsys, tmp_path, "--values")
-    assert code == 0 and [line[:6] for line in text.splitlines()] == ["whole "] * 3
+    assert code == 0 and [line[:6] for line in text.splitlines()] == ["intact"] * 3
     assert re.search(
         r"step_00000007: step 7, 11 files, 0.00 GB, master, ema_0.9, ema_0.5, exp_avg, exp_avg_sq, buffers$",
         text,
@@ -528,12 +528,12 @@ def test_the_verb_names_file_and_tensor(made_once, tmp_path, capsys):
         lambda tree: tree["files"].pop("exp_avg-00001.safetensors"),
     )
     code, text = check(capsys, tmp_path)
-    assert code == 1 and [line[:8] for line in text.splitlines()].count("whole   ") == 1
+    assert code == 1 and [line[:8] for line in text.splitlines()].count("intact  ") == 1
     assert (
         "step_00000007/ema_0.5-00001.safetensors is not what was written: its checksum is wrong"
         in text
     )
-    assert "damaged  exp_avg of" in text and "step_00000005" in text
+    assert "corrupt  exp_avg of" in text and "step_00000005" in text
     assert check(capsys, newest.parent / "step_00000003")[0] == 0
     with pytest.raises(UserError, match="no complete checkpoint in "):
         check(capsys, tmp_path / "nowhere")

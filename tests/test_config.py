@@ -116,13 +116,13 @@ def test_wrong_keys_and_types_are_named(write, text, message):
         ("model:\n  width: 32\n  width: 32", "key 'width' stands twice, on lines 2 and 3"),
         ("? [1, 2]\n: 3", "key [1, 2] on line 1 must be a text"),
         ("1: 2", "key 1 on line 1 must be a text"),
-        ("include: 3", "include (3) must be a file name or a list of file names"),
+        ("include: 3", "include (3) must be a file name or a list of them"),
         (
             "include: [a.yaml, 3]",
-            "include (['a.yaml', 3]) must be a file name or a list of file names",
+            "include (['a.yaml', 3]) must be a file name or a list of them",
         ),
         ("[" * 3000, "is not valid YAML: maximum recursion depth exceeded"),
-        ("include:", "include (None) must be a file name or a list of file names"),
+        ("include:", "include (None) must be a file name or a list of them"),
     ],
 )
 def test_a_bad_file_is_named_with_the_place(write, text, message):
@@ -272,8 +272,8 @@ def test_bad_overrides(override, message):
         (["train.ema=[]"], "train.ema ([]) must have at least one decay"),
         (["train.ema=[a]"], "train.ema = ['a'] must be a finite number or a list of numbers"),
         (["train.keep_every=-1"], "train.keep_every (-1) must be at least 0"),
-        (["data.window=0"], "data.window (0) must be at least 1 shard"),
-        (["data.prefetch=0"], "data.prefetch (0) must be at least 1 step"),
+        (["data.window=0"], "data.window (0) must be at least 1"),
+        (["data.prefetch=0"], "data.prefetch (0) must be at least 1"),
         (["sample.steps=0"], "sample.steps (0) must be at least 1"),
         (["sample.gamma=2"], "sample.gamma (2.0) must be in [0, 1]"),
         (

@@ -63,7 +63,7 @@ REFUSED = {
         {"comms_logger": {"xyz": 1}},
         [],
         "unknown key comms_logger.xyz (value 1) in the DeepSpeed JSON; known: enabled, "
-        "prof_all, prof_ops, verbose, debug",
+        "prof_all, verbose, debug, prof_ops",
     ),
     "flops profiler": (
         {"flops_profiler": {"profile_steps": 3}},

@@ -25,7 +25,7 @@ LAYERS = [
     ["diffmoe.parity", "diffmoe.huggingface"],
     ["diffmoe.training"],
     ["diffmoe.evaluation"],
-    ["diffmoe.diffusion", "diffmoe.data", "diffmoe.checkpoints.check", "diffmoe.cost"],
+    ["diffmoe.diffusion", "diffmoe.data", "diffmoe.cost"],
     ["diffmoe.models"],
     ["diffmoe.checkpoints"],
     ["diffmoe.moe"],

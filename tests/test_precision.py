@@ -39,7 +39,7 @@ from diffmoe.models.layers import TimestepEmbedding
 from diffmoe.models.logical import initialize
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import single_process
-from diffmoe.training import loop
+from diffmoe.training import start as training_start
 from diffmoe.training.resume import changes
 from programs import digits, run_cases, tiny, tiny_config, trained
 from test_encode import request
@@ -157,10 +157,10 @@ def run_config(monkeypatch, precision):
 
 
 def test_training_and_its_own_sampling_and_scores(monkeypatch, precision):
-    monkeypatch.setattr(loop, "newest_usable", stop)
+    monkeypatch.setattr(training_start, "newest_usable", stop)
     config = load_config(tiny_config(), [f"run.fp32_precision={precision}", "parallel.ep=1"])
     with pytest.raises(Started):
-        loop.start(config, resolve_layout(config, 1), {}, single_process(), CPU)
+        training_start.start(config, resolve_layout(config, 1), {}, single_process(), CPU)
     assert allowed() == (precision, precision)
 
 

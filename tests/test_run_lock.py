@@ -1,6 +1,7 @@
 """Two runs never share a run folder; and what a dead one leaves there stops nobody."""
 
 import errno
+import fcntl
 import functools
 import json
 import multiprocessing
@@ -32,7 +33,7 @@ def left(folder, **changes):
 
 
 def test_a_living_run_keeps_its_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "BEAT_S", 0.05)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.05)
     with RunLock(tmp_path, ALONE) as first:
         first.take()
         first.take()
@@ -53,7 +54,7 @@ def test_a_start_that_another_overtook_writes_nothing(tmp_path, monkeypatch, the
     """The other begins while this one looks at its data; the folder is new to both, or an empty
     one.
     """
-    monkeypatch.setattr(run_lock, "BEAT_S", 0.05)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.05)
     folder = tmp_path / "run"
     if there:
         folder.mkdir()
@@ -98,7 +99,7 @@ def test_what_a_dead_run_left_is_passed_over(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_another_run_took_meanwhile_is_left_to_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "BEAT_S", 0.05)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.05)
     with RunLock(tmp_path, ALONE) as run:
         run.take()
         deadline = time.monotonic() + 60
@@ -155,15 +156,6 @@ def dead(folder, number):
     left(folder, process=number, job="12")
 
 
-def dead_while_it_took_over(folder, number):
-    """A start had succeeded a dead run's record, and died before it put its own in place."""
-    left(folder, process=number)
-    lock = RunLock(folder, ALONE)
-    lock._create(
-        lock._successor(lock._read(folder / FILE_NAME)), {**lock._me, "job": "12", "start": "0"}
-    )
-
-
 def dead_here(folder, number):
     left(folder, host=socket.gethostname(), process=dead_process(), start=str(number))
 
@@ -190,10 +182,10 @@ def start_at(gate, folder, ask, say):
             ask()
 
 
-@pytest.mark.parametrize("before", [nothing, dead, dead_while_it_took_over, dead_here])
+@pytest.mark.parametrize("before", [nothing, dead, dead_here])
 def test_of_starts_at_the_same_moment_exactly_one_takes_the_folder(tmp_path, monkeypatch, before):
     """Processes, which share nothing but the folder; 200 times."""
-    monkeypatch.setattr(run_lock, "BEAT_S", 0.01)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.01)
     monkeypatch.setattr(run_lock, "_PATIENCE_S", 60.0)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -224,30 +216,29 @@ def test_of_starts_at_the_same_moment_exactly_one_takes_the_folder(tmp_path, mon
 
 
 def test_a_run_whose_record_moves_at_the_last_moment_keeps_its_folder(tmp_path, monkeypatch):
-    """It stood still for as long as one looks, and goes on just before its record is succeeded."""
+    """It stood still for as long as one looks, and goes on just before its record is replaced."""
     monkeypatch.setattr(run_lock, "_PATIENCE_S", 0.05)
     left(tmp_path)
     lock = RunLock(tmp_path, ALONE)
-    original, moved = lock._create, []
+    is_dead = lock._is_dead
 
-    def create(path, record):
-        if path.name != FILE_NAME and not moved:
-            left(tmp_path, count=4)
-            moved.append(path)
-        return original(path, record)
+    def then_moves(found):
+        dead = is_dead(found)
+        left(tmp_path, count=4)
+        return dead
 
-    monkeypatch.setattr(lock, "_create", create)
-    assert lock._try() is False and moved and not moved[0].exists()
-    assert json.loads((tmp_path / FILE_NAME).read_text())["host"] == "elsewhere"
+    monkeypatch.setattr(lock, "_is_dead", then_moves)
+    assert lock._try() is False
+    found = json.loads((tmp_path / FILE_NAME).read_text())
+    assert (found["host"], found["count"]) == ("elsewhere", 4)
 
 
-@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP])
-def test_a_file_system_without_links_holds_one_run_too(tmp_path, monkeypatch, code):
-    def link(*_):
-        raise OSError(code, os.strerror(code))
+def test_a_file_system_without_locks_holds_one_run_too(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(os, "link", link)
-    monkeypatch.setattr(run_lock, "BEAT_S", 0.02)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.02)
     with RunLock(tmp_path, ALONE) as first:
         first.take()
         with (
@@ -256,19 +247,3 @@ def test_a_file_system_without_links_holds_one_run_too(tmp_path, monkeypatch, co
         ):
             second.take()
     assert not list(tmp_path.iterdir())
-
-
-def test_a_link_whose_answer_was_lost_counts(tmp_path, monkeypatch):
-    """As over NFS: the request came twice, and the second time the name was taken, by this process
-    itself.
-    """
-    original = os.link
-
-    def link(source, target):
-        original(source, target)
-        raise FileExistsError(target)
-
-    monkeypatch.setattr(os, "link", link)
-    with RunLock(tmp_path, ALONE) as run:
-        run.take()
-        assert json.loads((tmp_path / FILE_NAME).read_text())["process"] == os.getpid()

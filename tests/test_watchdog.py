@@ -23,7 +23,7 @@ from diffmoe.config import RunConfig
 from diffmoe.parallel.collectives import EXIT_LOST, is_lost_peer
 from diffmoe.parallel.groups import build_groups, single_process
 from diffmoe.training import limits
-from diffmoe.training.watchdog import Beat, Watchdog, _runs
+from diffmoe.training.watchdog import Heartbeat, Watchdog, _runs
 from programs import Nursery
 
 # ---------------------------------------------------------------------------------------------------
@@ -205,18 +205,18 @@ def test_what_the_judge_sleeps_through_is_nobodys_silence(monkeypatch):
     watchdog = Watchdog(single_process(), 600.0)
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    watchdog._store.set("beat/0", Beat(0, "host", 1, 7, watchdog.trace).dumps())
+    watchdog._store.set("beat/0", Heartbeat(0, "host", 1, 7, watchdog.trace).dumps())
     for _ in range(3):
         watchdog._read([0])
         clock[0] += watchdog.interval
     for pause in (1000.0, 1000.0):
         clock[0] += pause
         watchdog._read([0])
-        assert watchdog._judge() is None
+        assert watchdog._look() is None
     for _ in range(20):
         clock[0] += watchdog.interval
         watchdog._read([0])
-    assert "has not answered" in watchdog._judge()
+    assert "has not answered" in watchdog._look()
 
 
 def test_which_processes_run():
@@ -312,7 +312,7 @@ def break_off(watchdog):
     watchdog._look = lambda: next(looks) if watchdog._lost_at else None
     watchdog._without_store = lambda: None
     watchdog._end = lambda _text: watchdog._stopping.set()
-    watchdog._lost(RuntimeError("Connection closed by peer"))
+    watchdog._check_lost(RuntimeError("Wait timeout"))
 
 
 def fail(watchdog):
@@ -361,7 +361,7 @@ def test_what_the_main_thread_says_is_in_the_last_beat(where, end, state):
     for thread in (watchdog._talker, watchdog._thread):
         thread.join(60)
         assert not thread.is_alive()
-    assert Beat.loads(store.get("beat/0")).state == state
+    assert Heartbeat.loads(store.get("beat/0")).state == state
 
 
 def test_a_rank_that_ends_by_its_own_error_is_not_ended_by_anothers(monkeypatch):

@@ -35,6 +35,7 @@ from diffmoe.training.checkpoint import Saved, Saver
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine
 
+FACTS = ("model", "experts", "ranks", "zero", "repeats")
 WAYS = ("full state dict", "streamed", "beside training")
 
 
@@ -44,56 +45,35 @@ def main(arguments: list[str]) -> int:
         prog="bench checkpoint",
         description="Stall and total time of a save against torch.save of a full state dict.",
     )
-    parser.add_argument(
-        "--model", choices=["s", "b", "l", "xl"], default="s", help="size (default s)"
-    )
-    parser.add_argument("--experts", type=int, default=4, help="default 4")
-    parser.add_argument(
-        "--ranks", type=int, default=2, help="default 2, which share one set of experts"
-    )
-    parser.add_argument(
-        "--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default 1)"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds (default 5)")
-    parser.add_argument(
-        "--folder",
-        help="where to write, on the disk that is meant (default: the system's temporary folder)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="one line of JSON in place of the table"
-    )
+    add = parser.add_argument
+    add("--model", choices=["s", "b", "l", "xl"], default="s", help="size (default s)")
+    add("--experts", type=int, default=4, help="default 4")
+    add("--ranks", type=int, default=2, help="default 2, which share one set of experts")
+    add("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default 1)")
+    add("--repeats", type=int, default=5, help="timed rounds (default 5)")
+    add("--folder", help="on the disk that is meant (default: the system's temporary folder)")
+    add("--json", action="store_true", help="one line of JSON in place of the table")
     options = parser.parse_args(arguments)
     for name in ("ranks", "repeats"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} ({getattr(options, name)}) must be at least 1")
-    config = load_config(
-        f"configs/base/{options.model}.yaml",
-        [
-            f"moe.experts={options.experts}",
-            f"parallel.ep={options.ranks}",
-            f"train.batch={options.ranks}",
-            "moe.pool=1",
-        ],
-    )
+    overrides = [f"moe.experts={options.experts}", "moe.pool=1"]
+    overrides += [f"parallel.ep={options.ranks}", f"train.batch={options.ranks}"]
+    config = load_config(f"configs/base/{options.model}.yaml", overrides)
     with (
         tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=options.folder) as folder,
         Ranks(options.ranks, timeout=1800.0) as ranks,
     ):
         size, rounds = ranks.run(_measure, folder, config, options.zero, options.repeats)[0]
-    medians = {
-        way: {
-            what: statistics.median(r[way][i] for r in rounds)
-            for i, what in enumerate(("stall_s", "total_s"))
+    medians = {}
+    for way in WAYS:
+        stalls, totals = zip(*(found[way] for found in rounds))
+        medians[way] = {
+            "stall_s": statistics.median(stalls),
+            "total_s": statistics.median(totals),
         }
-        for way in WAYS
-    }
     if options.json:
-        facts = {
-            "model": options.model,
-            "experts": options.experts,
-            "ranks": options.ranks,
-            "zero": options.zero,
-            "repeats": options.repeats,
+        facts = {name: getattr(options, name) for name in FACTS} | {
             "bytes": size,
             "cores": os.cpu_count(),
             "python": platform.python_version(),
@@ -103,26 +83,19 @@ def main(arguments: list[str]) -> int:
         }
         print(json.dumps({"bench": "checkpoint", **facts}), flush=True)
         return 0
-    base = medians[WAYS[0]]
-    rows = [
-        (
-            way,
-            *(
-                text
-                for what in ("stall_s", "total_s")
-                for text in (f"{found[what]:.3f}", f"{found[what] / base[what]:.2f}")
-            ),
-            f"{size / found['total_s'] / 1e9:.2f}",
-        )
-        for way, found in medians.items()
-    ]
+    rows = []
+    for way, found in medians.items():
+        cells = [way]
+        for what, seconds in found.items():
+            cells += [f"{seconds:.3f}", f"{seconds / medians[WAYS[0]][what]:.2f}"]
+        rows.append((*cells, f"{size / found['total_s'] / 1e9:.2f}"))
     print(
-        f"{options.model} with {options.experts} experts, {options.ranks} ranks, ZeRO {options.zero}: {size / 1e9:.2f} GB of fp32 "
-        f"state (weights, EMA, moments); medians of {options.repeats} rounds\n"
+        f"{options.model} with {options.experts} experts, {options.ranks} ranks, ZeRO "
+        f"{options.zero}: {size / 1e9:.2f} GB of fp32 state (weights, EMA, moments); medians of "
+        f"{options.repeats} rounds\n"
     )
-    print(
-        "\n".join(table(("way", "stall s", "ratio", "total s", "ratio", "GB/s"), rows)), flush=True
-    )
+    heads = ("way", "stall s", "ratio", "total s", "ratio", "GB/s")
+    print("\n".join(table(heads, rows)), flush=True)
     return 0
 
 
@@ -136,19 +109,14 @@ def _measure(
     groups = build_groups(layout.ep, layout.pool_ranks)
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups)
     initialize(model, config.run.seed)
-    engine = Engine(
-        model, config, layout, {"zero_optimization": {"stage": stage}}, groups, torch.device("cpu")
-    )
+    tree = {"zero_optimization": {"stage": stage}}
+    engine = Engine(model, config, layout, tree, groups, torch.device("cpu"))
     ema = Ema(engine, config.train.ema_decays)
-    savers = {
-        way: Saver(
-            Path(folder) / way.replace(" ", "_"),
-            _with(config, way == "beside training"),
-            layout,
-            groups,
-        )
-        for way in WAYS[1:]
-    }
+    savers = {}
+    for way in WAYS[1:]:
+        train = dataclasses.replace(config.train, async_save=way == "beside training", keep=1)
+        where = Path(folder) / way.replace(" ", "_")
+        savers[way] = Saver(where, dataclasses.replace(config, train=train), layout, groups)
     size, rounds = 0, []
     for number in range(repeats + 1):  # the first warms up
         found: dict[str, tuple[float, float]] = {}
@@ -173,38 +141,26 @@ def _measure(
     return size, rounds
 
 
-def _with(config: Config, async_save: bool) -> Config:
-    return dataclasses.replace(
-        config, train=dataclasses.replace(config.train, async_save=async_save, keep=1)
-    )
-
-
 def _save_full_state(path: Path, engine: Engine, ema: Ema) -> int:
     """What a script without shards does: everything on rank 0, in one file.  Returns its bytes, on
     rank 0.
 
     Experts of other ranks are sent to rank 0 as well."""
-    kinds = {
-        **{kind: engine.shards(kind) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)},
-        "ema": ema.shards,
-    }
-    ep = engine.groups.ep
+    kinds = {kind: engine.shards(kind) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)}
+    kinds["ema"] = ema.shards
+    ep, first = engine.groups.ep, engine.groups.rank == 0
     state: dict[str, torch.Tensor] = {}
     for kind, shards in kinds.items():
         for tensor, value in engine.read(shards):
             parts = [value]
             if tensor.experts is not None and ep.size > 1:
-                parts = (
-                    [torch.empty_like(value) for _ in ep.ranks] if engine.groups.rank == 0 else None
-                )
+                parts = [torch.empty_like(value) for _ in ep.ranks] if first else []
                 torch.distributed.gather(
-                    value.contiguous(), parts, dst=ep.ranks[0], group=ep.handle
+                    value.contiguous(), parts or None, dst=ep.ranks[0], group=ep.handle
                 )
-            if engine.groups.rank == 0:
-                state[f"{kind}/{tensor.name}"] = (
-                    torch.cat(parts).cpu() if len(parts) > 1 else value.cpu().clone()
-                )
-    if engine.groups.rank != 0:
+            if first:
+                state[f"{kind}/{tensor.name}"] = torch.cat(parts).cpu().clone()
+    if not first:
         return 0
     with open(path, "wb") as stream:
         torch.save(state, stream)

@@ -12,27 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffmoe.checkpoints.tensor_file import CHUNK, Damaged, Piece, Written
+from diffmoe.checkpoints.tensor_file import CHUNK, Damaged, FileRecord, Piece
 from diffmoe.errors import UserError
 
 FORMAT = 2
 MANIFEST = "checkpoint.json"
 _FILE = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)-([0-9]{5})\.safetensors")
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One file: its bytes and checksums, and the elements [start, stop) that it holds of each
-    tensor.
-    """
-
-    bytes: int
-    crc32: tuple[int, ...]
-    tensors: Mapping[str, tuple[int, int]]
-
-    @property
-    def written(self) -> Written:
-        return Written(self.bytes, self.crc32)
 
 
 @dataclass(frozen=True)
@@ -56,9 +41,8 @@ class Manifest:
 
     def pieces(self, file: str) -> list[Piece]:
         """What a file must hold, in its order."""
-        return [
-            Piece(name, self.shapes[name], *span) for name, span in self.files[file].tensors.items()
-        ]
+        spans = self.files[file].tensors.items()
+        return [Piece(name, self.shapes[name], *span) for name, span in spans]
 
 
 def file_name(kind: str, part: int) -> str:
@@ -70,7 +54,7 @@ def file_name(kind: str, part: int) -> str:
 
 def kind_of(file: str) -> str:
     """The inverse of :func:`file_name`."""
-    return _FILE.fullmatch(file)[1]
+    return file.rpartition("-")[0]
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -115,32 +99,30 @@ def _parse(tree: dict) -> Manifest:
     if not isinstance(tree["config"], dict) or not isinstance(tree["counters"], dict):
         raise UserError("config and counters must be mappings")
     return Manifest(
-        *(_natural(tree[key]) for key in ("step", "samples", "pool", "ranks")),
-        tuple(map(float, tree["emas"])),
-        tree["counters"],
-        tree["config"],
-        shapes,
-        files,
-        tuple(map(str, tree.get("class_names", ()))),
+        **{key: _natural(tree[key]) for key in ("step", "samples", "pool", "ranks")},
+        emas=tuple(map(float, tree["emas"])),
+        counters=tree["counters"],
+        config=tree["config"],
+        shapes=shapes,
+        files=files,
+        class_names=tuple(map(str, tree.get("class_names", ()))),
     )
 
 
 def _parse_file(name: str, record: dict, shapes: Mapping[str, tuple[int, ...]]) -> FileRecord:
     if not _FILE.fullmatch(name):
         raise UserError(f"{name!r} is not the name of a file of a checkpoint")
-    spans = {
-        tensor: (_natural(start), _natural(stop))
-        for tensor, (start, stop) in record["tensors"].items()
-    }
-    strangers = [tensor for tensor in spans if tensor not in shapes]
-    if strangers:
-        raise UserError(f"{name} holds {strangers[0]}, which has no shape")
-    if sum(stop - start for start, stop in spans.values()) > _natural(record["bytes"]):
-        raise UserError(f"{name} cannot hold as many elements in {record['bytes']} bytes")
-    written = FileRecord(_natural(record["bytes"]), tuple(map(_natural, record["crc32"])), spans)
-    if len(written.crc32) != -(-written.bytes // CHUNK):
-        raise UserError(f"{name} has {len(written.crc32)} checksums for {written.bytes} bytes")
-    return written
+    size, crc32 = _natural(record["bytes"]), tuple(map(_natural, record["crc32"]))
+    spans = {}
+    for tensor, (start, stop) in record["tensors"].items():
+        if tensor not in shapes:
+            raise UserError(f"{name} holds {tensor}, which has no shape")
+        spans[tensor] = _natural(start), _natural(stop)
+    if sum(stop - start for start, stop in spans.values()) > size:
+        raise UserError(f"{name} cannot hold as many elements in {size} bytes")
+    if len(crc32) != -(-size // CHUNK):
+        raise UserError(f"{name} has {len(crc32)} checksums for {size} bytes")
+    return FileRecord(size, crc32, spans)
 
 
 def _natural(value: object) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.checkpoints.manifest import MANIFEST, kind_of, read_manifest
-from diffmoe.checkpoints.tensor_file import Damaged, Piece, TensorFile, whole_entry_pieces
+from diffmoe.checkpoints.tensor_file import Damaged, Piece, TensorFile
 from diffmoe.config import Config, config_from_tree
 from diffmoe.errors import UserError
 
@@ -48,8 +48,8 @@ def complete_folders(folder: Path) -> list[Path]:
 class Tensors(Mapping[str, Tensor]):
     """Tensors by name, put together from the files that hold their pieces.
 
-    Raises Damaged when the pieces of a tensor leave a gap or overlap.  One file is open and one
-    chunk in memory at a time.
+    Raises Damaged when the pieces of a tensor leave a gap or overlap.  One chunk is in memory at a
+    time.
     """
 
     def __init__(self, pieces: list[tuple[Piece, TensorFile]], source: str) -> None:
@@ -59,19 +59,18 @@ class Tensors(Mapping[str, Tensor]):
             self._pieces.setdefault(piece.name, []).append((piece, file))
         for name, found in self._pieces.items():
             found.sort(key=lambda pair: (pair[0].start, pair[0].stop))
-            at = 0
+            at, shape = 0, found[0][0].shape
             for piece, file in found:
                 if piece.start < at:
                     raise Damaged(
-                        f"{source}: tensor {name} is twice there from element {piece.start} on, {file.path.name} the second"
+                        f"{source}: tensor {name} is twice there from element {piece.start} on,"
+                        f" {file.path.name} the second"
                     )
                 if piece.start > at or piece.stop < piece.start:
                     raise Damaged(f"{source} lacks elements {at} to {piece.start} of {name}")
                 at = piece.stop
-            if at != prod(found[0][0].shape):
-                raise Damaged(
-                    f"{source} has {at} elements of {name}, whose shape is {list(found[0][0].shape)}"
-                )
+            if at != prod(shape):
+                raise Damaged(f"{source} has {at} elements of {name}, whose shape is {list(shape)}")
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._pieces[name][0][0].shape
@@ -79,7 +78,7 @@ class Tensors(Mapping[str, Tensor]):
     def dtype(self, name: str) -> torch.dtype:
         """Opens one file."""
         piece, file = self._pieces[name][0]
-        return self._use(file).dtype(piece.key)
+        return self._use(file).entry(piece.key).dtype
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Copies the elements from ``start`` on into the flat tensor ``out``, on any device, and
@@ -89,9 +88,8 @@ class Tensors(Mapping[str, Tensor]):
         for piece, file in self._pieces[name]:
             first, last = max(start, piece.start), min(stop, piece.stop)
             if first < last:
-                self._use(file).read_into(
-                    piece.key, first - piece.start, out[first - start : last - start]
-                )
+                part = out[first - start : last - start]
+                self._use(file).read_into(piece.key, first - piece.start, part)
 
     def _use(self, file: TensorFile) -> TensorFile:
         if self._last is not None and self._last is not file:
@@ -115,14 +113,12 @@ def open_tensors(paths: list[Path]) -> Tensors:
     """The tensors of safetensors files that belong to no checkpoint, by name.  Damaged for a bad
     file or a doubled name.
     """
-    files = [TensorFile(path) for path in paths]
-    opened = Tensors(
-        [(piece, file) for file in files for piece in whole_entry_pieces(file)],
-        "together the files",
-    )
-    for file in files:
+    pieces = []
+    for file in map(TensorFile, paths):
+        for key, entry in file.entries.items():
+            pieces.append((Piece(key, entry.shape, 0, prod(entry.shape)), file))
         file.release()
-    return opened
+    return Tensors(pieces, "together the files")
 
 
 class Checkpoint:
@@ -137,11 +133,13 @@ class Checkpoint:
         if not (path / MANIFEST).is_file():
             newest = complete_folders(path / "checkpoints") or complete_folders(path)
             if not newest:
-                exported = ", but an exported model: run.py import --hf makes a checkpoint of it, DiffMoEPipeline reads it as it is"
-                raise UserError(
-                    f"no complete checkpoint in {path}"
-                    + exported * (path / "config.json").is_file()
-                )
+                message = f"no complete checkpoint in {path}"
+                if (path / "config.json").is_file():
+                    message += (
+                        ", but an exported model: run.py import --hf makes a checkpoint of it,"
+                        " DiffMoEPipeline reads it as it is"
+                    )
+                raise UserError(message)
             path = newest[-1]
         self.path = path
         self.manifest = read_manifest(path / MANIFEST)
@@ -151,7 +149,7 @@ class Checkpoint:
             if not there.is_file() or there.stat().st_size != record.bytes:
                 found = there.stat().st_size if there.is_file() else "no"
                 raise Damaged(f"{there} must have {record.bytes} bytes and has {found}")
-            self._files[name] = TensorFile(there, record.written)
+            self._files[name] = TensorFile(there, record)
 
     @property
     def step(self) -> int:
@@ -175,7 +173,7 @@ class Checkpoint:
 
     def config(self) -> Config:
         """The resolved configuration of the run that wrote it."""
-        return config_from_tree(self.manifest.config)
+        return config_from_tree(dict(self.manifest.config))
 
     def kinds(self) -> list[str]:
         """The kinds of tensors that are there."""
@@ -185,25 +183,16 @@ class Checkpoint:
         """Tensors of ``master``, ``exp_avg``, ``exp_avg_sq``, ``buffers`` or an :func:`ema_kind`;
         empty if there are none.
         """
-        return Tensors(
-            [
-                (piece, file)
-                for name, file in self._files.items()
-                if kind_of(name) == kind
-                for piece in self.manifest.pieces(name)
-            ],
-            f"{kind} of {self.path}",
-        )
+        files = [(name, file) for name, file in self._files.items() if kind_of(name) == kind]
+        pieces = [(piece, file) for name, file in files for piece in self.manifest.pieces(name)]
+        return Tensors(pieces, f"{kind} of {self.path}")
 
     def weights(self, which: str) -> Tensors:
         """Weights of ``raw`` (what is trained), ``ema`` (the default EMA) or ``ema:0.999``.  Raises
         UserError for others.
         """
-        names = {
-            "raw": MASTER,
-            "ema": ema_kind(self.manifest.emas[0]),
-            **{f"ema:{decay!r}": ema_kind(decay) for decay in self.manifest.emas},
-        }
+        names = {"raw": MASTER, "ema": ema_kind(self.manifest.emas[0])}
+        names |= {f"ema:{decay!r}": ema_kind(decay) for decay in self.manifest.emas}
         kind, _, decay = which.partition(":")
         if kind == "ema" and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", decay):
             which = f"ema:{float(decay)!r}"  # 0.9990 is 0.999
@@ -215,11 +204,8 @@ class Checkpoint:
         """Reads a whole file.  Raises Damaged unless its bytes and its header are what the manifest
         says.
         """
-        file, pieces = self._files[name], self.manifest.pieces(name)
+        file = self._files[name]
         file.check()
-        shapes = {
-            piece.key: piece.shape if piece.whole else (piece.stop - piece.start,)
-            for piece in pieces
-        }
-        if {key: entry.shape for key, entry in file.entries().items()} != shapes:
+        shapes = {piece.key: piece.stored_shape for piece in self.manifest.pieces(name)}
+        if {key: entry.shape for key, entry in file.entries.items()} != shapes:
             raise Damaged(f"{file.path} does not hold the tensors that {MANIFEST} says")

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffmoe.errors import UserError
+from diffmoe.strict_yaml import without_duplicates
 
 CHUNK = 4 * 2**20
 _MAX_HEADER = 100 * 2**20  # the stock library's limit
@@ -43,7 +44,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Damaged(UserError):
-    """A file is not what its checkpoint says: missing, cut, changed, or not whole."""
+    """A file is not what its checkpoint says: missing, cut, changed, or not intact."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,17 @@ class Piece:
     stop: int
 
     @property
+    def whole(self) -> bool:
+        return (self.start, self.stop) == (0, prod(self.shape))
+
+    @property
     def key(self) -> str:
         """Its name in a file: the tensor's own if it is all of it."""
         return self.name if self.whole else f"{self.name}[{self.start}:{self.stop}]"
 
     @property
-    def whole(self) -> bool:
-        return (self.start, self.stop) == (0, prod(self.shape))
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape if self.whole else (self.stop - self.start,)
 
 
 def whole_piece(name: str, value: Tensor) -> Piece:
@@ -71,16 +76,19 @@ def whole_piece(name: str, value: Tensor) -> Piece:
 
 
 @dataclass(frozen=True)
-class Written:
-    """What was written: the size of the file and the CRC-32 of each of its chunks, in order."""
+class FileRecord:
+    """What was written: the size of the file, the CRC-32 of each of its chunks in order, and the
+    elements [start, stop) that it holds of each tensor.
+    """
 
     bytes: int
     crc32: tuple[int, ...]
+    tensors: Mapping[str, tuple[int, int]]
 
 
 def write_tensors(
     path: Path, pieces: Sequence[tuple[Piece, torch.dtype]], values: Iterable[Tensor]
-) -> Written:
+) -> FileRecord:
     """Writes ``values`` (one flat tensor for each piece, in order, on any device) and syncs the
     file.
 
@@ -94,60 +102,55 @@ def write_tensors(
         begin, end = end, end + (piece.stop - piece.start) * dtype.itemsize
         header[piece.key] = {
             "dtype": _NAMES[dtype],
-            "shape": list(piece.shape if piece.whole else (piece.stop - piece.start,)),
+            "shape": list(piece.stored_shape),
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb", buffering=0) as stream:
-        out = _Checksummed(stream)
-        out.write(struct.pack("<Q", len(text)) + text)
+    checksums = _Checksums()
+
+    def parts() -> Iterable[memoryview]:
+        yield memoryview(len(text).to_bytes(8, "little") + text)
         for (piece, dtype), value in zip(pieces, values, strict=True):
             assert value.dtype == dtype and value.shape == (piece.stop - piece.start,), piece
             for part in value.detach().split(CHUNK // dtype.itemsize):
-                out.write(memoryview(part.cpu().contiguous().view(torch.uint8).numpy()))
-        written = out.finish()
+                yield part.cpu().contiguous().view(torch.uint8).numpy().data
+
+    with open(path, "wb") as stream:
+        for data in parts():
+            stream.write(data)
+            checksums.add(data)
+        stream.flush()
         os.fsync(stream.fileno())
-    assert written.bytes == 8 + len(text) + end
-    return written
+    assert checksums.bytes == 8 + len(text) + end
+    spans = {piece.name: (piece.start, piece.stop) for piece, _ in pieces}
+    assert len(spans) == len(pieces), "two pieces of a tensor in one file"
+    return FileRecord(checksums.bytes, tuple(checksums.crc32), spans)
 
 
-class _Checksummed:
-    """Writes a stream and keeps the CRC-32 of each of its chunks."""
+class _Checksums:
+    """The CRC-32 of each chunk of what was added."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self._crc32, self._filled, self._running, self._bytes = stream, [], 0, 0, 0
+    def __init__(self) -> None:
+        self.crc32: list[int] = []
+        self.bytes = 0
 
-    def write(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
-        while rest.nbytes:
-            part, rest = rest[: CHUNK - self._filled], rest[CHUNK - self._filled :]
-            left = part
-            while left.nbytes:  # an unbuffered write may take less than it is given
-                left = left[self._stream.write(left) :]
-            self._running = zlib.crc32(part, self._running)
-            self._filled += part.nbytes
-            self._bytes += part.nbytes
-            if self._filled == CHUNK:
-                self._close_chunk()
-
-    def _close_chunk(self) -> None:
-        self._crc32.append(self._running)
-        self._filled = self._running = 0
-
-    def finish(self) -> Written:
-        if self._filled:
-            self._close_chunk()
-        return Written(self._bytes, tuple(self._crc32))
+    def add(self, data: memoryview) -> None:
+        while data.nbytes:
+            inside = self.bytes % CHUNK
+            part, data = data[: CHUNK - inside], data[CHUNK - inside :]
+            if inside == 0:
+                self.crc32.append(0)
+            self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
+            self.bytes += part.nbytes
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies in a file."""
+class Entry(NamedTuple):
+    """Where a tensor lies in a file, in bytes from its start."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int  # bytes from the start of the file
+    begin: int
     end: int
 
 
@@ -157,65 +160,72 @@ class TensorFile:
 
     Keeps one chunk in memory until :meth:`release`."""
 
-    def __init__(self, path: Path, written: Written | None = None) -> None:
+    def __init__(self, path: Path, written: FileRecord | None = None) -> None:
         self.path, self._written = path, written
-        self._entries: dict[str, Entry] | None = None
-        self._stream: BinaryIO | None = None
         self._held: tuple[int, memoryview] | None = None
 
+    @cached_property
     def entries(self) -> dict[str, Entry]:
         """What the header says, by key.  Raises Damaged unless it is a safetensors header that fits
         the file.
         """
-        if self._entries is None:
-            self._entries = self._read_header()
-        return self._entries
+        total = self.path.stat().st_size if self.path.exists() else 0
+        length = int.from_bytes(self._read(0, 8), "little") if total >= 8 else total
+        if length > min(_MAX_HEADER, total - 8):
+            raise Damaged(
+                f"{self.path} is not a whole safetensors file: its header would have {length} bytes"
+                f" of {total}"
+            )
+        text = self._read(8, length)
+        try:
+            tree = json.loads(text.decode(), object_pairs_hook=without_duplicates)
+            return {
+                key: _parse_entry(record, 8 + length, total)
+                for key, record in tree.items()
+                if key != "__metadata__"
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Damaged(f"{self.path} is not a whole safetensors file: {error}") from None
 
-    def dtype(self, key: str) -> torch.dtype:
-        """An entry's type, from the header."""
-        return self._entry(key).dtype
+    def entry(self, key: str) -> Entry:
+        """Raises Damaged where there is none."""
+        if key not in self.entries:
+            raise Damaged(f"{self.path} has no tensor {key}")
+        return self.entries[key]
 
     def read_into(self, key: str, first: int, out: Tensor) -> None:
         """Copies the elements of an entry from ``first`` on into the flat tensor ``out`` (any
         device).
         """
-        entry = self._entry(key)
-        size = entry.dtype.itemsize
-        begin = entry.begin + first * size
+        entry = self.entry(key)
         if out.dtype != entry.dtype:
             raise Damaged(f"{self.path}: {key} is {entry.dtype}, not {out.dtype}")
+        size = entry.dtype.itemsize
+        begin = entry.begin + first * size
         assert out.dim() == 1 and begin + out.numel() * size <= entry.end, (key, first, out.shape)
-        step = CHUNK // size
-        for at in range(0, out.numel(), step):
-            part = out[at : at + step]
-            host = (
-                torch.empty(part.shape, dtype=part.dtype)
-                if part.device.type != "cpu" or not part.is_contiguous()
-                else part
-            )
-            self._fill(memoryview(host.view(torch.uint8).numpy()), begin + at * size)
+        for part in out.split(CHUNK // size):
+            host = part if part.is_cpu and part.is_contiguous() else torch.empty_like(part).cpu()
+            self._fill(host.view(torch.uint8).numpy().data, begin)
             if host is not part:
                 part.copy_(host)
+            begin += part.numel() * size
 
     def check(self) -> None:
         """Reads everything and raises Damaged for the first chunk that is not what was written."""
         assert self._written is not None
-        self.entries()
+        _ = self.entries
         for number in range(len(self._written.crc32)):
             self._chunk(number)
         self.release()
 
     def release(self) -> None:
-        """Closes the file and lets the chunk in memory go; the next read opens it again."""
-        if self._stream is not None:
-            self._stream.close()
-        self._stream = self._held = None
+        """Lets the chunk in memory go."""
+        self._held = None
 
-    def _entry(self, key: str) -> Entry:
-        entry = self.entries().get(key)
-        if entry is None:
-            raise Damaged(f"{self.path} has no tensor {key}")
-        return entry
+    def _read(self, begin: int, count: int) -> bytearray:
+        content = bytearray(count)
+        self._fill(memoryview(content), begin)
+        return content
 
     def _fill(self, target: memoryview, begin: int) -> None:
         at = 0
@@ -230,68 +240,23 @@ class TensorFile:
     def _chunk(self, number: int) -> memoryview:
         if self._held is not None and self._held[0] == number:
             return self._held[1]
-        if self._stream is None:
-            try:
-                self._stream = open(self.path, "rb", buffering=0)
-            except FileNotFoundError:
-                raise Damaged(f"{self.path} is missing") from None
-        buffer = self._held[1].obj if self._held is not None else bytearray(CHUNK)
-        self._held = None
-        self._stream.seek(number * CHUNK)
-        filled = 0
-        while filled < CHUNK and (count := self._stream.readinto(memoryview(buffer)[filled:])):
-            filled += count
-        data = memoryview(buffer)[:filled]
-        if self._written is not None:
-            expected = self._written.crc32[number] if number < len(self._written.crc32) else None
-            if zlib.crc32(data) != expected:
-                raise Damaged(
-                    f"{self.path} is not what was written: its checksum is wrong in bytes {number * CHUNK} to "
-                    f"{number * CHUNK + filled}"
-                )
-        self._held = (number, data)
-        return data
-
-    def _read_header(self) -> dict[str, Entry]:
+        self._held, start = None, number * CHUNK
         try:
-            total = self.path.stat().st_size
+            with open(self.path, "rb") as stream:
+                stream.seek(start)
+                data = stream.read(CHUNK)
         except FileNotFoundError:
             raise Damaged(f"{self.path} is missing") from None
-        if total < 8:
-            raise Damaged(f"{self.path} is not a whole safetensors file: it has {total} bytes")
-        prefix = bytearray(8)
-        self._fill(memoryview(prefix), 0)
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(_MAX_HEADER, total - 8):
+        if self._written and self._written.crc32[number : number + 1] != (zlib.crc32(data),):
             raise Damaged(
-                f"{self.path} is not a whole safetensors file: its header would have {length} bytes of {total}"
+                f"{self.path} is not what was written: its checksum is wrong in bytes {start} to"
+                f" {start + len(data)}"
             )
-        text = bytearray(length)
-        self._fill(memoryview(text), 8)
-        try:
-            tree = json.loads(text.decode(), object_pairs_hook=_once)
-            return {
-                key: _parse_entry(record, 8 + length, total)
-                for key, record in tree.items()
-                if key != "__metadata__"
-            }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Damaged(f"{self.path} is not a whole safetensors file: {error}") from None
+        self._held = number, memoryview(data)
+        return self._held[1]
 
 
-def whole_entry_pieces(file: TensorFile) -> list[Piece]:
-    """The entries of a file whose keys are tensors' own names."""
-    return [Piece(key, entry.shape, 0, prod(entry.shape)) for key, entry in file.entries().items()]
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict:
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        raise UserError("a name stands twice in its header")
-    return tree
-
-
-def _parse_entry(record: dict, data: int, total: int) -> Entry:
+def _parse_entry(record: dict[str, Any], data: int, total: int) -> Entry:
     dtype, shape, (begin, end) = _DTYPES[record["dtype"]], record["shape"], record["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise UserError("shapes and offsets must be whole numbers")

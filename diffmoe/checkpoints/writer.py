@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffmoe.checkpoints.manifest import MANIFEST, FileRecord, Manifest, file_name, manifest_text
+from diffmoe.checkpoints.manifest import MANIFEST, Manifest, file_name, manifest_text
 from diffmoe.checkpoints.reader import BUFFERS, complete_folders, step_folder
-from diffmoe.checkpoints.tensor_file import Piece, whole_piece, write_tensors
+from diffmoe.checkpoints.tensor_file import FileRecord, Piece, whole_piece, write_tensors
 from diffmoe.config import Config, config_to_tree
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
@@ -72,10 +73,7 @@ def write_part(partial: Path, part: int, kinds: Mapping[str, Share]) -> None:
             if not content.pieces:
                 continue
             name = file_name(kind, part)
-            written = write_tensors(partial / name, content.pieces, content.values)
-            spans = {piece.name: (piece.start, piece.stop) for piece, _ in content.pieces}
-            assert len(spans) == len(content.pieces), "two pieces of a tensor in one file"
-            files[name] = FileRecord(written.bytes, written.crc32, spans)
+            files[name] = write_tensors(partial / name, content.pieces, content.values)
             shapes.update({piece.name: piece.shape for piece, _ in content.pieces})
         record = {"files": {name: asdict(file) for name, file in files.items()}, "shapes": shapes}
         _write_text(partial / _record_name(part), json.dumps(record))
@@ -83,10 +81,8 @@ def write_part(partial: Path, part: int, kinds: Mapping[str, Share]) -> None:
         with suppress(OSError):  # make room first: the disk may be full
             for kind in kinds:
                 (partial / file_name(kind, part)).unlink(missing_ok=True)
-            _write_text(
-                partial / _record_name(part),
-                json.dumps({"problem": f"{type(error).__name__}: {error}"}),
-            )
+            problem = {"problem": f"{type(error).__name__}: {error}"}
+            _write_text(partial / _record_name(part), json.dumps(problem))
         raise
 
 
@@ -97,9 +93,7 @@ def join_parts(
 
     Raises Stopped when another part failed or ``stopped()`` says so."""
     wanted = {_record_name(part) for part in range(parts)}
-    while not wanted <= {
-        entry.name for entry in os.scandir(partial)
-    }:  # a listing, which network file systems keep fresh
+    while not wanted <= set(os.listdir(partial)):  # a listing is fresh on network file systems
         if stopped():
             raise Stopped
         time.sleep(_POLL_S)
@@ -145,7 +139,7 @@ def describe(
     step: int,
     config: Config,
     layout: Layout,
-    counters: Mapping[str, object],
+    counters: Mapping[str, Any],
     files: Mapping[str, FileRecord],
     shapes: Mapping[str, tuple[int, ...]],
     class_names: tuple[str, ...] = (),

@@ -1,4 +1,4 @@
-"""The verb ``check-checkpoint``."""
+"""The subcommand ``check-checkpoint``."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ from diffmoe.errors import UserError
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``check-checkpoint``; returns 0 when everything is whole, else 1.  UserError where
-    there is no checkpoint.
-    """
+    """Returns 0 when everything is intact, else 1.  UserError where there is no checkpoint."""
     parser = Parser(
         prog="check-checkpoint",
-        description="Whether checkpoints are whole: the manifest, every file's size and "
+        description="Whether checkpoints are intact: the manifest, every file's size and "
         "checksums, every tensor that the configuration needs. Exit code 0, "
         "1 where one is not, 2 for bad input.",
     )
-    parser.add_argument(
-        "folder", nargs="+", help="checkpoint folder, or run folder (all of its checkpoints)"
-    )
-    parser.add_argument(
-        "--values", action="store_true", help="also look for values that are not finite"
-    )
+    words = "checkpoint folder, or run folder (all of its checkpoints)"
+    parser.add_argument("folder", nargs="+", help=words)
+    words = "also look for values that are not finite"
+    parser.add_argument("--values", action="store_true", help=words)
     options = parser.parse_args(arguments)
     one_process("check-checkpoint", environment)
     from diffmoe.checkpoints.manifest import MANIFEST
@@ -32,11 +28,9 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
     problems = 0
     for folder in map(Path, options.folder):
-        found = (
-            [folder]
-            if (folder / MANIFEST).is_file()
-            else complete_folders(folder / "checkpoints") or complete_folders(folder)
-        )
+        found = complete_folders(folder / "checkpoints") or complete_folders(folder)
+        if (folder / MANIFEST).is_file():
+            found = [folder]
         if not found:
             raise UserError(f"no complete checkpoint in {folder}")
         for path in found:
@@ -46,8 +40,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
 def _check(path: Path, values: bool) -> int:
     """Prints what is wrong with one checkpoint, or what it is.  Returns the number of problems."""
-    from diffmoe.checkpoints.check import check_files, check_tensors, check_values
     from diffmoe.checkpoints.reader import Checkpoint
+    from diffmoe.training.checkpoint_check import check_files, check_tensors, check_values
 
     try:
         checkpoint = Checkpoint(path)
@@ -57,12 +51,9 @@ def _check(path: Path, values: bool) -> int:
     except (UserError, OSError) as error:
         problems = [str(error)]
     for problem in problems:
-        print(f"damaged  {problem}", flush=True)
+        print(f"corrupt  {problem}", flush=True)
     if not problems:
-        files = checkpoint.manifest.files
-        print(
-            f"whole    {path}: step {checkpoint.step}, {len(files)} files, {sum(f.bytes for f in files.values()) / 1e9:.2f} GB, "
-            f"{', '.join(checkpoint.kinds())}",
-            flush=True,
-        )
+        sizes = [file.bytes for file in checkpoint.manifest.files.values()]
+        text = f"step {checkpoint.step}, {len(sizes)} files, {sum(sizes) / 1e9:.2f} GB"
+        print(f"intact   {path}: {text}, {', '.join(checkpoint.kinds())}", flush=True)
     return len(problems)

@@ -1,55 +1,75 @@
-"""The verb ``train``.  torch comes in once the command line and configuration are known to be good:
-mistakes and ``--dry-run`` answer at once, also where there is no torch.
+"""The subcommand ``train``.  torch comes in once the command line and configuration are known to be
+good: mistakes and ``--dry-run`` answer at once, also where there is no torch.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import yaml
 
 from diffmoe.commands.common import Parser, join, leave
-from diffmoe.config import Config, TrainConfig, check_guidance, config_to_tree, load_config
+from diffmoe.config import Config, check_guidance, config_to_tree, load_config
 from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed, zero_stage
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.models.count import count
 from diffmoe.placement import describe as describe_place
-from diffmoe.training.stop import stop_requests
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """The signals received so far, in order: the run stops, saved, at the next step boundary (or
+    where its start allows).
+
+    Only the second Ctrl-C interrupts at once.  Schedulers and launchers send SIGTERM several times,
+    and a save that is under way must survive that.
+    """
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    kept = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``train``; returns the exit code, 0 also for a run that was asked to stop.
+    """The subcommand ``train``; returns the exit code, 0 also for a run that was asked to stop.
     UserError for bad input.
     """
-    with (
-        stop_requests() as asked
-    ):  # from the first lines on: importing torch and joining take a while
-        return _train(arguments, environment, asked)
+    # From the first lines on: importing torch and joining take a while.
+    with _stop_requests() as stop_requested:
+        return _train(arguments, environment, stop_requested)
 
 
-def _train(arguments: list[str], environment: RankEnvironment, asked: list[int]) -> int:
-    parser = Parser(
-        prog="train", description="Train a model; resumes from the newest checkpoint in run.folder."
-    )
-    parser.add_argument("--config", help="YAML file, see configs/")
-    parser.add_argument(
-        "--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)"
-    )
-    parser.add_argument(
+def _train(arguments: list[str], environment: RankEnvironment, stop_requested: list[int]) -> int:
+    description = "Train a model; resumes from the newest checkpoint in run.folder."
+    parser = Parser(prog="train", description=description)
+    add = parser.add_argument
+    add("--config", help="YAML file, see configs/")
+    add("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
+    add(
         "--new-recipe",
         action="store_true",
-        help="resume also where batch, seed, data or other parts of the "
-        "recipe have changed: weights, moments and averages stay",
+        help="resume also where batch, seed, data or other parts of the recipe have changed: "
+        "weights, moments and averages stay",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print everything that would be run, and exit"
-    )
-    parser.add_argument(
-        "--ranks", type=int, help="with --dry-run: the number of ranks to resolve for"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    add("--dry-run", action="store_true", help="print everything that would be run, and exit")
+    add("--ranks", type=int, help="with --dry-run: the number of ranks to resolve for")
+    add("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
     if options.config is None and not options.dry_run:
         raise UserError("train needs --config")
@@ -63,10 +83,11 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     merged = merge_deepspeed(deepspeed_tree, config, layout)
     if environment.rank == 0:
         print(describe(config, layout, merged, complete=options.dry_run), flush=True)
-        if zero_stage(deepspeed_tree) != zero_stage(merged):
+        before, stage = zero_stage(deepspeed_tree), zero_stage(merged)
+        if before != stage:
             print(
-                f"note: bf16 at ZeRO {zero_stage(deepspeed_tree)} has no fp32 masters that could be checkpointed; it runs as "
-                f"ZeRO {zero_stage(merged)}",
+                f"note: bf16 at ZeRO {before} has no fp32 masters that could be checkpointed; "
+                f"it runs as ZeRO {stage}",
                 flush=True,
             )
     if options.dry_run:
@@ -84,10 +105,10 @@ def _train(arguments: list[str], environment: RankEnvironment, asked: list[int])
     loop.train(
         config,
         layout,
-        deepspeed_tree,
+        merged,
         build_groups(layout.ep, layout.pool_ranks, patience),
         device,
-        asked,
+        stop_requested,
         environment.local_world,
         options.new_recipe,
     )
@@ -99,50 +120,38 @@ def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: boo
     """What is about to run: sizes, batch arithmetic, pool; with ``complete`` the whole resolved
     configuration. ``deepspeed_tree``: the merged one.
     """
-    model, moe = config.model, config.moe
+    model, moe, stage = config.model, config.moe, zero_stage(deepspeed_tree)
     counts = count(model, moe)
     lines = []
     if complete:
-        lines += [
-            yaml.safe_dump(config_to_tree(config), sort_keys=False),
-            f"deepspeed: {deepspeed_tree}",
-            "",
-        ]
-    published = counts.positions  # the tables count the fixed position table
+        lines.append(yaml.safe_dump(config_to_tree(config), sort_keys=False))
+        lines += [f"deepspeed: {deepspeed_tree}", ""]
+    # The tables count the fixed position table.
+    total, activated = (n + counts.positions for n in (counts.total, counts.activated))
     lines.append(
-        f"model    {model.family} {model.depth} x {model.width}, {(counts.total + published) / 1e6:.2f} M parameters "
-        f"({(counts.activated + published) / 1e6:.2f} M activated), {counts.forward_macs / 1e9:.2f} GMACs a sample"
+        f"model    {model.family} {model.depth} x {model.width}, {total / 1e6:.2f} M parameters "
+        f"({activated / 1e6:.2f} M activated), {counts.forward_macs / 1e9:.2f} GMACs a sample"
     )
     lines.append(
-        f"batch    {layout.micro_batch} micro x {layout.ranks} ranks x {layout.accumulation} accumulation = "
-        f"{layout.batch}"
+        f"batch    {layout.micro_batch} micro x {layout.ranks} ranks x {layout.accumulation} "
+        f"accumulation = {layout.batch}"
     )
     if model.family != "dense":
         lines.append(
-            f"experts  {moe.experts} over {layout.ep} expert-parallel ranks, in {layout.ranks // layout.ep} copies"
+            f"experts  {moe.experts} over {layout.ep} expert-parallel ranks, "
+            f"in {layout.ranks // layout.ep} copies"
         )
         lines.append(
-            f"pool     {layout.pool} samples = {layout.pool * model.tokens} tokens (moe.pool: {moe.pool}), "
-            f"held by {layout.pool_ranks} rank{'s' * (layout.pool_ranks > 1)}"
+            f"pool     {layout.pool} samples = {layout.pool * model.tokens} tokens "
+            f"(moe.pool: {moe.pool}), held by {layout.pool_ranks} rank"
+            + "s"
+            * (layout.pool_ranks > 1)
         )
-    how = (
-        "bf16, fp32 masters"
-        if precision(deepspeed_tree) == "bf16"
-        else f"fp32 ({config.run.fp32_precision})"
-    )
-    lines.append(
-        f"engine   ZeRO {zero_stage(deepspeed_tree)}, {how}, recompute {config.parallel.recompute}"
-        + _compiled(config.train, zero_stage(deepspeed_tree))
-    )
-    return "\n".join(lines)
-
-
-def _compiled(train: TrainConfig, stage: int) -> str:
-    """Before the device is known."""
-    return (
-        ", compiled"
-        if train.compiles("cpu", stage)
-        else ", compiled on a GPU"
-        if train.compiles("cuda", stage)
-        else ""
-    )
+    bf16 = precision(deepspeed_tree) == "bf16"
+    how = "bf16, fp32 masters" if bf16 else f"fp32 ({config.run.fp32_precision})"
+    line = f"engine   ZeRO {stage}, {how}, recompute {config.parallel.recompute}"
+    if config.train.compiles("cpu", stage):
+        line += ", compiled"
+    elif config.train.compiles("cuda", stage):  # the device is not known yet
+        line += ", compiled on a GPU"
+    return "\n".join([*lines, line])

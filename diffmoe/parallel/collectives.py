@@ -37,8 +37,9 @@ EXIT_LOST = 75  # sysexits' "temporary failure": the same command resumes from t
 # gloo has no type of its own: its messages on connections begin with the line of its source, its
 # stores say a few words.
 _LOST_PEER = re.compile(
-    r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] |Wait timeout$|Timeout waiting for key: |Read error: Connection reset by peer"
-    r"|(\[[^]]*Rank \d+\] )?(NCCL communicator was aborted|Watchdog caught collective operation timeout)"
+    r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] |Wait timeout$|Timeout waiting for key: "
+    r"|Read error: Connection reset by peer|(\[[^]]*Rank \d+\] )?(NCCL communicator was aborted"
+    r"|Watchdog caught collective operation timeout)"
 )
 # NCCL's one type is for all that it complains of.
 _OWN_FAULT = re.compile(r"ncclInvalidUsage|ncclInvalidArgument|out of memory")
@@ -199,9 +200,6 @@ def is_lost_peer(error: BaseException) -> bool:
 def raise_together(error: Exception | None, group: Group) -> None:
     """Raises AgreedError on every rank when any rank holds an error, with the first such rank's
     message.
-
-    For set-up steps that can fail on one node only (a missing shard, a full disk): nobody is left
-    waiting.
     """
     message = first_complaint(gather_objects(None if error is None else str(error), group), group)
     if message is not None:
@@ -225,9 +223,8 @@ def first_complaint(messages: Sequence[str | None], group: Group) -> str | None:
     """What to say when every rank gave a message or None: the first, and whose it is unless all had
     one.
     """
-    found = [
-        (rank, text) for rank, text in zip(group.ranks, messages, strict=True) if text is not None
-    ]
+    everybody = zip(group.ranks, messages, strict=True)
+    found = [(rank, text) for rank, text in everybody if text is not None]
     if not found:
         return None
     rank, text = found[0]

@@ -7,18 +7,20 @@ hangs takes the whole world with it; the next call starts a fresh one.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from types import TracebackType
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,8 +29,9 @@ import torch.distributed as dist
 from diffmoe.errors import UserError
 from diffmoe.parallel.collectives import is_lost_peer
 
-# seconds by which the news of a rank that fails may come after those of the ranks that lose it
+# Seconds by which the news of a rank that fails may come after those of the ranks that lose it.
 _MOMENT = 2.0
+_PR_SET_PDEATHSIG = 1  # of Linux's include/uapi/linux/prctl.h
 
 
 class RankError(RuntimeError):
@@ -40,8 +43,12 @@ class RankError(RuntimeError):
     def __init__(
         self, rank: int, kind: str, reason: str, trace: str = "", lost_peer: bool = False
     ) -> None:
-        super().__init__(f"rank {rank}: {kind}: {reason}" + (f"\n{trace}" if trace else ""))
+        super().__init__(rank, kind, reason, trace, lost_peer)
         self.rank, self.kind, self.reason, self.lost_peer = rank, kind, reason, lost_peer
+        self.trace = trace
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: {self.kind}: {self.reason}\n{self.trace}".rstrip()
 
 
 class Ranks:
@@ -53,8 +60,7 @@ class Ranks:
         if world < 1:
             raise UserError(f"world ({world}) must be at least 1 rank")
         self.world, self.timeout, self.device = world, timeout, device
-        self._processes: list[multiprocessing.process.BaseProcess] = []
-        self._connections: list[Connection] = []
+        self._processes: list[ProcessPoolExecutor] = []  # of one worker each
         self._folder: tempfile.TemporaryDirectory | None = None
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -64,74 +70,50 @@ class Ranks:
         Raises RankError when a rank raises, dies, or has not answered after ``timeout`` seconds;
         the others are then ended, since they may be waiting for it.
         """
-        if not self._processes:
-            self._start()
-        payload = pickle.dumps((function, args))
-        for rank, connection in enumerate(self._connections):
-            try:
-                connection.send_bytes(payload)
-            except OSError:
-                self._end()
-                raise RankError(rank, "RuntimeError", "the process is gone") from None
         try:
-            return self._collect()
+            calls = self._submit(function, *args)
+            done, waiting = wait(calls, self.timeout, FIRST_EXCEPTION)
+            if any(call.exception() for call in done):
+                raise _cause(calls)
+            if waiting:
+                ranks = [rank for rank, call in enumerate(calls) if call in waiting]
+                text = f"no answer after {self.timeout:g} s from ranks {ranks}"
+                raise RankError(ranks[0], "TimeoutError", text)
+            return [pickle.loads(call.result()) for call in calls]
         except BaseException:
             self._end()
             raise
 
-    def _start(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="diffmoe-ranks-")
-        store = str(Path(self._folder.name) / "store")
-        context = multiprocessing.get_context("spawn")
-        for rank in range(self.world):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve,
-                daemon=True,
-                name=f"rank-{rank}",
-                args=(rank, self.world, store, self.device, self.timeout, theirs),
-            )
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
-
-    def _collect(self) -> list[Any]:
-        results: dict[int, Any] = {}
-        deadline = time.monotonic() + self.timeout
-        while len(results) < self.world:
-            waiting = {c: rank for rank, c in enumerate(self._connections) if rank not in results}
-            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise RankError(
-                    min(waiting.values()),
-                    "TimeoutError",
-                    f"no answer after {self.timeout:g} s from ranks {sorted(waiting.values())}",
-                )
-            for rank, connection in sorted((waiting[c], c) for c in ready):
-                try:
-                    results[rank] = _answer(rank, connection)
-                except RankError as error:
-                    others = {c: r for c, r in waiting.items() if r != rank and r not in results}
-                    raise _cause(error, others) from None
-        return [results[rank] for rank in range(self.world)]
+    def _submit(self, function: Callable[..., Any], *args: Any) -> list[Future]:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="diffmoe-ranks-")
+            store = f"{self._folder.name}/store"
+            self._meeting = (self.world, store, self.device, self.timeout)
+            context = multiprocessing.get_context("spawn")
+            self._processes = [
+                ProcessPoolExecutor(1, context, _end_with_parent) for _ in range(self.world)
+            ]
+        payload, calls = pickle.dumps((function, args)), []
+        for rank, process in enumerate(self._processes):
+            try:
+                calls.append(process.submit(_call, payload, rank, *self._meeting))
+            except BrokenProcessPool:
+                raise RankError(rank, "RuntimeError", "the process is gone") from None
+        return calls
 
     def close(self) -> None:
         """Lets the ranks leave in order; ends those that do not."""
-        for connection in self._connections:
-            connection.close()
-        for process in self._processes:
-            process.join(timeout=10.0)
+        if self._processes:
+            wait(self._submit(_leave), 10.0)
         self._end()
 
     def _end(self) -> None:
-        for process in self._processes:
-            if process.is_alive():
+        for executor in self._processes:
+            for process in list((executor._processes or {}).values()):
                 process.kill()
-            process.join()
-        for connection in self._connections:
-            connection.close()
-        self._processes, self._connections = [], []
+        for executor in self._processes:
+            executor.shutdown()
+        self._processes = []
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -139,84 +121,58 @@ class Ranks:
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         if kind is None:
             self.close()
         else:
             self._end()
 
 
-def _cause(first: RankError, others: dict[Connection, int]) -> RankError:
-    """The failure to tell of: that of a rank which only lost another may be the first to arrive, a
+def _cause(calls: list[Future]) -> RankError:
+    """The failure to report: that of a rank which only lost another may be the first to arrive, a
     moment before the other's.
     """
     deadline = time.monotonic() + _MOMENT
-    while first.lost_peer and others:
-        ready = wait(list(others), timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            break
-        for connection in ready:
-            try:
-                _answer(others.pop(connection), connection)
-            except RankError as error:
-                if not error.lost_peer:
-                    return error
-    return first
+    while True:
+        errors = []
+        for rank, call in enumerate(calls):
+            if call.done() and (error := call.exception()):
+                if not isinstance(error, RankError):
+                    reason = "the process died without an answer"
+                    error = RankError(rank, "RuntimeError", reason)
+                errors.append(error)
+        errors.sort(key=lambda error: error.lost_peer)
+        waiting = [call for call in calls if not call.done()]
+        left = deadline - time.monotonic()
+        if not errors[0].lost_peer or not waiting or left <= 0:
+            return errors[0]
+        wait(waiting, left, FIRST_COMPLETED)
 
 
-def _answer(rank: int, connection: Connection) -> Any:
-    try:
-        good, value = pickle.loads(connection.recv_bytes())
-    except (EOFError, ConnectionError):
-        raise RankError(rank, "RuntimeError", "the process died without an answer") from None
-    if not good:
-        raise RankError(rank, *value)
-    return value
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _serve(
-    rank: int, world: int, store: str, device: str, timeout: float, connection: Connection
-) -> None:
-    """A rank's life: join, answer calls until the parent hangs up, leave together.  A failure ends
-    it, because the other ranks may be inside a collective that this one will never join.
+def _call(payload: bytes, rank: int, *meeting: Any) -> bytes:
+    """One call on a rank.  After a failure the rank is ended, because the others may be inside a
+    collective that it will never join.
     """
-    good = True
-    joined = False
-    while good:
-        try:
-            payload = connection.recv_bytes()
-        except (EOFError, ConnectionError):
-            break
-        try:
-            if not joined:
-                _join(rank, world, store, device, timeout)
-                joined = True
-            function, args = pickle.loads(payload)
-            # Bytes, not Connection.send: that would put tensors into shared memory, which dies with
-            # this process.
-            answer = pickle.dumps((True, function(*args)))
-        except BaseException as error:
-            good = False
-            answer = pickle.dumps(
-                (
-                    False,
-                    (type(error).__name__, str(error), traceback.format_exc(), is_lost_peer(error)),
-                )
-            )
+    try:
+        _join(rank, *meeting)
+        function, args = pickle.loads(payload)
+        # Bytes: torch would put tensors into shared memory, which dies with this process.
+        return pickle.dumps(function(*args))
+    except BaseException as error:
+        lost = is_lost_peer(error)
+        name, trace = type(error).__name__, traceback.format_exc()
+        raise RankError(rank, name, str(error), trace, lost) from None
+    finally:
         sys.stdout.flush()
-        connection.send_bytes(answer)
-    if good and joined:
-        # Without this a rank now and then aborts after all work is done.
-        dist.barrier()
-        dist.destroy_process_group()
 
 
+@cache
 def _join(rank: int, world: int, store: str, device: str, timeout: float) -> None:
+    """Once in a rank's life."""
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world),
@@ -235,3 +191,9 @@ def _join(rank: int, world: int, store: str, device: str, timeout: float) -> Non
         world_size=world,
         timeout=timedelta(seconds=timeout),
     )
+
+
+def _leave() -> None:
+    """Without this a rank now and then aborts after all work is done."""
+    dist.barrier()
+    dist.destroy_process_group()

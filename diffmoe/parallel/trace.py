@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass
@@ -50,12 +49,9 @@ class Trace:
         self.waiting = False
         self.count += 1
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def shortened(ranks: tuple[int, ...]) -> str:
     """``0, 1, 2, 3``; of more than eight the first, the second and the last."""
-    return (
-        ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}, {ranks[1]}, … {ranks[-1]}"
-    )
+    if len(ranks) > 8:
+        return f"{ranks[0]}, {ranks[1]}, … {ranks[-1]}"
+    return ", ".join(map(str, ranks))

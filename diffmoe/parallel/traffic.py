@@ -48,9 +48,9 @@ _QUIET = {"wait_tensor", "_wrap_tensor_autograd", "barrier"}  # move nothing by 
 
 @dataclass(frozen=True, order=True)
 class Kind:
-    """What a message was: ``collective``; ``layer``, a mixture's name, or "" outside; ``purpose``:
-    scores, mask, counts, dispatch, combine, owners, balance (in a mixture), gradients, parameters,
-    norm, statistics (outside); ``phase``: forward, backward, recompute, step.
+    """What a message was: ``collective``; ``layer``, an MoE layer's name, or "" outside;
+    ``purpose``: scores, mask, counts, dispatch, combine, owners, balance (in an MoE layer),
+    gradients, parameters, norm, statistics (outside); ``phase``: forward, backward, recompute, step.
     """
 
     collective: str
@@ -89,20 +89,19 @@ def wire_bytes(collective: str, payload: int, ranks: int) -> int:
 class CommunicationCount(TorchDispatchMode):
     """Counts while it is entered; ``amounts`` holds the result.
 
-    ``mixtures``: (name, layer, its experts) of every mixture, by which messages are told apart."""
+    ``layers``: (name, layer, its experts) of every MoE layer, by which messages are told apart."""
 
-    def __init__(self, mixtures: Iterable[tuple[str, nn.Module, nn.Module]] = ()) -> None:
+    def __init__(self, layers: Iterable[tuple[str, nn.Module, nn.Module]] = ()) -> None:
         super().__init__()
         self.amounts: dict[Kind, Amount] = defaultdict(Amount)
-        self._mixtures = list(mixtures)
+        self._layers = list(layers)
         self._layer, self._rows = "", ""
-        self._arrived_by_node: dict[
-            int, tuple[str, str]
-        ] = {}  # autograd's number of an arrival -> layer, purpose
+        # Autograd's number of an arrival -> layer, purpose.
+        self._arrived_by_node: dict[int, tuple[str, str]] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> CommunicationCount:
-        for name, layer, experts in self._mixtures:
+        for name, layer, experts in self._layers:
             self._handles += [
                 layer.register_forward_pre_hook(lambda *_, name=name: self._at(name, "dispatch")),
                 layer.register_forward_hook(lambda *_: self._at("", "")),
@@ -134,9 +133,7 @@ class CommunicationCount(TorchDispatchMode):
             self._arrived_by_node[torch.autograd._get_sequence_nr() - 1] = (self._layer, self._rows)
         if packet in _QUIET:
             return
-        found = _COLLECTIVES.get(f"{function.namespace}.{packet}")
-        assert found is not None, f"{function} is not counted yet"
-        collective, place = found
+        collective, place = _COLLECTIVES[f"{function.namespace}.{packet}"]
         group = _group(function.namespace, args)
         if group.size() == 1:
             return
@@ -147,19 +144,16 @@ class CommunicationCount(TorchDispatchMode):
             sends = args[2] if function.namespace == _FUNCTIONAL else args[4]
             wire = payload - _own_bytes(tensors[0], sends, group)
         amount = self.amounts[self._kind(function.namespace, collective, tensors[0])]
-        amount.messages, amount.payload, amount.wire = (
-            amount.messages + 1,
-            amount.payload + payload,
-            amount.wire + wire,
-        )
+        amount.messages += 1
+        amount.payload += payload
+        amount.wire += wire
 
     def _kind(self, namespace: str, collective: str, tensor: Tensor) -> Kind:
         node = torch._C._current_autograd_node()
         if self._layer:
             purpose = self._purpose_in_layer(collective, tensor)
-            return Kind(
-                collective, self._layer, purpose, "forward" if node is None else "recompute"
-            )
+            phase = "forward" if node is None else "recompute"
+            return Kind(collective, self._layer, purpose, phase)
         if collective == "all_to_all" and node is not None:
             layer, purpose = self._arrived_by_node.get(node._sequence_nr(), ("", "rows"))
             return Kind(collective, layer, purpose, "backward")
@@ -185,16 +179,6 @@ class CommunicationCount(TorchDispatchMode):
         """One plain dict per kind, in order: what a record keeps."""
         return [{**vars(kind), **vars(self.amounts[kind])} for kind in sorted(self.amounts)]
 
-    def total(self, field: str, **wanted: str) -> int:
-        """Sum of ``messages``, ``payload`` or ``wire`` over the kinds whose fields equal
-        ``wanted``.
-        """
-        return sum(
-            getattr(amount, field)
-            for kind, amount in self.amounts.items()
-            if all(getattr(kind, name) == value for name, value in wanted.items())
-        )
-
 
 def _flat(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
@@ -208,9 +192,8 @@ def _group(namespace: str, args: tuple) -> dist.ProcessGroup:
     """
     if namespace == _FUNCTIONAL:
         return _resolve_process_group(args[-1])
-    boxed = next(
-        a for a in args if isinstance(a, torch.ScriptObject) and a._type().name() == "ProcessGroup"
-    )
+    objects = [a for a in args if isinstance(a, torch.ScriptObject)]
+    boxed = next(a for a in objects if a._type().name() == "ProcessGroup")  # type: ignore[attr-defined]
     return dist.ProcessGroup.unbox(boxed)
 
 

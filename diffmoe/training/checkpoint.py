@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from diffmoe.checkpoints import writer
-from diffmoe.checkpoints.check import check_tensors
 from diffmoe.checkpoints.reader import (
     BUFFERS,
     FIRST_MOMENT,
@@ -37,14 +36,10 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.models.logical import load_buffers
-from diffmoe.parallel.collectives import (
-    AgreedError,
-    first_complaint,
-    gather_objects,
-    raise_together,
-)
+from diffmoe.parallel.collectives import AgreedError, agreed, first_complaint, gather_objects
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.trace import Trace
+from diffmoe.training.checkpoint_check import check_tensors
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.state import Place, held, owned
@@ -59,35 +54,27 @@ Say = Callable[[str], None]
 
 
 def newest_usable(folder: Path, groups: ParallelGroups, say: Say) -> Checkpoint | None:
-    """The newest complete checkpoint that is not damaged, the same on every rank; None where there
-    is none at all.
+    """The newest complete checkpoint that is intact, the same on every rank; None where there is
+    none at all.
 
     Every byte is checked, the files divided among the ranks.  ``say`` hears of each one that is
-    passed over.  Raises AgreedError when all are damaged, or when the newest is not damaged but
+    skipped.  Raises AgreedError when all are damaged, or when the newest is not damaged but
     cannot be read (another format).
     """
-    names, problem = [], None
-    try:
+    with agreed(groups.world):
         names = [path.name for path in complete_folders(folder)]
-    except OSError as error:
-        problem = error
-    raise_together(problem, groups.world)
-    names = gather_objects(names, groups.world)[
-        0
-    ]  # rank 0's: others may see what was there a moment ago
-    complaints = []
+    # Rank 0's: others may see what was there a moment ago.
+    names = gather_objects(names, groups.world)[0]
+    complaints: list[str] = []
     for name in reversed(names):
         if complaints:
             say(f"{complaints[-1]}; falling back to {name}")
-        damage, problem, checkpoint = None, None, None
-        try:
-            checkpoint = Checkpoint(folder / name)
-            damage = _damage(checkpoint, groups)
-        except Damaged as error:
-            damage = str(error)
-        except (UserError, OSError) as error:
-            problem = error
-        raise_together(problem, groups.world)
+        with agreed(groups.world):
+            try:
+                checkpoint = Checkpoint(folder / name)
+                damage = _damage(checkpoint, groups)
+            except Damaged as error:
+                damage = str(error)
         found = first_complaint(gather_objects(damage, groups.world), groups.world)
         if found is None:
             return checkpoint
@@ -99,10 +86,8 @@ def newest_usable(folder: Path, groups: ParallelGroups, say: Say) -> Checkpoint 
 
 def _damage(checkpoint: Checkpoint, groups: ParallelGroups) -> str | None:
     """What is wrong with this rank's share of a checkpoint."""
-    if groups.rank == 0:
-        wrong = next(check_tensors(checkpoint), None)
-        if wrong is not None:
-            return wrong
+    if groups.rank == 0 and (wrong := next(check_tensors(checkpoint), None)):
+        return wrong
     for name in list(checkpoint.manifest.files)[groups.rank :: groups.world.size]:
         checkpoint.check_file(name)
     return None
@@ -117,8 +102,7 @@ def restore(
     An average with a decay that the checkpoint has not starts from its weights, which ``say`` hears
     of.  Raises AgreedError.
     """
-    problem: Exception | None = None
-    try:
+    with agreed(groups.world):
         places = held(engine)
         for kind, shards in _kinds(engine, ema).items():
             stored = checkpoint.tensors(kind)
@@ -131,11 +115,8 @@ def restore(
                 stored = checkpoint.tensors(MASTER)
             _load(places, shards, stored, f"{kind} of {checkpoint.path}")
         load_buffers(engine.model, checkpoint.tensors(BUFFERS))
-    except (UserError, OSError) as error:
-        problem = error
-    raise_together(problem, groups.world)
     engine.publish()
-    engine.set_adam_step(checkpoint.step)
+    engine.set_adam_step(checkpoint.counters.get("updates", checkpoint.step))
     return checkpoint.step
 
 
@@ -144,12 +125,12 @@ def _load(places: list[Place], shards: list[Tensor], stored: Tensors, source: st
     if missing:
         raise UserError(f"{source} lacks {', '.join(missing[:3])} ({len(missing)} missing)")
     for place in places:
-        if stored.shape(place.piece.name) != place.piece.shape:
+        piece, shape = place.piece, stored.shape(place.piece.name)
+        if shape != piece.shape:
             raise UserError(
-                f"{source} has {place.piece.name} with shape {list(stored.shape(place.piece.name))} instead of "
-                f"{list(place.piece.shape)}"
+                f"{source} has {piece.name} with shape {list(shape)} instead of {list(piece.shape)}"
             )
-        stored.read_into(place.piece.name, place.piece.start, place.of(shards))
+        stored.read_into(piece.name, piece.start, place.of(shards))
 
 
 def _kinds(engine: Engine, ema: Ema) -> dict[str, list[Tensor]]:
@@ -160,16 +141,10 @@ def _kinds(engine: Engine, ema: Ema) -> dict[str, list[Tensor]]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------
-# saving
-
-
 @dataclass(frozen=True)
 class Saved:
-    """A save that is done: the folder ``path`` is complete.
-
-    ``stall_s``: how long training stood still on this rank; ``write_s``: how long its thread took
-    (rank 0's until the commit).
+    """A save that is done: the folder ``path`` is complete.  Training stood still for ``stall_s``
+    on this rank; its thread took ``write_s`` (rank 0's until the commit).
     """
 
     step: int
@@ -279,8 +254,7 @@ class Saver:
         job, world = self._job, self.groups.world
         if job is None:
             return
-        asking = replace(world, trace=Trace())
-        before = -1
+        asking, trace, before = replace(world, trace=Trace()), world.trace, -1
         while True:
             job.join(_POLL_S)
             states = gather_objects((not job.is_alive(), job.problem, job.begun), asking)
@@ -289,14 +263,10 @@ class Saver:
                 break
             if (begun := sum(begun for _, _, begun in states)) != before:
                 before = begun
-                world.trace.at("files")
-            world.trace.collective = (
-                "save, in which other ranks still write"
-                if job.waits
-                else "save, in which this rank still writes"
-            )
-            world.trace.waiting = job.waits
-        world.trace.waiting = False
+                trace.at("files")
+            who = "other ranks still write" if job.waits else "this rank still writes"
+            trace.collective, trace.waiting = f"save, in which {who}", job.waits
+        trace.waiting = False
         if message is not None:
             job.stop.set()
             job.join()
@@ -313,23 +283,19 @@ class Saver:
         if not job.told:
             job.told = True
             stall_s = job.stall_s if self.config.train.async_save else job.stall_s + job.write_s
-            self._outcomes.append(
-                Saved(job.step, step_folder(self.folder, job.step), stall_s, job.write_s)
-            )
+            path = step_folder(self.folder, job.step)
+            self._outcomes.append(Saved(job.step, path, stall_s, job.write_s))
 
     def _shares(self, engine: Engine, ema: Ema) -> dict[str, writer.Share]:
-        places = owned(engine)
-        kinds = _kinds(engine, ema)
-        if self.config.train.async_save:
-            values = self._snapshot(places, kinds, engine.device)
-        else:
-            values = {
-                kind: [place.of(shards) for place in places] for kind, shards in kinds.items()
-            }
-        shares = {
-            kind: writer.Share([(place.piece, torch.float32) for place in places], values[kind])
-            for kind in kinds
-        }
+        places, shares = owned(engine), {}
+        for kind, shards in _kinds(engine, ema).items():
+            values = [place.of(shards) for place in places]
+            if self.config.train.async_save:
+                values = self._snapshot(kind, values, engine.device)
+            pieces = [(place.piece, torch.float32) for place in places]
+            shares[kind] = writer.Share(pieces, values)
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)  # the snapshots have arrived
         if self.groups.rank == 0:
             buffers = {
                 name: value.detach().cpu().clone()
@@ -339,22 +305,17 @@ class Saver:
             shares[BUFFERS] = writer.whole_tensors(buffers)
         return shares
 
-    def _snapshot(
-        self, places: list[Place], kinds: Mapping[str, list[Tensor]], device: torch.device
-    ) -> dict[str, list[Tensor]]:
+    def _snapshot(self, kind: str, values: list[Tensor], device: torch.device) -> list[Tensor]:
         """Copies in host memory, taken now; the memory is kept and pinned where a GPU copies into
         it.
         """
-        sizes = [place.piece.stop - place.piece.start for place in places]
-        on_gpu = device.type == "cuda"
-        for kind, shards in kinds.items():
-            if kind not in self._host:
-                self._host[kind] = torch.empty(sum(sizes), pin_memory=on_gpu)
-            for place, target in zip(places, self._host[kind].split(sizes), strict=True):
-                target.copy_(place.of(shards), non_blocking=on_gpu)
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        return {kind: list(self._host[kind].split(sizes)) for kind in kinds}
+        sizes, on_gpu = [value.numel() for value in values], device.type == "cuda"
+        if kind not in self._host:
+            self._host[kind] = torch.empty(sum(sizes), pin_memory=on_gpu)
+        copies = list(self._host[kind].split(sizes))
+        for value, target in zip(values, copies, strict=True):
+            target.copy_(value, non_blocking=on_gpu)
+        return copies
 
 
 class _Job(threading.Thread):
@@ -383,36 +344,27 @@ class _Job(threading.Thread):
         except writer.Stopped:  # by settle, or since another rank failed, which says why
             pass
         except Exception as error:  # whatever it is, the other ranks must hear of it
-            self.problem = (
-                f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
-            )
+            self.problem = str(error)
             if not isinstance(error, OSError):  # a fault of this program
+                self.problem = f"{type(error).__name__}: {error}"
                 traceback.print_exc()
         else:
             self.write_s = time.perf_counter() - began
             self.finished = True
 
     def _write(self) -> None:
-        saver = self.saver
+        saver, train = self.saver, self.saver.config.train
         partial = writer.partial_folder(saver.folder, self.step)
         writer.write_part(partial, saver.groups.rank, self.shares)
         self.waits = True
         if saver.groups.rank == 0:
-            files, shapes = writer.join_parts(partial, saver.groups.world.size, self.stop.is_set)
+            found = writer.join_parts(partial, saver.groups.world.size, self.stop.is_set)
             self.waits = False
             manifest = writer.describe(
-                self.step,
-                saver.config,
-                saver.layout,
-                self.counters,
-                files,
-                shapes,
-                saver.class_names,
+                self.step, saver.config, saver.layout, self.counters, *found, saver.class_names
             )
             writer.commit(partial, step_folder(saver.folder, self.step), manifest)
-            writer.prune(
-                saver.folder, self.step, saver.config.train.keep, saver.config.train.keep_every
-            )
+            writer.prune(saver.folder, self.step, train.keep, train.keep_every)
 
     def _until_stopped(self, values: Iterable[Tensor]) -> Iterator[Tensor]:
         for value in values:

@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, fp32, from the masters, sharded as the optimizer is."""
+"""Exponential moving averages of the weights, in fp32, sharded as the optimizer is."""
 
 from __future__ import annotations
 

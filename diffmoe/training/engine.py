@@ -1,8 +1,8 @@
 """DeepSpeed's engine as this trainer needs it; with ``zero_optimizers.py``, which it loads, the
 only one that imports deepspeed.
 
-The heart of it: experts that DeepSpeed does not know as experts are overwritten with rank 0's at
-``initialize``, without a word.  So expert tensors are tagged, their groups registered, a
+Experts that DeepSpeed does not know as experts are overwritten with rank 0's at ``initialize``,
+silently.  So expert tensors are tagged, their groups registered, a
 parameterless marker tells the engine that there are experts, and after start every tensor is
 compared with what was given.  Leans on DeepSpeed 0.19.8's private names; the parity table (``run.py
 verify``) is the first thing to run on an upgrade.
@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.models.logical import LogicalTensor, logical_tensors
 from diffmoe.moe.routing import RoutingRule
-from diffmoe.parallel.collectives import anyone, raise_together
+from diffmoe.parallel.collectives import agreed, anyone
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.traffic import only_counting
 
@@ -65,9 +66,8 @@ def import_deepspeed():
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if (
-        os.environ.get("DS_ACCELERATOR") == "cpu"
-    ):  # on a GPU there is none, and asking would look for a compiler of every op
+    # On a GPU there is none, and asking would look for a compiler of every op.
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -80,16 +80,9 @@ def check_by_deepspeed(tree: dict) -> None:
 
     try:
         DeepSpeedConfig(copy.deepcopy(tree))
-    except (
-        AssertionError,
-        ValueError,
-        TypeError,
-        KeyError,
-        DeepSpeedConfigError,
-    ) as problem:  # pydantic's have several lines
-        raise UserError(
-            f"DeepSpeed refuses the configuration: {' '.join(str(problem).split())}"
-        ) from None
+    except (AssertionError, ValueError, TypeError, KeyError, DeepSpeedConfigError) as problem:
+        text = " ".join(str(problem).split())  # pydantic's have several lines
+        raise UserError(f"DeepSpeed refuses the configuration: {text}") from None
 
 
 class Engine:
@@ -114,32 +107,23 @@ class Engine:
         self.model, self.groups, self.device, self.clip = model, groups, device, config.train.clip
         self.tensors = logical_tensors(model)
         self.expert_parallel = groups.ep.size > 1
-        tree, error = {}, None
-        try:
+        with agreed(groups.world):
             tree = merge_deepspeed(deepspeed_tree, config, layout)
             zero = tree["zero_optimization"]
+            self.stage: int = zero.get("stage", 0)
             self.offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
             self._adam = _build_optimizer(
                 self._parameter_groups(), config.train, device, self.offload
             )
-        except UserError as problem:
-            error = problem
-        raise_together(error, groups.world)
-        self.stage = tree["zero_optimization"].get("stage", 0)
         if self.expert_parallel:
             self._declare_experts()
         given = [t.parameter.detach().clone() for t in self.tensors]
-        if not dist.is_initialized():
-            raise AssertionError("init_process_group comes first")
+        assert dist.is_initialized(), "init_process_group comes first"
         self.deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        try:
+        with agreed(groups.world):
             check_by_deepspeed(tree)
-        except UserError as problem:
-            error = problem
-        raise_together(error, groups.world)
-        from diffmoe.training import (
-            zero_optimizers,
-        )  # which imports deepspeed: not before import_deepspeed has
+        # It imports deepspeed: not before import_deepspeed has.
+        from diffmoe.training import zero_optimizers
 
         self._zero, self._decision = zero_optimizers, zero_optimizers.Decision()
         with zero_optimizers.in_place_of_deepspeeds():
@@ -162,12 +146,11 @@ class Engine:
         self._start_adam()
         self._assert_weights_survived(given)
 
-    # ------------------------------------------------------------------------------------------------
-    # start
+    # --------------------------------------------------------------------------------------- start
 
     def _parameter_groups(self) -> list[dict]:
         dense = [t.parameter for t in self.tensors if not (self.expert_parallel and t.experts)]
-        groups = [{"params": dense, "name": "dense"}]
+        groups: list[dict] = [{"params": dense, "name": "dense"}]
         if self.expert_parallel:
             experts = [t.parameter for t in self.tensors if t.experts]
             groups.append({"params": experts, "name": self._ep_name, "moe": True})
@@ -190,11 +173,11 @@ class Engine:
         registry._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(edp.ranks)
         for tensor in self.tensors:
             if tensor.experts is not None:
-                tensor.parameter.allreduce = False
-                tensor.parameter.group_name = name
-                tensor.parameter.ds_zero_placement_family = "autoep_expert"
-                tensor.parameter.ds_zero_partition_group_name = name
-                tensor.parameter.ds_zero_partition_process_group = edp.handle
+                parameter: Any = tensor.parameter
+                parameter.allreduce = False
+                parameter.group_name = parameter.ds_zero_partition_group_name = name
+                parameter.ds_zero_placement_family = "autoep_expert"
+                parameter.ds_zero_partition_process_group = edp.handle
         self.model.add_module("deepspeed_marker", _marker(self.model.moe.experts, ep, name))
 
     def _find_masters(self) -> list[Tensor]:
@@ -223,9 +206,7 @@ class Engine:
         for key in self._state_keys():
             state = self._adam.state[key]
             for name in (FIRST_MOMENT, SECOND_MOMENT):
-                state[name] = (
-                    torch.zeros_like(key.data) if name not in state else state[name].zero_()
-                )
+                state[name] = state[name].zero_() if name in state else torch.zeros_like(key.data)
         self.set_adam_step(0)
 
     def _assert_weights_survived(self, given: list[Tensor]) -> None:
@@ -243,8 +224,7 @@ class Engine:
             )
         self._write_masters(given)
 
-    # -------------------------------------------------------------------------------------------------
-    # step
+    # ---------------------------------------------------------------------------------------- step
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule) -> ModelOutput:
         """The model's forward, through the engine (ZeRO 3 gathers parameters on the way)."""
@@ -255,10 +235,8 @@ class Engine:
         over ranks.  After the last one come :meth:`squared_norm` and :meth:`step`.
         """
         last = self.engine.is_gradient_accumulation_boundary()
-        if self.stage:
-            self.optimizer.set_gradient_accumulation_boundary(
-                last
-            )  # which hooks in backward ask for
+        if self.stage:  # hooks in backward ask for it
+            self.optimizer.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
         if not last:
             self.engine.step()  # counts the micro-batch
@@ -267,37 +245,25 @@ class Engine:
         """This rank's share (fp64, on the device) of the squared norm of the step's gradient before
         clipping: summed over all ranks, every dense tensor counts once and every expert once.
         """
-        world, parts = self.groups.world.size, []
+        world = self.groups.world.size
+        parts: list[tuple[list[Tensor], int]] = []  # gradients, and what their square counts for
         if self.stage == 0:
-            grads = [
-                (
-                    t.parameter.grad,
-                    self.groups.edp.size if self.expert_parallel and t.experts else world,
-                )
-                for t in self.tensors
-                if t.parameter.grad is not None
-            ]
-            parts = [
-                ([grad for grad, copies in grads if copies == n], n)
-                for n in {copies for _, copies in grads}
-            ]
+            by_copies: dict[int, list[Tensor]] = {}
+            for t in self.tensors:
+                if t.parameter.grad is not None:
+                    shared = self.expert_parallel and t.experts
+                    copies = self.groups.edp.size if shared else world
+                    by_copies.setdefault(copies, []).append(t.parameter.grad)
+            parts = [(by_copies[copies], copies) for copies in set(by_copies)]
         else:
             if self.offload:
                 synchronize(self.device)  # gradients are on their way to the host
-            parts = [
-                (
-                    self._zero.gradients(self.optimizer, self.stage, self.offload),
-                    world**2 if self._sums else 1,
-                )
-            ]
+            held = self._zero.gradients(self.optimizer, self.stage, self.offload)
+            parts = [(held, world**2 if self._sums else 1)]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradients, divisor in parts:
-            total += (
-                sum(
-                    _square(gradient.detach().reshape(-1)).to(self.device) for gradient in gradients
-                )
-                / divisor
-            )
+            squares = [_square(gradient.detach().reshape(-1)) for gradient in gradients]
+            total += sum(square.to(self.device) for square in squares) / divisor
         return total
 
     def step(self, lr: float, norm: float) -> bool:
@@ -306,10 +272,8 @@ class Engine:
         nor ``updates``.  Returns whether it is finite.
         """
         decision = self._decision
-        decision.norm, decision.factor = (
-            norm,
-            min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0,
-        )
+        decision.norm = norm
+        decision.factor = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
         for group in self._adam.param_groups:
             group["lr"] = lr
         if self.stage == 0:
@@ -327,13 +291,10 @@ class Engine:
             for tensor in self.tensors:
                 tensor.parameter.grad = None  # what no optimizer touches
         elif self._decision.factor < 1:
-            torch._foreach_mul_(
-                [t.parameter.grad for t in self.tensors if t.parameter.grad is not None],
-                self._decision.factor,
-            )
+            grads = [t.parameter.grad for t in self.tensors if t.parameter.grad is not None]
+            torch._foreach_mul_(grads, self._decision.factor)
 
-    # ------------------------------------------------------------------------------------------------
-    # state
+    # --------------------------------------------------------------------------------------- state
 
     def masters(self) -> list[Tensor]:
         """This rank's flat fp32 shards of the weights (the parameters themselves at ZeRO 0)."""
@@ -363,17 +324,15 @@ class Engine:
         """What this rank holds of parameter number ``index`` of ``tensors``, perhaps nothing.  Not
         collective.
         """
-        parameter = self.tensors[index].parameter
+        parameter: Any = self.tensors[index].parameter
         if self.stage == 0:
             return Span(0, index, 0, parameter.numel())
         if self.stage == 3:
-            shard, offset, count = self.optimizer.grad_position[
-                self.optimizer.get_param_id(parameter)
-            ]
+            number = self.optimizer.get_param_id(parameter)
+            shard, offset, count = self.optimizer.grad_position[number]
             start = count * self.optimizer._get_param_partition_rank(parameter)
-            return Span(
-                start, shard, offset, max(0, min(count, parameter.ds_numel - start))
-            )  # the last ranks' are padded
+            # The last ranks' are padded.
+            return Span(start, shard, offset, max(0, min(count, parameter.ds_numel - start)))
         mapping = parameter._hp_mapping
         if mapping is None:
             return Span(0, 0, 0, 0)
@@ -382,19 +341,18 @@ class Engine:
 
     def shape(self, index: int) -> tuple[int, ...]:
         """The shape of parameter number ``index``, also where ZeRO 3 has it in parts."""
-        parameter = self.tensors[index].parameter
+        parameter: Any = self.tensors[index].parameter
         return tuple(parameter.ds_shape if self.stage == 3 else parameter.shape)
 
     @contextlib.contextmanager
     def _in_place_of_masters(self, shards: list[Tensor]) -> Iterator[None]:
-        if shards is self._masters:
-            yield
-            return
-        _swap(self._masters, shards)
+        if shards is not self._masters:
+            _swap(self._masters, shards)
         try:
             yield
         finally:
-            _swap(self._masters, shards)
+            if shards is not self._masters:
+                _swap(self._masters, shards)
 
     def read(self, shards: list[Tensor]) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """(logical tensor, full fp32 value of this rank's layout) one by one.  Collective: every
@@ -409,16 +367,14 @@ class Engine:
         """Full fp32 values in the order of the logical tensors, into the masters."""
         for index, value in enumerate(values):
             span = self.span(index)
-            place = (
-                self._masters[span.shard].detach().view(-1)[span.offset : span.offset + span.count]
-            )
-            place.copy_(value.reshape(-1)[span.start : span.start + span.count])
+            flat = self._masters[span.shard].detach().view(-1)
+            part = value.reshape(-1)[span.start : span.start + span.count]
+            flat[span.offset : span.offset + span.count].copy_(part)
 
     def _full(self, tensor: LogicalTensor) -> Tensor:
         if self.stage == 0:
-            return (
-                tensor.parameter.data.float().clone()
-            )  # the caller may keep it while shards are swapped back
+            # A copy: the caller may keep it while shards are swapped back.
+            return tensor.parameter.data.float().clone()
         return self.deepspeed.utils.safe_get_full_fp32_param(tensor.parameter)
 
     def publish(self) -> None:
@@ -434,22 +390,19 @@ class Engine:
             persistent = self.optimizer.persistent_parameters
             if persistent:
                 persistent[0].all_gather(persistent)
-            synchronize(
-                self.device
-            )  # DeepSpeed gathers on a stream of its own, which does not wait for these copies
+            # DeepSpeed gathers on a stream of its own, which does not wait for these copies.
+            synchronize(self.device)
 
     @contextlib.contextmanager
     def weights(self, shards: list[Tensor]) -> Iterator[DiT]:
-        """The model with these weights (EMA, say) in eval mode, for sampling; all ranks together."""
-        _swap(self._masters, shards)
-        self.publish()
-        self.engine.eval()
+        """The model with these weights (EMA, say) in eval mode; all ranks together."""
         try:
-            with torch.no_grad():
+            with self._in_place_of_masters(shards), torch.no_grad():
+                self.publish()
+                self.engine.eval()
                 yield self.model
         finally:
             self.engine.train()
-            _swap(self._masters, shards)
             self.publish()
 
 
@@ -469,9 +422,8 @@ def _swap(left: list[Tensor], right: list[Tensor]) -> None:
     """
     with torch.no_grad():
         for a, b in zip(left, right, strict=True):
-            for here, there in zip(
-                a.data.view(-1).split(_SWAPPED), b.data.view(-1).split(_SWAPPED), strict=True
-            ):
+            parts = (tensor.data.view(-1).split(_SWAPPED) for tensor in (a, b))
+            for here, there in zip(*parts, strict=True):
                 kept = here.clone()
                 here.copy_(there)
                 there.copy_(kept)
@@ -505,12 +457,8 @@ def _marker(experts: int, ep, name: str) -> nn.Module:
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts, self.num_local_experts = experts, experts // ep.size
-            self.ep_size, self.ep_rank, self.ep_group, self.ep_group_name = (
-                ep.size,
-                ep.index,
-                ep.handle,
-                name,
-            )
+            self.ep_size, self.ep_rank = ep.size, ep.index
+            self.ep_group, self.ep_group_name = ep.handle, name
             self.folding_group_handles = self.tp_group = None
 
         def set_deepspeed_parallelism(self, *_args, **_kwargs) -> None:
@@ -520,8 +468,10 @@ def _marker(experts: int, ep, name: str) -> nn.Module:
 
 
 def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool):
-    """AdamW: torch's fused one, DeepSpeed's, or Apex's where it is installed from NVIDIA's source."""
-    common = dict(lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
+    """AdamW: torch's fused one, DeepSpeed's, or NVIDIA's Apex, built from its source."""
+    common: dict[str, Any] = dict(
+        lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
+    )
     if train.optimizer == "deepspeed":
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
@@ -531,9 +481,8 @@ def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.devic
             return FusedAdam(groups, adam_w_mode=True, **common)
         except RuntimeError as problem:
             reason = " ".join(str(problem).split())[:200]
-            raise UserError(
-                f"train.optimizer (deepspeed) cannot be compiled here: {reason}"
-            ) from None
+            text = f"train.optimizer (deepspeed) cannot be compiled here: {reason}"
+            raise UserError(text) from None
     if train.optimizer == "apex":
         try:
             from apex.optimizers import FusedAdam as ApexAdam

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -66,17 +66,14 @@ class Guard:
         self.returns = self.returns + 1 if to == self.returned_to else 1
         if self.returns > self.train.spike_limit:
             raise AgreedError(
-                f"the loss spiked at step {step}, after train.spike_limit ({self.train.spike_limit}) returns to "
-                f"the checkpoint of step {to}, each without the step that had spiked: the batches are not what "
-                "is wrong"
+                f"the loss spiked at step {step}, after train.spike_limit "
+                f"({self.train.spike_limit}) returns to the checkpoint of step {to}, each without "
+                "the step that had spiked: the batches are not what is wrong"
             )
         self.returned_to, self.rollbacks = to, self.rollbacks + 1
         self.left_out = sorted({*self.left_out, step})
-        self.nonfinite, self.losses, self.in_a_row = (
-            list(before.nonfinite),
-            list(before.losses),
-            before.in_a_row,
-        )
+        self.nonfinite, self.losses = list(before.nonfinite), list(before.losses)
+        self.in_a_row = before.in_a_row
 
     def skipped(self, done: int) -> int:
         """Steps below ``done`` that changed nothing."""
@@ -87,7 +84,7 @@ class Guard:
         return {name: getattr(self, name) for name in _REMEMBERED}
 
     @staticmethod
-    def from_counters(train: TrainConfig, counters: dict[str, Any]) -> Guard:
+    def from_counters(train: TrainConfig, counters: Mapping[str, Any]) -> Guard:
         """The inverse; a checkpoint without them remembers nothing."""
         guard = Guard(train, **{name: counters[name] for name in _REMEMBERED if name in counters})
         guard.losses = guard.losses[-train.spike_window :]

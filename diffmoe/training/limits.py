@@ -30,33 +30,27 @@ def patience(timeout_s: float) -> timedelta:
     """How long a collective may take: longer than the watchdog waits; without it (0) this is what
     ends a hang.
     """
-    return timedelta(
-        seconds=START_FACTOR * timeout_s + 6 * interval(timeout_s) if timeout_s else 1800
-    )
+    seconds = START_FACTOR * timeout_s + 6 * interval(timeout_s) if timeout_s else 1800
+    return timedelta(seconds=seconds)
 
 
 def set_nccl(timeout_s: float) -> None:
     """Before ``init_process_group``: torch's flight recorder, and its watch over NCCL.  What the
     environment says already is left alone.
     """
-    settings = {
-        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): 1000
-    }  # collectives that a rank remembers
-    if timeout_s:
-        settings |= {
-            # After an error of NCCL's, as of a connection that breaks with a dead peer, the process
-            # is ended; four times this later.
-            ("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC",): round(500 * DEATH_S),
-            # Without aborting the communicator, which would let the rest of a step compute on what
-            # never arrived.
-            ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"): 3,
-            ("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC",): round(
-                patience(timeout_s).total_seconds() + DEATH_S
-            ),
-        }
-    for names, value in settings.items():
-        if not any(name in os.environ for name in names):
-            os.environ[names[0]] = str(value)
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its older name
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")  # collectives
+    if not timeout_s:
+        return
+    # After an error of NCCL's, as of a connection that breaks with a dead peer, the process is
+    # ended; four times this later.
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", f"{round(500 * DEATH_S)}")
+    if "NCCL_ASYNC_ERROR_HANDLING" not in os.environ:  # its older name
+        # Without aborting the communicator, which would let the rest of a step compute on what
+        # never arrived.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    seconds = round(patience(timeout_s).total_seconds() + DEATH_S)
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(seconds))
 
 
 def lengthen_timeouts(timeout_s: float) -> None:
@@ -72,9 +66,8 @@ def recorder(form: str = "") -> Callable[..., Any] | None:
     ("_json").
     """
     library = torch._C._distributed_c10d
-    return getattr(library, f"_dump_nccl_trace{form}", None) or getattr(
-        library, f"_dump_fr_trace{form}", None
-    )
+    nccl = getattr(library, f"_dump_nccl_trace{form}", None)
+    return nccl or getattr(library, f"_dump_fr_trace{form}", None)
 
 
 def pending_collective() -> str:
@@ -86,19 +79,12 @@ def pending_collective() -> str:
         return ""
     try:
         entries = json.loads(dump(includeCollectives=True, onlyActive=True)).get("entries") or []
-        entry = next((entry for entry in entries if not entry.get("retired")), None)
-        return (
-            ""
-            if entry is None
-            else (
-                f"unfinished {entry['profiling_name']} {entry['input_sizes']}, number "
-                f"{entry['collective_seq_id']} of group {entry['process_group'][0]}"
-            )
-        )
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # private, and another form must not end a run
+        for entry in entries:
+            if not entry.get("retired"):
+                name, sizes = entry["profiling_name"], entry["input_sizes"]
+                number, group = entry["collective_seq_id"], entry["process_group"][0]
+                return f"unfinished {name} {sizes}, number {number} of group {group}"
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        # It is private: another form of it must not end a run.
         return f"torch's flight recorder is not readable ({type(error).__name__})"
+    return ""

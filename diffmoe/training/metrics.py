@@ -1,12 +1,9 @@
-"""What a run tells: JSONL first, TensorBoard beside it, one progress line.  Rank 0 writes; the
-others hold no files.
-"""
+"""The records of a run: JSONL first, TensorBoard beside it, one progress line.  Rank 0 writes."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,104 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from diffmoe.config import Config
-from diffmoe.device import peak_flops, peak_memory_gib
 from diffmoe.evaluation.plots import expert_load, image_grid, loss_curve
 from diffmoe.evaluation.scores import Scores
-from diffmoe.models.count import count
-from diffmoe.moe.capacity import trivial_predictor_loss
-from diffmoe.parallel.collectives import sum_over
-from diffmoe.parallel.groups import ParallelGroups
-from diffmoe.training.step import TIME_BINS, StepReport
-
-
-class Meter:
-    """Sums step reports between two log lines; all ranks call it, since load is reduced when it is
-    looked at.
-
-    MFU = 3 x 2 x forward MACs per image x images/s / (ranks x peak FLOP/s): backward counts twice
-    forward, recompute not at all; MACs of the activated parameters at the step's capacity
-    (``models.count``).
-    """
-
-    def __init__(self, config: Config, groups: ParallelGroups, device: torch.device) -> None:
-        self.config, self.groups, self.device = config, groups, device
-        self.peak, _ = peak_flops(device)
-        self._reports: list[StepReport] = []
-        self._started = time.perf_counter()
-
-    def add(self, report: StepReport) -> None:
-        self._reports.append(report)
-
-    def restart_clock(self) -> None:
-        """Leaves out what took time since the last record and was not training."""
-        self._started = time.perf_counter()
-
-    def discard(self) -> None:
-        """Forgets the steps since the last record: the run went back."""
-        self._reports = []
-
-    def collect(self, step: int, samples: int) -> tuple[dict, np.ndarray]:
-        """(record, load [layers, time bins, experts] as share of the mean) of the steps since the
-        last call.
-
-        Losses are means over those steps, norms the last; load is NaN in a time bin that had no
-        sample.  When all of those steps were passed over there is no loss (None) and no load.
-        """
-        reports, self._reports = self._reports, []
-        if not reports:
-            return {"step": step, "samples": samples, "loss": None}, np.zeros((0, TIME_BINS, 0))
-        now = time.perf_counter()
-        seconds, self._started = now - self._started, now
-        train, model, moe = self.config.train, self.config.model, self.config.moe
-        last = reports[-1]
-        load, per_expert = self._load(reports)
-        images = len(reports) * train.batch / seconds
-        macs = count(
-            model, moe, capacity=None if model.family == "tc" else last.capacity
-        ).forward_macs
-        record = {
-            "step": step,
-            "samples": samples,
-            "loss": float(np.mean([r.loss for r in reports])),
-            "grad_norm": last.grad_norm,
-            "lr": last.lr,
-            "images_per_s": images,
-            "mfu": 6 * macs * images / (self.groups.world.size * self.peak),
-            "memory_gib": peak_memory_gib(self.device),
-        }
-        if model.family == "diffmoe":
-            record["predictor_loss"] = float(np.mean([r.predictor_loss for r in reports]))
-            record["trivial_predictor_loss"] = trivial_predictor_loss(moe.experts, last.capacity)
-            record["capacity"] = last.capacity
-        if model.family == "tc":
-            record["balance_loss"] = float(np.mean([r.balance_loss for r in reports]))
-        if load.size:
-            record["load_max"], record["load_min"] = (
-                float(per_expert.max()),
-                float(per_expert.min()),
-            )
-        return record, load
-
-    def _load(self, reports: list[StepReport]) -> tuple[np.ndarray, np.ndarray]:
-        """Load by [layer, time bin, expert] and, over all times, by [layer, expert]."""
-        load: Tensor = sum_over(
-            torch.stack([r.load_LbE for r in reports]).sum(0), self.groups.world
-        )
-        samples = sum_over(torch.stack([r.samples_b for r in reports]).sum(0), self.groups.world)
-        layers, _, experts = load.shape
-        if layers == 0:
-            return np.zeros((0, TIME_BINS, experts)), np.zeros((0, experts))
-        mean_rows = (
-            samples * self.config.model.tokens / experts
-        )  # what an expert takes of a bin at capacity 1
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (load / mean_rows[:, None]).cpu().numpy(), (
-                load.sum(1) / mean_rows.sum()
-            ).cpu().numpy()
 
 
 class Writer:
@@ -124,20 +26,16 @@ class Writer:
 
     def __init__(self, folder: Path, total_steps: int, layer_names: list[str]) -> None:
         self.folder, self.total_steps, self.layer_names = folder, total_steps, layer_names
-        self._waiting = {
-            name: _start_of_line(folder / name)
-            for name in ("metrics.jsonl", "events.jsonl", "scores.jsonl")
-        }
+        names = ("metrics.jsonl", "events.jsonl", "scores.jsonl")
+        self._waiting = {name: _start_of_line(folder / name) for name in names}
         self._board: Any = None
         self._refused: set[str] = set()
 
     def record(self, record: dict) -> None:
-        """One line of JSON, on disk at once; the same numbers as scalars; one line on the terminal."""
+        """A line of JSON, on disk at once, scalars, and a line on the terminal."""
         self._line("metrics.jsonl", record)
-        with self.unless_refused("tensorboard"):
-            for name, value in record.items():
-                if name not in ("step", "samples") and value is not None:
-                    self._open_board().add_scalar(name, value, record["step"])
+        numbers = {name: v for name, v in record.items() if name not in ("step", "samples")}
+        self._scalars(numbers, record["step"])
         print(progress_line(record, self.total_steps), flush=True)
 
     def event(self, step: int, kind: str, text: str, aloud: bool = True) -> None:
@@ -152,14 +50,9 @@ class Writer:
         """A line of ``scores.jsonl`` and of the terminal, and scalars such as ``fid/ema:0.999``."""
         found = {name: value for name, value in asdict(scores).items() if value is not None}
         self._line("scores.jsonl", {"step": step, "weights": weights, "count": count, **found})
-        with self.unless_refused("tensorboard"):
-            for name, value in found.items():
-                self._open_board().add_scalar(f"{name}/{weights}", value, step)
-        print(
-            f"scores of step {step}, {weights} weights, {count} images: "
-            + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items()),
-            flush=True,
-        )
+        self._scalars({f"{name}/{weights}": value for name, value in found.items()}, step)
+        words = ", ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in found.items())
+        print(f"scores of step {step}, {weights} weights, {count} images: {words}", flush=True)
 
     def load_picture(self, load: np.ndarray, step: int) -> None:
         """``expert_load.png``: which expert works at which flow time, layer by layer."""
@@ -187,12 +80,8 @@ class Writer:
                 self._board.close()
         with self.unless_refused("loss.png"):
             metrics = self.folder / "metrics.jsonl"
-            records = (
-                [r for r in read_metrics(metrics) if r["loss"] is not None]
-                if metrics.exists()
-                else []
-            )
-            if records:
+            records = read_metrics(metrics) if metrics.exists() else []
+            if records := [record for record in records if record["loss"] is not None]:
                 loss_curve(records, self.folder / "loss.png")
 
     def _line(self, name: str, record: dict | None) -> None:
@@ -209,6 +98,12 @@ class Writer:
 
             self._board = SummaryWriter(str(self.folder / "tensorboard"))
         return self._board
+
+    def _scalars(self, values: dict, step: int) -> None:
+        with self.unless_refused("tensorboard"):
+            for name, value in values.items():
+                if value is not None:
+                    self._open_board().add_scalar(name, value, step)
 
     def _picture(self, name: str, path: Path, step: int) -> None:
         from matplotlib.image import imread
@@ -229,11 +124,8 @@ class Writer:
             if name == "tensorboard":
                 self._board = None  # its thread is dead; the next record opens another file
             if name not in self._refused:
-                print(
-                    f"error: {self.folder / name} cannot be written: {error}; training goes on",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                text = f"{self.folder / name} cannot be written: {error}; training goes on"
+                print(f"error: {text}", file=sys.stderr, flush=True)
             self._refused.add(name)
         else:
             if name in self._refused:
@@ -257,7 +149,7 @@ def read_metrics(path: Path) -> list[dict]:
     """The records of ``metrics.jsonl``, one a step, in order: of a step that was trained twice
     (after a kill) the last.
 
-    Half a line, which a kill may leave, is passed over."""
+    Half a line, which a kill may leave, is skipped."""
     records: dict[int, dict] = {}
     for line in path.read_text().splitlines():
         try:
@@ -280,9 +172,8 @@ def progress_line(record: dict, total: int) -> str:
         return "  ".join([*parts, "no step counted"])
     parts.append(f"loss {record['loss']:.4f}")
     if "predictor_loss" in record:
-        parts.append(
-            f"predictor {record['predictor_loss']:.3f} (trivial {record['trivial_predictor_loss']:.3f})"
-        )
+        trivial = record["trivial_predictor_loss"]
+        parts.append(f"predictor {record['predictor_loss']:.3f} (trivial {trivial:.3f})")
     if "balance_loss" in record:
         parts.append(f"balance {record['balance_loss']:.3f}")
     parts += [

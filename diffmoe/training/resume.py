@@ -62,18 +62,15 @@ class Recipe:
 def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     """(what breaks the meaning of the checkpoint, what may change) as ``train.steps: 8 -> 12``."""
     old, new = _flat(config_to_tree(before)), _flat(config_to_tree(now))
-    broken, accepted = [], []
-    for name in new:
-        if (
-            old[name] != new[name]
-            and name not in _NO_CHANGE
-            and not (name in _CHOSEN and old[name] is None)
-        ):
-            section = name.partition(".")[0]
-            breaks = name in _MEANING_FIELDS or (
-                section in _MEANING_SECTIONS and name not in _START_FIELDS
-            )
-            (broken if breaks else accepted).append(f"{name}: {old[name]} -> {new[name]}")
+    broken: list[str] = []
+    accepted: list[str] = []
+    for name, value in new.items():
+        chosen = name in _CHOSEN and old[name] is None
+        if old[name] == value or name in _NO_CHANGE or chosen:
+            continue
+        meaning = name.partition(".")[0] in _MEANING_SECTIONS and name not in _START_FIELDS
+        kind = broken if meaning or name in _MEANING_FIELDS else accepted
+        kind.append(f"{name}: {old[name]} -> {value}")
     return broken, accepted
 
 
@@ -100,15 +97,16 @@ def check_resumable(
         return accepted, recipes
     other = [change for change in broken if not is_of_recipe(change)]
     if other or not new_recipe:
-        way = (
-            ""
-            if other
-            else ", or say --new-recipe to go on under the new recipe with these weights, moments and averages"
+        text = (
+            f"{checkpoint.path} belongs to another run ({'; '.join(other or broken)}); "
+            "choose another run.folder"
         )
-        raise UserError(
-            f"{checkpoint.path} belongs to another run ({'; '.join(other or broken)}); choose another "
-            f"run.folder{way}"
-        )
+        if not other:
+            text += (
+                ", or say --new-recipe to resume under the new recipe with these weights, "
+                "moments and averages"
+            )
+        raise UserError(text)
     shift = -(-checkpoint.samples // layout.batch) - checkpoint.step
     return accepted, [*recipes, Recipe(checkpoint.step, shift, broken)]
 
@@ -129,13 +127,12 @@ def engine_changes(folder: Path, now: dict) -> list[str]:
     """
     try:
         before = json.loads((folder / "deepspeed.json").read_text())
-        pairs = [
-            (name, of(before), of(now))
-            for name, of in (("ZeRO stage", zero_stage), ("precision", precision))
-        ]
+        old, new = (
+            {"ZeRO stage": zero_stage(tree), "precision": precision(tree)} for tree in (before, now)
+        )
     except (OSError, ValueError, AttributeError):
         return []  # there was none, or nothing that a start wrote
-    return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]
+    return [f"{name}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]
 
 
 def read_left_out(folder: Path) -> list[int]:
@@ -155,16 +152,16 @@ def read_left_out(folder: Path) -> list[int]:
 
 
 def write_left_out(folder: Path, steps: list[int]) -> None:
-    """Before the run goes on: a start that finds only older checkpoints leaves the same steps out."""
+    """So that a start that finds only older checkpoints leaves the same steps out."""
     partial = folder / f".{_LEFT_OUT}.partial"
     partial.write_text(json.dumps(steps) + "\n")
     os.replace(partial, folder / _LEFT_OUT)
 
 
-def _flat(tree: dict, stem: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= (
-            _flat(value, f"{stem}{key}.") if isinstance(value, dict) else {f"{stem}{key}": value}
-        )
-    return found
+def _flat(tree: dict) -> dict[str, Any]:
+    """``section.field`` of a configuration: two levels."""
+    return {
+        f"{section}.{name}": value
+        for section, fields in tree.items()
+        for name, value in fields.items()
+    }

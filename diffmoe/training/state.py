@@ -5,6 +5,7 @@ collective.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,11 +27,8 @@ class Place:
 
     def of(self, shards: list[Tensor]) -> Tensor:
         """The piece, flat, in any shards congruent with the masters: their own memory."""
-        return (
-            shards[self.shard]
-            .detach()
-            .view(-1)[self.offset : self.offset + self.piece.stop - self.piece.start]
-        )
+        stop = self.offset + self.piece.stop - self.piece.start
+        return shards[self.shard].detach().view(-1)[self.offset : stop]
 
 
 def held(engine: Engine) -> list[Place]:
@@ -49,23 +47,20 @@ def owned(engine: Engine) -> list[Place]:
         return held(engine)
     places: list[Place] = []
     for experts, group in ((False, engine.groups.world), (True, engine.groups.edp)):
-        shared = [
-            i
-            for i, t in enumerate(engine.tensors)
-            if (engine.expert_parallel and t.experts is not None) == experts
-        ]
-        total = sum(engine.tensors[i].parameter.numel() for i in shared)
+        sizes = {
+            index: tensor.parameter.numel()
+            for index, tensor in enumerate(engine.tensors)
+            if (engine.expert_parallel and tensor.experts is not None) == experts
+        }
+        total, before = sum(sizes.values()), 0
         first, last = (total * rank // group.size for rank in (group.index, group.index + 1))
-        before = 0
-        for index in shared:
+        for index, size in sizes.items():
             places += _places(engine, index, first - before, last - before)
-            before += engine.tensors[index].parameter.numel()
+            before += size
     return places
 
 
-def _places(
-    engine: Engine, index: int, first: float = 0, last: float = math.inf
-) -> Iterator[Place]:
+def _places(engine: Engine, index: int, first: int = 0, last: int = sys.maxsize) -> Iterator[Place]:
     """What this rank holds of a parameter between two of its elements, cut where one expert ends
     and the next begins.
     """

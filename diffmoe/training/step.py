@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches through the engine, then everything that changes once per step."""
+"""One optimizer step: micro-batches through the engine, then what changes once a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from diffmoe.diffusion.times import logit_normal, uniform_steps
 from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.capacity import HISTOGRAM_BINS, histogram
-from diffmoe.moe.layer import MoEStats
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import ParallelGroups
@@ -94,9 +93,8 @@ def micro_loss(
     zero = torch.zeros((), device=device)
     predictor = sum((r.predictor_loss for r in output.moe if r.predictor_loss is not None), zero)
     balance = sum((r.balance_loss for r in output.moe if r.balance_loss is not None), zero)
-    total = (
-        denoising + config.moe.predictor_weight * predictor + config.moe.balance_weight * balance
-    )
+    moe = config.moe
+    total = denoising + moe.predictor_weight * predictor + moe.balance_weight * balance
     return MicroLoss(
         total,
         denoising.detach(),
@@ -138,7 +136,8 @@ def train_step(
     rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
     lr = config.train.lr_at(step)
     tally = _Tally(engine.model, config, engine.device)
-    for batch, drawn in zip(batches, draws or [None] * len(batches), strict=True):
+    given: Sequence[Draws | None] = draws or [None] * len(batches)
+    for batch, drawn in zip(batches, given, strict=True):
         groups.trace.enter("forward", step)
         loss = micro_loss(engine.forward, batch, config, rule, engine.device, drawn)
         groups.trace.enter("backward")
@@ -178,7 +177,7 @@ def _all_or_nothing(loss: Tensor) -> Tensor:
 
 
 def commit_thresholds(model: DiT, observed_LE: Tensor) -> None:
-    """Gives every mixture its observation of this step."""
+    """Gives every MoE layer its observation of this step."""
     if observed_LE.numel():
         for (_, layer), observed in zip(model.moe_layers(), observed_LE, strict=True):
             layer.thresholds.commit(observed)
@@ -192,10 +191,9 @@ def counts_for_dial(train: TrainConfig, step: int) -> bool:
     costs 0.3 of a step (it is a forward pass): 2 % of the demo, 0.2 % of the published recipe.
     """
     periods = (train.save_every, train.sample_every, train.score_every, train.steps)
-    planned = any(
-        every > 0 and -(step + 1) % every < min(32, max(1, every // 16)) for every in periods
-    )
-    return planned or (step + 1) % _DIAL_EVERY == 0
+    done = step + 1
+    planned = any(p > 0 and -done % p < min(32, max(1, p // 16)) for p in periods)
+    return planned or done % _DIAL_EVERY == 0
 
 
 def _count_for_dial(
@@ -214,20 +212,15 @@ def _count_for_dial(
     800: a dial of 0.7 from those used 0.21).
     """
     rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
-    counts = torch.zeros(
-        len(list(engine.model.moe_layers())),
-        config.moe.experts,
-        HISTOGRAM_BINS,
-        device=engine.device,
-    )
+    layers = [layer for _, layer in engine.model.moe_layers()]
+    counts = torch.zeros(len(layers), config.moe.experts, HISTOGRAM_BINS, device=engine.device)
     with engine.weights(ema.shards) as model:
         for batch in batches:
             reports = micro_loss(model, batch, config, rule, engine.device).output.moe
-            counts += torch.stack([histogram(stats.logits_TE, len(batch.y)) for stats in reports])
+            logits = [stats.logits_TE for stats in reports if stats.logits_TE is not None]
+            counts += torch.stack([histogram(logits_TE, len(batch.y)) for logits_TE in logits])
     synchronize(engine.device)  # the batches' memory is about to be filled anew
-    for (_, layer), layer_counts in zip(
-        engine.model.moe_layers(), sum_over(counts, groups.world), strict=True
-    ):
+    for layer, layer_counts in zip(layers, sum_over(counts, groups.world), strict=True):
         layer.thresholds.commit_histogram(layer_counts, step)
 
 
@@ -251,25 +244,19 @@ class _Tally:
         self.layers = len(list(model.moe_layers()))
         self.experts = config.moe.experts
         self.parts = torch.zeros(3, dtype=torch.float64, device=device)
-        predicts = model.model.family == "diffmoe"
-        self.thresholds_LE = torch.zeros(
-            self.layers if predicts else 0, self.experts, device=device
-        )
+        thresholds = self.layers if model.model.family == "diffmoe" else 0
+        self.thresholds_LE = torch.zeros(thresholds, self.experts, device=device)
         self.load_LbE = torch.zeros(self.layers, TIME_BINS, self.experts, device=device)
         self.samples_b = torch.zeros(TIME_BINS, device=device)
 
     def add(self, loss: MicroLoss) -> None:
         self.parts += torch.stack([loss.denoising, loss.predictor, loss.balance]).double()
-        self.samples_b.index_add_(
-            0, loss.time_bin_B, torch.ones_like(loss.time_bin_B, dtype=torch.float32)
-        )
+        bins = loss.time_bin_B
+        self.samples_b.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float32))
         for layer, stats in enumerate(loss.output.moe):
-            self._add_layer(layer, stats, loss.time_bin_B)
-
-    def _add_layer(self, layer: int, stats: MoEStats, time_bin_B: Tensor) -> None:
-        self.load_LbE[layer].index_add_(0, time_bin_B, stats.tokens_BE.float())
-        if stats.threshold_sum_E is not None:
-            self.thresholds_LE[layer] += stats.threshold_sum_E
+            self.load_LbE[layer].index_add_(0, bins, stats.tokens_BE.float())
+            if stats.threshold_sum_E is not None:
+                self.thresholds_LE[layer] += stats.threshold_sum_E
 
     def reduce(
         self,
@@ -282,15 +269,10 @@ class _Tally:
         """Sums over ranks and gives means; the one time in a step that the host waits for the
         device.
         """
-        flags = torch.tensor(
-            [float(stop), float(trouble)], dtype=torch.float64, device=self.parts.device
-        )
-        sums = sum_over(
-            torch.cat(
-                [squared_norm.view(1), self.parts, flags, self.thresholds_LE.flatten().double()]
-            ),
-            groups.world,
-        )
+        flags = torch.tensor([stop, trouble], dtype=torch.float64, device=self.parts.device)
+        thresholds = self.thresholds_LE.flatten().double()
+        mine = torch.cat([squared_norm.view(1), self.parts, flags, thresholds])
+        sums = sum_over(mine, groups.world)
         passes = layout.ranks * layout.accumulation
         square, loss, predictor, balance, stopped, troubled = sums[:6].tolist()
         observed = sums[6:].view_as(self.thresholds_LE) / (layout.pools * layout.accumulation)

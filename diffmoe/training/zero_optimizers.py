@@ -66,7 +66,8 @@ class Bf16Optimizer(BF16_Optimizer):
         ``most`` elements (or one parameter) leave in that order. ``dtype``: in which ranks add.
         Without ``overlap`` they wait for the end of backward.
         """
-        self._dtype, self._overlap, self._work, self._launched = dtype, overlap, [], 0
+        self._dtype, self._overlap, self._launched = dtype, overlap, 0
+        self._work: list[tuple[dist.Work, int, Tensor, Tensor]] = []
         self._bucket_of: dict[tuple[int, int], _Bucket] = {}
         place = {id(parameter): i for i, parameter in enumerate(order)}
         found: list[tuple[int, _Bucket]] = []
@@ -80,13 +81,10 @@ class Bf16Optimizer(BF16_Optimizer):
                 first = last - 1
                 while first > 0 and starts[last] - starts[first - 1] <= most:
                     first -= 1
-                bucket = _Bucket(
-                    group, self._parts(i, starts[first], starts[last]), last - first, last - first
-                )
+                count = last - first
+                bucket = _Bucket(group, self._parts(i, starts[first], starts[last]), count, count)
                 self._bucket_of |= {(i, j): bucket for j in range(first, last)}
-                found.append(
-                    (min(place[id(parameter)] for parameter in parameters[first:last]), bucket)
-                )
+                found.append((min(place[id(p)] for p in parameters[first:last]), bucket))
                 last = first
         # One order for all ranks, whatever order gradients come in: collectives that ranks begin in
         # different orders hang.
@@ -95,10 +93,8 @@ class Bf16Optimizer(BF16_Optimizer):
     def _parts(self, i: int, start: int, stop: int) -> list[tuple[int, Tensor]]:
         """The run [start, stop) of flat buffer ``i``, cut where the owner changes."""
         ranks = dist.get_process_group_ranks(self.real_dp_process_group[i])
-        flat, size = (
-            self.fp32_groups_gradients_flat[i],
-            self.fp32_groups_gradients_flat[i].numel() // len(ranks),
-        )
+        flat = self.fp32_groups_gradients_flat[i]
+        size = flat.numel() // len(ranks)
         return [
             (rank, flat[max(start, k * size) : min(stop, (k + 1) * size)])
             for k, rank in enumerate(ranks)
@@ -120,26 +116,24 @@ class Bf16Optimizer(BF16_Optimizer):
         bucket = self._bucket_of.get((group_idx, param_idx))
         if bucket is not None and self._overlap and self.is_gradient_accumulation_boundary():
             bucket.missing -= 1
-            while (
-                self._launched < len(self._buckets) and self._buckets[self._launched].missing == 0
-            ):
+            while self._launched < len(self._buckets):
+                if self._buckets[self._launched].missing:
+                    break
                 self._launch()
 
     def _launch(self) -> None:
         bucket = self._buckets[self._launched]
         for owner, part in bucket.parts:
             sent = part.to(self._dtype)
-            self._work.append(
-                (dist.reduce(sent, owner, group=bucket.group, async_op=True), owner, part, sent)
-            )
+            work = dist.reduce(sent, owner, group=bucket.group, async_op=True)
+            self._work.append((work, owner, part, sent))
         self._launched += 1
 
     @torch.no_grad()
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """DeepSpeed's engine calls this after the last micro-batch's backward."""
-        for sums, there in zip(
-            self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True
-        ):
+        groups = zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True)
+        for sums, there in groups:
             for summed, has_gradient in zip(sums, there, strict=True):
                 if not has_gradient:
                     summed.zero_()
@@ -182,9 +176,8 @@ class Bf16Optimizer(BF16_Optimizer):
         """
         fused = isinstance(self.optimizer, torch.optim.AdamW)
         if factor != 1 and fused:
-            self.optimizer.grad_scale = torch.full(
-                (), 1 / factor, dtype=torch.float32, device=self.sums()[0].device
-            )
+            device = self.sums()[0].device
+            self.optimizer.grad_scale = torch.full((), 1 / factor, device=device)
         elif factor != 1:
             torch._foreach_mul_(self.sums(), factor)
         try:
@@ -195,9 +188,7 @@ class Bf16Optimizer(BF16_Optimizer):
 
     def clear_hp_grads(self) -> None:
         """Nothing is cleared: the first gradient of the next step overwrites what is there."""
-        self.fp32_groups_has_gradients = [
-            [False] * len(sums) for sums in self.fp32_groups_gradients
-        ]
+        self.fp32_groups_has_gradients = [[False] * len(s) for s in self.fp32_groups_gradients]
 
 
 @contextmanager
@@ -244,10 +235,6 @@ def gradients(optimizer, stage: int, offload: bool) -> list[Tensor]:
     if isinstance(optimizer, Bf16Optimizer):
         return optimizer.sums()
     if offload:
-        shards = (
-            optimizer.fp32_partitioned_groups_flat
-            if stage == 3
-            else optimizer.single_partition_of_fp32_groups
-        )
-        return [shard.grad for shard in shards]
+        name = "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups"
+        return [shard.grad for shard in getattr(optimizer, name)]
     return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]

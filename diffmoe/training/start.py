@@ -1,0 +1,267 @@
+"""The start of a run: what its folder, data and configuration say, agreed by all ranks before
+anything is overwritten; then model, engine and averages, from the newest usable checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from diffmoe.config import Config, DataConfig, config_to_tree
+from diffmoe.cost.extrapolation import spanning
+from diffmoe.cost.hardware import Hardware, named_like, read_table
+from diffmoe.data.feed import open_reader, order_notice
+from diffmoe.data.reader import ShardReader
+from diffmoe.data.share import Share, allow_open_files
+from diffmoe.deepspeed_json import reduction, zero_stage
+from diffmoe.device import set_fp32_precision
+from diffmoe.environment import host_name
+from diffmoe.errors import UserError
+from diffmoe.evaluation.while_training import Scorer, open_scorer
+from diffmoe.layout import Layout
+from diffmoe.models.compiled import compile_blocks, compiles
+from diffmoe.models.dit import DiT
+from diffmoe.models.logical import initialize
+from diffmoe.parallel.collectives import agreed, gather_objects
+from diffmoe.parallel.groups import ParallelGroups
+from diffmoe.training.checkpoint import Saver, newest_usable, restore
+from diffmoe.training.ema import Ema
+from diffmoe.training.engine import Engine
+from diffmoe.training.guard import Guard
+from diffmoe.training.limits import lengthen_timeouts
+from diffmoe.training.meter import Meter
+from diffmoe.training.metrics import Writer
+from diffmoe.training.resume import Recipe, check_resumable, engine_changes, read_left_out
+from diffmoe.training.run_lock import RunLock
+from diffmoe.training.watchdog import watch_layers
+
+
+@dataclass
+class Run:
+    """Everything that one rank of a training run holds.  ``deepspeed``: the merged JSON;
+    ``per_node``: ranks on a node; ``writer`` is rank 0's alone; ``scorer``: None where nobody asked
+    for scores; ``fresh``: no checkpoint was there; ``recipes``: changes of the recipe so far, see
+    ``resume``; ``next_record``: what the next record of the metrics has besides.
+    """
+
+    config: Config
+    layout: Layout
+    deepspeed: dict
+    groups: ParallelGroups
+    device: torch.device
+    per_node: int
+    engine: Engine
+    ema: Ema
+    reader: ShardReader
+    saver: Saver
+    guard: Guard
+    meter: Meter
+    writer: Writer | None
+    scorer: Scorer | None
+    fresh: bool
+    recipes: list[Recipe]
+    done: int = 0
+    failed_saves: int = 0
+    unsaved: int | None = None  # the step of the last save, where it failed
+    step_times: list[float] = field(default_factory=list)  # of the first steps of this start
+    next_record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shift(self) -> int:
+        """See ``resume``."""
+        return self.recipes[-1].shift if self.recipes else 0
+
+    @property
+    def samples(self) -> int:
+        """The number of the next step's first sample."""
+        return (self.done + self.shift) * self.layout.batch
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.folder)
+
+    def say(self, text: str) -> None:
+        say(self.groups, text)
+
+    def event(self, kind: str, text: str) -> None:
+        if self.writer:
+            self.writer.event(self.done, kind, text)
+
+
+def say(groups: ParallelGroups, text: str) -> None:
+    if groups.rank == 0:
+        print(text, flush=True)
+
+
+def start(
+    config: Config,
+    layout: Layout,
+    deepspeed_tree: dict,
+    groups: ParallelGroups,
+    device: torch.device,
+    per_node: int | None = None,
+    new_recipe: bool = False,
+    lock: RunLock | None = None,
+) -> Run:
+    """Model, engine, EMA and data of a run, resumed from its newest usable checkpoint.  All ranks
+    raise together.  ``deepspeed_tree``: the merged JSON.  Rank 0 holds ``lock`` before it writes
+    into the run folder.
+    """
+    set_fp32_precision(config.run.fp32_precision)
+    tell, folder, skipped = partial(say, groups), Path(config.run.folder), []
+
+    def tell_skipped(text: str) -> None:
+        tell(text)
+        skipped.append(text)  # an event as well, once there is a writer
+
+    newest = newest_usable(folder / "checkpoints", groups, tell_skipped)
+    counters = {} if newest is None else newest.counters
+    hosts = gather_objects(host_name(), groups.world)
+    accepted: list[str] = []
+    recipes: list[Recipe] = []
+    left_out: list[int] = []
+    with agreed(groups.world):
+        # A new recipe may choose its order anew; the same recipe keeps it.
+        before = None if newest is None or new_recipe else newest.config().data
+        reader = open_reader(config, before)
+        allow_open_files(reader, share(layout, groups.rank), config.data.workers)
+        compiled, note = compiles(config.train, device, zero_stage(deepspeed_tree))
+        config, order = _with_order(config, reader, before)
+        notes = [order, note]
+        if newest is not None:  # before anything of an earlier run is overwritten
+            data = reader.index.fingerprint
+            accepted, recipes = check_resumable(newest, config, layout, data, new_recipe)
+        if groups.rank == 0:
+            notes.append(_mixing(reader, layout, newest is not None))
+            notes.append(spanning(config, layout, deepspeed_tree, machine_of(device), hosts))
+            notes.append(_reduction(deepspeed_tree, layout))
+            left_out = read_left_out(folder)
+            if newest is not None:
+                accepted += engine_changes(folder, deepspeed_tree)
+            if lock is not None:
+                lock.hold()  # the folder may be new, and another run have begun there since
+            _write_resolved(config, layout, deepspeed_tree)
+    for text in filter(None, notes):
+        tell(text)
+    scorer = None
+    if config.train.score_every:
+        scorer = open_scorer(config, reader.index, groups.world, device)
+    model = DiT(
+        config.model,
+        config.moe,
+        pool=layout.pool,
+        groups=groups,
+        recompute=config.parallel.recompute,
+        time_scale=config.diffusion.time_scale,
+    )
+    initialize(model, config.run.seed)
+    if compiled:
+        compile_blocks(model)
+    engine = Engine(model, config, layout, deepspeed_tree, groups, device)
+    lengthen_timeouts(config.run.timeout_s)
+    watch_layers(model.blocks, groups.trace)
+    guard = Guard.from_counters(config.train, counters)
+    begins = len(recipes) > len(counters.get("recipes", []))
+    if begins:
+        guard.losses = []  # of another recipe
+    guard.left_out = sorted({*guard.left_out, *gather_objects(left_out, groups.world)[0]})
+    writer = None
+    if groups.rank == 0:
+        layers = [f"block {i}" for i, _ in model.moe_layers()]
+        writer = Writer(folder, config.train.steps, layers)
+    names = reader.index.class_names or (newest.manifest.class_names if newest is not None else ())
+    run = Run(
+        config,
+        layout,
+        deepspeed_tree,
+        groups,
+        device,
+        per_node or layout.ranks,
+        engine,
+        Ema(engine, config.train.ema_decays),
+        reader,
+        Saver(folder / "checkpoints", config, layout, groups, names),
+        guard,
+        Meter(config, groups, device),
+        writer,
+        scorer,
+        newest is None,
+        recipes,
+    )
+    if newest is None:
+        return run
+    if writer:
+        for text in skipped:
+            writer.event(newest.step, "passed over", text, aloud=False)
+    for change in accepted:
+        tell(f"changed since {newest.path.name}: {change}")
+    run.done = restore(newest, engine, run.ema, groups, tell)
+    tell(f"resumed from {newest.path} at step {run.done}")
+    if begins:
+        run.event(
+            "new recipe",
+            f"new recipe from here on ({'; '.join(recipes[-1].changes)}); weights, moments, "
+            f"averages and thresholds stay, samples are counted on from {run.samples}",
+        )
+    return run
+
+
+def share(layout: Layout, rank: int, shift: int = 0) -> Share:
+    """What of every batch a rank reads."""
+    return Share(layout.batch, layout.micro_batch, layout.accumulation, rank, layout.ranks, shift)
+
+
+def machine_of(device: torch.device) -> Hardware:
+    """The hardware table's entry for the device; for a GPU that it does not know an H100's."""
+    table = read_table(None)
+    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return named_like(table, name) or table["h100"]
+
+
+def _with_order(
+    config: Config, reader: ShardReader, before: DataConfig | None
+) -> tuple[Config, str | None]:
+    """The configuration with the reader's streams and window as numbers, and what is to be said of
+    them.
+    """
+    data = replace(config.data, streams=reader.streams, window=reader.window)
+    if data == config.data:
+        return config, None
+    kept = before is not None and before.window is not None
+    why = "as the checkpoint has them" if kept else "chosen for these data"
+    order = f"order    data.streams {reader.streams}, data.window {reader.window}, {why}"
+    return replace(config, data=data), order
+
+
+def _mixing(reader: ShardReader, layout: Layout, resumes: bool) -> str | None:
+    """A warning where samples that lie together end up in one pool or batch."""
+    notice, unmixed = order_notice(reader, layout.pool if layout.pool > 1 else layout.batch)
+    where = " (in another run.folder)" if resumes else ""
+    return f"warning: {notice}{where}" if unmixed else None
+
+
+def _reduction(deepspeed_tree: dict, layout: Layout) -> str | None:
+    precision = reduction(deepspeed_tree).precision
+    if layout.ranks == 1 or precision == "fp32":
+        return None
+    return (
+        f"gradients are summed in {precision} across ranks, as the DeepSpeed JSON's "
+        "communication_data_type or data_types.grad_accum_dtype says"
+    )
+
+
+def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> None:
+    folder = Path(config.run.folder)
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config_to_tree(config), sort_keys=False))
+        for name, tree in (("deepspeed.json", deepspeed_tree), ("layout.json", vars(layout))):
+            (folder / name).write_text(json.dumps(tree, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"run.folder ({folder}) cannot be written: {error}") from error
