@@ -204,7 +204,8 @@ def shard_problems(data: DataConfig, base: Path) -> list[str]:
     needs no more than the index.
     """
     from diffmoe.data.shards import load_index
-    from diffmoe.data.sources import again, chunks, is_remote
+    from diffmoe.data.sources import chunks, is_remote
+    from diffmoe.files import retried
 
     def at(address: str) -> str:
         return address if not address or is_remote(address) else str(base / address)
@@ -221,7 +222,7 @@ def shard_problems(data: DataConfig, base: Path) -> list[str]:
     try:
         index = load_index(at(data.shards), at(data.index), check_files=data.on_bad_shard == "stop")
         if data.on_bad_shard == "stop":
-            again(first_bytes, index.address(index.shards[-1]))
+            retried(first_bytes, index.address(index.shards[-1]))
     except (UserError, OSError) as error:
         return [f"shards: {error}"]
     return []

@@ -22,8 +22,9 @@ from diffmoe.config import Config, DataConfig, ModelConfig
 from diffmoe.data.digits import write_digits
 from diffmoe.data.feed import open_reader
 from diffmoe.data.inspect import index_tars
+from diffmoe.data.members import Members
 from diffmoe.data.reader import ShardReader
-from diffmoe.data.rows import BadShard, Members
+from diffmoe.data.rows import BadShard
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_index, write_shards
 from diffmoe.data.share import Share
 from diffmoe.data.stream import BatchStream

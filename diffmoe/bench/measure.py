@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_leaves
 
 from diffmoe import gpus
 from diffmoe.code_version import commit, digest
-from diffmoe.data.tar import replacing
 from diffmoe.device import synchronize
 from diffmoe.errors import UserError
 from diffmoe.evaluation import plots
+from diffmoe.files import replacing
 from diffmoe.training.engine import import_deepspeed
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -421,7 +421,7 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
     import torch
 
     from diffmoe.checkpoints.reader import BUFFERS
-    from diffmoe.data.tar import replacing
+    from diffmoe.files import replacing
     from diffmoe.models.interchange import to_research, whole_weights
 
     config = checkpoint.config()

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import diffmoe
-from diffmoe.data.tar import replacing
 from diffmoe.errors import UserError
+from diffmoe.files import replacing
 from diffmoe.markdown import table
 
 JSON_NAME, MARKDOWN_NAME = "card.json", "card.md"

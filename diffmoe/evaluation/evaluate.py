@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from diffmoe.config import Config
-from diffmoe.data.tar import check_writable, replacing
 from diffmoe.device import set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import (
@@ -58,6 +57,7 @@ from diffmoe.evaluation.reference_statistics import (
 )
 from diffmoe.evaluation.scores import NEIGHBOURS, precision_recall
 from diffmoe.evaluation.tally import SPLIT_SIZE, Tally
+from diffmoe.files import check_writable, replacing
 from diffmoe.models.dit import DiT
 from diffmoe.models.interchange import digest_note, weights_digest
 from diffmoe.parallel.collectives import gather_stack, raise_together

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe.data.image_source import EXTENSIONS, LeftOut
 from diffmoe.data.images import BadImage, decode_picture, picture_size
-from diffmoe.data.listing import EXTENSIONS, LeftOut, list_pictures
+from diffmoe.data.listing import list_pictures
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import INDEX_NAME, load_index
-from diffmoe.data.tar import replacing, sha256
 from diffmoe.errors import UserError
 from diffmoe.evaluation.features import Extractor, to_uint8
 from diffmoe.evaluation.image_arrays import names_in, open_array
@@ -35,6 +35,7 @@ from diffmoe.evaluation.scores import (
     merge_over,
     moments_of,
 )
+from diffmoe.files import replacing, sha256
 from diffmoe.parallel.collectives import gather_stack, raise_together
 from diffmoe.parallel.groups import Group
 from diffmoe.progress import shown
