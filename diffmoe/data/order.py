@@ -61,6 +61,8 @@ class SampleOrder:
     def places(self, positions: np.ndarray) -> np.ndarray:
         """Shard number and row in that shard, int64 [n, 2], of positions int64 [n] (>= 0)."""
         found = np.empty((len(positions), 2), np.int64)
+        if not len(positions):
+            return found
         epochs, slots = positions // self._total, positions % self.batch
         streams = np.searchsorted(self._first_slot, slots, side="right") - 1
         runs = epochs * self.streams + streams
