@@ -24,7 +24,7 @@ class Refused(OSError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file that becomes `path`, synced, if the block succeeds and vanishes if it fails."""
+    """A temporary file that becomes `path`, synced, if the block succeeds, and goes if it fails."""
     # The process id keeps two writers of the same bytes (two ranks of a demo) apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -154,7 +154,7 @@ def _finish(folder: Path, index: ShardIndex) -> None:
 
 
 class _Encoder:
-    """Encodes the shards that `records` lacks, in rounds of one shard a rank, and adds them there."""
+    """Encodes the shards that `records` lacks, in rounds of one a rank, and adds them there."""
 
     def __init__(
         self,

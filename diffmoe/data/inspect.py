@@ -180,7 +180,8 @@ def _has_flips(tar: Path, meta: ShardMeta) -> bool:
     said = flip_array != Members.flip_array
     if meta.kind == "pixels" and said:
         raise UserError(
-            f"flip_array ({flip_array}) goes with latents and moments; pixels are mirrored when read"
+            f"flip_array ({flip_array}) goes with latents and moments; pixels are mirrored when "
+            "read"
         )
     if said or meta.kind == "pixels":
         return said

@@ -106,7 +106,8 @@ def list_source(
         what = f"class_names ({wanted} names)"
     if class_names and len(class_names) != wanted:
         raise UserError(
-            f"class_names ({len(class_names)} names) must have one for each of the classes ({wanted})"
+            f"class_names ({len(class_names)} names) must have one for each of the classes "
+            f"({wanted})"
         )
     if wanted < found:
         last = f"the highest label is {found - 1}"

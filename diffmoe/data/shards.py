@@ -263,7 +263,8 @@ def _checked_members(sample: tuple, first: tuple, meta: ShardMeta) -> dict[str, 
     key, array, label, *flip = sample
     if not _KEY.fullmatch(key):
         raise UserError(
-            f"key ({key!r}) must be letters, digits, '-', '_' and inner '/', and not start with '__'"
+            f"key ({key!r}) must be letters, digits, '-', '_' and inner '/', and not start with "
+            "'__'"
         )
     problem = ""
     if len(sample) != len(first):

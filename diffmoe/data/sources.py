@@ -74,8 +74,8 @@ def resolve(address: str) -> tuple[str, tuple[str, ...] | None]:
     places = {_place(one, name) for one, name in zip(found, names)}
     if len(places) > 1:
         raise UserError(
-            f"data.shards ({address}) lies in {len(places)} places ({', '.join(sorted(places)[:2])}); a data set "
-            "has one, with its index.json"
+            f"data.shards ({address}) lies in {len(places)} places "
+            f"({', '.join(sorted(places)[:2])}); a data set has one, with its index.json"
         )
     return places.pop(), tuple(names)
 

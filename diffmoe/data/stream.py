@@ -92,8 +92,8 @@ class BatchStream(Iterator[list[Batch]]):
 
         Raises:
             BadShard: a shard that this step needs is bad; the steps before it were returned.
-                UserError, OSError: the reader's other errors, and the death of a worker. Once raised,
-                always raised.
+            UserError, OSError: the reader's other errors, and the death of a worker.
+                Once raised, always raised.
         """
         if self._closed:
             raise RuntimeError("this batch stream is closed")
