@@ -76,11 +76,9 @@ def measure(folder: Path, samples: int, repeats: int, cold: bool) -> dict:
     images = sorted((folder / "npz").iterdir())
     ways: dict[str, Callable[[], int]] = {
         "loader": lambda: _loader(index),
-        "loader, reading only": lambda: _rows(index),
         "webdataset": lambda: _webdataset(files),
         "npz": lambda: _npz(images),
         "tar": lambda: _tar(files),
-        "bytes": lambda: _bytes(files),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
@@ -158,20 +156,6 @@ def _loader(index: ShardIndex) -> int:
     return steps * _BATCH
 
 
-def _rows(index: ShardIndex) -> int:
-    """The same rows in the same order, checked, as they are stored."""
-    reader = _reader(index)
-    shards = [
-        index.opened(os.open(index.address(file), os.O_RDONLY), file, flipped=False)
-        for file in index.shards
-    ]
-    for number, row in reader.places(range(index.count)):
-        shards[number].array(row)
-    for shard in shards:
-        shard.close()
-    return index.count
-
-
 def _sample(moments: torch.Tensor) -> torch.Tensor:
     mean, std = moments.float().chunk(2, 1)
     return (mean + std * torch.randn_like(mean)) * _SCALE
@@ -214,14 +198,6 @@ def _tar(files: list[Path]) -> int:
                 count += stream is not None and len(stream.read()) > 0
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
     return count
-
-
-def _bytes(files: list[Path]) -> int:
-    for path in files:
-        with open(path, "rb", buffering=0) as stream:
-            while stream.read(1 << 20):
-                pass
-    return len(files) * _PER_SHARD
 
 
 def _synthetic(index: ShardIndex, folder: Path) -> ShardIndex:
