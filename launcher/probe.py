@@ -191,7 +191,8 @@ def shard_problems(data: DataConfig, base: Path) -> list[str]:
     can be read.  With ``on_bad_shard: skip`` a run needs no more than the index.
     """
     from diffmoe.data.shards import load_index
-    from diffmoe.data.sources import again, chunks, is_remote
+    from diffmoe.data.sources import chunks, is_remote
+    from diffmoe.files import retried
 
     def at(address: str) -> str:
         return address if not address or is_remote(address) else str(base / address)
@@ -208,7 +209,7 @@ def shard_problems(data: DataConfig, base: Path) -> list[str]:
         index = load_index(at(data.shards), at(data.index), check_files=stops)
         last = index.address(index.shards[-1])
         if stops:
-            again(first_bytes, last)
+            retried(first_bytes, last)
     except (UserError, OSError) as error:
         return [f"shards: {error}"]
     return []

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
+from diffmoe import files
 from diffmoe.commands.encode import main
 from diffmoe.commands.inspect_data import main as inspect_main
 from diffmoe.data import images
@@ -43,11 +44,11 @@ from diffmoe.data.listing import list_source
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import OpenShard, member_name
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_index, write_shards
-from diffmoe.data.tar import sha256
 from diffmoe.data.vae import decode_latents, encode_moments, load_vae
 from diffmoe.data.values import to_float
 from diffmoe.environment import detect
 from diffmoe.errors import UserError
+from diffmoe.files import sha256
 from diffmoe.parallel.groups import Group, build_groups, single_process
 from programs import scratch
 
@@ -309,10 +310,10 @@ def test_a_busy_file_system_is_no_bad_picture(
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(images, "open", stale, raising=False)
-    monkeypatch.setattr(images, "_READ_PAUSE", 0.0)
+    monkeypatch.setattr(files, "FIRST_PAUSE", 0.0)
     with pytest.raises(OSError, match="Stale file handle: .*n01 temple/0.JPEG"):
         read_picture(source, source.pictures[0], SIZE, 3)
-    assert len(tries) == 3
+    assert len(tries) == files.TRIES
 
 
 # ---- the autoencoder
@@ -881,13 +882,13 @@ def test_an_older_folder_is_gone_on_with_by_the_option_that_the_message_names(
     make_older(out)
     before = checksums(out)
     with pytest.raises(
-        UserError, match=r"shuffled \(0\) is not that of .*out \(None.*: --no-shuffle goes on there"
+        UserError, match=r"shuffled \(0\) is not that of .*out \(None.*: --no-shuffle resumes there"
     ):
         run(request(out, vae=False))
     assert checksums(out) == before
     assert run(request(out, vae=False, shuffle_seed=None)).shards == whole.shards
     other = run(request(tmp_path / "other", vae=False, shuffle_seed=5))
-    with pytest.raises(UserError, match=r"shuffled \(0\) .*: --shuffle-seed 5 goes on there"):
+    with pytest.raises(UserError, match=r"shuffled \(0\) .*: --shuffle-seed 5 resumes there"):
         run(request(other.folder, vae=False))
 
 

@@ -42,7 +42,7 @@ LAYERS = [
     ],
     ["diffmoe.strict_yaml", "diffmoe.environment", "diffmoe.gpus", "diffmoe.code_version"],
     ["diffmoe"],
-    ["diffmoe.paths"],
+    ["diffmoe.paths", "diffmoe.files"],
     ["diffmoe.errors"],
 ]
 HEIGHT = {entry: -i for i, entries in enumerate(LAYERS) for entry in entries}

@@ -25,8 +25,9 @@ from diffmoe.config import Config, DataConfig, ModelConfig
 from diffmoe.data.encode_request import Request
 from diffmoe.data.encode_shards import encode
 from diffmoe.data.feed import open_reader
+from diffmoe.data.image_source import Source
 from diffmoe.data.images import read_picture
-from diffmoe.data.listing import Source, list_source
+from diffmoe.data.listing import list_source
 from diffmoe.data.shards import ShardIndex, load_index
 from diffmoe.errors import UserError
 from diffmoe.evaluation.class_names import parse_classes
@@ -736,7 +737,7 @@ def test_what_is_no_picture_may_come_and_go(tmp_path: Path) -> None:
 
 
 def test_many_files_share_a_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffmoe.data.listing._RUNS", 3)
+    monkeypatch.setattr("diffmoe.data.image_source._RUNS", 3)
     source = tree(tmp_path / "in", *(f"a/{number}.png" for number in range(8)))
     index, _ = run(source, tmp_path / "out")
     assert len(index.encoding.source_stamps) == 3

@@ -93,7 +93,8 @@ def test_the_order_before_does_not() -> None:
 def test_other_sizes_in_class_order(shards: int, size: int, classes: int) -> None:
     labels = np.split(np.arange(shards * size) * classes // (shards * size), shards)
     counts = [size] * shards
-    mended = mending(counts, labels, batch=256, streams=64, window=4, pool=64)
+    before = SampleOrder(counts, seed=0, batch=256, streams=64, window=4)
+    mended = mending(before, labels, 64)
     for streams, window in (order_for(False, shards, 256), mended):
         order = SampleOrder(counts, seed=0, batch=256, streams=streams, window=window)
         found, permuted = measure(order, labels, 64)

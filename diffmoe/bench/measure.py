@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffmoe import markdown
-from diffmoe.data.tar import replacing
 from diffmoe.device import backend, synchronize
 from diffmoe.evaluation import plots
+from diffmoe.files import replacing
 from diffmoe.training.profiling import surroundings as surroundings
 
 Passes = Mapping[Any, Callable[[], object]]

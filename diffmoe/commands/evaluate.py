@@ -105,7 +105,7 @@ def _sampled(
 
 
 def _check_save_reference(path: Path) -> None:
-    from diffmoe.data.tar import check_writable
+    from diffmoe.files import check_writable
 
     try:
         check_writable(path)

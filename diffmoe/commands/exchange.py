@@ -339,7 +339,7 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
     import torch
 
     from diffmoe.checkpoints.reader import BUFFERS
-    from diffmoe.data.tar import replacing
+    from diffmoe.files import replacing
     from diffmoe.models.interchange import to_research
     from diffmoe.models.logical import whole_weights
 

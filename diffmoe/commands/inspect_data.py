@@ -1,4 +1,4 @@
-"""The verb ``inspect-data``: is a data set what its index says, and what does it look like."""
+"""The subcommand ``inspect-data``: is a data set what its index says, and how does it look."""
 
 from __future__ import annotations
 
@@ -15,82 +15,61 @@ if TYPE_CHECKING:
     from diffmoe.data.shards import ShardIndex
     from diffmoe.data.vae import Vae
 
-_MEANING = (
-    ("kind", str, "pixels, latents, or moments (mean, then --spread)"),
-    ("classes", int, "number of classes"),
-    ("scale", float, "x = (value - mean) * scale"),
-    ("mean", float, ""),
-    ("spread", str, "of moments, std or logvar (of its square)"),
-)
-_MEMBERS = (
-    (
-        "array",
-        str,
-        "the member with the array, by its ending: npy (default), latent.npy, npz:moments, "
-        "npz:mean,std",
-    ),
-    ("flip_array", str, "the flipped image's (default flip.npy, where the tars have it)"),
-    ("label", str, "the label: cls (default), json:class_id, npz:label"),
-    ("layout", str, "of arrays: chw (default) or hwc"),
-    ("first_class", int, "the label of the first class (default 0)"),
-)
+# Options that go with --write-index: type and help.
+_MEANING = {
+    "kind": (str, "pixels, latents, or moments (mean, then --spread)"),
+    "classes": (int, "number of classes"),
+    "scale": (float, "x = (value - mean) * scale"),
+    "mean": (float, "(default 0)"),
+    "spread": (str, "of moments, std or logvar (of its square)"),
+}
+_MEMBERS = {
+    "array": (str, "the array's member, by its ending: npy (default), latent.npy, npz:mean,std"),
+    "flip_array": (str, "the flipped image's (default flip.npy, where the tars have it)"),
+    "label": (str, "the label: cls (default), json:class_id, npz:label"),
+    "layout": (str, "of arrays: chw (default) or hwc"),
+    "first_class": (int, "the label of the first class (default 0)"),
+}
 _COLUMNS = 8
 _BATCH, _POOL = 256, 64  # of the published recipe, for the look at the order
 _DECODED = 8  # pictures together: all 64 of a published autoencoder would take tens of gigabytes
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The verb ``inspect-data``; 0 when all is as it should be, 1 for bad data.  UserError for bad
+    """Runs ``inspect-data``; 0 when all is as it should be, 1 for bad data.  UserError for bad
     input.
     """
     parser = Parser(
         prog="inspect-data",
         description="Checks counts, checksums, classes and statistics of a data set against its "
-        "index, names what is bad by shard and byte, and draws some of it.",
+        "index, names what is bad by shard and member, and draws some of it.",
     )
-    parser.add_argument(
-        "shards", help="what data.shards takes: folder, index.json, tars by pattern, URLs"
-    )
-    parser.add_argument(
-        "--index", default="", help="index.json, where it does not lie beside the shards"
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="sizes, tables of rows, first and last sample of every shard",
-    )
-    parser.add_argument(
-        "--vae", help="AutoencoderKL that decodes the grid: a folder, or the hub's owner/name"
-    )
+    add = parser.add_argument
+    add("shards", help="what data.shards takes: folder, index.json, tars by pattern, URLs")
+    add("--index", default="", help="index.json, where it does not lie beside the shards")
+    quick = "sizes, tables of rows, first and last sample of every shard"
+    add("--quick", action="store_true", help=quick)
+    add("--vae", help="AutoencoderKL that decodes the grid: a folder, or the hub's owner/name")
     add_device(parser)
-    parser.add_argument(
-        "--grid", type=Path, default=Path("inspect-data.png"), help="where the grid of samples goes"
-    )
-    parser.add_argument("--cache", default="", help="as data.cache, for remote shards")
-    parser.add_argument("--cache-gib", type=float, default=64.0)
-    parser.add_argument(
-        "--write-index",
-        action="store_true",
-        help="first write index.json for a folder of tars that has none",
-    )
-    parser.add_argument(
+    grid = Path("inspect-data.png")
+    add("--grid", type=Path, default=grid, help="where the grid of samples goes")
+    add("--cache", default="", help="as data.cache, for remote shards")
+    add("--cache-gib", type=float, default=64.0)
+    write = "first write index.json for a folder of tars that has none"
+    add("--write-index", action="store_true", help=write)
+    add(
         "--accept-values",
         action="store_true",
         help="the values are meant as they are, also where they look like something else; with "
         "--write-index for good",
     )
-    for name, kind, text in (*_MEANING, *_MEMBERS):
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            help=f"with --write-index: {text}".rstrip(": "),
-        )
+    for name, (kind, text) in (_MEANING | _MEMBERS).items():
+        add(f"--{name.replace('_', '-')}", type=kind, help=f"with --write-index: {text}")
     options = parser.parse_args(arguments)
     one_process("inspect-data", environment)
-    meaning, members = (
-        {name: getattr(options, name) for name, _, _ in names if getattr(options, name) is not None}
-        for names in (_MEANING, _MEMBERS)
-    )
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    meaning = {name: given[name] for name in _MEANING if name in given}
+    members = {name: given[name] for name in _MEMBERS if name in given}
     for name, value in {} if options.write_index else (meaning | members).items():
         raise UserError(f"--{name.replace('_', '-')} ({value}) goes with --write-index")
     if options.write_index and not {"kind", "classes"} <= meaning.keys():
@@ -99,52 +78,50 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         )
     if options.write_index and (meaning["kind"] == "moments") != ("spread" in meaning):
         raise UserError(
-            f"--spread ({meaning.get('spread', 'not given')}) goes with --kind moments and must be given "
-            f"there: std or logvar, not guessed; --kind is {meaning['kind']}"
+            f"--spread ({meaning.get('spread', 'not given')}) goes with --kind moments and must be "
+            f"given there: std or logvar, not guessed; --kind is {meaning['kind']}"
         )
     from diffmoe.config import DataConfig
     from diffmoe.data.feed import cache_of, is_shuffled, order_notice
     from diffmoe.data.inspect import index_tars, inspect
+    from diffmoe.data.members import Members
     from diffmoe.data.mixing import SHUFFLED_ORDER
     from diffmoe.data.reader import ShardReader
-    from diffmoe.data.rows import Members
     from diffmoe.data.shards import ShardMeta, load_index
 
     if options.write_index:
-        made = index_tars(
-            Path(options.shards),
-            ShardMeta(**meaning, members=Members(**members), accept_values=options.accept_values),
-        )
-        print(
-            f"wrote {made.folder / 'index.json'}: {made.count} samples in {len(made.shards)} shards"
-        )
+        accept = options.accept_values
+        meta = ShardMeta(**meaning, members=Members(**members), accept_values=accept)
+        made = index_tars(Path(options.shards), meta)
+        where = made.folder / "index.json"
+        print(f"wrote {where}: {made.count} samples in {len(made.shards)} shards")
     index = load_index(options.shards, options.index, check_files=False)
     if options.accept_values:
         index = replace(index, meta=replace(index.meta, accept_values=True))
-    vae = (
-        None if options.vae is None else _open_vae(options.vae, index, options.device)
-    )  # before a long reading, not after
+    vae = None
+    if options.vae is not None:  # before a long reading, not after
+        vae = _open_vae(options.vae, index, options.device)
     cache = cache_of(DataConfig(cache=options.cache, cache_gib=options.cache_gib))
     print(
-        f"{index.where}: {index.count} samples of {index.meta.classes} classes in {len(index.shards)} shards, {index.dtype} "
-        f"{list(index.shape)} ({index.meta.kind}{', with flips' * index.flips}), fingerprint {index.fingerprint[:16]}"
+        f"{index.where}: {index.count} samples of {index.meta.classes} classes in "
+        f"{len(index.shards)} shards, {index.dtype} {list(index.shape)} ({index.meta.kind}"
+        f"{', with flips' * index.flips}), fingerprint {index.fingerprint[:16]}"
     )
-    found = inspect(
-        index,
-        cache,
-        quick=options.quick,
-        report=lambda problem: print(f"bad: {problem}", flush=True),
-    )
+
+    def report(problem: str) -> None:
+        print(f"bad: {problem}", flush=True)
+
+    found = inspect(index, cache, quick=options.quick, report=report)
     counts = sorted(found.class_counts)
+    median = counts[len(counts) // 2]
     print(
-        f"classes  {counts[0]} to {counts[-1]} samples, median {counts[len(counts) // 2]}; {counts.count(0)} without any"
+        f"classes  {counts[0]} to {counts[-1]} samples, median {median}; {counts.count(0)} without "
+        "any"
     )
-    print(
-        "channels "
-        + ", ".join(f"{m:.4f} ± {s:.4f}" for m, s in zip(found.channel_mean, found.channel_std))
-        + f", over {found.samples} samples"
-    )
-    if is_shuffled(index):
+    pairs = zip(found.channel_mean, found.channel_std)
+    channels = ", ".join(f"{m:.4f} ± {s:.4f}" for m, s in pairs)
+    print(f"channels {channels}, over {found.samples} samples")
+    if index.encoding and is_shuffled(index):
         print(f"order    shuffled: {index.encoding.shuffled}")
     else:
         streams, window = SHUFFLED_ORDER  # which only data that are mixed can do with
@@ -157,13 +134,12 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         print(f"{len(found.problems)} problems; the first: {found.problems[0]}")
         return 1
     _draw(index, cache, vae, options.grid)
-    print(
-        f"all is as the index says{' (--quick: arrays were not all read)' * options.quick}; samples in {options.grid}"
-    )
+    unread = " (--quick: arrays were not all read)" if options.quick else ""
+    print(f"all is as the index says{unread}; samples in {options.grid}")
     return 0
 
 
-def _open_vae(path: str, index: ShardIndex, asked: str) -> Vae:
+def _open_vae(path: str, index: ShardIndex, device: str) -> Vae:
     """The data set's autoencoder.  UserError for data of another one, or of none."""
     from diffmoe.data.vae import load_vae
     from diffmoe.device import local_device, set_fp32_precision
@@ -171,7 +147,7 @@ def _open_vae(path: str, index: ShardIndex, asked: str) -> Vae:
     if index.meta.kind == "pixels":
         raise UserError(f"--vae ({path}) decodes latents; {index.where} holds pixels")
     set_fp32_precision("ieee")
-    vae = load_vae(path, device=local_device(0, 1, asked))
+    vae = load_vae(path, device=local_device(0, 1, device))
     if index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):
         raise UserError(
             f"--vae ({path}) has weights {vae.sha256[:12]}; {index.where} was encoded with "
@@ -189,20 +165,14 @@ def _draw(index: ShardIndex, cache: Cache, vae: Vae | None, path: Path) -> None:
     from diffmoe.evaluation.plots import image_grid
 
     count = min(_COLUMNS**2, index.count)
-    x, _ = ShardReader(index, seed=0, cache=cache).read(
-        [i * index.count // count for i in range(count)]
-    )
+    places = [i * index.count // count for i in range(count)]
+    x, _ = ShardReader(index, seed=0, cache=cache).read(places)
     if vae is not None:
         from diffmoe.data.vae import decode_latents
 
-        parts = torch.from_numpy(x).split(_DECODED)
-        x = (
-            torch.cat(
-                [decode_latents(vae, part, index.meta.scale, index.meta.mean) for part in parts]
-            ).numpy()
-            / 127.5
-            - 1
-        )
+        meta, parts = index.meta, torch.from_numpy(x).split(_DECODED)
+        images = [decode_latents(vae, part, meta.scale, meta.mean) for part in parts]
+        x = torch.cat(images).numpy() / 127.5 - 1
     elif index.meta.kind != "pixels":
         x = x / (np.abs(x).max() or 1)  # all zeros are shown as such
     image_grid(x[:, : 3 if x.shape[1] > 2 else 1], _COLUMNS, path)

@@ -111,7 +111,7 @@ def _parser() -> Parser:
 
 
 def _check_out(*paths: Path) -> None:
-    from diffmoe.data.tar import check_writable
+    from diffmoe.files import check_writable
 
     for path in paths:
         try:

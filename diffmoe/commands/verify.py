@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from diffmoe.commands.common import Parser, one_process
-from diffmoe.data.tar import replacing
 from diffmoe.device import local_device, set_fp32_precision
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
+from diffmoe.files import replacing
 from diffmoe.models.compiled import check_compiler
 from diffmoe.parity.cases import (
     WORLDS,

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffmoe.data.rows import BadShard
-from diffmoe.data.sources import again, chunks
+from diffmoe.data.sources import chunks
 from diffmoe.data.tar import ShardFile
 from diffmoe.errors import UserError
+from diffmoe.files import retried
 
 _PART = ".part"
 
@@ -51,9 +52,9 @@ class Cache:
             if os.fstat(descriptor).st_nlink and os.fstat(descriptor).st_size == file.bytes:
                 os.utime(path)  # what was used last goes last
                 return descriptor
-            damaged = os.fstat(descriptor).st_nlink > 0
-            os.close(descriptor)  # somebody removed it between our opening and our lock
-            if damaged:
+            corrupt = os.fstat(descriptor).st_nlink > 0
+            os.close(descriptor)  # or somebody removed it between our opening and our lock
+            if corrupt:
                 path.unlink(missing_ok=True)
 
     def has(self, file: ShardFile) -> bool:
@@ -61,20 +62,17 @@ class Cache:
         return (self.folder / f"{file.sha256}.tar").exists()
 
     def _fetch(self, file: ShardFile, address: str, path: Path) -> None:
-        with _locked(
-            self.folder / f"{file.sha256}.lock"
-        ):  # one process of the node fetches, the others wait here
+        # One process of the node fetches, the others wait here.
+        with _locked(self.folder / f"{file.sha256}.lock"):
             if path.exists():
                 return
-            part = self.folder / f"{file.sha256}{_PART}"
+            part = path.with_suffix(_PART)
             with self._reserve(part, file) as descriptor:
                 try:
-                    again(lambda: _download(descriptor, file, address), address)
+                    retried(lambda: _download(descriptor, file, address), address)
                 except OSError as error:
-                    part.unlink(missing_ok=True)
-                    raise BadShard(
-                        file.name, f" cannot be fetched from {address}: {error}"
-                    ) from error
+                    problem = f" cannot be fetched from {address}: {error}"
+                    raise BadShard(file.name, problem) from error
                 os.rename(part, path)
 
     @contextmanager
@@ -100,8 +98,7 @@ class Cache:
             if entry.name.endswith((".tar", _PART)):
                 try:
                     held.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-                except FileNotFoundError:
-                    # renamed by who fetched it: counted under one of its names, or next time
+                except FileNotFoundError:  # renamed by who fetched it: counted next time
                     continue
         total = sum(size for _, size, _ in held) + file.bytes
         for _, size, path in sorted(held):
@@ -112,8 +109,8 @@ class Cache:
         if total > self.limit:
             raise UserError(
                 f"data.cache_gib ({self.limit / 2**30:.3g}) is too small: {self.folder} would hold "
-                f"{total / 2**30:.3g} GiB of shards in use with shard {file.name}; raise it, or lower data.window or "
-                "data.streams"
+                f"{total / 2**30:.3g} GiB of shards in use with shard {file.name}; raise it, or "
+                "lower data.window or data.streams"
             )
 
 

@@ -22,10 +22,7 @@ SAMPLES_PER_SHARD = 200
 
 def write_digits(folder: str | Path) -> ShardIndex:
     """Write the digits to `folder`, uint8 [1, 8, 8] each, or return the index of those already
-    there.
-
-    Raises:
-        UserError: the folder holds another data set, or a damaged copy of this one.
+    there. UserError where the folder holds another data set, or a damaged copy of this one.
     """
     images, labels = load_digits(return_X_y=True)
     arrays = images.reshape(-1, 1, 8, 8).astype(np.uint8)
@@ -33,13 +30,12 @@ def write_digits(folder: str | Path) -> ShardIndex:
         index = load_index(folder)
         if (index.meta, index.shape, index.count) != (DIGITS_META, arrays.shape[1:], len(arrays)):
             raise UserError(
-                f"folder ({folder}) holds another data set: {index.count} samples of {index.shape}, "
-                f"digits are {len(arrays)} of {arrays.shape[1:]}"
+                f"folder ({folder}) holds another data set: {index.count} samples of "
+                f"{index.shape}, digits are {len(arrays)} of {arrays.shape[1:]}"
             )
         return index
-    samples = (
-        (f"{i:04d}", array, int(label)) for i, (array, label) in enumerate(zip(arrays, labels))
-    )
+    pairs = enumerate(zip(arrays, labels))
+    samples = ((f"{i:04d}", array, int(label)) for i, (array, label) in pairs)
     return write_shards(samples, folder, samples_per_shard=SAMPLES_PER_SHARD, meta=DIGITS_META)
 
 

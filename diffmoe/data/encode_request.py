@@ -47,39 +47,35 @@ class Request:
     first_class: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "batch", "samples_per_shard", "workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if self.first_class < 0:
-            raise UserError(f"first_class ({self.first_class}) must be at least 0")
-        if self.channels not in (1, 3):
-            raise UserError(f"channels ({self.channels}) must be 1 or 3")
-        if self.precision not in PRECISIONS:
-            raise UserError(
-                f"precision ({self.precision!r}) must be one of {', '.join(PRECISIONS)}"
-            )
-        if self.fp32_precision not in FP32_PRECISIONS:
-            raise UserError(
-                f"fp32_precision ({self.fp32_precision!r}) must be one of {', '.join(FP32_PRECISIONS)}"
-            )
-        if self.fp32_precision != "ieee" and self.vae is None:
-            raise UserError(
-                f"fp32_precision ({self.fp32_precision}) goes with vae (None): pixels are copied"
-            )
+        choices = {
+            "channels": (1, 3),
+            "precision": PRECISIONS,
+            "fp32_precision": FP32_PRECISIONS,
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(f"{name} ({value}) must be {' or '.join(map(str, allowed))}")
         if self.storage not in STORAGES.values():
-            raise UserError(f"storage ({self.storage!r}) must be one of {', '.join(STORAGES)}")
+            raise UserError(f"storage ({self.storage}) must be {' or '.join(STORAGES)}")
+        lowest = {"image_size": 1, "batch": 1, "samples_per_shard": 1, "workers": 1}
+        for name, least in (lowest | {"first_class": 0}).items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least {least}")
         if not 0 <= self.bad_share < 1:
             raise UserError(f"bad_share ({self.bad_share}) must lie in [0, 1)")
         if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**64:
             raise UserError(f"shuffle_seed ({self.shuffle_seed}) must lie in [0, 2^64)")
-        for name in ("scale", "shift"):
+        for name in ("scale", "shift", "accept_values"):
             value = getattr(self, name)
-            if value is not None and self.vae is None:
+            if value is not None and value is not False and self.vae is None:
                 raise UserError(f"{name} ({value}) goes with vae (None): pixels become [-1, 1]")
             if value is not None and not math.isfinite(value):
                 raise UserError(f"{name} ({value}) must be finite")
-        if self.accept_values and self.vae is None:
-            raise UserError("accept_values goes with vae (None): pixels become [-1, 1]")
+        if self.fp32_precision != "ieee" and self.vae is None:
+            raise UserError(
+                f"fp32_precision ({self.fp32_precision}) goes with vae (None): pixels are copied"
+            )
         source, out = Path(self.source).resolve(), self.out.resolve()
         if source.is_dir() and (out == source or source in out.parents):
             raise UserError(f"out ({self.out}) must not lie in source ({self.source})")

@@ -17,15 +17,15 @@ from pathlib import Path
 
 from diffmoe.config import Config, DataConfig
 from diffmoe.data.cache import Cache
-from diffmoe.data.listing import printable, shorten
+from diffmoe.data.image_source import printable, shorten
 from diffmoe.data.mixing import SHUFFLED_ORDER, completed, measure, mending, order_for
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import BadShard
 from diffmoe.data.shards import ShardIndex, load_index
 from diffmoe.data.share import Share
 from diffmoe.data.stream import Batch, BatchStream
-from diffmoe.data.tar import replacing
 from diffmoe.errors import UserError
+from diffmoe.files import replacing
 from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_together
 from diffmoe.parallel.groups import Group
 
@@ -43,13 +43,20 @@ def open_reader(config: Config, before: DataConfig | None = None) -> ShardReader
     wanted = (model.channels, model.input_size, model.input_size)
     if tuple(index.x_shape) != wanted:
         raise UserError(
-            f"data.shards ({data.shards}) holds samples of shape {tuple(index.x_shape)}; model.channels "
-            f"and model.input_size make {wanted}"
+            f"data.shards ({data.shards}) holds samples of shape {tuple(index.x_shape)}; "
+            f"model.channels and model.input_size make {wanted}"
         )
     if index.meta.classes != model.classes:
+        names = [f"{number} ({name})" for number, name in enumerate(index.class_names)]
+        difference = ""
+        if len(names) > model.classes:
+            surplus = names[model.classes :]
+            difference = f": surplus {'is' if len(surplus) == 1 else 'are'} {shorten(surplus, 4)}"
+        elif names:
+            difference = f": it has {printable(names[0])} to {printable(names[-1])}"
         raise UserError(
             f"data.shards ({data.shards}) has {index.meta.classes} classes; model.classes is "
-            f"{model.classes}{_difference(index.class_names, model.classes)}"
+            f"{model.classes}{difference}"
         )
     streams, window = _order_of(data, before, index, config.train.batch)
     return ShardReader(
@@ -60,19 +67,6 @@ def open_reader(config: Config, before: DataConfig | None = None) -> ShardReader
         window=window,
         flip=data.flip,
         cache=cache_of(data),
-    )
-
-
-def _difference(names: tuple[str, ...], classes: int) -> str:
-    """Which classes a data set of these names has too many, or which it has, for messages."""
-    if len(names) > classes:
-        return f": surplus {'is' if len(names) == classes + 1 else 'are'} " + shorten(
-            [f"{number} ({printable(name)})" for number, name in enumerate(names)][classes:], 4
-        )
-    return (
-        f": it has 0 ({printable(names[0])}) to {len(names) - 1} ({printable(names[-1])})"
-        if names
-        else ""
     )
 
 
@@ -101,42 +95,32 @@ def order_notice(reader: ShardReader, pool: int) -> tuple[str, bool]:
     known, or the index says that the data are shuffled.
     """
     index = reader.index
-    labels = [] if is_shuffled(index) else reader.labels_at_hand()
-    if all(found is None for found in labels):
+    at_hand = [] if is_shuffled(index) else reader.labels_at_hand()
+    if all(labels is None for labels in at_hand):
         return "", False
-    counts = [shard.count for shard in index.shards]
-    labels = completed(labels, counts, index.meta.classes)
-    found, permuted = measure(reader.order, labels, pool)
-    now = f"data.streams {reader.streams}, data.window {reader.window}"
+    order = reader.order
+    labels = completed(at_hand, order.counts.tolist(), index.meta.classes)
+    found, permuted = measure(order, labels, pool)
     text = (
         f"a pool of {pool} samples holds {found.classes:.1f} classes on average, a permutation's "
-        f"{permuted.classes:.1f}; a class is away for up to {found.absence:g} steps (median), in a permutation "
-        f"{permuted.absence:g} ({now})"
+        f"{permuted.classes:.1f}; a class is away for up to {found.absence:g} steps (median), in a "
+        f"permutation {permuted.absence:g} (data.streams {reader.streams}, data.window "
+        f"{reader.window})"
     )
     if found.like(permuted):
         return text, False
-    streams, window = mending(
-        counts, labels, batch=reader.batch, streams=reader.streams, window=reader.window, pool=pool
-    )
-    fix = (
-        f"data.streams={streams} data.window={window}"
-        if streams != reader.streams
-        else f"data.window={window}"
-    )
-    return (
-        f"{index.where} is in class order: {text}; {fix} fixes it, and so does encode, which shuffles",
-        True,
-    )
+    streams, window = mending(order, labels, pool)
+    fix = f"data.window={window}"
+    if streams != order.streams:
+        fix = f"data.streams={streams} {fix}"
+    text = f"{index.where} is in class order: {text}; {fix} fixes it, and so does encode, which"
+    return f"{text} shuffles", True
 
 
 def cache_of(data: DataConfig) -> Cache:
     """Where this node holds copies of remote shards."""
-    folder = (
-        Path(data.cache)
-        if data.cache
-        else Path(tempfile.gettempdir()) / f"diffmoe-cache-{os.getuid()}"
-    )
-    return Cache(folder, int(data.cache_gib * 2**30))
+    default = Path(tempfile.gettempdir()) / f"diffmoe-cache-{os.getuid()}"
+    return Cache(Path(data.cache) if data.cache else default, int(data.cache_gib * 2**30))
 
 
 class Feed:
@@ -245,8 +229,9 @@ class Feed:
         total = self._reader.index.count
         if lost > self._data.bad_share * total:
             raise AgreedError(
-                f"{len(excluded)} bad shards hold {lost} of {total} samples, more than data.bad_share "
-                f"({self._data.bad_share}) allows; the last: shard {max(found)}{found[max(found)]}"
+                f"{len(excluded)} bad shards hold {lost} of {total} samples, more than "
+                f"data.bad_share ({self._data.bad_share}) allows; the last: shard "
+                f"{max(found)}{found[max(found)]}"
             )
         problem: Exception | None = None
         try:
@@ -277,14 +262,14 @@ class Feed:
         except UserError as error:
             problem = error
         raise_together(problem, self._group)
-        prints = gather_objects(self._reader.index.fingerprint, self._group)
-        for rank, other in zip(self._group.ranks, prints):
-            if other != prints[0]:
+        seen = gather_objects((entries, self._reader.index.fingerprint), self._group)
+        entries, first = seen[0]
+        for rank, (_, other) in zip(self._group.ranks, seen):
+            if other != first:
                 raise AgreedError(
-                    f"data.shards ({self._data.shards}): rank {rank} sees another data set ({other[:12]}) than rank "
-                    f"{self._group.ranks[0]} ({prints[0][:12]})"
+                    f"data.shards ({self._data.shards}): rank {rank} sees another data set "
+                    f"({other[:12]}) than rank {self._group.ranks[0]} ({first[:12]})"
                 )
-        entries = gather_objects(entries, self._group)[0]
         if entries:
             self._say(f"{len(entries)} bad shards are left out, as {self._record} says")
             self._read_without({entry["shard"]: entry["step"] for entry in entries})

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import io
 import os
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from diffmoe.data.listing import Picture, Source, is_final
+from diffmoe.data.image_source import Picture, Source
 from diffmoe.errors import UserError
+from diffmoe.files import is_final, retried
 
 # By content, since ImageNet has a PNG named .JPEG; no other decoder is ever reached.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _MODES = {1: "L", 3: "RGB"}
-_READ_TRIES, _READ_PAUSE = 3, 1.0
 
 
 class BadImage(UserError):
@@ -46,19 +47,10 @@ def decode_picture(data: bytes, channels: int) -> Image.Image:
     Raises:
         BadImage: damaged, or of a kind that has no 8-bit form.
     """
-    try:
-        # Pillow's decoders raise nearly anything over damaged bytes (SyntaxError, struct.error, …):
-        # all mean the same.
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.mode[0] in "IF":
-                raise BadImage(f"mode {image.mode}: more than 8 bits a channel")
-            return image.convert(_MODES[channels])
-    except (BadImage, MemoryError):
-        raise
-    except UnidentifiedImageError:
-        raise BadImage(f"not a picture of a known kind ({', '.join(_FORMATS)})") from None
-    except Exception as error:
-        raise BadImage(f"{type(error).__name__}: {error}") from error
+    with _opened(io.BytesIO(data)) as image:
+        if image.mode[0] in "IF":
+            raise BadImage(f"mode {image.mode}: more than 8 bits a channel")
+        return image.convert(_MODES[channels])
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -67,31 +59,40 @@ def picture_size(path: Path) -> tuple[int, int]:
     Raises:
         BadImage: no file, or none of a known kind.
     """
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(file: Path | io.BytesIO) -> Iterator[Image.Image]:
+    # Pillow's decoders raise nearly anything over corrupt bytes (SyntaxError, struct.error, …): all
+    # mean the same.
     try:
-        with Image.open(path, formats=_FORMATS) as image:
-            return image.height, image.width
+        with Image.open(file, formats=_FORMATS) as image:
+            yield image
+    except (BadImage, MemoryError):
+        raise
     except UnidentifiedImageError:
         raise BadImage(f"not a picture of a known kind ({', '.join(_FORMATS)})") from None
-    except Exception as error:  # as in decode_picture
+    except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
 def _read_bytes(path: Path, picture: Picture) -> bytes:
-    for attempt in range(1, _READ_TRIES + 1):
-        try:
-            with open(path, "rb") as stream:
-                stream.seek(picture.offset)
-                return stream.read(picture.size)
-        except OSError as error:
-            if is_final(error):
-                target = f"broken link to {os.readlink(path)!r}" if os.path.islink(path) else ""
-                raise BadImage(target or error.strerror) from error
-            # A busy file server is no corrupt picture: leaving it out would give another data set
-            # every time.
-            if attempt == _READ_TRIES:
-                raise OSError(error.errno, error.strerror, str(path)) from error
-            time.sleep(_READ_PAUSE)
-    raise AssertionError("unreachable")
+    def once() -> bytes:
+        with open(path, "rb") as stream:
+            stream.seek(picture.offset)
+            return stream.read(picture.size)
+
+    # A busy file server is no corrupt picture: leaving it out would give another data set every
+    # time.
+    try:
+        return retried(once, str(path))
+    except OSError as error:
+        if is_final(error):
+            link = f"broken link to {os.readlink(path)!r}" if os.path.islink(path) else ""
+            raise BadImage(link or str(error.strerror)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

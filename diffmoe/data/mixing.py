@@ -15,9 +15,8 @@ from diffmoe.random_streams import Use, permutation
 CLASSES_SHARE = 0.97  # of a permutation's distinct classes in a pool: less is not mixed
 ABSENCE_FACTOR = 2.0  # times a permutation's median longest absence: more is not mixed
 SHUFFLED_ORDER = (64, 4)  # streams, window
-_WHOLE = (
-    256  # shards that are shuffled together, as many as `SHUFFLED_ORDER` holds open in one process
-)
+# shards that are shuffled together, as many as `SHUFFLED_ORDER` holds open in one process
+_WHOLE = 256
 _POSITIONS = 1 << 20  # that are looked at, at most
 _POOLS = 512  # at least
 
@@ -61,16 +60,17 @@ def completed(
         labels: int [n] of each shard, None where unknown; not all of them.
         counts: samples of each shard.
     """
-    known = [number for number, found in enumerate(labels) if found is not None]
-    whole = []
-    for number, (found, count) in enumerate(zip(labels, counts, strict=True)):
-        if found is None:
-            near = known[max(0, int(np.searchsorted(known, number)) - 1)]
-            found = (
-                np.resize(labels[near], count) + (number - near) * classes // len(counts)
-            ) % classes
-        whole.append(found)
-    return whole
+    known = {number: found for number, found in enumerate(labels) if found is not None}
+    numbers = list(known)
+    every = []
+    for number, count in enumerate(counts):
+        near = numbers[max(0, int(np.searchsorted(numbers, number, side="right")) - 1)]
+        further = (number - near) * classes // len(counts)
+        found = known.get(number)
+        every.append(
+            (np.resize(known[near], count) + further) % classes if found is None else found
+        )
+    return every
 
 
 def measure(order: SampleOrder, labels: Sequence[np.ndarray], pool: int) -> tuple[Mixing, Mixing]:
@@ -87,14 +87,10 @@ def measure(order: SampleOrder, labels: Sequence[np.ndarray], pool: int) -> tupl
     places = order.places(np.arange(steps * order.batch))
     seen = flat[starts[places[:, 0]] + places[:, 1]]
     permuted = seen[permutation(Use.SHARD_ORDER, 0, 0, 0, len(seen))]
-    return (
-        Mixing(
-            float(distinct(seen.reshape(-1, pool)).mean()), longest_absence(seen.reshape(steps, -1))
-        ),
-        Mixing(
-            expected_distinct(np.bincount(flat), pool), longest_absence(permuted.reshape(steps, -1))
-        ),
-    )
+    classes = float(distinct(seen.reshape(-1, pool)).mean())
+    expected = expected_distinct(np.bincount(flat), pool)
+    absences = [longest_absence(each.reshape(steps, -1)) for each in (seen, permuted)]
+    return Mixing(classes, absences[0]), Mixing(expected, absences[1])
 
 
 def distinct(labels: np.ndarray) -> np.ndarray:
@@ -127,26 +123,22 @@ def longest_absence(labels: np.ndarray) -> float:
     return float(np.median(np.maximum(np.maximum.reduceat(gaps, first), len(labels) - steps[last])))
 
 
-def mending(
-    counts: Sequence[int],
-    labels: Sequence[np.ndarray],
-    *,
-    batch: int,
-    streams: int,
-    window: int,
-    pool: int,
-) -> tuple[int, int]:
+def mending(order: SampleOrder, labels: Sequence[np.ndarray], pool: int) -> tuple[int, int]:
     """The (streams, window) that mixes like a permutation: the smallest window, by doubling, at
     these streams, else at one a slot, else in one stream, which shuffles as much as its window
     holds.
     """
-    for candidate in dict.fromkeys((streams, batch, 1)):
-        width = window
+    shards = len(order.counts)
+    for streams in dict.fromkeys((order.streams, order.batch, 1)):
+        window = order.window
         while True:
-            order = SampleOrder(counts, seed=0, batch=batch, streams=candidate, window=width)
-            if Mixing.like(*measure(order, labels, pool)):
-                return candidate, width
-            if width * candidate >= len(counts) + candidate:
+            wider = SampleOrder(
+                order.counts, seed=0, batch=order.batch, streams=streams, window=window
+            )
+            found, permuted = measure(wider, labels, pool)
+            if found.like(permuted):
+                return streams, window
+            if window * streams >= shards + streams:
                 break  # a stream's whole run is shuffled already
-            width *= 2
-    return 1, len(counts)
+            window *= 2
+    return 1, shards

@@ -35,17 +35,19 @@ class SampleOrder:
     """
 
     def __init__(
-        self, counts: Sequence[int], *, seed: int, batch: int, streams: int, window: int
+        self,
+        counts: Sequence[int] | np.ndarray,
+        *,
+        seed: int,
+        batch: int,
+        streams: int,
+        window: int,
     ) -> None:
         if not 0 <= seed < 2**64:
             raise UserError(f"seed ({seed}) must lie in [0, 2^64)")
-        for name, value, unit in (
-            ("batch", batch, "sample"),
-            ("streams", streams, "stream"),
-            ("window", window, "shard"),
-        ):
+        for name, value in (("batch", batch), ("streams", streams), ("window", window)):
             if value < 1:
-                raise UserError(f"{name} ({value}) must be at least 1 {unit}")
+                raise UserError(f"{name} ({value}) must be at least 1")
         self.counts, self.batch, self.window = np.asarray(counts, np.int64), batch, window
         self._seed, self._total = seed, int(self.counts.sum())
         self.streams = min(streams, batch)
@@ -56,29 +58,11 @@ class SampleOrder:
         self._stream = lru_cache(2 * self.streams)(self._draw_stream)
         self._window_order = lru_cache(2 * self.streams)(self._draw_window_order)
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """Shard number and row in that shard of training position `position` (>= 0)."""
-        assert position >= 0, position
-        epoch = position // self._total
-        slot = position % self.batch
-        # The methods of arrays, here: numpy's functions of that name look twice at everything, and
-        # this is for every sample.
-        stream = int(self._first_slot.searchsorted(slot, side="right")) - 1
-        _, starts, _, before = self._shard_order(epoch)
-        first, size = int(self._first_slot[stream]), int(self._slots[stream])
-        offset = position // self.batch * size + slot - first - int(before[stream])
-        windows, _ = self._stream(epoch, stream)
-        window = int(windows.searchsorted(offset, side="right")) - 1
-        order, pieces, starts = self._window_order(epoch, stream, window)
-        sample = order[offset - windows[window]]
-        piece = starts.searchsorted(sample, side="right") - 1
-        return int(pieces[piece, 0]), int(pieces[piece, 1] + sample - starts[piece])
-
     def places(self, positions: np.ndarray) -> np.ndarray:
-        """[n, 2]: `locate` of many positions (int64 [n]) at once, as fast as one draws the orders
-        that they need.
-        """
+        """Shard number and row in that shard, int64 [n, 2], of positions int64 [n] (>= 0)."""
         found = np.empty((len(positions), 2), np.int64)
+        if not len(positions):
+            return found
         epochs, slots = positions // self._total, positions % self.batch
         streams = np.searchsorted(self._first_slot, slots, side="right") - 1
         runs = epochs * self.streams + streams
@@ -94,18 +78,14 @@ class SampleOrder:
                 here = numbers == window
                 samples = order[offsets[here] - windows[window]]
                 piece = np.searchsorted(starts, samples, side="right") - 1
-                found[mine[here]] = np.stack(
-                    [pieces[piece, 0], pieces[piece, 1] + samples - starts[piece]], 1
-                )
+                found[mine[here], 0] = pieces[piece, 0]
+                found[mine[here], 1] = pieces[piece, 1] + samples - starts[piece]
         return found
 
     def streams_of(self, positions: Sequence[int]) -> int:
         """How many streams these positions belong to."""
-        return len(
-            np.unique(
-                np.searchsorted(self._first_slot, np.asarray(positions) % self.batch, side="right")
-            )
-        )
+        slots = np.asarray(positions) % self.batch
+        return len(np.unique(np.searchsorted(self._first_slot, slots, side="right")))
 
     def _positions_before(self, position: int) -> np.ndarray:
         """[streams]: how many of the positions below this one each stream has."""
@@ -120,12 +100,9 @@ class SampleOrder:
         begins there; positions that each stream had before the epoch.
         """
         order = permutation(Use.SHARD_ORDER, self._seed, epoch, 0, len(self.counts))
-        starts = np.concatenate([[0], np.cumsum(self.counts[order])])
         before = self._positions_before(epoch * self._total)
-        runs = np.concatenate(
-            [[0], np.cumsum(self._positions_before((epoch + 1) * self._total) - before)]
-        )
-        return order, starts, runs, before
+        lengths = self._positions_before((epoch + 1) * self._total) - before
+        return order, _starts(self.counts[order]), _starts(lengths), before
 
     def _draw_stream(self, epoch: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
         """Where each window begins in the stream's run, and the run's pieces [n, 3]: shard, its
@@ -135,16 +112,11 @@ class SampleOrder:
         begin, end = runs[stream], runs[stream + 1]
         first = np.searchsorted(starts, begin, side="right") - 1
         last = np.searchsorted(starts, end, side="left")
-        pieces = np.stack(
-            [
-                order[first:last],
-                np.maximum(begin, starts[first:last]) - starts[first:last],
-                np.minimum(end, starts[first + 1 : last + 1]) - starts[first:last],
-            ],
-            axis=1,
-        )
-        lengths = np.concatenate([[0], np.cumsum(pieces[:, 2] - pieces[:, 1])])
-        return lengths[:-1][:: self.window], pieces
+        left, right = starts[first:last], starts[first + 1 : last + 1]
+        rows = np.maximum(begin, left) - left, np.minimum(end, right) - left
+        pieces = np.stack([order[first:last], *rows], axis=1)
+        starts = _starts(pieces[:, 2] - pieces[:, 1])
+        return starts[:-1][:: self.window], pieces
 
     def _draw_window_order(
         self, epoch: int, stream: int, window: int
@@ -152,8 +124,12 @@ class SampleOrder:
         """The window's samples in order, numbered over its pieces laid end to end (int32, since all
         windows together may be the whole data set); these pieces; and where each begins there."""
         pieces = self._stream(epoch, stream)[1][window * self.window : (window + 1) * self.window]
-        ends = np.cumsum(pieces[:, 2] - pieces[:, 1])
-        order = permutation(
-            Use.WINDOW_ORDER, self._seed, epoch, stream << 32 | window, int(ends[-1])
-        )
-        return order.astype(np.int32), pieces, np.concatenate([[0], ends[:-1]])
+        starts = _starts(pieces[:, 2] - pieces[:, 1])
+        run = stream << 32 | window
+        order = permutation(Use.WINDOW_ORDER, self._seed, epoch, run, int(starts[-1]))
+        return order.astype(np.int32), pieces, starts[:-1]
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    """Where each of these lengths begins, laid end to end, and where the last one ends: [n + 1]."""
+    return np.concatenate([[0], np.cumsum(lengths)])

@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,13 +23,13 @@ from diffmoe.data.cache import Cache
 from diffmoe.data.order import SampleOrder
 from diffmoe.data.rows import BadShard, OpenShard, has_table
 from diffmoe.data.shards import ShardIndex
-from diffmoe.data.sources import again
-from diffmoe.data.tar import ShardFile, sha256
+from diffmoe.data.tar import ShardFile
 from diffmoe.data.values import normals, std_of, to_float
 from diffmoe.errors import UserError
+from diffmoe.files import retried, sha256
 from diffmoe.random_streams import Use, Words, philox
 
-_SETTINGS = ("seed", "batch", "streams", "window", "flip", "cache", "excluded")
+T = TypeVar("T")
 _FETCHES = 8  # at the same time
 _OTHER_FILES = 256  # what else a training process has open
 # Shards whose labels are looked at: by their tables, by their headers, by fetching them.
@@ -39,7 +42,7 @@ class ShardReader:
     Args:
         index: the data set.
         seed: fixes order, flips and VAE noise.
-            batch, streams, window: see `SampleOrder`.
+        batch, streams, window: see `SampleOrder`.
         flip: mirror about half of the samples, each by its position's own coin.
         cache: where copies of remote shards are held; not needed for local ones.
         excluded: shards by name, each with the step from which its samples are replaced by others,
@@ -69,6 +72,14 @@ class ShardReader:
             )
         if index.place and cache is None:
             raise UserError(f"the data set {index.where} is remote and needs a cache")
+        self._settings: dict[str, Any] = {
+            "seed": seed,
+            "batch": batch,
+            "streams": streams,
+            "window": window,
+            "flip": flip,
+            "cache": cache,
+        }
         self.index, self.seed, self.flip, self.cache = index, seed, flip, cache
         self.batch, self.streams, self.window = batch, streams, window
         self.excluded = dict(excluded or {})
@@ -80,43 +91,37 @@ class ShardReader:
             raise UserError(
                 f"every shard of {index.where} is bad: {', '.join(sorted(self.excluded)[:3])}, …"
             )
-        self.order = SampleOrder(
-            [shard.count for shard in index.shards],
-            seed=seed,
-            batch=batch,
-            streams=streams,
-            window=window,
-        )
-        self._capacity = 0
-        self._failed: dict[
-            int, Exception
-        ] = {}  # of shards that were opened before their row's turn
+        counts = [shard.count for shard in index.shards]
+        self.order = SampleOrder(counts, seed=seed, batch=batch, streams=streams, window=window)
+        self._capacity = 0  # of open shards
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._failed: dict[int, BaseException] = {}  # opening them; raised at their row's turn
         self._verified: set[int] = set()
         self._coins, self._noise = Words(Use.FLIP, seed), Words(Use.MOMENTS, seed)
         self._ahead: ThreadPoolExecutor | None = None
 
     def __reduce__(self) -> tuple:
-        return _reader, (self.index, {name: getattr(self, name) for name in _SETTINGS})
+        make = partial(ShardReader, **self._settings, excluded=self.excluded)
+        return make, (self.index,)
 
     def without(self, excluded: Mapping[str, int]) -> ShardReader:
         """A reader of the same data that leaves out these shards, each from its step on."""
-        settings = {name: getattr(self, name) for name in _SETTINGS}
-        return ShardReader(self.index, **(settings | {"excluded": excluded}))
+        return ShardReader(self.index, **self._settings, excluded=excluded)
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """Shard number and row in it of a position, after exclusions."""
-        number, row = self.order.locate(position)
-        if self._excluded and self._excluded.get(number, 2**63) <= position // self.batch:
-            return self._substitute(position)
-        return number, row
+    def places(self, positions: Sequence[int]) -> list[tuple[int, int]]:
+        """Shard number and row in it of each position, after exclusions."""
+        found = self.order.places(np.asarray(positions, np.int64))
+        return [
+            self._substitute(position)
+            if self._excluded and self._excluded.get(number, 2**63) <= position // self.batch
+            else (number, row)
+            for position, (number, row) in zip(positions, found.tolist())
+        ]
 
     def _substitute(self, position: int) -> tuple[int, int]:
         """Some sample of a shard that is good at this position."""
-        counts = self.order.counts.copy()
-        counts[
-            [number for number, step in self._excluded.items() if step <= position // self.batch]
-        ] = 0
+        step, counts = position // self.batch, self.order.counts.copy()
+        counts[[number for number, since in self._excluded.items() if since <= step]] = 0
         ends = np.cumsum(counts)
         draw = int(philox(Use.SUBSTITUTE, self.seed, position).random_raw()) % int(ends[-1])
         number = int(np.searchsorted(ends, draw, side="right"))
@@ -126,10 +131,8 @@ class ShardReader:
         """Samples at `positions` (any integers >= 0, over any epochs): x float32 [n, C, H, W], y
         int64 [n].
         """
-        x, y = (
-            np.empty((len(positions), *self.index.x_shape), np.float32),
-            np.empty(len(positions), np.int64),
-        )
+        x = np.empty((len(positions), *self.index.x_shape), np.float32)
+        y = np.empty(len(positions), np.int64)
         self.fill(positions, x, y)
         return x, y
 
@@ -139,42 +142,43 @@ class ShardReader:
         Raises:
             BadShard: a shard or member that is missing, damaged or unsafe, by name.
         """
-        meta = self.index.meta
-        shape = self.index.x_shape
-        words = -(-int(np.prod(shape)) // 4)
-        places = [self.locate(position) for position in positions]
+        meta, flips = self.index.meta, self.index.flips
+        places = self.places(positions)
         if (capacity := self._files_of(positions)) > self._capacity:
             self.allow_open_files(positions)
             self._capacity = capacity
         self._failed.clear()
         if self.index.place:
-            self._fetch(dict.fromkeys(number for number, _ in places))
-        mirrorings = [
-            self.flip and int(self._coins.at(position, 1)[0]) >> 63 == 1 for position in positions
-        ]
-        for (number, row), mirrored in zip(places, mirrorings):
-            self._shard(number).advise(row, int(mirrored and self.index.flips))
-        for i, (position, (number, row), mirrored) in enumerate(zip(positions, places, mirrorings)):
+            self._fetch({number for number, _ in places})
+        mirrored = [self.flip and int(self._coins.at(p, 1)[0]) >> 63 == 1 for p in positions]
+        for (number, row), mirror in zip(places, mirrored):
+            self._shard(number).advise(row, int(mirror and flips))
+        for i, (number, row) in enumerate(places):
             shard = self._shard(number)
-            stored = _retried(shard, row, int(mirrored and self.index.flips))
+            kind = int(mirrored[i] and flips)
+            try:
+                stored = retried(lambda: shard.array(row, kind), f"shard {shard.name}")
+            except OSError as error:
+                raise BadShard(shard.name, f", row {row}: {error}") from error
             y[i] = shard.table.labels[row]
-            if meta.kind == "pixels":
-                np.subtract(
-                    stored[..., ::-1] if mirrored else stored,
-                    np.float32(meta.mean),
-                    out=x[i],
-                    dtype=np.float32,
-                )
-            elif meta.kind == "latents":
-                np.subtract(to_float(stored, self.index.dtype), np.float32(meta.mean), out=x[i])
+            if meta.kind == "moments":
+                self._draw(stored, positions[i], x[i])
             else:
-                values = to_float(stored, self.index.dtype)
-                mean, std = values[: shape[0]], std_of(values[shape[0] :], meta.spread)
-                np.multiply(std, normals(self._noise.at(position, words), shape), out=x[i])
-                np.add(mean, x[i], out=x[i])
-                if meta.mean:
-                    np.subtract(x[i], np.float32(meta.mean), out=x[i])
+                if meta.kind == "latents":
+                    stored = to_float(stored, self.index.dtype)
+                elif mirrored[i]:
+                    stored = stored[..., ::-1]
+                np.subtract(stored, np.float32(meta.mean), out=x[i], dtype=np.float32)
             np.multiply(x[i], np.float32(meta.scale), out=x[i])
+
+    def _draw(self, stored: np.ndarray, position: int, x: np.ndarray) -> None:
+        """A latent from its moments, with the position's own noise, minus the data set's mean."""
+        meta, values = self.index.meta, to_float(stored, self.index.dtype)
+        mean, std = values[: len(x)], std_of(values[len(x) :], meta.spread)
+        np.multiply(std, normals(self._noise.at(position, -(-x.size // 4)), x.shape), out=x)
+        np.add(mean, x, out=x)
+        if meta.mean:
+            np.subtract(x, np.float32(meta.mean), out=x)
 
     def _files_of(self, positions: Sequence[int]) -> int:
         """What the windows of these positions' streams hold, and one each where a window ends and
@@ -195,21 +199,18 @@ class ShardReader:
         if soft == resource.RLIM_INFINITY or soft >= needed:
             return
         if hard != resource.RLIM_INFINITY and hard < needed:
-            window, fewer = (
-                max(0, hard - _OTHER_FILES) // streams - 1,
-                max(0, hard - _OTHER_FILES) // (self.window + 1),
-            )
-            instead = (
-                f", or set data.window to at most {window}"
-                if window >= 1
-                else f", or set data.streams to at most {self.order.streams * fewer // streams}"
-                if fewer >= 1
-                else ""
-            )
+            room = max(0, hard - _OTHER_FILES)
+            window, fewer = room // streams - 1, room // (self.window + 1)
+            instead = ""
+            if window >= 1:
+                instead = f", or set data.window to at most {window}"
+            elif fewer >= 1:
+                at_most = self.order.streams * fewer // streams
+                instead = f", or set data.streams to at most {at_most}"
             raise UserError(
-                f"data.streams ({self.streams}, {streams} of them read by one process) x data.window ({self.window}) need "
-                f"{count} open files and {_OTHER_FILES} for the rest; this system allows {hard} (ulimit -Hn): raise that "
-                f"limit{instead}"
+                f"data.streams ({self.streams}, {streams} of them read by one process) x "
+                f"data.window ({self.window}) need {count} open files and {_OTHER_FILES} for the "
+                f"rest; this system allows {hard} (ulimit -Hn): raise that limit{instead}"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
@@ -217,16 +218,17 @@ class ShardReader:
         """UserError where the windows of these positions' streams, even of the smallest shards, are
         larger than the cache of remote shards: reading would end there, once the cache is full.
         """
-        if not self.index.place:
+        if not self.cache or not self.index.place:
             return
         streams = self.order.streams_of(positions)
         held = sorted(shard.bytes for shard in self.index.shards)[: streams * self.window]
         if sum(held) > self.cache.limit:
             raise UserError(
-                f"data.cache_gib ({self.cache.limit / 2**30:.3g}) is too small: data.streams ({self.streams}, "
-                f"{streams} of them read by one process) x data.window ({self.window}) keep {len(held)} "
-                f"shards of {self.index.where} in use, {sum(held) / 2**30:.3g} GiB; raise it, or name "
-                "smaller data.streams and data.window"
+                f"data.cache_gib ({self.cache.limit / 2**30:.3g}) is too small: data.streams "
+                f"({self.streams}, {streams} of them read by one process) x data.window "
+                f"({self.window}) keep {len(held)} shards of {self.index.where} in use, "
+                f"{sum(held) / 2**30:.3g} GiB; raise it, or name smaller data.streams and "
+                "data.window"
             )
 
     def fetch_ahead(self, positions: Sequence[int]) -> None:
@@ -236,37 +238,31 @@ class ShardReader:
         if not self.index.place:
             return
         self._ahead = self._ahead or ThreadPoolExecutor(2, thread_name_prefix="fetch-ahead")
-        wanted = {number for number, _ in map(self.locate, positions)} - self._open.keys()
-        for number in wanted:
-            self._ahead.submit(
-                lambda file=self.index.shards[number]: os.close(self.descriptor(file))
-            )
+        for number in {number for number, _ in self.places(positions)} - self._open.keys():
+            self._ahead.submit(self._touch, self.index.shards[number])
 
-    def _fetch(self, numbers: Iterable[int]) -> None:
-        """Opens the missing ones of these shards, several at a time; what fails is raised at its
-        row's turn.
-        """
+    def _touch(self, file: ShardFile) -> None:
+        os.close(self.descriptor(file))
+
+    def _fetch(self, numbers: set[int]) -> None:
+        """Opens the missing ones of these shards, several at a time."""
         missing = [number for number in numbers if number not in self._open][: self._capacity]
-        if len(missing) < 2:
-            return
         self._make_way(len(missing))
         with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch") as pool:
             opening = {number: pool.submit(self._open_shard, number) for number in missing}
         for number, future in opening.items():
-            error = future.exception()
-            if error is None:
-                self._open[number] = future.result()
-            else:
+            if error := future.exception():
                 self._failed[number] = error
+            else:
+                self._open[number] = future.result()
 
     def _shard(self, number: int) -> OpenShard:
-        if number in self._open:
-            self._open.move_to_end(number)
-        elif number in self._failed:
+        if number in self._failed:
             raise self._failed[number]
-        else:
+        if number not in self._open:
             self._make_way(1)
             self._open[number] = self._open_shard(number)
+        self._open.move_to_end(number)
         return self._open[number]
 
     def _make_way(self, count: int) -> None:
@@ -284,9 +280,7 @@ class ShardReader:
             if shard.scanned and number not in self._verified:
                 if sha256(Path(f"/proc/self/fd/{descriptor}")) != file.sha256:
                     for row, kind in np.ndindex(shard.table.offsets.shape):
-                        shard.array(
-                            row, kind
-                        )  # names the member, if it is one that cannot be decoded
+                        shard.array(row, kind)  # names the member, if one cannot be decoded
                     raise BadShard(
                         file.name,
                         f" in {self.index.where}: SHA-256 is not the index's ({file.sha256})",
@@ -302,56 +296,55 @@ class ShardReader:
         the data set; of 16 where they have no tables of rows; of a remote data set only those that
         are in the cache, or all where they are few. None: unknown.
         """
-        numbers = range(len(self.index.shards))
-        if self.index.place and len(numbers) > _FEW_REMOTE:
-            numbers = [n for n in numbers if self.cache.has(self.index.shards[n])]
-        found: list[np.ndarray | None] = [None] * len(self.index.shards)
+        shards = self.index.shards
+        numbers = list(range(len(shards)))
+        if self.cache and self.index.place and len(numbers) > _FEW_REMOTE:
+            numbers = [n for n in numbers if self.cache.has(shards[n])]
+        found: list[np.ndarray | None] = [None] * len(shards)
         if not numbers:
             return found
-        tables = self.index.meta.members.ours and self._has_table(numbers[0])
-        most = _TABLES if tables else _SCANS
-        some = (
-            [numbers[i * len(numbers) // most] for i in range(most)]
-            if len(numbers) > most
-            else numbers
-        )
-        # Scans may parse headers of arrays, which is for one thread (see `rows._packed_rows`).
+        tables = self.index.meta.members.ours and self._look(shards[numbers[0]], has_table)
+        some = min(len(numbers), _TABLES if tables else _SCANS)
+        some_numbers = [numbers[i * len(numbers) // some] for i in range(some)]
+
+        def labels(number: int) -> np.ndarray | None:
+            file = shards[number]
+            return self._look(
+                file, lambda opened: self.index.opened(opened, file, flipped=False).table.labels
+            )
+
+        # Scans may parse headers of arrays, which is for one thread (see `rows.unpack_table`).
         with ThreadPoolExecutor(_FETCHES if tables else 1, thread_name_prefix="labels") as pool:
-            for number, labels in zip(some, pool.map(self._labels, some)):
-                found[number] = labels
+            for number, known in zip(some_numbers, pool.map(labels, some_numbers)):
+                found[number] = known
         return found
 
-    def _has_table(self, number: int) -> bool:
+    def _look(self, file: ShardFile, look: Callable[[int], T]) -> T | None:
+        """What `look` finds in the shard; None where it is bad, which reading its rows will say."""
         try:
-            descriptor = self.descriptor(self.index.shards[number])
-        except BadShard:
-            return False
-        try:
-            return has_table(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def _labels(self, number: int) -> np.ndarray | None:
-        """A shard's labels; None where it is bad, which is said when its rows are read."""
-        file = self.index.shards[number]
-        try:
-            descriptor = self.descriptor(file)
-            try:
-                return self.index.opened(descriptor, file, flipped=False).table.labels
-            finally:
-                os.close(descriptor)
+            with self.opened(file) as descriptor:
+                return look(descriptor)
         except BadShard:
             return None
+
+    @contextmanager
+    def opened(self, file: ShardFile) -> Iterator[int]:
+        """`descriptor`, closed at the end."""
+        descriptor = self.descriptor(file)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def descriptor(self, file: ShardFile) -> int:
         """An open descriptor of a shard's tar, which the caller closes. BadShard where it cannot be
         had.
         """
         address = self.index.address(file)
-        if self.index.place:
+        if self.cache and self.index.place:
             return self.cache.open(file, address)
         try:
-            return again(lambda: os.open(address, os.O_RDONLY), address)
+            return retried(lambda: os.open(address, os.O_RDONLY), address)
         except FileNotFoundError as error:
             raise BadShard(file.name, f" is missing from {self.index.where}") from error
         except OSError as error:
@@ -364,14 +357,3 @@ class ShardReader:
             self._ahead = None
         while self._open:
             self._open.popitem()[1].close()
-
-
-def _reader(index: ShardIndex, settings: dict) -> ShardReader:
-    return ShardReader(index, **settings)
-
-
-def _retried(shard: OpenShard, row: int, kind: int) -> np.ndarray:
-    try:
-        return again(lambda: shard.array(row, kind), f"shard {shard.name}")
-    except OSError as error:
-        raise BadShard(shard.name, f", row {row}: {error}") from error

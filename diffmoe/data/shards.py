@@ -15,20 +15,21 @@ from typing import TypeVar
 import numpy as np
 
 from diffmoe.data.meaning import Values, shape_fault
-from diffmoe.data.rows import Members, OpenShard, stored_dtype
+from diffmoe.data.members import Members
+from diffmoe.data.rows import OpenShard, stored_dtype
 from diffmoe.data.sources import is_remote, read_all, resolve
-from diffmoe.data.tar import ShardFile, replacing, sha256, write_tar
+from diffmoe.data.tar import ShardFile, write_tar
 from diffmoe.data.values import to_float
 from diffmoe.errors import UserError
+from diffmoe.files import replacing, sha256
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 KINDS = ("pixels", "latents", "moments")
 SPREADS = ("std", "logvar")
 T = TypeVar("T")
-_KEY = re.compile(
-    r"(?!__)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*"
-)  # webdataset splits names at the first dot, skips __x__
+# webdataset splits names at the first dot, skips __x__
+_KEY = re.compile(r"(?!__)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,9 @@ class ShardIndex:
 
     def address(self, shard: ShardFile) -> str:
         """Path or URL of a shard's tar."""
-        return (
-            self.place.replace("{name}", shard.name)
-            if self.place
-            else str(self.folder / shard.name)
-        )
+        if self.place:
+            return self.place.replace("{name}", shard.name)
+        return str(self.folder / shard.name)
 
     @property
     def where(self) -> str:
@@ -154,21 +153,16 @@ class ShardIndex:
         called.
         """
         meta = replace(self.meta, accept_values=False).record()
-        content = [
-            meta,
-            list(self.shape),
-            self.dtype,
-            self.flips,
-            [(s.count, s.sha256) for s in self.shards],
-        ]
+        shards = [(s.count, s.sha256) for s in self.shards]
+        content = [meta, list(self.shape), self.dtype, self.flips, shards]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def x_shape(self) -> tuple[int, int, int]:
         """Shape [C, H, W] of one training sample."""
-        channels, height, width = (
-            self.shape if self.meta.members.layout == "chw" else (self.shape[2], *self.shape[:2])
-        )
+        height, width, channels = self.shape
+        if self.meta.members.layout == "chw":
+            channels, height, width = self.shape
         return (channels // 2 if self.meta.kind == "moments" else channels, height, width)
 
     def opened(self, descriptor: int, file: ShardFile, *, flipped: bool) -> OpenShard:
@@ -225,9 +219,7 @@ def write_shards(
     pending: dict[str, dict[str, object]] = {}
 
     def flush() -> None:
-        values.check(
-            str(folder)
-        )  # with the first shard for the most part, before anything is written
+        values.check(str(folder))  # most faults show in the first shard, before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"shard-{len(shards):06d}.tar"
         write_tar(path, pending)
@@ -248,15 +240,9 @@ def write_shards(
         raise UserError(f"samples (none) must not be empty: nothing written to {folder}")
     if pending:
         flush()
-    index = ShardIndex(
-        folder,
-        meta,
-        first[1].shape,
-        first[1].dtype.name,
-        len(first) == 4,
-        sum(shard.count for shard in shards),
-        tuple(shards),
-    )
+    array, count = first[1], sum(shard.count for shard in shards)
+    flips = len(first) == 4
+    index = ShardIndex(folder, meta, array.shape, array.dtype.name, flips, count, tuple(shards))
     write_index(index)
     return index
 
@@ -277,36 +263,30 @@ def _checked_members(sample: tuple, first: tuple, meta: ShardMeta) -> dict[str, 
     key, array, label, *flip = sample
     if not _KEY.fullmatch(key):
         raise UserError(
-            f"key ({key!r}) must be letters, digits, '-', '_' and inner '/', and not start with '__'"
+            f"key ({key!r}) must be letters, digits, '-', '_' and inner '/', and not start with "
+            "'__'"
         )
+    problem = ""
     if len(sample) != len(first):
-        raise UserError(f"sample {key} has {len(sample)} items, the first sample has {len(first)}")
-    if flip and meta.kind == "pixels":
-        raise UserError(
-            f"sample {key}: kind ({meta.kind}) takes no flipped array; pixels are mirrored when read"
-        )
+        problem = f" has {len(sample)} items, the first sample has {len(first)}"
+    elif flip and meta.kind == "pixels":
+        problem = ": kind (pixels) takes no flipped array; pixels are mirrored when read"
+    elif not 0 <= int(label) < meta.classes:
+        problem = f": label ({label}) must lie in [0, classes) with classes {meta.classes}"
     for value in (array, *flip):
         if value.shape != first[1].shape or value.dtype != first[1].dtype:
-            raise UserError(
-                f"sample {key} is {value.dtype} {value.shape}, the first is "
-                f"{first[1].dtype} {first[1].shape}"
-            )
-        if value.ndim != 3 or (meta.kind == "moments" and value.shape[0] % 2):
-            raise UserError(
-                f"sample {key}: shape {value.shape} does not fit kind {meta.kind} ([C,H,W] or [2C,H,W])"
-            )
-        if value.dtype.kind != "f" and not (meta.kind == "pixels" and value.dtype == np.uint8):
-            raise UserError(
-                f"sample {key}: dtype ({value.dtype}) must be a float, or uint8 for pixels"
-            )
-        if not np.isfinite(value).all():
-            raise UserError(f"sample {key} holds values that are not finite")
-    if fault := shape_fault(array.shape, meta):
-        raise UserError(f"sample {key}: {fault}, which here means array.transpose(2, 0, 1)")
-    if not 0 <= int(label) < meta.classes:
-        raise UserError(
-            f"sample {key}: label ({label}) must lie in [0, classes) with classes {meta.classes}"
-        )
+            of_first = f"{first[1].dtype} {first[1].shape}"
+            problem = f" is {value.dtype} {value.shape}, the first is {of_first}"
+        elif value.ndim != 3 or (meta.kind == "moments" and value.shape[0] % 2):
+            problem = f": shape {value.shape} does not fit kind {meta.kind} ([C,H,W] or [2C,H,W])"
+        elif value.dtype.kind != "f" and not (meta.kind == "pixels" and value.dtype == np.uint8):
+            problem = f": dtype ({value.dtype}) must be a float, or uint8 for pixels"
+        elif not np.isfinite(value).all():
+            problem = " holds values that are not finite"
+        elif fault := shape_fault(array.shape, meta):
+            problem = f": {fault}, which here means array.transpose(2, 0, 1)"
+    if problem:
+        raise UserError(f"sample {key}{problem}")
     members = {"npy": np.ascontiguousarray(array), "cls": int(label)}
     return members | ({"flip.npy": np.ascontiguousarray(flip[0])} if flip else {})
 
@@ -331,13 +311,12 @@ def load_index(path: str | Path, index_at: str = "", check_files: bool = True) -
     if not remote and not folder.is_dir():
         raise UserError(f"data folder ({folder}) does not exist")
     if not is_remote(index_at) and not Path(index_at).is_file():
-        tars = (
-            " (tars of others get one by `run.py inspect-data --write-index`)"
-            if any(folder.glob("*.tar"))
-            else ""
-        )
+        tars = ""
+        if any(folder.glob("*.tar")):
+            tars = " (tars of others get one by `run.py inspect-data --write-index`)"
         raise UserError(
-            f"data folder ({Path(index_at).parent}) has no {Path(index_at).name}: no data set, or unfinished{tars}"
+            f"data folder ({Path(index_at).parent}) has no {Path(index_at).name}: no data set, or "
+            f"unfinished{tars}"
         )
     text = read_all(index_at)
     try:
@@ -349,8 +328,15 @@ def load_index(path: str | Path, index_at: str = "", check_files: bool = True) -
     for shard in index.shards:
         if Path(shard.name).name != shard.name:
             raise UserError(f"{index_at}: shard name ({shard.name!r}) must be a plain file name")
-        if check_files and not remote:
-            _check_shard_file(folder, shard)
+        if not check_files or remote:
+            continue
+        if not (folder / shard.name).is_file():
+            raise UserError(f"shard {shard.name} is missing from {folder}")
+        size = (folder / shard.name).stat().st_size
+        if size != shard.bytes:
+            raise UserError(
+                f"shard {shard.name} in {folder} has {size} bytes, its index says {shard.bytes}"
+            )
     return index
 
 
@@ -372,34 +358,30 @@ def _parse(record: dict, folder: Path, place: str) -> ShardIndex:
         place,
     )
     stored_dtype(index.dtype)
+    moments, total = index.meta.kind == "moments", sum(shard.count for shard in shards)
     if index.dtype == "bfloat16" and index.meta.kind == "pixels":
         raise UserError("dtype (bfloat16) goes with kind moments or latents, not pixels")
     if len(index.shape) != 3:
         raise UserError(f"shape ({index.shape}) must have three numbers")
-    if (
-        index.meta.kind == "moments"
-        and index.shape[0 if index.meta.members.layout == "chw" else 2] % 2
-    ):
+    if moments and index.shape[0 if index.meta.members.layout == "chw" else 2] % 2:
         raise UserError(
             f"shape ({index.shape}) must have an even number of channels for kind moments"
         )
-    if index.count != sum(shard.count for shard in shards) or index.count < 1:
+    if index.count != total or index.count < 1:
         raise UserError(
-            f"count ({index.count}) must be positive and the sum over its shards "
-            f"({sum(shard.count for shard in shards)})"
+            f"count ({index.count}) must be positive and the sum over its shards ({total})"
         )
     return index
 
 
 def _pick(index: ShardIndex, names: tuple[str, ...]) -> ShardIndex:
     """The data set of these shards alone, in the index's order."""
-    strangers = set(names) - {shard.name for shard in index.shards}
-    if strangers:
-        raise UserError(f"shard {min(strangers)} is not in the index of {index.where}")
+    if unknown := set(names) - {shard.name for shard in index.shards}:
+        raise UserError(f"shard {min(unknown)} is not in the index of {index.where}")
     shards = tuple(shard for shard in index.shards if shard.name in names)
-    made = index.encoding and replace(
-        index.encoding, channel_mean=(), channel_std=()
-    )  # those of all shards
+    made = index.encoding
+    if made:  # its statistics are of all shards
+        made = replace(made, channel_mean=(), channel_std=())
     return replace(index, shards=shards, count=sum(shard.count for shard in shards), encoding=made)
 
 
@@ -407,19 +389,5 @@ def from_json(kind: type[T], record: dict) -> T:
     """A dataclass of numbers, texts and tuples from its JSON form. TypeError where fields are
     missing or unknown.
     """
-    return kind(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in record.items()
-        }
-    )
-
-
-def _check_shard_file(folder: Path, shard: ShardFile) -> None:
-    if not (folder / shard.name).is_file():
-        raise UserError(f"shard {shard.name} is missing from {folder}")
-    size = (folder / shard.name).stat().st_size
-    if size != shard.bytes:
-        raise UserError(
-            f"shard {shard.name} in {folder} has {size} bytes, its index says {shard.bytes}"
-        )
+    lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
+    return kind(**(record | lists))

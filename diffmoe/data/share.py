@@ -24,10 +24,8 @@ class Share:
     shift: int = 0
 
     def __post_init__(self) -> None:
-        assert (
-            self.micro_batch * self.world * self.accumulation == self.batch
-            and 0 <= self.rank < self.world
-        ), self
+        assert self.micro_batch * self.world * self.accumulation == self.batch, self
+        assert 0 <= self.rank < self.world, self
 
     @property
     def count(self) -> int:
@@ -36,10 +34,9 @@ class Share:
 
     def positions(self, step: int) -> np.ndarray:
         """[accumulation, micro_batch]."""
-        starts = (step + self.shift) * self.batch + np.arange(self.accumulation) * (
-            self.batch // self.accumulation
-        )
-        return starts[:, None] + self.rank * self.micro_batch + np.arange(self.micro_batch)
+        micro_steps = np.arange(self.accumulation)[:, None] * (self.batch // self.accumulation)
+        first = (step + self.shift) * self.batch + self.rank * self.micro_batch
+        return first + micro_steps + np.arange(self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -78,10 +75,10 @@ class Ring:
         """Views of the block: x [slots, count, *shape], y [slots, count]."""
         values = self.slots * self.count * int(np.prod(self.shape))
         y_at = -(-4 * values // 64) * 64
-        x = np.frombuffer(memory, np.float32, values).reshape(self.slots, self.count, *self.shape)
-        return x, np.frombuffer(memory, np.int64, self.slots * self.count, y_at).reshape(
-            self.slots, self.count
-        )
+        x = np.frombuffer(memory, np.float32, values)
+        y = np.frombuffer(memory, np.int64, self.slots * self.count, y_at)
+        each = (self.slots, self.count)
+        return x.reshape(*each, *self.shape), y.reshape(each)
 
 
 def allow_open_files(reader: ShardReader, share: Share, workers: int) -> None:

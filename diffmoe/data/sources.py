@@ -1,5 +1,5 @@
-"""Where a data set's files are: local paths, and whatever webdataset opens (`pipe:`, http(s), s3,
-gs, hf, …), with retries.
+"""Where a data set's files are: local paths, http(s), `pipe:` commands, and what fsspec opens (s3,
+gs, hf, …).
 
 All shards of a data set lie in one place, which is written as an address with `{name}` where the
 file's name goes.
@@ -11,31 +11,21 @@ import glob
 import os
 import re
 import select
-import shlex
 import signal
 import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import TypeVar
 
 from diffmoe.errors import UserError
+from diffmoe.files import Refused, retried
 
-TRIES = 5
-FIRST_PAUSE = 1.0  # seconds before the second try; doubled each time
 STALL = 60.0  # seconds without a byte after which a transfer counts as dead
 _CHUNK = 1 << 20
 _LAST_NAME = re.compile(r"[^/\s]+\.tar(?=[^/]*$)")
-_FINAL = (400, 401, 403, 404, 410)  # asking again will not help
-T = TypeVar("T")
-
-
-class Refused(OSError):
-    """The source says no for good: trying again will not help."""
+_FINAL = (400, 401, 403, 404, 410)  # HTTP statuses: asking again will not help
 
 
 def is_remote(address: str) -> bool:
@@ -44,8 +34,8 @@ def is_remote(address: str) -> bool:
 
 
 def runs_a_program(address: str) -> bool:
-    """Whether reading from the address starts a program with words of the address: `pipe:`, and all
-    that is not http(s).
+    """Whether reading from the address may run code that the address chooses: `pipe:`, and, through
+    fsspec's plugins, all that is not http(s).
     """
     return is_remote(address) and not address.startswith(("http://", "https://"))
 
@@ -84,8 +74,8 @@ def resolve(address: str) -> tuple[str, tuple[str, ...] | None]:
     places = {_place(one, name) for one, name in zip(found, names)}
     if len(places) > 1:
         raise UserError(
-            f"data.shards ({address}) lies in {len(places)} places ({', '.join(sorted(places)[:2])}); a data set "
-            "has one, with its index.json"
+            f"data.shards ({address}) lies in {len(places)} places "
+            f"({', '.join(sorted(places)[:2])}); a data set has one, with its index.json"
         )
     return places.pop(), tuple(names)
 
@@ -110,54 +100,22 @@ def read_all(address: str, limit: int = 1 << 28) -> bytes:
         return bytes(data)
 
     try:
-        return again(once, address)
+        return retried(once, address)
     except OSError as error:
         raise UserError(f"{address} cannot be read: {error}") from error
 
 
-def again(action: Callable[[], T], what: str) -> T:
-    """`action`, tried up to `TRIES` times over an OSError, with growing pauses, said aloud; Refused
-    is final.
+def chunks(address: str) -> Generator[bytes, None, None]:
+    """The bytes at a remote address. OSError when it fails or ends early, and, of http(s) and
+    pipes, when it says nothing for `STALL` seconds.
     """
-    pause = FIRST_PAUSE
-    for attempt in range(1, TRIES + 1):
-        try:
-            return action()
-        except OSError as error:
-            if attempt == TRIES or isinstance(error, (Refused, FileNotFoundError, PermissionError)):
-                raise
-            # One write: several threads fetch, and print would let their lines run into each other.
-            sys.stderr.write(
-                f"data: {what}: {error}; trying again in {pause:g} s ({attempt} of {TRIES - 1})\n"
-            )
-            time.sleep(pause)
-            pause *= 2
-    raise AssertionError("unreachable")
-
-
-def chunks(address: str) -> Iterator[bytes]:
-    """The bytes at a remote address. OSError when it fails, ends early or says nothing for `STALL`
-    seconds.
-    """
-    if os.environ.get("GOPEN_REWRITE"):
-        from webdataset.gopen import rewrite_url
-
-        address = rewrite_url(address)
-    scheme = address.partition(":")[0]
-    if scheme in ("http", "https"):
-        # Not webdataset's curl: that one waits for a silent server without end, and retries
-        # silently.
-        return _http(address)
-    if scheme == "pipe":
+    if address.startswith("pipe:"):
         return _command(address[5:])
-    if scheme == "s3" and "s3" not in os.environ.get("USE_AIS_FOR", "").split(":"):
-        return _command(
-            f"aws s3 cp {shlex.quote(address)} -"
-        )  # webdataset has no opener of its own for it
-    return _webdataset(address)
+    return (_http if address.startswith(("http://", "https://")) else _filesystem)(address)
 
 
-def _http(url: str) -> Iterator[bytes]:
+def _http(url: str) -> Generator[bytes, None, None]:
+    # Not fsspec's, which needs aiohttp.
     try:
         with urllib.request.urlopen(url, timeout=STALL) as response:
             length, got = response.headers.get("Content-Length"), 0
@@ -175,7 +133,18 @@ def _http(url: str) -> Iterator[bytes]:
         raise OSError(str(error)) from error
 
 
-def _command(command: str) -> Iterator[bytes]:
+def _filesystem(url: str) -> Generator[bytes, None, None]:
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                yield chunk
+    except (ImportError, ValueError) as error:  # a package for it is missing, or no such protocol
+        raise Refused(str(error)) from error
+
+
+def _command(command: str) -> Generator[bytes, None, None]:
     process = subprocess.Popen(
         command,
         shell=True,
@@ -183,38 +152,19 @@ def _command(command: str) -> Iterator[bytes]:
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
+    assert process.stdout is not None
     try:
-        yield from _read_pipe(process.stdout.fileno())
-        code = process.wait()
-        if code:
+        while select.select([process.stdout], [], [], STALL)[0]:
+            chunk = os.read(process.stdout.fileno(), _CHUNK)
+            if not chunk:
+                break
+            yield chunk
+        else:
+            raise OSError(f"no byte for {STALL:g} s")
+        if code := process.wait():
             raise OSError(f"command ended with exit status {code}")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # its session: a shell's children too
             process.wait()
         process.stdout.close()
-
-
-def _webdataset(url: str) -> Iterator[bytes]:
-    from webdataset.gopen import Pipe, gopen
-
-    try:
-        stream = gopen(url)
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    with stream:
-        if isinstance(stream, Pipe):
-            yield from _read_pipe(stream.stream.fileno())
-        else:
-            while chunk := stream.read(_CHUNK):
-                yield chunk
-
-
-def _read_pipe(descriptor: int) -> Iterator[bytes]:
-    while True:
-        if not select.select([descriptor], [], [], STALL)[0]:
-            raise OSError(f"no byte for {STALL:g} s")
-        chunk = os.read(descriptor, _CHUNK)
-        if not chunk:
-            return
-        yield chunk

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO
 
 import torch
 
@@ -63,7 +63,6 @@ class BatchStream(Iterator[list[Batch]]):
         prefetch: int = 2,
         pin: bool = False,
     ) -> None:
-        assert start_step >= 0 and prefetch >= 1 and workers >= 0, (start_step, prefetch, workers)
         self._share, self.step = share, start_step  # the step that `next` returns next
         self._ring = Ring(prefetch + HELD, share.count, reader.index.x_shape)
         self._memory_file = os.memfd_create("diffmoe-batches")
@@ -74,15 +73,14 @@ class BatchStream(Iterator[list[Batch]]):
         self._pinned = pin and _pin(self._x, self._ring.bytes)
         self._failure: BaseException | None = None
         self._closed = False
-        self._workers: list[_Worker] = []
+        self._workers: list[_Thread | _Process] = []
         try:
             for number in range(max(1, workers)):
                 part = Part(share, number, max(1, workers))
-                self._workers.append(
-                    _Process(reader, part, self._ring, self._memory_file)
-                    if workers
-                    else _Thread(reader, part, x, y)
-                )
+                if workers:
+                    self._workers.append(_Process(reader, part, self._ring, self._memory_file))
+                else:
+                    self._workers.append(_Thread(reader, part, x, y))
             for step in range(start_step, start_step + prefetch):
                 self._ask(step)
         except BaseException:
@@ -94,8 +92,8 @@ class BatchStream(Iterator[list[Batch]]):
 
         Raises:
             BadShard: a shard that this step needs is bad; the steps before it were returned.
-                UserError, OSError: the reader's other errors, and the death of a worker. Once raised,
-                always raised.
+            UserError, OSError: the reader's other errors, and the death of a worker.
+                Once raised, always raised.
         """
         if self._closed:
             raise RuntimeError("this batch stream is closed")
@@ -103,25 +101,14 @@ class BatchStream(Iterator[list[Batch]]):
             self._ask(self.step + self._ring.slots - HELD)
             # All of them, also after a failure: which error is raised is then no matter of which
             # worker was faster.
-            failures = [
-                failure
-                for failure in [worker.wait() for worker in self._workers]
-                if failure is not None
-            ]
-            self._failure = failures[0] if failures else None
+            answers = [worker.wait() for worker in self._workers]
+            self._failure = next((answer for answer in answers if answer is not None), None)
         if self._failure is not None:
             raise self._failure
         slot, positions = self.step % self._ring.slots, self._share.positions(self.step)
         self.step += 1
-        size = self._share.micro_batch
-        return [
-            Batch(
-                self._x[slot, j * size : (j + 1) * size],
-                self._y[slot, j * size : (j + 1) * size],
-                tuple(row.tolist()),
-            )
-            for j, row in enumerate(positions)
-        ]
+        parts = zip(*(part[slot].split(self._share.micro_batch) for part in (self._x, self._y)))
+        return [Batch(x, y, tuple(row.tolist())) for (x, y), row in zip(parts, positions)]
 
     def _ask(self, step: int) -> None:
         for worker in self._workers:
@@ -161,21 +148,10 @@ def _pin(x: torch.Tensor, size: int) -> bool:
     return code == 0
 
 
-class _Worker(Protocol):
-    """Fills its slots of the steps that it is asked for, in that order."""
-
-    def ask(self, step: int, slot: int) -> None: ...
-
-    def wait(self) -> BaseException | None:
-        """Until the oldest step asked for is filled: why it could not be, or None."""
-
-    def stop(self) -> None: ...
-
-    def join(self) -> None: ...
-
-
 class _Thread:
-    """The worker of this process."""
+    """The worker of this process: fills its slots of the steps that it is asked for, in that
+    order.
+    """
 
     def __init__(self, reader: ShardReader, part: Part, x, y) -> None:
         self._reader, self._part, self._x, self._y = reader, part, x, y
@@ -189,6 +165,7 @@ class _Thread:
         self._asked.put((step, slot))
 
     def wait(self) -> BaseException | None:
+        """Until the oldest step asked for is filled: why it could not be, or None."""
         return self._answers.get()
 
     def stop(self) -> None:
@@ -201,27 +178,28 @@ class _Thread:
     def _work(self) -> None:
         while (task := self._asked.get()) is not None and not self._stopped:
             step, slot = task
+            x, y = self._x[slot], self._y[slot]
             try:
-                fill_step(
-                    self._reader, self._part, step, _FETCH_AHEAD, self._x[slot], self._y[slot]
-                )
+                fill_step(self._reader, self._part, step, _FETCH_AHEAD, x, y)
                 self._answers.put(None)
-            except (
-                BaseException
-            ) as error:  # every error belongs to the caller: a thread that dies silently is a hang
+            # Every error belongs to the caller: a thread that dies silently is a hang.
+            except BaseException as error:
                 self._answers.put(error)
         self._reader.close()
 
 
 class _Process:
-    """A worker in a process of its own: see `worker.py`."""
+    """A worker like `_Thread` in a process of its own: see `worker.py`."""
+
+    _commands: IO[bytes]
+    _answers: IO[bytes]
 
     def __init__(self, reader: ShardReader, part: Part, ring: Ring, memory_file: int) -> None:
         self._name = f"data worker {part.number} of rank {part.share.rank}"
         root = str(Path(__file__).resolve().parent.parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        # What stops a run stops this process, which then ends the worker: the worker's own ear
-        # opens once it is deaf to it.
+        # What stops a run stops this process, which then ends the worker, so the worker ignores
+        # these signals; they are blocked until it does.
         kept = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._process = subprocess.Popen(
@@ -233,31 +211,29 @@ class _Process:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+        assert self._process.stdin and self._process.stdout
+        self._commands, self._answers = self._process.stdin, self._process.stdout
         self._send(pickle.dumps((reader, part, ring, _FETCH_AHEAD)))
 
     def ask(self, step: int, slot: int) -> None:
         self._send(f"{step} {slot}\n".encode())
 
     def _send(self, data: bytes) -> None:
-        try:
-            self._process.stdin.write(data)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead, and `wait` says so
+        with contextlib.suppress(BrokenPipeError):  # it is dead, and `wait` says so
+            self._commands.write(data)
+            self._commands.flush()
 
     def wait(self) -> BaseException | None:
         try:
-            return pickle.load(self._process.stdout)
+            return pickle.load(self._answers)
         except (EOFError, pickle.UnpicklingError):
             code = self._process.wait()
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
             return ChildProcessError(f"{self._name} {how}")
 
     def stop(self) -> None:
-        try:
-            self._process.stdin.close()
-        except BrokenPipeError:
-            pass
+        with contextlib.suppress(BrokenPipeError):
+            self._commands.close()
 
     def join(self) -> None:
         try:
@@ -265,4 +241,4 @@ class _Process:
         except subprocess.TimeoutExpired:  # in the middle of a download
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._answers.close()

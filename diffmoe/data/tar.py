@@ -4,15 +4,10 @@ written whole or not at all (`rows.py` reads it).
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import io
-import os
 import tarfile
-import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from diffmoe.data.rows import BLOCK, ROWS_NAME, RowTable, pack_table, scan_rows
+from diffmoe.files import replacing
 
 
 @dataclass(frozen=True)
@@ -32,44 +28,6 @@ class ShardFile:
     sha256: str
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file that becomes `path`, synced, if the block succeeds and vanishes if it fails."""
-    # The process id keeps two writers of the same bytes (two ranks of a demo) out of each other's
-    # file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w+b") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # a rename is durable only with its folder
-    finally:
-        os.close(directory)
-
-
-def check_writable(path: Path) -> None:
-    """OSError, before hours of work, where `replacing` could not write `path` after them."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def write_tar(path: Path, samples: Mapping[str, Mapping[str, object]]) -> None:
     """Write key → {"npy": array, "cls": label, perhaps "flip.npy": array} to `path`, atomically,
     and the table of its rows first; equal samples give equal bytes.
@@ -80,9 +38,8 @@ def write_tar(path: Path, samples: Mapping[str, Mapping[str, object]]) -> None:
 
 def write_tar_to(stream: BinaryIO, name: str, samples: Mapping[str, Mapping[str, object]]) -> None:
     """`write_tar` into an open file that can be read and sought."""
-    from webdataset import (
-        TarWriter,
-    )  # seconds, since it brings torch: the loader's processes do without
+    # Seconds, since it brings torch: the loader's processes do without.
+    from webdataset import TarWriter
 
     flips = any("flip.npy" in members for members in samples.values())
     nothing = np.zeros((len(samples), 1 + flips), np.int64)

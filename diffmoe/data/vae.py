@@ -11,28 +11,25 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffmoe.errors import UserError
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
 class Vae:
-    """An autoencoder with what its configuration says. `name` is what `load_vae` was given;
+    """An `AutoencoderKL` with what its configuration says. `name` is what `load_vae` was given;
     `factor` pixels a latent.
 
     `sha256` is of the weights as fp32 tensors, whatever file they came from.
     """
 
-    model: AutoencoderKL
+    model: Any  # diffusers' bases have no types
     name: str
     sha256: str
     channels: int
@@ -40,6 +37,10 @@ class Vae:
     factor: int
     scale: float
     shift: float
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
 
 def load_vae(
@@ -77,22 +78,19 @@ def load_vae(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"vae ({name}) cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"vae ({name}) cannot be loaded: {reason}") from error
     # diffusers only warns of these, and goes on with random numbers.
-    wrong = {
-        what: info[what]
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info.get(what)
-    }
-    for what, keys in wrong.items():
-        raise UserError(
-            f"vae ({name}) does not fit AutoencoderKL: {what.replace('_', ' ')} {keys[0]} ({len(keys)} in all)"
-        )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := info.get(what):
+            raise UserError(
+                f"vae ({name}) does not fit AutoencoderKL: {what.replace('_', ' ')} {keys[0]} "
+                f"({len(keys)} in all)"
+            )
     if model.config.latents_mean is not None or model.config.latents_std is not None:
         raise UserError(
-            f"vae ({name}) normalises latents by channel (latents_mean); one scale and one shift are supported"
+            f"vae ({name}) normalises latents by channel (latents_mean); one scale and one shift "
+            "are supported"
         )
     # torch's own `to`: diffusers' would log a warning about modules to keep in fp32, of which
     # AutoencoderKL has none.
@@ -129,9 +127,9 @@ def encode_moments(vae: Vae, images: Tensor) -> Tensor:
         images: uint8 [B, C, H, W] on any device.
 
     Returns:
-            [B, 2L, H / factor, W / factor]: L channels of means, then L of standard deviations.
+        [B, 2L, H / factor, W / factor]: L channels of means, then L of standard deviations.
     """
-    x = images.to(vae.model.device).float() / 127.5 - 1
+    x = images.to(vae.device).float() / 127.5 - 1
     latent = vae.model.encode(x.to(vae.model.dtype)).latent_dist
     # From the log-variance, in fp32: the distribution's own `std` has the model's precision.
     return torch.cat([latent.mean.float(), torch.exp(0.5 * latent.logvar.float())], dim=1)
@@ -143,10 +141,10 @@ def decode_latents(vae: Vae, z: Tensor, scale: float, shift: float) -> Tensor:
 
     Args:
         z: [B, L, h, w] on any device, (latent - shift) * scale.
-            scale, shift: those of the training data (`meta.scale` and `meta.mean` of its index).
+        scale, shift: those of the training data (`meta.scale` and `meta.mean` of its index).
 
     Returns:
-            uint8 [B, C, h * factor, w * factor] on the CPU, rounded to the nearest of 256 levels.
+        uint8 [B, C, h * factor, w * factor] on the CPU, rounded to the nearest of 256 levels.
 
     Raises:
         UserError: channels that are not the VAE's, a scale or shift that cannot be undone, or
@@ -158,7 +156,7 @@ def decode_latents(vae: Vae, z: Tensor, scale: float, shift: float) -> Tensor:
         )
     if not (math.isfinite(scale) and math.isfinite(shift) and scale != 0):
         raise UserError(f"scale ({scale}) and shift ({shift}) must be finite, scale not 0")
-    latents = z.to(vae.model.device).float() / scale + shift
+    latents = z.to(vae.device).float() / scale + shift
     x = vae.model.decode(latents.to(vae.model.dtype)).sample.float()
     bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()) if len(x) else 0
     if bad:

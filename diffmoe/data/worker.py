@@ -1,7 +1,7 @@
 """A loader process: fills its slots of the steps that its parent names, in memory that both see.
 
-    parent → worker   one pickle (reader, part, ring, ahead), then "step slot" lines; the pipe's end
-    is the worker's worker → parent   per line, one pickle: None, or the exception
+    parent → worker   one pickle (reader, part, ring, ahead), then "step slot" lines
+    worker → parent   per line, one pickle: None, or the exception
 
 Started by `stream.py`, for which the signals that stop a run must not reach it: it ends when its
 parent closes the pipe, or dies.
@@ -25,9 +25,7 @@ def main() -> None:
     """Serves until the pipe ends. The memory's descriptor is the only argument."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(
-        signal.SIG_UNBLOCK, STOP_SIGNALS
-    )  # they were blocked until they are ignored
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked until they are ignored
     commands, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints goes where errors go
     reader, part, ring, ahead = pickle.load(commands)

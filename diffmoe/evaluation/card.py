@@ -16,9 +16,9 @@ import torch
 
 import diffmoe
 from diffmoe import code_version
-from diffmoe.data.tar import replacing
 from diffmoe.errors import UserError
 from diffmoe.evaluation.scores import Scores
+from diffmoe.files import replacing
 from diffmoe.markdown import table
 
 JSON_NAME, MARKDOWN_NAME = "card.json", "card.md"

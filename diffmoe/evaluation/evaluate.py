@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffmoe.data.tar import check_writable, replacing
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import (
     JSON_NAME,
@@ -44,6 +43,7 @@ from diffmoe.evaluation.protocol import protocol
 from diffmoe.evaluation.reference_statistics import Reference, check_enough
 from diffmoe.evaluation.scored_images import Images
 from diffmoe.evaluation.scores import NEIGHBOURS, Scores, Tally, default_splits, precision_recall
+from diffmoe.files import check_writable, replacing
 from diffmoe.models.logical import digest_note
 from diffmoe.parallel.collectives import agreed, gather_objects, raise_together
 from diffmoe.parallel.groups import Group

@@ -27,10 +27,10 @@ from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
-from diffmoe.data.tar import sha256
 from diffmoe.device import ieee_fp32
 from diffmoe.errors import UserError
 from diffmoe.evaluation.protocol import INCEPTION_SHA256
+from diffmoe.files import sha256
 
 INCEPTION_NAME = "inception-2015-12-05.pt"
 DIGITS_NAME = "digits"

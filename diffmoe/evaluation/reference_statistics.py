@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffmoe.data.tar import replacing, sha256
 from diffmoe.errors import UserError
 from diffmoe.evaluation.features import Extractor, Features
 from diffmoe.evaluation.image_sources import UNREADABLE, ImageSource, names_in, open_images
 from diffmoe.evaluation.scores import NEIGHBOURS, Gaussian, Tally, covariance_root
+from diffmoe.files import replacing, sha256
 from diffmoe.parallel.collectives import agreed, gather_stack
 from diffmoe.parallel.groups import Group
 from diffmoe.progress import shown

@@ -1,0 +1,189 @@
+"""What decides an encoded data set's bytes, and what a folder already holds of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from diffmoe.data.encode_request import Request
+from diffmoe.data.image_source import Source, describe_changes
+from diffmoe.data.shards import INDEX_NAME, Encoding, ShardMeta, from_json, load_index
+from diffmoe.data.vae import Vae
+from diffmoe.errors import UserError
+from diffmoe.files import replacing
+from diffmoe.random_streams import Use, permutation
+
+STATE_NAME, _PLAN_NAME = ".encode", "plan.json"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard: its tar (none if `count` is 0), the addresses left out, and the channels'
+    sums over its values.
+    """
+
+    number: int
+    count: int
+    bytes: int
+    sha256: str
+    skipped: tuple[str, ...]
+    total: tuple[float, ...]
+    squares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides the data set's bytes: equal plans, equal data sets."""
+
+    meta: ShardMeta
+    encoding: Encoding
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        """The listing's numbers in the order in which they are written."""
+        images, seed = self.encoding.images, self.encoding.shuffled
+        if seed is None:
+            return np.arange(images)
+        return permutation(Use.ENCODE_ORDER, seed, 0, 0, images)
+
+    def shard(self, number: int) -> list[int]:
+        """The listing's numbers of a shard's images, in the shard's order."""
+        size = self.encoding.samples_per_shard
+        return self._order[number * size : (number + 1) * size].tolist()
+
+    @property
+    def shards(self) -> int:
+        return -(-self.encoding.images // self.encoding.samples_per_shard)
+
+    def check_same(self, other: Plan, where: Path | str) -> None:
+        """UserError naming the first field in which `other`, found in `where`, differs; the VAE
+        counts by its weights. What was left out decides no bytes; stamps are `_check_stamps`'s.
+        """
+        pairs = ((self.encoding, other.encoding), (self.meta, other.meta))
+        for ours, theirs, name in ((*pair, f.name) for pair in pairs for f in fields(pair[0])):
+            mine, found = getattr(ours, name), getattr(theirs, name)
+            if mine == found or name in ("vae", "left_out", "source_stamps"):
+                continue
+            if name == "source_sha256":
+                raise UserError(
+                    f"source holds other images ({self.encoding.images}) than {where} was begun "
+                    f"with ({other.encoding.images}): files were added, removed or renamed (or an "
+                    "older version listed them otherwise); encode into another folder"
+                )
+            if name == "shuffled":
+                option = "--no-shuffle" if found is None else f"--shuffle-seed {found}"
+                raise UserError(
+                    f"shuffled ({mine}) is not that of {where} ({found}; None: in the source's "
+                    f"order, as older versions wrote): {option} resumes there, another folder "
+                    "begins anew"
+                )
+            raise UserError(
+                f"{name} ({str(mine)[:80]}) is not that of {where} ({str(found)[:80]}): "
+                "same settings and source to resume there, or another folder"
+            )
+
+
+def make_plan(request: Request, source: Source, vae: Vae | None) -> Plan:
+    """The plan of a request for what its source holds."""
+    encoding = Encoding(
+        source.sha256,
+        len(source.pictures),
+        request.image_size,
+        request.channels,
+        vae="",
+        vae_sha256="",
+        precision="",
+        batch=0,
+        samples_per_shard=request.samples_per_shard,
+        class_names=source.class_names,
+        storage="uint8",
+        left_out=tuple(map(str, source.left_out)),
+        shuffled=request.shuffle_seed,
+        fp32_precision=request.fp32_precision,
+    )
+    if vae is None:
+        return Plan(ShardMeta("pixels", source.classes, scale=1 / 127.5, mean=127.5), encoding)
+    meta = ShardMeta(
+        "moments",
+        source.classes,
+        scale=vae.scale if request.scale is None else request.scale,
+        mean=vae.shift if request.shift is None else request.shift,
+        accept_values=request.accept_values,
+    )
+    made_by = replace(encoding, vae=vae.name, vae_sha256=vae.sha256, precision=request.precision)
+    return Plan(meta, replace(made_by, batch=request.batch, storage=request.storage))
+
+
+def tar_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def write_record(folder: Path, record: ShardRecord) -> None:
+    """Makes a shard count as finished; its tar is there already."""
+    path = folder / STATE_NAME / f"shard-{record.number:06d}.json"
+    with replacing(path) as stream:
+        stream.write(json.dumps(asdict(record)).encode())
+
+
+def open_folder(folder: Path, plan: Plan, source: Source) -> dict[int, ShardRecord] | None:
+    """The shards finished in the folder under this plan (None: all, index included).
+
+    Writes the plan into a fresh folder, and clears away what a killed run left half-written.
+    UserError for a folder of another plan, or of something else.
+    """
+    state, path = folder / STATE_NAME, folder / STATE_NAME / _PLAN_NAME
+    if (folder / INDEX_NAME).exists():
+        index = load_index(folder)
+        if index.encoding is None:
+            raise UserError(f"out ({folder}) holds a finished data set that encode did not make")
+        made = replace(index.encoding, channel_mean=(), channel_std=(), skipped=())
+        _check_begun(plan, Plan(index.meta, made), source, folder)
+        return None
+    state.mkdir(parents=True, exist_ok=True)
+    tars, indexes = folder.glob(".shard-*.tar.*"), folder.glob(f".{INDEX_NAME}.*")
+    for leftover in [*tars, *indexes, *state.glob(".*")]:
+        leftover.unlink()
+    if not path.exists():
+        if others := [other.name for other in folder.iterdir() if other.name != STATE_NAME]:
+            raise UserError(
+                f"out ({folder}) must be empty, or begun by encode; it holds {others[0]}"
+            )
+        record = {"meta": plan.meta.record(), "encoding": asdict(plan.encoding)}
+        with replacing(path) as stream:
+            stream.write(json.dumps(record).encode())
+        return {}
+    try:
+        tree = json.loads(path.read_text())
+        begun = Plan(ShardMeta.of(tree["meta"]), from_json(Encoding, tree["encoding"]))
+        records = [
+            from_json(ShardRecord, json.loads(path.read_text()))
+            for path in sorted(state.glob("shard-*.json"))
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{state} is malformed: {type(error).__name__}: {error}") from error
+    _check_begun(plan, begun, source, folder)
+    return {record.number: record for record in records if _is_intact(folder, record)}
+
+
+def _check_begun(plan: Plan, begun: Plan, source: Source, folder: Path) -> None:
+    """UserError for another plan, or files of another size or time, than `folder` was begun with;
+    older data sets do not know the times.
+    """
+    plan.check_same(begun, folder)
+    now, before = plan.encoding.source_stamps, begun.encoding.source_stamps
+    if before and now != before:
+        changed = describe_changes(source, now, before)
+        raise UserError(
+            f"source changed since {folder} was begun, by size or time of writing: {changed}; "
+            "encode into another folder, or bring back what was there (copies keep their times by "
+            "cp -p or rsync -t)"
+        )
+
+
+def _is_intact(folder: Path, record: ShardRecord) -> bool:
+    tar = folder / tar_name(record.number)
+    return record.count == 0 or (tar.is_file() and tar.stat().st_size == record.bytes)

@@ -1,0 +1,84 @@
+"""Files: one atomic write, one hash, one retry."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+TRIES = 5
+FIRST_PAUSE = 1.0  # seconds before the second try; doubled each time
+T = TypeVar("T")
+
+
+class Refused(OSError):
+    """The source says no for good: trying again will not help."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file that becomes `path`, synced, if the block succeeds, and goes if it fails."""
+    # The process id keeps two writers of the same bytes (two ranks of a demo) apart.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w+b") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # a rename is durable only with its folder
+    finally:
+        os.close(directory)
+
+
+def check_writable(path: Path) -> None:
+    """OSError, before hours of work, where `replacing` could not write `path` after them."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_final(error: OSError) -> bool:
+    """Whether trying again will not help: nothing there, no right to it, a link to itself."""
+    final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, Refused)
+    return isinstance(error, final) or error.errno in (errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def retried(action: Callable[[], T], what: str) -> T:
+    """`action`, tried up to `TRIES` times over an OSError that is not final, with growing pauses,
+    each logged to stderr.
+    """
+    for attempt in range(1, TRIES):
+        try:
+            return action()
+        except OSError as error:
+            if is_final(error):
+                raise
+            pause = FIRST_PAUSE * 2 ** (attempt - 1)
+            # One write: several threads fetch, and print would let their lines run together.
+            sys.stderr.write(
+                f"data: {what}: {error}; trying again in {pause:g} s ({attempt} of {TRIES - 1})\n"
+            )
+            time.sleep(pause)
+    return action()
