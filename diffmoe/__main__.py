@@ -1,8 +1,8 @@
-"""The one program: ``run.py [VERB] --config C.yaml --deepspeed_config D.json section.field=value
-…``, verb train if none is named.
+"""The one program: ``run.py [SUBCOMMAND] --config C.yaml --deepspeed_config D.json
+section.field=value …``, train if no subcommand is named.
 
 The same file under ``deepspeed``, ``torchrun``, ``srun`` or plain ``python`` (one rank).
-Installed, it is ``diffmoe [VERB] …``.
+Installed, it is ``diffmoe [SUBCOMMAND] …``.
 """
 
 from __future__ import annotations
@@ -16,36 +16,32 @@ from diffmoe.environment import RankEnvironment, check_started, detect, export, 
 from diffmoe.errors import UserError
 
 VERBS = {
-    "train": "train a model, or go on with it (the default)",
+    "train": "train a model, or resume (the default)",
     "sample": "images from a checkpoint",
     "evaluate": "FID, sFID, Inception Score, precision and recall of a checkpoint, with a card",
-    "encode": "pictures -> VAE moments (or pixels) in shards",
-    "inspect-data": "a data set against its index: counts, checksums, classes, statistics, and a look at it",
-    "import": "research weights or a Hugging Face folder -> a checkpoint; dense weights -> a mixture",
+    "encode": "images -> VAE moments (or pixels) in shards",
+    "inspect-data": "a data set against its index: counts, checksums, classes, statistics, images",
+    "import": "research weights or a Hugging Face folder -> a checkpoint; dense weights -> MoE",
     "export": "a checkpoint -> research weights or a Hugging Face folder",
-    "check-checkpoint": "whether checkpoints are whole, bit for bit and tensor by tensor",
+    "check-checkpoint": "whether checkpoints are intact, bit for bit and tensor by tensor",
     "bench": "measurements side by side: run.py bench KIND",
-    "profile": "time, memory and traffic of real training steps, against the plan and the lower bound",
+    "profile": "real training steps against the plan and the lower bound: time, memory, traffic",
     "verify": "the parity table: EP x ZeRO x recompute x accumulation x pool against one process",
 }
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a verb.  Returns the exit code: 0, 1 (verify missed, a checkpoint or a data set is
-    damaged), 2 (bad input, or a run that cannot go on: one line on stderr), 75 (another rank was
+    """Runs a subcommand.  Returns the exit code: 0, 1 (verify missed, a checkpoint or a data set is
+    corrupt), 2 (bad input, or a run that cannot go on: one line on stderr), 75 (another rank was
     lost: the same command resumes), 130 (interrupted).
     """
-    environment = None
+    environment: RankEnvironment | None = None
     try:
         environment = detect()
         check_started(environment, typed_at_a_terminal() and not {"-h", "--help"} & set(arguments))
         export(environment)
         if arguments[:1] in (["-h"], ["--help"]):
-            print(
-                __doc__
-                + "\nverbs (run.py VERB --help says more):\n"
-                + "\n".join(f"  {verb:16} {text}" for verb, text in VERBS.items())
-            )
+            print(_help())
             return 0
         verb, rest = _verb(arguments)
         return _main_of(verb)(rest, environment)
@@ -54,17 +50,17 @@ def main(arguments: list[str]) -> int:
             raise
         _complain(error, environment)
         return 2
-    except (
-        RuntimeError
-    ) as error:  # outside training's watchdog: while the ranks meet, and in the other verbs
-        if os.environ.get("DIFFMOE_TRACEBACK") or "torch" not in sys.modules:
+    except RuntimeError as error:
+        # Outside training's watchdog: while the ranks meet, and in the other subcommands.
+        if os.environ.get("DIFFMOE_TRACEBACK") or "torch" not in sys.modules or not environment:
             raise
         from diffmoe.parallel.collectives import EXIT_LOST, is_lost_peer
 
         if not is_lost_peer(error):
             raise
         print(
-            f"error: rank {environment.rank}: another rank is lost or does not answer: {' '.join(str(error).split())[:200]}",
+            f"error: rank {environment.rank}: another rank is lost or does not answer: "
+            f"{' '.join(str(error).split())[:200]}",
             file=sys.stderr,
             flush=True,
         )
@@ -73,8 +69,13 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
+def _help() -> str:
+    lines = "\n".join(f"  {name:16} {text}" for name, text in VERBS.items())
+    return f"{__doc__}\nsubcommands (run.py SUBCOMMAND --help says more):\n{lines}"
+
+
 def _main_of(verb: str) -> Callable[[list[str], RankEnvironment], int]:
-    """A verb's function; its module is imported only now, since several bring torch."""
+    """A subcommand's function; its module is imported only now, since several bring torch."""
     if verb in ("import", "export"):
         from diffmoe.commands import exchange
 
@@ -83,12 +84,11 @@ def _main_of(verb: str) -> Callable[[list[str], RankEnvironment], int]:
 
 
 def _verb(arguments: list[str]) -> tuple[str, list[str]]:
-    words = [
-        a for a in arguments if not a.startswith("--local_rank")
-    ]  # the deepspeed launcher's; we read its environment
+    # --local_rank is the deepspeed launcher's; we read its environment.
+    words = [a for a in arguments if not a.startswith("--local_rank")]
     if words and not words[0].startswith("-") and "=" not in words[0]:
         if words[0] not in VERBS:
-            raise UserError(f"verb {words[0]!r} must be one of {', '.join(VERBS)}")
+            raise UserError(f"subcommand {words[0]!r} must be one of {', '.join(VERBS)}")
         return words[0], words[1:]
     return "train", words
 
@@ -96,12 +96,11 @@ def _verb(arguments: list[str]) -> tuple[str, list[str]]:
 def _complain(error: UserError, environment: RankEnvironment | None) -> None:
     """One line for an error that every rank has; one line a rank for an error of its own."""
     agreed = type(error).__name__ == "AgreedError" or not _started()
-    rank = environment.rank if environment else 0
     text = " ".join(str(error).splitlines())  # a name with a line break in it, say
-    if rank == 0:
+    if environment is None or environment.rank == 0:
         print(f"error: {text}", file=sys.stderr, flush=True)
     elif not agreed or environment.local_rank == 0:
-        print(f"error: rank {rank}: {text}", file=sys.stderr, flush=True)
+        print(f"error: rank {environment.rank}: {text}", file=sys.stderr, flush=True)
 
 
 def _started() -> bool:

@@ -14,6 +14,7 @@ from diffmoe.errors import UserError
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 _SHIPPED = ("configs", "ds_configs")
+_EXAMPLE = "example:"
 _OVERRIDE = re.compile(r"\w+(\.\w+)*=")
 
 
@@ -57,13 +58,30 @@ def shipped(path: str | Path) -> Path:
     return next((place for place in (path, *own) if os.path.exists(place)), path)
 
 
+class _Help(argparse.HelpFormatter):
+    """Says an option's default where its help does not, and leaves the example's lines alone."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(_EXAMPLE) else super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if "default" in text or action.default in (None, False, argparse.SUPPRESS, []):
+            return text
+        return f"{text} (default: %(default)s)"
+
+
 class PathParser(argparse.ArgumentParser):
     """argparse whose complaint is a UserError: one line, on one rank.  Every option that takes a
-    text or a path has it expanded; ``section.field=value`` is the configuration's to read.
+    text or a path has it expanded; ``section.field=value`` is the configuration's to read.  Its
+    help says the defaults, and ends with ``example``: commands, one a line.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, example: str = "", **settings: Any) -> None:
+        if example:
+            lines = "\n".join(f"  {line.strip()}" for line in example.strip().splitlines())
+            settings["epilog"] = f"{_EXAMPLE}\n{lines}"
+        super().__init__(formatter_class=_Help, **settings)
         for kind in (None, str):
             self.register("type", kind, _expanded)
         self.register("type", Path, lambda text: Path(_expanded(text)))

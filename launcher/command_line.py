@@ -21,12 +21,10 @@ class Parser(PathParser):
     """The parser of a subcommand, whose help ends with an example that works."""
 
     def __init__(self, name: str, description: str, example: str) -> None:
-        lines = "\n".join(f"  {line.strip()}" for line in example.strip().splitlines())
         super().__init__(
+            example,
             prog=f"python -m launcher {name}",
             description=description,
-            epilog=f"example:\n{lines}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
 

@@ -35,11 +35,32 @@ _PATIENCE = datetime.timedelta(minutes=30)
 _NOTE_S = 15.0  # by which the others of a start have come
 
 
+# What the help of a subcommand ends with; a kind of bench needs no more than its name.
+_EXAMPLES = {
+    "train": "deepspeed --num_gpus 2 run.py --deepspeed_config ds_configs/zero1_fp32.json "
+    "--config configs/demo.yaml run.folder=runs/mine",
+    "sample": "python run.py sample --checkpoint runs/demo --classes 0-9 --count 100 --cfg 1.5",
+    "evaluate": "python run.py evaluate --checkpoint runs/demo --reference data/digits "
+    "--extractor digits --out runs/demo/scores",
+    "encode": "torchrun --nproc-per-node 8 run.py encode --source imagenet/train "
+    "--out data/imagenet256_latents --vae stabilityai/sd-vae-ft-mse",
+    "inspect-data": "python run.py inspect-data data/digits",
+    "import": "python run.py import --research weights.pt "
+    "--config configs/diffmoe_l_e16_flow.yaml run.folder=runs/l_e16",
+    "export": "python run.py export --checkpoint runs/demo --format hf --out demo_hf",
+    "check-checkpoint": "python run.py check-checkpoint runs/demo --values",
+    "profile": "torchrun --standalone --nproc-per-node 2 run.py profile "
+    "--config configs/demo.yaml --synthetic --json steps.jsonl",
+    "verify": "python run.py verify --quick",
+}
+
+
 class Parser(PathParser):
     """The parser of a subcommand of run.py."""
 
     def __init__(self, prog: str, description: str | None = None) -> None:
-        super().__init__(prog=f"run.py {prog}", description=description)
+        example = _EXAMPLES.get(prog, f"python run.py {prog}")
+        super().__init__(example, prog=f"run.py {prog}", description=description)
 
 
 def one_process(verb: str, environment: RankEnvironment) -> None:

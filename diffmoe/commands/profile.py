@@ -68,8 +68,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="profile",
         description="Some real training steps: their time by phase, memory, and every message "
-        "against the lower bound and the plan. Example: torchrun --standalone --nproc-per-node 2 "
-        "run.py profile --config configs/demo.yaml --synthetic --json steps.jsonl",
+        "against the lower bound and the plan.",
     )
     add = parser.add_argument
     add("--config", required=True, help="YAML file, see configs/")
