@@ -108,7 +108,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         _EXAMPLE,
     )
     add = parser.add_argument
-    add("--nodes", type=int, default=1)
+    add("--nodes", type=int, default=1, help="of the machine that --gpu names")
     add_planner_options(parser)
     add("--steps", type=int, help="optimizer steps to price (default: train.steps)")
     add("--top", type=int, default=8, help="layouts to print")

@@ -155,7 +155,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     bf16 = "ds_configs/zero1_bf16.json"
     add("--config", required=True, help="YAML file, see configs/")
     add("--deepspeed_config", default=bf16, help=f"DeepSpeed JSON {default}")
-    add("--nodes", type=int, default=1)
+    add("--nodes", type=int, default=1, help="nodes of the job")
     add("--gpus-per-node", type=int, default=8, help=f"0: a CPU cluster {default}")
     add("--ranks-per-node", type=int, help="without GPUs; with GPUs it is their number")
     add("--gpu", default="h100", help=f"of the hardware table, for the layout's price {default}")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import os
+import re
 import typing
 from pathlib import Path
 
@@ -219,11 +220,10 @@ def test_every_help_says_the_defaults_and_ends_with_an_example_of_its_own_option
             if action.option_strings and action.default not in (None, False, "==SUPPRESS==", []):
                 about = text.partition(f" {action.option_strings[0]} ")[2]
                 assert "default" in about and action.help, (name, action.dest)
-        example = parser.epilog.replace("example:", "").strip()
-        assert name.removeprefix("run.py ").split()[0] in example or name == "run.py train"
         known = {option for action in parser._actions for option in action.option_strings}
-        rest = example.partition("run.py")[2] or example.partition("launcher")[2]
-        assert {w.partition("=")[0] for w in rest.split() if w.startswith("--")} <= known, name
+        examples = re.findall(r"(?:run\.py|-m launcher) (.*)", parser.epilog)
+        words = {word.partition("=")[0] for line in examples for word in line.split()}
+        assert examples and {word for word in words if word.startswith("--")} <= known, name
 
 
 def test_a_dry_run_shows_what_was_meant(tmp_path, capsys):

@@ -54,7 +54,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     grid = Path("inspect-data.png")
     add("--grid", type=Path, default=grid, help="where the grid of samples goes")
     add("--cache", default="", help="as data.cache, for remote shards")
-    add("--cache-gib", type=float, default=64.0)
+    add("--cache-gib", type=float, default=64.0, help="what --cache may hold")
     write = "first write index.json for a folder of tars that has none"
     add("--write-index", action="store_true", help=write)
     add(
