@@ -16,15 +16,16 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 # since much of a test is ranks that start or wait for each other.
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}
 
-.PHONY: help setup demo cards docs lint test test-torch check-torch test-operators test-slow test-slurm clean
+.PHONY: help setup demo cards docs lint test test-all test-torch check-torch test-operators test-slow test-slurm clean
 
 help:
 	@echo "make demo       train, sample and score a small model on this machine, 2 ranks, no download"
 	@echo "make cards      score cards of the demo's model: two capacities, two routing rules (minutes)"
 	@echo "make docs       the pages of docs/ as a site in site/; a dead link is an error"
-	@echo "make lint       ruff over the tree, as pyproject.toml says"
-	@echo "make test       quick tests"
-	@echo "make test-slow  the slow ones"
+	@echo "make lint       ruff and mypy over the tree, as pyproject.toml says"
+	@echo "make test       the core of the tests, minutes"
+	@echo "make test-all   these and the rest, as .ci/run asks"
+	@echo "make test-slow  those that need more time or more tools than .ci/run has"
 	@echo "make test-torch TORCH=2.11.0  what depends on torch, with another torch in an environment of its own"
 	@echo "make test-slurm the job scripts under a real Slurm, which they start on this machine"
 	@echo "make setup      $(VENV) with everything in requirements.lock (the others do this first)"
@@ -59,9 +60,14 @@ docs: setup
 
 lint: setup
 	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check --quiet || { echo "ruff format would change these: $$($(BIN)/ruff format --check | grep ^Would)"; exit 1; }
+	@$(BIN)/mypy
 
 test: setup
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-all: test
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m full $(ARGS)
 
 # Another torch, in an environment of its own: the lock but for its torch, and for the setuptools that this torch wants.
 # Its tests: the parity table's quick rows, and whatever calls an operator, a collective or Inductor.
@@ -82,7 +88,7 @@ $(OTHER)/requirements.lock: requirements.lock
 test-operators: setup
 	@$(BIN)/python -c 'import platform, torch; print("torch", torch.__version__, "Python", platform.python_version())'
 	@$(TEST_ENV) $(BIN)/python run.py verify --quick
-	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile $(OPERATOR_TESTS) $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not slurm" $(OPERATOR_TESTS) $(ARGS)
 
 test-slow: setup
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -m slow $(ARGS)
