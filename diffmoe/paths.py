@@ -40,7 +40,8 @@ def expand_path(text: str, what: str = "path") -> str:
     home = os.path.expanduser(user)
     if home.startswith("~"):
         raise UserError(
-            f"{what} ({text}) begins with {user}, which is no user of this machine: write ./{text} for a name that begins so"
+            f"{what} ({text}) begins with {user}, which is no user of this machine: write ./{text} "
+            f"for a name that begins so"
         )
     return home + _VARIABLE.sub(value, text[len(user) :])
 

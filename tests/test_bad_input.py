@@ -33,7 +33,8 @@ def assert_one_line(results: list[Result], *texts: str) -> None:
 BEFORE_JOINING = {
     "verb": (
         ["trian"],
-        "subcommand 'trian' must be one of train, sample, evaluate, encode, inspect-data, import, export, "
+        "subcommand 'trian' must be one of train, sample, evaluate, encode, inspect-data, import, "
+        "export, "
         "check-checkpoint, bench, profile, verify",
     ),
     "no config": (["train.steps=3"], "train needs --config"),
@@ -319,7 +320,8 @@ def after_joining(tmp_path_factory):
         "no apex": (train("train.optimizer=apex"), "train.optimizer (apex) needs NVIDIA's apex"),
         "apex at stage 3": (
             train("--deepspeed_config", tmp / "stage3.json", "train.optimizer=apex"),
-            "train.optimizer (apex) must be torch or deepspeed with DeepSpeed's zero_optimization.stage (3)",
+            "train.optimizer (apex) must be torch or deepspeed with DeepSpeed's "
+            "zero_optimization.stage (3)",
         ),
         "reduce_scatter": (
             train("--deepspeed_config", tmp / "scatter.json"),
@@ -327,7 +329,8 @@ def after_joining(tmp_path_factory):
         ),
         "typo in zero_optimization": (
             train("--deepspeed_config", tmp / "typo.json"),
-            "unknown key zero_optimization.overlap_com (value True) in the DeepSpeed JSON; did you mean zero_optimization.overlap_comm?",
+            "unknown key zero_optimization.overlap_com (value True) in the DeepSpeed JSON; did you "
+            "mean zero_optimization.overlap_comm?",
         ),
     }
     results = run_cases(2, [arguments for arguments, *_ in cases.values()])

@@ -199,7 +199,8 @@ def test_skipped_steps_are_counted_recorded_and_the_same_after_a_resume(two_rank
         (6, "skipped"),
     ]
     assert re.search(
-        r"loss is nan and gradient norm (inf|nan) at step 5, first in the output of x_embedder\S* on rank 1; "
+        r"loss is nan and gradient norm (inf|nan) at step 5, first in the output of x_embedder\S* "
+        r"on rank 1; "
         "skipped, 1 in a row of at most 2",
         events(tmp_path / "a")[1]["text"],
     )
@@ -214,7 +215,8 @@ def test_skipped_steps_are_counted_recorded_and_the_same_after_a_resume(two_rank
     )
     said, complaint = hear(two_ranks, tiny(tmp_path / "c", *more), math.nan, {2, 3, 4})
     assert re.fullmatch(
-        r"loss is nan .* at step 4, first in .* on rank 1 \(train\.nonfinite_limit \(2\) steps in a row were "
+        r"loss is nan .* at step 4, first in .* on rank 1 \(train\.nonfinite_limit \(2\) steps in "
+        r"a row were "
         r"skipped before\); the last checkpoint is untouched",
         complaint,
     )
@@ -268,7 +270,8 @@ def test_a_spike_before_any_checkpoint_goes_back_to_the_start_and_going_back_has
     # Without step 3 the run gets to a checkpoint at step 4, to which it then returns for steps 4
     # and 5.
     assert complaint == (
-        "the loss spiked at step 6, after train.spike_limit (2) returns to the checkpoint of step 4, each "
+        "the loss spiked at step 6, after train.spike_limit (2) returns to the checkpoint of step "
+        "4, each "
         "without the step that had spiked: the batches are not what is wrong"
     )
     assert [e["text"] for e in events(tmp_path / "a") if e["event"] == "went back"] == [
@@ -299,7 +302,8 @@ def test_the_guard_waits_for_its_window_and_forgets_what_it_went_back_over():
     )
     with pytest.raises(
         AgreedError,
-        match=r"spiked at step 5, after train.spike_limit \(1\) returns to the checkpoint of step 3",
+        match=r"spiked at step 5, after train.spike_limit \(1\) returns to the checkpoint of step "
+        r"3",
     ):
         guard.go_back(5, 3, before)
     guard.go_back(7, 6, before)  # a newer checkpoint: the run has got on

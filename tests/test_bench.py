@@ -138,7 +138,8 @@ def test_communication_counts_what_leaves(records):
     ("kernel", "kind"),
     [
         (
-            "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>",
+            "void "
+            "cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>",
             "products",
         ),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", "products"),

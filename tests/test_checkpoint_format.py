@@ -160,7 +160,8 @@ def header(tree, length=None) -> bytes:
         header({"a": {"shape": [4], "data_offsets": [0, 16]}}),
         header({"a": [1]}),
         header(
-            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", '
+            b'"shape": [1], "data_offsets": [0, 4]}}'
         ),
         pickle.dumps({"a": 1}, protocol=4),
     ],
@@ -384,7 +385,8 @@ def test_no_address_in_a_configuration_runs_a_program(
     config = Checkpoint(folder).config()
     with pytest.raises(
         UserError,
-        match=rf"data.{field} \({re.escape(address)}\) would start a program, which no checkpoint may",
+        match=rf"data.{field} \({re.escape(address)}\) would start a program, which no checkpoint "
+        rf"may",
     ):
         checkpoint_data(config, 0.18, None)
     assert checkpoint_data(config, 0.18, 0.0) is None
@@ -519,7 +521,8 @@ def test_the_verb_names_file_and_tensor(made_once, tmp_path, capsys):
     code, text = check(capsys, tmp_path, "--values")
     assert code == 0 and [line[:6] for line in text.splitlines()] == ["intact"] * 3
     assert re.search(
-        r"step_00000007: step 7, 11 files, 0.00 GB, master, ema_0.9, ema_0.5, exp_avg, exp_avg_sq, buffers$",
+        r"step_00000007: step 7, 11 files, 0.00 GB, master, ema_0.9, ema_0.5, exp_avg, exp_avg_sq, "
+        r"buffers$",
         text,
     )
     flip(newest / "ema_0.5-00001.safetensors", 4000)

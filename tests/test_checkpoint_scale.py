@@ -48,7 +48,8 @@ if __name__ == "__main__":
     size, writing, reading = measured(Path(sys.argv[1]), 8, [], sys.argv[2])
     print(size, writing, reading, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     print(
-        f"{size / 1e9:.1f} GB: memory grew by {writing / 1e6:.0f} MB while writing and {reading / 1e6:.0f} MB while reading; "
+        f"{size / 1e9:.1f} GB: memory grew by {writing / 1e6:.0f} MB while writing and "
+        f"{reading / 1e6:.0f} MB while reading; "
         f"{time.monotonic() - began:.0f} s in all"
     )
     shutil.rmtree(Path(sys.argv[1]) / "big")

@@ -70,7 +70,8 @@ def test_config_py_needs_no_torch():
         ("modle: {width: 3}", "unknown key modle (value {'width': 3}); did you mean model?"),
         (
             "zzz: 1",
-            "unknown key zzz (value 1); known: run, model, moe, diffusion, data, train, parallel, sample, score",
+            "unknown key zzz (value 1); known: run, model, moe, diffusion, data, train, parallel, "
+            "sample, score",
         ),
         ("model: 3", "model must be a mapping, not 3"),
         ("model:", "model must be a mapping, not None"),
@@ -286,15 +287,18 @@ def test_bad_overrides(override, message):
         ),
         (
             ["sample.routing=static", "model.family=ec", "moe.pool=1"],
-            "sample.routing (static) needs model.family (diffmoe), not ec, whose experts take as many tokens always",
+            "sample.routing (static) needs model.family (diffmoe), not ec, whose experts take as "
+            "many tokens always",
         ),
         (
             ["sample.routing=static", "sample.gamma=0.4"],
-            "sample.gamma (0.4) must be null for sample.routing (static), which has no thresholds and takes moe.capacity (1.0)",
+            "sample.gamma (0.4) must be null for sample.routing (static), which has no thresholds "
+            "and takes moe.capacity (1.0)",
         ),
         (
             ["sample.routing=static", "sample.capacity=0.7"],
-            "sample.capacity (0.7) must be null for sample.routing (static), which has no thresholds and takes moe.capacity (1.0)",
+            "sample.capacity (0.7) must be null for sample.routing (static), which has no "
+            "thresholds and takes moe.capacity (1.0)",
         ),
         (["run.fp32_precision=bf16"], "run.fp32_precision = 'bf16' must be one of ieee, tf32"),
         (["moe.router_start=xavier"], "moe.router_start = 'xavier' must be one of normal, uniform"),
@@ -351,33 +355,39 @@ def test_what_is_not_given_follows_from_what_is(given, micro, accumulation):
         (
             4,
             ["train.micro_batch=6", "train.accumulation=3"],
-            "train.micro_batch (6) x ranks (4) x train.accumulation (3) = 72 must equal train.batch (48)",
+            "train.micro_batch (6) x ranks (4) x train.accumulation (3) = 72 must equal "
+            "train.batch (48)",
         ),
         (96, [], "train.batch (48) must divide by ranks (96) x train.accumulation (1)"),
         (
             3,
             ["parallel.ep=2"],
-            "world size (3) must divide by parallel.ep (2): start another number of ranks, or say parallel.ep=1",
+            "world size (3) must divide by parallel.ep (2): start another number of ranks, or say "
+            "parallel.ep=1",
         ),
         (
             1,
             ["parallel.ep=2"],
-            "world size (1) must divide by parallel.ep (2): start another number of ranks, or say parallel.ep=1",
+            "world size (1) must divide by parallel.ep (2): start another number of ranks, or say "
+            "parallel.ep=1",
         ),
         (
             4,
             ["train.micro_batch=6", "moe.pool=5"],
-            "moe.pool (5 samples) must divide the forward batch train.micro_batch (6) x ranks (4) = 24",
+            "moe.pool (5 samples) must divide the forward batch train.micro_batch (6) x ranks (4) "
+            "= 24",
         ),
         (
             4,
             ["moe.pool=96"],
-            "moe.pool (96 samples) must divide the forward batch train.micro_batch (12) x ranks (4) = 48",
+            "moe.pool (96 samples) must divide the forward batch train.micro_batch (12) x ranks "
+            "(4) = 48",
         ),
         (
             1,
             ["moe.pool=1", "moe.capacity=0.001"],
-            "moe.pool (1 samples = 256 tokens) gives each of moe.experts (8) less than one token at moe.capacity (0.001)",
+            "moe.pool (1 samples = 256 tokens) gives each of moe.experts (8) less than one token "
+            "at moe.capacity (0.001)",
         ),
     ],
 )
@@ -539,27 +549,33 @@ def test_equal_values_and_auto_pass():
     [
         (
             {"train_batch_size": 64},
-            "DeepSpeed's train_batch_size (64) contradicts the YAML's train.batch (48); the YAML owns it",
+            "DeepSpeed's train_batch_size (64) contradicts the YAML's train.batch (48); the YAML "
+            "owns it",
         ),
         (
             {"train_micro_batch_size_per_gpu": 4},
-            "DeepSpeed's train_micro_batch_size_per_gpu (4) contradicts the YAML's train.micro_batch (6); the YAML owns it",
+            "DeepSpeed's train_micro_batch_size_per_gpu (4) contradicts the YAML's "
+            "train.micro_batch (6); the YAML owns it",
         ),
         (
             {"gradient_accumulation_steps": 1},
-            "DeepSpeed's gradient_accumulation_steps (1) contradicts the YAML's train.accumulation (2); the YAML owns it",
+            "DeepSpeed's gradient_accumulation_steps (1) contradicts the YAML's train.accumulation "
+            "(2); the YAML owns it",
         ),
         (
             {"gradient_clipping": 1.0},
-            "DeepSpeed's gradient_clipping (1.0) contradicts the YAML's train.clip (0.5); the YAML owns it",
+            "DeepSpeed's gradient_clipping (1.0) contradicts the YAML's train.clip (0.5); the YAML "
+            "owns it",
         ),
         (
             {"optimizer": {"type": "Adam"}},
-            "DeepSpeed's 'optimizer' block is not read: the YAML owns it as train.optimizer, train.lr, …",
+            "DeepSpeed's 'optimizer' block is not read: the YAML owns it as train.optimizer, "
+            "train.lr, …",
         ),
         (
             {"scheduler": {}},
-            "DeepSpeed's 'scheduler' block is not read: the YAML owns it as train.schedule, train.warmup",
+            "DeepSpeed's 'scheduler' block is not read: the YAML owns it as train.schedule, "
+            "train.warmup",
         ),
         (
             {"fp16": {"enabled": True}},
@@ -593,7 +609,8 @@ def test_equal_values_and_auto_pass():
         ({"comms_logger": 3}, "DeepSpeed's comms_logger (3) must be an object"),
         (
             {"zero_optimisation": {}},
-            "unknown key zero_optimisation (value {}) in the DeepSpeed JSON; did you mean zero_optimization?",
+            "unknown key zero_optimisation (value {}) in the DeepSpeed JSON; did you mean "
+            "zero_optimization?",
         ),
         ({"xyz": 1}, "unknown key xyz (value 1) in the DeepSpeed JSON"),
     ],

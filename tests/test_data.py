@@ -681,7 +681,8 @@ def test_tars_of_others_are_checked_by_their_whole_checksum(tmp_path: Path) -> N
     set_size(index, 2)
     with pytest.raises(
         BadShard,
-        match="000002.tar: ends after 4 samples .last member 023.npy, byte 8192., its index says 10",
+        match="000002.tar: ends after 4 samples .last member 023.npy, byte 8192., its index says "
+        "10",
     ):
         read_everything(index)
 

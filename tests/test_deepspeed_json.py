@@ -151,7 +151,8 @@ REFUSED = {
     "bf16 masters": (
         {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
         [],
-        "DeepSpeed's bf16.bf16_master_weights_and_grads (true) is not supported: checkpoints and averages are of fp32 masters",
+        "DeepSpeed's bf16.bf16_master_weights_and_grads (true) is not supported: checkpoints and "
+        "averages are of fp32 masters",
     ),
     # offload
     "offload, torch": (
@@ -175,7 +176,8 @@ REFUSED = {
         stage(0, offload_optimizer={"device": "cpu"}),
         ["train.optimizer=deepspeed"],
         "DeepSpeed's "
-        "zero_optimization.offload_optimizer.device (cpu) needs zero_optimization.stage 1 or above; it is 0",
+        "zero_optimization.offload_optimizer.device (cpu) needs zero_optimization.stage 1 or "
+        "above; it is 0",
     ),
     "parameters at 2": (
         stage(2, offload_param={"device": "cpu"}),
@@ -187,7 +189,8 @@ REFUSED = {
         stage(3, offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}),
         ["train.optimizer=deepspeed"],
         "DeepSpeed's "
-        "zero_optimization.offload_optimizer.device (nvme) is not supported: checkpoints and averages read the state from memory; use cpu",
+        "zero_optimization.offload_optimizer.device (nvme) is not supported: checkpoints and "
+        "averages read the state from memory; use cpu",
     ),
     "nvme parameters": (
         stage(3, offload_param={"device": "nvme"}),
@@ -214,7 +217,8 @@ REFUSED = {
         stage(2, cpu_offload=True),
         [],
         "DeepSpeed's zero_optimization.cpu_offload (true) is an old form: write "
-        'zero_optimization.offload_optimizer: {"device": "cpu"}, and train.optimizer: deepspeed in the YAML',
+        'zero_optimization.offload_optimizer: {"device": "cpu"}, and train.optimizer: deepspeed in '
+        "the YAML",
     ),
     "cpu_offload_params": (
         stage(3, cpu_offload_params=True),
@@ -234,7 +238,8 @@ REFUSED = {
     "zero: true": (
         {ZERO: True},
         [],
-        'DeepSpeed\'s zero_optimization (true) is an old form: write zero_optimization: {"stage": 1}',
+        'DeepSpeed\'s zero_optimization (true) is an old form: write zero_optimization: {"stage": '
+        "1}",
     ),
     "threads": (
         {"aio": {"thread_count": 1}},

@@ -136,7 +136,8 @@ CANNOT = "this machine has 2 GPUs (/dev/nvidia0, ...), and torch (2.13.0+cu130, 
 
 def test_a_driver_that_torch_cannot_use(unusable, monkeypatch):
     assert refusal() == (
-        f"{CANNOT}: The NVIDIA driver on your system is too old (found version 11040).: see python -m launcher doctor"
+        f"{CANNOT}: The NVIDIA driver on your system is too old (found version 11040).: see python "
+        f"-m launcher doctor"
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     say(monkeypatch, AssertionError("no driver"))
@@ -147,7 +148,8 @@ def test_a_driver_that_torch_cannot_use(unusable, monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     assert (
         refusal()
-        == f"{CANNOT} with CUDA_VISIBLE_DEVICES (0,1): it finds no device: see python -m launcher doctor"
+        == f"{CANNOT} with CUDA_VISIBLE_DEVICES (0,1): it finds no device: see python -m launcher "
+        f"doctor"
     )
 
     def broken():
@@ -161,7 +163,8 @@ def test_a_torch_for_cpus_on_a_machine_with_gpus(unusable, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
     assert refusal() == (
-        "this machine has 2 GPUs (/dev/nvidia0, ...), and torch (2.13.0+cpu) is built for CPUs only: install the build of "
+        "this machine has 2 GPUs (/dev/nvidia0, ...), and torch (2.13.0+cpu) is built for CPUs "
+        "only: install the build of "
         "torch 2.13.0 for CUDA"
     )
 
@@ -171,7 +174,8 @@ def test_gpus_that_are_hidden(unusable, monkeypatch, shown):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     assert (
         refusal()
-        == f"CUDA_VISIBLE_DEVICES ({shown!r}) hides this machine's 2 GPUs (/dev/nvidia0, ...): unset CUDA_VISIBLE_DEVICES"
+        == f"CUDA_VISIBLE_DEVICES ({shown!r}) hides this machine's 2 GPUs (/dev/nvidia0, ...): "
+        f"unset CUDA_VISIBLE_DEVICES"
     )
 
 
@@ -185,7 +189,8 @@ def test_a_gpu_that_is_asked_for_and_not_there(unusable, monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR")
     assert (
         refusal("cuda")
-        == "run.device or --device (cuda) asks for a GPU, and this machine shows none: see nvidia-smi"
+        == "run.device or --device (cuda) asks for a GPU, and this machine shows none: see "
+        "nvidia-smi"
     )
 
 
@@ -194,7 +199,8 @@ def test_two_owners_of_the_device_must_agree(unusable, monkeypatch, asked, said)
     monkeypatch.setenv("DS_ACCELERATOR", said)
     with pytest.raises(
         UserError,
-        match=rf"run.device or --device \({asked}\) must be auto or DS_ACCELERATOR \({said}\): unset",
+        match=rf"run.device or --device \({asked}\) must be auto or DS_ACCELERATOR \({said}\): "
+        rf"unset",
     ):
         local_device(0, 1, asked)
 
@@ -296,7 +302,8 @@ def test_a_gpu_that_another_process_holds(nvidia_smi, monkeypatch):
         with pytest.raises(UserError) as error:
             local_device(0, 1, asked)
         assert str(error.value) == (
-            f"{HELD}python (process 4711, 30.0 GiB), nbody, version 2 (process 4712, ? GiB){INSTEAD}"
+            f"{HELD}python (process 4711, 30.0 GiB), nbody, version 2 (process 4712, ? "
+            f"GiB){INSTEAD}"
         )
     monkeypatch.setenv("DIFFMOE_SHARED_GPU", "1")
     assert local_device(0, 1) == torch.device("cuda", 0)
@@ -337,7 +344,8 @@ def test_a_context_or_a_desktop_is_nobodys_run(nvidia_smi, monkeypatch, gib, tot
 def test_a_gpu_that_cannot_be_opened_at_all(nvidia_smi, monkeypatch):
     def busy(device):
         raise RuntimeError(
-            "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be reported"
+            "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors "
+            "might be reported"
         )
 
     see_gpus(monkeypatch, UUID)
@@ -345,7 +353,8 @@ def test_a_gpu_that_cannot_be_opened_at_all(nvidia_smi, monkeypatch):
     with pytest.raises(UserError) as error:
         local_device(0, 1)
     assert str(error.value) == (
-        "GPU 0 cannot be opened: CUDA error: CUDA-capable device(s) is/are busy or unavailable CUDA kernel errors "
+        "GPU 0 cannot be opened: CUDA error: CUDA-capable device(s) is/are busy or unavailable "
+        "CUDA kernel errors "
         f"might be reported{INSTEAD}"
     )
 
@@ -447,7 +456,8 @@ def gpu_node(tmp_path_factory):
 
 
 LINE = (
-    f"this machine has 2 GPUs (NVIDIA H100, driver 550.1), and torch ({torch.__version__}) is built for CPUs only: install the build of "
+    f"this machine has 2 GPUs (NVIDIA H100, driver 550.1), and torch ({torch.__version__}) is "
+    f"built for CPUs only: install the build of "
     f"torch {torch.__version__.partition('+')[0]} for CUDA{ON_THE_CPU}"
 )
 cpu_build = pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for GPUs")

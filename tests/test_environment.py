@@ -294,8 +294,10 @@ def test_one_process_of_a_step_that_was_typed_is_refused(environ):
     with pytest.raises(UserError) as error:
         check_started(env, typed=True)
     assert str(error.value) == (
-        f"SLURM_NTASKS ({env.world}) is that of this shell's step, and this is one process: type srun --overlap "
-        f"--ntasks={env.world} python run.py ... for {env.world} ranks, or unset SLURM_STEP_ID for one"
+        f"SLURM_NTASKS ({env.world}) is that of this shell's step, and this is one process: type "
+        f"srun --overlap "
+        f"--ntasks={env.world} python run.py ... for {env.world} ranks, or unset SLURM_STEP_ID for "
+        f"one"
     )
     check_started(env, typed=False)
     assert detect(without(environ, "SLURM_STEP_ID")).world == 1, "what the line says"
@@ -323,7 +325,8 @@ def at_a_terminal(command, environ, shell):
         [
             sys.executable,
             "-c",
-            "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], process_group=0).returncode)",
+            "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], "
+            "process_group=0).returncode)",
         ]
         if shell
         else []
@@ -415,13 +418,15 @@ def test_nobody_asks_for_a_master_that_is_not_needed(monkeypatch):
     [
         (
             TORCHRUN,
-            "rank 3 waits for the others of WORLD_SIZE (4) at MASTER_ADDR (host), MASTER_PORT (29500): start them, or see that the torchrun "
+            "rank 3 waits for the others of WORLD_SIZE (4) at MASTER_ADDR (host), MASTER_PORT "
+            "(29500): start them, or see that the torchrun "
             "command runs on every node with the same address and port",
         ),
         (DEEPSPEED, "the deepspeed command runs on every node"),
         (
             without(TORCHRUN, "TORCHELASTIC_RUN_ID"),
-            "if this was to be one process, unset RANK WORLD_SIZE LOCAL_RANK, which an earlier command may "
+            "if this was to be one process, unset RANK WORLD_SIZE LOCAL_RANK, which an earlier "
+            "command may "
             "have left",
         ),
         (
@@ -440,9 +445,11 @@ def test_what_a_rank_says_that_waits_for_the_others(environ, text):
 def test_who_waits_says_so_within_seconds_and_goes_on_waiting(monkeypatch, tmp_path, meeting):
     """Of two ranks one comes; it is stopped by the meeting's own patience."""
     script = (
-        "import sys, datetime; from diffmoe.commands import common; from diffmoe.environment import RankEnvironment; "
+        "import sys, datetime; from diffmoe.commands import common; from diffmoe.environment "
+        "import RankEnvironment; "
         "common._NOTE_S = 0.2; store = sys.argv[1] or None; port = int(sys.argv[2])\n"
-        "try: common.join(RankEnvironment(1, 2, 0, 1, 'environment', store, '127.0.0.1', port), datetime.timedelta(seconds=3))\n"
+        "try: common.join(RankEnvironment(1, 2, 0, 1, 'environment', store, '127.0.0.1', port), "
+        "datetime.timedelta(seconds=3))\n"
         "except RuntimeError: print('gave up')"
     )
     with (
@@ -473,5 +480,6 @@ def test_who_waits_says_so_within_seconds_and_goes_on_waiting(monkeypatch, tmp_p
     )
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
     assert line.startswith(
-        f"note: rank 1 waits for the others of WORLD_SIZE (2) at {where}: start them, or if this was to be one process, unset RANK"
+        f"note: rank 1 waits for the others of WORLD_SIZE (2) at {where}: start them, or if this "
+        f"was to be one process, unset RANK"
     )

@@ -209,7 +209,8 @@ def test_a_rank_that_hangs_or_fails_alone_is_named_with_what_it_did(tmp_path):
         r"watchdog: rank 1 on \S+ \(process \d+\) has made no progress for \d+ s", hung[0].stderr
     ), hung
     assert re.search(
-        r"  rank 1 on .*: when last heard, step 2, forward, block 1, last collective .*, at \w+\.py:\d+ ",
+        r"  rank 1 on .*: when last heard, step 2, forward, block 1, last collective .*, at "
+        r"\w+\.py:\d+ ",
         hung[0].stderr,
     ), hung
     assert re.search(
@@ -238,7 +239,8 @@ def test_a_disk_that_answers_no_more_is_a_hang_too(tmp_path):
         r"watchdog: rank 1 on \S+ \(process \d+\) has made no progress for 1\d s", results[0].stderr
     ), results
     assert re.search(
-        r"  rank 1 on .*, step 3, saving, files, last collective save, in which this rank still writes",
+        r"  rank 1 on .*, step 3, saving, files, last collective save, in which this rank still "
+        r"writes",
         results[0].stderr,
     ), results
     assert re.search(

@@ -98,7 +98,8 @@ def test_the_command_line_comes_after_a_scripts_layout_which_is_its_configuratio
     bash = (
         "set -euo pipefail; source scripts/slurm/_common.sh; "
         + (f"{layout[0]}; " if layout else "")
-        + "enter_repository() { count_ranks; }; python() { echo $*; }; preflight() { :; }; say() { :; }\n"
+        + "enter_repository() { count_ranks; }; python() { echo $*; }; preflight() { :; }; say() { "
+        ":; }\n"
         'on_ranks() { echo "$job"; }; conclude() { :; }; train configs/theirs.yaml parallel.ep=8'
     )
     job = {

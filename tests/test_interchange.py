@@ -112,8 +112,8 @@ def imported(request, tmp_path_factory):
     )
     assert f"model and ema, {len(states['ema'])} tensors each" in said and "step_00000000" in said
     assert (
-        "model.heads (2) and diffusion.process (flow) are the configuration's: no tensor of the file can confirm them"
-        in said
+        "model.heads (2) and diffusion.process (flow) are the configuration's: no tensor of the "
+        "file can confirm them" in said
     )
     return family, folder, states
 
@@ -802,8 +802,8 @@ def test_scores_are_in_the_model_card_and_only_of_these_weights(imported, tmp_pa
     call(exchange.export_main, *export, tmp_path / "card.json")
     text = (tmp_path / "hf" / "README.md").read_text()
     assert (
-        "| 12.3457 | – | 80.0000 | – | – | 50000 | 1.5 | euler, 250 | token, gamma 0.4 | ref.npz (abababababab) |"
-        in text
+        "| 12.3457 | – | 80.0000 | – | – | 50000 | 1.5 | euler, 250 | token, gamma 0.4 | ref.npz "
+        "(abababababab) |" in text
     )
     export[5] = tmp_path / "other"
     for changes, told in (

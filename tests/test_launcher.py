@@ -364,8 +364,10 @@ def test_a_job_that_fills_a_folder_starts_again_while_the_folder_grows(tmp_path)
 # through ssh or pdsh, which a test machine lacks; --no_ssh is its form for clusters without either,
 # with the same hostfile: the command is given on every node.
 TWO_NODES = {
-    "torchrun": "torchrun --nnodes 2 --node-rank $node --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port}",
-    "deepspeed": "deepspeed --log_level error --hostfile {hostfile} --no_ssh --node_rank $node --master_addr 127.0.0.1 --master_port {port}",
+    "torchrun": "torchrun --nnodes 2 --node-rank $node --nproc-per-node 1 --master-addr 127.0.0.1 "
+    "--master-port {port}",
+    "deepspeed": "deepspeed --log_level error --hostfile {hostfile} --no_ssh --node_rank $node "
+    "--master_addr 127.0.0.1 --master_port {port}",
 }
 
 

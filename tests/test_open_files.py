@@ -51,7 +51,8 @@ def many_shards(count: int, **settings: int) -> ShardReader:
             0,
             {"batch": 64, "streams": 64, "window": 32},
             "data.streams (64, 64 of them read by one process) x data.window (32) need 2112 "
-            "open files and 256 for the rest; this system allows 1024 (ulimit -Hn): raise that limit, or set data.window to at most 11",
+            "open files and 256 for the rest; this system allows 1024 (ulimit -Hn): raise that "
+            "limit, or set data.window to at most 11",
         ),
         (
             1024,
@@ -59,7 +60,8 @@ def many_shards(count: int, **settings: int) -> ShardReader:
             0,
             {"batch": 64, "streams": 64, "window": 32},
             "data.streams (64, 32 of them read by one process) x data.window (32) need 1056 open "
-            "files and 256 for the rest; this system allows 1024 (ulimit -Hn): raise that limit, or set data.window to at most 23",
+            "files and 256 for the rest; this system allows 1024 (ulimit -Hn): raise that limit, "
+            "or set data.window to at most 23",
         ),
         (
             300,
@@ -81,7 +83,8 @@ def many_shards(count: int, **settings: int) -> ShardReader:
             1,
             4,
             {"batch": 64, "streams": 64, "window": 4},
-            "data.streams (64, 16 of them read by one process) x data.window (4) need 80 open files",
+            "data.streams (64, 16 of them read by one process) x data.window (4) need 80 open "
+            "files",
         ),
     ],
 )

@@ -78,12 +78,14 @@ def test_a_home_folder_is_taken_as_it_is(monkeypatch):
     [
         (
             "$UNSET/x",
-            "run.folder ($UNSET/x) names $UNSET, which is not set: set it, or write the path itself",
+            "run.folder ($UNSET/x) names $UNSET, which is not set: set it, or write the path "
+            "itself",
         ),
         ("~/${UNSET}", "run.folder (~/${UNSET}) names $UNSET, which is not set"),
         (
             "~nobody-of-that-name/x",
-            "run.folder (~nobody-of-that-name/x) begins with ~nobody-of-that-name, which is no user of this machine: "
+            "run.folder (~nobody-of-that-name/x) begins with ~nobody-of-that-name, which is no "
+            "user of this machine: "
             "write ./~nobody-of-that-name/x",
         ),
     ],
@@ -242,7 +244,8 @@ def test_a_dry_run_shows_what_was_meant(tmp_path, capsys):
     )
     with pytest.raises(
         UserError,
-        match=r"argument --config: path \(\$UNSET/c.yaml\) names \$UNSET, which is not set.* \(see run.py train --help\)",
+        match=r"argument --config: path \(\$UNSET/c.yaml\) names \$UNSET, which is not set.* \(see "
+        r"run.py train --help\)",
     ):
         main(["--dry-run", "--config", "$UNSET/c.yaml"], ALONE)
 

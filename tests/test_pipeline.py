@@ -339,7 +339,8 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
     ]
     with pytest.raises(
         UserError,
-        match="no folder nobody/nothing here, and no repository of the hub gives it: 404 Client Error$",
+        match="no folder nobody/nothing here, and no repository of the hub gives it: 404 Client "
+        "Error$",
     ):
         DiffMoEPipeline.from_pretrained("nobody/nothing")
     with pytest.raises(UserError, match="must be a folder .* or an id of the hub"):

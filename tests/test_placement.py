@@ -75,8 +75,8 @@ def test_a_rank_that_cannot_run_near_its_gpu_says_so_and_goes_on(machine, socket
     state = machine(socket, allowed, job)
     note = bind_near(GPU, state.folder)
     assert (
-        f"it may run on CPUs {allowed}, none of which is near GPU 0001:4a:00.0 (CPUs {NEAR[socket]} are)"
-        in note
+        f"it may run on CPUs {allowed}, none of which is near GPU 0001:4a:00.0 (CPUs "
+        f"{NEAR[socket]} are)" in note
     )
     assert ranges(state.cores) == allowed
 
@@ -201,7 +201,8 @@ def test_a_programs_own_allocator_is_set_before_torch_is_there():
     """torch reads it when CUDA starts."""
     program = (
         "import os, sys, diffmoe.__main__ as run; find = run._main_of\n"
-        "def seen(verb): print(os.environ['PYTORCH_ALLOC_CONF'], 'torch' in sys.modules); return find(verb)\n"
+        "def seen(verb): print(os.environ['PYTORCH_ALLOC_CONF'], 'torch' in sys.modules); return "
+        "find(verb)\n"
         "run._main_of = seen; run.main(['train', '--dry-run', '--config', 'configs/demo.yaml'])"
     )
     environ = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}

@@ -246,7 +246,8 @@ def test_slow_and_missing_gpus():
 
 def test_what_nvidia_smi_says():
     ok, hot, broken = gpus.parse(
-        "0, NVIDIA H200, 570.1, 143771, 34, 0, 0x0000000000000004\n1, NVIDIA H200, 570.1, 143771, 91, [N/A], "
+        "0, NVIDIA H200, 570.1, 143771, 34, 0, 0x0000000000000004\n1, NVIDIA H200, 570.1, 143771, "
+        "91, [N/A], "
         "0x0000000000000060\n2, NVIDIA H200, 570.1, 143771, 40, 3, 0x0000000000000001\n"
     )
     assert (ok.trouble, ok.memory, ok.driver) == ((), 143771, "570.1")

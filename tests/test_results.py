@@ -119,7 +119,8 @@ def test_a_record_of_a_gpu_appears_by_itself(tmp_path):
         set(path.read_text().splitlines()) for path in (REPOSITORY / "README.md", readme)
     )
     assert before < after and after - before == {
-        "| MoE layer of L-E16, 65,536 tokens, bf16, training pass | 1.25 x dense's time, 1.10 x its activations | NVIDIA H100 80GB HBM3 | "
+        "| MoE layer of L-E16, 65,536 tokens, bf16, training pass | 1.25 x dense's time, 1.10 x "
+        "its activations | NVIDIA H100 80GB HBM3 | "
         "[speed_h100_2027-01-02](docs/results/speed_h100_2027-01-02) |"
     }
     rows = results.readme_table(tmp_path / "results").splitlines()
@@ -130,7 +131,8 @@ def test_a_note_stands_beside_its_figures_and_an_earlier_state_stays_out(tmp_pat
     put(tmp_path / "speed_h100_2027-01-02", layer=LAYER, before=PROBE)
     (tmp_path / "speed_h100_2027-01-02/note.txt").write_text("with one fan broken\n")
     assert results.readme_table(tmp_path).splitlines()[2:] == [
-        "| MoE layer of L-E16, 65,536 tokens, bf16, training pass | 1.25 x dense's time, 1.10 x its activations | NVIDIA H100 80GB HBM3 | "
+        "| MoE layer of L-E16, 65,536 tokens, bf16, training pass | 1.25 x dense's time, 1.10 x "
+        "its activations | NVIDIA H100 80GB HBM3 | "
         "[speed_h100_2027-01-02](docs/results/speed_h100_2027-01-02): with one fan broken |"
     ]
 
@@ -202,8 +204,10 @@ def test_a_summary_says_how_everything_ended_and_what_came_of_it(tmp_path):
         "line 39",
         "These records are of different code (abc, abd).",
         "bf16 matrix products | 8192 x 8192 700, L qkv 600 TFLOP/s",
-        "step of L-E16, eager, as counted and priced for h100 | predicted 400 ms, MFU 30.0%; measured",
-        "python -m launcher plan --config configs/diffmoe_l_e16_flow.yaml --gpu h100 --calibrate h100",
+        "step of L-E16, eager, as counted and priced for h100 | predicted 400 ms, MFU 30.0%; "
+        "measured",
+        "python -m launcher plan --config configs/diffmoe_l_e16_flow.yaml --gpu h100 --calibrate "
+        "h100",
     ):
         assert words in told, told
     assert "line 24\n" not in told
@@ -291,7 +295,8 @@ def test_one_command_calibrates_the_hardware_table(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys; sys.modules['torch'] = None; from launcher.__main__ import main; sys.exit(main(sys.argv[1:]))",
+            "import sys; sys.modules['torch'] = None; from launcher.__main__ import main; "
+            "sys.exit(main(sys.argv[1:]))",
             "plan",
             "--config",
             "configs/diffmoe_l_e16_flow.yaml",

@@ -177,7 +177,8 @@ def test_a_progress_line_has_the_losses_the_speed_and_the_memory():
     assert len(said) == 8
     for line in said:  # a predictor that always says 1/4 has 0.562 nats: 1/4 ln 4 + 3/4 ln 4/3
         assert re.fullmatch(
-            r"step [1-8]/8  loss \d\.\d{4}  predictor \d\.\d{3} \(trivial 0\.562\)  norm \d+\.\d{3}  lr \S+  "
+            r"step [1-8]/8  loss \d\.\d{4}  predictor \d\.\d{3} \(trivial 0\.562\)  norm "
+            r"\d+\.\d{3}  lr \S+  "
             r"\d+ images/s  MFU \d+\.\d %  \d+\.\d GiB",
             line,
         ), line
@@ -360,7 +361,8 @@ def test_an_optimizer_that_does_not_compile_is_one_line(monkeypatch):
     monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", no_ninja)
     with pytest.raises(
         UserError,
-        match=r"train.optimizer \(deepspeed\) cannot be compiled here: Unable to .* op due to ninja",
+        match=r"train.optimizer \(deepspeed\) cannot be compiled here: Unable to .* op due to "
+        r"ninja",
     ):
         _build_optimizer([], TrainConfig(optimizer="deepspeed"), torch.device("cpu"), offload=False)
 
@@ -434,7 +436,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(two_ranks, tm
     first, second = two_ranks.run(complaint, arguments, 2)
     assert first == second and first[0] == "AgreedError"
     assert re.fullmatch(
-        r"loss is \S+ and gradient norm \S+ at step \d, first in the .* on ranks 0, 1; the last checkpoint is "
+        r"loss is \S+ and gradient norm \S+ at step \d, first in the .* on ranks 0, 1; the last "
+        r"checkpoint is "
         "untouched",
         first[1],
     )

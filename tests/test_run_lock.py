@@ -40,7 +40,8 @@ def test_a_living_run_keeps_its_folder(tmp_path, monkeypatch):
         with RunLock(tmp_path, ALONE) as second, pytest.raises(AgreedError) as caught:
             second.take()
         assert str(caught.value) == (
-            f"run.folder ({tmp_path}) is in use by process {os.getpid()} on {socket.gethostname()}: "
+            f"run.folder ({tmp_path}) is in use by process {os.getpid()} on "
+            f"{socket.gethostname()}: "
             "stop that run first, or choose another run.folder"
         )
         assert (tmp_path / FILE_NAME).exists(), (

@@ -1033,7 +1033,8 @@ def test_a_vae_that_is_not_compared_is_said(tmp_path: Path) -> None:
     nowhere = latents(tmp_path / "elsewhere")
     assert checkpoint_data(nowhere, None, None) is None
     assert re.search(
-        "elsewhere.* is not here.*vae vae is not compared with it; latents have scale 0.2, shift 1.5",
+        "elsewhere.* is not here.*vae vae is not compared with it; latents have scale 0.2, shift "
+        "1.5",
         vae_note(nowhere, decoder, None),
     )
     write_latents(tmp_path / "data")

@@ -221,7 +221,8 @@ def test_the_cache_is_bounded_and_what_is_open_stays(index: ShardIndex, tmp_path
         descriptors = [small.open(shard, remote.address(shard)) for shard in remote.shards[:4]]
         with pytest.raises(
             UserError,
-            match=r"data.cache_gib \(0.000114\) is too small: .* shards in use with shard shard-000004",
+            match=r"data.cache_gib \(0.000114\) is too small: .* shards in use with shard "
+            r"shard-000004",
         ):
             small.open(remote.shards[4], remote.address(remote.shards[4]))
         os.close(descriptors[2])

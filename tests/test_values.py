@@ -434,7 +434,8 @@ def test_labels_from_one_in_an_index_that_is_there(
         code, said = inspected(capsys, folder, *quick)
         assert (
             code == 1
-            and "label (10) must lie in [0, classes) with classes 10; labels that begin with 1 take --first-class 1"
+            and "label (10) must lie in [0, classes) with classes 10; labels that begin with 1 "
+            "take --first-class 1"
             in said
         )
 

@@ -161,8 +161,10 @@ def report_of(ends, name):
 def test_a_process_that_is_gone_or_stopped_is_dead_long_before_the_timeout(ends, name):
     folder, pid, line = report_of(ends, name)
     found = re.match(
-        rf"watchdog: rank {CASES[name][3]} on {os.uname().nodename} \(process {pid}\) has not answered for (\d+) s "
-        r"\(run\.timeout_s 600\); .* \(dead: the process is gone or stopped, or its node is out of reach\)$",
+        rf"watchdog: rank {CASES[name][3]} on {os.uname().nodename} \(process {pid}\) has not "
+        rf"answered for (\d+) s "
+        r"\(run\.timeout_s 600\); .* \(dead: the process is gone or stopped, or its node is out of "
+        r"reach\)$",
         line,
     )
     assert found and int(found[1]) <= DEATH_S, line
@@ -173,7 +175,8 @@ def test_a_process_that_lives_is_hung_after_the_timeout_and_not_before(ends, nam
     """Also one whose thread has no chance to say so."""
     folder, pid, line = report_of(ends, name)
     found = re.match(
-        rf"watchdog: rank {CASES[name][3]} on {os.uname().nodename} \(process {pid}\) has made no progress for (\d+) s.*"
+        rf"watchdog: rank {CASES[name][3]} on {os.uname().nodename} \(process {pid}\) has made no "
+        rf"progress for (\d+) s.*"
         r" \(run\.timeout_s 25\); .* \(hung: the process lives, its main thread does not move\)$",
         line,
     )
@@ -191,8 +194,8 @@ def test_a_pause_longer_than_a_dead_process_is_waited_for_ends_nothing(ends, nam
 def test_each_rank_leaves_the_flight_recorder_where_the_report_says(ends):
     folder, processes, results = ends["all sleep"]
     assert (
-        f"  the last collectives of each rank: torchfrtrace {folder}/flight_recorder --prefix rank_\n"
-        in results[0].stderr
+        f"  the last collectives of each rank: torchfrtrace {folder}/flight_recorder --prefix "
+        f"rank_\n" in results[0].stderr
     )
     for rank in range(2):
         assert pickle.loads((folder / f"flight_recorder/rank_{rank}").read_bytes())["version"]
@@ -400,26 +403,30 @@ class OurError(RuntimeError):
     [
         RuntimeError(
             GLOO
-            + "pair.cc:553] Connection closed by peer [127.0.0.1]:24971. This is typically caused by a remote worker"
+            + "pair.cc:553] Connection closed by peer [127.0.0.1]:24971. This is typically caused "
+            "by a remote worker"
         ),
         RuntimeError(GLOO + "pair.cc:538] Read error [127.0.0.1]:9: Connection reset by peer"),
         RuntimeError(
             GLOO + "unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"
         ),
         RuntimeError(
-            "[/a/third_party/gloo/gloo/rendezvous/context.cc:143] Gloo connectFullMesh failed with timed out connecting"
+            "[/a/third_party/gloo/gloo/rendezvous/context.cc:143] Gloo connectFullMesh failed with "
+            "timed out connecting"
         ),
         RuntimeError("Wait timeout"),
         RuntimeError("NCCL communicator was aborted on rank 1."),
         RuntimeError(
-            "[PG ID 0 PG GUID 0 Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)"
+            "[PG ID 0 PG GUID 0 Rank 3] Watchdog caught collective operation timeout: "
+            "WorkNCCL(SeqNum=7)"
         ),
         dist.DistBackendError(
-            NCCL
-            + "remote process exited or there was a network error, NCCL version 2.27\nncclRemoteError"
+            NCCL + "remote process exited or there was a network error, NCCL version "
+            "2.27\nncclRemoteError"
         ),
         dist.DistNetworkError(
-            "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
+            "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server "
+            "shutdown or crash?"
         ),
         dist.DistStoreError("wait timeout after 5000ms, keys: /default_pg/0"),
     ],
@@ -433,10 +440,12 @@ def test_what_torch_says_of_a_lost_peer(error):
     "error",
     [
         RuntimeError(
-            "The size of tensor a (3) must match the size of tensor b (4): an input of gloo's all-reduce"
+            "The size of tensor a (3) must match the size of tensor b (4): an input of gloo's "
+            "all-reduce"
         ),
         RuntimeError(
-            "[enforce fail at /a/third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 1200 vs 400"
+            "[enforce fail at /a/third_party/gloo/gloo/transport/tcp/pair.cc:446] "
+            "op.preamble.length <= op.nbytes. 1200 vs 400"
         ),
         RuntimeError("shape mismatch in the buffer of an NCCL all-to-all"),
         RuntimeError(
@@ -450,7 +459,8 @@ def test_what_torch_says_of_a_lost_peer(error):
         ),
         dist.DistBackendError(
             NCCL
-            + "unhandled cuda error\nncclUnhandledCudaError: Call to CUDA failed. Cuda failure 2 'out of memory'"
+            + "unhandled cuda error\nncclUnhandledCudaError: Call to CUDA failed. Cuda failure 2 "
+            "'out of memory'"
         ),
         dist.DistBackendError(
             NCCL + "invalid usage\nncclInvalidUsage: Duplicate GPU detected : rank 1 and rank 0"

@@ -148,7 +148,8 @@ class Job:
         while not condition():
             if time.monotonic() > deadline:
                 raise AssertionError(
-                    f"job {self.number} was to {what} within {timeout:g} s: {self.show()}\n{self.said()}"
+                    f"job {self.number} was to {what} within {timeout:g} s: "
+                    f"{self.show()}\n{self.said()}"
                 )
             time.sleep(0.1)
 
