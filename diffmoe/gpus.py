@@ -57,6 +57,14 @@ def query() -> list[Gpu] | None:
     return None if text is None else parse(text)
 
 
+def problems() -> list[str]:
+    """What is wrong with this machine's GPUs, a line each."""
+    try:
+        return [f"GPU {g.index} ({g.name}): {text}" for g in query() or [] for text in g.trouble]
+    except UserError as error:
+        return [str(error)]
+
+
 def _ask(question: str) -> str | None:
     program = shutil.which("nvidia-smi")
     if program is None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffmoe import gpus
 from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.environment import (
     RankEnvironment,
@@ -96,29 +97,31 @@ def _judge_own(reports: list[Report]) -> list[Problem]:
     """What nodes say of themselves.  What all of several say is no fault of a node: a data folder
     that is nowhere, say.
     """
-    said: dict[str, dict[str, None]] = {}
-    for report in reports:
-        for text in report.problems:
-            said.setdefault(text, {})[report.host] = None
     nodes, problems = {report.host for report in reports}, []
-    for text, hosts in said.items():
+    for text in dict.fromkeys(text for report in reports for text in report.problems):
+        hosts = dict.fromkeys(report.host for report in reports if text in report.problems)
         if len(nodes) > 1 and set(hosts) == nodes:
             problems.append(Problem((), f"all nodes: {text}"))
         else:
-            problems += [Problem((host,), f"{host}: {text}") for host in hosts]
+            problems += [_of(host, text) for host in hosts]
     return problems
+
+
+def _of(host: str, text: str) -> Problem:
+    return Problem((host,), f"{host}: {text}")
 
 
 def _judge_versions(reports: list[Report]) -> list[Problem]:
     """The commonest version is right; where two are as common, that of the lower rank."""
     problems = []
     for name in dict.fromkeys(name for report in reports for name in report.versions):
-        found = [report.versions.get(name, "none") for report in reports]
-        common = Counter(found).most_common(1)[0][0]
-        for report, version in zip(reports, found):
-            if version != common:
-                text = f"{report.host}: {name} is {version}, elsewhere {common}"
-                problems.append(Problem((report.host,), text))
+        found = {report.rank: report.versions.get(name, "none") for report in reports}
+        common = Counter(found.values()).most_common(1)[0][0]
+        problems += [
+            _of(report.host, f"{name} is {found[report.rank]}, elsewhere {common}")
+            for report in reports
+            if found[report.rank] != common
+        ]
     return problems
 
 
@@ -134,14 +137,13 @@ def _judge_sharing(reports: list[Report]) -> list[Problem]:
     if 2 * len(blind) >= len(nodes):
         odd = () if len(nodes) == 2 else (first,)
     who = f"{', '.join(blind)} see{'s' * (len(blind) == 1)}"
-    text = f"the run folder is not shared: {who} no file that {first} writes there"
-    return [Problem(odd, text)]
+    return [Problem(odd, f"the run folder is not shared: {who} no file that {first} writes there")]
 
 
 def _judge_clocks(reports: list[Report]) -> list[Problem]:
     middle = statistics.median_low([report.clock for report in reports])
     return [
-        Problem((report.host,), f"{report.host}: its clock is {report.clock - middle:+.0f} s off")
+        _of(report.host, f"its clock is {report.clock - middle:+.0f} s off")
         for report in reports
         if abs(report.clock - middle) > CLOCK_TOLERANCE
     ]
@@ -151,13 +153,16 @@ def _judge_speeds(reports: list[Report]) -> list[Problem]:
     on_gpus = [report for report in reports if report.speed > 0]
     if len(on_gpus) < _ENOUGH:
         return []
-    middle, problems = statistics.median(report.speed for report in on_gpus), []
-    for report in on_gpus:
-        if report.speed < SLOW_GPU * middle:
-            speeds = f"{report.speed / 1e12:.0f} TFLOP/s, others {middle / 1e12:.0f}"
-            text = f"{report.host}: the GPU of rank {report.rank} computes {speeds}"
-            problems.append(Problem((report.host,), text))
-    return problems
+    middle = statistics.median(report.speed for report in on_gpus)
+    return [
+        _of(
+            report.host,
+            f"the GPU of rank {report.rank} computes {report.speed / 1e12:.0f} TFLOP/s, others "
+            f"{middle / 1e12:.0f}",
+        )
+        for report in on_gpus
+        if report.speed < SLOW_GPU * middle
+    ]
 
 
 def _judge_links(
@@ -230,11 +235,8 @@ def preflight(
             config, run, needed = _demands(config_path, overrides, base)
         from diffmoe.device import check_free, local_device
 
-        device = local_device(
-            environment.local_rank,
-            environment.local_world,
-            config.run.device if config else "auto",
-        )
+        asked = config.run.device if config else "auto"
+        device = local_device(environment.local_rank, environment.local_world, asked)
         if device.type == "cuda":
             check_free(device)
         place(environment, device)
@@ -251,7 +253,8 @@ def preflight(
     import torch.distributed as dist
 
     if environment.local_rank == 0:
-        problems += probe.gpu_problems(device) + probe.disk_problems(run, needed)
+        problems += gpus.problems() if device.type == "cuda" else []
+        problems += probe.disk_problems(run, needed)
         if config and config.data.shards:
             problems += probe.shard_problems(config.data, base)
     shares = probe.sees_rank_0(run, environment)
@@ -359,21 +362,14 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--config", help="YAML file: its shards, its run folder, room for its checkpoints")
     add("--deepspeed_config", help="DeepSpeed JSON, for the price of EP groups that span nodes")
-    add(
-        "--from",
-        dest="base",
-        type=Path,
-        default=Path.cwd(),
-        help="where its relative paths start (default: here)",
-    )
+    base = "where its relative paths start (default: here)"
+    add("--from", dest="base", type=Path, default=Path.cwd(), help=base)
     rate = "GB/s that a rank should reach to another "
     compared = "node (default: pairs are compared with each other)"
     add("--between-nodes", type=float, metavar="GB/s", help=rate + compared)
     add("--within-nodes", type=float, metavar="GB/s", help=rate + "of its node")
-    size = "size of the buffers that are swapped (default: 64 on GPUs, 2 on CPUs)"
-    add("--megabytes", type=int, help=size)
-    wait = "seconds to wait for a rank (default: %(default)s)"
-    add("--timeout", type=float, default=60.0, help=wait)
+    add("--megabytes", type=int, help="of a swapped buffer (default: 64 on GPUs, 2 on CPUs)")
+    add("--timeout", type=float, default=60.0, help="seconds to wait for a rank (default: 60)")
     add("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
     check_above_0(options, "between_nodes", "within_nodes", "megabytes", "timeout")

@@ -5,11 +5,11 @@ Every rank takes part in every collective.  Ranks of one node share a host name.
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import os
 import platform
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe import gpus
 from diffmoe.code_version import commit, digest
 from diffmoe.cost.extrapolation import spanned
 from diffmoe.environment import RankEnvironment, expand_nodelist
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from diffmoe.config import DataConfig
 
 GIB = 2**30
-_PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "webdataset")
+_PACKAGES = ("deepspeed", "numpy", "safetensors", "webdataset")
 _REPEATS = 5
 OVER_HOSTS = "over hosts"
 # More add time and no knowledge: every node has met so many others.
@@ -55,8 +54,8 @@ class Report:
 @dataclass(frozen=True)
 class Links:
     """Bandwidths in GB/s (1e9 bytes), each direction at once.  Pairs: the slower of both ends;
-    ``whole``: a rank's share; ``experts``: also, of all-to-all in EP groups, where they span hosts,
-    and among their ranks of one host.
+    ``whole``: a rank's share; ``experts``: also, of all-to-all in EP groups that span hosts, and
+    among their ranks of one host.
     """
 
     between_nodes: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -146,8 +145,7 @@ def _host_of(rank: int, environment: RankEnvironment) -> str | None:
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
     if environment.source != "srun" or not nodes:
         return None
-    names, place = expand_nodelist(nodes), rank // environment.local_world
-    return names[place] if place < len(names) else None
+    return dict(enumerate(expand_nodelist(nodes))).get(rank // environment.local_world)
 
 
 def versions(root: Path, device: torch.device) -> dict[str, str]:
@@ -156,14 +154,8 @@ def versions(root: Path, device: torch.device) -> dict[str, str]:
     """
     import torch
 
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "none"
-    found["torch"] = torch.__version__
-    found["device"] = "cpu"
+    found = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
+    found |= {package: importlib.metadata.version(package) for package in _PACKAGES}
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
         found["cuda"] = torch.version.cuda or "none"
@@ -172,18 +164,6 @@ def versions(root: Path, device: torch.device) -> dict[str, str]:
     written = root.parent / "commit.txt"  # a job's snapshot has no git
     found["commit"] = written.read_text().strip() if written.is_file() else commit(root)
     return found
-
-
-def gpu_problems(device: torch.device) -> list[str]:
-    """What is wrong with this node's GPUs."""
-    if device.type != "cuda":
-        return []
-    try:
-        return [
-            f"GPU {g.index} ({g.name}): {text}" for g in gpus.query() or [] for text in g.trouble
-        ]
-    except UserError as error:
-        return [str(error)]
 
 
 def shard_problems(data: DataConfig, base: Path) -> list[str]:
@@ -269,7 +249,7 @@ def clock_offset(clock: Callable[[], float]) -> float:
         reference = now.clone()
         dist.broadcast(reference, src=0)
         offsets.append(float(now - reference))
-    return sorted(offsets)[_REPEATS // 2]
+    return statistics.median(offsets)
 
 
 def matmul_speed(device: torch.device) -> float:
@@ -316,21 +296,15 @@ class Exchange:
         """Sends so many bytes to each rank, and receives as many."""
         import torch.distributed as dist
 
-        from diffmoe.device import synchronize
-
         total = sum(counts)
         dist.all_to_all_single(self.received[:total], self.send[:total], counts, counts)
-        synchronize(self.device)
 
     def all_reduce(self) -> None:
         """Adds up all ranks' buffers."""
         import torch
         import torch.distributed as dist
 
-        from diffmoe.device import synchronize
-
         dist.all_reduce(self.received.view(torch.float32))
-        synchronize(self.device)
 
 
 def measure_links(
@@ -363,7 +337,12 @@ def measure_links(
     if world > 1:  # bus bandwidth: what each rank moves to others
         everyone = list(range(world))
         together = {
-            "all-reduce": 2 * (world - 1) / world * size / _best_time(exchange.all_reduce) / 1e9,
+            "all-reduce": 2
+            * (world - 1)
+            / world
+            * size
+            / _best_time(exchange, exchange.all_reduce)
+            / 1e9,
             "all-to-all": _all_to_all_speed(exchange, rank, everyone),
         }
     if world % ep == 0 and spanned(hosts, ep)[0] > 1:
@@ -386,20 +365,23 @@ def _pair_speeds(
     for pairs in played:
         mine = next((pair for pair in pairs if rank in pair[1:]), None)
         partner = mine[1] + mine[2] - rank if mine else None
-        seconds = _best_time(functools.partial(exchange, partner))
+        seconds = _best_time(exchange, exchange, partner)
         if mine:
             speeds[mine[0]] = len(exchange.send) / seconds / 1e9
     return speeds
 
 
-def _best_time(call: Callable[[], None]) -> float:
+def _best_time(exchange: Exchange, call: Callable[..., None], *arguments: Any) -> float:
     import torch.distributed as dist
+
+    from diffmoe.device import synchronize
 
     best = float("inf")
     for _ in range(_REPEATS):
         dist.barrier()
         start = time.perf_counter()
-        call()
+        call(*arguments)
+        synchronize(exchange.device)
         best = min(best, time.perf_counter() - start)
     return best
 
@@ -408,13 +390,11 @@ def _all_to_all_speed(exchange: Exchange, rank: int, peers: list[int]) -> float:
     """GB/s that this rank moves to its other peers."""
     share = len(exchange.send) // len(peers)
     counts = [share if other in peers else 0 for other in range(exchange.world)]
-    seconds = _best_time(lambda: exchange.all_to_all(counts))
+    seconds = _best_time(exchange, exchange.all_to_all, counts)
     return (sum(counts) - counts[rank]) / seconds / 1e9
 
 
 def _least(speeds: tuple[dict[Any, float], ...]) -> dict[Any, float]:
     """The lowest of all ranks' figures for each name."""
-    least: dict[Any, float] = {}
-    for mine in speeds:
-        least |= {name: min(speed, least.get(name, speed)) for name, speed in mine.items()}
-    return least
+    names = dict.fromkeys(name for mine in speeds for name in mine)
+    return {name: min(mine[name] for mine in speeds if name in mine) for name in names}

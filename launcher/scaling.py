@@ -1,8 +1,8 @@
 """``launcher scaling``: measures real training steps on 1 ... N ranks or nodes, strong and weak,
 with several layouts and repeats.
 
-Every run is ``run.py profile`` under srun (inside an allocation), torchrun or deepspeed; repeats
-are interleaved, so that a slow minute of the machine hits all layouts alike.  This process needs no
+Every run is ``run.py profile`` under srun (inside an allocation) or torchrun; repeats are
+interleaved, so that a slow minute of the machine hits all layouts alike.  This process needs no
 torch.
 """
 
@@ -35,7 +35,7 @@ python -m launcher scaling --config configs/demo.yaml --ranks 1,2 --synthetic --
 sbatch scripts/slurm/scaling.sh        # the same inside an allocation, by nodes
 """
 _ROOT = Path(__file__).resolve().parent.parent
-STARTS = ("srun", "torchrun", "deepspeed")
+STARTS = ("srun", "torchrun")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--synthetic", action="store_true", help="made-up samples in place of data.shards")
     started = "auto: srun in an allocation, else torchrun"
     add("--start", choices=("auto", *STARTS), default="auto", help=started)
-    add("--hostfile", type=Path, help="for --start deepspeed over several nodes")
     limit = "seconds that one run may take (default 600)"
     add("--timeout", type=float, default=600.0, help=limit)
     add("overrides", nargs="*", metavar="section.field=value")
@@ -134,8 +133,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     check_above_0(options, "per_node", "steps", "repeats", "timeout")
     if options.warmup < 0:
         raise UserError(f"--warmup ({options.warmup}) must be at least 0")
-    if options.hostfile and not options.hostfile.is_file():
-        raise UserError(f"--hostfile ({options.hostfile}) does not exist")
     options.mode = options.mode.split(",")
     if not set(options.mode) <= {"strong", "weak"}:
         raise UserError(f"--mode ({','.join(options.mode)}) must be strong, weak or strong,weak")
@@ -163,8 +160,6 @@ def _start(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
     start = options.start if options.start != "auto" else ("srun" if inside else "torchrun")
     if start == "srun" and not inside:
         raise UserError("--start (srun) needs an allocation: SLURM_JOB_ID is unset")
-    if options.hostfile and start != "deepspeed":
-        raise UserError(f"--hostfile ({options.hostfile}) goes with --start deepspeed, not {start}")
     return start
 
 
@@ -199,11 +194,8 @@ def _sizes(
             raise UserError(
                 f"{ranks} ranks need {nodes} nodes of {per_node}; the allocation has {available}"
             )
-        if nodes > 1 and available is None and options.hostfile is None:
-            raise UserError(
-                f"--nodes ({nodes}) needs srun in an allocation, or --start deepspeed with "
-                "--hostfile"
-            )
+        if nodes > 1 and available is None:
+            raise UserError(f"--nodes ({nodes}) needs srun in an allocation")
         if ranks % nodes:
             raise UserError(f"--ranks ({ranks}) must divide by the {nodes} nodes they need")
     return sizes
@@ -259,26 +251,21 @@ def command_of(
     trial: Trial, options: argparse.Namespace, start: str, pool: int | None, record: Path
 ) -> list[str]:
     """The command line of one run."""
-    here, tools = trial.ranks // trial.nodes, Path(sys.executable).parent
     if start == "srun":
         command = [
             "srun",
             f"--nodes={trial.nodes}",
             f"--ntasks={trial.ranks}",
-            f"--ntasks-per-node={here}",
+            f"--ntasks-per-node={trial.ranks // trial.nodes}",
             f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}",
             "--distribution=block:block",
             f"--cpu-bind={os.environ.get('DIFFMOE_CPU_BIND', 'none')}",
             "--kill-on-bad-exit=1",
             sys.executable,
         ]
-    elif start == "torchrun":
-        command = [f"{tools}/torchrun", "--standalone", "--nproc-per-node", str(trial.ranks)]
     else:
-        command = [f"{tools}/deepspeed"]
-        if options.hostfile:
-            command += ["--hostfile", str(options.hostfile), "--num_nodes", str(trial.nodes)]
-        command += ["--log_level", "error", "--num_gpus", str(here)]
+        torchrun = str(Path(sys.executable).parent / "torchrun")
+        command = [torchrun, "--standalone", "--nproc-per-node", str(trial.ranks)]
     command += [f"{_ROOT}/run.py", "profile", "--config", options.config]
     command += ["--zero", str(trial.zero), "--steps", str(options.steps)]
     command += ["--warmup", str(options.warmup), "--json", str(record)]

@@ -168,11 +168,6 @@ def test_a_configuration_that_does_not_resolve_is_said_and_others_are_offered(ca
         (scaling, [*DEMO, "--out", "x", "--warmup", "-1"], "--warmup (-1) must be at least 0"),
         (
             scaling,
-            [*DEMO, "--out", "x", "--start", "deepspeed", "--hostfile", "nowhere"],
-            "--hostfile (nowhere) does not exist",
-        ),
-        (
-            scaling,
             [*DEMO, "--out", f"{__file__}/x", "--ranks", "2", "--ep", "2"],
             "/x) cannot be written: ",
         ),
@@ -282,21 +277,14 @@ def test_every_size_trains_the_same_pool_and_repeats_are_interleaved():
     [
         ("srun", ["srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]),
         ("torchrun", ["torchrun", "--standalone", "--nproc-per-node", "4"]),
-        ("deepspeed", ["deepspeed", "--hostfile", "HOSTS", "--num_nodes", "2"]),
     ],
 )
 def test_ranks_are_started_by(start, first, tmp_path):
-    (tmp_path / "hosts").write_text("here slots=2\nthere slots=2\n")
-    hosts = str(tmp_path / "hosts")
-    options = _options(
-        "train.lr=1e-3", "--synthetic", *(["--hostfile", hosts] if start == "deepspeed" else [])
-    )
+    options = _options("train.lr=1e-3", "--synthetic")
     command = command_of(
         Trial("weak", 4, 2, 2, 1, 512, 1), options, start, 128, tmp_path / "record.json"
     )
-    assert [command[0].rpartition("/")[2], *command[1 : len(first)]] == [
-        hosts if word == "HOSTS" else word for word in first
-    ]
+    assert [command[0].rpartition("/")[2], *command[1 : len(first)]] == first
     profile = command[command.index("profile") :]
     assert (
         profile[-4:] == ["train.lr=1e-3", "train.batch=512", "parallel.ep=2", "moe.pool=128"]
@@ -410,8 +398,7 @@ def test_a_run_that_fails_or_hangs_leaves_a_line(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["torchrun", "deepspeed"])
-def test_real_runs_are_measured_and_calibrate_the_plan(start, tmp_path):
+def test_real_runs_are_measured_and_calibrate_the_plan(tmp_path):
     """1 and 2 ranks of a small model; their records then make the plan of the same layouts meet
     what was measured.
     """
@@ -436,8 +423,6 @@ def test_real_runs_are_measured_and_calibrate_the_plan(start, tmp_path):
             "1",
             "--repeats",
             "1",
-            "--start",
-            start,
             "--out",
             str(tmp_path),
             *small,
