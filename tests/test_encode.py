@@ -629,7 +629,7 @@ def test_a_folder_is_finished_only_by_the_same_command(tmp_path: Path) -> None:
         ({"precision": "fp16"}, "precision"),
         ({"bad_share": 1.0}, "bad_share"),
         ({"scale": float("nan")}, "scale"),
-        ({"vae": None, "accept_values": True}, "accept_values goes with vae"),
+        ({"vae": None, "accept_values": True}, r"accept_values \(True\) goes with vae"),
         ({"vae": None, "scale": 1.0}, r"scale \(1.0\) goes with vae"),
         ({"image_size": 15}, "must divide by 2"),
         ({"channels": 1}, r"channels \(1\) must be those of"),

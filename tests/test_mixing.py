@@ -19,12 +19,12 @@ from diffmoe.config import Config, DataConfig, ModelConfig, RunConfig, TrainConf
 from diffmoe.data.cache import Cache
 from diffmoe.data.feed import open_reader, order_notice
 from diffmoe.data.mixing import (
+    better_order,
     completed,
     distinct,
     expected_distinct,
     longest_absence,
     measure,
-    mending,
     order_for,
 )
 from diffmoe.data.order import SampleOrder
@@ -94,7 +94,7 @@ def test_other_sizes_in_class_order(shards: int, size: int, classes: int) -> Non
     labels = np.split(np.arange(shards * size) * classes // (shards * size), shards)
     counts = [size] * shards
     before = SampleOrder(counts, seed=0, batch=256, streams=64, window=4)
-    mended = mending(before, labels, 64)
+    mended = better_order(before, labels, 64)
     for streams, window in (order_for(False, shards, 256), mended):
         order = SampleOrder(counts, seed=0, batch=256, streams=streams, window=window)
         found, permuted = measure(order, labels, 64)

@@ -139,7 +139,7 @@ def test_a_node_that_does_not_come(played):
     ],
 )
 def test_shards_are_looked_for_where_the_run_will_look(tmp_path, monkeypatch, settings, complaint):
-    monkeypatch.setattr("diffmoe.data.sources.TRIES", 1)
+    monkeypatch.setattr("diffmoe.files.TRIES", 1)
     monkeypatch.chdir(tmp_path)
     for name in ("whole", "torn"):
         shutil.copytree(digits(), tmp_path / name)

@@ -32,7 +32,7 @@ _MEMBERS = {
 }
 _COLUMNS = 8
 _BATCH, _POOL = 256, 64  # of the published recipe, for the look at the order
-_DECODED = 8  # pictures together: all 64 of a published autoencoder would take tens of gigabytes
+_DECODED = 8  # images together: all 64 of a published autoencoder would take tens of gigabytes
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:

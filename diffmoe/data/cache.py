@@ -1,6 +1,6 @@
 """A folder of bounded size that holds remote shards, shared by all processes of a node.
 
-A file is named by its SHA-256 and counts once it is whole: it is fetched under another name,
+A file is named by its SHA-256 and counts once it is complete: it is fetched under another name,
 checked and renamed. Locks are the kernel's (flock), so that they die with their holder: a reader
 holds a shared lock on what it has open, and no file with a lock is ever removed; who fetches holds
 one on the unfinished file, which takes its full size at once, so that it is counted.

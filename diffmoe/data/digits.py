@@ -22,7 +22,7 @@ SAMPLES_PER_SHARD = 200
 
 def write_digits(folder: str | Path) -> ShardIndex:
     """Write the digits to `folder`, uint8 [1, 8, 8] each, or return the index of those already
-    there. UserError where the folder holds another data set, or a damaged copy of this one.
+    there. UserError where the folder holds another data set, or a corrupt copy of this one.
     """
     images, labels = load_digits(return_X_y=True)
     arrays = images.reshape(-1, 1, 8, 8).astype(np.uint8)

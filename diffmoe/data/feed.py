@@ -18,7 +18,7 @@ from pathlib import Path
 from diffmoe.config import Config, DataConfig
 from diffmoe.data.cache import Cache
 from diffmoe.data.image_source import printable, shorten
-from diffmoe.data.mixing import SHUFFLED_ORDER, completed, measure, mending, order_for
+from diffmoe.data.mixing import SHUFFLED_ORDER, better_order, completed, measure, order_for
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import BadShard
 from diffmoe.data.shards import ShardIndex, load_index
@@ -109,7 +109,7 @@ def order_notice(reader: ShardReader, pool: int) -> tuple[str, bool]:
     )
     if found.like(permuted):
         return text, False
-    streams, window = mending(order, labels, pool)
+    streams, window = better_order(order, labels, pool)
     fix = f"data.window={window}"
     if streams != order.streams:
         fix = f"data.streams={streams} {fix}"

@@ -1,4 +1,4 @@
-"""Pictures as they come: read, decoded, cropped (`listing.py` says which there are)."""
+"""Images as they come: read, decoded, cropped (`listing.py` says which there are)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 class BadImage(UserError):
-    """This one picture cannot be used, today or tomorrow; the message says why."""
+    """This one image cannot be used, today or tomorrow; the message says why."""
 
 
 def read_picture(source: Source, picture: Picture, size: int, channels: int) -> np.ndarray:
-    """The picture, cropped (see `center_crop`), as uint8 [channels, size, size]; `channels` is 1
+    """The image, cropped (see `center_crop`), as uint8 [channels, size, size]; `channels` is 1
     (grey) or 3.
 
     Colours as published pipelines take them: alpha dropped, EXIF orientation not applied. Of
     several frames the first.
 
     Raises:
-        BadImage: it is missing, damaged, or of a kind that has no 8-bit form.
+        BadImage: it is missing, corrupt, or of a kind that has no 8-bit form.
         OSError: the file system fails, also when asked again; says nothing about the picture.
     """
     cropped = center_crop(
@@ -42,10 +42,10 @@ def read_picture(source: Source, picture: Picture, size: int, channels: int) -> 
 
 
 def decode_picture(data: bytes, channels: int) -> Image.Image:
-    """A picture file's bytes as an 8-bit image of 1 (grey) or 3 channels.
+    """An image file's bytes as an 8-bit image of 1 (grey) or 3 channels.
 
     Raises:
-        BadImage: damaged, or of a kind that has no 8-bit form.
+        BadImage: corrupt, or of a kind that has no 8-bit form.
     """
     with _opened(io.BytesIO(data)) as image:
         if image.mode[0] in "IF":
@@ -54,7 +54,7 @@ def decode_picture(data: bytes, channels: int) -> Image.Image:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture file, from its header.
+    """Height and width of an image file, from its header.
 
     Raises:
         BadImage: no file, or none of a known kind.
@@ -84,7 +84,7 @@ def _read_bytes(path: Path, picture: Picture) -> bytes:
             stream.seek(picture.offset)
             return stream.read(picture.size)
 
-    # A busy file server is no corrupt picture: leaving it out would give another data set every
+    # A busy file server is not a corrupt image: leaving it out would give another data set every
     # time.
     try:
         return retried(once, str(path))

@@ -81,12 +81,12 @@ def list_tar(root: Path, name: str, leaving: Leaving) -> list[Picture]:
 def _pair(
     pictures: Iterable[str], labels: Iterable[str]
 ) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Each picture's label, both by name, the label's without its ending; and what has no partner,
+    """Each image's label, both by name, the label's without its ending; and what has no partner,
     each with the reason.
 
-    It is the one with the longest key that the picture's name begins with, up to a dot; else the
+    It is the one with the longest key that the image's name begins with, up to a dot; else the
     only two whose names agree up to their first dot, which is webdataset's key. One label is for
-    one picture: the one of exactly its key, if several could have it.
+    one image: the one of exactly its key, if several could have it.
     """
     claims: dict[str, list[str]] = {label: [] for label in labels}
     alone: dict[str, list[str]] = {}

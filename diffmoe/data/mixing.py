@@ -123,7 +123,7 @@ def longest_absence(labels: np.ndarray) -> float:
     return float(np.median(np.maximum(np.maximum.reduceat(gaps, first), len(labels) - steps[last])))
 
 
-def mending(order: SampleOrder, labels: Sequence[np.ndarray], pool: int) -> tuple[int, int]:
+def better_order(order: SampleOrder, labels: Sequence[np.ndarray], pool: int) -> tuple[int, int]:
     """The (streams, window) that mixes like a permutation: the smallest window, by doubling, at
     these streams, else at one a slot, else in one stream, which shuffles as much as its window
     holds.

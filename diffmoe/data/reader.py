@@ -140,7 +140,7 @@ class ShardReader:
         """`read` into given arrays.
 
         Raises:
-            BadShard: a shard or member that is missing, damaged or unsafe, by name.
+            BadShard: a shard or member that is missing, corrupt or unsafe, by name.
         """
         meta, flips = self.index.meta, self.index.flips
         places = self.places(positions)

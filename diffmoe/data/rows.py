@@ -75,7 +75,7 @@ def _packed_dtype(kinds: int) -> np.dtype:
 def unpack_table(
     payload: bytes, count: int | None, classes: int, kinds: int, first_class: int = 0
 ) -> RowTable:
-    """The table again. UserError when it is damaged or is not one of `count` rows, `kinds` arrays
+    """The table again. UserError when it is corrupt or is not one of `count` rows, `kinds` arrays
     and `classes` classes.
     """
     array = payload[:-4]

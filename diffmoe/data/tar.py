@@ -1,5 +1,5 @@
 """One shard file: a webdataset tar of `<key>.npy`, `<key>.cls` and perhaps `<key>.flip.npy`,
-written whole or not at all (`rows.py` reads it).
+written completely or not at all (`rows.py` reads it).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The autoencoder between pictures and latents: a diffusers `AutoencoderKL`, as encoding and
+"""The autoencoder between images and latents: a diffusers `AutoencoderKL`, as encoding and
 evaluation use it.
 
 A latent is model-ready as x = (z - shift) * scale, z drawn from the encoder's normal distribution.
@@ -121,7 +121,7 @@ def _weights_sha256(model: torch.nn.Module, name: str) -> str:
 
 @torch.inference_mode()
 def encode_moments(vae: Vae, images: Tensor) -> Tensor:
-    """Mean and standard deviation of each picture's latents, fp32 on the VAE's device.
+    """Mean and standard deviation of each image's latents, fp32 on the VAE's device.
 
     Args:
         images: uint8 [B, C, H, W] on any device.
@@ -137,7 +137,7 @@ def encode_moments(vae: Vae, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def decode_latents(vae: Vae, z: Tensor, scale: float, shift: float) -> Tensor:
-    """Pictures of latents as the model samples them; one pass, so the caller chooses the batch.
+    """Images of latents as the model samples them; one pass, so the caller chooses the batch.
 
     Args:
         z: [B, L, h, w] on any device, (latent - shift) * scale.
