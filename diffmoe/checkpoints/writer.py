@@ -127,7 +127,7 @@ def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
     """Removes complete checkpoints up to ``step`` but for the newest ``keep`` and those whose step
     divides by ``keep_every``.
 
-    Later ones stay: they are of a run that went back, and may be damaged."""
+    Later ones stay: they are of a run that went back, and may be corrupt."""
     numbers = {path: int(path.name.removeprefix("step_")) for path in complete_folders(folder)}
     for path in [path for path, number in numbers.items() if number <= step][:-keep]:
         if not (keep_every and numbers[path] and numbers[path] % keep_every == 0):
