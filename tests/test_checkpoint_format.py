@@ -459,12 +459,9 @@ def test_values_that_cannot_be_are_named(tmp_path):
     writer.write_part(
         partial, 0, {kind: writer.whole_tensors(tensors) for kind, tensors in bad.items()}
     )
-    files, shapes = writer.join_parts(partial, 1, lambda: False)
-    writer.commit(
-        partial,
-        tmp_path / "step_00000001",
-        writer.describe(1, config, Layout(1, 1, 1, 1, 1, 1, 1), {}, files, shapes),
-    )
+    written = writer.join_parts(partial, 1, lambda: False)
+    layout = Layout(1, 1, 1, 1, 1, 1, 1)
+    writer.commit(partial, tmp_path / "step_00000001", written, config, layout, {})
     first, second = check_values(Checkpoint(tmp_path / "step_00000001"))
     assert "has 1 values in x_embedder.proj.bias that are not finite" in first and first.startswith(
         "master of "

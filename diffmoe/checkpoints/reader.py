@@ -27,6 +27,11 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The inverse."""
+    return int(path.name.removeprefix("step_"))
+
+
 def ema_kind(decay: float) -> str:
     """The kind of the tensors that one EMA keeps."""
     return f"ema_{decay!r}"

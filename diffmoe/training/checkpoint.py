@@ -36,7 +36,13 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.models.interchange import load_buffers
-from diffmoe.parallel.collectives import AgreedError, first_complaint, gather_objects, together
+from diffmoe.parallel.collectives import (
+    AgreedError,
+    first_complaint,
+    gather_objects,
+    is_lost_peer,
+    together,
+)
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.trace import Trace
 from diffmoe.training.checkpoint_check import check_tensors
@@ -191,8 +197,9 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        if self._job is not None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        # A rank that is gone does not write its part: the watchdog takes over at once.
+        if self._job is not None and not (error and is_lost_peer(error)):
             self._job.join(_GRACE_S)
             self._job.stop.set()
             self._job.join(_GRACE_S)
@@ -360,10 +367,9 @@ class _Job(threading.Thread):
         if saver.groups.rank == 0:
             found = writer.join_parts(partial, saver.groups.world.size, self.stop.is_set)
             self.waits = False
-            manifest = writer.describe(
-                self.step, saver.config, saver.layout, self.counters, *found, saver.class_names
-            )
-            writer.commit(partial, step_folder(saver.folder, self.step), manifest)
+            final = step_folder(saver.folder, self.step)
+            facts = (saver.config, saver.layout, self.counters, saver.class_names)
+            writer.commit(partial, final, found, *facts)
             writer.prune(saver.folder, self.step, train.keep, train.keep_every)
 
     def _until_stopped(self, values: Iterable[Tensor]) -> Iterator[Tensor]:

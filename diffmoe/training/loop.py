@@ -50,7 +50,7 @@ def train(
     """
     folder = Path(config.run.folder)
     with (
-        Watchdog(groups, config.run.timeout_s, folder) as watchdog,
+        Watchdog(groups, config.run.timeout_s, folder),
         RunLock(folder, groups.world) as lock,
     ):
         if anyone(bool(stop_requested), groups.world):
@@ -64,7 +64,7 @@ def train(
                 f"stopped in order at step {run.done}, before the first step of this start; "
                 "the same command resumes from there"
             )
-        with run.saver, watchdog.hears_first():
+        with run.saver:
             if config.train.spike_factor > 0 and run.fresh:
                 _save(run)  # so that there is always something to go back to
             spiked = _train_steps(run, stop_requested)
