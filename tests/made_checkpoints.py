@@ -56,11 +56,9 @@ def make_checkpoint(folder: Path, config: Config, step: int, ranks: int = 2) -> 
         if rank == 0:
             shares[BUFFERS] = writer.whole_tensors(fresh_buffers(config.model, config.moe))
         writer.write_part(partial, rank, shares)
-    files, shapes = writer.join_parts(partial, ranks, lambda: False)
+    written = writer.join_parts(partial, ranks, lambda: False)
     layout = Layout(ranks, ranks, 16, 16 // ranks, 1, 16, ranks)
-    writer.commit(
-        partial, step_folder(folder, step), writer.describe(step, config, layout, {}, files, shapes)
-    )
+    writer.commit(partial, step_folder(folder, step), written, config, layout, {})
     return step_folder(folder, step)
 
 

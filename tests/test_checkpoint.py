@@ -110,7 +110,7 @@ def everything(
         assert all(layer.thresholds.value.ne(0.25).all() for _, layer in model.moe_layers())
     saver = Saver(Path(folder), config, layout, groups)
     saver.save(7, engine, ema, {"skipped": [1, 2]})
-    saver.settle()
+    saver.wait()
     (outcome,) = saver.outcomes()
     assert isinstance(outcome, Saved) and outcome.stall_s > 0 and outcome.write_s > 0, outcome
     engine.engine.destroy()
@@ -172,8 +172,8 @@ def save_both_ways(folder: str) -> tuple[bool, float]:
             for shards in shards_of(engine, ema).values():
                 for shard in shards:
                     shard.detach().add_(1)
-            saver.settle()
-            assert not saver.in_flight and not saver.trouble
+            saver.wait()
+            assert not saver.in_flight and not saver.failed
             found += saver.outcomes()
         engine.engine.destroy()
     assert [type(outcome) for outcome in found] == [Saved, Saved]
@@ -199,7 +199,7 @@ def fail_on(folder: str, which: int, background: str) -> list[str]:
     fill(engine, ema)
     saver = Saver(Path(folder), config, layout, groups)
     saver.save(1, engine, ema)
-    saver.settle()
+    saver.wait()
     assert [type(outcome) for outcome in saver.outcomes()] == [Saved]
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
     if groups.rank == which:
@@ -209,23 +209,23 @@ def fail_on(folder: str, which: int, background: str) -> list[str]:
     while (
         background == "true"
         and groups.rank == which
-        and not saver.trouble
+        and not saver.failed
         and time.monotonic() < deadline
     ):
-        time.sleep(0.01)  # a rank knows its own trouble without asking anybody
-    troubled = saver.trouble
-    saver.settle()
+        time.sleep(0.01)  # a rank knows of its own failure without asking anybody
+    failed_here = saver.failed
+    saver.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, kept)
     (failed,) = saver.outcomes()
     assert isinstance(failed, SaveFailed) and failed.step == 2
     there = sorted(path.name for path in Path(folder).iterdir())
-    saver.settle()  # nothing to do
+    saver.wait()  # nothing to do
     raise_together(None, groups.world)  # both have looked
     saver.save(3, engine, ema)
-    saver.settle()
+    saver.wait()
     assert [type(outcome) for outcome in saver.outcomes()] == [Saved]
     engine.engine.destroy()
-    return [failed.message, *there, str(troubled)]
+    return [failed.message, *there, str(failed_here)]
 
 
 @pytest.mark.parametrize(("which", "background"), [(0, "true"), (1, "true"), (1, "false")])
@@ -233,10 +233,10 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_harms_nothing(
     two_ranks, tmp_path, which, background
 ):
     found = two_ranks.run(fail_on, str(tmp_path), which, background)
-    for rank, (message, *there, troubled) in enumerate(found):
+    for rank, (message, *there, failed_here) in enumerate(found):
         assert message == f"rank {which}: [Errno {errno.EFBIG}] File too large"
         assert there == ["step_00000001"], "the last good one stands, the partial one is gone"
-        assert troubled == str(rank == which and background == "true")
+        assert failed_here == str(rank == which and background == "true")
     assert [path.name for path in complete_folders(tmp_path)] == ["step_00000003"]
     assert list(Checkpoint(tmp_path).tensors("master")) and not list(tmp_path.glob(".*"))
 
@@ -252,7 +252,7 @@ def fail_the_commit(folder: str) -> str:
     try:
         saver = Saver(Path(folder), config, layout, groups)
         saver.save(1, engine, ema)
-        saver.settle()
+        saver.wait()
     finally:
         writer.commit = kept
     engine.engine.destroy()
@@ -282,7 +282,7 @@ def measure(folder: str) -> tuple[int, int, int, int]:
         )
         engine, ema, layout, groups = start(config, 1)
         saver = Saver(Path(folder) / background, config, layout, groups)
-        grown.append(peak_growth(lambda: (saver.save(1, engine, ema), saver.settle())))
+        grown.append(peak_growth(lambda: (saver.save(1, engine, ema), saver.wait())))
         assert [type(outcome) for outcome in saver.outcomes()] == [Saved]
     found = newest_usable(Path(folder), groups, print) or Checkpoint(Path(folder) / "true")
     reading = peak_growth(restore, found, engine, ema, groups, print)

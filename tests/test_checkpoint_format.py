@@ -21,7 +21,7 @@ from diffmoe.checkpoints.manifest import MANIFEST
 from diffmoe.checkpoints.reader import Checkpoint, Tensors, complete_folders, open_tensors
 from diffmoe.checkpoints.tensor_file import (
     CHUNK,
-    Damaged,
+    Corrupt,
     Piece,
     TensorFile,
     whole_piece,
@@ -131,7 +131,7 @@ def test_ranges_are_read_across_chunks_and_every_chunk_is_checked(tmp_path):
     for start in (0, 3 * CHUNK // 4 + 50):
         file.read_into("a", start, torch.empty(10))  # elsewhere
     for read in (lambda: file.read_into("a", CHUNK // 2, torch.empty(10)), file.check):
-        with pytest.raises(Damaged, match=f"checksum is wrong in bytes {2 * CHUNK} to {3 * CHUNK}"):
+        with pytest.raises(Corrupt, match=f"checksum is wrong in bytes {2 * CHUNK} to {3 * CHUNK}"):
             read()
 
 
@@ -168,7 +168,7 @@ def header(tree, length=None) -> bytes:
 )
 def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(Damaged, match="x is not a whole safetensors file"):
+    with pytest.raises(Corrupt, match="x is not an intact safetensors file"):
         open_tensors([tmp_path / "x"])
 
 
@@ -322,7 +322,7 @@ def test_damage_is_found_before_training_goes_on_and_named(folder, name):
     damage(folder)
     with pytest.raises(
         AgreedError,
-        match=rf"no checkpoint in {folder.parent} is usable: step_00000007 is damaged \(.*{text}",
+        match=rf"no checkpoint in {folder.parent} is usable: step_00000007 is corrupt \(.*{text}",
     ):
         newest_usable(folder.parent, single_process(), print)
 
@@ -350,7 +350,7 @@ def test_no_name_in_a_manifest_leaves_its_folder(folder, name):
         folder,
         lambda tree: tree["files"].update({name: tree["files"].pop("master-00000.safetensors")}),
     )
-    with pytest.raises(Damaged, match="is not the name of a file of a checkpoint"):
+    with pytest.raises(Corrupt, match="is not the name of a file of a checkpoint"):
         Checkpoint(folder)
 
 
@@ -366,7 +366,7 @@ def test_a_pickle_is_refused_and_not_run(folder, tmp_path, monkeypatch):
     path.write_bytes(bomb + bytes(path.stat().st_size - len(bomb)))
     (folder / "latest").write_bytes(bomb)
     (folder.parent / "latest").write_bytes(bomb)
-    with pytest.raises(Damaged, match="is not what was written"):
+    with pytest.raises(Corrupt, match="is not what was written"):
         Checkpoint(folder).tensors("master")["x_embedder.proj.weight"]
     assert not (tmp_path / "poisoned").exists()
 
@@ -426,12 +426,12 @@ def test_the_newest_that_is_whole_is_used_and_said(tmp_path):
     (tmp_path / "step_00000008/master-00001.safetensors").unlink()
     assert newest_usable(tmp_path, single_process(), said.append).step == 4
     assert (
-        "step_00000012 is damaged (" in said[0]
+        "step_00000012 is corrupt (" in said[0]
         and "ema_0.5-00001" in said[0]
         and said[0].endswith("falling back to step_00000008")
     )
     assert (
-        "step_00000008 is damaged (" in said[1]
+        "step_00000008 is corrupt (" in said[1]
         and "master-00001" in said[1]
         and said[1].endswith("falling back to step_00000004")
     )
@@ -461,12 +461,9 @@ def test_values_that_cannot_be_are_named(tmp_path):
     writer.write_part(
         partial, 0, {kind: writer.whole_tensors(tensors) for kind, tensors in bad.items()}
     )
-    files, shapes = writer.join_parts(partial, 1, lambda: False)
-    writer.commit(
-        partial,
-        tmp_path / "step_00000001",
-        writer.describe(1, config, Layout(1, 1, 1, 1, 1, 1, 1), {}, files, shapes),
-    )
+    written = writer.join_parts(partial, 1, lambda: False)
+    layout = Layout(1, 1, 1, 1, 1, 1, 1)
+    writer.commit(partial, tmp_path / "step_00000001", written, config, layout, {})
     first, second = check_values(Checkpoint(tmp_path / "step_00000001"))
     assert "has 1 values in x_embedder.proj.bias that are not finite" in first and first.startswith(
         "master of "
@@ -477,7 +474,7 @@ def test_values_that_cannot_be_are_named(tmp_path):
 def test_a_tensors_pieces_may_not_overlap():
     file = TensorFile(Path("x"))
     for spans in ([(0, 4), (3, 6)], [(0, 6), (0, 6)], [(0, 6), (2, 3)]):
-        with pytest.raises(Damaged, match="tensor a is twice there"):
+        with pytest.raises(Corrupt, match="tensor a is twice there"):
             Tensors([(Piece("a", (6,), *span), file) for span in spans], "here")
 
 

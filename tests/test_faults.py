@@ -486,7 +486,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(two_ranks, whole, tmp_
     said, complaint = hear(two_ranks, tiny(tmp_path))
     assert complaint == ""
     assert re.search(
-        rf"step_00000008 is damaged \(.*{re.escape(name)}.*\); falling back to step_00000004", said
+        rf"step_00000008 is corrupt \(.*{re.escape(name)}.*\); falling back to step_00000004", said
     ), said
     assert "resumed from" in said and "at step 4" in said
     (event,) = events(tmp_path)

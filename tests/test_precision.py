@@ -552,5 +552,5 @@ def test_training_without_label_drop_ends_well_without_pictures(tmp_path):
         refused,
         sampled,
     )
-    assert "no pictures: sample.cfg (1.5) must be 1" in trained_.stdout + trained_.stderr
+    assert "no images: sample.cfg (1.5) must be 1" in trained_.stdout + trained_.stderr
     assert not list(run.glob("samples_*.png")) and (tmp_path / "s.png").is_file()

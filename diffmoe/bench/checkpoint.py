@@ -125,7 +125,7 @@ def _measure(
             began = time.perf_counter()
             if way in savers:
                 savers[way].save(number, engine, ema)
-                savers[way].settle()
+                savers[way].wait()
                 raise_together(None, groups.world)
                 (saved,) = savers[way].outcomes()
                 if not isinstance(saved, Saved):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffmoe.checkpoints.tensor_file import CHUNK, Damaged, FileRecord, Piece
+from diffmoe.checkpoints.tensor_file import CHUNK, Corrupt, FileRecord, Piece
 from diffmoe.errors import UserError
 
 FORMAT = 2
@@ -64,27 +64,27 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises Damaged for a file that is not what was written, and UserError for one of another
+    """Raises Corrupt for a file that is not what was written, and UserError for one of another
     format.
     """
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
-        raise Damaged(f"{path} is missing") from None
+        raise Corrupt(f"{path} is missing") from None
     except ValueError as error:
-        raise Damaged(f"{path} is not valid JSON: {error}") from None
+        raise Corrupt(f"{path} is not valid JSON: {error}") from None
     tree = tree if isinstance(tree, dict) else {}
     if "crc32" in tree and tree.pop("crc32") != _checksum(tree):
-        raise Damaged(f"{path} is not what was written: its checksum is wrong")
+        raise Corrupt(f"{path} is not what was written: its checksum is wrong")
     if tree.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path} has format {tree['format']}; this program reads {FORMAT}")
     missing = {"format", *Manifest.__dataclass_fields__} - {"class_names"} - set(tree)
     if missing:
-        raise Damaged(f"{path} lacks {', '.join(sorted(missing))}")
+        raise Corrupt(f"{path} lacks {', '.join(sorted(missing))}")
     try:
         return _parse(tree)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise Damaged(f"{path} is no manifest: {error}") from None
+        raise Corrupt(f"{path} is not a manifest: {error}") from None
 
 
 def _checksum(tree: dict) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.checkpoints.manifest import MANIFEST, kind_of, read_manifest
-from diffmoe.checkpoints.tensor_file import Damaged, Piece, TensorFile
+from diffmoe.checkpoints.tensor_file import Corrupt, Piece, TensorFile
 from diffmoe.config import Config, config_from_tree
 from diffmoe.errors import UserError
 
@@ -25,6 +25,11 @@ _FOLDER = re.compile(r"step_(\d{8})")
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return folder / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The inverse."""
+    return int(path.name.removeprefix("step_"))
 
 
 def ema_kind(decay: float) -> str:
@@ -48,7 +53,7 @@ def complete_folders(folder: Path) -> list[Path]:
 class Tensors(Mapping[str, Tensor]):
     """Tensors by name, put together from the files that hold their pieces.
 
-    Raises Damaged when the pieces of a tensor leave a gap or overlap.  One chunk is in memory at a
+    Raises Corrupt when the pieces of a tensor leave a gap or overlap.  One chunk is in memory at a
     time.
     """
 
@@ -62,15 +67,15 @@ class Tensors(Mapping[str, Tensor]):
             at, shape = 0, found[0][0].shape
             for piece, file in found:
                 if piece.start < at:
-                    raise Damaged(
+                    raise Corrupt(
                         f"{source}: tensor {name} is twice there from element {piece.start} on,"
                         f" {file.path.name} the second"
                     )
                 if piece.start > at or piece.stop < piece.start:
-                    raise Damaged(f"{source} lacks elements {at} to {piece.start} of {name}")
+                    raise Corrupt(f"{source} lacks elements {at} to {piece.start} of {name}")
                 at = piece.stop
             if at != prod(shape):
-                raise Damaged(f"{source} has {at} elements of {name}, whose shape is {list(shape)}")
+                raise Corrupt(f"{source} has {at} elements of {name}, whose shape is {list(shape)}")
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._pieces[name][0][0].shape
@@ -110,7 +115,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def open_tensors(paths: list[Path]) -> Tensors:
-    """The tensors of safetensors files that belong to no checkpoint, by name.  Damaged for a bad
+    """The tensors of safetensors files that belong to no checkpoint, by name.  Corrupt for a bad
     file or a doubled name.
     """
     pieces = []
@@ -125,7 +130,7 @@ class Checkpoint:
     """A complete checkpoint, opened: ``path`` is its folder, or a run's folder whose newest one is
     meant.
 
-    Opening compares names and sizes.  Raises Damaged (a UserError) for damage, UserError when there
+    Opening compares names and sizes.  Raises Corrupt (a UserError) for damage, UserError when there
     is none or its format is another.
     """
 
@@ -148,7 +153,7 @@ class Checkpoint:
             there = path / name
             if not there.is_file() or there.stat().st_size != record.bytes:
                 found = there.stat().st_size if there.is_file() else "no"
-                raise Damaged(f"{there} must have {record.bytes} bytes and has {found}")
+                raise Corrupt(f"{there} must have {record.bytes} bytes and has {found}")
             self._files[name] = TensorFile(there, record)
 
     @property
@@ -201,11 +206,11 @@ class Checkpoint:
         return self.tensors(names[which])
 
     def check_file(self, name: str) -> None:
-        """Reads a whole file.  Raises Damaged unless its bytes and its header are what the manifest
+        """Reads a whole file.  Raises Corrupt unless its bytes and its header are what the manifest
         says.
         """
         file = self._files[name]
         file.check()
         shapes = {piece.key: piece.stored_shape for piece in self.manifest.pieces(name)}
         if {key: entry.shape for key, entry in file.entries.items()} != shapes:
-            raise Damaged(f"{file.path} does not hold the tensors that {MANIFEST} says")
+            raise Corrupt(f"{file.path} does not hold the tensors that {MANIFEST} says")

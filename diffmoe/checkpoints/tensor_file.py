@@ -43,7 +43,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class Damaged(UserError):
+class Corrupt(UserError):
     """A file is not what its checkpoint says: missing, cut, changed, or not intact."""
 
 
@@ -166,15 +166,15 @@ class TensorFile:
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
-        """What the header says, by key.  Raises Damaged unless it is a safetensors header that fits
+        """What the header says, by key.  Raises Corrupt unless it is a safetensors header that fits
         the file.
         """
         total = self.path.stat().st_size if self.path.exists() else 0
         length = int.from_bytes(self._read(0, 8), "little") if total >= 8 else total
         if length > min(_MAX_HEADER, total - 8):
-            raise Damaged(
-                f"{self.path} is not a whole safetensors file: its header would have {length} bytes"
-                f" of {total}"
+            raise Corrupt(
+                f"{self.path} is not an intact safetensors file: its header would have {length} "
+                f"bytes of {total}"
             )
         text = self._read(8, length)
         try:
@@ -185,12 +185,12 @@ class TensorFile:
                 if key != "__metadata__"
             }
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Damaged(f"{self.path} is not a whole safetensors file: {error}") from None
+            raise Corrupt(f"{self.path} is not an intact safetensors file: {error}") from None
 
     def entry(self, key: str) -> Entry:
-        """Raises Damaged where there is none."""
+        """Raises Corrupt where there is none."""
         if key not in self.entries:
-            raise Damaged(f"{self.path} has no tensor {key}")
+            raise Corrupt(f"{self.path} has no tensor {key}")
         return self.entries[key]
 
     def read_into(self, key: str, first: int, out: Tensor) -> None:
@@ -199,7 +199,7 @@ class TensorFile:
         """
         entry = self.entry(key)
         if out.dtype != entry.dtype:
-            raise Damaged(f"{self.path}: {key} is {entry.dtype}, not {out.dtype}")
+            raise Corrupt(f"{self.path}: {key} is {entry.dtype}, not {out.dtype}")
         size = entry.dtype.itemsize
         begin = entry.begin + first * size
         assert out.dim() == 1 and begin + out.numel() * size <= entry.end, (key, first, out.shape)
@@ -211,7 +211,7 @@ class TensorFile:
             begin += part.numel() * size
 
     def check(self) -> None:
-        """Reads everything and raises Damaged for the first chunk that is not what was written."""
+        """Reads everything and raises Corrupt for the first chunk that is not what was written."""
         assert self._written is not None
         _ = self.entries
         for number in range(len(self._written.crc32)):
@@ -233,7 +233,7 @@ class TensorFile:
             number, inside = divmod(begin + at, CHUNK)
             part = self._chunk(number)[inside : inside + target.nbytes - at]
             if not part.nbytes:
-                raise Damaged(f"{self.path} ends too early")
+                raise Corrupt(f"{self.path} ends too early")
             target[at : at + part.nbytes] = part
             at += part.nbytes
 
@@ -246,9 +246,9 @@ class TensorFile:
                 stream.seek(start)
                 data = stream.read(CHUNK)
         except FileNotFoundError:
-            raise Damaged(f"{self.path} is missing") from None
+            raise Corrupt(f"{self.path} is missing") from None
         if self._written and self._written.crc32[number : number + 1] != (zlib.crc32(data),):
-            raise Damaged(
+            raise Corrupt(
                 f"{self.path} is not what was written: its checksum is wrong in bytes {start} to"
                 f" {start + len(data)}"
             )

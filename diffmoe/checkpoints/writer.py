@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.checkpoints.manifest import MANIFEST, Manifest, file_name, manifest_text
-from diffmoe.checkpoints.reader import BUFFERS, complete_folders, step_folder
+from diffmoe.checkpoints.reader import BUFFERS, complete_folders, step_folder, step_of
 from diffmoe.checkpoints.tensor_file import FileRecord, Piece, whole_piece, write_tensors
 from diffmoe.config import Config, config_to_tree
 from diffmoe.errors import UserError
@@ -110,10 +110,33 @@ def join_parts(
     return files, shapes
 
 
-def commit(partial: Path, final: Path, manifest: Manifest) -> None:
-    """Makes a written folder the complete checkpoint ``final``; what had that name goes.  Raises
-    OSError.
+def commit(
+    partial: Path,
+    final: Path,
+    written: tuple[Mapping[str, FileRecord], Mapping[str, tuple[int, ...]]],
+    config: Config,
+    layout: Layout,
+    counters: Mapping[str, Any],
+    class_names: tuple[str, ...] = (),
+) -> None:
+    """Makes a folder in which files and shapes were ``written`` (see ``join_parts``) the complete
+    checkpoint ``final``; what had that name goes.  ``counters["recipes"]``: see
+    ``training/resume.py``.  Raises OSError.
     """
+    step = step_of(final)
+    shift = counters["recipes"][-1]["shift"] if counters.get("recipes") else 0
+    manifest = Manifest(
+        step,
+        (step + shift) * layout.batch,
+        layout.pool,
+        layout.ranks,
+        config.train.ema_decays,
+        counters,
+        config_to_tree(config),
+        shapes=written[1],
+        files=written[0],
+        class_names=class_names,
+    )
     _write_text(partial / MANIFEST, manifest_text(manifest))
     for record in partial.glob(_record_name("*")):
         record.unlink()
@@ -127,39 +150,12 @@ def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
     """Removes complete checkpoints up to ``step`` but for the newest ``keep`` and those whose step
     divides by ``keep_every``.
 
-    Later ones stay: they are of a run that went back, and may be damaged."""
-    numbers = {path: int(path.name.removeprefix("step_")) for path in complete_folders(folder)}
-    for path in [path for path, number in numbers.items() if number <= step][:-keep]:
-        if not (keep_every and numbers[path] and numbers[path] % keep_every == 0):
+    Later ones stay: they are of a run that went back, and may be corrupt."""
+    for path in [path for path in complete_folders(folder) if step_of(path) <= step][:-keep]:
+        number = step_of(path)
+        if not (keep_every and number and number % keep_every == 0):
             with suppress(OSError):  # the next prune tries again
                 _remove(path)
-
-
-def describe(
-    step: int,
-    config: Config,
-    layout: Layout,
-    counters: Mapping[str, Any],
-    files: Mapping[str, FileRecord],
-    shapes: Mapping[str, tuple[int, ...]],
-    class_names: tuple[str, ...] = (),
-) -> Manifest:
-    """The manifest of a checkpoint of this run.  ``counters["recipes"]``: see
-    ``training/resume.py``.
-    """
-    shift = counters["recipes"][-1]["shift"] if counters.get("recipes") else 0
-    return Manifest(
-        step,
-        (step + shift) * layout.batch,
-        layout.pool,
-        layout.ranks,
-        config.train.ema_decays,
-        counters,
-        config_to_tree(config),
-        shapes,
-        files,
-        class_names,
-    )
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> Share:
@@ -196,8 +192,8 @@ def save_start(
             for part in _parts(tensors, _PART_BYTES):
                 write_part(partial, number, {kind: whole_tensors(part)})
                 number += 1
-        files, shapes = join_parts(partial, number, lambda: False)
-        commit(partial, final, describe(0, config, layout, {}, files, shapes, class_names))
+        written = join_parts(partial, number, lambda: False)
+        commit(partial, final, written, config, layout, {}, class_names)
     except OSError as error:
         raise UserError(f"{final} cannot be written: {error}") from error
     finally:
@@ -212,9 +208,8 @@ def _parts(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[s
         if part and filled + value.nbytes > limit:
             yield part
             part, filled = {}, 0
-        part[name] = value.detach().clone(
-            memory_format=torch.contiguous_format
-        )  # never a view of something larger
+        # Never a view of something larger.
+        part[name] = value.detach().clone(memory_format=torch.contiguous_format)
         filled += value.nbytes
     if part:
         yield part

@@ -31,12 +31,18 @@ from diffmoe.checkpoints.reader import (
     ema_kind,
     step_folder,
 )
-from diffmoe.checkpoints.tensor_file import Damaged
+from diffmoe.checkpoints.tensor_file import Corrupt
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.models.logical import load_buffers
-from diffmoe.parallel.collectives import AgreedError, agreed, first_complaint, gather_objects
+from diffmoe.parallel.collectives import (
+    AgreedError,
+    agreed,
+    first_complaint,
+    gather_objects,
+    is_lost_peer,
+)
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.trace import Trace
 from diffmoe.training.checkpoint_check import check_tensors
@@ -58,7 +64,7 @@ def newest_usable(folder: Path, groups: ParallelGroups, say: Say) -> Checkpoint 
     none at all.
 
     Every byte is checked, the files divided among the ranks.  ``say`` hears of each one that is
-    skipped.  Raises AgreedError when all are damaged, or when the newest is not damaged but
+    skipped.  Raises AgreedError when all are corrupt, or when the newest is intact but
     cannot be read (another format).
     """
     with agreed(groups.world):
@@ -73,12 +79,12 @@ def newest_usable(folder: Path, groups: ParallelGroups, say: Say) -> Checkpoint 
             try:
                 checkpoint = Checkpoint(folder / name)
                 damage = _damage(checkpoint, groups)
-            except Damaged as error:
+            except Corrupt as error:
                 damage = str(error)
         found = first_complaint(gather_objects(damage, groups.world), groups.world)
         if found is None:
             return checkpoint
-        complaints.append(f"{name} is damaged ({found})")
+        complaints.append(f"{name} is corrupt ({found})")
     if complaints:
         raise AgreedError(f"no checkpoint in {folder} is usable: {'; '.join(complaints)}")
     return None
@@ -171,7 +177,7 @@ class Saver:
     is streamed and takes ``STREAMING_BYTES`` at most.
 
     As a context it gives a save in flight half a minute on the way out, for the sake of errors
-    elsewhere: who ends a run in order calls :meth:`settle`.
+    elsewhere: who ends a run in order calls :meth:`wait`.
     """
 
     def __init__(
@@ -191,27 +197,28 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        if self._job is not None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        # A rank that is gone does not write its part: the watchdog takes over at once.
+        if self._job is not None and not (error and is_lost_peer(error)):
             self._job.join(_GRACE_S)
             self._job.stop.set()
             self._job.join(_GRACE_S)
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save was started and not settled; the same on every rank."""
+        """Whether a save was started and not waited for; the same on every rank."""
         return self._job is not None
 
     @property
-    def trouble(self) -> bool:
-        """Whether this rank's part of the save in flight has failed.  When any rank has trouble,
-        all call :meth:`settle`.
+    def failed(self) -> bool:
+        """Whether this rank's part of the save in flight has failed.  When that of any rank has,
+        all call :meth:`wait`.
         """
         return self._job is not None and self._job.problem is not None
 
     def outcomes(self) -> list[Saved | SaveFailed]:
         """What became known since the last call, oldest first; on rank 0 as soon as a folder is
-        complete, else when settled.
+        complete, else when waited for.
         """
         if self._job is not None and self._job.finished and self.groups.rank == 0:
             self._tell(self._job)
@@ -221,14 +228,14 @@ class Saver:
     def save(
         self, step: int, engine: Engine, ema: Ema, counters: Mapping[str, Any] | None = None
     ) -> None:
-        """Starts saving the state after ``step`` optimizer steps; all ranks together.  Settles the
-        save before it first.
+        """Starts saving the state after ``step`` optimizer steps; all ranks together.  First waits
+        for the save before it.
 
         ``counters``: what else the loop counts, ready for JSON; rank 0's are kept.  What a disk may
         do is not raised but among the :meth:`outcomes`.
         """
         began = time.perf_counter()
-        self.settle()
+        self.wait()
         problem = None
         if self.groups.rank == 0:
             try:
@@ -243,9 +250,9 @@ class Saver:
         self._job.stall_s = time.perf_counter() - began
         self._job.start()
         if not self.config.train.async_save:
-            self.settle()
+            self.wait()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Waits until the save in flight, if any, is complete or given up; all ranks together.
 
         To ask each other is no progress, and to write is: a disk that answers no more is the
@@ -341,7 +348,7 @@ class _Job(threading.Thread):
         began = time.perf_counter()
         try:
             self._write()
-        except writer.Stopped:  # by settle, or since another rank failed, which says why
+        except writer.Stopped:  # by wait, or since another rank failed, which says why
             pass
         except Exception as error:  # whatever it is, the other ranks must hear of it
             self.problem = str(error)
@@ -360,10 +367,9 @@ class _Job(threading.Thread):
         if saver.groups.rank == 0:
             found = writer.join_parts(partial, saver.groups.world.size, self.stop.is_set)
             self.waits = False
-            manifest = writer.describe(
-                self.step, saver.config, saver.layout, self.counters, *found, saver.class_names
-            )
-            writer.commit(partial, step_folder(saver.folder, self.step), manifest)
+            final = step_folder(saver.folder, self.step)
+            facts = (saver.config, saver.layout, self.counters, saver.class_names)
+            writer.commit(partial, final, found, *facts)
             writer.prune(saver.folder, self.step, train.keep, train.keep_every)
 
     def _until_stopped(self, values: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from diffmoe.checkpoints.reader import (
     Checkpoint,
     ema_kind,
 )
-from diffmoe.checkpoints.tensor_file import CHUNK, Damaged
+from diffmoe.checkpoints.tensor_file import CHUNK, Corrupt
 from diffmoe.config import Config
 from diffmoe.models.logical import fresh_buffers, logical_template
 
@@ -44,7 +44,7 @@ def check_tensors(checkpoint: Checkpoint) -> Iterator[str]:
         source = f"{kind} of {checkpoint.path}"
         try:
             tensors = checkpoint.tensors(kind)
-        except Damaged as error:
+        except Corrupt as error:
             yield str(error)
             continue
         for name, shape in shapes.items():
@@ -59,7 +59,7 @@ def check_files(checkpoint: Checkpoint) -> Iterator[str]:
     for name in checkpoint.manifest.files:
         try:
             checkpoint.check_file(name)
-        except Damaged as error:
+        except Corrupt as error:
             yield str(error)
 
 

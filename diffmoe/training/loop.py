@@ -53,7 +53,7 @@ def train(
     """
     folder = Path(config.run.folder)
     with (
-        Watchdog(groups, config.run.timeout_s, folder) as watchdog,
+        Watchdog(groups, config.run.timeout_s, folder),
         RunLock(folder, groups.world) as lock,
     ):
         if anyone(bool(stop_requested), groups.world):
@@ -67,7 +67,7 @@ def train(
                 f"stopped in order at step {run.done}, before the first step of this start; "
                 "the same command resumes from there"
             )
-        with run.saver, watchdog.hears_first():
+        with run.saver:
             if config.train.spike_factor > 0 and run.fresh:
                 _save(run)  # so that there is always something to go back to
             spiked = _train_steps(run, stop_requested)
@@ -148,11 +148,11 @@ def _step(run: Run, batches: list[Batch], draws: StepDraws, stop: bool) -> tuple
         run.groups,
         run.done,
         stop,
-        run.saver.trouble,
+        run.saver.failed,
         draws.of(run.done),
     )
-    if report.trouble:
-        _settle_save(run)
+    if report.save_failed:
+        _wait_for_save(run)
     verdict = run.guard.judge(report, run.done)
     if verdict == "good":
         run.meter.add(report)
@@ -181,7 +181,7 @@ def _not_finite(run: Run, report: StepReport, batches: list[Batch]) -> None:
             return run.event("skipped", text)
         limit = train.nonfinite_limit
         text += f" (train.nonfinite_limit ({limit}) steps in a row were skipped before)"
-    _settle_save(run)
+    _wait_for_save(run)
     raise AgreedError(f"{text}; the last checkpoint is untouched")
 
 
@@ -190,7 +190,7 @@ def _go_back(run: Run, spiked: int) -> None:
     ranks together.
     """
     run.groups.trace.enter("going back")
-    _settle_save(run)
+    _wait_for_save(run)
     folder = run.saver.folder
     newest = newest_usable(folder, run.groups, lambda text: run.event("passed over", text))
     if newest is None:
@@ -246,7 +246,7 @@ def _record(run: Run, last: bool) -> None:
     if run.writer:
         run.writer.record(record)
         if _due(run.done, 10 * run.config.train.log_every, last):  # drawing takes a while
-            run.writer.load_picture(load, run.done)
+            run.writer.draw_load(load, run.done)
 
 
 def _save(run: Run) -> None:
@@ -263,7 +263,7 @@ def _save(run: Run) -> None:
 def _finish_saving(run: Run) -> None:
     """Waits for the last save.  Raises AgreedError when it failed: this state would be lost."""
     run.groups.trace.enter("waiting for the last save")
-    _settle_save(run)
+    _wait_for_save(run)
     if run.done == run.unsaved:
         raise AgreedError(
             f"the state of step {run.done} could not be saved; "
@@ -271,8 +271,8 @@ def _finish_saving(run: Run) -> None:
         )
 
 
-def _settle_save(run: Run) -> None:
-    run.saver.settle()
+def _wait_for_save(run: Run) -> None:
+    run.saver.wait()
     _hear_of_saves(run)
 
 
@@ -307,14 +307,14 @@ def _sample(run: Run) -> None:
     try:
         check_guidance(run.config)
     except UserError as error:
-        return run.event("not sampled", f"no pictures: {error}")
+        return run.event("not sampled", f"no images: {error}")
     run.groups.trace.enter("sampling")
     columns, classes = run.config.sample.columns, run.config.model.classes
     labels = [i % classes for i in range(columns * min(classes, columns))]
     with run.engine.weights(run.ema.shards) as model:
         images = generate_everywhere(model, run.config, labels, run.groups.world, run.device)
     if run.writer:
-        run.writer.sample_picture(images.numpy(), columns, run.done)
+        run.writer.draw_samples(images.numpy(), columns, run.done)
 
 
 def _score(run: Run) -> None:

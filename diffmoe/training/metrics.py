@@ -18,7 +18,7 @@ from diffmoe.evaluation.scores import Scores
 
 class Writer:
     """Rank 0's files in the run folder: ``metrics.jsonl``, ``events.jsonl``, ``scores.jsonl``,
-    TensorBoard scalars and pictures.
+    TensorBoard scalars and images.
 
     What a disk refuses is said once, on stderr, and does not stop the run; lines wait in memory
     until they can be written.
@@ -54,20 +54,20 @@ class Writer:
         words = ", ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in found.items())
         print(f"scores of step {step}, {weights} weights, {count} images: {words}", flush=True)
 
-    def load_picture(self, load: np.ndarray, step: int) -> None:
+    def draw_load(self, load: np.ndarray, step: int) -> None:
         """``expert_load.png``: which expert works at which flow time, layer by layer."""
         if load.size:
             path = self.folder / "expert_load.png"
             with self.unless_refused(path.name):
                 expert_load(load, path, self.layer_names)
-                self._picture("expert_load", path, step)
+                self._image("expert_load", path, step)
 
-    def sample_picture(self, images: np.ndarray, columns: int, step: int) -> None:
+    def draw_samples(self, images: np.ndarray, columns: int, step: int) -> None:
         """``samples_<step>.png``."""
         path = self.folder / f"samples_{step:08d}.png"
         with self.unless_refused("samples"):
             image_grid(images, columns, path)
-            self._picture("samples", path, step)
+            self._image("samples", path, step)
 
     def close(self) -> None:
         """Closes the files and draws ``loss.png`` from the whole of ``metrics.jsonl``, earlier
@@ -105,7 +105,7 @@ class Writer:
                 if value is not None:
                     self._open_board().add_scalar(name, value, step)
 
-    def _picture(self, name: str, path: Path, step: int) -> None:
+    def _image(self, name: str, path: Path, step: int) -> None:
         from matplotlib.image import imread
 
         pixels = imread(path)
@@ -115,7 +115,7 @@ class Writer:
 
     @contextmanager
     def unless_refused(self, name: str) -> Iterator[None]:
-        """Says the first refusal of ``name`` and when it is over.  UserError is a picture's of
+        """Says the first refusal of ``name`` and when it is over.  UserError is an image.s of
         values that are not finite.
         """
         try:

@@ -35,7 +35,7 @@ _DIAL_EVERY = 256
 @dataclass(frozen=True)
 class StepReport:
     """Global means of one optimizer step.  ``predictor_loss`` is the mean over layers, in nats;
-    ``stop`` says that some rank was asked to stop, ``trouble`` that some rank's save has failed;
+    ``stop``: some rank was asked to stop; ``save_failed``: some rank's save has failed;
     ``applied`` is false where loss or gradient was not finite and the step changed nothing.  All of
     these are the same on every rank.  ``load``: this rank's tokens by [layer, time bin, expert],
     with the samples that fell in each bin, on the device: reduced only when somebody looks.
@@ -48,7 +48,7 @@ class StepReport:
     lr: float
     capacity: float
     stop: bool
-    trouble: bool
+    save_failed: bool
     applied: bool
     load_LbE: Tensor
     samples_b: Tensor
@@ -123,7 +123,7 @@ def train_step(
     groups: ParallelGroups,
     step: int,
     stop: bool = False,
-    trouble: bool = False,
+    save_failed: bool = False,
     draws: Sequence[Draws] | None = None,
 ) -> StepReport:
     """Optimizer step ``step`` (0-based) on this rank's ``accumulation`` micro-batches; ``draws``:
@@ -144,7 +144,7 @@ def train_step(
         engine.backward(_all_or_nothing(loss.total))
         tally.add(loss)
     groups.trace.enter("optimizer step")
-    means = tally.reduce(engine.squared_norm(), groups, layout, stop, trouble)
+    means = tally.reduce(engine.squared_norm(), groups, layout, stop, save_failed)
     applied = engine.step(lr, means.norm)
     assert applied <= math.isfinite(means.loss), (means.loss, means.norm)
     if applied:
@@ -161,7 +161,7 @@ def train_step(
         lr,
         rule.capacity,
         means.stop,
-        means.trouble,
+        means.save_failed,
         applied,
         tally.load_LbE,
         tally.samples_b,
@@ -231,7 +231,7 @@ class _Means:
     predictor: float
     balance: float
     stop: bool
-    trouble: bool
+    save_failed: bool
     thresholds_LE: Tensor
 
 
@@ -264,17 +264,17 @@ class _Tally:
         groups: ParallelGroups,
         layout: Layout,
         stop: bool,
-        trouble: bool,
+        save_failed: bool,
     ) -> _Means:
         """Sums over ranks and gives means; the one time in a step that the host waits for the
         device.
         """
-        flags = torch.tensor([stop, trouble], dtype=torch.float64, device=self.parts.device)
+        flags = torch.tensor([stop, save_failed], dtype=torch.float64, device=self.parts.device)
         thresholds = self.thresholds_LE.flatten().double()
         mine = torch.cat([squared_norm.view(1), self.parts, flags, thresholds])
         sums = sum_over(mine, groups.world)
         passes = layout.ranks * layout.accumulation
-        square, loss, predictor, balance, stopped, troubled = sums[:6].tolist()
+        square, loss, predictor, balance, stopped, failed = sums[:6].tolist()
         observed = sums[6:].view_as(self.thresholds_LE) / (layout.pools * layout.accumulation)
         layers = max(1, self.layers)
         return _Means(
@@ -283,6 +283,6 @@ class _Tally:
             predictor / passes / layers,
             balance / passes / layers,
             stopped > 0,
-            troubled > 0,
+            failed > 0,
             observed,
         )

@@ -25,8 +25,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -145,15 +145,6 @@ class Watchdog:
         self._unanswered = 0.0
         self._talker.start()
         self._thread.start()
-
-    @contextmanager
-    def hears_first(self) -> Iterator[None]:
-        """Inside contexts whose own end may wait for a rank that has gone."""
-        try:
-            yield
-        except RuntimeError as error:
-            self._check_lost(error)
-            raise
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is not None and self.world > 1:
