@@ -354,6 +354,7 @@ def test_mistakes_that_data_folders_and_checkpoints_show(after_joining):
 # launchers
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("launcher", "change", "text"),
     [

@@ -78,6 +78,7 @@ def errors(results) -> list[str]:
     ]
 
 
+@pytest.mark.full
 def test_a_run_stops_in_order_at_a_bad_byte_that_one_rank_meets(tmp_path: Path) -> None:
     """Found in a step by one rank alone; both save and end, with one line that names shard, member
     and member.
@@ -108,6 +109,7 @@ def test_a_run_stops_in_order_at_a_bad_byte_that_one_rank_meets(tmp_path: Path) 
     assert saved == [f"step_{step:08d}"], (saved, step)
 
 
+@pytest.mark.full
 def test_bad_shards_are_left_out_alike_on_every_layout_and_when_going_on(tmp_path: Path) -> None:
     """One rank with a thread; two ranks with processes that stop half-way and go on as one: the
     same record and losses.
@@ -147,6 +149,7 @@ def test_bad_shards_are_left_out_alike_on_every_layout_and_when_going_on(tmp_pat
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "how, text", [("removed", "is missing from"), ("truncated", "has 100000 bytes, its index says")]
 )
@@ -262,6 +265,7 @@ def test_every_layout_meets_every_damage_alike(tmp_path: Path, world: int) -> No
                     ] == [(name, step)]
 
 
+@pytest.mark.full
 def test_a_killed_data_worker_ends_the_run_on_every_rank(tmp_path: Path) -> None:
     with start_program(
         2, *tiny(tmp_path / "run", "data.workers=2", "train.steps=5000", "train.save_every=0")

@@ -117,6 +117,7 @@ def everything(
     return wrong
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_any_layout_reads_and_writes_the_same_bits(tmp_path, world):
     config = settings()
@@ -180,6 +181,7 @@ def save_both_ways(folder: str) -> tuple[bool, float]:
     return True
 
 
+@pytest.mark.full
 def test_a_save_beside_training_writes_what_was_there_when_it_began(two_ranks, tmp_path):
     two_ranks.run(save_both_ways, str(tmp_path))
     waiting, beside = (tmp_path / name / "step_00000003" for name in ("false", "true"))
@@ -295,6 +297,7 @@ def measure(folder: str) -> tuple[int, int, int, int]:
     return size, *grown, reading
 
 
+@pytest.mark.full
 def test_memory_of_saving_and_loading_is_bounded(tmp_path):
     with Ranks(1, timeout=300.0) as rank:
         ((size, streamed, snapshot, reading),) = rank.run(measure, str(tmp_path))
@@ -307,6 +310,7 @@ def test_memory_of_saving_and_loading_is_bounded(tmp_path):
 # several averages
 
 
+@pytest.mark.full
 def test_several_averages_are_each_what_it_would_be_alone(two_ranks, tmp_path):
     both = [
         "train.ema=[0.7, 0.5]",
@@ -357,6 +361,7 @@ def resumed(arguments: list[str]) -> list[str]:
     return [*said, str(same), str(len(ema.by_decay))]
 
 
+@pytest.mark.full
 def test_an_average_that_the_checkpoint_has_not_starts_from_the_weights(two_ranks):
     folder, _ = trained()
     said, same, count = two_ranks.run(resumed, [f"run.folder={folder}", "train.ema=[0.7, 0.2]"])[0]

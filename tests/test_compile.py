@@ -427,6 +427,7 @@ def with_few_graphs_without_kernels(training):
     with_few_graphs(training)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "case",
     [

@@ -159,6 +159,7 @@ def _measured_memory(overrides, tree):
     return kinds, found.static_bytes - before, found.peak_bytes - before
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("ranks", "ep", "zero", "recompute", "bf16", "accumulation", "bucket"),
     [
@@ -231,6 +232,7 @@ def _counted(overrides, zero, bf16):
     return count.table(), rows
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("ranks", "ep", "pool", "zero", "recompute", "bf16"),
     [

@@ -55,6 +55,7 @@ def found():
     return dict(json.loads(line) for line in run.stdout.splitlines())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_pass_stays_on_the_device(found, case):
     assert found[case] == "done"

@@ -186,6 +186,7 @@ def two():
         yield ranks
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "case",
     [Case(2, 2, 3, "selective", 2, "4", 16), Case(2, 1, 1, "block", 1, "4", 16)],
@@ -279,6 +280,7 @@ def capacity_of(model, config, rule, passes=10, samples=250):
     return used
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["token", "batch"])
 def test_the_dial_is_met_on_held_out_data(trained, kind):
     model, config = sampling_model(trained[0])

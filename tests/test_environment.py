@@ -441,6 +441,7 @@ def test_what_a_rank_says_that_waits_for_the_others(environ, text):
     assert text in missed(detect(environ))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("meeting", ["store", "port"])
 def test_who_waits_says_so_within_seconds_and_goes_on_waiting(monkeypatch, tmp_path, meeting):
     """Of two ranks one comes; it is stopped by the meeting's own patience."""

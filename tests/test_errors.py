@@ -50,6 +50,7 @@ def verdict(folder, code, starts=1):
     return [after_training(job, code).code for _ in range(starts)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("kind", ["ValueError", "KeyError", "RuntimeError", "AssertionError"])
 def test_a_mistake_of_ours_keeps_its_traceback_and_the_job_tries_again(
@@ -72,6 +73,7 @@ def test_a_mistake_of_ours_keeps_its_traceback_and_the_job_tries_again(
     assert not (tmp_path / "running.json").exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_users_mistake_is_one_line_and_the_job_does_not_try_again(nursery, tmp_path, world):
     results = nursery.run(

@@ -92,6 +92,7 @@ def undisturbed(nursery, tmp_path_factory):
     return folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_any_point_it_goes_on_from_a_complete_checkpoint_to_the_same_weights(
     nursery, undisturbed, tmp_path, kills
@@ -118,6 +119,7 @@ def test_killed_at_any_point_it_goes_on_from_a_complete_checkpoint_to_the_same_w
 LIMIT = 12  # seconds; on a busy machine one step takes a part of one
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("world", "rank"),
     [
@@ -198,6 +200,7 @@ def misbehave(arguments):
     return run.main(arguments)
 
 
+@pytest.mark.full
 def test_a_rank_that_hangs_or_fails_alone_is_named_with_what_it_did(tmp_path):
     with Nursery("test_faults:misbehave") as nursery:
         hung, failed = (
@@ -265,6 +268,7 @@ def lose_a_rank(arguments):
     return run.main(arguments)
 
 
+@pytest.mark.full
 def test_a_rank_that_is_lost_before_or_after_the_work_is_one_line(tmp_path):
     with Nursery("test_faults:lose_a_rank") as nursery:
         start, end = (
@@ -363,6 +367,7 @@ def train_while_the_disk_fills(arguments, ballast, world):
         loop.train_step = original
 
 
+@pytest.mark.full
 def test_training_goes_on_over_a_full_disk_and_saves_when_it_can(two_ranks, small_disk, tmp_path):
     arguments = tiny(
         small_disk / "run",

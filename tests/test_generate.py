@@ -87,6 +87,7 @@ def all_alone():
     return alone(range(COUNT))[0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("world", "eps"), [(2, (2,)), (4, (2, 4))])
 def test_dopri5_over_ranks_that_share_experts(all_alone, world, eps):
     each = COUNT // world
@@ -104,6 +105,7 @@ def test_dopri5_over_ranks_that_share_experts(all_alone, world, eps):
                 torch.testing.assert_close(images, all_alone, rtol=0, atol=1e-4)
 
 
+@pytest.mark.full
 def test_every_rank_decodes_its_share_and_no_other():
     with Ranks(2) as ranks:
         found = ranks.run(decode_over_ranks)

@@ -100,6 +100,7 @@ def made_in_training(case):
     return said.pop("undefined", 0), said
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "world,ep,pool,variant,wanted",
     [

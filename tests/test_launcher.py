@@ -371,6 +371,7 @@ TWO_NODES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tool", TWO_NODES)
 def test_two_nodes_of_torchrun_and_of_deepspeeds_hostfile(tool, tmp_path):
     (tmp_path / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")

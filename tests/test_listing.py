@@ -564,6 +564,7 @@ def without_names(checkpoint: Path) -> None:
     (checkpoint / "checkpoint.json").write_text(json.dumps({**tree, "crc32": checksum}))
 
 
+@pytest.mark.full
 def test_names_reach_checkpoints_samples_and_the_hub(tmp_path: Path) -> None:
     """Encoded with names, trained, made older, resumed, sampled by name, exported; imported beside
     the data set.

@@ -246,6 +246,7 @@ def test_streams_and_window(
     assert (reader.streams, reader.window) == expected
 
 
+@pytest.mark.full
 def test_a_run_keeps_its_order_and_says_so(tmp_path: Path) -> None:
     """Begun with numbers, as every version before wrote them into its checkpoints; resumed where
     nothing is said.

@@ -256,6 +256,7 @@ def recompute_and_poison(ep, samples, pool, family):
     return differing, counts
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "samples,pool,family",
     [*((*pool, "diffmoe") for pool in POOLS), (2, "global", "tc"), (3, "2", "tc")],

@@ -66,6 +66,7 @@ def switched(tmp_path_factory):
         yield folder, refused, said, nursery
 
 
+@pytest.mark.full
 def test_without_the_option_it_is_refused_and_named(switched):
     _, refused, _, _ = switched
     assert [r.returncode for r in refused] == [2, 2]
@@ -106,6 +107,7 @@ def test_what_changed_is_said_and_recorded(switched):
         )
 
 
+@pytest.mark.full
 def test_the_first_step_starts_from_these_weights_and_moments(switched):
     """The step after the change again, by one plain process: Adam by torch from the stored weights
     and moments.
@@ -159,6 +161,7 @@ def test_the_first_step_starts_from_these_weights_and_moments(switched):
             )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("option", [["--new-recipe"], []])
 def test_a_stop_in_the_new_recipe_changes_nothing(switched, option):
     folder, _, _, nursery = switched

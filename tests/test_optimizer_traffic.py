@@ -135,6 +135,7 @@ def counted_bytes(accumulation, clip):
     return count.moved / sum(p.numel() for p in engine.model.parameters())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("accumulation", "clip", "wanted"),
     [
@@ -192,6 +193,7 @@ def counted_reads(tree, overrides):
     return reads.seen
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("stage", "bf16"), [(0, False), (1, False), (1, True), (2, False), (2, True), (3, True)]
 )
@@ -230,6 +232,7 @@ def counted_messages(tree, overrides):
     return found, sum(math.prod(engine.shape(i)) for i in range(len(engine.tensors)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("stage", "bf16", "named", "element"),
     [
@@ -330,6 +333,7 @@ def reduced_by_hand(tree, overrides, missing):
     return max(differences), len(optimizer._buckets), (square / whole).item()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("missing", [False, True], ids=["all", "some missing"])
 @pytest.mark.parametrize(
     ("ranks", "ep", "named"),

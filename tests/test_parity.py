@@ -165,6 +165,7 @@ def compare(tmp_path_factory):
         yield differences
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "tamper,columns",
     [
@@ -185,6 +186,7 @@ def test_what_was_spoiled_does_not_stay(compare):
     assert max(compare(None).values()) <= BOUND
 
 
+@pytest.mark.full
 def test_bf16_rows_miss_a_factor_too():
     (row,) = table.run_cases(
         [Case(2, 2, 2, "none", 2, "1", 16, precision="bf16")],
@@ -199,6 +201,7 @@ def one_rank_raises_at_zero_1(training):
         raise ValueError("spoiled (1) must be 0")
 
 
+@pytest.mark.full
 def test_a_case_that_raises_is_a_row_and_the_table_goes_on():
     cases = [SPOILED, replace(SPOILED, zero=2)]
     bad, good = table.run_cases(cases, tamper=one_rank_raises_at_zero_1, timeout=60)

@@ -66,6 +66,7 @@ def table():
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.world} ranks, ep {case.ep}")
 def test_same_pool_same_losses(table, case):
     difference = ((table[case] - table[None]).abs() / table[None]).max().item()

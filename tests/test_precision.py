@@ -164,6 +164,7 @@ def test_training_and_its_own_sampling_and_scores(monkeypatch, precision):
     assert allowed() == (precision, precision)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("said", [True, False], ids=["said", "the run's"])
 def test_sample_takes_the_runs_or_what_is_said(alone, monkeypatch, tmp_path, precision, said):
     run_config(monkeypatch, other(precision) if said else precision)

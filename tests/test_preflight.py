@@ -48,6 +48,7 @@ def assert_found(ranks, exclude, *texts, codes=(1, 1, 1, 1)):
         assert text in said
 
 
+@pytest.mark.full
 def test_healthy_nodes_pass(played):
     assert_found(
         played["healthy"],

@@ -89,6 +89,7 @@ def succeed_under_torchrun(world: int, *arguments: object) -> str:
     return result.stdout
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "ranks", [succeed, pytest.param(succeed_under_torchrun, marks=pytest.mark.slow)]
 )
@@ -180,6 +181,7 @@ def test_a_published_row_from_pictures_to_its_card(work: Path, ranks: Callable[.
     assert (out / "pictures_of_it.png").is_file()
 
 
+@pytest.mark.full
 def test_another_vae_than_the_training_datas_is_refused(work: Path) -> None:
     from diffusers import AutoencoderKL
 

@@ -193,6 +193,7 @@ def test_a_run_without_a_record_complains_of_nothing(tmp_path, capsys):
 # resuming
 
 
+@pytest.mark.full
 def test_stopped_by_a_signal_to_one_rank_the_same_command_goes_on_bit_for_bit(tmp_path):
     """2k steps == k, SIGTERM, resume, k; half-written folders are ignored and only train.keep
     checkpoints stay.
@@ -230,6 +231,7 @@ def test_stopped_by_a_signal_to_one_rank_the_same_command_goes_on_bit_for_bit(tm
     )
 
 
+@pytest.mark.full
 def test_ctrl_c_under_the_deepspeed_command_leaves_a_checkpoint(tmp_path):
     """The launcher answers Ctrl-C itself: it ends its ranks, which must have saved by then."""
     arguments = tiny(tmp_path, "train.steps=100000", "train.log_every=5", "train.save_every=0")
@@ -307,6 +309,7 @@ def test_another_layout_goes_on_with_the_same_losses(tmp_path, world, stage, ove
 # precision, families
 
 
+@pytest.mark.full
 def test_every_micro_batch_counts_once_in_bf16(two_ranks, tmp_path):
     norms = {}
     for name in ("zero1_fp32", "zero1_bf16", "zero2_bf16", "zero3_bf16"):
@@ -326,6 +329,7 @@ def test_every_micro_batch_counts_once_in_bf16(two_ranks, tmp_path):
     assert norms == pytest.approx(dict.fromkeys(norms, norms["zero1_fp32"]), rel=0.02)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16", "zero3_bf16"])
 def test_bf16_trains_near_fp32_and_keeps_fp32_masters(two_ranks, tmp_path, name):
     arguments = tiny(tmp_path, "--deepspeed_config", str(REPOSITORY / f"ds_configs/{name}.json"))

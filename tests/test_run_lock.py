@@ -120,6 +120,7 @@ def test_no_folder_is_made_before_there_is_a_run(tmp_path):
         assert (tmp_path / "run" / FILE_NAME).exists()
 
 
+@pytest.mark.full
 def test_a_second_start_is_refused_on_every_rank_and_the_first_goes_on(tmp_path):
     arguments = tiny(tmp_path / "run", "train.steps=100000", "train.save_every=0")
     with start_program(2, *arguments) as program:
@@ -183,6 +184,7 @@ def start_at(gate, folder, ask, say):
             ask()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("before", [nothing, dead, dead_here])
 def test_of_starts_at_the_same_moment_exactly_one_takes_the_folder(tmp_path, monkeypatch, before):
     """Processes, which share nothing but the folder; 200 times."""

@@ -631,6 +631,7 @@ def test_evaluate_takes_a_checkpoint_or_samples(options: list[str]) -> None:
         command.main([*options, "--reference", "r", "--extractor", "digits"], None)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_verbs_over_ranks(checkpoint: Path, tmp_path: Path, world: int) -> None:
     """`sample` writes what `evaluate --samples` reads; and on every rank a mistake is one line

@@ -55,6 +55,7 @@ def scored(arguments, fails_at):
         return heard(arguments, 2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stage", [1, 3])
 def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(
     two_ranks, tmp_path, stage

@@ -249,6 +249,7 @@ def fault(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict, d
     return plain_tars(tmp_path / "tars", make()), {"classes": 10} | claimed, right
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS, indirect=True)
 def test_an_impossible_claim_is_refused_with_the_options_that_are_right(
     fault: tuple, capsys: pytest.CaptureFixture
@@ -268,6 +269,7 @@ def test_an_impossible_claim_is_refused_with_the_options_that_are_right(
     assert code == 0, said
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS, indirect=True)
 def test_an_index_with_an_impossible_claim_is_a_problem_unless_it_is_accepted(
     fault: tuple, capsys: pytest.CaptureFixture
@@ -355,6 +357,7 @@ RIGHT = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_is_right_is_taken(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make, claim = RIGHT[name]
@@ -550,6 +553,7 @@ def mapped_set(folder: Path, form: str, capsys: pytest.CaptureFixture) -> ShardI
     return load_index(folder)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", MAPPINGS)
 def test_tars_of_others_train_as_our_own(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -157,6 +157,7 @@ def report_of(ends, name):
     return folder, processes[victim].pid, line
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[4]])
 def test_a_process_that_is_gone_or_stopped_is_dead_long_before_the_timeout(ends, name):
     folder, pid, line = report_of(ends, name)

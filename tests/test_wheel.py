@@ -180,6 +180,7 @@ def test_it_samples_by_command_and_from_python(installed):
     assert str(REPOSITORY) not in done.stdout and (installed.here / "three.png").is_file()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "command",
     [

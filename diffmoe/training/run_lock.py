@@ -6,7 +6,9 @@ those it gets fresh on NFS, and needs no common clock.
 
 The run holds no lock of the file system: that of a node that died may outlive it, and its job could
 not resume elsewhere.  Only the moments of reading and writing the file are under one, so that of
-any number of starts at the same moment one takes the folder.
+any number of starts at the same moment one takes the folder.  Some file systems know no locks, or
+none between nodes (Lustre's ``localflock``): a start therefore looks once more whether it is its
+own record that stayed.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from diffmoe.parallel.groups import Group
 FILE_NAME = "running.json"
 HEARTBEAT_S = 4.0
 _PATIENCE_S = 4 * HEARTBEAT_S
+_SECOND_LOOK_S = 0.5
 
 
 class RunLock:
@@ -92,7 +95,8 @@ class RunLock:
             if _record(file.read()) != found:
                 return False
             self._write(file, 0)
-            return True
+        time.sleep(_SECOND_LOOK_S)
+        return self._is_mine(self._read())
 
     def _keep(self) -> None:
         count = 0
