@@ -129,7 +129,7 @@ def test_what_scores_need_is_asked_for_before_the_first_step(two_ranks, tmp_path
             "mean holds 32 values that are not finite",
         ),
         ({"mu": np.zeros((1, 32)), "sigma": np.eye(32)}, "must be [d]"),
-        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "width 2048, those of extractor digits 32"),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "width 2048, those of the extractor 32"),
         (
             {"mu": np.zeros(32), "sigma": np.eye(32), "arr_0": np.zeros((50, 16, 16, 3), np.uint8)},
             "its images are 16 x 16, the samples 8 x 8",

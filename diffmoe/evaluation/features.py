@@ -132,7 +132,8 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
         said = str(error).splitlines()[0]
         raise UserError(f"extractor file ({path}) is not TorchScript: {said}") from None
     try:
-        weight = module.get_parameter("output.weight").double()
+        output: Any = module.output
+        weight = output.weight.double()
         inner = hasattr(module.layers, _SPATIAL_LAYER)
     except AttributeError:
         inner = False

@@ -18,7 +18,7 @@ class Counts:
 
     ``total``: every parameter, router and capacity predictor included.  ``experts``: the part of it
     in routed experts, which expert parallelism shares out.  ``activated``: everything but routed
-    experts, plus ``capacity`` experts in each MoE layer.  ``positions``: the fixed position table, a
+    experts, plus ``capacity`` experts an MoE layer.  ``positions``: the fixed position table, a
     parameter without gradient in the research code and a computed buffer here; published figures
     are ``total + positions`` and ``activated + positions``.
 

@@ -48,7 +48,7 @@ BlockRun = Callable[["DiTBlock", str, Tensor, Tensor, RoutingRule], BlockOutput]
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block: attention, then an MLP or an MoE layer, each scaled, shifted and gated by the
+    """adaLN-Zero block: attention, then MLP or MoE layer, each scaled, shifted and gated by the
     condition.
     """
 
@@ -67,7 +67,7 @@ class DiTBlock(nn.Module):
         return run(self, form, x, c, rule)
 
     def compute(self, x: Tensor, c: Tensor, rule: RoutingRule, run: Run = at_once) -> BlockOutput:
-        """x [B, N, D], c [B, D] -> x after attention and MLP, and the MoE layer's report.  ``run`` is
+        """x [B, N, D], c [B, D] -> x after attention and MLP, and the layer's report.  ``run`` is
         given what lies between exchanges, a part at a time.
         """
         x, h, gate = run(self.attend, x, c)
