@@ -17,7 +17,7 @@ __all__ = ["DiT", "DiffMoEPipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    """torch takes seconds to import, and half of the verbs need none."""
+    """torch takes seconds to import, and half of the subcommands need none."""
     if name == "DiT":
         from diffmoe.models.dit import DiT
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from diffmoe.environment import RankEnvironment, check_started, detect, export, typed_at_a_terminal
 from diffmoe.errors import UserError
 
-VERBS = {
+SUBCOMMANDS = {
     "train": "train a model, or resume (the default)",
     "sample": "images from a checkpoint",
     "evaluate": "FID, sFID, Inception Score, precision and recall of a checkpoint, with a card",
@@ -43,8 +43,8 @@ def main(arguments: list[str]) -> int:
         if arguments[:1] in (["-h"], ["--help"]):
             print(_help())
             return 0
-        verb, rest = _verb(arguments)
-        return _main_of(verb)(rest, environment)
+        name, rest = _subcommand(arguments)
+        return _main_of(name)(rest, environment)
     except UserError as error:
         if os.environ.get("DIFFMOE_TRACEBACK"):
             raise
@@ -70,25 +70,25 @@ def main(arguments: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = "\n".join(f"  {name:16} {text}" for name, text in VERBS.items())
+    lines = "\n".join(f"  {name:16} {text}" for name, text in SUBCOMMANDS.items())
     return f"{__doc__}\nsubcommands (run.py SUBCOMMAND --help says more):\n{lines}"
 
 
-def _main_of(verb: str) -> Callable[[list[str], RankEnvironment], int]:
+def _main_of(name: str) -> Callable[[list[str], RankEnvironment], int]:
     """A subcommand's function; its module is imported only now, since several bring torch."""
-    if verb in ("import", "export"):
+    if name in ("import", "export"):
         from diffmoe.commands import exchange
 
-        return {"import": exchange.import_main, "export": exchange.export_main}[verb]
-    return importlib.import_module(f"diffmoe.commands.{verb.replace('-', '_')}").main
+        return {"import": exchange.import_main, "export": exchange.export_main}[name]
+    return importlib.import_module(f"diffmoe.commands.{name.replace('-', '_')}").main
 
 
-def _verb(arguments: list[str]) -> tuple[str, list[str]]:
+def _subcommand(arguments: list[str]) -> tuple[str, list[str]]:
     # --local_rank is the deepspeed launcher's; we read its environment.
     words = [a for a in arguments if not a.startswith("--local_rank")]
     if words and not words[0].startswith("-") and "=" not in words[0]:
-        if words[0] not in VERBS:
-            raise UserError(f"subcommand {words[0]!r} must be one of {', '.join(VERBS)}")
+        if words[0] not in SUBCOMMANDS:
+            raise UserError(f"subcommand {words[0]!r} must be one of {', '.join(SUBCOMMANDS)}")
         return words[0], words[1:]
     return "train", words
 

@@ -1,4 +1,4 @@
-"""The one class of errors that a user can cause and mend."""
+"""The one class of errors that a user can cause and fix."""
 
 
 class UserError(ValueError):

@@ -21,9 +21,9 @@ _FIELDS = (
     "ecc.errors.uncorrected.volatile.total",
     "clocks_throttle_reasons.active",
 )
-# Bits of NVML's clock event reasons that mean trouble; idle, application clocks and the power cap
+# Bits of NVML's clock event reasons that mean a problem; idle, application clocks and the power cap
 # are daily life.
-_TROUBLE = {
+_FAULTS = {
     0x8: "hardware slowdown",
     0x20: "software thermal slowdown",
     0x40: "hardware thermal slowdown",
@@ -40,13 +40,13 @@ FREE_ONE = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU.  ``memory`` in MiB; ``trouble``: why it is slowed down or broken."""
+    """One GPU.  ``memory`` in MiB; ``problems``: why it is slowed down or broken."""
 
     index: int
     name: str
     driver: str
     memory: int
-    trouble: tuple[str, ...]
+    problems: tuple[str, ...]
 
 
 def query() -> list[Gpu] | None:
@@ -60,7 +60,7 @@ def query() -> list[Gpu] | None:
 def problems() -> list[str]:
     """What is wrong with this machine's GPUs, a line each."""
     try:
-        return [f"GPU {g.index} ({g.name}): {text}" for g in query() or [] for text in g.trouble]
+        return [f"GPU {g.index} ({g.name}): {text}" for g in query() or [] for text in g.problems]
     except UserError as error:
         return [str(error)]
 
@@ -88,11 +88,11 @@ def parse(text: str) -> list[Gpu]:
             raise UserError(f"nvidia-smi says {line!r}, which is not {len(_FIELDS)} fields")
         index, name, driver, memory, temperature, ecc, reasons = fields
         active = int(reasons, 16) if reasons.startswith("0x") else 0
-        trouble = [f"{text} at {temperature} C" for bit, text in _TROUBLE.items() if active & bit]
+        faults = [f"{text} at {temperature} C" for bit, text in _FAULTS.items() if active & bit]
         if ecc.isdigit() and int(ecc):
-            trouble.append(f"{ecc} uncorrected ECC errors")
+            faults.append(f"{ecc} uncorrected ECC errors")
         mib = int(memory) if memory.isdigit() else 0
-        gpus.append(Gpu(int(index), name, driver, mib, tuple(trouble)))
+        gpus.append(Gpu(int(index), name, driver, mib, tuple(faults)))
     return gpus
 
 

@@ -225,8 +225,8 @@ class DiffMoEPipeline:
         used = None if meter is None else meter.merged(single_process().world)
         arrays = np.zeros((0, 0, 0, 3), np.uint8)
         if output_type == "pil":
-            pictures = self._pictures(samples, pixels, config.sample.batch)
-            arrays = pictures.permute(0, 2, 3, 1).numpy()
+            decoded = self._decoded(samples, pixels, config.sample.batch)
+            arrays = decoded.permute(0, 2, 3, 1).numpy()
         from PIL import Image
 
         return DiffMoEPipelineOutput(
@@ -238,7 +238,7 @@ class DiffMoEPipeline:
             used,
         )
 
-    def _pictures(self, samples: Tensor, pixels: bool, batch: int) -> Tensor:
+    def _decoded(self, samples: Tensor, pixels: bool, batch: int) -> Tensor:
         """uint8 [n, 3, H, W]"""
         if pixels:
             return to_uint8(samples)

@@ -10,7 +10,7 @@ import sys
 
 from diffmoe.errors import UserError
 
-VERBS = {
+SUBCOMMANDS = {
     "doctor": "what is installed on this machine, what is wrong, and what to type",
     "plan": "whether a configuration fits a cluster, what a step costs, and the best layouts",
     "submit": "render a Slurm job from a configuration, and submit it",
@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> int:
             print(_help())
             return 0
         name, *rest = arguments
-        if name not in VERBS:
-            raise UserError(f"subcommand {name!r} must be one of {', '.join(VERBS)}")
+        if name not in SUBCOMMANDS:
+            raise UserError(f"subcommand {name!r} must be one of {', '.join(SUBCOMMANDS)}")
         return importlib.import_module(f"launcher.{name}").main(rest)
     except (UserError, ModuleNotFoundError) as error:
         text = str(error)
@@ -54,8 +54,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _help() -> str:
-    width = max(map(len, VERBS))
-    lines = "\n".join(f"  {name:{width}}  {text}" for name, text in VERBS.items())
+    width = max(map(len, SUBCOMMANDS))
+    lines = "\n".join(f"  {name:{width}}  {text}" for name, text in SUBCOMMANDS.items())
     return (
         "usage: python -m launcher SUBCOMMAND ...\n\n"
         "subcommands (python -m launcher SUBCOMMAND --help says more, with an example):\n"

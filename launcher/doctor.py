@@ -153,7 +153,7 @@ def _gpus(facts: Facts) -> list[Finding]:
     found = [_good("gpu", text)] + [
         _wrong(f"gpu {gpu.index}", text, "nvidia-smi -q -d PERFORMANCE,TEMPERATURE,ECC")
         for gpu in facts.gpus
-        for text in gpu.trouble
+        for text in gpu.problems
     ]
     torch = facts.torch
     if not isinstance(torch, dict):

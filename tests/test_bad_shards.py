@@ -212,7 +212,7 @@ def read_digits(
         batches = feed.first()
         while batches is not None:
             read += [batch.x.numpy().copy() for batch in batches]
-            if anyone(feed.read_ahead(), world) and feed.settle(False):
+            if anyone(feed.read_ahead(), world) and feed.decide_together(False):
                 break
             batches = feed.take()
     return read, str(feed.failure or "")

@@ -317,8 +317,8 @@ def test_sampling_dials_and_reports(trained):
     assert ranked == sorted(ranked, reverse=True)
     table = (folder / "one.capacity.md").read_text()
     assert "dialled 0.7" in table and "| block 1 |" in table
-    with Image.open(folder / "one.capacity.png") as picture:
-        assert picture.size[0] > 1000
+    with Image.open(folder / "one.capacity.png") as image:
+        assert image.size[0] > 1000
 
 
 def sampled(folder):
@@ -451,12 +451,12 @@ def test_report_of_a_thousand_classes(tmp_path):
         samples,
         tuple(f"block {2 * i + 1}" for i in range(12)),
     )
-    json_path, table, picture = write_report(used, load_config(None, []), str(tmp_path / "cfg1.5"))
+    json_path, table, image = write_report(used, load_config(None, []), str(tmp_path / "cfg1.5"))
     assert (
         json_path.name == "cfg1.5.capacity.json"
         and json.loads(json_path.read_text())["by_time"][3]["null"] is None
     )
-    assert len(table.read_text().splitlines()) < 110 and picture.is_file()
+    assert len(table.read_text().splitlines()) < 110 and image.is_file()
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 
 import diffmoe.__main__ as run
 from diffmoe.config import Config, override
-from launcher.__main__ import VERBS as LAUNCHER_VERBS
+from launcher.__main__ import SUBCOMMANDS as LAUNCHER_SUBCOMMANDS
 from programs import REPOSITORY
 
 PAGES = [
@@ -85,10 +85,10 @@ def known_options(words: list[str], options_of) -> tuple[list[str], set[str]]:
     """(what follows the verb, the verb's options)."""
     if "run.py" in words:
         rest = words[words.index("run.py") + 1 :]
-        verb, rest = (rest[0], rest[1:]) if rest and rest[0] in run.VERBS else ("train", rest)
+        verb, rest = (rest[0], rest[1:]) if rest and rest[0] in run.SUBCOMMANDS else ("train", rest)
         return rest, options_of(run._main_of(verb), rest, run.detect())
     rest = words[words.index("launcher") + 1 :]
-    assert rest[0] in LAUNCHER_VERBS, words
+    assert rest[0] in LAUNCHER_SUBCOMMANDS, words
     return rest[1:], options_of(importlib.import_module(f"launcher.{rest[0]}").main, rest[1:])
 
 

@@ -1,4 +1,4 @@
-"""Pictures to shards: the crop, listings, a real autoencoder, corrupt pictures, ranks, and kills at
+"""Images to shards: the crop, listings, a real autoencoder, corrupt images, ranks, and kills at
 any moment.
 """
 
@@ -39,7 +39,7 @@ from diffmoe.commands.inspect_data import main as inspect_main
 from diffmoe.data import images
 from diffmoe.data.encode_request import Request
 from diffmoe.data.encode_shards import encode
-from diffmoe.data.images import BadImage, center_crop, read_picture
+from diffmoe.data.images import BadImage, center_crop, read_image
 from diffmoe.data.listing import list_source
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import OpenShard, member_name
@@ -58,11 +58,11 @@ CPU = torch.device("cpu")
 
 
 @functools.cache
-def pictures() -> Path:
-    """29 real pictures in 3 class folders: parts of scikit-learn's photographs, and digits blown
+def images() -> Path:
+    """29 real images in 3 class folders: parts of scikit-learn's photographs, and digits blown
     up; every format.
     """
-    folder = scratch() / "pictures"
+    folder = scratch() / "images"
     for number, (name, photo) in enumerate(zip(("n01 temple", "n02"), load_sample_images().images)):
         (folder / name / "inner").mkdir(parents=True)
         whole = Image.fromarray(photo)
@@ -81,8 +81,8 @@ def pictures() -> Path:
         )
     whole.convert("P").save(folder / "n03" / "palette.png")
     whole.convert("CMYK").save(folder / "n03" / "print.jpg")
-    (folder / "n03" / "notes.txt").write_text("no picture")
-    (folder / "n03" / ".hidden.png").write_text("no picture")
+    (folder / "n03" / "notes.txt").write_text("no image")
+    (folder / "n03" / ".hidden.png").write_text("no image")
     return folder
 
 
@@ -107,7 +107,7 @@ def vae_folder() -> Path:
 
 def request(out: Path, vae: bool = True, **changes: object) -> Request:
     settings = {
-        "source": str(pictures()),
+        "source": str(images()),
         "image_size": SIZE,
         "batch": 3,
         "samples_per_shard": 4,
@@ -163,8 +163,8 @@ def stored(index: ShardIndex, flipped: bool = False) -> tuple[np.ndarray, np.nda
 
 
 def cropped(channels: int = 3) -> np.ndarray:
-    source = list_source(str(pictures()))
-    return np.stack([read_picture(source, picture, SIZE, channels) for picture in source.pictures])
+    source = list_source(str(images()))
+    return np.stack([read_image(source, image, SIZE, channels) for image in source.images])
 
 
 # ---- the crop
@@ -233,26 +233,26 @@ def test_crop_refuses_a_thread(tmp_path: Path) -> None:
 
 
 def test_classes_are_folders_by_name() -> None:
-    source = list_source(str(pictures()))
+    source = list_source(str(images()))
     assert (source.classes, source.class_names) == (3, ("n01 temple", "n02", "n03"))
-    assert [source.pictures[i].address for i in (0, 1, 8, 9)] == [
+    assert [source.images[i].address for i in (0, 1, 8, 9)] == [
         "n01 temple/0.JPEG",
         "n01 temple/1.png",
         "n01 temple/inner/3.jpg",
         "n02/0.JPEG",
     ]
-    assert [p.label for p in source.pictures] == [0] * 9 + [1] * 9 + [2] * 11
-    assert list_source(str(pictures()), 10, allow_empty=True).classes == 10
-    assert list_source(str(pictures())).sha256 == source.sha256
+    assert [p.label for p in source.images] == [0] * 9 + [1] * 9 + [2] * 11
+    assert list_source(str(images()), 10, allow_empty=True).classes == 10
+    assert list_source(str(images())).sha256 == source.sha256
     with pytest.raises(UserError, match=r"classes \(2\) must be at least the 3"):
-        list_source(str(pictures()), 2)
+        list_source(str(images()), 2)
 
 
 def test_strange_file_names_are_printable(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "two\nlines.png").write_bytes(b"")
     (tmp_path / "a" / os.fsdecode(b"\xff.png")).write_bytes(b"")
-    addresses = [picture.address for picture in list_source(str(tmp_path)).pictures]
+    addresses = [image.address for image in list_source(str(tmp_path)).images]
     assert addresses == ["a/two\\nlines.png", "a/\\udcff.png"]
 
 
@@ -273,11 +273,11 @@ def make_tar(path: Path, members: list[tuple[str, bytes | None]]) -> None:
         ([("../a.png", b""), ("../a.cls", b"0")], r"member '../a.png': unsafe name"),
         ([("/a.png", b""), ("/a.cls", b"0")], r"member '/a.png': unsafe name"),
         ([("a.png", None), ("a.cls", b"0")], r"member 'a.png': must be a plain file"),
-        ([("a.png", b"")], r"holds no pictures.*left out, 1 pictures without .cls: x.tar:a.png"),
+        ([("a.png", b"")], r"holds no images.*left out, 1 images without .cls: x.tar:a.png"),
         ([("a.png", b""), ("a.jpg", b""), ("a.cls", b"0")], r"member 'a.jpg': second of its kind"),
         ([("a.png", b""), ("a.cls", b"cat")], r"label b'cat' must be a class number"),
         ([("a.png", b""), ("a.cls", b"-1")], r"label b'-1' must be a class number"),
-        ([("a.txt", b"")], r"holds no pictures"),
+        ([("a.txt", b"")], r"holds no images"),
     ],
 )
 def test_bad_tars(tmp_path: Path, members: list[tuple[str, bytes | None]], message: str) -> None:
@@ -287,7 +287,7 @@ def test_bad_tars(tmp_path: Path, members: list[tuple[str, bytes | None]], messa
 
 
 def test_bad_sources(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="holds no images"):
         list_source(str(tmp_path))
     with pytest.raises(UserError, match="x-1.tar does not exist"):
         list_source(str(tmp_path / "x-{1,2}.tar"))
@@ -299,10 +299,10 @@ def test_bad_sources(tmp_path: Path) -> None:
         list_source(str(tmp_path))
 
 
-def test_a_busy_file_system_is_no_bad_picture(
+def test_a_busy_file_system_is_no_bad_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = list_source(str(pictures()))
+    source = list_source(str(images()))
     tries: list[object] = []
 
     def stale(*arguments: object) -> None:
@@ -312,7 +312,7 @@ def test_a_busy_file_system_is_no_bad_picture(
     monkeypatch.setattr(images, "open", stale, raising=False)
     monkeypatch.setattr(files, "FIRST_PAUSE", 0.0)
     with pytest.raises(OSError, match="Stale file handle: .*n01 temple/0.JPEG"):
-        read_picture(source, source.pictures[0], SIZE, 3)
+        read_image(source, source.images[0], SIZE, 3)
     assert len(tries) == files.TRIES
 
 
@@ -330,7 +330,7 @@ def test_decoding_gives_the_autoencoders_own_reconstruction() -> None:
     )
     assert index.meta == ShardMeta("moments", 3, scale=0.5, mean=0.25)
     moments, labels = stored(index)
-    assert labels.tolist() == [p.label for p in list_source(str(pictures())).pictures]
+    assert labels.tolist() == [p.label for p in list_source(str(images())).images]
     x = torch.from_numpy(cropped()).float() / 127.5 - 1
     with torch.no_grad():
         latent = vae.model.encode(x).latent_dist
@@ -343,7 +343,7 @@ def test_decoding_gives_the_autoencoders_own_reconstruction() -> None:
     assert shown.float().std() > 1  # something to see
 
 
-def test_flips_are_those_of_the_mirrored_picture() -> None:
+def test_flips_are_those_of_the_mirrored_image() -> None:
     moments, _ = stored(encoded(), flipped=True)
     mirrored = torch.from_numpy(cropped()[..., ::-1].copy())
     torch.testing.assert_close(
@@ -488,7 +488,7 @@ def test_bad_autoencoders(tmp_path: Path) -> None:
         load_vae(copy / "vae")  # a pickle is all there is
 
 
-# ---- pixels, tars, corrupt pictures
+# ---- pixels, tars, corrupt images
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -505,11 +505,11 @@ def test_pixels_take_the_same_path(tmp_path: Path, channels: int) -> None:
     ] == channels
 
 
-def test_tars_of_pictures_give_what_the_folder_gives(tmp_path: Path) -> None:
-    source = list_source(str(pictures()))
+def test_tars_of_images_give_what_the_folder_gives(tmp_path: Path) -> None:
+    source = list_source(str(images()))
     members = [
         (f"dir.d/{i:03d}.{ext}", data)
-        for i, p in enumerate(source.pictures)
+        for i, p in enumerate(source.images)
         for ext, data in (
             ("cls", str(p.label).encode()),
             (p.file.rpartition(".")[2], (source.root / p.file).read_bytes()),
@@ -527,7 +527,7 @@ def test_tars_of_pictures_give_what_the_folder_gives(tmp_path: Path) -> None:
 
 
 def spoil(folder: Path) -> list[str]:
-    """Damages five pictures of a copy in as many ways; their addresses."""
+    """Damages five images of a copy in as many ways; their addresses."""
     (folder / "n02/0.JPEG").write_bytes((folder / "n02/0.JPEG").read_bytes()[:300])
     (folder / "n02/1.png").write_bytes(b"<html>404</html>")
     (folder / "n03/0.png").write_bytes(b"")
@@ -537,10 +537,10 @@ def spoil(folder: Path) -> list[str]:
     return ["n02/0.JPEG", "n02/1.png", "n03/0.png", "n03/1.png", "n03/2.png"]
 
 
-def test_corrupt_pictures_are_left_out_and_nothing_else_changes(
+def test_corrupt_images_are_left_out_and_nothing_else_changes(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    shutil.copytree(pictures(), tmp_path / "in")
+    shutil.copytree(images(), tmp_path / "in")
     bad = spoil(tmp_path / "in")
     index = run(request(tmp_path / "out", source=str(tmp_path / "in"), bad_share=0.2))
     errors = capsys.readouterr().err.splitlines()
@@ -548,7 +548,7 @@ def test_corrupt_pictures_are_left_out_and_nothing_else_changes(
     assert [line.split(": ")[1] for line in errors] == list(index.encoding.skipped)
     assert any("more than 8 bits" in line for line in errors)
     kept = [
-        i for i, p in enumerate(list_source(str(tmp_path / "in")).pictures) if p.address not in bad
+        i for i, p in enumerate(list_source(str(tmp_path / "in")).images) if p.address not in bad
     ]
     assert np.array_equal(
         stored(index)[0], stored(encoded())[0][kept]
@@ -560,8 +560,8 @@ def test_corrupt_pictures_are_left_out_and_nothing_else_changes(
     assert load_index(index.folder).encoding == index.encoding
 
 
-def test_too_many_bad_pictures_stop_it(tmp_path: Path) -> None:
-    shutil.copytree(pictures(), tmp_path / "in")
+def test_too_many_bad_images_stop_it(tmp_path: Path) -> None:
+    shutil.copytree(images(), tmp_path / "in")
     spoil(tmp_path / "in")
     strict = request(tmp_path / "out", vae=False, source=str(tmp_path / "in"), bad_share=0.1)
     for _ in range(2):
@@ -576,8 +576,8 @@ def test_too_many_bad_pictures_stop_it(tmp_path: Path) -> None:
     )
 
 
-def test_a_shard_without_a_good_picture_is_left_out(tmp_path: Path) -> None:
-    shutil.copytree(pictures(), tmp_path / "in")
+def test_a_shard_without_a_good_image_is_left_out(tmp_path: Path) -> None:
+    shutil.copytree(images(), tmp_path / "in")
     for number in (4, 5, 6, 7):
         next((tmp_path / "in/n01 temple").glob(f"{number}.*")).write_bytes(b"")
     out = tmp_path / "out"
@@ -637,7 +637,7 @@ def test_a_folder_is_finished_only_by_the_same_command(tmp_path: Path) -> None:
     ],
 )
 def test_bad_requests(tmp_path: Path, change: dict, message: str) -> None:
-    settings = {"vae": str(vae_folder()), "source": str(pictures()), "image_size": SIZE} | change
+    settings = {"vae": str(vae_folder()), "source": str(images()), "image_size": SIZE} | change
     with pytest.raises(UserError, match=message):
         run(Request(out=tmp_path / "out", **settings))
     assert not (tmp_path / "out").exists()
@@ -645,7 +645,7 @@ def test_bad_requests(tmp_path: Path, change: dict, message: str) -> None:
 
 def test_the_folder_must_not_lie_in_the_source() -> None:
     with pytest.raises(UserError, match="must not lie in source"):
-        request(pictures() / "out")
+        request(images() / "out")
 
 
 class Fuse:
@@ -786,7 +786,7 @@ def test_killed_at_many_moments_it_ends_the_same(tmp_path: Path, world: int) -> 
 
 @functools.cache
 def forty_classes() -> Path:
-    """40 class folders of 64 pictures."""
+    """40 class folders of 64 images."""
     folder = scratch() / "forty"
     for label in range(40):
         (folder / f"c{label:02d}").mkdir(parents=True)
@@ -799,7 +799,7 @@ def forty_classes() -> Path:
 
 @functools.cache
 def forty_tars() -> str:
-    """The same pictures as four tars, in order of class."""
+    """The same images as four tars, in order of class."""
     source = list_source(str(forty_classes()))
     for part in range(4):
         make_tar(
@@ -808,8 +808,8 @@ def forty_tars() -> str:
                 (f"{i:05d}.{kind}", data)
                 for i in range(part * 640, (part + 1) * 640)
                 for kind, data in (
-                    ("cls", str(source.pictures[i].label).encode()),
-                    ("png", (source.root / source.pictures[i].file).read_bytes()),
+                    ("cls", str(source.images[i].label).encode()),
+                    ("png", (source.root / source.images[i].file).read_bytes()),
                 )
             ],
         )
@@ -935,7 +935,7 @@ def test_every_moment_of_a_kill(tmp_path: Path, moment: str) -> None:
 def test_main(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = [
         "--source",
-        str(pictures()),
+        str(images()),
         "--out",
         str(tmp_path / "out"),
         "--vae",

@@ -395,7 +395,7 @@ def save_folder(images: Tensor, folder: Path) -> None:
     (folder / "sub").mkdir(parents=True)
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(folder / ("sub" if i >= 20 else ".") / f"{i:03d}.png")
-    (folder / "README.txt").write_text("not a picture")
+    (folder / "README.txt").write_text("not an image")
 
 
 def assert_same(first: Reference, second: Reference) -> None:
@@ -408,12 +408,12 @@ def assert_same(first: Reference, second: Reference) -> None:
 
 def test_reference_from_folder_equals_npz_and_saved(tmp_path: Path) -> None:
     images, extractor = random_images(30), tiny_extractor()
-    save_folder(images, tmp_path / "pictures")
+    save_folder(images, tmp_path / "images")
     np.savez(tmp_path / "images.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     np.savez_compressed(tmp_path / "packed.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     folder, npz, packed = (
         load_reference(tmp_path / name, extractor, ALONE, CPU, batch=batch)
-        for name, batch in (("pictures", 7), ("images.npz", 30), ("packed.npz", 4))
+        for name, batch in (("images", 7), ("images.npz", 30), ("packed.npz", 4))
     )
     expected = extractor(images)
     np.testing.assert_allclose(
@@ -481,7 +481,7 @@ def test_reference_from_shards_and_refusals(
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 8, 8, 3)))
     with pytest.raises(UserError, match=r"float64 \(4, 8, 8, 3\)\) must be uint8"):
         open_images(tmp_path / "floats.npz")
-    np.savez(tmp_path / "other.npz", pictures=np.zeros(3))
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
     with pytest.raises(UserError, match="not arr_0 and not mu"):
         load_reference(tmp_path / "other.npz", tiny_extractor(), ALONE, CPU)
     with pytest.raises(UserError, match="does not exist"):

@@ -479,7 +479,7 @@ def spoil_manifest(folder):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, remove, spoil_manifest])
-def test_a_damaged_newest_checkpoint_is_passed_over_aloud(two_ranks, whole, tmp_path, damage):
+def test_a_damaged_newest_checkpoint_is_skipped_and_logged(two_ranks, whole, tmp_path, damage):
     """Truncated shard, flipped byte, missing expert file, half a manifest: the run goes on from the
     one before.
     """

@@ -18,7 +18,7 @@ import pytest
 from diffmoe.errors import UserError
 from diffmoe.gpus import Gpu
 from launcher import job
-from launcher.__main__ import VERBS, main
+from launcher.__main__ import SUBCOMMANDS, main
 from launcher.doctor import Facts, gather, judge, satisfies
 from programs import REPOSITORY, Program, losses, tiny, trained
 
@@ -44,9 +44,9 @@ def launcher(*arguments, **kept):
 def test_every_verb_has_help_with_an_example(capsys):
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
-    assert "example:" in listed and all(f"  {verb} " in listed for verb in VERBS)
+    assert "example:" in listed and all(f"  {verb} " in listed for verb in SUBCOMMANDS)
     for words in (
-        *([verb] for verb in VERBS if verb != "job"),
+        *([verb] for verb in SUBCOMMANDS if verb != "job"),
         ["job", "prepare"],
         ["job", "after"],
     ):
@@ -544,7 +544,7 @@ def test_a_machine_that_is_well():
         ({"omp": "128"}, "OMP_NUM_THREADS", "'128' on 64 CPUs", "unset OMP_NUM_THREADS"),
         ({"gpus": "nvidia-smi fails: no devices"}, "gpu", "nvidia-smi fails", "DS_ACCELERATOR=cpu"),
         (
-            {"gpus": (dataclasses.replace(H200, trouble=("hardware slowdown at 91 C",)),)},
+            {"gpus": (dataclasses.replace(H200, problems=("hardware slowdown at 91 C",)),)},
             "gpu 0",
             "hardware slowdown at 91 C",
             "nvidia-smi -q",

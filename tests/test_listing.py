@@ -26,7 +26,7 @@ from diffmoe.data.encode_request import Request
 from diffmoe.data.encode_shards import encode
 from diffmoe.data.feed import open_reader
 from diffmoe.data.image_source import Source
-from diffmoe.data.images import read_picture
+from diffmoe.data.images import read_image
 from diffmoe.data.listing import list_source
 from diffmoe.data.shards import ShardIndex, load_index
 from diffmoe.errors import UserError
@@ -38,18 +38,18 @@ from programs import run_cases, tiny
 SIDE = 8
 
 
-def picture(kind: str = "PNG", shade: int = 100, mode: str = "RGB", **more: object) -> bytes:
+def image(kind: str = "PNG", shade: int = 100, mode: str = "RGB", **more: object) -> bytes:
     stream = io.BytesIO()
     colour = (shade,) * 3 if mode == "RGB" else shade
     Image.new(mode, (SIDE, SIDE), colour).save(stream, kind, **more)
     return stream.getvalue()
 
 
-PNG = picture()
+PNG = image()
 
 
 def tree(root: Path, *files: str) -> Path:
-    """A folder with these files; pictures by their endings, else text."""
+    """A folder with these files; images by their endings, else text."""
     for file in files:
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def tar(path: Path, *members: str, **labels: int) -> Path:
 
 
 def taken(source: Source) -> list[tuple[str, int]]:
-    return [(p.member or p.file, p.label) for p in source.pictures]
+    return [(p.member or p.file, p.label) for p in source.images]
 
 
 def left(source: Source) -> list[str]:
@@ -124,7 +124,7 @@ def test_other_files_are_counted_and_named_and_not_bad(tmp_path: Path) -> None:
     )
     source = list_source(str(tmp_path))
     assert (
-        left(source) == ["4 not pictures: README.txt, a/noending, b/c/list.json, …"]
+        left(source) == ["4 not images: README.txt, a/noending, b/c/list.json, …"]
         and source.lost == 0
     )
     assert open_images(tmp_path).count == 2
@@ -142,7 +142,7 @@ def test_other_files_are_counted_and_named_and_not_bad(tmp_path: Path) -> None:
 def test_what_looks_like_a_sample_is_bad(tmp_path: Path, stray: str, reason: str) -> None:
     tree(tmp_path / "in", "a/1.png", "b/2.png", stray)
     source = list_source(str(tmp_path / "in"))
-    assert len(source.pictures) == 2 and source.lost == 1
+    assert len(source.images) == 2 and source.lost == 1
     assert left(source)[0].startswith(reason) and left(source)[0].endswith(f": {stray}")
     with pytest.raises(
         UserError,
@@ -175,18 +175,18 @@ def test_links_are_followed_once_and_broken_ones_are_named(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("target", ["nowhere", "itself.png"])
-def test_a_broken_link_to_a_picture_is_a_bad_picture(tmp_path: Path, target: str) -> None:
+def test_a_broken_link_to_a_image_is_a_bad_image(tmp_path: Path, target: str) -> None:
     tree(tmp_path, "a/1.png")
     (tmp_path / "a/itself.png").symlink_to(target)
     source = list_source(str(tmp_path))
-    assert len(source.pictures) == 2
+    assert len(source.images) == 2
     with pytest.raises(UserError, match=f"broken link to '{target}'"):
-        read_picture(source, source.pictures[1], SIDE, 3)
+        read_image(source, source.images[1], SIDE, 3)
     index, _ = run(tmp_path, tmp_path.with_name(f"{tmp_path.name}-out"), bad_share=0.5)
     assert index.encoding.skipped == ("a/itself.png",)
 
 
-def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
     tree(tmp_path, "a/1.png")
     os.mkfifo(tmp_path / "a/2.png")
     assert left(list_source(str(tmp_path))) == ["1 no plain files: a/2.png"]
@@ -207,7 +207,7 @@ def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
 )
 def test_every_kind_is_decoded(tmp_path: Path, kind: str, name: str, more: dict) -> None:
     tree(tmp_path / "in", "a/0.png")
-    (tmp_path / "in/a" / name).write_bytes(picture(kind, 100, **more))
+    (tmp_path / "in/a" / name).write_bytes(image(kind, 100, **more))
     index, _ = run(tmp_path / "in", tmp_path / "out")
     assert index.count == 2 and index.encoding.channel_mean == pytest.approx((100,) * 3, abs=1)
     assert open_images(tmp_path / "in").read(0, 2).float().mean() == pytest.approx(100, abs=1)
@@ -219,23 +219,23 @@ def test_of_several_frames_the_first_is_taken(tmp_path: Path, kind: str, name: s
     first, second = (Image.new("RGB", (SIDE, SIDE), (shade,) * 3) for shade in (40, 200))
     first.save(tmp_path / "a" / name, kind, save_all=True, append_images=[second])
     source = list_source(str(tmp_path))
-    assert read_picture(source, source.pictures[0], SIDE, 3).mean() == pytest.approx(40, abs=2)
+    assert read_image(source, source.images[0], SIDE, 3).mean() == pytest.approx(40, abs=2)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "F"])
 def test_more_than_8_bits_stay_bad(tmp_path: Path, mode: str) -> None:
     tree(tmp_path, "a/")
-    (tmp_path / "a/x.tif").write_bytes(picture("TIFF", 100, mode))
+    (tmp_path / "a/x.tif").write_bytes(image("TIFF", 100, mode))
     source = list_source(str(tmp_path))
     with pytest.raises(UserError, match="more than 8 bits"):
-        read_picture(source, source.pictures[0], SIDE, 3)
+        read_image(source, source.images[0], SIDE, 3)
 
 
 def test_a_reference_is_flat_or_of_class_folders_and_complete(tmp_path: Path) -> None:
     flat = tree(tmp_path / "flat", "1.png", "2.PNG", "n.txt")
     nested = tree(tmp_path / "nested", "a/1.png", "b/c/2.png", "3.png")
     assert open_images(flat).count == 2 and [str(x) for x in open_images(flat).left_out] == [
-        "1 not pictures: n.txt"
+        "1 not images: n.txt"
     ]
     assert open_images(nested).count == 3
     tree(nested, "b/4.heic")
@@ -265,7 +265,7 @@ def test_keys_may_have_dots(tmp_path: Path, members: list[str], expected: list[s
     assert [name for name, _ in taken(source)] == expected and left(source) == []
 
 
-def test_pictures_get_their_own_labels(tmp_path: Path) -> None:
+def test_images_get_their_own_labels(tmp_path: Path) -> None:
     tar(
         tmp_path / "x.tar",
         "a.v1.png",
@@ -282,30 +282,30 @@ def test_pictures_get_their_own_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "members, lost, reason",
     [
-        (["a.png", "a.cls", "b.png"], 1, "1 pictures without .cls: x.tar:b.png"),
+        (["a.png", "a.cls", "b.png"], 1, "1 images without .cls: x.tar:b.png"),
         (
             ["a.png", "a.cls", "b.v2.png", "b.v3.cls", "b.v4.cls"],
             3,
-            "2 .cls without a picture: x.tar:b.v3.cls, ",
+            "2 .cls without an image: x.tar:b.v3.cls, ",
         ),
-        (["a.png", "a.cls", "b.cls"], 1, "1 .cls without a picture: x.tar:b.cls"),
+        (["a.png", "a.cls", "b.cls"], 1, "1 .cls without an image: x.tar:b.cls"),
         (["a.png", "a.cls", "b.heic", "b.cls"], 1, "1 of a kind that is not read"),
         (
             ["a.png", "a.cls", "b.v1.png", "b.v2.png", "b.cls"],
             2,
-            "2 several pictures with one .cls: x.tar:b.v1.png",
+            "2 several images with one .cls: x.tar:b.v1.png",
         ),
         (
             ["a.png", "a.cls", "a.seg.png"],
             0,
-            "1 further pictures or labels of a sample that is taken: x.tar:a.seg",
+            "1 further images or labels of a sample that is taken: x.tar:a.seg",
         ),
         (
             ["a.png", "a.cls", "a.coarse.cls"],
             0,
-            "1 further pictures or labels of a sample that is taken: x.tar:a.c",
+            "1 further images or labels of a sample that is taken: x.tar:a.c",
         ),
-        (["a.png", "a.cls", "a.json", "list"], 0, "2 not pictures: x.tar:a.json, x.tar:list"),
+        (["a.png", "a.cls", "a.json", "list"], 0, "2 not images: x.tar:a.json, x.tar:list"),
         (
             [
                 "a.png",
@@ -334,11 +334,11 @@ def test_what_lies_beside_tars(tmp_path: Path) -> None:
     tree(tmp_path, "x.png", "README.md", "2.tar.gz", "._1.tar", "__MACOSX/1.tar")
     (tmp_path / "note").symlink_to("nowhere")
     source = list_source(str(tmp_path))
-    assert len(source.pictures) == 1 and source.lost == 3
+    assert len(source.images) == 1 and source.lost == 3
     assert left(source) == [
         "1 broken links: note",
         "1 compressed tars: 2.tar.gz",
-        "1 not pictures: README.md",
+        "1 not images: README.md",
         "1 outside of class folders and tars: x.png",
     ]
 
@@ -348,7 +348,7 @@ def test_compressed_tars_alone_are_named_as_such(tmp_path: Path, names: list[str
     tree(tmp_path, *names)
     with pytest.raises(
         UserError,
-        match=rf"holds no pictures: .*; left out, {len(names)} compressed tars: {names[0]}",
+        match=rf"holds no images: .*; left out, {len(names)} compressed tars: {names[0]}",
     ):
         list_source(str(tmp_path))
 
@@ -391,14 +391,14 @@ def test_empty_classes_are_refused_unless_asked_for(
     tree(tmp_path, "cat/1.png", "zebra/2.png")
     spoil(tmp_path)
     with pytest.raises(
-        UserError, match="1 class folders without a picture: empty; .*--allow-empty-classes"
+        UserError, match="1 class folders without an image: empty; .*--allow-empty-classes"
     ):
         list_source(str(tmp_path))
     source = list_source(str(tmp_path), allow_empty=True)
     assert source.class_names == ("cat", "empty", "zebra") and [
         label for _, label in taken(source)
     ] == [0, 2]
-    assert source.describe_classes() == "0 cat, 1 empty, 2 zebra; without any picture: 1"
+    assert source.describe_classes() == "0 cat, 1 empty, 2 zebra; without any image: 1"
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_one_class_more_or_less_than_said(tmp_path: Path, classes: int, message:
 def test_labels_that_begin_with_another_number_than_0(
     tmp_path: Path, first: int, labels: tuple[int, int]
 ) -> None:
-    """Refused with the option that is right, and not a class too many without any picture."""
+    """Refused with the option that is right, and not a class too many without any image."""
     source = str(
         tar(tmp_path / "x.tar", "a.png", "a.cls", "b.png", "b.cls", a=labels[0], b=labels[1])
     )
@@ -440,7 +440,7 @@ def test_labels_that_begin_with_another_number_than_0(
     assert (
         list_source(source, first + 2)
         .describe_classes()
-        .endswith("without any picture: " + ", ".join(map(str, range(first))))
+        .endswith("without any image: " + ", ".join(map(str, range(first))))
     )
     with pytest.raises(
         UserError, match=rf"and first_class is {first + 1}: --first-class {first} if"
@@ -668,7 +668,7 @@ def changes() -> dict[str, Callable[[Path], object]]:
         os.utime(path, ns=(1, 10**18))  # however coarse the file system's clock is
 
     return {
-        "size": lambda root: rewrite(root / "a/1.png", picture(shade=7, kind="BMP")),
+        "size": lambda root: rewrite(root / "a/1.png", image(shade=7, kind="BMP")),
         "time": lambda root: rewrite(root / "a/1.png", (root / "a/1.png").read_bytes()),
         "link's target": lambda root: rewrite(root.parent / "elsewhere.png", PNG),
         "tar": lambda root: None,
@@ -728,7 +728,7 @@ def test_a_source_of_other_files_is_refused(tmp_path: Path, change: str) -> None
         run(source, tmp_path / "out")
 
 
-def test_what_is_no_picture_may_come_and_go(tmp_path: Path) -> None:
+def test_what_is_no_image_may_come_and_go(tmp_path: Path) -> None:
     source = tree(tmp_path / "in", "a/0.png", "a/1.png", "a/notes.txt")
     index, _ = run(source, tmp_path / "out")
     (source / "a/notes.txt").unlink()

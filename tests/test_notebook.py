@@ -31,14 +31,14 @@ def test_every_cell_runs(cells, monkeypatch):
     assert all(first < second for first, second in zip(used, used[1:])), used
 
 
-def test_it_is_kept_with_its_pictures(cells):
-    pictures = [
+def test_it_is_kept_with_its_images(cells):
+    images = [
         output
         for cell in cells
         for output in cell["outputs"]
         if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) == 5
+    assert len(images) == 5
     assert not [
         output
         for cell in cells

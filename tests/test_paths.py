@@ -15,7 +15,7 @@ from diffmoe.config import Config, config_from_tree, config_to_tree, load_config
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.paths import PathParser, expand_path
-from launcher.__main__ import VERBS as LAUNCHER_VERBS
+from launcher.__main__ import SUBCOMMANDS as LAUNCHER_SUBCOMMANDS
 from launcher.__main__ import main as launcher_main
 from programs import REPOSITORY, TINY, digits
 
@@ -163,7 +163,7 @@ def parsers(monkeypatch) -> dict[str, argparse.ArgumentParser]:
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_intermixed_args", stop)
     import diffmoe.__main__ as run
 
-    verbs = [(verb,) for verb in run.VERBS if verb != "bench"]
+    verbs = [(verb,) for verb in run.SUBCOMMANDS if verb != "bench"]
     for verb, *kind in [
         *verbs,
         *(
@@ -173,7 +173,7 @@ def parsers(monkeypatch) -> dict[str, argparse.ArgumentParser]:
     ]:
         with pytest.raises(InterruptedError):
             run._main_of(verb)(kind, ALONE)
-    for verb in LAUNCHER_VERBS:
+    for verb in LAUNCHER_SUBCOMMANDS:
         with pytest.raises(InterruptedError):
             importlib.import_module(f"launcher.{verb}").main(["after"] if verb == "job" else [])
     return found

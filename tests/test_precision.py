@@ -529,7 +529,7 @@ def test_guidance_by_a_null_class_without_training_is_refused(command, monkeypat
         ["train.sample_every=4"],
         ["train.score_every=4", "score.reference=r", "score.extractor=digits"],
     ],
-    ids=["pictures", "scores"],
+    ids=["images", "scores"],
 )
 def test_training_refuses_before_its_first_step(asked):
     arguments = tiny("unused", "--dry-run", "parallel.ep=1", "train.label_drop=0", *asked)
@@ -538,7 +538,7 @@ def test_training_refuses_before_its_first_step(asked):
     assert train_command.main([*arguments, "sample.cfg=1"], detect()) == 0
 
 
-def test_training_without_label_drop_ends_well_without_pictures(tmp_path):
+def test_training_without_label_drop_ends_well_without_images(tmp_path):
     run, asked = tmp_path / "run", ["--count", "2", "--out", tmp_path / "s"]
     (trained_,), (refused,), (sampled,) = run_cases(
         1,

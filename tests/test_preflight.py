@@ -251,9 +251,12 @@ def test_what_nvidia_smi_says():
         "91, [N/A], "
         "0x0000000000000060\n2, NVIDIA H200, 570.1, 143771, 40, 3, 0x0000000000000001\n"
     )
-    assert (ok.trouble, ok.memory, ok.driver) == ((), 143771, "570.1")
-    assert hot.trouble == ("software thermal slowdown at 91 C", "hardware thermal slowdown at 91 C")
-    assert broken.trouble == ("3 uncorrected ECC errors",)
+    assert (ok.problems, ok.memory, ok.driver) == ((), 143771, "570.1")
+    assert hot.problems == (
+        "software thermal slowdown at 91 C",
+        "hardware thermal slowdown at 91 C",
+    )
+    assert broken.problems == ("3 uncorrected ECC errors",)
     with pytest.raises(UserError, match="which is not 7 fields"):
         gpus.parse("No devices were found")
 

@@ -1,4 +1,4 @@
-"""The README's "Reproduce a published row", command by command, on toy pictures: encode, train,
+"""The README's "Reproduce a published row", command by command, on toy images: encode, train,
 score, sample.
 
 The published configuration and the published commands; only sizes, counts and files are smaller.
@@ -33,7 +33,7 @@ SMALL = (
     "sample.steps=2",
     "sample.columns=2",
 )
-PICTURES, COUNT = 24, 32  # a class; images to score
+IMAGES, COUNT = 24, 32  # a class; images to score
 
 
 class MeanColours(nn.Module):
@@ -53,12 +53,10 @@ def work(tmp_path_factory) -> Path:
         ("flower.jpg", np.random.default_rng(1)),
     ):
         photograph = Image.fromarray(load_sample_image(name))
-        (folder / "pictures" / name[:-4]).mkdir(parents=True)
-        for i in range(PICTURES):
+        (folder / "images" / name[:-4]).mkdir(parents=True)
+        for i in range(IMAGES):
             x, y = (int(rng.integers(0, side - 80)) for side in photograph.size)
-            photograph.crop((x, y, x + 80, y + 60)).save(
-                folder / "pictures" / name[:-4] / f"{i}.png"
-            )
+            photograph.crop((x, y, x + 80, y + 60)).save(folder / "images" / name[:-4] / f"{i}.png")
     torch.manual_seed(0)
     AutoencoderKL(
         block_out_channels=(8, 16),
@@ -93,13 +91,13 @@ def succeed_under_torchrun(world: int, *arguments: object) -> str:
 @pytest.mark.parametrize(
     "ranks", [succeed, pytest.param(succeed_under_torchrun, marks=pytest.mark.slow)]
 )
-def test_a_published_row_from_pictures_to_its_card(work: Path, ranks: Callable[..., str]) -> None:
+def test_a_published_row_from_images_to_its_card(work: Path, ranks: Callable[..., str]) -> None:
     out = work / ranks.__name__
     ranks(
         2,
         "encode",
         "--source",
-        work / "pictures",
+        work / "images",
         "--image-size",
         16,
         "--vae",
@@ -110,7 +108,7 @@ def test_a_published_row_from_pictures_to_its_card(work: Path, ranks: Callable[.
         10,
     )
     index = json.loads((out / "latents" / "index.json").read_text())
-    assert index["count"] == 2 * PICTURES
+    assert index["count"] == 2 * IMAGES
 
     printed = ranks(
         2,
@@ -135,7 +133,7 @@ def test_a_published_row_from_pictures_to_its_card(work: Path, ranks: Callable[.
         "--count",
         COUNT,
         "--reference",
-        work / "pictures_npz.npz",
+        work / "images_npz.npz",
         "--extractor",
         work / "features.pt",
         "--out",
@@ -143,10 +141,9 @@ def test_a_published_row_from_pictures_to_its_card(work: Path, ranks: Callable[.
         "sample.routing=batch",
     )
     pixels = [
-        np.asarray(Image.open(p).resize((16, 16)))
-        for p in sorted((work / "pictures").rglob("*.png"))
+        np.asarray(Image.open(p).resize((16, 16))) for p in sorted((work / "images").rglob("*.png"))
     ]
-    np.savez(work / "pictures_npz.npz", arr_0=np.stack(pixels))
+    np.savez(work / "images_npz.npz", arr_0=np.stack(pixels))
     ranks(2, *score)
     card = json.loads((out / "scores" / "card.json").read_text())
     assert (card["step"], card["weights"], card["routing"], card["count"], card["cfg"]) == (
@@ -174,11 +171,11 @@ def test_a_published_row_from_pictures_to_its_card(work: Path, ranks: Callable[.
         "--cfg",
         4,
         "--out",
-        out / "pictures_of_it",
+        out / "images_of_it",
     )
-    images = np.load(out / "pictures_of_it.npz")["images"]
+    images = np.load(out / "images_of_it.npz")["images"]
     assert images.shape == (4, 3, 16, 16) and np.abs(images).max() <= 1
-    assert (out / "pictures_of_it.png").is_file()
+    assert (out / "images_of_it.png").is_file()
 
 
 @pytest.mark.full

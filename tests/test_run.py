@@ -123,8 +123,8 @@ def test_a_run_leaves_everything_it_promises():
         "samples_00000008.png",
     ):
         assert (folder / name).stat().st_size > 0, name
-    for picture in folder.glob("*.png"):
-        assert picture.read_bytes().startswith(b"\x89PNG")
+    for image in folder.glob("*.png"):
+        assert image.read_bytes().startswith(b"\x89PNG")
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == list(range(1, 9))
     assert {"predictor_loss", "trivial_predictor_loss", "images_per_s", "mfu", "memory_gib"} <= set(

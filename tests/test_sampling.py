@@ -163,8 +163,8 @@ def test_files_and_labels(samples):
     assert samples.labels("token") == list(range(10)) * 2
     assert samples.labels("deep/cfg1.5") == [0, 3, 7, 8, 9, 0, 3]
     assert samples.images("deep/cfg1.5").shape[0] == 7
-    with Image.open(samples.folder / "deep/cfg1.5.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open(samples.folder / "deep/cfg1.5.png") as image:
+        assert image.format == "PNG"
     assert (samples.folder / "named.npz").is_file() and (samples.folder / "named.png").is_file()
 
 

@@ -177,7 +177,7 @@ def saved_with(**changes: object) -> Callable[[Path], None]:
 
 
 def folder_with(*names: str) -> Callable[[Path], None]:
-    """Twelve pictures, and `spoiled.png` as one of the names says."""
+    """Twelve images, and `spoiled.png` as one of the names says."""
 
     def write(path: Path) -> None:
         path.mkdir()
@@ -186,7 +186,7 @@ def folder_with(*names: str) -> Callable[[Path], None]:
         if "large" in names:
             Image.new("RGB", (9, 8)).save(path / "spoiled.png")
         if "broken" in names:
-            (path / "spoiled.png").write_text("no picture")
+            (path / "spoiled.png").write_text("no image")
 
     return write
 
@@ -275,8 +275,8 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "was measured with extractor ab, this run uses tiny tiny-4",
     ),
     "two sizes": ("a", folder_with("large"), "spoiled.png is 9 x 8, 00.png is 8 x 8"),
-    "a broken picture": ("a", folder_with("broken"), "spoiled.png cannot be read"),
-    "no pictures": ("a", lambda path: path.mkdir(), "holds neither index.json nor pictures"),
+    "a broken image": ("a", folder_with("broken"), "spoiled.png cannot be read"),
+    "no images": ("a", lambda path: path.mkdir(), "holds neither index.json nor images"),
     "latents": ("a", moments_for_pixels, "hold moments, not pixels"),
 }
 

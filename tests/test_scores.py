@@ -1,4 +1,4 @@
-"""Scores against loops, the judge against real and spoiled digits, pictures against their expected
+"""Scores against loops, the judge against real and spoiled digits, images against their expected
 pixels.
 """
 
@@ -152,7 +152,7 @@ def test_judge_command_line(
     assert main([*arguments, "--require"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "median_nn_generated (0.000) is below" in error
-    np.savez(tmp_path / "samples.npz", pictures=images)
+    np.savez(tmp_path / "samples.npz", images=images)
     assert main(arguments) == 2
     assert "lacks images and labels" in capsys.readouterr().err
 
@@ -195,7 +195,7 @@ def test_loss_curve_takes_gaps_and_missing_values(tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
-def test_expert_load_picture(tmp_path: Path) -> None:
+def test_expert_load_image(tmp_path: Path) -> None:
     load = np.random.default_rng(0).gamma(4, 0.25, (5, 10, 8))
     load[2, 3] = np.nan
     expert_load(load, tmp_path / "load.png", [f"layer {i}" for i in range(5)])

@@ -308,10 +308,10 @@ def test_sample_evaluate_and_encode(cluster, work, undisturbed):
     from PIL import Image
 
     for name in ("a", "b"):
-        (work / "pictures" / name).mkdir(parents=True, exist_ok=True)
+        (work / "images" / name).mkdir(parents=True, exist_ok=True)
         for i in range(4):
             Image.fromarray(np.full((10, 10, 3), 20 * i + 100 * (name == "b"), np.uint8)).save(
-                work / "pictures" / name / f"{i}.png"
+                work / "images" / name / f"{i}.png"
             )
     one = ("--nodes=1", "--gpus-per-node=2", "--cpus-per-task=1", "--mem=4G")
     run = undisturbed[0]
@@ -346,7 +346,7 @@ def test_sample_evaluate_and_encode(cluster, work, undisturbed):
         cluster.submit(
             "encode.sh",
             "--source",
-            work / "pictures",
+            work / "images",
             "--image-size",
             8,
             "--out",

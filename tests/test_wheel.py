@@ -164,11 +164,11 @@ def test_it_samples_by_command_and_from_python(installed):
         "--count",
         "4",
         "--out",
-        "pictures",
+        "images",
         "sample.steps=2",
     )
     assert done.returncode == 0, done.stderr
-    assert "4 images in pictures.npz" in done.stdout and (installed.here / "pictures.png").is_file()
+    assert "4 images in images.npz" in done.stdout and (installed.here / "images.png").is_file()
     done = installed(
         "python",
         "-c",

@@ -1,1 +1,1 @@
-"""One module a verb: its command line, and what it calls in which order."""
+"""One module a subcommand: its command line, and what it calls in which order."""

@@ -46,7 +46,7 @@ def _check(path: Path, values: bool) -> int:
     try:
         checkpoint = Checkpoint(path)
         problems = [*check_files(checkpoint), *check_tensors(checkpoint)]
-        if values and not problems:  # what is damaged cannot be read
+        if values and not problems:  # what is corrupt cannot be read
             problems += check_values(checkpoint)
     except (UserError, OSError) as error:
         problems = [str(error)]

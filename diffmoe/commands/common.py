@@ -63,10 +63,10 @@ class Parser(PathParser):
         super().__init__(example, prog=f"run.py {prog}", description=description)
 
 
-def one_process(verb: str, environment: RankEnvironment) -> None:
+def one_process(name: str, environment: RankEnvironment) -> None:
     """Raises UserError where a subcommand for one process was started as several."""
     if environment.world != 1:
-        raise UserError(f"{verb} runs in one process; WORLD_SIZE is {environment.world}")
+        raise UserError(f"{name} runs in one process; WORLD_SIZE is {environment.world}")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

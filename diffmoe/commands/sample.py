@@ -63,7 +63,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     if first:
         arrays = {"images": images.numpy(), "labels": np.array(labels)}
         if images.shape[1] in (1, 3) and torch.isfinite(images).all():
-            # Pictures, in ADM's form too; latents have none.
+            # Images, in ADM's form too; latents have none.
             arrays["arr_0"] = to_uint8(images).permute(0, 2, 3, 1).numpy()
             arrays["arr_1"] = arrays["labels"]
         np.savez(npz, allow_pickle=False, **arrays)

@@ -91,7 +91,7 @@ def make_plan(request: Request, source: Source, vae: Vae | None) -> Plan:
     """The plan of a request for what its source holds."""
     encoding = Encoding(
         source.sha256,
-        len(source.pictures),
+        len(source.images),
         request.image_size,
         request.channels,
         vae="",

@@ -37,7 +37,7 @@ from diffmoe.data.encode_plan import (
 )
 from diffmoe.data.encode_request import Request
 from diffmoe.data.image_source import Source, file_stamps
-from diffmoe.data.images import BadImage, read_picture
+from diffmoe.data.images import BadImage, read_image
 from diffmoe.data.listing import list_source, read_class_names
 from diffmoe.data.meaning import ACCEPT, ENOUGH_ARRAYS, scale_fault
 from diffmoe.data.shards import INDEX_NAME, ShardIndex, load_index, write_index
@@ -51,7 +51,7 @@ from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_toge
 from diffmoe.parallel.groups import Group
 
 _REPORT_SECONDS = 10.0
-Pictures = Generator[np.ndarray | BadImage, None, None]
+Images = Generator[np.ndarray | BadImage, None, None]
 T = TypeVar("T")
 
 
@@ -182,13 +182,13 @@ class _Encoder:
         mine = pending[group.index :: group.size]
         self._check_bad_share()  # what is left out is known, and the share may be a new one
         wanted = itertools.chain.from_iterable(plan.shard(number) for number in mine)
-        with contextlib.closing(_read_ahead(self.source, wanted, self.request)) as pictures:
+        with contextlib.closing(_read_ahead(self.source, wanted, self.request)) as images:
             for turn in range(-(-len(pending) // group.size)):
                 # Agreed on every round: a rank that fails stops all at once, and none waits for
                 # the slowest at the very end.
                 record = _together(
                     group,
-                    lambda: self._shard(mine[turn], pictures) if turn < len(mine) else None,
+                    lambda: self._shard(mine[turn], images) if turn < len(mine) else None,
                 )
                 fresh = [r for r in gather_objects(record, group) if r is not None]
                 records.update((r.number, r) for r in fresh)
@@ -250,20 +250,20 @@ class _Encoder:
                 f"{ACCEPT}"
             )
 
-    def _shard(self, number: int, pictures: Iterator[np.ndarray | BadImage]) -> ShardRecord:
-        """Writes a shard's tar, then its record. `pictures` gives this shard's next."""
+    def _shard(self, number: int, images: Iterator[np.ndarray | BadImage]) -> ShardRecord:
+        """Writes a shard's tar, then its record. `images` gives this shard's next."""
         samples: dict[str, dict[str, object]] = {}
         skipped: list[str] = []
         sums = np.zeros((2, self.channels))
         shard, batch, kind = self.plan.shard(number), self.request.batch, self.plan.meta.kind
         for start in range(0, len(shard), batch):
             window = shard[start : start + batch]
-            read = list(itertools.islice(pictures, len(window)))
-            for i, picture, arrays in zip(window, read, self._arrays(read), strict=True):
-                address, label = self.source.pictures[i].address, self.source.pictures[i].label
-                if isinstance(picture, BadImage):
+            read = list(itertools.islice(images, len(window)))
+            for i, image, arrays in zip(window, read, self._arrays(read), strict=True):
+                address, label = self.source.images[i].address, self.source.images[i].label
+                if isinstance(image, BadImage):
                     skipped.append(address)
-                    print(f"bad image: {address}: {picture}", file=sys.stderr, flush=True)
+                    print(f"bad image: {address}: {image}", file=sys.stderr, flush=True)
                     continue
                 storage = self.plan.encoding.storage
                 values = [to_float(array, storage) for array in arrays.values()]
@@ -290,9 +290,9 @@ class _Encoder:
         # neighbours cannot matter.
         size = request.image_size
         pixels = np.zeros((request.batch, request.channels, size, size), np.uint8)
-        for slot, picture in enumerate(read):
-            if not isinstance(picture, BadImage):
-                pixels[slot] = picture
+        for slot, image in enumerate(read):
+            if not isinstance(image, BadImage):
+                pixels[slot] = image
         if vae is None:
             return [{"npy": array} for array in pixels[: len(read)]]
         x = torch.from_numpy(pixels).to(vae.device)
@@ -335,20 +335,20 @@ class _Encoder:
         )
 
 
-def _read_ahead(source: Source, numbers: Iterable[int], request: Request) -> Pictures:
+def _read_ahead(source: Source, numbers: Iterable[int], request: Request) -> Images:
     """The images of these numbers in order, read by threads: uint8 [C, S, S] each, or why there is
     none.
     """
 
     def read(number: int) -> np.ndarray | BadImage:
-        picture = source.pictures[number]
+        image = source.images[number]
         try:
-            return read_picture(source, picture, request.image_size, request.channels)
+            return read_image(source, image, request.image_size, request.channels)
         except BadImage as error:
             return error
 
     waiting: deque[Future[np.ndarray | BadImage]] = deque()
-    pool = ThreadPoolExecutor(request.workers, thread_name_prefix="pictures")
+    pool = ThreadPoolExecutor(request.workers, thread_name_prefix="images")
     try:
         for number in numbers:
             waiting.append(pool.submit(read, number))

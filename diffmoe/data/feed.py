@@ -163,7 +163,7 @@ class Feed:
         """
         self._agree_on_data()
         self.read_ahead()
-        self.settle(False)
+        self.decide_together(False)
         if self.failure:
             raise self.failure
         return self.take()
@@ -194,16 +194,16 @@ class Feed:
         self._next += 1
         return self._upcoming
 
-    def settle(self, asked: bool) -> bool:
-        """Collective, where some rank was `asked` to stop or could not read: whether the run stops
-        here. With `data.on_bad_shard: skip` it goes on without the shards that any rank found bad,
-        from the step that was read ahead.
+    def decide_together(self, stop_requested: bool) -> bool:
+        """Collective, where a stop was requested of some rank, or one could not read: whether the run
+        stops here. With `data.on_bad_shard: skip` it goes on without the shards that any rank found
+        bad, from the step that was read ahead.
         """
         while True:
-            states = gather_objects((asked, self._bad_shard()), self._group)
+            states = gather_objects((stop_requested, self._bad_shard()), self._group)
             try:
                 raise_together(None if self._bad_shard() else self._problem, self._group)
-                if any(was_asked for was_asked, _ in states):
+                if any(requested for requested, _ in states):
                     return True
                 found = dict(bad for _, bad in states if bad)
                 if not found:

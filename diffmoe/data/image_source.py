@@ -23,15 +23,15 @@ _RUNS = 4096  # of a source's files, each with a stamp of its own in the index
 
 
 # Why something is not taken; what looks like a sample is bad.
-OTHER, LOOP = "not pictures", "links to a folder that they lie in"
-FURTHER = "further pictures or labels of a sample that is taken"
+OTHER, LOOP = "not images", "links to a folder that they lie in"
+FURTHER = "further images or labels of a sample that is taken"
 _NOT_BAD = {OTHER, LOOP, FURTHER}
 KIND = f"of a kind that is not read (.{', .'.join(EXTENSIONS)} are)"
 
 Leaving = dict[str, list[str]]  # reason → addresses of what is left out for it
 
 
-class Picture(NamedTuple):
+class SourceImage(NamedTuple):
     """One image of a source: in `file` as a whole, or, in a tar, its `size` bytes from `offset`
     on.
     """
@@ -73,7 +73,7 @@ class Source:
     """
 
     root: Path
-    pictures: tuple[Picture, ...]
+    images: tuple[SourceImage, ...]
     classes: int
     class_names: tuple[str, ...]
     sha256: str
@@ -90,9 +90,9 @@ class Source:
         """
         named = [f"{number} {printable(name)}" for number, name in enumerate(self.class_names)]
         text = shorten(named, 20) if named else f"0 to {self.classes - 1}, without names"
-        empty = sorted(set(range(self.classes)) - {picture.label for picture in self.pictures})
+        empty = sorted(set(range(self.classes)) - {image.label for image in self.images})
         if empty:
-            text += f"; without any picture: {shorten([str(number) for number in empty], 10)}"
+            text += f"; without any image: {shorten([str(number) for number in empty], 10)}"
         for number, name in enumerate(self.class_names):
             if is_number(name) and int(name) != number:
                 return f"{text}; names are not the numbers: {number} is called {name}"
@@ -164,7 +164,7 @@ def describe_changes(source: Source, now: Sequence[str], before: Sequence[str]) 
 
 
 def _runs(source: Source) -> list[list[str]]:
-    files = list(dict.fromkeys(picture.file for picture in source.pictures))
+    files = list(dict.fromkeys(image.file for image in source.images))
     length = -(-len(files) // _RUNS)
     return [files[start : start + length] for start in range(0, len(files), length)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from diffmoe.data.image_source import Picture, Source
+from diffmoe.data.image_source import Source, SourceImage
 from diffmoe.errors import UserError
 from diffmoe.files import is_final, retried
 
@@ -24,7 +24,7 @@ class BadImage(UserError):
     """This one image cannot be used, today or tomorrow; the message says why."""
 
 
-def read_picture(source: Source, picture: Picture, size: int, channels: int) -> np.ndarray:
+def read_image(source: Source, image: SourceImage, size: int, channels: int) -> np.ndarray:
     """The image, cropped (see `center_crop`), as uint8 [channels, size, size]; `channels` is 1
     (grey) or 3.
 
@@ -33,15 +33,15 @@ def read_picture(source: Source, picture: Picture, size: int, channels: int) -> 
 
     Raises:
         BadImage: it is missing, corrupt, or of a kind that has no 8-bit form.
-        OSError: the file system fails, also when asked again; says nothing about the picture.
+        OSError: the file system fails, also when asked again; says nothing about the image.
     """
     cropped = center_crop(
-        decode_picture(_read_bytes(source.root / picture.file, picture), channels), size
+        decode_image(_read_bytes(source.root / image.file, image), channels), size
     )
     return np.asarray(cropped).reshape(size, size, channels).transpose(2, 0, 1).copy()
 
 
-def decode_picture(data: bytes, channels: int) -> Image.Image:
+def decode_image(data: bytes, channels: int) -> Image.Image:
     """An image file's bytes as an 8-bit image of 1 (grey) or 3 channels.
 
     Raises:
@@ -53,7 +53,7 @@ def decode_picture(data: bytes, channels: int) -> Image.Image:
         return image.convert(_MODES[channels])
 
 
-def picture_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image file, from its header.
 
     Raises:
@@ -73,16 +73,16 @@ def _opened(file: Path | io.BytesIO) -> Iterator[Image.Image]:
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise BadImage(f"not a picture of a known kind ({', '.join(_FORMATS)})") from None
+        raise BadImage(f"not an image of a known kind ({', '.join(_FORMATS)})") from None
     except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
-def _read_bytes(path: Path, picture: Picture) -> bytes:
+def _read_bytes(path: Path, image: SourceImage) -> bytes:
     def once() -> bytes:
         with open(path, "rb") as stream:
-            stream.seek(picture.offset)
-            return stream.read(picture.size)
+            stream.seek(image.offset)
+            return stream.read(image.size)
 
     # A busy file server is not a corrupt image: leaving it out would give another data set every
     # time.

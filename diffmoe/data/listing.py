@@ -23,8 +23,8 @@ from diffmoe.data.image_source import (
     SHOWN,
     Leaving,
     LeftOut,
-    Picture,
     Source,
+    SourceImage,
     count_left_out,
     ending_of,
     is_leftover,
@@ -81,13 +81,13 @@ def list_source(
             )
     else:
         root, tars = Path(), _expand(source)
-    pictures = [picture for tar in tars for picture in list_tar(root, tar, leaving)]
+    images = [image for tar in tars for image in list_tar(root, tar, leaving)]
     for label, files in enumerate(folders.values()):
-        pictures += [Picture(label, file) for file in files]
+        images += [SourceImage(label, file) for file in files]
     left_out = count_left_out(leaving)
-    if not pictures:
+    if not images:
         raise UserError(
-            f"source ({source}) holds no pictures: neither class folders with "
+            f"source ({source}) holds no images: neither class folders with "
             f".{', .'.join(EXTENSIONS)} files, nor tars of such with .cls"
             + "".join(f"; left out, {left}" for left in left_out)
         )
@@ -97,9 +97,9 @@ def list_source(
         )
     if not folders:
         sure = bool(classes or class_names or allow_empty)
-        _check_first(pictures, first_class, source, sure)
-        pictures = [picture._replace(label=picture.label - first_class) for picture in pictures]
-    found = max(len(folders), 1 + max(picture.label for picture in pictures))
+        _check_first(images, first_class, source, sure)
+        images = [image._replace(label=image.label - first_class) for image in images]
+    found = max(len(folders), 1 + max(image.label for image in images))
     wanted = (len(class_names) or found) if classes is None else classes
     what = f"classes ({wanted})"
     if class_names and classes is None:
@@ -113,46 +113,46 @@ def list_source(
         last = f"the highest label is {found - 1}"
         if folders:
             last = f"the folders' last: {shorten(list(folders)[wanted:], SHOWN)}"
-        elif all(picture.label for picture in pictures):
+        elif all(image.label for image in images):
             last += ", and none is 0: if they begin with 1, say --first-class 1"
         raise UserError(f"{what} must be at least the {found} of source {source}; {last}")
     option = "--allow-empty-classes"
     empty = [name for name, files in folders.items() if not files]
     if empty and not allow_empty:
         raise UserError(
-            f"source ({source}) has {len(empty)} class folders without a picture: "
+            f"source ({source}) has {len(empty)} class folders without an image: "
             f"{shorten(empty, SHOWN)}; remove them, or say {option} to keep them as classes"
         )
     if folders and wanted > len(folders) and not allow_empty:
         raise UserError(
             f"{what} must not be more than the {len(folders)} class folders of source {source} "
-            f"({shorten(folders, SHOWN)}): which is missing? To have classes without a picture, "
+            f"({shorten(folders, SHOWN)}): which is missing? To have classes without an image, "
             f"say {option}"
         )
     digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(repr(tuple(picture)).encode() + b"\n")
+    for image in images:
+        digest.update(repr(tuple(image)).encode() + b"\n")
     names = tuple(class_names) or tuple(folders)
-    return Source(root, tuple(pictures), wanted, names, digest.hexdigest(), left_out)
+    return Source(root, tuple(images), wanted, names, digest.hexdigest(), left_out)
 
 
-def _check_first(pictures: list[Picture], first: int, source: str, sure: bool) -> None:
+def _check_first(images: list[SourceImage], first: int, source: str, sure: bool) -> None:
     """UserError for tars' labels below class 0's, and, unless the user is `sure` of the classes,
     for labels that all are above it.
     """
-    labels = [picture.label for picture in pictures]
+    labels = [image.label for image in images]
     low, high = min(labels), max(labels)
     if low < first or (low > first and not sure):
         empty = ""
         if low > first:
-            empty = f", --classes {high - first + 1} if some are without pictures"
+            empty = f", --classes {high - first + 1} if some are without images"
         raise UserError(
             f"labels of source {source} run from {low} to {high}, and first_class is {first}: "
             f"--first-class {low} if {low} is the first class{empty}"
         )
 
 
-def list_pictures(folder: Path) -> tuple[list[str], tuple[LeftOut, ...]]:
+def list_images(folder: Path) -> tuple[list[str], tuple[LeftOut, ...]]:
     """The images at any depth of a folder, as paths below it, by name; and what is left out.
 
     Raises:

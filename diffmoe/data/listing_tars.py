@@ -14,21 +14,21 @@ from diffmoe.data.image_source import (
     OTHER,
     UNREAD,
     Leaving,
-    Picture,
+    SourceImage,
     ending_of,
     is_leftover,
 )
 from diffmoe.errors import UserError
 
-_NO_LABEL, _NO_PICTURE = "pictures without .cls", ".cls without a picture"
-_SHARED = "several pictures with one .cls"
+_NO_LABEL, _NO_IMAGE = "images without .cls", ".cls without an image"
+_SHARED = "several images with one .cls"
 
 
-def list_tar(root: Path, name: str, leaving: Leaving) -> list[Picture]:
+def list_tar(root: Path, name: str, leaving: Leaving) -> list[SourceImage]:
     """The images of the tar `name`, in its order; what is not taken goes to `leaving`. UserError
     where the tar is corrupt, compressed, holds unsafe names or bad labels.
     """
-    pictures: dict[str, tarfile.TarInfo] = {}
+    images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     seen: set[str] = set()
     try:
@@ -56,30 +56,30 @@ def list_tar(root: Path, name: str, leaving: Leaving) -> list[Picture]:
                     if stem in seen:
                         raise UserError(f"{where}: second of its kind for this key")
                     seen.add(stem)
-                    pictures[info.name] = info
+                    images[info.name] = info
                 elif ending in UNREAD:
-                    pictures[info.name] = info
+                    images[info.name] = info
                 else:
                     leaving.setdefault(OTHER, []).append(f"{name}:{info.name}")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
             f"source tar {name} is unreadable (corrupt, or compressed): {error}"
         ) from error
-    pairs, unpaired = _pair(pictures, labels)
+    pairs, unpaired = _pair(images, labels)
     found = []
-    for member, info in pictures.items():
+    for member, info in images.items():
         if member in pairs and ending_of(member) in UNREAD:
             unpaired.append((KIND, member))
         elif member in pairs:
             place = (name, member, info.offset_data, info.size)
-            found.append(Picture(labels[pairs[member]], *place))
+            found.append(SourceImage(labels[pairs[member]], *place))
     for reason, member in unpaired:
         leaving.setdefault(reason, []).append(f"{name}:{member}")
     return found
 
 
 def _pair(
-    pictures: Iterable[str], labels: Iterable[str]
+    images: Iterable[str], labels: Iterable[str]
 ) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """Each image's label, both by name, the label's without its ending; and what has no partner,
     each with the reason.
@@ -90,11 +90,11 @@ def _pair(
     """
     claims: dict[str, list[str]] = {label: [] for label in labels}
     alone: dict[str, list[str]] = {}
-    for picture in pictures:
-        key = picture
+    for image in images:
+        key = image
         while key not in claims and "." in key.rpartition("/")[2]:
             key = key.rpartition(".")[0]
-        claims.get(key, alone.setdefault(_webdataset_key(picture), [])).append(picture)
+        claims.get(key, alone.setdefault(_webdataset_key(image), [])).append(image)
     pairs: dict[str, str] = {}
     lost: list[tuple[str, str]] = []
     for label, members in claims.items():
@@ -103,7 +103,7 @@ def _pair(
         pairs.update(dict.fromkeys(chosen, label))
         reason = FURTHER if chosen else _SHARED
         lost += [(reason, member) for member in members if member not in chosen]
-    taken = {_webdataset_key(picture) for picture in pairs}
+    taken = {_webdataset_key(image) for image in pairs}
     unused: dict[str, list[str]] = {}
     for label, members in claims.items():
         if not members:
@@ -114,7 +114,7 @@ def _pair(
         else:
             lost += [(_NO_LABEL, member) for member in members]
     for key, keys in unused.items():
-        reason = FURTHER if key in taken else _NO_PICTURE
+        reason = FURTHER if key in taken else _NO_IMAGE
         lost += [(reason, f"{label}.cls") for label in keys]
     return pairs, lost
 

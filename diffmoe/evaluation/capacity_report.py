@@ -1,6 +1,6 @@
 """The capacity that sampling used, by layer, by time and by class: experts per token, mean over
 tokens (a token that no expert took counts 0).  The paper's figures 1c and 1d, as JSON, a Markdown
-table and a picture.
+table and an image.
 """
 
 from __future__ import annotations

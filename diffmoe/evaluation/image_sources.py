@@ -1,4 +1,4 @@
-"""Where images to be scored come from: a folder of pictures, pixel shards, or uint8 images [N, H,
+"""Where images to be scored come from: a folder of images, pixel shards, or uint8 images [N, H,
 W, 3] in a `.npy` or as `arr_0` in an `.npz` (ADM's form).
 
 50,000 images of 256 x 256 are 10 GB: nothing here holds more than the slice that is read.
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmoe.data.images import BadImage, decode_picture, picture_size
-from diffmoe.data.listing import EXTENSIONS, LeftOut, list_pictures
+from diffmoe.data.images import BadImage, decode_image, image_size
+from diffmoe.data.listing import EXTENSIONS, LeftOut, list_images
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import INDEX_NAME, load_index
 from diffmoe.errors import UserError
@@ -43,8 +43,8 @@ UNREADABLE = (
 @dataclass(frozen=True)
 class ImageSource:
     """`count` images of `size` (height, width); `read(start, stop)` gives some of them, uint8 [n,
-    3, H, W]. `files`: where they are; `pictures`: whether that is one each. `left_out`: files of
-    the folder that are not pictures.
+    3, H, W]. `files`: where they are; `one_each`: whether that is one image each. `left_out`: files of
+    the folder that are not images.
     """
 
     name: str
@@ -52,20 +52,20 @@ class ImageSource:
     size: tuple[int, int]
     read: Callable[[int, int], Tensor]
     files: tuple[Path, ...] = ()
-    pictures: bool = False
+    one_each: bool = False
     left_out: tuple[LeftOut, ...] = ()
 
     def check(self, world: Group) -> None:
-        """Whether pictures are of one size, by their headers; all ranks together, each an equal
+        """Whether images are of one size, by their headers; all ranks together, each an equal
         share of them. AgreedError where one is of another size, or cannot be read.
         """
         with agreed(world):
-            for path in self.files[world.index :: world.size] if self.pictures else ():
+            for path in self.files[world.index :: world.size] if self.one_each else ():
                 _check_size(path, _size_of(path), self.files[0], self.size)
 
 
 def open_images(path: str | Path) -> ImageSource:
-    """The images of a folder of pictures (all below it, by name), of pixel shards, of an npz's
+    """The images of a folder of images (all below it, by name), of pixel shards, of an npz's
     `arr_0` or of a .npy [N, H, W, 3].
 
     Raises:
@@ -84,38 +84,38 @@ def open_images(path: str | Path) -> ImageSource:
         return _open_shards(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist: no images, no statistics")
-    names, left_out = list_pictures(path)
+    names, left_out = list_images(path)
     if not names:
         raise UserError(
-            f"folder {path} holds neither {INDEX_NAME} nor pictures (.{', .'.join(EXTENSIONS)})"
+            f"folder {path} holds neither {INDEX_NAME} nor images (.{', .'.join(EXTENSIONS)})"
         )
     if lost := [str(left) for left in left_out if left.bad]:
         raise UserError(
             f"folder {path} holds more than can be read, and statistics of the rest would be "
             f"another data set's: {'; '.join(lost)}; remove or convert them"
         )
-    pictures = tuple(path / name for name in names)
-    size = _size_of(pictures[0])
+    files = tuple(path / name for name in names)
+    size = _size_of(files[0])
 
     def read(start: int, stop: int) -> Tensor:
         images = []
-        for picture in pictures[start:stop]:
+        for file in files[start:stop]:
             try:
-                image = np.asarray(decode_picture(picture.read_bytes(), channels=3))
+                image = np.asarray(decode_image(file.read_bytes(), channels=3))
             except (BadImage, OSError) as error:
-                raise UserError(f"picture {picture} cannot be read: {error}") from None
-            _check_size(picture, image.shape[:2], pictures[0], size)
+                raise UserError(f"image {file} cannot be read: {error}") from None
+            _check_size(file, image.shape[:2], files[0], size)
             images.append(image)
         return channels_first(np.stack(images))
 
-    return ImageSource(str(path), len(pictures), size, read, pictures, True, left_out)
+    return ImageSource(str(path), len(files), size, read, files, True, left_out)
 
 
 def _size_of(path: Path) -> tuple[int, int]:
     try:
-        return picture_size(path)
+        return image_size(path)
     except BadImage as error:
-        raise UserError(f"picture {path} cannot be read: {error}") from None
+        raise UserError(f"image {path} cannot be read: {error}") from None
 
 
 def _check_size(
@@ -123,7 +123,7 @@ def _check_size(
 ) -> None:
     if size != first_size:
         raise UserError(
-            f"picture {path} is {size[1]} x {size[0]}, {first.name} is "
+            f"image {path} is {size[1]} x {size[0]}, {first.name} is "
             f"{first_size[1]} x {first_size[0]}: crop and resize them beforehand"
         )
 
@@ -238,7 +238,7 @@ def _no_images(names: list[str]) -> str:
     of_sample = ""
     if {"images", "labels"} <= set(names):
         of_sample = (
-            "; those of `run.py sample` have it where they are pictures: sample again, latents "
+            "; those of `run.py sample` have it where they are images: sample again, latents "
             "with --vae"
         )
     return f"holds {names}, not arr_0 and not mu and sigma{of_sample}"

@@ -1,4 +1,4 @@
-"""Pictures: grids of samples, loss curves, expert load. Figures are plain objects; pyplot's state
+"""Images: grids of samples, loss curves, expert load. Figures are plain objects; pyplot's state
 is not used.
 """
 

@@ -80,7 +80,7 @@ def load_reference(
 
     Raises:
         UserError: on every rank: nothing that is a reference, statistics that are not a Gaussian's
-            or another extractor's, images of another size, damaged images, too few.
+            or another extractor's, images of another size, corrupt images, too few.
     """
     path = Path(path)
     source = None

@@ -200,7 +200,7 @@ def _torch_file(path: Path) -> object:
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except Exception as error:  # a damaged or hostile file can fail anywhere in the unpickler
+    except Exception as error:  # a corrupt or hostile file can fail anywhere in the unpickler
         raise UserError(f"{path} is refused: {_why_refused(path, error)}") from None
 
 

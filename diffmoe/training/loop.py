@@ -107,7 +107,7 @@ def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:
             run.done += 1
             trace.warm = True
             finished = run.done == train.steps
-            stop = stop and feed.settle(bool(stop_requested))
+            stop = stop and feed.decide_together(bool(stop_requested))
             batches = feed.take()
             _compare_with_plan(run, time.perf_counter() - began)
             last = stop or finished

@@ -38,11 +38,11 @@ class Writer:
         self._scalars(numbers, record["step"])
         print(progress_line(record, self.total_steps), flush=True)
 
-    def event(self, step: int, kind: str, text: str, aloud: bool = True) -> None:
-        """Something that should not pass unseen: a line of ``events.jsonl`` and, with ``aloud``, of
+    def event(self, step: int, kind: str, text: str, printed: bool = True) -> None:
+        """Something that should not pass unseen: a line of ``events.jsonl`` and, with ``printed``, of
         stderr.
         """
-        if aloud:
+        if printed:
             print(f"step {step}: {text}", file=sys.stderr, flush=True)
         self._line("events.jsonl", {"step": step, "event": kind, "text": text})
 

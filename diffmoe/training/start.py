@@ -198,7 +198,7 @@ def start(
         return run
     if writer:
         for text in skipped:
-            writer.event(newest.step, "passed over", text, aloud=False)
+            writer.event(newest.step, "passed over", text, printed=False)
     for change in accepted:
         tell(f"changed since {newest.path.name}: {change}")
     run.done = restore(newest, engine, run.ema, groups, tell)
