@@ -34,7 +34,7 @@ train() {
   conclude
 }
 
-# run_verb VERB [options]: a job of another verb.  evaluate and encode go on from what lies in the folder after --out.
+# run_verb VERB [options]: a job of another subcommand.  evaluate and encode go on from what lies in the folder after --out.
 run_verb() {
   enter_repository
   job=$PWD/runs/jobs/$SLURM_JOB_NAME-$SLURM_JOB_ID code=$PWD

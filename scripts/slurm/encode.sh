@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# Pictures to VAE moments in shards, on one node of 8 GPUs (run.py encode --help); begun again, it goes on. From the repository's root:
+# Images to VAE moments in shards, on one node of 8 GPUs (run.py encode --help); begun again, it goes on. From the repository's root:
 #   sbatch scripts/slurm/encode.sh --source imagenet/train --image-size 256 --vae FOLDER --out data/imagenet256_latents
 set -euo pipefail
 root=${DIFFMOE_ROOT:-${SLURM_SUBMIT_DIR:?is unset: start this with sbatch}}

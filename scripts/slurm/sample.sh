@@ -11,7 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 # Images from a checkpoint, on one node of 8 GPUs (run.py sample --help). From the repository's root:
-#   sbatch scripts/slurm/sample.sh --checkpoint runs/l_e16 --vae FOLDER --classes 207,360 --count 64 --out runs/l_e16/pictures
+#   sbatch scripts/slurm/sample.sh --checkpoint runs/l_e16 --vae FOLDER --classes 207,360 --count 64 --out runs/l_e16/images
 set -euo pipefail
 root=${DIFFMOE_ROOT:-${SLURM_SUBMIT_DIR:?is unset: start this with sbatch}}
 # shellcheck source=scripts/slurm/_common.sh
