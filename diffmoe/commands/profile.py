@@ -167,18 +167,14 @@ def _batches(
     """
     from diffmoe.data.feed import open_reader
     from diffmoe.data.stream import BatchStream
-    from diffmoe.parallel.collectives import raise_together
+    from diffmoe.parallel.collectives import agreed
     from diffmoe.parity.synthetic import synthetic_batch
 
     if synthetic:
         positions = share.positions(0).tolist()
         return itertools.repeat([synthetic_batch(config, numbers) for numbers in positions])
-    problem: Exception | None = None
-    try:
+    with agreed(groups.world):
         reader = open_reader(config)
-    except (UserError, OSError) as error:
-        problem = error
-    raise_together(problem, groups.world)
     return BatchStream(
         reader, share, start_step=0, workers=config.data.workers, prefetch=config.data.prefetch
     )

@@ -21,7 +21,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -47,12 +46,11 @@ from diffmoe.data.values import channel_sums, mean_and_std, to_float
 from diffmoe.device import set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.files import sha256
-from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_together
+from diffmoe.parallel.collectives import AgreedError, agreed, gather_objects
 from diffmoe.parallel.groups import Group
 
 _REPORT_SECONDS = 10.0
 Images = Generator[np.ndarray | BadImage, None, None]
-T = TypeVar("T")
 
 
 def encode(
@@ -70,7 +68,7 @@ def encode(
             too many bad images.
     """
 
-    def prepare() -> tuple[Source, Vae | None, Plan, dict[int, ShardRecord] | None]:
+    with agreed(group):
         source = list_source(
             request.source,
             request.classes,
@@ -80,13 +78,11 @@ def encode(
         )
         vae = _load_vae(request, device)
         plan = make_plan(request, source, vae)
-        if group.index:
-            return source, vae, plan, {}
-        stamps = file_stamps(source, request.workers)
-        plan = replace(plan, encoding=replace(plan.encoding, source_stamps=stamps))
-        return source, vae, plan, open_folder(request.out, plan, source)
-
-    source, vae, plan, records = _together(group, prepare)
+        records: dict[int, ShardRecord] | None = {}
+        if group.index == 0:
+            stamps = file_stamps(source, request.workers)
+            plan = replace(plan, encoding=replace(plan.encoding, source_stamps=stamps))
+            records = open_folder(request.out, plan, source)
     openings = gather_objects((plan, records), group)
     for rank, (other, _) in enumerate(openings):
         plan.check_same(other, f"rank {rank}")
@@ -101,20 +97,10 @@ def encode(
         encoder = _Encoder(request, plan, source, vae, records, group, report)
         encoder.encode_pending()
         index = encoder.index()
-    _together(group, lambda: None if group.index else _finish(request.out, index))
+    with agreed(group):
+        if group.index == 0:
+            _finish(request.out, index)
     return index
-
-
-def _together(group: Group, action: Callable[[], T]) -> T:
-    """`action` on every rank; what goes wrong on one is raised on all."""
-    problem: Exception | None = None
-    done: list[T] = []
-    try:
-        done.append(action())
-    except (UserError, OSError) as error:
-        problem = error
-    raise_together(problem, group)
-    return done[0]
 
 
 def _load_vae(request: Request, device: torch.device) -> Vae | None:
@@ -186,10 +172,8 @@ class _Encoder:
             for turn in range(-(-len(pending) // group.size)):
                 # Agreed on every round: a rank that fails stops all at once, and none waits for
                 # the slowest at the very end.
-                record = _together(
-                    group,
-                    lambda: self._shard(mine[turn], images) if turn < len(mine) else None,
-                )
+                with agreed(group):
+                    record = self._shard(mine[turn], images) if turn < len(mine) else None
                 fresh = [r for r in gather_objects(record, group) if r is not None]
                 records.update((r.number, r) for r in fresh)
                 self.done += sum(len(plan.shard(r.number)) for r in fresh)

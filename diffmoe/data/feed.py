@@ -26,7 +26,7 @@ from diffmoe.data.share import Share
 from diffmoe.data.stream import Batch, BatchStream
 from diffmoe.errors import UserError
 from diffmoe.files import replacing
-from diffmoe.parallel.collectives import AgreedError, gather_objects, raise_together
+from diffmoe.parallel.collectives import AgreedError, agreed, gather_objects, raise_together
 from diffmoe.parallel.groups import Group
 
 RECORD_NAME = "bad_shards.json"
@@ -233,14 +233,10 @@ class Feed:
                 f"data.bad_share ({self._data.bad_share}) allows; the last: shard "
                 f"{max(found)}{found[max(found)]}"
             )
-        problem: Exception | None = None
-        try:
+        with agreed(self._group):
             if self._group.index == 0:
                 with replacing(self._record) as stream:
                     stream.write(json.dumps(entries, indent=1).encode() + b"\n")
-        except OSError as error:
-            problem = error
-        raise_together(problem, self._group)
         for name in sorted(found):
             self._say(
                 f"left out from step {self._next} on: shard {name}{found[name]} ({self._record})"
@@ -255,13 +251,8 @@ class Feed:
 
     def _agree_on_data(self) -> None:
         """The same data set on every rank, and the same shards left out."""
-        problem: Exception | None = None
-        entries: list[dict] = []
-        try:
+        with agreed(self._group):
             entries = self._entries()
-        except UserError as error:
-            problem = error
-        raise_together(problem, self._group)
         seen = gather_objects((entries, self._reader.index.fingerprint), self._group)
         entries, first = seen[0]
         for rank, (_, other) in zip(self._group.ranks, seen):
