@@ -14,6 +14,7 @@ import torch
 from diffmoe.checkpoints import writer
 from diffmoe.checkpoints.reader import Checkpoint, complete_folders
 from diffmoe.config import Config, load_config
+from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.layout import resolve_layout
 from diffmoe.models.dit import DiT
 from diffmoe.models.logical import initialize
@@ -61,7 +62,13 @@ def start(config: Config, world: int, stage: int = 1, bf16: bool = False):
     groups = build_groups(layout.ep, layout.pool_ranks)
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups)
     initialize(model, 0)
-    engine = Engine(model, config, layout, zero(stage, bf16), groups, torch.device("cpu"))
+    engine = Engine(
+        model,
+        config,
+        merge_deepspeed(zero(stage, bf16), config, layout),
+        groups,
+        torch.device("cpu"),
+    )
     return engine, Ema(engine, config.train.ema_decays), layout, groups
 
 

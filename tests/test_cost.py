@@ -16,6 +16,7 @@ from diffmoe.cost.memory import engine_facts, rank_memory
 from diffmoe.cost.parameters import rank_parameters
 from diffmoe.cost.step_time import step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
+from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.models.count import count
@@ -131,7 +132,8 @@ def _measured_memory(overrides, tree):
     # What an earlier case left must not be freed while this one is measured.
     held = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     before = live_bytes(CPU)
-    engine = Engine(build_model(config, layout.pool, groups), config, layout, tree, groups, CPU)
+    merged = merge_deepspeed(tree, config, layout)
+    engine = Engine(build_model(config, layout.pool, groups), config, merged, groups, CPU)
     ema = Ema(engine, config.train.ema_decays)
     micro = layout.micro_batch
     batches = [
@@ -212,8 +214,7 @@ def _counted(overrides, zero, bf16):
     engine = Engine(
         build_model(config, layout.pool, groups),
         config,
-        layout,
-        _deepspeed(zero, bf16, 300_000),
+        merge_deepspeed(_deepspeed(zero, bf16, 300_000), config, layout),
         groups,
         CPU,
     )

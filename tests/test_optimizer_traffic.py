@@ -44,7 +44,8 @@ def start(tree, *overrides):
     config = load_config(None, [*MODEL, *overrides])
     layout = resolve_layout(config, dist.get_world_size())
     groups = build_groups(layout.ep, layout.pool_ranks)
-    engine = Engine(build_model(config, layout.pool, groups), config, layout, tree, groups, CPU)
+    merged = merge_deepspeed(tree, config, layout)
+    engine = Engine(build_model(config, layout.pool, groups), config, merged, groups, CPU)
     ema, micro = Ema(engine, config.train.ema_decays), layout.micro_batch
     batches = [
         synthetic_batch(config, range(groups.rank * micro, (groups.rank + 1) * micro))

@@ -23,6 +23,7 @@ import torch
 
 from diffmoe.commands.common import Parser
 from diffmoe.config import Config, load_config
+from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.markdown import table
@@ -109,8 +110,8 @@ def _measure(
     groups = build_groups(layout.ep, layout.pool_ranks)
     model = DiT(config.model, config.moe, pool=layout.pool, groups=groups)
     initialize(model, config.run.seed)
-    tree = {"zero_optimization": {"stage": stage}}
-    engine = Engine(model, config, layout, tree, groups, torch.device("cpu"))
+    tree = merge_deepspeed({"zero_optimization": {"stage": stage}}, config, layout)
+    engine = Engine(model, config, tree, groups, torch.device("cpu"))
     ema = Ema(engine, config.train.ema_decays)
     savers = {}
     for way in WAYS[1:]:

@@ -9,6 +9,7 @@ import torch
 
 from diffmoe.config import Config
 from diffmoe.data.stream import Batch
+from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.diffusion.randomness import Draws
 from diffmoe.layout import resolve_layout
 from diffmoe.models.dit import DiT
@@ -57,7 +58,8 @@ class Training:
     ) -> None:
         self.model, self.config, self.groups = model, config, groups
         self.layout = resolve_layout(config, groups.world.size)
-        self.engine = Engine(model, config, self.layout, tree, groups, device)
+        merged = merge_deepspeed(tree, config, self.layout)
+        self.engine = Engine(model, config, merged, groups, device)
         self.ema = Ema(self.engine, config.train.ema_decays)
 
     def batches(self, step: int) -> list[Batch]:

@@ -25,10 +25,8 @@ from torch import Tensor, nn
 
 from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from diffmoe.config import Config, TrainConfig
-from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.device import synchronize
 from diffmoe.errors import UserError
-from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.models.logical import LogicalTensor, logical_tensors
 from diffmoe.moe.routing import RoutingRule
@@ -91,14 +89,13 @@ class Engine:
 
     Fp32 state is held as flat shards, congruent for masters, both moments and whatever copies them
     (EMA).  :meth:`span` says which elements of a parameter lie where in them, :meth:`read` puts
-    whole tensors together.
+    whole tensors together.  ``deepspeed_tree``: as ``merge_deepspeed`` returns it.
     """
 
     def __init__(
         self,
         model: DiT,
         config: Config,
-        layout: Layout,
         deepspeed_tree: dict,
         groups: ParallelGroups,
         device: torch.device,
@@ -108,8 +105,7 @@ class Engine:
         self.tensors = logical_tensors(model)
         self.expert_parallel = groups.ep.size > 1
         with agreed(groups.world):
-            tree = merge_deepspeed(deepspeed_tree, config, layout)
-            zero = tree["zero_optimization"]
+            zero = deepspeed_tree["zero_optimization"]
             self.stage: int = zero.get("stage", 0)
             self.offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
             self._adam = _build_optimizer(
@@ -121,14 +117,17 @@ class Engine:
         assert dist.is_initialized(), "init_process_group comes first"
         self.deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         with agreed(groups.world):
-            check_by_deepspeed(tree)
+            check_by_deepspeed(deepspeed_tree)
         # It imports deepspeed: not before import_deepspeed has.
         from diffmoe.training import zero_optimizers
 
         self._zero, self._decision = zero_optimizers, zero_optimizers.Decision()
         with zero_optimizers.in_place_of_deepspeeds():
             self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
-                model=model, optimizer=self._adam, config=tree, dist_init_required=False
+                model=model,
+                optimizer=self._adam,
+                config=deepspeed_tree,
+                dist_init_required=False,
             )
         self._sums = isinstance(self.optimizer, zero_optimizers.Bf16Optimizer)
         if self._sums:

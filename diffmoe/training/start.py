@@ -163,7 +163,7 @@ def start(
     initialize(model, config.run.seed)
     if compiled:
         compile_blocks(model)
-    engine = Engine(model, config, layout, deepspeed_tree, groups, device)
+    engine = Engine(model, config, deepspeed_tree, groups, device)
     lengthen_timeouts(config.run.timeout_s)
     watch_layers(model.blocks, groups.trace)
     guard = Guard.from_counters(config.train, counters)
