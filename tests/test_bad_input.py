@@ -340,6 +340,7 @@ def after_joining(tmp_path_factory):
     }
 
 
+@pytest.mark.full
 def test_mistakes_that_data_folders_and_checkpoints_show(after_joining):
     wrong = {}
     for name, (results, texts) in after_joining.items():

@@ -157,6 +157,7 @@ def test_every_part_runs_in_order_and_is_not_done_again(bench):
     ] * 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("hangs", "item", "left_out"),
     [

@@ -482,6 +482,7 @@ def test_a_tensors_pieces_may_not_overlap():
 # memory
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     """134 MB written at simulated EP 8 and read at EP 1, tensor by tensor; a process of its own,
     for a clean mark.

@@ -448,6 +448,7 @@ def test_xl_fits_on_8_16_and_64_gpus(nodes):
         assert all(reasons(c, best) for c in found)
 
 
+@pytest.mark.full
 def test_less_memory_is_answered_with_recompute_then_with_more_nodes():
     config = load_config("configs/diffmoe_xl_e16_flow.yaml", [])
     hardware = choose(read_table(None), "a100")

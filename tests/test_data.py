@@ -789,6 +789,7 @@ def test_a_killed_worker_is_an_error_and_signals_to_stop_are_not_its_own(tmp_pat
             take(stream, 10)
 
 
+@pytest.mark.full
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     """Also where the parent is killed and closes nothing."""
     import multiprocessing

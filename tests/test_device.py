@@ -463,6 +463,7 @@ LINE = (
 cpu_build = pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for GPUs")
 
 
+@pytest.mark.full
 @cpu_build
 def test_each_verb_of_several_ranks_says_so_on_each_and_computes_on_the_cpu_where_that_is_meant(
     gpu_node, tmp_path
@@ -518,6 +519,7 @@ def test_each_verb_of_one_process_says_so(gpu_node):
     )
 
 
+@pytest.mark.full
 @cpu_build
 @pytest.mark.parametrize("more", [[], ["run.device=cpu"]])
 def test_preflight_says_the_same(gpu_node, tmp_path, more):

@@ -720,6 +720,7 @@ def join(processes: list[multiprocessing.process.BaseProcess], limit: float = 60
     assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
+@pytest.mark.full
 def test_ranks_write_what_one_rank_writes(tmp_path: Path) -> None:
     run(request(tmp_path / "one", vae=False))
     join(start(3, tmp_path / "store", request(tmp_path / "a"), request(tmp_path / "b", vae=False)))
@@ -828,6 +829,7 @@ def classes_of_shards(index: ShardIndex) -> list[int]:
     return [len(np.unique(found)) for found in labels]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("source", ["folder", "tars"])
 def test_every_shard_of_a_source_in_class_order_holds_nearly_all_classes(
     tmp_path: Path, source: str
@@ -847,6 +849,7 @@ def test_every_shard_of_a_source_in_class_order_holds_nearly_all_classes(
     assert plain.encoding.shuffled is None and max(classes_of_shards(plain)) == 4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("trials", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_shuffled_folder_of_many_classes_ends_the_same_after_kills(
     tmp_path: Path, trials: int

@@ -588,6 +588,7 @@ def ranks():
         yield four
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("counts", [[30, 3], [0, 33], [11, 0, 20, 2]])
 def test_moments_and_totals_over_ranks_are_those_of_all(ranks, counts: list[int]) -> None:
     x = np.random.default_rng(6).normal(size=(33, 5)) + 1e3

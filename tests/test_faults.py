@@ -296,6 +296,7 @@ def test_a_rank_that_is_lost_before_or_after_the_work_is_one_line(tmp_path):
 # stop requests
 
 
+@pytest.mark.full
 def test_a_stop_request_while_starting_ends_in_order_and_more_of_them_change_nothing(
     nursery, tmp_path
 ):

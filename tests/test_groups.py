@@ -141,6 +141,7 @@ def test_members_meet_in_whatever_order_groups_are_used(ranks, order):
         assert found["pool_owners"] == [rank]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "world,device,wanted",
     [(1, "cuda:0", None), (2, "cuda:1", "cuda:1"), (1, "cpu", None), (2, "cpu", None)],

@@ -318,6 +318,7 @@ def test_names_of_the_codes_options_go_both_ways(tmp_path, moe):
     )
 
 
+@pytest.mark.full
 def test_training_starts_from_an_import_as_from_its_own_weights(tmp_path):
     """Weights of run.seed, out in research names and in again: two runs with one loss curve,
     moments and EMA included; and ``run.py sample`` reads what was imported.

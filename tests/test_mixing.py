@@ -218,6 +218,7 @@ def test_inspect_data_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture, m
 # ---- what a run takes
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("said", "before", "shuffled", "expected"),
     [

@@ -417,6 +417,7 @@ def integers_and_back(ep):
     ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("world,ep", GRIDS)
 def test_dispatch_then_combine_counts_the_experts_of_each_token(ranks, world, ep):
     for pairs in ranks[world].run(integers_and_back, ep):

@@ -181,6 +181,7 @@ def test_a_stop_in_the_new_recipe_changes_nothing(switched, option):
             assert torch.equal(stopped.tensors(kind)[name], value), f"{kind} {name}"
 
 
+@pytest.mark.full
 def test_killed_before_its_first_checkpoint_it_changes_again_alike(switched):
     folder, _, _, nursery = switched
     again = folder.with_name("from the start")

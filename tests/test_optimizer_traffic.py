@@ -355,6 +355,7 @@ def test_sums_do_not_depend_on_the_order_that_gradients_come_in(worlds, ranks, e
         )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("tree", "wanted"),
     [

@@ -83,6 +83,7 @@ def test_the_quick_compiled_table_is_one_case(worlds, variant):
     assert case.compiled and case.variant == variant and case in compiled_table(worlds)
 
 
+@pytest.mark.full
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "table.json"
     assert verify.main(["--quick", "--worlds", "1", "--json", str(path)], detect()) == 0

@@ -242,6 +242,7 @@ def test_ctrl_c_under_the_deepspeed_command_leaves_a_checkpoint(tmp_path):
     assert len(steps(tmp_path)) == 1
 
 
+@pytest.mark.full
 def test_a_finished_run_does_nothing_and_a_folder_of_another_run_is_refused(tmp_path):
     folder = copy_run(tmp_path / "run", 8)
     before = tensors(folder / "checkpoints/step_00000008")
@@ -371,6 +372,7 @@ def test_an_optimizer_that_does_not_compile_is_one_line(monkeypatch):
         _build_optimizer([], TrainConfig(optimizer="deepspeed"), torch.device("cpu"), offload=False)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "ep", "pool"), [("dense", 1, 16), ("tc", 2, 16), ("ec", 2, 1), ("diffmoe", 2, 8)]
 )
@@ -448,6 +450,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(two_ranks, tm
     assert steps(tmp_path) == []
 
 
+@pytest.mark.full
 def test_a_save_that_fails_is_tried_again_and_only_the_last_state_must_be_saved(
     two_ranks, tmp_path
 ):

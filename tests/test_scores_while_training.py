@@ -121,6 +121,7 @@ def test_what_scores_need_is_asked_for_before_the_first_step(two_ranks, tmp_path
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("arrays", "told"),
     [

@@ -40,6 +40,7 @@ def process_id():
     return os.getpid()
 
 
+@pytest.mark.full
 def test_results_errors_and_fresh_worlds():
     with Ranks(2) as ranks:
         for value in (1, 2):
@@ -67,6 +68,7 @@ def test_the_rank_that_died_is_told_of_and_not_the_one_that_lost_it():
             ranks.run(lose_rank_1)
 
 
+@pytest.mark.full
 def test_a_rank_that_hangs():
     with Ranks(2) as ranks:
         ranks.run(process_id)

@@ -588,6 +588,7 @@ def test_tars_of_others_train_as_our_own(
     assert torch.equal(batch.x, torch.from_numpy(x)) and torch.equal(batch.y, torch.from_numpy(y))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", ["latent", "npz, parts"])
 def test_mapped_tars_are_held_to_their_checksum(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture
