@@ -538,6 +538,7 @@ def test_training_refuses_before_its_first_step(asked):
     assert train_command.main([*arguments, "sample.cfg=1"], detect()) == 0
 
 
+@pytest.mark.full
 def test_training_without_label_drop_ends_well_without_images(tmp_path):
     run, asked = tmp_path / "run", ["--count", "2", "--out", tmp_path / "s"]
     (trained_,), (refused,), (sampled,) = run_cases(
