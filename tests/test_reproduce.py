@@ -91,7 +91,6 @@ def succeed_under_torchrun(world: int, *arguments: object) -> str:
 @pytest.mark.parametrize(
     "ranks", [succeed, pytest.param(succeed_under_torchrun, marks=pytest.mark.slow)]
 )
-@pytest.mark.full
 def test_a_published_row_from_images_to_its_card(work: Path, ranks: Callable[..., str]) -> None:
     out = work / ranks.__name__
     ranks(
