@@ -26,6 +26,8 @@ from diffmoe.training.step import StepReport, train_step
 from programs import losses, tiny, tiny_config, zero
 from test_run import assert_same_tensors, steps, train_here
 
+pytestmark = pytest.mark.full  # its fixtures take their time
+
 BATCH = 16
 
 
@@ -160,7 +162,6 @@ def bad_steps(folder, stage, bf16, accumulation):
     return changed, found
 
 
-@pytest.mark.full
 def test_a_step_that_is_not_finite_changes_nothing_at_any_zero_stage(tmp_path):
     """Weights, moments, Adam's count, EMA, thresholds and histograms, on all of 4 ranks; the next
     step is as if it had not been.
@@ -190,7 +191,6 @@ def test_a_step_that_is_not_finite_changes_nothing_at_any_zero_stage(tmp_path):
                 ), places
 
 
-@pytest.mark.full
 def test_skipped_steps_are_counted_recorded_and_the_same_after_a_resume(two_ranks, tmp_path):
     more = ("train.on_nonfinite=skip", "train.nonfinite_limit=2", "train.save_every=4")
     said, complaint = hear(two_ranks, tiny(tmp_path / "a", *more), math.nan, {2, 5, 6})
@@ -232,7 +232,6 @@ def test_skipped_steps_are_counted_recorded_and_the_same_after_a_resume(two_rank
 SPIKES = ("train.spike_factor=3", "train.spike_window=3", "train.save_every=4", "train.lr=1e-3")
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_spike_sends_the_run_back_and_leaves_its_batch_out_for_good(two_ranks, tmp_path, stage):
     (tmp_path / "ds.json").write_text(json.dumps(zero(stage)))
@@ -289,7 +288,6 @@ def report(loss, applied=True):
     )
 
 
-@pytest.mark.full
 def test_the_guard_waits_for_its_window_and_forgets_what_it_went_back_over():
     guard = Guard(TrainConfig(spike_factor=2.0, spike_window=3, spike_limit=1))
     assert [guard.judge(report(loss), i) for i, loss in enumerate((9.0, 1.0, 1.0, 1.9, 2.1))] == [

@@ -12,6 +12,8 @@ import torch
 
 from diffmoe.bench import fake_cuda
 
+pytestmark = pytest.mark.full  # its fixtures take their time
+
 HERE = Path(__file__).resolve().parent
 CASES = [
     *(
@@ -55,7 +57,6 @@ def found():
     return dict(json.loads(line) for line in run.stdout.splitlines())
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_pass_stays_on_the_device(found, case):
     assert found[case] == "done"

@@ -33,6 +33,8 @@ from diffmoe.training.resume import check_resumable
 from diffmoe.training.step import micro_loss
 from programs import Nursery, losses, tiny, tiny_config
 
+pytestmark = pytest.mark.full  # its fixtures take their time
+
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT, ema_kind(0.7), BUFFERS)
 OLD = (
     "moe.pool=8",
@@ -66,7 +68,6 @@ def switched(tmp_path_factory):
         yield folder, refused, said, nursery
 
 
-@pytest.mark.full
 def test_without_the_option_it_is_refused_and_named(switched):
     _, refused, _, _ = switched
     assert [r.returncode for r in refused] == [2, 2]
@@ -107,7 +108,6 @@ def test_what_changed_is_said_and_recorded(switched):
         )
 
 
-@pytest.mark.full
 def test_the_first_step_starts_from_these_weights_and_moments(switched):
     """The step after the change again, by one plain process: Adam by torch from the stored weights
     and moments.
@@ -161,7 +161,6 @@ def test_the_first_step_starts_from_these_weights_and_moments(switched):
             )
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("option", [["--new-recipe"], []])
 def test_a_stop_in_the_new_recipe_changes_nothing(switched, option):
     folder, _, _, nursery = switched
@@ -181,7 +180,6 @@ def test_a_stop_in_the_new_recipe_changes_nothing(switched, option):
             assert torch.equal(stopped.tensors(kind)[name], value), f"{kind} {name}"
 
 
-@pytest.mark.full
 def test_killed_before_its_first_checkpoint_it_changes_again_alike(switched):
     folder, _, _, nursery = switched
     again = folder.with_name("from the start")

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from programs import run_program, start_launcher
 
+pytestmark = pytest.mark.full  # its fixtures take their time
+
 SMALL = (
     "model.input_size=8",
     "model.width=32",
@@ -87,7 +89,6 @@ def succeed_under_torchrun(world: int, *arguments: object) -> str:
     return result.stdout
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     "ranks", [succeed, pytest.param(succeed_under_torchrun, marks=pytest.mark.slow)]
 )
@@ -178,7 +179,6 @@ def test_a_published_row_from_images_to_its_card(work: Path, ranks: Callable[...
     assert (out / "images_of_it.png").is_file()
 
 
-@pytest.mark.full
 def test_another_vae_than_the_training_datas_is_refused(work: Path) -> None:
     from diffusers import AutoencoderKL
 

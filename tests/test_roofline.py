@@ -24,6 +24,8 @@ from diffmoe.cost.step_time import moved, rates
 from diffmoe.layout import resolve_layout
 from diffmoe.models.count import count
 
+pytestmark = pytest.mark.full  # its fixtures take their time
+
 T, D, H = 4096, 256, 1024  # rows, width, inner width
 BF16 = "ds_configs/zero1_bf16.json"
 
@@ -82,7 +84,6 @@ def found():
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.full
 @needs_a_device
 def test_eager_kernels_read_their_inputs_and_write_their_outputs():
     rows = T * D * 2
@@ -115,7 +116,6 @@ def _small(*changes):
     )
 
 
-@pytest.mark.full
 @needs_a_device
 @pytest.mark.parametrize("recompute", ["none", "block", "selective"])
 def test_reads_by_the_host_and_collectives_of_a_pool_over_ranks(recompute):
@@ -130,7 +130,6 @@ def test_reads_by_the_host_and_collectives_of_a_pool_over_ranks(recompute):
     )
 
 
-@pytest.mark.full
 @needs_a_device
 def test_no_layer_reads_where_pools_are_in_a_rank():
     engine = fake_cuda.counted(
@@ -145,7 +144,6 @@ def test_no_layer_reads_where_pools_are_in_a_rank():
     )  # master and moments read and written, the gradient read
 
 
-@pytest.mark.full
 @needs_a_device
 @pytest.mark.parametrize("change", ["moe.experts=16", "model.family=dense"])
 def test_the_planner_moves_what_is_counted(change):

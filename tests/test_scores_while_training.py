@@ -23,6 +23,8 @@ from diffmoe.parallel.spawn import Ranks
 from programs import digits, losses, tiny, tiny_config, trained, zero
 from test_bad_steps import events, heard
 
+pytestmark = pytest.mark.full  # its fixtures take their time
+
 COUNT = 80  # in batches of 16 on two ranks: the last round has more images than are asked for
 SCORES = [
     "train.score_every=4",
@@ -55,7 +57,6 @@ def scored(arguments, fails_at):
         return heard(arguments, 2)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("stage", [1, 3])
 def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(
     two_ranks, tmp_path, stage
@@ -121,7 +122,6 @@ def test_what_scores_need_is_asked_for_before_the_first_step(two_ranks, tmp_path
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     ("arrays", "told"),
     [
