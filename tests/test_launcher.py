@@ -574,7 +574,7 @@ def test_doctor_reads_this_machine():
     assert (
         facts.wanted["deepspeed"] == "==0.19.8"
         and facts.wanted_python == ">=3.10,<3.14"
-        and len(facts.wanted) == 16
+        and len(facts.wanted) == 17
     )
     assert facts.torch["version"].startswith("2.13")
     assert {finding.what for finding in judge(facts)} >= {

@@ -257,7 +257,7 @@ def test_an_index_that_does_not_say_was_ieee(tmp_path):
 @pytest.mark.parametrize(
     ("vae", "precision", "complaint"),
     [
-        (True, "bf16", "fp32_precision ('bf16') must be one of ieee, tf32"),
+        (True, "bf16", "fp32_precision (bf16) must be ieee or tf32"),
         (False, "tf32", "fp32_precision (tf32) goes with vae (None): pixels are copied"),
     ],
 )
