@@ -49,13 +49,17 @@ def records():
 def test_the_layer_beside_its_baselines(records):
     record = records["moe-layer"]
     contenders = record["contenders"]
-    assert set(contenders) == {"ours", "dense", "loop", "deepspeed"}
+    assert set(contenders) == {"ours", "dense", "loop", "deepspeed", "deepspeed+predictor"}
     seconds, peak = (
         {name: c[key] for name, c in contenders.items()} for key in ("seconds", "peak_bytes")
     )
     assert math.isclose(record["time_over_dense"], seconds["ours"] / seconds["dense"])
     assert math.isclose(record["loop_time_over_ours"], seconds["loop"] / seconds["ours"])
     assert math.isclose(record["deepspeed_time_over_ours"], seconds["deepspeed"] / seconds["ours"])
+    assert math.isclose(
+        record["deepspeed_with_predictor_time_over_ours"],
+        seconds["deepspeed+predictor"] / seconds["ours"],
+    )
     assert math.isclose(record["activation_memory_over_dense"], peak["ours"] / peak["dense"])
     assert math.isclose(record["activation_memory_over_loop"], peak["ours"] / peak["loop"])
     assert min(*seconds.values(), *peak.values()) > 0

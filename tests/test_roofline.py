@@ -56,7 +56,13 @@ def products():
     return lambda: (torch.addmm(b[0, 0], x[0], w[0]), torch.baddbmm(b, x, w))
 
 
-CASES = {f.__name__: f for f in (two_passes, pick_and_add, products)}
+def between_products():
+    """Kernels before and after a product cannot become one, those beside each other can."""
+    x, w = _tensor(T, D), _tensor(D, D)
+    return lambda: (F.gelu(x) @ w, (x.float() * 3).sum(1), F.silu(x @ w) + 1)
+
+
+CASES = {f.__name__: f for f in (two_passes, pick_and_add, products, between_products)}
 
 
 def count_case(name, compiled):
@@ -67,9 +73,13 @@ def count_case(name, compiled):
             run = torch.compile(run, backend=counting.backend, fullgraph=True, dynamic=False)
             run()
             counting.kernels.clear()
+            counting.fused.clear()
         with counting:
             run()
-    return [[k.kind, k.bytes, k.flops] for k in counting.kernels]
+    return [
+        [[k.kind, k.bytes, k.flops] for k in kernels]
+        for kernels in (counting.kernels, counting.fused)
+    ]
 
 
 needs_a_device = pytest.mark.skipif(
@@ -87,8 +97,8 @@ def found():
 @needs_a_device
 def test_eager_kernels_read_their_inputs_and_write_their_outputs():
     rows = T * D * 2
-    assert found()["two_passes, eager"] == [["memory", 2 * rows, 0]] * 2
-    (_, picked, _), (_, scaled, _), (_, added, _) = found()["pick_and_add, eager"]
+    assert found()["two_passes, eager"][0] == [["memory", 2 * rows, 0]] * 2
+    (_, picked, _), (_, scaled, _), (_, added, _) = found()["pick_and_add, eager"][0]
     assert picked == 2 * rows + 8 * T
     assert scaled == rows + 4 * T + 2 * rows
     assert (
@@ -98,7 +108,7 @@ def test_eager_kernels_read_their_inputs_and_write_their_outputs():
 
 @needs_a_device
 def test_products_have_flops_and_copy_what_they_add():
-    one, sum_, four = found()["products, eager"]
+    one, sum_, four = found()["products, eager"][0]
     assert one == ["product", 2 * (T * D + D * H + H + T * H), 2 * T * D * H]
     assert four[0] == "product" and four[2] == 4 * one[2]
     assert sum_ == ["memory", 2 * (4 * H + 4 * T * H), 0]
@@ -106,7 +116,19 @@ def test_products_have_flops_and_copy_what_they_add():
 
 @needs_a_device
 def test_compiled_operators_become_one_kernel():
-    assert found()["two_passes, compiled"] == [["memory", 2 * T * D * 2, 0]]
+    kernels, ideal = found()["two_passes, compiled"]
+    assert kernels == ideal == [["memory", 2 * T * D * 2, 0]]
+
+
+@needs_a_device
+def test_the_ideal_fusion_stops_at_products():
+    kernels, ideal = found()["between_products, compiled"]
+    assert sum(k[0] == "product" for k in kernels) == sum(k[0] == "product" for k in ideal) == 2
+    before, after = sorted((k[1] for k in ideal if k[0] == "memory"), reverse=True)
+    assert (
+        before == 2 * T * D * 2 + 4 * T and after == 2 * T * D * 2
+    )  # x is read once for both of its readers
+    assert sum(k[1] for k in kernels) >= sum(k[1] for k in ideal)
 
 
 def _small(*changes):
@@ -163,6 +185,17 @@ def test_the_planner_moves_what_is_counted(change):
     )
 
 
+@needs_a_device
+def test_the_ideal_fusion_of_a_compiled_model_moves_less():
+    config = _small("parallel.ep=1", "moe.pool=rank", "train.batch=16", "model.depth=2")
+    micro = fake_cuda.counted([(config, BF16, "compiled")], 1)[0]
+    moved = {
+        form: sum(k[2] * k[5] for k in micro[form] if k[0] == "memory")
+        for form in ("kernels", "ideal")
+    }
+    assert 0 < moved["ideal"] < moved["kernels"]
+
+
 def test_a_step_is_priced_by_hand():
     """Kernels of a made-up count, at the stated rates; the host only shows where it is slower than
     the device.
@@ -177,6 +210,7 @@ def test_a_step_is_priced_by_hand():
             ["memory", "add", int(speed["memory"]), 0, "model", 1],
             ["product", "narrow", int(speed["memory"]), 1, "model", 1],
         ],
+        "ideal": [],
         "parameters": 1,
         "kept": 1,
         "collectives": {},

@@ -102,7 +102,9 @@ def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor
 
 
 def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[str, Any]:
-    """Kernels of a rank's micro-batch; bytes of activations kept; collectives; parameters."""
+    """Kernels of a rank's micro-batch, of compiled graphs also with the ideal fusion; bytes of
+    activations kept; collectives; parameters.
+    """
     # As if other ranks' tokens were like this one's.
     if resolve_layout(config, ranks).pool_ranks > 1 and config.model.family != "tc":
         config = override(config, ["moe.pool=rank"])
@@ -124,12 +126,14 @@ def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[
             loss().backward()  # compiles
             dit.zero_grad(set_to_none=True)
             counting.kernels.clear()
+            counting.fused.clear()
         with Allocations() as allocations, counting:
             total = loss()
             kept = sum(size for _, size in allocations.events)
             total.backward()
         return {
             "kernels": _alike(counting.kernels),
+            "ideal": _alike(counting.fused),
             "kept": kept,
             "collectives": counting.collectives,
             "parameters": sum(p.numel() for p in dit.parameters()),

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -87,6 +87,7 @@ class Counting(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.kernels: list[Kernel] = []
+        self.fused: list[Kernel] = []  # of compiled graphs, with the ideal fusion
         self.reads: Counter[str] = Counter()  # by place
         self.collectives: Counter[str] = Counter()
         self.owner, self._inside_compiled, self._methods = owner, False, contextlib.ExitStack()
@@ -146,12 +147,13 @@ class Counting(TorchDispatchMode):
         run = copy.deepcopy(module)  # lowering changes it
         how = {name: options.get(name, False) for name in ("is_backward", "is_inference")}
         with _disable_current_modes(), as_on_a_gpu():
-            kernels = _scheduled(module, inputs, how)
+            kernels, fused = _scheduled(module, inputs, how)
 
         def call(inputs: list) -> Any:
             arguments = list(inputs)
             inputs.clear()
             self.kernels += kernels
+            self.fused += fused
             self._inside_compiled = True
             try:
                 return run(*arguments)
@@ -268,8 +270,8 @@ def as_on_a_gpu() -> Iterator[None]:
 
 def _scheduled(
     module: torch.fx.GraphModule, inputs: Sequence[Any], how: dict[str, Any]
-) -> list[Kernel]:
-    """A graph's kernels after Inductor's passes, lowering and fusion."""
+) -> tuple[list[Kernel], list[Kernel]]:
+    """A graph's kernels after Inductor's passes, lowering and fusion; and with the ideal fusion."""
     import torch._inductor.compile_fx as inductor
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
@@ -286,7 +288,51 @@ def _scheduled(
             graph.run(*inputs)
             graph.init_wrapper_code()
             graph._update_scheduler()
-            return [kernel for node in graph.scheduler.nodes for kernel in _of_node(node)]
+            return _of_graph(graph.scheduler.nodes)
+
+
+def _of_graph(nodes: Sequence[Any]) -> tuple[list[Kernel], list[Kernel]]:
+    """The kernels of scheduled nodes; and those of the ideal fusion, where all that lie between the
+    same products or library calls, and touch the same buffers, are one.
+    """
+    from torch._inductor.scheduler import ExternKernelSchedulerNode
+
+    kernels, fused = [], []
+    level: dict[str, int] = {}  # of a buffer: products on the longest way to it
+    # By level: disjoint sets of buffers, each with the nodes that touch them.
+    groups: dict[int, list[tuple[set[str], list[Any]]]] = defaultdict(list)
+    for node in nodes:
+        found, called = _of_node(node), isinstance(node, ExternKernelSchedulerNode)
+        above = max((level.get(dep.name, 0) for dep in node.read_writes.reads), default=0)
+        level.update(dict.fromkeys(node.get_buffer_names(), above + bool(found and called)))
+        kernels += found
+        if called:  # what a product adds, it could have added itself
+            fused += [k for k in found if not k.name.endswith("'s sum")]
+        elif found:
+            buffers, together = {dep.name for dep in node.read_writes.reads_and_writes()}, [node]
+            apart = []
+            for group in groups[above]:
+                if buffers.isdisjoint(group[0]):
+                    apart.append(group)
+                else:
+                    buffers, together = buffers | group[0], together + group[1]
+            groups[above] = [*apart, (buffers, together)]
+    each = [together for level_groups in groups.values() for _, together in level_groups]
+    return kernels, fused + [Kernel("memory", "ideal", _bytes_as_one(nodes)) for nodes in each]
+
+
+def _bytes_as_one(nodes: list[Any]) -> int:
+    """Of nodes in one kernel: each input read once, each output written once."""
+    read: Counter[str] = Counter()
+    written: Counter[str] = Counter()
+    for node in nodes:
+        read |= Counter(node.get_read_write_buffer_accesses(True, False))
+        written |= Counter(node.get_read_write_buffer_accesses(False, True))
+    inside = {part for node in nodes for part in node.get_nodes()}
+    users = {name: nodes[0].scheduler.name_to_buf[name].users for name in written}
+    outputs = [name for name in written if any(user.node not in inside for user in users[name])]
+    inputs = [name for name in read if name not in written]
+    return sum(read[name] for name in inputs) + sum(written[name] for name in outputs)
 
 
 def _of_node(node: Any) -> list[Kernel]:

@@ -8,6 +8,8 @@ Every layer gets the same tokens and the same gradient of its output:
 - loop: the textbook loop over experts
 - deepspeed: ``deepspeed.moe.layer.MoE``: token choice, the same experts, capacity 1, its balance
   loss included
+- deepspeed+predictor: the same with DiffMoE's capacity predictor and its loss beside it, on a mask
+  made beforehand: as much arithmetic as ours
 
 Time is the median of interleaved repeats.  ``kept``: bytes that autograd holds between forward and
 backward, weights left out (the input counts).  ``peak``: the most bytes of activations alive at
@@ -38,7 +40,7 @@ from diffmoe.parallel.groups import single_process
 from diffmoe.training.engine import import_deepspeed
 
 RULE = RoutingRule("train", 1.0)
-LAYERS = ("ours", "dense", "loop", "deepspeed")
+LAYERS = ("ours", "dense", "loop", "deepspeed", "deepspeed+predictor")
 
 
 class TextbookLoop(nn.Module):
@@ -83,6 +85,20 @@ def _deepspeed_layer(model: ModelConfig, experts: int, device: torch.device) -> 
     return layer
 
 
+class _WithPredictor(nn.Module):
+    """DeepSpeed's layer, and DiffMoE's predictor and its loss beside it."""
+
+    def __init__(self, layer: nn.Module, config: Config, tokens: int, device: torch.device) -> None:
+        super().__init__()
+        self.layer, experts = layer, config.moe.experts
+        self.predictor = CapacityPredictor(config.model.width, experts)
+        self.mask_TE = torch.rand(tokens, experts, device=device) < 1 / experts
+
+    def forward(self, x_BND: Tensor) -> tuple[Tensor, list[Tensor]]:
+        y, balance, _ = self.layer(x_BND)
+        return y, [balance, predictor_loss(self.predictor(x_BND.flatten(0, 1)), self.mask_TE)]
+
+
 def _build(
     name: str, config: Config, samples: int, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
@@ -97,6 +113,8 @@ def _build(
         module = TextbookLoop(model, experts)
     else:
         module = _deepspeed_layer(model, experts, device)
+        if name == "deepspeed+predictor":
+            module = _WithPredictor(module, config, samples * model.tokens, device)
     for p in module.parameters():
         nn.init.normal_(p, std=0.02)
     return module.to(device, dtype)
@@ -112,6 +130,8 @@ def _forward(name: str, module: nn.Module, x_BND: Tensor) -> tuple[Tensor, list[
     if name == "loop":
         y, loss, _ = module(x_BND.flatten(0, 1), RULE.capacity)
         return y.view_as(x_BND), [loss]
+    if name == "deepspeed+predictor":
+        return module(x_BND)
     y, balance, _ = module(x_BND)
     return y, [balance]
 
@@ -139,6 +159,9 @@ def _ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
             facts[f"{name}_time_over_ours"] = found[name]["seconds"] / ours["seconds"]
             peak = ours["peak_bytes"] / found[name]["peak_bytes"]
             facts[f"activation_memory_over_{name}"] = peak
+    if "deepspeed+predictor" in found:
+        seconds = found["deepspeed+predictor"]["seconds"]
+        facts["deepspeed_with_predictor_time_over_ours"] = seconds / ours["seconds"]
     return facts
 
 

@@ -5,8 +5,10 @@ A micro-batch's kernels are counted on CUDA tensors without memory, eager and co
 (:mod:`diffmoe.bench.kernels`), the weights' traffic and host reads in the engine's own step
 (:mod:`diffmoe.bench.counted`), messages by the planner's formulas.  A kernel takes the longer of
 its bytes and its FLOPs at the rates that ``diffmoe/cost/hardware.yaml`` says are reached, a message
-what the planner says; nothing overlaps.  MFU: 6 FLOPs for each multiply-add of the model's forward
-pass, recompute not counted, over the dense matmul peak of the precision.
+what the planner says; nothing overlaps.  ``ideal``: the compiled graphs with all kernels between
+the same products or library calls that hand data on to each other, or read the same, made one,
+which reads its inputs and writes its outputs once.  MFU: 6 FLOPs for each multiply-add of the
+model's forward pass, recompute not counted, over the dense matmul peak of the precision.
 
 Where a GPU is at hand, one rank's step is also timed and taken apart by kernel, and stands beside
 the prediction.
@@ -64,6 +66,12 @@ class Counted:
     def rates(self) -> dict[str, float]:
         """FLOP/s of products and attention, bytes/s of memory."""
         return rates(self.config, self.hardware, engine_facts(self.deepspeed))
+
+    @cached_property
+    def ideal(self) -> Counted | None:
+        """With the ideal fusion, where something is compiled."""
+        micro = {**self.micro, "kernels": self.micro["ideal"], "ideal": []}
+        return dataclasses.replace(self, micro=micro) if micro["kernels"] else None
 
     @property
     def launches(self) -> int:
@@ -163,6 +171,7 @@ class Counted:
             "elementwise_bytes": self.elementwise,
             "flops": self.flops,
             "kept_bytes": self.micro["kept"],
+            "ideal_bytes": self.ideal and self.ideal.elementwise,
             "seconds": parts,
             "predicted_s": seconds,
             "measured": taken,
@@ -260,18 +269,25 @@ def tables(title: str, cases: Cases, measured: dict[tuple[str, str], dict]) -> s
         dense = cases.get(("dense", way), each)
         kept, reads, sources = each.micro["kept"], each.engine["reads"], each.sources()
         size, collectives = each.elementwise, sum(each.micro["collectives"].values())
-        row = [each.launches, size / 1e9, size / dense.elementwise, each.flops / 1e12, kept / 2**30]
-        micro.append([f"{name}, {way}", *row, kept / dense.micro["kept"], collectives])
-        parts, seconds, took = each.parts(), each.seconds, measured.get((name, way))
-        row = [1e3 * seconds, layout.batch / seconds, f"{each.mfu(seconds):.1%}"]
-        row += [1e3 * took["seconds"], f"{each.mfu(took['seconds']):.1%}"] if took else [None, None]
-        steps.append([f"{name}, {way}", *(1e3 * part for part in parts.values()), *row])
+        fused = each.ideal.elementwise / 1e9 if each.ideal else None
+        sizes = [each.launches, size / 1e9, size / dense.elementwise, fused]
+        sizes += [each.flops / 1e12, kept / 2**30, kept / dense.micro["kept"], collectives]
+        micro.append([f"{name}, {way}", *sizes])
+        for form, case in ((way, each), ("ideal", each.ideal)):
+            if case is None:
+                continue
+            seconds, took = case.seconds, measured.get((name, form), {}).get("seconds")
+            ms = [1e3 * part for part in (*case.parts().values(), seconds)]
+            mfu = f"{case.mfu(seconds):.1%}"
+            last = [1e3 * took, f"{case.mfu(took):.1%}"] if took else [None, None]
+            steps.append([f"{name}, {form}", *ms, layout.batch / seconds, mfu, *last])
         row = [reads.get(place, 0) for place in ("forward", "backward", "outside")]
         by_source = ", ".join(f"{source} {size:.3g}" for source, size in sources.items())
         outside.append([name, *row, sum(sources.values()), by_source])
     for head, rows in (
         (
-            "a micro-batch|kernels|elementwise GB|of dense|TFLOP|kept GiB|of dense|collectives",
+            "a micro-batch|kernels|elementwise GB|of dense|ideal GB|TFLOP|kept GiB|of dense|"
+            "collectives",
             micro,
         ),
         (

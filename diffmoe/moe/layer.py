@@ -115,8 +115,9 @@ class MoELayer(nn.Module):
 
     def _loops(self, plan: Plan) -> bool:
         """Whether experts are a loop of the host's."""
-        grouped = has_grouped_matmul(self.router.device, self.router.dtype)
-        return not isinstance(plan.counts, int) and not grouped
+        if isinstance(plan.counts, int):  # no graph asks what device there is
+            return False
+        return not has_grouped_matmul(self.router.device, self.router.dtype)
 
     def _route(
         self, scores: Tensor, logits: Tensor | None, samples: int, rule: RoutingRule
