@@ -16,6 +16,7 @@ import torch
 from diffmoe.config import TrainConfig, load_config
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.stream import Batch
+from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.layout import resolve_layout
 from diffmoe.parallel.collectives import AgreedError
 from diffmoe.parallel.groups import build_groups
@@ -114,8 +115,9 @@ def bad_steps(folder, stage, bf16, accumulation):
     )
     layout = resolve_layout(config, 4)
     groups = build_groups(layout.ep, layout.pool_ranks)
+    merged = merge_deepspeed(zero(stage, bf16), config, layout)
     first, second = (
-        loop.start(config, layout, zero(stage, bf16), groups, torch.device("cpu")) for _ in range(2)
+        loop.start(config, layout, merged, groups, torch.device("cpu")) for _ in range(2)
     )
 
     def batches(run, step):

@@ -573,6 +573,7 @@ def train_layout(folder, ep, stage, world, more):
     import torch
 
     from diffmoe.config import load_config
+    from diffmoe.deepspeed_json import merge_deepspeed
     from diffmoe.layout import resolve_layout
     from diffmoe.parallel.groups import build_groups
     from diffmoe.training import loop
@@ -582,9 +583,9 @@ def train_layout(folder, ep, stage, world, more):
         tiny_config(), [f"run.folder={folder}", f"parallel.ep={ep}", *RECIPE, *more]
     )
     layout = resolve_layout(config, world)
-    loop.train(
-        config, layout, zero(stage), build_groups(layout.ep, layout.pool_ranks), torch.device("cpu")
-    )
+    merged = merge_deepspeed(zero(stage), config, layout)
+    groups = build_groups(layout.ep, layout.pool_ranks)
+    loop.train(config, layout, merged, groups, torch.device("cpu"))
 
 
 def test_the_table_leaves_out_no_change():

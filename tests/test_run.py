@@ -89,7 +89,7 @@ def train_here(arguments: list[str], world: int) -> None:
     train(
         config,
         layout,
-        read_deepspeed(json_of),
+        merge_deepspeed(read_deepspeed(json_of), config, layout),
         build_groups(layout.ep, layout.pool_ranks),
         torch.device("cpu"),
     )
