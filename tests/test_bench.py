@@ -12,8 +12,10 @@ from diffmoe.bench import measure, probe, step
 from diffmoe.bench.train import Program, complaints
 from diffmoe.commands import bench
 from diffmoe.config import load_config
+from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.environment import detect
 from diffmoe.errors import UserError
+from diffmoe.layout import resolve_layout
 from diffmoe.parallel.groups import single_process
 from diffmoe.parity import synthetic
 from programs import run_cases
@@ -210,25 +212,19 @@ def test_what_is_timed_is_of_the_family_and_json_that_are_priced(config, tree, m
         f"configs/{config}.yaml", small + ["moe.pool=2"] * config.startswith(("diffmoe", "tc"))
     )
 
-    def engine(model, configured, layout, given, *_):
-        raise Made(
-            configured,
-            layout.pool if configured.model.family == "diffmoe" else 2,
-            given,
-            len(list(model.moe_layers())),
-        )
+    def engine(model, configured, given, *_):
+        layers = [layer for _, layer in model.moe_layers()]
+        raise Made(configured, given, {layer.pool for layer in layers}, len(layers))
 
     monkeypatch.setattr(step, "build_groups", lambda *_: single_process())
     monkeypatch.setattr(synthetic, "Engine", engine)
     with pytest.raises(Made) as made:
         step.FixedTraining(config, tree, torch.device("cpu"))
-    assert made.value.args == (
-        config,
-        2,
-        tree,
-        0 if config.model.family == "dense" else made.value.args[3],
-    )
-    assert (config.model.family == "dense") == (made.value.args[3] == 0)
+    configured, given, pools, layers = made.value.args
+    merged = merge_deepspeed(tree, config, resolve_layout(config, 1))
+    assert (configured, given) == (config, merged)
+    assert pools == {"dense": set(), "ec": {1}}.get(config.model.family, {2})
+    assert (config.model.family == "dense") == (layers == 0)
 
 
 def test_the_probe_of_experts_finds_what_is_wrong(monkeypatch):

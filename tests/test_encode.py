@@ -58,7 +58,7 @@ CPU = torch.device("cpu")
 
 
 @functools.cache
-def images() -> Path:
+def photographs() -> Path:
     """29 real images in 3 class folders: parts of scikit-learn's photographs, and digits blown
     up; every format.
     """
@@ -107,7 +107,7 @@ def vae_folder() -> Path:
 
 def request(out: Path, vae: bool = True, **changes: object) -> Request:
     settings = {
-        "source": str(images()),
+        "source": str(photographs()),
         "image_size": SIZE,
         "batch": 3,
         "samples_per_shard": 4,
@@ -163,7 +163,7 @@ def stored(index: ShardIndex, flipped: bool = False) -> tuple[np.ndarray, np.nda
 
 
 def cropped(channels: int = 3) -> np.ndarray:
-    source = list_source(str(images()))
+    source = list_source(str(photographs()))
     return np.stack([read_image(source, image, SIZE, channels) for image in source.images])
 
 
@@ -233,7 +233,7 @@ def test_crop_refuses_a_thread(tmp_path: Path) -> None:
 
 
 def test_classes_are_folders_by_name() -> None:
-    source = list_source(str(images()))
+    source = list_source(str(photographs()))
     assert (source.classes, source.class_names) == (3, ("n01 temple", "n02", "n03"))
     assert [source.images[i].address for i in (0, 1, 8, 9)] == [
         "n01 temple/0.JPEG",
@@ -242,10 +242,10 @@ def test_classes_are_folders_by_name() -> None:
         "n02/0.JPEG",
     ]
     assert [p.label for p in source.images] == [0] * 9 + [1] * 9 + [2] * 11
-    assert list_source(str(images()), 10, allow_empty=True).classes == 10
-    assert list_source(str(images())).sha256 == source.sha256
+    assert list_source(str(photographs()), 10, allow_empty=True).classes == 10
+    assert list_source(str(photographs())).sha256 == source.sha256
     with pytest.raises(UserError, match=r"classes \(2\) must be at least the 3"):
-        list_source(str(images()), 2)
+        list_source(str(photographs()), 2)
 
 
 def test_strange_file_names_are_printable(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_bad_sources(tmp_path: Path) -> None:
 def test_a_busy_file_system_is_no_bad_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = list_source(str(images()))
+    source = list_source(str(photographs()))
     tries: list[object] = []
 
     def stale(*arguments: object) -> None:
@@ -330,7 +330,7 @@ def test_decoding_gives_the_autoencoders_own_reconstruction() -> None:
     )
     assert index.meta == ShardMeta("moments", 3, scale=0.5, mean=0.25)
     moments, labels = stored(index)
-    assert labels.tolist() == [p.label for p in list_source(str(images())).images]
+    assert labels.tolist() == [p.label for p in list_source(str(photographs())).images]
     x = torch.from_numpy(cropped()).float() / 127.5 - 1
     with torch.no_grad():
         latent = vae.model.encode(x).latent_dist
@@ -506,7 +506,7 @@ def test_pixels_take_the_same_path(tmp_path: Path, channels: int) -> None:
 
 
 def test_tars_of_images_give_what_the_folder_gives(tmp_path: Path) -> None:
-    source = list_source(str(images()))
+    source = list_source(str(photographs()))
     members = [
         (f"dir.d/{i:03d}.{ext}", data)
         for i, p in enumerate(source.images)
@@ -540,7 +540,7 @@ def spoil(folder: Path) -> list[str]:
 def test_corrupt_images_are_left_out_and_nothing_else_changes(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    shutil.copytree(images(), tmp_path / "in")
+    shutil.copytree(photographs(), tmp_path / "in")
     bad = spoil(tmp_path / "in")
     index = run(request(tmp_path / "out", source=str(tmp_path / "in"), bad_share=0.2))
     errors = capsys.readouterr().err.splitlines()
@@ -561,7 +561,7 @@ def test_corrupt_images_are_left_out_and_nothing_else_changes(
 
 
 def test_too_many_bad_images_stop_it(tmp_path: Path) -> None:
-    shutil.copytree(images(), tmp_path / "in")
+    shutil.copytree(photographs(), tmp_path / "in")
     spoil(tmp_path / "in")
     strict = request(tmp_path / "out", vae=False, source=str(tmp_path / "in"), bad_share=0.1)
     for _ in range(2):
@@ -577,7 +577,7 @@ def test_too_many_bad_images_stop_it(tmp_path: Path) -> None:
 
 
 def test_a_shard_without_a_good_image_is_left_out(tmp_path: Path) -> None:
-    shutil.copytree(images(), tmp_path / "in")
+    shutil.copytree(photographs(), tmp_path / "in")
     for number in (4, 5, 6, 7):
         next((tmp_path / "in/n01 temple").glob(f"{number}.*")).write_bytes(b"")
     out = tmp_path / "out"
@@ -637,7 +637,7 @@ def test_a_folder_is_finished_only_by_the_same_command(tmp_path: Path) -> None:
     ],
 )
 def test_bad_requests(tmp_path: Path, change: dict, message: str) -> None:
-    settings = {"vae": str(vae_folder()), "source": str(images()), "image_size": SIZE} | change
+    settings = {"vae": str(vae_folder()), "source": str(photographs()), "image_size": SIZE} | change
     with pytest.raises(UserError, match=message):
         run(Request(out=tmp_path / "out", **settings))
     assert not (tmp_path / "out").exists()
@@ -645,7 +645,7 @@ def test_bad_requests(tmp_path: Path, change: dict, message: str) -> None:
 
 def test_the_folder_must_not_lie_in_the_source() -> None:
     with pytest.raises(UserError, match="must not lie in source"):
-        request(images() / "out")
+        request(photographs() / "out")
 
 
 class Fuse:
@@ -938,7 +938,7 @@ def test_every_moment_of_a_kill(tmp_path: Path, moment: str) -> None:
 def test_main(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = [
         "--source",
-        str(images()),
+        str(photographs()),
         "--out",
         str(tmp_path / "out"),
         "--vae",

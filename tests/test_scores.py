@@ -152,7 +152,7 @@ def test_judge_command_line(
     assert main([*arguments, "--require"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "median_nn_generated (0.000) is below" in error
-    np.savez(tmp_path / "samples.npz", images=images)
+    np.savez(tmp_path / "samples.npz", arr_0=images)
     assert main(arguments) == 2
     assert "lacks images and labels" in capsys.readouterr().err
 
