@@ -41,9 +41,9 @@ _EXAMPLES = {
     "--config configs/demo.yaml run.folder=runs/mine",
     "sample": "python run.py sample --checkpoint runs/demo --classes 0-9 --count 100 --cfg 1.5",
     "evaluate": "python run.py evaluate --checkpoint runs/demo --reference data/digits "
-    "--extractor digits --out runs/demo/scores",
+    "--extractor digits --count 500 --out runs/demo/scores",
     "encode": "torchrun --nproc-per-node 8 run.py encode --source imagenet/train "
-    "--out data/imagenet256_latents --vae stabilityai/sd-vae-ft-mse",
+    "--image-size 256 --out data/imagenet256_latents --vae stabilityai/sd-vae-ft-mse",
     "inspect-data": "python run.py inspect-data data/digits",
     "import": "python run.py import --research weights.pt "
     "--config configs/diffmoe_l_e16_flow.yaml run.folder=runs/l_e16",

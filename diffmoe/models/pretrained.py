@@ -193,4 +193,4 @@ def _downloaded(name: str, revision: str | None) -> Path:
         said = str(error).strip().partition("\n")[0][:200]
         raise UserError(
             f"there is no folder {name} here, and no repository of the hub gives it: {said}"
-        ) from error
+        ) from None
