@@ -234,7 +234,7 @@ def test_every_layout_meets_every_damage_alike(tmp_path: Path, world: int) -> No
         for how, (row, text) in met.items():
             step, _ = first_steps(digits(), name, row)
             shards = spoiled(tmp_path / how, name, how)
-            mended = ShardReader(
+            fixed = ShardReader(
                 load_index(digits()),
                 seed=0,
                 batch=BATCH,
@@ -242,7 +242,7 @@ def test_every_layout_meets_every_damage_alike(tmp_path: Path, world: int) -> No
                 window=4,
                 excluded={name: step},
             )
-            whole = [mended.read(range(i * BATCH, (i + 1) * BATCH))[0] for i in range(120)]
+            whole = [fixed.read(range(i * BATCH, (i + 1) * BATCH))[0] for i in range(120)]
             for workers, policy in itertools.product((0, 1, 3), ("stop", "skip")):
                 folder = tmp_path / f"{how} {workers} {policy}"
                 folder.mkdir()

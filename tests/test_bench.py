@@ -50,10 +50,10 @@ def records():
 
 def test_the_layer_beside_its_baselines(records):
     record = records["moe-layer"]
-    contenders = record["contenders"]
-    assert set(contenders) == {"ours", "dense", "loop", "deepspeed", "deepspeed+predictor"}
+    layers = record["contenders"]  # the records' word
+    assert set(layers) == {"ours", "dense", "loop", "deepspeed", "deepspeed+predictor"}
     seconds, peak = (
-        {name: c[key] for name, c in contenders.items()} for key in ("seconds", "peak_bytes")
+        {name: c[key] for name, c in layers.items()} for key in ("seconds", "peak_bytes")
     )
     assert math.isclose(record["time_over_dense"], seconds["ours"] / seconds["dense"])
     assert math.isclose(record["loop_time_over_ours"], seconds["loop"] / seconds["ours"])

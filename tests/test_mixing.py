@@ -94,8 +94,8 @@ def test_other_sizes_in_class_order(shards: int, size: int, classes: int) -> Non
     labels = np.split(np.arange(shards * size) * classes // (shards * size), shards)
     counts = [size] * shards
     before = SampleOrder(counts, seed=0, batch=256, streams=64, window=4)
-    mended = better_order(before, labels, 64)
-    for streams, window in (order_for(False, shards, 256), mended):
+    fixed = better_order(before, labels, 64)
+    for streams, window in (order_for(False, shards, 256), fixed):
         order = SampleOrder(counts, seed=0, batch=256, streams=streams, window=window)
         found, permuted = measure(order, labels, 64)
         assert found.like(permuted)
@@ -177,8 +177,8 @@ def test_class_order_is_noticed_from_the_labels(tmp_path: Path, tables: bool, mi
         )
         changed = {name.removeprefix("data."): int(value) for name, value in words.items()}
         assert changed
-        mended = ShardReader(index, seed=0, batch=64, **({"streams": 8} | changed))
-        assert not order_notice(mended, 16)[1]
+        fixed = ShardReader(index, seed=0, batch=64, **({"streams": 8} | changed))
+        assert not order_notice(fixed, 16)[1]
     said = replace(index, encoding=Encoding("", 1, 8, 1, "", "", "", 0, 64, shuffled=3))
     assert order_notice(ShardReader(said, seed=0, batch=64, streams=8, window=1), 16) == ("", False)
 

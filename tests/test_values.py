@@ -263,9 +263,9 @@ def test_an_impossible_claim_is_refused_with_the_options_that_are_right(
         re.findall(r"--([a-z-]+) (-?[\w.]+)", message.partition(", or --accept-values")[0])
     )
     assert right.items() <= named.items(), message
-    mended = claimed | {name.replace("-", "_"): value for name, value in named.items()}
-    mended.pop("spread") if mended["kind"] != "moments" and "spread" in mended else None
-    code, said = inspected(capsys, folder, "--write-index", *options_of(**mended))
+    fixed = claimed | {name.replace("-", "_"): value for name, value in named.items()}
+    fixed.pop("spread") if fixed["kind"] != "moments" and "spread" in fixed else None
+    code, said = inspected(capsys, folder, "--write-index", *options_of(**fixed))
     assert code == 0, said
 
 
@@ -418,10 +418,10 @@ def test_labels_that_do_not_fit_the_classes(
         inspected(capsys, folder, "--write-index", *options_of(**claimed))
     named = dict(re.findall(r"--([a-z-]+) (\w+)", str(caught.value)))
     assert named == right and not (folder / "index.json").exists()
-    mended = claimed | {name.replace("-", "_"): value for name, value in named.items()}
-    code, said = inspected(capsys, folder, "--write-index", *options_of(**mended))
+    fixed = claimed | {name.replace("-", "_"): value for name, value in named.items()}
+    code, said = inspected(capsys, folder, "--write-index", *options_of(**fixed))
     assert code == 0, said
-    first = int(mended.get("first_class", 0))
+    first = int(fixed.get("first_class", 0))
     assert sorted(everything(load_index(folder))[1].tolist()) == sorted(
         2 * [label - first for label in labels]
     )

@@ -119,6 +119,7 @@ def make_plan(request: Request, source: Source, vae: Vae | None) -> Plan:
 
 
 def tar_name(number: int) -> str:
+    """The file name of shard ``number``."""
     return f"shard-{number:06d}.tar"
 
 

@@ -95,6 +95,7 @@ class Run:
 
 
 def say(groups: ParallelGroups, text: str) -> None:
+    """Prints a line, on rank 0."""
     if groups.rank == 0:
         print(text, flush=True)
 
