@@ -31,7 +31,7 @@ LAYERS = [
     ["diffmoe.moe"],
     ["diffmoe.parallel"],
     ["diffmoe.deepspeed_json"],
-    ["diffmoe.layout"],
+    ["diffmoe.layout", "diffmoe.families"],
     [
         "diffmoe.config",
         "diffmoe.device",
