@@ -392,7 +392,14 @@ class Config:
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     """Defaults <- YAML file <- overrides, typed and validated.  UserError names the field."""
     tree = read_yaml(path) if path is not None else {}
-    config = _expand_paths(config_from_tree(merge(tree, tree_of_overrides(overrides or []))))
+    return load_tree(merge(tree, tree_of_overrides(overrides or [])))
+
+
+def load_tree(tree: dict) -> Config:
+    """The configuration that a tree of YAML means, typed and validated.  UserError names the
+    field.
+    """
+    config = _expand_paths(config_from_tree(tree))
     validate(config)
     return config
 
