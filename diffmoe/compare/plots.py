@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 _COLORS = ("#1f5fa8", "#d9731a", "#2e8b57", "#a83279", "#8a8a8a", "#c9a227", "#5b4bb5", "#7a4a2b")
 
@@ -34,8 +35,9 @@ def draw_routers(rows: list[dict], path: Path) -> None:
         )
     curves.set_xlabel("samples")
     curves.set_ylabel("validation loss")
-    if max(row["validation_loss"]["mean"] for row in rows) > 0:
-        curves.set_yscale("log")
+    curves.set_yscale("log")
+    for axis in (curves.yaxis.set_major_formatter, curves.yaxis.set_minor_formatter):
+        axis(ScalarFormatter())
     curves.legend(frameon=False, fontsize=9)
     _points(last, rows, [row["validation_loss"] for row in rows], "validation loss at the end")
     if scored:
