@@ -628,6 +628,8 @@ def _sample(config: Config) -> Rules:
     yield "sample.eta", 0 <= sample.eta <= 1, "must be in [0, 1]"
     yield "sample.tolerance", sample.tolerance > 0, "must be above 0"
     yield "sample.gamma", sample.gamma is None or 0 <= sample.gamma <= 1, "must be in [0, 1]"
+    good = sample.gamma is None or config.moe.score != "identity" or family != "race"
+    yield "sample.gamma", good, "must be null for moe.score (identity), which is not in [0, 1]"
     if sample.routing == "static":
         words = f"needs model.family diffmoe or race, not {family}"
         if family == "ec":
