@@ -156,7 +156,7 @@ class MoEConfig:
     top_groups: int = 1
     balance_weight: float = 0.01
     target_weight: float = 0.0
-    contrast_temperature: float = 0.1
+    contrast_temperature: float = 0.07
     threshold_from: int | None = None
     predictor_weight: float = 1.0
     threshold_decay: float = 0.95

@@ -58,7 +58,7 @@ def ranking_keys(scores: Tensor, dim: int) -> Tensor:
 
     A non-negative float's bits grow with its value, a negative one's fall; the place fills the low
     half."""
-    bits = scores.detach().float().contiguous().view(torch.int32)
+    bits = (scores.detach().float() + 0.0).contiguous().view(torch.int32)  # of -0.0 as of 0.0
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
     shape = [1] * scores.dim()
     shape[dim] = scores.shape[dim]
