@@ -22,9 +22,15 @@ from diffmoe.data.vae import Vae
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import SCORE_NAMES, Card, read_card
 from diffmoe.evaluation.decoding import checkpoint_data
+from diffmoe.families import TOKENS_CHOOSE
 from diffmoe.markdown import table
 from diffmoe.models.count import count
-from diffmoe.models.logical import digest_note, logical_template, weights_digest
+from diffmoe.models.logical import (
+    digest_note,
+    fresh_buffers,
+    logical_template,
+    weights_digest,
+)
 from diffmoe.models.pretrained import Pretrained, of_checkpoint, read_description
 from diffmoe.training.resume import changes, is_of_recipe
 
@@ -67,8 +73,9 @@ def write_folder(
     partial = out.with_name(f".{out.name}.{os.getpid()}-{threading.get_ident()}.partial")
     partial.mkdir(parents=True)
     try:
-        thresholds = [name for name in tensors if ".thresholds." in name]
-        names = dict.fromkeys([*logical_template(config.model, config.moe), *thresholds])
+        sizes = config.model, config.moe
+        running = [name for name in fresh_buffers(*sizes) if name in tensors]
+        names = dict.fromkeys([*logical_template(*sizes), *running])
         # Copies: experts are views of one tensor, which would be one file's.
         save_torch_state_dict(
             {name: tensors[name].clone() for name in names}, partial, max_shard_size=limit
@@ -175,7 +182,9 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
     if model.family != "dense":
         tags.append("mixture-of-experts")
         where = f"every {'second ' * moe.interleave}block"
-        met = str(moe.top_k) if model.family == "tc" else f"{moe.capacity:g} on average (capacity)"
+        met = str(moe.top_k)
+        if model.family not in TOKENS_CHOOSE:
+            met = f"{moe.capacity:g} on average (capacity)"
         rows += [
             ("experts", f"{moe.experts} {moe.activation}, {moe.shared_experts} shared, {where}"),
             ("pool", f"{pool} samples"),

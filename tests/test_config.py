@@ -279,15 +279,15 @@ def test_bad_overrides(override, message):
         (["sample.gamma=2"], "sample.gamma (2.0) must be in [0, 1]"),
         (
             ["sample.routing=static", "model.family=dense"],
-            "sample.routing (static) needs model.family (diffmoe), not dense",
+            "sample.routing (static) needs model.family diffmoe or race, not dense",
         ),
         (
             ["sample.routing=static", "model.family=tc"],
-            "sample.routing (static) needs model.family (diffmoe), not tc",
+            "sample.routing (static) needs model.family diffmoe or race, not tc",
         ),
         (
             ["sample.routing=static", "model.family=ec", "moe.pool=1"],
-            "sample.routing (static) needs model.family (diffmoe), not ec, whose experts take as "
+            "sample.routing (static) needs model.family diffmoe or race, not ec, whose experts take as "
             "many tokens always",
         ),
         (

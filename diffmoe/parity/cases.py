@@ -27,6 +27,15 @@ VARIANTS = {
     # every expert takes every token: no decision that bf16's rounding could turn
     "tc-all": "model.family=tc moe.top_k=4",
     "ec": "model.family=ec",
+    # sigmoid scores, a bias for the load, groups of experts, normalized gates, narrower experts
+    "tc-bias": "model.family=tc moe.score=sigmoid moe.gates=normalized moe.gate_scale=2.5 "
+    "moe.balance=bias moe.bias_rate=0.05 moe.experts=8 moe.expert_groups=4 moe.top_groups=2 "
+    "moe.top_k=2 moe.mlp_ratio=1 moe.shared_experts=1",
+    "ec-time": "model.family=ec moe.router_input=time_token moe.gates=normalized "
+    "moe.gate_scale=2.5 moe.capacity=2",
+    "threshold": "moe.threshold_from=1 moe.score=sigmoid",
+    "race": "model.family=race moe.score=identity moe.target_weight=0.1",
+    "prototype": "model.family=prototype",
     "dense": "model.family=dense",
     "ddpm": "diffusion.process=ddpm diffusion.time_sampling=uniform diffusion.time_scale=1 "
     "sample.sampler=ancestral",

@@ -176,6 +176,8 @@ def progress_line(record: dict, total: int) -> str:
         parts.append(f"predictor {record['predictor_loss']:.3f} (trivial {trivial:.3f})")
     if "balance_loss" in record:
         parts.append(f"balance {record['balance_loss']:.3f}")
+    if "target_loss" in record:
+        parts.append(f"target {record['target_loss']:.3f}")
     parts += [
         f"norm {record['grad_norm']:.3f}",
         f"lr {record['lr']:.2e}",
