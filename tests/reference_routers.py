@@ -36,7 +36,7 @@ class Mlp(NamedTuple):
 
 class Layer(NamedTuple):
     """What a layer did: ``output`` [B, N, D], ``mask`` and ``gates`` [T, E] (zero where not taken),
-    its losses by name, and the K-th largest scores that thresholds follow.
+    its losses by name, and what thresholds follow [E] or []: the lowest score taken, mean over pools.
     """
 
     output: Tensor
@@ -151,21 +151,23 @@ def expert_choice(
 
     Nucleus-Image (2604.12163; diffusers, ``NucleusMoELayer``): pool 1, ``seen`` [B, N, 2 D] = time
     embedding, then the normed unmodulated token, ``normalised``: a token's gates are divided by
-    their sum, times ``scale``.
+    their sum, times ``scale``.  Observed: each expert's lowest score taken, mean over pools.
     """
     tokens = x.flatten(0, 1)
     scores = scored((x if seen is None else seen).flatten(0, 1) @ router.T, score)
     length = pool * x.shape[1]
     takers: dict[int, list[int]] = {}
-    for start in range(0, len(tokens), length):
+    starts, observed = range(0, len(tokens), length), torch.zeros(len(experts), dtype=x.dtype)
+    for start in starts:
         for e in range(len(experts)):
             for place in best(scores[start : start + length, e].tolist(), taken):
                 takers.setdefault(start + place, []).append(e)
+            observed[e] += scores[start + place, e].item() / len(starts)
     gates = {}
     for t, chosen in takers.items():
         total = sum(scores[t, e] for e in chosen) + 1e-12 if normalised else 1.0
         gates.update({(t, e): scale * scores[t, e] / total for e in chosen})
-    return combined(x, gates, experts, shared)
+    return combined(x, gates, experts, shared)._replace(observed=observed)
 
 
 def time_and_token(time: Tensor, unmodulated: Tensor) -> Tensor:
@@ -217,7 +219,7 @@ def race(
     """Expert Race (2503.16057): the k T best of all (token, expert) pairs of each ``pool`` samples;
     of equal scores the lower token, then the lower expert.
 
-    Loss ``similarity`` (equations 9-11), over all tokens; observed: the smallest score taken, mean
+    Loss ``similarity`` (equations 9-11), mean over pools; observed: the lowest score taken, mean
     over pools.
     """
     scores = scored(logits, score)
@@ -231,19 +233,29 @@ def race(
             t, e = start + place // E, place % E
             gates[t, e] = scores[t, e]
     layer = combined(x, gates, experts, shared)
-    together = [
-        [int((layer.mask[:, i] & layer.mask[:, j]).sum()) for j in range(E)] for i in range(E)
+    starts = range(0, T, length)
+    each = [
+        similarity(logits[i : i + length], layer.mask[i : i + length].to(x.dtype)) for i in starts
     ]
+    return layer._replace(
+        losses={"similarity": torch.stack(each).mean()},
+        observed=torch.tensor(sum(last) / len(last), dtype=x.dtype),
+    )
+
+
+def similarity(logits: Tensor, mask: Tensor) -> Tensor:
+    """Expert Race's router similarity loss of one pool's logits and choice [T, E]."""
+    T, E = logits.shape
+    P, loss = scored(logits, "softmax"), torch.zeros((), dtype=logits.dtype)
+    together = [[float(mask[:, i] @ mask[:, j]) for j in range(E)] for i in range(E)]
     alone = sum(together[i][i] for i in range(E))
     pairs = sum(map(sum, together)) - alone
-    P, similarity = scored(logits, "softmax"), torch.zeros((), dtype=x.dtype)
     for i in range(E):
         for j in range(E):
             of, count = (alone, E) if i == j else (pairs, E * E - E)
             weight = together[i][j] * count / of if of else 0.0
-            similarity = similarity + weight * (P[:, i] * P[:, j]).sum() / T
-    observed = torch.tensor(sum(last) / len(last), dtype=x.dtype)
-    return layer._replace(losses={"similarity": similarity}, observed=observed)
+            loss = loss + weight * (P[:, i] @ P[:, j]) / T
+    return loss
 
 
 def race_heads(
@@ -273,6 +285,7 @@ def prototype(
     experts: list[Mlp],
     *,
     k: int = 1,
+    pool: int,
     temperature: float = 0.07,
     score: str = "identity",
     shared: Mlp | None = None,
@@ -281,13 +294,14 @@ def prototype(
     the last expert with gate 1; others to the k whose prototypes [E - 1, D] have the highest cosine
     with them, gate the cosine.
 
-    Loss ``contrastive``: mean over experts that took tokens of the cross-entropy of their prototype
-    against the mean tokens of all such experts, cosines divided by ``temperature``; 0 below two.
+    Loss ``contrastive``, mean over pools of ``pool`` samples (published: a rank's batch): mean over
+    experts that took tokens of the cross-entropy of their prototype against the mean tokens of all
+    such experts, cosines divided by ``temperature``; 0 where fewer than two took any.
     """
-    tokens, cases = x.flatten(0, 1), len(prototypes)
+    tokens, cases, length = x.flatten(0, 1), len(prototypes), pool * x.shape[1]
     units = [p / p.norm() for p in prototypes]
     gates: dict[tuple[int, int], Tensor] = {}
-    members: dict[int, list[Tensor]] = {e: [] for e in range(cases)}
+    members: dict[tuple[int, int], list[Tensor]] = {}  # of a pool and an expert
     for t, token in enumerate(tokens):
         if null[t // x.shape[1]]:
             gates[t, cases] = torch.ones((), dtype=x.dtype)
@@ -296,11 +310,12 @@ def prototype(
         s = scored(cosines.unsqueeze(0), score)[0]
         for e in best(s.tolist(), k):
             gates[t, e] = s[e]
-            members[e].append(token)
-    present = [e for e in range(cases) if members[e]]
-    means = {e: torch.stack(members[e]).mean(dim=0) for e in present}
-    loss = torch.zeros((), dtype=x.dtype)
-    for e in present if len(present) > 1 else []:
-        near = torch.stack([units[e] @ (means[j] / means[j].norm()) for j in present]) / temperature
-        loss = loss + (near.exp().sum().log() - near[present.index(e)]) / len(present)
+            members.setdefault((t // length, e), []).append(token)
+    pools, loss = len(tokens) // length, torch.zeros((), dtype=x.dtype)
+    for p in range(pools):
+        present = [e for e in range(cases) if (p, e) in members]
+        means = [torch.stack(members[p, e]).mean(dim=0) for e in present]
+        for i, e in enumerate(present if len(present) > 1 else []):
+            near = torch.stack([units[e] @ (m / m.norm()) for m in means]) / temperature
+            loss = loss + (near.exp().sum().log() - near[i]) / len(present) / pools
     return combined(x, gates, experts, shared)._replace(losses={"contrastive": loss})

@@ -16,6 +16,7 @@ from reference_routers import (
     moved_bias,
     prototype,
     race,
+    similarity,
     time_and_token,
     token_choice,
 )
@@ -140,7 +141,9 @@ def test_race_takes_the_best_pairs_whoever_holds_them():
     assert each.mask.tolist() == [[True, False, False], [True, False, False], [False, True, False]]
     # No token has two experts: off the diagonal nothing counts.
     P = z.softmax(dim=1)
-    wanted = (2 * (P[:, 0] ** 2).sum() + (P[:, 1] ** 2).sum()) / 3 * 3 / 3
+    wanted = (2 * P[:, 0] @ P[:, 0] + P[:, 1] @ P[:, 1]) / 3 * 3 / 3
+    assert similarity(z, each.mask.double()).item() == pytest.approx(wanted.item())
+    wanted = (3 * P[0, 0] ** 2 + 3 * P[1, 0] ** 2 + 3 * P[2, 1] ** 2) / 3  # pools of one token
     assert each.losses["similarity"].item() == pytest.approx(wanted.item())
 
 
@@ -175,11 +178,13 @@ def test_prototypes_take_by_cosine_and_null_samples_have_an_expert_of_their_own(
     prototypes = torch.tensor([[0.5, 0.0], [0.0, 7.0], [-9.0, 0.0]], dtype=torch.float64)
     x = torch.tensor([[[3.0, 4.0], [8.0, 6.0]], [[1.0, 2.0], [9.0, 9.0]]], dtype=torch.float64)
     null = torch.tensor([False, True])
-    found = prototype(x, null, prototypes, [two(v) for v in (1, 10, 100, 1000)], temperature=0.5)
+    found = prototype(
+        x, null, prototypes, [two(v) for v in (1, 10, 100, 1000)], pool=2, temperature=0.5
+    )
     assert found.gates.tolist() == [[0, 0.8, 0, 0], [0.8, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]]
     assert found.output[..., 0].tolist() == [[8.0, 0.8], [1000.0, 1000.0]]
     # Expert 2 has no token: prototypes 0 and 1 against the tokens themselves, cosines 0.8 and 0.6.
     wanted = math.log(math.exp(0.8 / 0.5) + math.exp(0.6 / 0.5)) - 0.8 / 0.5
     assert found.losses["contrastive"].item() == pytest.approx(wanted)
-    alone = prototype(x[:, :1], null, prototypes, [two(1)] * 4)
+    alone = prototype(x[:, :1], null, prototypes, [two(1)] * 4, pool=2)
     assert alone.losses["contrastive"].item() == 0
