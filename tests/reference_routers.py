@@ -211,7 +211,7 @@ def race(
     logits: Tensor,
     experts: list[Mlp],
     *,
-    k: int,
+    k: float,
     pool: int,
     score: str = "identity",
     shared: Mlp | None = None,
@@ -227,7 +227,7 @@ def race(
     length, gates, last = pool * x.shape[1], {}, []
     for start in range(0, T, length):
         flat = scores[start : start + length].flatten().tolist()
-        taken = best(flat, k * length)
+        taken = best(flat, int(k * length))
         last.append(flat[taken[-1]])
         for place in taken:
             t, e = start + place // E, place % E
