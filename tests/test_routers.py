@@ -2,12 +2,15 @@
 against tests/reference_routers.py.
 """
 
+import contextlib
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from diffmoe.config import load_config
 from diffmoe.layout import resolve_layout
@@ -27,11 +30,14 @@ from diffmoe.moe.routing import (
     pool_thresholds,
     predicted_counts,
 )
-from diffmoe.parallel.groups import single_process
+from diffmoe.parallel.collectives import sum_over
+from diffmoe.parallel.groups import build_groups, single_process
+from diffmoe.parallel.spawn import Ranks
 from reference_routers import (
     Mlp,
     expert_choice,
     expert_threshold,
+    moved_bias,
     prototype,
     race,
     race_heads,
@@ -40,7 +46,6 @@ from reference_routers import (
     token_choice,
 )
 
-TRAIN = RoutingRule("train")
 TOKENS, WIDTH = 4, 8  # a sample's
 
 
@@ -224,7 +229,7 @@ class Router:
     """A published router as settings, and the rule it is asked by."""
 
     options: str
-    rule: RoutingRule = TRAIN
+    kind: str = "train"
     threshold: float | None = None
     pool: str = "global"
 
@@ -247,23 +252,21 @@ ROUTERS = {
     "expert choice": Router("ec", pool="1"),
     "Nucleus": Router(
         "ec moe.router_input=time_token moe.gates=normalized moe.gate_scale=2.5 "
-        "moe.activation=swiglu moe.shared_experts=1 moe.capacity=1.5",
+        "moe.activation=swiglu moe.shared_experts=1",
         pool="1",
     ),
     "threshold, warming up": Router("diffmoe moe.threshold_from=1 moe.score=sigmoid", pool="2"),
     "Expert Threshold": Router(
         "diffmoe moe.threshold_from=1 moe.score=sigmoid moe.shared_experts=1",
-        RoutingRule("threshold"),
+        "threshold",
         0.6,
         "2",
     ),
-    "thresholds on softmax": Router(
-        "diffmoe moe.threshold_from=1", RoutingRule("threshold"), 0.3, "2"
-    ),
+    "thresholds on softmax": Router("diffmoe moe.threshold_from=1", "threshold", 0.3, "2"),
     "Expert Race": Router(RACE),
     "Expert Race, regularized": Router(f"{RACE} moe.target_weight=0.1 moe.shared_experts=1"),
     "Expert Race by softmax": Router("race moe.capacity=1.5", pool="2"),
-    "Expert Race at inference": Router(RACE, RoutingRule("token"), 0.4),
+    "Expert Race at inference": Router(RACE, "token", 0.4),
     "ProMoE": Router(f"{PROTOTYPES} moe.shared_experts=1 moe.mlp_ratio=1"),
     "ProMoE, top 2": Router(f"{PROTOTYPES} moe.top_k=2", pool="2"),
 }
@@ -295,9 +298,17 @@ def whole(name, shape, dtype):
     return (0.4 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
-def make_layer(config, layout, groups, router, dtype, unwanted=()):
-    """The layer with :func:`whole` parameters.  Whom ``unwanted`` names no token's router scores
-    high."""
+def whole_router(shape, dtype, unwanted, lift):
+    """:func:`whole`, where tokens of positive sum score ``unwanted`` experts low and, with ``lift``,
+    the others high.
+    """
+    value = whole("router", shape, dtype) + lift
+    for e in set(unwanted) & set(range(shape[0])):
+        value[e] = -1.0
+    return value
+
+
+def make_layer(config, layout, groups, router, dtype, unwanted=(), lift=0.0):
     hidden = config.moe.shared_experts * config.model.width * (config.moe.mlp_ratio or 2)
     shared = layers.Mlp(WIDTH, int(hidden)) if hidden else None
     layer = MoELayer(config.model, config.moe, layout.pool, groups, shared).to(dtype)
@@ -305,11 +316,11 @@ def make_layer(config, layout, groups, router, dtype, unwanted=()):
     for name, p in layer.named_parameters():
         expert = name.startswith("experts.")
         shape = (config.moe.experts, *p.shape[1:]) if expert else p.shape
-        value = whole(name, shape, dtype)
-        if name == "router":
-            for e in unwanted:
-                if e < len(value):
-                    value[e] = -1.0
+        value = (
+            whole_router(shape, dtype, unwanted, lift)
+            if name == "router"
+            else whole(name, shape, dtype)
+        )
         p.data.copy_(value[first : first + len(p)] if expert else value)
     if router.threshold is not None:
         layer.thresholds.value.fill_(router.threshold)
@@ -346,27 +357,30 @@ class Inputs:
         }
 
 
-def make_inputs(samples, dtype, null=(1,)):
+def make_inputs(samples, dtype, null=(1,), shift=0.0):
+    """``shift``: added to tokens, a number or one a sample."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
+    moved = torch.as_tensor(shift, dtype=dtype).expand(samples).view(-1, 1, 1)
     return Inputs(
-        x=draw(samples, TOKENS, WIDTH),
+        x=draw(samples, TOKENS, WIDTH) + moved,
         time=draw(samples, WIDTH),
-        plain=draw(samples, TOKENS, WIDTH),
+        plain=draw(samples, TOKENS, WIDTH) + moved,
         null=torch.tensor([sample in null for sample in range(samples)]),
         weight=draw(samples, TOKENS, WIDTH),
         target_weight=draw(samples, TOKENS, 16),
     )
 
 
-def run_layer(layer, given, rule, share):
+def run_layer(layer, given, kind, share):
     """(numbers, parameters' gradients) after backward of the weighted outputs plus ``share`` of the
     layer's own loss.
     """
     given.leaves()
+    rule = RoutingRule(kind, layer.moe.capacity)
     y, stats = layer(given.x, rule, beside=Beside(given.time, given.plain, given.null))
     total = (y * given.weight).sum()
     numbers = {"output": y.detach()}
@@ -384,7 +398,7 @@ def run_layer(layer, given, rule, share):
     return numbers | given.gradients, gradients, stats
 
 
-def run_reference(config, layout, router, given, unwanted=()):
+def run_reference(config, layout, router, given, unwanted=(), lift=0.0):
     """What :func:`run_layer` gives for the whole batch, by tests/reference_routers.py alone."""
     moe, dtype, E, D = config.moe, given.x.dtype, config.moe.experts, WIDTH
     hidden = int(D * (moe.mlp_ratio or 2))
@@ -417,9 +431,7 @@ def run_reference(config, layout, router, given, unwanted=()):
             "target_head.bias": (patch,),
         }
     p = {name: whole(name, shape, dtype) for name, shape in shapes.items()}
-    for e in unwanted:
-        if e < len(p["router"]):
-            p["router"][e] = -1.0
+    p["router"] = whole_router(shapes["router"], dtype, unwanted, lift)
     for value in p.values():
         value.requires_grad_()
     given.leaves()
@@ -477,7 +489,7 @@ def run_reference(config, layout, router, given, unwanted=()):
         # Observed are pools, and in training alone.
         pools = scores.detach().split(pool_tokens)
         kth = [part.sort(dim=0, descending=True).values[taken - 1] for part in pools]
-        mean = torch.stack(kth).mean(dim=0) if router.rule.kind == "threshold" else None
+        mean = torch.stack(kth).mean(dim=0) if router.kind == "threshold" else None
         found = found._replace(observed=mean)
     elif router.family == "race":
         if moe.target_weight:
@@ -527,7 +539,7 @@ def test_the_layer_is_the_reference(name, dtype, bound):
     router, samples = ROUTERS[name], 4
     config, layout = settings(router, 1, 1, samples)
     layer = make_layer(config, layout, single_process(), router, dtype)
-    numbers, gradients, stats = run_layer(layer, make_inputs(samples, dtype), router.rule, 1.0)
+    numbers, gradients, stats = run_layer(layer, make_inputs(samples, dtype), router.kind, 1.0)
     wanted, wanted_gradients, reference = run_reference(
         config, layout, router, make_inputs(samples, dtype)
     )
@@ -543,3 +555,160 @@ def test_the_layer_is_the_reference(name, dtype, bound):
         found["observed"] = relative(stats.observed_E / pools, reference.observed)
     assert max(found.values()) <= bound, found
     assert torch.count_nonzero(gradients["router"])
+
+
+@pytest.mark.parametrize("name", ["Nucleus", "Expert Threshold", "Expert Race", "expert choice"])
+def test_a_token_that_nobody_takes_gets_what_the_shared_expert_says(name):
+    router, samples = ROUTERS[name], 4
+    config, layout = settings(router, 1, 1, samples)
+    layer = make_layer(config, layout, single_process(), router, torch.float64)
+    given = make_inputs(samples, torch.float64)
+    numbers, _, stats = run_layer(layer, given, router.kind, 1.0)
+    nobody, y = ~stats.mask_TE.any(dim=1), numbers["output"].flatten(0, 1)
+    assert 0 < nobody.sum() < len(nobody)
+    wanted = torch.zeros_like(y) if layer.shared is None else layer.shared(given.x.flatten(0, 1))
+    assert torch.equal(y[nobody], wanted[nobody])
+    assert given.x.grad.isfinite().all()
+
+
+def test_running_states_take_a_step_once():
+    router, samples = ROUTERS["DeepSeek-V3"], 4
+    config, layout = settings(router, 1, 1, samples)
+    layer = make_layer(config, layout, single_process(), router, torch.float64)
+    before = layer.load_bias.value.clone()
+    *_, stats = run_layer(layer, make_inputs(samples, torch.float64), router.kind, 1.0)
+    assert torch.equal(layer.load_bias.value, before)  # forward only reads it
+    layer.commit(stats.observed_E, 1)
+    wanted = moved_bias(before, stats.mask_TE.sum(dim=0), config.moe.bias_rate)
+    torch.testing.assert_close(layer.load_bias.value, wanted)
+    assert not torch.equal(layer.load_bias.value, before)
+
+    router = ROUTERS["Expert Race"]
+    config, layout = settings(router, 1, 1, samples)
+    layer = make_layer(config, layout, single_process(), router, torch.float64)
+    first, then = torch.full((4,), 6.0), torch.full((4,), -2.0)
+    layer.commit(first, 2)  # sums over two pools
+    assert layer.thresholds.value.tolist() == [3.0] * 4  # the first observation starts the mean
+    layer.commit(then, 2)
+    decay = config.moe.threshold_decay
+    assert layer.thresholds.value.tolist() == pytest.approx([3 * decay - (1 - decay)] * 4)
+
+
+# ------------------------------------------------------------------------------------------------
+# over ranks
+
+GRIDS = [
+    pytest.param(world, ep, marks=() if ep == 2 else pytest.mark.full)
+    for world, ep in [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+]
+groups_of = lru_cache(build_groups)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with contextlib.ExitStack() as stack:
+        yield {world: stack.enter_context(Ranks(world, timeout=60)) for world in (2, 4)}
+
+
+def differences(ep, name, samples, pool, starved):
+    """(largest relative differences from the reference of the whole batch, this rank's mask, rows
+    that reached this rank).
+
+    ``starved``: ``experts`` of the last rank (with EP 1 the last half) get nobody's token, ``tokens`` of rank 1 no
+    expert, ``null`` all samples of rank 1 are of the null class, ``all null`` everybody's are.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    router = ROUTERS[name] if pool is None else replace(ROUTERS[name], pool=pool)
+    config, layout = settings(router, world, ep, samples)
+    groups, experts = groups_of(ep, layout.pool_ranks), config.moe.experts
+    unwanted, lift, shift = (), 0.0, 0.0
+    null = {"null": range(samples, 2 * samples), "all null": range(samples * world)}.get(starved)
+    if starved == "experts":
+        unwanted, lift, shift = range(experts - experts // max(ep, 2), experts), 0.2, 2.0
+        null = ()
+    elif starved == "tokens":
+        lift = 0.5
+        shift = [-3.0 if i // samples == 1 else 0.0 for i in range(samples * world)]
+
+    def given():
+        return make_inputs(samples * world, torch.float64, (1,) if null is None else null, shift)
+
+    numbers, gradients, stats = run_layer(
+        make_layer(config, layout, groups, router, torch.float64, unwanted, lift),
+        given().part(rank, world),
+        router.kind,
+        1 / world,
+    )
+    wanted, wanted_gradients, reference = run_reference(
+        config, layout, router, given(), unwanted, lift
+    )
+    assert numbers.keys() == wanted.keys() and gradients.keys() == wanted_gradients.keys()
+    found = {}
+    for key, value in numbers.items():
+        if key == "loss":
+            found[key] = relative(sum_over(value, groups.world) / world, wanted[key])
+        else:
+            found[key] = relative(value, wanted[key].chunk(world)[rank])
+    local = experts // ep
+    for key, value in gradients.items():
+        whole_value, over = wanted_gradients[key], groups.world
+        if key.startswith("experts."):
+            first = groups.ep.index * local
+            whole_value, over = whole_value[first : first + local], groups.edp
+        found[key] = relative(sum_over(value, over), whole_value)
+    if stats.observed_E is not None:
+        total = sum_over(stats.observed_E, groups.world)
+        pools = 1 if router.family == "tc" else samples * world // layout.pool
+        found["observed"] = relative(total / pools, reference.observed)
+    mask = reference.mask.chunk(world)[rank]
+    assert torch.equal(stats.mask_TE, mask)
+    here = reference.mask.chunk(world // ep)[rank // ep]  # this EP group's tokens
+    rows = here[:, groups.ep.index * local :][:, :local].sum().item()
+    return found, mask, rows
+
+
+def assert_right(results):
+    for rank, (found, _, _) in enumerate(results):
+        assert max(found.values()) < 1e-11, f"rank {rank}: {found}"
+        assert {"output", "x", "router", "experts.fc1_weight"} <= found.keys()
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_ranks_together_are_the_reference(ranks, world, ep, name):
+    assert_right(ranks[world].run(differences, ep, name, 2, None, None))
+
+
+@pytest.mark.parametrize("name", ["DiT-MoE", "Expert Race, regularized", "ProMoE"])
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_pools_that_begin_on_one_rank_and_end_on_another(ranks, world, ep, name):
+    assert_right(ranks[world].run(differences, ep, name, 3, "2", None))
+
+
+@pytest.mark.parametrize(
+    "name", ["DiT-MoE", "DeepSeek-V3", "Expert Threshold", "Expert Race", "ProMoE"]
+)
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_experts_that_nobody_wants(ranks, world, ep, name):
+    results = ranks[world].run(differences, ep, name, 2, None, "experts")
+    assert_right(results)
+    rows = [rows for *_, rows in results]
+    assert sum(rows) > 0 and (ep == 1 or sum(rows[ep - 1 :: ep]) == 0)
+
+
+@pytest.mark.parametrize("name", ["Expert Threshold", "Expert Race", "Expert Race at inference"])
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_tokens_of_a_rank_that_nobody_takes(ranks, world, ep, name):
+    results = ranks[world].run(differences, ep, name, 2, None, "tokens")
+    assert_right(results)
+    assert [bool(mask.any()) for _, mask, _ in results] == [rank != 1 for rank in range(world)]
+
+
+@pytest.mark.parametrize("starved", ["null", "all null"])
+@pytest.mark.parametrize("world,ep", GRIDS)
+def test_ranks_with_the_null_class_alone(ranks, world, ep, starved):
+    results = ranks[world].run(differences, ep, "ProMoE", 2, None, starved)
+    assert_right(results)
+    for rank, (found, mask, _) in enumerate(results):
+        assert mask[:, -1].all() == (starved == "all null" or rank == 1)
+        assert all(math.isfinite(value) for value in found.values())
