@@ -223,6 +223,8 @@ class DataConfig:
         cache_gib: The most that it holds on a node, GiB.
         on_bad_shard: A shard that cannot be read stops the run, or is left out on all ranks.
         bad_share: The most samples that may be left out so, as a share.
+        validation: Held-out samples for `train.validate_every`: a folder of shards, or tars as
+            above.
     """
 
     shards: str = ""
@@ -236,6 +238,7 @@ class DataConfig:
     cache_gib: float = 64.0
     on_bad_shard: Literal["stop", "skip"] = "stop"
     bad_share: float = 0.01
+    validation: str = ""
 
 
 @dataclass(frozen=True)
@@ -269,6 +272,10 @@ class TrainConfig:
         log_every: Steps between two lines of progress.
         sample_every: Steps between two sheets of samples (0: none).
         score_every: Steps between two scores (0: none).
+        validate_every: Steps between two measurements of the validation loss (0: none): of the
+            first average, on held-out samples at times and noise that are the same in every run,
+            under `sample.routing`.
+        validate_samples: Held-out samples that are measured (null: all).
         save_every: Steps between two checkpoints (0: only the last).
         keep: Newest checkpoints that stay.
         keep_every: Those whose step divides by this stay, too (0: none).
@@ -298,6 +305,8 @@ class TrainConfig:
     log_every: int = 50
     sample_every: int = 0
     score_every: int = 0
+    validate_every: int = 0
+    validate_samples: int | None = None
     save_every: int = 10_000
     keep: int = 3
     keep_every: int = 0
@@ -422,7 +431,14 @@ class Config:
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     """Defaults <- YAML file <- overrides, typed and validated.  UserError names the field."""
     tree = read_yaml(path) if path is not None else {}
-    config = _expand_paths(config_from_tree(merge(tree, tree_of_overrides(overrides or []))))
+    return load_tree(merge(tree, tree_of_overrides(overrides or [])))
+
+
+def load_tree(tree: dict) -> Config:
+    """The configuration that a tree of YAML means, typed and validated.  UserError names the
+    field.
+    """
+    config = _expand_paths(config_from_tree(tree))
     validate(config)
     return config
 
@@ -638,7 +654,8 @@ def _train(config: Config) -> Rules:
     limits = ("keep", "nonfinite_limit", "spike_window", "spike_limit")
     yield from _at_least("train", train, 1, *limits)
     numbers = ("steps", "lr", "warmup", "eps", "clip", "weight_decay")
-    periods = ("sample_every", "score_every", "save_every", "keep_every")
+    periods = ("sample_every", "score_every", "validate_every", "save_every", "keep_every")
+    yield from _at_least("train", train, 1, "validate_samples")
     yield from _at_least("train", train, 0, *numbers, *periods)
     good = train.spike_factor == 0 or train.spike_factor > 1
     yield "train.spike_factor", good, "must be above 1, or 0 for no guard"
@@ -663,6 +680,9 @@ def _data(config: Config) -> Rules:
     yield from _at_least("data", data, 0, "workers")
     yield "data.cache_gib", data.cache_gib > 0, "must be above 0"
     yield "data.bad_share", 0 <= data.bad_share < 1, "must be in [0, 1)"
+    every = config.train.validate_every
+    words = f"must be given for train.validate_every ({every})"
+    yield "data.validation", every == 0 or data.validation != "", words
 
 
 def _score(config: Config) -> Rules:

@@ -21,6 +21,7 @@ class Use(IntEnum):
     ANCESTRAL = 7
     SUBSTITUTE = 8
     ENCODE_ORDER = 9
+    VALIDATION = 10
 
 
 class Words:

@@ -26,6 +26,8 @@ _WORDS = {
     float: "a finite number",
     str: "a text",
     bool: "true or false",
+    dict: "a mapping",
+    list: "a list",
     type(None): "null",
 }
 

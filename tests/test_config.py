@@ -80,7 +80,8 @@ def test_config_py_needs_no_torch():
         ("model: {width: true}", "model.width = True must be an integer"),
         ("model: {width: }", "model.width = None must be an integer"),
         ("model: {learn_sigma: 1}", "model.learn_sigma = 1 must be true or false"),
-        ("model: {family: moe}", "model.family = 'moe' must be one of dense, tc, ec, diffmoe"),
+        ("model: {family: moe}", "model.family = 'moe' must be one of dense, tc, ec, diffmoe, race, "
+            "prototype"),
         ("run: {folder: 2024}", "run.folder = 2024 must be a text"),
         ("train: {lr: fast}", "train.lr = 'fast' must be a finite number"),
         ("train: {lr: .inf}", "train.lr = inf must be a finite number"),

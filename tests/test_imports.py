@@ -22,7 +22,7 @@ LAYERS = [
     ["diffmoe.bench"],  # more of the verb bench, which loads its kinds by name
     ["diffmoe.commands"],
     ["diffmoe.pipeline"],
-    ["diffmoe.parity", "diffmoe.huggingface"],
+    ["diffmoe.parity", "diffmoe.huggingface", "diffmoe.compare"],
     ["diffmoe.training"],
     ["diffmoe.evaluation"],
     ["diffmoe.diffusion", "diffmoe.data", "diffmoe.cost"],
@@ -31,7 +31,7 @@ LAYERS = [
     ["diffmoe.moe"],
     ["diffmoe.parallel"],
     ["diffmoe.deepspeed_json"],
-    ["diffmoe.layout"],
+    ["diffmoe.layout", "diffmoe.families"],
     [
         "diffmoe.config",
         "diffmoe.device",

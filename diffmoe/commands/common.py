@@ -42,6 +42,9 @@ _EXAMPLES = {
     "sample": "python run.py sample --checkpoint runs/demo --classes 0-9 --count 100 --cfg 1.5",
     "evaluate": "python run.py evaluate --checkpoint runs/demo --reference data/digits "
     "--extractor digits --count 500 --out runs/demo/scores",
+    "compare": "python run.py compare --config configs/compare/smoke.yaml --jobs 2\n"
+    "python run.py compare --config configs/compare/fashion14.yaml --only dense-s0\n"
+    "python run.py compare --config configs/compare/fashion14.yaml --table",
     "encode": "torchrun --nproc-per-node 8 run.py encode --source imagenet/train "
     "--image-size 256 --out data/imagenet256_latents --vae stabilityai/sd-vae-ft-mse",
     "inspect-data": "python run.py inspect-data data/digits",

@@ -30,20 +30,54 @@ from diffmoe.parallel.collectives import AgreedError, agreed, gather_objects, ra
 from diffmoe.parallel.groups import Group
 
 RECORD_NAME = "bad_shards.json"
+_VALIDATION_WINDOW = 64  # shards that held-out samples are drawn from together
 
 
 def open_reader(config: Config, before: DataConfig | None = None) -> ShardReader:
     """The reader of a run's data; its streams and window are the configuration's, else those of the
     run `before`, else chosen. UserError when the data are not there, or do not fit the model.
     """
-    data, model = config.data, config.model
+    data = config.data
     if not data.shards:
         raise UserError("data.shards ('') must name a folder of shards with an index.json")
     index = load_index(data.shards, data.index, check_files=data.on_bad_shard == "stop")
+    _check_fits(index, config, f"data.shards ({data.shards})")
+    streams, window = _order_of(data, before, index, config.train.batch)
+    return ShardReader(
+        index,
+        seed=config.run.seed,
+        batch=config.train.batch,
+        streams=streams,
+        window=window,
+        flip=data.flip,
+        cache=cache_of(data),
+    )
+
+
+def open_validation(config: Config) -> ShardReader:
+    """The reader of `data.validation`: sample i, below their number, is the i-th of one fixed
+    permutation, whatever the run's seed; never flipped. UserError as `open_reader`, and for fewer
+    samples than `train.validate_samples`.
+    """
+    data, samples = config.data, config.train.validate_samples
+    index = load_index(data.validation)
+    _check_fits(index, config, f"data.validation ({data.validation})")
+    if samples is not None and samples > index.count:
+        raise UserError(
+            f"train.validate_samples ({samples}) must be at most the {index.count} samples of "
+            f"data.validation ({data.validation})"
+        )
+    window = min(len(index.shards), _VALIDATION_WINDOW)
+    return ShardReader(index, seed=0, window=window, cache=cache_of(data))
+
+
+def _check_fits(index: ShardIndex, config: Config, name: str) -> None:
+    """UserError where the data set `name` does not have the model's shape and classes."""
+    model = config.model
     wanted = (model.channels, model.input_size, model.input_size)
     if tuple(index.x_shape) != wanted:
         raise UserError(
-            f"data.shards ({data.shards}) holds samples of shape {tuple(index.x_shape)}; "
+            f"{name} holds samples of shape {tuple(index.x_shape)}; "
             f"model.channels and model.input_size make {wanted}"
         )
     if index.meta.classes != model.classes:
@@ -55,19 +89,8 @@ def open_reader(config: Config, before: DataConfig | None = None) -> ShardReader
         elif names:
             difference = f": it has {printable(names[0])} to {printable(names[-1])}"
         raise UserError(
-            f"data.shards ({data.shards}) has {index.meta.classes} classes; model.classes is "
-            f"{model.classes}{difference}"
+            f"{name} has {index.meta.classes} classes; model.classes is {model.classes}{difference}"
         )
-    streams, window = _order_of(data, before, index, config.train.batch)
-    return ShardReader(
-        index,
-        seed=config.run.seed,
-        batch=config.train.batch,
-        streams=streams,
-        window=window,
-        flip=data.flip,
-        cache=cache_of(data),
-    )
 
 
 def _order_of(

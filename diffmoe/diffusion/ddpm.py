@@ -249,9 +249,23 @@ def ddpm_loss(
     of ``flow_loss``.
 
     x, noise [B, C, H, W]; t [B] int64 steps of ``schedule``; y [B]."""
+    losses, output = ddpm_losses(model, x, noise, t, y, rule, schedule)
+    return losses.mean(), output
+
+
+def ddpm_losses(
+    model: Callable[..., ModelOutput],
+    x: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    y: Tensor,
+    rule: RoutingRule,
+    schedule: Schedule,
+) -> tuple[Tensor, ModelOutput]:
+    """``ddpm_loss`` before its mean: a loss a sample [B]."""
     x_t = q_sample(schedule, x, t, noise)
     output = model(x_t, schedule.timestep_map.to(t.device)[t], y, rule)
-    return training_losses(schedule, output.prediction, x, x_t, t, noise).loss.mean(), output
+    return training_losses(schedule, output.prediction, x, x_t, t, noise).loss, output
 
 
 # sampling

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from diffmoe.random_streams import Use, philox
 
+_GOLDEN = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -85,3 +87,18 @@ def sampling_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) ->
             for number in numbers
         ]
     )
+
+
+def validation_draws(numbers: Sequence[int], shape: tuple[int, ...]) -> Draws:
+    """What the validation loss is measured at for held-out samples with these numbers: the same in
+    every run, whatever its seed.  No label is dropped.
+
+    Times are the golden ratio's multiples modulo 1: those of any run of numbers lie evenly in
+    [0, 1), so that every batch, and every number of samples, sees all times alike.
+    """
+    noise = torch.empty(len(numbers), *shape)
+    for row, number in enumerate(numbers):
+        generator = np.random.Generator(philox(Use.VALIDATION, 0, number))
+        noise[row] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    t = torch.tensor(numbers, dtype=torch.float64).add(0.5).mul(_GOLDEN).frac().float()
+    return Draws(noise, t, torch.ones(len(numbers)))

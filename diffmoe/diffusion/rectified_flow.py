@@ -25,10 +25,23 @@ def flow_loss(
     t [B]; y [B].
 
     A model with learned sigma has 2 C output channels; the flow reads the first C."""
+    squares, output = flow_errors(model, x, noise, t, y, rule)
+    return squares.mean(), output
+
+
+def flow_errors(
+    model: Callable[..., ModelOutput],
+    x: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    y: Tensor,
+    rule: RoutingRule,
+) -> tuple[Tensor, ModelOutput]:
+    """``flow_loss`` before its mean: squared errors [B, C, H, W]."""
     time = t.view(-1, 1, 1, 1)
     output = model(time * x + (1 - time) * noise, t, y, rule)
     velocity = output.prediction[:, : x.shape[1]].to(x.dtype)
-    return (velocity - (x - noise)).square().mean(), output
+    return (velocity - (x - noise)).square(), output
 
 
 def guided_velocity(model: DiT, y: Tensor, cfg: float, rule: RoutingRule) -> Velocity:

@@ -27,6 +27,7 @@ from diffmoe.training.resume import check_resumable, recipes_as_counters, write_
 from diffmoe.training.run_lock import RunLock
 from diffmoe.training.start import Run, say, share, start
 from diffmoe.training.step import StepReport, train_step
+from diffmoe.training.validation import read_validations
 from diffmoe.training.watchdog import Watchdog
 
 # Optimizer steps after which a run compares itself with its plan.
@@ -67,6 +68,7 @@ def train(
                 f"stopped in order at step {run.done}, before the first step of this start; "
                 "the same command resumes from there"
             )
+        _validate_where_missed(run)
         with run.saver:
             if config.train.spike_factor > 0 and run.fresh:
                 _save(run)  # so that there is always something to go back to
@@ -120,6 +122,8 @@ def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:
                 _sample(run)
             if _due(run.done, train.score_every, finished):
                 _score(run)
+            if _due(run.done, train.validate_every, finished):
+                _validate(run)
             if last:
                 _finish_saving(run)
             if run.done % train.log_every == 0:
@@ -334,3 +338,37 @@ def _score(run: Run) -> None:
             continue
         if run.writer:
             run.writer.scores(run.done, weights, run.scorer.count, scores)
+
+
+def _validate_where_missed(run: Run) -> None:
+    """The validation loss of the step that the run resumed at, where it was due and is not there:
+    a stop saves and does not measure, and a kill may come between.
+    """
+    finished = run.done == run.config.train.steps
+    due = run.done > 0 and _due(run.done, run.config.train.validate_every, finished)
+    if run.validator is None or not due:
+        return
+    there = run.writer is not None and any(
+        r["step"] == run.done for r in read_validations(run.folder)
+    )
+    if not anyone(there, run.groups.world):
+        _validate(run)
+
+
+def _validate(run: Run) -> None:
+    """The validation loss of the first average, a line of ``validation.jsonl``.  What cannot be
+    measured is said, and the run goes on.
+    """
+    if run.validator is None:
+        return
+    run.groups.trace.enter("validating")
+    began = time.perf_counter()
+    try:
+        with run.engine.weights(run.ema.shards) as model:
+            found = run.validator.measure(model)
+    except AgreedError as error:
+        return run.event("not validated", f"no validation loss: {error}")
+    run.meter.leave_out(time.perf_counter() - began)
+    run.next_record |= {"validation_loss": found.loss}
+    if run.writer:
+        run.writer.validation(run.done, run.samples, run.validator.count, found.as_record())

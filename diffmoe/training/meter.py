@@ -45,6 +45,10 @@ class Meter:
         """Leaves out what took time since the last record and was not training."""
         self._started = time.perf_counter()
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes seconds that were not training off the time since the last record."""
+        self._started += seconds
+
     def discard(self) -> None:
         """Forgets the steps since the last record: the run went back."""
         self._reports = []

@@ -15,10 +15,12 @@ import numpy as np
 from diffmoe.evaluation.plots import expert_load, image_grid, loss_curve
 from diffmoe.evaluation.scores import Scores
 
+VALIDATION_NAME = "validation.jsonl"
+
 
 class Writer:
     """Rank 0's files in the run folder: ``metrics.jsonl``, ``events.jsonl``, ``scores.jsonl``,
-    TensorBoard scalars and images.
+    ``validation.jsonl``, TensorBoard scalars and images.
 
     What a disk refuses is said once, on stderr, and does not stop the run; lines wait in memory
     until they can be written.
@@ -26,7 +28,7 @@ class Writer:
 
     def __init__(self, folder: Path, total_steps: int, layer_names: list[str]) -> None:
         self.folder, self.total_steps, self.layer_names = folder, total_steps, layer_names
-        names = ("metrics.jsonl", "events.jsonl", "scores.jsonl")
+        names = ("metrics.jsonl", "events.jsonl", "scores.jsonl", VALIDATION_NAME)
         self._waiting = {name: _start_of_line(folder / name) for name in names}
         self._board: Any = None
         self._refused: set[str] = set()
@@ -53,6 +55,20 @@ class Writer:
         self._scalars({f"{name}/{weights}": value for name, value in found.items()}, step)
         words = ", ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in found.items())
         print(f"scores of step {step}, {weights} weights, {count} images: {words}", flush=True)
+
+    def validation(self, step: int, samples: int, count: int, record: dict) -> None:
+        """A line of ``validation.jsonl`` and of the terminal, and scalars.  ``record``: as
+        ``Validation.as_record`` gives it, of ``count`` held-out samples after ``samples`` of
+        training.
+        """
+        head = {"step": step, "samples": samples, "count": count}
+        self._line(VALIDATION_NAME, {**head, **record})
+        loss, used, by_time = (record[k] for k in ("loss", "experts_per_token", "loss_by_time"))
+        scalars = {f"validation/loss_by_time/{i}": value for i, value in enumerate(by_time)}
+        scalars |= {"validation/loss": loss, "validation/experts_per_token": used}
+        self._scalars(scalars, step)
+        words = "" if used is None else f", {used:.3f} experts a token"
+        print(f"validation of step {step}: loss {loss:.5f}, {count} samples{words}", flush=True)
 
     def draw_load(self, load: np.ndarray, step: int) -> None:
         """``expert_load.png``: which expert works at which flow time, layer by layer."""
@@ -146,8 +162,8 @@ def _start_of_line(path: Path) -> bytes:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of ``metrics.jsonl``, one a step, in order: of a step that was trained twice
-    (after a kill) the last.
+    """The records of ``metrics.jsonl``, or another of these files, one a step, in order: of a step
+    that was trained twice (after a kill) the last.
 
     Half a line, which a kill may leave, is skipped."""
     records: dict[int, dict] = {}
@@ -171,6 +187,8 @@ def progress_line(record: dict, total: int) -> str:
     if record["loss"] is None:
         return "  ".join([*parts, "no step counted"])
     parts.append(f"loss {record['loss']:.4f}")
+    if "validation_loss" in record:
+        parts.append(f"validation {record['validation_loss']:.4f}")
     if "predictor_loss" in record:
         trivial = record["trivial_predictor_loss"]
         parts.append(f"predictor {record['predictor_loss']:.3f} (trivial {trivial:.3f})")

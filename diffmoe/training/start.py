@@ -39,14 +39,15 @@ from diffmoe.training.meter import Meter
 from diffmoe.training.metrics import Writer
 from diffmoe.training.resume import Recipe, check_resumable, engine_changes, read_left_out
 from diffmoe.training.run_lock import RunLock
+from diffmoe.training.validation import Validator, open_validator
 from diffmoe.training.watchdog import watch_layers
 
 
 @dataclass
 class Run:
     """Everything that one rank of a training run holds.  ``deepspeed``: the merged JSON;
-    ``per_node``: ranks on a node; ``writer`` is rank 0's alone; ``scorer``: None where nobody asked
-    for scores; ``fresh``: no checkpoint was there; ``recipes``: changes of the recipe so far, see
+    ``per_node``: ranks on a node; ``writer`` is rank 0's alone; ``scorer``, ``validator``: None where
+    nobody asked for scores, or the validation loss; ``fresh``: no checkpoint was there; ``recipes``: changes of the recipe so far, see
     ``resume``; ``next_record``: what the next record of the metrics has besides.
     """
 
@@ -64,6 +65,7 @@ class Run:
     meter: Meter
     writer: Writer | None
     scorer: Scorer | None
+    validator: Validator | None
     fresh: bool
     recipes: list[Recipe]
     done: int = 0
@@ -153,6 +155,11 @@ def start(
     scorer = None
     if config.train.score_every:
         scorer = open_scorer(config, reader.index, groups.world, device)
+    validator = None
+    if config.train.validate_every:
+        validator = open_validator(config, groups.world, device)
+        if validator.reader.index.fingerprint == reader.index.fingerprint:
+            tell(f"note: data.validation ({config.data.validation}) is what is trained on")
     model = DiT(
         config.model,
         config.moe,
@@ -192,6 +199,7 @@ def start(
         Meter(config, groups, device),
         writer,
         scorer,
+        validator,
         newest is None,
         recipes,
     )

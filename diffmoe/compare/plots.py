@@ -1,0 +1,87 @@
+"""A comparison's pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+_COLORS = ("#1f5fa8", "#d9731a", "#2e8b57", "#a83279", "#8a8a8a", "#c9a227", "#5b4bb5", "#7a4a2b")
+
+
+def _color(place: int) -> str:
+    return _COLORS[place % len(_COLORS)]
+
+
+def draw_routers(rows: list[dict], path: Path) -> None:
+    """Validation loss over samples, a line a router (mean of seeds, their range shaded); beside it
+    the last, each seed a dot, mean and standard deviation; and the Fréchet distance, if there is
+    one.  ``rows``: see ``report.collect``.
+    """
+    scored = [row for row in rows if row["scores"].get("fid")]
+    panels = 3 if scored else 2
+    figure = Figure(figsize=(4.8 * panels, 4.2), layout="constrained")
+    curves, last, *others = figure.subplots(1, panels)
+    for place, row in enumerate(rows):
+        samples, each = row["curve"]["samples"], np.array(row["curve"]["each"])
+        curves.plot(
+            samples, each.mean(axis=0), color=_color(place), label=row["router"], marker="."
+        )
+        curves.fill_between(
+            samples, each.min(axis=0), each.max(axis=0), color=_color(place), alpha=0.2, linewidth=0
+        )
+    curves.set_xlabel("samples")
+    curves.set_ylabel("validation loss")
+    curves.set_yscale("log")
+    for axis in (curves.yaxis.set_major_formatter, curves.yaxis.set_minor_formatter):
+        axis(ScalarFormatter())
+    curves.legend(frameon=False, fontsize=9)
+    _points(last, rows, [row["validation_loss"] for row in rows], "validation loss at the end")
+    if scored:
+        name = f"Fréchet distance, {scored[0]['scores']['extractor']}"
+        _points(others[0], scored, [row["scores"]["fid"] for row in scored], name)
+    for ax in (curves, last, *others):
+        _tidy(ax)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _points(ax: Axes, rows: list[dict], spreads: list[dict], title: str) -> None:
+    """Names along the axis; a dot a seed, the mean with its standard deviation."""
+    for place, (row, spread) in enumerate(zip(rows, spreads)):
+        ax.scatter(
+            [place] * len(spread["each"]), spread["each"], color=_color(place), s=14, alpha=0.5
+        )
+        ax.errorbar(
+            [place],
+            [spread["mean"]],
+            yerr=[spread["spread"] or 0.0],
+            color=_color(place),
+            marker="_",
+            markersize=16,
+            capsize=5,
+        )
+    ax.set_xticks(range(len(rows)), [row["router"] for row in rows], rotation=20, fontsize=9)
+    ax.set_title(title, fontsize=11)
+    ax.margins(x=0.15)
+
+
+def draw_confounds(axes: dict[str, list[dict]], path: Path) -> None:
+    """A panel an axis: the last validation loss at each value, dots, mean and standard deviation."""
+    drawn = {axis: rows for axis, rows in axes.items() if rows}
+    figure = Figure(figsize=(4.2 * len(drawn), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for ax, (axis, rows) in zip(panels, drawn.items()):
+        named = [{"router": str(row["value"])} for row in rows]
+        _points(ax, named, [row["validation_loss"] for row in rows], axis)
+        _tidy(ax)
+    panels[0].set_ylabel("validation loss at the end")
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _tidy(ax: Axes) -> None:
+    ax.grid(True, color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,253 @@
+"""The runs of a comparison, started as their users would: a process of ``train`` in a folder of its
+own, then of ``evaluate``, and of the judge.
+
+A run that is killed resumes from its newest checkpoint when the same command is given again; one
+that is finished is left alone.  What it says goes to ``compare.log`` in its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+import yaml
+
+from diffmoe.checkpoints.manifest import MANIFEST
+from diffmoe.checkpoints.reader import complete_folders, step_folder, step_of
+from diffmoe.code_version import ROOT
+from diffmoe.compare.plan import Comparison, PlannedRun, check_unchanged
+from diffmoe.config import ScoreConfig, config_from_tree, config_to_tree
+from diffmoe.errors import UserError
+from diffmoe.files import replacing
+from diffmoe.strict_yaml import read_yaml
+from diffmoe.training.validation import read_validations
+
+SETTINGS, LOG = "compare.yaml", "compare.log"
+SCORES, JUDGE_NAME, SAMPLES = "scores", "judge.json", "judged"
+_PR_SET_PDEATHSIG = 1  # of Linux's include/uapi/linux/prctl.h
+_LOOK_S = 0.1
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_OF_RANKS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "DIFFMOE_STORE",
+)
+
+
+def check(run: PlannedRun, ranks: int) -> None:
+    """UserError for a run that was begun with other settings."""
+    path = run.folder / SETTINGS
+    if not path.exists():
+        return
+    check_unchanged(run, config_from_tree(read_yaml(path)))
+    layout = run.folder / "layout.json"
+    before = json.loads(layout.read_text())["ranks"] if layout.exists() else ranks
+    if before != ranks:
+        raise UserError(
+            f"run {run.name} was begun with other settings: ranks ({before}) is now {ranks}; "
+            f"choose another folder, or remove {run.folder}"
+        )
+
+
+def _begin(run: PlannedRun) -> None:
+    """Writes the run's settings into its folder."""
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(run.folder / SETTINGS) as stream:
+            text = yaml.safe_dump(config_to_tree(run.config), sort_keys=False)
+            stream.write(text.encode())
+    except OSError as error:
+        raise UserError(f"folder ({run.folder}) cannot be written: {error}") from error
+
+
+def is_trained(run: PlannedRun) -> bool:
+    """Whether the last step's checkpoint and validation loss are there."""
+    steps = run.config.train.steps
+    last = step_folder(run.folder / "checkpoints", steps) / MANIFEST
+    measured = read_validations(run.folder)
+    return last.is_file() and bool(measured) and measured[-1]["step"] == steps
+
+
+def state(run: PlannedRun, comparison: Comparison) -> str:
+    """``finished``, ``trained`` where scores are missing, ``step 40 of 120``, or ``not begun``."""
+    if is_trained(run):
+        return "trained" if next_command(run, comparison) else "finished"
+    checkpoints = complete_folders(run.folder / "checkpoints")
+    if not checkpoints and not (run.folder / SETTINGS).exists():
+        return "not begun"
+    step = step_of(checkpoints[-1]) if checkpoints else 0
+    return f"step {step} of {run.config.train.steps}"
+
+
+def next_command(run: PlannedRun, comparison: Comparison) -> list[str] | None:
+    """What has to be started next for this run; None: it is finished."""
+    folder, score = run.folder, run.config.score
+    if not is_trained(run):
+        arguments = ["train", "--config", str(folder / SETTINGS)]
+        if comparison.deepspeed:
+            arguments += ["--deepspeed_config", comparison.deepspeed]
+        return _program(comparison.ranks, arguments)
+    if score.reference and not (folder / SCORES / "card.json").exists():
+        arguments = ["evaluate", "--checkpoint", str(folder), *_scoring(score)]
+        arguments += ["--count", str(score.count), "--out", str(folder / SCORES)]
+        return _program(comparison.ranks, [*arguments, "--no-samples"])
+    if comparison.judge and not (folder / JUDGE_NAME).exists():
+        samples = folder / f"{SAMPLES}.npz"
+        if not samples.exists():
+            arguments = ["sample", "--checkpoint", str(folder), "--count", str(score.count)]
+            return _program(comparison.ranks, [*arguments, "--out", str(folder / SAMPLES)])
+        judge = [sys.executable, "-m", comparison.judge, str(samples)]
+        return [*judge, "--json", str(folder / JUDGE_NAME)]
+    return None
+
+
+def _scoring(score: ScoreConfig) -> list[str]:
+    words = ["--reference", score.reference, "--extractor", score.extractor]
+    return [*words, "--vae", score.vae] if score.vae else words
+
+
+def _program(ranks: int, arguments: list[str]) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, "-m", "diffmoe", *arguments]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc-per-node", str(ranks), "-m", "diffmoe", *arguments]
+
+
+@dataclass
+class _Started:
+    """A process of a run; ``log_at``: where its words begin in the log."""
+
+    run: PlannedRun
+    command: list[str]
+    process: subprocess.Popen
+    log_at: int
+
+
+def carry_out(
+    runs: Sequence[PlannedRun], comparison: Comparison, jobs: int, say: Callable[[str], None]
+) -> list[str]:
+    """Brings ``runs`` to their ends, ``jobs`` at a time: what did not end well, a line each.  A
+    signal that asks for an end is handed on, and those runs save and end.  UserError, before
+    anything is started, for a run that was begun with other settings.
+    """
+    for run in runs:
+        check(run, comparison.ranks)
+    waiting = deque(run for run in runs if next_command(run, comparison))
+    left = len(waiting)
+    say(f"{len(runs) - left} of {len(runs)} runs are finished, {left} to go, {jobs} at a time")
+    active: list[_Started] = []
+    troubles: list[str] = []
+    with _stop_requests() as stops:
+        handed_on = 0
+        try:
+            while waiting or active:
+                while waiting and len(active) < jobs and not stops:
+                    run = waiting.popleft()
+                    say(f"{run.name}: {state(run, comparison)}, log in {run.folder / LOG}")
+                    active.append(_start(run, comparison, jobs))
+                if stops and not active:
+                    break
+                if len(stops) > handed_on:
+                    handed_on = len(stops)
+                    say("asks the runs to save and end")
+                    for started in active:
+                        started.process.send_signal(signal.SIGTERM)
+                for started in [s for s in active if s.process.poll() is not None]:
+                    active.remove(started)
+                    if trouble := _trouble(started, comparison, bool(stops)):
+                        troubles.append(trouble)
+                    elif not stops and next_command(started.run, comparison):
+                        active.append(_start(started.run, comparison, jobs))
+                    if started.run not in [s.run for s in active]:
+                        say(f"{started.run.name}: {state(started.run, comparison)}")
+                time.sleep(_LOOK_S)
+        finally:
+            for started in active:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(started.process.pid, signal.SIGKILL)
+                started.process.wait()
+    if stops:
+        troubles.append("stopped in order; the same command goes on")
+    return troubles
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """The signals received so far; a second Ctrl-C ends everything at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    kept = {number: signal.signal(number, note) for number in _STOPS}
+    try:
+        yield received
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _start(run: PlannedRun, comparison: Comparison, jobs: int) -> _Started:
+    command = next_command(run, comparison)
+    assert command is not None
+    _begin(run)
+    log = (run.folder / LOG).open("ab")
+    with log:
+        log.write(f"$ {' '.join(command)}\n".encode())
+        log.flush()
+        return _Started(run, command, _spawn(command, log, jobs * comparison.ranks), log.tell())
+
+
+def _spawn(command: list[str], log: IO[bytes], ranks: int) -> subprocess.Popen:
+    """``ranks``: at the same time on this machine, who share its cores."""
+    environ = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+    path = os.pathsep.join(filter(None, [str(ROOT), environ.get("PYTHONPATH")]))
+    cores = len(os.sched_getaffinity(0))
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**environ, "PYTHONPATH": path},
+        start_new_session=True,  # a Ctrl-C comes once, from here
+        preexec_fn=_end_with_parent,
+    )
+
+
+def _end_with_parent() -> None:
+    """A comparison that is killed leaves no run that the next one would find in its way; they save
+    before they go.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _trouble(started: _Started, comparison: Comparison, stopping: bool) -> str | None:
+    """What to say of a process that has ended and did not do its work."""
+    code, run = started.process.returncode, started.run
+    if code == 0 and (stopping or next_command(run, comparison) != started.command):
+        return None
+    if stopping:
+        return None
+    with (run.folder / LOG).open("rb") as log:
+        log.seek(started.log_at)
+        lines = log.read().decode(errors="replace").strip().splitlines() or ["no output"]
+    reason = next((line for line in lines if line.startswith("error:")), lines[-1])
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"{run.name} {how}: {reason} ({run.folder / LOG})"
