@@ -712,3 +712,10 @@ def test_ranks_with_the_null_class_alone(ranks, world, ep, starved):
     for rank, (found, mask, _) in enumerate(results):
         assert mask[:, -1].all() == (starved == "all null" or rank == 1)
         assert all(math.isfinite(value) for value in found.values())
+
+
+def test_zeros_of_either_sign_tie():
+    assert choose_experts(torch.tensor([[-0.0, 0.0], [0.0, -0.0]]), 1).tolist() == [
+        [True, False],
+        [True, False],
+    ]
