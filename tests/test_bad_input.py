@@ -276,7 +276,7 @@ def after_joining(tmp_path_factory):
         ),
         "sample: gone": (
             ["sample", "--checkpoint", "/nowhere"],
-            "no complete checkpoint in /nowhere",
+            "checkpoint (/nowhere) does not exist",
         ),
         "sample: cut": (
             ["sample", "--checkpoint", str(tmp / "a")],

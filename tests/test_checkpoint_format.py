@@ -536,5 +536,10 @@ def test_the_verb_names_file_and_tensor(made_once, tmp_path, capsys):
     )
     assert "corrupt  exp_avg of" in text and "step_00000005" in text
     assert check(capsys, newest.parent / "step_00000003")[0] == 0
-    with pytest.raises(UserError, match="no complete checkpoint in "):
+    with pytest.raises(UserError, match=r"checkpoint \(.*nowhere\) does not exist"):
         check(capsys, tmp_path / "nowhere")
+    with pytest.raises(UserError, match="checkpoint .* is a file, not a folder"):
+        check(capsys, newest / "checkpoint.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no complete checkpoint in "):
+        check(capsys, tmp_path / "empty")

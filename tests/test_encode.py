@@ -465,7 +465,8 @@ def test_bf16_storage_is_the_rounded_moments(tmp_path: Path) -> None:
 
 def test_bad_autoencoders(tmp_path: Path) -> None:
     for path, message in (
-        (tmp_path / "none", "must be a folder, or an id of the hub"),
+        (tmp_path / "none", "does not exist"),
+        ("none", "is no folder here, and no id of the hub"),
         (tmp_path, "has no config.json"),
     ):
         with pytest.raises(UserError, match=message):

@@ -343,8 +343,22 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
         "Error$",
     ):
         DiffMoEPipeline.from_pretrained("nobody/nothing")
-    with pytest.raises(UserError, match="must be a folder .* or an id of the hub"):
-        DiffMoEPipeline.from_pretrained("no such folder")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    asked.clear()
+    for name, complaint in {
+        "no such folder": "is no folder here, and no id of the hub",
+        "runs/demoo": r"model \(runs/demoo\) does not exist$",  # where runs/ exists
+        "./runs/demo": "does not exist$",
+        "~/demo": "does not exist$",
+        "gone/demo/checkpoints": "does not exist$",
+        str(tmp_path / "gone"): "does not exist$",
+        "model.safetensors": "is a file, not a folder$",
+    }.items():
+        with pytest.raises(UserError, match=complaint):
+            DiffMoEPipeline.from_pretrained(name)
+    assert asked == []
     with pytest.raises(UserError, match=r"revision \(v1\) goes with a repository"):
         DiffMoEPipeline.from_pretrained(sent["folder"], revision="v1")
 
