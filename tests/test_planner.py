@@ -1,6 +1,7 @@
 """launcher plan, simulate and scaling as commands: no torch, one line for bad input, exit codes."""
 
 import json
+import shlex
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -270,6 +271,16 @@ def test_every_size_trains_the_same_pool_and_repeats_are_interleaved():
     }
     assert {t.batch for t in trials if t.mode == "strong"} == {128}
     assert scaling._pool(config, trials[0]) == 128  # moe.pool: global
+
+
+def test_the_helps_example_leaves_nothing_out():
+    example = shlex.split(scaling._EXAMPLE.strip().splitlines()[0])
+    options = scaling._parse(example[example.index("scaling") + 1 :])
+    config = scaling.load_config(options.config, options.overrides)
+    trials, left_out = scaling.plan_trials(
+        config, {}, options, scaling._sizes(options, {}, 2, "torchrun")
+    )
+    assert left_out == [] and {trial.ranks for trial in trials} == {1, 2} and options.synthetic
 
 
 @pytest.mark.parametrize(
