@@ -332,7 +332,7 @@ class SampleConfig:
         capacity: Experts that a token gets on average, by thresholds from the predictor's
             histograms.
         batch: Images at a time, on a rank.
-        columns: Of the sheet of samples.
+        columns: Of the sheet of samples, at most: fewer classes share them out evenly.
     """
 
     sampler: Literal["euler", "heun", "dopri5", "ancestral", "ddim"] = "euler"

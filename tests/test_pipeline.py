@@ -20,6 +20,7 @@ from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.config import config_from_tree
 from diffmoe.errors import UserError
 from diffmoe.evaluation.features import to_uint8
+from diffmoe.evaluation.plots import GRID_GAP
 from diffmoe.huggingface import export_folder, write_folder
 from diffmoe.models.logical import initialize, logical_tensors
 from diffmoe.models.pretrained import Pretrained
@@ -104,10 +105,13 @@ def test_it_makes_what_the_command_line_makes(tmp_path):
                 "--out",
                 tmp_path / "theirs",
                 "sample.steps=2",
+                "sample.columns=3",
             ]
         ],
     )
     assert result.returncode == 0, result
+    with Image.open(tmp_path / "theirs.png") as sheet:  # two classes: two columns
+        assert sheet.size == (2 * (8 * 7 + GRID_GAP) + GRID_GAP, 3 * (8 * 7 + GRID_GAP) + GRID_GAP)
     ours = DiffMoEPipeline.from_pretrained(KEPT)([3, 7], guidance_scale=2, **CALL)
     with np.load(tmp_path / "theirs.npz") as theirs:
         assert ours.labels == theirs["labels"].tolist() == [3, 7, 3, 7, 3]

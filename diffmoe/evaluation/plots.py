@@ -54,6 +54,13 @@ def image_grid(
     Image.fromarray(grid[..., 0] if channels == 1 else grid).save(path, format="PNG")
 
 
+def class_columns(columns: int, classes: int) -> int:
+    """``columns`` at most, so that images of ``classes`` in turn have each class in columns of its
+    own, where there are enough.
+    """
+    return columns - columns % classes if classes < columns else columns
+
+
 def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path) -> None:
     """Draw metric records (keys step, loss, predictor_loss, trivial_predictor_loss, lr; all but
     step may be missing).

@@ -17,6 +17,7 @@ from diffmoe.device import peak_memory_gib
 from diffmoe.diffusion.randomness import StepDraws
 from diffmoe.errors import UserError
 from diffmoe.evaluation.generate import generate_everywhere
+from diffmoe.evaluation.plots import class_columns
 from diffmoe.evaluation.while_training import score
 from diffmoe.layout import Layout
 from diffmoe.parallel.collectives import AgreedError, anyone
@@ -309,7 +310,8 @@ def _sample(run: Run) -> None:
     except UserError as error:
         return run.event("not sampled", f"no images: {error}")
     run.groups.trace.enter("sampling")
-    columns, classes = run.config.sample.columns, run.config.model.classes
+    classes = run.config.model.classes
+    columns = class_columns(run.config.sample.columns, classes)
     labels = [i % classes for i in range(columns * min(classes, columns))]
     with run.engine.weights(run.ema.shards) as model:
         images = generate_everywhere(model, run.config, labels, run.groups.world, run.device)
