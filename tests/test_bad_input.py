@@ -118,7 +118,9 @@ def test_a_dry_run_prints_it_all_and_touches_nothing(tmp_path):
         "batch    8 micro x 2 ranks x 1 accumulation = 16",
         "experts  4 over 2 expert-parallel ranks, in 1 copies",
         "pool     16 samples = 256 tokens",
-        "engine   ZeRO 1, fp32",
+        "engine   ZeRO 1, fp32 (ieee), recompute none, compiled on a GPU",
+        "note: resolved for world size 2; --ranks N resolves for N ranks",
+        "note: data.shards (/nowhere): nothing is there",
     ):
         assert text in results[0].stdout
     assert results[1].stdout == ""
@@ -149,8 +151,13 @@ def test_a_dry_run_of_bf16_at_zero_0_says_what_runs(tmp_path):
 def test_a_dry_run_resolves_for_ranks_that_are_not_there():
     (result,) = run_program(1, *tiny(Path("unused"), "--dry-run", "--ranks", "8"))
     assert result.returncode == 0 and "2 micro x 8 ranks x 1 accumulation" in result.stdout
+    assert "note:" not in result.stdout
     (result,) = run_program(1, *tiny(Path("unused"), "--dry-run", "--ranks", "3"))
     assert_one_line([result], "world size (3) must divide by parallel.ep (2)")
+    assert "--ranks" not in result.stderr
+    (result,) = run_program(1, *tiny(Path("unused"), "--dry-run"))
+    assert_one_line([result], "world size (1) must divide by parallel.ep (2)")
+    assert "--ranks N" in result.stderr
 
 
 # ---------------------------------------------------------------------- what data, folders and

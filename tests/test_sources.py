@@ -302,6 +302,22 @@ def test_bad_addresses(address: str, message: str) -> None:
         load_index(address)
 
 
+def test_what_a_local_data_set_lacks(index: ShardIndex, tmp_path: Path) -> None:
+    """Seen without reading anything; a remote one is not asked."""
+    here, empty = index.folder, tmp_path / "empty"
+    empty.mkdir()
+    for address in (str(here), f"{here}/*.tar", f"{here}/index.json", "s3://bucket/set"):
+        assert sources.missing_shards(address) is None
+    assert sources.missing_shards(str(empty), "elsewhere/index.json") is None
+    assert sources.missing_shards("") == "data.shards is not set"
+    for address, lacks in {
+        f"{tmp_path}/gone": "nothing is there",
+        f"{empty}": "no index.json is there",
+        f"{empty}/*.tar": f"{empty}/*.tar does not exist",
+    }.items():
+        assert sources.missing_shards(address) == f"data.shards ({address}): {lacks}"
+
+
 def test_a_shard_that_the_index_does_not_know(index: ShardIndex) -> None:
     (index.folder / "other.tar").write_bytes(b"")
     with pytest.raises(UserError, match="shard other.tar is not in the index"):

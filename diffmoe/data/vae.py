@@ -19,7 +19,6 @@ from diffmoe.errors import UserError
 from diffmoe.paths import check_hub_id
 
 
-
 @dataclass(frozen=True)
 class Vae:
     """An `AutoencoderKL` with what its configuration says. `name` is what `load_vae` was given;
