@@ -197,7 +197,7 @@ def _sizes(
         if nodes > 1 and available is None:
             raise UserError(f"--nodes ({nodes}) needs srun in an allocation")
         if ranks % nodes:
-            raise UserError(f"--ranks ({ranks}) must divide by the {nodes} nodes they need")
+            raise UserError(f"--ranks ({ranks}) must be divisible by the {nodes} nodes they need")
     return sizes
 
 

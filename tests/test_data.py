@@ -393,7 +393,7 @@ def test_the_benchmark_sets_all_ways_side_by_side(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--samples", "1000"], r"--samples \(1000\) must divide by 1024"),
+        (["--samples", "1000"], r"--samples \(1000\) must be divisible by 1024"),
         (["--repeats", "0"], r"--repeats \(0\) must be at least 1"),
         (["--samples", "some"], "invalid int value: 'some'"),
     ],

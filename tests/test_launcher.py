@@ -74,7 +74,7 @@ def test_every_verb_has_help_with_an_example(capsys):
         (["submit"], "the following arguments are required: --config"),
         (["submit", "--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
         (["submit", *DEMO, "--nodes", "0"], "--nodes (0) must be at least 1"),
-        (["submit", *DEMO, "--nodes", "3"], "train.batch (128) must divide by ranks (24)"),
+        (["submit", *DEMO, "--nodes", "3"], "train.batch (128) must be divisible by ranks (24)"),
         (
             ["submit", *DEMO, "--time", "soon"],
             "--time ('soon') must be minutes, hours:minutes:seconds",
@@ -227,7 +227,7 @@ def test_a_jobs_folder_is_a_snapshot_that_a_requeue_finds_again(tmp_path):
     assert (folder / "code/run.py").read_bytes() == (REPOSITORY / "run.py").read_bytes()
     assert (folder / "commit.txt").read_text().startswith("unknown (")  # not a repository
     assert not (tmp_path / "run/jobs/.7.partial").exists()
-    with pytest.raises(UserError, match=r"world size \(3\) must divide by parallel.ep \(2\)"):
+    with pytest.raises(UserError, match=r"world size \(3\) must be divisible by parallel.ep \(2\)"):
         job.prepare(*arguments[:2], 3, *arguments[3:])
     done = subprocess.run(
         [
@@ -330,7 +330,7 @@ def test_a_job_starts_again_while_it_gets_on(tmp_path):
 
     assert after(1) == job.START_AGAIN  # 10: the first start without progress
     reach(run, 20)
-    assert after(0) == job.START_AGAIN  # stopped in order
+    assert after(0) == job.START_AGAIN  # stopped cleanly
     assert after(137) == job.START_AGAIN and after(0) == job.START_AGAIN  # two fruitless ones
     reach(run, 30)
     assert after(143) == job.START_AGAIN

@@ -185,7 +185,10 @@ def test_classes_by_number_and_by_name(classes, labels):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"classes": "shoe"}, r"classes \('shoe'\): 'shoe' is the name of no class"),
+        (
+            {"classes": "shoe"},
+            r"classes \('shoe'\): no class is named 'shoe'; the 3 classes are 0 ",
+        ),
         (
             {"classes": [3]},
             r"classes \(\[3\]\) must be numbers from 0 to 2 or names \(model.classes = 3\)",

@@ -113,7 +113,7 @@ def test_a_configuration_that_does_not_resolve_is_said_and_others_are_offered(ca
     assert plan.main([*XL, "--gpus-per-node", "4", "--memory", "90"]) == 0
     said = capsys.readouterr().out
     assert (
-        "configured does not resolve: world size (4) must divide by parallel.ep (8)" in said
+        "configured does not resolve: world size (4) must be divisible by parallel.ep (8)" in said
         and "  1   4 " in said
     )
 
@@ -263,7 +263,9 @@ def test_every_size_trains_the_same_pool_and_repeats_are_interleaved():
         trials
     ) == 2 * 2 * 2 * 5
     assert [t.repeat for t in trials] == [1] * 20 + [2] * 20
-    assert len(left_out) == 4 and "world size (1) must divide by parallel.ep (2)" in left_out[0]
+    assert (
+        len(left_out) == 4 and "world size (1) must be divisible by parallel.ep (2)" in left_out[0]
+    )
     assert {(t.ranks, t.batch) for t in trials if t.mode == "weak"} == {
         (1, 128),
         (2, 256),

@@ -302,7 +302,7 @@ def test_preflight_stops_a_job_and_says_why(cluster, work, tmp_path):
 def test_bad_input_ends_the_job_with_its_line(cluster, work):
     job = train(cluster, work / "bad", "moe.experts=3")
     assert job.wait() == "FAILED" and job.restarts == 0
-    assert "error: moe.experts (3) must divide by parallel.ep (4)" in job.said()
+    assert "error: moe.experts (3) must be divisible by parallel.ep (4)" in job.said()
 
 
 def test_sample_evaluate_and_encode(cluster, work, undisturbed):

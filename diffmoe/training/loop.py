@@ -58,14 +58,14 @@ def train(
         RunLock(folder, groups.world) as lock,
     ):
         if anyone(bool(stop_requested), groups.world):
-            return say(groups, "stopped in order before the start; the same command begins again")
+            return say(groups, "stopped cleanly before the start; the same command begins again")
         lock.take()
         run = start(config, layout, deepspeed_tree, groups, device, per_node, new_recipe, lock)
         if run.done >= config.train.steps:
             run.say(f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
         elif anyone(bool(stop_requested), groups.world):
             return run.say(
-                f"stopped in order at step {run.done}, before the first step of this start; "
+                f"stopped cleanly at step {run.done}, before the first step of this start; "
                 "the same command resumes from there"
             )
         with run.saver:
@@ -126,7 +126,7 @@ def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:
             if run.done % train.log_every == 0:
                 meter.restart_clock()  # saving, sampling and drawing are not training
             if stop:
-                run.say(f"stopped in order at step {run.done}; the same command resumes from there")
+                run.say(f"stopped cleanly at step {run.done}; the same command resumes from there")
                 break
     if run.writer:
         run.writer.close()
