@@ -534,13 +534,14 @@ def test_classes_by_name(text: str, expected: list[int]) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("bot", r"no class is named 'bot'; did you mean 1 \(Boot\)\?$"),
+        ("bot", r"no class is named 'bot'; did you mean 1 \(Boot\), 3 "),
         ("tench", r"did you mean 0 \(tench, Tinca tinca\)"),
         ("Cat", r"several classes; 6 \(CAT\), 7 \(cat\)"),
         ("crane", r"several classes; 4 \(crane\), 5 \(crane\)"),
         (
             "qqqq",
-            r"no class is named 'qqqq'; the 8 classes are 0 \(tench, .*\), 1 \(Boot\), 2 \(.*\), \.\.\.$",
+            r"no class is named 'qqqq'; the 8 classes are 0 \(tench, .*\), 1 \(Boot\), 2 \(.*\), "
+            r"\.\.\.$",
         ),
         ("8", "from 0 to 7"),
         ("1,,2", "must be 'all'"),
