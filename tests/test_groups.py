@@ -129,6 +129,7 @@ def gathered(order):
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "order", [["ep", "edp", "pool", "pool_owners"], ["pool_owners", "edp", "world", "ep"]]
 )

@@ -4,6 +4,7 @@ type checkers too.
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,6 +52,19 @@ ONLY = {
     "deepspeed": ["diffmoe.training.engine", "diffmoe.training.zero_optimizers"],
     "diffmoe.commands": ["diffmoe.__main__", "diffmoe.commands", "diffmoe.bench"],
 }
+
+
+@pytest.mark.full
+def test_a_ranks_start_brings_no_figures_and_no_scikit_learn():
+    """Seconds for every rank, of which most need neither."""
+    code = (
+        "import sys, diffmoe.training.loop; "
+        "print([name for name in ('matplotlib', 'sklearn', 'scipy.ndimage') if name in sys.modules])"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert said.stdout == "[]\n", said
 
 
 def source_files():

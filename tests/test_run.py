@@ -405,6 +405,7 @@ def said_by(arguments: list[str], world: int) -> str:
     return said.getvalue()
 
 
+@pytest.mark.full
 def test_after_twenty_steps_a_run_says_how_wrong_its_plan_was(two_ranks, tmp_path):
     first, second = two_ranks.run(
         said_by,
