@@ -40,7 +40,8 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
     train, ep = config.train, config.parallel.ep
     if ranks % ep:
         raise UserError(
-            f"world size ({ranks}) must be divisible by parallel.ep ({ep}): start another number of "
+            f"world size ({ranks}) must be divisible by parallel.ep ({ep}): start another number "
+            "of "
             f"ranks, or say parallel.ep={math.gcd(ranks, ep)}"
         )
     micro, accumulation = train.micro_batch, train.accumulation

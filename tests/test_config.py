@@ -39,7 +39,7 @@ def overridden(*overrides: str) -> Config:
     return load_config(None, list(overrides))
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading
 
 
@@ -59,7 +59,10 @@ def test_every_published_config_is_good(path):
 
 
 def test_config_py_needs_no_torch():
-    code = "import sys, diffmoe.commands.train; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    code = (
+        "import sys, diffmoe.commands.train; "
+        "sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60).returncode == 0
 
 
@@ -368,13 +371,15 @@ def test_what_is_not_given_follows_from_what_is(given, micro, accumulation):
         (
             3,
             ["parallel.ep=2"],
-            "world size (3) must be divisible by parallel.ep (2): start another number of ranks, or say "
+            "world size (3) must be divisible by parallel.ep (2): start another number of ranks, "
+            "or say "
             "parallel.ep=1",
         ),
         (
             1,
             ["parallel.ep=2"],
-            "world size (1) must be divisible by parallel.ep (2): start another number of ranks, or say "
+            "world size (1) must be divisible by parallel.ep (2): start another number of ranks, "
+            "or say "
             "parallel.ep=1",
         ),
         (
@@ -502,7 +507,9 @@ BF16_AT_ZERO = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}
 
 
 def test_what_is_merged_is_what_runs():
-    """Nothing is left for the engine to change, so the printed and the written file are the truth."""
+    """Nothing is left for the engine to change, so the printed and the written file are the
+    truth.
+    """
     bf16 = merged(BF16_AT_ZERO)
     assert bf16["zero_optimization"] == {
         "stage": 1,

@@ -409,7 +409,10 @@ def test_workers_bring_no_torch(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    code = "import sys, diffmoe.data.worker; print([m for m in ('torch', 'webdataset', 'PIL') if m in sys.modules])"
+    code = (
+        "import sys, diffmoe.data.worker; "
+        "print([m for m in ('torch', 'webdataset', 'PIL') if m in sys.modules])"
+    )
     root = Path(__file__).resolve().parent.parent
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60

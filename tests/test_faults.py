@@ -325,7 +325,7 @@ def test_a_stop_request_while_starting_ends_in_order_and_more_of_them_change_not
     )
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # disks
 
 
@@ -640,7 +640,6 @@ def test_table_of_layouts_in_which_the_next_20_losses_are_the_same(tmp_path, cap
                 f"{n} rank{'s' * (n > 1)}, EP {ep}, ZeRO {stage}"
                 for n, ep, stage in (saved, resumed)
             ]
-            print(
-                f"{names[0]:24}{names[1]:24}{'0, weights bit for bit' if saved == resumed else f'{worst:.1e}'}"
-            )
+            off = "0, weights bit for bit" if saved == resumed else f"{worst:.1e}"
+            print(f"{names[0]:24}{names[1]:24}{off}")
     assert max(worst for _, _, worst in rows) < 1e-6

@@ -89,7 +89,9 @@ def ranks():
 
 
 def made_in_training(case):
-    """What the groups are for that a training step of the case made, and how many DeepSpeed made."""
+    """What the groups are for that a training step of the case made, and how many DeepSpeed
+    made.
+    """
     before = set(dist.distributed_c10d._world.pg_map)
     training = table.start_training(case, 0, torch.device("cpu"))
     training.step(0)

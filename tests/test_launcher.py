@@ -268,7 +268,10 @@ def test_a_job_comes_to_its_conclusion(tmp_path, before, step, said):
     """Whenever the signal before the limit comes: that is where it is requeued."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "step.sh").write_text(step)
-    script = f"set -euo pipefail; source scripts/slurm/_common.sh; trap stop_requested USR1; job={tmp_path}; SLURM_JOB_ID=1; {before}"
+    script = (
+        "set -euo pipefail; source scripts/slurm/_common.sh; trap stop_requested USR1; "
+        f"job={tmp_path}; SLURM_JOB_ID=1; {before}"
+    )
     script += f'step=(bash {tmp_path}/step.sh); on_ranks rank; kill -USR1 $$; echo "status $status"'
     done = subprocess.run(
         ["bash", "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=30

@@ -429,7 +429,8 @@ def test_labels_that_begin_with_another_number_than_0(
         list_source(source, 2)
     with pytest.raises(
         UserError,
-        match=f"from {first} to {first + 1}, .* --first-class {first} if .*, --classes {first + 2} ",
+        match=f"from {first} to {first + 1}, .* --first-class {first} if .*, "
+        f"--classes {first + 2} ",
     ):
         list_source(source)
     listed = list_source(source, first_class=first)

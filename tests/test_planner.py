@@ -276,7 +276,7 @@ def test_every_size_trains_the_same_pool_and_repeats_are_interleaved():
 
 
 def test_the_helps_example_leaves_nothing_out():
-    example = shlex.split(scaling._EXAMPLE.strip().splitlines()[0])
+    example = shlex.split(scaling._EXAMPLE.replace("\\\n", " ").strip().splitlines()[0])
     options = scaling._parse(example[example.index("scaling") + 1 :])
     config = scaling.load_config(options.config, options.overrides)
     trials, left_out = scaling.plan_trials(

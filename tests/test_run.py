@@ -189,7 +189,7 @@ def test_a_run_without_a_record_complains_of_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # resuming
 
 

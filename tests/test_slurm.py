@@ -64,7 +64,10 @@ SMALL = (
 def cluster():
     missing = missing_tools()
     if missing:
-        text = f"no Slurm here: {', '.join(missing)} missing (apt-get install slurmctld slurmd slurm-client munge)"
+        text = (
+            f"no Slurm here: {', '.join(missing)} missing "
+            "(apt-get install slurmctld slurmd slurm-client munge)"
+        )
         if os.environ.get("DIFFMOE_REQUIRE_SLURM"):
             pytest.fail(text)
         pytest.skip(text)
@@ -223,7 +226,9 @@ def rank_processes(cluster: Cluster, node: str) -> list[int]:
 
 
 def test_the_signal_before_the_limit_a_preemption_and_a_cancelled_job(cluster, work):
-    """The batch shell gets USR1, hands it on and requeues; scancel is the user's word, and stays."""
+    """The batch shell gets USR1, hands it on and requeues; scancel is the user's word, and
+    stays.
+    """
     run = work / "limit"
     job = train(cluster, run, ENDLESS, "train.save_every=0", options=("--signal=B:USR1@600",))
 

@@ -239,7 +239,8 @@ from pathlib import Path
 from diffmoe.data.cache import Cache
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import load_index
-reader = ShardReader(load_index(sys.argv[1]), seed=0, batch=11, streams=11, cache=Cache(Path(sys.argv[2]), 1 << 30))
+index = load_index(sys.argv[1])
+reader = ShardReader(index, seed=0, batch=11, streams=11, cache=Cache(Path(sys.argv[2]), 1 << 30))
 print(reader.read(range(103))[0][:, 0, 0, 0].astype(int).tolist())
 """
 
