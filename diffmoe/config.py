@@ -380,7 +380,7 @@ class SampleConfig:
         capacity: Experts that a token gets on average, by thresholds from the predictor's
             histograms.
         batch: Images at a time, on a rank.
-        columns: Of the sheet of samples.
+        columns: Of the sheet of samples, at most: fewer classes share them out evenly.
     """
 
     sampler: Literal["euler", "heun", "dopri5", "ancestral", "ddim"] = "euler"
@@ -522,11 +522,11 @@ def _model(config: Config) -> Rules:
     sizes = ("input_size", "channels", "patch", "width", "depth", "heads", "classes")
     yield from _at_least("model", model, 1, *sizes)
     divides = model.input_size % model.patch == 0
-    yield "model.input_size", divides, f"must divide by model.patch ({model.patch})"
+    yield "model.input_size", divides, f"must be divisible by model.patch ({model.patch})"
     divides = model.width % model.heads == 0
-    yield "model.width", divides, f"must divide by model.heads ({model.heads})"
+    yield "model.width", divides, f"must be divisible by model.heads ({model.heads})"
     divides = model.width % 4 == 0
-    yield "model.width", divides, "must divide by 4 for the 2-d sine position embedding"
+    yield "model.width", divides, "must be divisible by 4 for the 2-d sine position embedding"
     words = f"x model.width ({model.width}) must be at least 1"
     yield "model.mlp_ratio", model.hidden >= 1, words
 
@@ -541,7 +541,7 @@ def _moe(config: Config) -> Rules:
     words = "leaves no MoE block with moe.interleave (true)"
     yield "model.depth", model.depth >= 2 or not moe.interleave, words
     yield from _at_least("moe", moe, 1, "experts")
-    yield "moe.experts", moe.experts % ep == 0, f"must divide by parallel.ep ({ep})"
+    yield "moe.experts", moe.experts % ep == 0, f"must be divisible by parallel.ep ({ep})"
     yield from _at_least("moe", moe, 0, "shared_experts", "balance_weight", "predictor_weight")
     words = f"must be above 0 and at most moe.experts ({moe.experts})"
     yield "moe.capacity", 0 < moe.capacity <= moe.experts, words

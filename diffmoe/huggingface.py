@@ -192,7 +192,9 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
         ]
     process: str = flow.process
     if process == "flow":
-        process += f", t x {flow.time_scale:g}, {flow.time_sampling} times"
+        process += f", {flow.time_sampling.replace('_', '-')} times"
+        if flow.time_scale != 1:
+            process += f", t multiplied by {flow.time_scale:g} before its embedding"
     decays = ", ".join(f"{decay:g}" for decay in train.ema_decays)
     recipe = [
         ("process", process),
@@ -241,7 +243,8 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
         "```python",
         "from diffmoe import DiffMoEPipeline",
         "",
-        'pipe = DiffMoEPipeline.from_pretrained("this folder, or owner/name")',
+        'folder = "."  # where this file is; or owner/name, on the hub',
+        "pipe = DiffMoEPipeline.from_pretrained(folder)",
         "pipe(num_images=4).images",
         "```",
     ]

@@ -40,7 +40,8 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
     train, ep = config.train, config.parallel.ep
     if ranks % ep:
         raise UserError(
-            f"world size ({ranks}) must divide by parallel.ep ({ep}): start another number of "
+            f"world size ({ranks}) must be divisible by parallel.ep ({ep}): start another number "
+            "of "
             f"ranks, or say parallel.ep={math.gcd(ranks, ep)}"
         )
     micro, accumulation = train.micro_batch, train.accumulation
@@ -48,12 +49,12 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
         per_pass = train.batch if micro is None else micro * ranks
         if train.batch % per_pass:
             what = f"train.micro_batch ({micro}) x ranks ({ranks})"
-            raise UserError(f"train.batch ({train.batch}) must divide by {what}")
+            raise UserError(f"train.batch ({train.batch}) must be divisible by {what}")
         accumulation = train.batch // per_pass
     if micro is None:
         if train.batch % (accumulation * ranks):
             what = f"ranks ({ranks}) x train.accumulation ({accumulation})"
-            raise UserError(f"train.batch ({train.batch}) must divide by {what}")
+            raise UserError(f"train.batch ({train.batch}) must be divisible by {what}")
         micro = train.batch // (accumulation * ranks)
     if micro * ranks * accumulation != train.batch:
         raise UserError(

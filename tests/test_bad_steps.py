@@ -84,7 +84,7 @@ def events(folder):
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # not finite
 
 
@@ -227,7 +227,7 @@ def test_skipped_steps_are_counted_recorded_and_the_same_after_a_resume(two_rank
     assert steps(tmp_path / "c") == [4], "a step that changes nothing can be saved"
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # spikes
 
 

@@ -310,7 +310,9 @@ def test_a_disk_that_is_full_at_the_very_end(two_ranks, tmp_path):
 
 
 def measure(folder: str) -> tuple[int, int, int, int]:
-    """(bytes of state, growth of memory of a streamed save, of a save with a snapshot, of a load)."""
+    """(bytes of state, growth of memory of a streamed save, of a save with a snapshot, of a
+    load).
+    """
     grown = []
     for background in ("false", "true"):
         config = settings(

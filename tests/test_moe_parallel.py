@@ -1,4 +1,6 @@
-"""The MoE layer over ranks, in fp64 and without the engine, against the same layer in one process."""
+"""The MoE layer over ranks, in fp64 and without the engine, against the same layer in one
+process.
+"""
 
 import contextlib
 import zlib

@@ -77,7 +77,7 @@ def precision(request):
     return request.param
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the setting
 
 
@@ -285,7 +285,7 @@ def test_features_are_ieee_whatever_the_run_is(tmp_path):
     assert seen == [("ieee", "ieee")] and allowed() == ("tf32", "tf32")
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # records
 
 
@@ -500,7 +500,10 @@ def test_router_start(family, start):
             assert value.std() == pytest.approx(0.006, rel=0.03)
 
 
-GUIDED = r"sample.cfg \(1.5\) must be 1 where train.label_drop \(0\) never trains the null class .* sample.cfg=1 \(--cfg 1\)"
+GUIDED = (
+    r"sample.cfg \(1.5\) must be 1 where train.label_drop \(0\) never trains the null class .* "
+    r"sample.cfg=1 \(--cfg 1\)"
+)
 
 
 @pytest.mark.parametrize("command", [sample_command, evaluate_command], ids=["sample", "evaluate"])

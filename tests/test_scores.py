@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from diffmoe.errors import UserError
 from diffmoe.evaluation import scores
 from diffmoe.evaluation.judge import JudgeReport, judge_digits, main
-from diffmoe.evaluation.plots import GRID_GAP, expert_load, image_grid, loss_curve
+from diffmoe.evaluation.plots import GRID_GAP, class_columns, expert_load, image_grid, loss_curve
 from diffmoe.evaluation.scores import nearest_distances, precision_recall
 
 
@@ -166,6 +166,14 @@ def test_image_grid_keeps_every_value(tmp_path: Path) -> None:
     cell = grid[top : top + 6, left : left + 12]
     expected = np.rint((images[3].clip(-1, 1) + 1) * 127.5).transpose(1, 2, 0)
     assert np.array_equal(cell, expected.repeat(3, axis=0).repeat(3, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("columns", "classes", "sheet"),
+    [(10, 10, 10), (10, 1000, 10), (10, 3, 9), (10, 4, 8), (10, 2, 10), (10, 1, 10), (4, 3, 3)],
+)
+def test_a_column_is_of_one_class(columns: int, classes: int, sheet: int) -> None:
+    assert class_columns(columns, classes) == sheet
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGB")])

@@ -122,7 +122,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     channels = ", ".join(f"{m:.4f} ± {s:.4f}" for m, s in pairs)
     print(f"channels {channels}, over {found.samples} samples")
     if index.encoding and is_shuffled(index):
-        print(f"order    shuffled: {index.encoding.shuffled}")
+        print(f"order    shuffled when encoded, seed {index.encoding.shuffled}")
     else:
         streams, window = SHUFFLED_ORDER  # which only data that are mixed can do with
         reader = ShardReader(

@@ -23,8 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
 from diffmoe.device import ieee_fp32
@@ -220,6 +218,10 @@ def digits_extractor() -> Extractor:
     0..16 [B, 64], `probabilities` those of a linear discriminant [B, 10]. `sha256` is of the fitted
     numbers, rounded, so that another BLAS gives the same.
     """
+    # Two seconds, and needless for other extractors.
+    from sklearn.datasets import load_digits
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
     pixels, labels = load_digits(return_X_y=True)
     generator = np.random.Generator(np.random.Philox(key=_DIGITS_SEED))
     weight = generator.standard_normal((64, _DIGITS_HIDDEN)) / 4.0

@@ -41,8 +41,8 @@ class Writer:
         print(progress_line(record, self.total_steps), flush=True)
 
     def event(self, step: int, kind: str, text: str, printed: bool = True) -> None:
-        """Something that should not pass unseen: a line of ``events.jsonl`` and, with ``printed``, of
-        stderr.
+        """Something that should not pass unseen: a line of ``events.jsonl`` and, with ``printed``,
+        of stderr.
         """
         if printed:
             print(f"step {step}: {text}", file=sys.stderr, flush=True)
