@@ -42,13 +42,12 @@ from diffmoe.families import TOKENS_CHOOSE
 from diffmoe.layout import resolve_layout
 from diffmoe.models.compiled import compile_blocks
 from diffmoe.models.dit import DiT, patchify
-from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel import collectives
 from diffmoe.parallel.groups import ParallelGroups, build_groups
 from diffmoe.parallel.traffic import only_counting
 from diffmoe.parity.synthetic import Training, build_model
 from diffmoe.training.engine import Engine
-from diffmoe.training.step import target_loss
+from diffmoe.training.step import target_loss, training_rule
 
 # Whose an operator of the engine's step is, by files and functions that called it, the first that
 # fits.
@@ -94,8 +93,11 @@ def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor
     t = torch.empty(samples, dtype=torch.long if ddpm else torch.float32, device="cuda")
     y = torch.empty(samples, dtype=torch.long, device="cuda")
 
+    # The rule of most steps: schedules have ended.
+    rule = training_rule(dit.moe, max(dit.moe.capacity_until, dit.moe.threshold_from or 0))
+
     def loss() -> Tensor:
-        inputs = dit, x, noise, t, y, RoutingRule("train", dit.moe.capacity)
+        inputs = dit, x, noise, t, y, rule
         denoising, output = ddpm_loss(*inputs, schedule) if schedule else flow_loss(*inputs)
         others = [each for r in output.moe for each in (r.predictor_loss, r.balance_loss)]
         heads = [r.target_TP for r in output.moe if r.target_TP is not None]
