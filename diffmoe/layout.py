@@ -86,8 +86,8 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
     if config.moe.threshold_from is not None and pool_ranks > 1:
         raise UserError(
             f"moe.pool ({pool} samples) must divide train.micro_batch ({micro}) where thresholds "
-            f"route in training (moe.threshold_from {config.moe.threshold_from}): they are observed "
-            "inside a rank"
+            f"route in training (moe.threshold_from {config.moe.threshold_from}): they are "
+            "observed inside a rank"
         )
     return Layout(ranks, ep, train.batch, micro, accumulation, pool, pool_ranks)
 

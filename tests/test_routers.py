@@ -299,8 +299,8 @@ def whole(name, shape, dtype):
 
 
 def whole_router(shape, dtype, unwanted, lift):
-    """:func:`whole`, where tokens of positive sum score ``unwanted`` experts low and, with ``lift``,
-    the others high.
+    """:func:`whole`, where tokens of positive sum score ``unwanted`` experts low and, with
+    ``lift``, the others high.
     """
     value = whole("router", shape, dtype) + lift
     for e in set(unwanted) & set(range(shape[0])):
@@ -614,8 +614,9 @@ def differences(ep, name, samples, pool, starved):
     """(largest relative differences from the reference of the whole batch, this rank's mask, rows
     that reached this rank).
 
-    ``starved``: ``experts`` of the last rank (with EP 1 the last half) get nobody's token, ``tokens`` of rank 1 no
-    expert, ``null`` all samples of rank 1 are of the null class, ``all null`` everybody's are.
+    ``starved``: ``experts`` of the last rank (with EP 1 the last half) get nobody's token,
+    ``tokens`` of rank 1 no expert, ``null`` all samples of rank 1 are of the null class, ``all
+    null`` everybody's are.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     router = ROUTERS[name] if pool is None else replace(ROUTERS[name], pool=pool)

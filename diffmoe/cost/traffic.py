@@ -23,9 +23,9 @@ ROWS = ("dispatch", "combine")
 
 @dataclass(frozen=True)
 class Message:
-    """A kind of message of one rank in one step.  ``group``: ranks that take part: ep, pool, owners,
-    edp, world.  ``messages``, ``payload`` (bytes put in, the own part included), ``wire`` (bytes that
-    leave the rank) are sums over the step.
+    """A kind of message of one rank in one step.  ``group``: ranks that take part: ep, pool,
+    owners, edp, world.  ``messages``, ``payload`` (bytes put in, the own part included), ``wire``
+    (bytes that leave the rank) are sums over the step.
     """
 
     collective: str

@@ -42,7 +42,7 @@ def balance_loss(scores_pE: Tensor, counts_pE: Tensor, pool_tokens: int, top_k: 
 
 
 def similarity_loss(scores_pEE: Tensor, taken_pEE: Tensor, pool_tokens: int) -> Tensor:
-    """Expert Race's router similarity (equations 9-11): from a pool's sums of P^T P, softmax scores,
+    """Expert Race's router similarity (equations 9-11) from a pool's sums of P^T P, softmax scores,
     and of M^T M, tokens that both experts took.  1 when balanced.
 
     The diagonal, which is a balance loss, and the rest, which keeps experts from being taken

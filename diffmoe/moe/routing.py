@@ -80,7 +80,7 @@ def choose_tokens(scores_TE: Tensor, pool_tokens: int, K: int) -> Tensor:
 
 
 def pool_thresholds(values_TE: Tensor, pool_tokens: int, K: int) -> Tensor:
-    """The K-th largest value of each pool [pools, E]: the threshold that lets about K tokens pass."""
+    """The K-th largest value of each pool [pools, E]: a threshold that lets about K tokens pass."""
     T, E = values_TE.shape
     pools = values_TE.detach().view(T // pool_tokens, pool_tokens, E).transpose(1, 2)
     # Not kthvalue: twice the time on a CPU, and on CUDA one block of threads for each expert (topk:

@@ -171,7 +171,7 @@ def _observe(stats: MoEStats, config: Config, pool: int) -> Tensor:
 
 
 def _moved(old: list[Tensor], seen: list[Tensor], config: Config) -> list[Tensor]:
-    """Thresholds or load biases after a step whose passes observed ``seen`` [passes, E], by layer."""
+    """Thresholds or load biases, by layer, after a step that observed ``seen`` [passes, E]."""
     model, moe = config.model, config.moe
     if has_thresholds(model):
         means, decay = [layer.mean(dim=0) for layer in seen], moe.threshold_decay
