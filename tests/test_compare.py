@@ -15,7 +15,7 @@ import yaml
 from diffmoe.commands.compare import main
 from diffmoe.compare.plan import check_unchanged, fed, parameters, read_plan
 from diffmoe.compare.report import collect, to_markdown, write_report
-from diffmoe.compare.runs import next_command, state
+from diffmoe.compare.runs import card_of, next_command, state
 from diffmoe.config import config_from_tree, config_to_tree
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
@@ -192,7 +192,7 @@ def pretend(run, losses, *, seconds=0.1, load=None, step=None):
 
 
 def test_the_tables_numbers(tmp_path):
-    plan = planned(tmp_path)
+    plan = planned(tmp_path, "score.reference=r", "score.extractor=net.pt")
     of = {run.name: run for run in plan.runs}
     pretend(of["dense-s0"], [0.9, 0.5], seconds=0.02)
     pretend(of["dense-s1"], [0.8, 0.3], seconds=0.02)
@@ -200,10 +200,12 @@ def test_the_tables_numbers(tmp_path):
     pretend(of["diffmoe-s1"], [0.9, 0.3], load=[0.5, 0.1, 0.1, 0.1])
     pretend(of["diffmoe-experts-2-s0"], [0.7], load=[0.5, 0.5])
     pretend(of["diffmoe-batch-32-s0"], [0.7], step=8)
-    (of["dense-s0"].folder / "scores").mkdir()
+    card_of(of["dense-s0"]).parent.mkdir()
     card = {"scores": {"fid": 12.5, "recall": None}, "extractor": "a/net.pt", "count": 500}
-    (of["dense-s0"].folder / "scores/card.json").write_text(json.dumps(card))
+    card_of(of["dense-s0"]).write_text(json.dumps(card))
     (of["dense-s0"].folder / "judge.json").write_text(json.dumps({"accuracy": 0.75, "count": 9}))
+    for name, code in (("dense-s0", "abc"), ("dense-s1", "abd")):
+        (of[name].folder / "compare.log").write_text(f"$ python x  # code {code}\nstep 1\n")
     found = collect(plan)
     dense, diffmoe = found["routers"]
     loss = dense["validation_loss"]
@@ -229,6 +231,7 @@ def test_the_tables_numbers(tmp_path):
         "Fréchet distance (net.pt, 500 images)",
         "| diffmoe | 2 | 0.35000 ± 0.07071 | -0.05000 ± 0.07071 |",
         "Missing: diffmoe-batch-32-s0 (step 8 of 12).",
+        "The runs are not all of one code: abc, abd.",
         "Activated parameters are equal to dense's within 2.6%.",
         "## moe.experts, for diffmoe",
     ):
@@ -261,13 +264,15 @@ def test_what_comes_next(tmp_path):
     pretend(run, [0.5])
     assert state(run, plan.comparison) == "trained"
     assert "evaluate --checkpoint" in " ".join(next_command(run, plan.comparison))
-    (run.folder / "scores").mkdir()
-    (run.folder / "scores/card.json").touch()
+    card_of(run).parent.mkdir()
+    card_of(run).touch()
     assert " sample " in " ".join(next_command(run, plan.comparison))
     (run.folder / "judged.npz").touch()
     assert "diffmoe.evaluation.judge" in next_command(run, plan.comparison)
     (run.folder / "judge.json").touch()
     assert next_command(run, plan.comparison) is None
+    other = planned(tmp_path, *scored, "score.count=90", "ranks=2")
+    assert "--count 90" in " ".join(next_command(other.runs[0], other.comparison))
     assert state(run, plan.comparison) == "finished"
 
 

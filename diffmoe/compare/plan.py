@@ -38,8 +38,13 @@ _OWN = {
     "train.validate_every": "validations",
     "train.score_every": "recipe.score",
 }
-# What may differ between two starts of a run: where it is and how it is read, not what it is.
+# What may differ between two starts of a run: where it is, how it is read and how it is scored, not
+# what it is.
 _FREE = (
+    "score.reference",
+    "score.extractor",
+    "score.vae",
+    "score.count",
     "run.folder",
     "run.timeout_s",
     "data.workers",
