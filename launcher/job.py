@@ -104,9 +104,13 @@ def after_training(folder: Path, status: int) -> Verdict:
 
 
 def after_writing(folder: Path, status: int, out: Path) -> Verdict:
-    """The verdict on a job that fills a folder (scores, shards) and resumes from what is there."""
+    """The verdict on a job that fills a folder (scores, shards, a comparison's run) and resumes from
+    what is there.
+    """
     files = sum(path.is_file() for path in out.rglob("*"))
-    return _verdict(folder, status, files, finished=status == 0, where=f"{files} files in {out}")
+    progress = files + max(0, newest_step(out))  # a training run's files are soon as many as ever
+    where = f"{files} files in {out}"
+    return _verdict(folder, status, progress, finished=status == 0, where=where)
 
 
 def _verdict(folder: Path, status: int, progress: int, finished: bool, where: str) -> Verdict:

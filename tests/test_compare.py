@@ -15,7 +15,7 @@ import yaml
 from diffmoe.commands.compare import main
 from diffmoe.compare.plan import check_unchanged, fed, parameters, read_plan
 from diffmoe.compare.report import collect, to_markdown, write_report
-from diffmoe.compare.runs import next_command, state
+from diffmoe.compare.runs import card_of, next_command, state
 from diffmoe.config import config_from_tree, config_to_tree
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
@@ -192,7 +192,7 @@ def pretend(run, losses, *, seconds=0.1, load=None, step=None):
 
 
 def test_the_tables_numbers(tmp_path):
-    plan = planned(tmp_path)
+    plan = planned(tmp_path, "score.reference=r", "score.extractor=net.pt")
     of = {run.name: run for run in plan.runs}
     pretend(of["dense-s0"], [0.9, 0.5], seconds=0.02)
     pretend(of["dense-s1"], [0.8, 0.3], seconds=0.02)
@@ -200,10 +200,12 @@ def test_the_tables_numbers(tmp_path):
     pretend(of["diffmoe-s1"], [0.9, 0.3], load=[0.5, 0.1, 0.1, 0.1])
     pretend(of["diffmoe-experts-2-s0"], [0.7], load=[0.5, 0.5])
     pretend(of["diffmoe-batch-32-s0"], [0.7], step=8)
-    (of["dense-s0"].folder / "scores").mkdir()
+    card_of(of["dense-s0"]).parent.mkdir()
     card = {"scores": {"fid": 12.5, "recall": None}, "extractor": "a/net.pt", "count": 500}
-    (of["dense-s0"].folder / "scores/card.json").write_text(json.dumps(card))
+    card_of(of["dense-s0"]).write_text(json.dumps(card))
     (of["dense-s0"].folder / "judge.json").write_text(json.dumps({"accuracy": 0.75, "count": 9}))
+    for name, code in (("dense-s0", "abc"), ("dense-s1", "abd")):
+        (of[name].folder / "compare.log").write_text(f"$ python x  # code {code}\nstep 1\n")
     found = collect(plan)
     dense, diffmoe = found["routers"]
     loss = dense["validation_loss"]
@@ -229,6 +231,7 @@ def test_the_tables_numbers(tmp_path):
         "Fréchet distance (net.pt, 500 images)",
         "| diffmoe | 2 | 0.35000 ± 0.07071 | -0.05000 ± 0.07071 |",
         "Missing: diffmoe-batch-32-s0 (step 8 of 12).",
+        "The runs are not all of one code: abc, abd.",
         "Activated parameters are equal to dense's within 2.6%.",
         "## moe.experts, for diffmoe",
     ):
@@ -245,7 +248,7 @@ def test_a_table_of_nothing_says_what_is_missing(tmp_path):
 
 
 def test_unequal_activated_parameters_are_told(tmp_path):
-    plan = planned(tmp_path, "moe.shared_experts=1", "confounds={}")
+    plan = planned(tmp_path, "moe.shared_experts=1", "confounds=null")
     for run in plan.runs:
         pretend(run, [0.5])
     text = to_markdown(plan, collect(plan))
@@ -261,13 +264,15 @@ def test_what_comes_next(tmp_path):
     pretend(run, [0.5])
     assert state(run, plan.comparison) == "trained"
     assert "evaluate --checkpoint" in " ".join(next_command(run, plan.comparison))
-    (run.folder / "scores").mkdir()
-    (run.folder / "scores/card.json").touch()
+    card_of(run).parent.mkdir()
+    card_of(run).touch()
     assert " sample " in " ".join(next_command(run, plan.comparison))
     (run.folder / "judged.npz").touch()
     assert "diffmoe.evaluation.judge" in next_command(run, plan.comparison)
     (run.folder / "judge.json").touch()
     assert next_command(run, plan.comparison) is None
+    other = planned(tmp_path, *scored, "score.count=90", "ranks=2")
+    assert "--count 90" in " ".join(next_command(other.runs[0], other.comparison))
     assert state(run, plan.comparison) == "finished"
 
 
@@ -308,7 +313,7 @@ def fed_to(path):
 @pytest.mark.full
 def test_two_routers_are_fed_the_same(tmp_path):
     more = ["samples=64", "validations=1", "moe.capacity_until=0", "train.label_drop=0.5"]
-    plan = planned(tmp_path, *more, "routers={tc: {model: {family: tc}}}", "confounds={}")
+    plan = planned(tmp_path, *more, "routers={tc: {model: {family: tc}}}", "confounds=null")
     seen = {}
     with Ranks(1, timeout=240.0) as ranks:
         for run in plan.runs:
@@ -380,9 +385,9 @@ def test_finished_runs_stay_and_changed_ones_are_refused(smoke):
 
 
 @pytest.mark.full
-def test_killed_between_runs_and_within_one_it_ends_the_same(smoke, tmp_path):
+def test_killed_between_runs_and_within_one_it_ends_the_same(tmp_path):
     """The comparison and its run are killed once the run has a checkpoint of step 8 of 120."""
-    more = ["samples=1920", "seeds=[0]", "confounds={}"]
+    more = ["samples=1920", "seeds=[0]", "confounds=null"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     (result,) = run_program(1, "compare", *arguments(whole, *more, "--jobs", "2"), timeout=600)
     assert result.returncode == 0, result
@@ -397,7 +402,7 @@ def test_killed_between_runs_and_within_one_it_ends_the_same(smoke, tmp_path):
         program.wait()
     assert not (run / "checkpoints/step_00000120").exists(), "it was killed too late to be a test"
     (last,) = run_program(1, "compare", *arguments(killed, *more), timeout=600)
-    assert last.returncode == 0 and "1 of 2 runs are finished, 1 to go" in last.stdout, last
+    assert last.returncode == 0 and "1 of 2 runs are finished, 1 to go" in last.stdout, last.stdout
     assert "resumed from" in (run / "compare.log").read_text()
     assert numbers(killed) == numbers(whole)
     assert read_validations(run) == read_validations(whole / "diffmoe-s0")
@@ -412,7 +417,7 @@ def wait_for(path: Path, timeout: float = 180.0) -> None:
 
 @pytest.mark.full
 def test_asked_to_stop_it_saves_and_a_failing_run_does_not_keep_the_others(tmp_path):
-    more = ["samples=16000", "seeds=[0]", "confounds={}"]
+    more = ["samples=16000", "seeds=[0]", "confounds=null"]
     folder = tmp_path / "stopped"
     with start_program(1, "compare", *arguments(folder, *more)) as program:
         wait_for(folder / "dense-s0/checkpoints/step_00000008/checkpoint.json")
@@ -421,7 +426,7 @@ def test_asked_to_stop_it_saves_and_a_failing_run_does_not_keep_the_others(tmp_p
     assert result.returncode == 1 and "stopped in order; the same command goes on" in result.stdout
     assert "stopped in order at step" in (folder / "dense-s0/compare.log").read_text()
     assert not (folder / "diffmoe-s0").exists()
-    more = ["samples=64", "seeds=[0]", "confounds={}", "routers={dense: {moe: {pool: 1}}}"]
+    more = ["samples=64", "seeds=[0]", "confounds=null", "routers={dense: {moe: {pool: 1}}}"]
     bad = tmp_path / "bad"
     (bad / "dense-s0").mkdir(parents=True)
     (bad / "dense-s0/left_out.json").write_text("nonsense")

@@ -308,6 +308,16 @@ def test_job_scripts_parse_and_ask_for_ranks_that_their_configuration_divides(sc
     )
 
 
+def test_a_comparisons_run_gets_on_by_its_steps(tmp_path):
+    (tmp_path / "job").mkdir()
+    for step in (10, 20, 30, 40, 50):
+        reach(tmp_path / "run", step)
+        shutil.rmtree(tmp_path / f"run/checkpoints/step_{step - 10:08d}", ignore_errors=True)
+        verdict = job.after_writing(tmp_path / "job", 1, tmp_path / "run")
+        assert verdict.code == job.START_AGAIN and "1 files" in verdict.text, verdict
+    assert job.after_writing(tmp_path / "job", 0, tmp_path / "run").code == 0
+
+
 def reach(run: Path, step: int) -> None:
     folder = run / f"checkpoints/step_{step:08d}"
     folder.mkdir(parents=True)

@@ -192,7 +192,9 @@ def test_the_progress_line_has_it():
 
 @pytest.mark.full
 @pytest.mark.parametrize("routing", ["token", "batch", "static"])
-def test_equal_on_one_two_and_four_ranks_whatever_the_micro_batch(tmp_path, worlds, routing):
+def test_equal_on_one_two_and_four_ranks_whatever_the_micro_batch(
+    tmp_path, worlds, small_pools, routing
+):
     """A finished run measures what it has missed: the same weights everywhere."""
     found = {}
     for name, world, more in (
@@ -201,8 +203,9 @@ def test_equal_on_one_two_and_four_ranks_whatever_the_micro_batch(tmp_path, worl
         ("two", 2, ["parallel.ep=2"]),
         ("four", 4, ["parallel.ep=2", "train.micro_batch=2"]),
     ):
-        folder = copy_run(tmp_path / name, 8)
-        own = [a for a in held_out(*more) if not a.startswith("data.shards")]
+        folder = tmp_path / name
+        shutil.copytree(small_pools / "checkpoints", folder / "checkpoints")
+        own = [a for a in held_out("moe.pool=4", *more) if not a.startswith("data.shards")]
         worlds(world).run(train_here, tiny(folder, *own, f"sample.routing={routing}"), world)
         (found[name],) = read_validations(folder)
         assert (found[name]["step"], found[name]["count"]) == (8, SAMPLES)
@@ -211,6 +214,14 @@ def test_equal_on_one_two_and_four_ranks_whatever_the_micro_batch(tmp_path, worl
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-6), name
         assert other["loss_by_time"] == pytest.approx(one["loss_by_time"], rel=1e-5), name
         np.testing.assert_allclose(other["load"], one["load"], atol=2e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def small_pools(tmp_path_factory, worlds):
+    """A finished run of pools of 4 samples, which many a micro-batch holds whole."""
+    folder = tmp_path_factory.mktemp("small_pools")
+    worlds(1).run(train_here, tiny(folder, "moe.pool=4", "parallel.ep=1", "train.keep=1"), 1)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffmoe.commands.common import Parser, one_process
-from diffmoe.compare.plan import PlannedRun, parameters, read_plan
+from diffmoe.compare.plan import Plan, PlannedRun, parameters, read_plan
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.markdown import table
@@ -22,7 +22,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     plan = read_plan(options.config, options.overrides)
     runs = _chosen(plan.runs, options.only, options.task)
     if options.list:
-        for line in _listed(runs, plan.comparison):
+        for line in _listed(plan, runs):
             print(line)
         return 0
     from diffmoe.compare.report import write_report
@@ -75,12 +75,13 @@ def _chosen(runs: list[PlannedRun], only: str | None, task: int | None) -> list[
     return found
 
 
-def _listed(runs, comparison) -> list[str]:
+def _listed(plan: Plan, runs: list[PlannedRun]) -> list[str]:
     from diffmoe.compare.runs import state
 
     rows = [
-        (number, run.name, state(run, comparison), str(run.folder))
-        for number, run in enumerate(runs)
+        (number, run.name, state(run, plan.comparison), str(run.folder))
+        for number, run in enumerate(plan.runs)
+        if run in runs
     ]
     return table(("task", "run", "state", "folder"), rows, aligned=True)
 

@@ -38,8 +38,13 @@ _OWN = {
     "train.validate_every": "validations",
     "train.score_every": "recipe.score",
 }
-# What may differ between two starts of a run: where it is and how it is read, not what it is.
+# What may differ between two starts of a run: where it is, how it is read and how it is scored, not
+# what it is.
 _FREE = (
+    "score.reference",
+    "score.extractor",
+    "score.vae",
+    "score.count",
     "run.folder",
     "run.timeout_s",
     "data.workers",
@@ -80,7 +85,7 @@ class Comparison:
         ranks: Of a run, all on one node.
         deepspeed: DeepSpeed JSON, as ``--deepspeed_config``.
         judge: Module that judges images: ``python -m JUDGE samples.npz --json FILE``.
-        confounds: The second table.
+        confounds: The second table (null: none).
     """
 
     base: str = ""
@@ -169,6 +174,8 @@ def read_plan(path: str, overrides: list[str]) -> Plan:
     own = [text for text in overrides if text.partition("=")[0].partition(".")[0] not in sections]
     more = [text for text in overrides if text not in own]
     tree = merge(read_yaml(path), tree_of_overrides(own))
+    if tree.get("confounds", {}) is None:  # as an override says that there are none
+        del tree["confounds"]
     comparison: Comparison = build(Comparison, tree)
     comparison = replace(
         comparison,

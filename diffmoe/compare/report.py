@@ -17,7 +17,7 @@ import numpy as np
 
 from diffmoe.compare.plan import Plan, PlannedRun, parameters
 from diffmoe.compare.plots import draw_confounds, draw_routers
-from diffmoe.compare.runs import JUDGE_NAME, SCORES, check, is_trained, state
+from diffmoe.compare.runs import JUDGE_NAME, card_of, check, codes, is_trained, state
 from diffmoe.errors import UserError
 from diffmoe.files import replacing
 from diffmoe.markdown import table
@@ -72,6 +72,7 @@ def collect(plan: Plan) -> dict:
         "routers": rows,
         "confounds": confounds,
         "missing": missing,
+        "code": sorted(set().union(*(codes(run) for run in plan.runs))),
     }
 
 
@@ -152,8 +153,8 @@ def _scores(runs: list[PlannedRun]) -> dict:
     """Scores of ``evaluate`` by name, of the runs that have them, and whose features they are of."""
     cards = []
     for run in runs:
-        path = run.folder / SCORES / "card.json"
-        if path.exists():
+        path = card_of(run)
+        if run.config.score.reference and path.exists():
             cards.append(json.loads(path.read_text()))
     if not cards:
         return {}
@@ -237,6 +238,8 @@ def to_markdown(plan: Plan, found: dict) -> str:
         "is of the same held-out samples, times and noise, of the averaged weights. ± is the "
         "standard deviation over seeds.",
     ]
+    if len(found["code"]) > 1:
+        lines += ["", f"The runs are not all of one code: {', '.join(found['code'])}."]
     for name, told in found["missing"].items():
         lines += ["", f"Missing: {name} ({told})."]
     if rows:

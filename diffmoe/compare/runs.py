@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO
 
 import yaml
 
 from diffmoe.checkpoints.manifest import MANIFEST
 from diffmoe.checkpoints.reader import complete_folders, step_folder, step_of
-from diffmoe.code_version import ROOT
+from diffmoe.code_version import ROOT, digest
 from diffmoe.compare.plan import Comparison, PlannedRun, check_unchanged
 from diffmoe.config import ScoreConfig, config_from_tree, config_to_tree
 from diffmoe.errors import UserError
@@ -33,7 +36,7 @@ from diffmoe.strict_yaml import read_yaml
 from diffmoe.training.validation import read_validations
 
 SETTINGS, LOG = "compare.yaml", "compare.log"
-SCORES, JUDGE_NAME, SAMPLES = "scores", "judge.json", "judged"
+JUDGE_NAME, SAMPLES = "judge.json", "judged"
 _PR_SET_PDEATHSIG = 1  # of Linux's include/uapi/linux/prctl.h
 _LOOK_S = 0.1
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -101,9 +104,9 @@ def next_command(run: PlannedRun, comparison: Comparison) -> list[str] | None:
         if comparison.deepspeed:
             arguments += ["--deepspeed_config", comparison.deepspeed]
         return _program(comparison.ranks, arguments)
-    if score.reference and not (folder / SCORES / "card.json").exists():
+    if score.reference and not card_of(run).exists():
         arguments = ["evaluate", "--checkpoint", str(folder), *_scoring(score)]
-        arguments += ["--count", str(score.count), "--out", str(folder / SCORES)]
+        arguments += ["--count", str(score.count), "--out", str(card_of(run).parent)]
         return _program(comparison.ranks, [*arguments, "--no-samples"])
     if comparison.judge and not (folder / JUDGE_NAME).exists():
         samples = folder / f"{SAMPLES}.npz"
@@ -113,6 +116,12 @@ def next_command(run: PlannedRun, comparison: Comparison) -> list[str] | None:
         judge = [sys.executable, "-m", comparison.judge, str(samples)]
         return [*judge, "--json", str(folder / JUDGE_NAME)]
     return None
+
+
+def card_of(run: PlannedRun) -> Path:
+    """The card of the run's scores: other scores, asked for later, have another folder."""
+    said = json.dumps(asdict(run.config.score), sort_keys=True).encode()
+    return run.folder / f"scores_{hashlib.sha256(said).hexdigest()[:8]}" / "card.json"
 
 
 def _scoring(score: ScoreConfig) -> list[str]:
@@ -125,6 +134,13 @@ def _program(ranks: int, arguments: list[str]) -> list[str]:
         return [sys.executable, "-m", "diffmoe", *arguments]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*torchrun, "--nproc-per-node", str(ranks), "-m", "diffmoe", *arguments]
+
+
+def codes(run: PlannedRun) -> set[str]:
+    """Digests of the code that the run's processes were."""
+    log = run.folder / LOG
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return set(re.findall(r"^\$ .*  # code (\w+)$", text, re.MULTILINE))
 
 
 @dataclass
@@ -209,7 +225,7 @@ def _start(run: PlannedRun, comparison: Comparison, jobs: int) -> _Started:
     _begin(run)
     log = (run.folder / LOG).open("ab")
     with log:
-        log.write(f"$ {' '.join(command)}\n".encode())
+        log.write(f"$ {' '.join(command)}  # code {digest(ROOT)}\n".encode())
         log.flush()
         return _Started(run, command, _spawn(command, log, jobs * comparison.ranks), log.tell())
 
