@@ -333,4 +333,4 @@ def _score(run: Run) -> None:
             run.event("not scored", f"no scores of {weights}: {error}")
             continue
         if run.writer:
-            run.writer.scores(run.done, weights, run.scorer.count, scores)
+            run.writer.scores(run.done, weights, run.scorer.count, run.scorer.extractor, scores)
