@@ -20,7 +20,7 @@ from diffmoe.config import Config, config_from_tree, config_to_tree, load_config
 from diffmoe.data.sources import runs_a_program
 from diffmoe.data.vae import Vae
 from diffmoe.errors import UserError
-from diffmoe.evaluation.card import SCORE_NAMES, Card, read_card
+from diffmoe.evaluation.card import Card, read_card
 from diffmoe.evaluation.decoding import checkpoint_data
 from diffmoe.families import TOKENS_CHOOSE
 from diffmoe.markdown import table
@@ -236,7 +236,7 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
         "",
         "## Scores",
         "",
-        *_score_table(scores),
+        *_score_tables(scores),
         "",
         "## Use",
         "",
@@ -251,10 +251,20 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
     return "\n".join(lines) + "\n"
 
 
-def _score_table(scores: Sequence[Card]) -> list[str]:
+def _score_tables(scores: Sequence[Card]) -> list[str]:
+    """A table for each feature network: scores by different ones have different names."""
     if not scores:
         return ["None were given at export."]
-    head = [name.replace("Inception Score", "IS") for name in SCORE_NAMES.values()]
+    by_names: dict[tuple[str, ...], list[Card]] = {}
+    for card in scores:
+        by_names.setdefault(tuple(card.score_names.values()), []).append(card)
+    lines = [line for cards in by_names.values() for line in ("", *_score_table(cards))]
+    return lines[1:]
+
+
+def _score_table(scores: Sequence[Card]) -> list[str]:
+    names = scores[0].score_names
+    head = [name.replace("Inception Score", "IS") for name in names.values()]
     head += ["images", "cfg", "sampler, steps", "routing", "reference", "features"]
     rows = []
     for card in scores:
@@ -264,7 +274,7 @@ def _score_table(scores: Sequence[Card]) -> list[str]:
                 routing += f", {name} {value:g}"
         rows.append(
             (
-                *(getattr(card.scores, name) for name in SCORE_NAMES),
+                *(getattr(card.scores, name) for name in names),
                 card.count,
                 f"{card.cfg:g}",
                 f"{card.sampler}, {card.steps}",

@@ -164,8 +164,11 @@ def test_what_is_imported_is_declared_and_the_other_way_round():
     """apex stays optional (PyPI's is another's), and torch.utils.tensorboard imports
     tensorboard.
     """
-    project = (ROOT / "pyproject.toml").read_text().partition("\n[project.optional")[0]
+    text = (ROOT / "pyproject.toml").read_text()
+    project, _, optional = text.partition("\n[project.optional")
     declared = set(re.findall(r'^    "([A-Za-z0-9_-]+)', project, re.MULTILINE))
+    features = re.search(r"^features = \[(.*)\]$", optional, re.MULTILINE)
+    declared |= set(re.findall(r'"([a-z0-9_]+)', features[1]))
     modules = {"pyyaml": "yaml", "pillow": "PIL", "scikit-learn": "sklearn"}
     own = {"diffmoe", "launcher", *sys.stdlib_module_names}
     imported = {

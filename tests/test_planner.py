@@ -13,7 +13,7 @@ from diffmoe.errors import UserError
 from launcher import plan, scaling, simulate
 from launcher.scaling import Trial, command_of
 from launcher.scaling_report import grouped, write_report
-from tests.programs import REPOSITORY, environment
+from programs import REPOSITORY, environment
 
 XL = [
     "--config",

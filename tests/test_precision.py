@@ -327,6 +327,9 @@ def test_older_cards_are_read():
     )
     tree = json.loads(card.to_json())
     assert card_from_json(json.dumps(tree)) == card
+    tree["scores"] = {"fid": 1.0, "sfid": 2.0}
+    assert card_from_json(json.dumps(tree)).scores == Scores(1.0, 2.0)
+    tree["scores"] = {"fid": 1.0}
     del tree["fp32_precision"]
     assert card_from_json(json.dumps(tree)) == dataclasses.replace(card, fp32_precision="")
 

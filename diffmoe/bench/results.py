@@ -166,7 +166,7 @@ def _data(r: dict) -> Iterator[Fact]:
 
 def _digits(r: dict) -> Iterator[Fact]:
     yield (
-        "digits asked of the demo's model",
+        f"{r.get('what', 'digits')} asked of the demo's model",
         f"{r['accuracy']:.1%} of {r['count']} are what was asked (of real ones "
         f"{r['real_accuracy']:.1%}); precision {r['precision']:.2f}, recall {r['recall']:.2f}",
     )

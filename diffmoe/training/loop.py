@@ -339,7 +339,7 @@ def _score(run: Run) -> None:
             run.event("not scored", f"no scores of {weights}: {error}")
             continue
         if run.writer:
-            run.writer.scores(run.done, weights, run.scorer.count, scores)
+            run.writer.scores(run.done, weights, run.scorer.count, run.scorer.extractor, scores)
 
 
 def _validate_where_missed(run: Run) -> None:

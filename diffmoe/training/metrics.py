@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from diffmoe.evaluation.features import Extractor
 from diffmoe.evaluation.plots import expert_load, image_grid, loss_curve
-from diffmoe.evaluation.scores import Scores
+from diffmoe.evaluation.scores import Scores, score_names
 
 VALIDATION_NAME = "validation.jsonl"
 
@@ -48,12 +49,17 @@ class Writer:
             print(f"step {step}: {text}", file=sys.stderr, flush=True)
         self._line("events.jsonl", {"step": step, "event": kind, "text": text})
 
-    def scores(self, step: int, weights: str, count: int, scores: Scores) -> None:
-        """A line of ``scores.jsonl`` and of the terminal, and scalars such as ``fid/ema:0.999``."""
+    def scores(
+        self, step: int, weights: str, count: int, extractor: Extractor, scores: Scores
+    ) -> None:
+        """A line of ``scores.jsonl`` and of the terminal, and scalars such as ``FID/ema:0.999``."""
         found = {name: value for name, value in asdict(scores).items() if value is not None}
-        self._line("scores.jsonl", {"step": step, "weights": weights, "count": count, **found})
-        self._scalars({f"{name}/{weights}": value for name, value in found.items()}, step)
-        words = ", ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in found.items())
+        about = {"step": step, "weights": weights, "count": count, "extractor": extractor.name}
+        self._line("scores.jsonl", about | found)
+        names = score_names(extractor.name, extractor.sha256)
+        named = {names.get(n, n.replace("_", " ")): value for n, value in found.items()}
+        self._scalars({f"{name}/{weights}": value for name, value in named.items()}, step)
+        words = ", ".join(f"{name} {value:.4g}" for name, value in named.items())
         print(f"scores of step {step}, {weights} weights, {count} images: {words}", flush=True)
 
     def validation(self, step: int, samples: int, count: int, record: dict) -> None:
