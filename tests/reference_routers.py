@@ -36,7 +36,7 @@ class Mlp(NamedTuple):
 
 class Layer(NamedTuple):
     """What a layer did: ``output`` [B, N, D], ``mask`` and ``gates`` [T, E] (zero where not taken),
-    its losses by name, and what thresholds follow [E] or []: the lowest score taken, a mean of pools.
+    its losses by name, and what thresholds follow [E] or []: the lowest score taken, mean.
     """
 
     output: Tensor

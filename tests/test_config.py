@@ -299,8 +299,8 @@ def test_bad_overrides(override, message):
         ),
         (
             ["sample.routing=static", "model.family=ec", "moe.pool=1"],
-            "sample.routing (static) needs model.family diffmoe or race, not ec, whose experts take "
-            "as many tokens always",
+            "sample.routing (static) needs model.family diffmoe or race, not ec, whose experts "
+            "take as many tokens always",
         ),
         (
             ["sample.routing=static", "sample.gamma=0.4"],

@@ -196,7 +196,8 @@ def test_judge_by_shards(shards: tuple[Path, Path]) -> None:
     assert report.what == "images" and report.count == 200
     assert report.real_accuracy > 0.98 and report.accuracy > 0.98
     assert report.median_nn_generated == pytest.approx(report.median_nn_real, rel=0.05)
-    assert report.format().endswith(f"judge: {100 * report.accuracy:.1f} % of 200 images are what was asked")  # fmt: skip
+    share = f"{100 * report.accuracy:.1f} %"
+    assert report.format().endswith(f"judge: {share} of 200 images are what was asked")
     assert "nearest training image " in report.format()
     wrong = judge_by_shards(x, (labels + 1) % 4, *shards)
     assert wrong.accuracy < 0.02

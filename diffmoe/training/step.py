@@ -209,10 +209,11 @@ def commit_observed(model: DiT, observed_LE: Tensor, pools: int) -> None:
 
 def counts_for_dial(train: TrainConfig, step: int) -> bool:
     """Whether the dial's histograms are filled after step ``step``: on the last steps before
-    whatever is sure to use them, a checkpoint, samples, scores or the validation loss (a 16th of all steps,
-    but no more than 32 at a time), and now and then between, for a checkpoint that nobody planned.
-    A function of the step alone: a run that is stopped and goes on stays the same bit for bit.  One
-    costs 0.3 of a step (it is a forward pass): 2 % of the demo, 0.2 % of the published recipe.
+    whatever is sure to use them, a checkpoint, samples, scores or the validation loss (a 16th of
+    all steps, but no more than 32 at a time), and now and then between, for a checkpoint that
+    nobody planned.  A function of the step alone: a run that is stopped and goes on stays the same
+    bit for bit.  One costs 0.3 of a step (it is a forward pass): 2 % of the demo, 0.2 % of the
+    published recipe.
     """
     periods = (
         train.save_every,
