@@ -126,11 +126,11 @@ class MoELayer(nn.Module):
         if self.groups.ep.size > 1 or self.groups.pool.size > 1 and rule.kind != "static":
             return False
         exact = rule.kind in ("train", "static")
-        if self.family == "ec" or self.family == "diffmoe" and exact:
-            return True
-        known = exact if self.family == "race" else self.family == "tc" or self.moe.top_k == 1
-        known &= self.family != "diffmoe"
-        return known and has_grouped_matmul(self.router.device, self.router.dtype)
+        known = {"diffmoe": exact, "race": exact, "prototype": self.moe.top_k == 1}
+        if not known.get(self.family, True):  # how many rows there are
+            return False
+        equal = self.family in ("ec", "diffmoe")  # of every expert as many
+        return equal or has_grouped_matmul(self.router.device, self.router.dtype)
 
     def forward(
         self, x_BND: Tensor, rule: RoutingRule, run: Run = at_once, beside: Beside = Beside()
@@ -169,22 +169,15 @@ class MoELayer(nn.Module):
         the target; None where the family has none.
         """
         if self.family == "prototype":
-            assert beside.null_B is not None
-            null_T1 = _each_token(beside.null_B, x_TD).unsqueeze(1)
-            # The null class's expert is not chosen by its score, and its gate is 1.
-            scores = F.pad(cosines(x_TD, self.router), (0, 1))
-            last = F.pad(torch.zeros_like(scores[:1, :-1]), (0, 1), value=1.0)
-            return torch.where(null_T1, last, scores), None, None
+            return self._likeness(x_TD, beside), None, None
         target = None
         if self.moe.router_input == "time_token":
             assert beside.time_BD is not None and beside.plain_BND is not None
             raw = time_token_logits(beside.time_BD, beside.plain_BND, self.router)
         elif self.router_hidden is not None and self.target_head is not None:
             hidden = F.gelu(self.router_hidden(x_TD))
-            raw, target = (
-                logits(hidden, self.router),
-                self.target_head(hidden) if self.training else None,
-            )
+            raw = logits(hidden, self.router)
+            target = self.target_head(hidden) if self.training else None
         else:
             raw = logits(x_TD, self.router)
         scores, seen = scored(raw, self.moe.score), None
@@ -195,6 +188,15 @@ class MoELayer(nn.Module):
         elif self.family == "race":
             seen = raw  # the similarity loss has its own gate function
         return scores, seen, target
+
+    def _likeness(self, x_TD: Tensor, beside: Beside) -> Tensor:
+        """Cosines to the prototypes [T, E].  The last column is the null class's expert, which is
+        not chosen by its score: 1 for its tokens, whose gate that is.
+        """
+        assert beside.null_B is not None
+        scores = F.pad(cosines(x_TD, self.router), (0, 1))
+        own = F.pad(torch.zeros_like(scores[:1, :-1]), (0, 1), value=1.0)
+        return torch.where(_each_token(beside.null_B, x_TD).unsqueeze(1), own, scores)
 
     def _compute(self, rows_SD: Tensor, plan: Plan) -> Tensor:
         """Rows grouped by source rank through their experts, and grouped so again."""
