@@ -228,7 +228,8 @@ def test_the_tables_numbers(tmp_path):
     text = write_report(plan)
     for words in (
         "| dense | 2 | 0.40000 ± 0.14142 | – | 12.5000 | 0.7500 | – | – | 20.0 |",
-        "Fréchet distance (net.pt, 500 images)",
+        "| Fréchet distance (net.pt, 500 images) | judge: accuracy |",
+        "| router | fid |",
         "| diffmoe | 2 | 0.35000 ± 0.07071 | -0.05000 ± 0.07071 |",
         "Missing: diffmoe-batch-32-s0 (step 8 of 12).",
         "The runs are not all of one code: abc, abd.",

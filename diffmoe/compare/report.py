@@ -25,7 +25,6 @@ from diffmoe.training.metrics import read_metrics
 from diffmoe.training.validation import read_validations
 
 _EQUAL = 0.05  # activated parameters that differ by less are called equal
-_FRECHET = "Fréchet distance"
 
 
 def write_report(plan: Plan) -> str:
@@ -245,6 +244,7 @@ def to_markdown(plan: Plan, found: dict) -> str:
     if rows:
         lines += ["", *_routers_table(rows), "", *_parameters_table(rows)]
         lines += ["", *_unequal(rows), *_load_tables(rows)]
+        lines += [*_scores_table(rows, "scores"), *_scores_table(rows, "judge")]
     for axis, varied in found["confounds"].items():
         if varied:
             lines += ["", f"## {axis}, for {plan.comparison.confounds.router}", ""]
@@ -263,11 +263,10 @@ def _routers_table(rows: list[dict]) -> list[str]:
     head = ["router", "seeds", "validation loss", f"less {first}'s, seed by seed"]
     scored: dict = next((row["scores"] for row in rows if row["scores"]), {})
     judged: dict = next((row["judge"] for row in rows if row["judge"]), {})
-    names = [name for name in scored if name not in ("extractor", "count")]
-    for name in names:
-        what = _FRECHET if name == "fid" else name.replace("_", " ")
-        head.append(f"{what} ({scored['extractor']}, {scored['count']} images)")
-    head += [f"judge: {name.replace('_', ' ')}" for name in judged]
+    if "fid" in scored:
+        head.append(_frechet(scored))
+    if judged:
+        head.append("judge: accuracy")
     head += ["experts a token, as used", "busiest expert / mean", "ms a step", "peak GiB"]
     cells = []
     for row in rows:
@@ -278,8 +277,8 @@ def _routers_table(rows: list[dict]) -> list[str]:
                 len(row["seeds"]),
                 _shown(row["validation_loss"], ".5f"),
                 None if row["router"] == first else _shown(row["against"]["loss"], "+.5f"),
-                *(_shown(row["scores"].get(name)) for name in names),
-                *(_shown(row["judge"].get(name)) for name in judged),
+                *([_shown(row["scores"].get("fid"))] if "fid" in scored else []),
+                *([_shown(row["judge"].get("accuracy"))] if judged else []),
                 _shown(row["experts_per_token"], ".3f"),
                 None if load is None else f"{statistics.fmean(load['busiest_by_layer']):.2f}",
                 _number(machine["ms_a_step"], ".1f"),
@@ -287,6 +286,21 @@ def _routers_table(rows: list[dict]) -> list[str]:
             ]
         )
     return table(head, cells)
+
+
+def _frechet(scored: dict) -> str:
+    return f"Fréchet distance ({scored['extractor']}, {scored['count']} images)"
+
+
+def _scores_table(rows: list[dict], kind: str) -> list[str]:
+    """All numbers of ``evaluate`` or of the judge."""
+    names = next((list(row[kind]) for row in rows if row[kind]), [])
+    names = [name for name in names if name not in ("extractor", "count", "inception_score_std")]
+    if not names:
+        return []
+    head = ("router", *(name.replace("_", " ") for name in names))
+    lines = table(head, [(r["router"], *(_shown(r[kind].get(n)) for n in names)) for r in rows])
+    return ["", f"What {'evaluate' if kind == 'scores' else 'the judge'} says:", "", *lines]
 
 
 def _number(value: float | None, form: str) -> str | None:
@@ -365,11 +379,13 @@ def _load_tables(rows: list[dict]) -> list[str]:
 
 def _confound_table(axis: str, rows: list[dict]) -> list[str]:
     field = axis.rpartition(".")[2]
+    scored: dict = next((row["scores"] for row in rows if "fid" in row["scores"]), {})
     head = (
         field,
         "seeds",
         "steps",
         "validation loss",
+        *([_frechet(scored)] if scored else []),
         "experts a token, as used",
         "busiest expert / mean",
         "parameters",
@@ -384,6 +400,7 @@ def _confound_table(axis: str, rows: list[dict]) -> list[str]:
                 len(row["seeds"]),
                 row["steps"],
                 _shown(row["validation_loss"], ".5f"),
+                *([_shown(row["scores"].get("fid"))] if scored else []),
                 _shown(row["experts_per_token"], ".3f"),
                 row["load"] and f"{statistics.fmean(row['load']['busiest_by_layer']):.2f}",
                 f"{row['parameters']:,}",
