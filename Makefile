@@ -16,11 +16,13 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 # since much of a test is ranks that start or wait for each other.
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}
 
-.PHONY: help setup demo cards docs lint test test-all test-torch check-torch test-operators test-slow test-slurm clean
+.PHONY: help setup demo cards fashion fashion-demo docs lint test test-all test-torch check-torch test-operators test-slow test-slurm clean
 
 help:
 	@echo "make demo       train, sample and score a small model on this machine, 2 ranks, no download"
 	@echo "make cards      score cards of the demo's model: two capacities, two routing rules (minutes)"
+	@echo "make fashion    Fashion-MNIST (Debian's package, 31 MB) as shards in data/fashion; FASHION=PLACE has it already"
+	@echo "make fashion-demo  the second demo: clothing by class at 28 x 28; trains for the better part of an hour"
 	@echo "make docs       the pages of docs/ as a site in site/; a dead link is an error"
 	@echo "make lint       ruff and mypy over the tree, as pyproject.toml says"
 	@echo "make test       the core of the tests, minutes"
@@ -38,13 +40,13 @@ $(BIN)/pip:
 	@echo "setup: $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-# torch comes first and nothing is built in isolation: deepspeed's set-up looks at the torch it will
-# run with, and an isolated build would fetch its own tools (or a second torch).
+# torch comes first, with what it needs (a CUDA build: NVIDIA's packages), and nothing is built in isolation: deepspeed's set-up looks
+# at the torch it will run with, and an isolated build would fetch its own tools (or a second torch).  The lock is complete.
 $(STAMP): $(LOCK) pyproject.toml | $(BIN)/pip
 	@echo "setup: torch and build tools"
 	@$(PIP) $$(grep -E '^(torch|setuptools|wheel)[=>]' $(LOCK))
 	@echo "setup: $(LOCK)"
-	@$(PIP) --no-build-isolation -r $(LOCK)
+	@$(PIP) --no-build-isolation --no-deps -r $(LOCK)
 	@echo "setup: diffmoe"
 	@$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
@@ -54,6 +56,12 @@ demo: setup
 
 cards: demo
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/cards.sh
+
+fashion: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/fashion.sh
+
+fashion-demo: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/fashion_demo.sh
 
 docs: setup
 	@$(BIN)/mkdocs build -q

@@ -6,6 +6,7 @@ see diffmoe/__main__.py.
 import sys
 
 from diffmoe.__main__ import main
+from diffmoe.errors import run_command
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

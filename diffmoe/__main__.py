@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 
 from diffmoe.environment import RankEnvironment, check_started, detect, export, typed_at_a_terminal
-from diffmoe.errors import UserError
+from diffmoe.errors import UserError, run_command
 
 SUBCOMMANDS = {
     "train": "train a model, or resume (the default)",
@@ -111,7 +111,7 @@ def _started() -> bool:
 
 def command() -> int:
     """The installed command."""
-    return main(sys.argv[1:])
+    return run_command(main)
 
 
 if __name__ == "__main__":

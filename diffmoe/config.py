@@ -51,7 +51,8 @@ class ModelConfig:
     """The diffusion transformer.
 
     Attributes:
-        family: Dense DiT, token choice, expert choice inside a sample, or DiffMoE.
+        family: Dense DiT, token choice, expert choice inside a sample, DiffMoE, Expert Race, or
+            ProMoE's prototypes; see diffmoe/families.py.
         input_size: Height and width of the input, in latent pixels.
         channels: Of the input: 4 latents, 1 or 3 pixels.
         patch: Side of the square of latent pixels that becomes a token.
@@ -64,7 +65,7 @@ class ModelConfig:
         qk_norm: Layer norm of queries and keys.
     """
 
-    family: Literal["dense", "tc", "ec", "diffmoe"] = "diffmoe"
+    family: Literal["dense", "tc", "ec", "diffmoe", "race", "prototype"] = "diffmoe"
     input_size: int = 32
     channels: int = 4
     patch: int = 2
@@ -96,18 +97,39 @@ class MoEConfig:
     """MoE layers.
 
     Attributes:
-        experts: In a layer.
+        experts: In a layer (`prototype`: the last is the null class's).
         activation: GELU with biases (DiT's MLP), or SwiGLU without at two thirds of the inner
             width.
         shared_experts: Experts that every token goes through, as one MLP so many times as wide.
+        mlp_ratio: Inner width of an expert, as a multiple of the width (null: model.mlp_ratio).
         interleave: Every second block has an MoE layer, not every block.
         pool: Samples out of which an expert chooses; or all of a rank, of an expert-parallel group,
             of the global batch.
         capacity: Tokens that an expert takes, as a multiple of pool tokens / experts.
         capacity_hold: Steps for which every expert first takes every token.
         capacity_until: Step at which the capacity, falling linearly since then, has arrived.
-        top_k: Experts of a token, for token choice.
-        balance_weight: Of the balance loss, for token choice.
+        top_k: Experts of a token, for token choice and prototypes.
+        router_input: What the router sees: the token as experts do, or the time's embedding beside
+            the token before adaLN's shift and scale (Nucleus-Image).
+        score: Gate function of the router's logits: softmax over experts, sigmoid of each, or
+            neither (Expert Race, 3.2; prototypes are always compared by cosine).
+        gates: What scales an expert's output: its score (DiffMoE, equation 6), or its share of the
+            scores of all experts that the token meets.
+        gate_scale: Multiplies gates (Nucleus-Image: 2.5 with normalized ones).
+        balance: For token choice: a balance loss, or a bias on the scores that the choice alone
+            sees and that moves against the load after every step (DeepSeek-V3, 2.1.2).
+        bias_rate: How far it moves.
+        expert_groups: For token choice: groups of experts, of which a token first takes the best
+            by the sum of each one's two highest scores (DeepSeek-V3, 2.1.2).
+        top_groups: How many of them.
+        balance_weight: Of the loss on routing: token choice's balance (Switch, equation 4), Expert
+            Race's router similarity (equations 9-11), prototypes' contrastive loss.
+        target_weight: For Expert Race: of its per-layer regularization, for which a hidden layer of
+            the router predicts the target as well (0: a router of one layer).
+        contrast_temperature: For prototypes: of the contrastive loss.
+        threshold_from: For DiffMoE: step from which experts take the tokens above their thresholds
+            in training, too (Expert Threshold); such a model has no capacity predictor (null:
+            never).
         predictor_weight: Of the capacity predictor's loss.
         threshold_decay: Of the thresholds' moving average.
         router_start: New routers are N(0, 0.006), or uniform up to 1 / sqrt(width), as the research
@@ -117,13 +139,25 @@ class MoEConfig:
     experts: int = 8
     activation: Literal["gelu", "swiglu"] = "gelu"
     shared_experts: int = 0
+    mlp_ratio: float | None = None
     interleave: bool = True
     pool: int | Literal["rank", "group", "global"] = "global"
     capacity: float = 1.0
     capacity_hold: int = 0
     capacity_until: int = 0
     top_k: int = 1
+    router_input: Literal["token", "time_token"] = "token"
+    score: Literal["softmax", "sigmoid", "identity"] = "softmax"
+    gates: Literal["raw", "normalized"] = "raw"
+    gate_scale: float = 1.0
+    balance: Literal["loss", "bias"] = "loss"
+    bias_rate: float = 0.001
+    expert_groups: int = 1
+    top_groups: int = 1
     balance_weight: float = 0.01
+    target_weight: float = 0.0
+    contrast_temperature: float = 0.07
+    threshold_from: int | None = None
     predictor_weight: float = 1.0
     threshold_decay: float = 0.95
     router_start: Literal["normal", "uniform"] = "normal"
@@ -139,6 +173,11 @@ class MoEConfig:
             return float(self.experts)
         share = (step - self.capacity_hold) / (self.capacity_until - self.capacity_hold)
         return self.experts + share * (self.capacity - self.experts)
+
+
+def expert_hidden(model: ModelConfig, moe: MoEConfig) -> int:
+    """Inner width of an expert before SwiGLU's two thirds, and of one shared expert."""
+    return model.hidden if moe.mlp_ratio is None else int(model.width * moe.mlp_ratio)
 
 
 def swiglu_hidden(hidden: int) -> int:
@@ -341,7 +380,7 @@ class SampleConfig:
         capacity: Experts that a token gets on average, by thresholds from the predictor's
             histograms.
         batch: Images at a time, on a rank.
-        columns: Of the sheet of samples.
+        columns: Of the sheet of samples, at most: fewer classes share them out evenly.
     """
 
     sampler: Literal["euler", "heun", "dopri5", "ancestral", "ddim"] = "euler"
@@ -483,11 +522,11 @@ def _model(config: Config) -> Rules:
     sizes = ("input_size", "channels", "patch", "width", "depth", "heads", "classes")
     yield from _at_least("model", model, 1, *sizes)
     divides = model.input_size % model.patch == 0
-    yield "model.input_size", divides, f"must divide by model.patch ({model.patch})"
+    yield "model.input_size", divides, f"must be divisible by model.patch ({model.patch})"
     divides = model.width % model.heads == 0
-    yield "model.width", divides, f"must divide by model.heads ({model.heads})"
+    yield "model.width", divides, f"must be divisible by model.heads ({model.heads})"
     divides = model.width % 4 == 0
-    yield "model.width", divides, "must divide by 4 for the 2-d sine position embedding"
+    yield "model.width", divides, "must be divisible by 4 for the 2-d sine position embedding"
     words = f"x model.width ({model.width}) must be at least 1"
     yield "model.mlp_ratio", model.hidden >= 1, words
 
@@ -502,12 +541,13 @@ def _moe(config: Config) -> Rules:
     words = "leaves no MoE block with moe.interleave (true)"
     yield "model.depth", model.depth >= 2 or not moe.interleave, words
     yield from _at_least("moe", moe, 1, "experts")
-    yield "moe.experts", moe.experts % ep == 0, f"must divide by parallel.ep ({ep})"
+    yield "moe.experts", moe.experts % ep == 0, f"must be divisible by parallel.ep ({ep})"
     yield from _at_least("moe", moe, 0, "shared_experts", "balance_weight", "predictor_weight")
     words = f"must be above 0 and at most moe.experts ({moe.experts})"
     yield "moe.capacity", 0 < moe.capacity <= moe.experts, words
     words = f"must be from 1 to moe.experts ({moe.experts})"
     yield "moe.top_k", 1 <= moe.top_k <= moe.experts, words
+    yield from _router(config)
     words = f"must be from 0 to moe.capacity_until ({moe.capacity_until})"
     yield "moe.capacity_hold", 0 <= moe.capacity_hold <= moe.capacity_until, words
     yield "moe.threshold_decay", 0 <= moe.threshold_decay < 1, "must be in [0, 1)"
@@ -515,6 +555,56 @@ def _moe(config: Config) -> Rules:
     yield "moe.pool", good, "must be at least 1 sample"
     words = "must be 1 for model.family (ec): its experts choose inside each sample"
     yield "moe.pool", model.family != "ec" or moe.pool == 1, words
+
+
+def _router(config: Config) -> Rules:
+    """What only some families have; the rest of them must leave it as it is."""
+    model, moe = config.model, config.moe
+    family = f"for model.family ({model.family})"
+    yield from _at_least("moe", moe, 0, "bias_rate", "target_weight")
+    yield from _at_least("moe", moe, 1, "threshold_from")
+    hidden = moe.mlp_ratio is None or expert_hidden(model, moe) >= 1
+    yield "moe.mlp_ratio", hidden, f"x model.width ({model.width}) must be at least 1"
+    owners = {
+        "balance": ("tc",),
+        "expert_groups": ("tc",),
+        "router_input": ("tc", "ec", "diffmoe"),
+        "target_weight": ("race",),
+        "threshold_from": ("diffmoe",),
+    }
+    for name, families in owners.items():
+        default = getattr(MoEConfig, name)
+        good = model.family in families or getattr(moe, name) == default
+        yield f"moe.{name}", good, f"must be {_shown(default)} {family}"
+    words = f"must be softmax or sigmoid {family}"
+    yield "moe.score", moe.score != "identity" or model.family == "race", words
+    good = model.family != "prototype" or moe.score == "softmax"
+    yield "moe.score", good, f"must be left alone {family}, whose scores are cosines"
+    yield "moe.gate_scale", moe.gate_scale > 0, "must be above 0"
+    words = f"must be raw {family} with moe.score ({moe.score}): scores may add up to 0"
+    signed = moe.score == "identity" or model.family == "prototype"
+    yield "moe.gates", moe.gates == "raw" or not signed, words
+    constant = model.family == "tc" and moe.top_k == 1
+    words = (
+        "must be raw with moe.top_k (1): a normalized gate would be 1, and teach a router nothing"
+    )
+    yield "moe.gates", moe.gates == "raw" or not constant, words
+    words = f"must be at least 2 {family}: the last expert is the null class's"
+    yield "moe.experts", model.family != "prototype" or moe.experts > 1, words
+    words = f"must be at most moe.experts - 1 ({moe.experts - 1}) {family}"
+    yield "moe.top_k", model.family != "prototype" or moe.top_k < moe.experts, words
+    yield "moe.contrast_temperature", moe.contrast_temperature > 0, "must be above 0"
+    groups = moe.expert_groups
+    yield (
+        "moe.expert_groups",
+        groups >= 1 and moe.experts % groups == 0,
+        (f"must be at least 1 and divide moe.experts ({moe.experts})"),
+    )
+    good = 1 <= moe.top_groups <= groups
+    yield "moe.top_groups", good, f"must be from 1 to moe.expert_groups ({groups})"
+    most = moe.top_groups * moe.experts // groups
+    words = f"must be at most the experts of moe.top_groups ({moe.top_groups}) groups: {most}"
+    yield "moe.top_k", model.family != "tc" or moe.top_k <= most, words
 
 
 def _diffusion(config: Config) -> Rules:
@@ -538,11 +628,13 @@ def _sample(config: Config) -> Rules:
     yield "sample.eta", 0 <= sample.eta <= 1, "must be in [0, 1]"
     yield "sample.tolerance", sample.tolerance > 0, "must be above 0"
     yield "sample.gamma", sample.gamma is None or 0 <= sample.gamma <= 1, "must be in [0, 1]"
+    good = sample.gamma is None or config.moe.score != "identity" or family != "race"
+    yield "sample.gamma", good, "must be null for moe.score (identity), which is not in [0, 1]"
     if sample.routing == "static":
-        words = f"needs model.family (diffmoe), not {family}"
+        words = f"needs model.family diffmoe or race, not {family}"
         if family == "ec":
             words += ", whose experts take as many tokens always"
-        yield "sample.routing", family == "diffmoe", words
+        yield "sample.routing", family in ("diffmoe", "race"), words
         words = (
             "must be null for sample.routing (static), which has no thresholds and takes "
             f"moe.capacity ({config.moe.capacity})"

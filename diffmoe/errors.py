@@ -1,4 +1,13 @@
-"""The one class of errors that a user can cause and fix."""
+"""The one class of errors that a user can cause and fix, and how a command ends."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Callable
+
+_READER_GONE = 141  # 128 + SIGPIPE, as of a program that the signal ends
 
 
 class UserError(ValueError):
@@ -8,3 +17,24 @@ class UserError(ValueError):
     Every other exception, a plain ``ValueError`` too, is a fault of this program or of the machine:
     it keeps its traceback and exits with 1, after which a job script tries again.
     """
+
+
+def run_command(main: Callable[[list[str]], int]) -> int:
+    """The exit code of ``main`` with the command line's arguments; 141 and no traceback where
+    whoever read its output has gone (``| head``).
+    """
+    try:
+        try:
+            return main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        for descriptor in (1, 2):
+            poll.register(descriptor, select.POLLOUT)
+        gone = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+        if not gone:  # another pipe than the output
+            raise
+        for descriptor in gone:  # Python writes what is left at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        return _READER_GONE

@@ -20,11 +20,17 @@ from diffmoe.config import Config, config_from_tree, config_to_tree, load_config
 from diffmoe.data.sources import runs_a_program
 from diffmoe.data.vae import Vae
 from diffmoe.errors import UserError
-from diffmoe.evaluation.card import SCORE_NAMES, Card, read_card
+from diffmoe.evaluation.card import Card, read_card
 from diffmoe.evaluation.decoding import checkpoint_data
+from diffmoe.families import TOKENS_CHOOSE
 from diffmoe.markdown import table
 from diffmoe.models.count import count
-from diffmoe.models.logical import digest_note, logical_template, weights_digest
+from diffmoe.models.logical import (
+    digest_note,
+    fresh_buffers,
+    logical_template,
+    weights_digest,
+)
 from diffmoe.models.pretrained import Pretrained, of_checkpoint, read_description
 from diffmoe.training.resume import changes, is_of_recipe
 
@@ -67,8 +73,9 @@ def write_folder(
     partial = out.with_name(f".{out.name}.{os.getpid()}-{threading.get_ident()}.partial")
     partial.mkdir(parents=True)
     try:
-        thresholds = [name for name in tensors if ".thresholds." in name]
-        names = dict.fromkeys([*logical_template(config.model, config.moe), *thresholds])
+        sizes = config.model, config.moe
+        running = [name for name in fresh_buffers(*sizes) if name in tensors]
+        names = dict.fromkeys([*logical_template(*sizes), *running])
         # Copies: experts are views of one tensor, which would be one file's.
         save_torch_state_dict(
             {name: tensors[name].clone() for name in names}, partial, max_shard_size=limit
@@ -175,7 +182,9 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
     if model.family != "dense":
         tags.append("mixture-of-experts")
         where = f"every {'second ' * moe.interleave}block"
-        met = str(moe.top_k) if model.family == "tc" else f"{moe.capacity:g} on average (capacity)"
+        met = str(moe.top_k)
+        if model.family not in TOKENS_CHOOSE:
+            met = f"{moe.capacity:g} on average (capacity)"
         rows += [
             ("experts", f"{moe.experts} {moe.activation}, {moe.shared_experts} shared, {where}"),
             ("pool", f"{pool} samples"),
@@ -183,7 +192,9 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
         ]
     process: str = flow.process
     if process == "flow":
-        process += f", t x {flow.time_scale:g}, {flow.time_sampling} times"
+        process += f", {flow.time_sampling.replace('_', '-')} times"
+        if flow.time_scale != 1:
+            process += f", t multiplied by {flow.time_scale:g} before its embedding"
     decays = ", ".join(f"{decay:g}" for decay in train.ema_decays)
     recipe = [
         ("process", process),
@@ -225,24 +236,35 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
         "",
         "## Scores",
         "",
-        *_score_table(scores),
+        *_score_tables(scores),
         "",
         "## Use",
         "",
         "```python",
         "from diffmoe import DiffMoEPipeline",
         "",
-        'pipe = DiffMoEPipeline.from_pretrained("this folder, or owner/name")',
+        'folder = "."  # where this file is; or owner/name, on the hub',
+        "pipe = DiffMoEPipeline.from_pretrained(folder)",
         "pipe(num_images=4).images",
         "```",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _score_table(scores: Sequence[Card]) -> list[str]:
+def _score_tables(scores: Sequence[Card]) -> list[str]:
+    """A table for each feature network: scores by different ones have different names."""
     if not scores:
         return ["None were given at export."]
-    head = [name.replace("Inception Score", "IS") for name in SCORE_NAMES.values()]
+    by_names: dict[tuple[str, ...], list[Card]] = {}
+    for card in scores:
+        by_names.setdefault(tuple(card.score_names.values()), []).append(card)
+    lines = [line for cards in by_names.values() for line in ("", *_score_table(cards))]
+    return lines[1:]
+
+
+def _score_table(scores: Sequence[Card]) -> list[str]:
+    names = scores[0].score_names
+    head = [name.replace("Inception Score", "IS") for name in names.values()]
     head += ["images", "cfg", "sampler, steps", "routing", "reference", "features"]
     rows = []
     for card in scores:
@@ -252,7 +274,7 @@ def _score_table(scores: Sequence[Card]) -> list[str]:
                 routing += f", {name} {value:g}"
         rows.append(
             (
-                *(getattr(card.scores, name) for name in SCORE_NAMES),
+                *(getattr(card.scores, name) for name in names),
                 card.count,
                 f"{card.cfg:g}",
                 f"{card.sampler}, {card.steps}",

@@ -40,7 +40,8 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
     train, ep = config.train, config.parallel.ep
     if ranks % ep:
         raise UserError(
-            f"world size ({ranks}) must divide by parallel.ep ({ep}): start another number of "
+            f"world size ({ranks}) must be divisible by parallel.ep ({ep}): start another number "
+            "of "
             f"ranks, or say parallel.ep={math.gcd(ranks, ep)}"
         )
     micro, accumulation = train.micro_batch, train.accumulation
@@ -48,12 +49,12 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
         per_pass = train.batch if micro is None else micro * ranks
         if train.batch % per_pass:
             what = f"train.micro_batch ({micro}) x ranks ({ranks})"
-            raise UserError(f"train.batch ({train.batch}) must divide by {what}")
+            raise UserError(f"train.batch ({train.batch}) must be divisible by {what}")
         accumulation = train.batch // per_pass
     if micro is None:
         if train.batch % (accumulation * ranks):
             what = f"ranks ({ranks}) x train.accumulation ({accumulation})"
-            raise UserError(f"train.batch ({train.batch}) must divide by {what}")
+            raise UserError(f"train.batch ({train.batch}) must be divisible by {what}")
         micro = train.batch // (accumulation * ranks)
     if micro * ranks * accumulation != train.batch:
         raise UserError(
@@ -70,18 +71,25 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
             f"moe.pool ({pool} samples) must divide the forward batch train.micro_batch ({micro}) "
             f"x ranks ({ranks}) = {micro * ranks}"
         )
-    if config.model.family in ("ec", "diffmoe"):
+    if config.model.family in ("ec", "diffmoe", "race"):
         tokens, experts, capacity = (
             pool * config.model.tokens,
             config.moe.experts,
             config.moe.capacity,
         )
-        if rows_taken(tokens, experts, capacity) < 1:
+        if min(rows_taken(tokens, experts, capacity), pairs_taken(tokens, capacity)) < 1:
             raise UserError(
                 f"moe.pool ({pool} samples = {tokens} tokens) gives each of moe.experts "
                 f"({experts}) less than one token at moe.capacity ({capacity})"
             )
-    return Layout(ranks, ep, train.batch, micro, accumulation, pool, _pool_ranks(pool, micro, ep))
+    pool_ranks = _pool_ranks(pool, micro, ep)
+    if config.moe.threshold_from is not None and pool_ranks > 1:
+        raise UserError(
+            f"moe.pool ({pool} samples) must divide train.micro_batch ({micro}) where thresholds "
+            f"route in training (moe.threshold_from {config.moe.threshold_from}): they are "
+            "observed inside a rank"
+        )
+    return Layout(ranks, ep, train.batch, micro, accumulation, pool, pool_ranks)
 
 
 def _pool_ranks(pool: int, micro: int, ep: int) -> int:
@@ -97,3 +105,8 @@ def rows_taken(pool_tokens: int, experts: int, capacity: float) -> int:
     5).
     """
     return min(pool_tokens, int(pool_tokens * capacity / experts + 1e-9))
+
+
+def pairs_taken(pool_tokens: int, capacity: float) -> int:
+    """K of Expert Race: (token, expert) pairs of a pool, ``capacity`` a token on average."""
+    return int(pool_tokens * capacity + 1e-9)

@@ -16,6 +16,7 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 _SHIPPED = ("configs", "ds_configs")
 _EXAMPLE = "example:"
 _OVERRIDE = re.compile(r"\w+(\.\w+)*=")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def expand_path(text: str, what: str = "path") -> str:
@@ -57,6 +58,25 @@ def shipped(path: str | Path) -> Path:
         if path.parts[:1] and path.parts[0] in _SHIPPED
     ]
     return next((place for place in (path, *own) if os.path.exists(place)), path)
+
+
+def check_folder(path: str | Path, what: str) -> None:
+    """Raises UserError, which calls the path ``what``, where no folder lies at ``path``."""
+    if not os.path.isdir(path):
+        problem = "is a file, not a folder" if os.path.exists(path) else "does not exist"
+        raise UserError(f"{what} ({path}) {problem}")
+
+
+def check_hub_id(name: str, what: str) -> None:
+    """Raises UserError where ``name``, at which no folder lies, was meant as one: nobody wants to
+    hear what the hub says of a mistyped path.
+    """
+    if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        check_folder(name, what)
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(f"{what} ({name}) is no folder here, and no id of the hub (owner/name)")
+    if os.path.isdir(os.path.dirname(name)):
+        check_folder(name, what)
 
 
 class _Help(argparse.HelpFormatter):

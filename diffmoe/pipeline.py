@@ -21,7 +21,7 @@ from diffmoe.evaluation.decoding import checkpoint_data, latent_numbers, open_va
 from diffmoe.evaluation.features import to_uint8
 from diffmoe.evaluation.generate import generate, threshold_note
 from diffmoe.huggingface import write_folder
-from diffmoe.models.logical import logical_pieces, thresholds_of
+from diffmoe.models.logical import logical_pieces, running_buffers
 from diffmoe.models.pretrained import Pretrained, open_pretrained
 from diffmoe.parallel.groups import single_process
 from diffmoe.strict_yaml import merge
@@ -256,7 +256,7 @@ class DiffMoEPipeline:
             raise UserError(f"{out} already exists")
         tensors = {
             **{name: piece.float().cpu() for name, piece in logical_pieces(self.transformer)},
-            **{name: value.cpu() for name, value in thresholds_of(self.transformer).items()},
+            **{name: value.cpu() for name, value in running_buffers(self.transformer).items()},
         }
         write_folder(replace(self._pretrained, tensors=tensors), out, vae=self.vae)
 

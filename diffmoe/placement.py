@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
     from diffmoe.environment import RankEnvironment
 
-_SHOWN = re.compile(
-    r"(TORCH_)?NCCL_\w+|GLOO_\w+|PYTORCH_\w*ALLOC_CONF|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES"
-)
+_SHOWN = {
+    "cpu": re.compile(r"GLOO_\w+|OMP_NUM_THREADS"),
+    "cuda": re.compile(
+        r"(TORCH_)?NCCL_\w+|GLOO_\w+|PYTORCH_\w*ALLOC_CONF|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES"
+    ),
+}
 
 
 def place(environment: RankEnvironment, device: torch.device) -> None:
@@ -77,13 +80,14 @@ def _cores() -> int:
     return int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
 
 
-def describe(environ: Mapping[str, str] = os.environ) -> str:
-    """Cores of this process, and what the environment says to NCCL, gloo, torch's allocator and
-    OpenMP, in one line.
+def describe(device: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Cores of this process, and what the environment says to gloo and OpenMP, on ``cuda`` to NCCL
+    and torch's allocator too, in one line.
     """
-    said = [f"{name}={value}" for name, value in sorted(environ.items()) if _SHOWN.fullmatch(name)]
+    shown = _SHOWN[device]
+    said = [f"{name}={value}" for name, value in sorted(environ.items()) if shown.fullmatch(name)]
     cores = f"CPUs {ranges(os.sched_getaffinity(0))} of {os.cpu_count()}"
-    return f"{cores}; {' '.join(said) or 'no variable for NCCL or gloo'}"
+    return f"{cores}; {' '.join(said) or 'no variable for gloo or OpenMP'}"
 
 
 def cores_of(text: str) -> set[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import io
 import math
 import types
@@ -77,6 +78,9 @@ def open_text(path: Path, what: str, origin: str = "") -> TextIO:
         raise UserError(f"{what} {path} cannot be read: {error.strerror}{origin}") from None
 
 
+_type_hints = functools.cache(typing.get_type_hints)
+
+
 def read_yaml(path: str | Path, _stack: tuple[Path, ...] = ()) -> dict:
     """Reads a YAML file and what it includes (``include: file`` or a list, relative to the file,
     later ones win, the file itself last).  Raises UserError for a missing file, bad YAML, a doubled
@@ -139,7 +143,7 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
     """
     if not isinstance(tree, dict):
         raise UserError(f"{path or 'config'} must be a mapping, not {tree!r}")
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     values = {}
     for key, value in tree.items():
         name = f"{path}.{key}" if path else str(key)

@@ -14,8 +14,18 @@ from diffmoe.markdown import table
 
 HEAD = """# Configuration
 
-Every field of the YAML, written by `python docs/reference.py` from `diffmoe/config.py`. Files may `include` others; on the
+Every field of the YAML, written by `python docs/reference.py` from `diffmoe/config.py`. On the
 command line a field is `section.field=value`. What is not named has its default; `null` is "none".
+
+A file may start from others. `include` names one or a list, relative to the file that has it;
+sections are merged field by field, a later file wins over an earlier one, the file itself over what
+it includes, and the command line over all:
+```yaml
+include: [base/imagenet256_flow.yaml, base/s.yaml]   # in configs/: the recipe, then the size
+run: {folder: runs/mine}
+train: {batch: 512}                                  # other fields of train: the included files'
+```
+`--dry-run` prints what results.
 """
 
 

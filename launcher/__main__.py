@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 
-from diffmoe.errors import UserError
+from diffmoe.errors import UserError, run_command
 
 SUBCOMMANDS = {
     "doctor": "what is installed on this machine, what is wrong, and what to type",
@@ -65,7 +65,7 @@ def _help() -> str:
 
 def command() -> int:
     """The installed command ``diffmoe-launcher``."""
-    return main(sys.argv[1:])
+    return run_command(main)
 
 
 if __name__ == "__main__":

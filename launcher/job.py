@@ -104,7 +104,7 @@ def after_training(folder: Path, status: int) -> Verdict:
 
 
 def after_writing(folder: Path, status: int, out: Path) -> Verdict:
-    """The verdict on a job that fills a folder (scores, shards, a comparison's run) and resumes from
+    """The verdict on a job that fills a folder (scores, shards, a comparison's run), and resumes by
     what is there.
     """
     files = sum(path.is_file() for path in out.rglob("*"))

@@ -171,7 +171,7 @@ def _mib(value: float) -> str:
 def _table(shown: list[Candidate], steps: int, per_node: int) -> list[str]:
     lines = [
         f"{'':>3} {'EP':>3} {'hosts':>5} {'ZeRO':>4} {'recompute':9} {'micro':>5} {'acc':>4} "
-        f"{'GiB':>7} {'ms/step':>8} {'images/s':>8} {'GPU-hours':>9}  why"
+        f"{'GiB':>7} {'ms/step':>8} {'images/s':>8} {'GPU-hours':>9}  why (from 2 on: beside 1)"
     ]
     for place, c in enumerate(shown, 1):
         hours = steps * c.time.total / 3600 * c.layout.ranks

@@ -31,7 +31,8 @@ from launcher.command_line import Parser, check_above_0
 from launcher.scaling_report import write_report
 
 _EXAMPLE = """
-python -m launcher scaling --config configs/demo.yaml --ranks 1,2 --synthetic --out runs/scaling
+python -m launcher scaling --config configs/demo.yaml --ranks 1,2 --synthetic parallel.ep=1 \\
+    --out runs/scaling
 sbatch scripts/slurm/scaling.sh        # the same inside an allocation, by nodes
 """
 _ROOT = Path(__file__).resolve().parent.parent
@@ -197,7 +198,7 @@ def _sizes(
         if nodes > 1 and available is None:
             raise UserError(f"--nodes ({nodes}) needs srun in an allocation")
         if ranks % nodes:
-            raise UserError(f"--ranks ({ranks}) must divide by the {nodes} nodes they need")
+            raise UserError(f"--ranks ({ranks}) must be divisible by the {nodes} nodes they need")
     return sizes
 
 

@@ -65,7 +65,7 @@ BEFORE_JOINING = {
     "negative": (["--config", "TINY", "train.lr=-1"], "train.lr (-1.0) must be at least 0"),
     "experts": (
         ["--config", "TINY", "moe.experts=3"],
-        "moe.experts (3) must divide by parallel.ep (2)",
+        "moe.experts (3) must be divisible by parallel.ep (2)",
     ),
     "pool": (
         ["--config", "TINY", "moe.pool=5"],
@@ -73,9 +73,12 @@ BEFORE_JOINING = {
     ),
     "world": (
         ["--config", "TINY", "parallel.ep=4"],
-        "world size (2) must divide by parallel.ep (4)",
+        "world size (2) must be divisible by parallel.ep (4)",
     ),
-    "batch": (["--config", "TINY", "train.batch=15"], "train.batch (15) must divide by ranks (2)"),
+    "batch": (
+        ["--config", "TINY", "train.batch=15"],
+        "train.batch (15) must be divisible by ranks (2)",
+    ),
     "json gone": (
         ["--config", "TINY", "--deepspeed_config", "gone.json"],
         "--deepspeed_config gone.json does not exist",
@@ -118,7 +121,9 @@ def test_a_dry_run_prints_it_all_and_touches_nothing(tmp_path):
         "batch    8 micro x 2 ranks x 1 accumulation = 16",
         "experts  4 over 2 expert-parallel ranks, in 1 copies",
         "pool     16 samples = 256 tokens",
-        "engine   ZeRO 1, fp32",
+        "engine   ZeRO 1, fp32 (ieee), recompute none, compiled on a GPU",
+        "note: resolved for world size 2; --ranks N resolves for N ranks",
+        "note: data.shards (/nowhere): nothing is there",
     ):
         assert text in results[0].stdout
     assert results[1].stdout == ""
@@ -149,8 +154,13 @@ def test_a_dry_run_of_bf16_at_zero_0_says_what_runs(tmp_path):
 def test_a_dry_run_resolves_for_ranks_that_are_not_there():
     (result,) = run_program(1, *tiny(Path("unused"), "--dry-run", "--ranks", "8"))
     assert result.returncode == 0 and "2 micro x 8 ranks x 1 accumulation" in result.stdout
+    assert "note:" not in result.stdout
     (result,) = run_program(1, *tiny(Path("unused"), "--dry-run", "--ranks", "3"))
-    assert_one_line([result], "world size (3) must divide by parallel.ep (2)")
+    assert_one_line([result], "world size (3) must be divisible by parallel.ep (2)")
+    assert "--ranks" not in result.stderr
+    (result,) = run_program(1, *tiny(Path("unused"), "--dry-run"))
+    assert_one_line([result], "world size (1) must be divisible by parallel.ep (2)")
+    assert "--ranks N" in result.stderr
 
 
 # ---------------------------------------------------------------------- what data, folders and
@@ -276,7 +286,7 @@ def after_joining(tmp_path_factory):
         ),
         "sample: gone": (
             ["sample", "--checkpoint", "/nowhere"],
-            "no complete checkpoint in /nowhere",
+            "checkpoint (/nowhere) does not exist",
         ),
         "sample: cut": (
             ["sample", "--checkpoint", str(tmp / "a")],
@@ -359,7 +369,7 @@ def test_mistakes_that_data_folders_and_checkpoints_show(after_joining):
 @pytest.mark.parametrize(
     ("launcher", "change", "text"),
     [
-        ("deepspeed", "moe.experts=3", "moe.experts (3) must divide by parallel.ep (2)"),
+        ("deepspeed", "moe.experts=3", "moe.experts (3) must be divisible by parallel.ep (2)"),
         ("deepspeed", "data.shards=/nowhere", "data folder (/nowhere) does not exist"),
         ("torchrun", "data.shards=/nowhere", "data folder (/nowhere) does not exist"),
     ],

@@ -189,7 +189,9 @@ def test_a_lost_or_cut_shard_stops_the_start_or_is_left_out(
 def read_digits(
     shards: Path, folder: Path, policy: str, workers: int
 ) -> tuple[list[np.ndarray], str]:
-    """What this rank reads of 120 steps, as training would, and why it ended before (or nothing)."""
+    """What this rank reads of 120 steps, as training would, and why it ended before (or
+    nothing).
+    """
     world = build_groups(1, 1).world
     share = Share(BATCH, BATCH // world.size, 1, world.index, world.size)
     reader = ShardReader(

@@ -84,7 +84,7 @@ def events(folder):
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # not finite
 
 
@@ -227,7 +227,7 @@ def test_skipped_steps_are_counted_recorded_and_the_same_after_a_resume(two_rank
     assert steps(tmp_path / "c") == [4], "a step that changes nothing can be saved"
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # spikes
 
 
@@ -286,7 +286,7 @@ def test_a_spike_before_any_checkpoint_goes_back_to_the_start_and_going_back_has
 
 def report(loss, applied=True):
     return StepReport(
-        loss, 0.0, 0.0, 1.0, 1e-3, 1.0, False, False, applied, torch.zeros(0), torch.zeros(0)
+        loss, 0.0, 0.0, 0.0, 1.0, 1e-3, 1.0, False, False, applied, torch.zeros(0), torch.zeros(0)
     )
 
 

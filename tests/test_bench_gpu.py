@@ -42,7 +42,9 @@ _STUB = """#!/usr/bin/env bash
 case "$*" in "-m pip"* | "run.py bench results"*) exec "$REAL" "$@" ;; esac
 echo "$*" >> "$ASKED"
 [ -z "${IMPORTED:-}" ] || "$REAL" -c "import $IMPORTED; print($IMPORTED.__file__)" >> "$ASKED"
-if [ -n "${HANGS:-}" ] && [[ "$*" = *"$HANGS"* ]]; then sleep 600 & echo $! > "$ASKED.child"; wait; fi
+if [ -n "${HANGS:-}" ] && [[ "$*" = *"$HANGS"* ]]; then
+  sleep 600 & echo $! > "$ASKED.child"; wait
+fi
 for i in 1 2 3; do echo "line $i of $*"; done
 if [ -n "${FAILS:-}" ] && [[ "$*" = *"$FAILS"* ]]; then exit 3; fi
 exit 0

@@ -17,10 +17,12 @@ from diffmoe.config import Config, load_config
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.layout import resolve_layout
 from diffmoe.models.dit import DiT
-from diffmoe.models.logical import initialize
+from diffmoe.models.logical import initialize, running_buffers
 from diffmoe.parallel.collectives import raise_together
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks
+from diffmoe.parity.cases import Case
+from diffmoe.parity.table import start_training
 from diffmoe.training import checkpoint as training_checkpoint
 from diffmoe.training.checkpoint import (
     STREAMING_BYTES,
@@ -158,6 +160,36 @@ def test_any_layout_reads_and_writes_the_same_bits(tmp_path, world):
             assert max(sizes) < 1.3 * min(sizes), f"the ranks share the work: {sizes}"
 
 
+def interrupted(folder: str, variant: str) -> bool:
+    """Three steps, and the same with a new engine that goes on from a checkpoint of the second."""
+    case = Case(2, 2, 1, "none", 1, "rank", 8, variant)
+    whole, first, second = (start_training(case, 0, torch.device("cpu"), 3) for _ in range(3))
+    wanted = [whole.step(step).loss for step in range(3)]
+    found = [first.step(step).loss for step in range(2)]
+    with Saver(Path(folder), first.config, first.layout, first.groups) as saver:
+        saver.save(2, first.engine, first.ema)
+        saver.wait()
+        saver.outcomes()
+    said: list[str] = []
+    checkpoint = newest_usable(Path(folder), second.groups, said.append)
+    assert restore(checkpoint, second.engine, second.ema, second.groups, said.append) == 2
+    found.append(second.step(2).loss)
+    assert found == wanted, (found, wanted)
+    here, there = (running_buffers(each.model) for each in (second, whole))
+    assert here and all(torch.equal(here[name], there[name]) for name in there)
+    moved = [value for name, value in there.items() if name.endswith(".value")]
+    assert all(value.std() > 0 or variant == "race" for value in moved)
+    for training in (whole, first, second):
+        training.engine.engine.destroy()
+    return True
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("variant", ["tc-bias", "threshold", "race"])
+def test_what_routers_learn_beside_weights_goes_on_from_a_checkpoint(two_ranks, tmp_path, variant):
+    assert two_ranks.run(interrupted, str(tmp_path), variant) == [True, True]
+
+
 # ------------------------------------------------------------------------------------------------
 # while training
 
@@ -278,7 +310,9 @@ def test_a_disk_that_is_full_at_the_very_end(two_ranks, tmp_path):
 
 
 def measure(folder: str) -> tuple[int, int, int, int]:
-    """(bytes of state, growth of memory of a streamed save, of a save with a snapshot, of a load)."""
+    """(bytes of state, growth of memory of a streamed save, of a save with a snapshot, of a
+    load).
+    """
     grown = []
     for background in ("false", "true"):
         config = settings(

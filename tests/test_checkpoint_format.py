@@ -76,7 +76,7 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(content)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # one file
 
 
@@ -478,7 +478,7 @@ def test_a_tensors_pieces_may_not_overlap():
             Tensors([(Piece("a", (6,), *span), file) for span in spans], "here")
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # memory
 
 
@@ -492,7 +492,8 @@ import sys
 sys.path.insert(0, {str(REPOSITORY / "tests")!r})
 from pathlib import Path
 from made_checkpoints import measured
-print(*measured(Path({str(tmp_path)!r}), 8, ["model.width=192", "model.depth=4", "model.heads=4", "moe.experts=16"]))
+sizes = ["model.width=192", "model.depth=4", "model.heads=4", "moe.experts=16"]
+print(*measured(Path({str(tmp_path)!r}), 8, sizes))
 """
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=REPOSITORY
@@ -503,7 +504,7 @@ print(*measured(Path({str(tmp_path)!r}), 8, ["model.width=192", "model.depth=4",
     assert writing < 40e6 and reading < 40e6, (size, writing, reading)
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the verb
 
 
@@ -536,5 +537,10 @@ def test_the_verb_names_file_and_tensor(made_once, tmp_path, capsys):
     )
     assert "corrupt  exp_avg of" in text and "step_00000005" in text
     assert check(capsys, newest.parent / "step_00000003")[0] == 0
-    with pytest.raises(UserError, match="no complete checkpoint in "):
+    with pytest.raises(UserError, match=r"checkpoint \(.*nowhere\) does not exist"):
         check(capsys, tmp_path / "nowhere")
+    with pytest.raises(UserError, match="checkpoint .* is a file, not a folder"):
+        check(capsys, newest / "checkpoint.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no complete checkpoint in "):
+        check(capsys, tmp_path / "empty")

@@ -20,7 +20,9 @@ BOUND = 256e6
 
 @pytest.mark.slow
 def test_xl_e16_is_written_at_ep_8_and_read_at_ep_1(tmp_path):
-    """Minutes, and 46 GB of disk.  Every value is made on the fly, written, checked and compared."""
+    """Minutes, and 46 GB of disk.  Every value is made on the fly, written, checked and
+    compared.
+    """
     assert shutil.disk_usage(tmp_path).free > NEEDED, (
         "this needs 50 GB of disk: TMPDIR or --basetemp on a larger one"
     )

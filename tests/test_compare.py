@@ -45,7 +45,7 @@ def planned(folder, *more):
     return read_plan(path, overrides)
 
 
-# ------------------------------------------------------------------------------------------ the plan
+# ----------------------------------------------------------------------------------------- the plan
 
 
 def test_the_runs_of_a_yaml(tmp_path):
@@ -168,11 +168,11 @@ def test_the_fashion_comparison_is_one(tmp_path):
     assert max(counted) < 1.05 * min(counted), counted
 
 
-# ----------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
 
 
 def pretend(run, losses, *, seconds=0.1, load=None, step=None):
-    """A run folder as training leaves it: its validation losses at even steps, a last checkpoint."""
+    """A run folder as training leaves it: validation losses at even steps, a last checkpoint."""
     step = step or run.config.train.steps
     (run.folder / f"checkpoints/step_{step:08d}").mkdir(parents=True)
     (run.folder / f"checkpoints/step_{step:08d}/checkpoint.json").touch()
@@ -288,7 +288,7 @@ def test_a_changed_setting_is_refused_and_a_new_field_is_none(tmp_path):
         check_unchanged(run, config_from_tree(tree))
 
 
-# ------------------------------------------------------------------------------------------ the runs
+# ----------------------------------------------------------------------------------------- the runs
 
 
 def fed_to(path):

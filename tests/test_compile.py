@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from diffmoe.commands.common import Parser, add_sampling_options, sampling_config
-from diffmoe.commands.train import describe
+from diffmoe.commands.train import describe_engine
 from diffmoe.config import (
     Config,
     ModelConfig,
@@ -317,20 +317,20 @@ def test_auto_is_the_default_and_bools_of_old_files_stay():
 
 
 @pytest.mark.parametrize(
-    "said,stage,shown",
+    "said,stage,device,shown",
     [
-        ("auto", 1, "none, compiled on a GPU"),
-        ("auto", 3, "none"),
-        ("true", 2, "none, compiled"),
-        ("false", 0, "none"),
+        ("auto", 1, None, "none, compiled on a GPU"),
+        ("auto", 1, "cpu", "none, not compiled (CPU)"),
+        ("auto", 1, "cuda", "none, compiled"),
+        ("auto", 3, "cuda", "none"),
+        ("true", 2, "cpu", "none, compiled"),
+        ("false", 0, "cpu", "none"),
     ],
 )
-def test_a_start_says_where_it_is_compiled(said, stage, shown):
-    config = load_config(None, [f"train.compile={said}", "train.batch=4", "moe.pool=1"])
-    text = describe(
-        config, resolve_layout(config, 1), {"zero_optimization": {"stage": stage}}, complete=False
-    )
-    assert text.splitlines()[-1].endswith(f"recompute {shown}")
+def test_a_start_says_where_it_is_compiled(said, stage, device, shown):
+    config = load_config(None, [f"train.compile={said}"])
+    text = describe_engine(config, {"zero_optimization": {"stage": stage}}, device)
+    assert text.endswith(f"recompute {shown}")
 
 
 @pytest.mark.parametrize(

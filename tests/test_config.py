@@ -39,7 +39,7 @@ def overridden(*overrides: str) -> Config:
     return load_config(None, list(overrides))
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading
 
 
@@ -59,7 +59,10 @@ def test_every_published_config_is_good(path):
 
 
 def test_config_py_needs_no_torch():
-    code = "import sys, diffmoe.commands.train; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    code = (
+        "import sys, diffmoe.commands.train; "
+        "sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60).returncode == 0
 
 
@@ -80,7 +83,10 @@ def test_config_py_needs_no_torch():
         ("model: {width: true}", "model.width = True must be an integer"),
         ("model: {width: }", "model.width = None must be an integer"),
         ("model: {learn_sigma: 1}", "model.learn_sigma = 1 must be true or false"),
-        ("model: {family: moe}", "model.family = 'moe' must be one of dense, tc, ec, diffmoe"),
+        (
+            "model: {family: moe}",
+            "model.family = 'moe' must be one of dense, tc, ec, diffmoe, race, prototype",
+        ),
         ("run: {folder: 2024}", "run.folder = 2024 must be a text"),
         ("train: {lr: fast}", "train.lr = 'fast' must be a finite number"),
         ("train: {lr: .inf}", "train.lr = inf must be a finite number"),
@@ -223,15 +229,21 @@ def test_bad_overrides(override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["moe.experts=12", "parallel.ep=8"], "moe.experts (12) must divide by parallel.ep (8)"),
+        (
+            ["moe.experts=12", "parallel.ep=8"],
+            "moe.experts (12) must be divisible by parallel.ep (8)",
+        ),
         (
             ["model.input_size=9", "model.patch=2"],
-            "model.input_size (9) must divide by model.patch (2)",
+            "model.input_size (9) must be divisible by model.patch (2)",
         ),
-        (["model.width=32", "model.heads=5"], "model.width (32) must divide by model.heads (5)"),
+        (
+            ["model.width=32", "model.heads=5"],
+            "model.width (32) must be divisible by model.heads (5)",
+        ),
         (
             ["model.width=30", "model.heads=5"],
-            "model.width (30) must divide by 4 for the 2-d sine position embedding",
+            "model.width (30) must be divisible by 4 for the 2-d sine position embedding",
         ),
         (
             ["model.mlp_ratio=0.001"],
@@ -279,16 +291,16 @@ def test_bad_overrides(override, message):
         (["sample.gamma=2"], "sample.gamma (2.0) must be in [0, 1]"),
         (
             ["sample.routing=static", "model.family=dense"],
-            "sample.routing (static) needs model.family (diffmoe), not dense",
+            "sample.routing (static) needs model.family diffmoe or race, not dense",
         ),
         (
             ["sample.routing=static", "model.family=tc"],
-            "sample.routing (static) needs model.family (diffmoe), not tc",
+            "sample.routing (static) needs model.family diffmoe or race, not tc",
         ),
         (
             ["sample.routing=static", "model.family=ec", "moe.pool=1"],
-            "sample.routing (static) needs model.family (diffmoe), not ec, whose experts take as "
-            "many tokens always",
+            "sample.routing (static) needs model.family diffmoe or race, not ec, whose experts "
+            "take as many tokens always",
         ),
         (
             ["sample.routing=static", "sample.gamma=0.4"],
@@ -341,16 +353,16 @@ def test_what_is_not_given_follows_from_what_is(given, micro, accumulation):
 @pytest.mark.parametrize(
     ("ranks", "given", "message"),
     [
-        (5, [], "train.batch (48) must divide by ranks (5) x train.accumulation (1)"),
+        (5, [], "train.batch (48) must be divisible by ranks (5) x train.accumulation (1)"),
         (
             4,
             ["train.accumulation=5"],
-            "train.batch (48) must divide by ranks (4) x train.accumulation (5)",
+            "train.batch (48) must be divisible by ranks (4) x train.accumulation (5)",
         ),
         (
             4,
             ["train.micro_batch=5"],
-            "train.batch (48) must divide by train.micro_batch (5) x ranks (4)",
+            "train.batch (48) must be divisible by train.micro_batch (5) x ranks (4)",
         ),
         (
             4,
@@ -358,17 +370,19 @@ def test_what_is_not_given_follows_from_what_is(given, micro, accumulation):
             "train.micro_batch (6) x ranks (4) x train.accumulation (3) = 72 must equal "
             "train.batch (48)",
         ),
-        (96, [], "train.batch (48) must divide by ranks (96) x train.accumulation (1)"),
+        (96, [], "train.batch (48) must be divisible by ranks (96) x train.accumulation (1)"),
         (
             3,
             ["parallel.ep=2"],
-            "world size (3) must divide by parallel.ep (2): start another number of ranks, or say "
+            "world size (3) must be divisible by parallel.ep (2): start another number of ranks, "
+            "or say "
             "parallel.ep=1",
         ),
         (
             1,
             ["parallel.ep=2"],
-            "world size (1) must divide by parallel.ep (2): start another number of ranks, or say "
+            "world size (1) must be divisible by parallel.ep (2): start another number of ranks, "
+            "or say "
             "parallel.ep=1",
         ),
         (
@@ -496,7 +510,9 @@ BF16_AT_ZERO = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}
 
 
 def test_what_is_merged_is_what_runs():
-    """Nothing is left for the engine to change, so the printed and the written file are the truth."""
+    """Nothing is left for the engine to change, so the printed and the written file are the
+    truth.
+    """
     bf16 = merged(BF16_AT_ZERO)
     assert bf16["zero_optimization"] == {
         "stage": 1,

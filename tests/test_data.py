@@ -393,7 +393,7 @@ def test_the_benchmark_sets_all_ways_side_by_side(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--samples", "1000"], r"--samples \(1000\) must divide by 1024"),
+        (["--samples", "1000"], r"--samples \(1000\) must be divisible by 1024"),
         (["--repeats", "0"], r"--repeats \(0\) must be at least 1"),
         (["--samples", "some"], "invalid int value: 'some'"),
     ],
@@ -409,7 +409,10 @@ def test_workers_bring_no_torch(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    code = "import sys, diffmoe.data.worker; print([m for m in ('torch', 'webdataset', 'PIL') if m in sys.modules])"
+    code = (
+        "import sys, diffmoe.data.worker; "
+        "print([m for m in ('torch', 'webdataset', 'PIL') if m in sys.modules])"
+    )
     root = Path(__file__).resolve().parent.parent
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60

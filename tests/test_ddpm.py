@@ -1,4 +1,6 @@
-"""DDPM against the published research code's numbers, and against what its formulas must satisfy."""
+"""DDPM against the published research code's numbers, and against what its formulas must
+satisfy.
+"""
 
 import math
 from dataclasses import replace

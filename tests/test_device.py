@@ -131,7 +131,10 @@ def refusal(asked="auto"):
     return text.removesuffix(ON_THE_CPU)
 
 
-CANNOT = "this machine has 2 GPUs (/dev/nvidia0, ...), and torch (2.13.0+cu130, for CUDA 13.0) cannot use it"
+CANNOT = (
+    "this machine has 2 GPUs (/dev/nvidia0, ...), and torch (2.13.0+cu130, for CUDA 13.0) cannot "
+    "use it"
+)
 
 
 def test_a_driver_that_torch_cannot_use(unusable, monkeypatch):
@@ -267,7 +270,8 @@ def test_devices_count_that_this_process_may_open(monkeypatch, tmp_path):
 
 
 SMI = """#!/bin/sh
-case "$*" in *compute-apps*) printf '%s\\n' "GPU-{uuid}, 4711, 30720, /opt/miniconda/bin/python" "GPU-{uuid}, {mine}, 400, python" \\
+case "$*" in *compute-apps*) printf '%s\\n' \\
+  "GPU-{uuid}, 4711, 30720, /opt/miniconda/bin/python" "GPU-{uuid}, {mine}, 400, python" \\
   "GPU-ffff, 9, 70000, other" "GPU-{uuid}, 4712, [N/A], nbody, version 2";; *) exit 9;; esac
 """
 UUID = "1a2b3c4d-0000-1111-2222-333344445555"
@@ -286,7 +290,10 @@ def nvidia_smi(monkeypatch, tmp_path):
 
 
 HELD = "GPU 0 (NVIDIA H100, GPU-1a2b3c4d) has 31.5 of 79.6 GiB in use by "
-INSTEAD = ": end it, choose another GPU by CUDA_VISIBLE_DEVICES, or set DIFFMOE_SHARED_GPU=1 to share this one"
+INSTEAD = (
+    ": end it, choose another GPU by CUDA_VISIBLE_DEVICES, or set DIFFMOE_SHARED_GPU=1 to share "
+    "this one"
+)
 
 
 def hold(monkeypatch, gib, total=79.6):

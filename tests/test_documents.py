@@ -1,4 +1,6 @@
-"""The documents against the code: the tree of files, every command that a page names, every link."""
+"""The documents against the code: the tree of files, every command that a page names, every
+link.
+"""
 
 import argparse
 import importlib

@@ -465,7 +465,8 @@ def test_bf16_storage_is_the_rounded_moments(tmp_path: Path) -> None:
 
 def test_bad_autoencoders(tmp_path: Path) -> None:
     for path, message in (
-        (tmp_path / "none", "must be a folder, or an id of the hub"),
+        (tmp_path / "none", "does not exist"),
+        ("none", "is no folder here, and no id of the hub"),
         (tmp_path, "has no config.json"),
     ):
         with pytest.raises(UserError, match=message):
@@ -631,7 +632,7 @@ def test_a_folder_is_finished_only_by_the_same_command(tmp_path: Path) -> None:
         ({"scale": float("nan")}, "scale"),
         ({"vae": None, "accept_values": True}, r"accept_values \(True\) goes with vae"),
         ({"vae": None, "scale": 1.0}, r"scale \(1.0\) goes with vae"),
-        ({"image_size": 15}, "must divide by 2"),
+        ({"image_size": 15}, "must be divisible by 2"),
         ({"channels": 1}, r"channels \(1\) must be those of"),
         ({"source": "/nowhere"}, "/nowhere does not exist"),
     ],

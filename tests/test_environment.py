@@ -1,4 +1,6 @@
-"""Ranks from the environments that torchrun, deepspeed, srun, a batch script and plain python make."""
+"""Ranks from the environments that torchrun, deepspeed, srun, a batch script and plain python
+make.
+"""
 
 import contextlib
 import os
@@ -365,8 +367,14 @@ def test_a_task_of_sruns_that_writes_to_a_terminal_was_not_typed(open_to):
     """``srun --unbuffered``: a terminal for output, which no session has, and the step's process
     group in the session of slurmstepd.
     """
-    code = "from diffmoe.environment import typed_at_a_terminal; import os; print(os.isatty(1), typed_at_a_terminal())"
-    stepd = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]], process_group=0).returncode)"
+    code = (
+        "from diffmoe.environment import typed_at_a_terminal; import os; "
+        "print(os.isatty(1), typed_at_a_terminal())"
+    )
+    stepd = (
+        "import subprocess, sys; "
+        "sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]], process_group=0).returncode)"
+    )
     ours, theirs = pty.openpty()
     try:
         subprocess.run(

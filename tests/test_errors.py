@@ -4,14 +4,16 @@ its traceback, exits with 1, and a job script tries again.
 
 import builtins
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 import diffmoe.__main__ as run
-from diffmoe.errors import UserError
+from diffmoe.errors import UserError, run_command
 from diffmoe.parallel.collectives import gather_objects
 from launcher.job import BAD_INPUT, START_AGAIN, after_training
-from programs import Nursery, tiny
+from programs import REPOSITORY, Nursery, tiny
 
 # names that made a lost peer of any RuntimeError
 TEXT = "train.batch (16) is gloo's, NCCL's and nobody's"
@@ -101,3 +103,29 @@ def test_a_verb_that_fails_keeps_its_traceback_too(monkeypatch, capsys, kind):
         with pytest.raises(kind):
             module.main(*arguments)
         assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "launcher", "plan", "--config", "configs/demo.yaml"],
+        ["-m", "launcher", "--help"],
+        ["run.py", "--dry-run", "--config", "configs/demo.yaml", "--ranks", "2"],
+        ["-m", "diffmoe", "--help"],
+    ],
+)
+def test_a_reader_that_has_gone_ends_a_command_quietly(words):
+    """As ``| head -1`` does once it has its line."""
+    program = subprocess.Popen(
+        [sys.executable, *words], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    program.stdout.close()
+    assert (program.stderr.read(), program.wait(60)) == (b"", 141)
+
+
+def test_another_broken_pipe_keeps_its_traceback():
+    def main(_arguments):
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        run_command(main)

@@ -70,7 +70,7 @@ CPU = torch.device("cpu")
 ALONE = single_process().world
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # scores
 
 
@@ -653,7 +653,10 @@ def test_scores_are_those_of_the_written_images(tmp_path: Path) -> None:
     # ADM's file of samples is itself a reference: the distance to oneself is 0.
     own = load_reference(tmp_path / SAMPLES_NAME, extractor, ALONE, CPU)
     again = run_once(tmp_path / "again", reference=own)
-    assert again.scores.fid < 1e-9 and again.scores.precision == again.scores.recall == 1.0
+    assert (
+        again.scores.frechet_distance < 1e-9
+        and again.scores.precision == again.scores.recall == 1.0
+    )
 
 
 def test_restart_equals_undisturbed_and_skips_what_is_done(
@@ -756,9 +759,11 @@ def test_latents_pass_the_decoder(tmp_path: Path) -> None:
     )
     assert np.load(tmp_path / "decoded" / SAMPLES_NAME)["arr_0"].shape == (20, 16, 16, 3)
     assert (
-        card.scores.sfid is None and card.scores.precision is None and card.reference_count is None
+        card.scores.spatial_frechet_distance is None
+        and card.scores.precision is None
+        and card.reference_count is None
     )
-    assert "| sFID ↓ | not measured |" in (tmp_path / "decoded" / "card.md").read_text()
+    assert "| sFD-tiny ↓ | not measured |" in (tmp_path / "decoded" / "card.md").read_text()
     latents = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=4))
     with pytest.raises(UserError, match=r"model.channels \(4\) are latents"):
         sampled_images(model, latents, subject, 20, "balanced", CPU)
@@ -818,15 +823,15 @@ def test_card_names_everything_that_moves_the_score(tmp_path: Path) -> None:
         and card.versions == versions()
     )
     text = (tmp_path / "card.md").read_text()
-    assert f"| FID ↓ | {card.scores.fid:.4f} |" in text
-    assert f"| Inception Score ↑ | {card.scores.inception_score:.4f} over 1 split |" in text, (
+    assert f"| FD-tiny ↓ | {card.scores.frechet_distance:.4f} |" in text and "FID" not in text
+    assert f"| IS-tiny ↑ | {card.scores.inception_score:.4f} over 1 split |" in text, (
         "one split has no spread"
     )
     assert " over 3 splits |" in dataclasses.replace(card, splits=3).to_markdown()
     for field in dataclasses.fields(card):
         assert field.name == "scores" or f"| {field.name.replace('_', ' ')} |" in text
     with pytest.raises(UserError, match="not a score card"):
-        card_from_json('{"scores": {"fid": 1}}')
+        card_from_json('{"scores": {"frechet_distance": 1}}')
 
 
 def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -896,7 +901,8 @@ def test_the_verb_scores_a_checkpoint(
         "token",
         "digits",
     )
-    assert card.scores.fid > 10 and "FID" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert card.scores.frechet_distance > 10 and "FD-digits ↓" in said and "FID" not in said
     arguments[3], arguments[9] = str(tmp_path / "digits.npz"), str(tmp_path / "again")
     assert command.main(arguments, detect()) == 0
     close(card_from_json((tmp_path / "again" / "card.json").read_text()).scores, card.scores)

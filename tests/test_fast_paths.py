@@ -267,7 +267,7 @@ def test_the_layer_is_the_textbook_loop():
     wanted, loss, observed = loop(x.flatten(0, 1), 1.0)
     assert_close(y.flatten(0, 1).detach(), wanted.detach(), 1e-12)
     assert_close(stats.predictor_loss.detach(), loss.detach().double(), 1e-6)
-    assert_close(stats.threshold_sum_E, observed, 1e-6)
+    assert_close(stats.observed_E, observed, 1e-6)
     assert_close(gradients(y.flatten(0, 1), x)[0], gradients(wanted, x)[0], 1e-12)
 
 

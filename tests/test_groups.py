@@ -89,7 +89,9 @@ def ranks():
 
 
 def made_in_training(case):
-    """What the groups are for that a training step of the case made, and how many DeepSpeed made."""
+    """What the groups are for that a training step of the case made, and how many DeepSpeed
+    made.
+    """
     before = set(dist.distributed_c10d._world.pg_map)
     training = table.start_training(case, 0, torch.device("cpu"))
     training.step(0)
@@ -129,6 +131,7 @@ def gathered(order):
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "order", [["ep", "edp", "pool", "pool_owners"], ["pool_owners", "edp", "world", "ep"]]
 )

@@ -248,7 +248,10 @@ def test_plan_and_submit_say_when_fewer_nodes_are_faster(name, nodes, fewer, mon
     if fewer is None:
         assert said == notes == []
         return
-    begins = f"note: fewer nodes would be faster with train.batch 256: {1e3 * quick:.1f} ms a step on {fewer} ("
+    begins = (
+        f"note: fewer nodes would be faster with train.batch 256: {1e3 * quick:.1f} ms a step on "
+        f"{fewer} ("
+    )
     assert (
         len(said) == 1
         and said[0].startswith(begins)

@@ -356,7 +356,10 @@ def state_for(**sizes):
     }
     moe = {"experts": 4}
     for name, value in sizes.items():
-        (moe if name in MoEConfig.__dataclass_fields__ else model)[name] = value
+        own = name == "mlp_ratio" or name not in MoEConfig.__dataclass_fields__
+        (model if own else moe)[name] = value
+    if "expert_ratio" in model:
+        moe["mlp_ratio"] = model.pop("expert_ratio")
     model, moe = ModelConfig(**model), MoEConfig(**moe)
     whole = DiT(model, moe)
     initialize(whole, 0)
@@ -378,6 +381,12 @@ def state_for(**sizes):
         ({"learn_sigma": False}, ["model.learn_sigma=false"]),
         ({"qk_norm": True, "heads": 4}, ["model.qk_norm=true", "model.heads=4"]),
         ({"mlp_ratio": 2.0}, ["model.mlp_ratio=2"]),
+        ({"expert_ratio": 2.0}, ["moe.mlp_ratio=2"]),
+        ({"family": "prototype"}, ["model.family=prototype"]),
+        (
+            {"family": "prototype", "expert_ratio": 2.0, "shared_experts": 1},
+            ["model.family=prototype", "moe.mlp_ratio=2", "moe.shared_experts=1"],
+        ),
         ({"family": "tc"}, ["model.family=tc"]),
         ({"family": "ec"}, ["model.family=ec"]),
         ({"family": "dense"}, ["model.family=dense"]),
@@ -427,23 +436,16 @@ def test_full_width_swiglu_fits_where_all_blocks_are_mixtures(tmp_path):
     assert written(tmp_path).weights("raw")["blocks.0.mlp.experts.3.fc1_weight"].shape == (16, 64)
 
 
-@pytest.mark.parametrize(
-    "dense_too, why",
-    [
-        (False, "SwiGLU experts have inner width 64 beside MLPs of 64, and here 2/3 of it (48)"),
-        (True, "dense MLPs are SwiGLU of inner width 64"),
-    ],
-)
-def test_full_width_swiglu_beside_dense_blocks_says_why_not(tmp_path, dense_too, why):
-    torch.save({"model": full_width(state_for(), 64, dense_too)}, tmp_path / "in.pt")
-    said = refusal(
-        exchange.import_main,
-        "--research",
-        tmp_path / "in.pt",
-        "--config",
-        config_of("diffmoe", tmp_path, activation="swiglu"),
-    )
-    assert "no setting fits it: the file's " in said and why in said
+def test_full_width_swiglu_fits_beside_dense_blocks_but_not_as_their_mlp(tmp_path):
+    ask = ("--research", tmp_path / "in.pt", "--config")
+    config = config_of("diffmoe", tmp_path, activation="swiglu")
+    torch.save({"model": full_width(state_for(), 64, True)}, tmp_path / "in.pt")
+    said = refusal(exchange.import_main, *ask, config)
+    assert "no setting fits it: the file's dense MLPs are SwiGLU of inner width 64" in said
+    torch.save({"model": full_width(state_for(), 64, False)}, tmp_path / "in.pt")
+    said = refusal(exchange.import_main, *ask, config)
+    assert said.endswith("by its shapes it needs moe.mlp_ratio=6"), said
+    call(exchange.import_main, *ask, config, "moe.mlp_ratio=6")
 
 
 def test_shared_experts_of_the_research_code_are_advised(tmp_path):

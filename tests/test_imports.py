@@ -4,6 +4,7 @@ type checkers too.
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ LAYERS = [
     ["diffmoe.moe"],
     ["diffmoe.parallel"],
     ["diffmoe.deepspeed_json"],
-    ["diffmoe.layout"],
+    ["diffmoe.layout", "diffmoe.families"],
     [
         "diffmoe.config",
         "diffmoe.device",
@@ -51,6 +52,19 @@ ONLY = {
     "deepspeed": ["diffmoe.training.engine", "diffmoe.training.zero_optimizers"],
     "diffmoe.commands": ["diffmoe.__main__", "diffmoe.commands", "diffmoe.bench"],
 }
+
+
+@pytest.mark.full
+def test_a_ranks_start_brings_no_figures_and_no_scikit_learn():
+    """Seconds for every rank, of which most need neither."""
+    code = (
+        "import sys, diffmoe.training.loop; "
+        "print([m for m in ('matplotlib', 'sklearn', 'scipy.ndimage') if m in sys.modules])"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert said.stdout == "[]\n", said
 
 
 def source_files():
@@ -147,9 +161,14 @@ def test_the_launcher_needs_no_torch_to_be_imported():
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
-    """apex stays optional (PyPI's is another's), and torch.utils.tensorboard imports tensorboard."""
-    project = (ROOT / "pyproject.toml").read_text().partition("\n[project.optional")[0]
+    """apex stays optional (PyPI's is another's), and torch.utils.tensorboard imports
+    tensorboard.
+    """
+    text = (ROOT / "pyproject.toml").read_text()
+    project, _, optional = text.partition("\n[project.optional")
     declared = set(re.findall(r'^    "([A-Za-z0-9_-]+)', project, re.MULTILINE))
+    features = re.search(r"^features = \[(.*)\]$", optional, re.MULTILINE)
+    declared |= set(re.findall(r'"([a-z0-9_]+)', features[1]))
     modules = {"pyyaml": "yaml", "pillow": "PIL", "scikit-learn": "sklearn"}
     own = {"diffmoe", "launcher", *sys.stdlib_module_names}
     imported = {

@@ -366,7 +366,7 @@ def test_training_starts_from_an_import_as_from_its_own_weights(tmp_path):
             assert torch.equal(ours.tensors(kind)[name], value), f"{kind} {name}"
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # refusals
 
 
@@ -512,7 +512,7 @@ def test_bad_options(imported, tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # upcycling
 
 
@@ -750,7 +750,7 @@ def test_a_hugging_face_folder_loads_back_and_samples_the_same(imported, tmp_pat
 def card(checkpoint, **changes):
     model, config = sampling_model(checkpoint, "ema")
     fields = dict(
-        scores=Scores(fid=12.345678, inception_score=80.0, inception_score_std=1.0),
+        scores=Scores(frechet_distance=12.345678, inception_score=80.0, inception_score_std=1.0),
         checkpoint="x",
         weights="ema",
         step=0,

@@ -212,7 +212,7 @@ def test_inspect_data_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture, m
     assert ("warning: " in line) == (not mixed) and ("data.window=" in line) == (not mixed)
     write_index(replace(index, encoding=Encoding("", 1, 8, 1, "", "", "", 0, 64, shuffled=7)))
     inspect_main([str(index.folder), "--quick", "--grid", str(tmp_path / "grid.png")], detect({}))
-    assert "order    shuffled: 7\n" in capsys.readouterr().out
+    assert "order    shuffled when encoded, seed 7\n" in capsys.readouterr().out
 
 
 # ---- what a run takes

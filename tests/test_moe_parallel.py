@@ -1,4 +1,6 @@
-"""The MoE layer over ranks, in fp64 and without the engine, against the same layer in one process."""
+"""The MoE layer over ranks, in fp64 and without the engine, against the same layer in one
+process.
+"""
 
 import contextlib
 import zlib
@@ -140,9 +142,9 @@ def differences(ep, samples, pool, family, rule):
     for name, gradient in gradients(layer).items():
         total = sum_over(gradient, groups.edp if is_expert(name) else groups.world)
         found[name] = relative(total, owned(layer, name, wanted[name]))
-    if stats.threshold_sum_E is not None:
+    if stats.observed_E is not None:
         found["thresholds"] = relative(
-            sum_over(stats.threshold_sum_E, groups.world), runs[0][2].threshold_sum_E
+            sum_over(stats.observed_E, groups.world), runs[0][2].observed_E
         )
     return found
 
@@ -228,8 +230,8 @@ def watched(ep, samples, pool, family, mode, poison):
     torch.use_deterministic_algorithms(False)
     assert not poison or ep == 1 or watch.poisoned > 0
     found = {"output": y, "input": x_grad, "mask": stats.mask_TE, **gradients(layer)}
-    if stats.threshold_sum_E is not None:
-        found["thresholds"] = stats.threshold_sum_E
+    if stats.observed_E is not None:
+        found["thresholds"] = stats.observed_E
     return watch.counts, found
 
 

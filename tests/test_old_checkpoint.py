@@ -49,7 +49,9 @@ def test_it_is_checked_sampled_exported_and_trained_on(tmp_path):
     shutil.copytree(KEPT, run / "checkpoints")
     step, config = run / "checkpoints/step_00000004", tmp_path / "old.yaml"
     config.write_text("""
-model: {family: diffmoe, input_size: 8, channels: 1, width: 8, depth: 2, heads: 2, classes: 10, learn_sigma: false}
+model:
+  {family: diffmoe, input_size: 8, channels: 1, width: 8, depth: 2, heads: 2, classes: 10,
+   learn_sigma: false}
 moe: {experts: 2, pool: 8}
 train: {steps: 6, batch: 8, lr: 0.01, warmup: 2, ema: 0.7, log_every: 1, save_every: 4}
 sample: {steps: 2, columns: 4}

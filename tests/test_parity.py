@@ -63,13 +63,14 @@ def test_cases_are_legal_and_no_case_stands_twice():
         for c in cases
         if c.variant == "diffmoe"
     }
-    for case in cases:
+    layouts = [case.layout() for case in cases]
+    for case, layout in zip(cases, layouts):
         for word in filter(None, case.words.split("=")):
             same = Case(
                 case.world, case.ep, case.zero, case.recompute, case.accumulation, word, case.batch
             )
-            assert same.layout().pool == case.layout().pool
-    assert any(case.layout().pool % case.layout().micro_batch for case in cases), (
+            assert same.layout().pool == layout.pool
+    assert any(layout.pool % layout.micro_batch for layout in layouts), (
         "no pool straddles ranks unevenly"
     )
 

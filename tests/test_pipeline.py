@@ -20,6 +20,7 @@ from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.config import config_from_tree
 from diffmoe.errors import UserError
 from diffmoe.evaluation.features import to_uint8
+from diffmoe.evaluation.plots import GRID_GAP
 from diffmoe.huggingface import export_folder, write_folder
 from diffmoe.models.logical import initialize, logical_tensors
 from diffmoe.models.pretrained import Pretrained
@@ -104,10 +105,13 @@ def test_it_makes_what_the_command_line_makes(tmp_path):
                 "--out",
                 tmp_path / "theirs",
                 "sample.steps=2",
+                "sample.columns=3",
             ]
         ],
     )
     assert result.returncode == 0, result
+    with Image.open(tmp_path / "theirs.png") as sheet:  # two classes: two columns
+        assert sheet.size == (2 * (8 * 7 + GRID_GAP) + GRID_GAP, 3 * (8 * 7 + GRID_GAP) + GRID_GAP)
     ours = DiffMoEPipeline.from_pretrained(KEPT)([3, 7], guidance_scale=2, **CALL)
     with np.load(tmp_path / "theirs.npz") as theirs:
         assert ours.labels == theirs["labels"].tolist() == [3, 7, 3, 7, 3]
@@ -181,7 +185,10 @@ def test_classes_by_number_and_by_name(classes, labels):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"classes": "shoe"}, r"classes \('shoe'\): 'shoe' is the name of no class"),
+        (
+            {"classes": "shoe"},
+            r"classes \('shoe'\): no class is named 'shoe'; the 3 classes are 0 ",
+        ),
         (
             {"classes": [3]},
             r"classes \(\[3\]\) must be numbers from 0 to 2 or names \(model.classes = 3\)",
@@ -343,8 +350,22 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
         "Error$",
     ):
         DiffMoEPipeline.from_pretrained("nobody/nothing")
-    with pytest.raises(UserError, match="must be a folder .* or an id of the hub"):
-        DiffMoEPipeline.from_pretrained("no such folder")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    asked.clear()
+    for name, complaint in {
+        "no such folder": "is no folder here, and no id of the hub",
+        "runs/demoo": r"model \(runs/demoo\) does not exist$",  # where runs/ exists
+        "./runs/demo": "does not exist$",
+        "~/demo": "does not exist$",
+        "gone/demo/checkpoints": "does not exist$",
+        str(tmp_path / "gone"): "does not exist$",
+        "model.safetensors": "is a file, not a folder$",
+    }.items():
+        with pytest.raises(UserError, match=complaint):
+            DiffMoEPipeline.from_pretrained(name)
+    assert asked == []
     with pytest.raises(UserError, match=r"revision \(v1\) goes with a repository"):
         DiffMoEPipeline.from_pretrained(sent["folder"], revision="v1")
 

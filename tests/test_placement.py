@@ -182,8 +182,10 @@ def test_the_log_says_what_the_environment_does(machine):
     environ = dict(
         word.split("=") for word in reversed([*shown.split(), "HF_TOKEN=secret", "PATH=/bin"])
     )
-    assert describe(environ) == f"CPUs 0-15 of 16; {shown}"
-    assert describe({}) == "CPUs 0-15 of 16; no variable for NCCL or gloo"
+    assert describe("cuda", environ) == f"CPUs 0-15 of 16; {shown}"
+    on_cpus = "GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=2"
+    assert describe("cpu", environ) == f"CPUs 0-15 of 16; {on_cpus}"
+    assert describe("cpu", {}) == "CPUs 0-15 of 16; no variable for gloo or OpenMP"
 
 
 @pytest.mark.parametrize(

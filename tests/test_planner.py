@@ -1,6 +1,7 @@
 """launcher plan, simulate and scaling as commands: no torch, one line for bad input, exit codes."""
 
 import json
+import shlex
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -12,7 +13,7 @@ from diffmoe.errors import UserError
 from launcher import plan, scaling, simulate
 from launcher.scaling import Trial, command_of
 from launcher.scaling_report import grouped, write_report
-from tests.programs import REPOSITORY, environment
+from programs import REPOSITORY, environment
 
 XL = [
     "--config",
@@ -112,7 +113,7 @@ def test_a_configuration_that_does_not_resolve_is_said_and_others_are_offered(ca
     assert plan.main([*XL, "--gpus-per-node", "4", "--memory", "90"]) == 0
     said = capsys.readouterr().out
     assert (
-        "configured does not resolve: world size (4) must divide by parallel.ep (8)" in said
+        "configured does not resolve: world size (4) must be divisible by parallel.ep (8)" in said
         and "  1   4 " in said
     )
 
@@ -262,7 +263,9 @@ def test_every_size_trains_the_same_pool_and_repeats_are_interleaved():
         trials
     ) == 2 * 2 * 2 * 5
     assert [t.repeat for t in trials] == [1] * 20 + [2] * 20
-    assert len(left_out) == 4 and "world size (1) must divide by parallel.ep (2)" in left_out[0]
+    assert (
+        len(left_out) == 4 and "world size (1) must be divisible by parallel.ep (2)" in left_out[0]
+    )
     assert {(t.ranks, t.batch) for t in trials if t.mode == "weak"} == {
         (1, 128),
         (2, 256),
@@ -270,6 +273,16 @@ def test_every_size_trains_the_same_pool_and_repeats_are_interleaved():
     }
     assert {t.batch for t in trials if t.mode == "strong"} == {128}
     assert scaling._pool(config, trials[0]) == 128  # moe.pool: global
+
+
+def test_the_helps_example_leaves_nothing_out():
+    example = shlex.split(scaling._EXAMPLE.replace("\\\n", " ").strip().splitlines()[0])
+    options = scaling._parse(example[example.index("scaling") + 1 :])
+    config = scaling.load_config(options.config, options.overrides)
+    trials, left_out = scaling.plan_trials(
+        config, {}, options, scaling._sizes(options, {}, 2, "torchrun")
+    )
+    assert left_out == [] and {trial.ranks for trial in trials} == {1, 2} and options.synthetic
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def precision(request):
     return request.param
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the setting
 
 
@@ -285,7 +285,7 @@ def test_features_are_ieee_whatever_the_run_is(tmp_path):
     assert seen == [("ieee", "ieee")] and allowed() == ("tf32", "tf32")
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # records
 
 
@@ -327,6 +327,9 @@ def test_older_cards_are_read():
     )
     tree = json.loads(card.to_json())
     assert card_from_json(json.dumps(tree)) == card
+    tree["scores"] = {"fid": 1.0, "sfid": 2.0}
+    assert card_from_json(json.dumps(tree)).scores == Scores(1.0, 2.0)
+    tree["scores"] = {"fid": 1.0}
     del tree["fp32_precision"]
     assert card_from_json(json.dumps(tree)) == dataclasses.replace(card, fp32_precision="")
 
@@ -500,7 +503,10 @@ def test_router_start(family, start):
             assert value.std() == pytest.approx(0.006, rel=0.03)
 
 
-GUIDED = r"sample.cfg \(1.5\) must be 1 where train.label_drop \(0\) never trains the null class .* sample.cfg=1 \(--cfg 1\)"
+GUIDED = (
+    r"sample.cfg \(1.5\) must be 1 where train.label_drop \(0\) never trains the null class .* "
+    r"sample.cfg=1 \(--cfg 1\)"
+)
 
 
 @pytest.mark.parametrize("command", [sample_command, evaluate_command], ids=["sample", "evaluate"])

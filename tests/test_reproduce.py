@@ -155,7 +155,8 @@ def test_a_published_row_from_images_to_its_card(work: Path, ranks: Callable[...
         1.0,
     )
     assert (card["latent_scale"], card["vae"]) == (0.5, str(work / "vae"))
-    assert np.isfinite(card["scores"]["fid"]) and card["scores"]["fid"] > 0
+    distance = card["scores"]["frechet_distance"]
+    assert np.isfinite(distance) and distance > 0
     assert np.load(out / "scores" / "samples.npz")["arr_0"].shape == (COUNT, 16, 16, 3)
 
     succeed(

@@ -127,13 +127,20 @@ def test_a_record_of_a_gpu_appears_by_itself(tmp_path):
     assert "H100" in rows[2], "GPUs come first"
 
 
-def test_a_note_stands_beside_its_figures_and_an_earlier_state_stays_out(tmp_path):
+def test_a_note_is_a_footnote_to_its_figures_and_an_earlier_state_stays_out(tmp_path):
     put(tmp_path / "speed_h100_2027-01-02", layer=LAYER, before=PROBE)
-    (tmp_path / "speed_h100_2027-01-02/note.txt").write_text("with one fan broken\n")
+    put(tmp_path / "speed_h100_2027-01-03", layer={**LAYER, "tokens": 4096})
+    for day in ("02", "03"):
+        (tmp_path / f"speed_h100_2027-01-{day}/note.txt").write_text("With one fan broken.\n")
     assert results.readme_table(tmp_path).splitlines()[2:] == [
-        "| MoE layer of L-E16, 65,536 tokens, bf16, training pass | 1.25 x dense's time, 1.10 x "
-        "its activations | NVIDIA H100 80GB HBM3 | "
-        "[speed_h100_2027-01-02](docs/results/speed_h100_2027-01-02): with one fan broken |"
+        *(
+            f"| MoE layer of L-E16, {tokens} tokens, bf16, training pass | 1.25 x dense's time, "
+            "1.10 x its activations | NVIDIA H100 80GB HBM3 | "
+            f"[speed_h100_2027-01-{day}](docs/results/speed_h100_2027-01-{day}) [1] |"
+            for tokens, day in (("4,096", "03"), ("65,536", "02"))
+        ),
+        "",
+        "[1] With one fan broken.",
     ]
 
 

@@ -138,7 +138,7 @@ def test_a_second_start_is_refused_on_every_rank_and_the_first_goes_on(tmp_path)
         } == before
         program.signal(0, 15)
         first = program.wait()
-    assert [r.returncode for r in first] == [0, 0] and "stopped in order" in first[0].stdout, first
+    assert [r.returncode for r in first] == [0, 0] and "stopped cleanly" in first[0].stdout, first
     assert not (tmp_path / "run" / FILE_NAME).exists()
 
 

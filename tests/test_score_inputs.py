@@ -576,7 +576,7 @@ def test_given_images_have_the_scores_of_those_that_were_sampled(tmp_path: Path)
         tmp_path / "packed.npz", adm_reference(tmp_path / "s.npz", 1), tmp_path / "given2"
     )
     assert (
-        again.scores.fid != card.scores.fid
+        again.scores.frechet_distance != card.scores.frechet_distance
         and len(list((tmp_path / "given2").glob("card-*.json"))) == 1
     )
 
@@ -768,9 +768,8 @@ def test_the_verbs_over_ranks(checkpoint: Path, tmp_path: Path, world: int) -> N
         tmp_path / "by other",
         extractor=digits_extractor(),
     )
-    assert after.scores.fid == pytest.approx(images.scores.fid) and after.reference == str(
-        tmp_path / "other.npz"
-    )
+    assert after.scores.frechet_distance == pytest.approx(images.scores.frechet_distance)
+    assert after.reference == str(tmp_path / "other.npz")
 
 
 # -------------------------------------------------------------------------------------------
@@ -797,7 +796,7 @@ def card_of(config: Config, options: argparse.Namespace, **changes: object):
     card = card_from_json(
         json.dumps(
             {
-                "scores": {"fid": 1.0},
+                "scores": {"frechet_distance": 1.0},
                 "checkpoint": "c",
                 "weights": options.weights or "ema",
                 "step": 1,

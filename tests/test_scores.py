@@ -10,13 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from diffmoe.data.digits import write_digits
+from diffmoe.data.reader import ShardReader
+from diffmoe.data.shards import ShardMeta, load_index, write_shards
 from diffmoe.errors import UserError
 from diffmoe.evaluation import scores
-from diffmoe.evaluation.judge import JudgeReport, judge_digits, main
-from diffmoe.evaluation.plots import GRID_GAP, expert_load, image_grid, loss_curve
+from diffmoe.evaluation.judge import JudgeReport, judge_by_shards, judge_digits, main
+from diffmoe.evaluation.plots import GRID_GAP, class_columns, expert_load, image_grid, loss_curve
 from diffmoe.evaluation.scores import nearest_distances, precision_recall
 
 
@@ -157,6 +161,79 @@ def test_judge_command_line(
     assert "lacks images and labels" in capsys.readouterr().err
 
 
+def squares(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Colour images [n, 3, 12, 12] of 0..255 with a bright square in the corner of their class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, count)
+    images = rng.integers(0, 120, (count, 3, 12, 12))
+    for image, label in zip(images, labels):
+        top, left = 6 * (label // 2), 6 * (label % 2)
+        image[:, top : top + 6, left : left + 6] += 130
+    return images.astype(np.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Pixel shards of squares to train with, and of others that are held out."""
+    folders = []
+    for seed, (name, count) in enumerate((("train", 1500), ("held_out", 500))):
+        folder = tmp_path_factory.mktemp("squares") / name
+        pairs = zip(*squares(count, seed))
+        samples = ((f"{i:05d}", image, int(label)) for i, (image, label) in enumerate(pairs))
+        meta = ShardMeta("pixels", 4, scale=1 / 127.5, mean=127.5)
+        write_shards(samples, folder, samples_per_shard=500, meta=meta)
+        folders.append(folder)
+    return folders[0], folders[1]
+
+
+@pytest.mark.full
+def test_judge_by_shards(shards: tuple[Path, Path]) -> None:
+    images, labels = squares(200, 7)
+    x = images / 127.5 - 1
+    before = torch.random.get_rng_state()
+    report = judge_by_shards(x, labels, *shards)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert report.what == "images" and report.count == 200
+    assert report.real_accuracy > 0.98 and report.accuracy > 0.98
+    assert report.median_nn_generated == pytest.approx(report.median_nn_real, rel=0.05)
+    share = f"{100 * report.accuracy:.1f} %"
+    assert report.format().endswith(f"judge: {share} of 200 images are what was asked")
+    assert "nearest training image " in report.format()
+    wrong = judge_by_shards(x, (labels + 1) % 4, *shards)
+    assert wrong.accuracy < 0.02
+    assert any(line.startswith("accuracy") and "below 0.850" in line for line in wrong.failures())
+    known = ShardReader(load_index(shards[0]), seed=0).read(range(200))
+    copies = judge_by_shards(*known, *shards)
+    assert copies.median_nn_generated < 1e-2
+    assert [line.split(" ")[0] for line in copies.failures()] == ["median_nn_generated"]
+
+
+@pytest.mark.full
+def test_judge_by_shards_refuses(shards: tuple[Path, Path], digits, tmp_path, capsys) -> None:
+    images, labels = squares(20, 7)
+    x = images / 127.5 - 1
+    with pytest.raises(UserError, match=r"images \(20, 1, 12, 12\) must be \[n, 3, 12, 12\]"):
+        judge_by_shards(x[:, :1], labels, *shards)
+    with pytest.raises(UserError, match=r"asked \(4..7\) must lie in 0..3"):
+        judge_by_shards(x, np.arange(20) % 4 + 4, *shards)
+    write_digits(tmp_path / "digits")
+    with pytest.raises(UserError, match=r"\(\(3, 12, 12\), 4 classes\) and .*\(\(1, 8, 8\), 10 cl"):
+        judge_by_shards(x, labels, shards[0], tmp_path / "digits")
+    pairs = zip(*squares(600, 3))
+    mixed = ((f"{i:05d}", image, i * 7 % 4) for i, (image, _) in enumerate(pairs))
+    meta = ShardMeta("pixels", 4, scale=1 / 127.5, mean=127.5)
+    write_shards(mixed, tmp_path / "mixed", samples_per_shard=600, meta=meta)
+    with pytest.raises(UserError, match=r"accuracy on real images \(0.*\) must be above 0.9"):
+        judge_by_shards(x, labels, tmp_path / "mixed", tmp_path / "mixed")
+    np.savez(tmp_path / "samples.npz", images=x, labels=labels)
+    samples = str(tmp_path / "samples.npz")
+    assert main([samples, "--train", str(shards[0])]) == 2
+    assert f"--train ({shards[0]}) and --held-out (None) go together" in capsys.readouterr().err
+    both = ["--train", str(shards[0]), "--held-out", str(shards[1])]
+    assert main([samples, *both, "--json", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["what"] == "images"
+
+
 def test_image_grid_keeps_every_value(tmp_path: Path) -> None:
     images = np.linspace(-1.2, 1.2, 5 * 3 * 2 * 4, dtype=np.float32).reshape(5, 3, 2, 4)
     image_grid(images, 2, tmp_path / "rgb.png", upscale=3)
@@ -166,6 +243,14 @@ def test_image_grid_keeps_every_value(tmp_path: Path) -> None:
     cell = grid[top : top + 6, left : left + 12]
     expected = np.rint((images[3].clip(-1, 1) + 1) * 127.5).transpose(1, 2, 0)
     assert np.array_equal(cell, expected.repeat(3, axis=0).repeat(3, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("columns", "classes", "sheet"),
+    [(10, 10, 10), (10, 1000, 10), (10, 3, 9), (10, 4, 8), (10, 2, 10), (10, 1, 10), (4, 3, 3)],
+)
+def test_a_column_is_of_one_class(columns: int, classes: int, sheet: int) -> None:
+    assert class_columns(columns, classes) == sheet
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGB")])

@@ -89,12 +89,14 @@ def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(
             model, checkpoint.config(), Subject("", 8, line["weights"]), COUNT, "balanced", cpu
         )
         card = evaluate(images, reference, extractor, tmp_path / line["weights"], world, cpu)
-        for name in ("fid", "sfid", "inception_score"):
+        for name in ("frechet_distance", "spatial_frechet_distance", "inception_score"):
             assert line[name] == pytest.approx(getattr(card.scores, name), rel=1e-5), (
                 line,
                 card.scores,
             )
-    assert lines[1]["fid"] != lines[2]["fid"]
+    assert lines[1]["frechet_distance"] != lines[2]["frechet_distance"]
+    assert {line["extractor"] for line in lines} == {"digits"}
+    assert "FD-digits" in said and "FID" not in said and "fid" not in said
     folder, _ = trained()
     assert losses(tmp_path) == pytest.approx(losses(folder), rel=0 if stage == 1 else 1e-5)
     if stage == 1:

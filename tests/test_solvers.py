@@ -39,7 +39,9 @@ class CountedField:
 
 
 def flow_of_gaussian(z, t):
-    """Velocity E[x - noise | z_t] for data N(MEAN, STD^2); the flow maps noise n to MEAN + STD n."""
+    """Velocity E[x - noise | z_t] for data N(MEAN, STD^2); the flow maps noise n to MEAN + STD
+    n.
+    """
     t = t.view(-1, 1, 1, 1)
     variance = (t * STD) ** 2 + (1 - t) ** 2
     return MEAN + (t * STD**2 - (1 - t)) / variance * (z - t * MEAN)
@@ -259,7 +261,7 @@ def test_samplers_share_a_signature():
         assert sampler(field, z, 40, lambda i: torch.zeros_like(z)).shape == z.shape
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # times
 
 

@@ -239,7 +239,8 @@ from pathlib import Path
 from diffmoe.data.cache import Cache
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import load_index
-reader = ShardReader(load_index(sys.argv[1]), seed=0, batch=11, streams=11, cache=Cache(Path(sys.argv[2]), 1 << 30))
+index = load_index(sys.argv[1])
+reader = ShardReader(index, seed=0, batch=11, streams=11, cache=Cache(Path(sys.argv[2]), 1 << 30))
 print(reader.read(range(103))[0][:, 0, 0, 0].astype(int).tolist())
 """
 
@@ -300,6 +301,22 @@ def test_workers_read_remote_shards(index: ShardIndex, tmp_path: Path) -> None:
 def test_bad_addresses(address: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_index(address)
+
+
+def test_what_a_local_data_set_lacks(index: ShardIndex, tmp_path: Path) -> None:
+    """Seen without reading anything; a remote one is not asked."""
+    here, empty = index.folder, tmp_path / "empty"
+    empty.mkdir()
+    for address in (str(here), f"{here}/*.tar", f"{here}/index.json", "s3://bucket/set"):
+        assert sources.missing_shards(address) is None
+    assert sources.missing_shards(str(empty), "elsewhere/index.json") is None
+    assert sources.missing_shards("") == "data.shards is not set"
+    for address, lacks in {
+        f"{tmp_path}/gone": "nothing is there",
+        f"{empty}": "no index.json is there",
+        f"{empty}/*.tar": f"{empty}/*.tar does not exist",
+    }.items():
+        assert sources.missing_shards(address) == f"data.shards ({address}): {lacks}"
 
 
 def test_a_shard_that_the_index_does_not_know(index: ShardIndex) -> None:

@@ -26,7 +26,7 @@ from diffmoe.training import limits
 from diffmoe.training.watchdog import Heartbeat, Watchdog, _runs
 from programs import Nursery
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # dead or hung
 
 DEATH_S = 12.0  # in place of 60: a heartbeat a second, silence of 8 s is death
@@ -101,7 +101,9 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    """Each case's folder, victim, and results; all cases at once, since they wait most of the time."""
+    """Each case's folder, victim, and results; all cases at once, since they wait most of the
+    time.
+    """
     with Nursery("test_watchdog:watched") as nursery, contextlib.ExitStack() as running:
         programs = {}
         for name, (world, timeout_s, how, victim, number) in CASES.items():

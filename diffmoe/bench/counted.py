@@ -38,15 +38,16 @@ from diffmoe.config import Config, ModelConfig, MoEConfig, config_from_tree, ove
 from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.rectified_flow import flow_loss
+from diffmoe.families import TOKENS_CHOOSE
 from diffmoe.layout import resolve_layout
 from diffmoe.models.compiled import compile_blocks
-from diffmoe.models.dit import DiT
-from diffmoe.moe.routing import RoutingRule
+from diffmoe.models.dit import DiT, patchify
 from diffmoe.parallel import collectives
 from diffmoe.parallel.groups import ParallelGroups, build_groups
 from diffmoe.parallel.traffic import only_counting
 from diffmoe.parity.synthetic import Training, build_model
 from diffmoe.training.engine import Engine
+from diffmoe.training.step import target_loss, training_rule
 
 # Whose an operator of the engine's step is, by files and functions that called it, the first that
 # fits.
@@ -92,10 +93,15 @@ def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor
     t = torch.empty(samples, dtype=torch.long if ddpm else torch.float32, device="cuda")
     y = torch.empty(samples, dtype=torch.long, device="cuda")
 
+    # The rule of most steps: schedules have ended.
+    rule = training_rule(dit.moe, max(dit.moe.capacity_until, dit.moe.threshold_from or 0))
+
     def loss() -> Tensor:
-        inputs = dit, x, noise, t, y, RoutingRule("train", dit.moe.capacity)
+        inputs = dit, x, noise, t, y, rule
         denoising, output = ddpm_loss(*inputs, schedule) if schedule else flow_loss(*inputs)
         others = [each for r in output.moe for each in (r.predictor_loss, r.balance_loss)]
+        heads = [r.target_TP for r in output.moe if r.target_TP is not None]
+        others += [target_loss(heads, patchify(x, dit.model.patch))] if heads else []
         return denoising + sum(each for each in others if each is not None)
 
     return loss
@@ -106,7 +112,7 @@ def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[
     activations kept; collectives; parameters.
     """
     # As if other ranks' tokens were like this one's.
-    if resolve_layout(config, ranks).pool_ranks > 1 and config.model.family != "tc":
+    if resolve_layout(config, ranks).pool_ranks > 1 and config.model.family not in TOKENS_CHOOSE:
         config = override(config, ["moe.pool=rank"])
     layout, counting = resolve_layout(config, ranks), Counting()
     groups = build_groups(layout.ep, layout.pool_ranks)

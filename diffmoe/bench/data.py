@@ -54,7 +54,8 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"--{name} ({getattr(options, name)}) must be at least 1")
     if options.samples % _PER_SHARD:
         raise UserError(
-            f"--samples ({options.samples}) must divide by {_PER_SHARD}, the samples of a shard"
+            f"--samples ({options.samples}) must be divisible by {_PER_SHARD}, the samples of a "
+            "shard"
         )
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="diffmoe-bench-", dir=options.folder) as folder:

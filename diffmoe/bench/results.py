@@ -3,7 +3,7 @@
 
 README.md's is of all records in docs/results/*/: of records of the same thing on the same kind of
 device the newest, by the date at the end of the folder's name; not files that begin with
-``before``.  ``note.txt`` in a folder is one line that stands beside its figures.  A folder of
+``before``.  ``note.txt`` in a folder is one line, a footnote to its figures.  A folder of
 ``scripts/bench_gpu.sh`` also has ``status/ITEM.json``, how each command ended, and ``ITEM.log``,
 what it said.
 """
@@ -166,7 +166,7 @@ def _data(r: dict) -> Iterator[Fact]:
 
 def _digits(r: dict) -> Iterator[Fact]:
     yield (
-        "digits asked of the demo's model",
+        f"{r.get('what', 'digits')} asked of the demo's model",
         f"{r['accuracy']:.1%} of {r['count']} are what was asked (of real ones "
         f"{r['real_accuracy']:.1%}); precision {r['precision']:.2f}, recall {r['recall']:.2f}",
     )
@@ -220,19 +220,25 @@ def records(folder: Path) -> Iterator[tuple[Path, dict]]:
 
 
 def readme_table(results: Path) -> str:
-    """The table of all records in the folders of ``results``, GPUs first."""
+    """The table of all records in the folders of ``results``, GPUs first, and their footnotes."""
     newest: dict[tuple[str, bool], tuple] = {}
     folders = (folder for folder in results.iterdir() if folder.is_dir())
     for folder in sorted(folders, key=lambda f: (f.name[-10:], f.name)):
-        note, place = folder / "note.txt", f"[{folder.name}](docs/results/{folder.name})"
-        place += f": {note.read_text().strip()}" if note.is_file() else ""
+        place = f"[{folder.name}](docs/results/{folder.name})"
+        note = folder / "note.txt"
+        said = note.read_text().strip() if note.is_file() else ""
         for path, record in records(folder):
             device = device_of(record)
             gpu = "cuda" in record or device.startswith(("NVIDIA", "cuda"))
             for what, told in [] if path.name.startswith("before") else facts(record):
-                newest[what, gpu] = (not gpu, what, told, device, place)
-    rows = [row[1:] for row in sorted(newest.values())]
-    return "\n".join(table(["measured", "result", "on", "record"], rows))
+                newest[what, gpu] = (not gpu, what, told, device, place, said)
+    rows, notes = [], {"": ""}
+    for _, *row, said in sorted(newest.values()):
+        mark = notes.setdefault(said, f" [{len(notes)}]")
+        rows.append([*row[:-1], row[-1] + mark])
+    lines = table(["measured", "result", "on", "record"], rows)
+    footnotes = [f"{mark.strip()} {said}" for said, mark in notes.items() if said]
+    return "\n".join([*lines, "", *footnotes] if footnotes else lines)
 
 
 def rewrite(readme: Path, results: Path) -> None:

@@ -17,6 +17,7 @@ from diffmoe.checkpoints.manifest import MANIFEST, kind_of, read_manifest
 from diffmoe.checkpoints.tensor_file import Corrupt, Piece, TensorFile
 from diffmoe.config import Config, config_from_tree
 from diffmoe.errors import UserError
+from diffmoe.paths import check_folder
 
 MASTER, FIRST_MOMENT, SECOND_MOMENT, BUFFERS = "master", "exp_avg", "exp_avg_sq", "buffers"
 _FOLDER = re.compile(r"step_(\d{8})")
@@ -138,6 +139,7 @@ class Checkpoint:
         if not (path / MANIFEST).is_file():
             newest = complete_folders(path / "checkpoints") or complete_folders(path)
             if not newest:
+                check_folder(path, "checkpoint")
                 message = f"no complete checkpoint in {path}"
                 if (path / "config.json").is_file():
                     message += (

@@ -7,6 +7,7 @@ from pathlib import Path
 from diffmoe.commands.common import Parser, one_process
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
+from diffmoe.paths import check_folder
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
@@ -32,6 +33,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         if (folder / MANIFEST).is_file():
             found = [folder]
         if not found:
+            check_folder(folder, "checkpoint")
             raise UserError(f"no complete checkpoint in {folder}")
         for path in found:
             problems += _check(path, options.values)

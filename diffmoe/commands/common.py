@@ -37,7 +37,8 @@ _NOTE_S = 15.0  # by which the others of a start have come
 
 # What the help of a subcommand ends with; a kind of bench needs no more than its name.
 _EXAMPLES = {
-    "train": "deepspeed --num_gpus 2 run.py --deepspeed_config ds_configs/zero1_fp32.json "
+    "train": "deepspeed --log_level error --num_gpus 2 run.py "
+    "--deepspeed_config ds_configs/zero1_fp32.json "
     "--config configs/demo.yaml run.folder=runs/mine",
     "sample": "python run.py sample --checkpoint runs/demo --classes 0-9 --count 100 --cfg 1.5",
     "evaluate": "python run.py evaluate --checkpoint runs/demo --reference data/digits "

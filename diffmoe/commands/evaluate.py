@@ -179,7 +179,10 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--published", action="store_true", help=published)
     reference = "npz (ADM's, or one saved here), .npy of images, folder of images or pixel shards"
     add("--reference", required=True, help=reference)
-    extractor = "TorchScript file (inception-2015-12-05.pt), or 'digits'"
+    extractor = (
+        "TorchScript file (inception-2015-12-05.pt), 'efficientnet-lite0' or 'digits'; only "
+        "Inception's Fréchet distance is called FID"
+    )
     add("--extractor", required=True, help=extractor)
     add("--count", type=int, help="images (default: 50,000, or all of --samples)")
     classes = "balanced (default): in turn; random: as ADM, DiT and the research code"

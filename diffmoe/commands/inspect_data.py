@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from diffmoe.errors import UserError
 
 if TYPE_CHECKING:
     from diffmoe.data.cache import Cache
+    from diffmoe.data.inspect import Inspection
     from diffmoe.data.shards import ShardIndex
     from diffmoe.data.vae import Vae
 
@@ -67,26 +69,11 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         add(f"--{name.replace('_', '-')}", type=kind, help=f"with --write-index: {text}")
     options = parser.parse_args(arguments)
     one_process("inspect-data", environment)
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    meaning = {name: given[name] for name in _MEANING if name in given}
-    members = {name: given[name] for name in _MEMBERS if name in given}
-    for name, value in {} if options.write_index else (meaning | members).items():
-        raise UserError(f"--{name.replace('_', '-')} ({value}) goes with --write-index")
-    if options.write_index and not {"kind", "classes"} <= meaning.keys():
-        raise UserError(
-            "--write-index needs --kind and --classes: the tars do not say what their arrays mean"
-        )
-    if options.write_index and (meaning["kind"] == "moments") != ("spread" in meaning):
-        raise UserError(
-            f"--spread ({meaning.get('spread', 'not given')}) goes with --kind moments and must be "
-            f"given there: std or logvar, not guessed; --kind is {meaning['kind']}"
-        )
+    meaning, members = _claims(options)
     from diffmoe.config import DataConfig
-    from diffmoe.data.feed import cache_of, is_shuffled, order_notice
+    from diffmoe.data.feed import cache_of
     from diffmoe.data.inspect import index_tars, inspect
     from diffmoe.data.members import Members
-    from diffmoe.data.mixing import SHUFFLED_ORDER
-    from diffmoe.data.reader import ShardReader
     from diffmoe.data.shards import ShardMeta, load_index
 
     if options.write_index:
@@ -112,6 +99,43 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         print(f"bad: {problem}", flush=True)
 
     found = inspect(index, cache, quick=options.quick, report=report)
+    _print_found(index, found, cache)
+    if found.problems:
+        print(f"{len(found.problems)} problems; the first: {found.problems[0]}")
+        return 1
+    _draw(index, cache, vae, options.grid)
+    unread = " (--quick: arrays were not all read)" if options.quick else ""
+    print(f"all is as the index says{unread}; samples in {options.grid}")
+    return 0
+
+
+def _claims(options: argparse.Namespace) -> tuple[dict, dict]:
+    """What the command line says of the arrays and of the tars' members, for --write-index.
+    UserError where that is not enough, or there is no --write-index.
+    """
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    meaning = {name: given[name] for name in _MEANING if name in given}
+    members = {name: given[name] for name in _MEMBERS if name in given}
+    for name, value in {} if options.write_index else (meaning | members).items():
+        raise UserError(f"--{name.replace('_', '-')} ({value}) goes with --write-index")
+    if options.write_index and not {"kind", "classes"} <= meaning.keys():
+        raise UserError(
+            "--write-index needs --kind and --classes: the tars do not say what their arrays mean"
+        )
+    if options.write_index and (meaning["kind"] == "moments") != ("spread" in meaning):
+        raise UserError(
+            f"--spread ({meaning.get('spread', 'not given')}) goes with --kind moments and must be "
+            f"given there: std or logvar, not guessed; --kind is {meaning['kind']}"
+        )
+    return meaning, members
+
+
+def _print_found(index: ShardIndex, found: Inspection, cache: Cache) -> None:
+    """Classes, channels and order."""
+    from diffmoe.data.feed import is_shuffled, order_notice
+    from diffmoe.data.mixing import SHUFFLED_ORDER
+    from diffmoe.data.reader import ShardReader
+
     counts = sorted(found.class_counts)
     median = counts[len(counts) // 2]
     print(
@@ -122,7 +146,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     channels = ", ".join(f"{m:.4f} ± {s:.4f}" for m, s in pairs)
     print(f"channels {channels}, over {found.samples} samples")
     if index.encoding and is_shuffled(index):
-        print(f"order    shuffled: {index.encoding.shuffled}")
+        print(f"order    shuffled when encoded, seed {index.encoding.shuffled}")
     else:
         streams, window = SHUFFLED_ORDER  # which only data that are mixed can do with
         reader = ShardReader(
@@ -130,13 +154,6 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         )
         notice, unmixed = order_notice(reader, _POOL)
         print(f"order    {'warning: ' * unmixed}{notice or 'unknown'}")
-    if found.problems:
-        print(f"{len(found.problems)} problems; the first: {found.problems[0]}")
-        return 1
-    _draw(index, cache, vae, options.grid)
-    unread = " (--quick: arrays were not all read)" if options.quick else ""
-    print(f"all is as the index says{unread}; samples in {options.grid}")
-    return 0
 
 
 def _open_vae(path: str, index: ShardIndex, device: str) -> Vae:

@@ -28,7 +28,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.evaluation.capacity_report import CapacityMeter, write_report
     from diffmoe.evaluation.features import to_uint8
     from diffmoe.evaluation.generate import generate_everywhere
-    from diffmoe.evaluation.plots import image_grid
+    from diffmoe.evaluation.plots import class_columns, image_grid
     from diffmoe.parallel.collectives import agreed
     from diffmoe.parallel.groups import build_groups
 
@@ -67,8 +67,9 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
             arrays["arr_0"] = to_uint8(images).permute(0, 2, 3, 1).numpy()
             arrays["arr_1"] = arrays["labels"]
         np.savez(npz, allow_pickle=False, **arrays)
-        shown = images[: 10 * sample.columns].numpy()
-        image_grid(shown, sample.columns, png)
+        columns = class_columns(sample.columns, len(classes))
+        shown = images[: 10 * columns].numpy()
+        image_grid(shown, columns, png)
         if sample.capacity is not None and weights != "ema":
             print(
                 "note: the dial was set on the EMA weights (the default); these may use another "

@@ -13,6 +13,7 @@ import yaml
 
 from diffmoe.commands.common import Parser, join, leave
 from diffmoe.config import Config, check_guidance, config_to_tree, load_config
+from diffmoe.data.sources import missing_shards
 from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed, zero_stage
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
@@ -78,7 +79,12 @@ def _train(arguments: list[str], environment: RankEnvironment, stop_requested: l
     config = load_config(options.config, options.overrides)
     if config.train.sample_every or config.train.score_every:
         check_guidance(config)
-    layout = resolve_layout(config, options.ranks or environment.world)
+    try:
+        layout = resolve_layout(config, options.ranks or environment.world)
+    except UserError as error:
+        if options.dry_run and options.ranks is None:
+            raise UserError(f"{error}, or --ranks N to resolve for N ranks") from None
+        raise
     deepspeed_tree = read_deepspeed(options.deepspeed_config)
     merged = merge_deepspeed(deepspeed_tree, config, layout)
     if environment.rank == 0:
@@ -91,6 +97,14 @@ def _train(arguments: list[str], environment: RankEnvironment, stop_requested: l
                 flush=True,
             )
     if options.dry_run:
+        if environment.rank == 0:
+            print(describe_engine(config, merged, None))
+            if options.ranks is None:
+                print(
+                    f"note: resolved for world size {layout.ranks}; --ranks N resolves for N ranks"
+                )
+            if (missing := missing_shards(config.data.shards, config.data.index)) is not None:
+                print(f"note: {missing}")
         return 0
     # c10d prints a stack of its own for every broken connection; the watchdog says it in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -101,7 +115,8 @@ def _train(arguments: list[str], environment: RankEnvironment, stop_requested: l
     limits.set_nccl(config.run.timeout_s)
     device = join(environment, patience, config.run.device)
     if environment.rank == 0:
-        print(f"place    {describe_place()}", flush=True)
+        print(describe_engine(config, merged, device.type), flush=True)
+        print(f"place    {describe_place(device.type)}", flush=True)
     loop.train(
         config,
         layout,
@@ -120,7 +135,7 @@ def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: boo
     """What is about to run: sizes, batch arithmetic, pool; with ``complete`` the whole resolved
     configuration. ``deepspeed_tree``: the merged one.
     """
-    model, moe, stage = config.model, config.moe, zero_stage(deepspeed_tree)
+    model, moe = config.model, config.moe
     counts = count(model, moe)
     lines = []
     if complete:
@@ -147,11 +162,18 @@ def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: boo
             + "s"
             * (layout.pool_ranks > 1)
         )
-    bf16 = precision(deepspeed_tree) == "bf16"
+    return "\n".join(lines)
+
+
+def describe_engine(config: Config, deepspeed_tree: dict, device: str | None) -> str:
+    """ZeRO stage, precision, recompute, and whether blocks are compiled on ``device`` (cpu, cuda;
+    None: not known yet), in one line.  ``deepspeed_tree``: the merged one.
+    """
+    stage, bf16 = zero_stage(deepspeed_tree), precision(deepspeed_tree) == "bf16"
     how = "bf16, fp32 masters" if bf16 else f"fp32 ({config.run.fp32_precision})"
     line = f"engine   ZeRO {stage}, {how}, recompute {config.parallel.recompute}"
-    if config.train.compiles("cpu", stage):
+    if config.train.compiles(device or "cpu", stage):
         line += ", compiled"
-    elif config.train.compiles("cuda", stage):  # the device is not known yet
-        line += ", compiled on a GPU"
-    return "\n".join([*lines, line])
+    elif config.train.compiles("cuda", stage):
+        line += ", not compiled (CPU)" if device else ", compiled on a GPU"
+    return line

@@ -69,7 +69,7 @@ def _points(ax: Axes, rows: list[dict], spreads: list[dict], title: str) -> None
 
 
 def draw_confounds(axes: dict[str, list[dict]], path: Path) -> None:
-    """A panel an axis: the last validation loss at each value, dots, mean and standard deviation."""
+    """A panel an axis: the last validation loss at each value, as dots, mean and deviation."""
     drawn = {axis: rows for axis, rows in axes.items() if rows}
     figure = Figure(figsize=(4.2 * len(drawn), 4.0), layout="constrained")
     panels = figure.subplots(1, len(drawn), squeeze=False)[0]

@@ -149,7 +149,7 @@ def _busiest(shares: np.ndarray) -> np.ndarray:
 
 
 def _scores(runs: list[PlannedRun]) -> dict:
-    """Scores of ``evaluate`` by name, of the runs that have them, and whose features they are of."""
+    """Scores of ``evaluate`` by name, of the runs that have them, and whose features those are."""
     cards = []
     for run in runs:
         path = card_of(run)

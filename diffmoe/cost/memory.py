@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from diffmoe.config import Config, attention_kept
-from diffmoe.cost.parameters import inner_width, is_moe_block, rank_parameters
+from diffmoe.config import Config, attention_kept, expert_hidden
+from diffmoe.cost.parameters import inner_width, rank_parameters
 from diffmoe.deepspeed_json import reduction
+from diffmoe.families import TOKENS_CHOOSE, has_predictor, has_target_head, is_moe_block
 from diffmoe.layout import Layout
 
 _FP32 = 4
@@ -249,7 +250,8 @@ def _block_bytes(config: Config, layout: Layout, element: int, number: int) -> _
         full += 2 * T * model.hidden * element
         return _Block(full, selective + token, token, 0, round(2.4 * token))
     # A schedule of the capacity begins with the most rows.
-    share = moe.top_k if model.family == "tc" else max(moe.capacity, moe.capacity_at(0))
+    tokens_choose = model.family in TOKENS_CHOOSE
+    share = moe.top_k if tokens_choose else max(moe.capacity, moe.capacity_at(0))
     rows = round(T * share)
     routing, outputs = rows * 8 * 2, rows * D * element
     # Outputs of experts, with EP also as they came home, and of the shared expert.
@@ -260,10 +262,14 @@ def _block_bytes(config: Config, layout: Layout, element: int, number: int) -> _
     full += rows * (D + layers) * element
     full += 0 if moved else outputs  # which wait for their gate's gradient; moved, those at home do
     full += T * moe.experts * (3 * _FP32 + 1)  # scores, logits, mask as numbers and as booleans
-    if model.family == "diffmoe":
+    if has_predictor(model, moe):
         full += 2 * token  # the predictor's first layer, before and after SiLU
+    if has_target_head(model, moe):
+        full += 2 * token  # the router's hidden layer, before and after GELU
+    if moe.router_input == "time_token":
+        full += token  # the token before shift and scale, as the router keeps it
     if moe.shared_experts:
-        full += 2 * T * moe.shared_experts * model.hidden * element + token
+        full += 2 * T * moe.shared_experts * expert_hidden(model, moe) * element + token
     return _Block(
         full,
         selective + routing + second,

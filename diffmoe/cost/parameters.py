@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
-from diffmoe.config import ModelConfig, MoEConfig, swiglu_hidden
+from diffmoe.config import ModelConfig, MoEConfig, expert_hidden, swiglu_hidden
+from diffmoe.families import has_predictor, has_target_head, is_moe_block, router_shape
 
 _FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
 
@@ -34,11 +36,6 @@ def rank_parameters(model: ModelConfig, moe: MoEConfig, ep: int) -> tuple[Parame
     return (*found, *_linear("final_layer.adaLN_modulation.1", D, 2 * D))
 
 
-def is_moe_block(model: ModelConfig, moe: MoEConfig, index: int) -> bool:
-    """As ``models.dit.is_moe_block`` says, which needs torch."""
-    return model.family != "dense" and (not moe.interleave or index % 2 == 1)
-
-
 def moe_layers(model: ModelConfig, moe: MoEConfig) -> int:
     """How many blocks have an MoE layer."""
     return sum(is_moe_block(model, moe, i) for i in range(model.depth))
@@ -46,7 +43,8 @@ def moe_layers(model: ModelConfig, moe: MoEConfig) -> int:
 
 def inner_width(model: ModelConfig, moe: MoEConfig) -> int:
     """Inner width of one routed expert."""
-    return model.hidden if moe.activation == "gelu" else swiglu_hidden(model.hidden)
+    hidden = expert_hidden(model, moe)
+    return hidden if moe.activation == "gelu" else swiglu_hidden(hidden)
 
 
 def _linear(name: str, fan_in: int, fan_out: int) -> list[Parameter]:
@@ -74,12 +72,15 @@ def _moe_layer(name: str, model: ModelConfig, moe: MoEConfig, ep: int) -> list[P
         sizes |= {"fc1_bias": inner, "fc2_bias": D}
     else:
         sizes["gate_weight"] = D * inner
-    found = [Parameter(f"{name}.router", E * D)]
+    found = [Parameter(f"{name}.router", math.prod(router_shape(model, moe)))]
     found += [Parameter(f"{name}.experts.{leaf}", local * n, True) for leaf, n in sizes.items()]
     if moe.shared_experts:
-        wide = moe.shared_experts * model.hidden
+        wide = moe.shared_experts * expert_hidden(model, moe)
         found += _linear(f"{name}.shared.fc1", D, wide) + _linear(f"{name}.shared.fc2", wide, D)
-    if model.family == "diffmoe":
+    if has_target_head(model, moe):
+        found += _linear(f"{name}.router_hidden", D, D)
+        found += _linear(f"{name}.target_head", D, model.patch**2 * model.channels)
+    if has_predictor(model, moe):
         found += _linear(f"{name}.capacity_predictor.0", D, D)
         found += _linear(f"{name}.capacity_predictor.2", D, E)
     return found

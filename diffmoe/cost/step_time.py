@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffmoe.config import Config, attention_kept
+from diffmoe.config import Config, attention_kept, expert_hidden
 from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, rank_memory
 from diffmoe.cost.parameters import inner_width, moe_layers, rank_parameters
 from diffmoe.cost.traffic import Message, step_traffic
+from diffmoe.families import experts_per_token
 from diffmoe.layout import Layout
 from diffmoe.models.count import count
 
@@ -120,9 +121,9 @@ def _inside(config: Config) -> tuple[float, float]:
     """
     model, moe = config.model, config.moe
     layers = moe_layers(model, moe)
-    experts = moe.top_k if model.family == "tc" else moe.capacity
-    always = model.depth - layers + layers * moe.shared_experts
-    return always * model.hidden, layers * experts * inner_width(model, moe)
+    always = (model.depth - layers) * model.hidden
+    always += layers * moe.shared_experts * expert_hidden(model, moe)
+    return always, layers * experts_per_token(model, moe) * inner_width(model, moe)
 
 
 @functools.cache
@@ -223,5 +224,7 @@ def _placement(group: str, layout: Layout, per_node: int) -> tuple[int, int]:
         return layout.ranks, min(layout.ranks, per_node)
     if group == "ep":
         return layout.ep, min(layout.ep, per_node)
+    if group == "pool":
+        return layout.pool_ranks, min(layout.pool_ranks, per_node)
     ranks = layout.ranks // layout.ep if group == "edp" else max(1, layout.pool_ranks // layout.ep)
     return ranks, min(ranks, max(1, per_node // layout.ep))

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from diffmoe.config import Config
 from diffmoe.cost.memory import EngineFacts, padded_numel, shared_parts
 from diffmoe.cost.parameters import moe_layers
-from diffmoe.layout import Layout, rows_taken
+from diffmoe.families import TOKENS_CHOOSE
+from diffmoe.layout import Layout, pairs_taken, rows_taken
 
 _FP32, _INT64 = 4, 8
 ROWS = ("dispatch", "combine")
@@ -22,9 +23,9 @@ ROWS = ("dispatch", "combine")
 
 @dataclass(frozen=True)
 class Message:
-    """A kind of message of one rank in one step.  ``group``: ranks that take part: ep, owners, edp,
-    world.  ``messages``, ``payload`` (bytes put in, the own part included), ``wire`` (bytes that
-    leave the rank) are sums over the step.
+    """A kind of message of one rank in one step.  ``group``: ranks that take part: ep, pool,
+    owners, edp, world.  ``messages``, ``payload`` (bytes put in, the own part included), ``wire``
+    (bytes that leave the rank) are sums over the step.
     """
 
     collective: str
@@ -60,25 +61,29 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
     if layers == 0 or ep == 1 and layout.pool_ranks == 1:
         return []
     T, E = layout.micro_batch * model.tokens, moe.experts
-    scores = (2 if model.family == "diffmoe" else 1) * T * E * _FP32
+    scores = (2 if model.family == "diffmoe" else 1) * T * E * _FP32  # and what is watched
     owners = max(1, layout.pool_ranks // ep)
     rows = rows_sent(config, layout) * model.width * engine.element
     found: list[Message] = []
 
-    def add(purpose: str, phase: str, payload: int, ranks: int = ep) -> None:
-        gather = purpose == "owners"
-        collective, group = ("all_gather", "owners") if gather else ("all_to_all", "ep")
+    def add(purpose: str, phase: str, payload: int, ranks: int = ep, group: str = "ep") -> None:
+        collective = "all_gather" if purpose == "owners" else "all_to_all"
         if ranks > 1:
             wire = layers * _wire(collective, payload, ranks)
             found.append(Message(collective, purpose, phase, group, layers, layers * payload, wire))
 
     phases = ("forward", "recompute") if config.parallel.recompute == "block" else ("forward",)
     for phase in phases:
-        if model.family == "tc":
+        if model.family in TOKENS_CHOOSE or moe.threshold_from is not None:
             add("counts", phase, E * _INT64)
+        elif model.family == "race":
+            if layout.pool_ranks > 1:
+                add("owners", phase, T * E * _FP32, layout.pool_ranks, "pool")
+            else:
+                add("counts", phase, E * _INT64)
         elif layout.pool_ranks > 1:
             add("scores", phase, scores)
-            add("owners", phase, scores, owners)
+            add("owners", phase, scores, owners, "owners")
             add("mask", phase, T * E)
     for purpose in ROWS:
         for phase in (*phases, "backward"):
@@ -87,11 +92,13 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
 
 
 def rows_sent(config: Config, layout: Layout) -> int:
-    """R: rows of one rank in one mixture and micro-batch, the mean over ranks."""
+    """R: rows of one rank in one MoE layer and micro-batch, the mean over ranks."""
     T = layout.micro_batch * config.model.tokens
-    if config.model.family == "tc":
+    if config.model.family in TOKENS_CHOOSE:
         return T * config.moe.top_k
     pool = layout.pool * config.model.tokens
+    if config.model.family == "race":
+        return T * pairs_taken(pool, config.moe.capacity) // pool
     return (
         T * config.moe.experts * rows_taken(pool, config.moe.experts, config.moe.capacity) // pool
     )

@@ -114,7 +114,8 @@ def _load_vae(request: Request, device: torch.device) -> Vae | None:
     vae = load_vae(request.vae, device=device, dtype=dtype)
     if request.image_size % vae.factor:
         raise UserError(
-            f"image_size ({request.image_size}) must divide by {vae.factor}, the pixels a latent "
+            f"image_size ({request.image_size}) must be divisible by {vae.factor}, the pixels a "
+            "latent "
             f"of {vae.name}"
         )
     if request.channels != vae.channels:

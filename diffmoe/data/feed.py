@@ -218,9 +218,9 @@ class Feed:
         return self._upcoming
 
     def decide_together(self, stop_requested: bool) -> bool:
-        """Collective, where a stop was requested of some rank, or one could not read: whether the run
-        stops here. With `data.on_bad_shard: skip` it goes on without the shards that any rank found
-        bad, from the step that was read ahead.
+        """Collective, where a stop was requested of some rank, or one could not read: whether the
+        run stops here. With `data.on_bad_shard: skip` it goes on without the shards that any rank
+        found bad, from the step that was read ahead.
         """
         while True:
             states = gather_objects((stop_requested, self._bad_shard()), self._group)

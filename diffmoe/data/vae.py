@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.errors import UserError
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+from diffmoe.paths import check_hub_id
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ def load_vae(
     """
     name, folder = str(path), Path(path)
     local = folder.is_dir()
-    if not local and not _HUB_ID.fullmatch(name):
-        raise UserError(f"vae ({name}) must be a folder, or an id of the hub (owner/name)")
+    if not local:
+        check_hub_id(name, "vae")
     if local and not (folder / "config.json").is_file():
         folder = folder / "vae"
         if not (folder / "config.json").is_file():

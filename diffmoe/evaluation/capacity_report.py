@@ -19,6 +19,7 @@ from diffmoe.config import Config
 from diffmoe.diffusion.ddpm import linear_schedule
 from diffmoe.errors import UserError
 from diffmoe.evaluation.plots import capacity_used
+from diffmoe.families import has_thresholds
 from diffmoe.markdown import table
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.layer import MoEStats
@@ -153,12 +154,12 @@ def report_tree(used: CapacityUsed, config: Config) -> dict:
     """The report as plain numbers; null where nothing ran."""
     sample, bins = config.sample, len(used.samples_bC)
     thresholds = None
-    if config.model.family == "diffmoe" and sample.capacity is not None:
-        thresholds = "dial"
-    elif config.model.family == "diffmoe" and sample.gamma is not None:
-        thresholds = "gamma"
-    elif config.model.family == "diffmoe" and sample.routing != "static":
+    if has_thresholds(config.model) and sample.routing != "static":
         thresholds = "learned"
+        if sample.capacity is not None:
+            thresholds = "dial"
+        elif sample.gamma is not None:
+            thresholds = "gamma"
     times = zip(used.by_time(CONDITIONAL), used.by_time(NULL), used.by_layer_and_time().T)
     return {
         "capacity": used.mean(),

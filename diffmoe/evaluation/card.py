@@ -17,18 +17,13 @@ import torch
 import diffmoe
 from diffmoe import code_version
 from diffmoe.errors import UserError
-from diffmoe.evaluation.scores import Scores
+from diffmoe.evaluation.scores import Scores, score_names
 from diffmoe.files import replacing
 from diffmoe.markdown import table
 
 JSON_NAME, MARKDOWN_NAME = "card.json", "card.md"
-SCORE_NAMES = {
-    "fid": "FID ↓",
-    "sfid": "sFID ↓",
-    "inception_score": "Inception Score ↑",
-    "precision": "precision ↑",
-    "recall": "recall ↑",
-}
+# In cards of earlier versions, whatever the extractor.
+_EARLIER = {"fid": "frechet_distance", "sfid": "spatial_frechet_distance"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +82,15 @@ class Card:
     protocol: str = ""
 
     @property
+    def score_names(self) -> dict[str, str]:
+        """What its scores are called, with an arrow to the better side, by field of `Scores`."""
+        names = score_names(self.extractor, self.extractor_sha256)
+        return {
+            field: f"{name} {'↓' if field.endswith('distance') else '↑'}"
+            for field, name in names.items()
+        }
+
+    @property
     def scoring(self) -> tuple[str, str, int]:
         """What the images were scored by: reference, extractor, splits."""
         return self.reference_sha256, self.extractor_sha256, self.splits
@@ -98,7 +102,7 @@ class Card:
     def to_markdown(self) -> str:
         """The card for people: the scores, then every setting."""
         scores = []
-        for field, name in SCORE_NAMES.items():
+        for field, name in self.score_names.items():
             value = getattr(self.scores, field)
             shown = "not measured" if value is None else f"{value:.4f}"
             if field == "inception_score" and value is not None and self.splits > 1:
@@ -127,8 +131,9 @@ def card_from_json(text: str) -> Card:
     """A card back from its JSON. UserError: not a card, or a card with other fields."""
     try:
         tree = json.loads(text)
-        return Card(**{**tree, "scores": Scores(**tree["scores"])})
-    except (KeyError, TypeError, ValueError) as error:
+        scores = {_EARLIER.get(name, name): value for name, value in tree["scores"].items()}
+        return Card(**{**tree, "scores": Scores(**scores)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"not a score card: {error}") from None
 
 

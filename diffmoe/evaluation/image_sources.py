@@ -43,8 +43,8 @@ UNREADABLE = (
 @dataclass(frozen=True)
 class ImageSource:
     """`count` images of `size` (height, width); `read(start, stop)` gives some of them, uint8 [n,
-    3, H, W]. `files`: where they are; `one_each`: whether that is one image each. `left_out`: files of
-    the folder that are not images.
+    3, H, W]. `files`: where they are; `one_each`: whether that is one image each. `left_out`: files
+    of the folder that are not images.
     """
 
     name: str

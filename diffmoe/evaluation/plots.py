@@ -7,17 +7,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from PIL import Image
-from scipy.ndimage import gaussian_filter1d
 
 from diffmoe.errors import UserError
+
+# matplotlib and scipy.ndimage take a second, which every rank of a start would pay: they come with
+# the first figure.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 GRID_GAP = 4  # pixels between the images of a grid
 _SMOOTHING_SHARE = 0.005  # of the records: standard deviation of the curves' smoothing
@@ -54,6 +56,13 @@ def image_grid(
     Image.fromarray(grid[..., 0] if channels == 1 else grid).save(path, format="PNG")
 
 
+def class_columns(columns: int, classes: int) -> int:
+    """``columns`` at most, so that images of ``classes`` in turn have each class in columns of its
+    own, where there are enough.
+    """
+    return columns - columns % classes if classes < columns else columns
+
+
 def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path) -> None:
     """Draw metric records (keys step, loss, predictor_loss, trivial_predictor_loss, lr; all but
     step may be missing).
@@ -84,7 +93,7 @@ def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path) -> Non
         raise UserError(
             f"records ({len(records)} of them) must hold at least one step with a finite loss"
         )
-    figure = Figure(figsize=(8, 1.4 + 2.2 * len(drawn)), layout="constrained")
+    figure = _figure(8, 1.4 + 2.2 * len(drawn))
     shares = [share for _, _, share in drawn]
     axes = figure.subplots(len(drawn), 1, squeeze=False, sharex=True, height_ratios=shares)[:, 0]
     for ax, (title, curves, _) in zip(axes, drawn):
@@ -114,8 +123,10 @@ def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) 
     layers, bins, experts = load.shape
     rows = math.ceil(layers / 4)
     columns = math.ceil(layers / rows)
-    figure = Figure(figsize=(1.6 + 2.5 * columns, 1.5 + 2.3 * rows), layout="constrained")
+    figure = _figure(1.6 + 2.5 * columns, 1.5 + 2.3 * rows)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    from matplotlib.colors import TwoSlopeNorm
+
     norm = TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanmax(load, initial=0.0))))
     extent = (-0.5, experts - 0.5, 0.0, 1.0)
     for ax in axes.flat[layers:]:
@@ -158,7 +169,7 @@ def capacity_used(
         target: the capacity that was asked for, drawn as a line.
     """
     layers, bins = layer_time.shape
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = _figure(11, 7.5)
     grid = figure.add_gridspec(2, 2, height_ratios=[1.2, 1])
     over_time, heat = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     centers = (np.arange(bins) + 0.5) / bins
@@ -212,7 +223,7 @@ def _class_ranking(ax: Axes, ranking: Sequence[tuple[int, float]]) -> None:
 
 def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -> None:
     """Draw one horizontal bar for each name, with its figure, top down in the given order."""
-    figure = Figure(figsize=(8, 1.2 + 0.36 * len(values)), layout="constrained")
+    figure = _figure(8, 1.2 + 0.36 * len(values))
     ax = figure.subplots()
     drawn = ax.barh(list(values), list(values.values()), color=_BLUE)
     ax.bar_label(drawn, fmt=" {:.3g}", fontsize=9)
@@ -238,6 +249,8 @@ def _smooth_and_raw(
     ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str
 ) -> None:
     marker = "." if len(steps) == 1 else ""  # a line through one point shows nothing
+    from scipy.ndimage import gaussian_filter1d
+
     smooth = gaussian_filter1d(values, max(1.0, _SMOOTHING_SHARE * len(values)), mode="nearest")
     ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, marker=marker)
     ax.plot(steps, smooth, color=color, linewidth=1.8, label=label, marker=marker)
@@ -249,6 +262,12 @@ def _heat(
     """A heat map, grey where nothing was measured."""
     ax.set_facecolor("#c8c8c8")
     return ax.imshow(np.ma.masked_invalid(values), aspect="auto", extent=extent, **how)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _tidy(ax: Axes, ylabel: str) -> None:

@@ -1,5 +1,5 @@
 """The published scores from streams of features: Fréchet distance, Inception Score, precision and
-recall.
+recall. They are called FID, sFID and Inception Score with the published Inception network alone.
 
 Everything is fp64 on the CPU. `Tally` adds up over batches and over ranks, so a score does not
 depend on how the samples were cut.
@@ -17,6 +17,7 @@ from scipy.special import xlogy
 
 from diffmoe.errors import UserError
 from diffmoe.evaluation.features import Features
+from diffmoe.evaluation.protocol import INCEPTION_SHA256
 from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import Group
 
@@ -33,16 +34,30 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured; None: this extractor or reference cannot give it. Lower is better for
-    `fid` and `sfid`.
+    """What was measured; None: this extractor or reference cannot give it. Lower is better for the
+    two squared Fréchet distances, of pool and of spatial features; `score_names` says what they are
+    called.
     """
 
-    fid: float
-    sfid: float | None = None
+    frechet_distance: float
+    spatial_frechet_distance: float | None = None
     inception_score: float | None = None
     inception_score_std: float | None = None
     precision: float | None = None
     recall: float | None = None
+
+
+def score_names(extractor: str, sha256: str) -> dict[str, str]:
+    """What the scores by the feature network of this name and hash are called, by field of
+    `Scores`: FID is a quantity of one Inception file, and the distance in other features another
+    one, such as FD-EfficientNetLite0.
+    """
+    names = ("FID", "sFID", "Inception Score")
+    if sha256 != INCEPTION_SHA256:
+        own = extractor.removesuffix(".pt")
+        names = (f"FD-{own}", f"sFD-{own}", f"IS-{own}")
+    fields = ("frechet_distance", "spatial_frechet_distance", "inception_score")
+    return dict(zip(fields, names)) | {"precision": "precision", "recall": "recall"}
 
 
 @dataclass(frozen=True)
@@ -251,12 +266,12 @@ class Tally:
     ) -> Scores:
         """UserError for statistics that are not a Gaussian's, or a split without samples."""
         assert self.pool is not None and self.pool.count == self.count, self.pool
-        sfid = None
+        spatial = None
         if self.spatial is not None and reference.spatial is not None:
-            sfid = _distance(self.spatial, reference.spatial)
+            spatial = _distance(self.spatial, reference.spatial)
         score, spread = (None, None) if self.totals is None else inception_score_of(self.totals)
-        fid = _distance(self.pool, reference.pool)
-        return Scores(fid, sfid, score, spread, precision, recall)
+        distance = _distance(self.pool, reference.pool)
+        return Scores(distance, spatial, score, spread, precision, recall)
 
 
 def _distance(moments: Moments, other: Gaussian) -> float:

@@ -51,10 +51,10 @@ def open_scorer(config: Config, index: ShardIndex, world: Group, device: torch.d
 
 
 def score(model: DiT, config: Config, scorer: Scorer, world: Group, device: torch.device) -> Scores:
-    """Scores of images 0 … count - 1, classes in turn, the same on every rank: those of the subcommand
-    `evaluate` (whose last batch is smaller, which the batch routing rule sees; and which loads fp32
-    weights, where these are in the training's precision), but for precision and recall, which need
-    all features in one place.
+    """Scores of images 0 … count - 1, classes in turn, the same on every rank: those of the
+    subcommand `evaluate` (whose last batch is smaller, which the batch routing rule sees; and which
+    loads fp32 weights, where these are in the training's precision), but for precision and recall,
+    which need all features in one place.
 
     Raises:
         AgreedError: images or features that are not finite, on any rank; all have made their

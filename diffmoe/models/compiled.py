@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import TrainConfig
 from diffmoe.errors import UserError
-from diffmoe.models.dit import BlockOutput, DiT, DiTBlock, run_plainly
+from diffmoe.models.dit import BlockOutput, Condition, DiT, DiTBlock, run_plainly
 from diffmoe.moe.dispatch import Plan
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
@@ -108,9 +108,9 @@ class CompiledRun:
         )  # torch.compile has it from 2.12 on
 
     def __call__(
-        self, block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingRule
+        self, block: DiTBlock, form: str, x: Tensor, c: Condition, rule: RoutingRule
     ) -> BlockOutput:
-        assert x.is_contiguous() and c.is_contiguous()  # see PatchEmbedding
+        assert x.is_contiguous() and c.sum_BD.is_contiguous()  # see PatchEmbedding
         if not self._takes(len(x)):
             return run_plainly(block, form, x, c, rule)
         if not isinstance(block.mlp, MoELayer):

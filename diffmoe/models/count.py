@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffmoe.config import ModelConfig, MoEConfig, swiglu_hidden
+from diffmoe.config import ModelConfig, MoEConfig, expert_hidden, swiglu_hidden
+from diffmoe.families import (
+    experts_per_token,
+    has_predictor,
+    has_target_head,
+    is_moe_block,
+    router_shape,
+)
 
 _FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
 
@@ -59,8 +66,8 @@ def _mlp(width: int, hidden: int) -> _Part:
 
 def _expert(model: ModelConfig, moe: MoEConfig) -> _Part:
     if moe.activation == "gelu":
-        return _mlp(model.width, model.hidden)
-    return _linear(model.width, swiglu_hidden(model.hidden), bias=False) * 3
+        return _mlp(model.width, expert_hidden(model, moe))
+    return _linear(model.width, swiglu_hidden(expert_hidden(model, moe)), bias=False) * 3
 
 
 def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> Counts:
@@ -72,9 +79,9 @@ def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> 
     considered.
     """
     D, tokens = model.width, model.tokens
-    moe_blocks = _moe_blocks(model, moe)
+    moe_blocks = sum(is_moe_block(model, moe, i) for i in range(model.depth))
     if capacity is None:
-        capacity = moe.top_k if model.family == "tc" else moe.capacity
+        capacity = experts_per_token(model, moe)
     per_token = (
         _linear(model.channels * model.patch**2, D)
         + (_linear(D, 3 * D) + _linear(D, D)) * model.depth
@@ -108,17 +115,15 @@ def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> 
     )
 
 
-def _moe_blocks(model: ModelConfig, moe: MoEConfig) -> int:
-    if model.family == "dense":
-        return 0
-    return model.depth // 2 if moe.interleave else model.depth
-
-
 def _around_experts(model: ModelConfig, moe: MoEConfig) -> _Part:
     """What every token passes in an MoE layer beside its experts."""
-    part = _linear(model.width, moe.experts, bias=False)
-    if model.family == "diffmoe":
+    rows, columns = router_shape(model, moe)
+    part = _linear(columns, rows, bias=False)
+    if has_predictor(model, moe):
         part += _linear(model.width, model.width) + _linear(model.width, moe.experts)
+    if has_target_head(model, moe):
+        part += _linear(model.width, model.width)
+        part += _linear(model.width, model.patch**2 * model.channels)
     if moe.shared_experts:
-        part += _mlp(model.width, moe.shared_experts * model.hidden)
+        part += _mlp(model.width, moe.shared_experts * expert_hidden(model, moe))
     return part

@@ -1,4 +1,4 @@
-"""The one diffusion transformer for all four families; a block's MLP is the only difference between
+"""The one diffusion transformer for all families; a block's MLP is the only difference between
 them.
 """
 
@@ -8,10 +8,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.config import ModelConfig, MoEConfig, expert_hidden
+from diffmoe.families import is_moe_block
 from diffmoe.models.layers import (
     Attention,
     FinalLayer,
@@ -22,6 +24,7 @@ from diffmoe.models.layers import (
     modulate,
     sine_positions,
 )
+from diffmoe.moe.gating import Beside
 from diffmoe.moe.layer import MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import ParallelGroups, single_process
@@ -38,13 +41,18 @@ class ModelOutput:
     moe: tuple[MoEStats, ...]
 
 
-def is_moe_block(model: ModelConfig, moe: MoEConfig, index: int) -> bool:
-    """Whether block ``index`` has an MoE layer: every one, or every second (1, 3, …)."""
-    return model.family != "dense" and (not moe.interleave or index % 2 == 1)
+class Condition(NamedTuple):
+    """What a block is told of its samples: ``sum_BD``, the embeddings of time and class, added up;
+    for routers, ``time_BD``, that of the time alone, and ``null_B``, which are of the null class.
+    """
+
+    sum_BD: Tensor
+    time_BD: Tensor
+    null_B: Tensor
 
 
 BlockOutput = tuple[Tensor, MoEStats | None]
-BlockRun = Callable[["DiTBlock", str, Tensor, Tensor, RoutingRule], BlockOutput]
+BlockRun = Callable[["DiTBlock", str, Tensor, Condition, RoutingRule], BlockOutput]
 
 
 class DiTBlock(nn.Module):
@@ -58,36 +66,44 @@ class DiTBlock(nn.Module):
         self.attn = Attention(model.width, model.heads, model.qk_norm)
         self.norm2 = nn.LayerNorm(model.width, elementwise_affine=False, eps=1e-6)
         self.mlp = mlp
+        self.shows_plain = isinstance(mlp, MoELayer) and mlp.moe.router_input == "time_token"
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(model.width, 6 * model.width))
 
     def forward(
-        self, x: Tensor, c: Tensor, rule: RoutingRule, form: str, run: BlockRun
+        self, x: Tensor, c: Condition, rule: RoutingRule, form: str, run: BlockRun
     ) -> BlockOutput:
         """The block as ``run`` computes it, recomputed in backward as ``form`` says."""
         return run(self, form, x, c, rule)
 
-    def compute(self, x: Tensor, c: Tensor, rule: RoutingRule, run: Run = at_once) -> BlockOutput:
-        """x [B, N, D], c [B, D] -> x after attention and MLP, and the layer's report.  ``run`` is
-        given what lies between exchanges, a part at a time.
+    def compute(
+        self, x: Tensor, c: Condition, rule: RoutingRule, run: Run = at_once
+    ) -> BlockOutput:
+        """x [B, N, D] -> x after attention and MLP, and the layer's report.  ``run`` is given what
+        lies between exchanges, a part at a time.
         """
-        x, h, gate = run(self.attend, x, c)
-        y, stats = self.mlp(h, rule, run) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
+        x, h, gate, plain = run(self.attend, x, c.sum_BD)
+        if not isinstance(self.mlp, MoELayer):
+            return run(_gated_sum, x, gate, self.mlp(h)), None
+        y, stats = self.mlp(h, rule, run, Beside(c.time_BD, plain, c.null_B))
         return run(_gated_sum, x, gate, y), stats
 
-    def attend(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(self, x: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Everything before the MLP: (x after attention, the MLP's input, the gate [B, D] of its
-        output).
+        output, the input before shift and scale where a router looks at that).
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
         x = _gated_sum(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
-        return x, modulate(self.norm2(x), shift2, scale2), gate2
+        plain = self.norm2(x)
+        return x, modulate(plain, shift2, scale2), gate2, plain if self.shows_plain else None
 
 
 def _gated_sum(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return x + gate.unsqueeze(1) * y
 
 
-def run_plainly(block: DiTBlock, form: str, x: Tensor, c: Tensor, rule: RoutingRule) -> BlockOutput:
+def run_plainly(
+    block: DiTBlock, form: str, x: Tensor, c: Condition, rule: RoutingRule
+) -> BlockOutput:
     """A block as Python comes to its operators."""
     return recomputed(block.compute, form, x, c, rule)
 
@@ -98,8 +114,16 @@ def _mlp(
     """What stands behind the attention of block ``index``."""
     if not is_moe_block(model, moe, index):
         return Mlp(model.width, model.hidden)
-    shared = Mlp(model.width, moe.shared_experts * model.hidden) if moe.shared_experts else None
+    hidden = moe.shared_experts * expert_hidden(model, moe)
+    shared = Mlp(model.width, hidden) if hidden else None
     return MoELayer(model, moe, pool, groups, shared)
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """[B, C, H, W] -> every token's patch [B N, patch patch C], in the order of the final layer."""
+    B, C, H, W = x.shape
+    parts = x.view(B, C, H // patch, patch, W // patch, patch)
+    return parts.permute(0, 2, 4, 3, 5, 1).reshape(-1, patch * patch * C)
 
 
 class DiT(nn.Module):
@@ -156,13 +180,15 @@ class DiT(nn.Module):
         rule = rule or RoutingRule("token", self.moe.capacity)
         dtype = self.final_layer.linear.bias.dtype
         h = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)
-        c = (self.t_embedder(t * self.time_scale) + self.y_embedder(y)).to(dtype)
+        time = self.t_embedder(t * self.time_scale)
+        both = (time + self.y_embedder(y)).to(dtype)
+        c = Condition(both, time.to(dtype), y == self.model.classes)
         reports = []
         for block, form in zip(self.blocks, self.recompute):
             h, stats = block(h, c, rule, form if self.training else "none", self.run)
             if stats is not None:
                 reports.append(stats)
-        return ModelOutput(self._unpatchify(self.final_layer(h, c)), tuple(reports))
+        return ModelOutput(self._unpatchify(self.final_layer(h, both)), tuple(reports))
 
     @contextlib.contextmanager
     def plainly(self) -> Iterator[None]:

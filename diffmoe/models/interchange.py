@@ -1,4 +1,6 @@
-"""Weights in and out under logical names, and the research code's names for the same tensors."""
+"""Weights in and out under logical names, and the research code's names for the same tensors
+(``prototype``: ProMoE's, ali-vilab/ProMoE; MIT).
+"""
 
 from __future__ import annotations
 
@@ -39,6 +41,8 @@ def from_research(
 def research_name(name: str, model: ModelConfig, moe: MoEConfig) -> str:
     """The research code's name for one of our tensors."""
     stem, _, leaf = name.rpartition(".")
+    if model.family == "prototype" and ".mlp." in name:
+        return _promoe_name(stem, leaf)
     if leaf == "router":
         return f"{stem}.gate.weight" if model.family == "tc" else f"{stem}.gate_weight"
     if ".mlp.experts." in name:
@@ -47,6 +51,17 @@ def research_name(name: str, model: ModelConfig, moe: MoEConfig) -> str:
     if name.endswith(".mlp.thresholds.value"):
         return name.removesuffix("thresholds.value") + "expert_threshold"
     return name.replace(".mlp.shared.", ".mlp.shared_experts.")
+
+
+def _promoe_name(stem: str, leaf: str) -> str:
+    """ProMoE's name for a tensor of an MoE layer, or of a dense block's MLP."""
+    if leaf == "router":
+        return f"{stem}.cluster_centers"
+    if ".experts." in stem:
+        matrix, _, kind = leaf.rpartition("_")
+        return f"{stem}.{_SWIGLU[matrix]}.{kind}"
+    stem = stem.replace(".shared.fc1", ".shared_expert.up_proj")
+    return f"{stem.replace('.shared.fc2', '.shared_expert.down_proj')}.{leaf}"
 
 
 def to_research(

@@ -2,7 +2,7 @@
 
 A parameter has the name that the module tree gives it; stacked experts are taken apart, each under
 its global number (`blocks.1.mlp.experts.7.fc1_weight`), so that no layout shows. Thresholds are
-buffers, `blocks.1.mlp.thresholds.value` and so on.
+buffers, `blocks.1.mlp.thresholds.value` and so on, and so are load biases.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.errors import UserError
-from diffmoe.models.dit import DiT, is_moe_block
-from diffmoe.moe.capacity import Thresholds
+from diffmoe.families import is_moe_block
+from diffmoe.models.dit import DiT
 from diffmoe.moe.experts import Experts
+from diffmoe.moe.layer import running_state
+from diffmoe.moe.running import RunningState
 
 # the first, without a prefix, saw 4,096 entries of a tensor: other weights could have the same
 _HASH_VERSION = "v2"
@@ -64,28 +66,34 @@ def logical_pieces(model: DiT) -> Iterator[tuple[str, Tensor]]:
         yield from tensor.pieces(tensor.parameter.data)
 
 
-def thresholds_of(model: DiT) -> dict[str, Tensor]:
-    """The model's thresholds and histograms by name, as a checkpoint keeps them."""
-    return {name: value for name, value in model.named_buffers() if ".thresholds." in name}
+def running_buffers(model: DiT) -> dict[str, Tensor]:
+    """The model's thresholds, histograms and load biases by name, as a checkpoint keeps them."""
+    return {
+        f"{stem}.{name}": value
+        for stem, module in model.named_modules()
+        if isinstance(module, RunningState)
+        for name, value in module.named_buffers()
+    }
 
 
 def logical_template(model: ModelConfig, moe: MoEConfig) -> dict[str, Tensor]:
-    """Every weight of a model, and its thresholds' values, by logical name: shapes only, on torch's
-    meta device.
+    """Every weight of a model, and the values of thresholds and load biases, by logical name:
+    shapes only, on torch's meta device.
     """
     with torch.device("meta"):
         whole = DiT(model, moe)
-    values = {n: value for n, value in thresholds_of(whole).items() if n.endswith(".value")}
+    values = {n: value for n, value in running_buffers(whole).items() if n.endswith(".value")}
     return {**dict(logical_pieces(whole)), **values}
 
 
 def fresh_buffers(model: ModelConfig, moe: MoEConfig) -> dict[str, Tensor]:
-    """A new model's thresholds as a checkpoint keeps them, by name."""
+    """A new model's :func:`running_buffers`."""
     return {
-        f"blocks.{i}.mlp.thresholds.{name}": value
+        f"blocks.{i}.mlp.{state}.{name}": value
         for i in range(model.depth)
-        if model.family == "diffmoe" and is_moe_block(model, moe, i)
-        for name, value in Thresholds(moe.experts, moe.threshold_decay).named_buffers()
+        if is_moe_block(model, moe, i)
+        for state, module in running_state(model, moe).items()
+        for name, value in module.named_buffers()
     }
 
 
@@ -114,7 +122,11 @@ def initialize(model: DiT, seed: int) -> None:
     says, adaLN and output layers zero.
     """
     for name, value in logical_pieces(model):
-        initialize_tensor(name, value, seed, model.moe.router_start)
+        initialize_tensor(name, value, seed, _router_start(model.model, model.moe))
+
+
+def _router_start(model: ModelConfig, moe: MoEConfig) -> str:
+    return "prototype" if model.family == "prototype" else moe.router_start
 
 
 def initialize_tensor(name: str, value: Tensor, seed: int, router_start: str = "normal") -> None:
@@ -131,7 +143,7 @@ def initialize_tensor(name: str, value: Tensor, seed: int, router_start: str = "
         bound = value.shape[1] ** -0.5
         fresh.uniform_(-bound, bound, generator=generator)
     elif leaf == "router":
-        fresh.normal_(std=0.006, generator=generator)
+        fresh.normal_(std=0.02 if router_start == "prototype" else 0.006, generator=generator)
     elif name.startswith(("t_embedder", "y_embedder")):
         fresh.normal_(std=0.02, generator=generator)
     else:  # Xavier over the matrix that the tensor is applied as
@@ -168,12 +180,10 @@ def load_logical(model: DiT, tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def load_buffers(model: DiT, tensors: Mapping[str, Tensor]) -> None:
-    """Copies the thresholds and histograms that are among the tensors; a model without predictors
-    has none.
-    """
-    for index, layer in model.moe_layers():
-        if layer.family == "diffmoe":
-            layer.thresholds.load(tensors, f"blocks.{index}.mlp.thresholds")
+    """Copies the :func:`running_buffers` that are among the tensors."""
+    for name, module in model.named_modules():
+        if isinstance(module, RunningState):
+            module.load(tensors, name)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -7,7 +7,6 @@ Nothing in them is ever executed: configuration and index are JSON, weights are 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,9 @@ from diffmoe.models.logical import (
     some,
     whole_weights,
 )
-from diffmoe.paths import expand_path
+from diffmoe.paths import check_folder, check_hub_id, expand_path
 
 PARTS = "model.safetensors.index.json"  # which file holds what, where there are several
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _KINDS = {str: "a text", int: "an integer"}
 _FILES = ["*.json", "*.safetensors", "vae/*.json", "vae/*.safetensors"]
 
@@ -69,9 +67,10 @@ def open_pretrained(
     ``weights``: ``raw``, ``ema`` or ``ema:0.999`` (default: a checkpoint's first EMA, a folder's
     own).  Raises UserError where there is nothing such.
     """
-    folder = Path(expand_path(str(name)))
+    name = expand_path(str(name))
+    folder = Path(name)
     if not folder.is_dir():
-        folder = _downloaded(str(name), revision)
+        folder = _downloaded(name, revision)
     elif revision is not None:
         raise UserError(
             f"revision ({revision}) goes with a repository of the hub; {name} is a folder"
@@ -84,7 +83,7 @@ def open_pretrained(
     theirs = tree.get("weights", "ema")
     if weights not in (None, theirs):
         raise UserError(f"weights ({weights}) are not in {name}, which holds {theirs}")
-    whole_weights(tensors, {}, config.model, config.moe, str(name))
+    whole_weights(tensors, {}, config.model, config.moe, name)
     sizes = (config.model, config.moe)
     if unexpected := sorted(set(tensors) - {*logical_template(*sizes), *fresh_buffers(*sizes)}):
         raise UserError(
@@ -144,6 +143,7 @@ def read_description(folder: Path) -> dict:
     """config.json of an exported folder: ``config``, ``weights``, ``step``, ``pool``, ``latents``,
     ``id2label``.  UserError where it is not one.
     """
+    check_folder(folder, "model")
     path, what = folder / "config.json", f"{folder} is not a folder of a DiffMoE model"
     try:
         tree = json.loads(path.read_bytes())
@@ -180,11 +180,7 @@ def folder_class_names(tree: dict, config: Config) -> tuple[str, ...]:
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
-    if not _HUB_ID.fullmatch(name):
-        raise UserError(
-            f"{name} must be a folder (exported, a checkpoint's or a run's), or an id of the hub "
-            "(owner/name)"
-        )
+    check_hub_id(name, "model")
     from huggingface_hub import snapshot_download  # seconds, and needless for folders
 
     try:

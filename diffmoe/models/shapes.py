@@ -64,19 +64,25 @@ def _sizes(shapes: Shapes) -> dict[str, Any]:
 
 
 def _moe(shapes: Shapes) -> dict[str, Any]:
-    routers = [name for name in shapes if name.endswith((".mlp.gate_weight", ".mlp.gate.weight"))]
+    routers = [
+        name
+        for name in shapes
+        if re.search(r"\.mlp\.(gate_weight|gate\.weight|cluster_centers)$", name)
+    ]
     if not routers:
         blocks = any(name.startswith("blocks.") for name in shapes)
         return {"model.family": "dense"} if blocks else {}
-    family = "ec"
+    family, experts = "ec", shapes[routers[0]][0]
     if routers[0].endswith(".gate.weight"):
         family = "tc"
+    elif routers[0].endswith(".cluster_centers"):
+        family, experts = "prototype", experts + 1  # the null class's has no prototype
     elif any(".mlp.capacity_predictor." in name for name in shapes):
         family = "diffmoe"
     swiglu = any(".experts.0.gate_proj." in name for name in shapes)
     return {
         "model.family": family,
-        "moe.experts": shapes[routers[0]][0],
+        "moe.experts": experts,
         "moe.interleave": not any(name.startswith("blocks.0.") for name in routers),
         "moe.activation": "swiglu" if swiglu else "gelu",
     }
@@ -92,53 +98,49 @@ def _inner_widths(
         return shape[0] if shape else None
 
     needed: dict[str, Any] = {}
-    dense, gelu = rows("fc1"), rows(r"experts\.0\.fc1")
-    swiglu, dense_swiglu = rows(r"experts\.0\.gate_proj"), rows("gate_proj")
-    hidden = dense or gelu
-    if dense_swiglu:
+    dense, swiglu = rows("fc1"), rows(r"experts\.0\.gate_proj")
+    expert = rows(r"experts\.0\.fc1") or rows(r"experts\.0\.up_proj")
+    if dense_swiglu := rows("gate_proj"):
         obstacles.append(
             f"the file's dense MLPs are SwiGLU of inner width {dense_swiglu}, and those here are "
             "GELU MLPs"
         )
-    if swiglu and dense and swiglu != swiglu_hidden(dense):
-        obstacles.append(
-            f"the file's SwiGLU experts have inner width {swiglu} beside MLPs of {dense}, "
-            f"and here 2/3 of it ({swiglu_hidden(dense)}): only files without dense MLPs "
-            "(moe.interleave=false) may have the full width"
-        )
-    elif swiglu and not dense:
+    if swiglu:
         fitting = [h for h in range(swiglu, 2 * swiglu) if swiglu_hidden(h) == swiglu]
+        likely = [
+            h for h in (dense, model.hidden if width == model.width else None) if h in fitting
+        ]
         whole = [h for h in fitting if h % width == 0]
-        hidden = next(iter([*whole, *fitting]), None)
-        if swiglu_hidden(model.hidden) == swiglu and width == model.width:
-            hidden = model.hidden
-        if hidden is None:
+        expert = next(iter([*likely, *whole, *fitting]), None)
+        if expert is None:
             obstacles.append(
                 f"the file's SwiGLU experts have inner width {swiglu}, which is not a multiple of 8"
             )
-    if dense and gelu and dense != gelu:
-        obstacles.append(
-            f"the file's experts have inner width {gelu} and its dense MLPs {dense}, which are one "
-            "number here"
-        )
+    hidden = dense or expert
     if hidden:
         needed["model.mlp_ratio"] = hidden / width
-    shared = rows(r"shared_experts\.fc1")
-    if any(".mlp.shared_experts." in name for name in shapes) and shared is None:
+    if expert and expert != hidden:
+        needed["moe.mlp_ratio"] = expert / width
+    elif expert:
+        needed["moe.mlp_ratio"] = None
+    shared = rows(r"shared_experts\.fc1") or rows(r"shared_expert\.up_proj")
+    if any(".mlp.shared_expert" in name for name in shapes) and shared is None:
         obstacles.append("the file's shared experts are not a plain GELU MLP, as they are here")
-    elif shared and hidden and shared % hidden:
+    elif shared and expert and shared % expert:
         obstacles.append(
-            f"the file's shared experts have inner width {shared}, which is not a multiple of the "
-            f"MLP's ({hidden})"
+            f"the file's shared experts have inner width {shared}, which is not a multiple of an "
+            f"expert's ({expert})"
         )
-    elif shared and hidden:
-        needed["moe.shared_experts"] = shared // hidden
+    elif shared and expert:
+        needed["moe.shared_experts"] = shared // expert
     elif shared is None:
         needed["moe.shared_experts"] = 0
     return needed
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

@@ -22,7 +22,6 @@ from diffmoe.layout import rows_taken
 from diffmoe.models.dit import DiT
 from diffmoe.models.interchange import check_research, from_research
 from diffmoe.models.logical import initialize, load_logical
-from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
 
@@ -197,7 +196,8 @@ def _renormalised_gates(model: DiT) -> Iterator[None]:
 
     def divide(layer: MoELayer, inputs: tuple, output: tuple) -> tuple:
         y_BND, stats = output
-        gates_T = (gate_scores(inputs[0].flatten(0, 1), layer.router) * stats.mask_TE).sum(dim=1)
+        scores, *_ = layer.look(inputs[0].flatten(0, 1), inputs[3])
+        gates_T = (scores * stats.mask_TE).sum(dim=1)
         return y_BND / torch.where(gates_T > 0, gates_T, 1.0).view(*y_BND.shape[:2], 1), stats
 
     hooks = [layer.register_forward_hook(divide) for _, layer in model.moe_layers()]

@@ -8,13 +8,12 @@ weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe.errors import UserError
+from diffmoe.moe.running import RunningState
 
 # A trained predictor is sure: nearly all its outputs lie next to 0 or 1, a third of them below
 # logit -16 in the demo.  A fresh one's logits lie close around 0.  So bins are equal in
@@ -100,15 +99,14 @@ def dialled_thresholds(counts_EH: Tensor, capacity: float) -> Tensor:
     return (_LOWEST + _BIN_WIDTH * (bin_ + inside)).squeeze(1).sinh().sigmoid().to(counts_EH.dtype)
 
 
-class Thresholds(nn.Module):
+class Thresholds(RunningState):
     """Per-expert thresholds: a running mean of observations, started by the first one; and the
     predictor's histograms, as running counts that fade.
-
-    Buffers, not parameters: forward only reads them, and :meth:`commit` and
-    :meth:`commit_histogram` run once per optimizer step, so recompute and accumulation cannot count
-    an observation twice.
     """
 
+    # A file without a count comes from elsewhere: its thresholds have been observed.  One without a
+    # histogram is older than the dial: the histogram starts empty.
+    absent = {"observations": 1, "histogram": 0, "counted_at": 0}
     value: Tensor
     observations: Tensor
     histogram: Tensor
@@ -124,7 +122,7 @@ class Thresholds(nn.Module):
 
     @torch.no_grad()
     def commit(self, observed_E: Tensor) -> None:
-        """Takes one step's observation [E]: the K-th largest sigmoid, mean over pools."""
+        """Takes one step's observation [E]: the K-th largest value, mean over pools."""
         kept = torch.where(self.observations > 0, self.decay, 0.0)
         self.value.mul_(kept).add_(observed_E.to(self.value.dtype) * (1 - kept))
         self.observations += 1
@@ -152,26 +150,3 @@ class Thresholds(nn.Module):
         if dial is not None:
             return dialled_thresholds(self.histogram, dial).to(self.value.dtype)
         return self.value
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor], stem: str) -> None:
-        """Copies ``<stem>.value`` and what else there is; without a value nothing changes.
-
-        A file without a count comes from elsewhere: its thresholds have been observed.  One without
-        a histogram is older than the dial: the histogram starts empty.  Raises UserError for
-        tensors of another shape.
-        """
-        if f"{stem}.value" not in tensors:
-            return
-        defaults = {
-            "value": self.value,
-            "observations": torch.tensor(1),
-            "histogram": torch.zeros_like(self.histogram),
-            "counted_at": torch.tensor(0),
-        }
-        for name, default in defaults.items():
-            there, here = tensors.get(f"{stem}.{name}", default), getattr(self, name)
-            if there.shape != here.shape:
-                shapes = f"{tuple(there.shape)} instead of {tuple(here.shape)}"
-                raise UserError(f"{stem}.{name} has shape {shapes}")
-            here.copy_(there)

@@ -50,7 +50,8 @@ _QUIET = {"wait_tensor", "_wrap_tensor_autograd", "barrier"}  # move nothing by 
 class Kind:
     """What a message was: ``collective``; ``layer``, an MoE layer's name, or "" outside;
     ``purpose``: scores, mask, counts, dispatch, combine, owners, balance (in an MoE layer),
-    gradients, parameters, norm, statistics (outside); ``phase``: forward, backward, recompute, step.
+    gradients, parameters, norm, statistics (outside); ``phase``: forward, backward, recompute,
+    step.
     """
 
     collective: str

@@ -27,6 +27,15 @@ VARIANTS = {
     # every expert takes every token: no decision that bf16's rounding could turn
     "tc-all": "model.family=tc moe.top_k=4",
     "ec": "model.family=ec",
+    # sigmoid scores, a bias for the load, groups of experts, normalized gates, narrower experts
+    "tc-bias": "model.family=tc moe.score=sigmoid moe.gates=normalized moe.gate_scale=2.5 "
+    "moe.balance=bias moe.bias_rate=0.05 moe.experts=8 moe.expert_groups=4 moe.top_groups=2 "
+    "moe.top_k=2 moe.mlp_ratio=1 moe.shared_experts=1",
+    "ec-time": "model.family=ec moe.router_input=time_token moe.gates=normalized "
+    "moe.gate_scale=2.5 moe.capacity=2",
+    "threshold": "moe.threshold_from=1 moe.score=sigmoid",
+    "race": "model.family=race moe.score=identity moe.target_weight=0.1",
+    "prototype": "model.family=prototype",
     "dense": "model.family=dense",
     "ddpm": "diffusion.process=ddpm diffusion.time_sampling=uniform diffusion.time_scale=1 "
     "sample.sampler=ancestral",
@@ -110,7 +119,10 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         for pool, words in _pools(world, ep):
             for zero, recompute, accumulation in product(range(4), RECOMPUTE, (1, 2)):
                 cases += [Case(world, ep, zero, recompute, accumulation, pool, 16, words=words)]
-        others = "rich global, tc global, tc rank, ec 1, dense 1, ddpm global".split(", ")
+        others = (
+            "rich global, tc global, tc rank, ec 1, dense 1, ddpm global, tc-bias global, "
+            "ec-time 1, threshold rank, race global, race rank, prototype global, prototype rank"
+        ).split(", ")
         for (i, (variant, pool)), zero in product(enumerate(map(str.split, others)), range(4)):
             if variant != "dense" or ep == 1:
                 recompute = RECOMPUTE[(zero + i + ep) % 3]
@@ -151,6 +163,13 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 4, 3, "none", 1, "rank", 16, "tc"),
         Case(4, 2, 0, "block", 1, "1", 16, "ec"),
         Case(4, 1, 2, "block", 2, "1", 16, "dense"),
+        Case(4, 2, 1, "block", 2, "global", 16, "tc-bias"),
+        Case(4, 2, 3, "selective", 1, "1", 16, "ec-time"),
+        Case(4, 2, 2, "selective", 2, "rank", 16, "threshold"),
+        Case(4, 2, 0, "selective", 2, "global", 16, "race"),
+        Case(4, 4, 3, "block", 1, "group", 16, "race"),
+        Case(4, 2, 2, "block", 1, "global", 16, "prototype"),
+        Case(4, 2, 3, "none", 2, "rank", 16, "prototype"),
         Case(2, 2, 3, "selective", 2, "global", 16, "ddpm"),
         Case(4, 2, 1, "block", 2, "group", 16, "ddpm"),
         Case(2, 2, 1, "none", 2, "1", 16, precision="bf16"),
@@ -178,6 +197,10 @@ def compiled_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(1, 1, 1, "selective", 1, "rank", 8, "tc"),
         Case(1, 1, 1, "selective", 1, "rank", 8, "rich"),
         Case(1, 1, 0, "none", 1, "rank", 8, "ddpm"),
+        Case(1, 1, 1, "selective", 1, "1", 8, "ec-time"),
+        Case(1, 1, 1, "selective", 1, "rank", 8, "race"),
+        Case(1, 1, 1, "selective", 1, "rank", 8, "threshold"),
+        Case(1, 1, 0, "block", 1, "rank", 8, "prototype"),
         Case(2, 2, 1, "selective", 2, "global", 16),
         Case(2, 1, 2, "none", 1, "global", 16),
         Case(2, 2, 0, "block", 1, "rank", 16, routing="static"),
@@ -187,6 +210,9 @@ def compiled_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 1, "selective", 1, "global", 16, "tc"),
         Case(4, 2, 2, "block", 2, "1", 16, "ec"),
         Case(4, 2, 1, "selective", 1, "rank", 16, "rich"),
+        Case(4, 2, 1, "selective", 1, "global", 16, "race"),
+        Case(4, 2, 2, "none", 1, "global", 16, "prototype"),
+        Case(4, 2, 1, "none", 1, "global", 16, "tc-bias"),
         Case(4, 1, 2, "block", 1, "global", 16),
     ]
     return [replace(case, compiled=True) for case in cases if case.world in set(worlds)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffmoe.config import Config
@@ -21,14 +22,17 @@ from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.randomness import training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.diffusion.times import uniform_steps
-from diffmoe.layout import rows_taken
+from diffmoe.families import TOKENS_CHOOSE, has_load_bias, has_thresholds
+from diffmoe.layout import pairs_taken, rows_taken
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.models.logical import logical_tensors
-from diffmoe.moe.gating import gate_scores
-from diffmoe.moe.layer import MoELayer
+from diffmoe.moe.gating import Beside, scored
+from diffmoe.moe.layer import MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import single_process
 from diffmoe.parity.synthetic import build_model, synthetic_batch
+
+RUNNING = {"diffmoe": "thresholds.value", "race": "thresholds.value", "tc": "load_bias.value"}
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Reference:
 
     ``gradient``: step 0's, averaged and clipped.  ``margin``: the smallest relative gap between the
     last score that an expert (token choice: a token) took and the first that it did not.
-    ``clipped``: whether every step was.
+    ``clipped``: whether every step was.  ``running``: every layer's thresholds or load biases.
     """
 
     seed: int
@@ -49,7 +53,7 @@ class Reference:
     gradient: dict[str, Tensor]
     weights: dict[str, Tensor]
     ema: dict[str, Tensor]
-    thresholds: list[Tensor]
+    running: list[Tensor]
 
 
 def plain_training(
@@ -70,11 +74,11 @@ def plain_training(
     margins = [math.inf]
     for _, layer in model.moe_layers():
         layer.register_forward_pre_hook(
-            lambda layer, args: margins.append(_margin(layer, *args[:2]))
+            lambda layer, args: margins.append(_margin(layer, args[0], args[1], args[3]))
         )
     initial = _by_name(model, lambda p: p.data)
     gradient: dict[str, Tensor] = {}
-    thresholds: list[Tensor] = []
+    running: list[Tensor] = []
     ema, done = initial, []
     for step in range(steps):
         adam.zero_grad()
@@ -82,39 +86,38 @@ def plain_training(
         for j in range(accumulation):
             first = step * train.batch + j * rows
             batch = synthetic_batch(config, range(first, first + rows))
-            total, output, numbers = _loss(model, batch, config, device)
+            total, output, numbers = _loss(model, batch, config, step, device)
             (total / accumulation).backward()
-            logits = [stats.logits_TE for stats in output.moe if stats.logits_TE is not None]
             passes.append(numbers)
-            observed.append([_observe(each, config, pool) for each in logits])
+            observed.append([_observe(stats, config, pool) for stats in output.moe])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip).item()
         gradient = gradient or _by_name(model, lambda p: p.grad)
         adam.step()
         weights = _by_name(model, lambda p: p.data)
         decay = train.ema_decays[0]
         ema = {name: decay * ema[name] + (1 - decay) * weights[name] for name in weights}
-        seen = [sum(layer) / accumulation for layer in zip(*observed)]
-        decay = config.moe.threshold_decay
-        if step:
-            seen = [decay * old + (1 - decay) * new for old, new in zip(thresholds, seen)]
-        thresholds = seen
+        running = _moved(running, [torch.stack(layer) for layer in zip(*observed)], config)
+        for (_, layer), value in zip(model.moe_layers(), running):
+            layer.get_buffer(RUNNING[config.model.family]).copy_(value)
         means = {name: sum(each[name] for each in passes) / accumulation for name in passes[0]}
         done.append({**means, "grad_norm": norm})
     clipped = all(numbers["grad_norm"] > train.clip for numbers in done)
     return Reference(
-        config.run.seed, min(margins), clipped, done, initial, gradient, weights, ema, thresholds
+        config.run.seed, min(margins), clipped, done, initial, gradient, weights, ema, running
     )
 
 
 def _loss(
-    model: DiT, batch: Batch, config: Config, device: torch.device
+    model: DiT, batch: Batch, config: Config, step: int, device: torch.device
 ) -> tuple[Tensor, ModelOutput, dict[str, float]]:
     """The training loss, and its parts under StepReport's names (predictor and balance as means
     over layers).
     """
     draws = training_draws(config.run.seed, batch.positions, tuple(batch.x.shape[1:]))
     y = torch.where(draws.drop < config.train.label_drop, config.model.classes, batch.y)
-    rule = RoutingRule("train", config.moe.capacity)
+    first = config.moe.threshold_from
+    by_threshold = first is not None and step >= first
+    rule = RoutingRule("threshold" if by_threshold else "train", config.moe.capacity)
     x, noise, y = (value.to(device) for value in (batch.x, draws.noise, y))
     if config.diffusion.process == "ddpm":
         schedule = linear_schedule()
@@ -122,18 +125,24 @@ def _loss(
         denoising, output = ddpm_loss(model, x, noise, t, y, rule, schedule)
     else:
         denoising, output = flow_loss(model, x, noise, draws.t.to(device), y, rule)
+        tokens = F.unfold(x - noise, config.model.patch, stride=config.model.patch).mT
     none = torch.zeros((), device=device)
     predictor = sum((s.predictor_loss for s in output.moe if s.predictor_loss is not None), none)
     balance = sum((s.balance_loss for s in output.moe if s.balance_loss is not None), none)
-    layers = max(1, len(output.moe))
+    target, layers = none, max(1, len(output.moe))
+    if config.moe.target_weight:  # unfold has the channel before the place in a patch
+        parts = tokens.unflatten(2, (config.model.channels, -1)).mT.flatten(2).flatten(0, 1)
+        each = [F.mse_loss(s.target_TP, parts) for s in output.moe if s.target_TP is not None]
+        target = sum(each, none) / layers
     numbers = {
         "loss": denoising.item(),
         "predictor_loss": predictor.item() / layers,
         "balance_loss": balance.item() / layers,
+        "target_loss": target.item(),
     }
     moe = config.moe
     total = denoising + moe.predictor_weight * predictor + moe.balance_weight * balance
-    return total, output, numbers
+    return total + moe.target_weight * target, output, numbers
 
 
 def _by_name(model: DiT, value: Callable[[torch.nn.Parameter], Any]) -> dict[str, Tensor]:
@@ -141,22 +150,73 @@ def _by_name(model: DiT, value: Callable[[torch.nn.Parameter], Any]) -> dict[str
     return {name: piece.detach().cpu().clone() for name, piece in pieces}
 
 
-def _observe(logits_TE: Tensor, config: Config, pool: int) -> Tensor:
-    """Mean over pools of the K-th largest sigmoid [E]."""
-    pool_tokens, experts = pool * config.model.tokens, config.moe.experts
-    K = rows_taken(pool_tokens, experts, config.moe.capacity)
-    pools = logits_TE.detach().cpu().view(-1, pool_tokens, experts).sigmoid()
-    return pools.sort(dim=1, descending=True).values[:, K - 1].mean(dim=0)
+def _observe(stats: MoEStats, config: Config, pool: int) -> Tensor:
+    """What a layer's running state is told by one pass [E]: the mean over pools of the K-th largest
+    sigmoid (Expert Race: of the K-th largest score of all), or every expert's tokens.
+    """
+    pool_tokens, moe = pool * config.model.tokens, config.moe
+    if config.model.family in TOKENS_CHOOSE:
+        return stats.mask_TE.sum(dim=0).cpu().double()
+    if stats.logits_TE is None:
+        return torch.zeros(moe.experts)
+    logits = stats.logits_TE.detach().cpu()
+    if config.model.family == "race":
+        pools = scored(logits, moe.score).view(-1, pool_tokens * moe.experts, 1)
+        K = pairs_taken(pool_tokens, moe.capacity)
+    else:
+        pools = logits.view(-1, pool_tokens, moe.experts).sigmoid()
+        K = rows_taken(pool_tokens, moe.experts, moe.capacity)
+    kth = pools.sort(dim=1, descending=True).values[:, K - 1].mean(dim=0)
+    return kth.expand(moe.experts)
 
 
-def _margin(layer: MoELayer, x_BND: Tensor, _rule: RoutingRule) -> float:
-    scores = gate_scores(x_BND.detach().flatten(0, 1), layer.router.detach())
-    K = layer.moe.top_k
-    if layer.family != "tc":
-        pool_tokens, experts = layer.pool * x_BND.shape[1], layer.moe.experts
-        scores = scores.view(-1, pool_tokens, experts).transpose(1, 2)
-        K = rows_taken(pool_tokens, experts, layer.moe.capacity)
-    if K == scores.shape[-1]:
+def _moved(old: list[Tensor], seen: list[Tensor], config: Config) -> list[Tensor]:
+    """Thresholds or load biases, by layer, after a step that observed ``seen`` [passes, E]."""
+    model, moe = config.model, config.moe
+    if has_thresholds(model):
+        means, decay = [layer.mean(dim=0) for layer in seen], moe.threshold_decay
+        return [decay * o + (1 - decay) * n for o, n in zip(old, means)] if old else means
+    if has_load_bias(model, moe):
+        counts = [layer.sum(dim=0) for layer in seen]
+        moves = [moe.bias_rate * torch.sign(count.mean() - count) for count in counts]
+        return [o + n for o, n in zip(old, moves)] if old else moves
+    return []
+
+
+@torch.no_grad()
+def _margin(layer: MoELayer, x_BND: Tensor, rule: RoutingRule, beside: Beside) -> float:
+    """The smallest relative gap of this pass's decisions: see :class:`Reference`."""
+    moe, pool_tokens = layer.moe, layer.pool * x_BND.shape[1]
+    scores, logits, _ = layer.look(x_BND.detach().flatten(0, 1), beside)
+    if rule.kind == "threshold":
+        threshold = layer.thresholds.get_buffer("value")
+        return ((scores - threshold).abs() / torch.maximum(scores.abs(), threshold)).min().item()
+    if layer.family == "race":
+        return _gap(
+            scores.view(-1, pool_tokens * moe.experts), pairs_taken(pool_tokens, moe.capacity)
+        )
+    if layer.family == "prototype":
+        assert beside.null_B is not None
+        taught = ~beside.null_B.repeat_interleave(x_BND.shape[1])
+        return _gap(scores[taught, :-1], moe.top_k)
+    if layer.family == "tc":
+        if has_load_bias(layer.model, moe):
+            scores = scores + layer.load_bias.get_buffer("value")
+        if moe.top_groups == moe.expert_groups:
+            return _gap(scores, moe.top_k)
+        grouped = scores.unflatten(1, (moe.expert_groups, -1))
+        worth = grouped.sort(dim=2, descending=True).values[..., :2].sum(dim=2)
+        line = worth.sort(dim=1, descending=True).values[:, moe.top_groups - 1, None]
+        left = grouped.masked_fill((worth < line).unsqueeze(2), -1.0).flatten(1)
+        return min(_gap(worth, moe.top_groups), _gap(left, moe.top_k))
+    pools = scores.view(-1, pool_tokens, moe.experts).transpose(1, 2)
+    return _gap(pools, rows_taken(pool_tokens, moe.experts, moe.capacity))
+
+
+def _gap(scores: Tensor, K: int) -> float:
+    """The smallest relative gap between the K-th largest of the last dimension and the next."""
+    if K == scores.shape[-1] or not len(scores):
         return math.inf
     ranked = scores.sort(dim=-1, descending=True).values
-    return (1 - ranked[..., K] / ranked[..., K - 1]).min().item()
+    last, next_ = ranked[..., K - 1], ranked[..., K]
+    return ((last - next_) / torch.maximum(last.abs(), next_.abs())).min().item()

@@ -10,7 +10,7 @@ without any of that.  Largest relative differences are printed:
   received it
 - norm: the gradient's norm before clipping, of every step
 - weights: every tensor's change over all steps; ema: the same for the moving average
-- thresholds: of the capacity predictor, after all steps
+- thresholds: of the capacity predictor, or the load's biases, after all steps
 - images: of a compiled model after all steps, as the same ranks sample them, beside those of its
   eager form
 
@@ -42,7 +42,7 @@ from diffmoe.models.dit import run_plainly
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import RankError, Ranks
 from diffmoe.parity.cases import STEPS, Case
-from diffmoe.parity.plain import Reference, plain_training
+from diffmoe.parity.plain import RUNNING, Reference, plain_training
 from diffmoe.parity.synthetic import Training, build_model
 from diffmoe.training.engine import FIRST_MOMENT, Engine
 
@@ -128,9 +128,9 @@ def train_and_compare(
     ):
         change = {name: tensors[name] - reference.initial[name] for name in tensors}
         compare(column, _tensor_pairs(_pieces(engine, shards), tensors, change))
-    for (_, layer), threshold in zip(engine.model.moe_layers(), reference.thresholds):
-        difference = (layer.thresholds.get_buffer("value").cpu() - threshold).abs().max().item()
-        compare("thresholds", [(difference, threshold.max().item())])
+    for (_, layer), running in zip(engine.model.moe_layers(), reference.running):
+        buffer = layer.get_buffer(RUNNING[training.config.model.family]).cpu()
+        compare("thresholds", [((buffer - running).abs().max().item(), running.abs().max().item())])
     if case.compiled:
         compiled, eager = _sampled(training)
         compare("images", [((compiled - eager).abs().max().item(), eager.abs().max().item())])

@@ -35,7 +35,7 @@ from diffmoe.checkpoints.tensor_file import Corrupt
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
-from diffmoe.models.logical import load_buffers
+from diffmoe.models.logical import load_buffers, running_buffers
 from diffmoe.parallel.collectives import (
     AgreedError,
     agreed,
@@ -306,8 +306,7 @@ class Saver:
         if self.groups.rank == 0:
             buffers = {
                 name: value.detach().cpu().clone()
-                for name, value in engine.model.named_buffers()
-                if ".thresholds." in name
+                for name, value in running_buffers(engine.model).items()
             }
             shares[BUFFERS] = writer.whole_tensors(buffers)
         return shares

@@ -17,6 +17,7 @@ from diffmoe.device import peak_memory_gib
 from diffmoe.diffusion.randomness import StepDraws
 from diffmoe.errors import UserError
 from diffmoe.evaluation.generate import generate_everywhere
+from diffmoe.evaluation.plots import class_columns
 from diffmoe.evaluation.while_training import score
 from diffmoe.layout import Layout
 from diffmoe.parallel.collectives import AgreedError, anyone
@@ -58,14 +59,14 @@ def train(
         RunLock(folder, groups.world) as lock,
     ):
         if anyone(bool(stop_requested), groups.world):
-            return say(groups, "stopped in order before the start; the same command begins again")
+            return say(groups, "stopped cleanly before the start; the same command begins again")
         lock.take()
         run = start(config, layout, deepspeed_tree, groups, device, per_node, new_recipe, lock)
         if run.done >= config.train.steps:
             run.say(f"nothing left to do: step {run.done} of train.steps ({config.train.steps})")
         elif anyone(bool(stop_requested), groups.world):
             return run.say(
-                f"stopped in order at step {run.done}, before the first step of this start; "
+                f"stopped cleanly at step {run.done}, before the first step of this start; "
                 "the same command resumes from there"
             )
         _validate_where_missed(run)
@@ -129,7 +130,7 @@ def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:
             if run.done % train.log_every == 0:
                 meter.restart_clock()  # saving, sampling and drawing are not training
             if stop:
-                run.say(f"stopped in order at step {run.done}; the same command resumes from there")
+                run.say(f"stopped cleanly at step {run.done}; the same command resumes from there")
                 break
     if run.writer:
         run.writer.close()
@@ -313,7 +314,8 @@ def _sample(run: Run) -> None:
     except UserError as error:
         return run.event("not sampled", f"no images: {error}")
     run.groups.trace.enter("sampling")
-    columns, classes = run.config.sample.columns, run.config.model.classes
+    classes = run.config.model.classes
+    columns = class_columns(run.config.sample.columns, classes)
     labels = [i % classes for i in range(columns * min(classes, columns))]
     with run.engine.weights(run.ema.shards) as model:
         images = generate_everywhere(model, run.config, labels, run.groups.world, run.device)
@@ -337,7 +339,7 @@ def _score(run: Run) -> None:
             run.event("not scored", f"no scores of {weights}: {error}")
             continue
         if run.writer:
-            run.writer.scores(run.done, weights, run.scorer.count, scores)
+            run.writer.scores(run.done, weights, run.scorer.count, run.scorer.extractor, scores)
 
 
 def _validate_where_missed(run: Run) -> None:

@@ -9,6 +9,13 @@ import torch
 
 from diffmoe.config import Config
 from diffmoe.device import peak_flops, peak_memory_gib
+from diffmoe.families import (
+    TOKENS_CHOOSE,
+    has_predictor,
+    has_router_loss,
+    has_target_head,
+    has_thresholds,
+)
 from diffmoe.models.count import count
 from diffmoe.moe.capacity import trivial_predictor_loss
 from diffmoe.parallel.collectives import sum_over
@@ -62,7 +69,7 @@ class Meter:
         last = reports[-1]
         load, per_expert = self._load(reports)
         images = len(reports) * train.batch / seconds
-        capacity = None if model.family == "tc" else last.capacity
+        capacity = None if model.family in TOKENS_CHOOSE else last.capacity
         macs = count(model, moe, capacity=capacity).forward_macs
         record = {
             "step": step,
@@ -74,11 +81,14 @@ class Meter:
             "mfu": 6 * macs * images / (self.groups.world.size * self.peak),
             "memory_gib": peak_memory_gib(self.device),
         }
-        if model.family == "diffmoe":
+        if has_predictor(model, moe):
             record["predictor_loss"] = float(np.mean([r.predictor_loss for r in reports]))
             record["trivial_predictor_loss"] = trivial_predictor_loss(moe.experts, last.capacity)
+        if has_thresholds(model):
             record["capacity"] = last.capacity
-        if model.family == "tc":
+        if has_target_head(model, moe):
+            record["target_loss"] = float(np.mean([r.target_loss for r in reports]))
+        if has_router_loss(model, moe):
             record["balance_loss"] = float(np.mean([r.balance_loss for r in reports]))
         if load.size:
             record["load_max"] = float(per_expert.max())

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from diffmoe.evaluation.features import Extractor
 from diffmoe.evaluation.plots import expert_load, image_grid, loss_curve
-from diffmoe.evaluation.scores import Scores
+from diffmoe.evaluation.scores import Scores, score_names
 
 VALIDATION_NAME = "validation.jsonl"
 
@@ -41,19 +42,24 @@ class Writer:
         print(progress_line(record, self.total_steps), flush=True)
 
     def event(self, step: int, kind: str, text: str, printed: bool = True) -> None:
-        """Something that should not pass unseen: a line of ``events.jsonl`` and, with ``printed``, of
-        stderr.
+        """Something that should not pass unseen: a line of ``events.jsonl`` and, with ``printed``,
+        of stderr.
         """
         if printed:
             print(f"step {step}: {text}", file=sys.stderr, flush=True)
         self._line("events.jsonl", {"step": step, "event": kind, "text": text})
 
-    def scores(self, step: int, weights: str, count: int, scores: Scores) -> None:
-        """A line of ``scores.jsonl`` and of the terminal, and scalars such as ``fid/ema:0.999``."""
+    def scores(
+        self, step: int, weights: str, count: int, extractor: Extractor, scores: Scores
+    ) -> None:
+        """A line of ``scores.jsonl`` and of the terminal, and scalars such as ``FID/ema:0.999``."""
         found = {name: value for name, value in asdict(scores).items() if value is not None}
-        self._line("scores.jsonl", {"step": step, "weights": weights, "count": count, **found})
-        self._scalars({f"{name}/{weights}": value for name, value in found.items()}, step)
-        words = ", ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in found.items())
+        about = {"step": step, "weights": weights, "count": count, "extractor": extractor.name}
+        self._line("scores.jsonl", about | found)
+        names = score_names(extractor.name, extractor.sha256)
+        named = {names.get(n, n.replace("_", " ")): value for n, value in found.items()}
+        self._scalars({f"{name}/{weights}": value for name, value in named.items()}, step)
+        words = ", ".join(f"{name} {value:.4g}" for name, value in named.items())
         print(f"scores of step {step}, {weights} weights, {count} images: {words}", flush=True)
 
     def validation(self, step: int, samples: int, count: int, record: dict) -> None:
@@ -194,6 +200,8 @@ def progress_line(record: dict, total: int) -> str:
         parts.append(f"predictor {record['predictor_loss']:.3f} (trivial {trivial:.3f})")
     if "balance_loss" in record:
         parts.append(f"balance {record['balance_loss']:.3f}")
+    if "target_loss" in record:
+        parts.append(f"target {record['target_loss']:.3f}")
     parts += [
         f"norm {record['grad_norm']:.3f}",
         f"lr {record['lr']:.2e}",

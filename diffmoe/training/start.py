@@ -46,9 +46,10 @@ from diffmoe.training.watchdog import watch_layers
 @dataclass
 class Run:
     """Everything that one rank of a training run holds.  ``deepspeed``: the merged JSON;
-    ``per_node``: ranks on a node; ``writer`` is rank 0's alone; ``scorer``, ``validator``: None where
-    nobody asked for scores, or the validation loss; ``fresh``: no checkpoint was there; ``recipes``: changes of the recipe so far, see
-    ``resume``; ``next_record``: what the next record of the metrics has besides.
+    ``per_node``: ranks on a node; ``writer`` is rank 0's alone; ``scorer``, ``validator``: None
+    where nobody asked for scores, or the validation loss; ``fresh``: no checkpoint was there;
+    ``recipes``: changes of the recipe so far, see ``resume``; ``next_record``: what the next record
+    of the metrics has besides.
     """
 
     config: Config

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffmoe.config import Config, DiffusionConfig, TrainConfig
+from diffmoe.config import Config, DiffusionConfig, MoEConfig, TrainConfig
 from diffmoe.data.stream import Batch
 from diffmoe.device import sent, synchronize
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
@@ -18,8 +18,9 @@ from diffmoe.diffusion.randomness import Draws, training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.diffusion.times import logit_normal, uniform_steps
 from diffmoe.layout import Layout
-from diffmoe.models.dit import DiT, ModelOutput
+from diffmoe.models.dit import DiT, ModelOutput, patchify
 from diffmoe.moe.capacity import HISTOGRAM_BINS, histogram
+from diffmoe.moe.layer import running_state
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import sum_over
 from diffmoe.parallel.groups import ParallelGroups
@@ -34,7 +35,8 @@ _DIAL_EVERY = 256
 
 @dataclass(frozen=True)
 class StepReport:
-    """Global means of one optimizer step.  ``predictor_loss`` is the mean over layers, in nats;
+    """Global means of one optimizer step.  ``predictor_loss`` (in nats), ``balance_loss`` (the
+    family's loss on routing) and ``target_loss`` (Expert Race's) are means over layers;
     ``stop``: some rank was asked to stop; ``save_failed``: some rank's save has failed;
     ``applied`` is false where loss or gradient was not finite and the step changed nothing.  All of
     these are the same on every rank.  ``load``: this rank's tokens by [layer, time bin, expert],
@@ -44,6 +46,7 @@ class StepReport:
     loss: float
     predictor_loss: float
     balance_loss: float
+    target_loss: float
     grad_norm: float
     lr: float
     capacity: float
@@ -58,13 +61,14 @@ class StepReport:
 class MicroLoss:
     """Parts of one micro-batch's loss; ``total`` carries the gradient.  ``denoising``: the flow's
     mean squared error, or DDPM's with the variational bound of its variance.  Predictor and balance
-    are summed over layers.
+    are summed over layers; target is their mean.
     """
 
     total: Tensor
     denoising: Tensor
     predictor: Tensor
     balance: Tensor
+    target: Tensor
     output: ModelOutput
     time_bin_B: Tensor
 
@@ -87,19 +91,24 @@ def micro_loss(
     if config.diffusion.process == "ddpm":
         denoising, output = ddpm_loss(forward, x, noise, t, y, rule, _ddpm_on(device))
         progress = 1 - (t + 0.5) / len(_DDPM)  # like the flow's t: noise at 0, data at 1
+        wanted = noise
     else:
         denoising, output = flow_loss(forward, x, noise, t, y, rule)
-        progress = t
+        progress, wanted = t, x - noise
     zero = torch.zeros((), device=device)
     predictor = sum((r.predictor_loss for r in output.moe if r.predictor_loss is not None), zero)
     balance = sum((r.balance_loss for r in output.moe if r.balance_loss is not None), zero)
+    heads = [r.target_TP for r in output.moe if r.target_TP is not None]
+    target = target_loss(heads, patchify(wanted, config.model.patch)) if heads else zero
     moe = config.moe
     total = denoising + moe.predictor_weight * predictor + moe.balance_weight * balance
+    total = total + moe.target_weight * target
     return MicroLoss(
         total,
         denoising.detach(),
         predictor.detach(),
         balance.detach(),
+        target.detach(),
         output,
         (progress * TIME_BINS).long().clamp_(max=TIME_BINS - 1),
     )
@@ -133,7 +142,7 @@ def train_step(
     thresholds.
     """
     assert len(batches) == layout.accumulation
-    rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
+    rule = training_rule(config.moe, step)
     lr = config.train.lr_at(step)
     tally = _Tally(engine.model, config, engine.device)
     given: Sequence[Draws | None] = draws or [None] * len(batches)
@@ -148,7 +157,7 @@ def train_step(
     applied = engine.step(lr, means.norm)
     assert applied <= math.isfinite(means.loss), (means.loss, means.norm)
     if applied:
-        commit_thresholds(engine.model, means.thresholds_LE)
+        commit_observed(engine.model, means.observed_LE, layout.pools * layout.accumulation)
         ema.update()
         if config.model.family == "diffmoe" and counts_for_dial(config.train, step):
             groups.trace.enter("counting for the dial")
@@ -157,6 +166,7 @@ def train_step(
         means.loss,
         means.predictor,
         means.balance,
+        means.target,
         means.norm,
         lr,
         rule.capacity,
@@ -176,19 +186,34 @@ def _all_or_nothing(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def commit_thresholds(model: DiT, observed_LE: Tensor) -> None:
-    """Gives every MoE layer its observation of this step."""
+def training_rule(moe: MoEConfig, step: int) -> RoutingRule:
+    """The routing rule of optimizer step ``step``."""
+    by_threshold = moe.threshold_from is not None and step >= moe.threshold_from
+    return RoutingRule("threshold" if by_threshold else "train", moe.capacity_at(step))
+
+
+def target_loss(heads: Sequence[Tensor], patches_TP: Tensor) -> Tensor:
+    """Expert Race's per-layer regularization: mean squared error of every layer's prediction of the
+    target, mean over layers.
+    """
+    each = [(head.to(patches_TP.dtype) - patches_TP).square().mean() for head in heads]
+    return torch.stack(each).mean()
+
+
+def commit_observed(model: DiT, observed_LE: Tensor, pools: int) -> None:
+    """Gives every MoE layer what this step's ``pools`` pools observed, summed."""
     if observed_LE.numel():
         for (_, layer), observed in zip(model.moe_layers(), observed_LE, strict=True):
-            layer.thresholds.commit(observed)
+            layer.commit(observed, pools)
 
 
 def counts_for_dial(train: TrainConfig, step: int) -> bool:
     """Whether the dial's histograms are filled after step ``step``: on the last steps before
-    whatever is sure to use them, a checkpoint, samples, scores or the validation loss (a 16th of all steps,
-    but no more than 32 at a time), and now and then between, for a checkpoint that nobody planned.
-    A function of the step alone: a run that is stopped and goes on stays the same bit for bit.  One
-    costs 0.3 of a step (it is a forward pass): 2 % of the demo, 0.2 % of the published recipe.
+    whatever is sure to use them, a checkpoint, samples, scores or the validation loss (a 16th of
+    all steps, but no more than 32 at a time), and now and then between, for a checkpoint that
+    nobody planned.  A function of the step alone: a run that is stopped and goes on stays the same
+    bit for bit.  One costs 0.3 of a step (it is a forward pass): 2 % of the demo, 0.2 % of the
+    published recipe.
     """
     periods = (
         train.save_every,
@@ -236,9 +261,10 @@ class _Means:
     loss: float
     predictor: float
     balance: float
+    target: float
     stop: bool
     save_failed: bool
-    thresholds_LE: Tensor
+    observed_LE: Tensor
 
 
 class _Tally:
@@ -249,20 +275,21 @@ class _Tally:
     def __init__(self, model: DiT, config: Config, device: torch.device) -> None:
         self.layers = len(list(model.moe_layers()))
         self.experts = config.moe.experts
-        self.parts = torch.zeros(3, dtype=torch.float64, device=device)
-        thresholds = self.layers if model.model.family == "diffmoe" else 0
-        self.thresholds_LE = torch.zeros(thresholds, self.experts, device=device)
+        self.parts = torch.zeros(4, dtype=torch.float64, device=device)
+        observing = self.layers if running_state(config.model, config.moe) else 0
+        self.observed_LE = torch.zeros(observing, self.experts, dtype=torch.float64, device=device)
         self.load_LbE = torch.zeros(self.layers, TIME_BINS, self.experts, device=device)
         self.samples_b = torch.zeros(TIME_BINS, device=device)
 
     def add(self, loss: MicroLoss) -> None:
-        self.parts += torch.stack([loss.denoising, loss.predictor, loss.balance]).double()
+        parts = [loss.denoising, loss.predictor, loss.balance, loss.target]
+        self.parts += torch.stack(parts).double()
         bins = loss.time_bin_B
         self.samples_b.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float32))
         for layer, stats in enumerate(loss.output.moe):
             self.load_LbE[layer].index_add_(0, bins, stats.tokens_BE.float())
-            if stats.threshold_sum_E is not None:
-                self.thresholds_LE[layer] += stats.threshold_sum_E
+            if len(self.observed_LE) and stats.observed_E is not None:
+                self.observed_LE[layer] += stats.observed_E
 
     def reduce(
         self,
@@ -276,19 +303,18 @@ class _Tally:
         device.
         """
         flags = torch.tensor([stop, save_failed], dtype=torch.float64, device=self.parts.device)
-        thresholds = self.thresholds_LE.flatten().double()
-        mine = torch.cat([squared_norm.view(1), self.parts, flags, thresholds])
+        mine = torch.cat([squared_norm.view(1), self.parts, flags, self.observed_LE.flatten()])
         sums = sum_over(mine, groups.world)
         passes = layout.ranks * layout.accumulation
-        square, loss, predictor, balance, stopped, failed = sums[:6].tolist()
-        observed = sums[6:].view_as(self.thresholds_LE) / (layout.pools * layout.accumulation)
+        square, loss, predictor, balance, target, stopped, failed = sums[:7].tolist()
         layers = max(1, self.layers)
         return _Means(
             math.sqrt(square),
             loss / passes,
             predictor / passes / layers,
             balance / passes / layers,
+            target / passes,
             stopped > 0,
             failed > 0,
-            observed,
+            sums[7:].view_as(self.observed_LE),
         )
