@@ -11,7 +11,6 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,11 +18,14 @@ from diffmoe.compare.plan import Plan, PlannedRun, parameters
 from diffmoe.compare.plots import draw_confounds, draw_routers
 from diffmoe.compare.runs import JUDGE_NAME, card_of, check, codes, is_trained, state
 from diffmoe.errors import UserError
+from diffmoe.evaluation.card import read_card
+from diffmoe.evaluation.scores import score_names
 from diffmoe.files import replacing
 from diffmoe.markdown import table
 from diffmoe.training.metrics import read_metrics
 from diffmoe.training.validation import read_validations
 
+_FRECHET = "frechet_distance"
 _EQUAL = 0.05  # activated parameters that differ by less are called equal
 
 
@@ -149,19 +151,21 @@ def _busiest(shares: np.ndarray) -> np.ndarray:
 
 
 def _scores(runs: list[PlannedRun]) -> dict:
-    """Scores of ``evaluate`` by name, of the runs that have them, and whose features those are."""
-    cards = []
-    for run in runs:
-        path = card_of(run)
-        if run.config.score.reference and path.exists():
-            cards.append(json.loads(path.read_text()))
+    """Scores of ``evaluate`` by field, of the runs that have them; what they are called, and of how
+    many images.
+    """
+    paths = [card_of(run) for run in runs if run.config.score.reference]
+    cards = [read_card(path) for path in paths if path.exists()]
     if not cards:
         return {}
-    names = [name for name, value in cards[0]["scores"].items() if value is not None]
-    found: dict[str, Any] = {
-        name: spread_of([card["scores"].get(name) for card in cards]) for name in names
+    first = cards[0]
+    names = {
+        field: name
+        for field, name in score_names(first.extractor, first.extractor_sha256).items()
+        if getattr(first.scores, field) is not None
     }
-    return {"extractor": Path(cards[0]["extractor"]).name, "count": cards[0]["count"], **found}
+    each = {field: spread_of([getattr(card.scores, field) for card in cards]) for field in names}
+    return {"names": names, "count": first.count, **each}
 
 
 def _judged(runs: list[PlannedRun]) -> dict:
@@ -263,7 +267,7 @@ def _routers_table(rows: list[dict]) -> list[str]:
     head = ["router", "seeds", "validation loss", f"less {first}'s, seed by seed"]
     scored: dict = next((row["scores"] for row in rows if row["scores"]), {})
     judged: dict = next((row["judge"] for row in rows if row["judge"]), {})
-    if "fid" in scored:
+    if _FRECHET in scored:
         head.append(_frechet(scored))
     if judged:
         head.append("judge: accuracy")
@@ -277,7 +281,7 @@ def _routers_table(rows: list[dict]) -> list[str]:
                 len(row["seeds"]),
                 _shown(row["validation_loss"], ".5f"),
                 None if row["router"] == first else _shown(row["against"]["loss"], "+.5f"),
-                *([_shown(row["scores"].get("fid"))] if "fid" in scored else []),
+                *([_shown(row["scores"].get(_FRECHET))] if _FRECHET in scored else []),
                 *([_shown(row["judge"].get("accuracy"))] if judged else []),
                 _shown(row["experts_per_token"], ".3f"),
                 None if load is None else f"{statistics.fmean(load['busiest_by_layer']):.2f}",
@@ -289,18 +293,18 @@ def _routers_table(rows: list[dict]) -> list[str]:
 
 
 def _frechet(scored: dict) -> str:
-    return f"Fréchet distance ({scored['extractor']}, {scored['count']} images)"
+    return f"{scored['names'][_FRECHET]}, {scored['count']} images"
 
 
 def _scores_table(rows: list[dict], kind: str) -> list[str]:
     """All numbers of ``evaluate`` or of the judge."""
-    names = next((list(row[kind]) for row in rows if row[kind]), [])
-    names = [name for name in names if name not in ("extractor", "count", "inception_score_std")]
-    if not names:
+    found: dict = next((row[kind] for row in rows if row[kind]), {})
+    if not found:
         return []
-    head = ("router", *(name.replace("_", " ") for name in names))
-    lines = table(head, [(r["router"], *(_shown(r[kind].get(n)) for n in names)) for r in rows])
-    return ["", f"What {'evaluate' if kind == 'scores' else 'the judge'} says:", "", *lines]
+    names = found.get("names") or {name: name.replace("_", " ") for name in found}
+    cells = [(row["router"], *(_shown(row[kind].get(name)) for name in names)) for row in rows]
+    title = f"Scores, {found['count']} images:" if kind == "scores" else "What the judge says:"
+    return ["", title, "", *table(("router", *names.values()), cells)]
 
 
 def _number(value: float | None, form: str) -> str | None:
@@ -351,7 +355,10 @@ def _unequal(rows: list[dict]) -> list[str]:
         most = max(abs(row["against"]["activated"] - 1) for row in rows)
         return [f"Activated parameters are equal to {first}'s within {most:.1%}."]
     told = ", ".join(f"{name} {share:+.1%}" for name, share in off.items())
-    return [f"Activated parameters are NOT equal to {first}'s: {told}."]
+    return [
+        "Activated parameters, routers and predictors included, are NOT equal to "
+        f"{first}'s: {told}."
+    ]
 
 
 def _load_tables(rows: list[dict]) -> list[str]:
@@ -379,7 +386,7 @@ def _load_tables(rows: list[dict]) -> list[str]:
 
 def _confound_table(axis: str, rows: list[dict]) -> list[str]:
     field = axis.rpartition(".")[2]
-    scored: dict = next((row["scores"] for row in rows if "fid" in row["scores"]), {})
+    scored: dict = next((row["scores"] for row in rows if _FRECHET in row["scores"]), {})
     head = (
         field,
         "seeds",
@@ -400,7 +407,7 @@ def _confound_table(axis: str, rows: list[dict]) -> list[str]:
                 len(row["seeds"]),
                 row["steps"],
                 _shown(row["validation_loss"], ".5f"),
-                *([_shown(row["scores"].get("fid"))] if scored else []),
+                *([_shown(row["scores"].get(_FRECHET))] if scored else []),
                 _shown(row["experts_per_token"], ".3f"),
                 row["load"] and f"{statistics.fmean(row['load']['busiest_by_layer']):.2f}",
                 f"{row['parameters']:,}",
