@@ -260,6 +260,14 @@ def test_the_tables_numbers(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_table_tells_of_runs_with_other_settings(tmp_path):
+    for run in planned(tmp_path, "train.lr=0.5").runs[:2]:
+        pretend(run, [0.5])
+    text = write_report(planned(tmp_path))
+    told = "Other settings than the YAML's: dense-s0, where train.lr (0.5) is now 0.002."
+    assert told in text and "| dense | 1 | 0.50000 |" in text
+
+
 def test_a_table_of_nothing_says_what_is_missing(tmp_path):
     text = write_report(planned(tmp_path))
     assert text.count("(not begun)") == 7 and not (tmp_path / "compare.png").exists()

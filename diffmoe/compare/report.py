@@ -30,11 +30,7 @@ _EQUAL = 0.05  # activated parameters that differ by less are called equal
 
 
 def write_report(plan: Plan) -> str:
-    """Writes the files and returns the Markdown.  UserError for a run of other settings, or a
-    folder that cannot be written.
-    """
-    for run in plan.runs:
-        check(run, plan.comparison.ranks)
+    """Writes the files and returns the Markdown.  UserError for a folder that cannot be written."""
     found = collect(plan)
     text = to_markdown(plan, found)
     try:
@@ -63,6 +59,7 @@ def collect(plan: Plan) -> dict:
         for axis, values in plan.axes.items()
     }
     missing = {run.name: state(run, plan.comparison) for run in plan.runs if not is_trained(run)}
+    other = {run.name: _other_settings(run, plan.comparison.ranks) for run in plan.runs}
     rows = [row for row in routers if row is not None]
     for row in rows:
         _against(row, rows[0])
@@ -73,8 +70,18 @@ def collect(plan: Plan) -> dict:
         "routers": rows,
         "confounds": confounds,
         "missing": missing,
+        "other_settings": {name: told for name, told in other.items() if told},
         "code": sorted(set().union(*(codes(run) for run in plan.runs))),
     }
+
+
+def _other_settings(run: PlannedRun, ranks: int) -> str | None:
+    """How a run that is there differs from what the YAML says now; it is shown all the same."""
+    try:
+        check(run, ranks)
+    except UserError as error:
+        return str(error).partition(": ")[2].rpartition("; ")[0]
+    return None
 
 
 def _row(plan: Plan, variant: str, seeds: Sequence[int]) -> dict | None:
@@ -243,6 +250,8 @@ def to_markdown(plan: Plan, found: dict) -> str:
     ]
     if len(found["code"]) > 1:
         lines += ["", f"The runs are not all of one code: {', '.join(found['code'])}."]
+    for name, told in found["other_settings"].items():
+        lines += ["", f"Other settings than the YAML's: {name}, where {told}."]
     for name, told in found["missing"].items():
         lines += ["", f"Missing: {name} ({told})."]
     if rows:
