@@ -214,7 +214,9 @@ def test_the_shipped_128_has_the_pool_of_one_of_its_four_gpus() -> None:
 @pytest.mark.parametrize("path", ZOO, ids=stem)
 def test_the_published_precision_and_router_start(path: Path) -> None:
     config = load_config(path)
-    assert config.run.fp32_precision == ("ieee" if path.stem in ("demo", "fashion14") else "tf32")
+    assert config.run.fp32_precision == (
+        "ieee" if path.stem in ("demo", "fashion", "fashion14") else "tf32"
+    )
     assert config.moe.router_start == ("uniform" if config.model.family == "tc" else "normal")
 
 

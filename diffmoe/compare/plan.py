@@ -84,7 +84,8 @@ class Comparison:
         folder: Of all runs and the table.
         ranks: Of a run, all on one node.
         deepspeed: DeepSpeed JSON, as ``--deepspeed_config``.
-        judge: Module that judges images: ``python -m JUDGE samples.npz --json FILE``.
+        judge: Module that judges images, with its options: ``python -m MODULE samples.npz OPTIONS
+            --json FILE``.
         confounds: The second table (null: none).
     """
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+_FRECHET = "frechet_distance"
 _COLORS = ("#1f5fa8", "#d9731a", "#2e8b57", "#a83279", "#8a8a8a", "#c9a227", "#5b4bb5", "#7a4a2b")
 
 
@@ -21,7 +22,7 @@ def draw_routers(rows: list[dict], path: Path) -> None:
     the last, each seed a dot, mean and standard deviation; and the Fréchet distance, if there is
     one.  ``rows``: see ``report.collect``.
     """
-    scored = [row for row in rows if row["scores"].get("fid")]
+    scored = [row for row in rows if row["scores"].get(_FRECHET)]
     panels = 3 if scored else 2
     figure = Figure(figsize=(4.8 * panels, 4.2), layout="constrained")
     curves, last, *others = figure.subplots(1, panels)
@@ -41,8 +42,8 @@ def draw_routers(rows: list[dict], path: Path) -> None:
     curves.legend(frameon=False, fontsize=9)
     _points(last, rows, [row["validation_loss"] for row in rows], "validation loss at the end")
     if scored:
-        name = f"Fréchet distance, {scored[0]['scores']['extractor']}"
-        _points(others[0], scored, [row["scores"]["fid"] for row in scored], name)
+        name = scored[0]["scores"]["names"][_FRECHET]
+        _points(others[0], scored, [row["scores"][_FRECHET] for row in scored], name)
     for ax in (curves, last, *others):
         _tidy(ax)
     figure.savefig(path, format="png", dpi=150)

@@ -11,7 +11,6 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,21 +18,19 @@ from diffmoe.compare.plan import Plan, PlannedRun, parameters
 from diffmoe.compare.plots import draw_confounds, draw_routers
 from diffmoe.compare.runs import JUDGE_NAME, card_of, check, codes, is_trained, state
 from diffmoe.errors import UserError
+from diffmoe.evaluation.card import read_card
+from diffmoe.evaluation.scores import score_names
 from diffmoe.files import replacing
 from diffmoe.markdown import table
 from diffmoe.training.metrics import read_metrics
 from diffmoe.training.validation import read_validations
 
+_FRECHET = "frechet_distance"
 _EQUAL = 0.05  # activated parameters that differ by less are called equal
-_FRECHET = "Fréchet distance"
 
 
 def write_report(plan: Plan) -> str:
-    """Writes the files and returns the Markdown.  UserError for a run of other settings, or a
-    folder that cannot be written.
-    """
-    for run in plan.runs:
-        check(run, plan.comparison.ranks)
+    """Writes the files and returns the Markdown.  UserError for a folder that cannot be written."""
     found = collect(plan)
     text = to_markdown(plan, found)
     try:
@@ -62,6 +59,7 @@ def collect(plan: Plan) -> dict:
         for axis, values in plan.axes.items()
     }
     missing = {run.name: state(run, plan.comparison) for run in plan.runs if not is_trained(run)}
+    other = {run.name: _other_settings(run, plan.comparison.ranks) for run in plan.runs}
     rows = [row for row in routers if row is not None]
     for row in rows:
         _against(row, rows[0])
@@ -72,8 +70,18 @@ def collect(plan: Plan) -> dict:
         "routers": rows,
         "confounds": confounds,
         "missing": missing,
+        "other_settings": {name: told for name, told in other.items() if told},
         "code": sorted(set().union(*(codes(run) for run in plan.runs))),
     }
+
+
+def _other_settings(run: PlannedRun, ranks: int) -> str | None:
+    """How a run that is there differs from what the YAML says now; it is shown all the same."""
+    try:
+        check(run, ranks)
+    except UserError as error:
+        return str(error).partition(": ")[2].rpartition("; ")[0]
+    return None
 
 
 def _row(plan: Plan, variant: str, seeds: Sequence[int]) -> dict | None:
@@ -150,19 +158,21 @@ def _busiest(shares: np.ndarray) -> np.ndarray:
 
 
 def _scores(runs: list[PlannedRun]) -> dict:
-    """Scores of ``evaluate`` by name, of the runs that have them, and whose features those are."""
-    cards = []
-    for run in runs:
-        path = card_of(run)
-        if run.config.score.reference and path.exists():
-            cards.append(json.loads(path.read_text()))
+    """Scores of ``evaluate`` by field, of the runs that have them; what they are called, and of how
+    many images.
+    """
+    paths = [card_of(run) for run in runs if run.config.score.reference]
+    cards = [read_card(path) for path in paths if path.exists()]
     if not cards:
         return {}
-    names = [name for name, value in cards[0]["scores"].items() if value is not None]
-    found: dict[str, Any] = {
-        name: spread_of([card["scores"].get(name) for card in cards]) for name in names
+    first = cards[0]
+    names = {
+        field: name
+        for field, name in score_names(first.extractor, first.extractor_sha256).items()
+        if getattr(first.scores, field) is not None
     }
-    return {"extractor": Path(cards[0]["extractor"]).name, "count": cards[0]["count"], **found}
+    each = {field: spread_of([getattr(card.scores, field) for card in cards]) for field in names}
+    return {"names": names, "count": first.count, **each}
 
 
 def _judged(runs: list[PlannedRun]) -> dict:
@@ -240,11 +250,14 @@ def to_markdown(plan: Plan, found: dict) -> str:
     ]
     if len(found["code"]) > 1:
         lines += ["", f"The runs are not all of one code: {', '.join(found['code'])}."]
+    for name, told in found["other_settings"].items():
+        lines += ["", f"Other settings than the YAML's: {name}, where {told}."]
     for name, told in found["missing"].items():
         lines += ["", f"Missing: {name} ({told})."]
     if rows:
         lines += ["", *_routers_table(rows), "", *_parameters_table(rows)]
         lines += ["", *_unequal(rows), *_load_tables(rows)]
+        lines += [*_scores_table(rows, "scores"), *_scores_table(rows, "judge")]
     for axis, varied in found["confounds"].items():
         if varied:
             lines += ["", f"## {axis}, for {plan.comparison.confounds.router}", ""]
@@ -263,11 +276,10 @@ def _routers_table(rows: list[dict]) -> list[str]:
     head = ["router", "seeds", "validation loss", f"less {first}'s, seed by seed"]
     scored: dict = next((row["scores"] for row in rows if row["scores"]), {})
     judged: dict = next((row["judge"] for row in rows if row["judge"]), {})
-    names = [name for name in scored if name not in ("extractor", "count")]
-    for name in names:
-        what = _FRECHET if name == "fid" else name.replace("_", " ")
-        head.append(f"{what} ({scored['extractor']}, {scored['count']} images)")
-    head += [f"judge: {name.replace('_', ' ')}" for name in judged]
+    if _FRECHET in scored:
+        head.append(_frechet(scored))
+    if judged:
+        head.append("judge: accuracy")
     head += ["experts a token, as used", "busiest expert / mean", "ms a step", "peak GiB"]
     cells = []
     for row in rows:
@@ -278,8 +290,8 @@ def _routers_table(rows: list[dict]) -> list[str]:
                 len(row["seeds"]),
                 _shown(row["validation_loss"], ".5f"),
                 None if row["router"] == first else _shown(row["against"]["loss"], "+.5f"),
-                *(_shown(row["scores"].get(name)) for name in names),
-                *(_shown(row["judge"].get(name)) for name in judged),
+                *([_shown(row["scores"].get(_FRECHET))] if _FRECHET in scored else []),
+                *([_shown(row["judge"].get("accuracy"))] if judged else []),
                 _shown(row["experts_per_token"], ".3f"),
                 None if load is None else f"{statistics.fmean(load['busiest_by_layer']):.2f}",
                 _number(machine["ms_a_step"], ".1f"),
@@ -287,6 +299,21 @@ def _routers_table(rows: list[dict]) -> list[str]:
             ]
         )
     return table(head, cells)
+
+
+def _frechet(scored: dict) -> str:
+    return f"{scored['names'][_FRECHET]}, {scored['count']} images"
+
+
+def _scores_table(rows: list[dict], kind: str) -> list[str]:
+    """All numbers of ``evaluate`` or of the judge."""
+    found: dict = next((row[kind] for row in rows if row[kind]), {})
+    if not found:
+        return []
+    names = found.get("names") or {name: name.replace("_", " ") for name in found}
+    cells = [(row["router"], *(_shown(row[kind].get(name)) for name in names)) for row in rows]
+    title = f"Scores, {found['count']} images:" if kind == "scores" else "What the judge says:"
+    return ["", title, "", *table(("router", *names.values()), cells)]
 
 
 def _number(value: float | None, form: str) -> str | None:
@@ -337,7 +364,10 @@ def _unequal(rows: list[dict]) -> list[str]:
         most = max(abs(row["against"]["activated"] - 1) for row in rows)
         return [f"Activated parameters are equal to {first}'s within {most:.1%}."]
     told = ", ".join(f"{name} {share:+.1%}" for name, share in off.items())
-    return [f"Activated parameters are NOT equal to {first}'s: {told}."]
+    return [
+        "Activated parameters, routers and predictors included, are NOT equal to "
+        f"{first}'s: {told}."
+    ]
 
 
 def _load_tables(rows: list[dict]) -> list[str]:
@@ -365,11 +395,13 @@ def _load_tables(rows: list[dict]) -> list[str]:
 
 def _confound_table(axis: str, rows: list[dict]) -> list[str]:
     field = axis.rpartition(".")[2]
+    scored: dict = next((row["scores"] for row in rows if _FRECHET in row["scores"]), {})
     head = (
         field,
         "seeds",
         "steps",
         "validation loss",
+        *([_frechet(scored)] if scored else []),
         "experts a token, as used",
         "busiest expert / mean",
         "parameters",
@@ -384,6 +416,7 @@ def _confound_table(axis: str, rows: list[dict]) -> list[str]:
                 len(row["seeds"]),
                 row["steps"],
                 _shown(row["validation_loss"], ".5f"),
+                *([_shown(row["scores"].get(_FRECHET))] if scored else []),
                 _shown(row["experts_per_token"], ".3f"),
                 row["load"] and f"{statistics.fmean(row['load']['busiest_by_layer']):.2f}",
                 f"{row['parameters']:,}",

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -113,7 +114,8 @@ def next_command(run: PlannedRun, comparison: Comparison) -> list[str] | None:
         if not samples.exists():
             arguments = ["sample", "--checkpoint", str(folder), "--count", str(score.count)]
             return _program(comparison.ranks, [*arguments, "--out", str(folder / SAMPLES)])
-        judge = [sys.executable, "-m", comparison.judge, str(samples)]
+        module, *options = shlex.split(comparison.judge)
+        judge = [sys.executable, "-m", module, str(samples), *options]
         return [*judge, "--json", str(folder / JUDGE_NAME)]
     return None
 
