@@ -671,3 +671,41 @@ def test_a_missing_json_is_named(tmp_path):
         refused(read_deepspeed, tmp_path / "d.json")
         == f"--deepspeed_config {tmp_path}/d.json does not exist"
     )
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("model.family=ec moe.pool=1 moe.balance=bias", "moe.balance (bias) must be loss"),
+        ("moe.expert_groups=2", "moe.expert_groups (2) must be 1 for model.family (diffmoe)"),
+        ("model.family=race moe.router_input=time_token", "moe.router_input (time_token) must be"),
+        ("model.family=tc moe.target_weight=1", "moe.target_weight (1.0) must be 0.0 for"),
+        ("model.family=tc moe.threshold_from=5", "moe.threshold_from (5) must be None for"),
+        ("moe.threshold_from=0", "moe.threshold_from (0) must be at least 1"),
+        ("moe.score=identity", "moe.score (identity) must be softmax or sigmoid for"),
+        ("model.family=prototype moe.score=sigmoid", "moe.score (sigmoid) must be left alone for"),
+        ("model.family=prototype moe.gates=normalized", "moe.gates (normalized) must be raw for"),
+        (
+            "model.family=race moe.score=identity moe.gates=normalized",
+            "moe.gates (normalized) must be raw for model.family (race) with moe.score (identity)",
+        ),
+        ("model.family=tc moe.gates=normalized", "moe.gates (normalized) must be raw with"),
+        ("moe.gate_scale=0", "moe.gate_scale (0.0) must be above 0"),
+        ("moe.mlp_ratio=0", "moe.mlp_ratio (0.0) x model.width (384) must be at least 1"),
+        ("model.family=prototype moe.experts=1", "moe.experts (1) must be at least 2 for"),
+        ("model.family=prototype moe.top_k=8", "moe.top_k (8) must be at most moe.experts - 1 (7)"),
+        ("model.family=tc moe.expert_groups=3", "moe.expert_groups (3) must be at least 1 and"),
+        ("model.family=tc moe.expert_groups=4 moe.top_groups=5", "moe.top_groups (5) must be from"),
+        (
+            "model.family=tc moe.expert_groups=4 moe.top_k=3",
+            "moe.top_k (3) must be at most the experts of moe.top_groups (1) groups: 2",
+        ),
+        (
+            "model.family=race moe.score=identity sample.gamma=0.5",
+            "sample.gamma (0.5) must be null for moe.score (identity)",
+        ),
+        ("model.family=race sample.capacity=1", "sample.capacity (1.0) needs a capacity predictor"),
+    ],
+)
+def test_what_a_router_has_not_is_refused(words, message):
+    assert refused(load_config, None, words.split()).startswith(message)

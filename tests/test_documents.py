@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import diffmoe.__main__ as run
-from diffmoe.config import Config, override
+from diffmoe.config import Config, load_config, override
 from launcher.__main__ import SUBCOMMANDS as LAUNCHER_SUBCOMMANDS
 from programs import REPOSITORY
 
@@ -164,3 +164,12 @@ def test_the_configurations_page_is_what_the_code_says():
     assert (REPOSITORY / "docs/configuration.md").read_text() == written, (
         "run: python docs/reference.py"
     )
+
+
+def test_the_settings_of_routers_are_accepted(tmp_path):
+    settings = blocks((REPOSITORY / "docs/routers.md").read_text())
+    assert len(settings) == 6
+    for text in settings:
+        path = tmp_path / "router.yaml"
+        path.write_text(text)
+        load_config(path)
