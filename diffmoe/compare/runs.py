@@ -199,7 +199,7 @@ def carry_out(
                     os.killpg(started.process.pid, signal.SIGKILL)
                 started.process.wait()
     if stops:
-        troubles.append("stopped in order; the same command goes on")
+        troubles.append("stopped cleanly; the same command goes on")
     return troubles
 
 
