@@ -503,7 +503,7 @@ def check_guidance(config: Config) -> None:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return {"": "''", (): "[]"}.get(value, str(value))
+    return {"": "''", (): "[]", None: "null"}.get(value, str(value))
 
 
 # (Field, whether it is good, what it must be).  One that is not good ends them, so that later ones

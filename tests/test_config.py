@@ -680,7 +680,7 @@ def test_a_missing_json_is_named(tmp_path):
         ("moe.expert_groups=2", "moe.expert_groups (2) must be 1 for model.family (diffmoe)"),
         ("model.family=race moe.router_input=time_token", "moe.router_input (time_token) must be"),
         ("model.family=tc moe.target_weight=1", "moe.target_weight (1.0) must be 0.0 for"),
-        ("model.family=tc moe.threshold_from=5", "moe.threshold_from (5) must be None for"),
+        ("model.family=tc moe.threshold_from=5", "moe.threshold_from (5) must be null for"),
         ("moe.threshold_from=0", "moe.threshold_from (0) must be at least 1"),
         ("moe.score=identity", "moe.score (identity) must be softmax or sigmoid for"),
         ("model.family=prototype moe.score=sigmoid", "moe.score (sigmoid) must be left alone for"),
