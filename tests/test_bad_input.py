@@ -33,7 +33,7 @@ def assert_one_line(results: list[Result], *texts: str) -> None:
 BEFORE_JOINING = {
     "verb": (
         ["trian"],
-        "subcommand 'trian' must be one of train, sample, evaluate, encode, inspect-data, import, "
+        "subcommand 'trian' must be one of train, sample, evaluate, compare, encode, inspect-data, import, "
         "export, "
         "check-checkpoint, bench, profile, verify",
     ),
