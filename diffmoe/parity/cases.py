@@ -35,7 +35,9 @@ VARIANTS = {
     "moe.gate_scale=2.5 moe.capacity=2",
     "threshold": "moe.threshold_from=1 moe.score=sigmoid",
     "race": "model.family=race moe.score=identity moe.target_weight=0.1",
-    "prototype": "model.family=prototype",
+    # At the published temperature, 0.07, the contrastive loss makes 1e-7 of rounding 1e-5 of a
+    # gradient (tests/test_routers.py compares there, in fp64).
+    "prototype": "model.family=prototype moe.contrast_temperature=0.5",
     "dense": "model.family=dense",
     "ddpm": "diffusion.process=ddpm diffusion.time_sampling=uniform diffusion.time_scale=1 "
     "sample.sampler=ancestral",
