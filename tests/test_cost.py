@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT
-from diffmoe.config import load_config
+from diffmoe.config import load_config, override
 from diffmoe.cost.calibration import Measured, calibrate, plan_error
 from diffmoe.cost.extrapolation import nearest_fit
 from diffmoe.cost.hardware import choose, read_table
@@ -473,6 +473,25 @@ def test_xl_fits_on_8_16_and_64_gpus(nodes):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(
+    "router",
+    [
+        "model.family=tc moe.balance=bias moe.top_k=2 moe.expert_groups=4 moe.top_groups=2",
+        "model.family=ec moe.pool=1 moe.router_input=time_token",
+        "moe.pool=16 moe.threshold_from=4000",
+        "model.family=race moe.target_weight=0.01",
+        "model.family=prototype moe.mlp_ratio=2 moe.shared_experts=1",
+    ],
+)
+def test_every_router_is_planned_near_the_published_one(router):
+    """Rows are as many, so times differ by messages and by what is around the experts."""
+    cluster = Cluster(2, 8, choose(read_table(None), "h100"))
+    published = load_config("configs/diffmoe_l_e16_flow.yaml", [])
+    best = candidates(published, BF16, cluster)[0].time.total
+    found = candidates(override(published, router.split()), BF16, cluster)
+    assert found[0].fits and 0.5 * best < found[0].time.total < 2.5 * best
+
+
 def test_less_memory_is_answered_with_recompute_then_with_more_nodes():
     config = load_config("configs/diffmoe_xl_e16_flow.yaml", [])
     hardware = choose(read_table(None), "a100")

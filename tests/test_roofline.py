@@ -153,6 +153,26 @@ def test_reads_by_the_host_and_collectives_of_a_pool_over_ranks(recompute):
 
 
 @needs_a_device
+@pytest.mark.parametrize(
+    "router",
+    [
+        "model.family=tc moe.balance=bias moe.score=sigmoid moe.top_k=2 moe.gates=normalized",
+        "model.family=ec moe.pool=1 moe.capacity=2 moe.router_input=time_token",
+        "moe.pool=rank moe.threshold_from=1",
+        "model.family=race moe.score=identity moe.target_weight=0.01",
+        "model.family=prototype",
+    ],
+)
+def test_every_router_is_counted(router):
+    """Experts of all of them are batched or grouped products, and rows go there and back."""
+    words = ["parallel.ep=8", "moe.pool=group", "train.batch=128", *router.split()]
+    (found,) = fake_cuda.counted([(_small(*words), BF16, "eager")], 8)
+    names = " ".join(kernel[1] for kernel in found["kernels"])
+    assert ("bmm" if "ec" in router else "_grouped_mm") in names
+    assert found["collectives"]["all_to_all_single"] >= 2 * 4
+
+
+@needs_a_device
 def test_no_layer_reads_where_pools_are_in_a_rank():
     engine = fake_cuda.counted(
         [(_small("parallel.ep=1", "moe.pool=rank", "train.batch=16"), BF16, "engine")], 1

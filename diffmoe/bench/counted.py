@@ -32,9 +32,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import diffmoe.moe.dispatch
 from diffmoe.bench.kernels import Counting, Kernel, as_on_a_gpu
 from diffmoe.bench.measure import Allocations
 from diffmoe.config import Config, ModelConfig, MoEConfig, config_from_tree, override
+from diffmoe.cost.traffic import rows_sent
 from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.rectified_flow import flow_loss
@@ -117,7 +119,19 @@ def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[
     layout, counting = resolve_layout(config, ranks), Counting()
     groups = build_groups(layout.ep, layout.pool_ranks)
     backend = functools.partial(torch.compile, backend=counting.backend)
-    with as_on_a_gpu(), FakeTensorMode(), mock.patch.object(torch, "compile", backend):
+    rows = rows_sent(config, layout)
+
+    def evenly(counts: Tensor) -> list[int]:
+        """What a host would read of counts that have no memory: rows go alike to every rank."""
+        ranks = max(1, len(counts) // 2)
+        return [rows // ranks] * len(counts)
+
+    with (
+        as_on_a_gpu(),
+        FakeTensorMode(),
+        mock.patch.object(torch, "compile", backend),
+        mock.patch.object(diffmoe.moe.dispatch, "read_by_host", evenly),
+    ):
         dit = fake_model(
             config.model,
             config.moe,
