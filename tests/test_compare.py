@@ -248,7 +248,7 @@ def test_the_tables_numbers(tmp_path):
         "| FD-net, 500 images | judge: accuracy |",
         "| router | FD-net |",
         "| diffmoe | 2 | 0.35000 ± 0.07071 | -0.05000 ± 0.07071 |",
-        "Missing: diffmoe-batch-32-s0 (step 8 of 12).",
+        "Missing: diffmoe-batch-32-s0 (step 8 of 12), diffmoe-time_sampling-logit_normal-s0 (not",
         "The runs are not all of one code: abc, abd.",
         "Activated parameters are equal to dense's within 2.6%.",
         "## moe.experts, for diffmoe",
@@ -264,7 +264,7 @@ def test_the_table_tells_of_runs_with_other_settings(tmp_path):
     for run in planned(tmp_path, "train.lr=0.5").runs[:2]:
         pretend(run, [0.5])
     text = write_report(planned(tmp_path))
-    told = "Other settings than the YAML's: dense-s0, where train.lr (0.5) is now 0.002."
+    told = "Other settings than the YAML's: dense-s0, dense-s1, where train.lr (0.5) is now 0.002."
     assert told in text and "| dense | 1 | 0.50000 |" in text
 
 
@@ -462,4 +462,4 @@ def test_asked_to_stop_it_saves_and_a_failing_run_does_not_keep_the_others(tmp_p
     assert "not finished: dense-s0 ended with exit code 2: error:" in result.stdout
     assert "left_out.json is not valid JSON" in result.stdout
     assert "diffmoe-s0: finished" in result.stdout
-    assert "Missing: dense-s0 (step 0 of 4)." in result.stdout
+    assert "Missing: dense-s0 (step 0 of 4)" in result.stdout

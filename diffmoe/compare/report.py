@@ -250,10 +250,13 @@ def to_markdown(plan: Plan, found: dict) -> str:
     ]
     if len(found["code"]) > 1:
         lines += ["", f"The runs are not all of one code: {', '.join(found['code'])}."]
+    others: dict[str, list[str]] = {}
     for name, told in found["other_settings"].items():
-        lines += ["", f"Other settings than the YAML's: {name}, where {told}."]
-    for name, told in found["missing"].items():
-        lines += ["", f"Missing: {name} ({told})."]
+        others.setdefault(told, []).append(name)
+    for told, names in others.items():
+        lines += ["", f"Other settings than the YAML's: {', '.join(names)}, where {told}."]
+    if missing := [f"{name} ({told})" for name, told in found["missing"].items()]:
+        lines += ["", f"Missing: {', '.join(missing)}."]
     if rows:
         lines += ["", *_routers_table(rows), "", *_parameters_table(rows)]
         lines += ["", *_unequal(rows), *_load_tables(rows)]
