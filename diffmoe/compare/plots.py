@@ -28,8 +28,12 @@ def draw_routers(rows: list[dict], path: Path) -> None:
     curves, last, *others = figure.subplots(1, panels)
     for place, row in enumerate(rows):
         samples, each = row["curve"]["samples"], np.array(row["curve"]["each"])
+        style = "-" if place < len(_COLORS) else "--"  # colours come round
         curves.plot(
-            samples, each.mean(axis=0), color=_color(place), label=row["router"], marker="."
+            *(samples, each.mean(axis=0), style),
+            color=_color(place),
+            label=row["router"],
+            marker=".",
         )
         curves.fill_between(
             samples, each.min(axis=0), each.max(axis=0), color=_color(place), alpha=0.2, linewidth=0
@@ -64,7 +68,8 @@ def _points(ax: Axes, rows: list[dict], spreads: list[dict], title: str) -> None
             markersize=16,
             capsize=5,
         )
-    ax.set_xticks(range(len(rows)), [row["router"] for row in rows], rotation=20, fontsize=9)
+    names = [row["router"] for row in rows]
+    ax.set_xticks(range(len(rows)), names, rotation=35, ha="right", fontsize=9)
     ax.set_title(title, fontsize=11)
     ax.margins(x=0.15)
 
