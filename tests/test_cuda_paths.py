@@ -51,7 +51,7 @@ def found():
     if shutil.which("g++") is None:
         pytest.skip("g++ is missing, which builds the device")
     run = fake_cuda.run(
-        str(HERE / "fake_cuda_cases.py"), [], capture_output=True, text=True, timeout=240
+        str(HERE / "fake_cuda_cases.py"), [], capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stderr
     return dict(json.loads(line) for line in run.stdout.splitlines())

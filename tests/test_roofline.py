@@ -89,7 +89,7 @@ needs_a_device = pytest.mark.skipif(
 
 @functools.cache
 def found():
-    run = fake_cuda.run(str(Path(__file__)), [], capture_output=True, text=True, timeout=240)
+    run = fake_cuda.run(str(Path(__file__)), [], capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
