@@ -563,6 +563,9 @@ def _router(config: Config) -> Rules:
     family = f"for model.family ({model.family})"
     yield from _at_least("moe", moe, 0, "bias_rate", "target_weight")
     yield from _at_least("moe", moe, 1, "threshold_from")
+    scheduled = moe.threshold_from is not None and moe.capacity_until > 0
+    words = "must be 0 with moe.threshold_from: thresholds would follow a schedule from afar"
+    yield "moe.capacity_until", not scheduled, words
     hidden = moe.mlp_ratio is None or expert_hidden(model, moe) >= 1
     yield "moe.mlp_ratio", hidden, f"x model.width ({model.width}) must be at least 1"
     owners = {

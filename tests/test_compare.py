@@ -264,7 +264,9 @@ def test_the_table_tells_of_runs_with_other_settings(tmp_path):
     for run in planned(tmp_path, "train.lr=0.5").runs[:2]:
         pretend(run, [0.5])
     text = write_report(planned(tmp_path))
-    told = "Other settings than the YAML's: dense-s0, dense-s1, where train.lr (0.5) is now 0.002."
+    told = (
+        "Other settings than the YAML's: dense-s0, diffmoe-s0, where train.lr (0.5) is now 0.002."
+    )
     assert told in text and "| dense | 1 | 0.50000 |" in text
 
 

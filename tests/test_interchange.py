@@ -651,7 +651,8 @@ def test_scaled_experts_are_written_and_said(tmp_path):
 @pytest.mark.parametrize(
     "family, moe, text",
     [
-        ("dense", {}, "model.family (dense) must be an MoE family"),
+        ("dense", {}, "model.family (dense) must be one of tc, ec, diffmoe"),
+        ("diffmoe", {"mlp_ratio": 2}, "moe.mlp_ratio (2.0) must be model.mlp_ratio (4.0)"),
         ("diffmoe", {"activation": "swiglu"}, "moe.activation (swiglu) must be gelu"),
         ("diffmoe", {"shared_experts": 1}, "moe.shared_experts (1) must be 0"),
     ],

@@ -15,6 +15,7 @@ from diffmoe.commands.common import (
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.evaluation.class_names import parse_classes
+from diffmoe.files import replacing
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
@@ -66,7 +67,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
             # Images, in ADM's form too; latents have none.
             arrays["arr_0"] = to_uint8(images).permute(0, 2, 3, 1).numpy()
             arrays["arr_1"] = arrays["labels"]
-        np.savez(npz, allow_pickle=False, **arrays)
+        with replacing(npz) as stream:
+            np.savez(stream, allow_pickle=False, **arrays)
         columns = class_columns(sample.columns, len(classes))
         shown = images[: 10 * columns].numpy()
         image_grid(shown, columns, png)

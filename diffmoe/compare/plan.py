@@ -29,6 +29,9 @@ FED = (
     "model.classes",
     "train.batch",
     "train.label_drop",
+    # and what it is measured on
+    "train.validate_samples",
+    "score.",
 )
 # The comparison's own to say, and with what.
 _OWN = {
@@ -359,6 +362,7 @@ def _confounds(
     axes: dict[str, list[tuple[Any, str]]] = {}
     router = comparison.confounds.router
     for axis, values in comparison.confounds.axes.items():
+        _refuse_own(f"confounds.axes: {axis}", _nested(axis, None))
         axes[axis] = []
         for value in values:
             seeds = comparison.confounds.seeds or comparison.seeds

@@ -28,6 +28,7 @@ from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import load_index
 from diffmoe.errors import UserError
 from diffmoe.evaluation.scores import NEIGHBOURS, nearest_distances, precision_recall
+from diffmoe.files import replacing
 from diffmoe.paths import PathParser
 
 # Of the network that reads images of shards: three passes get 91.7 % on Fashion-MNIST.
@@ -300,7 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(report.format())
     if options.json is not None:
-        options.json.write_text(json.dumps(asdict(report), indent=1) + "\n")
+        with replacing(options.json) as stream:
+            stream.write(json.dumps(asdict(report), indent=1).encode() + b"\n")
     if options.require and report.failures():
         print(f"judge: not good enough: {'; '.join(report.failures())}", file=sys.stderr)
         return 1

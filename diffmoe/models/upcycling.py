@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffmoe.config import Config, MoEConfig
+from diffmoe.config import Config, MoEConfig, expert_hidden
 from diffmoe.errors import UserError
 from diffmoe.layout import rows_taken
 from diffmoe.models.dit import DiT
@@ -52,11 +52,21 @@ class Report:
 
 def check_upcycling(config: Config) -> None:
     """Raises UserError for a configuration that a dense model cannot start."""
-    moe = config.moe
-    if config.model.family == "dense":
+    moe, family = config.moe, config.model.family
+    if family not in ("tc", "ec", "diffmoe"):
         raise UserError(
-            "model.family (dense) must be an MoE family (tc, ec, diffmoe) to be started from a "
-            "dense model"
+            f"model.family ({family}) must be one of tc, ec, diffmoe to be started from a dense "
+            "model"
+        )
+    if expert_hidden(config.model, moe) != config.model.hidden:
+        raise UserError(
+            f"moe.mlp_ratio ({moe.mlp_ratio}) must be model.mlp_ratio ({config.model.mlp_ratio}), "
+            "as in the dense MLP that experts copy"
+        )
+    if moe.gates != "raw" or moe.gate_scale != 1 or moe.score != "softmax":
+        raise UserError(
+            f"moe.gates ({moe.gates}), moe.gate_scale ({moe.gate_scale}) and moe.score "
+            f"({moe.score}) must be raw, 1 and softmax to be started from a dense model"
         )
     if moe.activation != "gelu":
         raise UserError(

@@ -37,6 +37,8 @@ _RECIPE_FIELDS = (
     "moe.capacity_hold",
     "moe.capacity_until",
     "moe.balance_weight",
+    "moe.bias_rate",
+    "moe.contrast_temperature",
     "moe.predictor_weight",
     "moe.threshold_decay",
     "diffusion.time_sampling",

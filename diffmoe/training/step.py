@@ -242,7 +242,7 @@ def _count_for_dial(
     much less sure than those of one step, or surer (digits, constant rate 2e-3, EMA 0.999, step
     800: a dial of 0.7 from those used 0.21).
     """
-    rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
+    rule = training_rule(config.moe, step)
     layers = [layer for _, layer in engine.model.moe_layers()]
     counts = torch.zeros(len(layers), config.moe.experts, HISTOGRAM_BINS, device=engine.device)
     with engine.weights(ema.shards) as model:
