@@ -14,7 +14,7 @@ from diffmoe.markdown import table
 
 HEAD = """# Configuration
 
-Every field of the YAML, written by `python docs/reference.py` from `diffmoe/config.py`. On the
+Every field of the YAML, written by `python docs/reference.py` from `diffmoe/schema.py`. On the
 command line a field is `section.field=value`. What is not named has its default; `null` is "none".
 
 A file may start from others. `include` names one or a list, relative to the file that has it;

@@ -161,7 +161,7 @@ def test_any_layout_reads_and_writes_the_same_bits(tmp_path, world):
 
 
 def interrupted(folder: str, variant: str) -> bool:
-    """Three steps, and the same with a new engine that goes on from a checkpoint of the second."""
+    """Three steps, and two from which a new engine resumes for the third."""
     case = Case(2, 2, 1, "none", 1, "rank", 8, variant)
     whole, first, second = (start_training(case, 0, torch.device("cpu"), 3) for _ in range(3))
     wanted = [whole.step(step).loss for step in range(3)]

@@ -41,6 +41,8 @@ LAYERS = [
         "diffmoe.progress",
         "diffmoe.random_streams",
     ],
+    ["diffmoe.config_rules"],
+    ["diffmoe.schema"],
     ["diffmoe.strict_yaml", "diffmoe.environment", "diffmoe.gpus", "diffmoe.code_version"],
     ["diffmoe"],
     ["diffmoe.paths", "diffmoe.files"],

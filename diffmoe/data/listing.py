@@ -99,6 +99,25 @@ def list_source(
         sure = bool(classes or class_names or allow_empty)
         _check_first(images, first_class, source, sure)
         images = [image._replace(label=image.label - first_class) for image in images]
+    wanted = _count_classes(source, images, folders, classes, class_names, allow_empty)
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(repr(tuple(image)).encode() + b"\n")
+    names = tuple(class_names) or tuple(folders)
+    return Source(root, tuple(images), wanted, names, digest.hexdigest(), left_out)
+
+
+def _count_classes(
+    source: str,
+    images: list[SourceImage],
+    folders: dict[str, list[str]],
+    classes: int | None,
+    class_names: Sequence[str],
+    allow_empty: bool,
+) -> int:
+    """How many classes there are, by what the user says and by what was found; UserError where the
+    two do not agree.
+    """
     found = max(len(folders), 1 + max(image.label for image in images))
     wanted = (len(class_names) or found) if classes is None else classes
     what = f"classes ({wanted})"
@@ -129,11 +148,7 @@ def list_source(
             f"({shorten(folders, SHOWN)}): which is missing? To have classes without an image, "
             f"say {option}"
         )
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(repr(tuple(image)).encode() + b"\n")
-    names = tuple(class_names) or tuple(folders)
-    return Source(root, tuple(images), wanted, names, digest.hexdigest(), left_out)
+    return wanted
 
 
 def _check_first(images: list[SourceImage], first: int, source: str, sure: bool) -> None:

@@ -153,23 +153,8 @@ def start(
             _write_resolved(config, layout, deepspeed_tree)
     for text in filter(None, notes):
         tell(text)
-    scorer = None
-    if config.train.score_every:
-        scorer = open_scorer(config, reader.index, groups.world, device)
-    validator = None
-    if config.train.validate_every:
-        validator = open_validator(config, groups.world, device)
-        if validator.reader.index.fingerprint == reader.index.fingerprint:
-            tell(f"note: data.validation ({config.data.validation}) is what is trained on")
-    model = DiT(
-        config.model,
-        config.moe,
-        pool=layout.pool,
-        groups=groups,
-        recompute=config.parallel.recompute,
-        time_scale=config.diffusion.time_scale,
-    )
-    initialize(model, config.run.seed)
+    scorer, validator = _measuring(config, reader, groups, device)
+    model = _new_model(config, layout, groups)
     if compiled:
         compile_blocks(model)
     engine = Engine(model, config, deepspeed_tree, groups, device)
@@ -220,6 +205,33 @@ def start(
             f"averages and thresholds stay, samples are counted on from {run.samples}",
         )
     return run
+
+
+def _measuring(
+    config: Config, reader: ShardReader, groups: ParallelGroups, device: torch.device
+) -> tuple[Scorer | None, Validator | None]:
+    """What scores and validates while training; None where nobody asked for it."""
+    scorer, validator = None, None
+    if config.train.score_every:
+        scorer = open_scorer(config, reader.index, groups.world, device)
+    if config.train.validate_every:
+        validator = open_validator(config, groups.world, device)
+        if validator.reader.index.fingerprint == reader.index.fingerprint:
+            say(groups, f"note: data.validation ({config.data.validation}) is what is trained on")
+    return scorer, validator
+
+
+def _new_model(config: Config, layout: Layout, groups: ParallelGroups) -> DiT:
+    model = DiT(
+        config.model,
+        config.moe,
+        pool=layout.pool,
+        groups=groups,
+        recompute=config.parallel.recompute,
+        time_scale=config.diffusion.time_scale,
+    )
+    initialize(model, config.run.seed)
+    return model
 
 
 def share(layout: Layout, rank: int, shift: int = 0) -> Share:

@@ -1,0 +1,227 @@
+"""What must hold in a configuration, without knowing the number of ranks.  No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffmoe.errors import UserError
+from diffmoe.schema import Config, MoEConfig, expert_hidden
+
+
+def validate(config: Config) -> None:
+    """Everything that can be checked without knowing the number of ranks.  Raises UserError."""
+    checks = (_model, _moe, _diffusion, _sample, _train, _run, _data, _score)
+    for name, good, words in (rule for check in checks for rule in check(config)):
+        if not good:
+            section, field_name = name.split(".")
+            raise UserError(
+                f"{name} ({_shown(getattr(vars(config)[section], field_name))}) {words}"
+            )
+
+
+def check_guidance(config: Config) -> None:
+    """Raises UserError for guidance by a null class that this configuration never trains."""
+    if config.train.label_drop == 0 and config.sample.cfg != 1:
+        raise UserError(
+            f"sample.cfg ({config.sample.cfg}) must be 1 where train.label_drop (0) never trains "
+            "the null class that guidance needs: say sample.cfg=1 (--cfg 1)"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return {"": "''", (): "[]", None: "null"}.get(value, str(value))
+
+
+# (Field, whether it is good, what it must be).  One that is not good ends them, so that later ones
+# may divide by it.
+Rules = Iterator[tuple[str, bool, str]]
+
+
+def _at_least(section: str, values: Any, least: int, *names: str) -> Rules:
+    for name in names:
+        value = getattr(values, name)
+        yield f"{section}.{name}", value is None or value >= least, f"must be at least {least}"
+
+
+def _model(config: Config) -> Rules:
+    model = config.model
+    sizes = ("input_size", "channels", "patch", "width", "depth", "heads", "classes")
+    yield from _at_least("model", model, 1, *sizes)
+    divides = model.input_size % model.patch == 0
+    yield "model.input_size", divides, f"must be divisible by model.patch ({model.patch})"
+    divides = model.width % model.heads == 0
+    yield "model.width", divides, f"must be divisible by model.heads ({model.heads})"
+    divides = model.width % 4 == 0
+    yield "model.width", divides, "must be divisible by 4 for the 2-d sine position embedding"
+    words = f"x model.width ({model.width}) must be at least 1"
+    yield "model.mlp_ratio", model.hidden >= 1, words
+
+
+def _moe(config: Config) -> Rules:
+    model, moe, ep = config.model, config.moe, config.parallel.ep
+    yield from _at_least("parallel", config.parallel, 1, "ep")
+    if model.family == "dense":
+        words = "must be 1 for model.family (dense): it has no experts"
+        yield "parallel.ep", ep == 1, words
+        return
+    words = "leaves no MoE block with moe.interleave (true)"
+    yield "model.depth", model.depth >= 2 or not moe.interleave, words
+    yield from _at_least("moe", moe, 1, "experts")
+    yield "moe.experts", moe.experts % ep == 0, f"must be divisible by parallel.ep ({ep})"
+    yield from _at_least("moe", moe, 0, "shared_experts", "balance_weight", "predictor_weight")
+    words = f"must be above 0 and at most moe.experts ({moe.experts})"
+    yield "moe.capacity", 0 < moe.capacity <= moe.experts, words
+    words = f"must be from 1 to moe.experts ({moe.experts})"
+    yield "moe.top_k", 1 <= moe.top_k <= moe.experts, words
+    yield from _router(config)
+    words = f"must be from 0 to moe.capacity_until ({moe.capacity_until})"
+    yield "moe.capacity_hold", 0 <= moe.capacity_hold <= moe.capacity_until, words
+    yield "moe.threshold_decay", 0 <= moe.threshold_decay < 1, "must be in [0, 1)"
+    good = not isinstance(moe.pool, int) or moe.pool >= 1
+    yield "moe.pool", good, "must be at least 1 sample"
+    words = "must be 1 for model.family (ec): its experts choose inside each sample"
+    yield "moe.pool", model.family != "ec" or moe.pool == 1, words
+
+
+def _router(config: Config) -> Rules:
+    """What only some families have; the rest of them must leave it as it is."""
+    model, moe = config.model, config.moe
+    family = f"for model.family ({model.family})"
+    yield from _at_least("moe", moe, 0, "bias_rate", "target_weight")
+    yield from _at_least("moe", moe, 1, "threshold_from")
+    scheduled = moe.threshold_from is not None and moe.capacity_until > 0
+    words = "must be 0 with moe.threshold_from: thresholds would follow a schedule from afar"
+    yield "moe.capacity_until", not scheduled, words
+    hidden = moe.mlp_ratio is None or expert_hidden(model, moe) >= 1
+    yield "moe.mlp_ratio", hidden, f"x model.width ({model.width}) must be at least 1"
+    owners = {
+        "balance": ("tc",),
+        "expert_groups": ("tc",),
+        "router_input": ("tc", "ec", "diffmoe"),
+        "target_weight": ("race",),
+        "threshold_from": ("diffmoe",),
+    }
+    for name, families in owners.items():
+        default = getattr(MoEConfig, name)
+        good = model.family in families or getattr(moe, name) == default
+        yield f"moe.{name}", good, f"must be {_shown(default)} {family}"
+    words = f"must be softmax or sigmoid {family}"
+    yield "moe.score", moe.score != "identity" or model.family == "race", words
+    good = model.family != "prototype" or moe.score == "softmax"
+    yield "moe.score", good, f"must be left alone {family}, whose scores are cosines"
+    yield "moe.gate_scale", moe.gate_scale > 0, "must be above 0"
+    words = f"must be raw {family} with moe.score ({moe.score}): scores may add up to 0"
+    signed = moe.score == "identity" or model.family == "prototype"
+    yield "moe.gates", moe.gates == "raw" or not signed, words
+    constant = model.family == "tc" and moe.top_k == 1
+    words = (
+        "must be raw with moe.top_k (1): a normalized gate would be 1, and teach a router nothing"
+    )
+    yield "moe.gates", moe.gates == "raw" or not constant, words
+    words = f"must be at least 2 {family}: the last expert is the null class's"
+    yield "moe.experts", model.family != "prototype" or moe.experts > 1, words
+    words = f"must be at most moe.experts - 1 ({moe.experts - 1}) {family}"
+    yield "moe.top_k", model.family != "prototype" or moe.top_k < moe.experts, words
+    yield "moe.contrast_temperature", moe.contrast_temperature > 0, "must be above 0"
+    groups = moe.expert_groups
+    yield (
+        "moe.expert_groups",
+        groups >= 1 and moe.experts % groups == 0,
+        (f"must be at least 1 and divide moe.experts ({moe.experts})"),
+    )
+    good = 1 <= moe.top_groups <= groups
+    yield "moe.top_groups", good, f"must be from 1 to moe.expert_groups ({groups})"
+    most = moe.top_groups * moe.experts // groups
+    words = f"must be at most the experts of moe.top_groups ({moe.top_groups}) groups: {most}"
+    yield "moe.top_k", model.family != "tc" or moe.top_k <= most, words
+
+
+def _diffusion(config: Config) -> Rules:
+    diffusion, steps = config.diffusion, config.sample.steps
+    yield "diffusion.time_std", diffusion.time_std > 0, "must be above 0"
+    flow, process = diffusion.process == "flow", f"for diffusion.process ({diffusion.process})"
+    fitting = ("euler", "heun", "dopri5") if flow else ("ancestral", "ddim")
+    words = f"must be one of {', '.join(fitting)} {process}"
+    yield "sample.sampler", config.sample.sampler in fitting, words
+    if not flow:
+        yield "model.learn_sigma", config.model.learn_sigma, f"must be true {process}"
+        yield "diffusion.time_scale", diffusion.time_scale == 1.0, f"must be 1 {process}"
+        uniform = diffusion.time_sampling == "uniform"
+        yield "diffusion.time_sampling", uniform, f"must be uniform {process}"
+        yield "sample.steps", 2 <= steps <= 1000, "must be from 2 to DDPM's 1000 steps"
+
+
+def _sample(config: Config) -> Rules:
+    sample, family = config.sample, config.model.family
+    yield from _at_least("sample", sample, 1, "steps", "batch", "columns", "cfg_channels")
+    yield "sample.eta", 0 <= sample.eta <= 1, "must be in [0, 1]"
+    yield "sample.tolerance", sample.tolerance > 0, "must be above 0"
+    yield "sample.gamma", sample.gamma is None or 0 <= sample.gamma <= 1, "must be in [0, 1]"
+    good = sample.gamma is None or config.moe.score != "identity" or family != "race"
+    yield "sample.gamma", good, "must be null for moe.score (identity), which is not in [0, 1]"
+    if sample.routing == "static":
+        words = f"needs model.family diffmoe or race, not {family}"
+        if family == "ec":
+            words += ", whose experts take as many tokens always"
+        yield "sample.routing", family in ("diffmoe", "race"), words
+        words = (
+            "must be null for sample.routing (static), which has no thresholds and takes "
+            f"moe.capacity ({config.moe.capacity})"
+        )
+        yield "sample.gamma", sample.gamma is None, words
+        yield "sample.capacity", sample.capacity is None, words
+    if sample.capacity is not None:
+        words = f"needs a capacity predictor, which model.family ({family}) has not"
+        yield "sample.capacity", family == "diffmoe", words
+        words = f"and sample.gamma ({sample.gamma}) both set the thresholds; one must be null"
+        yield "sample.capacity", sample.gamma is None, words
+        words = f"must be above 0 and at most moe.experts ({config.moe.experts})"
+        yield "sample.capacity", 0 < sample.capacity <= config.moe.experts, words
+
+
+def _train(config: Config) -> Rules:
+    train = config.train
+    yield from _at_least("train", train, 1, "batch", "micro_batch", "accumulation", "log_every")
+    limits = ("keep", "nonfinite_limit", "spike_window", "spike_limit")
+    yield from _at_least("train", train, 1, *limits)
+    numbers = ("steps", "lr", "warmup", "eps", "clip", "weight_decay")
+    periods = ("sample_every", "score_every", "validate_every", "save_every", "keep_every")
+    yield from _at_least("train", train, 1, "validate_samples")
+    yield from _at_least("train", train, 0, *numbers, *periods)
+    good = train.spike_factor == 0 or train.spike_factor > 1
+    yield "train.spike_factor", good, "must be above 1, or 0 for no guard"
+    yield "train.betas", all(0 <= b < 1 for b in train.betas), "must each be in [0, 1)"
+    yield "train.label_drop", 0 <= train.label_drop <= 1, "must be in [0, 1]"
+    decays = train.ema_decays
+    yield "train.ema", len(decays) > 0, "must have at least one decay"
+    yield "train.ema", all(0 <= decay < 1 for decay in decays), "must be in [0, 1)"
+    yield "train.ema", len(set(decays)) == len(decays), "must not name a decay twice"
+
+
+def _run(config: Config) -> Rules:
+    run = config.run
+    yield "run.seed", 0 <= run.seed < 2**64, "must be in [0, 2^64)"
+    yield "run.timeout_s", 0 <= run.timeout_s <= 1e7, "must be from 0 to 1e7 seconds"
+    yield "run.folder", run.folder != "", "must name a folder"
+
+
+def _data(config: Config) -> Rules:
+    data = config.data
+    yield from _at_least("data", data, 1, "streams", "window", "prefetch")
+    yield from _at_least("data", data, 0, "workers")
+    yield "data.cache_gib", data.cache_gib > 0, "must be above 0"
+    yield "data.bad_share", 0 <= data.bad_share < 1, "must be in [0, 1)"
+    every = config.train.validate_every
+    words = f"must be given for train.validate_every ({every})"
+    yield "data.validation", every == 0 or data.validation != "", words
+
+
+def _score(config: Config) -> Rules:
+    score, every = config.score, config.train.score_every
+    yield from _at_least("score", score, 1, "count")
+    words = f"must be given for train.score_every ({every})"
+    yield "score.reference", every == 0 or score.reference != "", words
+    yield "score.extractor", every == 0 or score.extractor != "", words

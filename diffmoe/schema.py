@@ -1,0 +1,417 @@
+"""What a configuration holds: a tree of frozen dataclasses.
+
+The YAML owns model, data, batch, learning rate, clipping and schedule.  The DeepSpeed JSON owns
+ZeRO, precision, communication and offload.  A number named in both places with two values is an
+error that prints both.  No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, and what all its randomness comes from.
+
+    Attributes:
+        folder: The run folder; a run resumes from what lies there.
+        seed: Of weights, order, noise, times and label drops.
+        timeout_s: Seconds after which a rank that lives and makes no progress ends the job, with a
+            report (three times as long until the first step is done; 0: nobody looks); a dead one
+            does within a minute.
+        device: `auto`: a GPU if there is one, and an error if it cannot be used; `cuda`: a GPU, or
+            an error.
+        fp32_precision: What a GPU may do with fp32 matmuls and convolutions, in training and in all
+            that is made of the run; the published rows are `tf32`.
+    """
+
+    folder: str = "runs/default"
+    seed: int = 0
+    timeout_s: float = 600.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    fp32_precision: Literal["ieee", "tf32"] = "ieee"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The diffusion transformer.
+
+    Attributes:
+        family: Dense DiT, token choice, expert choice inside a sample, DiffMoE, Expert Race, or
+            ProMoE's prototypes; see diffmoe/families.py.
+        input_size: Height and width of the input, in latent pixels.
+        channels: Of the input: 4 latents, 1 or 3 pixels.
+        patch: Side of the square of latent pixels that becomes a token.
+        width: Of a token.
+        depth: Blocks.
+        heads: Of attention.
+        mlp_ratio: Inner width of an MLP and an expert, as a multiple of the width.
+        classes: Without the null class.
+        learn_sigma: Whether the output has channels for the variance; DDPM needs them.
+        qk_norm: Layer norm of queries and keys.
+    """
+
+    family: Literal["dense", "tc", "ec", "diffmoe", "race", "prototype"] = "diffmoe"
+    input_size: int = 32
+    channels: int = 4
+    patch: int = 2
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    classes: int = 1000
+    learn_sigma: bool = True
+    qk_norm: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sample."""
+        return (self.input_size // self.patch) ** 2
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP's inner layer."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels * (2 if self.learn_sigma else 1)
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """MoE layers.
+
+    Attributes:
+        experts: In a layer (`prototype`: the last is the null class's).
+        activation: GELU with biases (DiT's MLP), or SwiGLU without at two thirds of the inner
+            width.
+        shared_experts: Experts that every token goes through, as one MLP so many times as wide.
+        mlp_ratio: Inner width of an expert, as a multiple of the width (null: model.mlp_ratio).
+        interleave: Every second block has an MoE layer, not every block.
+        pool: Samples out of which an expert chooses; or all of a rank, of an expert-parallel group,
+            of the global batch.
+        capacity: Tokens that an expert takes, as a multiple of pool tokens / experts.
+        capacity_hold: Steps for which every expert first takes every token.
+        capacity_until: Step at which the capacity, falling linearly since then, has arrived.
+        top_k: Experts of a token, for token choice and prototypes.
+        router_input: What the router sees: the token as experts do, or the time's embedding beside
+            the token before adaLN's shift and scale (Nucleus-Image).
+        score: Gate function of the router's logits: softmax over experts, sigmoid of each, or
+            neither (Expert Race, 3.2; prototypes are always compared by cosine).
+        gates: What scales an expert's output: its score (DiffMoE, equation 6), or its share of the
+            scores of all experts that the token meets.
+        gate_scale: Multiplies gates (Nucleus-Image: 2.5 with normalized ones).
+        balance: For token choice: a balance loss, or a bias on the scores that the choice alone
+            sees and that moves against the load after every step (DeepSeek-V3, 2.1.2).
+        bias_rate: How far it moves.
+        expert_groups: For token choice: groups of experts, of which a token first takes the best
+            by the sum of each one's two highest scores (DeepSeek-V3, 2.1.2).
+        top_groups: How many of them.
+        balance_weight: Of the loss on routing: token choice's balance (Switch, equation 4), Expert
+            Race's router similarity (equations 9-11), prototypes' contrastive loss.
+        target_weight: For Expert Race: of its per-layer regularization, for which a hidden layer of
+            the router predicts the target as well (0: a router of one layer).
+        contrast_temperature: For prototypes: of the contrastive loss.
+        threshold_from: For DiffMoE: step from which experts take the tokens above their thresholds
+            in training, too (Expert Threshold); such a model has no capacity predictor (null:
+            never).
+        predictor_weight: Of the capacity predictor's loss.
+        threshold_decay: Of the thresholds' moving average.
+        router_start: New routers are N(0, 0.006), or uniform up to 1 / sqrt(width), as the research
+            code's of token choice.
+    """
+
+    experts: int = 8
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    shared_experts: int = 0
+    mlp_ratio: float | None = None
+    interleave: bool = True
+    pool: int | Literal["rank", "group", "global"] = "global"
+    capacity: float = 1.0
+    capacity_hold: int = 0
+    capacity_until: int = 0
+    top_k: int = 1
+    router_input: Literal["token", "time_token"] = "token"
+    score: Literal["softmax", "sigmoid", "identity"] = "softmax"
+    gates: Literal["raw", "normalized"] = "raw"
+    gate_scale: float = 1.0
+    balance: Literal["loss", "bias"] = "loss"
+    bias_rate: float = 0.001
+    expert_groups: int = 1
+    top_groups: int = 1
+    balance_weight: float = 0.01
+    target_weight: float = 0.0
+    contrast_temperature: float = 0.07
+    threshold_from: int | None = None
+    predictor_weight: float = 1.0
+    threshold_decay: float = 0.95
+    router_start: Literal["normal", "uniform"] = "normal"
+
+    def capacity_at(self, step: int) -> float:
+        """Training capacity at optimizer step ``step``: every expert takes every token (capacity =
+        ``experts``) for ``capacity_hold`` steps, then falls linearly to ``capacity`` at step
+        ``capacity_until``.
+        """
+        if step >= self.capacity_until:
+            return self.capacity
+        if step < self.capacity_hold:
+            return float(self.experts)
+        share = (step - self.capacity_hold) / (self.capacity_until - self.capacity_hold)
+        return self.experts + share * (self.capacity - self.experts)
+
+
+def expert_hidden(model: ModelConfig, moe: MoEConfig) -> int:
+    """Inner width of an expert before SwiGLU's two thirds, and of one shared expert."""
+    return model.hidden if moe.mlp_ratio is None else int(model.width * moe.mlp_ratio)
+
+
+def swiglu_hidden(hidden: int) -> int:
+    """Inner width that gives three matrices the parameters of two: 2/3, rounded up to a multiple of
+    8.
+    """
+    return -(-2 * hidden // 3 // 8) * 8
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The process that is learned.
+
+    Attributes:
+        process: Rectified flow, or ADM's 1000 linear steps with learned range.
+        time_scale: For the flow: multiplies t in [0, 1] before the embedding (published: 1).
+        time_sampling: For the flow: how training draws t.
+        time_mean: Of the logit-normal.
+        time_std: Of the logit-normal.
+    """
+
+    process: Literal["flow", "ddpm"] = "flow"
+    time_scale: float = 1.0
+    time_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Webdataset shards with an index.json.
+
+    Attributes:
+        shards: Folder, or tars by glob or braces, also as a pipe:, http(s), s3, gs or hf address.
+        index: The index, where it does not lie beside the shards.
+        flip: Mirror half of the samples.
+        streams: Runs of samples that feed a batch; decides the order (null: by whether the shards
+            are shuffled).
+        window: Shards that a stream shuffles together; decides the order (null: as above).
+        workers: Loader processes of a rank (0: a thread).
+        prefetch: Steps read ahead.
+        cache: Folder for copies of remote shards.
+        cache_gib: The most that it holds on a node, GiB.
+        on_bad_shard: A shard that cannot be read stops the run, or is left out on all ranks.
+        bad_share: The most samples that may be left out so, as a share.
+        validation: Held-out samples for `train.validate_every`: a folder of shards, or tars as
+            above.
+    """
+
+    shards: str = ""
+    index: str = ""
+    flip: bool = False
+    streams: int | None = None
+    window: int | None = None
+    workers: int = 0
+    prefetch: int = 2
+    cache: str = ""
+    cache_gib: float = 64.0
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+    bad_share: float = 0.01
+    validation: str = ""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe.
+
+    Attributes:
+        steps: Optimizer steps in all.
+        batch: Global batch of one optimizer step, micro_batch x ranks x accumulation.
+        micro_batch: Samples of a rank's pass (null: batch / ranks / accumulation).
+        accumulation: Passes of an optimizer step (null: 1, or what micro_batch asks for).
+        optimizer: Whose AdamW: torch's fused one, DeepSpeed's or NVIDIA apex's.
+        lr: Learning rate.
+        warmup: Steps of linear warm-up.
+        schedule: Of the learning rate after the warm-up, down to 0 at the last step unless
+            constant.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: AdamW's.
+        clip: Largest norm of the gradient (0: not clipped).
+        label_drop: Share of samples that train the null class, which guidance needs.
+        on_nonfinite: A step whose loss or gradient is not finite changes nothing and is skipped, or
+            ends the run.
+        nonfinite_limit: The most such steps in a row.
+        spike_factor: A loss above so many times the median sends the run back to its last
+            checkpoint, and the step is left out from then on (0: off).
+        spike_window: Steps of that median.
+        spike_limit: The most times back to one checkpoint.
+        ema: Decay of the weights' moving average, or several; the first samples, every one is
+            scored.
+        log_every: Steps between two lines of progress.
+        sample_every: Steps between two sheets of samples (0: none).
+        score_every: Steps between two scores (0: none).
+        validate_every: Steps between two measurements of the validation loss (0: none): of the
+            first average, on held-out samples at times and noise that are the same in every run,
+            under `sample.routing`.
+        validate_samples: Held-out samples that are measured (null: all).
+        save_every: Steps between two checkpoints (0: only the last).
+        keep: Newest checkpoints that stay.
+        keep_every: Those whose step divides by this stay, too (0: none).
+        async_save: Write checkpoints while training goes on.
+        compile: torch.compile for training, sampling and scoring; `auto`: on a GPU, below ZeRO 3.
+    """
+
+    steps: int = 700_000
+    batch: int = 256
+    micro_batch: int | None = None
+    accumulation: int | None = None
+    optimizer: Literal["torch", "deepspeed", "apex"] = "torch"
+    lr: float = 1e-4
+    warmup: int = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    label_drop: float = 0.1
+    on_nonfinite: Literal["skip", "stop"] = "stop"
+    nonfinite_limit: int = 10
+    spike_factor: float = 0.0
+    spike_window: int = 64
+    spike_limit: int = 3
+    ema: float | tuple[float, ...] = 0.9999
+    log_every: int = 50
+    sample_every: int = 0
+    score_every: int = 0
+    validate_every: int = 0
+    validate_samples: int | None = None
+    save_every: int = 10_000
+    keep: int = 3
+    keep_every: int = 0
+    async_save: bool = True
+    compile: Literal["auto"] | bool = "auto"
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """The decays of ``ema``, also where it is one number."""
+        return self.ema if isinstance(self.ema, tuple) else (self.ema,)
+
+    def compiles(self, device: str, stage: int = 0) -> bool:
+        """Whether ``compile`` means yes on ``device`` (cpu, cuda) at ZeRO ``stage``.  ``auto``: on
+        a GPU, below ZeRO 3, which gathers weights in hooks of modules, where no graph can go.
+        """
+        return self.compile if isinstance(self.compile, bool) else device == "cuda" and stage < 3
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimizer step ``step`` (0-based): linear warm-up, then the schedule
+        down to 0.
+        """
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        left = max(0.0, 1.0 - (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.lr * (
+            left if self.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+        )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks share the work.
+
+    Attributes:
+        ep: Consecutive ranks that share one set of experts.
+        recompute: Activations that backward computes again: none, all of a block, or all but what
+            is dear or came over the network.
+    """
+
+    ep: int = 1
+    recompute: Literal["none", "block", "selective"] = "none"
+
+
+def attention_kept(depth: int) -> int:
+    """In how many of ``depth`` blocks ``selective`` recompute keeps the attention's output as well:
+    a tenth of a block's time for one width a token.  As many as leave the whole within 1.5 times
+    what ``block`` keeps, which is one width for every block and 22 for the one that is being
+    computed again (measured: docs/results).
+    """
+    return max(0, min(depth, 12 - depth // 2))
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Sampling.
+
+    Attributes:
+        sampler: `euler`, `heun` or `dopri5` of the flow; `ancestral` or `ddim` of DDPM.
+        steps: Of the sampler; the most that dopri5 may take.
+        cfg: Scale of classifier-free guidance (1: none).
+        cfg_channels: Channels that DDPM's guidance moves (published: the first 3; the flow guides
+            all).
+        eta: DDIM's noise.
+        tolerance: dopri5's error of a step.
+        routing: `batch`: the paper's rule; `token`: the same without any influence of the batch;
+            `static`: the paper's static top-k, every expert takes as many tokens of a rank's batch
+            as moe.capacity says.
+        gamma: One constant threshold for every expert, in place of the learned ones.
+        capacity: Experts that a token gets on average, by thresholds from the predictor's
+            histograms.
+        batch: Images at a time, on a rank.
+        columns: Of the sheet of samples, at most: fewer classes share them out evenly.
+    """
+
+    sampler: Literal["euler", "heun", "dopri5", "ancestral", "ddim"] = "euler"
+    steps: int = 50
+    cfg: float = 1.5
+    cfg_channels: int = 3
+    eta: float = 0.0
+    tolerance: float = 1e-4
+    routing: Literal["batch", "token", "static"] = "token"
+    gamma: float | None = None
+    capacity: float | None = None
+    batch: int = 64
+    columns: int = 10
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Scores while training (`train.score_every`), of images as the sample section makes them.
+
+    Attributes:
+        reference: What they are compared with, as the subcommand evaluate takes it.
+        extractor: The feature network, as the subcommand evaluate takes it.
+        vae: Decodes latents.
+        count: Images.
+    """
+
+    reference: str = ""
+    extractor: str = ""
+    vae: str = ""
+    count: int = 10_000
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
