@@ -98,7 +98,9 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _placeholder: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
-        return _functional.wait_tensor(gradient), None
+        group = ctx.exchange.group
+        with group.trace.inside("all-to-all of rows' gradients", group.ranks):
+            return _functional.wait_tensor(gradient), None
 
 
 class _Arrive(torch.autograd.Function):
