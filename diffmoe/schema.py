@@ -28,7 +28,7 @@ class RunConfig:
             that is made of the run; the published rows are `tf32`.
         straggler_factor: A rank is a straggler when its own work takes more than this many times
             the median rank's; 0: nobody looks, and ranks' times are not measured.
-        straggler_steps: So many steps long, in four of five of them at least.
+        straggler_steps: So many steps long, in nine of ten of them at least.
         on_straggler: What becomes of a straggler: the log, metrics and events name it and its host,
             or besides that a job of scripts/slurm saves, excludes the host and requeues itself.
     """

@@ -6,6 +6,7 @@ Nothing here depends on how fast the machine is: runs that are disturbed have no
 and the undisturbed ones are as long as the disturbed one became.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -187,6 +189,7 @@ def test_a_run_folder_holds_code_configuration_and_logs_per_node(undisturbed, cl
         "config.yaml",
         "deepspeed.json",
         "logs",
+        "preflight.json",
         "starts.json",
     }
     assert (job / "code/run.py").is_file() and not list(
@@ -262,6 +265,71 @@ def test_the_signal_before_the_limit_a_preemption_and_a_cancelled_job(cluster, w
     assert job.wait() == "CANCELLED"
     time.sleep(2)
     assert (job.show()["JobState"], job.restarts) == ("CANCELLED", restarts)
+
+
+@contextlib.contextmanager
+def cpu_limit(pid: int, share: float, period: float = 0.02):
+    """The process gets this share of a core, as the program cpulimit gives it: stopped for the rest
+    of every period, of which a rank's own work in a step should take several.
+    """
+    over = threading.Event()
+
+    def limit() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            while not over.is_set():
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(period * (1 - share))
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(period * share)
+
+    limiter = threading.Thread(target=limit)
+    limiter.start()
+    try:
+        yield
+    finally:
+        over.set()
+        limiter.join()
+
+
+def test_a_slow_node_is_named_and_left_out(cluster, work):
+    """A rank under a CPU limit is named within 30 steps; the rule saves, excludes its node and
+    requeues, and losses are those of a job that nothing happened to.
+    """
+    run = work / "slow"
+    rule = ("run.on_straggler=requeue", "run.straggler_factor=2", "train.save_every=0")
+    batch = "train.batch=64"
+    job = train(cluster, run, ENDLESS, batch, *rule, options=(f"--exclude={cluster.names[3]}",))
+    job.wait_until(lambda: steps_done(run) >= 3, "reach step 3")
+    slow = cluster.names[1]
+    (victim, rank), *_ = (
+        (pid, re.search(rb"\0SLURM_PROCID=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())[1])
+        for pid in rank_processes(cluster, slow)
+    )
+    began = steps_done(run)
+    with cpu_limit(victim, 0.2):
+        named = run / "events.jsonl"
+        job.wait_until(lambda: named.exists() or steps_done(run) > began + 30, "name it")
+        job.wait_for_start_after(0)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["straggler", "requeue"], events
+    assert f"rank {rank.decode()} on {slow} is " in events[0]["text"]
+    assert events[0]["step"] <= began + 30
+    assert f"goes on without {slow}" in job.said()
+
+    def nodes(field: str) -> set[str]:
+        return set(cluster.slurm("scontrol", "show", "hostnames", job.show()[field]).split())
+
+    assert nodes("ExcNodeList") == {cluster.names[3], slow}
+    assert nodes("NodeList") == {cluster.names[0], cluster.names[2]}
+    saved = re.findall(r"not finished \(status 0, step (\d+) of 100000\)", job.said())
+    assert [int(step) for step in saved] == [events[0]["step"] + 1]
+    job.wait_until(lambda: steps_done(run) >= int(saved[0]) + 6, "go on elsewhere")
+    cluster.slurm("scancel", job.number)
+    assert job.wait() == "CANCELLED"
+    other = work / "even"
+    steps = f"train.steps={max(losses(run))}"
+    assert train(cluster, other, batch, steps).wait() == "COMPLETED"
+    assert losses(run) == losses(other)
 
 
 def test_a_job_whose_starts_bring_nothing_is_given_up(cluster, work):

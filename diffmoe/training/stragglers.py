@@ -20,7 +20,7 @@ from diffmoe.training.engine import Engine
 
 # Of the last `run.straggler_steps` steps a straggler is behind in this share at least: a busy
 # machine's noise is in some steps of every rank, and now and then a straggler's step is quick.
-MOST_STEPS = 0.8
+MOST_STEPS = 0.9
 # A job leaves out so many nodes by itself; more are no longer the exception.
 MOST_EXCLUDED = 3
 # In a job's folder: what preflight measured, and the hosts that the job's script is to exclude.
@@ -126,10 +126,10 @@ class Stragglers:
             rows = json.loads((job / PREFLIGHT_NAME).read_text()) if job else []
             mine = next(r for r in rows if (r["rank"], r["host"]) == (rank, self.hosts[rank]))
             return [
-                f"preflight: {name.replace('_', ' ')} {mine[name]:.3g} (median "
-                f"{statistics.median(row[name] for row in rows if row.get(name)):.3g})"
-                for name in mine.keys() - {"rank", "host"}
-                if mine[name]
+                f"preflight {value:.3g} {name} (median "
+                f"{statistics.median(row[name] for row in rows if name in row):.3g})"
+                for name, value in mine.items()
+                if name not in ("rank", "host")
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
             return []
