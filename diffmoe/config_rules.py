@@ -214,7 +214,7 @@ def _run(config: Config) -> Rules:
     factor = run.straggler_factor
     yield "run.straggler_factor", factor == 0 or factor > 1, "must be above 1, or 0"
     yield from _at_least("run", run, 1, "straggler_steps")
-    words = "needs run.straggler_factor above 1"
+    words = f"needs run.straggler_factor ({factor}) above 1"
     yield "run.on_straggler", run.on_straggler == "name" or factor > 1, words
 
 
