@@ -6,7 +6,6 @@ Nothing here depends on how fast the machine is: runs that are disturbed have no
 and the undisturbed ones are as long as the disturbed one became.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -14,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from diffmoe.config import config_from_tree
 from diffmoe.cost.memory import engine_facts
 from diffmoe.cost.traffic import exchange_traffic
 from diffmoe.layout import Layout
+from diffmoe.training.metrics import read_metrics
 from programs import digits, losses
 from virtual_slurm import Cluster, Job, missing_tools, steps_done
 
@@ -91,7 +90,12 @@ def work(tmp_path_factory) -> Path:
 
 
 def train(
-    cluster: Cluster, run: Path, *more: str, options: tuple[str, ...] = (), preflight: str = "no"
+    cluster: Cluster,
+    run: Path,
+    *more: str,
+    options: tuple[str, ...] = (),
+    preflight: str = "no",
+    env: dict[str, str] | None = None,
 ) -> Job:
     return cluster.submit(
         "train_l_e16.sh",
@@ -101,7 +105,7 @@ def train(
         *more,
         options=(*SBATCH, *options),
         log=run.with_suffix(".out"),
-        env={"DIFFMOE_PREFLIGHT": preflight},
+        env={"DIFFMOE_PREFLIGHT": preflight, **(env or {})},
     )
 
 
@@ -267,52 +271,45 @@ def test_the_signal_before_the_limit_a_preemption_and_a_cancelled_job(cluster, w
     assert (job.show()["JobState"], job.restarts) == ("CANCELLED", restarts)
 
 
-@contextlib.contextmanager
-def cpu_limit(pid: int, share: float, period: float = 0.02):
-    """The process gets this share of a core, as the program cpulimit gives it: stopped for the rest
-    of every period, of which a rank's own work in a step should take several.
-    """
-    over = threading.Event()
+# A rank that gets SIGUSR2 has a CPU limit from then on: after every 4 ms of its CPU time it stands
+# still for 60.
+CPU_LIMIT = """
+import atexit, signal, sys, time
 
-    def limit() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            while not over.is_set():
-                os.kill(pid, signal.SIGSTOP)
-                time.sleep(period * (1 - share))
-                os.kill(pid, signal.SIGCONT)
-                time.sleep(period * share)
+def limit(*_):
+    signal.signal(signal.SIGPROF, lambda *_: time.sleep(0.06))
+    signal.siginterrupt(signal.SIGPROF, False)
+    signal.setitimer(signal.ITIMER_PROF, 0.004, 0.004)
+    atexit.register(signal.setitimer, signal.ITIMER_PROF, 0)
 
-    limiter = threading.Thread(target=limit)
-    limiter.start()
-    try:
-        yield
-    finally:
-        over.set()
-        limiter.join()
+if any(word.endswith("code/run.py") for word in sys.orig_argv):
+    signal.signal(signal.SIGUSR2, limit)
+"""
 
 
 def test_a_slow_node_is_named_and_left_out(cluster, work):
     """A rank under a CPU limit is named within 30 steps; the rule saves, excludes its node and
     requeues, and losses are those of a job that nothing happened to.
     """
-    run = work / "slow"
+    run, limits = work / "slow", work / "limits"
+    limits.mkdir()
+    (limits / "sitecustomize.py").write_text(CPU_LIMIT)
     rule = ("run.on_straggler=requeue", "run.straggler_factor=2", "train.save_every=0")
-    batch = "train.batch=64"
-    job = train(cluster, run, ENDLESS, batch, *rule, options=(f"--exclude={cluster.names[3]}",))
+    exclude = f"--exclude={cluster.names[3]}"
+    job = train(cluster, run, ENDLESS, *rule, options=(exclude,), env={"PYTHONPATH": str(limits)})
     job.wait_until(lambda: steps_done(run) >= 3, "reach step 3")
     slow = cluster.names[1]
-    (victim, rank), *_ = (
-        (pid, re.search(rb"\0SLURM_PROCID=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())[1])
-        for pid in rank_processes(cluster, slow)
-    )
-    began = steps_done(run)
-    with cpu_limit(victim, 0.2):
-        named = run / "events.jsonl"
-        job.wait_until(lambda: named.exists() or steps_done(run) > began + 30, "name it")
-        job.wait_for_start_after(0)
+    victim = min(rank_processes(cluster, slow))
+    environ = Path(f"/proc/{victim}/environ").read_bytes().split(b"\0")
+    (rank,) = (word[13:].decode() for word in environ if word.startswith(b"SLURM_PROCID="))
+    began, named = steps_done(run), run / "events.jsonl"
+    os.kill(victim, signal.SIGUSR2)
+    job.wait_until(lambda: named.exists() or steps_done(run) > began + 30, "name it")
+    assert named.exists(), read_metrics(run / "metrics.jsonl")[-1]
+    job.wait_for_start_after(0)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["straggler", "requeue"], events
-    assert f"rank {rank.decode()} on {slow} is " in events[0]["text"]
+    assert f"rank {rank} on {slow} is " in events[0]["text"]
     assert events[0]["step"] <= began + 30
     assert f"goes on without {slow}" in job.said()
 
@@ -328,7 +325,7 @@ def test_a_slow_node_is_named_and_left_out(cluster, work):
     assert job.wait() == "CANCELLED"
     other = work / "even"
     steps = f"train.steps={max(losses(run))}"
-    assert train(cluster, other, batch, steps).wait() == "COMPLETED"
+    assert train(cluster, other, steps).wait() == "COMPLETED"
     assert losses(run) == losses(other)
 
 
