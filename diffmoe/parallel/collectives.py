@@ -99,7 +99,7 @@ class _Send(torch.autograd.Function):
     def backward(ctx, _placeholder: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
         group = ctx.exchange.group
-        with group.trace.inside("all-to-all of rows' gradients", group.ranks):
+        with group.trace.inside("all-to-all of gradients", group.ranks):
             return _functional.wait_tensor(gradient), None
 
 
