@@ -104,6 +104,7 @@ def test_no_rank_is_named_where_none_is_slow(nursery, tmp_path):
     assert all("straggler" not in record and record["step_compute_s"] > 0 for record in records)
 
 
+@pytest.mark.full
 def test_what_is_not_measured_changes_nothing(nursery, tmp_path):
     measured, _ = trained()
     assert "step_compute_s" in read_metrics(measured / "metrics.jsonl")[-1]
