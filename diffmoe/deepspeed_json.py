@@ -215,7 +215,7 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
     different values.
     """
     check_deepspeed(tree, config)
-    check_shards_divide(tree, config, layout.ranks)
+    check_shards(tree, config, layout.ranks)
     owned = {
         "train_batch_size": layout.batch,
         "train_micro_batch_size_per_gpu": layout.micro_batch,
@@ -422,7 +422,7 @@ def _check_shards(tree: dict, config: Config, stage: int) -> None:
         )
 
 
-def check_shards_divide(tree: dict, config: Config, ranks: int) -> None:
+def check_shards(tree: dict, config: Config, ranks: int) -> None:
     """Raises UserError where ``mics_shard_size`` does not fit stage, EP size or number of ranks."""
     _check_shards(tree, config, max(zero_stage(tree), int(precision(tree) == "bf16")))
     size = _found(tree, f"{_ZERO}.{MICS}")

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from diffmoe.config import Config, TrainConfig
-from diffmoe.device import synchronize
 from diffmoe.deepspeed_json import MICS, given_to_deepspeed
+from diffmoe.device import synchronize
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.models.logical import LogicalTensor, logical_tensors
