@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from diffmoe.errors import UserError
+from diffmoe.families import has_load_bias
 from diffmoe.schema import Config, MoEConfig, expert_hidden
 
 
@@ -108,6 +109,9 @@ def _router(config: Config) -> Rules:
         default = getattr(MoEConfig, name)
         good = model.family in families or getattr(moe, name) == default
         yield f"moe.{name}", good, f"must be {_shown(default)} {family}"
+    good = has_load_bias(model, moe) or moe.bias_rate == MoEConfig.bias_rate
+    words = f"must be {MoEConfig.bias_rate} without moe.balance (bias)"
+    yield "moe.bias_rate", good, words
     words = f"must be softmax or sigmoid {family}"
     yield "moe.score", moe.score != "identity" or model.family == "race", words
     good = model.family != "prototype" or moe.score == "softmax"
@@ -174,7 +178,7 @@ def _sample(config: Config) -> Rules:
         yield "sample.gamma", sample.gamma is None, words
         yield "sample.capacity", sample.capacity is None, words
     if sample.capacity is not None:
-        words = f"needs a capacity predictor, which model.family ({family}) has not"
+        words = f"needs model.family diffmoe, not {family}: its thresholds are what it sets"
         yield "sample.capacity", family == "diffmoe", words
         words = f"and sample.gamma ({sample.gamma}) both set the thresholds; one must be null"
         yield "sample.capacity", sample.gamma is None, words

@@ -16,7 +16,7 @@ prototype   tokens of the null class have an expert of their own; the others tak
 
 from __future__ import annotations
 
-from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.schema import ModelConfig, MoEConfig
 
 TOKENS_CHOOSE = ("tc", "prototype")
 

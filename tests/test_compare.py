@@ -5,8 +5,10 @@ killed, and the table of them.
 import hashlib
 import json
 import os
+import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import yaml
 from diffmoe.commands.compare import main
 from diffmoe.compare.plan import check_unchanged, fed, parameters, read_plan
 from diffmoe.compare.report import collect, to_markdown, write_report
-from diffmoe.compare.runs import card_of, next_command, state
+from diffmoe.compare.runs import card_of, check, next_command, state, verdict_of
 from diffmoe.config import config_from_tree, config_to_tree
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
@@ -219,7 +221,9 @@ def test_the_tables_numbers(tmp_path):
         seconds=1.0,
     )
     card_of(of["dense-s0"]).write_text(card.to_json())
-    (of["dense-s0"].folder / "judge.json").write_text(json.dumps({"accuracy": 0.75, "count": 9}))
+    verdict = verdict_of(of["dense-s0"], plan.comparison)
+    verdict.parent.mkdir()
+    verdict.write_text(json.dumps({"accuracy": 0.75, "count": 9}))
     for name, code in (("dense-s0", "abc"), ("dense-s1", "abd")):
         (of[name].folder / "compare.log").write_text(f"$ python x  # code {code}\nstep 1\n")
     found = collect(plan)
@@ -270,6 +274,24 @@ def test_the_table_tells_of_runs_with_other_settings(tmp_path):
     assert told in text and "| dense | 1 | 0.50000 |" in text
 
 
+def test_a_run_begun_with_another_zero_stage_or_precision_is_refused(tmp_path):
+    plan = planned(tmp_path)
+    run = plan.runs[0]
+    pretend(run, [0.5])
+    (run.folder / "compare.yaml").write_text(yaml.safe_dump(config_to_tree(run.config)))
+    tree = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    (run.folder / "deepspeed.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="deepspeed: ZeRO stage: 2 -> 1; deepspeed: precision: bf1"):
+        check(run, plan.comparison)
+
+
+def test_the_table_tells_of_a_router_with_a_recipe_of_its_own(tmp_path):
+    assert "recipe of its own" not in write_report(planned(tmp_path))
+    said = "routers={dense: {model: {family: dense}}, diffmoe: {train: {lr: 0.5}}}"
+    text = write_report(planned(tmp_path, said, "confounds=null"))
+    assert "diffmoe is trained with a recipe of its own: train.lr 0.5, not 0.002." in text
+
+
 def test_a_table_of_nothing_says_what_is_missing(tmp_path):
     text = write_report(planned(tmp_path))
     assert text.count("(not begun)") == 7 and not (tmp_path / "compare.png").exists()
@@ -291,15 +313,23 @@ def test_what_comes_next(tmp_path):
     assert "--nproc-per-node 2 -m diffmoe train --config" in command
     pretend(run, [0.5])
     assert state(run, plan.comparison) == "trained"
-    assert "evaluate --checkpoint" in " ".join(next_command(run, plan.comparison))
+    evaluate = " ".join(next_command(run, plan.comparison))
+    measured = re.search(r"evaluate .* --reference (\S+) --save-reference (\S+\.npz)", evaluate)
+    assert measured and measured[1] == str(digits()), "measured once ..."
+    Path(measured[2]).touch()
+    assert f"--reference {measured[2]} --extractor" in " ".join(next_command(run, plan.comparison))
     card_of(run).parent.mkdir()
     card_of(run).touch()
     assert " sample " in " ".join(next_command(run, plan.comparison))
-    (run.folder / "judged.npz").touch()
+    verdict = verdict_of(run, plan.comparison)
+    verdict.parent.mkdir()
+    verdict.with_name("samples.npz").touch()
     judge = next_command(run, plan.comparison)
     assert judge[1:3] == ["-m", "diffmoe.evaluation.judge"] and judge[4:6] == ["--train", "x"]
-    (run.folder / "judge.json").touch()
+    verdict.touch()
     assert next_command(run, plan.comparison) is None
+    stricter = replace(plan.comparison, judge="diffmoe.evaluation.judge --train y")
+    assert " sample " in " ".join(next_command(run, stricter)), "an old verdict is another judge's"
     other = planned(tmp_path, *scored, "score.count=90", "ranks=2")
     assert "--count 90" in " ".join(next_command(other.runs[0], other.comparison))
     assert state(run, plan.comparison) == "finished"

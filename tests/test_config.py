@@ -706,7 +706,8 @@ def test_a_missing_json_is_named(tmp_path):
             "model.family=race moe.score=identity sample.gamma=0.5",
             "sample.gamma (0.5) must be null for moe.score (identity)",
         ),
-        ("model.family=race sample.capacity=1", "sample.capacity (1.0) needs a capacity predictor"),
+        ("model.family=race sample.capacity=1", "sample.capacity (1.0) needs model.family diffmoe"),
+        ("model.family=tc moe.bias_rate=0.1", "moe.bias_rate (0.1) must be 0.001 without moe.bal"),
     ],
 )
 def test_what_a_router_has_not_is_refused(words, message):

@@ -480,7 +480,7 @@ def test_report_of_a_thousand_classes(tmp_path):
         ),
         (
             ["sample.capacity=1", "model.family=tc"],
-            "sample.capacity (1.0) needs a capacity predictor, which model.family (tc) has not",
+            "sample.capacity (1.0) needs model.family diffmoe, not tc: its thresholds are what",
         ),
     ],
 )

@@ -32,7 +32,7 @@ LAYERS = [
     ["diffmoe.moe"],
     ["diffmoe.parallel"],
     ["diffmoe.deepspeed_json"],
-    ["diffmoe.layout", "diffmoe.families"],
+    ["diffmoe.layout"],
     [
         "diffmoe.config",
         "diffmoe.device",
@@ -42,6 +42,7 @@ LAYERS = [
         "diffmoe.random_streams",
     ],
     ["diffmoe.config_rules"],
+    ["diffmoe.families"],
     ["diffmoe.schema"],
     ["diffmoe.strict_yaml", "diffmoe.environment", "diffmoe.gpus", "diffmoe.code_version"],
     ["diffmoe"],

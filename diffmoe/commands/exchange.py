@@ -16,6 +16,7 @@ from diffmoe.commands.common import Parser, one_process
 from diffmoe.config import Config, ModelConfig, MoEConfig, load_config
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
+from diffmoe.families import has_predictor
 from diffmoe.layout import Layout, resolve_layout
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def import_dense(
     dense = upcycling.load_dense(state, config, f"{path} ({which})")
     model = upcycling.upcycle(dense, config, layout.pool)
     blocks = len(list(model.moe_layers()))
-    new = "router" + " and capacity predictor" * (config.model.family == "diffmoe")
+    new = "router" + " and capacity predictor" * has_predictor(config.model, config.moe)
     print(
         f"read {path}: {which} of {', '.join(states)}; weights and EMA both start from it\n"
         f"upcycled {blocks} blocks x {config.moe.experts} experts, each a copy of its block's "

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from diffmoe.compare.plan import Plan, PlannedRun, parameters
+from diffmoe.compare.plan import Comparison, Plan, PlannedRun, parameters, settings
 from diffmoe.compare.plots import draw_confounds, draw_routers
-from diffmoe.compare.runs import JUDGE_NAME, card_of, check, codes, is_trained, state
+from diffmoe.compare.runs import card_of, check, codes, is_trained, state, verdict_of
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import read_card
 from diffmoe.evaluation.scores import score_names
@@ -59,7 +59,7 @@ def collect(plan: Plan) -> dict:
         for axis, values in plan.axes.items()
     }
     missing = {run.name: state(run, plan.comparison) for run in plan.runs if not is_trained(run)}
-    other = {run.name: _other_settings(run, plan.comparison.ranks) for run in plan.runs}
+    other = {run.name: _other_settings(run, plan.comparison) for run in plan.runs}
     rows = [row for row in routers if row is not None]
     for row in rows:
         _against(row, rows[0])
@@ -75,10 +75,10 @@ def collect(plan: Plan) -> dict:
     }
 
 
-def _other_settings(run: PlannedRun, ranks: int) -> str | None:
+def _other_settings(run: PlannedRun, comparison: Comparison) -> str | None:
     """How a run that is there differs from what the YAML says now; it is shown all the same."""
     try:
-        check(run, ranks)
+        check(run, comparison)
     except UserError as error:
         return str(error).partition(": ")[2].rpartition("; ")[0]
     return None
@@ -112,7 +112,7 @@ def _row(plan: Plan, variant: str, seeds: Sequence[int]) -> dict | None:
         "experts_per_token": used,
         "load": _balance([record["load"] for record in last]),
         "scores": _scores(runs),
-        "judge": _judged(runs),
+        "judge": _judged(runs, plan.comparison),
         "curve": _curve(curves),
         "machine": _machine(runs),
     }
@@ -175,9 +175,9 @@ def _scores(runs: list[PlannedRun]) -> dict:
     return {"names": names, "count": first.count, **each}
 
 
-def _judged(runs: list[PlannedRun]) -> dict:
+def _judged(runs: list[PlannedRun], comparison: Comparison) -> dict:
     """The judge's numbers, of the runs that were judged."""
-    paths = [run.folder / JUDGE_NAME for run in runs]
+    paths = [verdict_of(run, comparison) for run in runs]
     reports = [json.loads(path.read_text()) for path in paths if path.exists()]
     if not reports:
         return {}
@@ -250,6 +250,8 @@ def to_markdown(plan: Plan, found: dict) -> str:
     ]
     if len(found["code"]) > 1:
         lines += ["", f"The runs are not all of one code: {', '.join(found['code'])}."]
+    for name, told in _own_recipes(plan).items():
+        lines += ["", f"{name} is trained with a recipe of its own: {told}."]
     others: dict[str, list[str]] = {}
     for name, told in found["other_settings"].items():
         others.setdefault(told, []).append(name)
@@ -272,6 +274,21 @@ def to_markdown(plan: Plan, found: dict) -> str:
             "averages are as long in samples as the recipe's, and the learning rate stays.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _own_recipes(plan: Plan) -> dict[str, str]:
+    """Router -> where its ``train`` section differs from the first router's."""
+    trained = {
+        run.router: {k: v for k, v in settings(run.config).items() if k.startswith("train.")}
+        for run in plan.runs
+        if not run.axis
+    }
+    first = next(iter(trained.values()))
+    told = {
+        router: ", ".join(f"{k} {v}, not {first[k]}" for k, v in own.items() if v != first[k])
+        for router, own in trained.items()
+    }
+    return {router: text for router, text in told.items() if text}
 
 
 def _routers_table(rows: list[dict]) -> list[str]:

@@ -31,13 +31,15 @@ from diffmoe.checkpoints.reader import complete_folders, step_folder, step_of
 from diffmoe.code_version import ROOT, digest
 from diffmoe.compare.plan import Comparison, PlannedRun, check_unchanged
 from diffmoe.config import ScoreConfig, config_from_tree, config_to_tree
+from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.files import replacing
+from diffmoe.layout import resolve_layout
 from diffmoe.strict_yaml import read_yaml
+from diffmoe.training.resume import engine_changes
 from diffmoe.training.validation import read_validations
 
 SETTINGS, LOG = "compare.yaml", "compare.log"
-JUDGE_NAME, SAMPLES = "judge.json", "judged"
 _PR_SET_PDEATHSIG = 1  # of Linux's include/uapi/linux/prctl.h
 _LOOK_S = 0.1
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -52,18 +54,22 @@ _OF_RANKS = (
 )
 
 
-def check(run: PlannedRun, ranks: int) -> None:
+def check(run: PlannedRun, comparison: Comparison) -> None:
     """UserError for a run that was begun with other settings."""
-    path = run.folder / SETTINGS
+    path, ranks = run.folder / SETTINGS, comparison.ranks
     if not path.exists():
         return
     check_unchanged(run, config_from_tree(read_yaml(path)))
     layout = run.folder / "layout.json"
     before = json.loads(layout.read_text())["ranks"] if layout.exists() else ranks
-    if before != ranks:
+    changed = [f"ranks ({before}) is now {ranks}"] if before != ranks else []
+    tree = read_deepspeed(comparison.deepspeed or None)
+    merged = merge_deepspeed(tree, run.config, resolve_layout(run.config, ranks))
+    changed += [f"deepspeed: {change}" for change in engine_changes(run.folder, merged)]
+    if changed:
         raise UserError(
-            f"run {run.name} was begun with other settings: ranks ({before}) is now {ranks}; "
-            f"choose another folder, or remove {run.folder}"
+            f"run {run.name} was begun with other settings: {'; '.join(changed)}; choose another "
+            f"folder, or remove {run.folder}"
         )
 
 
@@ -106,29 +112,41 @@ def next_command(run: PlannedRun, comparison: Comparison) -> list[str] | None:
             arguments += ["--deepspeed_config", comparison.deepspeed]
         return _program(comparison.ranks, arguments)
     if score.reference and not card_of(run).exists():
-        arguments = ["evaluate", "--checkpoint", str(folder), *_scoring(score)]
+        arguments = ["evaluate", "--checkpoint", str(folder), *_scoring(score, comparison)]
         arguments += ["--count", str(score.count), "--out", str(card_of(run).parent)]
         return _program(comparison.ranks, [*arguments, "--no-samples"])
-    if comparison.judge and not (folder / JUDGE_NAME).exists():
-        samples = folder / f"{SAMPLES}.npz"
+    verdict = verdict_of(run, comparison)
+    if comparison.judge and not verdict.exists():
+        samples = verdict.with_name("samples.npz")
         if not samples.exists():
             arguments = ["sample", "--checkpoint", str(folder), "--count", str(score.count)]
-            return _program(comparison.ranks, [*arguments, "--out", str(folder / SAMPLES)])
+            return _program(comparison.ranks, [*arguments, "--out", str(samples.with_suffix(""))])
         module, *options = shlex.split(comparison.judge)
-        judge = [sys.executable, "-m", module, str(samples), *options]
-        return [*judge, "--json", str(folder / JUDGE_NAME)]
+        return [sys.executable, "-m", module, str(samples), *options, "--json", str(verdict)]
     return None
 
 
 def card_of(run: PlannedRun) -> Path:
     """The card of the run's scores: other scores, asked for later, have another folder."""
-    said = json.dumps(asdict(run.config.score), sort_keys=True).encode()
-    return run.folder / f"scores_{hashlib.sha256(said).hexdigest()[:8]}" / "card.json"
+    return run.folder / f"scores_{_digest(asdict(run.config.score))}" / "card.json"
 
 
-def _scoring(score: ScoreConfig) -> list[str]:
-    words = ["--reference", score.reference, "--extractor", score.extractor]
-    return [*words, "--vae", score.vae] if score.vae else words
+def verdict_of(run: PlannedRun, comparison: Comparison) -> Path:
+    """What the judge says; another judge, or of more images, has another folder."""
+    return run.folder / f"judged_{_digest([comparison.judge, run.config.score.count])}/judge.json"
+
+
+def _digest(said: object) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _scoring(score: ScoreConfig, comparison: Comparison) -> list[str]:
+    """The reference is measured by the first run that is scored, and kept for all."""
+    said = _digest([score.reference, score.extractor, score.vae])
+    kept = Path(comparison.folder) / f"reference_{said}.npz"
+    save = [] if kept.exists() else ["--save-reference", str(kept)]
+    words = ["--reference", score.reference if save else str(kept), *save]
+    return [*words, "--extractor", score.extractor, *(["--vae", score.vae] if score.vae else [])]
 
 
 def _program(ranks: int, arguments: list[str]) -> list[str]:
@@ -163,7 +181,7 @@ def carry_out(
     anything is started, for a run that was begun with other settings.
     """
     for run in runs:
-        check(run, comparison.ranks)
+        check(run, comparison)
     waiting = deque(run for run in runs if next_command(run, comparison))
     left = len(waiting)
     say(f"{len(runs) - left} of {len(runs)} runs are finished, {left} to go, {jobs} at a time")
