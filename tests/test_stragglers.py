@@ -69,6 +69,7 @@ def ran(nursery, folder, world, victim, where, *more, deepspeed=None):
     [
         (4, 2, "forward", 2, zero(1)),
         (2, 1, "data", 1, zero(1, bf16=True)),
+        (4, 3, "data", 1, zero(2, mics_shard_size=2)),
         (2, 0, "forward", 2, zero(3)),
     ],
 )

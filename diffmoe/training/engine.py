@@ -247,7 +247,8 @@ class Engine:
         if not last:
             self.engine.step()  # counts the micro-batch
         elif self.sharding.replicas.size > 1 and not self._sums:
-            self._average_over_replicas()
+            with self.groups.trace.clock.waiting("exchange"):
+                self._average_over_replicas()
 
     def _average_over_replicas(self) -> None:
         """The shards of the gradient, so far averages over this rank's shard group."""
