@@ -335,10 +335,13 @@ class ParallelConfig:
         ep: Consecutive ranks that share one set of experts.
         recompute: Activations that backward computes again: none, all of a block, or all but what
             is dear or came over the network.
+        overlap: `halves`: in training each half of a micro-batch's samples computes while the other
+            half's rows are on their way to experts or back. The same model.
     """
 
     ep: int = 1
     recompute: Literal["none", "block", "selective"] = "none"
+    overlap: Literal["none", "halves"] = "none"
 
 
 def attention_kept(depth: int) -> int:

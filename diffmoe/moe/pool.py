@@ -73,7 +73,7 @@ def _choose_at_owner(
     # An expert's tokens come from this EP group alone, so that their number is known where the pool
     # has no other.
     each = chosen_eK.shape[1] if owners.size == 1 else None
-    return Routing(mask_TE, received_re=mine.sum(dim=1), each=each), observed
+    return Routing(mask_TE, coming_rTe=mine, each=each), observed
 
 
 def race(
@@ -99,7 +99,7 @@ def race(
     mine = by_rank[pool.index]
     first = pool.index - ep.index  # EP groups are consecutive ranks of the pool's
     coming = by_rank[first : first + ep.size].unflatten(2, (ep.size, -1))[:, :, ep.index]
-    return Routing(mine, received_re=coming.sum(dim=1)), observed
+    return Routing(mine, coming_rTe=coming), observed
 
 
 def sum_by_pool(per_run: Tensor, run: int, pool: int, samples: int, group: Group) -> Tensor:

@@ -70,11 +70,13 @@ class Case:
     compiled: bool = False
     routing: str = "token"  # of the images that a compiled row samples
     overlap: bool = False
+    halves: bool = False  # parallel.overlap
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
         """The configuration of this row.  Raises UserError where the numbers do not fit."""
         text = (
             f"{_COMMON} run.seed={seed} parallel.ep={self.ep} parallel.recompute={self.recompute} "
+            f"parallel.overlap={'halves' if self.halves else 'none'} "
             f"moe.pool={self.pool} train.batch={self.batch} train.accumulation={self.accumulation} "
             f"train.steps={steps} train.compile={str(self.compiled).lower()} "
             f"sample.routing={self.routing} {VARIANTS[self.variant]}"
@@ -107,7 +109,15 @@ class Case:
     def kind(self) -> str:
         words = [self.variant, "bf16" * (self.precision == "bf16")]
         return " ".join(
-            filter(None, [*words, "compiled" * self.compiled, "overlap" * self.overlap])
+            filter(
+                None,
+                [
+                    *words,
+                    "compiled" * self.compiled,
+                    "overlap" * self.overlap,
+                    "halves" * self.halves,
+                ],
+            )
         )
 
 
