@@ -27,7 +27,7 @@ from diffmoe.models.layers import (
     sine_positions,
 )
 from diffmoe.moe.gating import Beside
-from diffmoe.moe.layer import MoELayer, MoEStats
+from diffmoe.moe.layer import Late, MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import ParallelGroups, single_process
 from diffmoe.parallel.recompute import Run, at_once, forms, recomputed
@@ -57,8 +57,8 @@ class Condition(NamedTuple):
         return [Condition(*values) for values in zip(*(value.chunk(2) for value in self))]
 
 
-Late = Callable[[], Tensor]  # a tensor of which a part may still be on its way
-Halves = tuple[Late, Late]  # of the samples, [B/2, N, D] each
+# Of the samples, [B/2, N, D] each: what gives it, perhaps of rows that are still on their way.
+Halves = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 BlockOutput = tuple[Tensor | Halves, MoEStats | None]
 BlockRun = Callable[["DiTBlock", str, Tensor | Halves, Condition, RoutingRule], BlockOutput]
 
@@ -107,8 +107,8 @@ class DiTBlock(nn.Module):
         parts = (run(self.attend, half(), c_BD) for half, c_BD in zip(halves, c.sum_BD.chunk(2)))
         x, h, gate, plain = zip(*parts)
         beside = Beside(c.time_BD, torch.cat(plain) if self.shows_plain else None, c.null_B)
-        y, stats = self.mlp(h, rule, run, beside)
-        a, b = (partial(_late_sum, *each, run) for each in zip(x, gate, y))
+        late, stats = self.mlp(h, rule, run, beside)
+        a, b = (partial(_late_sum, *each, run) for each in zip(x, gate, late))
         return _here(a(), b()) if arrived else (a, b), stats
 
     def attend(self, x: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -125,8 +125,8 @@ def _gated_sum(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return x + gate.unsqueeze(1) * y
 
 
-def _late_sum(x: Tensor, gate: Tensor, late_TD: Late, run: Run) -> Tensor:
-    return run(_gated_sum, x, gate, late_TD().view_as(x))
+def _late_sum(x: Tensor, gate: Tensor, late: Late, run: Run) -> Tensor:
+    return run(_gated_sum, x, gate, late.output(run).view_as(x))
 
 
 def _here(a: Any, b: Any) -> Halves:

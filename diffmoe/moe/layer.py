@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +72,22 @@ class MoEStats:
     balance_loss: Tensor | None = None
     observed_E: Tensor | None = None
     target_TP: Tensor | None = None
+
+
+class Late(NamedTuple):
+    """The layer's output of tokens whose rows are on their way home.  A tuple, since that is how
+    ZeRO 3 finds the tensors before whose backward the layer's weights must be there.
+    """
+
+    coming_RD: Travelling
+    gates_TE: Tensor
+    plan: Plan
+    shared_TD: Tensor | None
+
+    def output(self, run: Run) -> Tensor:
+        """[T, D], once the rows are here."""
+        coming, gates, plan, shared = self
+        return run(combine, arrived(coming), gates, plan, shared, ragged=plan.ragged)
 
 
 def running_state(model: ModelConfig, moe: MoEConfig) -> dict[str, RunningState]:
@@ -153,9 +168,8 @@ class MoELayer(nn.Module):
         """[B, N, D] -> [B, N, D] and the report.  A token that no expert takes gets zero, or what
         the shared experts say.
 
-        Of two halves of the samples, which are routed together: what gives each half's output when
-        it is called.  Of one half rows travel while experts compute the other's; the last ones are
-        on their way home when this returns.
+        Of two halves of the samples, which are routed together, [Late, Late]: of one half rows
+        travel while experts compute the other's.
         """
         halves = [] if isinstance(x_BND, Tensor) else [half.flatten(0, 1) for half in x_BND]
         x_TD = x_BND.flatten(0, 1) if isinstance(x_BND, Tensor) else torch.cat(halves)
@@ -171,14 +185,14 @@ class MoELayer(nn.Module):
             plan = make_plan(routing, ep)
             coming_SD = dispatch(x_TD, plan, ep)
             shared_TD = None if self.shared is None else run(self.shared, x_TD)  # while rows travel
-            coming_RD = self._experts(coming_SD, plan, run)
-            return _home(coming_RD, gates_TE, plan, shared_TD, run).view_as(x_BND), stats
+            late = Late(self._experts(coming_SD, plan, run), gates_TE, plan, shared_TD)
+            return late.output(run).view_as(x_BND), stats
         plans = half_plans(routing, ep, whole_pools=samples // 2 % self.pool == 0)
         coming = [dispatch(half, plan, ep) for half, plan in zip(halves, plans)]
         shared = [None if self.shared is None else run(self.shared, half) for half in halves]
         coming = [self._experts(rows, plan, run) for rows, plan in zip(coming, plans)]
         each = zip(coming, gates_TE.chunk(2), plans, shared)
-        return [partial(_home, *parts, run) for parts in each], stats
+        return [Late(*parts) for parts in each], stats
 
     def commit(self, observed_E: Tensor, pools: int) -> None:
         """Takes what a step's passes observed [E], summed over them and over ranks: thresholds of
@@ -337,13 +351,6 @@ class MoELayer(nn.Module):
             scores = scores / scores.sum(dim=1, keepdim=True)
         both = by_pool(torch.stack([by_run(scores).sum(dim=1), taken.sum(dim=1)], dim=1))
         return balance_loss(both[:, 0], both[:, 1], pool_tokens, self.moe.top_k)
-
-
-def _home(
-    coming_RD: Travelling, gates_TE: Tensor, plan: Plan, shared_TD: Tensor | None, run: Run
-) -> Tensor:
-    """The output [T, D] of tokens whose rows are on their way home."""
-    return run(combine, arrived(coming_RD), gates_TE, plan, shared_TD, ragged=plan.ragged)
 
 
 def _each_token(of_sample_B: Tensor, tokens_TX: Tensor) -> Tensor:

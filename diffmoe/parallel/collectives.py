@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -55,8 +54,7 @@ class _Exchange:
         self.gradient: Tensor | None = None  # on its way back
 
 
-@dataclass(frozen=True)
-class Travelling:
+class Travelling(NamedTuple):
     """Rows that ``send_rows`` sent: to be read through ``arrived``."""
 
     rows: Tensor
