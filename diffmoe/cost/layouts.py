@@ -12,6 +12,7 @@ from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, Memory, engine_facts, rank_memory
 from diffmoe.cost.step_time import StepTime, step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
+from diffmoe.deepspeed_json import check_shards
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
 
@@ -86,9 +87,10 @@ class Candidate:
     @property
     def label(self) -> str:
         layout = self.layout
+        shard = f" in groups of {self.engine.shard}" if self.engine.copies(layout) > 1 else ""
         return (
-            f"EP {layout.ep}, ZeRO {self.engine.stage}, recompute {self.recompute}, micro-batch "
-            f"{layout.micro_batch} x {layout.accumulation}"
+            f"EP {layout.ep}, ZeRO {self.engine.stage}{shard}, recompute {self.recompute}, "
+            f"micro-batch {layout.micro_batch} x {layout.accumulation}"
         )
 
     def table(self) -> dict[str, Any]:
@@ -111,6 +113,7 @@ def evaluate(config: Config, deepspeed_tree: dict, cluster: Cluster) -> Candidat
     ranks.
     """
     layout, engine = resolve_layout(config, cluster.ranks), engine_facts(deepspeed_tree)
+    check_shards(deepspeed_tree, config, cluster.ranks)
     return Candidate(
         config,
         layout,

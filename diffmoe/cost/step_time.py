@@ -61,7 +61,7 @@ def step_time(
     host = max(0.0, launching - compute) if hardware.asynchronous else launching
     latency, seconds = 0.0, {True: 0.0, False: 0.0}
     for message in step_traffic(config, layout, engine):
-        alpha, beta = message_time(message, layout, hardware, per_node)
+        alpha, beta = message_time(message, layout, engine, hardware, per_node)
         latency += alpha
         seconds[message.collective == "all_to_all"] += alpha + beta
     return StepTime(compute, host, seconds[True], seconds[False], latency)
@@ -192,16 +192,16 @@ def exchange_seconds(
 ) -> float:
     """Of all messages of a step, one after another."""
     messages = step_traffic(config, layout, engine)
-    return sum(sum(message_time(m, layout, hardware, per_node)) for m in messages)
+    return sum(sum(message_time(m, layout, engine, hardware, per_node)) for m in messages)
 
 
 def message_time(
-    message: Message, layout: Layout, hardware: Hardware, per_node: int
+    message: Message, layout: Layout, engine: EngineFacts, hardware: Hardware, per_node: int
 ) -> tuple[float, float]:
     """(seconds of latency, seconds of bytes) of all messages of a kind in a step: Hockney's alpha +
     n / beta, with the steps that Thakur, Rabenseifner & Gropp (2005) count.
     """
-    ranks, here = _placement(message.group, layout, per_node)
+    ranks, here = _placement(message.group, layout, engine, per_node)
     spans = here < ranks
     alpha = (hardware.network if spans else hardware.node).latency_us * 1e-6
     node = hardware.node.gb_s * 1e9 * hardware.link
@@ -218,7 +218,7 @@ def message_time(
     return message.messages * alpha * rounds, message.wire / reached
 
 
-def _placement(group: str, layout: Layout, per_node: int) -> tuple[int, int]:
+def _placement(group: str, layout: Layout, engine: EngineFacts, per_node: int) -> tuple[int, int]:
     """(ranks of the group, how many of them share a node)."""
     if group == "world":
         return layout.ranks, min(layout.ranks, per_node)
@@ -226,5 +226,10 @@ def _placement(group: str, layout: Layout, per_node: int) -> tuple[int, int]:
         return layout.ep, min(layout.ep, per_node)
     if group == "pool":
         return layout.pool_ranks, min(layout.pool_ranks, per_node)
+    if group in ("shard", "expert shard", "replicas"):
+        size = engine.shard or layout.ranks
+        stride = {"shard": 1, "expert shard": layout.ep, "replicas": size}[group]
+        ranks = (layout.ranks if group == "replicas" else size) // stride
+        return ranks, min(ranks, max(1, per_node // stride))
     ranks = layout.ranks // layout.ep if group == "edp" else max(1, layout.pool_ranks // layout.ep)
     return ranks, min(ranks, max(1, per_node // layout.ep))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffmoe.config import Config
-from diffmoe.cost.memory import EngineFacts, padded_numel, shared_parts
+from diffmoe.cost.memory import EngineFacts, padded_numel, shard_numel, shared_parts
 from diffmoe.cost.parameters import moe_layers
 from diffmoe.families import TOKENS_CHOOSE
 from diffmoe.layout import Layout, pairs_taken, rows_taken
@@ -24,8 +24,9 @@ ROWS = ("dispatch", "combine")
 @dataclass(frozen=True)
 class Message:
     """A kind of message of one rank in one step.  ``group``: ranks that take part: ep, pool,
-    owners, edp, world.  ``messages``, ``payload`` (bytes put in, the own part included), ``wire``
-    (bytes that leave the rank) are sums over the step.
+    owners, edp, world; shard, expert shard, replicas where groups of ranks have a copy of the
+    optimizer's state each.  ``messages``, ``payload`` (bytes put in, the own part included),
+    ``wire`` (bytes that leave the rank) are sums over the step.
     """
 
     collective: str
@@ -107,14 +108,22 @@ def rows_sent(config: Config, layout: Layout) -> int:
 def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Message]:
     """Gradients and weights.  ZeRO 1 in bf16 reduces gradients to their owner; DeepSpeed 0.19.8
     all-reduces whole buckets at ZeRO 0 to 2, of which ZeRO 1 and 2 then keep a part; ZeRO 2 and 3
-    do it after every micro-batch.
+    do it after every micro-batch.  Where groups of ranks have a copy of the optimizer's state each,
+    all that stays inside a group, and once a step a rank's shard is all-reduced over the copies.
     """
-    found = []
-    for (numels, ranks), group in zip(shared_parts(config, layout), ("world", "edp")):
-        whole = sum(numels)
-        if ranks == 1 or whole == 0:
+    found, copies = [], engine.copies(layout)
+    sums = engine.stage == 1 and engine.bf16
+    shards = shard_messages = 0
+    groups = ("world", "edp") if copies == 1 else ("shard", "expert shard")
+    for (numels, holders), group in zip(shared_parts(config, layout), groups):
+        whole, ranks = sum(numels), holders // copies
+        if whole == 0:
             continue
         buckets = -(-whole // engine.bucket)
+        shards += whole // ranks if sums else shard_numel(numels, ranks, engine)
+        shard_messages += -(-(buckets + ranks - 1) // ranks)
+        if ranks == 1:
+            continue
         times = layout.accumulation if engine.stage in (2, 3) else 1
         collective, messages, elements = "all_reduce", times * buckets, whole
         gathers, gathered = 1, padded_numel(numels, ranks, engine)
@@ -124,7 +133,7 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
             # Weights stay from forward to backward if they may; else backward gathers again.
             again = times if elements <= engine.live else 2 * times
             gathers, gathered = again * len(numels), again * elements
-        elif engine.stage == 1 and engine.bf16:  # in parts of one owner each
+        elif sums:  # in parts of one owner each
             collective, messages = "reduce", buckets + ranks - 1
         payload = times * elements * engine.reduced
         wire = _wire(collective, payload, ranks)
@@ -133,6 +142,12 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
             payload = gathered // ranks * engine.element
             wire = _wire("all_gather", payload, ranks)
             found.append(Message("all_gather", "parameters", "step", group, gathers, payload, wire))
+    if copies > 1:
+        payload, messages = shards * engine.reduced, shard_messages if sums else 1
+        wire = _wire("all_reduce", payload, copies)
+        found.append(
+            Message("all_reduce", "gradients", "step", "replicas", messages, payload, wire)
+        )
     return found
 
 

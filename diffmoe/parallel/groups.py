@@ -73,6 +73,18 @@ class ParallelGroups:
         return self.world.trace
 
 
+@dataclass(frozen=True)
+class ShardGroups:
+    """Who shares one copy of the optimizer's state: the ranks of ``dense`` that of what all ranks
+    train, the ranks of ``experts``, among them, that of this rank's experts.  ``replicas``: the
+    ranks that hold the same shards of both as this one.
+    """
+
+    dense: Group
+    experts: Group
+    replicas: Group
+
+
 def consecutive_ranks(rank: int, size: int) -> tuple[int, ...]:
     """The run of ``size`` consecutive ranks that ``rank`` is in (EP groups, pool groups)."""
     start = rank - rank % size
@@ -103,7 +115,7 @@ def build_groups(ep: int, pool_ranks: int, timeout: timedelta | None = None) -> 
     """
     world, rank, trace = dist.get_world_size(), dist.get_rank(), Trace()
     everybody = tuple(range(world))
-    known = {everybody: Group(everybody, rank, dist.group.WORLD, trace, "world")}
+    known = {everybody: Group(everybody, rank, dist.group.WORLD, trace, "world", timeout)}
 
     def group(name: str, ranks: tuple[int, ...]) -> Group:
         return known.setdefault(ranks, Group(ranks, ranks.index(rank), None, trace, name, timeout))
@@ -114,4 +126,22 @@ def build_groups(ep: int, pool_ranks: int, timeout: timedelta | None = None) -> 
         edp=group("edp", strided_ranks(rank, ep, world)),
         pool=group("pool", consecutive_ranks(rank, pool_ranks)),
         pool_owners=group("pool owners", strided_ranks(rank, ep, max(pool_ranks, ep))),
+    )
+
+
+def shard_groups(groups: ParallelGroups, size: int | None) -> ShardGroups:
+    """The groups where runs of ``size`` ranks, whole EP groups, share a copy (None: all ranks do).
+
+    They have communicators of their own: gradients travel while EP groups exchange rows."""
+    world, rank = groups.world, groups.rank
+    if size is None or size == world.size:
+        return ShardGroups(world, groups.edp, Group((rank,), 0))
+
+    def group(name: str, ranks: tuple[int, ...]) -> Group:
+        return Group(ranks, ranks.index(rank), None, groups.trace, name, world.timeout)
+
+    return ShardGroups(
+        dense=group("shard", consecutive_ranks(rank, size)),
+        experts=group("expert shard", strided_ranks(rank, groups.ep.size, size)),
+        replicas=group("replicas", strided_ranks(rank, size, world.size)),
     )

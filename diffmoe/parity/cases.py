@@ -55,6 +55,7 @@ _COMMON = (
 class Case:
     """One row.  ``pool`` is what the configuration says, a word or samples; ``words``: other words
     for the same.  ``overlap``: gradients are reduced in many small buckets while backward runs.
+    ``shard``: so many ranks share a copy of the optimizer's state (0: all).
     """
 
     world: int
@@ -70,6 +71,7 @@ class Case:
     compiled: bool = False
     routing: str = "token"  # of the images that a compiled row samples
     overlap: bool = False
+    shard: int = 0
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
         """The configuration of this row.  Raises UserError where the numbers do not fit."""
@@ -88,6 +90,8 @@ class Case:
             stage["stage3_param_persistence_threshold"] = 0
         if self.overlap:
             stage |= {"overlap_comm": True, "reduce_bucket_size": 5000}
+        if self.shard:
+            stage["mics_shard_size"] = self.shard
         zero = {"zero_optimization": stage}
         if self.precision == "fp32":
             return zero
@@ -106,9 +110,9 @@ class Case:
     @property
     def kind(self) -> str:
         words = [self.variant, "bf16" * (self.precision == "bf16")]
-        return " ".join(
-            filter(None, [*words, "compiled" * self.compiled, "overlap" * self.overlap])
-        )
+        words += ["compiled" * self.compiled, "overlap" * self.overlap]
+        words.append(f"shards of {self.shard}" if self.shard else "")
+        return " ".join(filter(None, words))
 
 
 def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
