@@ -8,6 +8,7 @@ archive of ``scripts/bench_gpu.sh``.
 from __future__ import annotations
 
 import json
+import math
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -81,20 +82,28 @@ def calibrate(hardware: Hardware, records: list[Measured], origin: str) -> Hardw
     that predictions meet the records.
 
     Sums over the records are compared: the shares of compute are scaled together, so are bandwidth
-    and latency of the links, and launching takes what was neither.
+    and latency of the links, until as much of the messages is not hidden as was measured, and
+    launching takes what was neither.
     """
     if not records:
         raise UserError(f"{origin} holds no measured step")
     bare = replace(hardware, operator_us=0.0)
-    predicted = [step_time(r.config, r.layout, r.engine, bare, r.per_node) for r in records]
+    planned = [step_time(r.config, r.layout, r.engine, bare, r.per_node) for r in records]
     computed = sum(r.compute for r in records)
-    compute = sum(p.compute for p in predicted) / max(1e-9, computed)
+    compute = sum(p.compute for p in planned) / max(1e-9, computed)
+    bare = _scaled(bare, compute, 1.0)
     sent = sum(r.all_to_all + r.reduction for r in records)
-    expected = sum(p.all_to_all + p.reduction for p in predicted)
-    link = expected / sent if sent > 0 and expected > 0 else 1.0
+    if sent > 0 and any(p.whole_all_to_all + p.whole_reduction for p in planned):
+        bare = _link_scaled(bare, records, sent)
     # What the host needs hides behind a device that computes meanwhile.
     hidden = computed if hardware.asynchronous else 0.0
     launched = sum(launches(r.config, r.layout, r.engine, hardware) for r in records)
+    operator_us = 1e6 * (hidden + sum(r.other for r in records)) / launched
+    return replace(bare, operator_us=operator_us, calibrated=origin)
+
+
+def _scaled(hardware: Hardware, compute: float, link: float) -> Hardware:
+    """``hardware`` that computes and sends so many times as fast."""
     return replace(
         hardware,
         matmul=hardware.matmul * compute,
@@ -103,9 +112,23 @@ def calibrate(hardware: Hardware, records: list[Measured], origin: str) -> Hardw
         link=hardware.link * link,
         node=Link(hardware.node.gb_s, hardware.node.latency_us / link),
         network=Link(hardware.network.gb_s, hardware.network.latency_us / link),
-        operator_us=1e6 * (hidden + sum(r.other for r in records)) / launched,
-        calibrated=origin,
     )
+
+
+def _link_scaled(hardware: Hardware, records: list[Measured], sent: float) -> Hardware:
+    """``hardware`` with links as fast as makes the records' steps ``sent`` seconds longer: what is
+    hidden shrinks as messages grow, so that they are found by halving.
+    """
+    slow, fast = 1e-6, 1e6
+    for _ in range(60):
+        middle = math.sqrt(slow * fast)
+        tried = _scaled(hardware, 1.0, middle)
+        planned = [step_time(r.config, r.layout, r.engine, tried, r.per_node) for r in records]
+        if sum(p.all_to_all + p.reduction for p in planned) > sent:
+            slow = middle
+        else:
+            fast = middle
+    return _scaled(hardware, 1.0, fast)
 
 
 def calibrate_kernels(hardware: Hardware, records: list[Kernels], origin: str) -> Hardware:

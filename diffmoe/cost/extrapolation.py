@@ -207,7 +207,7 @@ def _why(point: Point, best: Candidate) -> str:
     phase = max(lost, key=lambda name: lost[name])
     text = f"{WORDS[phase]} takes {100 * getattr(time, phase) / time.total:.0f} % of the step"
     if phase in ("all_to_all", "reduction"):
-        slow = time.latency > 0.5 * (time.all_to_all + time.reduction)
+        slow = time.latency > 0.5 * (time.whole_all_to_all + time.whole_reduction)
         group = best.layout.ep if phase == "all_to_all" else best.layout.ranks
         across = "across nodes" if group > point.ranks // point.nodes else "inside nodes"
         text += f" ({'latency' if slow else 'bytes'}, {across})"

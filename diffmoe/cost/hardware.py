@@ -31,8 +31,9 @@ class Hardware:
     """A kind of machine; fields as ``diffmoe/cost/hardware.yaml`` explains them; without
     ``tflops_tf32`` fp32's peak holds for TF32 as well.  ``matmul``, ``bandwidth`` and ``link`` are
     the shares of a peak that are reached (above 1 where the peak was set too low), ``attention``
-    that of the attention's kernels (default: ``matmul``).  ``asynchronous``: the host launches
-    operators while the device computes.
+    that of the attention's kernels (default: ``matmul``).  ``overlap_cost``: the share of
+    their speed that kernels lose while messages pass under them (1: nothing is gained).
+    ``asynchronous``: the host launches operators while the device computes.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Hardware:
     operator_us: float
     asynchronous: bool = True
     attention: float | None = None
+    overlap_cost: float = 0.25
     read_us: float = 20.0
     calibrated: str | None = None
     tflops_tf32: float | None = None
