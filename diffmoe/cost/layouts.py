@@ -13,7 +13,7 @@ from diffmoe.cost.memory import EngineFacts, Memory, engine_facts, rank_memory
 from diffmoe.cost.step_time import StepTime, step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.errors import UserError
-from diffmoe.layout import Layout, resolve_layout
+from diffmoe.layout import Layout, over_hosts, resolve_layout
 
 RECOMPUTE = ("none", "selective", "block")
 GIB = 2**30
@@ -87,7 +87,8 @@ class Candidate:
     def label(self) -> str:
         layout = self.layout
         return (
-            f"EP {layout.ep}, ZeRO {self.engine.stage}, recompute {self.recompute}, micro-batch "
+            f"EP {layout.ep}{' over two levels' if layout.per_host else ''}, ZeRO "
+            f"{self.engine.stage}, recompute {self.recompute}, micro-batch "
             f"{layout.micro_batch} x {layout.accumulation}"
         )
 
@@ -111,6 +112,7 @@ def evaluate(config: Config, deepspeed_tree: dict, cluster: Cluster) -> Candidat
     ranks.
     """
     layout, engine = resolve_layout(config, cluster.ranks), engine_facts(deepspeed_tree)
+    layout = over_hosts(layout, config.parallel.exchange, [cluster.per_node])
     return Candidate(
         config,
         layout,
@@ -156,6 +158,10 @@ def candidates(
             candidate = evaluate(changed, tree, cluster)
         except UserError:
             continue  # sizes that do not divide
+        if candidate.layout.per_host and config.parallel.exchange == "auto":  # or the other form
+            directly = replace(changed, parallel=replace(changed.parallel, exchange="direct"))
+            other = evaluate(directly, tree, cluster)
+            candidate = min(candidate, other, key=lambda c: (not c.fits, c.time.total))
         found[candidate.pins] = candidate
     return sorted(
         found.values(),

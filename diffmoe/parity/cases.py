@@ -55,6 +55,8 @@ _COMMON = (
 class Case:
     """One row.  ``pool`` is what the configuration says, a word or samples; ``words``: other words
     for the same.  ``overlap``: gradients are reduced in many small buckets while backward runs.
+    ``per_host``: ranks of an expert-parallel group on what counts as one host, between which the
+    exchange has two levels.
     """
 
     world: int
@@ -70,6 +72,7 @@ class Case:
     compiled: bool = False
     routing: str = "token"  # of the images that a compiled row samples
     overlap: bool = False
+    per_host: int = 0
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
         """The configuration of this row.  Raises UserError where the numbers do not fit."""
@@ -106,8 +109,9 @@ class Case:
     @property
     def kind(self) -> str:
         words = [self.variant, "bf16" * (self.precision == "bf16")]
+        hosts = f"hosts of {self.per_host}" if self.per_host else ""
         return " ".join(
-            filter(None, [*words, "compiled" * self.compiled, "overlap" * self.overlap])
+            filter(None, [*words, "compiled" * self.compiled, "overlap" * self.overlap, hosts])
         )
 
 
