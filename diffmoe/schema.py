@@ -335,10 +335,15 @@ class ParallelConfig:
         ep: Consecutive ranks that share one set of experts.
         recompute: Activations that backward computes again: none, all of a block, or all but what
             is dear or came over the network.
+        exchange: Of rows in an expert-parallel group: `direct`, every rank with every other, or
+            `two_level`, across hosts with the rank of the same place and inside the host with its
+            others; `auto`: the latter where groups are spread over hosts with equally many (two or
+            more) consecutive ranks of each on each.
     """
 
     ep: int = 1
     recompute: Literal["none", "block", "selective"] = "none"
+    exchange: Literal["auto", "direct", "two_level"] = "auto"
 
 
 def attention_kept(depth: int) -> int:

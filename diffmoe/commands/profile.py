@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe.commands.common import Parser, join, leave
+from diffmoe.commands.common import Parser, join, leave, on_our_hosts
 from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, override
 from diffmoe.cost.memory import EngineFacts, engine_facts, rank_memory
 from diffmoe.cost.traffic import least_traffic, step_traffic
@@ -47,6 +47,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         tree["zero_optimization"] = {**zero, "stage": options.zero}
     merge_deepspeed(tree, config, layout)
     device = join(environment, asked=config.run.device)
+    layout = on_our_hosts(config, layout)
     found = _measure(config, layout, tree, device, options)
     record = {
         **found,
@@ -112,7 +113,7 @@ def _measure(
     from diffmoe.training.profiling import RankProfile, profile_rank, surroundings
 
     set_fp32_precision(config.run.fp32_precision)
-    groups = build_groups(layout.ep, layout.pool_ranks)
+    groups = build_groups(layout.ep, layout.pool_ranks, per_host=layout.per_host)
     share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
     batches = _batches(config, share, groups, options.synthetic)
     model = DiT(

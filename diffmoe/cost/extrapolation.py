@@ -15,7 +15,7 @@ from diffmoe.cost.layouts import GIB, Candidate, Cluster, Pins, candidates, fixe
 from diffmoe.cost.memory import engine_facts
 from diffmoe.cost.step_time import step_time
 from diffmoe.errors import UserError
-from diffmoe.layout import Layout, resolve_layout
+from diffmoe.layout import Layout, over_hosts, resolve_layout, runs_of
 
 MODES = ("strong", "weak")
 WORDS = {
@@ -50,14 +50,23 @@ def spanning(
     hardware: Hardware,
     hosts: Sequence[Hashable],
 ) -> str | None:
-    """A line about EP groups that span hosts, with their price on ``hardware``; else None."""
+    """A line about EP groups that span hosts, with their price on ``hardware``; else None.
+    UserError where ``parallel.exchange`` cannot be there.
+    """
+    layout = over_hosts(layout, config.parallel.exchange, runs_of(hosts))
     touched, together = spanned(hosts, layout.ep)
     if touched == 1:
         return None
     per_node, engine = max(Counter(hosts).values()), engine_facts(deepspeed_tree)
-    time, apart, inside = (
-        step_time(config, layout, engine, hardware, here)
-        for here in (per_node, together, layout.ranks)
+    directly = replace(layout, per_host=0)
+    time, apart, plain, inside = (
+        step_time(config, each, engine, hardware, here)
+        for each, here in (
+            (layout, per_node),
+            (layout, together),
+            (directly, together),
+            (directly, layout.ranks),
+        )
     )
     step = time.total - time.all_to_all + apart.all_to_all
     text = (
@@ -65,6 +74,8 @@ def spanning(
         f"all-to-all takes {1e3 * apart.all_to_all:.1f} of {1e3 * step:.1f} ms a step, "
         f"{1e3 * inside.all_to_all:.1f} inside a host"
     )
+    if layout.per_host:
+        text += f"; it goes over two levels, directly it would take {1e3 * plain.all_to_all:.1f} ms"
     smaller = math.gcd(layout.ep, per_node)
     if spanned(hosts, smaller)[0] > 1:
         return f"{text}; ranks of a host are not consecutive (srun --distribution=block)"

@@ -14,7 +14,7 @@ from diffmoe.cost.step_time import StepTime, step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import check_shards
 from diffmoe.errors import UserError
-from diffmoe.layout import Layout, resolve_layout
+from diffmoe.layout import Layout, over_hosts, resolve_layout
 
 RECOMPUTE = ("none", "selective", "block")
 GIB = 2**30
@@ -89,8 +89,9 @@ class Candidate:
         layout = self.layout
         shard = f" in groups of {self.engine.shard}" if self.engine.copies(layout) > 1 else ""
         return (
-            f"EP {layout.ep}, ZeRO {self.engine.stage}{shard}, recompute {self.recompute}, "
-            f"micro-batch {layout.micro_batch} x {layout.accumulation}"
+            f"EP {layout.ep}{' over two levels' if layout.per_host else ''}, ZeRO "
+            f"{self.engine.stage}{shard}, recompute {self.recompute}, micro-batch "
+            f"{layout.micro_batch} x {layout.accumulation}"
         )
 
     def table(self) -> dict[str, Any]:
@@ -114,6 +115,7 @@ def evaluate(config: Config, deepspeed_tree: dict, cluster: Cluster) -> Candidat
     """
     layout, engine = resolve_layout(config, cluster.ranks), engine_facts(deepspeed_tree)
     check_shards(deepspeed_tree, config, cluster.ranks)
+    layout = over_hosts(layout, config.parallel.exchange, [cluster.per_node])
     return Candidate(
         config,
         layout,
@@ -159,6 +161,10 @@ def candidates(
             candidate = evaluate(changed, tree, cluster)
         except UserError:
             continue  # sizes that do not divide
+        if candidate.layout.per_host and config.parallel.exchange == "auto":  # or the other form
+            directly = replace(changed, parallel=replace(changed.parallel, exchange="direct"))
+            other = evaluate(directly, tree, cluster)
+            candidate = min(candidate, other, key=lambda c: (not c.fits, c.time.total))
         found[candidate.pins] = candidate
     return sorted(
         found.values(),

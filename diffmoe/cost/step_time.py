@@ -273,10 +273,11 @@ def message_time(
     network = hardware.network.gb_s * 1e9 * hardware.link
     if message.collective == "all_to_all":
         # Pairwise: all peers at once over the node's switch; the network carries what leaves the
-        # node.
+        # node, a message to each rank there.
         outside = message.wire * (ranks - here) / max(1, ranks - 1)
         seconds = max((message.wire - outside) / node, outside / network)
-        return message.messages * alpha * max(1.0, math.log2(ranks)), seconds
+        rounds = ranks - here if spans else max(1.0, math.log2(ranks))
+        return message.messages * alpha * rounds, seconds
     # Rings through the node use every network card of the group's ranks there.
     reached = min(node, here * network) if spans else node
     rounds = (2 if message.collective == "all_reduce" else 1) * math.ceil(math.log2(ranks))
@@ -289,6 +290,10 @@ def _placement(group: str, layout: Layout, engine: EngineFacts, per_node: int) -
         return layout.ranks, min(layout.ranks, per_node)
     if group == "ep":
         return layout.ep, min(layout.ep, per_node)
+    if group == "ep across":
+        return layout.ep // layout.per_host, 1
+    if group == "ep inside":
+        return layout.per_host, layout.per_host
     if group == "pool":
         return layout.pool_ranks, min(layout.pool_ranks, per_node)
     if group in ("shard", "expert shard", "replicas"):

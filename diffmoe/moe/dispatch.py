@@ -26,8 +26,9 @@ class Plan:
     ``token_R``, ``place_R``: each row's token, and its place in flattened [T, E].  ``by_token_R``:
     rows sorted by (token, expert), where those of a token begin at ``first_T``.  ``counts``: rows
     of each local expert, one number where all have equally many, else [e].  ``received_re``: rows
-    by source rank and local expert; ``send``, ``receive``: rows by rank.  None where all are equal
-    or nothing moves.  ``ragged``: whether their number differs from pass to pass.
+    by source rank and local expert; ``send``, ``receive``: rows by rank, ``passing``: rows between
+    others that pass through this one.  None where all are equal or nothing moves.  ``ragged``:
+    whether their number differs from pass to pass.
     """
 
     token_R: Tensor
@@ -38,6 +39,7 @@ class Plan:
     received_re: Tensor | None = None
     send: list[int] | None = None
     receive: list[int] | None = None
+    passing: list[int] | None = None
     ragged: bool = False
 
 
@@ -56,11 +58,16 @@ def make_plan(routing: Routing, ep: Group) -> Plan:
             rows = read_by_host(counts_E.sum(0, keepdim=True))[0]
         return Plan(*_rows(mask_TE, rows), counts_E, ragged=routing.rows is None)
     sent = counts_E.view(ep.size, -1)
-    received = routing.received_re if routing.received_re is not None else exchange_equal(sent, ep)
-    numbers = read_by_host(torch.cat([sent.sum(1), received.sum(1)]))
-    send, receive = numbers[: ep.size], numbers[ep.size :]
+    received, passing = routing.received_re, routing.passing_r
+    if received is None:
+        received, passed = exchange_equal(sent, ep)
+        passing = None if passed is None else passed.sum(1)
+    known = [sent.sum(1), received.sum(1), *([] if passing is None else [passing])]
+    numbers = read_by_host(torch.cat(known))
+    send, receive, through = (numbers[i * ep.size :][: ep.size] for i in range(3))
     counts = routing.each if routing.each is not None else received.sum(0)
-    return Plan(*_rows(mask_TE, sum(send)), counts, received, send, receive, ragged=True)
+    places = _rows(mask_TE, sum(send))
+    return Plan(*places, counts, received, send, receive, through or None, ragged=True)
 
 
 def _rows(mask_TE: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,7 +89,12 @@ def dispatch(x_TD: Tensor, plan: Plan, ep: Group) -> Travelling:
     ``arrived``.
     """
     rows_RD = _Gather.apply(x_TD, plan.token_R, plan.by_token_R, plan.first_T)
-    return send_rows(rows_RD, plan.send, plan.receive, ep)
+    return send_rows(rows_RD, plan.send, plan.receive, ep, plan.passing)
+
+
+def send_home(rows_SD: Tensor, plan: Plan, ep: Group) -> Travelling:
+    """Experts' outputs, as their inputs arrived, on their way to where the tokens live."""
+    return send_rows(rows_SD, plan.receive, plan.send, ep, plan.passing, home=True)
 
 
 def by_expert(rows_SD: Tensor, plan: Plan, ranks: int, local: int) -> Tensor:

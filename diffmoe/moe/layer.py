@@ -22,7 +22,15 @@ from diffmoe.families import (
 from diffmoe.layout import pairs_taken, rows_taken
 from diffmoe.moe.balance import LoadBias, balance_loss, contrastive_loss, similarity_loss
 from diffmoe.moe.capacity import CapacityPredictor, Thresholds, predictor_loss
-from diffmoe.moe.dispatch import Plan, by_expert, by_source, combine, dispatch, make_plan
+from diffmoe.moe.dispatch import (
+    Plan,
+    by_expert,
+    by_source,
+    combine,
+    dispatch,
+    make_plan,
+    send_home,
+)
 from diffmoe.moe.experts import Experts, has_grouped_matmul
 from diffmoe.moe.gating import Beside, cosines, logits, scored, time_token_logits
 from diffmoe.moe.pool import choose, race, sum_by_pool
@@ -39,7 +47,7 @@ from diffmoe.moe.routing import (
     predicted_counts,
 )
 from diffmoe.moe.running import RunningState
-from diffmoe.parallel.collectives import arrived, send_rows
+from diffmoe.parallel.collectives import arrived
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.recompute import Run, at_once
 
@@ -151,7 +159,7 @@ class MoELayer(nn.Module):
         eager = self._loops(plan)
         rows_SD = arrived(coming_SD)
         rows_SD = run(self._compute, rows_SD, plan, ragged=plan.ragged, traceable=not eager)
-        coming_RD = send_rows(rows_SD, plan.receive, plan.send, ep)
+        coming_RD = send_home(rows_SD, plan, ep)
         y_TD = run(combine, arrived(coming_RD), gates_TE, plan, shared_TD, ragged=plan.ragged)
         return y_TD.view_as(x_BND), stats
 

@@ -41,14 +41,16 @@ class Routing:
 
     ``tokens_EK``: each expert's tokens, ascending, where all experts take equally many here.
     ``rows``: how many it says yes to.  ``received_re``: [EP ranks, local experts] rows that each
-    rank will send here; ``each``: rows that each local expert will get from all of them together.
-    None: not known.
+    rank will send here; ``passing_r``: rows between others that will pass through here (see
+    ``collectives.send_rows``), where the exchange has two levels; ``each``: rows that each local
+    expert will get from all of them together.  None: not known.
     """
 
     mask_TE: Tensor
     tokens_EK: Tensor | None = None
     rows: int | None = None
     received_re: Tensor | None = None
+    passing_r: Tensor | None = None
     each: int | None = None
 
 

@@ -56,6 +56,8 @@ class Case:
     """One row.  ``pool`` is what the configuration says, a word or samples; ``words``: other words
     for the same.  ``overlap``: gradients are reduced in many small buckets while backward runs.
     ``shard``: so many ranks share a copy of the optimizer's state (0: all).
+    ``per_host``: ranks of an expert-parallel group on what counts as one host, between which the
+    exchange has two levels.
     """
 
     world: int
@@ -72,6 +74,7 @@ class Case:
     routing: str = "token"  # of the images that a compiled row samples
     overlap: bool = False
     shard: int = 0
+    per_host: int = 0
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
         """The configuration of this row.  Raises UserError where the numbers do not fit."""
@@ -112,6 +115,7 @@ class Case:
         words = [self.variant, "bf16" * (self.precision == "bf16")]
         words += ["compiled" * self.compiled, "overlap" * self.overlap]
         words.append(f"shards of {self.shard}" if self.shard else "")
+        words.append(f"hosts of {self.per_host}" if self.per_host else "")
         return " ".join(filter(None, words))
 
 
