@@ -1,7 +1,8 @@
 """By how much a step is longer for its messages: which of them pass under which kernels.
 
-Gradients leave in buckets under backward, rows under shared experts.  Everything else is waited
-for.  docs/planner.md has the formulas.
+Gradients leave in buckets under backward, rows under shared experts and, in halves of a
+micro-batch, under the other half's.  Everything else is waited for.  docs/planner.md has the
+formulas.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ Timed = Iterable[tuple[Message, float]]
 @dataclass(frozen=True)
 class Windows:
     """Seconds of a micro-batch's kernels under which messages may pass: all of ``backward``; in
-    forward, of one MoE layer, ``shared`` experts.
+    forward, of one MoE layer, ``shared`` experts, ``experts`` and the next block's ``attention``.
     """
 
     backward: float
     shared: float
+    experts: float
+    attention: float
+
+
+def halves(config: Config) -> bool:
+    """Whether a micro-batch goes through blocks as two halves of its samples."""
+    return getattr(config.parallel, "overlap", "none") == "halves"
 
 
 def lengthened(messages: float, window: float, cost: float) -> float:
@@ -39,13 +47,25 @@ def exposed_exchange(
     config: Config, layout: Layout, windows: Windows, cost: float, timed: Timed
 ) -> float:
     """Of all-to-all ``timed`` messages.  Rows travel to their experts while shared experts compute,
-    in backward, where kernels take twice as long, as well; nothing passes under their way home.
+    in backward, where kernels take twice as long, as well.  In halves the second half's come while
+    the first half's experts compute, go home, the first half's, while the second half's do, and,
+    the second half's, while the next block attends to the first, unless all of a block is
+    recomputed.  Of two levels those inside the host are waited for.
     """
     passes, total = moe_layers(config.model, config.moe) * layout.accumulation, 0.0
+    under = {ROWS[0]: (windows.shared,), ROWS[1]: (0.0,)}
+    if halves(config):
+        last = 0.0 if config.parallel.recompute == "block" else windows.attention / 2
+        under = {
+            ROWS[0]: (windows.shared, windows.experts / 2),
+            ROWS[1]: (windows.experts / 2, last),
+        }
     for message, seconds in timed:
-        if message.purpose == ROWS[0]:
-            window = windows.shared * (2 if message.phase == "backward" else 1)
-            total += passes * lengthened(seconds / passes, window, cost)
+        if message.purpose in ROWS and message.group != "ep inside":
+            each = seconds / passes / len(under[message.purpose])
+            longer = 2 if message.phase == "backward" else 1
+            for window in under[message.purpose]:
+                total += passes * lengthened(each, longer * window, cost)
         else:
             total += seconds
     return total

@@ -97,15 +97,21 @@ def message_windows(
     memory, and 2.5 of 3.5 over attention, and what is recomputed.
     """
     speed, forward = rates(config, hardware, engine), forward_macs(config)
+    samples, model, moe = layout.micro_batch, config.model, config.moe
     memory = activation_bytes(config, layout, engine, hardware) / layout.accumulation
-    samples, D = layout.micro_batch, config.model.width
-    products = 2 * samples * (2 * forward.products + forward.products_again)
-    attention = 2 * samples * (2.5 * forward.attention + forward.attention_again)
-    shared = 2 * config.moe.shared_experts * expert_hidden(config.model, config.moe) * D
-    backward = products / speed["product"] + attention / speed["attention"]
+    products = 2 * forward.products + forward.products_again
+    attention = 2.5 * forward.attention + forward.attention_again
+    # Two products a token and inner width; q, k, v and the projection; scores and their sum.
+    width = 2 * samples * 2 * model.tokens * model.width / speed["product"]
+    expert = width * expert_hidden(model, moe)  # as much with SwiGLU, which is narrower
     return Windows(
-        backward=backward + 2 / 3 * memory / speed["memory"],
-        shared=2 * samples * config.model.tokens * shared / speed["product"],
+        backward=2 * samples * products / speed["product"]
+        + 2 * samples * attention / speed["attention"]
+        + 2 / 3 * memory / speed["memory"],
+        shared=expert * moe.shared_experts,
+        experts=expert * experts_per_token(model, moe),
+        attention=width * 2 * model.width
+        + 2 * samples * forward.attention / model.depth / speed["attention"],
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from diffmoe.config import Config
 from diffmoe.cost.memory import EngineFacts, padded_numel, shard_numel, shared_parts
 from diffmoe.cost.parameters import moe_layers
-from diffmoe.families import TOKENS_CHOOSE
+from diffmoe.families import TOKENS_CHOOSE, has_router_loss
 from diffmoe.layout import Layout, pairs_taken, rows_taken
 
 _FP32, _INT64 = 4, 8
@@ -68,7 +68,7 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
     found: list[Message] = []
 
     def add(purpose: str, phase: str, payload: int, ranks: int = ep, group: str = "ep") -> None:
-        collective = "all_gather" if purpose == "owners" else "all_to_all"
+        collective = {"owners": "all_gather", "balance": "all_reduce"}.get(purpose, "all_to_all")
         parts = [(group, ranks)]
         if group == "ep" and layout.per_host:  # everything travels on both levels
             parts = [("ep across", ep // layout.per_host), ("ep inside", layout.per_host)]
@@ -91,6 +91,11 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
             add("scores", phase, scores)
             add("owners", phase, scores, owners, "owners")
             add("mask", phase, T * E)
+        if has_router_loss(model, moe):
+            pools = layout.micro_batch * layout.pool_ranks // layout.pool
+            sums = {"tc": 2 * E, "race": 2 * E * E, "prototype": (E - 1) * (model.width + 1)}
+            payload = pools * sums[model.family] * _FP32
+            add("balance", phase, payload, layout.pool_ranks, "pool")
     for purpose in ROWS:
         for phase in (*phases, "backward"):
             add(purpose, phase, rows)
