@@ -183,7 +183,7 @@ def _measured_memory(overrides, tree):
         (4, 2, 1, "none", False, 2, 5_000_000, 2),
         (4, 2, 1, "selective", True, 1, 200_000, 2),
         (4, 2, 2, "none", True, 2, 200_000, 2),
-        (4, 1, 3, "none", False, 1, 200_000, 2),
+        (4, 2, 3, "selective", False, 1, 200_000, 2),
     ],
 )
 def test_memory_is_what_was_planned(

@@ -68,7 +68,7 @@ def engine_facts(deepspeed_tree: dict) -> EngineFacts:
         buckets=2 if how.overlap and stage in (1, 2) else 1,
         persistent=number("param_persistence_threshold", 1e5),
         live=number("max_live_parameters", 1e9),
-        shard=number(MICS, 0) or None,
+        shard=int(zero.get(MICS) or 0) or None,
     )
 
 

@@ -147,9 +147,27 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
             case = Case(world, ep, zero, RECOMPUTE[zero - 1], accumulation, "rank", 16)
             case = replace(case, overlap=True)
             cases += [case, replace(case, variant="tc-all", precision="bf16")]
+        cases += _hybrid(world, ep, 2) if world == 4 and ep <= 2 else []
         if ep == 1:  # counts that the host must ask for: where a GPU has it, the grouped matmul
             cases.append(Case(world, ep, 1, "none", 1, "rank", 16, "tc-all", precision="bf16"))
     return cases
+
+
+def _hybrid(world: int, ep: int, shard: int) -> Iterator[Case]:
+    """Shards of ``shard`` ranks at every ZeRO stage that shards, and where buckets leave while
+    backward runs.
+    """
+    for zero, overlap in ((1, False), (1, True), (2, False), (3, False)):
+        case = Case(world, ep, zero, RECOMPUTE[zero - 1], 2, "rank", 16, shard=shard)
+        case = replace(case, overlap=overlap)
+        yield from (case, replace(case, variant="tc-all", precision="bf16"))
+
+
+def eight_ranks() -> list[Case]:
+    """Minutes: several groups of several ranks, of which an EP group may be all or a part."""
+    return [
+        case for ep, shard in ((4, 4), (2, 4), (2, 2), (1, 2)) for case in _hybrid(8, ep, shard)
+    ]
 
 
 def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
@@ -185,6 +203,11 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 1, "selective", 2, "rank", 16, overlap=True),
         Case(4, 2, 2, "none", 2, "rank", 16, overlap=True),
         Case(4, 2, 1, "selective", 2, "rank", 16, "tc-all", precision="bf16", overlap=True),
+        Case(4, 2, 1, "none", 2, "rank", 16, shard=2),
+        Case(4, 2, 2, "none", 2, "rank", 16, shard=2),
+        Case(4, 2, 3, "none", 2, "rank", 16, shard=2),
+        Case(4, 2, 1, "none", 2, "rank", 16, "tc-all", precision="bf16", overlap=True, shard=2),
+        Case(4, 1, 1, "none", 1, "rank", 16, "tc-all", precision="bf16", overlap=True, shard=1),
     ]
     return [case for case in cases if case.world in set(worlds)]
 
