@@ -193,7 +193,7 @@ def _train(config: Config) -> Rules:
     yield from _at_least("train", train, 1, *limits)
     numbers = ("steps", "lr", "warmup", "eps", "clip", "weight_decay")
     periods = ("sample_every", "score_every", "validate_every", "save_every", "keep_every")
-    yield from _at_least("train", train, 1, "validate_samples")
+    yield from _at_least("train", train, 1, "validate_samples", "recipe_batch")
     yield from _at_least("train", train, 0, *numbers, *periods)
     good = train.spike_factor == 0 or train.spike_factor > 1
     yield "train.spike_factor", good, "must be above 1, or 0 for no guard"

@@ -60,6 +60,8 @@ def add_planner_options(parser: Parser) -> None:
     add("--zero", type=int, choices=range(4), help="only this ZeRO stage")
     add("--recompute", choices=("none", "selective", "block"), help="only this recompute mode")
     add("--micro-batch", type=int, help="only this many samples a GPU and pass")
+    shard = "only this many GPUs that share a copy of the optimizer's state (default: all, or whole nodes)"
+    add("--shard", type=int, help=shard)
     add("--json", type=Path, help="also write every layout with all its numbers here")
     add("overrides", nargs="*", metavar="section.field=value")
 
@@ -87,7 +89,7 @@ def read_planner_options(
     config = load_config(options.config, options.overrides)
     tree = read_deepspeed(options.deepspeed_config)
     check_deepspeed(tree, config)
-    pins = Pins(options.ep, options.zero, options.recompute, options.micro_batch)
+    pins = Pins(options.ep, options.zero, options.recompute, options.micro_batch, options.shard)
     return config, tree, hardware, options.gpus_per_node or hardware.gpus_per_node, pins
 
 

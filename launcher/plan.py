@@ -114,7 +114,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--top", type=int, default=8, help="layouts to print")
     add("--write-hardware", type=Path, help="put the (calibrated) entry of --gpu into this table")
     options = parser.parse_intermixed_args(arguments)
-    check_above_0(options, "nodes", "gpus_per_node", "ep", "micro_batch", "steps", "top", "memory")
+    check_above_0(options, "nodes", "gpus_per_node", "ep", "micro_batch", "shard", "steps", "top", "memory")
     return options
 
 

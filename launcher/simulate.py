@@ -63,7 +63,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--max-gpus", type=int, default=4096, help="the last column")
     add_planner_options(parser)
     options = parser.parse_intermixed_args(arguments)
-    check_above_0(options, "min_gpus", "max_gpus", "gpus_per_node", "ep", "micro_batch")
+    check_above_0(options, "min_gpus", "max_gpus", "gpus_per_node", "ep", "micro_batch", "shard")
     return options
 
 
