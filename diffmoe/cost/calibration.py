@@ -198,6 +198,51 @@ def plan_error(
     return entries, line
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A measured step beside the plan.  ``table``: predicted by the hardware table's entry of the
+    device; ``fitted``: by that, calibrated on the records of the fewest ranks (None for those).
+    Seconds.
+    """
+
+    device: str
+    ranks: int
+    batch: int
+    layout: str
+    measured: float
+    table: float
+    fitted: float | None
+
+
+def checked(path: Path) -> list[Checked]:
+    """The records of ``launcher scaling`` in a file beside the plan, one device's after the
+    other's; those of devices that the hardware table does not know are left out.  Raises UserError.
+    """
+    table, by_device, found = read_table(None), dict[str, list[dict]](), []
+    for record in _read_records(path):
+        by_device.setdefault(str(record.get("device")), []).append(record)
+    for device, records in by_device.items():
+        on_cpu = "cuda" not in records[0]
+        hardware = choose(table, "cpu") if on_cpu else named_like(table, device)
+        if hardware is None:
+            continue
+        steps = [_measured(record) for record in records]
+        least = min(step.layout.ranks for step in steps)
+        few = [step for step in steps if step.layout.ranks == least]
+        fitted = calibrate(hardware, few, f"{len(few)} steps on {least} ranks")
+        for step, record in zip(steps, records):
+            what = (step.config, step.layout, step.engine)
+            plan, again = (step_time(*what, h, step.per_node).total for h in (hardware, fitted))
+            label = f"EP {step.layout.ep}, ZeRO {step.engine.stage}"
+            label += (
+                f" in groups of {step.engine.shard}" if step.engine.copies(step.layout) > 1 else ""
+            )
+            known = None if step in few else again
+            ranks, batch = step.layout.ranks, step.layout.batch
+            found.append(Checked(device, ranks, batch, label, record["step_s"], plan, known))
+    return found
+
+
 # ------------------------------------------------------------------------------------------------
 # records
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from diffmoe.config import Config
+from diffmoe.config import Config, override
 from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.layouts import GIB, Candidate, Cluster, Pins, candidates, fixed_pool
 from diffmoe.cost.memory import engine_facts
@@ -28,6 +28,7 @@ WORDS = {
 GAIN = 1.3
 # Nobody is offered more than these.
 MOST_NODES = 512
+MOST_RANKS = 4096
 
 
 def spanned(hosts: Sequence[Hashable], ep: int) -> tuple[int, int]:
@@ -135,6 +136,32 @@ def fewer_nodes(
         f"fewer nodes would be faster with train.batch {config.train.batch}: {1e3 * best[0]:.1f} ms"
         f" a step on {best[1]} ({best[2]}), {1e3 * seconds:.1f} on {cluster.nodes}"
     )
+
+
+def larger_batches(
+    config: Config, tree: dict, hardware: Hardware, per_node: int, pins: Pins
+) -> list[str]:
+    """Lines about how far the batch that the recipe is stated for scales, and what 4 and 16 times
+    as large a one buys.
+    """
+    lines, stated = [], config.train.recipe_batch or config.train.batch
+    for batch in (stated, 4 * stated, 16 * stated):
+        sized = override(config, [f"train.batch={batch}", f"train.recipe_batch={stated}"])
+        sizes = [per_node * 2**i for i in range(20) if per_node * 2**i <= min(batch, MOST_RANKS)]
+        points = extrapolate(sized, tree, hardware, per_node, sizes, "strong", pins)
+        stopped = stops(points)
+        ends = stopped[0] if stopped else MOST_RANKS + 1
+        good = [p for p in points if p.ranks < ends and p.candidate]
+        if not good or good[-1].candidate is None:
+            lines.append(f"batch {batch}: does not start on {per_node} GPUs")
+            continue
+        last, best = good[-1], good[-1].candidate
+        lines.append(
+            f"batch {batch}: up to {last.ranks} GPUs, {best.images_per_s:.0f} images/s, "
+            f"{1e3 * best.time.total:.1f} ms a step, {100 * last.efficiency:.0f} % of "
+            f"{points[0].ranks} GPUs' efficiency ({best.label})"
+        )
+    return lines
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,19 @@ class Hardware:
         """What tensors may take."""
         return int((self.memory_gib - self.reserve_gib) * 2**30)
 
+    @property
+    def assumptions(self) -> str:
+        """What times follow from, beside counts, for people."""
+        attention, node, network = self.attention or self.matmul, self.node, self.network
+        return (
+            f"products reach {100 * self.matmul:.0f} % of {self.tflops_bf16:g} TFLOP/s (bf16), "
+            f"attention {100 * attention:.0f} %; memory {100 * self.bandwidth:.0f} % of "
+            f"{self.memory_gb_s:g} GB/s; links {100 * self.link:.0f} % of {node.gb_s:g} GB/s in a "
+            f"node and {network.gb_s:g} between, after {node.latency_us:g} and "
+            f"{network.latency_us:g} us; kernels lose {100 * self.overlap_cost:.0f} % of their "
+            f"speed under messages; a launch takes {self.operator_us:g} us"
+        )
+
 
 def read_table(path: str | Path | None) -> dict[str, Hardware]:
     """The table in a YAML file (default: the repository's).  Raises UserError naming machine and

@@ -7,7 +7,6 @@ formulas.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from diffmoe.config import Config
@@ -16,7 +15,7 @@ from diffmoe.cost.parameters import moe_layers
 from diffmoe.cost.traffic import ROWS, Message
 from diffmoe.layout import Layout
 
-Timed = Iterable[tuple[Message, float]]
+Timed = list[tuple[Message, float]]  # with seconds
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def exposed_exchange(
     recomputed.  Of two levels those inside the host are waited for.
     """
     passes, total = moe_layers(config.model, config.moe) * layout.accumulation, 0.0
-    under = {ROWS[0]: (windows.shared,), ROWS[1]: (0.0,)}
+    under: dict[str, tuple[float, ...]] = {ROWS[0]: (windows.shared,), ROWS[1]: (0.0,)}
     if halves(config):
         last = 0.0 if config.parallel.recompute == "block" else windows.attention / 2
         under = {

@@ -12,7 +12,7 @@ from typing import Any
 from diffmoe.config import Config, attention_kept, expert_hidden
 from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, rank_memory
-from diffmoe.cost.overlap import Windows, exposed_exchange, exposed_reduction
+from diffmoe.cost.overlap import Timed, Windows, exposed_exchange, exposed_reduction
 from diffmoe.cost.parameters import inner_width, moe_layers, rank_parameters
 from diffmoe.cost.traffic import Message, step_traffic
 from diffmoe.families import experts_per_token
@@ -71,7 +71,9 @@ def step_time(
     compute = sum(kernel_seconds(config, layout, engine, hardware).values())
     launching = launches(config, layout, engine, hardware) * hardware.operator_us * 1e-6
     host = max(0.0, launching - compute) if hardware.asynchronous else launching
-    latency, rows, others = 0.0, [], []
+    rows: Timed = []
+    others: Timed = []
+    latency = 0.0
     for message in step_traffic(config, layout, engine):
         alpha, beta = message_time(message, layout, engine, hardware, per_node)
         latency += alpha
