@@ -107,7 +107,6 @@ def _router(config: Config) -> Rules:
         "expert_groups": ("tc",),
         "router_input": ("tc", "ec", "diffmoe"),
         "target_weight": ("race",),
-        "contrast_temperature": ("prototype",),
         "threshold_from": ("diffmoe",),
     }
     for name, families in owners.items():
@@ -198,7 +197,7 @@ def _train(config: Config) -> Rules:
     yield from _at_least("train", train, 1, *limits)
     numbers = ("steps", "lr", "warmup", "eps", "clip", "weight_decay")
     periods = ("sample_every", "score_every", "validate_every", "save_every", "keep_every")
-    yield from _at_least("train", train, 1, "validate_samples")
+    yield from _at_least("train", train, 1, "validate_samples", "recipe_batch")
     yield from _at_least("train", train, 0, *numbers, *periods)
     good = train.spike_factor == 0 or train.spike_factor > 1
     yield "train.spike_factor", good, "must be above 1, or 0 for no guard"

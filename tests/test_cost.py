@@ -111,12 +111,13 @@ def test_every_tensor_of_the_model_is_counted(overrides, ep):
 # memory
 
 
-def _deepspeed(zero, bf16, bucket):
+def _deepspeed(zero, bf16, bucket, shard=None):
     tree = {
         "zero_optimization": {
             "stage": zero,
             "reduce_bucket_size": bucket,
             "stage3_param_persistence_threshold": 1000,
+            "mics_shard_size": shard,
         }
     }
     return (
@@ -167,21 +168,27 @@ def _measured_memory(overrides, tree):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("ranks", "ep", "zero", "recompute", "bf16", "accumulation", "bucket"),
+    ("ranks", "ep", "zero", "recompute", "bf16", "accumulation", "bucket", "shard"),
     [
-        (1, 1, 0, "none", False, 1, 200_000),
-        (1, 1, 1, "block", False, 1, 5_000_000),
-        pytest.param(1, 1, 1, "none", True, 1, 200_000, marks=pytest.mark.slow),
-        (2, 2, 1, "none", False, 2, 5_000_000),
-        (2, 2, 1, "selective", True, 1, 5_000_000),
-        (2, 2, 2, "none", True, 2, 200_000),
-        pytest.param(2, 1, 2, "block", False, 1, 200_000, marks=pytest.mark.slow),
-        (2, 2, 3, "selective", False, 1, 200_000),
-        (2, 2, 2, "none", True, 1, 5_000_000),
-        (2, 2, 3, "none", True, 1, 5_000_000),
+        (1, 1, 0, "none", False, 1, 200_000, None),
+        (1, 1, 1, "block", False, 1, 5_000_000, None),
+        pytest.param(1, 1, 1, "none", True, 1, 200_000, None, marks=pytest.mark.slow),
+        (2, 2, 1, "none", False, 2, 5_000_000, None),
+        (2, 2, 1, "selective", True, 1, 5_000_000, None),
+        (2, 2, 2, "none", True, 2, 200_000, None),
+        pytest.param(2, 1, 2, "block", False, 1, 200_000, None, marks=pytest.mark.slow),
+        (2, 2, 3, "selective", False, 1, 200_000, None),
+        (2, 2, 2, "none", True, 1, 5_000_000, None),
+        (2, 2, 3, "none", True, 1, 5_000_000, None),
+        (4, 2, 1, "none", False, 2, 5_000_000, 2),
+        (4, 2, 1, "selective", True, 1, 200_000, 2),
+        (4, 2, 2, "none", True, 2, 200_000, 2),
+        (4, 2, 3, "selective", False, 1, 200_000, 2),
     ],
 )
-def test_memory_is_what_was_planned(worlds, ranks, ep, zero, recompute, bf16, accumulation, bucket):
+def test_memory_is_what_was_planned(
+    worlds, ranks, ep, zero, recompute, bf16, accumulation, bucket, shard
+):
     """State exactly, what lives between steps within half a per cent (scalars, batches), the most
     at once within 10.
     """
@@ -193,7 +200,7 @@ def test_memory_is_what_was_planned(worlds, ranks, ep, zero, recompute, bf16, ac
         "moe.pool=group",
     ]
     overrides += ["train.ema=[0.9, 0.99]"] if zero == 3 else []
-    tree = _deepspeed(zero, bf16, bucket)
+    tree = _deepspeed(zero, bf16, bucket, shard)
     config = load_config(None, overrides)
     plan = rank_memory(config, resolve_layout(config, ranks), engine_facts(tree))
     for kinds, static, peak in worlds(ranks).run(_measured_memory, overrides, tree):
@@ -210,7 +217,7 @@ def test_memory_is_what_was_planned(worlds, ranks, ep, zero, recompute, bf16, ac
 # traffic
 
 
-def _counted(overrides, zero, bf16):
+def _counted(overrides, tree):
     """(table of one counted step, rows [layer][expert] that this rank's tokens went to in it)."""
     config = load_config(None, overrides)
     layout = resolve_layout(config, torch.distributed.get_world_size())
@@ -218,7 +225,7 @@ def _counted(overrides, zero, bf16):
     engine = Engine(
         build_model(config, layout.pool, groups),
         config,
-        merge_deepspeed(_deepspeed(zero, bf16, 300_000), config, layout),
+        merge_deepspeed(tree, config, layout),
         groups,
         CPU,
     )
@@ -277,7 +284,18 @@ def test_counted_bytes_equal_the_formula(worlds, ranks, ep, pool, zero, recomput
         assert sum(row["wire"] for row in sent) <= 1.05 * least
 
 
-def compare_bytes(worlds, ranks, ep, pool, zero, recompute, bf16, router=()):
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("ep", "zero", "bf16"),
+    [(2, 1, True), (1, 1, True), (2, 1, False), (2, 2, True), (2, 2, False), (1, 3, True)],
+)
+def test_replicas_get_one_gradient_a_group(worlds, ep, zero, bf16):
+    """What leaves a group of ranks that share a copy of the state is one gradient, counted and
+    planned."""
+    compare_bytes(worlds, 4, ep, "rank", zero, "none", bf16, shard=2)
+
+
+def compare_bytes(worlds, ranks, ep, pool, zero, recompute, bf16, router=(), shard=None):
     """Counts a step, compares it with the plan, and returns what went all to all."""
     overrides = [
         *MODEL,
@@ -290,8 +308,9 @@ def compare_bytes(worlds, ranks, ep, pool, zero, recompute, bf16, router=()):
         f"parallel.recompute={recompute}",
     ]
     config = load_config(None, overrides)
-    layout, engine = resolve_layout(config, ranks), engine_facts(_deepspeed(zero, bf16, 300_000))
-    answers = worlds(ranks).run(_counted, overrides, zero, bf16)
+    tree = _deepspeed(zero, bf16, 300_000, shard)
+    layout, engine = resolve_layout(config, ranks), engine_facts(tree)
+    answers = worlds(ranks).run(_counted, overrides, tree)
     planned = {}
     for message in step_traffic(config, layout, engine):
         key = (message.collective, message.purpose, message.phase)

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe.commands.common import Parser, join, leave
+from diffmoe.commands.common import Parser, join, leave, on_our_hosts
 from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, override
 from diffmoe.cost.memory import EngineFacts, engine_facts, rank_memory
 from diffmoe.cost.traffic import least_traffic, step_traffic
-from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed, zero_stage
+from diffmoe.deepspeed_json import MICS, merge_deepspeed, read_deepspeed, zero_stage
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
@@ -42,11 +42,12 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     )
     layout = resolve_layout(config, environment.world)
     tree = read_deepspeed(options.deepspeed_config)
-    if options.zero is not None:
-        zero = tree.get("zero_optimization") or {}
-        tree["zero_optimization"] = {**zero, "stage": options.zero}
+    given = {"stage": options.zero, MICS: options.shard}
+    zero = {key: value for key, value in given.items() if value is not None}
+    tree["zero_optimization"] = {**(tree.get("zero_optimization") or {}), **zero}
     merge_deepspeed(tree, config, layout)
     device = join(environment, asked=config.run.device)
+    layout = on_our_hosts(config, layout)
     found = _measure(config, layout, tree, device, options)
     record = {
         **found,
@@ -74,6 +75,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--config", required=True, help="YAML file, see configs/")
     add("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
     add("--zero", type=int, choices=range(4), help="another ZeRO stage than the JSON's")
+    add("--shard", type=int, help=f"another zero_optimization.{MICS} than the JSON's")
     add("--steps", type=int, default=10, help="timed steps (default 10)")
     add("--warmup", type=int, default=3, help="steps before them (default 3)")
     add("--synthetic", action="store_true", help="made-up samples in place of data.shards")
@@ -112,7 +114,7 @@ def _measure(
     from diffmoe.training.profiling import RankProfile, profile_rank, surroundings
 
     set_fp32_precision(config.run.fp32_precision)
-    groups = build_groups(layout.ep, layout.pool_ranks)
+    groups = build_groups(layout.ep, layout.pool_ranks, per_host=layout.per_host)
     share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
     batches = _batches(config, share, groups, options.synthetic)
     model = DiT(

@@ -155,7 +155,9 @@ class CompiledRun:
             # What the host knows of rows on their way is no part's business; torch 2.11 would guard
             # it, and compile anew.
             args = tuple(
-                replace(each, send=None, receive=None) if isinstance(each, Plan) else each
+                replace(each, send=None, receive=None, passing=None)
+                if isinstance(each, Plan)
+                else each
                 for each in args
             )
             plans = (argument for argument in args if isinstance(argument, Plan))

@@ -26,8 +26,9 @@ class Plan:
     ``token_R``, ``place_R``: each row's token, and its place in flattened [T, E].  ``by_token_R``:
     rows sorted by (token, expert), where those of a token begin at ``first_T``.  ``counts``: rows
     of each local expert, one number where all have equally many, else [e].  ``received_re``: rows
-    by source rank and local expert; ``send``, ``receive``: rows by rank.  None where all are equal
-    or nothing moves.  ``ragged``: whether their number differs from pass to pass.
+    by source rank and local expert; ``send``, ``receive``: rows by rank, ``passing``: rows between
+    others that pass through this one.  None where all are equal or nothing moves.  ``ragged``:
+    whether their number differs from pass to pass.
     """
 
     token_R: Tensor
@@ -38,6 +39,7 @@ class Plan:
     received_re: Tensor | None = None
     send: list[int] | None = None
     receive: list[int] | None = None
+    passing: list[int] | None = None
     ragged: bool = False
 
 
@@ -78,20 +80,23 @@ def _equal_plan(mask_TE: Tensor, tokens_EK: Tensor, ep: Group) -> Plan:
 
 def ragged_plans(routing: Routing, ep: Group, parts: int) -> list[Plan]:
     """The plans of equal ``parts`` of the tokens, where counts are known to the device alone."""
-    mask_TE, coming = routing.mask_TE, routing.coming_rTe
+    mask_TE, coming, passed = routing.mask_TE, routing.coming_rTe, routing.passing_rTe
     # [rank, part, local expert]
     sent = mask_TE.unflatten(0, (parts, -1)).sum(1).view(parts, ep.size, -1).transpose(0, 1)
     if coming is None:
-        received = exchange_equal(sent, ep)
+        received, passing = exchange_equal(sent, ep)
     else:
         received = coming.unflatten(1, (parts, -1)).sum(2)
-    numbers = read_by_host(torch.cat([sent.sum(2), received.sum(2)]).flatten())
+        passing = None if passed is None else passed.unflatten(1, (parts, -1)).sum(2)
+    known = [sent, received] if passing is None else [sent, received, passing]
+    numbers = read_by_host(torch.cat([counts.sum(2) for counts in known]).flatten())
     plans = []
     for i, mask in enumerate(mask_TE.chunk(parts)):
         of_part, received_re = numbers[i::parts], received[:, i]
-        send, receive = of_part[: ep.size], of_part[ep.size :]
+        send, receive, through = (of_part[n * ep.size :][: ep.size] for n in range(3))
         counts = routing.each if parts == 1 and routing.each is not None else received_re.sum(0)
-        plans.append(Plan(*_rows(mask, sum(send)), counts, received_re, send, receive, ragged=True))
+        places = _rows(mask, sum(send))
+        plans.append(Plan(*places, counts, received_re, send, receive, through or None, True))
     return plans
 
 
@@ -114,7 +119,12 @@ def dispatch(x_TD: Tensor, plan: Plan, ep: Group) -> Travelling:
     ``arrived``.
     """
     rows_RD = _Gather.apply(x_TD, plan.token_R, plan.by_token_R, plan.first_T)
-    return send_rows(rows_RD, plan.send, plan.receive, ep)
+    return send_rows(rows_RD, plan.send, plan.receive, ep, plan.passing)
+
+
+def send_home(rows_SD: Tensor, plan: Plan, ep: Group) -> Travelling:
+    """Experts' outputs, as their inputs arrived, on their way to where the tokens live."""
+    return send_rows(rows_SD, plan.receive, plan.send, ep, plan.passing, home=True)
 
 
 def by_expert(rows_SD: Tensor, plan: Plan, ranks: int, local: int) -> Tensor:

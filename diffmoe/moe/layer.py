@@ -32,6 +32,7 @@ from diffmoe.moe.dispatch import (
     dispatch,
     half_plans,
     make_plan,
+    send_home,
 )
 from diffmoe.moe.experts import Experts, has_grouped_matmul
 from diffmoe.moe.gating import Beside, cosines, logits, scored, time_token_logits
@@ -49,7 +50,7 @@ from diffmoe.moe.routing import (
     predicted_counts,
 )
 from diffmoe.moe.running import RunningState
-from diffmoe.parallel.collectives import Travelling, arrived, send_rows
+from diffmoe.parallel.collectives import Travelling, arrived
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.recompute import Run, at_once
 
@@ -247,7 +248,7 @@ class MoELayer(nn.Module):
         """Rows through their experts as soon as they are here, and off home."""
         eager, rows_SD = self._loops(plan), arrived(coming_SD)
         rows_SD = run(self._compute, rows_SD, plan, ragged=plan.ragged, traceable=not eager)
-        return send_rows(rows_SD, plan.receive, plan.send, self.groups.ep)
+        return send_home(rows_SD, plan, self.groups.ep)
 
     def _loops(self, plan: Plan) -> bool:
         """Whether experts are a loop of the host's."""

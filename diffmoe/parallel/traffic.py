@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import (
     _pop_mode,
     _push_mode,
 )
+
+from diffmoe.parallel.groups import ACROSS, INSIDE
 
 _FUNCTIONAL, _IN_PLACE = "_c10d_functional", "c10d"
 # Operator -> (collective, argument that holds what this rank puts in).
@@ -51,13 +53,14 @@ class Kind:
     """What a message was: ``collective``; ``layer``, an MoE layer's name, or "" outside;
     ``purpose``: scores, mask, counts, dispatch, combine, owners, balance (in an MoE layer),
     gradients, parameters, norm, statistics (outside); ``phase``: forward, backward, recompute,
-    step.
+    step; ``level``: "ep across", "ep inside" where an exchange has two, else "".
     """
 
     collective: str
     layer: str
     purpose: str
     phase: str
+    level: str = ""
 
 
 @dataclass
@@ -144,7 +147,10 @@ class CommunicationCount(TorchDispatchMode):
         if collective == "all_to_all":
             sends = args[2] if function.namespace == _FUNCTIONAL else args[4]
             wire = payload - _own_bytes(tensors[0], sends, group)
-        amount = self.amounts[self._kind(function.namespace, collective, tensors[0])]
+        kind = self._kind(function.namespace, collective, tensors[0])
+        if group.group_desc in (ACROSS, INSIDE):
+            kind = replace(kind, level=group.group_desc)
+        amount = self.amounts[kind]
         amount.messages += 1
         amount.payload += payload
         amount.wire += wire

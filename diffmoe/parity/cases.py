@@ -22,7 +22,7 @@ _STRADDLING: dict[int, list[str]] = {1: [], 2: ["2"], 4: ["2", "4"]}
 VARIANTS = {
     "diffmoe": "",
     "rich": "moe.activation=swiglu moe.shared_experts=1 model.qk_norm=true moe.interleave=true "
-    "model.depth=4 moe.capacity=1.5",
+    "model.depth=4 moe.capacity=1.5 train.recipe_batch=64",
     "tc": "model.family=tc moe.top_k=2",
     # every expert takes every token: no decision that bf16's rounding could turn
     "tc-all": "model.family=tc moe.top_k=4",
@@ -55,6 +55,9 @@ _COMMON = (
 class Case:
     """One row.  ``pool`` is what the configuration says, a word or samples; ``words``: other words
     for the same.  ``overlap``: gradients are reduced in many small buckets while backward runs.
+    ``shard``: so many ranks share a copy of the optimizer's state (0: all).
+    ``per_host``: ranks of an expert-parallel group on what counts as one host, between which the
+    exchange has two levels.
     """
 
     world: int
@@ -70,6 +73,8 @@ class Case:
     compiled: bool = False
     routing: str = "token"  # of the images that a compiled row samples
     overlap: bool = False
+    shard: int = 0
+    per_host: int = 0
     halves: bool = False  # parallel.overlap
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
@@ -90,6 +95,8 @@ class Case:
             stage["stage3_param_persistence_threshold"] = 0
         if self.overlap:
             stage |= {"overlap_comm": True, "reduce_bucket_size": 5000}
+        if self.shard:
+            stage["mics_shard_size"] = self.shard
         zero = {"zero_optimization": stage}
         if self.precision == "fp32":
             return zero
@@ -108,17 +115,10 @@ class Case:
     @property
     def kind(self) -> str:
         words = [self.variant, "bf16" * (self.precision == "bf16")]
-        return " ".join(
-            filter(
-                None,
-                [
-                    *words,
-                    "compiled" * self.compiled,
-                    "overlap" * self.overlap,
-                    "halves" * self.halves,
-                ],
-            )
-        )
+        words += ["compiled" * self.compiled, "overlap" * self.overlap, "halves" * self.halves]
+        words.append(f"shards of {self.shard}" if self.shard else "")
+        words.append(f"hosts of {self.per_host}" if self.per_host else "")
+        return " ".join(filter(None, words))
 
 
 def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
@@ -149,9 +149,27 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
             case = Case(world, ep, zero, RECOMPUTE[zero - 1], accumulation, "rank", 16)
             case = replace(case, overlap=True)
             cases += [case, replace(case, variant="tc-all", precision="bf16")]
+        cases += _hybrid(world, ep, 2) if world == 4 and ep <= 2 else []
         if ep == 1:  # counts that the host must ask for: where a GPU has it, the grouped matmul
             cases.append(Case(world, ep, 1, "none", 1, "rank", 16, "tc-all", precision="bf16"))
     return cases
+
+
+def _hybrid(world: int, ep: int, shard: int) -> Iterator[Case]:
+    """Shards of ``shard`` ranks at every ZeRO stage that shards, and where buckets leave while
+    backward runs.
+    """
+    for zero, overlap in ((1, False), (1, True), (2, False), (3, False)):
+        case = Case(world, ep, zero, RECOMPUTE[zero - 1], 2, "rank", 16, shard=shard)
+        case = replace(case, overlap=overlap)
+        yield from (case, replace(case, variant="tc-all", precision="bf16"))
+
+
+def eight_ranks() -> list[Case]:
+    """Minutes: several groups of several ranks, of which an EP group may be all or a part."""
+    return [
+        case for ep, shard in ((4, 4), (2, 4), (2, 2), (1, 2)) for case in _hybrid(8, ep, shard)
+    ]
 
 
 def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
@@ -187,6 +205,11 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 1, "selective", 2, "rank", 16, overlap=True),
         Case(4, 2, 2, "none", 2, "rank", 16, overlap=True),
         Case(4, 2, 1, "selective", 2, "rank", 16, "tc-all", precision="bf16", overlap=True),
+        Case(4, 2, 1, "none", 2, "rank", 16, shard=2),
+        Case(4, 2, 2, "none", 2, "rank", 16, shard=2),
+        Case(4, 2, 3, "none", 2, "rank", 16, shard=2),
+        Case(4, 2, 1, "none", 2, "rank", 16, "tc-all", precision="bf16", overlap=True, shard=2),
+        Case(4, 1, 1, "none", 1, "rank", 16, "tc-all", precision="bf16", overlap=True, shard=1),
     ]
     return [case for case in cases if case.world in set(worlds)]
 

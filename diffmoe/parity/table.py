@@ -83,7 +83,7 @@ _groups = lru_cache(maxsize=None)(build_groups)
 def start_training(case: Case, seed: int, device: torch.device, steps: int = STEPS) -> Training:
     """Builds this rank's model, engine and EMA; every rank of the world calls it."""
     config, layout = case.config(seed, steps), case.layout()
-    groups = _groups(layout.ep, layout.pool_ranks)
+    groups = _groups(layout.ep, layout.pool_ranks, None, case.per_host)
     model = build_model(config, layout.pool, groups)
     if compiles(config.train, device, case.zero)[0]:
         compile_blocks(model)

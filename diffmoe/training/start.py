@@ -178,7 +178,7 @@ def start(
         device,
         per_node or layout.ranks,
         engine,
-        Ema(engine, config.train.ema_decays),
+        Ema(engine, config.train.ema_decays, config.train.growth),
         reader,
         Saver(folder / "checkpoints", config, layout, groups, names),
         guard,
