@@ -74,10 +74,11 @@ def fake_model(
     recompute: str,
     dtype: torch.dtype,
     groups: ParallelGroups,
+    overlap: str = "none",
 ) -> DiT:
     """A model on the device, all parameters in ``dtype``.  Inside of a FakeTensorMode."""
     with torch.device("cuda"):
-        dit = DiT(config, moe, pool=pool, groups=groups, recompute=recompute)
+        dit = DiT(config, moe, pool=pool, groups=groups, recompute=recompute, overlap=overlap)
     for module in dit.modules():  # Module.to cannot swap fake parameters
         for name, p in module._parameters.items():
             if p is not None:
@@ -119,12 +120,11 @@ def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[
     layout, counting = resolve_layout(config, ranks), Counting()
     groups = build_groups(layout.ep, layout.pool_ranks)
     backend = functools.partial(torch.compile, backend=counting.backend)
-    rows = rows_sent(config, layout)
+    rows, halves = rows_sent(config, layout), 1 + (config.parallel.overlap == "halves")
 
     def evenly(counts: Tensor) -> list[int]:
         """What a host would read of counts that have no memory: rows go alike to every rank."""
-        ranks = max(1, len(counts) // 2)
-        return [rows // ranks] * len(counts)
+        return [rows // layout.ep // halves] * len(counts)
 
     with (
         as_on_a_gpu(),
@@ -139,6 +139,7 @@ def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[
             config.parallel.recompute,
             torch.bfloat16 if bf16 else torch.float32,
             groups,
+            config.parallel.overlap,
         )
         loss = fake_loss(dit, layout.micro_batch, config.diffusion.process == "ddpm")
         if compiled:
