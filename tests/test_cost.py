@@ -264,10 +264,9 @@ def test_counted_bytes_of_ragged_routers_equal_the_formula(worlds, router, ranks
     [("rank", "none", []), ("global", "block", []), ("rank", "selective", RAGGED["tc"])],
 )
 def test_halves_send_as_many_bytes_in_twice_as_many_messages(worlds, pool, recompute, router):
-    how = [*router, "train.batch=16"], 4, 2, pool
-    halves = [*how[0], "parallel.overlap=halves"]
     plain, found = (
-        compare_bytes(worlds, *how[1:], 1, recompute, False, words) for words in (how[0], halves)
+        compare_bytes(worlds, 4, 2, pool, 1, recompute, False, [*router, *more])
+        for more in ([], ["parallel.overlap=halves"])
     )
     for rows in (plain, found):
         rows.sort(key=lambda row: (row["layer"], row["purpose"], row["phase"]))
