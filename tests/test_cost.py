@@ -13,8 +13,9 @@ from diffmoe.cost.extrapolation import nearest_fit
 from diffmoe.cost.hardware import choose, read_table
 from diffmoe.cost.layouts import Cluster, Pins, candidates, reasons
 from diffmoe.cost.memory import engine_facts, rank_memory
+from diffmoe.cost.overlap import lengthened
 from diffmoe.cost.parameters import rank_parameters
-from diffmoe.cost.step_time import step_time
+from diffmoe.cost.step_time import message_time, step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.errors import UserError
@@ -430,6 +431,57 @@ def test_a_step_is_split_by_what_is_hidden_behind_what():
         "data": 0.10,
         "other": 0.25,
     }
+
+
+def _priced(words, tree, ranks=16, cost=None):
+    hardware = choose(read_table(None), "h100")
+    if cost is not None:
+        hardware = dataclasses.replace(hardware, overlap_cost=cost)
+    config = load_config("configs/diffmoe_l_e16_flow.yaml", words.split())
+    return step_time(config, resolve_layout(config, ranks), engine_facts(tree), hardware, 8)
+
+
+def test_messages_lengthen_a_step_by_what_kernels_do_not_hide():
+    assert lengthened(3.0, 5.0, 0.0) == 0 and lengthened(5.0, 3.0, 0.0) == 2
+    assert lengthened(5.0, 3.0, 0.25) == 2.75 and lengthened(5.0, 3.0, 1.0) == 5.0
+
+
+def test_gradients_pass_under_backward_where_they_leave_in_buckets():
+    overlapping = {**BF16, "zero_optimization": {"stage": 1, "overlap_comm": True}}
+    waiting = {**BF16, "zero_optimization": {"stage": 1, "overlap_comm": False}}
+    whole, hidden = _priced("", waiting), _priced("", overlapping)
+    assert whole.reduction == whole.whole_reduction == hidden.whole_reduction
+    assert whole.hidden == 0 and hidden.hidden == pytest.approx(whole.total - hidden.total)
+    # Where they cost kernels as much time as they take, nothing is gained.
+    assert _priced("", overlapping, cost=1.0).total == pytest.approx(whole.total)
+    # One bucket is ready when backward is over.
+    zero = {"stage": 1, "overlap_comm": True, "reduce_bucket_size": 10**10}
+    assert _priced("", {**BF16, "zero_optimization": zero}).hidden == pytest.approx(0)
+    # On one node backward is long enough for all but the last bucket and the weights.
+    free, parts = _priced("", overlapping, 8, cost=1e-9), least_buckets(8)
+    gradients, weights = parts
+    assert free.reduction == pytest.approx(gradients + weights, rel=1e-6)
+
+
+def least_buckets(ranks):
+    """Seconds of the last bucket of gradients, and of the weights, of L-E16 on one node."""
+    config = load_config("configs/diffmoe_l_e16_flow.yaml", [])
+    layout, hardware = resolve_layout(config, ranks), choose(read_table(None), "h100")
+    engine = engine_facts({**BF16, "zero_optimization": {"stage": 1, "overlap_comm": True}})
+    seconds = {
+        m.purpose: sum(message_time(m, layout, engine, hardware, 8))
+        for m in step_traffic(config, layout, engine)
+        if m.group == "world"
+    }
+    dense = sum(p.numel for p in rank_parameters(config.model, config.moe, 8) if not p.expert)
+    return seconds["gradients"] / -(-dense // engine.bucket), seconds["parameters"]
+
+
+def test_rows_pass_under_shared_experts():
+    plain, shared = _priced("", BF16), _priced("moe.shared_experts=2", BF16)
+    assert plain.all_to_all == plain.whole_all_to_all == shared.whole_all_to_all
+    dispatched = shared.whole_all_to_all / 2  # and as much comes home, for which all wait
+    assert dispatched < shared.all_to_all + 1e-3 < shared.whole_all_to_all
 
 
 @pytest.mark.parametrize("kind", ["cpu", "h100"])
