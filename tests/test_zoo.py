@@ -174,6 +174,7 @@ def test_zoo_is_complete() -> None:
         "zero0_fp32.json",
         "zero1_fp32.json",
         "zero1_bf16.json",
+        "zero1_bf16_hybrid.json",
         "zero2_bf16.json",
         "zero3_bf16.json",
     }
@@ -340,9 +341,10 @@ def test_deepspeed_files_merge(path: Path) -> None:
     merged = merge_deepspeed(tree, config, resolve_layout(config, 16))
     assert {key: merged[key] for key in tree} == tree
     assert merged["train_batch_size"] == 256
-    stage, dtype = re.fullmatch(r"zero(\d)_(\w+)", path.stem).groups()
+    stage, dtype, hybrid = re.fullmatch(r"zero(\d)_(fp32|bf16)(_hybrid)?", path.stem).groups()
     zero = tree["zero_optimization"]
     assert zero["stage"] == int(stage)
+    assert zero.get("mics_shard_size") == (8 if hybrid else None)
     assert tree.get("bf16", {"enabled": False})["enabled"] == (dtype == "bf16")
     if dtype == "bf16":
         assert tree["data_types"] == {"grad_accum_dtype": "fp32"}
