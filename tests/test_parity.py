@@ -13,7 +13,14 @@ from diffmoe.environment import detect
 from diffmoe.errors import UserError
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.parity import table
-from diffmoe.parity.cases import Case, compiled_table, full_table, quick_compiled_table, quick_table
+from diffmoe.parity.cases import (
+    Case,
+    compiled_table,
+    full_table,
+    quick_compiled_table,
+    quick_table,
+    two_level_table,
+)
 from diffmoe.parity.table import BOUND, COLUMNS
 
 CPU = torch.device("cpu")
@@ -44,6 +51,13 @@ def test_quick_table():
 @pytest.mark.slow
 def test_full_table():
     assert_within_bound(list(table.run_cases(full_table())))
+
+
+@pytest.mark.slow
+def test_exchange_over_two_levels_on_8_ranks():
+    cases = two_level_table()
+    assert {(case.ep, case.per_host) for case in cases} == {(4, 2), (8, 4), (8, 2)}
+    assert_within_bound(list(table.run_cases(cases, timeout=300)))
 
 
 def test_cases_are_legal_and_no_case_stands_twice():
