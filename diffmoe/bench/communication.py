@@ -2,8 +2,8 @@
 ranks.
 
 For every (ranks, EP, pool), with ``--per-host`` also over two levels: calls, bytes that a rank
-hands in, and seconds from the call until the result is there, in forward and backward, medians over repeats, largest rank.  CPU ranks (gloo)
-compute on one thread each; with GPUs, one a rank (NCCL).
+hands in, and seconds from the call until the result is there, in forward and backward, medians over
+repeats, largest rank.  CPU ranks (gloo) compute on one thread each; with GPUs, one a rank (NCCL).
 """
 
 from __future__ import annotations
