@@ -103,7 +103,6 @@ def _router(config: Config) -> Rules:
         "expert_groups": ("tc",),
         "router_input": ("tc", "ec", "diffmoe"),
         "target_weight": ("race",),
-        "contrast_temperature": ("prototype",),
         "threshold_from": ("diffmoe",),
     }
     for name, families in owners.items():

@@ -706,10 +706,6 @@ def test_a_missing_json_is_named(tmp_path):
         ),
         ("model.family=race sample.capacity=1", "sample.capacity (1.0) needs model.family diffmoe"),
         ("model.family=tc moe.bias_rate=0.1", "moe.bias_rate (0.1) must be 0.001 without moe.bal"),
-        (
-            "model.family=tc moe.contrast_temperature=0.5",
-            "moe.contrast_temperature (0.5) must be 0.07 for model.family (tc)",
-        ),
     ],
 )
 def test_what_a_router_has_not_is_refused(words, message):

@@ -23,7 +23,7 @@ from diffmoe.config import config_from_tree
 from diffmoe.cost.memory import engine_facts
 from diffmoe.cost.traffic import exchange_traffic
 from diffmoe.layout import Layout
-from programs import digits, losses
+from programs import digits, losses, run_program
 from virtual_slurm import Cluster, Job, missing_tools, steps_done
 
 pytestmark = pytest.mark.slurm
@@ -486,3 +486,41 @@ def test_submit_submits(cluster, work):
     assert job.show()["Partition"] == "gpu" and job.show()["Account"] == "me"
     assert job.wait() == "COMPLETED", job.said()
     assert steps_done(run) == 3 and (run / "submit.sh").is_file()
+
+
+def test_a_comparison_runs_as_an_array_whose_tasks_go_on_after_a_signal(cluster, work):
+    folder = work / "compare"
+    shards = digits()
+    comparison = (
+        "--config",
+        "configs/compare/smoke.yaml",
+        f"folder={folder}",
+        "samples=4800",
+        "seeds=[0]",
+        "confounds=null",
+        f"data.shards={shards}/shard-00000[0-6].tar",
+        f"data.validation={shards}/shard-00000[78].tar",
+    )
+
+    def task(number: int) -> Job:
+        options = ("--gpus-per-node=0", "--mem=4G", "--time=120", "--cpus-per-task=1")
+        return cluster.submit(
+            "compare.sh",
+            *comparison,
+            options=(*options, f"--array={number}"),
+            log=work / f"compare-{number}.out",
+        )
+
+    dense, diffmoe = task(0), task(1)
+    run = folder / "diffmoe-s0"
+    diffmoe.wait_until(lambda: steps_done(run) >= 8, "train")
+    cluster.slurm("scancel", "--batch", "--signal=USR1", diffmoe.number)
+    diffmoe.wait_for_start_after(0)
+    step = steps_done(run)
+    assert 8 <= step < 300, "saved and ended where it was"
+    for job in (dense, diffmoe):
+        assert job.wait() == "COMPLETED", job.said()
+    assert steps_done(run) == 300
+    (table,) = run_program(1, "compare", *comparison, "--table")
+    assert table.returncode == 0 and "| diffmoe | 1 |" in table.stdout, table
+    assert "Missing" not in table.stdout and "Other settings" not in table.stdout
