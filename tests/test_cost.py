@@ -19,7 +19,7 @@ from diffmoe.cost.step_time import message_time, step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.errors import UserError
-from diffmoe.layout import resolve_layout
+from diffmoe.layout import over_hosts, resolve_layout
 from diffmoe.models.count import count
 from diffmoe.models.dit import DiT
 from diffmoe.models.logical import logical_tensors
@@ -218,11 +218,11 @@ def test_memory_is_what_was_planned(
 # traffic
 
 
-def _counted(overrides, tree):
+def _counted(overrides, tree, per_host=0):
     """(table of one counted step, rows [layer][expert] that this rank's tokens went to in it)."""
     config = load_config(None, overrides)
     layout = resolve_layout(config, torch.distributed.get_world_size())
-    groups = build_groups(layout.ep, layout.pool_ranks)
+    groups = build_groups(layout.ep, layout.pool_ranks, per_host=per_host)
     engine = Engine(
         build_model(config, layout.pool, groups),
         config,
@@ -294,6 +294,83 @@ def test_replicas_get_one_gradient_a_group(worlds, ep, zero, bf16):
     """What leaves a group of ranks that share a copy of the state is one gradient, counted and
     planned."""
     compare_bytes(worlds, 4, ep, "rank", zero, "none", bf16, shard=2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("router", ["diffmoe", *RAGGED])
+@pytest.mark.parametrize("pool", ["rank", "global"])
+@pytest.mark.parametrize(
+    ("ranks", "ep", "per_host"),
+    [
+        (4, 4, 2),
+        pytest.param(8, 4, 2, marks=pytest.mark.slow),
+        pytest.param(8, 8, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_counted_messages_over_two_levels_equal_the_formula(
+    worlds, ranks, ep, per_host, pool, router
+):
+    """Messages and bytes of each level; across hosts at most 1.05 of the rows that must go there,
+    to one rank a host.
+    """
+    words = [*RAGGED.get(router, []), *MODEL, "model.input_size=8", "model.depth=2"]
+    words += ["moe.interleave=false", f"parallel.ep={ep}", f"moe.pool={pool}"]
+    config = load_config(None, [*words, "parallel.recompute=selective"])
+    layout = over_hosts(resolve_layout(config, ranks), "two_level", [per_host])
+    assert layout.per_host == per_host
+    engine = engine_facts(_deepspeed(1, False, 300_000))
+    messages = [m for m in step_traffic(config, layout, engine) if m.collective == "all_to_all"]
+    planned = {(m.purpose, m.phase, m.level): (m.messages, m.wire) for m in messages}
+    assert {m.level for m in messages} == {"ep across", "ep inside"}
+    answers = worlds(ranks).run(_counted, words, _deepspeed(1, False, 300_000), per_host)
+    rows = [sum(map(torch.tensor, found)) for _, found in answers]
+    network = needed = 0
+    for rank, (table, _) in enumerate(answers):
+        found = {}
+        for row in table:
+            if row["collective"] == "all_to_all":
+                key = row["purpose"], row["phase"], row["level"]
+                seen = found.setdefault(key, [0, 0])
+                seen[0] += row["messages"]
+                seen[1] += row["wire"]
+        assert {key: count for key, (count, _) in found.items()} == {
+            key: count for key, (count, _) in planned.items()
+        }
+        exact = _wire_by_level(config, layout, engine.element, rows, rank)
+        out = {("dispatch", "forward"), ("combine", "backward")}
+        for (purpose, phase, level), (_, wire) in found.items():
+            way = "out" if (purpose, phase) in out else "home"
+            is_rows = purpose in ("dispatch", "combine")
+            known = not is_rows or (router, pool) == ("diffmoe", "rank")
+            assert not is_rows or wire == exact[way, level]
+            assert not known or wire == planned[purpose, phase, level][1]
+            network += wire if level == "ep across" else 0
+            needed += wire if level == "ep across" and is_rows else 0
+    assert needed <= network <= 1.05 * needed
+    if (router, pool) == ("diffmoe", "rank"):
+        assert needed == ranks * least_traffic(config, layout, engine).network
+
+
+def _wire_by_level(config, layout, element, rows_by_rank, rank):
+    """Bytes of rows that leave ``rank``: (there | back, level) -> bytes."""
+    ep, here, size = layout.ep, layout.per_host, config.model.width * element
+    first, local = rank - rank % ep, config.moe.experts // ep
+
+    def sent(source, target):
+        expert = (target - first) * local
+        return rows_by_rank[source][expert : expert + local].sum().item() * size
+
+    group = range(first, first + ep)
+    other_hosts = [r for r in group if r // here != rank // here]
+    neighbours = [r for r in group if r // here == rank // here and r != rank]
+    own_place = [r for r in group if r % here == rank % here]
+    own_host = [*neighbours, rank]
+    return {
+        ("out", "ep across"): sum(sent(rank, r) for r in other_hosts),
+        ("out", "ep inside"): sum(sent(s, r) for s in own_place for r in neighbours),
+        ("home", "ep across"): sum(sent(s, r) for s in own_place if s != rank for r in own_host),
+        ("home", "ep inside"): sum(sent(s, rank) for s in group if s % here != rank % here),
+    }
 
 
 def compare_bytes(worlds, ranks, ep, pool, zero, recompute, bf16, router=(), shard=None):
