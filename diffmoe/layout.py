@@ -66,6 +66,8 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
             f"train.micro_batch ({micro}) x ranks ({ranks}) x train.accumulation ({accumulation}) "
             f"= {micro * ranks * accumulation} must equal train.batch ({train.batch})"
         )
+    if config.parallel.overlap == "halves" and micro % 2:
+        raise UserError(f"train.micro_batch ({micro}) must be even with parallel.overlap (halves)")
     pool = config.moe.pool
     if isinstance(pool, str):
         pool = {"rank": micro, "group": micro * ep, "global": micro * ranks}[pool]

@@ -347,11 +347,14 @@ class ParallelConfig:
             `two_level`, across hosts with the rank of the same place and inside the host with its
             others; `auto`: the latter where groups are spread over hosts with equally many (two or
             more) consecutive ranks of each on each.
+        overlap: `halves`: in training each half of a micro-batch's samples computes while the other
+            half's rows are on their way to experts or back. The same model.
     """
 
     ep: int = 1
     recompute: Literal["none", "block", "selective"] = "none"
     exchange: Literal["auto", "direct", "two_level"] = "auto"
+    overlap: Literal["none", "halves"] = "none"
 
 
 def attention_kept(depth: int) -> int:

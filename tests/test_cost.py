@@ -261,6 +261,25 @@ def test_counted_bytes_of_ragged_routers_equal_the_formula(worlds, router, ranks
 
 @pytest.mark.full
 @pytest.mark.parametrize(
+    ("pool", "recompute", "router"),
+    [("rank", "none", []), ("global", "block", []), ("rank", "selective", RAGGED["tc"])],
+)
+def test_halves_send_as_many_bytes_in_twice_as_many_messages(worlds, pool, recompute, router):
+    how = [*router, "train.batch=16"], 4, 2, pool
+    halves = [*how[0], "parallel.overlap=halves"]
+    plain, found = (
+        compare_bytes(worlds, *how[1:], 1, recompute, False, words) for words in (how[0], halves)
+    )
+    for rows in (plain, found):
+        rows.sort(key=lambda row: (row["layer"], row["purpose"], row["phase"]))
+    for one, two in zip(plain, found, strict=True):
+        assert one["wire"] == two["wire"]
+        times = 2 if one["purpose"] in ("dispatch", "combine") else 1
+        assert two["messages"] == times * one["messages"], one
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
     ("ranks", "ep", "pool", "zero", "recompute", "bf16"),
     [
         (2, 2, "rank", 1, "none", False),

@@ -74,10 +74,11 @@ def fake_model(
     recompute: str,
     dtype: torch.dtype,
     groups: ParallelGroups,
+    overlap: str = "none",
 ) -> DiT:
     """A model on the device, all parameters in ``dtype``.  Inside of a FakeTensorMode."""
     with torch.device("cuda"):
-        dit = DiT(config, moe, pool=pool, groups=groups, recompute=recompute)
+        dit = DiT(config, moe, pool=pool, groups=groups, recompute=recompute, overlap=overlap)
     for module in dit.modules():  # Module.to cannot swap fake parameters
         for name, p in module._parameters.items():
             if p is not None:
@@ -121,11 +122,11 @@ def micro_batch(
     layout, counting = _layout(config, ranks, per_node), Counting()
     groups = build_groups(layout.ep, layout.pool_ranks, per_host=layout.per_host)
     backend = functools.partial(torch.compile, backend=counting.backend)
-    rows = rows_sent(config, layout)
+    rows, halves = rows_sent(config, layout), 1 + (config.parallel.overlap == "halves")
 
     def evenly(counts: Tensor) -> list[int]:
         """What a host would read of counts that have no memory: rows go alike to every rank."""
-        return [rows // layout.ep] * len(counts)
+        return [rows // layout.ep // halves] * len(counts)
 
     with (
         as_on_a_gpu(),
@@ -140,6 +141,7 @@ def micro_batch(
             config.parallel.recompute,
             torch.bfloat16 if bf16 else torch.float32,
             groups,
+            config.parallel.overlap,
         )
         loss = fake_loss(dit, layout.micro_batch, config.diffusion.process == "ddpm")
         if compiled:

@@ -4,11 +4,12 @@ of equal activated width.
 A micro-batch's kernels are counted on CUDA tensors without memory, eager and compiled
 (:mod:`diffmoe.bench.kernels`), the weights' traffic and host reads in the engine's own step
 (:mod:`diffmoe.bench.counted`), messages by the planner's formulas.  A kernel takes the longer of
-its bytes and its FLOPs at the rates that ``diffmoe/cost/hardware.yaml`` says are reached, a message
-what the planner says; nothing overlaps.  ``ideal``: the compiled graphs with all kernels between
-the same products or library calls that hand data on to each other, or read the same, made one,
-which reads its inputs and writes its outputs once.  MFU: 6 FLOPs for each multiply-add of the
-model's forward pass, recompute not counted, over the dense matmul peak of the precision.
+its bytes and its FLOPs at the rates that ``diffmoe/cost/hardware.yaml`` says are reached; of
+messages a step is longer by what the planner says is exposed, the rest is hidden.  ``ideal``: the
+compiled graphs with all kernels between the same products or library calls that hand data on to
+each other, or read the same, made one, which reads its inputs and writes its outputs once.  MFU: 6
+FLOPs for each multiply-add of the model's forward pass, recompute not counted, over the dense
+matmul peak of the precision.
 
 Where a GPU is at hand, one rank's step is also timed and taken apart by kernel, and stands beside
 the prediction.
@@ -34,7 +35,7 @@ from diffmoe.bench.step import FixedTraining, Variant
 from diffmoe.config import Config, config_to_tree, load_config, override
 from diffmoe.cost.hardware import Hardware, choose, read_table
 from diffmoe.cost.memory import engine_facts, rank_memory
-from diffmoe.cost.step_time import COUNTED, exchange_seconds, peak_flops, rates
+from diffmoe.cost.step_time import COUNTED, StepTime, peak_flops, rates, step_time
 from diffmoe.deepspeed_json import read_deepspeed, zero_stage
 from diffmoe.device import local_device
 from diffmoe.layout import Layout, over_hosts, resolve_layout
@@ -67,6 +68,12 @@ class Counted:
     def rates(self) -> dict[str, float]:
         """FLOP/s of products and attention, bytes/s of memory."""
         return rates(self.config, self.hardware, engine_facts(self.deepspeed))
+
+    @cached_property
+    def planned(self) -> StepTime:
+        """The planner's step: what of its messages is exposed and what is hidden."""
+        facts, hardware = engine_facts(self.deepspeed), self.hardware
+        return step_time(self.config, self.layout, facts, hardware, hardware.gpus_per_node)
 
     @cached_property
     def ideal(self) -> Counted | None:
@@ -121,12 +128,10 @@ class Counted:
         found = dict.fromkeys(_PARTS.values(), 0.0)
         for kernel in self.micro["kernels"]:
             found[_PARTS[kernel[0]]] += self._seconds(kernel)
-        facts, hardware = engine_facts(self.deepspeed), self.hardware
+        hardware = self.hardware
         weights = sum(self.sources().values()) * self.micro["parameters"]
         found["weights"] = weights / self.rates["memory"]
-        found["messages"] = exchange_seconds(
-            self.config, self.layout, facts, hardware, hardware.gpus_per_node
-        )
+        found["exposed messages"] = self.planned.all_to_all + self.planned.reduction
         launches = self.launches * self.layout.accumulation
         launches += sum(k[5] for k in self.engine["kernels"])
         # The host runs ahead of the device, until it reads.
@@ -174,6 +179,7 @@ class Counted:
             "kept_bytes": self.micro["kept"],
             "ideal_bytes": self.ideal and self.ideal.elementwise,
             "seconds": parts,
+            "hidden_messages_s": self.planned.hidden,
             "predicted_s": seconds,
             "measured": taken,
             "mfu": self.mfu(seconds),
@@ -189,7 +195,7 @@ class Counted:
 Cases = dict[tuple[str, str], Counted]  # (model | dense, eager | compiled) -> counts
 
 
-_DENSE = ["model.family=dense", "parallel.ep=1", "parallel.exchange=auto"]
+_DENSE = ["model.family=dense", "parallel.ep=1", "parallel.exchange=auto", "parallel.overlap=none"]
 
 
 def models_of(config: Config) -> dict[str, Config]:
@@ -283,7 +289,8 @@ def tables(title: str, cases: Cases, measured: dict[tuple[str, str], dict]) -> s
             if case is None:
                 continue
             seconds, took = case.seconds, measured.get((name, form), {}).get("seconds")
-            ms = [1e3 * part for part in (*case.parts().values(), seconds)]
+            hidden = case.planned.hidden
+            ms = [1e3 * part for part in (*case.parts().values(), hidden, seconds)]
             mfu = f"{case.mfu(seconds):.1%}"
             last = [1e3 * took, f"{case.mfu(took):.1%}"] if took else [None, None]
             steps.append([f"{name}, {form}", *ms, layout.batch / seconds, mfu, *last])
@@ -297,7 +304,8 @@ def tables(title: str, cases: Cases, measured: dict[tuple[str, str], dict]) -> s
             micro,
         ),
         (
-            f"a step, ms|{'|'.join(one.parts())}|predicted|images/s|MFU|measured|MFU ",
+            f"a step, ms|{'|'.join(one.parts())}|hidden messages|predicted|images/s|MFU|"
+            "measured|MFU ",
             steps,
         ),
         (
@@ -366,7 +374,7 @@ def main(arguments: list[str]) -> int:
         "train.accumulation=null",
     ]
     if ranks == 1:
-        changes.append("parallel.ep=1")
+        changes += ["parallel.ep=1", "parallel.overlap=none"]
         if load_config(options.config).model.family == "diffmoe":
             changes.append("moe.pool=rank")
     if options.recompute:

@@ -123,6 +123,7 @@ def _measure(
         pool=layout.pool,
         groups=groups,
         recompute=config.parallel.recompute,
+        overlap=config.parallel.overlap,
         time_scale=config.diffusion.time_scale,
     )
     initialize(model, config.run.seed)

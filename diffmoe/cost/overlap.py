@@ -32,7 +32,7 @@ class Windows:
 
 def halves(config: Config) -> bool:
     """Whether a micro-batch goes through blocks as two halves of its samples."""
-    return getattr(config.parallel, "overlap", "none") == "halves"
+    return config.parallel.overlap == "halves"
 
 
 def lengthened(messages: float, window: float, cost: float) -> float:

@@ -77,11 +77,12 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
         parts = [(group, ranks)]
         if group == "ep" and layout.per_host:  # everything travels on both levels
             parts = [("ep across", ep // layout.per_host), ("ep inside", layout.per_host)]
+        times = 2 * layers if purpose in ROWS and config.parallel.overlap == "halves" else layers
         for group, ranks in parts:
             if ranks > 1:
                 wire = layers * _wire(collective, payload, ranks)
                 total = layers * payload
-                found.append(Message(collective, purpose, phase, group, layers, total, wire))
+                found.append(Message(collective, purpose, phase, group, times, total, wire))
 
     phases = ("forward", "recompute") if config.parallel.recompute == "block" else ("forward",)
     for phase in phases:

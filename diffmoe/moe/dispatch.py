@@ -47,27 +47,57 @@ def make_plan(routing: Routing, ep: Group) -> Plan:
     """The plan of a choice.  The host reads the device once where counts are ragged and not known,
     else never.
     """
-    mask_TE, E = routing.mask_TE, routing.mask_TE.shape[1]
+    mask_TE, rows = routing.mask_TE, routing.rows
     if routing.tokens_EK is not None:
-        K, token = routing.tokens_EK.shape[1], routing.tokens_EK.flatten()
-        place = token * E + torch.arange(E, device=mask_TE.device).repeat_interleave(K)
-        return Plan(token, place, *_by_token(mask_TE, place), ep.size * K)
-    counts_E, rows = mask_TE.sum(dim=0), routing.rows
-    if ep.size == 1:
-        if rows is None:
-            rows = read_by_host(counts_E.sum(0, keepdim=True))[0]
-        return Plan(*_rows(mask_TE, rows), counts_E, ragged=routing.rows is None)
-    sent = counts_E.view(ep.size, -1)
-    received, passing = routing.received_re, routing.passing_r
-    if received is None:
-        received, passed = exchange_equal(sent, ep)
-        passing = None if passed is None else passed.sum(1)
-    known = [sent.sum(1), received.sum(1), *([] if passing is None else [passing])]
-    numbers = read_by_host(torch.cat(known))
-    send, receive, through = (numbers[i * ep.size :][: ep.size] for i in range(3))
-    counts = routing.each if routing.each is not None else received.sum(0)
-    places = _rows(mask_TE, sum(send))
-    return Plan(*places, counts, received, send, receive, through or None, ragged=True)
+        return _equal_plan(mask_TE, routing.tokens_EK, ep)
+    if ep.size > 1:
+        return ragged_plans(routing, ep, parts=1)[0]
+    counts_E = mask_TE.sum(dim=0)
+    if rows is None:
+        rows = read_by_host(counts_E.sum(0, keepdim=True))[0]
+    return Plan(*_rows(mask_TE, rows), counts_E, ragged=routing.rows is None)
+
+
+def half_plans(routing: Routing, ep: Group, whole_pools: bool) -> list[Plan]:
+    """The plans of each half of the tokens, for more than one EP rank: every expert takes equally
+    many of a half that holds ``whole_pools``, if it does of both together.  One read by the host
+    for both.
+    """
+    if routing.tokens_EK is None or not whole_pools:
+        return ragged_plans(routing, ep, parts=2)
+    first, second = routing.tokens_EK.chunk(2, dim=1)
+    masks = routing.mask_TE.chunk(2)
+    each = zip(masks, (first, second - len(masks[0])))
+    return [_equal_plan(mask_TE, tokens_EK, ep) for mask_TE, tokens_EK in each]
+
+
+def _equal_plan(mask_TE: Tensor, tokens_EK: Tensor, ep: Group) -> Plan:
+    E, K = tokens_EK.shape
+    token = tokens_EK.flatten()
+    place = token * E + torch.arange(E, device=mask_TE.device).repeat_interleave(K)
+    return Plan(token, place, *_by_token(mask_TE, place), ep.size * K)
+
+
+def ragged_plans(routing: Routing, ep: Group, parts: int) -> list[Plan]:
+    """The plans of equal ``parts`` of the tokens, where counts are known to the device alone."""
+    mask_TE, coming, passed = routing.mask_TE, routing.coming_rTe, routing.passing_rTe
+    # [rank, part, local expert]
+    sent = mask_TE.unflatten(0, (parts, -1)).sum(1).view(parts, ep.size, -1).transpose(0, 1)
+    if coming is None:
+        received, passing = exchange_equal(sent, ep)
+    else:
+        received = coming.unflatten(1, (parts, -1)).sum(2)
+        passing = None if passed is None else passed.unflatten(1, (parts, -1)).sum(2)
+    known = [sent, received] if passing is None else [sent, received, passing]
+    numbers = read_by_host(torch.cat([counts.sum(2) for counts in known]).flatten())
+    plans = []
+    for i, mask in enumerate(mask_TE.chunk(parts)):
+        of_part, received_re = numbers[i::parts], received[:, i]
+        send, receive, through = (of_part[n * ep.size :][: ep.size] for n in range(3))
+        counts = routing.each if parts == 1 and routing.each is not None else received_re.sum(0)
+        places = _rows(mask, sum(send))
+        plans.append(Plan(*places, counts, received_re, send, receive, through or None, True))
+    return plans
 
 
 def _rows(mask_TE: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

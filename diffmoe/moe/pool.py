@@ -65,7 +65,6 @@ def _choose_at_owner(
     mine = mask[owners.index]
     by_owner, passed = exchange_equal(mine.to(torch.uint8), ep, home=True)
     mask_TE = by_owner.permute(1, 0, 2).reshape(T, E).bool()
-    passing = None if passed is None else passed.sum(dim=(1, 2))
     observed = None
     if watched:
         observed = scores.new_zeros(ep.size, local)
@@ -75,7 +74,7 @@ def _choose_at_owner(
     # An expert's tokens come from this EP group alone, so that their number is known where the pool
     # has no other.
     each = chosen_eK.shape[1] if owners.size == 1 else None
-    return Routing(mask_TE, received_re=mine.sum(dim=1), passing_r=passing, each=each), observed
+    return Routing(mask_TE, coming_rTe=mine, passing_rTe=passed, each=each), observed
 
 
 def race(
@@ -106,9 +105,8 @@ def race(
         inside = ep.levels.inside
         here = ep.index - inside.index
         passed = pairs[inside.index :: inside.size, :, here : here + inside.size]
-        passing = passed.sum(dim=(1, 3)).flatten()
-    received = pairs[:, :, ep.index].sum(dim=1)
-    return Routing(mine, received_re=received, passing_r=passing), observed
+        passing = passed.transpose(1, 2).flatten(0, 1)
+    return Routing(mine, coming_rTe=pairs[:, :, ep.index], passing_rTe=passing), observed
 
 
 def sum_by_pool(per_run: Tensor, run: int, pool: int, samples: int, group: Group) -> Tensor:

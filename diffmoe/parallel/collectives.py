@@ -12,7 +12,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -114,8 +114,7 @@ def _turned(rows: Tensor, counts: list[int], b: int) -> Tensor:
     return torch.cat([part for place in range(b) for part in parts[place::b]])
 
 
-@dataclass(frozen=True)
-class Travelling:
+class Travelling(NamedTuple):
     """Rows that ``send_rows`` sent: to be read through ``arrived``."""
 
     rows: Tensor

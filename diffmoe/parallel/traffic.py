@@ -100,7 +100,8 @@ class CommunicationCount(TorchDispatchMode):
         self.amounts: dict[Kind, Amount] = defaultdict(Amount)
         self._layers = list(layers)
         self._layer, self._rows = "", ""
-        # Autograd's number of an arrival -> layer, purpose.
+        # Memory of rows on their way, autograd's number of an arrival -> layer, purpose.
+        self._on_their_way: dict[int, tuple[str, str]] = {}
         self._arrived_by_node: dict[int, tuple[str, str]] = {}
         self._handles: list[Any] = []
 
@@ -125,16 +126,23 @@ class CommunicationCount(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        result = function(*args, **(kwargs or {}))
         if function.namespace in (_FUNCTIONAL, _IN_PLACE):
-            self._note(function, args)
-        return function(*args, **(kwargs or {}))
+            self._note(function, args, result)
+        return result
 
-    def _note(self, function: Any, args: tuple) -> None:
+    def _note(self, function: Any, args: tuple, result: Any) -> None:
         packet = function.overloadpacket.__name__
-        if packet == "wait_tensor" and self._rows and torch._C._current_autograd_node() is None:
-            # Where rows arrive their gradients leave in backward: by a node that was made just
-            # before this was called.
-            self._arrived_by_node[torch.autograd._get_sequence_nr() - 1] = (self._layer, self._rows)
+        forward = torch._C._current_autograd_node() is None
+        if packet == "wait_tensor" and forward:
+            where = self._on_their_way.pop(args[0].untyped_storage()._cdata, None)
+            if where is not None and where[1] in ("dispatch", "combine"):
+                # Where rows arrive their gradients leave in backward: by a node that was made just
+                # before this was called.
+                self._arrived_by_node[torch.autograd._get_sequence_nr() - 1] = where
+        if packet == "all_to_all_single" and self._layer and forward:
+            where = self._layer, self._purpose_in_layer("all_to_all", args[0])
+            self._on_their_way[result.untyped_storage()._cdata] = where
         if packet in _QUIET:
             return
         collective, place = _COLLECTIVES[f"{function.namespace}.{packet}"]

@@ -75,11 +75,13 @@ class Case:
     overlap: bool = False
     shard: int = 0
     per_host: int = 0
+    halves: bool = False  # parallel.overlap
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
         """The configuration of this row.  Raises UserError where the numbers do not fit."""
         text = (
             f"{_COMMON} run.seed={seed} parallel.ep={self.ep} parallel.recompute={self.recompute} "
+            f"parallel.overlap={'halves' if self.halves else 'none'} "
             f"moe.pool={self.pool} train.batch={self.batch} train.accumulation={self.accumulation} "
             f"train.steps={steps} train.compile={str(self.compiled).lower()} "
             f"sample.routing={self.routing} moe.experts={self.experts} {VARIANTS[self.variant]}"
@@ -118,7 +120,7 @@ class Case:
     @property
     def kind(self) -> str:
         words = [self.variant, "bf16" * (self.precision == "bf16")]
-        words += ["compiled" * self.compiled, "overlap" * self.overlap]
+        words += ["compiled" * self.compiled, "overlap" * self.overlap, "halves" * self.halves]
         words.append(f"shards of {self.shard}" if self.shard else "")
         words.append(f"hosts of {self.per_host}" if self.per_host else "")
         return " ".join(filter(None, words))
@@ -153,6 +155,7 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
             case = replace(case, overlap=True)
             cases += [case, replace(case, variant="tc-all", precision="bf16")]
         cases += _hybrid(world, ep, 2) if world == 4 and ep <= 2 else []
+        cases += _halves(world, ep) if ep > 1 else []
         if ep == 1:  # counts that the host must ask for: where a GPU has it, the grouped matmul
             cases.append(Case(world, ep, 1, "none", 1, "rank", 16, "tc-all", precision="bf16"))
     return cases + two_level_table(worlds)
@@ -189,9 +192,28 @@ def _hybrid(world: int, ep: int, shard: int) -> Iterator[Case]:
 
 def eight_ranks() -> list[Case]:
     """Minutes: several groups of several ranks, of which an EP group may be all or a part."""
-    return [
-        case for ep, shard in ((4, 4), (2, 4), (2, 2), (1, 2)) for case in _hybrid(8, ep, shard)
-    ]
+    groups = (4, 4), (2, 4), (2, 2), (1, 2)
+    cases = [case for ep, shard in groups for case in _hybrid(8, ep, shard)]
+    return cases + [case for ep in (2, 4, 8) for case in _halves(8, ep)]
+
+
+def _halves(world: int, ep: int) -> list[Case]:
+    """Micro-batches in halves, of two and four samples: pools inside a half, a rank, of all
+    ranks, under each form of recompute, at each ZeRO stage, with every family.
+    """
+    rows = (
+        "1 none diffmoe, rank block rich, global selective diffmoe, global block tc, "
+        "rank selective tc-bias, 1 none ec, 1 selective ec-time, rank block threshold, "
+        "global none race, rank selective race, global block prototype, global none ddpm"
+    )
+    cases = []
+    for i, (pool, form, variant) in enumerate(map(str.split, rows.split(", "))):
+        accumulation = 1 + i // 4 % 2
+        batch = world * accumulation * (2 if i % 2 else 4)
+        case = Case(world, ep, (i + ep) % 4, form, accumulation, pool, batch, variant)
+        cases.append(replace(case, halves=True))
+    last = Case(world, ep, 1, "selective", 2, "rank", 8 * world, overlap=True)
+    return [*cases, replace(last, halves=True)]
 
 
 def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
@@ -236,6 +258,10 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 4, 3, "selective", 1, "global", 16, per_host=2),
         Case(4, 4, 1, "selective", 1, "rank", 16, "tc", per_host=2),
         Case(4, 4, 3, "block", 2, "global", 16, "race", per_host=2),
+        Case(4, 2, 1, "selective", 2, "global", 16, halves=True),
+        Case(4, 2, 0, "block", 1, "rank", 16, "rich", halves=True),
+        Case(4, 2, 3, "none", 1, "1", 16, "ec", halves=True),
+        Case(4, 4, 2, "selective", 1, "global", 16, "tc", halves=True),
     ]
     return [case for case in cases if case.world in set(worlds)]
 
@@ -273,6 +299,9 @@ def compiled_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 2, "none", 1, "global", 16, "prototype"),
         Case(4, 2, 1, "none", 1, "global", 16, "tc-bias"),
         Case(4, 1, 2, "block", 1, "global", 16),
+        Case(4, 2, 1, "selective", 1, "global", 16, halves=True),
+        Case(4, 2, 2, "block", 1, "1", 16, "ec", halves=True),
+        Case(4, 2, 1, "none", 1, "rank", 16, "rich", halves=True),
     ]
     return [replace(case, compiled=True) for case in cases if case.world in set(worlds)]
 

@@ -25,7 +25,12 @@ def build_model(config: Config, pool: int, groups: ParallelGroups) -> DiT:
     routers, whose scores would be all but equal, are drawn anew, each (expert) by its logical name.
     """
     model = DiT(
-        config.model, config.moe, pool=pool, groups=groups, recompute=config.parallel.recompute
+        config.model,
+        config.moe,
+        pool=pool,
+        groups=groups,
+        recompute=config.parallel.recompute,
+        overlap=config.parallel.overlap,
     )
     initialize(model, config.run.seed)
     for tensor in logical_tensors(model):

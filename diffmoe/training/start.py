@@ -228,6 +228,7 @@ def _new_model(config: Config, layout: Layout, groups: ParallelGroups) -> DiT:
         pool=layout.pool,
         groups=groups,
         recompute=config.parallel.recompute,
+        overlap=config.parallel.overlap,
         time_scale=config.diffusion.time_scale,
     )
     initialize(model, config.run.seed)
