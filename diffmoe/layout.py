@@ -112,7 +112,7 @@ def over_hosts(layout: Layout, exchange: str, runs: Collection[int]) -> Layout:
         held = " or ".join(str(run) for run in sorted(set(runs)))
         raise UserError(
             "parallel.exchange (two_level) needs EP groups over several hosts, with equally many, "
-            f"at least 2, consecutive ranks on each: parallel.ep is {layout.ep}, and a host holds "
+            f"at least 2, consecutive ranks on each: parallel.ep is {layout.ep}, and hosts hold "
             f"{held} consecutive ranks"
         )
     return layout

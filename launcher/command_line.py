@@ -62,6 +62,7 @@ def add_planner_options(parser: Parser) -> None:
     add("--micro-batch", type=int, help="only this many samples a GPU and pass")
     shared = "only this many GPUs to a copy of the optimizer's state (default: all; whole nodes)"
     add("--shard", type=int, help=shared)
+    add("--overlap", choices=("none", "halves"), help="only this parallel.overlap (default: both)")
     add("--json", type=Path, help="also write every layout with all its numbers here")
     add("overrides", nargs="*", metavar="section.field=value")
 
@@ -93,7 +94,8 @@ def read_planner_options(
     config = load_config(options.config, options.overrides)
     tree = read_deepspeed(options.deepspeed_config)
     check_deepspeed(tree, config)
-    pins = Pins(options.ep, options.zero, options.recompute, options.micro_batch, options.shard)
+    names = ("ep", "zero", "recompute", "micro_batch", "shard", "overlap")
+    pins = Pins(**{name: getattr(options, name) for name in names})
     return config, tree, hardware, options.gpus_per_node or hardware.gpus_per_node, pins
 
 

@@ -149,10 +149,22 @@ def _configured(candidate: Candidate, tree: dict, cluster: Cluster, steps: int) 
     traffic = step_traffic(config, layout, candidate.engine)
     least = least_traffic(config, layout, candidate.engine)
     parts = [f"{name} {value / GIB:.2f}" for name, value in memory.parts().items() if value]
-    exchanged = sum(m.wire for m in traffic if m.collective == "all_to_all")
+    levels = {name: 0 for name in ("ep", "ep across", "ep inside")}
+    for m in traffic:
+        if m.collective == "all_to_all":
+            levels[m.group] += m.wire
     reduced = sum(m.wire for m in traffic if m.purpose in ("gradients", "parameters"))
     shared = sum(m.wire for m in traffic if m.purpose == "owners")
-    over = f"{exchanged / least.rows:.3f} of the lower bound" if least.rows else "none needed"
+    exchanged = f"all-to-all {_mib(levels['ep'])} (none needed)"
+    if layout.per_host:
+        exchanged = (
+            f"all-to-all {_mib(levels['ep across'])} across hosts "
+            f"({levels['ep across'] / least.network:.3f} of the lower bound), "
+            f"{_mib(levels['ep inside'])} inside"
+        )
+    elif least.rows:
+        over = levels["ep"] / least.rows
+        exchanged = f"all-to-all {_mib(levels['ep'])} ({over:.3f} of the lower bound)"
     phases = [f"{name} {1e3 * seconds:.1f}" for name, seconds in time.phases().items()]
     days = steps * time.total / 86400
     hosts = hosts_of(cluster.ranks, cluster.per_node)
@@ -162,9 +174,9 @@ def _configured(candidate: Candidate, tree: dict, cluster: Cluster, steps: int) 
         f"as configured: {candidate.label}: {'fits' if candidate.fits else 'does NOT fit'}",
         f"  memory   {memory.peak / GIB:.2f} GiB a rank at most, {memory.static / GIB:.2f} between "
         f"steps: {', '.join(parts)}",
-        f"  traffic  {sum(m.messages for m in traffic)} messages a rank and step; all-to-all "
-        f"{_mib(exchanged)} ({over}), pool owners {_mib(shared)}, gradients and weights "
-        f"{_mib(reduced)} (lower bound {_mib(least.reduction)})",
+        f"  traffic  {sum(m.messages for m in traffic)} messages a rank and step; {exchanged}, "
+        f"pool owners {_mib(shared)}, gradients and weights {_mib(reduced)} (lower bound "
+        f"{_mib(least.reduction)})",
         f"  time     {1e3 * time.total:.1f} ms a step: {', '.join(phases)} (of the last two "
         f"{1e3 * time.hidden:.1f} more are hidden, {1e3 * time.latency:.1f} are latency)",
         f"  run      {candidate.images_per_s:.0f} images/s; {steps} steps: {days:.2f} days, "

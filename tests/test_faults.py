@@ -545,8 +545,8 @@ RECIPE = (
     "train.lr=1e-3",
     "train.sample_every=0",
 )
-# Ranks, EP, ZeRO, ranks of a copy of the state where not all share it: (who saved, who goes on).  Every pair of EP sizes, of ZeRO stages and of numbers
-# of ranks, both ways.
+# Ranks, EP, ZeRO, and ranks that share a copy of the state where not all do: (who saved, who goes
+# on).  Every pair of EP sizes, of ZeRO stages and of numbers of ranks, both ways.
 LAYOUTS = {
     (2, 2, 1): [
         (2, 2, 1),

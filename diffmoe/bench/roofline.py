@@ -38,7 +38,7 @@ from diffmoe.cost.memory import engine_facts, rank_memory
 from diffmoe.cost.step_time import COUNTED, StepTime, peak_flops, rates, step_time
 from diffmoe.deepspeed_json import read_deepspeed, zero_stage
 from diffmoe.device import local_device
-from diffmoe.layout import Layout, resolve_layout
+from diffmoe.layout import Layout, over_hosts, resolve_layout
 from diffmoe.models.count import count as count_model
 
 _PARTS = {"product": "products", "attention": "attention", "memory": "elementwise"}
@@ -61,7 +61,8 @@ class Counted:
 
     @cached_property
     def layout(self) -> Layout:
-        return resolve_layout(self.config, self.ranks)
+        layout, here = resolve_layout(self.config, self.ranks), self.hardware.gpus_per_node
+        return over_hosts(layout, self.config.parallel.exchange, [here])
 
     @cached_property
     def rates(self) -> dict[str, float]:
@@ -194,12 +195,14 @@ class Counted:
 Cases = dict[tuple[str, str], Counted]  # (model | dense, eager | compiled) -> counts
 
 
+_DENSE = ["model.family=dense", "parallel.ep=1", "parallel.exchange=auto", "parallel.overlap=none"]
+
+
 def models_of(config: Config) -> dict[str, Config]:
     """model, and beside an MoE model the dense one of equal activated width, on as many ranks."""
     if config.model.family == "dense":
         return {"model": config}
-    dense = ["model.family=dense", "parallel.ep=1", "parallel.overlap=none"]
-    return {"model": config, "dense": override(config, dense)}
+    return {"model": config, "dense": override(config, _DENSE)}
 
 
 def compare(
@@ -209,7 +212,8 @@ def compare(
     tree, models = read_deepspeed(deepspeed), models_of(config)
     # Engines last: DeepSpeed, once imported, has torch ask the driver whether there is a GPU.
     cases = [(name, part) for part in (*ways, "engine") for name in models]
-    answers = counted([(models[name], deepspeed, part) for name, part in cases], ranks)
+    given = [(models[name], deepspeed, part) for name, part in cases]
+    answers = counted(given, ranks, hardware.gpus_per_node)
     found = dict(zip(cases, answers))
     return {
         (name, way): Counted(each, ranks, tree, hardware, found[name, way], found[name, "engine"])
@@ -264,7 +268,8 @@ def tables(title: str, cases: Cases, measured: dict[tuple[str, str], dict]) -> s
     layout, hardware, speed = one.layout, one.hardware, one.rates
     origin = f"from {hardware.calibrated}" if hardware.calibrated else "assumed"
     text = (
-        f"## {title}\n\n{layout.ranks} ranks, EP {layout.ep}, {layout.accumulation} x "
+        f"## {title}\n\n{layout.ranks} ranks, EP {layout.ep}"
+        f"{' over two levels' if layout.per_host else ''}, {layout.accumulation} x "
         f"{layout.micro_batch} samples a rank, pool of {layout.pool}, recompute "
         f"{one.config.parallel.recompute}.  {hardware.name}; rates {origin}: products "
         f"{speed['product'] / 1e12:.0f} and attention {speed['attention'] / 1e12:.0f} TFLOP/s, "

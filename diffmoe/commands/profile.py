@@ -207,44 +207,46 @@ def describe(record: dict) -> str:
 def _traffic(
     by_rank: list[list[dict]], config: Config, layout: Layout, engine: EngineFacts
 ) -> list[str]:
-    """Counted messages by collective, purpose and phase, means over ranks, layers together, beside
-    the formula; then sums beside the lower bound.  Rows that must travel are those that were
-    counted.
+    """Counted messages by collective, purpose, phase and level of the exchange, means over ranks,
+    layers together, beside the formula; then sums beside the lower bound, over two levels of the
+    network's part.  Rows that must travel are those that were counted.
     """
     counted: dict[tuple, list[float]] = {}
     for row in itertools.chain.from_iterable(by_rank):
         phase = row["phase"] if row["layer"] else "step"
-        sums = counted.setdefault((row["collective"], row["purpose"], phase), [0.0, 0.0, 0.0])
+        key = row["collective"], row["purpose"], phase, row["level"]
+        sums = counted.setdefault(key, [0.0, 0.0, 0.0])
         for i, name in enumerate(("messages", "payload", "wire")):
             sums[i] += row[name] / len(by_rank)
     planned: Counter[tuple] = Counter()
     for message in step_traffic(config, layout, engine):
-        planned[message.collective, message.purpose, message.phase] += message.wire
-    head = ["collective", "purpose", "phase", "messages", "bytes put in"]
+        planned[message.collective, message.purpose, message.phase, message.level] += message.wire
+    head = ["collective", "purpose", "phase", "level", "messages", "bytes put in"]
     rows = [
         [*key, round(messages), f"{payload:.0f}", f"{wire:.0f}", planned.get(key)]
         for key, (messages, payload, wire) in sorted(counted.items())
     ]
     lines = table([*head, "bytes that leave the rank", "by formula"], rows)
-    wire = {key: sums[2] for key, sums in counted.items()}
-    exchanged = sum(size for (what, _, _), size in wire.items() if what == "all_to_all")
+    wire = {key: sums[2] for key, sums in counted.items() if key[3] != "ep inside"}
+    exchanged = sum(size for (what, *_), size in wire.items() if what == "all_to_all")
     owners = sum(size for key, size in wire.items() if key[:2] == ("all_gather", "owners"))
     least = least_traffic(config, layout, engine)
     once = sum(
         size
-        for (what, purpose, phase), size in wire.items()
+        for (what, purpose, phase, _), size in wire.items()
         if what == "all_to_all" and purpose in ("dispatch", "combine") and phase != "recompute"
     )
     if once:
+        where = " across hosts" if layout.per_host else ""
         lines.append(
-            f"all-to-all {exchanged:.0f} bytes, {exchanged / once:.4f} of the lower bound "
+            f"all-to-all{where} {exchanged:.0f} bytes, {exchanged / once:.4f} of the lower bound "
             f"({once:.0f}: each chosen row there and home, forward and backward); with the pool "
             f"owners' scores {(exchanged + owners) / once:.4f}"
         )
     if least.reduction:
         reduced = sum(
             size
-            for (what, purpose, _), size in wire.items()
+            for (what, purpose, *_), size in wire.items()
             if what != "all_to_all" and purpose in ("gradients", "parameters")
         )
         lines.append(

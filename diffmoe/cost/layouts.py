@@ -47,6 +47,7 @@ class Pins:
     recompute: str | None = None
     micro_batch: int | None = None
     shard: int | None = None
+    overlap: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,19 @@ class Candidate:
         """What would have to be pinned for this layout alone."""
         layout, engine = self.layout, self.engine
         shard = engine.shard or layout.ranks
-        return Pins(layout.ep, engine.stage, self.recompute, layout.micro_batch, shard)
+        kept = layout.ep, engine.stage, self.recompute, layout.micro_batch, shard
+        return Pins(*kept, self.config.parallel.overlap)
 
     def changes(self, pins: Pins) -> tuple[str, ...]:
         """How this layout differs from what is pinned, in words."""
-        names = ("EP", "ZeRO", "recompute", "micro-batch", "ranks that share a copy of the state")
+        names = (
+            "EP",
+            "ZeRO",
+            "recompute",
+            "micro-batch",
+            "ranks that share a copy of the state",
+            "overlap",
+        )
         return tuple(
             f"{name} {pinned} -> {own}"
             for name, pinned, own in zip(names, astuple(pins), astuple(self.pins))
@@ -95,11 +104,12 @@ class Candidate:
     @property
     def label(self) -> str:
         layout = self.layout
+        halves = " in halves" * (self.config.parallel.overlap == "halves")
         shard = f" in groups of {self.engine.shard}" if self.engine.copies(layout) > 1 else ""
         return (
             f"EP {layout.ep}{' over two levels' if layout.per_host else ''}, ZeRO "
             f"{self.engine.stage}{shard}, recompute {self.recompute}, micro-batch "
-            f"{layout.micro_batch} x {layout.accumulation}"
+            f"{layout.micro_batch} x {layout.accumulation}{halves}"
         )
 
     def table(self) -> dict[str, Any]:
@@ -153,7 +163,8 @@ def candidates(
     bf16 = bool((deepspeed_tree.get("bf16") or {}).get("enabled"))
     experts = 1 if config.model.family == "dense" else config.moe.experts
     found = {}
-    for shard, ep, zero, recompute, micro in product(
+    for overlap, shard, ep, zero, recompute, micro in product(
+        _choices(pins.overlap, ("none", "halves")),
         _choices(pins.shard or zero_block.get(MICS), (None, _WHOLE_NODES)[: cluster.nodes]),
         _choices(pins.ep, _divisors(experts)),
         _choices(pins.zero, range(1 if bf16 else 0, 4)),
@@ -162,13 +173,15 @@ def candidates(
     ):
         changed = replace(
             config,
-            parallel=replace(config.parallel, ep=ep, recompute=recompute),
+            parallel=replace(config.parallel, ep=ep, recompute=recompute, overlap=overlap),
             train=replace(config.train, micro_batch=micro, accumulation=None),
         )
         block = {**zero_block, "stage": zero}
         if shard is not None:
             block[MICS] = math.lcm(ep, cluster.per_node) if shard == _WHOLE_NODES else shard
         tree = {**deepspeed_tree, "zero_optimization": block}
+        if ep == 1 and overlap == "halves":
+            continue  # no rows travel
         try:
             candidate = evaluate(changed, tree, cluster)
         except UserError:

@@ -12,7 +12,7 @@ from typing import Any
 from diffmoe.config import Config, attention_kept, expert_hidden
 from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, rank_memory
-from diffmoe.cost.overlap import Timed, Windows, exposed_exchange, exposed_reduction
+from diffmoe.cost.overlap import Timed, Windows, exposed_exchange, exposed_reduction, halves
 from diffmoe.cost.parameters import inner_width, moe_layers, rank_parameters
 from diffmoe.cost.traffic import Message, step_traffic
 from diffmoe.families import experts_per_token
@@ -249,8 +249,8 @@ def launches(config: Config, layout: Layout, engine: EngineFacts, hardware: Hard
     """Kernels that the host launches in a step."""
     model, moe = config.model, config.moe
     each, weight = _per_block(config, engine, hardware)["kernels"], _per_weight(engine)
-    micro_batch = each["outside"] + each["block"] * model.depth
-    micro_batch += each["mixture"] * moe_layers(model, moe)
+    blocks = each["block"] * model.depth + each["mixture"] * moe_layers(model, moe)
+    micro_batch = each["outside"] + blocks * (2 if halves(config) else 1)
     tensors = len(rank_parameters(model, moe, layout.ep))
     micro_batch += tensors * weight["kernels_micro_batch"]
     return micro_batch * layout.accumulation + tensors * weight["kernels_step"]

@@ -37,6 +37,11 @@ class Message:
     payload: int
     wire: int
 
+    @property
+    def level(self) -> str:
+        """Of the two of an exchange that has two, as ``parallel.traffic.Kind`` has it."""
+        return self.group if self.group in ("ep across", "ep inside") else ""
+
 
 def step_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Message]:
     """Every kind of message of one rank, without scalars (norms, the step's statistics)."""

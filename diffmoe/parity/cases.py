@@ -45,7 +45,7 @@ VARIANTS = {
 # train.sample_every: the EMA's weights are in the model's place for a pass after every step.
 _COMMON = (
     "model.input_size=8 model.width=32 model.depth=2 model.heads=2 model.mlp_ratio=2 "
-    "model.classes=10 moe.experts=4 moe.interleave=false moe.threshold_decay=0.5 "
+    "model.classes=10 moe.interleave=false moe.threshold_decay=0.5 "
     "moe.balance_weight=0.1 train.lr=0.1 train.eps=1e-3 train.weight_decay=0.5 train.clip=0.5 "
     "train.ema=0.25 train.label_drop=0.3 train.sample_every=1 sample.steps=2 sample.batch=3"
 )
@@ -84,9 +84,14 @@ class Case:
             f"parallel.overlap={'halves' if self.halves else 'none'} "
             f"moe.pool={self.pool} train.batch={self.batch} train.accumulation={self.accumulation} "
             f"train.steps={steps} train.compile={str(self.compiled).lower()} "
-            f"sample.routing={self.routing} {VARIANTS[self.variant]}"
+            f"sample.routing={self.routing} moe.experts={self.experts} {VARIANTS[self.variant]}"
         )
         return load_config(None, text.split())
+
+    @property
+    def experts(self) -> int:
+        """As many as a variant has that does not say."""
+        return max(4, self.ep)
 
     def deepspeed(self) -> dict:
         """The DeepSpeed JSON of this row."""
@@ -153,6 +158,25 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         cases += _halves(world, ep) if ep > 1 else []
         if ep == 1:  # counts that the host must ask for: where a GPU has it, the grouped matmul
             cases.append(Case(world, ep, 1, "none", 1, "rank", 16, "tc-all", precision="bf16"))
+    return cases + two_level_table(worlds)
+
+
+def two_level_table(worlds: Iterable[int] = (8,)) -> list[Case]:
+    """EP groups over hosts: every router's kind of exchange (equal counts, counts that owners know,
+    that all know, that are exchanged) at ZeRO 1 and 3.
+    """
+    cases = []
+    grids = [(4, 4, 2), (8, 4, 2), (8, 8, 4), (8, 8, 2)]
+    routers = "diffmoe rank, diffmoe global, diffmoe group, tc rank, race global, race rank, "
+    routers += "prototype global, threshold rank, ec 1"
+    for world, ep, per_host in grids:
+        for number, words in enumerate(routers.split(", ") if world in set(worlds) else ()):
+            variant, pool = words.split()
+            for zero in (1, 3):
+                accumulation = 1 + (zero + number) % 2
+                recompute = "selective" if zero == 1 or number % 2 else RECOMPUTE[number // 2 % 2]
+                case = Case(world, ep, zero, recompute, accumulation, pool, 16, variant)
+                cases.append(replace(case, per_host=per_host))
     return cases
 
 
@@ -230,6 +254,10 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 3, "none", 2, "rank", 16, shard=2),
         Case(4, 2, 1, "none", 2, "rank", 16, "tc-all", precision="bf16", overlap=True, shard=2),
         Case(4, 1, 1, "none", 1, "rank", 16, "tc-all", precision="bf16", overlap=True, shard=1),
+        Case(4, 4, 1, "selective", 2, "rank", 16, per_host=2),
+        Case(4, 4, 3, "selective", 1, "global", 16, per_host=2),
+        Case(4, 4, 1, "selective", 1, "rank", 16, "tc", per_host=2),
+        Case(4, 4, 3, "block", 2, "global", 16, "race", per_host=2),
         Case(4, 2, 1, "selective", 2, "global", 16, halves=True),
         Case(4, 2, 0, "block", 1, "rank", 16, "rich", halves=True),
         Case(4, 2, 3, "none", 1, "1", 16, "ec", halves=True),
