@@ -1,12 +1,13 @@
 """EP groups over hosts and the nodes of a job: what the planner finds, and who says it."""
 
+import dataclasses
 import os
 import re
 import subprocess
 
 import pytest
 
-from diffmoe.config import load_config
+from diffmoe.config import load_config, override
 from diffmoe.cost.extrapolation import (
     extrapolate,
     fewer_nodes,
@@ -16,9 +17,11 @@ from diffmoe.cost.extrapolation import (
     stops,
 )
 from diffmoe.cost.hardware import read_table
-from diffmoe.cost.layouts import Cluster, candidates, evaluate
+from diffmoe.cost.layouts import Cluster, Pins, candidates, evaluate
+from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import read_deepspeed
-from diffmoe.layout import resolve_layout
+from diffmoe.errors import UserError
+from diffmoe.layout import over_hosts, resolve_layout, runs_of
 from launcher import plan
 from launcher.__main__ import main
 from programs import REPOSITORY
@@ -193,6 +196,7 @@ def test_the_price_of_spanning_hosts_is_the_planners(name, hosts, ep, says):
     if says is None:
         assert line is None
         return
+    assert ("; it goes over two levels, directly it would take " in line) == (hosts[0] == hosts[1])
     begins, then = says.split("; ")
     assert line.startswith(begins) and "\n" not in line
     numbers = re.search(r"takes ([\d.]+) of ([\d.]+) ms a step, ([\d.]+) inside a host", line)
@@ -211,6 +215,65 @@ def test_the_price_of_spanning_hosts_is_the_planners(name, hosts, ep, says):
     )
     other = evaluate(configuration(name, then), tree, cluster)
     assert line.endswith(f"with {then}, inside hosts, a step takes {1e3 * other.time.total:.1f} ms")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "ep", "per_host"),
+    [
+        ("aabb", 4, 2),
+        ("aabbccdd", 4, 2),
+        ("aaaabbbb", 8, 4),
+        ("aabbccdd", 8, 2),
+        ("aaaabbbb", 4, "hosts hold 4"),
+        ("aaaa", 4, "hosts hold 4"),
+        ("ab", 2, "hosts hold 1"),
+        ("abab", 4, "hosts hold 1"),
+        ("aaab", 4, "hosts hold 1 or 3"),
+        ("aabbbbcc", 8, "hosts hold 2 or 4"),
+        ("aaabbb", 2, "hosts hold 3"),
+    ],
+)
+def test_where_an_exchange_has_two_levels(hosts, ep, per_host):
+    config = configuration(
+        "diffmoe_l_e16_flow", f"parallel.ep={ep}", f"train.batch={8 * len(hosts)}", "moe.pool=1"
+    )
+    layout, runs = resolve_layout(config, len(hosts)), runs_of(hosts)
+    assert layout.per_host == 0 and over_hosts(layout, "direct", runs) == layout
+    if isinstance(per_host, int):
+        for form in ("auto", "two_level"):
+            assert over_hosts(layout, form, runs) == dataclasses.replace(layout, per_host=per_host)
+        return
+    assert over_hosts(layout, "auto", runs) == layout
+    with pytest.raises(UserError) as raised:
+        over_hosts(layout, "two_level", runs)
+    assert "\n" not in str(raised.value)
+    assert f"parallel.ep is {ep}, and {per_host} consecutive ranks" in str(raised.value)
+
+
+def test_the_planner_takes_the_form_of_exchange_that_is_faster():
+    config = configuration("diffmoe_xl_e16_flow", "parallel.ep=16")
+    tree, pins = read_deepspeed(BF16), Pins(ep=16)
+
+    def best(hardware, *overrides):
+        given = override(config, list(overrides))
+        return candidates(given, tree, Cluster(2, 8, hardware), pins)[0]
+
+    slow = dataclasses.replace(H100.network, latency_us=1000)
+    far = dataclasses.replace(H100, network=slow)
+    narrow = dataclasses.replace(H100, node=dataclasses.replace(H100.node, gb_s=5))
+    assert best(far).layout.per_host == 8 and "EP 16 over two levels, " in best(far).label
+    assert best(narrow).layout.per_host == 0 and "levels" not in best(narrow).label
+    # What is said is kept.
+    assert best(far, "parallel.exchange=direct").layout.per_host == 0
+    assert best(narrow, "parallel.exchange=two_level").layout.per_host == 8
+    assert best(far).time.latency < best(far, "parallel.exchange=direct").time.latency
+    # Across hosts 8 messages become 1; rows cross once in either form.
+    two, one = (best(H100, f"parallel.exchange={form}") for form in ("two_level", "direct"))
+    across = sum(
+        m.wire for m in step_traffic(two.config, two.layout, two.engine) if m.group == "ep across"
+    )
+    assert across <= 1.05 * least_traffic(two.config, two.layout, two.engine).network
+    assert two.time.all_to_all != one.time.all_to_all
 
 
 @pytest.mark.parametrize(

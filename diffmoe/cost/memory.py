@@ -42,6 +42,11 @@ class EngineFacts:
         return layout.ranks // (self.shard or layout.ranks)
 
     @property
+    def overlaps(self) -> bool:
+        """Whether gradients leave while backward still runs."""
+        return self.stage == 3 or self.buckets == 2
+
+    @property
     def bf16(self) -> bool:
         return self.element == 2
 

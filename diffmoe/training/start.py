@@ -178,7 +178,7 @@ def start(
         device,
         per_node or layout.ranks,
         engine,
-        Ema(engine, config.train.ema_decays),
+        Ema(engine, config.train.ema_decays, config.train.growth),
         reader,
         Saver(folder / "checkpoints", config, layout, groups, names),
         guard,
@@ -228,6 +228,7 @@ def _new_model(config: Config, layout: Layout, groups: ParallelGroups) -> DiT:
         pool=layout.pool,
         groups=groups,
         recompute=config.parallel.recompute,
+        overlap=config.parallel.overlap,
         time_scale=config.diffusion.time_scale,
     )
     initialize(model, config.run.seed)
