@@ -214,6 +214,11 @@ def _run(config: Config) -> Rules:
     yield "run.seed", 0 <= run.seed < 2**64, "must be in [0, 2^64)"
     yield "run.timeout_s", 0 <= run.timeout_s <= 1e7, "must be from 0 to 1e7 seconds"
     yield "run.folder", run.folder != "", "must name a folder"
+    factor = run.straggler_factor
+    yield "run.straggler_factor", factor == 0 or factor > 1, "must be above 1, or 0"
+    yield from _at_least("run", run, 1, "straggler_steps")
+    words = f"needs run.straggler_factor ({factor}) above 1"
+    yield "run.on_straggler", run.on_straggler == "name" or factor > 1, words
 
 
 def _data(config: Config) -> Rules:

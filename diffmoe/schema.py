@@ -26,6 +26,11 @@ class RunConfig:
             an error.
         fp32_precision: What a GPU may do with fp32 matmuls and convolutions, in training and in all
             that is made of the run; the published rows are `tf32`.
+        straggler_factor: A rank is a straggler when its own work takes more than this many times
+            the median rank's; 0: nobody looks, and ranks' times are not measured.
+        straggler_steps: So many steps long, in nine of ten of them at least.
+        on_straggler: What becomes of a straggler: the log, metrics and events name it and its host,
+            or besides that a job of scripts/slurm saves, excludes the host and requeues itself.
     """
 
     folder: str = "runs/default"
@@ -33,6 +38,9 @@ class RunConfig:
     timeout_s: float = 600.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     fp32_precision: Literal["ieee", "tf32"] = "ieee"
+    straggler_factor: float = 1.1
+    straggler_steps: int = 20
+    on_straggler: Literal["name", "requeue"] = "name"
 
 
 @dataclass(frozen=True)

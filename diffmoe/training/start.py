@@ -39,6 +39,7 @@ from diffmoe.training.meter import Meter
 from diffmoe.training.metrics import Writer
 from diffmoe.training.resume import Recipe, check_resumable, engine_changes, read_left_out
 from diffmoe.training.run_lock import RunLock
+from diffmoe.training.stragglers import Stragglers
 from diffmoe.training.validation import Validator, open_validator
 from diffmoe.training.watchdog import watch_layers
 
@@ -48,8 +49,8 @@ class Run:
     """Everything that one rank of a training run holds.  ``deepspeed``: the merged JSON;
     ``per_node``: ranks on a node; ``writer`` is rank 0's alone; ``scorer``, ``validator``: None
     where nobody asked for scores, or the validation loss; ``fresh``: no checkpoint was there;
-    ``recipes``: changes of the recipe so far, see ``resume``; ``next_record``: what the next record
-    of the metrics has besides.
+    ``recipes``: changes of the recipe so far, see ``resume``; ``leaving``: all ranks stop after the
+    next step; ``next_record``: what the next record of the metrics has besides.
     """
 
     config: Config
@@ -64,6 +65,7 @@ class Run:
     saver: Saver
     guard: Guard
     meter: Meter
+    stragglers: Stragglers
     writer: Writer | None
     scorer: Scorer | None
     validator: Validator | None
@@ -71,6 +73,7 @@ class Run:
     recipes: list[Recipe]
     done: int = 0
     failed_saves: int = 0
+    leaving: bool = False
     unsaved: int | None = None  # the step of the last save, where it failed
     step_times: list[float] = field(default_factory=list)  # of the first steps of this start
     next_record: dict[str, Any] = field(default_factory=dict)
@@ -183,6 +186,7 @@ def start(
         Saver(folder / "checkpoints", config, layout, groups, names),
         guard,
         Meter(config, groups, device),
+        Stragglers(config.run, groups, engine, device, hosts),
         writer,
         scorer,
         validator,
