@@ -18,14 +18,14 @@ from diffmoe.checkpoints.tensor_file import Corrupt, Piece, TensorFile
 from diffmoe.config import Config, config_from_tree
 from diffmoe.errors import UserError
 from diffmoe.paths import check_folder
-from diffmoe.remote import AnyPath
+from diffmoe.remote import AnyPath, RemotePath
 
 MASTER, FIRST_MOMENT, SECOND_MOMENT, BUFFERS = "master", "exp_avg", "exp_avg_sq", "buffers"
 _FOLDER = re.compile(r"step_(\d{8})")
-P = TypeVar("P", bound=AnyPath)
+P = TypeVar("P", Path, RemotePath)
 
 
-def step_folder(folder: P, step: int) -> P:
+def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return folder / f"step_{step:08d}"
 
