@@ -31,9 +31,6 @@ class RemotePath:
     def __str__(self) -> str:
         return self._system.unstrip_protocol(self._path)
 
-    def __lt__(self, other: RemotePath) -> bool:
-        return self._path < other._path
-
     def exists(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
             return bool(self._known())

@@ -22,7 +22,7 @@ from diffmoe.remote import AnyPath, RemotePath
 
 MASTER, FIRST_MOMENT, SECOND_MOMENT, BUFFERS = "master", "exp_avg", "exp_avg_sq", "buffers"
 _FOLDER = re.compile(r"step_(\d{8})")
-P = TypeVar("P", Path, RemotePath)
+P = TypeVar("P", Path, RemotePath, AnyPath)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -46,11 +46,8 @@ def complete_folders(folder: P) -> list[P]:
     """
     if not folder.is_dir():
         return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if _FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file()
-    )
+    there = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)]
+    return sorted((path for path in there if (path / MANIFEST).is_file()), key=lambda p: p.name)
 
 
 def sizes(folder: AnyPath) -> dict[str, int]:
