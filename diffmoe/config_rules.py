@@ -198,7 +198,11 @@ def _train(config: Config) -> Rules:
     numbers = ("steps", "lr", "warmup", "eps", "clip", "weight_decay")
     periods = ("sample_every", "score_every", "validate_every", "save_every", "keep_every")
     yield from _at_least("train", train, 1, "validate_samples", "recipe_batch")
-    yield from _at_least("train", train, 0, *numbers, *periods)
+    yield from _at_least("train", train, 0, *numbers, *periods, "mirror_mb_s")
+    good = not train.mirror or "://" in train.mirror
+    yield "train.mirror", good, "must be an address, such as s3://bucket/runs/mine or file:///…"
+    good = train.mirror_mb_s == 0 or train.mirror != ""
+    yield "train.mirror_mb_s", good, "must be 0 without train.mirror"
     good = train.spike_factor == 0 or train.spike_factor > 1
     yield "train.spike_factor", good, "must be above 1, or 0 for no guard"
     yield "train.betas", all(0 <= b < 1 for b in train.betas), "must each be in [0, 1)"

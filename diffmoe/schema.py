@@ -280,6 +280,10 @@ class TrainConfig:
         keep: Newest checkpoints that stay.
         keep_every: Those whose step divides by this stay, too (0: none).
         async_save: Write checkpoints while training goes on.
+        mirror: Where finished checkpoints are copied to beside training, by the same rules of what
+            stays: a folder of this run's own at a store (`s3://bucket/runs/mine`, `gs://`,
+            `file://`); a run whose folder has none starts from there.
+        mirror_mb_s: The most that is sent there, in 10^6 bytes a second (0: unbounded).
         compile: torch.compile for training, sampling and scoring; `auto`: on a GPU, below ZeRO 3.
     """
 
@@ -312,6 +316,8 @@ class TrainConfig:
     keep: int = 3
     keep_every: int = 0
     async_save: bool = True
+    mirror: str = ""
+    mirror_mb_s: float = 0.0
     compile: Literal["auto"] | bool = "auto"
 
     @property
