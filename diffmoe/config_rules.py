@@ -67,11 +67,15 @@ def _moe(config: Config) -> Rules:
     if model.family == "dense":
         words = "must be 1 for model.family (dense): it has no experts"
         yield "parallel.ep", ep == 1, words
+        words = "must be none for model.family (dense): it has no experts"
+        yield "parallel.overlap", config.parallel.overlap == "none", words
         return
     words = "leaves no MoE block with moe.interleave (true)"
     yield "model.depth", model.depth >= 2 or not moe.interleave, words
     yield from _at_least("moe", moe, 1, "experts")
     yield "moe.experts", moe.experts % ep == 0, f"must be divisible by parallel.ep ({ep})"
+    words = "must be none with parallel.ep (1): no rows travel that could be overlapped"
+    yield "parallel.overlap", ep > 1 or config.parallel.overlap == "none", words
     yield from _at_least("moe", moe, 0, "shared_experts", "balance_weight", "predictor_weight")
     words = f"must be above 0 and at most moe.experts ({moe.experts})"
     yield "moe.capacity", 0 < moe.capacity <= moe.experts, words
@@ -193,8 +197,12 @@ def _train(config: Config) -> Rules:
     yield from _at_least("train", train, 1, *limits)
     numbers = ("steps", "lr", "warmup", "eps", "clip", "weight_decay")
     periods = ("sample_every", "score_every", "validate_every", "save_every", "keep_every")
-    yield from _at_least("train", train, 1, "validate_samples")
-    yield from _at_least("train", train, 0, *numbers, *periods)
+    yield from _at_least("train", train, 1, "validate_samples", "recipe_batch")
+    yield from _at_least("train", train, 0, *numbers, *periods, "mirror_mb_s")
+    good = not train.mirror or "://" in train.mirror
+    yield "train.mirror", good, "must be an address, such as s3://bucket/runs/mine or file:///…"
+    good = train.mirror_mb_s == 0 or train.mirror != ""
+    yield "train.mirror_mb_s", good, "must be 0 without train.mirror"
     good = train.spike_factor == 0 or train.spike_factor > 1
     yield "train.spike_factor", good, "must be above 1, or 0 for no guard"
     yield "train.betas", all(0 <= b < 1 for b in train.betas), "must each be in [0, 1)"

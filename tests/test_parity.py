@@ -20,6 +20,7 @@ from diffmoe.parity.cases import (
     full_table,
     quick_compiled_table,
     quick_table,
+    two_level_table,
 )
 from diffmoe.parity.table import BOUND, COLUMNS
 
@@ -56,6 +57,13 @@ def test_full_table():
 @pytest.mark.slow
 def test_eight_ranks():
     assert_within_bound(list(table.run_cases(eight_ranks(), timeout=300)))
+
+
+@pytest.mark.slow
+def test_exchange_over_two_levels_on_8_ranks():
+    cases = two_level_table()
+    assert {(case.ep, case.per_host) for case in cases} == {(4, 2), (8, 4), (8, 2)}
+    assert_within_bound(list(table.run_cases(cases, timeout=300)))
 
 
 def test_cases_are_legal_and_no_case_stands_twice():

@@ -9,6 +9,7 @@ and the undisturbed ones are as long as the disturbed one became.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffmoe.checkpoints.reader import complete_folders, step_of
 from diffmoe.config import config_from_tree
 from diffmoe.cost.memory import engine_facts
 from diffmoe.cost.traffic import exchange_traffic
@@ -166,6 +168,24 @@ def undisturbed(cluster, work, disturbed) -> list[Path]:
     windows = [(job.show()["StartTime"], job.show()["EndTime"]) for job in jobs]
     assert max(start for start, _ in windows) < min(end for _, end in windows), windows
     return [work / f"undisturbed{i}" for i in range(2)]
+
+
+def test_a_job_whose_run_folder_was_deleted_goes_on_from_the_mirror(cluster, work):
+    run, mirror = work / "mirrored", f"train.mirror=file://{work}/mirror"
+    job = train(cluster, run, ENDLESS, mirror)
+    copies = work / "mirror" / "checkpoints"
+    job.wait_until(lambda: len(complete_folders(copies)) >= 2, "copy two checkpoints")
+    cluster.slurm("scancel", job.number)
+    assert job.wait() == "CANCELLED"
+    shutil.rmtree(complete_folders(copies)[-1])  # so that steps are left to compare
+    first, copied = losses(run), step_of(complete_folders(copies)[-1])
+    assert copied < max(first)
+    shutil.rmtree(run)
+    job = train(cluster, run, f"train.steps={max(first)}", mirror)
+    assert job.wait() == "COMPLETED", job.said()
+    assert f"step_{copied:08d} at step {copied}" in log_of(run, job.number)
+    assert losses(run) == first
+    assert step_of(complete_folders(copies)[-1]) == max(first)
 
 
 def log_of(run: Path, job: str) -> str:

@@ -9,12 +9,12 @@ R rows it sends, D width, E experts, e = E / EP.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffmoe.config import Config
 from diffmoe.cost.memory import EngineFacts, padded_numel, shard_numel, shared_parts
 from diffmoe.cost.parameters import moe_layers
-from diffmoe.families import TOKENS_CHOOSE
+from diffmoe.families import TOKENS_CHOOSE, has_router_loss
 from diffmoe.layout import Layout, pairs_taken, rows_taken
 
 _FP32, _INT64 = 4, 8
@@ -23,10 +23,10 @@ ROWS = ("dispatch", "combine")
 
 @dataclass(frozen=True)
 class Message:
-    """A kind of message of one rank in one step.  ``group``: ranks that take part: ep, pool,
-    owners, edp, world; shard, expert shard, replicas where groups of ranks have a copy of the
-    optimizer's state each.  ``messages``, ``payload`` (bytes put in, the own part included),
-    ``wire`` (bytes that leave the rank) are sums over the step.
+    """A kind of message of one rank in one step.  ``group``: ranks that take part: ep (over two
+    levels: ep across, ep inside), pool, owners, edp, world; shard, expert shard, replicas where
+    groups of ranks have a copy of the optimizer's state each.  ``messages``, ``payload`` (bytes put
+    in, the own part included), ``wire`` (bytes that leave the rank) are sums over the step.
     """
 
     collective: str
@@ -36,6 +36,11 @@ class Message:
     messages: int
     payload: int
     wire: int
+
+    @property
+    def level(self) -> str:
+        """Of the two of an exchange that has two, as ``parallel.traffic.Kind`` has it."""
+        return self.group if self.group in ("ep across", "ep inside") else ""
 
 
 def step_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Message]:
@@ -68,10 +73,16 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
     found: list[Message] = []
 
     def add(purpose: str, phase: str, payload: int, ranks: int = ep, group: str = "ep") -> None:
-        collective = "all_gather" if purpose == "owners" else "all_to_all"
-        if ranks > 1:
-            wire = layers * _wire(collective, payload, ranks)
-            found.append(Message(collective, purpose, phase, group, layers, layers * payload, wire))
+        collective = {"owners": "all_gather", "balance": "all_reduce"}.get(purpose, "all_to_all")
+        parts = [(group, ranks)]
+        if group == "ep" and layout.per_host:  # everything travels on both levels
+            parts = [("ep across", ep // layout.per_host), ("ep inside", layout.per_host)]
+        times = 2 * layers if purpose in ROWS and config.parallel.overlap == "halves" else layers
+        for group, ranks in parts:
+            if ranks > 1:
+                wire = layers * _wire(collective, payload, ranks)
+                total = layers * payload
+                found.append(Message(collective, purpose, phase, group, times, total, wire))
 
     phases = ("forward", "recompute") if config.parallel.recompute == "block" else ("forward",)
     for phase in phases:
@@ -86,6 +97,11 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
             add("scores", phase, scores)
             add("owners", phase, scores, owners, "owners")
             add("mask", phase, T * E)
+        if has_router_loss(model, moe):
+            pools = layout.micro_batch * layout.pool_ranks // layout.pool
+            sums = {"tc": 2 * E, "race": 2 * E * E, "prototype": (E - 1) * (model.width + 1)}
+            payload = pools * sums[model.family] * _FP32
+            add("balance", phase, payload, layout.pool_ranks, "pool")
     for purpose in ROWS:
         for phase in (*phases, "backward"):
             add(purpose, phase, rows)
@@ -153,11 +169,13 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
 
 @dataclass(frozen=True)
 class Least:
-    """The fewest bytes that must leave a rank in one step: chosen rows to other ranks; gradients to
-    their owners and new weights from there, once a step, in the weights' precision.
+    """The fewest bytes that must leave a rank in one step: chosen rows to other ranks, of them
+    ``network`` to other hosts (0 unless the exchange has two levels); gradients to their owners and
+    new weights from there, once a step, in the weights' precision.
     """
 
     rows: int
+    network: int
     reduction: int
 
 
@@ -165,11 +183,12 @@ def least_traffic(config: Config, layout: Layout, engine: EngineFacts) -> Least:
     """See :class:`Least`; rows as :func:`exchange_traffic` has them."""
     rows = sum(
         m.wire
-        for m in exchange_traffic(config, layout, engine)
+        for m in exchange_traffic(config, replace(layout, per_host=0), engine)
         if m.purpose in ROWS and m.phase != "recompute"
     )
+    outside = layout.ep - layout.per_host if layout.per_host else 0  # of ep - 1 other ranks
     reduction = sum(
         2 * sum(numels) * engine.element * (ranks - 1) // ranks
         for numels, ranks in shared_parts(config, layout)
     )
-    return Least(rows, reduction)
+    return Least(rows, rows * outside // max(1, layout.ep - 1), reduction)

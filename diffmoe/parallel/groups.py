@@ -4,6 +4,9 @@ Expert-parallel (EP) groups are consecutive ranks; an expert-data-parallel (EDP)
 ranks that own the same experts.  A pool group is the smallest set of consecutive ranks that holds
 whole pools and whole EP groups; inside it the pool-owner groups are the ranks that own the same
 experts.
+
+An EP group over hosts may exchange over two levels: ``across`` hosts, with the rank of the same
+place on each, and ``inside`` its own host.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from functools import cached_property
 import torch.distributed as dist
 
 from diffmoe.parallel.trace import Trace
+
+# Names by which a count tells the two levels of an exchange apart.
+ACROSS, INSIDE = "ep across", "ep inside"
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Group:
     trace: Trace = field(default_factory=Trace, compare=False, repr=False)
     name: str = ""
     timeout: timedelta | None = None
+    levels: Levels | None = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -52,6 +59,16 @@ class Group:
             use_local_synchronization=True,
             group_desc=self.name,
         )
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The two of a group whose ranks are ``across.size`` hosts times ``inside.size`` consecutive
+    ranks.
+    """
+
+    across: Group
+    inside: Group
 
 
 @dataclass(frozen=True)
@@ -105,24 +122,38 @@ def single_process() -> ParallelGroups:
     return ParallelGroups(one, one, one, one, one)
 
 
-def build_groups(ep: int, pool_ranks: int, timeout: timedelta | None = None) -> ParallelGroups:
+def build_groups(
+    ep: int, pool_ranks: int, timeout: timedelta | None = None, per_host: int = 0
+) -> ParallelGroups:
     """This rank's groups, after ``init_process_group``; torch's handles are made when they are
     used.
 
     ``pool_ranks`` is 1 (pools inside a rank) or a multiple of ``ep`` (see
     ``layout.resolve_layout``).  ``timeout`` is for their collectives; new groups do not take it
-    from the world (None: torch's 30 minutes).
+    from the world (None: torch's 30 minutes).  ``per_host``: consecutive ranks of an EP group on
+    each of its hosts, where it exchanges over two levels; 0: directly.
     """
     world, rank, trace = dist.get_world_size(), dist.get_rank(), Trace()
     everybody = tuple(range(world))
-    known = {everybody: Group(everybody, rank, dist.group.WORLD, trace, "world", timeout)}
+    experts, levels = consecutive_ranks(rank, ep), None
+
+    def new(name: str, ranks: tuple[int, ...], existing: dist.ProcessGroup | None = None) -> Group:
+        over = levels if ranks == experts else None
+        return Group(ranks, ranks.index(rank), existing, trace, name, timeout, over)
+
+    if per_host:
+        levels = Levels(
+            across=new(ACROSS, strided_ranks(rank, per_host, ep)),
+            inside=new(INSIDE, consecutive_ranks(rank, per_host)),
+        )
+    known = {everybody: new("world", everybody, dist.group.WORLD)}
 
     def group(name: str, ranks: tuple[int, ...]) -> Group:
-        return known.setdefault(ranks, Group(ranks, ranks.index(rank), None, trace, name, timeout))
+        return known.setdefault(ranks, new(name, ranks))
 
     return ParallelGroups(
         world=known[everybody],
-        ep=group("ep", consecutive_ranks(rank, ep)),
+        ep=group("ep", experts),
         edp=group("edp", strided_ranks(rank, ep, world)),
         pool=group("pool", consecutive_ranks(rank, pool_ranks)),
         pool_owners=group("pool owners", strided_ranks(rank, ep, max(pool_ranks, ep))),

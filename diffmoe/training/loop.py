@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from diffmoe.parallel.collectives import AgreedError, anyone
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.training.checkpoint import SaveFailed, newest_usable, restore
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
+from diffmoe.training.mirror import Copied
 from diffmoe.training.resume import check_resumable, recipes_as_counters, write_left_out
 from diffmoe.training.run_lock import RunLock
 from diffmoe.training.start import Run, say, share, start
@@ -70,13 +72,15 @@ def train(
                 "the same command resumes from there"
             )
         _validate_where_missed(run)
-        with run.saver:
+        _copy(run)  # what an earlier start left
+        with run.saver, contextlib.closing(run.mirror) if run.mirror else contextlib.nullcontext():
             if config.train.spike_factor > 0 and run.fresh:
                 _save(run)  # so that there is always something to go back to
             spiked = _train_steps(run, stop_requested)
             while spiked is not None:
                 _go_back(run, spiked)
                 spiked = _train_steps(run, stop_requested)
+            _finish_copying(run, stop_requested)
 
 
 def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:
@@ -322,6 +326,29 @@ def _hear_of_saves(run: Run) -> None:
                 f"saved {outcome.path}: training stood still for {stall_s:.2f} s, "
                 f"written in {write_s:.2f} s"
             )
+            _copy(run)
+    for copy in run.mirror.outcomes() if run.mirror else ():
+        place = run.config.train.mirror
+        if isinstance(copy, Copied):
+            run.say(f"copied step {copy.step} to {place}: {copy.bytes} bytes, {copy.seconds:.2f} s")
+        else:
+            run.event(
+                "not copied",
+                f"error: train.mirror ({place}) is behind: {copy.message}; training goes on, the "
+                "next save tries again",
+            )
+
+
+def _copy(run: Run) -> None:
+    if run.mirror and run.groups.rank == 0:
+        run.mirror.copy()
+
+
+def _finish_copying(run: Run, stop_requested: Sequence[int]) -> None:
+    if run.mirror:
+        run.groups.trace.enter("copying to train.mirror")
+        run.mirror.wait(stop_requested)
+        _hear_of_saves(run)
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -17,6 +17,7 @@ from diffmoe.evaluation.plots import expert_load, image_grid, loss_curve
 from diffmoe.evaluation.scores import Scores, score_names
 
 VALIDATION_NAME = "validation.jsonl"
+RECORDS = ("metrics.jsonl", "events.jsonl", "scores.jsonl", VALIDATION_NAME)
 
 
 class Writer:
@@ -29,8 +30,7 @@ class Writer:
 
     def __init__(self, folder: Path, total_steps: int, layer_names: list[str]) -> None:
         self.folder, self.total_steps, self.layer_names = folder, total_steps, layer_names
-        names = ("metrics.jsonl", "events.jsonl", "scores.jsonl", VALIDATION_NAME)
-        self._waiting = {name: _start_of_line(folder / name) for name in names}
+        self._waiting = {name: _start_of_line(folder / name) for name in RECORDS}
         self._board: Any = None
         self._refused: set[str] = set()
 

@@ -37,6 +37,7 @@ from diffmoe.training.guard import Guard
 from diffmoe.training.limits import lengthen_timeouts
 from diffmoe.training.meter import Meter
 from diffmoe.training.metrics import Writer
+from diffmoe.training.mirror import Mirror
 from diffmoe.training.resume import Recipe, check_resumable, engine_changes, read_left_out
 from diffmoe.training.run_lock import RunLock
 from diffmoe.training.stragglers import Stragglers
@@ -47,10 +48,11 @@ from diffmoe.training.watchdog import watch_layers
 @dataclass
 class Run:
     """Everything that one rank of a training run holds.  ``deepspeed``: the merged JSON;
-    ``per_node``: ranks on a node; ``writer`` is rank 0's alone; ``scorer``, ``validator``: None
-    where nobody asked for scores, or the validation loss; ``fresh``: no checkpoint was there;
-    ``recipes``: changes of the recipe so far, see ``resume``; ``leaving``: all ranks stop after the
-    next step; ``next_record``: what the next record of the metrics has besides.
+    ``per_node``: ranks on a node; ``writer`` is rank 0's alone; ``scorer``, ``validator``,
+    ``mirror``: None where nobody asked for scores, the validation loss, or copies; ``fresh``: no
+    checkpoint was there; ``recipes``: changes of the recipe so far, see ``resume``; ``leaving``:
+    all ranks stop after the next step; ``next_record``: what the next record of the metrics has
+    besides.
     """
 
     config: Config
@@ -63,6 +65,7 @@ class Run:
     ema: Ema
     reader: ShardReader
     saver: Saver
+    mirror: Mirror | None
     guard: Guard
     meter: Meter
     stragglers: Stragglers
@@ -127,6 +130,9 @@ def start(
         tell(text)
         skipped.append(text)  # an event as well, once there is a writer
 
+    mirror = Mirror(config, groups) if config.train.mirror else None
+    if mirror is not None:
+        mirror.fetch(lock, new_recipe, tell_skipped)
     newest = newest_usable(folder / "checkpoints", groups, tell_skipped)
     counters = {} if newest is None else newest.counters
     hosts = gather_objects(host_name(), groups.world)
@@ -181,9 +187,10 @@ def start(
         device,
         per_node or layout.ranks,
         engine,
-        Ema(engine, config.train.ema_decays),
+        Ema(engine, config.train.ema_decays, config.train.growth),
         reader,
         Saver(folder / "checkpoints", config, layout, groups, names),
+        mirror,
         guard,
         Meter(config, groups, device),
         Stragglers(config.run, groups, engine, device, hosts),
@@ -232,6 +239,7 @@ def _new_model(config: Config, layout: Layout, groups: ParallelGroups) -> DiT:
         pool=layout.pool,
         groups=groups,
         recompute=config.parallel.recompute,
+        overlap=config.parallel.overlap,
         time_scale=config.diffusion.time_scale,
     )
     initialize(model, config.run.seed)
