@@ -67,11 +67,15 @@ def _moe(config: Config) -> Rules:
     if model.family == "dense":
         words = "must be 1 for model.family (dense): it has no experts"
         yield "parallel.ep", ep == 1, words
+        words = "must be none for model.family (dense): it has no experts"
+        yield "parallel.overlap", config.parallel.overlap == "none", words
         return
     words = "leaves no MoE block with moe.interleave (true)"
     yield "model.depth", model.depth >= 2 or not moe.interleave, words
     yield from _at_least("moe", moe, 1, "experts")
     yield "moe.experts", moe.experts % ep == 0, f"must be divisible by parallel.ep ({ep})"
+    words = "must be none with parallel.ep (1): no rows travel that could be overlapped"
+    yield "parallel.overlap", ep > 1 or config.parallel.overlap == "none", words
     yield from _at_least("moe", moe, 0, "shared_experts", "balance_weight", "predictor_weight")
     words = f"must be above 0 and at most moe.experts ({moe.experts})"
     yield "moe.capacity", 0 < moe.capacity <= moe.experts, words
@@ -103,7 +107,6 @@ def _router(config: Config) -> Rules:
         "expert_groups": ("tc",),
         "router_input": ("tc", "ec", "diffmoe"),
         "target_weight": ("race",),
-        "contrast_temperature": ("prototype",),
         "threshold_from": ("diffmoe",),
     }
     for name, families in owners.items():
@@ -194,7 +197,7 @@ def _train(config: Config) -> Rules:
     yield from _at_least("train", train, 1, *limits)
     numbers = ("steps", "lr", "warmup", "eps", "clip", "weight_decay")
     periods = ("sample_every", "score_every", "validate_every", "save_every", "keep_every")
-    yield from _at_least("train", train, 1, "validate_samples")
+    yield from _at_least("train", train, 1, "validate_samples", "recipe_batch")
     yield from _at_least("train", train, 0, *numbers, *periods, "mirror_mb_s")
     good = not train.mirror or "://" in train.mirror
     yield "train.mirror", good, "must be an address, such as s3://bucket/runs/mine or file:///…"
@@ -215,6 +218,11 @@ def _run(config: Config) -> Rules:
     yield "run.seed", 0 <= run.seed < 2**64, "must be in [0, 2^64)"
     yield "run.timeout_s", 0 <= run.timeout_s <= 1e7, "must be from 0 to 1e7 seconds"
     yield "run.folder", run.folder != "", "must name a folder"
+    factor = run.straggler_factor
+    yield "run.straggler_factor", factor == 0 or factor > 1, "must be above 1, or 0"
+    yield from _at_least("run", run, 1, "straggler_steps")
+    words = f"needs run.straggler_factor ({factor}) above 1"
+    yield "run.on_straggler", run.on_straggler == "name" or factor > 1, words
 
 
 def _data(config: Config) -> Rules:

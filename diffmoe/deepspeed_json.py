@@ -30,6 +30,9 @@ _OWNED_BLOCKS = {
     "optimizer": "train.optimizer, train.lr, …",
     "scheduler": "train.schedule, train.warmup",
 }
+# How many consecutive ranks share one copy of the optimizer's state.  DeepSpeed 0.19.8 has given
+# up MiCS, which it names so, at ZeRO 3; here the key works at ZeRO 1 to 3 and the engine reads it.
+MICS = "mics_shard_size"
 _CONTIGUOUS = ("reduce_scatter", "contiguous_gradients")
 _WORDS = {str: "a text", bool: "true or false", list: "a list"}
 
@@ -78,6 +81,7 @@ PASSED: dict = {
     "zero_optimization": {
         "stage": Number(least=0, most=3),
         "reduce_bucket_size": Number(least=1),
+        MICS: Number(least=1),
         "stage3_module_granularity_threshold": _INTEGER,
         **_keys(
             bool,
@@ -211,6 +215,7 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
     different values.
     """
     check_deepspeed(tree, config)
+    check_shards(tree, config, layout.ranks)
     owned = {
         "train_batch_size": layout.batch,
         "train_micro_batch_size_per_gpu": layout.micro_batch,
@@ -355,6 +360,7 @@ def _check_together(tree: dict, config: Config) -> None:
                 f"it is {stage}"
             )
     offloads = _found(tree, f"{_ZERO}.offload_optimizer.device") == "cpu"
+    _check_shards(tree, config, stage)
     if offloads and train.optimizer != "deepspeed":
         raise UserError(
             f"train.optimizer ({train.optimizer}) must be deepspeed when DeepSpeed's "
@@ -390,12 +396,46 @@ def _check_together(tree: dict, config: Config) -> None:
         # at once is right.
         where = "at ZeRO stage 1, where fp32 accumulation goes wrong without it"
         rules.append(("bf16.immediate_grad_update", True, where))
+    if _found(tree, f"{_ZERO}.{MICS}") is not None:
+        where = f"with zero_optimization.{MICS}, which shards in another way"
+        rules.append((f"{_ZERO}.zero_quantized_gradients", False, where))
+        if (_found(tree, f"{_ZERO}.zero_hpz_partition_size") or 0) > 0:
+            rules.append((f"{_ZERO}.zero_hpz_partition_size", 1, where))
     for name, must, where in rules:
         value = _found(tree, name)
         if value is not None and value != must:
             raise UserError(
                 f"DeepSpeed's {name} ({json.dumps(value)}) must be {json.dumps(must)} {where}"
             )
+
+
+def _check_shards(tree: dict, config: Config, stage: int) -> None:
+    size, name = _found(tree, f"{_ZERO}.{MICS}"), f"DeepSpeed's {_ZERO}.{MICS}"
+    if size is None:
+        return
+    if stage == 0:
+        raise UserError(f"{name} ({size:g}) needs {_ZERO}.stage 1 or above; it is 0")
+    if size % config.parallel.ep:
+        raise UserError(
+            f"{name} ({size:g}) must be a multiple of parallel.ep ({config.parallel.ep}), so that "
+            "the ranks that share a copy of the state hold all experts"
+        )
+
+
+def check_shards(tree: dict, config: Config, ranks: int) -> None:
+    """Raises UserError where ``mics_shard_size`` does not fit stage, EP size or number of ranks."""
+    _check_shards(tree, config, max(zero_stage(tree), int(precision(tree) == "bf16")))
+    size = _found(tree, f"{_ZERO}.{MICS}")
+    if size is not None and ranks % size:
+        raise UserError(
+            f"DeepSpeed's {_ZERO}.{MICS} ({size:g}) must divide the number of ranks ({ranks})"
+        )
+
+
+def given_to_deepspeed(tree: dict) -> dict:
+    """A merged ``tree`` without what the engine reads itself."""
+    zero = {key: value for key, value in tree[_ZERO].items() if key != MICS}
+    return {**tree, _ZERO: zero}
 
 
 def _found(tree: dict, name: str) -> Any:

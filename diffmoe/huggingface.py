@@ -204,7 +204,13 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
             if step
             else "not recorded: imported, under this configuration",
         ),
-        ("batch", train.batch),
+        (
+            "batch",
+            f"{train.batch}; rate, warm-up and EMA are stated for {train.recipe_batch} and follow "
+            "it (train.recipe_batch)"
+            if train.recipe_batch
+            else train.batch,
+        ),
         (
             "optimizer",
             f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup}, "

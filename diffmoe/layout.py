@@ -5,7 +5,9 @@ in samples.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 from diffmoe.config import Config
 from diffmoe.errors import UserError
@@ -16,7 +18,9 @@ class Layout:
     """Numbers that depend on the number of ranks, resolved once and printed.
 
     ``pool`` is in samples; ``pool_ranks`` is the number of consecutive ranks that together hold
-    whole pools (1: pools inside a rank; otherwise whole expert-parallel groups).
+    whole pools (1: pools inside a rank; otherwise whole expert-parallel groups).  ``per_host``:
+    ranks of an expert-parallel group on each of its hosts, where its exchange has two levels (0: it
+    has one); see :func:`over_hosts`.
     """
 
     ranks: int
@@ -26,6 +30,7 @@ class Layout:
     accumulation: int
     pool: int
     pool_ranks: int
+    per_host: int = 0
 
     @property
     def pools(self) -> int:
@@ -61,6 +66,8 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
             f"train.micro_batch ({micro}) x ranks ({ranks}) x train.accumulation ({accumulation}) "
             f"= {micro * ranks * accumulation} must equal train.batch ({train.batch})"
         )
+    if config.parallel.overlap == "halves" and micro % 2:
+        raise UserError(f"train.micro_batch ({micro}) must be even with parallel.overlap (halves)")
     pool = config.moe.pool
     if isinstance(pool, str):
         pool = {"rank": micro, "group": micro * ep, "global": micro * ranks}[pool]
@@ -90,6 +97,30 @@ def resolve_layout(config: Config, ranks: int) -> Layout:
             "observed inside a rank"
         )
     return Layout(ranks, ep, train.batch, micro, accumulation, pool, pool_ranks)
+
+
+def over_hosts(layout: Layout, exchange: str, runs: Collection[int]) -> Layout:
+    """The layout on hosts, which hold ``runs`` of consecutive ranks, with ``parallel.exchange`` as
+    it is there.  Raises UserError for two levels where there are none.
+    """
+    if exchange == "direct":
+        return layout
+    per_host = max(runs)
+    if min(runs) == per_host >= 2 and layout.ep > per_host and layout.ep % per_host == 0:
+        return replace(layout, per_host=per_host)
+    if exchange == "two_level":
+        held = " or ".join(str(run) for run in sorted(set(runs)))
+        raise UserError(
+            "parallel.exchange (two_level) needs EP groups over several hosts, with equally many, "
+            f"at least 2, consecutive ranks on each: parallel.ep is {layout.ep}, and hosts hold "
+            f"{held} consecutive ranks"
+        )
+    return layout
+
+
+def runs_of(hosts: Iterable[Hashable]) -> list[int]:
+    """How many consecutive ranks share a host, from every rank's host."""
+    return [len(list(run)) for _, run in groupby(hosts)]
 
 
 def _pool_ranks(pool: int, micro: int, ep: int) -> int:

@@ -26,6 +26,11 @@ class RunConfig:
             an error.
         fp32_precision: What a GPU may do with fp32 matmuls and convolutions, in training and in all
             that is made of the run; the published rows are `tf32`.
+        straggler_factor: A rank is a straggler when its own work takes more than this many times
+            the median rank's; 0: nobody looks, and ranks' times are not measured.
+        straggler_steps: So many steps long, in nine of ten of them at least.
+        on_straggler: What becomes of a straggler: the log, metrics and events name it and its host,
+            or besides that a job of scripts/slurm saves, excludes the host and requeues itself.
     """
 
     folder: str = "runs/default"
@@ -33,6 +38,9 @@ class RunConfig:
     timeout_s: float = 600.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     fp32_precision: Literal["ieee", "tf32"] = "ieee"
+    straggler_factor: float = 1.1
+    straggler_steps: int = 20
+    on_straggler: Literal["name", "requeue"] = "name"
 
 
 @dataclass(frozen=True)
@@ -240,6 +248,9 @@ class TrainConfig:
         micro_batch: Samples of a rank's pass (null: batch / ranks / accumulation).
         accumulation: Passes of an optimizer step (null: 1, or what micro_batch asks for).
         optimizer: Whose AdamW: torch's fused one, DeepSpeed's or NVIDIA apex's.
+        recipe_batch: The batch that `lr`, `warmup` and `ema` are stated for (null: `batch`). With
+            k times as large a batch the learning rate is sqrt(k) times as high, and warm-up and the
+            averages' half-lives are as long in samples: `warmup` / k steps, decays to the power k.
         lr: Learning rate.
         warmup: Steps of linear warm-up.
         schedule: Of the learning rate after the warm-up, down to 0 at the last step unless
@@ -281,6 +292,7 @@ class TrainConfig:
     micro_batch: int | None = None
     accumulation: int | None = None
     optimizer: Literal["torch", "deepspeed", "apex"] = "torch"
+    recipe_batch: int | None = None
     lr: float = 1e-4
     warmup: int = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -310,8 +322,13 @@ class TrainConfig:
 
     @property
     def ema_decays(self) -> tuple[float, ...]:
-        """The decays of ``ema``, also where it is one number."""
+        """The decays of ``ema``, also where it is one number: as stated, which is their name."""
         return self.ema if isinstance(self.ema, tuple) else (self.ema,)
+
+    @property
+    def growth(self) -> float:
+        """How many times the batch is what the recipe is stated for."""
+        return self.batch / (self.recipe_batch or self.batch)
 
     def compiles(self, device: str, stage: int = 0) -> bool:
         """Whether ``compile`` means yes on ``device`` (cpu, cuda) at ZeRO ``stage``.  ``auto``: on
@@ -323,14 +340,13 @@ class TrainConfig:
         """Learning rate of optimizer step ``step`` (0-based): linear warm-up, then the schedule
         down to 0.
         """
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
+        lr, warmup = self.lr * math.sqrt(self.growth), round(self.warmup / self.growth)
+        if step < warmup:
+            return lr * (step + 1) / warmup
         if self.schedule == "constant":
-            return self.lr
-        left = max(0.0, 1.0 - (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.lr * (
-            left if self.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
-        )
+            return lr
+        left = max(0.0, 1.0 - (step - warmup) / max(1, self.steps - warmup))
+        return lr * (left if self.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left)))
 
 
 @dataclass(frozen=True)
@@ -341,10 +357,18 @@ class ParallelConfig:
         ep: Consecutive ranks that share one set of experts.
         recompute: Activations that backward computes again: none, all of a block, or all but what
             is dear or came over the network.
+        exchange: Of rows in an expert-parallel group: `direct`, every rank with every other, or
+            `two_level`, across hosts with the rank of the same place and inside the host with its
+            others; `auto`: the latter where groups are spread over hosts with equally many (two or
+            more) consecutive ranks of each on each.
+        overlap: `halves`: in training each half of a micro-batch's samples computes while the other
+            half's rows are on their way to experts or back. The same model.
     """
 
     ep: int = 1
     recompute: Literal["none", "block", "selective"] = "none"
+    exchange: Literal["auto", "direct", "two_level"] = "auto"
+    overlap: Literal["none", "halves"] = "none"
 
 
 def attention_kept(depth: int) -> int:

@@ -60,14 +60,21 @@ def add_planner_options(parser: Parser) -> None:
     add("--zero", type=int, choices=range(4), help="only this ZeRO stage")
     add("--recompute", choices=("none", "selective", "block"), help="only this recompute mode")
     add("--micro-batch", type=int, help="only this many samples a GPU and pass")
+    shared = "only this many GPUs to a copy of the optimizer's state (default: all; whole nodes)"
+    add("--shard", type=int, help=shared)
+    add("--overlap", choices=("none", "halves"), help="only this parallel.overlap (default: both)")
     add("--json", type=Path, help="also write every layout with all its numbers here")
     add("overrides", nargs="*", metavar="section.field=value")
+
+
+_POSITIVE = ("gpus_per_node", "ep", "micro_batch", "shard")
 
 
 def read_planner_options(
     options: argparse.Namespace,
 ) -> tuple[Config, dict, Hardware, int, Pins]:
     """(configuration, DeepSpeed's JSON, machine, GPUs of a node, what is pinned).  UserError."""
+    check_above_0(options, *_POSITIVE)
     from diffmoe.config import load_config
     from diffmoe.cost.calibration import calibrated_by
     from diffmoe.cost.hardware import choose, read_table
@@ -87,7 +94,8 @@ def read_planner_options(
     config = load_config(options.config, options.overrides)
     tree = read_deepspeed(options.deepspeed_config)
     check_deepspeed(tree, config)
-    pins = Pins(options.ep, options.zero, options.recompute, options.micro_batch)
+    names = ("ep", "zero", "recompute", "micro_batch", "shard", "overlap")
+    pins = Pins(**{name: getattr(options, name) for name in names})
     return config, tree, hardware, options.gpus_per_node or hardware.gpus_per_node, pins
 
 

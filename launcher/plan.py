@@ -15,6 +15,7 @@ from diffmoe.cost.extrapolation import (
     Nearest,
     fewer_nodes,
     hosts_of,
+    larger_batches,
     nearest_fit,
     node_counts,
     spanned,
@@ -81,6 +82,12 @@ def main(arguments: list[str]) -> int:
     if fitting:
         note = fewer_nodes(config, tree, cluster, fitting[0].time.total, pins)
         lines += ["", f"note: {note}"] if note else []
+        # As far as they go with the best layout's way to save memory, which takes seconds less.
+        alike = dataclasses.replace(
+            pins, zero=fitting[0].engine.stage, recompute=fitting[0].recompute
+        )
+        batches = larger_batches(config, tree, hardware, per_node, alike)
+        lines += ["", "scaling while twice the GPUs bring 1.3 times the images/s:", *batches]
     else:
         nearest = nearest_fit(config, tree, cluster, pins)
         lines += ["", *_nothing_fits(config, tree, cluster, found, nearest)]
@@ -114,7 +121,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--top", type=int, default=8, help="layouts to print")
     add("--write-hardware", type=Path, help="put the (calibrated) entry of --gpu into this table")
     options = parser.parse_intermixed_args(arguments)
-    check_above_0(options, "nodes", "gpus_per_node", "ep", "micro_batch", "steps", "top", "memory")
+    check_above_0(
+        options, "nodes", "gpus_per_node", "ep", "micro_batch", "shard", "steps", "top", "memory"
+    )
     return options
 
 
@@ -140,10 +149,22 @@ def _configured(candidate: Candidate, tree: dict, cluster: Cluster, steps: int) 
     traffic = step_traffic(config, layout, candidate.engine)
     least = least_traffic(config, layout, candidate.engine)
     parts = [f"{name} {value / GIB:.2f}" for name, value in memory.parts().items() if value]
-    exchanged = sum(m.wire for m in traffic if m.collective == "all_to_all")
+    levels = {name: 0 for name in ("ep", "ep across", "ep inside")}
+    for m in traffic:
+        if m.collective == "all_to_all":
+            levels[m.group] += m.wire
     reduced = sum(m.wire for m in traffic if m.purpose in ("gradients", "parameters"))
     shared = sum(m.wire for m in traffic if m.purpose == "owners")
-    over = f"{exchanged / least.rows:.3f} of the lower bound" if least.rows else "none needed"
+    exchanged = f"all-to-all {_mib(levels['ep'])} (none needed)"
+    if layout.per_host:
+        exchanged = (
+            f"all-to-all {_mib(levels['ep across'])} across hosts "
+            f"({levels['ep across'] / least.network:.3f} of the lower bound), "
+            f"{_mib(levels['ep inside'])} inside"
+        )
+    elif least.rows:
+        over = levels["ep"] / least.rows
+        exchanged = f"all-to-all {_mib(levels['ep'])} ({over:.3f} of the lower bound)"
     phases = [f"{name} {1e3 * seconds:.1f}" for name, seconds in time.phases().items()]
     days = steps * time.total / 86400
     hosts = hosts_of(cluster.ranks, cluster.per_node)
@@ -153,11 +174,11 @@ def _configured(candidate: Candidate, tree: dict, cluster: Cluster, steps: int) 
         f"as configured: {candidate.label}: {'fits' if candidate.fits else 'does NOT fit'}",
         f"  memory   {memory.peak / GIB:.2f} GiB a rank at most, {memory.static / GIB:.2f} between "
         f"steps: {', '.join(parts)}",
-        f"  traffic  {sum(m.messages for m in traffic)} messages a rank and step; all-to-all "
-        f"{_mib(exchanged)} ({over}), pool owners {_mib(shared)}, gradients and weights "
-        f"{_mib(reduced)} (lower bound {_mib(least.reduction)})",
-        f"  time     {1e3 * time.total:.1f} ms a step: {', '.join(phases)} (latency "
-        f"{1e3 * time.latency:.1f} of the last two)",
+        f"  traffic  {sum(m.messages for m in traffic)} messages a rank and step; {exchanged}, "
+        f"pool owners {_mib(shared)}, gradients and weights {_mib(reduced)} (lower bound "
+        f"{_mib(least.reduction)})",
+        f"  time     {1e3 * time.total:.1f} ms a step: {', '.join(phases)} (of the last two "
+        f"{1e3 * time.hidden:.1f} more are hidden, {1e3 * time.latency:.1f} are latency)",
         f"  run      {candidate.images_per_s:.0f} images/s; {steps} steps: {days:.2f} days, "
         f"{24 * days * layout.ranks:.0f} GPU-hours",
         *([f"  hosts    {across}"] if across else []),
@@ -170,7 +191,8 @@ def _mib(value: float) -> str:
 
 def _table(shown: list[Candidate], steps: int, per_node: int) -> list[str]:
     lines = [
-        f"{'':>3} {'EP':>3} {'hosts':>5} {'ZeRO':>4} {'recompute':9} {'micro':>5} {'acc':>4} "
+        f"{'':>3} {'EP':>3} {'hosts':>5} {'ZeRO':>4} {'recompute':9} {'exchange':9} {'micro':>5} "
+        f"{'acc':>4} "
         f"{'GiB':>7} {'ms/step':>8} {'images/s':>8} {'GPU-hours':>9}  why (from 2 on: beside 1)"
     ]
     for place, c in enumerate(shown, 1):
@@ -178,7 +200,8 @@ def _table(shown: list[Candidate], steps: int, per_node: int) -> list[str]:
         hosts, _ = spanned(hosts_of(c.layout.ranks, per_node), c.layout.ep)
         lines.append(
             f"{place if c.fits else '-':>3} {c.layout.ep:>3} {hosts:>5} {c.engine.stage:>4} "
-            f"{c.recompute:9} {c.layout.micro_batch:>5} {c.layout.accumulation:>4} "
+            f"{c.recompute:9} {'two_level' if c.layout.per_host else 'direct':9} "
+            f"{c.layout.micro_batch:>5} {c.layout.accumulation:>4} "
             f"{c.memory.peak / GIB:>7.2f} {1e3 * c.time.total:>8.1f} "
             f"{c.images_per_s:>8.0f} {hours:>9.0f}  {reasons(c, shown[0])}"
         )

@@ -24,7 +24,7 @@ from pathlib import Path
 from diffmoe import gpus
 from diffmoe.code_version import commit
 from diffmoe.config import Config, load_config, override
-from diffmoe.deepspeed_json import check_deepspeed, merge_deepspeed, read_deepspeed
+from diffmoe.deepspeed_json import MICS, check_deepspeed, merge_deepspeed, read_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from launcher.command_line import Parser, check_above_0
@@ -41,7 +41,10 @@ STARTS = ("srun", "torchrun")
 
 @dataclass(frozen=True)
 class Trial:
-    """One run to measure: ``ranks`` on ``nodes``, ``batch`` samples a step."""
+    """One run to measure: ``ranks`` on ``nodes``, ``batch`` samples a step.  ``shard``: ranks that
+    share a copy of the optimizer's state (0: as the JSON says); ``overlap``: parallel.overlap
+    (empty: the configuration's).
+    """
 
     mode: str
     ranks: int
@@ -50,12 +53,16 @@ class Trial:
     zero: int
     batch: int
     repeat: int
+    shard: int = 0
+    overlap: str = ""
 
     @property
     def label(self) -> str:
+        shard = f" in groups of {self.shard}" if self.shard else ""
+        overlap = f", overlap {self.overlap}" if self.overlap else ""
         return (
             f"{self.mode}, {self.ranks} ranks on {self.nodes} nodes, EP {self.ep}, ZeRO "
-            f"{self.zero}, repeat {self.repeat}"
+            f"{self.zero}{shard}{overlap}, repeat {self.repeat}"
         )
 
 
@@ -121,6 +128,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--mode", default="strong,weak", help=mode)
     add("--ep", type=_numbers, help="expert-parallel sizes (default: the configuration's)")
     add("--zero", type=_numbers, help="ZeRO stages (default: the JSON's)")
+    shard = "ranks that share a copy of the optimizer's state, 0 for the JSON's (default: 0)"
+    add("--shard", type=_numbers, default=[0], help=shard)
+    add("--overlap", default="", help="none,halves (default: the configuration's parallel.overlap)")
     add("--steps", type=int, default=10, help="timed steps of a run (default 10)")
     add("--warmup", type=int, default=3, help="steps before them (default 3)")
     add("--repeats", type=int, default=3, help="runs of each kind, interleaved (default 3)")
@@ -210,18 +220,25 @@ def plan_trials(
     config: Config, tree: dict, options: argparse.Namespace, sizes: list[tuple[int, int]]
 ) -> tuple[list[Trial], list[str]]:
     """(trials in the order to run them, what does not divide and is left out)."""
-    stage = (tree.get("zero_optimization") or {}).get("stage", 0)
+    zero_block = tree.get("zero_optimization") or {}
     kinds = itertools.product(
-        options.mode, sizes, options.ep or [config.parallel.ep], options.zero or [stage]
+        options.mode,
+        sizes,
+        options.ep or [config.parallel.ep],
+        options.zero or [zero_block.get("stage", 0)],
+        options.shard,
+        options.overlap.split(","),
     )
     trials, left_out = [], []
-    for mode, (ranks, nodes), ep, zero in kinds:
+    for mode, (ranks, nodes), ep, zero, shard, overlap in kinds:
         batch = config.train.batch * (ranks // sizes[0][0] if mode == "weak" else 1)
-        trial = Trial(mode, ranks, nodes, ep, zero, batch, 1)
+        trial = Trial(mode, ranks, nodes, ep, zero, batch, 1, shard, overlap)
+        block = {**zero_block, "stage": zero, **({MICS: shard} if shard else {})}
         smallest = Trial(mode, *sizes[0], 1, zero, config.train.batch, 1)
         try:
             sized = override(config, _overrides(trial, _pool(config, smallest)))
-            merge_deepspeed(tree, sized, resolve_layout(sized, ranks))
+            sharded = {**tree, "zero_optimization": block}
+            merge_deepspeed(sharded, sized, resolve_layout(sized, ranks))
             trials.append(trial)
         except UserError as error:
             left_out.append(f"{trial.label.rpartition(',')[0]}: {error}")
@@ -241,6 +258,7 @@ def _pool(config: Config, smallest: Trial) -> int | None:
 
 def _overrides(trial: Trial, pool: int | None) -> list[str]:
     words = [f"train.batch={trial.batch}", f"parallel.ep={trial.ep}"]
+    words += [f"parallel.overlap={trial.overlap}"] if trial.overlap else []
     return words if pool is None else [*words, f"moe.pool={pool}"]
 
 
@@ -269,6 +287,7 @@ def command_of(
         command = [torchrun, "--standalone", "--nproc-per-node", str(trial.ranks)]
     command += [f"{_ROOT}/run.py", "profile", "--config", options.config]
     command += ["--zero", str(trial.zero), "--steps", str(options.steps)]
+    command += ["--shard", str(trial.shard)] if trial.shard else []
     command += ["--warmup", str(options.warmup), "--json", str(record)]
     if options.deepspeed_config:
         command += ["--deepspeed_config", options.deepspeed_config]

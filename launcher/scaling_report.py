@@ -10,6 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffmoe.config import config_from_tree
+from diffmoe.cost.memory import engine_facts
+from diffmoe.cost.traffic import least_traffic
+from diffmoe.layout import Layout
 from diffmoe.markdown import table
 
 if TYPE_CHECKING:
@@ -25,19 +29,23 @@ _COLOURS = {
 _MARKS = "osD^vP*X"
 
 
-_KIND = ("mode", "zero", "ep", "ranks", "nodes", "batch")
+_KIND = ("mode", "zero", "shard", "ep", "overlap", "ranks", "nodes", "batch")
+_OLDER = {"shard": 0, "overlap": ""}  # what records of an earlier version do not say
 
 
 @dataclass(frozen=True)
 class Group:
     """Repeats of one kind of run, medians over them.  ``efficiency``: images per second and rank,
-    relative to the best of the smallest number of ranks in the same mode; ``least``: counted
-    all-to-all bytes over the lower bound (None without).
+    relative to the best of the smallest number of ranks in the same mode; ``rows``, ``reduced``:
+    counted bytes of all-to-all, and of gradients and weights, over their lower bounds (None
+    without).
     """
 
     mode: str
     zero: int
+    shard: int
     ep: int
+    overlap: str
     ranks: int
     nodes: int
     batch: int
@@ -46,7 +54,8 @@ class Group:
     spread: float
     split: dict[str, float]
     peak_bytes: int
-    least: float | None
+    rows: float | None
+    reduced: float | None
     efficiency: float = 0.0
 
     @property
@@ -54,8 +63,17 @@ class Group:
         return self.batch / self.step_s
 
     @property
+    def stage(self) -> str:
+        return f"{self.zero} in {self.shard}s" if self.shard else str(self.zero)
+
+    @property
     def layout(self) -> str:
-        return f"EP {self.ep}, ZeRO {self.zero}"
+        return f"EP {self.ep}, ZeRO {self.stage}" + f", {self.overlap}" * bool(self.overlap)
+
+    @property
+    def exposed(self) -> float:
+        """Share of the step in which ranks communicate and do not compute."""
+        return self.split["all_to_all"] + self.split["reduction"]
 
 
 def grouped(records: list[dict]) -> list[Group]:
@@ -63,6 +81,7 @@ def grouped(records: list[dict]) -> list[Group]:
     kinds: dict[tuple, list[dict]] = {}
     for record in records:
         if "error" not in record:
+            record = {**_OLDER, **record}
             kinds.setdefault(tuple(record[k] for k in _KIND), []).append(record)
     groups = [_group(kinds[key]) for key in sorted(kinds)]
     smallest = {g.mode: min(o.ranks for o in groups if o.mode == g.mode) for g in groups}
@@ -83,7 +102,8 @@ def _group(records: list[dict]) -> Group:
         spread=(max(times) - min(times)) / middle,
         split={p: statistics.mean(r["split"][p] for r in records) for p in first["split"]},
         peak_bytes=max(record["peak_bytes"] for record in records),
-        least=_over_least(first["traffic"]),
+        rows=_over_least(first["traffic"]),
+        reduced=_reduced_over_least(first),
     )
 
 
@@ -96,6 +116,21 @@ def _over_least(by_rank: list[list[dict]]) -> float | None:
         if row["purpose"] in ("dispatch", "combine") and row["phase"] != "recompute"
     )
     return sum(row["wire"] for row in sent) / rows if rows else None
+
+
+def _reduced_over_least(record: dict) -> float | None:
+    """Counted bytes of gradients and weights over those of each gradient to its owner and each
+    weight from there, once.
+    """
+    layout, engine = Layout(**record["layout"]), engine_facts(record["deepspeed"])
+    least = least_traffic(config_from_tree(record["config"]), layout, engine).reduction
+    sent = sum(
+        row["wire"]
+        for rows in record["traffic"]
+        for row in rows
+        if row["purpose"] in ("gradients", "parameters")
+    )
+    return sent / (least * layout.ranks) if least else None
 
 
 def write_report(records: list[dict], folder: Path) -> str:
@@ -126,18 +161,21 @@ def write_report(records: list[dict], folder: Path) -> str:
 
 def _table(groups: list[Group]) -> list[str]:
     phases = list(groups[0].split)
-    head = ["mode", "ranks", "nodes", "EP", "ZeRO", "batch", "runs", "ms a step", "spread"]
-    head += ["images/s", "efficiency", *(phase.replace("_", "-") for phase in phases)]
+    head = ["mode", "ranks", "nodes", "EP", "ZeRO", "overlap", "batch", "runs", "ms a step"]
+    head += ["spread", "images/s", "efficiency", "exposed communication"]
+    head += [*(phase.replace("_", "-") for phase in phases), "peak MiB"]
+    head += ["all-to-all over lower bound", "gradients and weights over lower bound"]
     rows = [
         [
-            *(g.mode, g.ranks, g.nodes, g.ep, g.zero, g.batch, g.runs, f"{1e3 * g.step_s:.1f}"),
-            *(f"{100 * g.spread:.0f} %", f"{g.images_per_s:.1f}", f"{100 * g.efficiency:.0f} %"),
+            *(g.mode, g.ranks, g.nodes, g.ep, g.stage, g.overlap, g.batch, g.runs),
+            *(f"{1e3 * g.step_s:.1f}", f"{100 * g.spread:.0f} %", f"{g.images_per_s:.1f}"),
+            *(f"{100 * g.efficiency:.0f} %", f"{1e3 * g.step_s * g.exposed:.1f} ms"),
             *(f"{100 * g.split[phase]:.0f} %" for phase in phases),
-            *(f"{g.peak_bytes / 2**20:.0f}", g.least),
+            *(f"{g.peak_bytes / 2**20:.0f}", g.rows, g.reduced),
         ]
         for g in groups
     ]
-    return table([*head, "peak MiB", "all-to-all over lower bound"], rows)
+    return table(head, rows)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -177,7 +215,10 @@ def _draw_split(groups: Sequence[Group], path: Path) -> None:
         label = phase.replace("_", "-")
         axes.bar(places, heights, bottom=base, color=_COLOURS[phase], label=label)
         base = [a + b for a, b in zip(base, heights)]
-    names = [f"{g.mode}\n{g.ranks} ranks\nEP {g.ep} Z {g.zero}" for g in groups]
+    names = [
+        "\n".join(filter(None, [g.mode, f"{g.ranks} ranks", f"EP {g.ep} Z {g.stage}", g.overlap]))
+        for g in groups
+    ]
     axes.set_xticks(places, names, fontsize=7)
     axes.margins(y=0.2)  # room for the legend
     axes.legend(fontsize=8, ncols=5, loc="upper center", handlelength=1, columnspacing=1)

@@ -7,11 +7,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
+from diffmoe.cost.calibration import Checked, checked
 from diffmoe.cost.extrapolation import MODES, WORDS, Point, extrapolate, stops
 from diffmoe.cost.layouts import GIB
 from diffmoe.deepspeed_json import precision
 from diffmoe.errors import UserError
+from diffmoe.markdown import table
 from launcher.command_line import (
     Parser,
     add_planner_options,
@@ -20,6 +23,8 @@ from launcher.command_line import (
     write_text,
 )
 
+_RESULTS = Path(__file__).resolve().parent.parent / "docs/results"
+_MEASURED = "scaling_*/runs.jsonl"
 _EXAMPLE = """
 python -m launcher simulate --config configs/diffmoe_xl_e16_flow.yaml --gpu h100 --ep 8
 python -m launcher simulate --config configs/demo.yaml --mode weak --max-gpus 64
@@ -37,8 +42,11 @@ def main(arguments: list[str]) -> int:
     }
     figures = hardware.calibrated or "assumed shares of data-sheet peaks"
     print(f"{precision(tree)}; {hardware.name}; {figures}")
+    print(f"assumed: {hardware.assumptions}")
     for mode, points in curves.items():
         print("\n" + "\n".join(_table(mode, points)))
+    for path in [options.measured] if options.measured else sorted(_RESULTS.glob(_MEASURED)):
+        print("\n" + "\n".join(_errors(path)))
     if options.json:
         answer = {mode: [_as_dict(p) for p in points] for mode, points in curves.items()}
         write_text("--json", options.json, json.dumps(answer, indent=1) + "\n")
@@ -61,9 +69,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     add("--min-gpus", type=int, help="default: one node")
     add("--max-gpus", type=int, default=4096, help="the last column")
+    measured = (
+        f"records of launcher scaling to hold the model to (default: docs/results/{_MEASURED})"
+    )
+    add("--measured", type=Path, metavar="RECORDS", help=measured)
     add_planner_options(parser)
     options = parser.parse_intermixed_args(arguments)
-    check_above_0(options, "min_gpus", "max_gpus", "gpus_per_node", "ep", "micro_batch")
+    check_above_0(options, "min_gpus", "max_gpus")
     return options
 
 
@@ -107,6 +119,26 @@ def _table(mode: str, points: list[Point]) -> list[str]:
     if stopped is None:
         return [*lines, f"goes on scaling up to {points[-1].ranks} GPUs"]
     return [*lines, f"stops scaling at {stopped[0]} GPUs: {stopped[1]}"]
+
+
+def _errors(path: Path) -> list[str]:
+    """Every measured point beside what the model says of it."""
+    head = ["measured on", "ranks", "layout", "batch", "ms a step"]
+    head += ["by the table", "calibrated on the fewest ranks"]
+
+    def beside(point: Checked, seconds: float | None) -> str:
+        if seconds is None:
+            return "–"
+        return f"{1e3 * seconds:.1f} ({100 * (seconds / point.measured - 1):+.0f} %)"
+
+    rows = [
+        [
+            *(p.device, p.ranks, p.layout, p.batch, f"{1e3 * p.measured:.1f}"),
+            *(beside(p, p.table), beside(p, p.fitted)),
+        ]
+        for p in checked(path)
+    ]
+    return [f"the model's error on what was measured ({path}):", *table(head, rows)]
 
 
 def _as_dict(point: Point) -> dict:

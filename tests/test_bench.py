@@ -36,7 +36,7 @@ KINDS = {
     "moe-layer": ["--tokens", "64"],
     "step": ["--samples", "2", "--accumulation", "2", "--recompute", "--profile"],
     "sampling": ["--samples", "2"],
-    "communication": ["--samples", "1", "--worlds", "2"],
+    "communication": ["--samples", "1", "--worlds", "2,4", "--per-host", "2"],
 }
 
 
@@ -89,6 +89,10 @@ def test_a_step_with_recompute(records):
         (["moe-layer", "--tokens", "100"], r"--tokens \(100\) must be whole samples of 256"),
         (["moe-layer", "--only", "ours"], r"--only \(ours\) must hold ours and dense"),
         (["communication", "--worlds", "2,x"], r"--worlds \(2,x\) must be whole numbers above 0"),
+        (
+            ["communication", "--worlds", "2", "--per-host", "2"],
+            r"--per-host \(2\) must be 2 or more and one of --worlds \(2\) a larger multiple",
+        ),
         (["train"], "--out .* is missing"),
     ],
 )
@@ -126,14 +130,23 @@ def test_sampling_meets_as_many_experts_as_it_is_asked(records):
 
 
 def test_communication_counts_what_leaves(records):
+    cases = records["communication"]["cases"]
     calls = {
-        (case["ep"], case["pool"]): case["collectives"]
-        for case in records["communication"]["cases"]
+        (case["ep"], case["pool"]): case["collectives"] for case in cases if case["ranks"] == 2
     }
     assert calls[1, "rank"] == {} and calls[2, "rank"].keys() == {"all_to_all_single"}
     assert (
         calls[2, "rank"]["all_to_all_single"][0] == 4
     )  # rows there and back, in forward and in backward
+    direct, two = (
+        next(
+            case["collectives"]["all_to_all_single"]
+            for case in cases
+            if (case["ep"], case["pool"], case["exchange"]) == (4, "rank", form)
+        )
+        for form in ("direct", "two_level")
+    )
+    assert [two[0], two[1]] == [2 * direct[0], 2 * direct[1]]  # all rows, on either level
 
 
 # ------------------------------------------------------------------------------------- steps taken

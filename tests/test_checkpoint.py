@@ -40,11 +40,23 @@ from programs import run_cases, tiny, tiny_config, trained, zero
 from test_run import train_here
 
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT, "ema_0.9", "ema_0.5")
-# (expert-parallel ranks, ZeRO stage, bf16) by number of ranks.
+# (expert-parallel ranks, ZeRO stage, bf16, ranks of a copy of the state where not all share it) by
+# number of ranks.
 LAYOUTS = {
     1: [(1, 0, False), (1, 1, False), (1, 2, True), (1, 3, False)],
     2: [(1, 0, False), (2, 0, False), (2, 1, True), (1, 2, False), (2, 3, False)],
-    4: [(2, 0, False), (2, 1, False), (4, 2, False), (2, 3, True), (1, 3, False)],
+    4: [
+        (2, 0, False),
+        (2, 1, False),
+        (4, 2, False),
+        (2, 3, True),
+        (1, 3, False),
+        (2, 1, False, 2),
+        (2, 1, True, 2),
+        (1, 2, False, 2),
+        (2, 3, False, 2),
+        (1, 1, True, 1),
+    ],
 }
 
 
@@ -58,7 +70,7 @@ def settings(*overrides: str) -> Config:
     return load_config(tiny_config(), ["train.ema=[0.9, 0.5]", "moe.pool=1", *overrides])
 
 
-def start(config: Config, world: int, stage: int = 1, bf16: bool = False):
+def start(config: Config, world: int, stage: int = 1, bf16: bool = False, shard: int | None = None):
     """(engine, averages, layout, groups) of a fresh start."""
     layout = resolve_layout(config, world)
     groups = build_groups(layout.ep, layout.pool_ranks)
@@ -67,7 +79,7 @@ def start(config: Config, world: int, stage: int = 1, bf16: bool = False):
     engine = Engine(
         model,
         config,
-        merge_deepspeed(zero(stage, bf16), config, layout),
+        merge_deepspeed(zero(stage, bf16, mics_shard_size=shard), config, layout),
         groups,
         torch.device("cpu"),
     )
@@ -86,13 +98,19 @@ def fill(engine: Engine, ema: Ema) -> None:
 
 
 def everything(
-    folder: str, reference: str, world: int, ep: int, stage: int, bf16: bool
+    folder: str,
+    reference: str,
+    world: int,
+    ep: int,
+    stage: int,
+    bf16: bool,
+    shard: int | None = None,
 ) -> list[str]:
     """Loads the reference and compares; saves, and leaves it to others to compare.  Returns what is
     wrong.
     """
     config = settings(f"parallel.ep={ep}")
-    engine, ema, layout, groups = start(config, world, stage, bf16)
+    engine, ema, layout, groups = start(config, world, stage, bf16, shard)
     for _, layer in engine.model.moe_layers():
         layer.thresholds.value.fill_(0.25)
     said: list[str] = []
@@ -132,10 +150,10 @@ def test_any_layout_reads_and_writes_the_same_bits(tmp_path, world):
     config = settings()
     make_checkpoint(tmp_path / "reference", config, step=7)
     with Ranks(world, timeout=300.0) as ranks:
-        for number, (ep, stage, bf16) in enumerate(LAYOUTS[world]):
+        for number, (ep, stage, bf16, *shard) in enumerate(LAYOUTS[world]):
             folder = tmp_path / str(number)
             found = ranks.run(
-                everything, str(folder), str(tmp_path / "reference"), world, ep, stage, bf16
+                everything, str(folder), str(tmp_path / "reference"), world, ep, stage, bf16, *shard
             )
             assert found == [[]] * world, (
                 f"EP {ep}, ZeRO {stage}, bf16 {bf16}: {[wrong[:3] for wrong in found]}"

@@ -5,6 +5,7 @@ killed, and the table of them.
 import hashlib
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -312,7 +313,11 @@ def test_what_comes_next(tmp_path):
     assert "--nproc-per-node 2 -m diffmoe train --config" in command
     pretend(run, [0.5])
     assert state(run, plan.comparison) == "trained"
-    assert "evaluate --checkpoint" in " ".join(next_command(run, plan.comparison))
+    evaluate = " ".join(next_command(run, plan.comparison))
+    measured = re.search(r"evaluate .* --reference (\S+) --save-reference (\S+\.npz)", evaluate)
+    assert measured and measured[1] == str(digits()), "measured once ..."
+    Path(measured[2]).touch()
+    assert f"--reference {measured[2]} --extractor" in " ".join(next_command(run, plan.comparison))
     card_of(run).parent.mkdir()
     card_of(run).touch()
     assert " sample " in " ".join(next_command(run, plan.comparison))

@@ -13,12 +13,13 @@ from diffmoe.cost.extrapolation import nearest_fit
 from diffmoe.cost.hardware import choose, read_table
 from diffmoe.cost.layouts import Cluster, Pins, candidates, reasons
 from diffmoe.cost.memory import engine_facts, rank_memory
+from diffmoe.cost.overlap import lengthened
 from diffmoe.cost.parameters import rank_parameters
-from diffmoe.cost.step_time import step_time
+from diffmoe.cost.step_time import message_time, step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.errors import UserError
-from diffmoe.layout import resolve_layout
+from diffmoe.layout import over_hosts, resolve_layout
 from diffmoe.models.count import count
 from diffmoe.models.dit import DiT
 from diffmoe.models.logical import logical_tensors
@@ -111,12 +112,13 @@ def test_every_tensor_of_the_model_is_counted(overrides, ep):
 # memory
 
 
-def _deepspeed(zero, bf16, bucket):
+def _deepspeed(zero, bf16, bucket, shard=None):
     tree = {
         "zero_optimization": {
             "stage": zero,
             "reduce_bucket_size": bucket,
             "stage3_param_persistence_threshold": 1000,
+            "mics_shard_size": shard,
         }
     }
     return (
@@ -167,21 +169,27 @@ def _measured_memory(overrides, tree):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("ranks", "ep", "zero", "recompute", "bf16", "accumulation", "bucket"),
+    ("ranks", "ep", "zero", "recompute", "bf16", "accumulation", "bucket", "shard"),
     [
-        (1, 1, 0, "none", False, 1, 200_000),
-        (1, 1, 1, "block", False, 1, 5_000_000),
-        pytest.param(1, 1, 1, "none", True, 1, 200_000, marks=pytest.mark.slow),
-        (2, 2, 1, "none", False, 2, 5_000_000),
-        (2, 2, 1, "selective", True, 1, 5_000_000),
-        (2, 2, 2, "none", True, 2, 200_000),
-        pytest.param(2, 1, 2, "block", False, 1, 200_000, marks=pytest.mark.slow),
-        (2, 2, 3, "selective", False, 1, 200_000),
-        (2, 2, 2, "none", True, 1, 5_000_000),
-        (2, 2, 3, "none", True, 1, 5_000_000),
+        (1, 1, 0, "none", False, 1, 200_000, None),
+        (1, 1, 1, "block", False, 1, 5_000_000, None),
+        pytest.param(1, 1, 1, "none", True, 1, 200_000, None, marks=pytest.mark.slow),
+        (2, 2, 1, "none", False, 2, 5_000_000, None),
+        (2, 2, 1, "selective", True, 1, 5_000_000, None),
+        (2, 2, 2, "none", True, 2, 200_000, None),
+        pytest.param(2, 1, 2, "block", False, 1, 200_000, None, marks=pytest.mark.slow),
+        (2, 2, 3, "selective", False, 1, 200_000, None),
+        (2, 2, 2, "none", True, 1, 5_000_000, None),
+        (2, 2, 3, "none", True, 1, 5_000_000, None),
+        (4, 2, 1, "none", False, 2, 5_000_000, 2),
+        (4, 2, 1, "selective", True, 1, 200_000, 2),
+        (4, 2, 2, "none", True, 2, 200_000, 2),
+        (4, 2, 3, "selective", False, 1, 200_000, 2),
     ],
 )
-def test_memory_is_what_was_planned(worlds, ranks, ep, zero, recompute, bf16, accumulation, bucket):
+def test_memory_is_what_was_planned(
+    worlds, ranks, ep, zero, recompute, bf16, accumulation, bucket, shard
+):
     """State exactly, what lives between steps within half a per cent (scalars, batches), the most
     at once within 10.
     """
@@ -193,7 +201,7 @@ def test_memory_is_what_was_planned(worlds, ranks, ep, zero, recompute, bf16, ac
         "moe.pool=group",
     ]
     overrides += ["train.ema=[0.9, 0.99]"] if zero == 3 else []
-    tree = _deepspeed(zero, bf16, bucket)
+    tree = _deepspeed(zero, bf16, bucket, shard)
     config = load_config(None, overrides)
     plan = rank_memory(config, resolve_layout(config, ranks), engine_facts(tree))
     for kinds, static, peak in worlds(ranks).run(_measured_memory, overrides, tree):
@@ -210,15 +218,15 @@ def test_memory_is_what_was_planned(worlds, ranks, ep, zero, recompute, bf16, ac
 # traffic
 
 
-def _counted(overrides, zero, bf16):
+def _counted(overrides, tree, per_host=0):
     """(table of one counted step, rows [layer][expert] that this rank's tokens went to in it)."""
     config = load_config(None, overrides)
     layout = resolve_layout(config, torch.distributed.get_world_size())
-    groups = build_groups(layout.ep, layout.pool_ranks)
+    groups = build_groups(layout.ep, layout.pool_ranks, per_host=per_host)
     engine = Engine(
         build_model(config, layout.pool, groups),
         config,
-        merge_deepspeed(_deepspeed(zero, bf16, 300_000), config, layout),
+        merge_deepspeed(tree, config, layout),
         groups,
         CPU,
     )
@@ -253,6 +261,24 @@ def test_counted_bytes_of_ragged_routers_equal_the_formula(worlds, router, ranks
 
 @pytest.mark.full
 @pytest.mark.parametrize(
+    ("pool", "recompute", "router"),
+    [("rank", "none", []), ("global", "block", []), ("rank", "selective", RAGGED["tc"])],
+)
+def test_halves_send_as_many_bytes_in_twice_as_many_messages(worlds, pool, recompute, router):
+    plain, found = (
+        compare_bytes(worlds, 4, 2, pool, 1, recompute, False, [*router, *more])
+        for more in ([], ["parallel.overlap=halves"])
+    )
+    for rows in (plain, found):
+        rows.sort(key=lambda row: (row["layer"], row["purpose"], row["phase"]))
+    for one, two in zip(plain, found, strict=True):
+        assert one["wire"] == two["wire"]
+        times = 2 if one["purpose"] in ("dispatch", "combine") else 1
+        assert two["messages"] == times * one["messages"], one
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
     ("ranks", "ep", "pool", "zero", "recompute", "bf16"),
     [
         (2, 2, "rank", 1, "none", False),
@@ -277,7 +303,111 @@ def test_counted_bytes_equal_the_formula(worlds, ranks, ep, pool, zero, recomput
         assert sum(row["wire"] for row in sent) <= 1.05 * least
 
 
-def compare_bytes(worlds, ranks, ep, pool, zero, recompute, bf16, router=()):
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("nodes", "ep"), [(2, 8), (2, 1), (16, 8)])
+def test_a_node_puts_one_gradient_on_the_network(nodes, ep, bf16, zero):
+    """Its ranks share a copy of the state; an all-reduce sends 2 (R - 1) / R of what R put in."""
+    config = load_config(
+        None, [f"parallel.ep={ep}", "moe.pool=1", "train.batch=256", "train.micro_batch=1"]
+    )
+    tree = _deepspeed(zero, bf16, 300_000, shard=8)
+    layout, engine = resolve_layout(config, 8 * nodes), engine_facts(tree)
+    sent = [m for m in step_traffic(config, layout, engine) if m.group == "replicas"]
+    inside = {m.group for m in step_traffic(config, layout, engine)} - {"ep", "replicas"}
+    assert len(sent) == 1 and inside <= {"shard", "expert shard"}
+    gradient = 4 * count(config.model, config.moe).total
+    assert 0.999 * gradient < 8 * sent[0].payload < 1.05 * gradient
+    assert 8 * sent[0].wire <= 1.05 * gradient * 2 * (nodes - 1) / nodes
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("ep", "zero", "bf16"),
+    [(2, 1, True), (1, 1, True), (2, 1, False), (2, 2, True), (2, 2, False), (1, 3, True)],
+)
+def test_counted_bytes_of_groups_and_replicas_equal_the_formula(worlds, ep, zero, bf16):
+    compare_bytes(worlds, 4, ep, "rank", zero, "none", bf16, shard=2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("router", ["diffmoe", *RAGGED])
+@pytest.mark.parametrize("pool", ["rank", "global"])
+@pytest.mark.parametrize(
+    ("ranks", "ep", "per_host"),
+    [
+        (4, 4, 2),
+        pytest.param(8, 4, 2, marks=pytest.mark.slow),
+        pytest.param(8, 8, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_counted_messages_over_two_levels_equal_the_formula(
+    worlds, ranks, ep, per_host, pool, router
+):
+    """Messages and bytes of each level; across hosts at most 1.05 of the rows that must go there,
+    to one rank a host.
+    """
+    words = [*RAGGED.get(router, []), *MODEL, "model.input_size=8", "model.depth=2"]
+    words += ["moe.interleave=false", f"parallel.ep={ep}", f"moe.pool={pool}"]
+    config = load_config(None, [*words, "parallel.recompute=selective"])
+    layout = over_hosts(resolve_layout(config, ranks), "two_level", [per_host])
+    assert layout.per_host == per_host
+    engine = engine_facts(_deepspeed(1, False, 300_000))
+    messages = [m for m in step_traffic(config, layout, engine) if m.collective == "all_to_all"]
+    planned = {(m.purpose, m.phase, m.level): (m.messages, m.wire) for m in messages}
+    assert {m.level for m in messages} == {"ep across", "ep inside"}
+    answers = worlds(ranks).run(_counted, words, _deepspeed(1, False, 300_000), per_host)
+    rows = [sum(map(torch.tensor, found)) for _, found in answers]
+    network = needed = 0
+    for rank, (table, _) in enumerate(answers):
+        found = {}
+        for row in table:
+            if row["collective"] == "all_to_all":
+                key = row["purpose"], row["phase"], row["level"]
+                seen = found.setdefault(key, [0, 0])
+                seen[0] += row["messages"]
+                seen[1] += row["wire"]
+        assert {key: count for key, (count, _) in found.items()} == {
+            key: count for key, (count, _) in planned.items()
+        }
+        exact = _wire_by_level(config, layout, engine.element, rows, rank)
+        out = {("dispatch", "forward"), ("combine", "backward")}
+        for (purpose, phase, level), (_, wire) in found.items():
+            way = "out" if (purpose, phase) in out else "home"
+            is_rows = purpose in ("dispatch", "combine")
+            known = not is_rows or (router, pool) == ("diffmoe", "rank")
+            assert not is_rows or wire == exact[way, level]
+            assert not known or wire == planned[purpose, phase, level][1]
+            network += wire if level == "ep across" else 0
+            needed += wire if level == "ep across" and is_rows else 0
+    assert needed <= network <= 1.05 * needed
+    if (router, pool) == ("diffmoe", "rank"):
+        assert needed == ranks * least_traffic(config, layout, engine).network
+
+
+def _wire_by_level(config, layout, element, rows_by_rank, rank):
+    """Bytes of rows that leave ``rank``: (there | back, level) -> bytes."""
+    ep, here, size = layout.ep, layout.per_host, config.model.width * element
+    first, local = rank - rank % ep, config.moe.experts // ep
+
+    def sent(source, target):
+        expert = (target - first) * local
+        return rows_by_rank[source][expert : expert + local].sum().item() * size
+
+    group = range(first, first + ep)
+    other_hosts = [r for r in group if r // here != rank // here]
+    neighbours = [r for r in group if r // here == rank // here and r != rank]
+    own_place = [r for r in group if r % here == rank % here]
+    own_host = [*neighbours, rank]
+    return {
+        ("out", "ep across"): sum(sent(rank, r) for r in other_hosts),
+        ("out", "ep inside"): sum(sent(s, r) for s in own_place for r in neighbours),
+        ("home", "ep across"): sum(sent(s, r) for s in own_place if s != rank for r in own_host),
+        ("home", "ep inside"): sum(sent(s, rank) for s in group if s % here != rank % here),
+    }
+
+
+def compare_bytes(worlds, ranks, ep, pool, zero, recompute, bf16, router=(), shard=None):
     """Counts a step, compares it with the plan, and returns what went all to all."""
     overrides = [
         *MODEL,
@@ -290,8 +420,9 @@ def compare_bytes(worlds, ranks, ep, pool, zero, recompute, bf16, router=()):
         f"parallel.recompute={recompute}",
     ]
     config = load_config(None, overrides)
-    layout, engine = resolve_layout(config, ranks), engine_facts(_deepspeed(zero, bf16, 300_000))
-    answers = worlds(ranks).run(_counted, overrides, zero, bf16)
+    tree = _deepspeed(zero, bf16, 300_000, shard)
+    layout, engine = resolve_layout(config, ranks), engine_facts(tree)
+    answers = worlds(ranks).run(_counted, overrides, tree)
     planned = {}
     for message in step_traffic(config, layout, engine):
         key = (message.collective, message.purpose, message.phase)
@@ -411,6 +542,57 @@ def test_a_step_is_split_by_what_is_hidden_behind_what():
         "data": 0.10,
         "other": 0.25,
     }
+
+
+def _priced(words, tree, ranks=16, cost=None):
+    hardware = choose(read_table(None), "h100")
+    if cost is not None:
+        hardware = dataclasses.replace(hardware, overlap_cost=cost)
+    config = load_config("configs/diffmoe_l_e16_flow.yaml", words.split())
+    return step_time(config, resolve_layout(config, ranks), engine_facts(tree), hardware, 8)
+
+
+def test_messages_lengthen_a_step_by_what_kernels_do_not_hide():
+    assert lengthened(3.0, 5.0, 0.0) == 0 and lengthened(5.0, 3.0, 0.0) == 2
+    assert lengthened(5.0, 3.0, 0.25) == 2.75 and lengthened(5.0, 3.0, 1.0) == 5.0
+
+
+def test_gradients_pass_under_backward_where_they_leave_in_buckets():
+    overlapping = {**BF16, "zero_optimization": {"stage": 1, "overlap_comm": True}}
+    waiting = {**BF16, "zero_optimization": {"stage": 1, "overlap_comm": False}}
+    whole, hidden = _priced("", waiting), _priced("", overlapping)
+    assert whole.reduction == whole.whole_reduction == hidden.whole_reduction
+    assert whole.hidden == 0 and hidden.hidden == pytest.approx(whole.total - hidden.total)
+    # Where they cost kernels as much time as they take, nothing is gained.
+    assert _priced("", overlapping, cost=1.0).total == pytest.approx(whole.total)
+    # One bucket is ready when backward is over.
+    zero = {"stage": 1, "overlap_comm": True, "reduce_bucket_size": 10**10}
+    assert _priced("", {**BF16, "zero_optimization": zero}).hidden == pytest.approx(0)
+    # On one node backward is long enough for all but the last bucket and the weights.
+    free, parts = _priced("", overlapping, 8, cost=1e-9), least_buckets(8)
+    gradients, weights = parts
+    assert free.reduction == pytest.approx(gradients + weights, rel=1e-6)
+
+
+def least_buckets(ranks):
+    """Seconds of the last bucket of gradients, and of the weights, of L-E16 on one node."""
+    config = load_config("configs/diffmoe_l_e16_flow.yaml", [])
+    layout, hardware = resolve_layout(config, ranks), choose(read_table(None), "h100")
+    engine = engine_facts({**BF16, "zero_optimization": {"stage": 1, "overlap_comm": True}})
+    seconds = {
+        m.purpose: sum(message_time(m, layout, engine, hardware, 8))
+        for m in step_traffic(config, layout, engine)
+        if m.group == "world"
+    }
+    dense = sum(p.numel for p in rank_parameters(config.model, config.moe, 8) if not p.expert)
+    return seconds["gradients"] / -(-dense // engine.bucket), seconds["parameters"]
+
+
+def test_rows_pass_under_shared_experts():
+    plain, shared = _priced("", BF16), _priced("moe.shared_experts=2", BF16)
+    assert plain.all_to_all == plain.whole_all_to_all == shared.whole_all_to_all
+    dispatched = shared.whole_all_to_all / 2  # and as much comes home, for which all wait
+    assert dispatched < shared.all_to_all + 1e-3 < shared.whole_all_to_all
 
 
 @pytest.mark.parametrize("kind", ["cpu", "h100"])

@@ -14,6 +14,7 @@ import diffmoe.__main__ as run
 from diffmoe.config import load_config
 from diffmoe.deepspeed_json import (
     ALIASES,
+    MICS,
     OLD,
     PASSED,
     UNSUPPORTED,
@@ -295,6 +296,27 @@ REFUSED = {
         ["parallel.ep=2"],
         "zero_hpz_partition_size (2) must be 1 with expert parallelism at ZeRO stage 3",
     ),
+    "shards of nothing": (
+        stage(0, mics_shard_size=8),
+        [],
+        "DeepSpeed's zero_optimization.mics_shard_size (8) needs zero_optimization.stage 1 or "
+        "above; it is 0",
+    ),
+    "shards without some experts": (
+        stage(1, mics_shard_size=6),
+        ["parallel.ep=4"],
+        "DeepSpeed's zero_optimization.mics_shard_size (6) must be a multiple of parallel.ep (4)",
+    ),
+    "shards of no rank": (
+        stage(2, mics_shard_size=0),
+        [],
+        "DeepSpeed's zero_optimization.mics_shard_size (0) must be an integer of at least 1",
+    ),
+    "shards twice": (
+        stage(3, mics_shard_size=8, zero_hpz_partition_size=2),
+        [],
+        "zero_hpz_partition_size (2) must be 1 with zero_optimization.mics_shard_size",
+    ),
 }
 
 
@@ -391,10 +413,27 @@ def test_what_deepspeed_can_do_passes_its_own_models_too(tree, overrides):
     ) is int and "null" not in json.dumps(merged)
 
 
+def test_shards_that_do_not_divide_the_ranks_are_refused():
+    config = load_config(tiny_config(), settings("moe.pool=1"))
+    for ranks, good in ((1, False), (2, True), (4, True)):
+        layout, tree = resolve_layout(config, ranks), stage(1, mics_shard_size=2.0)
+        if good:
+            merged = merge_deepspeed(tree, config, layout)
+            assert merged[ZERO][MICS] == 2 and merge_deepspeed(merged, config, layout) == merged
+        else:
+            with pytest.raises(UserError) as error:
+                merge_deepspeed(tree, config, layout)
+            assert str(error.value) == (
+                "DeepSpeed's zero_optimization.mics_shard_size (2) must divide the number of ranks "
+                f"({ranks})"
+            )
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "zero",
+        "shards of nothing",
         "a text for a boolean",
         "half",
         "offload, torch",
@@ -503,7 +542,7 @@ def kind_of(kind: type, limits: list, path: str):
 def test_the_table_is_deepspeeds(path):
     ours = PASSED
     for part in path.split("."):
-        ours = ours[part]
+        ours = {key: kind for key, kind in ours[part].items() if key != MICS}
     theirs = table_of(models()[path], path)
     if path == ZERO:
         assert theirs.pop("stage") == (0, 1, 2, 3)
@@ -539,7 +578,7 @@ def test_the_table_of_blocks_without_a_model_is_deepspeeds_defaults():
     for word in PASSED["communication_data_type"]:
         config.get_communication_data_type({"communication_data_type": word})
     removed = {*config._REMOVED_TOP_LEVEL_CONFIG_KEYS, *config._REMOVED_ZERO_CONFIG_KEYS}
-    assert not removed & {*PASSED, *PASSED[ZERO], *OLD}
+    assert removed & {*PASSED, *PASSED[ZERO], *OLD} == {MICS}, "which is ours, not DeepSpeed's"
 
 
 @pytest.mark.parametrize(
@@ -566,7 +605,7 @@ def test_what_deepspeeds_models_refuse_ours_does(path):
             "offload_optimizer": offload_config.DeepSpeedZeroOffloadOptimizerConfig,
         }[parts[1]]
     config, refused = load_config(tiny_config(), settings("train.optimizer=deepspeed")), 0
-    for key in ours:
+    for key in ours.keys() - {MICS}:
         for value in (True, 0, -1, 3, 1.5, 1e400, "x", "auto", [], [1], {}, {"x": 1}):
             try:
                 model(strict=True, **{key: value})

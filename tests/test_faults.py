@@ -545,8 +545,8 @@ RECIPE = (
     "train.lr=1e-3",
     "train.sample_every=0",
 )
-# Ranks, EP, ZeRO: (who saved, who goes on).  Every pair of EP sizes, of ZeRO stages and of numbers
-# of ranks, both ways.
+# Ranks, EP, ZeRO, and ranks that share a copy of the state where not all do: (who saved, who goes
+# on).  Every pair of EP sizes, of ZeRO stages and of numbers of ranks, both ways.
 LAYOUTS = {
     (2, 2, 1): [
         (2, 2, 1),
@@ -561,14 +561,17 @@ LAYOUTS = {
         (4, 2, 3),
         (4, 4, 0),
         (4, 4, 2),
+        (4, 2, 1, 2),
+        (4, 1, 3, 2),
     ],
+    (4, 2, 2, 2): [(4, 2, 2, 2), (1, 1, 0), (2, 2, 1), (4, 4, 3), (4, 2, 3, 2)],
     (1, 1, 0): [(1, 1, 0), (2, 2, 3), (4, 2, 1), (4, 4, 2)],
     (4, 4, 3): [(4, 4, 3), (1, 1, 1), (2, 1, 0), (2, 2, 1), (4, 2, 2)],
     (2, 1, 2): [(2, 1, 2), (1, 1, 0), (4, 4, 1), (2, 2, 3)],
 }
 
 
-def train_layout(folder, ep, stage, world, more):
+def train_layout(folder, more, world, ep, stage, shard=None):
     """The losses of 24 steps, or of what is left of them."""
     import torch
 
@@ -583,7 +586,7 @@ def train_layout(folder, ep, stage, world, more):
         tiny_config(), [f"run.folder={folder}", f"parallel.ep={ep}", *RECIPE, *more]
     )
     layout = resolve_layout(config, world)
-    merged = merge_deepspeed(zero(stage), config, layout)
+    merged = merge_deepspeed(zero(stage, mics_shard_size=shard), config, layout)
     groups = build_groups(layout.ep, layout.pool_ranks)
     loop.train(config, layout, merged, groups, torch.device("cpu"))
 
@@ -606,26 +609,26 @@ def test_table_of_layouts_in_which_the_next_20_losses_are_the_same(tmp_path, cap
         Ranks(4, timeout=400.0) as four,
     ):
         ranks = {1: one, 2: two, 4: four}
-        for (world, ep, stage), targets in LAYOUTS.items():
-            origin = tmp_path / f"{world}{ep}{stage}"
-            ranks[world].run(train_layout, origin, ep, stage, world, ())
+        for saved, targets in LAYOUTS.items():
+            origin = tmp_path / "".join(map(str, saved))
+            ranks[saved[0]].run(train_layout, origin, (), *saved)
             expected = losses(origin)
             for to in targets:
-                folder = tmp_path / f"{world}{ep}{stage}-{to[0]}{to[1]}{to[2]}"
+                folder = tmp_path / f"{origin.name}-{''.join(map(str, to))}"
                 shutil.copytree(
                     origin / "checkpoints/step_00000004", folder / "checkpoints/step_00000004"
                 )
-                ranks[to[0]].run(train_layout, folder, to[1], to[2], to[0], ())
+                ranks[to[0]].run(train_layout, folder, (), *to)
                 found = losses(folder)
                 assert found.keys() == set(range(5, 25))
                 rows.append(
                     (
-                        (world, ep, stage),
+                        saved,
                         to,
                         max(abs(found[s] - expected[s]) / abs(expected[s]) for s in found),
                     )
                 )
-                if to == (world, ep, stage):
+                if to == saved:
                     assert rows[-1][2] == 0
                     assert_same_tensors(
                         origin / "checkpoints/step_00000024", folder / "checkpoints/step_00000024"
@@ -637,8 +640,8 @@ def test_table_of_layouts_in_which_the_next_20_losses_are_the_same(tmp_path, cap
         )
         for saved, resumed, worst in rows:
             names = [
-                f"{n} rank{'s' * (n > 1)}, EP {ep}, ZeRO {stage}"
-                for n, ep, stage in (saved, resumed)
+                f"{n} rank{'s' * (n > 1)}, EP {ep}, ZeRO {stage}" + f", {shard}" * bool(shard)
+                for n, ep, stage, shard in ((*each, None)[:4] for each in (saved, resumed))
             ]
             off = "0, weights bit for bit" if saved == resumed else f"{worst:.1e}"
             print(f"{names[0]:24}{names[1]:24}{off}")

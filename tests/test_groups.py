@@ -15,7 +15,7 @@ from diffmoe.commands import common
 from diffmoe.device import bound
 from diffmoe.environment import RankEnvironment
 from diffmoe.parallel import collectives, groups
-from diffmoe.parallel.groups import build_groups
+from diffmoe.parallel.groups import build_groups, shard_groups
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.parity import table
 from diffmoe.parity.cases import Case
@@ -24,7 +24,7 @@ from launcher import probe
 PATIENCE = timedelta(seconds=7)
 
 
-def made_by(rank, world, ep, pool_ranks, monkeypatch):
+def made_by(rank, world, ep, pool_ranks, monkeypatch, per_host=0):
     """(groups of a rank, the calls of new_group that using all of them takes)."""
     calls = []
 
@@ -42,12 +42,26 @@ def made_by(rank, world, ep, pool_ranks, monkeypatch):
             new_group=new_group,
         ),
     )
-    grid = build_groups(ep, pool_ranks, PATIENCE)
+    grid = build_groups(ep, pool_ranks, PATIENCE, per_host)
     assert not calls, "nobody has asked yet"
-    for group in (grid.world, grid.ep, grid.edp, grid.pool, grid.pool_owners):
+    levels = grid.ep.levels
+    both = (levels.across, levels.inside) if levels else ()
+    for group in (grid.world, grid.ep, grid.edp, grid.pool, grid.pool_owners, *both):
         if group.size > 1:
             assert group.handle is group.handle
     return grid, calls
+
+
+@pytest.mark.parametrize("world,ep,per_host", [(4, 4, 2), (16, 8, 4), (32, 16, 4)])
+def test_the_groups_of_an_exchange_over_two_levels(world, ep, per_host, monkeypatch):
+    for rank in range(world):
+        grid, calls = made_by(rank, world, ep, 1, monkeypatch, per_host)
+        across, inside = grid.ep.levels.across, grid.ep.levels.inside
+        assert inside.ranks == tuple(r for r in range(world) if r // per_host == rank // per_host)
+        assert across.ranks == tuple(r for r in grid.ep.ranks if r % per_host == rank % per_host)
+        assert across.ranks[across.index] == inside.ranks[inside.index] == rank
+        assert len(calls) <= 4
+        assert build_groups(ep, 1, PATIENCE).ep.levels is None
 
 
 @pytest.mark.parametrize("world", [8, 64, 1024])
@@ -81,6 +95,24 @@ def test_a_rank_makes_its_own_groups_and_no_more(world, ep, pool_ranks, monkeypa
     assert 1 + len(everywhere) <= (world // 8 + 9 if published else world)
 
 
+@pytest.mark.parametrize("ep", [1, 2, 8])
+def test_groups_that_share_a_copy_of_the_state(ep, monkeypatch):
+    """In 64 ranks, 8 a node: shards inside a node, replicas the ranks of one number."""
+    for rank in range(64):
+        grid, _ = made_by(rank, 64, ep, 1, monkeypatch)
+        found = shard_groups(grid, 8)
+        node = tuple(range(rank // 8 * 8, rank // 8 * 8 + 8))
+        assert found.dense.ranks == node
+        assert found.experts.ranks == tuple(r for r in grid.edp.ranks if r in node)
+        assert found.replicas.ranks == tuple(range(rank % 8, 64, 8))
+        for group in (found.dense, found.experts, found.replicas):
+            assert group.ranks[group.index] == rank and group.timeout == PATIENCE
+        for whole in (None, 64):  # one group has no replicas and makes nothing anew
+            every = shard_groups(grid, whole)
+            assert (every.dense, every.experts) == (grid.world, grid.edp)
+            assert every.replicas.size == 1
+
+
 @pytest.fixture(scope="module")
 def ranks():
     """Ranks by their number, started once."""
@@ -104,21 +136,23 @@ def made_in_training(case):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "world,ep,pool,variant,wanted",
+    "world,ep,pool,variant,wanted,shard",
     [
-        (1, 1, "global", "diffmoe", []),
-        (2, 1, "rank", "diffmoe", []),
-        (2, 1, "global", "tc", []),
-        (2, 2, "group", "diffmoe", ["edp"]),  # of one rank, whose handle DeepSpeed reads
-        (4, 1, "8", "diffmoe", ["pool"]),  # its owners are the same ranks
-        (4, 4, "group", "diffmoe", ["edp"]),
-        (4, 2, "rank", "diffmoe", ["ep", "edp"]),
-        (4, 2, "global", "tc", ["ep", "edp"]),
+        (4, 2, "rank", "diffmoe", ["ep", "shard", "expert shard", "replicas"], 2),
+        (4, 1, "rank", "diffmoe", ["shard", "replicas"], 2),
+        (1, 1, "global", "diffmoe", [], 0),
+        (2, 1, "rank", "diffmoe", [], 0),
+        (2, 1, "global", "tc", [], 0),
+        (2, 2, "group", "diffmoe", ["edp"], 0),  # of one rank, whose handle DeepSpeed reads
+        (4, 1, "8", "diffmoe", ["pool"], 0),  # its owners are the same ranks
+        (4, 4, "group", "diffmoe", ["edp"], 0),
+        (4, 2, "rank", "diffmoe", ["ep", "edp"], 0),
+        (4, 2, "global", "tc", ["ep", "edp"], 0),
     ],
 )
-def test_training_makes_the_groups_that_it_uses(ranks, world, ep, pool, variant, wanted):
+def test_training_makes_the_groups_that_it_uses(ranks, world, ep, pool, variant, wanted, shard):
     for deepspeeds, ours in ranks[world].run(
-        made_in_training, Case(world, ep, 1, "none", 1, pool, 16, variant)
+        made_in_training, Case(world, ep, 1, "none", 1, pool, 16, variant, shard=shard)
     ):
         assert ours == Counter(wanted) and deepspeeds <= 1  # DeepSpeed copies the world
 

@@ -1,12 +1,16 @@
 """EP groups over hosts and the nodes of a job: what the planner finds, and who says it."""
 
+import dataclasses
+import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 
 import pytest
 
-from diffmoe.config import load_config
+from diffmoe.config import load_config, override
 from diffmoe.cost.extrapolation import (
     extrapolate,
     fewer_nodes,
@@ -16,12 +20,14 @@ from diffmoe.cost.extrapolation import (
     stops,
 )
 from diffmoe.cost.hardware import read_table
-from diffmoe.cost.layouts import Cluster, candidates, evaluate
+from diffmoe.cost.layouts import Cluster, Pins, candidates, evaluate
+from diffmoe.cost.traffic import least_traffic, step_traffic
 from diffmoe.deepspeed_json import read_deepspeed
-from diffmoe.layout import resolve_layout
+from diffmoe.errors import UserError
+from diffmoe.layout import over_hosts, resolve_layout, runs_of
 from launcher import plan
 from launcher.__main__ import main
-from programs import REPOSITORY
+from programs import REPOSITORY, Program, losses, tiny
 
 H100 = read_table(None)["h100"]
 BF16 = REPOSITORY / "ds_configs/zero1_bf16.json"
@@ -193,6 +199,7 @@ def test_the_price_of_spanning_hosts_is_the_planners(name, hosts, ep, says):
     if says is None:
         assert line is None
         return
+    assert ("; it goes over two levels, directly it would take " in line) == (hosts[0] == hosts[1])
     begins, then = says.split("; ")
     assert line.startswith(begins) and "\n" not in line
     numbers = re.search(r"takes ([\d.]+) of ([\d.]+) ms a step, ([\d.]+) inside a host", line)
@@ -211,6 +218,65 @@ def test_the_price_of_spanning_hosts_is_the_planners(name, hosts, ep, says):
     )
     other = evaluate(configuration(name, then), tree, cluster)
     assert line.endswith(f"with {then}, inside hosts, a step takes {1e3 * other.time.total:.1f} ms")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "ep", "per_host"),
+    [
+        ("aabb", 4, 2),
+        ("aabbccdd", 4, 2),
+        ("aaaabbbb", 8, 4),
+        ("aabbccdd", 8, 2),
+        ("aaaabbbb", 4, "hosts hold 4"),
+        ("aaaa", 4, "hosts hold 4"),
+        ("ab", 2, "hosts hold 1"),
+        ("abab", 4, "hosts hold 1"),
+        ("aaab", 4, "hosts hold 1 or 3"),
+        ("aabbbbcc", 8, "hosts hold 2 or 4"),
+        ("aaabbb", 2, "hosts hold 3"),
+    ],
+)
+def test_where_an_exchange_has_two_levels(hosts, ep, per_host):
+    config = configuration(
+        "diffmoe_l_e16_flow", f"parallel.ep={ep}", f"train.batch={8 * len(hosts)}", "moe.pool=1"
+    )
+    layout, runs = resolve_layout(config, len(hosts)), runs_of(hosts)
+    assert layout.per_host == 0 and over_hosts(layout, "direct", runs) == layout
+    if isinstance(per_host, int):
+        for form in ("auto", "two_level"):
+            assert over_hosts(layout, form, runs) == dataclasses.replace(layout, per_host=per_host)
+        return
+    assert over_hosts(layout, "auto", runs) == layout
+    with pytest.raises(UserError) as raised:
+        over_hosts(layout, "two_level", runs)
+    assert "\n" not in str(raised.value)
+    assert f"parallel.ep is {ep}, and {per_host} consecutive ranks" in str(raised.value)
+
+
+def test_the_planner_takes_the_form_of_exchange_that_is_faster():
+    config = configuration("diffmoe_xl_e16_flow", "parallel.ep=16")
+    tree, pins = read_deepspeed(BF16), Pins(ep=16)
+
+    def best(hardware, *overrides):
+        given = override(config, list(overrides))
+        return candidates(given, tree, Cluster(2, 8, hardware), pins)[0]
+
+    slow = dataclasses.replace(H100.network, latency_us=1000)
+    far = dataclasses.replace(H100, network=slow)
+    narrow = dataclasses.replace(H100, node=dataclasses.replace(H100.node, gb_s=5))
+    assert best(far).layout.per_host == 8 and "EP 16 over two levels, " in best(far).label
+    assert best(narrow).layout.per_host == 0 and "levels" not in best(narrow).label
+    # What is said is kept.
+    assert best(far, "parallel.exchange=direct").layout.per_host == 0
+    assert best(narrow, "parallel.exchange=two_level").layout.per_host == 8
+    assert best(far).time.latency < best(far, "parallel.exchange=direct").time.latency
+    # Across hosts 8 messages become 1; rows cross once in either form.
+    two, one = (best(H100, f"parallel.exchange={form}") for form in ("two_level", "direct"))
+    across = sum(
+        m.wire for m in step_traffic(two.config, two.layout, two.engine) if m.group == "ep across"
+    )
+    assert across <= 1.05 * least_traffic(two.config, two.layout, two.engine).network
+    assert two.time.all_to_all != one.time.all_to_all
 
 
 @pytest.mark.parametrize(
@@ -284,3 +350,27 @@ def test_plan_and_submit_say_when_ep_groups_span_hosts(gpus, ep, spans, monkeypa
         assert (f"EP groups of {ep} ranks span 2 hosts: by the plan (H100 SXM" in text) == spans
     table = said.partition("EP hosts ZeRO")[2].splitlines()[1]
     assert table.split()[1:3] == [str(ep), "2" if spans else "1"]
+
+
+@pytest.mark.full
+def test_ranks_exchange_over_the_hosts_that_they_tell_each_other(tmp_path):
+    def ends(folder, per_host, form):
+        words = ["run.py", *tiny(folder, "parallel.ep=4", "train.steps=2", form)]
+        start = f"export SLURMD_NODENAME=node$((RANK / {per_host})); exec {sys.executable} "
+        with Program(["sh", "-c", start + shlex.join(words)], 4) as program:
+            return program.wait(400)
+
+    found = {}
+    for form in ("auto", "direct"):
+        said = ends(tmp_path / form, 2, f"parallel.exchange={form}")
+        assert [end.returncode for end in said] == [0] * 4, said
+        line = re.search(r"^EP groups of 4 ranks span 2 hosts: .*$", said[0].stdout, re.M)[0]
+        assert ("over two levels" in line) == (form == "auto")
+        per_host = json.loads((tmp_path / form / "layout.json").read_text())["per_host"]
+        found[form] = losses(tmp_path / form)
+        assert per_host == (2 if form == "auto" else 0) and len(found[form]) == 2
+    assert found["auto"] == found["direct"]
+    refused = ends(tmp_path / "refused", 1, "parallel.exchange=two_level")
+    assert [end.returncode for end in refused] == [2] * 4
+    said = "".join(end.stderr for end in refused)
+    assert said.count("\n") == 1 and "parallel.ep is 4, and hosts hold 1 consecutive ranks" in said

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffmoe.config import load_config
 from diffmoe.layout import resolve_layout, rows_taken
 from diffmoe.models.compiled import CompiledRun
-from diffmoe.moe.dispatch import by_expert, by_source, combine, dispatch, make_plan
+from diffmoe.moe.dispatch import by_expert, by_source, combine, dispatch, make_plan, send_home
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import Routing, RoutingRule, equal_routing
-from diffmoe.parallel.collectives import arrived, send_rows, sum_over
+from diffmoe.parallel.collectives import arrived, sum_over
 from diffmoe.parallel.groups import build_groups, single_process
 from diffmoe.parallel.recompute import recomputed
 from diffmoe.parallel.spawn import Ranks
@@ -35,7 +35,8 @@ groups_of = lru_cache(build_groups)
 @pytest.fixture(scope="module")
 def ranks():
     with contextlib.ExitStack() as stack:
-        yield {world: stack.enter_context(Ranks(world, timeout=60)) for world in (2, 4)}
+        started = {world: stack.enter_context(Ranks(world, timeout=60)) for world in (2, 4)}
+        yield {**started, "more": stack}
 
 
 def settings(world, ep, samples, pool, family="diffmoe"):
@@ -200,9 +201,10 @@ class Watch(TorchDispatchMode):
     block away, and whatever is allocated without a value begins so.
     """
 
-    def __init__(self, poison=False):
+    def __init__(self, poison=False, reread=()):
         super().__init__()
         self.poison, self.counts, self.sent, self.poisoned = poison, Counter(), {}, 0
+        self.reread = (torch.int64, *reread)  # types that who sends them reads as well
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -212,20 +214,21 @@ class Watch(TorchDispatchMode):
             self.sent[out.data_ptr()] = args[0]
         if name == "wait_tensor" and args[0].data_ptr() in self.sent:
             sent = self.sent.pop(args[0].data_ptr())
-            if sent.dtype != torch.int64:  # counts, which who sends them reads as well
+            if sent.dtype not in self.reread:
                 sent.fill_(float("nan") if sent.is_floating_point() else 255)
                 self.poisoned += 1
         return out
 
 
-def watched(ep, samples, pool, family, mode, poison):
+def watched(ep, samples, pool, family, mode, poison, per_host=0):
     """(counts, results) of one training pass of the layer."""
     world, rank = dist.get_world_size(), dist.get_rank()
     config, layout = settings(world, ep, samples, pool, family)
-    layer = make_layer(config, layout.pool, groups_of(ep, layout.pool_ranks))
+    groups = groups_of(ep, layout.pool_ranks, None, per_host)
+    layer = make_layer(config, layout.pool, groups)
     x = make_samples(samples * world).chunk(world)[rank]
     torch.use_deterministic_algorithms(poison)  # which fills what torch.empty returns
-    with Watch(poison) as watch:
+    with Watch(poison, [torch.uint8] if per_host else []) as watch:
         y, x_grad, stats = run(layer, x, TRAIN, mode=mode)
     torch.use_deterministic_algorithms(False)
     assert not poison or ep == 1 or watch.poisoned > 0
@@ -301,6 +304,86 @@ def test_recompute_and_a_poisoned_buffer_change_no_bit(ranks, world, ep, samples
             )
 
 
+# --------------------------------------------------------------------------------------- two levels
+
+
+def over_two_levels(ep, per_host, samples, pool, family):
+    """Names that differ in any bit from what the direct exchange gives, and the counts of both, by
+    (mode, poison).
+    """
+    counts, differing = {}, {}
+    for mode, poison in [("none", True), ("block", False), ("selective", True), ("parts", True)]:
+        poison = poison and family != "race"  # whose scores, shared over the pool, are gates too
+        directly, plain = watched(ep, samples, pool, family, mode, False)
+        two, found = watched(ep, samples, pool, family, mode, poison, per_host)
+        differing[mode], counts[mode] = same_bits(plain, found), (directly, two)
+    return differing, counts
+
+
+# Equal counts; counts that owners decide, those of one EP group and of several; token choice, whose
+# counts are exchanged; pairs that all ranks decide.
+KINDS = [
+    (2, "rank", "diffmoe"),
+    (2, "group", "diffmoe"),
+    (2, "global", "diffmoe"),
+    (3, "2", "diffmoe"),
+    (2, "global", "tc"),
+    (2, "rank", "race"),
+    (2, "global", "race"),
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("samples,pool,family", KINDS)
+@pytest.mark.parametrize(
+    "world,ep,per_host", [(4, 4, 2), pytest.param(8, 4, 2, marks=pytest.mark.slow)]
+)
+def test_two_levels_change_no_bit(ranks, world, ep, per_host, samples, pool, family):
+    if world not in ranks:
+        ranks[world] = ranks["more"].enter_context(Ranks(world, timeout=120))
+    for differing, counts in ranks[world].run(over_two_levels, ep, per_host, samples, pool, family):
+        assert not any(differing.values()), differing
+        for mode, (directly, two) in counts.items():
+            # As many reads of the host; every exchange in two parts, and not once more.
+            assert two["read_by_host"] == directly["read_by_host"], mode
+            assert two["all_to_all_single"] == 2 * directly["all_to_all_single"] > 0, mode
+            assert two["topk"] == directly["topk"], mode
+            for name in ("nonzero", "_local_scalar_dense", "item"):
+                assert two[name] == 0, (mode, name)
+
+
+def ragged_rows(per_host, seed, kind):
+    """(what arrives at experts, what comes back, the gradient), directly and over two levels."""
+    rank, experts, both = dist.get_rank(), 8, []
+    generator = torch.Generator().manual_seed(100 * seed + rank)
+    mask = torch.rand(12, experts, generator=generator) < 0.4
+    if kind == "idle ranks":  # one sends nothing, one receives nothing
+        mask &= torch.tensor(rank != 1)
+        mask[:, 4:6] = False
+    elif kind == "one host":
+        mask[:, 4:] = False
+    elif kind == "nothing":
+        mask[:] = False
+    for size in (0, per_host):
+        x = torch.randn(12, 5, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+        rows, home = there_and_back(x, Routing(mask), groups_of(4, 1, None, size).ep)
+        weight = torch.randn(home.shape, generator=torch.Generator().manual_seed(seed))
+        (home * weight).sum().backward()
+        both.append((rows.detach(), home.detach(), x.grad))
+    return both
+
+
+@pytest.mark.parametrize("kind", ["some", "idle ranks", "one host", "nothing"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ragged_rows_over_two_levels_arrive_in_the_same_order(ranks, seed, kind):
+    sizes = []
+    for directly, two in ranks[4].run(ragged_rows, 2, seed, kind):
+        assert all(torch.equal(a, b) for a, b in zip(directly, two, strict=True))
+        sizes.append(len(two[0]))
+    assert (max(sizes) == 0) == (kind == "nothing")
+    assert (min(sizes) == 0) == (kind != "some")
+
+
 # ------------------------------------------------------------------------------------ nobody's
 # tokens, ties
 
@@ -371,7 +454,7 @@ def there_and_back(x, routing, ep):
     """(rows at their experts, what comes back with unit gates)."""
     plan, local = make_plan(routing, ep), routing.mask_TE.shape[1] // ep.size
     rows = by_expert(arrived(dispatch(x, plan, ep)), plan, ep.size, local)
-    home = arrived(send_rows(by_source(rows, plan, ep.size, local), plan.receive, plan.send, ep))
+    home = arrived(send_home(by_source(rows, plan, ep.size, local), plan, ep))
     return rows, combine(home, torch.ones(routing.mask_TE.shape, dtype=x.dtype), plan, None)
 
 

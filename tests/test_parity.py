@@ -13,7 +13,15 @@ from diffmoe.environment import detect
 from diffmoe.errors import UserError
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.parity import table
-from diffmoe.parity.cases import Case, compiled_table, full_table, quick_compiled_table, quick_table
+from diffmoe.parity.cases import (
+    Case,
+    compiled_table,
+    eight_ranks,
+    full_table,
+    quick_compiled_table,
+    quick_table,
+    two_level_table,
+)
 from diffmoe.parity.table import BOUND, COLUMNS
 
 CPU = torch.device("cpu")
@@ -46,8 +54,20 @@ def test_full_table():
     assert_within_bound(list(table.run_cases(full_table())))
 
 
+@pytest.mark.slow
+def test_eight_ranks():
+    assert_within_bound(list(table.run_cases(eight_ranks(), timeout=300)))
+
+
+@pytest.mark.slow
+def test_exchange_over_two_levels_on_8_ranks():
+    cases = two_level_table()
+    assert {(case.ep, case.per_host) for case in cases} == {(4, 2), (8, 4), (8, 2)}
+    assert_within_bound(list(table.run_cases(cases, timeout=300)))
+
+
 def test_cases_are_legal_and_no_case_stands_twice():
-    cases = full_table()
+    cases = full_table() + eight_ranks()
     assert len(set(cases)) == len(cases)
     wanted = {
         (world, ep, zero, recompute, accumulation)
@@ -143,6 +163,10 @@ def moving_average_twice_a_step(training):
     training.ema.update = lambda: (update(), update())
 
 
+def replicas_each_for_themselves(training):
+    training.engine._average_over_replicas = lambda: None
+
+
 def norm_of_one_rank(training):
     squared_norm, step = training.engine.squared_norm, training.engine.step
     training.engine.squared_norm = lambda: squared_norm() / 2
@@ -186,6 +210,14 @@ def test_spoiled_training_is_a_miss(compare, tamper, columns):
 
 def test_what_was_spoiled_does_not_stay(compare):
     assert max(compare(None).values()) <= BOUND
+
+
+@pytest.mark.full
+def test_replicas_that_do_not_add_up_are_a_miss():
+    cases = [Case(2, 1, zero, "none", 1, "rank", 16, shard=1) for zero in (1, 2, 3)]
+    rows = list(table.run_cases(cases, tamper=replicas_each_for_themselves, timeout=60))
+    assert [row.error for row in rows] == [None] * 3
+    assert min(row.differences["gradient"] for row in rows) > 0.1
 
 
 @pytest.mark.full

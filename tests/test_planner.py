@@ -1,6 +1,8 @@
 """launcher plan, simulate and scaling as commands: no torch, one line for bad input, exit codes."""
 
+import dataclasses
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -8,8 +10,15 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from diffmoe.cost.hardware import TABLE
+from diffmoe.config import config_to_tree, load_config
+from diffmoe.cost.calibration import checked
+from diffmoe.cost.extrapolation import extrapolate
+from diffmoe.cost.hardware import TABLE, read_table
+from diffmoe.cost.layouts import Pins
+from diffmoe.cost.memory import engine_facts
+from diffmoe.cost.traffic import least_traffic
 from diffmoe.errors import UserError
+from diffmoe.layout import resolve_layout
 from launcher import plan, scaling, simulate
 from launcher.scaling import Trial, command_of
 from launcher.scaling_report import grouped, write_report
@@ -240,6 +249,74 @@ def test_simulation_says_where_scaling_stops_and_why(tmp_path, capsys):
     assert all(0 < p["efficiency"] <= 1.001 for p in points["weak"])
 
 
+FAR = {
+    "XL-E16, weak to 1,024 GPUs, 16 samples a GPU": (
+        ["diffmoe_xl_e16_flow", "train.batch=128"],
+        "weak",
+        1024,
+        16,
+    ),
+    "XL-E16, weak to 1,024 GPUs, 4 x 16 samples a GPU": (
+        ["diffmoe_xl_e16_flow", "train.batch=512"],
+        "weak",
+        1024,
+        16,
+    ),
+    "L-E16, strong at batch 1,024 on 8 nodes": (["diffmoe_l_e16_flow_b1024"], "strong", 64, None),
+}
+
+
+def how_far(case, reduced, **hardware):
+    """The documents' row of a case."""
+    (name, *words), mode, ranks, micro_batch = FAR[case]
+    tree = json.loads((REPOSITORY / "ds_configs/zero1_bf16.json").read_text())
+    config = load_config(REPOSITORY / f"configs/{name}.yaml", words)
+    table = dataclasses.replace(read_table(None)["h100"], **hardware)
+    pins, tree = Pins(micro_batch=micro_batch), {**tree, "communication_data_type": reduced}
+    point = extrapolate(config, tree, table, 8, [8, ranks], mode, pins)[-1]
+    best, ms = point.candidate, f"{1e3 * point.candidate.time.total:.1f}"
+    return f"| {case} | {reduced} | {100 * point.efficiency:.0f} % | {ms} | {best.label} |"
+
+
+@pytest.mark.parametrize("reduced", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", FAR)
+def test_the_documents_say_how_far_it_scales(case, reduced):
+    assert how_far(case, reduced) in (REPOSITORY / "docs/planner.md").read_text()
+
+
+def test_plan_says_how_far_each_batch_scales(capsys):
+    """The published batch, and 4 and 16 times as large ones, under either configuration."""
+    assert plan.main([*XL, "--nodes", "2"]) == 0
+    said = capsys.readouterr().out
+    ends = [
+        int(re.search(rf"^batch {b}: up to (\d+) GPUs", said, re.M)[1]) for b in (256, 1024, 4096)
+    ]
+    assert ends[0] < ends[1] < ends[2]
+    larger = str(REPOSITORY / "configs/diffmoe_xl_e16_flow_b1024.yaml")
+    assert plan.main(["--config", larger, *XL[2:], "--nodes", "2"]) == 0
+    assert said[said.index("batch 256:") :] in capsys.readouterr().out
+
+
+def test_simulation_stands_beside_what_was_measured(tmp_path, capsys):
+    """A point on one rank calibrates the other's prediction; both keep the table's."""
+    records = tmp_path / "runs.jsonl"
+    pair = [_record(1, 1, 1.0, 1), _record(2, 2, 0.6, 1)]
+    records.write_text("".join(json.dumps(record) + "\n" for record in pair))
+    assert (
+        simulate.main([*DEMO, "--gpu", "cpu", "--max-gpus", "2", "--measured", str(records)]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "assumed: products reach 80 % of 0.1 TFLOP/s" in said
+    one, two = checked(records)
+    assert (one.measured, one.fitted, two.measured) == (1.0, None, 0.6)
+    error = f"({100 * (two.fitted / 0.6 - 1):+.0f} %)"
+    assert "| a CPU | 2 | EP 2, ZeRO 1 | 64 | 600.0 |" in said and f"{error} |" in said
+    # Half of one rank's compute and launches, and messages.
+    assert two.fitted > 0.35
+    table, again = two.table, checked(records)[1].table
+    assert table == again != two.fitted
+
+
 def test_simulation_needs_neither_torch_nor_matplotlib():
     ended = without("torch,matplotlib", "simulate", *XL, "--max-gpus", 64)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -273,6 +350,21 @@ def test_every_size_trains_the_same_pool_and_repeats_are_interleaved():
     }
     assert {t.batch for t in trials if t.mode == "strong"} == {128}
     assert scaling._pool(config, trials[0]) == 128  # moe.pool: global
+
+
+def test_shards_and_overlap_are_varied_too(tmp_path):
+    options = _options("--ep", "1,2", "--shard", "0,2", "--ranks", "4", "--repeats", "1")
+    trials, left_out = scaling.plan_trials(
+        scaling.load_config(options.config, []), {}, options, [(4, 1)]
+    )
+    assert left_out and all("zero_optimization.stage 1 or above" in text for text in left_out)
+    options.zero = [1]
+    trials, left_out = scaling.plan_trials(
+        scaling.load_config(options.config, []), {}, options, [(4, 1)]
+    )
+    assert left_out == [] and {(t.ep, t.shard) for t in trials} == {(1, 0), (1, 2), (2, 0), (2, 2)}
+    command = command_of(trials[-1], options, "torchrun", 128, tmp_path / "record.json")
+    assert command[command.index("--shard") + 1] == "2"
 
 
 def test_the_helps_example_leaves_nothing_out():
@@ -325,7 +417,16 @@ def _record(ranks, ep, step_s, repeat, batch=64):
         if ep > 1
         else []
     )
+    config = load_config(DEMO[1], [f"train.batch={batch}", f"parallel.ep={ep}"])
+    layout, tree = resolve_layout(config, ranks), {"zero_optimization": {"stage": 1}}
+    reduction = least_traffic(config, layout, engine_facts(tree)).reduction
+    sent = {"collective": "all_reduce", "purpose": "gradients", "phase": "step"}
+    rows += [{**sent, "wire": 1.5 * reduction}] if ranks > 1 else []
     return {
+        "config": config_to_tree(config),
+        "layout": dataclasses.asdict(layout),
+        "deepspeed": tree,
+        "per_node": ranks,
         "mode": "strong",
         "ranks": ranks,
         "nodes": 1,
@@ -356,10 +457,13 @@ def test_the_report_compares_with_the_fewest_ranks(tmp_path):
         {"mode": "strong", "ranks": 4, "error": "exit code 1: error: no"},
     ]
     one, two = grouped(records)
-    assert (one.step_s, one.runs, one.efficiency, one.least) == (1.1, 2, 1.0, None)
-    assert two.efficiency == pytest.approx(1.1 / 1.2) and two.least == pytest.approx(1.03)
+    assert (one.step_s, one.runs, one.efficiency) == (1.1, 2, 1.0)
+    assert (one.rows, one.reduced, one.exposed) == (None, None, pytest.approx(0.3))
+    assert two.efficiency == pytest.approx(1.1 / 1.2) and two.rows == pytest.approx(1.03)
+    assert two.reduced == pytest.approx(1.5)
     said = write_report(records, tmp_path)
-    assert "| strong | 2 | 1 | 2 | 1 | 64 | 2 | 600.0 | 0 % | 106.7 | 92 % | 50 % | 20 % |" in said
+    row = "| strong | 2 | 1 | 2 | 1 |  | 64 | 2 | 600.0 | 0 % | 106.7 | 92 % | 180.0 ms | 50 % |"
+    assert row in said and said.count("| 1.0300 | 1.5000 |") == 1
     assert {p.name for p in tmp_path.iterdir()} == {"table.md", "efficiency.png", "split.png"}
     assert (
         "a CPU, 1 thread a rank, torch 2, DeepSpeed 0, commit abc, started by torchrun"

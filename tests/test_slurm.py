@@ -25,7 +25,8 @@ from diffmoe.config import config_from_tree
 from diffmoe.cost.memory import engine_facts
 from diffmoe.cost.traffic import exchange_traffic
 from diffmoe.layout import Layout
-from programs import digits, losses
+from diffmoe.training.metrics import read_metrics
+from programs import digits, losses, run_program
 from virtual_slurm import Cluster, Job, missing_tools, steps_done
 
 pytestmark = pytest.mark.slurm
@@ -91,7 +92,12 @@ def work(tmp_path_factory) -> Path:
 
 
 def train(
-    cluster: Cluster, run: Path, *more: str, options: tuple[str, ...] = (), preflight: str = "no"
+    cluster: Cluster,
+    run: Path,
+    *more: str,
+    options: tuple[str, ...] = (),
+    preflight: str = "no",
+    env: dict[str, str] | None = None,
 ) -> Job:
     return cluster.submit(
         "train_l_e16.sh",
@@ -101,7 +107,7 @@ def train(
         *more,
         options=(*SBATCH, *options),
         log=run.with_suffix(".out"),
-        env={"DIFFMOE_PREFLIGHT": preflight},
+        env={"DIFFMOE_PREFLIGHT": preflight, **(env or {})},
     )
 
 
@@ -207,6 +213,7 @@ def test_a_run_folder_holds_code_configuration_and_logs_per_node(undisturbed, cl
         "config.yaml",
         "deepspeed.json",
         "logs",
+        "preflight.json",
         "starts.json",
     }
     assert (job / "code/run.py").is_file() and not list(
@@ -282,6 +289,64 @@ def test_the_signal_before_the_limit_a_preemption_and_a_cancelled_job(cluster, w
     assert job.wait() == "CANCELLED"
     time.sleep(2)
     assert (job.show()["JobState"], job.restarts) == ("CANCELLED", restarts)
+
+
+# A rank that gets SIGUSR2 has a CPU limit from then on: after every 4 ms of its CPU time it stands
+# still for 60.
+CPU_LIMIT = """
+import atexit, signal, sys, time
+
+def limit(*_):
+    signal.signal(signal.SIGPROF, lambda *_: time.sleep(0.06))
+    signal.siginterrupt(signal.SIGPROF, False)
+    signal.setitimer(signal.ITIMER_PROF, 0.004, 0.004)
+    atexit.register(signal.setitimer, signal.ITIMER_PROF, 0)
+
+if any(word.endswith("code/run.py") for word in sys.orig_argv):
+    signal.signal(signal.SIGUSR2, limit)
+"""
+
+
+def test_a_slow_node_is_named_and_left_out(cluster, work):
+    """A rank under a CPU limit is named within 30 steps; the rule saves, excludes its node and
+    requeues, and losses are those of a job that nothing happened to.
+    """
+    run, limits = work / "slow", work / "limits"
+    limits.mkdir()
+    (limits / "sitecustomize.py").write_text(CPU_LIMIT)
+    rule = ("run.on_straggler=requeue", "run.straggler_factor=2", "train.save_every=0")
+    exclude = f"--exclude={cluster.names[3]}"
+    job = train(cluster, run, ENDLESS, *rule, options=(exclude,), env={"PYTHONPATH": str(limits)})
+    job.wait_until(lambda: steps_done(run) >= 3, "reach step 3")
+    slow = cluster.names[1]
+    victim = min(rank_processes(cluster, slow))
+    environ = Path(f"/proc/{victim}/environ").read_bytes().split(b"\0")
+    (rank,) = (word[13:].decode() for word in environ if word.startswith(b"SLURM_PROCID="))
+    began, named = steps_done(run), run / "events.jsonl"
+    os.kill(victim, signal.SIGUSR2)
+    job.wait_until(lambda: named.exists() or steps_done(run) > began + 30, "name it")
+    assert named.exists(), read_metrics(run / "metrics.jsonl")[-1]
+    job.wait_for_start_after(0)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["straggler", "requeue"], events
+    assert f"rank {rank} on {slow} is " in events[0]["text"]
+    assert events[0]["step"] <= began + 30
+    assert f"goes on without {slow}" in job.said()
+
+    def nodes(field: str) -> set[str]:
+        return set(cluster.slurm("scontrol", "show", "hostnames", job.show()[field]).split())
+
+    assert nodes("ExcNodeList") == {cluster.names[3], slow}
+    assert nodes("NodeList") == {cluster.names[0], cluster.names[2]}
+    saved = re.findall(r"not finished \(status 0, step (\d+) of 100000\)", job.said())
+    assert [int(step) for step in saved] == [events[0]["step"] + 1]
+    job.wait_until(lambda: steps_done(run) >= int(saved[0]) + 6, "go on elsewhere")
+    cluster.slurm("scancel", job.number)
+    assert job.wait() == "CANCELLED"
+    other = work / "even"
+    steps = f"train.steps={max(losses(run))}"
+    assert train(cluster, other, steps).wait() == "COMPLETED"
+    assert losses(run) == losses(other)
 
 
 def test_a_job_whose_starts_bring_nothing_is_given_up(cluster, work):
@@ -506,3 +571,41 @@ def test_submit_submits(cluster, work):
     assert job.show()["Partition"] == "gpu" and job.show()["Account"] == "me"
     assert job.wait() == "COMPLETED", job.said()
     assert steps_done(run) == 3 and (run / "submit.sh").is_file()
+
+
+def test_a_comparison_runs_as_an_array_whose_tasks_go_on_after_a_signal(cluster, work):
+    folder = work / "compare"
+    shards = digits()
+    comparison = (
+        "--config",
+        "configs/compare/smoke.yaml",
+        f"folder={folder}",
+        "samples=4800",
+        "seeds=[0]",
+        "confounds=null",
+        f"data.shards={shards}/shard-00000[0-6].tar",
+        f"data.validation={shards}/shard-00000[78].tar",
+    )
+
+    def task(number: int) -> Job:
+        options = ("--gpus-per-node=0", "--mem=4G", "--time=120", "--cpus-per-task=1")
+        return cluster.submit(
+            "compare.sh",
+            *comparison,
+            options=(*options, f"--array={number}"),
+            log=work / f"compare-{number}.out",
+        )
+
+    dense, diffmoe = task(0), task(1)
+    run = folder / "diffmoe-s0"
+    diffmoe.wait_until(lambda: steps_done(run) >= 8, "train")
+    cluster.slurm("scancel", "--batch", "--signal=USR1", diffmoe.number)
+    diffmoe.wait_for_start_after(0)
+    step = steps_done(run)
+    assert 8 <= step < 300, "saved and ended where it was"
+    for job in (dense, diffmoe):
+        assert job.wait() == "COMPLETED", job.said()
+    assert steps_done(run) == 300
+    (table,) = run_program(1, "compare", *comparison, "--table")
+    assert table.returncode == 0 and "| diffmoe | 1 |" in table.stdout, table
+    assert "Missing" not in table.stdout and "Other settings" not in table.stdout

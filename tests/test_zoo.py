@@ -4,6 +4,7 @@ and the model.
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -173,6 +174,7 @@ def test_zoo_is_complete() -> None:
         "zero0_fp32.json",
         "zero1_fp32.json",
         "zero1_bf16.json",
+        "zero1_bf16_hybrid.json",
         "zero2_bf16.json",
         "zero3_bf16.json",
     }
@@ -199,6 +201,22 @@ def test_longer_rows_differ_in_length_only(name: str, thousands: int) -> None:
     assert long.run.folder == f"runs/{name}_{thousands}k"
     assert replace(long, run=short.run, train=replace(long.train, steps=short.train.steps)) == short
     assert (short.train.steps, long.train.steps) == (700_000, 1000 * thousands)
+
+
+@pytest.mark.parametrize("batch", [1024, 4096])
+@pytest.mark.parametrize("name", ["diffmoe_l_e16_flow", "diffmoe_xl_e16_flow"])
+def test_larger_batches_are_the_same_recipe_by_rule(name: str, batch: int) -> None:
+    """As many samples; the rate by the square root; warm-up and half-life as long in samples."""
+    before = load_config(ROOT / "configs" / f"{name}.yaml")
+    after = load_config(ROOT / "configs" / f"{name}_b{batch}.yaml")
+    assert replace(after, run=before.run, train=before.train) == before
+    old, new, k = before.train, after.train, batch / 256
+    assert new.batch * new.steps == pytest.approx(old.batch * old.steps) and new.lr == old.lr
+    last = new.warmup // k
+    assert new.lr_at(new.steps - 1) == pytest.approx(old.lr * k**0.5) == new.lr_at(round(last))
+    assert new.lr_at(round(last) // 2 - 1) == pytest.approx(new.lr_at(new.steps - 1) / 2, rel=0.01)
+    half = [math.log(0.5, t.ema_decays[0] ** t.growth) * t.batch for t in (old, new)]
+    assert half[0] == pytest.approx(half[1]) and after.run.folder == f"runs/{name}_b{batch}"
 
 
 def test_the_shipped_128_has_the_pool_of_one_of_its_four_gpus() -> None:
@@ -323,9 +341,10 @@ def test_deepspeed_files_merge(path: Path) -> None:
     merged = merge_deepspeed(tree, config, resolve_layout(config, 16))
     assert {key: merged[key] for key in tree} == tree
     assert merged["train_batch_size"] == 256
-    stage, dtype = re.fullmatch(r"zero(\d)_(\w+)", path.stem).groups()
+    stage, dtype, hybrid = re.fullmatch(r"zero(\d)_(fp32|bf16)(_hybrid)?", path.stem).groups()
     zero = tree["zero_optimization"]
     assert zero["stage"] == int(stage)
+    assert zero.get("mics_shard_size") == (8 if hybrid else None)
     assert tree.get("bf16", {"enabled": False})["enabled"] == (dtype == "bf16")
     if dtype == "bf16":
         assert tree["data_types"] == {"grad_accum_dtype": "fp32"}

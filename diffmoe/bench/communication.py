@@ -1,9 +1,9 @@
 """``run.py bench communication``: the collectives of one MoE layer's training pass over local
 ranks.
 
-For every (ranks, EP, pool): calls, bytes that a rank hands in, and seconds from the call until the
-result is there, in forward and backward, medians over repeats, largest rank.  CPU ranks (gloo)
-compute on one thread each; with GPUs, one a rank (NCCL).
+For every (ranks, EP, pool), with ``--per-host`` also over two levels: calls, bytes that a rank
+hands in, and seconds from the call until the result is there, in forward and backward, medians over
+repeats, largest rank.  CPU ranks (gloo) compute on one thread each; with GPUs, one a rank (NCCL).
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ class _Collectives(TorchDispatchMode):
 
 
 def one_rank(
-    config: Config, ep: int, samples: int, repeats: int, device_type: str
+    config: Config, ep: int, per_host: int, samples: int, repeats: int, device_type: str
 ) -> dict[str, Any]:
     """A rank's median seconds of the pass, and calls, bytes and median seconds by collective."""
     layout = resolve_layout(config, dist.get_world_size())
-    device, groups = torch.device(device_type), build_groups(ep, layout.pool_ranks)
+    device = torch.device(device_type)
+    groups = build_groups(ep, layout.pool_ranks, per_host=per_host)
     set_fp32_precision(config.run.fp32_precision)
     layer = MoELayer(config.model, config.moe, layout.pool, groups).to(device)
     for p in layer.parameters():
@@ -87,6 +88,11 @@ def one_rank(
     return {"seconds": plain, "collectives": collectives}
 
 
+def _spans(ep: int, per_host: int) -> bool:
+    """Whether EP groups have two levels on such hosts."""
+    return 2 <= per_host < ep and ep % per_host == 0
+
+
 def main(arguments: list[str]) -> int:
     """The kind ``communication``; returns the exit code.  UserError for bad input."""
     parser = bench_parser(
@@ -94,6 +100,8 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--samples", type=count, default=4, help="samples a rank (default 4)")
     parser.add_argument("--worlds", default="2,4", help="numbers of ranks (default 2,4)")
+    help = "also exchange over two levels, as if so many ranks were a host (default 0: no)"
+    parser.add_argument("--per-host", type=int, default=0, help=help)
     options = parser.parse_args(arguments)
     config, device, dtype = sized_config(options)
     if dtype != torch.float32:
@@ -101,37 +109,46 @@ def main(arguments: list[str]) -> int:
     worlds = [int(w) if w.isdigit() else 0 for w in options.worlds.split(",")]
     if min(worlds) < 1:
         raise UserError(f"--worlds ({options.worlds}) must be whole numbers above 0, by commas")
+    if options.per_host and not any(_spans(world, options.per_host) for world in worlds):
+        raise UserError(
+            f"--per-host ({options.per_host}) must be 2 or more and one of --worlds "
+            f"({options.worlds}) a larger multiple of it"
+        )
     for rank in range(max(worlds) if device.type == "cuda" else 0):
         local_device(rank, max(worlds))  # before a rank is started
     rows, cases, bars = [], [], {}
     for world in worlds:
         layouts = [
-            (ep, pool)
+            (ep, pool, per_host)
             for ep in sorted({1, 2, world})
             if world % ep == 0
             for pool in ("rank", "group", "global")
+            for per_host in (0, options.per_host)[: 1 + _spans(ep, options.per_host)]
         ]
         with Ranks(world, timeout=600, device=device.type) as ranks:
-            for ep, pool in layouts:
+            for ep, pool, per_host in layouts:
                 batch = options.samples * world
                 case = override(
                     config, [f"moe.pool={pool}", f"parallel.ep={ep}", f"train.batch={batch}"]
                 )
-                found = ranks.run(one_rank, case, ep, options.samples, options.repeats, device.type)
+                how = options.samples, options.repeats, device.type
+                found = ranks.run(one_rank, case, ep, per_host, *how)
                 seconds = max(rank["seconds"] for rank in found)
                 # Calls and bytes of rank 0, which has as many as any.
                 collectives = {
                     name: (calls, size, max(rank["collectives"][name][2] for rank in found))
                     for name, (calls, size, _) in found[0]["collectives"].items()
                 }
-                place: dict[str, Any] = {"ranks": world, "ep": ep, "pool": pool}
+                form = "two_level" if per_host else "direct"
+                place: dict[str, Any] = {"ranks": world, "ep": ep, "pool": pool, "exchange": form}
                 cases.append({**place, "seconds": seconds, "collectives": collectives})
                 total = sum(s for _, _, s in collectives.values())
-                bars[f"{world} ranks, EP {ep}, pool {pool}"] = 1e3 * total
+                two = " over two levels" if per_host else ""
+                bars[f"{world} ranks, EP {ep}{two}, pool {pool}"] = 1e3 * total
                 for name, (calls, size, s) in (collectives or {"none": (0, 0, 0.0)}).items():
                     took = [name, calls, size / 2**20, 1e3 * s]
                     rows.append([*place.values(), 1e3 * seconds, *took])
-    head = ["ranks", "EP", "pool", "pass ms", "collective", "calls", "MiB", "ms"]
+    head = ["ranks", "EP", "pool", "exchange", "pass ms", "collective", "calls", "MiB", "ms"]
     facts = {
         "samples": options.samples,
         "cases": cases,

@@ -41,7 +41,7 @@ from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.families import TOKENS_CHOOSE
-from diffmoe.layout import resolve_layout
+from diffmoe.layout import Layout, over_hosts, resolve_layout
 from diffmoe.models.compiled import compile_blocks
 from diffmoe.models.dit import DiT, patchify
 from diffmoe.parallel import collectives
@@ -74,10 +74,11 @@ def fake_model(
     recompute: str,
     dtype: torch.dtype,
     groups: ParallelGroups,
+    overlap: str = "none",
 ) -> DiT:
     """A model on the device, all parameters in ``dtype``.  Inside of a FakeTensorMode."""
     with torch.device("cuda"):
-        dit = DiT(config, moe, pool=pool, groups=groups, recompute=recompute)
+        dit = DiT(config, moe, pool=pool, groups=groups, recompute=recompute, overlap=overlap)
     for module in dit.modules():  # Module.to cannot swap fake parameters
         for name, p in module._parameters.items():
             if p is not None:
@@ -109,22 +110,23 @@ def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor
     return loss
 
 
-def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[str, Any]:
+def micro_batch(
+    config: Config, ranks: int, per_node: int, bf16: bool, compiled: bool
+) -> dict[str, Any]:
     """Kernels of a rank's micro-batch, of compiled graphs also with the ideal fusion; bytes of
     activations kept; collectives; parameters.
     """
     # As if other ranks' tokens were like this one's.
     if resolve_layout(config, ranks).pool_ranks > 1 and config.model.family not in TOKENS_CHOOSE:
         config = override(config, ["moe.pool=rank"])
-    layout, counting = resolve_layout(config, ranks), Counting()
-    groups = build_groups(layout.ep, layout.pool_ranks)
+    layout, counting = _layout(config, ranks, per_node), Counting()
+    groups = build_groups(layout.ep, layout.pool_ranks, per_host=layout.per_host)
     backend = functools.partial(torch.compile, backend=counting.backend)
-    rows = rows_sent(config, layout)
+    rows, halves = rows_sent(config, layout), 1 + (config.parallel.overlap == "halves")
 
     def evenly(counts: Tensor) -> list[int]:
         """What a host would read of counts that have no memory: rows go alike to every rank."""
-        ranks = max(1, len(counts) // 2)
-        return [rows // ranks] * len(counts)
+        return [rows // layout.ep // halves] * len(counts)
 
     with (
         as_on_a_gpu(),
@@ -139,6 +141,7 @@ def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[
             config.parallel.recompute,
             torch.bfloat16 if bf16 else torch.float32,
             groups,
+            config.parallel.overlap,
         )
         loss = fake_loss(dit, layout.micro_batch, config.diffusion.process == "ddpm")
         if compiled:
@@ -160,7 +163,11 @@ def micro_batch(config: Config, ranks: int, bf16: bool, compiled: bool) -> dict[
         }
 
 
-def engine(config: Config, ranks: int, deepspeed: dict) -> dict[str, Any]:
+def _layout(config: Config, ranks: int, per_node: int) -> Layout:
+    return over_hosts(resolve_layout(config, ranks), config.parallel.exchange, [per_node])
+
+
+def engine(config: Config, ranks: int, per_node: int, deepspeed: dict) -> dict[str, Any]:
     """Kernels of a step outside of the model by source, host reads by place, collectives by name;
     parameters of the rank.
     """
@@ -171,8 +178,8 @@ def engine(config: Config, ranks: int, deepspeed: dict) -> dict[str, Any]:
         "model.classes=16",
     ]
     small = override(config, narrow)
-    layout = resolve_layout(small, ranks)
-    groups = build_groups(layout.ep, layout.pool_ranks)
+    layout = _layout(small, ranks, per_node)
+    groups = build_groups(layout.ep, layout.pool_ranks, per_host=layout.per_host)
     os.environ.setdefault("LOCAL_RANK", "0")
     # Other ranks' shards are not there: DeepSpeed gathers this rank's in their place.
     with (
@@ -238,14 +245,14 @@ def _alike(kernels: Iterable[Kernel]) -> list[list]:
     return [[*dataclasses.astuple(kernel), times] for kernel, times in Counter(kernels).items()]
 
 
-def count(config: dict, deepspeed: str, ranks: int, part: str) -> dict[str, Any]:
+def count(config: dict, deepspeed: str, ranks: int, per_node: int, part: str) -> dict[str, Any]:
     """``part``: eager, compiled or engine."""
     tree, given = read_deepspeed(deepspeed), config_from_tree(config)
     torch._dynamo.reset()
     if part == "engine":
-        return engine(given, ranks, tree)
+        return engine(given, ranks, per_node, tree)
     bf16 = bool((tree.get("bf16") or {}).get("enabled"))
-    return micro_batch(given, ranks, bf16, part == "compiled")
+    return micro_batch(given, ranks, per_node, bf16, part == "compiled")
 
 
 if __name__ == "__main__":

@@ -39,12 +39,16 @@ def run(program: str, arguments: Sequence[str], **options: Any) -> subprocess.Co
     return subprocess.run([sys.executable, "-m", this, program, *arguments], **options)
 
 
-def counted(cases: Sequence[tuple[Config, str, str]], ranks: int) -> list[dict[str, Any]]:
+def counted(
+    cases: Sequence[tuple[Config, str, str]], ranks: int, per_node: int | None = None
+) -> list[dict[str, Any]]:
     """What :mod:`diffmoe.bench.counted` says of (configuration, DeepSpeed JSON, part: eager,
-    compiled or engine), of as many ranks, one after another in one process.
+    compiled or engine), of as many ranks, ``per_node`` of them on a node (None: all), one after
+    another in one process.
     """
+    world = {"ranks": ranks, "per_node": per_node or ranks}
     requests = [
-        {"config": config_to_tree(config), "deepspeed": deepspeed, "ranks": ranks, "part": part}
+        {"config": config_to_tree(config), "deepspeed": deepspeed, **world, "part": part}
         for config, deepspeed, part in cases
     ]
     done = run("diffmoe.bench.counted", [json.dumps(requests)], capture_output=True, text=True)

@@ -4,11 +4,12 @@ of equal activated width.
 A micro-batch's kernels are counted on CUDA tensors without memory, eager and compiled
 (:mod:`diffmoe.bench.kernels`), the weights' traffic and host reads in the engine's own step
 (:mod:`diffmoe.bench.counted`), messages by the planner's formulas.  A kernel takes the longer of
-its bytes and its FLOPs at the rates that ``diffmoe/cost/hardware.yaml`` says are reached, a message
-what the planner says; nothing overlaps.  ``ideal``: the compiled graphs with all kernels between
-the same products or library calls that hand data on to each other, or read the same, made one,
-which reads its inputs and writes its outputs once.  MFU: 6 FLOPs for each multiply-add of the
-model's forward pass, recompute not counted, over the dense matmul peak of the precision.
+its bytes and its FLOPs at the rates that ``diffmoe/cost/hardware.yaml`` says are reached; of
+messages a step is longer by what the planner says is exposed, the rest is hidden.  ``ideal``: the
+compiled graphs with all kernels between the same products or library calls that hand data on to
+each other, or read the same, made one, which reads its inputs and writes its outputs once.  MFU: 6
+FLOPs for each multiply-add of the model's forward pass, recompute not counted, over the dense
+matmul peak of the precision.
 
 Where a GPU is at hand, one rank's step is also timed and taken apart by kernel, and stands beside
 the prediction.
@@ -34,10 +35,10 @@ from diffmoe.bench.step import FixedTraining, Variant
 from diffmoe.config import Config, config_to_tree, load_config, override
 from diffmoe.cost.hardware import Hardware, choose, read_table
 from diffmoe.cost.memory import engine_facts, rank_memory
-from diffmoe.cost.step_time import COUNTED, exchange_seconds, peak_flops, rates
-from diffmoe.deepspeed_json import read_deepspeed, zero_stage
+from diffmoe.cost.step_time import COUNTED, StepTime, peak_flops, rates, step_time
+from diffmoe.deepspeed_json import check_shards, read_deepspeed, zero_stage
 from diffmoe.device import local_device
-from diffmoe.layout import Layout, resolve_layout
+from diffmoe.layout import Layout, over_hosts, resolve_layout
 from diffmoe.models.count import count as count_model
 
 _PARTS = {"product": "products", "attention": "attention", "memory": "elementwise"}
@@ -60,12 +61,19 @@ class Counted:
 
     @cached_property
     def layout(self) -> Layout:
-        return resolve_layout(self.config, self.ranks)
+        layout, here = resolve_layout(self.config, self.ranks), self.hardware.gpus_per_node
+        return over_hosts(layout, self.config.parallel.exchange, [here])
 
     @cached_property
     def rates(self) -> dict[str, float]:
         """FLOP/s of products and attention, bytes/s of memory."""
         return rates(self.config, self.hardware, engine_facts(self.deepspeed))
+
+    @cached_property
+    def planned(self) -> StepTime:
+        """The planner's step: what of its messages is exposed and what is hidden."""
+        facts, hardware = engine_facts(self.deepspeed), self.hardware
+        return step_time(self.config, self.layout, facts, hardware, hardware.gpus_per_node)
 
     @cached_property
     def ideal(self) -> Counted | None:
@@ -120,12 +128,10 @@ class Counted:
         found = dict.fromkeys(_PARTS.values(), 0.0)
         for kernel in self.micro["kernels"]:
             found[_PARTS[kernel[0]]] += self._seconds(kernel)
-        facts, hardware = engine_facts(self.deepspeed), self.hardware
+        hardware = self.hardware
         weights = sum(self.sources().values()) * self.micro["parameters"]
         found["weights"] = weights / self.rates["memory"]
-        found["messages"] = exchange_seconds(
-            self.config, self.layout, facts, hardware, hardware.gpus_per_node
-        )
+        found["exposed messages"] = self.planned.all_to_all + self.planned.reduction
         launches = self.launches * self.layout.accumulation
         launches += sum(k[5] for k in self.engine["kernels"])
         # The host runs ahead of the device, until it reads.
@@ -173,6 +179,7 @@ class Counted:
             "kept_bytes": self.micro["kept"],
             "ideal_bytes": self.ideal and self.ideal.elementwise,
             "seconds": parts,
+            "hidden_messages_s": self.planned.hidden,
             "predicted_s": seconds,
             "measured": taken,
             "mfu": self.mfu(seconds),
@@ -188,11 +195,14 @@ class Counted:
 Cases = dict[tuple[str, str], Counted]  # (model | dense, eager | compiled) -> counts
 
 
+_DENSE = ["model.family=dense", "parallel.ep=1", "parallel.exchange=auto", "parallel.overlap=none"]
+
+
 def models_of(config: Config) -> dict[str, Config]:
     """model, and beside an MoE model the dense one of equal activated width, on as many ranks."""
     if config.model.family == "dense":
         return {"model": config}
-    return {"model": config, "dense": override(config, ["model.family=dense", "parallel.ep=1"])}
+    return {"model": config, "dense": override(config, _DENSE)}
 
 
 def compare(
@@ -200,9 +210,11 @@ def compare(
 ) -> Cases:
     """Counts of the model and of the dense one beside it."""
     tree, models = read_deepspeed(deepspeed), models_of(config)
+    check_shards(tree, config, ranks)
     # Engines last: DeepSpeed, once imported, has torch ask the driver whether there is a GPU.
     cases = [(name, part) for part in (*ways, "engine") for name in models]
-    answers = counted([(models[name], deepspeed, part) for name, part in cases], ranks)
+    given = [(models[name], deepspeed, part) for name, part in cases]
+    answers = counted(given, ranks, hardware.gpus_per_node)
     found = dict(zip(cases, answers))
     return {
         (name, way): Counted(each, ranks, tree, hardware, found[name, way], found[name, "engine"])
@@ -257,7 +269,8 @@ def tables(title: str, cases: Cases, measured: dict[tuple[str, str], dict]) -> s
     layout, hardware, speed = one.layout, one.hardware, one.rates
     origin = f"from {hardware.calibrated}" if hardware.calibrated else "assumed"
     text = (
-        f"## {title}\n\n{layout.ranks} ranks, EP {layout.ep}, {layout.accumulation} x "
+        f"## {title}\n\n{layout.ranks} ranks, EP {layout.ep}"
+        f"{' over two levels' if layout.per_host else ''}, {layout.accumulation} x "
         f"{layout.micro_batch} samples a rank, pool of {layout.pool}, recompute "
         f"{one.config.parallel.recompute}.  {hardware.name}; rates {origin}: products "
         f"{speed['product'] / 1e12:.0f} and attention {speed['attention'] / 1e12:.0f} TFLOP/s, "
@@ -277,7 +290,8 @@ def tables(title: str, cases: Cases, measured: dict[tuple[str, str], dict]) -> s
             if case is None:
                 continue
             seconds, took = case.seconds, measured.get((name, form), {}).get("seconds")
-            ms = [1e3 * part for part in (*case.parts().values(), seconds)]
+            hidden = case.planned.hidden
+            ms = [1e3 * part for part in (*case.parts().values(), hidden, seconds)]
             mfu = f"{case.mfu(seconds):.1%}"
             last = [1e3 * took, f"{case.mfu(took):.1%}"] if took else [None, None]
             steps.append([f"{name}, {form}", *ms, layout.batch / seconds, mfu, *last])
@@ -291,7 +305,8 @@ def tables(title: str, cases: Cases, measured: dict[tuple[str, str], dict]) -> s
             micro,
         ),
         (
-            f"a step, ms|{'|'.join(one.parts())}|predicted|images/s|MFU|measured|MFU ",
+            f"a step, ms|{'|'.join(one.parts())}|hidden messages|predicted|images/s|MFU|"
+            "measured|MFU ",
             steps,
         ),
         (
@@ -360,7 +375,7 @@ def main(arguments: list[str]) -> int:
         "train.accumulation=null",
     ]
     if ranks == 1:
-        changes.append("parallel.ep=1")
+        changes += ["parallel.ep=1", "parallel.overlap=none"]
         if load_config(options.config).model.family == "diffmoe":
             changes.append("moe.pool=rank")
     if options.recompute:

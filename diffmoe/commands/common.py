@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from diffmoe.config import Config, check_guidance, override
-from diffmoe.environment import RankEnvironment, check_master, missed
+from diffmoe.environment import RankEnvironment, check_master, host_name, missed
 from diffmoe.errors import UserError
+from diffmoe.layout import Layout, over_hosts, runs_of
 from diffmoe.paths import PathParser
 from diffmoe.placement import cores_each, place
 
@@ -215,6 +216,20 @@ def _note_where_it_takes_long(environment: RankEnvironment) -> Iterator[None]:
         yield
     finally:
         note.cancel()
+
+
+def on_our_hosts(config: Config, layout: Layout) -> Layout:
+    """The layout with ``parallel.exchange`` as it is on the hosts of the ranks, which have joined.
+    AgreedError where they do not allow it.
+    """
+    from diffmoe.parallel.collectives import AgreedError, gather_objects
+    from diffmoe.parallel.groups import build_groups
+
+    hosts = gather_objects(host_name(), build_groups(1, 1).world)
+    try:
+        return over_hosts(layout, config.parallel.exchange, runs_of(hosts))
+    except UserError as error:
+        raise AgreedError(str(error)) from None
 
 
 def leave() -> None:

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe.commands.common import Parser, join, leave
+from diffmoe.commands.common import Parser, join, leave, on_our_hosts
 from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, override
 from diffmoe.cost.memory import EngineFacts, engine_facts, rank_memory
 from diffmoe.cost.traffic import least_traffic, step_traffic
-from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed, zero_stage
+from diffmoe.deepspeed_json import MICS, merge_deepspeed, read_deepspeed, zero_stage
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout
@@ -42,11 +42,12 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     )
     layout = resolve_layout(config, environment.world)
     tree = read_deepspeed(options.deepspeed_config)
-    if options.zero is not None:
-        zero = tree.get("zero_optimization") or {}
-        tree["zero_optimization"] = {**zero, "stage": options.zero}
+    given = {"stage": options.zero, MICS: options.shard}
+    zero = {key: value for key, value in given.items() if value is not None}
+    tree["zero_optimization"] = {**(tree.get("zero_optimization") or {}), **zero}
     merge_deepspeed(tree, config, layout)
     device = join(environment, asked=config.run.device)
+    layout = on_our_hosts(config, layout)
     found = _measure(config, layout, tree, device, options)
     record = {
         **found,
@@ -74,6 +75,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--config", required=True, help="YAML file, see configs/")
     add("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
     add("--zero", type=int, choices=range(4), help="another ZeRO stage than the JSON's")
+    add("--shard", type=int, help=f"another zero_optimization.{MICS} than the JSON's")
     add("--steps", type=int, default=10, help="timed steps (default 10)")
     add("--warmup", type=int, default=3, help="steps before them (default 3)")
     add("--synthetic", action="store_true", help="made-up samples in place of data.shards")
@@ -112,7 +114,7 @@ def _measure(
     from diffmoe.training.profiling import RankProfile, profile_rank, surroundings
 
     set_fp32_precision(config.run.fp32_precision)
-    groups = build_groups(layout.ep, layout.pool_ranks)
+    groups = build_groups(layout.ep, layout.pool_ranks, per_host=layout.per_host)
     share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
     batches = _batches(config, share, groups, options.synthetic)
     model = DiT(
@@ -121,6 +123,7 @@ def _measure(
         pool=layout.pool,
         groups=groups,
         recompute=config.parallel.recompute,
+        overlap=config.parallel.overlap,
         time_scale=config.diffusion.time_scale,
     )
     initialize(model, config.run.seed)
@@ -204,44 +207,46 @@ def describe(record: dict) -> str:
 def _traffic(
     by_rank: list[list[dict]], config: Config, layout: Layout, engine: EngineFacts
 ) -> list[str]:
-    """Counted messages by collective, purpose and phase, means over ranks, layers together, beside
-    the formula; then sums beside the lower bound.  Rows that must travel are those that were
-    counted.
+    """Counted messages by collective, purpose, phase and level of the exchange, means over ranks,
+    layers together, beside the formula; then sums beside the lower bound, over two levels of the
+    network's part.  Rows that must travel are those that were counted.
     """
     counted: dict[tuple, list[float]] = {}
     for row in itertools.chain.from_iterable(by_rank):
         phase = row["phase"] if row["layer"] else "step"
-        sums = counted.setdefault((row["collective"], row["purpose"], phase), [0.0, 0.0, 0.0])
+        key = row["collective"], row["purpose"], phase, row["level"]
+        sums = counted.setdefault(key, [0.0, 0.0, 0.0])
         for i, name in enumerate(("messages", "payload", "wire")):
             sums[i] += row[name] / len(by_rank)
     planned: Counter[tuple] = Counter()
     for message in step_traffic(config, layout, engine):
-        planned[message.collective, message.purpose, message.phase] += message.wire
-    head = ["collective", "purpose", "phase", "messages", "bytes put in"]
+        planned[message.collective, message.purpose, message.phase, message.level] += message.wire
+    head = ["collective", "purpose", "phase", "level", "messages", "bytes put in"]
     rows = [
         [*key, round(messages), f"{payload:.0f}", f"{wire:.0f}", planned.get(key)]
         for key, (messages, payload, wire) in sorted(counted.items())
     ]
     lines = table([*head, "bytes that leave the rank", "by formula"], rows)
-    wire = {key: sums[2] for key, sums in counted.items()}
-    exchanged = sum(size for (what, _, _), size in wire.items() if what == "all_to_all")
+    wire = {key: sums[2] for key, sums in counted.items() if key[3] != "ep inside"}
+    exchanged = sum(size for (what, *_), size in wire.items() if what == "all_to_all")
     owners = sum(size for key, size in wire.items() if key[:2] == ("all_gather", "owners"))
     least = least_traffic(config, layout, engine)
     once = sum(
         size
-        for (what, purpose, phase), size in wire.items()
+        for (what, purpose, phase, _), size in wire.items()
         if what == "all_to_all" and purpose in ("dispatch", "combine") and phase != "recompute"
     )
     if once:
+        where = " across hosts" if layout.per_host else ""
         lines.append(
-            f"all-to-all {exchanged:.0f} bytes, {exchanged / once:.4f} of the lower bound "
+            f"all-to-all{where} {exchanged:.0f} bytes, {exchanged / once:.4f} of the lower bound "
             f"({once:.0f}: each chosen row there and home, forward and backward); with the pool "
             f"owners' scores {(exchanged + owners) / once:.4f}"
         )
     if least.reduction:
         reduced = sum(
             size
-            for (what, purpose, _), size in wire.items()
+            for (what, purpose, *_), size in wire.items()
             if what != "all_to_all" and purpose in ("gradients", "parameters")
         )
         lines.append(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import yaml
 
-from diffmoe.commands.common import Parser, join, leave
+from diffmoe.commands.common import Parser, join, leave, on_our_hosts
 from diffmoe.config import Config, check_guidance, config_to_tree, load_config
 from diffmoe.data.sources import missing_shards
 from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed, zero_stage
@@ -114,6 +114,7 @@ def _train(arguments: list[str], environment: RankEnvironment, stop_requested: l
     patience = limits.patience(config.run.timeout_s)
     limits.set_nccl(config.run.timeout_s)
     device = join(environment, patience, config.run.device)
+    layout = on_our_hosts(config, layout)
     if environment.rank == 0:
         print(describe_engine(config, merged, device.type), flush=True)
         print(f"place    {describe_place(device.type)}", flush=True)
@@ -121,7 +122,7 @@ def _train(arguments: list[str], environment: RankEnvironment, stop_requested: l
         config,
         layout,
         merged,
-        build_groups(layout.ep, layout.pool_ranks, patience),
+        build_groups(layout.ep, layout.pool_ranks, patience, layout.per_host),
         device,
         stop_requested,
         environment.local_world,

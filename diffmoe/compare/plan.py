@@ -323,6 +323,8 @@ def _same_in_samples(train: Any, growth: float) -> Any:
     """The recipe at ``growth`` times its batch, with warm-up and averages as long in samples as
     they were, so that the batch alone is varied.
     """
+    if train.recipe_batch is not None:  # then they are, and the rate grows
+        return train
     decays = tuple(decay**growth for decay in train.ema_decays)
     return replace(
         train,

@@ -112,7 +112,7 @@ def next_command(run: PlannedRun, comparison: Comparison) -> list[str] | None:
             arguments += ["--deepspeed_config", comparison.deepspeed]
         return _program(comparison.ranks, arguments)
     if score.reference and not card_of(run).exists():
-        arguments = ["evaluate", "--checkpoint", str(folder), *_scoring(score)]
+        arguments = ["evaluate", "--checkpoint", str(folder), *_scoring(score, comparison)]
         arguments += ["--count", str(score.count), "--out", str(card_of(run).parent)]
         return _program(comparison.ranks, [*arguments, "--no-samples"])
     verdict = verdict_of(run, comparison)
@@ -140,9 +140,13 @@ def _digest(said: object) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _scoring(score: ScoreConfig) -> list[str]:
-    words = ["--reference", score.reference, "--extractor", score.extractor]
-    return [*words, "--vae", score.vae] if score.vae else words
+def _scoring(score: ScoreConfig, comparison: Comparison) -> list[str]:
+    """The reference is measured by the first run that is scored, and kept for all."""
+    said = _digest([score.reference, score.extractor, score.vae])
+    kept = Path(comparison.folder) / f"reference_{said}.npz"
+    save = [] if kept.exists() else ["--save-reference", str(kept)]
+    words = ["--reference", score.reference if save else str(kept), *save]
+    return [*words, "--extractor", score.extractor, *(["--vae", score.vae] if score.vae else [])]
 
 
 def _program(ranks: int, arguments: list[str]) -> list[str]:

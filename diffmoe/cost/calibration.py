@@ -8,6 +8,7 @@ archive of ``scripts/bench_gpu.sh``.
 from __future__ import annotations
 
 import json
+import math
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -81,20 +82,28 @@ def calibrate(hardware: Hardware, records: list[Measured], origin: str) -> Hardw
     that predictions meet the records.
 
     Sums over the records are compared: the shares of compute are scaled together, so are bandwidth
-    and latency of the links, and launching takes what was neither.
+    and latency of the links, until as much of the messages is not hidden as was measured, and
+    launching takes what was neither.
     """
     if not records:
         raise UserError(f"{origin} holds no measured step")
     bare = replace(hardware, operator_us=0.0)
-    predicted = [step_time(r.config, r.layout, r.engine, bare, r.per_node) for r in records]
+    planned = [step_time(r.config, r.layout, r.engine, bare, r.per_node) for r in records]
     computed = sum(r.compute for r in records)
-    compute = sum(p.compute for p in predicted) / max(1e-9, computed)
+    compute = sum(p.compute for p in planned) / max(1e-9, computed)
+    bare = _scaled(bare, compute, 1.0)
     sent = sum(r.all_to_all + r.reduction for r in records)
-    expected = sum(p.all_to_all + p.reduction for p in predicted)
-    link = expected / sent if sent > 0 and expected > 0 else 1.0
+    if sent > 0 and any(p.whole_all_to_all + p.whole_reduction for p in planned):
+        bare = _link_scaled(bare, records, sent)
     # What the host needs hides behind a device that computes meanwhile.
     hidden = computed if hardware.asynchronous else 0.0
     launched = sum(launches(r.config, r.layout, r.engine, hardware) for r in records)
+    operator_us = 1e6 * (hidden + sum(r.other for r in records)) / launched
+    return replace(bare, operator_us=operator_us, calibrated=origin)
+
+
+def _scaled(hardware: Hardware, compute: float, link: float) -> Hardware:
+    """``hardware`` that computes and sends so many times as fast."""
     return replace(
         hardware,
         matmul=hardware.matmul * compute,
@@ -103,9 +112,23 @@ def calibrate(hardware: Hardware, records: list[Measured], origin: str) -> Hardw
         link=hardware.link * link,
         node=Link(hardware.node.gb_s, hardware.node.latency_us / link),
         network=Link(hardware.network.gb_s, hardware.network.latency_us / link),
-        operator_us=1e6 * (hidden + sum(r.other for r in records)) / launched,
-        calibrated=origin,
     )
+
+
+def _link_scaled(hardware: Hardware, records: list[Measured], sent: float) -> Hardware:
+    """``hardware`` with links as fast as makes the records' steps ``sent`` seconds longer: what is
+    hidden shrinks as messages grow, so that they are found by halving.
+    """
+    slow, fast = 1e-6, 1e6
+    for _ in range(60):
+        middle = math.sqrt(slow * fast)
+        tried = _scaled(hardware, 1.0, middle)
+        planned = [step_time(r.config, r.layout, r.engine, tried, r.per_node) for r in records]
+        if sum(p.all_to_all + p.reduction for p in planned) > sent:
+            slow = middle
+        else:
+            fast = middle
+    return _scaled(hardware, 1.0, fast)
 
 
 def calibrate_kernels(hardware: Hardware, records: list[Kernels], origin: str) -> Hardware:
@@ -173,6 +196,51 @@ def plan_error(
     if not hardware.calibrated:
         line += "; the hardware table's figures are not calibrated here"
     return entries, line
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A measured step beside the plan.  ``table``: predicted by the hardware table's entry of the
+    device; ``fitted``: by that, calibrated on the records of the fewest ranks (None for those).
+    Seconds.
+    """
+
+    device: str
+    ranks: int
+    batch: int
+    layout: str
+    measured: float
+    table: float
+    fitted: float | None
+
+
+def checked(path: Path) -> list[Checked]:
+    """The records of ``launcher scaling`` in a file beside the plan, one device's after the
+    other's; those of devices that the hardware table does not know are left out.  Raises UserError.
+    """
+    table, by_device, found = read_table(None), dict[str, list[dict]](), []
+    for record in _read_records(path):
+        by_device.setdefault(str(record.get("device")), []).append(record)
+    for device, records in by_device.items():
+        on_cpu = "cuda" not in records[0]
+        hardware = choose(table, "cpu") if on_cpu else named_like(table, device)
+        if hardware is None:
+            continue
+        steps = [_measured(record) for record in records]
+        least = min(step.layout.ranks for step in steps)
+        few = [step for step in steps if step.layout.ranks == least]
+        fitted = calibrate(hardware, few, f"{len(few)} steps on {least} ranks")
+        for step, record in zip(steps, records):
+            what = (step.config, step.layout, step.engine)
+            plan, again = (step_time(*what, h, step.per_node).total for h in (hardware, fitted))
+            label = f"EP {step.layout.ep}, ZeRO {step.engine.stage}"
+            label += (
+                f" in groups of {step.engine.shard}" if step.engine.copies(step.layout) > 1 else ""
+            )
+            known = None if step in few else again
+            ranks, batch = step.layout.ranks, step.layout.batch
+            found.append(Checked(device, ranks, batch, label, record["step_s"], plan, known))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------

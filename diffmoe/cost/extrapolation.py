@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from diffmoe.config import Config
+from diffmoe.config import Config, override
 from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.layouts import GIB, Candidate, Cluster, Pins, candidates, fixed_pool
 from diffmoe.cost.memory import engine_facts
 from diffmoe.cost.step_time import step_time
 from diffmoe.errors import UserError
-from diffmoe.layout import Layout, resolve_layout
+from diffmoe.layout import Layout, over_hosts, resolve_layout, runs_of
 
 MODES = ("strong", "weak")
 WORDS = {
@@ -28,6 +28,7 @@ WORDS = {
 GAIN = 1.3
 # Nobody is offered more than these.
 MOST_NODES = 512
+MOST_RANKS = 4096
 
 
 def spanned(hosts: Sequence[Hashable], ep: int) -> tuple[int, int]:
@@ -50,14 +51,23 @@ def spanning(
     hardware: Hardware,
     hosts: Sequence[Hashable],
 ) -> str | None:
-    """A line about EP groups that span hosts, with their price on ``hardware``; else None."""
+    """A line about EP groups that span hosts, with their price on ``hardware``; else None.
+    UserError where ``parallel.exchange`` cannot be there.
+    """
+    layout = over_hosts(layout, config.parallel.exchange, runs_of(hosts))
     touched, together = spanned(hosts, layout.ep)
     if touched == 1:
         return None
     per_node, engine = max(Counter(hosts).values()), engine_facts(deepspeed_tree)
-    time, apart, inside = (
-        step_time(config, layout, engine, hardware, here)
-        for here in (per_node, together, layout.ranks)
+    directly = replace(layout, per_host=0)
+    time, apart, plain, inside = (
+        step_time(config, each, engine, hardware, here)
+        for each, here in (
+            (layout, per_node),
+            (layout, together),
+            (directly, together),
+            (directly, layout.ranks),
+        )
     )
     step = time.total - time.all_to_all + apart.all_to_all
     text = (
@@ -65,6 +75,8 @@ def spanning(
         f"all-to-all takes {1e3 * apart.all_to_all:.1f} of {1e3 * step:.1f} ms a step, "
         f"{1e3 * inside.all_to_all:.1f} inside a host"
     )
+    if layout.per_host:
+        text += f"; it goes over two levels, directly it would take {1e3 * plain.all_to_all:.1f} ms"
     smaller = math.gcd(layout.ep, per_node)
     if spanned(hosts, smaller)[0] > 1:
         return f"{text}; ranks of a host are not consecutive (srun --distribution=block)"
@@ -124,6 +136,32 @@ def fewer_nodes(
         f"fewer nodes would be faster with train.batch {config.train.batch}: {1e3 * best[0]:.1f} ms"
         f" a step on {best[1]} ({best[2]}), {1e3 * seconds:.1f} on {cluster.nodes}"
     )
+
+
+def larger_batches(
+    config: Config, tree: dict, hardware: Hardware, per_node: int, pins: Pins
+) -> list[str]:
+    """Lines about how far the batch that the recipe is stated for scales, and what 4 and 16 times
+    as large a one buys.
+    """
+    lines, stated = [], config.train.recipe_batch or config.train.batch
+    for batch in (stated, 4 * stated, 16 * stated):
+        sized = override(config, [f"train.batch={batch}", f"train.recipe_batch={stated}"])
+        sizes = [per_node * 2**i for i in range(20) if per_node * 2**i <= min(batch, MOST_RANKS)]
+        points = extrapolate(sized, tree, hardware, per_node, sizes, "strong", pins)
+        stopped = stops(points)
+        ends = stopped[0] if stopped else MOST_RANKS + 1
+        good = [p for p in points if p.ranks < ends and p.candidate]
+        if not good or good[-1].candidate is None:
+            lines.append(f"batch {batch}: does not start on {per_node} GPUs")
+            continue
+        last, best = good[-1], good[-1].candidate
+        lines.append(
+            f"batch {batch}: up to {last.ranks} GPUs, {best.images_per_s:.0f} images/s, "
+            f"{1e3 * best.time.total:.1f} ms a step, {100 * last.efficiency:.0f} % of "
+            f"{points[0].ranks} GPUs' efficiency ({best.label})"
+        )
+    return lines
 
 
 @dataclass(frozen=True)
@@ -207,7 +245,7 @@ def _why(point: Point, best: Candidate) -> str:
     phase = max(lost, key=lambda name: lost[name])
     text = f"{WORDS[phase]} takes {100 * getattr(time, phase) / time.total:.0f} % of the step"
     if phase in ("all_to_all", "reduction"):
-        slow = time.latency > 0.5 * (time.all_to_all + time.reduction)
+        slow = time.latency > 0.5 * (time.whole_all_to_all + time.whole_reduction)
         group = best.layout.ep if phase == "all_to_all" else best.layout.ranks
         across = "across nodes" if group > point.ranks // point.nodes else "inside nodes"
         text += f" ({'latency' if slow else 'bytes'}, {across})"

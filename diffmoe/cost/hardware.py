@@ -31,8 +31,9 @@ class Hardware:
     """A kind of machine; fields as ``diffmoe/cost/hardware.yaml`` explains them; without
     ``tflops_tf32`` fp32's peak holds for TF32 as well.  ``matmul``, ``bandwidth`` and ``link`` are
     the shares of a peak that are reached (above 1 where the peak was set too low), ``attention``
-    that of the attention's kernels (default: ``matmul``).  ``asynchronous``: the host launches
-    operators while the device computes.
+    that of the attention's kernels (default: ``matmul``).  ``overlap_cost``: the share of
+    their speed that kernels lose while messages pass under them (1: nothing is gained).
+    ``asynchronous``: the host launches operators while the device computes.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Hardware:
     operator_us: float
     asynchronous: bool = True
     attention: float | None = None
+    overlap_cost: float = 0.25
     read_us: float = 20.0
     calibrated: str | None = None
     tflops_tf32: float | None = None
@@ -58,6 +60,19 @@ class Hardware:
     def usable_bytes(self) -> int:
         """What tensors may take."""
         return int((self.memory_gib - self.reserve_gib) * 2**30)
+
+    @property
+    def assumptions(self) -> str:
+        """What times follow from, beside counts, for people."""
+        attention, node, network = self.attention or self.matmul, self.node, self.network
+        return (
+            f"products reach {100 * self.matmul:.0f} % of {self.tflops_bf16:g} TFLOP/s (bf16), "
+            f"attention {100 * attention:.0f} %; memory {100 * self.bandwidth:.0f} % of "
+            f"{self.memory_gb_s:g} GB/s; links {100 * self.link:.0f} % of {node.gb_s:g} GB/s in a "
+            f"node and {network.gb_s:g} between, after {node.latency_us:g} and "
+            f"{network.latency_us:g} us; kernels lose {100 * self.overlap_cost:.0f} % of their "
+            f"speed under messages; a launch takes {self.operator_us:g} us"
+        )
 
 
 def read_table(path: str | Path | None) -> dict[str, Hardware]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, replace
 from itertools import product
@@ -12,11 +13,14 @@ from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, Memory, engine_facts, rank_memory
 from diffmoe.cost.step_time import StepTime, step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
+from diffmoe.deepspeed_json import MICS, check_shards
 from diffmoe.errors import UserError
-from diffmoe.layout import Layout, resolve_layout
+from diffmoe.layout import Layout, over_hosts, resolve_layout
 
 RECOMPUTE = ("none", "selective", "block")
 GIB = 2**30
+# A copy of the optimizer's state for every run of as many nodes as whole EP groups need.
+_WHOLE_NODES = 0
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,16 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Pins:
-    """What the user insists on; None: free."""
+    """What the user insists on; None: free.  ``shard``: ranks that share a copy of the optimizer's
+    state.
+    """
 
     ep: int | None = None
     zero: int | None = None
     recompute: str | None = None
     micro_batch: int | None = None
+    shard: int | None = None
+    overlap: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,21 @@ class Candidate:
     @property
     def pins(self) -> Pins:
         """What would have to be pinned for this layout alone."""
-        return Pins(self.layout.ep, self.engine.stage, self.recompute, self.layout.micro_batch)
+        layout, engine = self.layout, self.engine
+        shard = engine.shard or layout.ranks
+        kept = layout.ep, engine.stage, self.recompute, layout.micro_batch, shard
+        return Pins(*kept, self.config.parallel.overlap)
 
     def changes(self, pins: Pins) -> tuple[str, ...]:
         """How this layout differs from what is pinned, in words."""
-        names = ("EP", "ZeRO", "recompute", "micro-batch")
+        names = (
+            "EP",
+            "ZeRO",
+            "recompute",
+            "micro-batch",
+            "ranks that share a copy of the state",
+            "overlap",
+        )
         return tuple(
             f"{name} {pinned} -> {own}"
             for name, pinned, own in zip(names, astuple(pins), astuple(self.pins))
@@ -86,9 +104,12 @@ class Candidate:
     @property
     def label(self) -> str:
         layout = self.layout
+        halves = " in halves" * (self.config.parallel.overlap == "halves")
+        shard = f" in groups of {self.engine.shard}" if self.engine.copies(layout) > 1 else ""
         return (
-            f"EP {layout.ep}, ZeRO {self.engine.stage}, recompute {self.recompute}, micro-batch "
-            f"{layout.micro_batch} x {layout.accumulation}"
+            f"EP {layout.ep}{' over two levels' if layout.per_host else ''}, ZeRO "
+            f"{self.engine.stage}{shard}, recompute {self.recompute}, micro-batch "
+            f"{layout.micro_batch} x {layout.accumulation}{halves}"
         )
 
     def table(self) -> dict[str, Any]:
@@ -111,6 +132,8 @@ def evaluate(config: Config, deepspeed_tree: dict, cluster: Cluster) -> Candidat
     ranks.
     """
     layout, engine = resolve_layout(config, cluster.ranks), engine_facts(deepspeed_tree)
+    check_shards(deepspeed_tree, config, cluster.ranks)
+    layout = over_hosts(layout, config.parallel.exchange, [cluster.per_node])
     return Candidate(
         config,
         layout,
@@ -140,7 +163,9 @@ def candidates(
     bf16 = bool((deepspeed_tree.get("bf16") or {}).get("enabled"))
     experts = 1 if config.model.family == "dense" else config.moe.experts
     found = {}
-    for ep, zero, recompute, micro in product(
+    for overlap, shard, ep, zero, recompute, micro in product(
+        _choices(pins.overlap, ("none", "halves")),
+        _choices(pins.shard or zero_block.get(MICS), (None, _WHOLE_NODES)[: cluster.nodes]),
         _choices(pins.ep, _divisors(experts)),
         _choices(pins.zero, range(1 if bf16 else 0, 4)),
         _choices(pins.recompute, RECOMPUTE),
@@ -148,14 +173,23 @@ def candidates(
     ):
         changed = replace(
             config,
-            parallel=replace(config.parallel, ep=ep, recompute=recompute),
+            parallel=replace(config.parallel, ep=ep, recompute=recompute, overlap=overlap),
             train=replace(config.train, micro_batch=micro, accumulation=None),
         )
-        tree = {**deepspeed_tree, "zero_optimization": {**zero_block, "stage": zero}}
+        block = {**zero_block, "stage": zero}
+        if shard is not None:
+            block[MICS] = math.lcm(ep, cluster.per_node) if shard == _WHOLE_NODES else shard
+        tree = {**deepspeed_tree, "zero_optimization": block}
+        if ep == 1 and overlap == "halves":
+            continue  # no rows travel
         try:
             candidate = evaluate(changed, tree, cluster)
         except UserError:
             continue  # sizes that do not divide
+        if candidate.layout.per_host and config.parallel.exchange == "auto":  # or the other form
+            directly = replace(changed, parallel=replace(changed.parallel, exchange="direct"))
+            other = evaluate(directly, tree, cluster)
+            candidate = min(candidate, other, key=lambda c: (not c.fits, c.time.total))
         found[candidate.pins] = candidate
     return sorted(
         found.values(),

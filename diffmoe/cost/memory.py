@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from diffmoe.config import Config, attention_kept, expert_hidden
 from diffmoe.cost.parameters import inner_width, rank_parameters
-from diffmoe.deepspeed_json import reduction
+from diffmoe.deepspeed_json import MICS, reduction
 from diffmoe.families import TOKENS_CHOOSE, has_predictor, has_target_head, is_moe_block
 from diffmoe.layout import Layout
 
@@ -25,6 +25,7 @@ class EngineFacts:
     ``element``: bytes of a weight; ``reduced``: of a gradient that ranks add up.  ``bucket``:
     elements of a gradient bucket, of which there are ``buckets``. ``persistent``: ZeRO 3 keeps
     tensors up to that many elements whole; ``live``: elements of the others that it may hold.
+    ``shard``: ranks that share a copy of the optimizer's state (None: all of them).
     """
 
     stage: int
@@ -34,6 +35,16 @@ class EngineFacts:
     buckets: int
     persistent: int
     live: int
+    shard: int | None = None
+
+    def copies(self, layout: Layout) -> int:
+        """Of the optimizer's state (at ZeRO 0 every rank has one, which is not meant)."""
+        return layout.ranks // (self.shard or layout.ranks)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether gradients leave while backward still runs."""
+        return self.stage == 3 or self.buckets == 2
 
     @property
     def bf16(self) -> bool:
@@ -57,6 +68,7 @@ def engine_facts(deepspeed_tree: dict) -> EngineFacts:
         buckets=2 if how.overlap and stage in (1, 2) else 1,
         persistent=number("param_persistence_threshold", 1e5),
         live=number("max_live_parameters", 1e9),
+        shard=int(zero.get(MICS) or 0) or None,
     )
 
 
@@ -124,10 +136,11 @@ def shared_parts(
 
 def rank_memory(config: Config, layout: Layout, engine: EngineFacts) -> Memory:
     """Memory of one rank of ``layout``."""
-    parts = shared_parts(config, layout)
+    copies = engine.copies(layout)
+    parts = [(part, ranks // copies) for part, ranks in shared_parts(config, layout)]
     numels = [n for part, _ in parts for n in part]
     whole = sum(numels)
-    shard = sum(_shard(part, ranks, engine) for part, ranks in parts)
+    shard = sum(shard_numel(part, ranks, engine) for part, ranks in parts)
     padded = sum(padded_numel(part, ranks, engine) for part, ranks in parts)
     weights, gathered = engine.element * padded, 0
     if engine.stage == 3:
@@ -145,7 +158,7 @@ def rank_memory(config: Config, layout: Layout, engine: EngineFacts) -> Memory:
         activations=activations,
         exchange=exchange,
         working=working + engine.element * max(numels),  # a gradient, before it is in its bucket
-        **_gradients(whole, shard, padded, engine, layout.accumulation > 1),
+        **_gradients(whole, shard, padded, engine, layout.accumulation > 1, copies > 1),
     )
 
 
@@ -155,7 +168,7 @@ def padded_numel(numels: list[int], ranks: int, engine: EngineFacts) -> int:
     return total if engine.stage in (0, 3) else -(-total // (2 * ranks)) * 2 * ranks
 
 
-def _shard(numels: list[int], ranks: int, engine: EngineFacts) -> int:
+def shard_numel(numels: list[int], ranks: int, engine: EngineFacts) -> int:
     """Elements of the optimizer's shard: at ZeRO 3 every tensor is cut by itself."""
     if engine.stage == 0:
         return sum(numels)
@@ -165,7 +178,7 @@ def _shard(numels: list[int], ranks: int, engine: EngineFacts) -> int:
 
 
 def _gradients(
-    whole: int, shard: int, padded: int, engine: EngineFacts, accumulates: bool
+    whole: int, shard: int, padded: int, engine: EngineFacts, accumulates: bool, replicated: bool
 ) -> dict[str, int]:
     """What gradients take, see :class:`Memory`, from elements: of this rank's weights, of its share
     of the optimizer's state, of DeepSpeed's flat weights.
@@ -178,7 +191,10 @@ def _gradients(
         accumulated = gradients if accumulates else 0
         return dict(accumulated=accumulated, gradients=gradients, reduction=element * bucket)
     if engine.stage == 3:
-        return dict(gradient_sums=_FP32 * shard + reduced * engine.bucket, reduction=copied)
+        across = reduced * shard if replicated else 0  # what the replicas average, as one message
+        return dict(
+            gradient_sums=_FP32 * shard + reduced * engine.bucket, reduction=max(copied, across)
+        )
     if engine.stage == 1 and engine.bf16:
         # Fp32 sums of all gradients, always; they are reduced in place, or as copies that all wait
         # for the end of backward.
@@ -270,9 +286,11 @@ def _block_bytes(config: Config, layout: Layout, element: int, number: int) -> _
         full += token  # the token before shift and scale, as the router keeps it
     if moe.shared_experts:
         full += 2 * T * moe.shared_experts * expert_hidden(model, moe) * element + token
+    # Selective recompute also keeps what passed through here of an exchange over two levels.
+    passing = 2 * outputs if layout.per_host else 0
     return _Block(
         full,
-        selective + routing + second,
+        selective + routing + second + passing,
         token + routing,
         outputs if moved else 0,
         round((2.2 * element) * T * D),

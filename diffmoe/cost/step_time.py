@@ -12,6 +12,7 @@ from typing import Any
 from diffmoe.config import Config, attention_kept, expert_hidden
 from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, rank_memory
+from diffmoe.cost.overlap import Timed, Windows, exposed_exchange, exposed_reduction, halves
 from diffmoe.cost.parameters import inner_width, moe_layers, rank_parameters
 from diffmoe.cost.traffic import Message, step_traffic
 from diffmoe.families import experts_per_token
@@ -25,8 +26,10 @@ COUNTED = Path(__file__).with_name("counted.json")
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one step.  ``compute``: kernels; ``host``: what launching them takes beyond that;
-    ``all_to_all``; ``reduction``: gradients and weights, pool owners' scores; ``latency`` is the
-    part of the last two that does not depend on bytes.
+    ``all_to_all``; ``reduction``: gradients and weights, what pools say to each other beside
+    all-to-all.  Of the last two what a step is longer by; all that they take, hidden or not, is
+    ``whole_all_to_all`` and ``whole_reduction``, and ``latency`` the part of that which does not
+    depend on bytes.
     """
 
     compute: float
@@ -34,6 +37,13 @@ class StepTime:
     all_to_all: float
     reduction: float
     latency: float
+    whole_all_to_all: float
+    whole_reduction: float
+
+    @property
+    def hidden(self) -> float:
+        """Seconds of messages that cost none."""
+        return self.whole_all_to_all + self.whole_reduction - self.all_to_all - self.reduction
 
     @property
     def total(self) -> float:
@@ -55,16 +65,56 @@ class StepTime:
 def step_time(
     config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware, per_node: int
 ) -> StepTime:
-    """Predicted time of one step; nothing overlaps, which is the careful guess."""
+    """Predicted time of one step; messages overlap with kernels as :mod:`diffmoe.cost.overlap`
+    says, and not with each other.
+    """
     compute = sum(kernel_seconds(config, layout, engine, hardware).values())
     launching = launches(config, layout, engine, hardware) * hardware.operator_us * 1e-6
     host = max(0.0, launching - compute) if hardware.asynchronous else launching
-    latency, seconds = 0.0, {True: 0.0, False: 0.0}
+    rows: Timed = []
+    others: Timed = []
+    latency = 0.0
     for message in step_traffic(config, layout, engine):
-        alpha, beta = message_time(message, layout, hardware, per_node)
+        alpha, beta = message_time(message, layout, engine, hardware, per_node)
         latency += alpha
-        seconds[message.collective == "all_to_all"] += alpha + beta
-    return StepTime(compute, host, seconds[True], seconds[False], latency)
+        kind = rows if message.collective == "all_to_all" else others
+        kind.append((message, alpha + beta))
+    windows = message_windows(config, layout, engine, hardware)
+    cost = hardware.overlap_cost
+    return StepTime(
+        compute=compute,
+        host=host,
+        all_to_all=exposed_exchange(config, layout, windows, cost, rows),
+        reduction=exposed_reduction(config, layout, engine, windows, cost, others),
+        latency=latency,
+        whole_all_to_all=sum(seconds for _, seconds in rows),
+        whole_reduction=sum(seconds for _, seconds in others),
+    )
+
+
+def message_windows(
+    config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware
+) -> Windows:
+    """See :class:`Windows`.  Backward is two of three passes over products and, at least, over
+    memory, and 2.5 of 3.5 over attention, and what is recomputed.
+    """
+    speed, forward = rates(config, hardware, engine), forward_macs(config)
+    samples, model, moe = layout.micro_batch, config.model, config.moe
+    memory = activation_bytes(config, layout, engine, hardware) / layout.accumulation
+    products = 2 * forward.products + forward.products_again
+    attention = 2.5 * forward.attention + forward.attention_again
+    # Two products a token and inner width; q, k, v and the projection; scores and their sum.
+    width = 2 * samples * 2 * model.tokens * model.width / speed["product"]
+    expert = width * expert_hidden(model, moe)  # as much with SwiGLU, which is narrower
+    return Windows(
+        backward=2 * samples * products / speed["product"]
+        + 2 * samples * attention / speed["attention"]
+        + 2 / 3 * memory / speed["memory"],
+        shared=expert * moe.shared_experts,
+        experts=expert * experts_per_token(model, moe),
+        attention=width * 2 * model.width
+        + 2 * samples * forward.attention / model.depth / speed["attention"],
+    )
 
 
 def kernel_seconds(
@@ -97,22 +147,37 @@ def rates(config: Config, hardware: Hardware, engine: EngineFacts) -> dict[str, 
     }
 
 
-def step_flops(config: Config, layout: Layout) -> tuple[float, float]:
-    """FLOPs of a rank's step in products and in attention, of which backward is 2 and 2.5 times
-    forward; recompute repeats forward, ``selective`` without what it keeps.
-    """
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-adds of a sample: of forward, and of what backward computes again."""
+
+    products: float
+    attention: float
+    products_again: float = 0.0
+    attention_again: float = 0.0
+
+
+def forward_macs(config: Config) -> Macs:
+    """See :class:`Macs`; recompute repeats forward, ``selective`` without what it keeps."""
     model, recompute = config.model, config.parallel.recompute
     attention = 2 * model.depth * model.tokens**2 * model.width
     products = count(model, config.moe).forward_macs - attention
-    again: tuple[float, float] = (0, 0)
     if recompute == "block":
-        again = (products, attention)
-    elif recompute == "selective":
+        return Macs(products, attention, products, attention)
+    if recompute == "selective":
         inside = model.tokens * model.width * sum(_inside(config))
         kept = attention_kept(model.depth) / model.depth
-        again = (products - inside, attention * (1 - kept))
-    samples = layout.micro_batch * layout.accumulation
-    return 2 * (3 * products + again[0]) * samples, 2 * (3.5 * attention + again[1]) * samples
+        return Macs(products, attention, products - inside, attention * (1 - kept))
+    return Macs(products, attention)
+
+
+def step_flops(config: Config, layout: Layout) -> tuple[float, float]:
+    """FLOPs of a rank's step in products and in attention, of which backward is 2 and 2.5 times
+    forward, and what is recomputed.
+    """
+    macs, samples = forward_macs(config), layout.micro_batch * layout.accumulation
+    products = 3 * macs.products + macs.products_again
+    return 2 * products * samples, 2 * (3.5 * macs.attention + macs.attention_again) * samples
 
 
 def _inside(config: Config) -> tuple[float, float]:
@@ -160,24 +225,32 @@ def moved(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardwar
     rank, after each micro-batch and once a step, and some of those whose optimizer state the rank
     holds.
     """
-    each, weight = _per_block(config, engine, hardware)["elements"], _per_weight(engine)
-    elements = sum(each[name] * size for name, size in terms(config).items())
-    elements *= layout.micro_batch * config.model.tokens
+    weight = _per_weight(engine)
     parameters = sum(p.numel for p in rank_parameters(config.model, config.moe, layout.ep))
     shard = rank_memory(config, layout, engine).moments / 8
     return (
-        elements * engine.element * layout.accumulation
+        activation_bytes(config, layout, engine, hardware)
         + parameters * (weight["micro_batch"] * layout.accumulation + weight["step"])
         + shard * (weight["shard"] + weight["ema"] * len(config.train.ema_decays))
     )
+
+
+def activation_bytes(
+    config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware
+) -> float:
+    """Of :func:`moved` the passes over activations."""
+    each = _per_block(config, engine, hardware)["elements"]
+    elements = sum(each[name] * size for name, size in terms(config).items())
+    elements *= layout.micro_batch * config.model.tokens
+    return elements * engine.element * layout.accumulation
 
 
 def launches(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware) -> float:
     """Kernels that the host launches in a step."""
     model, moe = config.model, config.moe
     each, weight = _per_block(config, engine, hardware)["kernels"], _per_weight(engine)
-    micro_batch = each["outside"] + each["block"] * model.depth
-    micro_batch += each["mixture"] * moe_layers(model, moe)
+    blocks = each["block"] * model.depth + each["mixture"] * moe_layers(model, moe)
+    micro_batch = each["outside"] + blocks * (2 if halves(config) else 1)
     tensors = len(rank_parameters(model, moe, layout.ep))
     micro_batch += tensors * weight["kernels_micro_batch"]
     return micro_batch * layout.accumulation + tensors * weight["kernels_step"]
@@ -192,39 +265,49 @@ def exchange_seconds(
 ) -> float:
     """Of all messages of a step, one after another."""
     messages = step_traffic(config, layout, engine)
-    return sum(sum(message_time(m, layout, hardware, per_node)) for m in messages)
+    return sum(sum(message_time(m, layout, engine, hardware, per_node)) for m in messages)
 
 
 def message_time(
-    message: Message, layout: Layout, hardware: Hardware, per_node: int
+    message: Message, layout: Layout, engine: EngineFacts, hardware: Hardware, per_node: int
 ) -> tuple[float, float]:
     """(seconds of latency, seconds of bytes) of all messages of a kind in a step: Hockney's alpha +
     n / beta, with the steps that Thakur, Rabenseifner & Gropp (2005) count.
     """
-    ranks, here = _placement(message.group, layout, per_node)
+    ranks, here = _placement(message.group, layout, engine, per_node)
     spans = here < ranks
     alpha = (hardware.network if spans else hardware.node).latency_us * 1e-6
     node = hardware.node.gb_s * 1e9 * hardware.link
     network = hardware.network.gb_s * 1e9 * hardware.link
     if message.collective == "all_to_all":
         # Pairwise: all peers at once over the node's switch; the network carries what leaves the
-        # node.
+        # node, a message to each rank there.
         outside = message.wire * (ranks - here) / max(1, ranks - 1)
         seconds = max((message.wire - outside) / node, outside / network)
-        return message.messages * alpha * max(1.0, math.log2(ranks)), seconds
+        rounds = ranks - here if spans else max(1.0, math.log2(ranks))
+        return message.messages * alpha * rounds, seconds
     # Rings through the node use every network card of the group's ranks there.
     reached = min(node, here * network) if spans else node
     rounds = (2 if message.collective == "all_reduce" else 1) * math.ceil(math.log2(ranks))
     return message.messages * alpha * rounds, message.wire / reached
 
 
-def _placement(group: str, layout: Layout, per_node: int) -> tuple[int, int]:
+def _placement(group: str, layout: Layout, engine: EngineFacts, per_node: int) -> tuple[int, int]:
     """(ranks of the group, how many of them share a node)."""
     if group == "world":
         return layout.ranks, min(layout.ranks, per_node)
     if group == "ep":
         return layout.ep, min(layout.ep, per_node)
+    if group == "ep across":
+        return layout.ep // layout.per_host, 1
+    if group == "ep inside":
+        return layout.per_host, layout.per_host
     if group == "pool":
         return layout.pool_ranks, min(layout.pool_ranks, per_node)
+    if group in ("shard", "expert shard", "replicas"):
+        size = engine.shard or layout.ranks
+        stride = {"shard": 1, "expert shard": layout.ep, "replicas": size}[group]
+        ranks = (layout.ranks if group == "replicas" else size) // stride
+        return ranks, min(ranks, max(1, per_node // stride))
     ranks = layout.ranks // layout.ep if group == "edp" else max(1, layout.pool_ranks // layout.ep)
     return ranks, min(ranks, max(1, per_node // layout.ep))

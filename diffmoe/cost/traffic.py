@@ -9,12 +9,12 @@ R rows it sends, D width, E experts, e = E / EP.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffmoe.config import Config
-from diffmoe.cost.memory import EngineFacts, padded_numel, shared_parts
+from diffmoe.cost.memory import EngineFacts, padded_numel, shard_numel, shared_parts
 from diffmoe.cost.parameters import moe_layers
-from diffmoe.families import TOKENS_CHOOSE
+from diffmoe.families import TOKENS_CHOOSE, has_router_loss
 from diffmoe.layout import Layout, pairs_taken, rows_taken
 
 _FP32, _INT64 = 4, 8
@@ -23,9 +23,10 @@ ROWS = ("dispatch", "combine")
 
 @dataclass(frozen=True)
 class Message:
-    """A kind of message of one rank in one step.  ``group``: ranks that take part: ep, pool,
-    owners, edp, world.  ``messages``, ``payload`` (bytes put in, the own part included), ``wire``
-    (bytes that leave the rank) are sums over the step.
+    """A kind of message of one rank in one step.  ``group``: ranks that take part: ep (over two
+    levels: ep across, ep inside), pool, owners, edp, world; shard, expert shard, replicas where
+    groups of ranks have a copy of the optimizer's state each.  ``messages``, ``payload`` (bytes put
+    in, the own part included), ``wire`` (bytes that leave the rank) are sums over the step.
     """
 
     collective: str
@@ -35,6 +36,11 @@ class Message:
     messages: int
     payload: int
     wire: int
+
+    @property
+    def level(self) -> str:
+        """Of the two of an exchange that has two, as ``parallel.traffic.Kind`` has it."""
+        return self.group if self.group in ("ep across", "ep inside") else ""
 
 
 def step_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Message]:
@@ -67,10 +73,16 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
     found: list[Message] = []
 
     def add(purpose: str, phase: str, payload: int, ranks: int = ep, group: str = "ep") -> None:
-        collective = "all_gather" if purpose == "owners" else "all_to_all"
-        if ranks > 1:
-            wire = layers * _wire(collective, payload, ranks)
-            found.append(Message(collective, purpose, phase, group, layers, layers * payload, wire))
+        collective = {"owners": "all_gather", "balance": "all_reduce"}.get(purpose, "all_to_all")
+        parts = [(group, ranks)]
+        if group == "ep" and layout.per_host:  # everything travels on both levels
+            parts = [("ep across", ep // layout.per_host), ("ep inside", layout.per_host)]
+        times = 2 * layers if purpose in ROWS and config.parallel.overlap == "halves" else layers
+        for group, ranks in parts:
+            if ranks > 1:
+                wire = layers * _wire(collective, payload, ranks)
+                total = layers * payload
+                found.append(Message(collective, purpose, phase, group, times, total, wire))
 
     phases = ("forward", "recompute") if config.parallel.recompute == "block" else ("forward",)
     for phase in phases:
@@ -85,6 +97,11 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
             add("scores", phase, scores)
             add("owners", phase, scores, owners, "owners")
             add("mask", phase, T * E)
+        if has_router_loss(model, moe):
+            pools = layout.micro_batch * layout.pool_ranks // layout.pool
+            sums = {"tc": 2 * E, "race": 2 * E * E, "prototype": (E - 1) * (model.width + 1)}
+            payload = pools * sums[model.family] * _FP32
+            add("balance", phase, payload, layout.pool_ranks, "pool")
     for purpose in ROWS:
         for phase in (*phases, "backward"):
             add(purpose, phase, rows)
@@ -107,14 +124,22 @@ def rows_sent(config: Config, layout: Layout) -> int:
 def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Message]:
     """Gradients and weights.  ZeRO 1 in bf16 reduces gradients to their owner; DeepSpeed 0.19.8
     all-reduces whole buckets at ZeRO 0 to 2, of which ZeRO 1 and 2 then keep a part; ZeRO 2 and 3
-    do it after every micro-batch.
+    do it after every micro-batch.  Where groups of ranks have a copy of the optimizer's state each,
+    all that stays inside a group, and once a step a rank's shard is all-reduced over the copies.
     """
-    found = []
-    for (numels, ranks), group in zip(shared_parts(config, layout), ("world", "edp")):
-        whole = sum(numels)
-        if ranks == 1 or whole == 0:
+    found, copies = [], engine.copies(layout)
+    sums = engine.stage == 1 and engine.bf16
+    shards = shard_messages = 0
+    groups = ("world", "edp") if copies == 1 else ("shard", "expert shard")
+    for (numels, holders), group in zip(shared_parts(config, layout), groups):
+        whole, ranks = sum(numels), holders // copies
+        if whole == 0:
             continue
         buckets = -(-whole // engine.bucket)
+        shards += whole // ranks if sums else shard_numel(numels, ranks, engine)
+        shard_messages += -(-(buckets + ranks - 1) // ranks)
+        if ranks == 1:
+            continue
         times = layout.accumulation if engine.stage in (2, 3) else 1
         collective, messages, elements = "all_reduce", times * buckets, whole
         gathers, gathered = 1, padded_numel(numels, ranks, engine)
@@ -124,7 +149,7 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
             # Weights stay from forward to backward if they may; else backward gathers again.
             again = times if elements <= engine.live else 2 * times
             gathers, gathered = again * len(numels), again * elements
-        elif engine.stage == 1 and engine.bf16:  # in parts of one owner each
+        elif sums:  # in parts of one owner each
             collective, messages = "reduce", buckets + ranks - 1
         payload = times * elements * engine.reduced
         wire = _wire(collective, payload, ranks)
@@ -133,16 +158,24 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
             payload = gathered // ranks * engine.element
             wire = _wire("all_gather", payload, ranks)
             found.append(Message("all_gather", "parameters", "step", group, gathers, payload, wire))
+    if copies > 1:
+        payload, messages = shards * engine.reduced, shard_messages if sums else 1
+        wire = _wire("all_reduce", payload, copies)
+        found.append(
+            Message("all_reduce", "gradients", "step", "replicas", messages, payload, wire)
+        )
     return found
 
 
 @dataclass(frozen=True)
 class Least:
-    """The fewest bytes that must leave a rank in one step: chosen rows to other ranks; gradients to
-    their owners and new weights from there, once a step, in the weights' precision.
+    """The fewest bytes that must leave a rank in one step: chosen rows to other ranks, of them
+    ``network`` to other hosts (0 unless the exchange has two levels); gradients to their owners and
+    new weights from there, once a step, in the weights' precision.
     """
 
     rows: int
+    network: int
     reduction: int
 
 
@@ -150,11 +183,12 @@ def least_traffic(config: Config, layout: Layout, engine: EngineFacts) -> Least:
     """See :class:`Least`; rows as :func:`exchange_traffic` has them."""
     rows = sum(
         m.wire
-        for m in exchange_traffic(config, layout, engine)
+        for m in exchange_traffic(config, replace(layout, per_host=0), engine)
         if m.purpose in ROWS and m.phase != "recompute"
     )
+    outside = layout.ep - layout.per_host if layout.per_host else 0  # of ep - 1 other ranks
     reduction = sum(
         2 * sum(numels) * engine.element * (ranks - 1) // ranks
         for numels, ranks in shared_parts(config, layout)
     )
-    return Least(rows, reduction)
+    return Least(rows, rows * outside // max(1, layout.ep - 1), reduction)

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from diffmoe.config import TrainConfig
 from diffmoe.errors import UserError
-from diffmoe.models.dit import BlockOutput, Condition, DiT, DiTBlock, run_plainly
+from diffmoe.models.dit import (
+    BlockOutput,
+    Condition,
+    DiT,
+    DiTBlock,
+    Halves,
+    recomputed_block,
+    run_plainly,
+)
 from diffmoe.moe.dispatch import Plan
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
@@ -108,10 +116,11 @@ class CompiledRun:
         )  # torch.compile has it from 2.12 on
 
     def __call__(
-        self, block: DiTBlock, form: str, x: Tensor, c: Condition, rule: RoutingRule
+        self, block: DiTBlock, form: str, x: Tensor | Halves, c: Condition, rule: RoutingRule
     ) -> BlockOutput:
-        assert x.is_contiguous() and c.sum_BD.is_contiguous()  # see PatchEmbedding
-        if not self._takes(len(x)):
+        whole = not isinstance(x, Tensor) or x.is_contiguous()
+        assert whole and c.sum_BD.is_contiguous()  # see PatchEmbedding
+        if not self._takes(len(c.sum_BD)):
             return run_plainly(block, form, x, c, rule)
         if not isinstance(block.mlp, MoELayer):
             return self.part(form, block.compute, x, c, self.settled)  # any rule is the same to it
@@ -120,8 +129,8 @@ class CompiledRun:
             return self.part(form, block.compute, x, c, rule)
         part = self.part if settled else self._part_unsettled
         if form == "block":  # exchanges are repeated, too
-            return recomputed(block.compute, form, x, c, rule, partial(part, "none"))
-        return block.compute(x, c, rule, partial(part, form))
+            return recomputed_block(block, form, x, c, rule, partial(part, "none"))
+        return recomputed_block(block, "none", x, c, rule, partial(part, form))
 
     def _part_unsettled(self, form: str, function: Callable, *args: Any, **how: bool) -> Any:
         """Without graphs of what moves rows, whose number changes from step to step."""
@@ -146,7 +155,9 @@ class CompiledRun:
             # What the host knows of rows on their way is no part's business; torch 2.11 would guard
             # it, and compile anew.
             args = tuple(
-                replace(each, send=None, receive=None) if isinstance(each, Plan) else each
+                replace(each, send=None, receive=None, passing=None)
+                if isinstance(each, Plan)
+                else each
                 for each in args
             )
             plans = (argument for argument in args if isinstance(argument, Plan))

@@ -7,9 +7,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig, expert_hidden
@@ -25,7 +27,7 @@ from diffmoe.models.layers import (
     sine_positions,
 )
 from diffmoe.moe.gating import Beside
-from diffmoe.moe.layer import MoELayer, MoEStats
+from diffmoe.moe.layer import Late, MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import ParallelGroups, single_process
 from diffmoe.parallel.recompute import Run, at_once, forms, recomputed
@@ -50,9 +52,15 @@ class Condition(NamedTuple):
     time_BD: Tensor
     null_B: Tensor
 
+    def halves(self) -> list[Condition]:
+        """Those of each half of the samples."""
+        return [Condition(*values) for values in zip(*(value.chunk(2) for value in self))]
 
-BlockOutput = tuple[Tensor, MoEStats | None]
-BlockRun = Callable[["DiTBlock", str, Tensor, Condition, RoutingRule], BlockOutput]
+
+# Of the samples, [B/2, N, D] each: what gives it, perhaps of rows that are still on their way.
+Halves = tuple[Callable[[], Tensor], Callable[[], Tensor]]
+BlockOutput = tuple[Tensor | Halves, MoEStats | None]
+BlockRun = Callable[["DiTBlock", str, Tensor | Halves, Condition, RoutingRule], BlockOutput]
 
 
 class DiTBlock(nn.Module):
@@ -70,10 +78,13 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(model.width, 6 * model.width))
 
     def forward(
-        self, x: Tensor, c: Condition, rule: RoutingRule, form: str, run: BlockRun
+        self, x: Tensor | Halves, c: Condition, rule: RoutingRule, form: str, run: BlockRun
     ) -> BlockOutput:
         """The block as ``run`` computes it, recomputed in backward as ``form`` says."""
-        return run(self, form, x, c, rule)
+        if isinstance(x, Tensor) or isinstance(self.mlp, MoELayer):
+            return run(self, form, x, c, rule)
+        done = [run(self, form, half(), each, rule)[0] for half, each in zip(x, c.halves())]
+        return _here(*done), None
 
     def compute(
         self, x: Tensor, c: Condition, rule: RoutingRule, run: Run = at_once
@@ -86,6 +97,19 @@ class DiTBlock(nn.Module):
             return run(_gated_sum, x, gate, self.mlp(h)), None
         y, stats = self.mlp(h, rule, run, Beside(c.time_BD, plain, c.null_B))
         return run(_gated_sum, x, gate, y), stats
+
+    def compute_halves(
+        self, halves: Halves, c: Condition, rule: RoutingRule, run: Run, arrived: bool
+    ) -> BlockOutput:
+        """Both halves through a block with an MoE layer.  Their last rows come home while the next
+        block attends to the first half, unless all must have ``arrived``.
+        """
+        parts = (run(self.attend, half(), c_BD) for half, c_BD in zip(halves, c.sum_BD.chunk(2)))
+        x, h, gate, plain = zip(*parts)
+        beside = Beside(c.time_BD, torch.cat(plain) if self.shows_plain else None, c.null_B)
+        late, stats = self.mlp(h, rule, run, beside)
+        a, b = (partial(_late_sum, *each, run) for each in zip(x, gate, late))
+        return _here(a(), b()) if arrived else (a, b), stats
 
     def attend(self, x: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Everything before the MLP: (x after attention, the MLP's input, the gate [B, D] of its
@@ -101,11 +125,29 @@ def _gated_sum(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return x + gate.unsqueeze(1) * y
 
 
+def _late_sum(x: Tensor, gate: Tensor, late: Late, run: Run) -> Tensor:
+    return run(_gated_sum, x, gate, late.output(run).view_as(x))
+
+
+def _here(a: Any, b: Any) -> Halves:
+    return lambda: a, lambda: b
+
+
 def run_plainly(
-    block: DiTBlock, form: str, x: Tensor, c: Condition, rule: RoutingRule
+    block: DiTBlock, form: str, x: Tensor | Halves, c: Condition, rule: RoutingRule
 ) -> BlockOutput:
     """A block as Python comes to its operators."""
-    return recomputed(block.compute, form, x, c, rule)
+    return recomputed_block(block, form, x, c, rule, at_once)
+
+
+def recomputed_block(
+    block: DiTBlock, form: str, x: Tensor | Halves, c: Condition, rule: RoutingRule, run: Run
+) -> BlockOutput:
+    """A block as Python comes to it, recomputed as a whole."""
+    if isinstance(x, Tensor):
+        return recomputed(block.compute, form, x, c, rule, run)
+    # Recomputing a whole block would send rows anew for which nobody waits.
+    return recomputed(block.compute_halves, form, x, c, rule, run, form == "block")
 
 
 def _mlp(
@@ -130,8 +172,8 @@ class DiT(nn.Module):
     """Diffusion transformer (Peebles & Xie 2023) with DiffMoE's MoE layers.
 
     ``pool`` is in samples and only matters for the training rule; ``groups`` says which experts
-    live here.  ``run`` is how its blocks are computed: ``run_plainly``, or what ``models.compiled``
-    puts there.
+    live here; ``overlap``: ``parallel.overlap``, in training with EP.  ``run`` is how
+    its blocks are computed: ``run_plainly``, or what ``models.compiled`` puts there.
     """
 
     def __init__(
@@ -142,12 +184,14 @@ class DiT(nn.Module):
         pool: int = 1,
         groups: ParallelGroups | None = None,
         recompute: str = "none",
+        overlap: str = "none",
         time_scale: float = 1.0,
     ) -> None:
         super().__init__()
         groups = groups or single_process()
         self.model, self.moe, self.time_scale = model, moe, time_scale
         self.recompute = forms(recompute, model.depth)  # of each block
+        self.in_halves = overlap == "halves" and groups.ep.size > 1  # while training
         self.run: BlockRun = run_plainly
         self.x_embedder = PatchEmbedding(model.channels, model.patch, model.width)
         self.t_embedder = TimestepEmbedding(model.width)
@@ -184,10 +228,14 @@ class DiT(nn.Module):
         both = (time + self.y_embedder(y)).to(dtype)
         c = Condition(both, time.to(dtype), y == self.model.classes)
         reports = []
+        if self.in_halves and self.training:
+            h = _here(*h.chunk(2))
         for block, form in zip(self.blocks, self.recompute):
             h, stats = block(h, c, rule, form if self.training else "none", self.run)
             if stats is not None:
                 reports.append(stats)
+        if not isinstance(h, Tensor):
+            h = torch.cat([half() for half in h])
         return ModelOutput(self._unpatchify(self.final_layer(h, both)), tuple(reports))
 
     @contextlib.contextmanager

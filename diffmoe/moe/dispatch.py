@@ -26,8 +26,9 @@ class Plan:
     ``token_R``, ``place_R``: each row's token, and its place in flattened [T, E].  ``by_token_R``:
     rows sorted by (token, expert), where those of a token begin at ``first_T``.  ``counts``: rows
     of each local expert, one number where all have equally many, else [e].  ``received_re``: rows
-    by source rank and local expert; ``send``, ``receive``: rows by rank.  None where all are equal
-    or nothing moves.  ``ragged``: whether their number differs from pass to pass.
+    by source rank and local expert; ``send``, ``receive``: rows by rank, ``passing``: rows between
+    others that pass through this one.  None where all are equal or nothing moves.  ``ragged``:
+    whether their number differs from pass to pass.
     """
 
     token_R: Tensor
@@ -38,6 +39,7 @@ class Plan:
     received_re: Tensor | None = None
     send: list[int] | None = None
     receive: list[int] | None = None
+    passing: list[int] | None = None
     ragged: bool = False
 
 
@@ -45,22 +47,57 @@ def make_plan(routing: Routing, ep: Group) -> Plan:
     """The plan of a choice.  The host reads the device once where counts are ragged and not known,
     else never.
     """
-    mask_TE, E = routing.mask_TE, routing.mask_TE.shape[1]
+    mask_TE, rows = routing.mask_TE, routing.rows
     if routing.tokens_EK is not None:
-        K, token = routing.tokens_EK.shape[1], routing.tokens_EK.flatten()
-        place = token * E + torch.arange(E, device=mask_TE.device).repeat_interleave(K)
-        return Plan(token, place, *_by_token(mask_TE, place), ep.size * K)
-    counts_E, rows = mask_TE.sum(dim=0), routing.rows
-    if ep.size == 1:
-        if rows is None:
-            rows = read_by_host(counts_E.sum(0, keepdim=True))[0]
-        return Plan(*_rows(mask_TE, rows), counts_E, ragged=routing.rows is None)
-    sent = counts_E.view(ep.size, -1)
-    received = routing.received_re if routing.received_re is not None else exchange_equal(sent, ep)
-    numbers = read_by_host(torch.cat([sent.sum(1), received.sum(1)]))
-    send, receive = numbers[: ep.size], numbers[ep.size :]
-    counts = routing.each if routing.each is not None else received.sum(0)
-    return Plan(*_rows(mask_TE, sum(send)), counts, received, send, receive, ragged=True)
+        return _equal_plan(mask_TE, routing.tokens_EK, ep)
+    if ep.size > 1:
+        return ragged_plans(routing, ep, parts=1)[0]
+    counts_E = mask_TE.sum(dim=0)
+    if rows is None:
+        rows = read_by_host(counts_E.sum(0, keepdim=True))[0]
+    return Plan(*_rows(mask_TE, rows), counts_E, ragged=routing.rows is None)
+
+
+def half_plans(routing: Routing, ep: Group, whole_pools: bool) -> list[Plan]:
+    """The plans of each half of the tokens, for more than one EP rank: every expert takes equally
+    many of a half that holds ``whole_pools``, if it does of both together.  One read by the host
+    for both.
+    """
+    if routing.tokens_EK is None or not whole_pools:
+        return ragged_plans(routing, ep, parts=2)
+    first, second = routing.tokens_EK.chunk(2, dim=1)
+    masks = routing.mask_TE.chunk(2)
+    each = zip(masks, (first, second - len(masks[0])))
+    return [_equal_plan(mask_TE, tokens_EK, ep) for mask_TE, tokens_EK in each]
+
+
+def _equal_plan(mask_TE: Tensor, tokens_EK: Tensor, ep: Group) -> Plan:
+    E, K = tokens_EK.shape
+    token = tokens_EK.flatten()
+    place = token * E + torch.arange(E, device=mask_TE.device).repeat_interleave(K)
+    return Plan(token, place, *_by_token(mask_TE, place), ep.size * K)
+
+
+def ragged_plans(routing: Routing, ep: Group, parts: int) -> list[Plan]:
+    """The plans of equal ``parts`` of the tokens, where counts are known to the device alone."""
+    mask_TE, coming, passed = routing.mask_TE, routing.coming_rTe, routing.passing_rTe
+    # [rank, part, local expert]
+    sent = mask_TE.unflatten(0, (parts, -1)).sum(1).view(parts, ep.size, -1).transpose(0, 1)
+    if coming is None:
+        received, passing = exchange_equal(sent, ep)
+    else:
+        received = coming.unflatten(1, (parts, -1)).sum(2)
+        passing = None if passed is None else passed.unflatten(1, (parts, -1)).sum(2)
+    known = [sent, received] if passing is None else [sent, received, passing]
+    numbers = read_by_host(torch.cat([counts.sum(2) for counts in known]).flatten())
+    plans = []
+    for i, mask in enumerate(mask_TE.chunk(parts)):
+        of_part, received_re = numbers[i::parts], received[:, i]
+        send, receive, through = (of_part[n * ep.size :][: ep.size] for n in range(3))
+        counts = routing.each if parts == 1 and routing.each is not None else received_re.sum(0)
+        places = _rows(mask, sum(send))
+        plans.append(Plan(*places, counts, received_re, send, receive, through or None, True))
+    return plans
 
 
 def _rows(mask_TE: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,7 +119,12 @@ def dispatch(x_TD: Tensor, plan: Plan, ep: Group) -> Travelling:
     ``arrived``.
     """
     rows_RD = _Gather.apply(x_TD, plan.token_R, plan.by_token_R, plan.first_T)
-    return send_rows(rows_RD, plan.send, plan.receive, ep)
+    return send_rows(rows_RD, plan.send, plan.receive, ep, plan.passing)
+
+
+def send_home(rows_SD: Tensor, plan: Plan, ep: Group) -> Travelling:
+    """Experts' outputs, as their inputs arrived, on their way to where the tokens live."""
+    return send_rows(rows_SD, plan.receive, plan.send, ep, plan.passing, home=True)
 
 
 def by_expert(rows_SD: Tensor, plan: Plan, ranks: int, local: int) -> Tensor:

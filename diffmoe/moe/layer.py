@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,16 @@ from diffmoe.families import (
 from diffmoe.layout import pairs_taken, rows_taken
 from diffmoe.moe.balance import LoadBias, balance_loss, contrastive_loss, similarity_loss
 from diffmoe.moe.capacity import CapacityPredictor, Thresholds, predictor_loss
-from diffmoe.moe.dispatch import Plan, by_expert, by_source, combine, dispatch, make_plan
+from diffmoe.moe.dispatch import (
+    Plan,
+    by_expert,
+    by_source,
+    combine,
+    dispatch,
+    half_plans,
+    make_plan,
+    send_home,
+)
 from diffmoe.moe.experts import Experts, has_grouped_matmul
 from diffmoe.moe.gating import Beside, cosines, logits, scored, time_token_logits
 from diffmoe.moe.pool import choose, race, sum_by_pool
@@ -39,7 +50,7 @@ from diffmoe.moe.routing import (
     predicted_counts,
 )
 from diffmoe.moe.running import RunningState
-from diffmoe.parallel.collectives import arrived, send_rows
+from diffmoe.parallel.collectives import Travelling, arrived
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.recompute import Run, at_once
 
@@ -62,6 +73,22 @@ class MoEStats:
     balance_loss: Tensor | None = None
     observed_E: Tensor | None = None
     target_TP: Tensor | None = None
+
+
+class Late(NamedTuple):
+    """The layer's output of tokens whose rows are on their way home.  A tuple, since that is how
+    ZeRO 3 finds the tensors before whose backward the layer's weights must be there.
+    """
+
+    coming_RD: Travelling
+    gates_TE: Tensor
+    plan: Plan
+    shared_TD: Tensor | None
+
+    def output(self, run: Run) -> Tensor:
+        """[T, D], once the rows are here."""
+        coming, gates, plan, shared = self
+        return run(combine, arrived(coming), gates, plan, shared, ragged=plan.ragged)
 
 
 def running_state(model: ModelConfig, moe: MoEConfig) -> dict[str, RunningState]:
@@ -133,27 +160,40 @@ class MoELayer(nn.Module):
         return equal or has_grouped_matmul(self.router.device, self.router.dtype)
 
     def forward(
-        self, x_BND: Tensor, rule: RoutingRule, run: Run = at_once, beside: Beside = Beside()
-    ) -> tuple[Tensor, MoEStats]:
+        self,
+        x_BND: Tensor | Sequence[Tensor],
+        rule: RoutingRule,
+        run: Run = at_once,
+        beside: Beside = Beside(),
+    ) -> tuple[Any, MoEStats]:
         """[B, N, D] -> [B, N, D] and the report.  A token that no expert takes gets zero, or what
         the shared experts say.
+
+        Of two halves of the samples, which are routed together, [Late, Late]: of one half rows
+        travel while experts compute the other's.
         """
-        x_TD, ep = x_BND.flatten(0, 1), self.groups.ep
+        halves = [] if isinstance(x_BND, Tensor) else [half.flatten(0, 1) for half in x_BND]
+        x_TD = x_BND.flatten(0, 1) if isinstance(x_BND, Tensor) else torch.cat(halves)
+        ep = self.groups.ep
+        samples = len(x_BND) if isinstance(x_BND, Tensor) else sum(map(len, x_BND))
         scores_TE, logits_TE, target_TP = run(self.look, x_TD, beside)
-        routing, stats = self._route(x_TD, scores_TE, logits_TE, len(x_BND), rule, beside)
+        routing, stats = self._route(x_TD, scores_TE, logits_TE, samples, rule, beside)
         stats = replace(stats, target_TP=target_TP)
         gates_TE = gates(
             scores_TE, routing.mask_TE, self.moe.gates == "normalized", self.moe.gate_scale
         )
-        plan = make_plan(routing, ep)
-        coming_SD = dispatch(x_TD, plan, ep)
-        shared_TD = None if self.shared is None else run(self.shared, x_TD)  # while rows travel
-        eager = self._loops(plan)
-        rows_SD = arrived(coming_SD)
-        rows_SD = run(self._compute, rows_SD, plan, ragged=plan.ragged, traceable=not eager)
-        coming_RD = send_rows(rows_SD, plan.receive, plan.send, ep)
-        y_TD = run(combine, arrived(coming_RD), gates_TE, plan, shared_TD, ragged=plan.ragged)
-        return y_TD.view_as(x_BND), stats
+        if isinstance(x_BND, Tensor):
+            plan = make_plan(routing, ep)
+            coming_SD = dispatch(x_TD, plan, ep)
+            shared_TD = None if self.shared is None else run(self.shared, x_TD)  # while rows travel
+            late = Late(self._experts(coming_SD, plan, run), gates_TE, plan, shared_TD)
+            return late.output(run).view_as(x_BND), stats
+        plans = half_plans(routing, ep, whole_pools=samples // 2 % self.pool == 0)
+        coming = [dispatch(half, plan, ep) for half, plan in zip(halves, plans)]
+        shared = [None if self.shared is None else run(self.shared, half) for half in halves]
+        coming = [self._experts(rows, plan, run) for rows, plan in zip(coming, plans)]
+        each = zip(coming, gates_TE.chunk(2), plans, shared)
+        return [Late(*parts) for parts in each], stats
 
     def commit(self, observed_E: Tensor, pools: int) -> None:
         """Takes what a step's passes observed [E], summed over them and over ranks: thresholds of
@@ -203,6 +243,12 @@ class MoELayer(nn.Module):
         ranks, local = self.groups.ep.size, self.experts.local
         outputs = self.experts(by_expert(rows_SD, plan, ranks, local), plan.counts)
         return by_source(outputs, plan, ranks, local)
+
+    def _experts(self, coming_SD: Travelling, plan: Plan, run: Run) -> Travelling:
+        """Rows through their experts as soon as they are here, and off home."""
+        eager, rows_SD = self._loops(plan), arrived(coming_SD)
+        rows_SD = run(self._compute, rows_SD, plan, ragged=plan.ragged, traceable=not eager)
+        return send_home(rows_SD, plan, self.groups.ep)
 
     def _loops(self, plan: Plan) -> bool:
         """Whether experts are a loop of the host's."""

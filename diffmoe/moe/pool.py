@@ -57,13 +57,14 @@ def _choose_at_owner(
         facts.append(watched_TE.detach().to(scores_TE.dtype))
     # [owner, facts, T, e] -> [source, facts, T, e] -> [EP group of the pool, source, facts, T, e]
     by_owner = torch.stack(facts).view(len(facts), T, ep.size, local).permute(2, 0, 1, 3)
-    held = gather_stack(exchange_equal(by_owner, ep), owners)
+    held = gather_stack(exchange_equal(by_owner, ep)[0], owners)
     # Ranks are consecutive in a pool group, so (EP group, source, T) is the order of the samples.
     scores, *watched = held.permute(2, 0, 1, 3, 4).reshape(len(facts), -1, local)
     chosen_eK = choose_tokens(scores, pool_tokens, K)
     mask = mask_of(chosen_eK, len(scores)).view(owners.size, ep.size, T, local)
     mine = mask[owners.index]
-    mask_TE = exchange_equal(mine.to(torch.uint8), ep).permute(1, 0, 2).reshape(T, E).bool()
+    by_owner, passed = exchange_equal(mine.to(torch.uint8), ep, home=True)
+    mask_TE = by_owner.permute(1, 0, 2).reshape(T, E).bool()
     observed = None
     if watched:
         observed = scores.new_zeros(ep.size, local)
@@ -73,7 +74,7 @@ def _choose_at_owner(
     # An expert's tokens come from this EP group alone, so that their number is known where the pool
     # has no other.
     each = chosen_eK.shape[1] if owners.size == 1 else None
-    return Routing(mask_TE, received_re=mine.sum(dim=1), each=each), observed
+    return Routing(mask_TE, coming_rTe=mine, passing_rTe=passed, each=each), observed
 
 
 def race(
@@ -98,8 +99,14 @@ def race(
     by_rank = mask.view(pool.size, T, E)
     mine = by_rank[pool.index]
     first = pool.index - ep.index  # EP groups are consecutive ranks of the pool's
-    coming = by_rank[first : first + ep.size].unflatten(2, (ep.size, -1))[:, :, ep.index]
-    return Routing(mine, received_re=coming.sum(dim=1)), observed
+    pairs = by_rank[first : first + ep.size].unflatten(2, (ep.size, -1))
+    passing = None
+    if ep.levels is not None:
+        inside = ep.levels.inside
+        here = ep.index - inside.index
+        passed = pairs[inside.index :: inside.size, :, here : here + inside.size]
+        passing = passed.transpose(1, 2).flatten(0, 1)
+    return Routing(mine, coming_rTe=pairs[:, :, ep.index], passing_rTe=passing), observed
 
 
 def sum_by_pool(per_run: Tensor, run: int, pool: int, samples: int, group: Group) -> Tensor:

@@ -40,15 +40,17 @@ class Routing:
     asking the device.
 
     ``tokens_EK``: each expert's tokens, ascending, where all experts take equally many here.
-    ``rows``: how many it says yes to.  ``received_re``: [EP ranks, local experts] rows that each
-    rank will send here; ``each``: rows that each local expert will get from all of them together.
-    None: not known.
+    ``rows``: how many it says yes to.  ``coming_rTe``: [EP ranks, their T, local experts] what each
+    rank will send here; ``passing_rTe``: what others will send each other through here (see
+    ``collectives.send_rows``), where the exchange has two levels; ``each``: rows that each local
+    expert will get from all of them together.  None: not known.
     """
 
     mask_TE: Tensor
     tokens_EK: Tensor | None = None
     rows: int | None = None
-    received_re: Tensor | None = None
+    coming_rTe: Tensor | None = None
+    passing_rTe: Tensor | None = None
     each: int | None = None
 
 

@@ -12,7 +12,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ import torch.distributed._functional_collectives  # what the operators do withou
 from torch import Tensor
 
 from diffmoe.errors import UserError
-from diffmoe.parallel.groups import Group
+from diffmoe.parallel.groups import Group, Levels
 
 _functional = torch.ops._c10d_functional
 # The operators of all that follows, but for objects; recompute can keep what they bring.
@@ -45,18 +45,76 @@ _LOST_PEER = re.compile(
 _OWN_FAULT = re.compile(r"ncclInvalidUsage|ncclInvalidArgument|out of memory")
 
 
+@dataclass
 class _Exchange:
     """An all-to-all of rows: ``send[r]`` of them go to rank r of the group, ``receive[r]`` come
     from it.
+
+    Over two levels rows cross the network first, to the rank of this place on their host, and go
+    from there to their expert's; ``home`` they come by the same ranks.  So what is in flight while
+    others compute is the network's part, in both directions, and its messages are as large as the
+    senders have tokens, however many of them go to one expert.
     """
 
-    def __init__(self, send: list[int] | None, receive: list[int] | None, group: Group) -> None:
-        self.send, self.receive, self.group = send, receive, group
-        self.gradient: Tensor | None = None  # on its way back
+    send: list[int] | None
+    receive: list[int] | None
+    group: Group
+    passing: list[int] | None = None
+    home: bool = False
+    gradient: Tensor | None = None  # on its way back
+
+    def back(self) -> _Exchange:
+        return _Exchange(self.receive, self.send, self.group, self.passing, not self.home)
+
+    def begin(self, rows: Tensor) -> Tensor:
+        """Rows in a new tensor, not waited for."""
+        levels, send, receive = self.group.levels, self.send, self.receive
+        if levels is None:
+            return _begin(rows, send, receive, self.group)
+        if self.home:
+            rows, send = _inside(rows, send, self.passing, levels), self.passing
+        else:
+            receive = self.passing
+        ranks = levels.inside.size
+        return _begin(rows, _by_host(send, ranks), _by_host(receive, ranks), levels.across)
+
+    def end(self, coming: Tensor) -> Tensor:
+        """The rows once they are here, in rank order."""
+        rows, levels = _functional.wait_tensor(coming), self.group.levels
+        if levels is None or self.home:
+            return rows
+        return _inside(rows, self.passing, self.receive, levels)
 
 
-@dataclass(frozen=True)
-class Travelling:
+def _by_host(counts: list[int] | None, ranks: int) -> list[int] | None:
+    if counts is None:
+        return None
+    return [sum(counts[first : first + ranks]) for first in range(0, len(counts), ranks)]
+
+
+def _inside(
+    rows: Tensor, send: list[int] | None, receive: list[int] | None, levels: Levels
+) -> Tensor:
+    """All-to-all inside a host of rows that lie as [host][rank of a host], and lie so again."""
+    hosts, ranks = levels.across.size, levels.inside.size
+    each = [len(rows) // (hosts * ranks)] * (hosts * ranks)
+    to, come = (
+        [counts[r::ranks] for r in range(ranks)] for counts in (send or each, receive or each)
+    )
+    rows = _turned(rows, send or each, ranks)
+    rows = _functional.wait_tensor(
+        _begin(rows, list(map(sum, to)), list(map(sum, come)), levels.inside)
+    )
+    return _turned(rows, sum(come, []), hosts)
+
+
+def _turned(rows: Tensor, counts: list[int], b: int) -> Tensor:
+    """Rows that lie as [a][b], ``counts`` of each pair -> as [b][a]; the host knows where."""
+    parts = rows.split(counts)
+    return torch.cat([part for place in range(b) for part in parts[place::b]])
+
+
+class Travelling(NamedTuple):
     """Rows that ``send_rows`` sent: to be read through ``arrived``."""
 
     rows: Tensor
@@ -64,13 +122,22 @@ class Travelling:
 
 
 def send_rows(
-    rows: Tensor, send: list[int] | None, receive: list[int] | None, group: Group
+    rows: Tensor,
+    send: list[int] | None,
+    receive: list[int] | None,
+    group: Group,
+    passing: list[int] | None = None,
+    home: bool = False,
 ) -> Travelling:
     """Begins a differentiable all-to-all of the first dimension: ``send[r]`` rows go to rank r of
     the group, ``receive[r]`` come from it, in rank order; None for both: equal shares.  Every rank
     of the group must call it, also with no rows, and backward sends the gradients the other way.
+
+    Where the group has two levels: ``home``: these are rows on their way back, and ``passing`` are
+    the rows between others that pass through this rank, either way: of the tokens' rank on each
+    host with its place, to each rank of its host [hosts x ranks of a host].
     """
-    exchange = _Exchange(send, receive, group)
+    exchange = _Exchange(send, receive, group, passing, home)
     if group.size == 1:
         return Travelling(rows, exchange)
     with group.trace.inside("all-to-all of rows", group.ranks):
@@ -93,24 +160,27 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        return _begin(rows, exchange.send, exchange.receive, exchange.group)
+        return exchange.begin(rows)
 
     @staticmethod
     def backward(ctx, _placeholder: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
-        return _functional.wait_tensor(gradient), None
+        exchange = ctx.exchange
+        with exchange.group.trace.inside("all-to-all of gradients", exchange.group.ranks):
+            return exchange.back().end(gradient), None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, coming: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return _functional.wait_tensor(coming)
+        ctx.exchange, ctx.shape = exchange, coming.shape
+        return exchange.end(coming)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        exchange = ctx.exchange
-        exchange.gradient = _begin(gradient, exchange.receive, exchange.send, exchange.group)
+        ctx.exchange.gradient = ctx.exchange.back().begin(gradient)
+        if gradient.shape != ctx.shape:
+            gradient = gradient.new_empty(1).expand(ctx.shape)
         return gradient, None  # in the shape that autograd wants; nobody reads it
 
 
@@ -139,13 +209,23 @@ def read_by_host(numbers: Tensor) -> list[int]:
     return _copied_to_host(numbers).tolist()
 
 
-def exchange_equal(parts: Tensor, group: Group) -> Tensor:
-    """Not differentiable: part ``parts[r]`` goes to rank r; returns [size, …] in rank order."""
+def exchange_equal(parts: Tensor, group: Group, home: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Not differentiable: part ``parts[r]`` goes to rank r; returns [size, …] in rank order.  Over
+    two levels also what passed through here, by the pairs of ``send_rows``'s ``passing``, else
+    None.
+    """
     if group.size == 1:
-        return parts
+        return parts, None
     assert parts.shape[0] == group.size
     with group.trace.inside("all-to-all of scores", group.ranks):
-        return _functional.wait_tensor(_begin(parts.detach(), None, None, group))
+        levels, parts = group.levels, parts.detach()
+        if levels is None:
+            return _functional.wait_tensor(_begin(parts, None, None, group)), None
+        if home:
+            passed = _inside(parts, None, None, levels)
+            return _functional.wait_tensor(_begin(passed, None, None, levels.across)), passed
+        passed = _functional.wait_tensor(_begin(parts, None, None, levels.across))
+        return _inside(passed, None, None, levels), passed
 
 
 def gather_stack(part: Tensor, group: Group) -> Tensor:

@@ -4,6 +4,9 @@ Expert-parallel (EP) groups are consecutive ranks; an expert-data-parallel (EDP)
 ranks that own the same experts.  A pool group is the smallest set of consecutive ranks that holds
 whole pools and whole EP groups; inside it the pool-owner groups are the ranks that own the same
 experts.
+
+An EP group over hosts may exchange over two levels: ``across`` hosts, with the rank of the same
+place on each, and ``inside`` its own host.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from functools import cached_property
 import torch.distributed as dist
 
 from diffmoe.parallel.trace import Trace
+
+# Names by which a count tells the two levels of an exchange apart.
+ACROSS, INSIDE = "ep across", "ep inside"
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Group:
     trace: Trace = field(default_factory=Trace, compare=False, repr=False)
     name: str = ""
     timeout: timedelta | None = None
+    levels: Levels | None = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -55,6 +62,16 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """The two of a group whose ranks are ``across.size`` hosts times ``inside.size`` consecutive
+    ranks.
+    """
+
+    across: Group
+    inside: Group
+
+
+@dataclass(frozen=True)
 class ParallelGroups:
     """Every group that this rank is in.  Built once, passed down, never global."""
 
@@ -71,6 +88,18 @@ class ParallelGroups:
     @property
     def trace(self) -> Trace:
         return self.world.trace
+
+
+@dataclass(frozen=True)
+class ShardGroups:
+    """Who shares one copy of the optimizer's state: the ranks of ``dense`` that of what all ranks
+    train, the ranks of ``experts``, among them, that of this rank's experts.  ``replicas``: the
+    ranks that hold the same shards of both as this one.
+    """
+
+    dense: Group
+    experts: Group
+    replicas: Group
 
 
 def consecutive_ranks(rank: int, size: int) -> tuple[int, ...]:
@@ -93,25 +122,57 @@ def single_process() -> ParallelGroups:
     return ParallelGroups(one, one, one, one, one)
 
 
-def build_groups(ep: int, pool_ranks: int, timeout: timedelta | None = None) -> ParallelGroups:
+def build_groups(
+    ep: int, pool_ranks: int, timeout: timedelta | None = None, per_host: int = 0
+) -> ParallelGroups:
     """This rank's groups, after ``init_process_group``; torch's handles are made when they are
     used.
 
     ``pool_ranks`` is 1 (pools inside a rank) or a multiple of ``ep`` (see
     ``layout.resolve_layout``).  ``timeout`` is for their collectives; new groups do not take it
-    from the world (None: torch's 30 minutes).
+    from the world (None: torch's 30 minutes).  ``per_host``: consecutive ranks of an EP group on
+    each of its hosts, where it exchanges over two levels; 0: directly.
     """
     world, rank, trace = dist.get_world_size(), dist.get_rank(), Trace()
     everybody = tuple(range(world))
-    known = {everybody: Group(everybody, rank, dist.group.WORLD, trace, "world")}
+    experts, levels = consecutive_ranks(rank, ep), None
+
+    def new(name: str, ranks: tuple[int, ...], existing: dist.ProcessGroup | None = None) -> Group:
+        over = levels if ranks == experts else None
+        return Group(ranks, ranks.index(rank), existing, trace, name, timeout, over)
+
+    if per_host:
+        levels = Levels(
+            across=new(ACROSS, strided_ranks(rank, per_host, ep)),
+            inside=new(INSIDE, consecutive_ranks(rank, per_host)),
+        )
+    known = {everybody: new("world", everybody, dist.group.WORLD)}
 
     def group(name: str, ranks: tuple[int, ...]) -> Group:
-        return known.setdefault(ranks, Group(ranks, ranks.index(rank), None, trace, name, timeout))
+        return known.setdefault(ranks, new(name, ranks))
 
     return ParallelGroups(
         world=known[everybody],
-        ep=group("ep", consecutive_ranks(rank, ep)),
+        ep=group("ep", experts),
         edp=group("edp", strided_ranks(rank, ep, world)),
         pool=group("pool", consecutive_ranks(rank, pool_ranks)),
         pool_owners=group("pool owners", strided_ranks(rank, ep, max(pool_ranks, ep))),
+    )
+
+
+def shard_groups(groups: ParallelGroups, size: int | None) -> ShardGroups:
+    """The groups where runs of ``size`` ranks, whole EP groups, share a copy (None: all ranks do).
+
+    They have communicators of their own: gradients travel while EP groups exchange rows."""
+    world, rank = groups.world, groups.rank
+    if size is None or size == world.size:
+        return ShardGroups(world, groups.edp, Group((rank,), 0))
+
+    def group(name: str, ranks: tuple[int, ...]) -> Group:
+        return Group(ranks, ranks.index(rank), None, groups.trace, name, world.timeout)
+
+    return ShardGroups(
+        dense=group("shard", consecutive_ranks(rank, size)),
+        experts=group("expert shard", strided_ranks(rank, groups.ep.size, size)),
+        replicas=group("replicas", strided_ranks(rank, size, world.size)),
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import (
     _pop_mode,
     _push_mode,
 )
+
+from diffmoe.parallel.groups import ACROSS, INSIDE
 
 _FUNCTIONAL, _IN_PLACE = "_c10d_functional", "c10d"
 # Operator -> (collective, argument that holds what this rank puts in).
@@ -51,13 +53,14 @@ class Kind:
     """What a message was: ``collective``; ``layer``, an MoE layer's name, or "" outside;
     ``purpose``: scores, mask, counts, dispatch, combine, owners, balance (in an MoE layer),
     gradients, parameters, norm, statistics (outside); ``phase``: forward, backward, recompute,
-    step.
+    step; ``level``: "ep across", "ep inside" where an exchange has two, else "".
     """
 
     collective: str
     layer: str
     purpose: str
     phase: str
+    level: str = ""
 
 
 @dataclass
@@ -97,7 +100,8 @@ class CommunicationCount(TorchDispatchMode):
         self.amounts: dict[Kind, Amount] = defaultdict(Amount)
         self._layers = list(layers)
         self._layer, self._rows = "", ""
-        # Autograd's number of an arrival -> layer, purpose.
+        # Memory of rows on their way, autograd's number of an arrival -> layer, purpose.
+        self._on_their_way: dict[int, tuple[str, str]] = {}
         self._arrived_by_node: dict[int, tuple[str, str]] = {}
         self._handles: list[Any] = []
 
@@ -122,16 +126,23 @@ class CommunicationCount(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        result = function(*args, **(kwargs or {}))
         if function.namespace in (_FUNCTIONAL, _IN_PLACE):
-            self._note(function, args)
-        return function(*args, **(kwargs or {}))
+            self._note(function, args, result)
+        return result
 
-    def _note(self, function: Any, args: tuple) -> None:
+    def _note(self, function: Any, args: tuple, result: Any) -> None:
         packet = function.overloadpacket.__name__
-        if packet == "wait_tensor" and self._rows and torch._C._current_autograd_node() is None:
-            # Where rows arrive their gradients leave in backward: by a node that was made just
-            # before this was called.
-            self._arrived_by_node[torch.autograd._get_sequence_nr() - 1] = (self._layer, self._rows)
+        forward = torch._C._current_autograd_node() is None
+        if packet == "wait_tensor" and forward:
+            where = self._on_their_way.pop(args[0].untyped_storage()._cdata, None)
+            if where is not None and where[1] in ("dispatch", "combine"):
+                # Where rows arrive their gradients leave in backward: by a node that was made just
+                # before this was called.
+                self._arrived_by_node[torch.autograd._get_sequence_nr() - 1] = where
+        if packet == "all_to_all_single" and self._layer and forward:
+            where = self._layer, self._purpose_in_layer("all_to_all", args[0])
+            self._on_their_way[result.untyped_storage()._cdata] = where
         if packet in _QUIET:
             return
         collective, place = _COLLECTIVES[f"{function.namespace}.{packet}"]
@@ -144,7 +155,10 @@ class CommunicationCount(TorchDispatchMode):
         if collective == "all_to_all":
             sends = args[2] if function.namespace == _FUNCTIONAL else args[4]
             wire = payload - _own_bytes(tensors[0], sends, group)
-        amount = self.amounts[self._kind(function.namespace, collective, tensors[0])]
+        kind = self._kind(function.namespace, collective, tensors[0])
+        if group.group_desc in (ACROSS, INSIDE):
+            kind = replace(kind, level=group.group_desc)
+        amount = self.amounts[kind]
         amount.messages += 1
         amount.payload += payload
         amount.wire += wire

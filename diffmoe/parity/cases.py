@@ -22,7 +22,7 @@ _STRADDLING: dict[int, list[str]] = {1: [], 2: ["2"], 4: ["2", "4"]}
 VARIANTS = {
     "diffmoe": "",
     "rich": "moe.activation=swiglu moe.shared_experts=1 model.qk_norm=true moe.interleave=true "
-    "model.depth=4 moe.capacity=1.5",
+    "model.depth=4 moe.capacity=1.5 train.recipe_batch=64",
     "tc": "model.family=tc moe.top_k=2",
     # every expert takes every token: no decision that bf16's rounding could turn
     "tc-all": "model.family=tc moe.top_k=4",
@@ -45,7 +45,7 @@ VARIANTS = {
 # train.sample_every: the EMA's weights are in the model's place for a pass after every step.
 _COMMON = (
     "model.input_size=8 model.width=32 model.depth=2 model.heads=2 model.mlp_ratio=2 "
-    "model.classes=10 moe.experts=4 moe.interleave=false moe.threshold_decay=0.5 "
+    "model.classes=10 moe.interleave=false moe.threshold_decay=0.5 "
     "moe.balance_weight=0.1 train.lr=0.1 train.eps=1e-3 train.weight_decay=0.5 train.clip=0.5 "
     "train.ema=0.25 train.label_drop=0.3 train.sample_every=1 sample.steps=2 sample.batch=3"
 )
@@ -55,6 +55,9 @@ _COMMON = (
 class Case:
     """One row.  ``pool`` is what the configuration says, a word or samples; ``words``: other words
     for the same.  ``overlap``: gradients are reduced in many small buckets while backward runs.
+    ``shard``: so many ranks share a copy of the optimizer's state (0: all).
+    ``per_host``: ranks of an expert-parallel group on what counts as one host, between which the
+    exchange has two levels.
     """
 
     world: int
@@ -70,16 +73,25 @@ class Case:
     compiled: bool = False
     routing: str = "token"  # of the images that a compiled row samples
     overlap: bool = False
+    shard: int = 0
+    per_host: int = 0
+    halves: bool = False  # parallel.overlap
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
         """The configuration of this row.  Raises UserError where the numbers do not fit."""
         text = (
             f"{_COMMON} run.seed={seed} parallel.ep={self.ep} parallel.recompute={self.recompute} "
+            f"parallel.overlap={'halves' if self.halves else 'none'} "
             f"moe.pool={self.pool} train.batch={self.batch} train.accumulation={self.accumulation} "
             f"train.steps={steps} train.compile={str(self.compiled).lower()} "
-            f"sample.routing={self.routing} {VARIANTS[self.variant]}"
+            f"sample.routing={self.routing} moe.experts={self.experts} {VARIANTS[self.variant]}"
         )
         return load_config(None, text.split())
+
+    @property
+    def experts(self) -> int:
+        """As many as a variant has that does not say."""
+        return max(4, self.ep)
 
     def deepspeed(self) -> dict:
         """The DeepSpeed JSON of this row."""
@@ -88,6 +100,8 @@ class Case:
             stage["stage3_param_persistence_threshold"] = 0
         if self.overlap:
             stage |= {"overlap_comm": True, "reduce_bucket_size": 5000}
+        if self.shard:
+            stage["mics_shard_size"] = self.shard
         zero = {"zero_optimization": stage}
         if self.precision == "fp32":
             return zero
@@ -106,9 +120,10 @@ class Case:
     @property
     def kind(self) -> str:
         words = [self.variant, "bf16" * (self.precision == "bf16")]
-        return " ".join(
-            filter(None, [*words, "compiled" * self.compiled, "overlap" * self.overlap])
-        )
+        words += ["compiled" * self.compiled, "overlap" * self.overlap, "halves" * self.halves]
+        words.append(f"shards of {self.shard}" if self.shard else "")
+        words.append(f"hosts of {self.per_host}" if self.per_host else "")
+        return " ".join(filter(None, words))
 
 
 def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
@@ -139,9 +154,66 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
             case = Case(world, ep, zero, RECOMPUTE[zero - 1], accumulation, "rank", 16)
             case = replace(case, overlap=True)
             cases += [case, replace(case, variant="tc-all", precision="bf16")]
+        cases += _hybrid(world, ep, 2) if world == 4 and ep <= 2 else []
+        cases += _halves(world, ep) if ep > 1 else []
         if ep == 1:  # counts that the host must ask for: where a GPU has it, the grouped matmul
             cases.append(Case(world, ep, 1, "none", 1, "rank", 16, "tc-all", precision="bf16"))
+    return cases + two_level_table(worlds)
+
+
+def two_level_table(worlds: Iterable[int] = (8,)) -> list[Case]:
+    """EP groups over hosts: every router's kind of exchange (equal counts, counts that owners know,
+    that all know, that are exchanged) at ZeRO 1 and 3.
+    """
+    cases = []
+    grids = [(4, 4, 2), (8, 4, 2), (8, 8, 4), (8, 8, 2)]
+    routers = "diffmoe rank, diffmoe global, diffmoe group, tc rank, race global, race rank, "
+    routers += "prototype global, threshold rank, ec 1"
+    for world, ep, per_host in grids:
+        for number, words in enumerate(routers.split(", ") if world in set(worlds) else ()):
+            variant, pool = words.split()
+            for zero in (1, 3):
+                accumulation = 1 + (zero + number) % 2
+                recompute = "selective" if zero == 1 or number % 2 else RECOMPUTE[number // 2 % 2]
+                case = Case(world, ep, zero, recompute, accumulation, pool, 16, variant)
+                cases.append(replace(case, per_host=per_host))
     return cases
+
+
+def _hybrid(world: int, ep: int, shard: int) -> Iterator[Case]:
+    """Shards of ``shard`` ranks at every ZeRO stage that shards, and where buckets leave while
+    backward runs.
+    """
+    for zero, overlap in ((1, False), (1, True), (2, False), (3, False)):
+        case = Case(world, ep, zero, RECOMPUTE[zero - 1], 2, "rank", 16, shard=shard)
+        case = replace(case, overlap=overlap)
+        yield from (case, replace(case, variant="tc-all", precision="bf16"))
+
+
+def eight_ranks() -> list[Case]:
+    """Minutes: several groups of several ranks, of which an EP group may be all or a part."""
+    groups = (4, 4), (2, 4), (2, 2), (1, 2)
+    cases = [case for ep, shard in groups for case in _hybrid(8, ep, shard)]
+    return cases + [case for ep in (2, 4, 8) for case in _halves(8, ep)]
+
+
+def _halves(world: int, ep: int) -> list[Case]:
+    """Micro-batches in halves, of two and four samples: pools inside a half, a rank, of all
+    ranks, under each form of recompute, at each ZeRO stage, with every family.
+    """
+    rows = (
+        "1 none diffmoe, rank block rich, global selective diffmoe, global block tc, "
+        "rank selective tc-bias, 1 none ec, 1 selective ec-time, rank block threshold, "
+        "global none race, rank selective race, global block prototype, global none ddpm"
+    )
+    cases = []
+    for i, (pool, form, variant) in enumerate(map(str.split, rows.split(", "))):
+        accumulation = 1 + i // 4 % 2
+        batch = world * accumulation * (2 if i % 2 else 4)
+        case = Case(world, ep, (i + ep) % 4, form, accumulation, pool, batch, variant)
+        cases.append(replace(case, halves=True))
+    last = Case(world, ep, 1, "selective", 2, "rank", 8 * world, overlap=True)
+    return [*cases, replace(last, halves=True)]
 
 
 def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
@@ -177,6 +249,19 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 1, "selective", 2, "rank", 16, overlap=True),
         Case(4, 2, 2, "none", 2, "rank", 16, overlap=True),
         Case(4, 2, 1, "selective", 2, "rank", 16, "tc-all", precision="bf16", overlap=True),
+        Case(4, 2, 1, "none", 2, "rank", 16, shard=2),
+        Case(4, 2, 2, "none", 2, "rank", 16, shard=2),
+        Case(4, 2, 3, "none", 2, "rank", 16, shard=2),
+        Case(4, 2, 1, "none", 2, "rank", 16, "tc-all", precision="bf16", overlap=True, shard=2),
+        Case(4, 1, 1, "none", 1, "rank", 16, "tc-all", precision="bf16", overlap=True, shard=1),
+        Case(4, 4, 1, "selective", 2, "rank", 16, per_host=2),
+        Case(4, 4, 3, "selective", 1, "global", 16, per_host=2),
+        Case(4, 4, 1, "selective", 1, "rank", 16, "tc", per_host=2),
+        Case(4, 4, 3, "block", 2, "global", 16, "race", per_host=2),
+        Case(4, 2, 1, "selective", 2, "global", 16, halves=True),
+        Case(4, 2, 0, "block", 1, "rank", 16, "rich", halves=True),
+        Case(4, 2, 3, "none", 1, "1", 16, "ec", halves=True),
+        Case(4, 4, 2, "selective", 1, "global", 16, "tc", halves=True),
     ]
     return [case for case in cases if case.world in set(worlds)]
 
@@ -214,6 +299,9 @@ def compiled_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 2, "none", 1, "global", 16, "prototype"),
         Case(4, 2, 1, "none", 1, "global", 16, "tc-bias"),
         Case(4, 1, 2, "block", 1, "global", 16),
+        Case(4, 2, 1, "selective", 1, "global", 16, halves=True),
+        Case(4, 2, 2, "block", 1, "1", 16, "ec", halves=True),
+        Case(4, 2, 1, "none", 1, "rank", 16, "rich", halves=True),
     ]
     return [replace(case, compiled=True) for case in cases if case.world in set(worlds)]
 

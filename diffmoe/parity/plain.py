@@ -64,7 +64,7 @@ def plain_training(
     model = build_model(config, pool, single_process()).to(device)
     adam = torch.optim.AdamW(
         model.parameters(),
-        lr=train.lr,
+        lr=train.lr_at(0),  # the rows' rate is constant
         betas=train.betas,
         eps=train.eps,
         weight_decay=train.weight_decay,
@@ -94,7 +94,7 @@ def plain_training(
         gradient = gradient or _by_name(model, lambda p: p.grad)
         adam.step()
         weights = _by_name(model, lambda p: p.data)
-        decay = train.ema_decays[0]
+        decay = train.ema_decays[0] ** train.growth
         ema = {name: decay * ema[name] + (1 - decay) * weights[name] for name in weights}
         running = _moved(running, [torch.stack(layer) for layer in zip(*observed)], config)
         for (_, layer), value in zip(model.moe_layers(), running):

@@ -25,7 +25,12 @@ def build_model(config: Config, pool: int, groups: ParallelGroups) -> DiT:
     routers, whose scores would be all but equal, are drawn anew, each (expert) by its logical name.
     """
     model = DiT(
-        config.model, config.moe, pool=pool, groups=groups, recompute=config.parallel.recompute
+        config.model,
+        config.moe,
+        pool=pool,
+        groups=groups,
+        recompute=config.parallel.recompute,
+        overlap=config.parallel.overlap,
     )
     initialize(model, config.run.seed)
     for tensor in logical_tensors(model):
@@ -60,7 +65,7 @@ class Training:
         self.layout = resolve_layout(config, groups.world.size)
         merged = merge_deepspeed(tree, config, self.layout)
         self.engine = Engine(model, config, merged, groups, device)
-        self.ema = Ema(self.engine, config.train.ema_decays)
+        self.ema = Ema(self.engine, config.train.ema_decays, config.train.growth)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, of made-up samples."""

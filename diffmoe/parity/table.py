@@ -83,7 +83,7 @@ _groups = lru_cache(maxsize=None)(build_groups)
 def start_training(case: Case, seed: int, device: torch.device, steps: int = STEPS) -> Training:
     """Builds this rank's model, engine and EMA; every rank of the world calls it."""
     config, layout = case.config(seed, steps), case.layout()
-    groups = _groups(layout.ep, layout.pool_ranks)
+    groups = _groups(layout.ep, layout.pool_ranks, None, case.per_host)
     model = build_model(config, layout.pool, groups)
     if compiles(config.train, device, case.zero)[0]:
         compile_blocks(model)
@@ -222,7 +222,7 @@ def _run_case(
     folder: Path,
     tamper: Callable[[Training], None] | None,
 ) -> Row:
-    key = (case.variant, case.batch, case.accumulation, case.layout().pool)
+    key = (case.variant, case.experts, case.batch, case.accumulation, case.layout().pool)
     if key not in references:
         references[key] = str(folder / f"{len(references)}.pt")
         torch.save(reference_for(case, torch.device(ranks.device)), references[key])

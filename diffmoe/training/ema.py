@@ -14,10 +14,11 @@ class Ema:
     """Flat shards congruent with the engine's masters, one set for each decay; no rank ever holds a
     full copy.
 
-    Parameters only: thresholds are already running means and are taken as they are."""
+    Parameters only: thresholds are already running means and are taken as they are. ``growth``: how
+    many times the batch is what the decays are stated for, by which averages are called."""
 
-    def __init__(self, engine: Engine, decays: Sequence[float]) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, decays: Sequence[float], growth: float = 1.0) -> None:
+        self.engine, self.growth = engine, growth
         self.by_decay = {
             decay: [master.detach().clone() for master in engine.masters()] for decay in decays
         }
@@ -29,7 +30,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """ema <- decay ema + (1 - decay) weights, once per optimizer step."""
+        """ema <- d ema + (1 - d) weights, once per optimizer step, with d = decay^growth: as long a
+        half-life in samples.
+        """
         masters = [master.detach() for master in self.engine.masters()]
         for decay, shards in self.by_decay.items():
-            torch._foreach_lerp_(shards, masters, 1.0 - decay)
+            torch._foreach_lerp_(shards, masters, 1.0 - decay**self.growth)

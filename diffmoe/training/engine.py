@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from diffmoe.config import Config, TrainConfig
+from diffmoe.deepspeed_json import MICS, given_to_deepspeed
 from diffmoe.device import synchronize
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.models.logical import LogicalTensor, logical_tensors
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import agreed, anyone
-from diffmoe.parallel.groups import ParallelGroups
+from diffmoe.parallel.groups import Group, ParallelGroups, shard_groups
 from diffmoe.parallel.traffic import only_counting
 
 _SWAPPED = 2**22  # elements at a time
@@ -77,7 +78,7 @@ def check_by_deepspeed(tree: dict) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     try:
-        DeepSpeedConfig(copy.deepcopy(tree))
+        DeepSpeedConfig(copy.deepcopy(given_to_deepspeed(tree)))
     except (AssertionError, ValueError, TypeError, KeyError, DeepSpeedConfigError) as problem:
         text = " ".join(str(problem).split())  # pydantic's have several lines
         raise UserError(f"DeepSpeed refuses the configuration: {text}") from None
@@ -108,9 +109,14 @@ class Engine:
             zero = deepspeed_tree["zero_optimization"]
             self.stage: int = zero.get("stage", 0)
             self.offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
+            self.sharding = shard_groups(groups, zero.get(MICS))
             self._adam = _build_optimizer(
                 self._parameter_groups(), config.train, device, self.offload
             )
+        if self.sharding.replicas.size > 1 and self.stage == 3:
+            for tensor in self.tensors:  # experts', the next line overwrites
+                parameter: Any = tensor.parameter
+                parameter.ds_zero_partition_process_group = self.sharding.dense.handle
         if self.expert_parallel:
             self._declare_experts()
         given = [t.parameter.detach().clone() for t in self.tensors]
@@ -122,11 +128,11 @@ class Engine:
         from diffmoe.training import zero_optimizers
 
         self._zero, self._decision = zero_optimizers, zero_optimizers.Decision()
-        with zero_optimizers.in_place_of_deepspeeds():
+        with zero_optimizers.in_place_of_deepspeeds(self.sharding):
             self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
                 model=model,
                 optimizer=self._adam,
-                config=deepspeed_tree,
+                config=given_to_deepspeed(deepspeed_tree),
                 dist_init_required=False,
             )
         self._sums = isinstance(self.optimizer, zero_optimizers.Bf16Optimizer)
@@ -136,6 +142,7 @@ class Engine:
                 zero["reduce_bucket_size"],
                 self.engine.communication_data_type,
                 zero["overlap_comm"],
+                self.sharding.replicas,
             )
         if self.stage:
             zero_optimizers.decide_by(self._decision, self.optimizer, self.stage)
@@ -161,11 +168,11 @@ class Engine:
 
     def _declare_experts(self) -> None:
         """Tags, groups and marker: all that makes DeepSpeed reduce, clip and shard experts over
-        their EDP group.
+        their EDP group, or its part that shares a copy of their state.
         """
         from deepspeed.utils import groups as registry
 
-        name, ep, edp = self._ep_name, self.groups.ep, self.groups.edp
+        name, ep, edp = self._ep_name, self.groups.ep, self.sharding.experts
         registry._EXPERT_PARALLEL_GROUP[name] = ep.handle
         registry._EXPERT_DATA_PARALLEL_GROUP[name] = edp.handle
         registry._EXPERT_PARALLEL_GROUP_RANKS[name] = list(ep.ranks)
@@ -239,6 +246,19 @@ class Engine:
         self.engine.backward(loss)
         if not last:
             self.engine.step()  # counts the micro-batch
+        elif self.sharding.replicas.size > 1 and not self._sums:
+            self._average_over_replicas()
+
+    def _average_over_replicas(self) -> None:
+        """The shards of the gradient, so far averages over this rank's shard group."""
+        if self.offload:
+            synchronize(self.device)  # gradients are on their way to the host
+        self._zero.average(
+            self._zero.gradients(self.optimizer, self.stage, self.offload),
+            self.sharding.replicas.handle,
+            self.engine.communication_data_type,
+            self.device,
+        )
 
     def squared_norm(self) -> Tensor:
         """This rank's share (fp64, on the device) of the squared norm of the step's gradient before
@@ -258,7 +278,8 @@ class Engine:
             if self.offload:
                 synchronize(self.device)  # gradients are on their way to the host
             held = self._zero.gradients(self.optimizer, self.stage, self.offload)
-            parts = [(held, world**2 if self._sums else 1)]
+            copies = self.sharding.replicas.size
+            parts = [(held, copies * (world**2 if self._sums else 1))]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradients, divisor in parts:
             squares = [_square(gradient.detach().reshape(-1)) for gradient in gradients]
@@ -337,6 +358,12 @@ class Engine:
             return Span(0, 0, 0, 0)
         here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
         return Span(here.start, mapping.param_group_index, there.start, there.numel)
+
+    def holders(self, experts: bool) -> Group:
+        """The ranks that hold what this one does of its experts' state, or of all the rest."""
+        if self.stage > 0:
+            return self.sharding.replicas
+        return self.groups.edp if experts else self.groups.world
 
     def shape(self, index: int) -> tuple[int, ...]:
         """The shape of parameter number ``index``, also where ZeRO 3 has it in parts."""

@@ -106,15 +106,20 @@ def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:
             # can still say so.
             trace.enter("reading data", run.done)
             began = time.perf_counter()
-            stop = feed.read_ahead() or bool(stop_requested)
+            trace.clock.begin_step()
+            with trace.clock.waiting("data"):
+                stop = feed.read_ahead()
+            stop = stop or bool(stop_requested) or run.leaving
             assert batches is not None  # there are as many as steps
             stop, verdict = _step(run, batches, draws, stop)
             if verdict == "spike":
                 return run.done
+            if verdict != "left out":
+                trace.clock.end_step()
             run.done += 1
             trace.warm = True
             finished = run.done == train.steps
-            stop = stop and feed.decide_together(bool(stop_requested))
+            stop = stop and feed.decide_together(bool(stop_requested) or run.leaving)
             batches = feed.take()
             _compare_with_plan(run, time.perf_counter() - began)
             last = stop or finished
@@ -249,6 +254,7 @@ def _record(run: Run, last: bool) -> None:
         "skipped_steps": run.guard.skipped(run.done),
         "rollbacks": run.guard.rollbacks,
         "failed_saves": run.failed_saves,
+        **_compare_ranks(run),
         **run.next_record,
     }
     run.next_record = {}
@@ -256,6 +262,24 @@ def _record(run: Run, last: bool) -> None:
         run.writer.record(record)
         if _due(run.done, 10 * run.config.train.log_every, last):  # drawing takes a while
             run.writer.draw_load(load, run.done)
+
+
+def _compare_ranks(run: Run) -> dict:
+    """What the record says of the ranks' times; a straggler is an event, and with
+    ``run.on_straggler: requeue`` the end of this start.
+    """
+    if not run.stragglers.on:
+        return {}
+    record, news = run.stragglers.collect()
+    if news is not None:
+        run.event(*news)
+        rule = run.config.run.on_straggler == "requeue" and not run.leaving
+        if rule and run.stragglers.named is not None:
+            refusal = run.stragglers.exclude() if run.writer else None
+            run.leaving = anyone(run.writer is not None and refusal is None, run.groups.world)
+            then = f"its node stays: {refusal}" if refusal else "saves, and asks for other nodes"
+            run.event("requeue", f"run.on_straggler (requeue): {then}")
+    return record
 
 
 def _save(run: Run) -> None:

@@ -124,7 +124,9 @@ class Writer:
     def _scalars(self, values: dict, step: int) -> None:
         with self.unless_refused("tensorboard"):
             for name, value in values.items():
-                if value is not None:
+                if isinstance(value, str):
+                    self._open_board().add_text(name, value, step)
+                elif value is not None:
                     self._open_board().add_scalar(name, value, step)
 
     def _image(self, name: str, path: Path, step: int) -> None:
@@ -209,4 +211,6 @@ def progress_line(record: dict, total: int) -> str:
         f"MFU {100 * record['mfu']:.1f} %",
         f"{record['memory_gib']:.1f} GiB",
     ]
+    if "straggler" in record:
+        parts.append(f"slow: {record['straggler']}")
     return "  ".join(parts)

@@ -40,6 +40,7 @@ from diffmoe.training.metrics import Writer
 from diffmoe.training.mirror import Mirror
 from diffmoe.training.resume import Recipe, check_resumable, engine_changes, read_left_out
 from diffmoe.training.run_lock import RunLock
+from diffmoe.training.stragglers import Stragglers
 from diffmoe.training.validation import Validator, open_validator
 from diffmoe.training.watchdog import watch_layers
 
@@ -49,8 +50,9 @@ class Run:
     """Everything that one rank of a training run holds.  ``deepspeed``: the merged JSON;
     ``per_node``: ranks on a node; ``writer`` is rank 0's alone; ``scorer``, ``validator``,
     ``mirror``: None where nobody asked for scores, the validation loss, or copies; ``fresh``: no
-    checkpoint was there; ``recipes``: changes of the recipe so far, see ``resume``;
-    ``next_record``: what the next record of the metrics has besides.
+    checkpoint was there; ``recipes``: changes of the recipe so far, see ``resume``; ``leaving``:
+    all ranks stop after the next step; ``next_record``: what the next record of the metrics has
+    besides.
     """
 
     config: Config
@@ -66,6 +68,7 @@ class Run:
     mirror: Mirror | None
     guard: Guard
     meter: Meter
+    stragglers: Stragglers
     writer: Writer | None
     scorer: Scorer | None
     validator: Validator | None
@@ -73,6 +76,7 @@ class Run:
     recipes: list[Recipe]
     done: int = 0
     failed_saves: int = 0
+    leaving: bool = False
     unsaved: int | None = None  # the step of the last save, where it failed
     step_times: list[float] = field(default_factory=list)  # of the first steps of this start
     next_record: dict[str, Any] = field(default_factory=dict)
@@ -183,12 +187,13 @@ def start(
         device,
         per_node or layout.ranks,
         engine,
-        Ema(engine, config.train.ema_decays),
+        Ema(engine, config.train.ema_decays, config.train.growth),
         reader,
         Saver(folder / "checkpoints", config, layout, groups, names),
         mirror,
         guard,
         Meter(config, groups, device),
+        Stragglers(config.run, groups, engine, device, hosts),
         writer,
         scorer,
         validator,
@@ -234,6 +239,7 @@ def _new_model(config: Config, layout: Layout, groups: ParallelGroups) -> DiT:
         pool=layout.pool,
         groups=groups,
         recompute=config.parallel.recompute,
+        overlap=config.parallel.overlap,
         time_scale=config.diffusion.time_scale,
     )
     initialize(model, config.run.seed)

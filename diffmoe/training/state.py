@@ -39,24 +39,23 @@ def held(engine: Engine) -> list[Place]:
 def owned(engine: Engine) -> list[Place]:
     """What of it this rank saves: over all ranks every element once.
 
-    ZeRO shards the state already.  At ZeRO 0 the ranks that hold the same tensors (all ranks; the
-    expert-data-parallel ranks for experts) take even runs of them, so that all write, and about as
-    much.
+    Ranks that hold the same (at ZeRO 0 all ranks, the expert-data-parallel ranks of experts; from 1
+    on the replicas of a shard) take even runs of it, so that all write, and about as much.
     """
-    if engine.stage > 0:
-        return held(engine)
     places: list[Place] = []
-    for experts, group in ((False, engine.groups.world), (True, engine.groups.edp)):
-        sizes = {
-            index: tensor.parameter.numel()
+    for experts in (False, True):
+        group = engine.holders(experts)
+        spans = {
+            index: engine.span(index)
             for index, tensor in enumerate(engine.tensors)
             if (engine.expert_parallel and tensor.experts is not None) == experts
         }
-        total, before = sum(sizes.values()), 0
+        total, before = sum(span.count for span in spans.values()), 0
         first, last = (total * rank // group.size for rank in (group.index, group.index + 1))
-        for index, size in sizes.items():
-            places += _places(engine, index, first - before, last - before)
-            before += size
+        for index, span in spans.items():
+            shift = span.start - before
+            places += _places(engine, index, first + shift, last + shift)
+            before += span.count
     return places
 
 

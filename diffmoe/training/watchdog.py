@@ -381,11 +381,19 @@ def watch_layers(blocks: nn.ModuleList, trace: Trace) -> None:
         def entering(_module: nn.Module, _inputs: Any, name: str = name) -> None:
             trace.at(name)
 
+        def noting(x: Tensor, name: str = name) -> Tensor:
+            if x.requires_grad:
+                x.register_hook(lambda _gradient: trace.at(name))
+            return x
+
         def leaving(
-            _module: nn.Module, _inputs: Any, output: tuple[Tensor, Any], name: str = name
-        ) -> None:
-            if output[0].requires_grad:
-                output[0].register_hook(lambda _gradient: trace.at(name))
+            _module: nn.Module, _inputs: Any, output: tuple[Any, Any], noting: Any = noting
+        ) -> tuple[Any, Any] | None:
+            if isinstance(output[0], Tensor):
+                noting(output[0])
+                return None
+            first, second = output[0]  # halves, of which the second one is last in forward
+            return (first, lambda: noting(second())), output[1]
 
         block.register_forward_pre_hook(entering)
         block.register_forward_hook(leaving)

@@ -17,7 +17,10 @@ import deepspeed.runtime.engine
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.utils import groups as registry
 from torch import Tensor, nn
+
+from diffmoe.parallel.groups import Group, ShardGroups
 
 
 @dataclass
@@ -47,33 +50,53 @@ class _Bucket:
     missing: int
 
 
+@dataclass
+class _Reduced:
+    """A run of gradients on its way: ``sent`` is what is added up, ``part`` where it belongs."""
+
+    work: dist.Work | None
+    part: Tensor
+    sent: Tensor
+    own: bool
+
+
 class Bf16Optimizer(BF16_Optimizer):
     """ZeRO 1 with bf16 weights and fp32 sums of gradients, as DeepSpeed's, but
 
     - a step's first gradient overwrites the sum and later ones are added as they are: 6 and 10
       bytes a parameter instead of 18, and nothing to clear;
     - gradients are reduced to their owner only, in buckets, while the last micro-batch's backward
-      still runs; not at all in a group of one;
+      still runs; not at all in a group of one; where groups of ranks have a copy of the state each,
+      the owners of the same shard add theirs up;
     - averaging and clipping are one factor, which torch's fused Adam applies on its way."""
 
     decision: Decision
 
     def reduce_in_buckets(
-        self, order: list[nn.Parameter], most: int, dtype: torch.dtype, overlap: bool
+        self,
+        order: list[nn.Parameter],
+        most: int,
+        dtype: torch.dtype,
+        overlap: bool,
+        replicas: Group,
     ) -> None:
         """To be called once, before training.  ``order``: all parameters as forward uses them;
         backward gives their gradients roughly from the last to the first, and buckets of up to
         ``most`` elements (or one parameter) leave in that order. ``dtype``: in which ranks add.
-        Without ``overlap`` they wait for the end of backward.
+        Without ``overlap`` they wait for the end of backward.  ``replicas``: the ranks that own the
+        same shards.
         """
         self._dtype, self._overlap, self._launched = dtype, overlap, 0
-        self._work: list[tuple[dist.Work, int, Tensor, Tensor]] = []
+        self._replicas = replicas.handle if replicas.size > 1 else None
+        self.ranks = dist.get_world_size(self.dp_process_group) * replicas.size
+        self._reduced: list[_Reduced] = []
+        self._across: list[_Reduced] = []
         self._bucket_of: dict[tuple[int, int], _Bucket] = {}
         place = {id(parameter): i for i, parameter in enumerate(order)}
         found: list[tuple[int, _Bucket]] = []
         for i, parameters in enumerate(self.bf16_groups):
             group = self.real_dp_process_group[i]
-            if dist.get_world_size(group) == 1:
+            if dist.get_world_size(group) == replicas.size == 1:
                 continue
             starts = [0, *accumulate(parameter.numel() for parameter in parameters)]
             last = len(parameters)
@@ -123,11 +146,25 @@ class Bf16Optimizer(BF16_Optimizer):
 
     def _launch(self) -> None:
         bucket = self._buckets[self._launched]
-        for owner, part in bucket.parts:
-            sent = part.to(self._dtype)
-            work = dist.reduce(sent, owner, group=bucket.group, async_op=True)
-            self._work.append((work, owner, part, sent))
         self._launched += 1
+        before, self._reduced = self._reduced, []
+        for owner, part in bucket.parts:
+            own, sent, work = owner == dist.get_rank(), part.to(self._dtype), None
+            if dist.get_world_size(bucket.group) > 1:
+                work = dist.reduce(sent, owner, group=bucket.group, async_op=True)
+            self._reduced.append(_Reduced(work, part, sent, own))
+        self._send_across(before)
+
+    def _send_across(self, reduced: list[_Reduced]) -> None:
+        """What is reduced goes on to this shard's other owners: of one bucket when the next one has
+        left, so that nothing waits for it.
+        """
+        for run in reduced:
+            if run.own and self._replicas is not None:
+                if run.work is not None:
+                    run.work.wait()
+                run.work = dist.all_reduce(run.sent, group=self._replicas, async_op=True)
+        self._across += reduced
 
     @torch.no_grad()
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
@@ -139,11 +176,13 @@ class Bf16Optimizer(BF16_Optimizer):
                     summed.zero_()
         while self._launched < len(self._buckets):
             self._launch()
-        for work, owner, part, sent in self._work:
-            work.wait()
-            if sent is not part and owner == dist.get_rank():
-                part.copy_(sent)
-        self._work, self._launched = [], 0
+        self._send_across(self._reduced)
+        for run in self._across:
+            if run.work is not None:
+                run.work.wait()
+            if run.own and run.sent is not run.part:
+                run.part.copy_(run.sent)
+        self._reduced, self._across, self._launched = [], [], 0
         for bucket in self._buckets:
             bucket.missing = bucket.parameters
 
@@ -152,10 +191,6 @@ class Bf16Optimizer(BF16_Optimizer):
         over all ranks, the experts' too, is a ``ranks``-th.
         """
         return self.fp32_groups_gradient_flat_partition
-
-    @property
-    def ranks(self) -> int:
-        return dist.get_world_size(self.dp_process_group)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -192,16 +227,20 @@ class Bf16Optimizer(BF16_Optimizer):
 
 
 @contextmanager
-def in_place_of_deepspeeds() -> Iterator[None]:
+def in_place_of_deepspeeds(sharding: ShardGroups) -> Iterator[None]:
     """While ``deepspeed.initialize`` runs inside, what it makes for bf16 at ZeRO 1 is a
-    :class:`Bf16Optimizer`.
+    :class:`Bf16Optimizer`, and the ranks over which ZeRO shards and averages are those that share a
+    copy of the state.
     """
-    module = deepspeed.runtime.engine
+    module, whole = deepspeed.runtime.engine, registry._get_sequence_data_parallel_group
     module.BF16_Optimizer = Bf16Optimizer
+    if sharding.replicas.size > 1:
+        registry._get_sequence_data_parallel_group = lambda: sharding.dense.handle
     try:
         yield
     finally:
         module.BF16_Optimizer = BF16_Optimizer
+        registry._get_sequence_data_parallel_group = whole
 
 
 def decide_by(decision: Decision, optimizer, stage: int) -> None:
@@ -238,3 +277,17 @@ def gradients(optimizer, stage: int, offload: bool) -> list[Tensor]:
         name = "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups"
         return [shard.grad for shard in getattr(optimizer, name)]
     return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
+
+
+@torch.no_grad()
+def average(
+    shards: list[Tensor], ranks: dist.ProcessGroup, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Averages tensors in place over ranks that hold congruent ones, which may lie on the host: as
+    one message in ``dtype``, from ``device``.
+    """
+    flat = torch.cat([shard.reshape(-1).to(device, dtype) for shard in shards])
+    dist.all_reduce(flat, dist.ReduceOp.AVG, group=ranks)
+    parts = flat.split([shard.numel() for shard in shards])
+    for shard, part in zip(shards, parts, strict=True):
+        shard.copy_(part.view_as(shard))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=diffmoe-l-e8
-#SBATCH --nodes=1
+#SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# DiffMoE-L with 8 experts, rectified flow, on one node of 8 GPUs. From the repository's root
+# DiffMoE-L with 8 experts, rectified flow, on two nodes of 8 GPUs. From the repository's root
 # (nodes and layout: the planner's for batch 256 on H100s, docs/cluster.md; other nodes: sbatch --nodes=N):
 #   sbatch scripts/slurm/train_l_e8.sh [key=value ...]
 # Trains in bf16, which is faster; the published rows are fp32 with TF32 matmuls:

@@ -19,5 +19,5 @@ set -euo pipefail
 root=${DIFFMOE_ROOT:-${SLURM_SUBMIT_DIR:?is unset: start this with sbatch}}
 # shellcheck source=scripts/slurm/_common.sh
 source "$root/scripts/slurm/_common.sh"
-layout="parallel.ep=$(at_most 4)"
+layout="parallel.ep=$(at_most 2)"
 train configs/diffmoe_s_e16_flow.yaml "$@"
