@@ -236,7 +236,10 @@ def test_a_place_that_cannot_be_written_ends_every_rank_with_one_line(
     assert "cannot be written" in refused("s3://no-such-bucket/x")
     assert "nosuch" in refused("nosuch://bucket/x")
     assert "must be an address" in refused("/just/a/folder")
-    put = urllib.request.Request(f"{store.url}/moto-api/reset-auth", data=b"0", method="POST")
+    text = {"Content-Type": "text/plain"}
+    put = urllib.request.Request(
+        f"{store.url}/moto-api/reset-auth", data=b"0", headers=text, method="POST"
+    )
     urllib.request.urlopen(put).close()  # from now on keys are looked up, and ours is unknown
     try:
         assert "cannot be written" in refused(place)
