@@ -62,7 +62,9 @@ class RemotePath:
     def read_range(self, start: int, count: int) -> bytes:
         """Bytes from ``start`` on, ``count`` of them where the file has as many."""
         stop = min(start + count, self.stat().st_size)
-        return self._read(lambda: self._system.cat_file(self._path, start, stop)) if count else b""
+        if start >= stop:
+            return b""
+        return self._read(lambda: self._system.cat_file(self._path, start=start, end=stop))
 
     def write_bytes(self, data: bytes) -> None:
         with _translated():

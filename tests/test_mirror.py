@@ -145,7 +145,7 @@ def test_an_address_that_nothing_opens(tmp_path):
 @pytest.fixture(scope="module")
 def undisturbed(nursery, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    results = nursery.run(2, *tiny(folder))
+    results = nursery.run(2, *tiny(folder, "train.save_every=2"))
     assert [r.returncode for r in results] == [0, 0], results
     return folder
 
@@ -155,7 +155,8 @@ def test_without_its_folder_a_run_goes_on_from_the_newest_copy_that_is_intact(
     nursery, undisturbed, place, tmp_path
 ):
     folder = tmp_path / "run"
-    run(nursery, folder, place, "train.save_every=2", "train.keep=2", "train.keep_every=4")
+    keep = ("train.save_every=2", "train.keep=2", "train.keep_every=4")
+    run(nursery, folder, place, *keep)
     assert copies(place) == ["step_00000004", "step_00000006", "step_00000008"]  # pruned alike
     checked = nursery.run(1, "check-checkpoint", place)[0]
     assert (checked.returncode, checked.stdout.count("intact")) == (0, 3), checked
@@ -169,7 +170,7 @@ def test_without_its_folder_a_run_goes_on_from_the_newest_copy_that_is_intact(
     data[-1] ^= 1
     (newest / name).write_bytes(bytes(data))
     (remote_path(place) / "checkpoints" / "step_00000006" / MANIFEST).remove()  # half a copy
-    again = run(nursery, folder, place, "train.keep=2")[0].stdout
+    again = run(nursery, folder, place, *keep)[0].stdout
     assert "step_00000008 is corrupt (" in again and "falling back to step_00000004" in again
     assert f"resumed from {folder}/checkpoints/step_00000004 at step 4" in again
     assert losses(folder) == losses(undisturbed)
@@ -177,7 +178,7 @@ def test_without_its_folder_a_run_goes_on_from_the_newest_copy_that_is_intact(
         undisturbed / "checkpoints/step_00000008", folder / "checkpoints/step_00000008"
     )
     read_whole(Checkpoint(remote_path(place)))  # the corrupt one was written anew
-    assert copies(place) == ["step_00000004", "step_00000008"]
+    assert copies(place) == ["step_00000004", "step_00000006", "step_00000008"]
 
 
 @pytest.mark.full
@@ -236,7 +237,10 @@ def test_a_place_that_cannot_be_written_ends_every_rank_with_one_line(
     assert "cannot be written" in refused("s3://no-such-bucket/x")
     assert "nosuch" in refused("nosuch://bucket/x")
     assert "must be an address" in refused("/just/a/folder")
-    put = urllib.request.Request(f"{store.url}/moto-api/reset-auth", data=b"0", method="POST")
+    text = {"Content-Type": "text/plain"}
+    put = urllib.request.Request(
+        f"{store.url}/moto-api/reset-auth", data=b"0", headers=text, method="POST"
+    )
     urllib.request.urlopen(put).close()  # from now on keys are looked up, and ours is unknown
     try:
         assert "cannot be written" in refused(place)
