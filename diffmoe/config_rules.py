@@ -198,7 +198,11 @@ def _train(config: Config) -> Rules:
     numbers = ("steps", "lr", "warmup", "eps", "clip", "weight_decay")
     periods = ("sample_every", "score_every", "validate_every", "save_every", "keep_every")
     yield from _at_least("train", train, 1, "validate_samples", "recipe_batch")
-    yield from _at_least("train", train, 0, *numbers, *periods)
+    yield from _at_least("train", train, 0, *numbers, *periods, "mirror_mb_s")
+    good = not train.mirror or "://" in train.mirror
+    yield "train.mirror", good, "must be an address, such as s3://bucket/runs/mine or file:///…"
+    good = train.mirror_mb_s == 0 or train.mirror != ""
+    yield "train.mirror_mb_s", good, "must be 0 without train.mirror"
     good = train.spike_factor == 0 or train.spike_factor > 1
     yield "train.spike_factor", good, "must be above 1, or 0 for no guard"
     yield "train.betas", all(0 <= b < 1 for b in train.betas), "must each be in [0, 1)"
@@ -214,6 +218,11 @@ def _run(config: Config) -> Rules:
     yield "run.seed", 0 <= run.seed < 2**64, "must be in [0, 2^64)"
     yield "run.timeout_s", 0 <= run.timeout_s <= 1e7, "must be from 0 to 1e7 seconds"
     yield "run.folder", run.folder != "", "must name a folder"
+    factor = run.straggler_factor
+    yield "run.straggler_factor", factor == 0 or factor > 1, "must be above 1, or 0"
+    yield from _at_least("run", run, 1, "straggler_steps")
+    words = f"needs run.straggler_factor ({factor}) above 1"
+    yield "run.on_straggler", run.on_straggler == "name" or factor > 1, words
 
 
 def _data(config: Config) -> Rules:

@@ -65,9 +65,9 @@ def is_final(error: OSError) -> bool:
     return isinstance(error, final) or error.errno in (errno.ELOOP, errno.ENAMETOOLONG)
 
 
-def retried(action: Callable[[], T], what: str) -> T:
+def retried(action: Callable[[], T], what: str, begins: str = "data") -> T:
     """`action`, tried up to `TRIES` times over an OSError that is not final, with growing pauses,
-    each logged to stderr.
+    each logged to stderr in a line that begins with `begins`.
     """
     for attempt in range(1, TRIES):
         try:
@@ -78,7 +78,8 @@ def retried(action: Callable[[], T], what: str) -> T:
             pause = FIRST_PAUSE * 2 ** (attempt - 1)
             # One write: several threads fetch, and print would let their lines run together.
             sys.stderr.write(
-                f"data: {what}: {error}; trying again in {pause:g} s ({attempt} of {TRIES - 1})\n"
+                f"{begins}: {what}: {error}; trying again in {pause:g} s "
+                f"({attempt} of {TRIES - 1})\n"
             )
             time.sleep(pause)
     return action()

@@ -93,7 +93,7 @@ class DiffMoEPipeline:
             opened = replace(opened, latents=_two_numbers(latents))
         latent = opened.config.model.channels not in (1, 3)
         if vae is None and latent and (opened.source / "vae").is_dir():
-            vae = opened.source / "vae"
+            vae = str(opened.source / "vae")
         if vae is None:
             return cls(opened).to(dtype=torch_dtype)
         autoencoder = open_vae(vae, opened.config, torch.device("cpu"))

@@ -26,6 +26,11 @@ class RunConfig:
             an error.
         fp32_precision: What a GPU may do with fp32 matmuls and convolutions, in training and in all
             that is made of the run; the published rows are `tf32`.
+        straggler_factor: A rank is a straggler when its own work takes more than this many times
+            the median rank's; 0: nobody looks, and ranks' times are not measured.
+        straggler_steps: So many steps long, in nine of ten of them at least.
+        on_straggler: What becomes of a straggler: the log, metrics and events name it and its host,
+            or besides that a job of scripts/slurm saves, excludes the host and requeues itself.
     """
 
     folder: str = "runs/default"
@@ -33,6 +38,9 @@ class RunConfig:
     timeout_s: float = 600.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     fp32_precision: Literal["ieee", "tf32"] = "ieee"
+    straggler_factor: float = 1.1
+    straggler_steps: int = 20
+    on_straggler: Literal["name", "requeue"] = "name"
 
 
 @dataclass(frozen=True)
@@ -272,6 +280,10 @@ class TrainConfig:
         keep: Newest checkpoints that stay.
         keep_every: Those whose step divides by this stay, too (0: none).
         async_save: Write checkpoints while training goes on.
+        mirror: Where finished checkpoints are copied to beside training, by the same rules of what
+            stays: a folder of this run's own at a store (`s3://bucket/runs/mine`, `gs://`,
+            `file://`); a run whose folder has none starts from there.
+        mirror_mb_s: The most that is sent there, in 10^6 bytes a second (0: unbounded).
         compile: torch.compile for training, sampling and scoring; `auto`: on a GPU, below ZeRO 3.
     """
 
@@ -304,6 +316,8 @@ class TrainConfig:
     keep: int = 3
     keep_every: int = 0
     async_save: bool = True
+    mirror: str = ""
+    mirror_mb_s: float = 0.0
     compile: Literal["auto"] | bool = "auto"
 
     @property

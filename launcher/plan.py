@@ -191,7 +191,8 @@ def _mib(value: float) -> str:
 
 def _table(shown: list[Candidate], steps: int, per_node: int) -> list[str]:
     lines = [
-        f"{'':>3} {'EP':>3} {'hosts':>5} {'ZeRO':>4} {'recompute':9} {'micro':>5} {'acc':>4} "
+        f"{'':>3} {'EP':>3} {'hosts':>5} {'ZeRO':>4} {'recompute':9} {'exchange':9} {'micro':>5} "
+        f"{'acc':>4} "
         f"{'GiB':>7} {'ms/step':>8} {'images/s':>8} {'GPU-hours':>9}  why (from 2 on: beside 1)"
     ]
     for place, c in enumerate(shown, 1):
@@ -199,7 +200,8 @@ def _table(shown: list[Candidate], steps: int, per_node: int) -> list[str]:
         hosts, _ = spanned(hosts_of(c.layout.ranks, per_node), c.layout.ep)
         lines.append(
             f"{place if c.fits else '-':>3} {c.layout.ep:>3} {hosts:>5} {c.engine.stage:>4} "
-            f"{c.recompute:9} {c.layout.micro_batch:>5} {c.layout.accumulation:>4} "
+            f"{c.recompute:9} {'two_level' if c.layout.per_host else 'direct':9} "
+            f"{c.layout.micro_batch:>5} {c.layout.accumulation:>4} "
             f"{c.memory.peak / GIB:>7.2f} {1e3 * c.time.total:>8.1f} "
             f"{c.images_per_s:>8.0f} {hours:>9.0f}  {reasons(c, shown[0])}"
         )

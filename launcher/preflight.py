@@ -7,6 +7,7 @@ code.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -215,6 +216,7 @@ def preflight(
     timeout: float,
     megabytes: int,
     deepspeed_tree: dict | None = None,
+    record: Path | None = None,
     *,
     host: str | None = None,
     clock: Callable[[], float] = time.time,
@@ -222,6 +224,7 @@ def preflight(
 ) -> int:
     """Measures, judges, prints; returns 0 or 1 on every rank.  Relative paths of the configuration
     start from ``base``.  ``deepspeed_tree``: the run's, for the price of EP groups that span nodes.
+    ``record``: a file for every rank's figures.
 
     ``host``, ``clock`` and ``exchange_with`` stand in for this machine's own: one machine can then
     play several, some of them ill.
@@ -281,6 +284,11 @@ def preflight(
         if links.experts and config:
             note = _spanning(config, deepspeed_tree or read_deepspeed(None), device, hosts)
         _print(reports, links, note, found, time.monotonic() - started)
+        if record is not None:
+            try:
+                record.write_text(json.dumps(figures(reports, links), indent=1) + "\n")
+            except OSError as error:
+                print(f"preflight: --record cannot be written: {error}", file=sys.stderr)
     dist.barrier()
     dist.destroy_process_group()
     return 1 if found else 0
@@ -305,6 +313,26 @@ def _demands(config_path: str, overrides: list[str], base: Path) -> tuple[Config
     config = load_config(config_path, overrides)
     each = _CHECKPOINT_BYTES * count(config.model, config.moe).total
     return config, base / config.run.folder, int(each * (config.train.keep + 1))
+
+
+def figures(reports: list[Report], links: Links) -> list[dict[str, Any]]:
+    """What was measured of each rank: rank, host, its GPU's TFLOP/s, and GB/s of the slowest link
+    of its node, and of its own inside it; without what was not measured.
+    """
+
+    def least(speeds: dict[Any, float], end: Any) -> float:
+        return min((speed for pair, speed in speeds.items() if end in pair), default=0.0)
+
+    rows = []
+    for report in reports:
+        measured = {
+            "TFLOP/s": report.speed / 1e12,
+            "GB/s to another node": least(links.between_nodes, report.host),
+            "GB/s inside the node": least(links.within_nodes, report.rank),
+        }
+        known = {name: value for name, value in measured.items() if value > 0}
+        rows.append({"rank": report.rank, "host": report.host, **known})
+    return rows
 
 
 def _absent(absent: Absent, environment: RankEnvironment) -> int:
@@ -363,6 +391,7 @@ def main(arguments: list[str]) -> int:
     add("--config", help="YAML file: its shards, its run folder, room for its checkpoints")
     add("--deepspeed_config", help="DeepSpeed JSON, for the price of EP groups that span nodes")
     base = "where its relative paths start (default: here)"
+    add("--record", type=Path, help="JSON file for every rank's figures (default: none)")
     add("--from", dest="base", type=Path, default=Path.cwd(), help=base)
     rate = "GB/s that a rank should reach to another "
     compared = "node (default: pairs are compared with each other)"
@@ -378,6 +407,10 @@ def main(arguments: list[str]) -> int:
     if not options.base.is_dir():
         raise UserError(f"--from ({options.base}) does not exist")
     deepspeed_tree, asked = read_deepspeed(options.deepspeed_config), "auto"
+    if options.record is not None:
+        options.record = options.record.absolute()
+        if not options.record.parent.is_dir():
+            raise UserError(f"--record ({options.record}): its folder does not exist")
     if options.config is not None:
         options.config = str(Path(options.config).absolute())
         # Bad input is found before any rank waits.
@@ -399,4 +432,5 @@ def main(arguments: list[str]) -> int:
         options.timeout,
         options.megabytes or (64 if on_gpu else 2),
         deepspeed_tree,
+        options.record,
     )

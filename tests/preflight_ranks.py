@@ -82,7 +82,7 @@ def run(
 def main() -> None:
     """All cases in turn, as one rank of a job."""
     good = FOLDER / "good"
-    run("healthy", good)
+    run("healthy", good, record=FOLDER / "record")
     probe.versions = other_versions if RANK == 1 else VERSIONS
     run("versions", good)
     probe.versions = VERSIONS

@@ -316,6 +316,12 @@ def test_bad_overrides(override, message):
         (["moe.router_start=xavier"], "moe.router_start = 'xavier' must be one of normal, uniform"),
         (["run.timeout_s=1e23"], "run.timeout_s (1e+23) must be from 0 to 1e7 seconds"),
         (["run.folder=''"], "run.folder ('') must name a folder"),
+        (["run.straggler_factor=0.9"], "run.straggler_factor (0.9) must be above 1, or 0"),
+        (["run.straggler_steps=0"], "run.straggler_steps (0) must be at least 1"),
+        (
+            ["run.straggler_factor=0", "run.on_straggler=requeue"],
+            "run.on_straggler (requeue) needs run.straggler_factor (0.0) above 1",
+        ),
     ],
 )
 def test_values_out_of_range_are_named_with_what_bounds_them(overrides, message):

@@ -265,10 +265,9 @@ def test_counted_bytes_of_ragged_routers_equal_the_formula(worlds, router, ranks
     [("rank", "none", []), ("global", "block", []), ("rank", "selective", RAGGED["tc"])],
 )
 def test_halves_send_as_many_bytes_in_twice_as_many_messages(worlds, pool, recompute, router):
-    how = [*router, "train.batch=16"], 4, 2, pool
-    halves = [*how[0], "parallel.overlap=halves"]
     plain, found = (
-        compare_bytes(worlds, *how[1:], 1, recompute, False, words) for words in (how[0], halves)
+        compare_bytes(worlds, 4, 2, pool, 1, recompute, False, [*router, *more])
+        for more in ([], ["parallel.overlap=halves"])
     )
     for rows in (plain, found):
         rows.sort(key=lambda row: (row["layer"], row["purpose"], row["phase"]))
@@ -304,14 +303,30 @@ def test_counted_bytes_equal_the_formula(worlds, ranks, ep, pool, zero, recomput
         assert sum(row["wire"] for row in sent) <= 1.05 * least
 
 
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("nodes", "ep"), [(2, 8), (2, 1), (16, 8)])
+def test_a_node_puts_one_gradient_on_the_network(nodes, ep, bf16, zero):
+    """Its ranks share a copy of the state; an all-reduce sends 2 (R - 1) / R of what R put in."""
+    config = load_config(
+        None, [f"parallel.ep={ep}", "moe.pool=1", "train.batch=256", "train.micro_batch=1"]
+    )
+    tree = _deepspeed(zero, bf16, 300_000, shard=8)
+    layout, engine = resolve_layout(config, 8 * nodes), engine_facts(tree)
+    sent = [m for m in step_traffic(config, layout, engine) if m.group == "replicas"]
+    inside = {m.group for m in step_traffic(config, layout, engine)} - {"ep", "replicas"}
+    assert len(sent) == 1 and inside <= {"shard", "expert shard"}
+    gradient = 4 * count(config.model, config.moe).total
+    assert 0.999 * gradient < 8 * sent[0].payload < 1.05 * gradient
+    assert 8 * sent[0].wire <= 1.05 * gradient * 2 * (nodes - 1) / nodes
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("ep", "zero", "bf16"),
     [(2, 1, True), (1, 1, True), (2, 1, False), (2, 2, True), (2, 2, False), (1, 3, True)],
 )
-def test_replicas_get_one_gradient_a_group(worlds, ep, zero, bf16):
-    """What leaves a group of ranks that share a copy of the state is one gradient, counted and
-    planned."""
+def test_counted_bytes_of_groups_and_replicas_equal_the_formula(worlds, ep, zero, bf16):
     compare_bytes(worlds, 4, ep, "rank", zero, "none", bf16, shard=2)
 
 

@@ -24,7 +24,7 @@ from launcher import probe
 PATIENCE = timedelta(seconds=7)
 
 
-def made_by(rank, world, ep, pool_ranks, monkeypatch):
+def made_by(rank, world, ep, pool_ranks, monkeypatch, per_host=0):
     """(groups of a rank, the calls of new_group that using all of them takes)."""
     calls = []
 
@@ -42,12 +42,26 @@ def made_by(rank, world, ep, pool_ranks, monkeypatch):
             new_group=new_group,
         ),
     )
-    grid = build_groups(ep, pool_ranks, PATIENCE)
+    grid = build_groups(ep, pool_ranks, PATIENCE, per_host)
     assert not calls, "nobody has asked yet"
-    for group in (grid.world, grid.ep, grid.edp, grid.pool, grid.pool_owners):
+    levels = grid.ep.levels
+    both = (levels.across, levels.inside) if levels else ()
+    for group in (grid.world, grid.ep, grid.edp, grid.pool, grid.pool_owners, *both):
         if group.size > 1:
             assert group.handle is group.handle
     return grid, calls
+
+
+@pytest.mark.parametrize("world,ep,per_host", [(4, 4, 2), (16, 8, 4), (32, 16, 4)])
+def test_the_groups_of_an_exchange_over_two_levels(world, ep, per_host, monkeypatch):
+    for rank in range(world):
+        grid, calls = made_by(rank, world, ep, 1, monkeypatch, per_host)
+        across, inside = grid.ep.levels.across, grid.ep.levels.inside
+        assert inside.ranks == tuple(r for r in range(world) if r // per_host == rank // per_host)
+        assert across.ranks == tuple(r for r in grid.ep.ranks if r % per_host == rank % per_host)
+        assert across.ranks[across.index] == inside.ranks[inside.index] == rank
+        assert len(calls) <= 4
+        assert build_groups(ep, 1, PATIENCE).ep.levels is None
 
 
 @pytest.mark.parametrize("world", [8, 64, 1024])

@@ -1,9 +1,12 @@
 """EP groups over hosts and the nodes of a job: what the planner finds, and who says it."""
 
 import dataclasses
+import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -24,7 +27,7 @@ from diffmoe.errors import UserError
 from diffmoe.layout import over_hosts, resolve_layout, runs_of
 from launcher import plan
 from launcher.__main__ import main
-from programs import REPOSITORY
+from programs import REPOSITORY, Program, losses, tiny
 
 H100 = read_table(None)["h100"]
 BF16 = REPOSITORY / "ds_configs/zero1_bf16.json"
@@ -355,3 +358,27 @@ def test_plan_and_submit_say_when_ep_groups_span_hosts(gpus, ep, spans, monkeypa
         assert (f"EP groups of {ep} ranks span 2 hosts: by the plan (H100 SXM" in text) == spans
     table = said.partition("EP hosts ZeRO")[2].splitlines()[1]
     assert table.split()[1:3] == [str(ep), "2" if spans else "1"]
+
+
+@pytest.mark.full
+def test_ranks_exchange_over_the_hosts_that_they_tell_each_other(tmp_path):
+    def ends(folder, per_host, form):
+        words = ["run.py", *tiny(folder, "parallel.ep=4", "train.steps=2", form)]
+        start = f"export SLURMD_NODENAME=node$((RANK / {per_host})); exec {sys.executable} "
+        with Program(["sh", "-c", start + shlex.join(words)], 4) as program:
+            return program.wait(400)
+
+    found = {}
+    for form in ("auto", "direct"):
+        said = ends(tmp_path / form, 2, f"parallel.exchange={form}")
+        assert [end.returncode for end in said] == [0] * 4, said
+        line = re.search(r"^EP groups of 4 ranks span 2 hosts: .*$", said[0].stdout, re.M)[0]
+        assert ("over two levels" in line) == (form == "auto")
+        per_host = json.loads((tmp_path / form / "layout.json").read_text())["per_host"]
+        found[form] = losses(tmp_path / form)
+        assert per_host == (2 if form == "auto" else 0) and len(found[form]) == 2
+    assert found["auto"] == found["direct"]
+    refused = ends(tmp_path / "refused", 1, "parallel.exchange=two_level")
+    assert [end.returncode for end in refused] == [2] * 4
+    said = "".join(end.stderr for end in refused)
+    assert said.count("\n") == 1 and "parallel.ep is 4, and hosts hold 1 consecutive ranks" in said

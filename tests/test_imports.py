@@ -46,6 +46,7 @@ LAYERS = [
     ["diffmoe.schema"],
     ["diffmoe.strict_yaml", "diffmoe.environment", "diffmoe.gpus", "diffmoe.code_version"],
     ["diffmoe"],
+    ["diffmoe.remote"],
     ["diffmoe.paths", "diffmoe.files"],
     ["diffmoe.errors"],
 ]

@@ -10,7 +10,7 @@ import pytest
 from diffmoe import gpus
 from diffmoe.config import load_config
 from diffmoe.errors import UserError
-from launcher.preflight import Expected, blame, exclude_line, judge
+from launcher.preflight import Expected, blame, exclude_line, figures, judge, main
 from launcher.probe import Links, Report, rounds, shard_problems
 from programs import REPOSITORY, Program, digits
 
@@ -29,6 +29,9 @@ def played(tmp_path_factory):
     ) as program:
         ends = program.wait(200)
     assert all(end.returncode == 0 for end in ends), ends
+    record = json.loads((folder / "record").read_text())
+    assert [(row["rank"], row["host"]) for row in record] == [(i, f"node{i}") for i in range(4)]
+    assert all(row["GB/s to another node"] > 0 for row in record)
     return {
         path.name.split(".")[0]: [
             json.loads((folder / f"{path.name.split('.')[0]}.{rank}.json").read_text())
@@ -46,6 +49,27 @@ def assert_found(ranks, exclude, *texts, codes=(1, 1, 1, 1)):
     ), said
     for text in texts:
         assert text in said
+
+
+def test_a_record_has_each_ranks_slowest_links():
+    reports = [Report(i, "ab"[i // 2], VERSIONS, (), speed=6e14 * (i < 3)) for i in range(4)]
+    links = Links({("a", "b"): 40.0}, {(0, 1): 300.0, (2, 3): 200.0})
+    rows = figures(reports, links)
+    assert rows[1] == {
+        "rank": 1,
+        "host": "a",
+        "TFLOP/s": 600.0,
+        "GB/s to another node": 40.0,
+        "GB/s inside the node": 300.0,
+    }
+    assert rows[3] == {
+        "rank": 3,
+        "host": "b",
+        "GB/s to another node": 40.0,
+        "GB/s inside the node": 200.0,
+    }
+    with pytest.raises(UserError, match=r"--record \(.*/nowhere/x\): its folder does not exist"):
+        main(["--record", "nowhere/x"])
 
 
 @pytest.mark.full

@@ -9,6 +9,7 @@ and the undisturbed ones are as long as the disturbed one became.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffmoe.checkpoints.reader import complete_folders, step_of
 from diffmoe.config import config_from_tree
 from diffmoe.cost.memory import engine_facts
 from diffmoe.cost.traffic import exchange_traffic
 from diffmoe.layout import Layout
+from diffmoe.training.metrics import read_metrics
 from programs import digits, losses, run_program
 from virtual_slurm import Cluster, Job, missing_tools, steps_done
 
@@ -89,7 +92,12 @@ def work(tmp_path_factory) -> Path:
 
 
 def train(
-    cluster: Cluster, run: Path, *more: str, options: tuple[str, ...] = (), preflight: str = "no"
+    cluster: Cluster,
+    run: Path,
+    *more: str,
+    options: tuple[str, ...] = (),
+    preflight: str = "no",
+    env: dict[str, str] | None = None,
 ) -> Job:
     return cluster.submit(
         "train_l_e16.sh",
@@ -99,7 +107,7 @@ def train(
         *more,
         options=(*SBATCH, *options),
         log=run.with_suffix(".out"),
-        env={"DIFFMOE_PREFLIGHT": preflight},
+        env={"DIFFMOE_PREFLIGHT": preflight, **(env or {})},
     )
 
 
@@ -162,6 +170,24 @@ def undisturbed(cluster, work, disturbed) -> list[Path]:
     return [work / f"undisturbed{i}" for i in range(2)]
 
 
+def test_a_job_whose_run_folder_was_deleted_goes_on_from_the_mirror(cluster, work):
+    run, mirror = work / "mirrored", f"train.mirror=file://{work}/mirror"
+    job = train(cluster, run, ENDLESS, mirror)
+    copies = work / "mirror" / "checkpoints"
+    job.wait_until(lambda: len(complete_folders(copies)) >= 2, "copy two checkpoints")
+    cluster.slurm("scancel", job.number)
+    assert job.wait() == "CANCELLED"
+    shutil.rmtree(complete_folders(copies)[-1])  # so that steps are left to compare
+    first, copied = losses(run), step_of(complete_folders(copies)[-1])
+    assert copied < max(first)
+    shutil.rmtree(run)
+    job = train(cluster, run, f"train.steps={max(first)}", mirror)
+    assert job.wait() == "COMPLETED", job.said()
+    assert f"step_{copied:08d} at step {copied}" in log_of(run, job.number)
+    assert losses(run) == first
+    assert step_of(complete_folders(copies)[-1]) == max(first)
+
+
 def log_of(run: Path, job: str) -> str:
     return "".join(path.read_text() for path in (run / "jobs" / job / "logs").iterdir())
 
@@ -187,6 +213,7 @@ def test_a_run_folder_holds_code_configuration_and_logs_per_node(undisturbed, cl
         "config.yaml",
         "deepspeed.json",
         "logs",
+        "preflight.json",
         "starts.json",
     }
     assert (job / "code/run.py").is_file() and not list(
@@ -262,6 +289,64 @@ def test_the_signal_before_the_limit_a_preemption_and_a_cancelled_job(cluster, w
     assert job.wait() == "CANCELLED"
     time.sleep(2)
     assert (job.show()["JobState"], job.restarts) == ("CANCELLED", restarts)
+
+
+# A rank that gets SIGUSR2 has a CPU limit from then on: after every 4 ms of its CPU time it stands
+# still for 60.
+CPU_LIMIT = """
+import atexit, signal, sys, time
+
+def limit(*_):
+    signal.signal(signal.SIGPROF, lambda *_: time.sleep(0.06))
+    signal.siginterrupt(signal.SIGPROF, False)
+    signal.setitimer(signal.ITIMER_PROF, 0.004, 0.004)
+    atexit.register(signal.setitimer, signal.ITIMER_PROF, 0)
+
+if any(word.endswith("code/run.py") for word in sys.orig_argv):
+    signal.signal(signal.SIGUSR2, limit)
+"""
+
+
+def test_a_slow_node_is_named_and_left_out(cluster, work):
+    """A rank under a CPU limit is named within 30 steps; the rule saves, excludes its node and
+    requeues, and losses are those of a job that nothing happened to.
+    """
+    run, limits = work / "slow", work / "limits"
+    limits.mkdir()
+    (limits / "sitecustomize.py").write_text(CPU_LIMIT)
+    rule = ("run.on_straggler=requeue", "run.straggler_factor=2", "train.save_every=0")
+    exclude = f"--exclude={cluster.names[3]}"
+    job = train(cluster, run, ENDLESS, *rule, options=(exclude,), env={"PYTHONPATH": str(limits)})
+    job.wait_until(lambda: steps_done(run) >= 3, "reach step 3")
+    slow = cluster.names[1]
+    victim = min(rank_processes(cluster, slow))
+    environ = Path(f"/proc/{victim}/environ").read_bytes().split(b"\0")
+    (rank,) = (word[13:].decode() for word in environ if word.startswith(b"SLURM_PROCID="))
+    began, named = steps_done(run), run / "events.jsonl"
+    os.kill(victim, signal.SIGUSR2)
+    job.wait_until(lambda: named.exists() or steps_done(run) > began + 30, "name it")
+    assert named.exists(), read_metrics(run / "metrics.jsonl")[-1]
+    job.wait_for_start_after(0)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["straggler", "requeue"], events
+    assert f"rank {rank} on {slow} is " in events[0]["text"]
+    assert events[0]["step"] <= began + 30
+    assert f"goes on without {slow}" in job.said()
+
+    def nodes(field: str) -> set[str]:
+        return set(cluster.slurm("scontrol", "show", "hostnames", job.show()[field]).split())
+
+    assert nodes("ExcNodeList") == {cluster.names[3], slow}
+    assert nodes("NodeList") == {cluster.names[0], cluster.names[2]}
+    saved = re.findall(r"not finished \(status 0, step (\d+) of 100000\)", job.said())
+    assert [int(step) for step in saved] == [events[0]["step"] + 1]
+    job.wait_until(lambda: steps_done(run) >= int(saved[0]) + 6, "go on elsewhere")
+    cluster.slurm("scancel", job.number)
+    assert job.wait() == "CANCELLED"
+    other = work / "even"
+    steps = f"train.steps={max(losses(run))}"
+    assert train(cluster, other, steps).wait() == "COMPLETED"
+    assert losses(run) == losses(other)
 
 
 def test_a_job_whose_starts_bring_nothing_is_given_up(cluster, work):

@@ -36,7 +36,7 @@ from diffmoe.config import Config, config_to_tree, load_config, override
 from diffmoe.cost.hardware import Hardware, choose, read_table
 from diffmoe.cost.memory import engine_facts, rank_memory
 from diffmoe.cost.step_time import COUNTED, StepTime, peak_flops, rates, step_time
-from diffmoe.deepspeed_json import read_deepspeed, zero_stage
+from diffmoe.deepspeed_json import check_shards, read_deepspeed, zero_stage
 from diffmoe.device import local_device
 from diffmoe.layout import Layout, over_hosts, resolve_layout
 from diffmoe.models.count import count as count_model
@@ -210,6 +210,7 @@ def compare(
 ) -> Cases:
     """Counts of the model and of the dense one beside it."""
     tree, models = read_deepspeed(deepspeed), models_of(config)
+    check_shards(tree, config, ranks)
     # Engines last: DeepSpeed, once imported, has torch ask the driver whether there is a GPU.
     cases = [(name, part) for part in (*ways, "engine") for name in models]
     given = [(models[name], deepspeed, part) for name, part in cases]

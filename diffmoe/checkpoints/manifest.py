@@ -9,11 +9,11 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from diffmoe.checkpoints.tensor_file import CHUNK, Corrupt, FileRecord, Piece
 from diffmoe.errors import UserError
+from diffmoe.remote import AnyPath
 
 FORMAT = 2
 MANIFEST = "checkpoint.json"
@@ -63,7 +63,7 @@ def manifest_text(manifest: Manifest) -> str:
     return json.dumps({**tree, "crc32": _checksum(tree)}, separators=(",", ":"))
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: AnyPath) -> Manifest:
     """Raises Corrupt for a file that is not what was written, and UserError for one of another
     format.
     """

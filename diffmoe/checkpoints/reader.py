@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from diffmoe.checkpoints.tensor_file import Corrupt, Piece, TensorFile
 from diffmoe.config import Config, config_from_tree
 from diffmoe.errors import UserError
 from diffmoe.paths import check_folder
+from diffmoe.remote import AnyPath, RemotePath
 
 MASTER, FIRST_MOMENT, SECOND_MOMENT, BUFFERS = "master", "exp_avg", "exp_avg_sq", "buffers"
 _FOLDER = re.compile(r"step_(\d{8})")
+P = TypeVar("P", Path, RemotePath, AnyPath)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -28,7 +30,7 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def step_of(path: Path) -> int:
+def step_of(path: AnyPath) -> int:
     """The inverse."""
     return int(path.name.removeprefix("step_"))
 
@@ -38,17 +40,19 @@ def ema_kind(decay: float) -> str:
     return f"ema_{decay!r}"
 
 
-def complete_folders(folder: Path) -> list[Path]:
+def complete_folders(folder: P) -> list[P]:
     """The complete checkpoints in a folder, oldest first: found by their step, never by a pointer
     that could be old.
     """
     if not folder.is_dir():
         return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if _FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file()
-    )
+    there = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)]
+    return sorted((path for path in there if (path / MANIFEST).is_file()), key=lambda p: p.name)
+
+
+def sizes(folder: AnyPath) -> dict[str, int]:
+    """The bytes of the files in a folder, by name; one listing at a store."""
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -129,17 +133,18 @@ def open_tensors(paths: list[Path]) -> Tensors:
 
 class Checkpoint:
     """A complete checkpoint, opened: ``path`` is its folder, or a run's folder whose newest one is
-    meant.
+    meant; also at a store.
 
     Opening compares names and sizes.  Raises Corrupt (a UserError) for damage, UserError when there
     is none or its format is another.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         if not (path / MANIFEST).is_file():
             newest = complete_folders(path / "checkpoints") or complete_folders(path)
             if not newest:
-                check_folder(path, "checkpoint")
+                if isinstance(path, Path):
+                    check_folder(path, "checkpoint")
                 message = f"no complete checkpoint in {path}"
                 if (path / "config.json").is_file():
                     message += (
@@ -151,12 +156,12 @@ class Checkpoint:
         self.path = path
         self.manifest = read_manifest(path / MANIFEST)
         self._files: dict[str, TensorFile] = {}
+        there = sizes(path)
         for name, record in self.manifest.files.items():
-            there = path / name
-            if not there.is_file() or there.stat().st_size != record.bytes:
-                found = there.stat().st_size if there.is_file() else "no"
-                raise Corrupt(f"{there} must have {record.bytes} bytes and has {found}")
-            self._files[name] = TensorFile(there, record)
+            if there.get(name) != record.bytes:
+                found = there.get(name, "no")
+                raise Corrupt(f"{path / name} must have {record.bytes} bytes and has {found}")
+            self._files[name] = TensorFile(path / name, record)
 
     @property
     def step(self) -> int:
@@ -206,6 +211,10 @@ class Checkpoint:
         if which not in names:
             raise UserError(f"weights {which!r} must be one of {', '.join(names)} for {self.path}")
         return self.tensors(names[which])
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a file, checked."""
+        return self._files[name].chunks()
 
     def check_file(self, name: str) -> None:
         """Reads a whole file.  Raises Corrupt unless its bytes and its header are what the manifest

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.errors import UserError
+from diffmoe.remote import AnyPath, RemotePath
 from diffmoe.strict_yaml import without_duplicates
 
 CHUNK = 4 * 2**20
@@ -160,7 +161,7 @@ class TensorFile:
 
     Keeps one chunk in memory until :meth:`release`."""
 
-    def __init__(self, path: Path, written: FileRecord | None = None) -> None:
+    def __init__(self, path: AnyPath, written: FileRecord | None = None) -> None:
         self.path, self._written = path, written
         self._held: tuple[int, memoryview] | None = None
 
@@ -212,10 +213,15 @@ class TensorFile:
 
     def check(self) -> None:
         """Reads everything and raises Corrupt for the first chunk that is not what was written."""
-        assert self._written is not None
         _ = self.entries
+        for _ in self.chunks():
+            pass
+
+    def chunks(self) -> Iterator[memoryview]:
+        """All bytes, in order.  Raises Corrupt for the first chunk that is not what was written."""
+        assert self._written is not None
         for number in range(len(self._written.crc32)):
-            self._chunk(number)
+            yield self._chunk(number)
         self.release()
 
     def release(self) -> None:
@@ -242,9 +248,12 @@ class TensorFile:
             return self._held[1]
         self._held, start = None, number * CHUNK
         try:
-            with open(self.path, "rb") as stream:
-                stream.seek(start)
-                data = stream.read(CHUNK)
+            if isinstance(self.path, RemotePath):
+                data = self.path.read_range(start, CHUNK)
+            else:
+                with open(self.path, "rb") as stream:
+                    stream.seek(start)
+                    data = stream.read(CHUNK)
         except FileNotFoundError:
             raise Corrupt(f"{self.path} is missing") from None
         if self._written and self._written.crc32[number : number + 1] != (zlib.crc32(data),):

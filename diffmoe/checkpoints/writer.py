@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.checkpoints.manifest import MANIFEST, Manifest, file_name, manifest_text
-from diffmoe.checkpoints.reader import BUFFERS, complete_folders, step_folder, step_of
+from diffmoe.checkpoints.reader import BUFFERS, P, complete_folders, step_folder, step_of
 from diffmoe.checkpoints.tensor_file import FileRecord, Piece, whole_piece, write_tensors
 from diffmoe.config import Config, config_to_tree
 from diffmoe.errors import UserError
@@ -147,15 +147,23 @@ def commit(
 
 
 def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
-    """Removes complete checkpoints up to ``step`` but for the newest ``keep`` and those whose step
-    divides by ``keep_every``.
+    """Removes :func:`dispensable` checkpoints."""
+    for path in dispensable(complete_folders(folder), step, keep, keep_every):
+        with suppress(OSError):  # the next prune tries again
+            _remove(path)
+
+
+def dispensable(complete: Sequence[P], step: int, keep: int, keep_every: int) -> list[P]:
+    """Of complete checkpoints, oldest first, those up to ``step`` but for the newest ``keep`` and
+    those whose step divides by ``keep_every``.
 
     Later ones stay: they are of a run that went back, and may be corrupt."""
-    for path in [path for path in complete_folders(folder) if step_of(path) <= step][:-keep]:
-        number = step_of(path)
-        if not (keep_every and number and number % keep_every == 0):
-            with suppress(OSError):  # the next prune tries again
-                _remove(path)
+    old = [path for path in complete if step_of(path) <= step][:-keep]
+    return [
+        path
+        for path in old
+        if not (keep_every and step_of(path) and step_of(path) % keep_every == 0)
+    ]
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> Share:

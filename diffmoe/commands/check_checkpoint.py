@@ -8,6 +8,7 @@ from diffmoe.commands.common import Parser, one_process
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.paths import check_folder
+from diffmoe.remote import AnyPath, any_path
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
@@ -18,7 +19,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         "checksums, every tensor that the configuration needs. Exit code 0, "
         "1 where one is not, 2 for bad input.",
     )
-    words = "checkpoint folder, or run folder (all of its checkpoints)"
+    words = "checkpoint folder, or run folder (all of its checkpoints); also at a store: s3://…"
     parser.add_argument("folder", nargs="+", help=words)
     words = "also look for values that are not finite"
     parser.add_argument("--values", action="store_true", help=words)
@@ -28,19 +29,20 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.checkpoints.reader import complete_folders
 
     problems = 0
-    for folder in map(Path, options.folder):
+    for folder in map(any_path, options.folder):
         found = complete_folders(folder / "checkpoints") or complete_folders(folder)
         if (folder / MANIFEST).is_file():
             found = [folder]
         if not found:
-            check_folder(folder, "checkpoint")
+            if isinstance(folder, Path):
+                check_folder(folder, "checkpoint")
             raise UserError(f"no complete checkpoint in {folder}")
         for path in found:
             problems += _check(path, options.values)
     return 1 if problems else 0
 
 
-def _check(path: Path, values: bool) -> int:
+def _check(path: AnyPath, values: bool) -> int:
     """Prints what is wrong with one checkpoint, or what it is.  Returns the number of problems."""
     from diffmoe.checkpoints.reader import Checkpoint
     from diffmoe.training.checkpoint_check import check_files, check_tensors, check_values

@@ -60,6 +60,10 @@ _EXAMPLES = {
 }
 
 
+# What ``--checkpoint`` says of itself.
+CHECKPOINT_HELP = "checkpoint folder, or run folder (its newest); also at a store: s3://…"
+
+
 class Parser(PathParser):
     """The parser of a subcommand of run.py."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe.commands.common import (
+    CHECKPOINT_HELP,
     Parser,
     add_sampling_options,
     join,
@@ -18,6 +19,7 @@ from diffmoe.config import Config
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.evaluation.protocol import CFG, COUNT, LABELS, SPLITS, WEIGHTS, published_sampling
+from diffmoe.remote import any_path
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +48,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.parallel.groups import build_groups
 
     if options.checkpoint is not None:
-        checkpoint = Checkpoint(Path(options.checkpoint))
+        checkpoint = Checkpoint(any_path(options.checkpoint))
         config = evaluation_config(checkpoint.config(), options)
     first, source = environment.rank == 0, None
     device = join(environment, asked=options.device)
@@ -173,7 +175,7 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "it scores the images that are there."
     )
     add = parser.add_argument
-    add("--checkpoint", help="checkpoint folder, or run folder (its newest)")
+    add("--checkpoint", help=CHECKPOINT_HELP)
     add("--samples", help="instead, images that exist: npz (arr_0, as ADM's), .npy, or a folder")
     published = "sample as the published rows (docs/scores.md)"
     add("--published", action="store_true", help=published)

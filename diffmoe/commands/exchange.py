@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe.commands.common import Parser, one_process
+from diffmoe.commands.common import CHECKPOINT_HELP, Parser, one_process
 from diffmoe.config import Config, ModelConfig, MoEConfig, load_config
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.families import has_predictor
 from diffmoe.layout import Layout, resolve_layout
+from diffmoe.remote import any_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -293,7 +294,7 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
     """
     parser = Parser(prog="export", description="A checkpoint in other people's formats.")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
+    add("--checkpoint", required=True, help=CHECKPOINT_HELP)
     formats = "research: one .pt file with model and ema; hf: a Hugging Face folder"
     add("--format", required=True, choices=("research", "hf"), help=formats)
     add("--out", required=True, help="the file or folder to write; must not exist")
@@ -311,7 +312,7 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
         raise UserError(f"--out {out} already exists")
     from diffmoe.checkpoints.reader import Checkpoint
 
-    checkpoint = Checkpoint(Path(options.checkpoint))
+    checkpoint = Checkpoint(any_path(options.checkpoint))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if options.format == "research":

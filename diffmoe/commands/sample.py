@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffmoe.commands.common import (
+    CHECKPOINT_HELP,
     Parser,
     add_sampling_options,
     join,
@@ -16,6 +17,7 @@ from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.evaluation.class_names import parse_classes
 from diffmoe.files import replacing
+from diffmoe.remote import any_path
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
@@ -33,7 +35,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.parallel.collectives import agreed
     from diffmoe.parallel.groups import build_groups
 
-    checkpoint = Checkpoint(Path(options.checkpoint))
+    checkpoint = Checkpoint(any_path(options.checkpoint))
     config = sampling_config(checkpoint.config(), options)
     sample, weights = config.sample, options.weights or "ema"
     classes = parse_classes(options.classes, config.model.classes, checkpoint.manifest.class_names)
@@ -100,7 +102,7 @@ def _parser() -> Parser:
         prog="sample", description="Images from a checkpoint: a PNG grid, and an npz in ADM's form."
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint folder, or run folder (its newest)")
+    add("--checkpoint", required=True, help=CHECKPOINT_HELP)
     classes = "'all', or numbers, ranges and names: boot,3,7-9; in double quotes always a name"
     add("--classes", default="all", help=classes)
     add("--count", type=int, help="images in all, classes in turn (default: ten of each class)")

@@ -286,9 +286,11 @@ def _block_bytes(config: Config, layout: Layout, element: int, number: int) -> _
         full += token  # the token before shift and scale, as the router keeps it
     if moe.shared_experts:
         full += 2 * T * moe.shared_experts * expert_hidden(model, moe) * element + token
+    # Selective recompute also keeps what passed through here of an exchange over two levels.
+    passing = 2 * outputs if layout.per_host else 0
     return _Block(
         full,
-        selective + routing + second,
+        selective + routing + second + passing,
         token + routing,
         outputs if moved else 0,
         round((2.2 * element) * T * D),

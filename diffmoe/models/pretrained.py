@@ -25,6 +25,7 @@ from diffmoe.models.logical import (
     whole_weights,
 )
 from diffmoe.paths import check_folder, check_hub_id, expand_path
+from diffmoe.remote import AnyPath
 
 PARTS = "model.safetensors.index.json"  # which file holds what, where there are several
 _KINDS = {str: "a text", int: "an integer"}
@@ -47,7 +48,7 @@ class Pretrained:
     pool: int
     class_names: tuple[str, ...]
     latents: tuple[float, float] | None
-    source: Path
+    source: AnyPath
 
     def model(self) -> DiT:
         """The model with all experts, fp32 on the CPU, in eval mode.  UserError where the weights

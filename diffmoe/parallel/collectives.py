@@ -165,7 +165,9 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _placeholder: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
-        return ctx.exchange.back().end(gradient), None
+        exchange = ctx.exchange
+        with exchange.group.trace.inside("all-to-all of gradients", exchange.group.ranks):
+            return exchange.back().end(gradient), None
 
 
 class _Arrive(torch.autograd.Function):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from diffmoe.parallel.step_clock import StepClock
+
 
 @dataclass
 class Trace:
@@ -27,6 +29,9 @@ class Trace:
     warm: bool = False
     count: int = 0
 
+    def __post_init__(self) -> None:
+        self.clock = StepClock()  # no field: what is told are words and numbers
+
     def enter(self, phase: str, step: int | None = None) -> None:
         """The main thread begins ``phase`` (of optimizer step ``step``)."""
         self.phase, self.layer = phase, ""
@@ -45,7 +50,9 @@ class Trace:
         """
         self.collective, self.waiting = f"{collective} of ranks {shortened(ranks)}", True
         self.count += 1
+        began = self.clock.begin()
         yield
+        self.clock.end("exchange", began)
         self.waiting = False
         self.count += 1
 

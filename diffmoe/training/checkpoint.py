@@ -45,6 +45,7 @@ from diffmoe.parallel.collectives import (
 )
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.trace import Trace
+from diffmoe.remote import AnyPath
 from diffmoe.training.checkpoint_check import check_tensors
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
@@ -59,13 +60,27 @@ STREAMING_BYTES = 64 * 2**20
 Say = Callable[[str], None]
 
 
-def newest_usable(folder: Path, groups: ParallelGroups, say: Say) -> Checkpoint | None:
+def damage(checkpoint: Checkpoint, groups: ParallelGroups) -> str | None:
+    """What is wrong with this rank's share of a checkpoint."""
+    if groups.rank == 0 and (wrong := next(check_tensors(checkpoint), None)):
+        return wrong
+    for name in list(checkpoint.manifest.files)[groups.rank :: groups.world.size]:
+        checkpoint.check_file(name)
+    return None
+
+
+def newest_usable(
+    folder: AnyPath,
+    groups: ParallelGroups,
+    say: Say,
+    look: Callable[[Checkpoint, ParallelGroups], str | None] = damage,
+) -> Checkpoint | None:
     """The newest complete checkpoint that is intact, the same on every rank; None where there is
     none at all.
 
-    Every byte is checked, the files divided among the ranks.  ``say`` hears of each one that is
-    skipped.  Raises AgreedError when all are corrupt, or when the newest is intact but
-    cannot be read (another format).
+    Every byte is checked, the files divided among the ranks (``look``: says what is wrong, or
+    raises Corrupt).  ``say`` hears of each one that is skipped.  Raises AgreedError when all are
+    corrupt, or when the newest is intact but cannot be read (another format).
     """
     with agreed(groups.world):
         names = [path.name for path in complete_folders(folder)]
@@ -78,24 +93,15 @@ def newest_usable(folder: Path, groups: ParallelGroups, say: Say) -> Checkpoint 
         with agreed(groups.world):
             try:
                 checkpoint = Checkpoint(folder / name)
-                damage = _damage(checkpoint, groups)
+                wrong = look(checkpoint, groups)
             except Corrupt as error:
-                damage = str(error)
-        found = first_complaint(gather_objects(damage, groups.world), groups.world)
+                wrong = str(error)
+        found = first_complaint(gather_objects(wrong, groups.world), groups.world)
         if found is None:
             return checkpoint
         complaints.append(f"{name} is corrupt ({found})")
     if complaints:
         raise AgreedError(f"no checkpoint in {folder} is usable: {'; '.join(complaints)}")
-    return None
-
-
-def _damage(checkpoint: Checkpoint, groups: ParallelGroups) -> str | None:
-    """What is wrong with this rank's share of a checkpoint."""
-    if groups.rank == 0 and (wrong := next(check_tensors(checkpoint), None)):
-        return wrong
-    for name in list(checkpoint.manifest.files)[groups.rank :: groups.world.size]:
-        checkpoint.check_file(name)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from diffmoe.parallel.collectives import AgreedError, anyone
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.training.checkpoint import SaveFailed, newest_usable, restore
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
+from diffmoe.training.mirror import Copied
 from diffmoe.training.resume import check_resumable, recipes_as_counters, write_left_out
 from diffmoe.training.run_lock import RunLock
 from diffmoe.training.start import Run, say, share, start
@@ -70,13 +72,15 @@ def train(
                 "the same command resumes from there"
             )
         _validate_where_missed(run)
-        with run.saver:
+        _copy(run)  # what an earlier start left
+        with run.saver, contextlib.closing(run.mirror) if run.mirror else contextlib.nullcontext():
             if config.train.spike_factor > 0 and run.fresh:
                 _save(run)  # so that there is always something to go back to
             spiked = _train_steps(run, stop_requested)
             while spiked is not None:
                 _go_back(run, spiked)
                 spiked = _train_steps(run, stop_requested)
+            _finish_copying(run, stop_requested)
 
 
 def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:
@@ -102,15 +106,20 @@ def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:
             # can still say so.
             trace.enter("reading data", run.done)
             began = time.perf_counter()
-            stop = feed.read_ahead() or bool(stop_requested)
+            trace.clock.begin_step()
+            with trace.clock.waiting("data"):
+                stop = feed.read_ahead()
+            stop = stop or bool(stop_requested) or run.leaving
             assert batches is not None  # there are as many as steps
             stop, verdict = _step(run, batches, draws, stop)
             if verdict == "spike":
                 return run.done
+            if verdict != "left out":
+                trace.clock.end_step()
             run.done += 1
             trace.warm = True
             finished = run.done == train.steps
-            stop = stop and feed.decide_together(bool(stop_requested))
+            stop = stop and feed.decide_together(bool(stop_requested) or run.leaving)
             batches = feed.take()
             _compare_with_plan(run, time.perf_counter() - began)
             last = stop or finished
@@ -245,6 +254,7 @@ def _record(run: Run, last: bool) -> None:
         "skipped_steps": run.guard.skipped(run.done),
         "rollbacks": run.guard.rollbacks,
         "failed_saves": run.failed_saves,
+        **_compare_ranks(run),
         **run.next_record,
     }
     run.next_record = {}
@@ -252,6 +262,24 @@ def _record(run: Run, last: bool) -> None:
         run.writer.record(record)
         if _due(run.done, 10 * run.config.train.log_every, last):  # drawing takes a while
             run.writer.draw_load(load, run.done)
+
+
+def _compare_ranks(run: Run) -> dict:
+    """What the record says of the ranks' times; a straggler is an event, and with
+    ``run.on_straggler: requeue`` the end of this start.
+    """
+    if not run.stragglers.on:
+        return {}
+    record, news = run.stragglers.collect()
+    if news is not None:
+        run.event(*news)
+        rule = run.config.run.on_straggler == "requeue" and not run.leaving
+        if rule and run.stragglers.named is not None:
+            refusal = run.stragglers.exclude() if run.writer else None
+            run.leaving = anyone(run.writer is not None and refusal is None, run.groups.world)
+            then = f"its node stays: {refusal}" if refusal else "saves, and asks for other nodes"
+            run.event("requeue", f"run.on_straggler (requeue): {then}")
+    return record
 
 
 def _save(run: Run) -> None:
@@ -298,6 +326,29 @@ def _hear_of_saves(run: Run) -> None:
                 f"saved {outcome.path}: training stood still for {stall_s:.2f} s, "
                 f"written in {write_s:.2f} s"
             )
+            _copy(run)
+    for copy in run.mirror.outcomes() if run.mirror else ():
+        place = run.config.train.mirror
+        if isinstance(copy, Copied):
+            run.say(f"copied step {copy.step} to {place}: {copy.bytes} bytes, {copy.seconds:.2f} s")
+        else:
+            run.event(
+                "not copied",
+                f"error: train.mirror ({place}) is behind: {copy.message}; training goes on, the "
+                "next save tries again",
+            )
+
+
+def _copy(run: Run) -> None:
+    if run.mirror and run.groups.rank == 0:
+        run.mirror.copy()
+
+
+def _finish_copying(run: Run, stop_requested: Sequence[int]) -> None:
+    if run.mirror:
+        run.groups.trace.enter("copying to train.mirror")
+        run.mirror.wait(stop_requested)
+        _hear_of_saves(run)
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -17,6 +17,7 @@ from diffmoe.evaluation.plots import expert_load, image_grid, loss_curve
 from diffmoe.evaluation.scores import Scores, score_names
 
 VALIDATION_NAME = "validation.jsonl"
+RECORDS = ("metrics.jsonl", "events.jsonl", "scores.jsonl", VALIDATION_NAME)
 
 
 class Writer:
@@ -29,8 +30,7 @@ class Writer:
 
     def __init__(self, folder: Path, total_steps: int, layer_names: list[str]) -> None:
         self.folder, self.total_steps, self.layer_names = folder, total_steps, layer_names
-        names = ("metrics.jsonl", "events.jsonl", "scores.jsonl", VALIDATION_NAME)
-        self._waiting = {name: _start_of_line(folder / name) for name in names}
+        self._waiting = {name: _start_of_line(folder / name) for name in RECORDS}
         self._board: Any = None
         self._refused: set[str] = set()
 
@@ -124,7 +124,9 @@ class Writer:
     def _scalars(self, values: dict, step: int) -> None:
         with self.unless_refused("tensorboard"):
             for name, value in values.items():
-                if value is not None:
+                if isinstance(value, str):
+                    self._open_board().add_text(name, value, step)
+                elif value is not None:
                     self._open_board().add_scalar(name, value, step)
 
     def _image(self, name: str, path: Path, step: int) -> None:
@@ -209,4 +211,6 @@ def progress_line(record: dict, total: int) -> str:
         f"MFU {100 * record['mfu']:.1f} %",
         f"{record['memory_gib']:.1f} GiB",
     ]
+    if "straggler" in record:
+        parts.append(f"slow: {record['straggler']}")
     return "  ".join(parts)

@@ -37,8 +37,10 @@ from diffmoe.training.guard import Guard
 from diffmoe.training.limits import lengthen_timeouts
 from diffmoe.training.meter import Meter
 from diffmoe.training.metrics import Writer
+from diffmoe.training.mirror import Mirror
 from diffmoe.training.resume import Recipe, check_resumable, engine_changes, read_left_out
 from diffmoe.training.run_lock import RunLock
+from diffmoe.training.stragglers import Stragglers
 from diffmoe.training.validation import Validator, open_validator
 from diffmoe.training.watchdog import watch_layers
 
@@ -46,10 +48,11 @@ from diffmoe.training.watchdog import watch_layers
 @dataclass
 class Run:
     """Everything that one rank of a training run holds.  ``deepspeed``: the merged JSON;
-    ``per_node``: ranks on a node; ``writer`` is rank 0's alone; ``scorer``, ``validator``: None
-    where nobody asked for scores, or the validation loss; ``fresh``: no checkpoint was there;
-    ``recipes``: changes of the recipe so far, see ``resume``; ``next_record``: what the next record
-    of the metrics has besides.
+    ``per_node``: ranks on a node; ``writer`` is rank 0's alone; ``scorer``, ``validator``,
+    ``mirror``: None where nobody asked for scores, the validation loss, or copies; ``fresh``: no
+    checkpoint was there; ``recipes``: changes of the recipe so far, see ``resume``; ``leaving``:
+    all ranks stop after the next step; ``next_record``: what the next record of the metrics has
+    besides.
     """
 
     config: Config
@@ -62,8 +65,10 @@ class Run:
     ema: Ema
     reader: ShardReader
     saver: Saver
+    mirror: Mirror | None
     guard: Guard
     meter: Meter
+    stragglers: Stragglers
     writer: Writer | None
     scorer: Scorer | None
     validator: Validator | None
@@ -71,6 +76,7 @@ class Run:
     recipes: list[Recipe]
     done: int = 0
     failed_saves: int = 0
+    leaving: bool = False
     unsaved: int | None = None  # the step of the last save, where it failed
     step_times: list[float] = field(default_factory=list)  # of the first steps of this start
     next_record: dict[str, Any] = field(default_factory=dict)
@@ -124,6 +130,9 @@ def start(
         tell(text)
         skipped.append(text)  # an event as well, once there is a writer
 
+    mirror = Mirror(config, groups) if config.train.mirror else None
+    if mirror is not None:
+        mirror.fetch(lock, new_recipe, tell_skipped)
     newest = newest_usable(folder / "checkpoints", groups, tell_skipped)
     counters = {} if newest is None else newest.counters
     hosts = gather_objects(host_name(), groups.world)
@@ -181,8 +190,10 @@ def start(
         Ema(engine, config.train.ema_decays, config.train.growth),
         reader,
         Saver(folder / "checkpoints", config, layout, groups, names),
+        mirror,
         guard,
         Meter(config, groups, device),
+        Stragglers(config.run, groups, engine, device, hosts),
         writer,
         scorer,
         validator,

@@ -103,7 +103,7 @@ preflight() {
   local here=$PWD
   # shellcheck disable=SC2086  # options, one a word
   (cd "$code" && "${step[@]}" python -m launcher preflight --config "$job/config.yaml" \
-    --deepspeed_config "$job/deepspeed.json" --from "$here" ${DIFFMOE_PREFLIGHT:-})
+    --deepspeed_config "$job/deepspeed.json" --from "$here" --record "$job/preflight.json" ${DIFFMOE_PREFLIGHT:-})
 }
 
 # The signal before the limit: to the ranks.  Where none run yet, none are started.
@@ -141,9 +141,29 @@ conclude() {
   verdict=$(cd "$code" && python -m launcher job after "$job" "$status" "$@") || code_of_job=$?
   say "$verdict"
   if ((code_of_job == 75)) && [[ $(scontrol -o show job "$SLURM_JOB_ID") == *" JobState=RUNNING "* ]]; then
+    trap '' TERM # the requeue's, which comes to this shell and its commands too
     scontrol requeue "$SLURM_JOB_ID"
+    exclude
   fi
   exit "$code_of_job"
+}
+
+# The requeued job leaves out the nodes that training found slow (run.on_straggler), besides those it left out before.
+# Slurm takes that of a pending job only.
+exclude() {
+  local hosts before
+  [[ -f $job/exclude.txt ]] || return 0
+  hosts=$(paste -sd, "$job/exclude.txt")
+  for _ in {1..20}; do
+    before=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    [[ $before != "(null)" ]] || before=
+    if scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${before:+$before,}$hosts"; then
+      say "goes on without $hosts"
+      return
+    fi
+    sleep 0.5
+  done
+  say "cannot exclude $hosts: it may come back to them"
 }
 
 # The value of an option among words: --name value, --name=value.
