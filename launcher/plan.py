@@ -203,7 +203,8 @@ def _table(shown: list[Candidate], steps: int, per_node: int) -> list[str]:
             f"{c.recompute:9} {'two_level' if c.layout.per_host else 'direct':9} "
             f"{c.layout.micro_batch:>5} {c.layout.accumulation:>4} "
             f"{c.memory.peak / GIB:>7.2f} {1e3 * c.time.total:>8.1f} "
-            f"{c.images_per_s:>8.0f} {hours:>9.0f}  {reasons(c, shown[0])}"
+            f"{c.images_per_s:>8.0f} {hours:>9.0f}  "
+            f"{c.forms}{'; ' if c.forms else ''}{reasons(c, shown[0])}"
         )
     return lines
 

@@ -45,8 +45,11 @@ def main(arguments: list[str]) -> int:
     print(f"assumed: {hardware.assumptions}")
     for mode, points in curves.items():
         print("\n" + "\n".join(_table(mode, points)))
-    for path in [options.measured] if options.measured else sorted(_RESULTS.glob(_MEASURED)):
+    measured = [options.measured] if options.measured else sorted(_RESULTS.glob(_MEASURED))
+    for path in measured:
         print("\n" + "\n".join(_errors(path)))
+    if not measured:
+        print("\nno measured point to hold this to: launcher scaling makes records (--measured)")
     if options.json:
         answer = {mode: [_as_dict(p) for p in points] for mode, points in curves.items()}
         write_text("--json", options.json, json.dumps(answer, indent=1) + "\n")
@@ -112,6 +115,7 @@ def _table(mode: str, points: list[Point]) -> list[str]:
             f"{c.layout.micro_batch:>5} {c.layout.accumulation:>4} {c.memory.peak / GIB:>6.1f} "
             f"{1e3 * c.time.total:>8.1f} {c.images_per_s:>9.0f} {100 * p.efficiency:>8.0f} %  "
             + " ".join(f"{share:>8.0f} %" for share in shares)
+            + (f"  {c.forms}" if c.forms else "")
         )
     if points[0].candidate is None:
         return [*lines, f"does not start: {points[0].problem}"]

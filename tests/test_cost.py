@@ -567,7 +567,8 @@ def test_gradients_pass_under_backward_where_they_leave_in_buckets():
     assert _priced("", overlapping, cost=1.0).total == pytest.approx(whole.total)
     # One bucket is ready when backward is over.
     zero = {"stage": 1, "overlap_comm": True, "reduce_bucket_size": 10**10}
-    assert _priced("", {**BF16, "zero_optimization": zero}).hidden == pytest.approx(0)
+    tree = {**BF16, "zero_optimization": zero}
+    assert _priced("parallel.ep=1", tree).hidden == pytest.approx(0)
     # On one node backward is long enough for all but the last bucket and the weights.
     free, parts = _priced("", overlapping, 8, cost=1e-9), least_buckets(8)
     gradients, weights = parts
@@ -591,8 +592,8 @@ def least_buckets(ranks):
 def test_rows_pass_under_shared_experts():
     plain, shared = _priced("", BF16), _priced("moe.shared_experts=2", BF16)
     assert plain.all_to_all == plain.whole_all_to_all == shared.whole_all_to_all
-    dispatched = shared.whole_all_to_all / 2  # and as much comes home, for which all wait
-    assert dispatched < shared.all_to_all + 1e-3 < shared.whole_all_to_all
+    # At least as much comes home, for which all wait, and kernels are slower meanwhile.
+    assert shared.whole_all_to_all / 2 < shared.all_to_all < shared.whole_all_to_all
 
 
 @pytest.mark.parametrize("kind", ["cpu", "h100"])

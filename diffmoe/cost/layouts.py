@@ -102,6 +102,13 @@ class Candidate:
         )
 
     @property
+    def forms(self) -> str:
+        """What tables have no column for."""
+        found = [f"shards of {self.engine.shard}"] * (self.engine.copies(self.layout) > 1)
+        found += ["two levels"] * (self.layout.per_host > 0)
+        return ", ".join(found + ["halves"] * (self.config.parallel.overlap == "halves"))
+
+    @property
     def label(self) -> str:
         layout = self.layout
         halves = " in halves" * (self.config.parallel.overlap == "halves")
