@@ -70,6 +70,7 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
     scores = (2 if model.family == "diffmoe" else 1) * T * E * _FP32  # and what is watched
     owners = max(1, layout.pool_ranks // ep)
     rows = rows_sent(config, layout) * model.width * engine.element
+    halves = 2 if config.parallel.overlap == "halves" else 1
     found: list[Message] = []
 
     def add(purpose: str, phase: str, payload: int, ranks: int = ep, group: str = "ep") -> None:
@@ -77,7 +78,7 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
         parts = [(group, ranks)]
         if group == "ep" and layout.per_host:  # everything travels on both levels
             parts = [("ep across", ep // layout.per_host), ("ep inside", layout.per_host)]
-        times = 2 * layers if purpose in ROWS and config.parallel.overlap == "halves" else layers
+        times = halves * layers if purpose in ROWS else layers
         for group, ranks in parts:
             if ranks > 1:
                 wire = layers * _wire(collective, payload, ranks)
@@ -87,16 +88,18 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
     phases = ("forward", "recompute") if config.parallel.recompute == "block" else ("forward",)
     for phase in phases:
         if model.family in TOKENS_CHOOSE or moe.threshold_from is not None:
-            add("counts", phase, E * _INT64)
+            add("counts", phase, halves * E * _INT64)
         elif model.family == "race":
             if layout.pool_ranks > 1:
                 add("owners", phase, T * E * _FP32, layout.pool_ranks, "pool")
             else:
-                add("counts", phase, E * _INT64)
+                add("counts", phase, halves * E * _INT64)
         elif layout.pool_ranks > 1:
             add("scores", phase, scores)
             add("owners", phase, scores, owners, "owners")
             add("mask", phase, T * E)
+        elif layout.micro_batch // halves % layout.pool:  # of a half's not all take equally many
+            add("counts", phase, halves * E * _INT64)
         if has_router_loss(model, moe):
             pools = layout.micro_batch * layout.pool_ranks // layout.pool
             sums = {"tc": 2 * E, "race": 2 * E * E, "prototype": (E - 1) * (model.width + 1)}

@@ -109,7 +109,7 @@ class CommunicationCount(TorchDispatchMode):
         for name, layer, experts in self._layers:
             self._handles += [
                 layer.register_forward_pre_hook(lambda *_, name=name: self._at(name, "dispatch")),
-                layer.register_forward_hook(lambda *_: self._at("", "")),
+                layer.register_forward_hook(lambda *_: self._at("", ""), always_call=True),
                 experts.register_forward_pre_hook(lambda *_, name=name: self._at(name, "combine")),
             ]
         return super().__enter__()
