@@ -25,6 +25,7 @@ PATH_FIELDS = [
     for section in dataclasses.fields(Config)
     for field in dataclasses.fields(typing.get_type_hints(Config)[section.name])
     if typing.get_type_hints(typing.get_type_hints(Config)[section.name])[field.name] is str
+    and field.name != "mirror"  # an address: nothing in it is replaced
 ]
 
 

@@ -213,6 +213,7 @@ def test_evaluate_takes_the_runs_or_what_is_said_and_the_card_has_it(
 
 
 def test_profile_and_bench(alone, monkeypatch, precision):
+    monkeypatch.setattr("diffmoe.commands.profile.on_our_hosts", lambda config, layout: layout)
     monkeypatch.setattr("diffmoe.parallel.groups.build_groups", stop)
     with pytest.raises(Started):
         profile_command.main(

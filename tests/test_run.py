@@ -148,6 +148,7 @@ def test_the_written_configuration_is_the_resolved_one():
         "accumulation": 1,
         "pool": 16,
         "pool_ranks": 2,
+        "per_host": 0,
     }
     deepspeed = json.loads((folder / "deepspeed.json").read_text())
     assert deepspeed == merge_deepspeed(read_deepspeed(None), written, resolve_layout(written, 2))

@@ -53,7 +53,8 @@ class Minima:
 
 
 DIGITS = Minima(0.95, accuracy=0.97, precision=0.5, recall=0.6, distance_ratio=0.9)
-SHARDS = Minima(0.9, accuracy=0.85, precision=0.5, recall=0.3, distance_ratio=0.7)
+# `make fashion-demo` reaches 0.92, 0.52, 0.59 and 1.07.
+SHARDS = Minima(0.9, accuracy=0.85, precision=0.45, recall=0.45, distance_ratio=0.9)
 
 
 @dataclass(frozen=True)
