@@ -8,188 +8,32 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffmoe.config import Config
+from diffmoe.deepspeed_keys import (
+    ALIASES,
+    BF16_NAMES,
+    DTYPES,
+    FP32_NAMES,
+    MICS,
+    OLD,
+    OWNED,
+    OWNED_BLOCKS,
+    PASSED,
+    UNSUPPORTED,
+    ZERO,
+    Number,
+)
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
 from diffmoe.paths import shipped
 from diffmoe.strict_yaml import open_text, without_duplicates
 
-# Keys that DeepSpeed would read and that the YAML owns: allowed only with the YAML's own value.
-_OWNED = {
-    "train_batch_size": "train.batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.accumulation",
-    "gradient_clipping": "train.clip",
-}
-_OWNED_BLOCKS = {
-    "optimizer": "train.optimizer, train.lr, …",
-    "scheduler": "train.schedule, train.warmup",
-}
-# How many consecutive ranks share one copy of the optimizer's state.  DeepSpeed 0.19.8 has given
-# up MiCS, which it names so, at ZeRO 3; here the key works at ZeRO 1 to 3 and the engine reads it.
-MICS = "mics_shard_size"
 _CONTIGUOUS = ("reduce_scatter", "contiguous_gradients")
 _WORDS = {str: "a text", bool: "true or false", list: "a list"}
-
-
-@dataclass(frozen=True)
-class Number:
-    """A key's value: an integer (5e8 is one) or any number, in a range."""
-
-    kind: type = int
-    least: float = -math.inf
-    most: float = math.inf
-
-    def __str__(self) -> str:
-        word = "an integer" if self.kind is int else "a number"
-        if math.isfinite(self.most):
-            return f"{word} from {self.least:g} to {self.most:g}"
-        return word if math.isinf(self.least) else f"{word} of at least {self.least:g}"
-
-    def holds(self, value: Any) -> bool:
-        if type(value) is not int and not (type(value) is float and math.isfinite(value)):
-            return False
-        return (self.kind is float or value == int(value)) and self.least <= value <= self.most
-
-
-_INTEGER, _COUNT, _SHARE = Number(), Number(least=0), Number(float, 0, 1)
-_FP32 = ("fp32", "float32", "float", "torch.float32")
-_BF16 = ("bf16", "bfloat16", "torch.bfloat16")
-_DTYPES = _FP32 + _BF16
-
-
-def _keys(kind: Any, names: str) -> dict[str, Any]:
-    return dict.fromkeys(names.split(), kind)
-
-
-# DeepSpeed silently ignores unknown keys at the top, and trips over other ones, over a wrong type,
-# and over keys of other versions only on the ranks.  So here is what its 0.19.8 reads: a type, a
-# range, words, or an object of such (tests/test_deepspeed_json.py compares them with its own
-# models).
-_OFFLOAD: dict = {
-    "device": ("none", "cpu", "nvme"),
-    "nvme_path": str,
-    "buffer_count": _COUNT,
-    "pin_memory": bool,
-}
-PASSED: dict = {
-    "zero_optimization": {
-        "stage": Number(least=0, most=3),
-        "reduce_bucket_size": Number(least=1),
-        MICS: Number(least=1),
-        "stage3_module_granularity_threshold": _INTEGER,
-        **_keys(
-            bool,
-            "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce "
-            "allgather_partitions overlap_comm compute_grad_norm load_from_fp32_weights "
-            "elastic_checkpoint stage3_gather_16bit_weights_on_model_save "
-            "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential "
-            "ignore_unused_parameters legacy_stage1 round_robin_gradients parameter_alignment "
-            "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
-            "memory_efficient_linear pipeline_loading_checkpoint override_module_apply "
-            "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory",
-        ),
-        **_keys(
-            _COUNT,
-            "allgather_bucket_size sub_group_size stage3_prefetch_bucket_size "
-            "stage3_param_persistence_threshold stage3_model_persistence_threshold "
-            "stage3_max_live_parameters stage3_max_reuse_distance zero_hpz_partition_size",
-        ),
-        "offload_param": {**_OFFLOAD, "buffer_size": _COUNT, "max_in_cpu": _COUNT},
-        "offload_optimizer": {
-            **_OFFLOAD,
-            **_keys(bool, "pipeline_read pipeline_write fast_init super_offload"),
-            **_keys(_SHARE, "ratio cpuadam_cores_perc"),
-        },
-        "leaf_module": _keys(list, "classes names name_suffixes"),
-    },
-    "bf16": _keys(
-        bool,
-        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads "
-        "bf16_optimizer_states",
-    ),
-    "fp16": {
-        **_keys(bool, "enabled auto_cast consecutive_hysteresis fp16_master_weights_and_grads"),
-        **_keys(_INTEGER, "initial_scale_power loss_scale_window hysteresis min_loss_scale"),
-        "loss_scale": Number(float, 0),
-    },
-    "data_types": {
-        **_keys(_DTYPES, "grad_accum_dtype param_dtype buffer_dtype"),
-        "keep_in_fp32_modules": list,
-    },
-    "communication_data_type": ("fp32", "bf16", "fp16"),
-    "gradient_predivide_factor": Number(float),
-    **_keys(
-        bool,
-        "prescale_gradients zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
-        "wall_clock_breakdown memory_breakdown dump_state disable_allgather",
-    ),
-    **_keys(_INTEGER, "steps_per_print seed"),
-    "comms_logger": {**_keys(bool, "enabled prof_all verbose debug"), "prof_ops": list},
-    "flops_profiler": {
-        **_keys(bool, "enabled detailed"),
-        **_keys(_INTEGER, "profile_step module_depth top_modules"),
-        "recompute_fwd_factor": Number(float),
-        "output_file": str,
-    },
-    "aio": {
-        **_keys(_COUNT, "block_size queue_depth intra_op_parallelism"),
-        **_keys(bool, "single_submit overlap_events use_gds"),
-    },
-    "timers": {"throughput": _keys(bool, "enabled synchronized")},
-}
-# Names that DeepSpeed reads as another's.
-ALIASES = {
-    f"zero_optimization.{name.removeprefix('stage3_')}": f"zero_optimization.{name}"
-    for name in PASSED["zero_optimization"]
-    if name.startswith("stage3_")
-}
-# Keys of older versions: what to write, unless they say false, which is no more than to leave them
-# out.
-_ZERO = "zero_optimization"
-_OFFLOAD_PARAM = f'{_ZERO}.offload_param: {{"device": "cpu"}}'
-OLD = {
-    "bfloat16": "bf16",
-    "fp32_allreduce": 'communication_data_type: "fp32"',
-    "allgather_size": f"{_ZERO}.allgather_bucket_size",
-    f"{_ZERO}.cpu_offload": f'{_ZERO}.offload_optimizer: {{"device": "cpu"}}, '
-    "and train.optimizer: deepspeed in the YAML",
-    f"{_ZERO}.cpu_offload_params": _OFFLOAD_PARAM,
-    f"{_ZERO}.cpu_offload_param": _OFFLOAD_PARAM,
-    f"{_ZERO}.cpu_offload_use_pin_memory": f"{_ZERO}.offload_optimizer.pin_memory",
-    f"{_ZERO}.stage3_gather_fp16_weights_on_model_save": (
-        f"{_ZERO}.stage3_gather_16bit_weights_on_model_save"
-    ),
-    "activation_checkpointing": "parallel.recompute in the YAML",
-    "compile": "train.compile in the YAML",
-    "torch_autocast": "bf16.enabled",
-    "aio.thread_count": "aio.intra_op_parallelism",
-}
-# What DeepSpeed has and a run here cannot use, unless it says off.
-_SHUFFLES = (
-    "DeepSpeed 0.19.8 shuffles the fp32 state by it and takes one tensor's part for another's; "
-    "leave it out"
-)
-_NORM = "clipping, the records and the check for steps that are not finite need the norm"
-_ALL = "it must be 1: checkpoints and averages need all of the fp32 state in one place"
-_ELSEWHERE = "its fp32 state lives in another process; leave it out"
-_MASTERS = "checkpoints and averages are of fp32 masters; leave it out"
-UNSUPPORTED = {
-    "fp16.enabled": (False, "use bf16.enabled"),
-    f"{_ZERO}.zenflow": (None, "its updates come later than the step; leave it out"),
-    f"{_ZERO}.legacy_stage1": (False, "DeepSpeed has given it up; leave it out"),
-    f"{_ZERO}.round_robin_gradients": (False, _SHUFFLES),
-    f"{_ZERO}.compute_grad_norm": (True, _NORM),
-    f"{_ZERO}.offload_optimizer.ratio": (1, _ALL),
-    f"{_ZERO}.offload_optimizer.super_offload": (False, _ELSEWHERE),
-    "bf16.bf16_master_weights_and_grads": (False, _MASTERS),
-    "bf16.bf16_optimizer_states": (False, "checkpoints hold fp32 moments; leave it out"),
-}
 
 
 def read_deepspeed(path: str | Path | None) -> dict:
@@ -228,7 +72,7 @@ def merge_deepspeed(tree: dict, config: Config, layout: Layout) -> dict:
         resolved = key == "gradient_clipping" and value == 0.0 and zero_stage(tree) == 0
         if value not in ("auto", mine) and not resolved:
             raise UserError(
-                f"DeepSpeed's {key} ({value}) contradicts the YAML's {_OWNED[key]} ({mine}); "
+                f"DeepSpeed's {key} ({value}) contradicts the YAML's {OWNED[key]} ({mine}); "
                 "the YAML owns it"
             )
     passed = {
@@ -248,12 +92,12 @@ def check_deepspeed(tree: dict, config: Config) -> None:
     this trainer or DeepSpeed cannot do together.
     """
     for key in tree:
-        if key in _OWNED_BLOCKS:
+        if key in OWNED_BLOCKS:
             raise UserError(
-                f"DeepSpeed's {key!r} block is not read: the YAML owns it as {_OWNED_BLOCKS[key]}"
+                f"DeepSpeed's {key!r} block is not read: the YAML owns it as {OWNED_BLOCKS[key]}"
             )
-    rest = {key: value for key, value in tree.items() if key not in _OWNED}
-    _check_keys(rest, PASSED, "", extra=tuple(_OWNED))
+    rest = {key: value for key, value in tree.items() if key not in OWNED}
+    _check_keys(rest, PASSED, "", extra=tuple(OWNED))
     for name, (off, reason) in UNSUPPORTED.items():
         value = _found(tree, name)
         if value is not None and value != off:
@@ -322,7 +166,7 @@ def _words(kind: Any) -> str:
     if isinstance(kind, Number):
         return str(kind)
     if isinstance(kind, tuple):  # the first of the names of each data type, say
-        shown = [word for word in kind if word not in _DTYPES or word in ("fp32", "bf16")]
+        shown = [word for word in kind if word not in DTYPES or word in ("fp32", "bf16")]
         return f"{', '.join(shown[:-1])} or {shown[-1]}"
     return _WORDS[kind]
 
@@ -332,9 +176,9 @@ def _check_together(tree: dict, config: Config) -> None:
     train, bf16 = config.train, precision(tree) == "bf16"
     stage = max(zero_stage(tree), int(bf16))  # see _resolve
     fitting = {
-        "grad_accum_dtype": _DTYPES if bf16 else _FP32,
-        "param_dtype": _BF16 if bf16 else _FP32,
-        "buffer_dtype": _FP32,
+        "grad_accum_dtype": DTYPES if bf16 else FP32_NAMES,
+        "param_dtype": BF16_NAMES if bf16 else FP32_NAMES,
+        "buffer_dtype": FP32_NAMES,
     }
     for name, dtypes in fitting.items():
         value = _found(tree, f"data_types.{name}")
@@ -348,18 +192,18 @@ def _check_together(tree: dict, config: Config) -> None:
         ("offload_optimizer", 1, "1 or above"),
         ("offload_param", 3, "3"),
     ):
-        device = _found(tree, f"{_ZERO}.{name}.device") or "none"
+        device = _found(tree, f"{ZERO}.{name}.device") or "none"
         if device == "nvme":
             raise UserError(
-                f"DeepSpeed's {_ZERO}.{name}.device (nvme) is not supported: checkpoints and "
+                f"DeepSpeed's {ZERO}.{name}.device (nvme) is not supported: checkpoints and "
                 "averages read the state from memory; use cpu"
             )
         if device != "none" and stage < least:
             raise UserError(
-                f"DeepSpeed's {_ZERO}.{name}.device ({device}) needs {_ZERO}.stage {words}; "
+                f"DeepSpeed's {ZERO}.{name}.device ({device}) needs {ZERO}.stage {words}; "
                 f"it is {stage}"
             )
-    offloads = _found(tree, f"{_ZERO}.offload_optimizer.device") == "cpu"
+    offloads = _found(tree, f"{ZERO}.offload_optimizer.device") == "cpu"
     _check_shards(tree, config, stage)
     if offloads and train.optimizer != "deepspeed":
         raise UserError(
@@ -379,28 +223,28 @@ def _check_together(tree: dict, config: Config) -> None:
         )
     # (key, what it must be, where)
     rules: list[tuple[str, float, str]] = []
-    if stage >= 2 and _found(tree, f"{_ZERO}.reduce_scatter") is not False:
+    if stage >= 2 and _found(tree, f"{ZERO}.reduce_scatter") is not False:
         where = f"at ZeRO stage {stage}, unless zero_optimization.reduce_scatter is false"
         rules += [("prescale_gradients", False, where), ("gradient_predivide_factor", 1, where)]
     if config.parallel.ep > 1 and stage == 3:
         where = "with expert parallelism at ZeRO stage 3"
-        rules.append((f"{_ZERO}.zero_quantized_gradients", False, where))
-        if (_found(tree, f"{_ZERO}.zero_hpz_partition_size") or 0) > 0:
-            rules.append((f"{_ZERO}.zero_hpz_partition_size", 1, where))
+        rules.append((f"{ZERO}.zero_quantized_gradients", False, where))
+        if (_found(tree, f"{ZERO}.zero_hpz_partition_size") or 0) > 0:
+            rules.append((f"{ZERO}.zero_hpz_partition_size", 1, where))
     if config.parallel.ep > 1 and stage in (1, 2):
         where = f"with expert parallelism at ZeRO stage {stage}"
-        rules += [(f"{_ZERO}.{key}", True, where) for key in _CONTIGUOUS]
+        rules += [(f"{ZERO}.{key}", True, where) for key in _CONTIGUOUS]
     if bf16 and stage == 1:
         # With fp32 accumulation DeepSpeed 0.19.8 adds a micro-batch's bf16 gradient to its fp32
         # sum after every micro-batch without clearing it, so that early ones count twice; updating
         # at once is right.
         where = "at ZeRO stage 1, where fp32 accumulation goes wrong without it"
         rules.append(("bf16.immediate_grad_update", True, where))
-    if _found(tree, f"{_ZERO}.{MICS}") is not None:
+    if _found(tree, f"{ZERO}.{MICS}") is not None:
         where = f"with zero_optimization.{MICS}, which shards in another way"
-        rules.append((f"{_ZERO}.zero_quantized_gradients", False, where))
-        if (_found(tree, f"{_ZERO}.zero_hpz_partition_size") or 0) > 0:
-            rules.append((f"{_ZERO}.zero_hpz_partition_size", 1, where))
+        rules.append((f"{ZERO}.zero_quantized_gradients", False, where))
+        if (_found(tree, f"{ZERO}.zero_hpz_partition_size") or 0) > 0:
+            rules.append((f"{ZERO}.zero_hpz_partition_size", 1, where))
     for name, must, where in rules:
         value = _found(tree, name)
         if value is not None and value != must:
@@ -410,11 +254,11 @@ def _check_together(tree: dict, config: Config) -> None:
 
 
 def _check_shards(tree: dict, config: Config, stage: int) -> None:
-    size, name = _found(tree, f"{_ZERO}.{MICS}"), f"DeepSpeed's {_ZERO}.{MICS}"
+    size, name = _found(tree, f"{ZERO}.{MICS}"), f"DeepSpeed's {ZERO}.{MICS}"
     if size is None:
         return
     if stage == 0:
-        raise UserError(f"{name} ({size:g}) needs {_ZERO}.stage 1 or above; it is 0")
+        raise UserError(f"{name} ({size:g}) needs {ZERO}.stage 1 or above; it is 0")
     if size % config.parallel.ep:
         raise UserError(
             f"{name} ({size:g}) must be a multiple of parallel.ep ({config.parallel.ep}), so that "
@@ -425,17 +269,17 @@ def _check_shards(tree: dict, config: Config, stage: int) -> None:
 def check_shards(tree: dict, config: Config, ranks: int) -> None:
     """Raises UserError where ``mics_shard_size`` does not fit stage, EP size or number of ranks."""
     _check_shards(tree, config, max(zero_stage(tree), int(precision(tree) == "bf16")))
-    size = _found(tree, f"{_ZERO}.{MICS}")
+    size = _found(tree, f"{ZERO}.{MICS}")
     if size is not None and ranks % size:
         raise UserError(
-            f"DeepSpeed's {_ZERO}.{MICS} ({size:g}) must divide the number of ranks ({ranks})"
+            f"DeepSpeed's {ZERO}.{MICS} ({size:g}) must divide the number of ranks ({ranks})"
         )
 
 
 def given_to_deepspeed(tree: dict) -> dict:
     """A merged ``tree`` without what the engine reads itself."""
-    zero = {key: value for key, value in tree[_ZERO].items() if key != MICS}
-    return {**tree, _ZERO: zero}
+    zero = {key: value for key, value in tree[ZERO].items() if key != MICS}
+    return {**tree, ZERO: zero}
 
 
 def _found(tree: dict, name: str) -> Any:
@@ -490,7 +334,7 @@ def reduction(tree: dict) -> Reduction:
     sharded = zero_stage(tree) > 0 or precision(tree) == "bf16"  # see _resolve
     bucket, overlap = zero.get("reduce_bucket_size"), zero.get("overlap_comm")
     return Reduction(
-        tree.get("communication_data_type") or ("bf16" if accumulation in _BF16 else "fp32"),
+        tree.get("communication_data_type") or ("bf16" if accumulation in BF16_NAMES else "fp32"),
         int(bucket or (5e7 if sharded else 5e8)),
         sharded if overlap is None else overlap,
     )

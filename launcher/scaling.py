@@ -24,7 +24,8 @@ from pathlib import Path
 from diffmoe import gpus
 from diffmoe.code_version import commit
 from diffmoe.config import Config, load_config, override
-from diffmoe.deepspeed_json import MICS, check_deepspeed, merge_deepspeed, read_deepspeed
+from diffmoe.deepspeed_json import check_deepspeed, merge_deepspeed, read_deepspeed
+from diffmoe.deepspeed_keys import MICS
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from launcher.command_line import Parser, check_above_0

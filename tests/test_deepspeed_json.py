@@ -12,16 +12,8 @@ import pytest
 
 import diffmoe.__main__ as run
 from diffmoe.config import load_config
-from diffmoe.deepspeed_json import (
-    ALIASES,
-    MICS,
-    OLD,
-    PASSED,
-    UNSUPPORTED,
-    Number,
-    check_deepspeed,
-    merge_deepspeed,
-)
+from diffmoe.deepspeed_json import check_deepspeed, merge_deepspeed
+from diffmoe.deepspeed_keys import ALIASES, MICS, OLD, PASSED, UNSUPPORTED, Number
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from launcher.__main__ import main as launcher_main

@@ -32,6 +32,7 @@ LAYERS = [
     ["diffmoe.moe"],
     ["diffmoe.parallel"],
     ["diffmoe.deepspeed_json"],
+    ["diffmoe.deepspeed_keys"],
     ["diffmoe.layout"],
     [
         "diffmoe.config",

@@ -18,7 +18,8 @@ from diffmoe.commands.common import Parser, join, leave, on_our_hosts
 from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, override
 from diffmoe.cost.memory import EngineFacts, engine_facts, rank_memory
 from diffmoe.cost.traffic import least_traffic, step_traffic
-from diffmoe.deepspeed_json import MICS, merge_deepspeed, read_deepspeed, zero_stage
+from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed, zero_stage
+from diffmoe.deepspeed_keys import MICS
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, resolve_layout

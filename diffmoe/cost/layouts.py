@@ -13,7 +13,8 @@ from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, Memory, engine_facts, rank_memory
 from diffmoe.cost.step_time import StepTime, step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
-from diffmoe.deepspeed_json import MICS, check_shards
+from diffmoe.deepspeed_json import check_shards
+from diffmoe.deepspeed_keys import MICS
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, over_hosts, resolve_layout
 

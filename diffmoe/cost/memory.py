@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 
 from diffmoe.config import Config, attention_kept, expert_hidden
 from diffmoe.cost.parameters import inner_width, rank_parameters
-from diffmoe.deepspeed_json import MICS, reduction
+from diffmoe.deepspeed_json import reduction
+from diffmoe.deepspeed_keys import MICS
 from diffmoe.families import TOKENS_CHOOSE, has_predictor, has_target_head, is_moe_block
 from diffmoe.layout import Layout
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from diffmoe.config import Config, TrainConfig
-from diffmoe.deepspeed_json import MICS, given_to_deepspeed
+from diffmoe.deepspeed_json import given_to_deepspeed
+from diffmoe.deepspeed_keys import MICS
 from diffmoe.device import synchronize
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT, ModelOutput

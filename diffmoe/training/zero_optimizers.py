@@ -287,7 +287,7 @@ def average(
     one message in ``dtype``, from ``device``.
     """
     flat = torch.cat([shard.reshape(-1).to(device, dtype) for shard in shards])
-    dist.all_reduce(flat, dist.ReduceOp.AVG, group=ranks)
-    parts = flat.split([shard.numel() for shard in shards])
+    dist.all_reduce(flat, group=ranks)
+    parts = flat.div_(dist.get_world_size(ranks)).split([shard.numel() for shard in shards])
     for shard, part in zip(shards, parts, strict=True):
         shard.copy_(part.view_as(shard))
