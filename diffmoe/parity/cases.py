@@ -22,7 +22,7 @@ _STRADDLING: dict[int, list[str]] = {1: [], 2: ["2"], 4: ["2", "4"]}
 VARIANTS = {
     "diffmoe": "",
     "rich": "moe.activation=swiglu moe.shared_experts=1 model.qk_norm=true moe.interleave=true "
-    "model.depth=4 moe.capacity=1.5 train.recipe_batch=64",
+    "model.depth=4 moe.capacity=1.5 train.recipe_batch=8",
     "tc": "model.family=tc moe.top_k=2",
     # every expert takes every token: no decision that bf16's rounding could turn
     "tc-all": "model.family=tc moe.top_k=4",
