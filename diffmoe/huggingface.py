@@ -164,7 +164,7 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
     """README.md of a folder: what the model is, the recipe that trained it, its scores, and how to
     use it.
     """
-    model, moe, train, flow = config.model, config.moe, config.train, config.diffusion
+    model, moe = config.model, config.moe
     counts = count(model, moe)
     total, active = (
         f"{(n + counts.positions) / 1e6:.2f} M" for n in (counts.total, counts.activated)
@@ -190,13 +190,50 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
             ("pool", f"{pool} samples"),
             ("experts per token", met),
         ]
+    lines = [
+        "---",
+        ModelCardData(library_name="diffmoe", tags=tags).to_yaml(),
+        "---",
+        "",
+        f"# {model.family} {model.depth} x {model.width}, step {step}",
+        "",
+        "A class-conditional diffusion transformer trained with the DiffMoE trainer (method: arXiv "
+        "2503.14487).",
+        "",
+        "## Model",
+        "",
+        *table(("", ""), rows),
+        "",
+        "## Recipe",
+        "",
+        *table(("", ""), _recipe(config, step, weights)),
+        "",
+        "## Scores",
+        "",
+        *_score_tables(scores),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from diffmoe import DiffMoEPipeline",
+        "",
+        'folder = "."  # where this file is; or owner/name, on the hub',
+        "pipe = DiffMoEPipeline.from_pretrained(folder)",
+        "pipe(num_images=4).images",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _recipe(config: Config, step: int, weights: str) -> list[tuple[str, object]]:
+    train, flow = config.train, config.diffusion
     process: str = flow.process
     if process == "flow":
         process += f", {flow.time_sampling.replace('_', '-')} times"
         if flow.time_scale != 1:
             process += f", t multiplied by {flow.time_scale:g} before its embedding"
     decays = ", ".join(f"{decay:g}" for decay in train.ema_decays)
-    recipe = [
+    return [
         ("process", process),
         (
             "steps",
@@ -222,39 +259,6 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
         ("flip", "yes" if config.data.flip else "no"),
         ("seed", config.run.seed),
     ]
-    lines = [
-        "---",
-        ModelCardData(library_name="diffmoe", tags=tags).to_yaml(),
-        "---",
-        "",
-        f"# {model.family} {model.depth} x {model.width}, step {step}",
-        "",
-        "A class-conditional diffusion transformer trained with the DiffMoE trainer (method: arXiv "
-        "2503.14487).",
-        "",
-        "## Model",
-        "",
-        *table(("", ""), rows),
-        "",
-        "## Recipe",
-        "",
-        *table(("", ""), recipe),
-        "",
-        "## Scores",
-        "",
-        *_score_tables(scores),
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from diffmoe import DiffMoEPipeline",
-        "",
-        'folder = "."  # where this file is; or owner/name, on the hub',
-        "pipe = DiffMoEPipeline.from_pretrained(folder)",
-        "pipe(num_images=4).images",
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _score_tables(scores: Sequence[Card]) -> list[str]:

@@ -20,7 +20,7 @@ from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.parallel.spawn import Ranks
-from diffmoe.training.engine import _build_optimizer
+from diffmoe.training.engine import import_deepspeed
 from diffmoe.training.metrics import Writer
 from programs import (
     REPOSITORY,
@@ -364,13 +364,16 @@ def test_an_optimizer_that_does_not_compile_is_one_line(monkeypatch):
     def no_ninja(*_, **__):
         raise RuntimeError("Unable to JIT load the cpu_adam op\ndue to ninja not being installed.")
 
+    import_deepspeed()
+    from diffmoe.training.zero_optimizers import build_adam
+
     monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", no_ninja)
     with pytest.raises(
         UserError,
         match=r"train.optimizer \(deepspeed\) cannot be compiled here: Unable to .* op due to "
         r"ninja",
     ):
-        _build_optimizer([], TrainConfig(optimizer="deepspeed"), torch.device("cpu"), offload=False)
+        build_adam([], TrainConfig(optimizer="deepspeed"), torch.device("cpu"), offload=False)
 
 
 @pytest.mark.full

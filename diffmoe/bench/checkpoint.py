@@ -27,8 +27,7 @@ from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.markdown import table
-from diffmoe.models.dit import DiT
-from diffmoe.models.logical import initialize
+from diffmoe.models.logical import new_model
 from diffmoe.parallel.collectives import raise_together
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks
@@ -108,8 +107,7 @@ def _measure(
     """
     layout = resolve_layout(config, torch.distributed.get_world_size())
     groups = build_groups(layout.ep, layout.pool_ranks)
-    model = DiT(config.model, config.moe, pool=layout.pool, groups=groups)
-    initialize(model, config.run.seed)
+    model = new_model(config, layout.pool, groups)
     tree = merge_deepspeed({"zero_optimization": {"stage": stage}}, config, layout)
     engine = Engine(model, config, tree, groups, torch.device("cpu"))
     ema = Ema(engine, config.train.ema_decays)

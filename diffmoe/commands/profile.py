@@ -108,8 +108,7 @@ def _measure(
     from diffmoe.device import set_fp32_precision
     from diffmoe.diffusion.randomness import StepDraws
     from diffmoe.models.compiled import compile_blocks, compiles
-    from diffmoe.models.dit import DiT
-    from diffmoe.models.logical import initialize
+    from diffmoe.models.logical import new_model
     from diffmoe.parallel.groups import build_groups
     from diffmoe.parity.synthetic import Training
     from diffmoe.training.profiling import RankProfile, profile_rank, surroundings
@@ -118,16 +117,7 @@ def _measure(
     groups = build_groups(layout.ep, layout.pool_ranks, per_host=layout.per_host)
     share = Share(layout.batch, layout.micro_batch, layout.accumulation, groups.rank, layout.ranks)
     batches = _batches(config, share, groups, options.synthetic)
-    model = DiT(
-        config.model,
-        config.moe,
-        pool=layout.pool,
-        groups=groups,
-        recompute=config.parallel.recompute,
-        overlap=config.parallel.overlap,
-        time_scale=config.diffusion.time_scale,
-    )
-    initialize(model, config.run.seed)
+    model = new_model(config, layout.pool, groups)
     compiled, note = compiles(config.train, device, zero_stage(tree))
     if note is not None and groups.rank == 0:
         print(note, flush=True)

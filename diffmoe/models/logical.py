@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.config import Config, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.families import is_moe_block
 from diffmoe.models.dit import DiT
 from diffmoe.moe.experts import Experts
 from diffmoe.moe.layer import running_state
 from diffmoe.moe.running import RunningState
+from diffmoe.parallel.groups import ParallelGroups
 
 # the first, without a prefix, saw 4,096 entries of a tensor: other weights could have the same
 _HASH_VERSION = "v2"
@@ -112,6 +113,23 @@ def whole_weights(
     if missing:
         raise UserError(f"{source} lacks {', '.join(missing[:3])} ({len(missing)} missing)")
     return tensors
+
+
+def new_model(config: Config, pool: int, groups: ParallelGroups) -> DiT:
+    """An untrained model as ``config`` describes it, its weights from ``run.seed``.  ``pool``: in
+    samples, see ``layout.resolve_layout``.
+    """
+    model = DiT(
+        config.model,
+        config.moe,
+        pool=pool,
+        groups=groups,
+        recompute=config.parallel.recompute,
+        overlap=config.parallel.overlap,
+        time_scale=config.diffusion.time_scale,
+    )
+    initialize(model, config.run.seed)
+    return model
 
 
 def initialize(model: DiT, seed: int) -> None:

@@ -13,7 +13,7 @@ from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.diffusion.randomness import Draws
 from diffmoe.layout import resolve_layout
 from diffmoe.models.dit import DiT
-from diffmoe.models.logical import initialize, logical_tensors
+from diffmoe.models.logical import logical_tensors, new_model
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
@@ -24,15 +24,7 @@ def build_model(config: Config, pool: int, groups: ParallelGroups) -> DiT:
     """A model whose tensors are all alive: what starts at zero (adaLN, biases, output) and the
     routers, whose scores would be all but equal, are drawn anew, each (expert) by its logical name.
     """
-    model = DiT(
-        config.model,
-        config.moe,
-        pool=pool,
-        groups=groups,
-        recompute=config.parallel.recompute,
-        overlap=config.parallel.overlap,
-    )
-    initialize(model, config.run.seed)
+    model = new_model(config, pool, groups)
     for tensor in logical_tensors(model):
         for name, value in tensor.pieces(tensor.parameter.data):
             if name.endswith(".router") or not value.any():

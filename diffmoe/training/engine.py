@@ -15,16 +15,16 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT
-from diffmoe.config import Config, TrainConfig
+from diffmoe.config import Config
 from diffmoe.deepspeed_json import given_to_deepspeed
 from diffmoe.deepspeed_keys import MICS
 from diffmoe.device import synchronize
@@ -34,10 +34,8 @@ from diffmoe.models.logical import LogicalTensor, logical_tensors
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import agreed, anyone
 from diffmoe.parallel.groups import Group, ParallelGroups, shard_groups
-from diffmoe.parallel.traffic import only_counting
 
 _SWAPPED = 2**22  # elements at a time
-_ROW = 4096
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,10 @@ class Engine:
         device: torch.device,
     ) -> None:
         self.deepspeed = import_deepspeed()
+        # It imports deepspeed: not before import_deepspeed has.
+        from diffmoe.training import zero_optimizers
+
+        self._zero, self._decision = zero_optimizers, zero_optimizers.Decision()
         self.model, self.groups, self.device, self.clip = model, groups, device, config.train.clip
         self.tensors = logical_tensors(model)
         self.expert_parallel = groups.ep.size > 1
@@ -111,7 +113,7 @@ class Engine:
             self.stage: int = zero.get("stage", 0)
             self.offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
             self.sharding = shard_groups(groups, zero.get(MICS))
-            self._adam = _build_optimizer(
+            self._adam = zero_optimizers.build_adam(
                 self._parameter_groups(), config.train, device, self.offload
             )
         if self.sharding.replicas.size > 1 and self.stage == 3:
@@ -125,10 +127,6 @@ class Engine:
         self.deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         with agreed(groups.world):
             check_by_deepspeed(deepspeed_tree)
-        # It imports deepspeed: not before import_deepspeed has.
-        from diffmoe.training import zero_optimizers
-
-        self._zero, self._decision = zero_optimizers, zero_optimizers.Decision()
         with zero_optimizers.in_place_of_deepspeeds(self.sharding):
             self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
                 model=model,
@@ -148,7 +146,7 @@ class Engine:
         if self.stage:
             zero_optimizers.decide_by(self._decision, self.optimizer, self.stage)
         if self.stage == 3:
-            _hide_gathers_from_recompute(self.optimizer.parameter_offload)
+            zero_optimizers.hide_gathers_from_recompute(self.optimizer.parameter_offload)
         self._masters = self._find_masters()
         self._start_adam()
         self._assert_weights_survived(given)
@@ -185,7 +183,9 @@ class Engine:
                 parameter.group_name = parameter.ds_zero_partition_group_name = name
                 parameter.ds_zero_placement_family = "autoep_expert"
                 parameter.ds_zero_partition_process_group = edp.handle
-        self.model.add_module("deepspeed_marker", _marker(self.model.moe.experts, ep, name))
+        self.model.add_module(
+            "deepspeed_marker", self._zero.expert_marker(self.model.moe.experts, ep, name)
+        )
 
     def _find_masters(self) -> list[Tensor]:
         if self.stage == 0:
@@ -284,7 +284,7 @@ class Engine:
             parts = [(held, copies * (world**2 if self._sums else 1))]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradients, divisor in parts:
-            squares = [_square(gradient.detach().reshape(-1)) for gradient in gradients]
+            squares = [self._zero.square(gradient.detach().reshape(-1)) for gradient in gradients]
             total += sum(square.to(self.device) for square in squares) / divisor
         return total
 
@@ -434,16 +434,6 @@ class Engine:
             self.publish()
 
 
-def _square(values: Tensor) -> Tensor:
-    """The sum of squares in fp64, read once.  Row by row: in one long sum fp32 loses digits (on a
-    CPU 1e-5 at 250,000 values).
-    """
-    whole = values.numel() // _ROW * _ROW
-    rows = torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
-    rest = torch.linalg.vector_norm(values[whole:], dtype=torch.float32)
-    return torch.cat([rows, rest.view(1)]).double().square().sum()
-
-
 def _swap(left: list[Tensor], right: list[Tensor]) -> None:
     """Exchanges contents in place: other code holds views of both.  A piece at a time: a shard may
     be all that a rank has.
@@ -455,69 +445,3 @@ def _swap(left: list[Tensor], right: list[Tensor]) -> None:
                 kept = here.clone()
                 here.copy_(there)
                 there.copy_(kept)
-
-
-def _hide_gathers_from_recompute(offload) -> None:
-    """ZeRO 3 gathers and frees parameters in module hooks, as they are needed: when recompute runs
-    a block again it may gather what the first pass already had (after a restore, say).  Selective
-    recompute insists that both passes run the same operators, so these stay out of its sight.
-    """
-
-    def hidden(function: Callable) -> Callable:
-        def call(*args):
-            with only_counting():
-                return function(*args)
-
-        return call
-
-    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
-        setattr(offload, name, hidden(getattr(offload, name)))
-
-
-def _marker(experts: int, ep, name: str) -> nn.Module:
-    """A parameterless module that DeepSpeed takes for one of its expert layers: it switches on
-    reduction, clipping and sharding of tagged parameters at every ZeRO stage.  Its forward is never
-    called.
-    """
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-
-    class ExpertMarker(AutoEPMoELayer):
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.num_experts, self.num_local_experts = experts, experts // ep.size
-            self.ep_size, self.ep_rank = ep.size, ep.index
-            self.ep_group, self.ep_group_name = ep.handle, name
-            self.folding_group_handles = self.tp_group = None
-
-        def set_deepspeed_parallelism(self, *_args, **_kwargs) -> None:
-            """The groups are registered already."""
-
-    return ExpertMarker()
-
-
-def _build_optimizer(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool):
-    """AdamW: torch's fused one, DeepSpeed's, or NVIDIA's Apex, built from its source."""
-    common: dict[str, Any] = dict(
-        lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
-    )
-    if train.optimizer == "deepspeed":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-
-        try:  # the first start on a machine compiles it, which takes minutes
-            if offload or device.type == "cpu":
-                return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
-            return FusedAdam(groups, adam_w_mode=True, **common)
-        except RuntimeError as problem:
-            reason = " ".join(str(problem).split())[:200]
-            text = f"train.optimizer (deepspeed) cannot be compiled here: {reason}"
-            raise UserError(text) from None
-    if train.optimizer == "apex":
-        try:
-            from apex.optimizers import FusedAdam as ApexAdam
-        except ImportError:
-            raise UserError(
-                "train.optimizer (apex) needs NVIDIA's apex, built from its source; "
-                "PyPI's apex is another package"
-            ) from None
-        return ApexAdam(groups, adam_w_mode=True, **common)
-    return torch.optim.AdamW(groups, fused=True, **common)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.config import Config, DataConfig, config_to_tree
 from diffmoe.cost.extrapolation import spanning
 from diffmoe.cost.hardware import Hardware, named_like, read_table
@@ -26,8 +27,7 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation.while_training import Scorer, open_scorer
 from diffmoe.layout import Layout
 from diffmoe.models.compiled import compile_blocks, compiles
-from diffmoe.models.dit import DiT
-from diffmoe.models.logical import initialize
+from diffmoe.models.logical import new_model
 from diffmoe.parallel.collectives import agreed, gather_objects
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.training.checkpoint import Saver, newest_usable, restore
@@ -163,7 +163,7 @@ def start(
     for text in filter(None, notes):
         tell(text)
     scorer, validator = _measuring(config, reader, groups, device)
-    model = _new_model(config, layout, groups)
+    model = new_model(config, layout.pool, groups)
     if compiled:
         compile_blocks(model)
     engine = Engine(model, config, deepspeed_tree, groups, device)
@@ -200,22 +200,31 @@ def start(
         newest is None,
         recipes,
     )
-    if newest is None:
-        return run
-    if writer:
+    if newest is not None:
+        _restore(run, newest, accepted, skipped, begins)
+    return run
+
+
+def _restore(
+    run: Run, newest: Checkpoint, accepted: list[str], skipped: list[str], begins: bool
+) -> None:
+    """The run as it was at ``newest``.  ``accepted``: what is another setting since; ``skipped``:
+    what is said of corrupt checkpoints; ``begins``: a new recipe does.
+    """
+    tell = partial(say, run.groups)
+    if run.writer:
         for text in skipped:
-            writer.event(newest.step, "passed over", text, printed=False)
+            run.writer.event(newest.step, "passed over", text, printed=False)
     for change in accepted:
         tell(f"changed since {newest.path.name}: {change}")
-    run.done = restore(newest, engine, run.ema, groups, tell)
+    run.done = restore(newest, run.engine, run.ema, run.groups, tell)
     tell(f"resumed from {newest.path} at step {run.done}")
     if begins:
         run.event(
             "new recipe",
-            f"new recipe from here on ({'; '.join(recipes[-1].changes)}); weights, moments, "
+            f"new recipe from here on ({'; '.join(run.recipes[-1].changes)}); weights, moments, "
             f"averages and thresholds stay, samples are counted on from {run.samples}",
         )
-    return run
 
 
 def _measuring(
@@ -230,20 +239,6 @@ def _measuring(
         if validator.reader.index.fingerprint == reader.index.fingerprint:
             say(groups, f"note: data.validation ({config.data.validation}) is what is trained on")
     return scorer, validator
-
-
-def _new_model(config: Config, layout: Layout, groups: ParallelGroups) -> DiT:
-    model = DiT(
-        config.model,
-        config.moe,
-        pool=layout.pool,
-        groups=groups,
-        recompute=config.parallel.recompute,
-        overlap=config.parallel.overlap,
-        time_scale=config.diffusion.time_scale,
-    )
-    initialize(model, config.run.seed)
-    return model
 
 
 def share(layout: Layout, rank: int, shift: int = 0) -> Share:

@@ -1,5 +1,6 @@
-"""DeepSpeed's ZeRO optimizers as :class:`Engine` drives them: the norm is known before they step,
-so they ask the device nothing; and ZeRO 1 for bf16 weights moves fewer bytes.
+"""DeepSpeed's parts as :class:`Engine` drives them.  ZeRO's optimizers: the norm is known before
+they step, so they ask the device nothing; and ZeRO 1 for bf16 weights moves fewer bytes.  AdamW,
+and what makes DeepSpeed know experts and recompute.
 
 Imported by ``engine.py`` alone, after :func:`engine.import_deepspeed`.  Leans on DeepSpeed 0.19.8's
 private names.
@@ -8,10 +9,11 @@ private names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import deepspeed.runtime.engine
 import torch
@@ -20,7 +22,12 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import groups as registry
 from torch import Tensor, nn
 
+from diffmoe.config import TrainConfig
+from diffmoe.errors import UserError
 from diffmoe.parallel.groups import Group, ShardGroups
+from diffmoe.parallel.traffic import only_counting
+
+_ROW = 4096
 
 
 @dataclass
@@ -279,6 +286,16 @@ def gradients(optimizer, stage: int, offload: bool) -> list[Tensor]:
     return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
 
 
+def square(values: Tensor) -> Tensor:
+    """The sum of squares in fp64, read once.  Row by row: in one long sum fp32 loses digits (on a
+    CPU 1e-5 at 250,000 values).
+    """
+    whole = values.numel() // _ROW * _ROW
+    rows = torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
+    rest = torch.linalg.vector_norm(values[whole:], dtype=torch.float32)
+    return torch.cat([rows, rest.view(1)]).double().square().sum()
+
+
 @torch.no_grad()
 def average(
     shards: list[Tensor], ranks: dist.ProcessGroup, dtype: torch.dtype, device: torch.device
@@ -291,3 +308,69 @@ def average(
     parts = flat.div_(dist.get_world_size(ranks)).split([shard.numel() for shard in shards])
     for shard, part in zip(shards, parts, strict=True):
         shard.copy_(part.view_as(shard))
+
+
+def build_adam(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool):
+    """AdamW: torch's fused one, DeepSpeed's, or NVIDIA's Apex, built from its source."""
+    common: dict[str, Any] = dict(
+        lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
+    )
+    if train.optimizer == "deepspeed":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+        try:  # the first start on a machine compiles it, which takes minutes
+            if offload or device.type == "cpu":
+                return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+            return FusedAdam(groups, adam_w_mode=True, **common)
+        except RuntimeError as problem:
+            reason = " ".join(str(problem).split())[:200]
+            text = f"train.optimizer (deepspeed) cannot be compiled here: {reason}"
+            raise UserError(text) from None
+    if train.optimizer == "apex":
+        try:
+            from apex.optimizers import FusedAdam as ApexAdam
+        except ImportError:
+            raise UserError(
+                "train.optimizer (apex) needs NVIDIA's apex, built from its source; "
+                "PyPI's apex is another package"
+            ) from None
+        return ApexAdam(groups, adam_w_mode=True, **common)
+    return torch.optim.AdamW(groups, fused=True, **common)
+
+
+def expert_marker(experts: int, ep, name: str) -> nn.Module:
+    """A parameterless module that DeepSpeed takes for one of its expert layers: it switches on
+    reduction, clipping and sharding of tagged parameters at every ZeRO stage.  Its forward is never
+    called.
+    """
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    class ExpertMarker(AutoEPMoELayer):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts, self.num_local_experts = experts, experts // ep.size
+            self.ep_size, self.ep_rank = ep.size, ep.index
+            self.ep_group, self.ep_group_name = ep.handle, name
+            self.folding_group_handles = self.tp_group = None
+
+        def set_deepspeed_parallelism(self, *_args, **_kwargs) -> None:
+            """The groups are registered already."""
+
+    return ExpertMarker()
+
+
+def hide_gathers_from_recompute(offload) -> None:
+    """ZeRO 3 gathers and frees parameters in module hooks, as they are needed: when recompute runs
+    a block again it may gather what the first pass already had (after a restore, say).  Selective
+    recompute insists that both passes run the same operators, so these stay out of its sight.
+    """
+
+    def hidden(function: Callable) -> Callable:
+        def call(*args):
+            with only_counting():
+                return function(*args)
+
+        return call
+
+    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+        setattr(offload, name, hidden(getattr(offload, name)))
