@@ -151,6 +151,22 @@ def test_the_documents_say_the_planners_times(script):
     assert cells[3:] == [f"{ms} (EP {ep})" if ep > 1 else ms for ms, ep in found]
 
 
+def test_the_documents_say_what_shards_of_a_node_cost():
+    """docs/cluster.md, "Many nodes": XL-E16 at EP 8 and a batch of 4,096."""
+    config = override(configuration("diffmoe_xl_e16_flow"), ["train.batch=4096", "parallel.ep=8"])
+    page = (REPOSITORY / "docs/cluster.md").read_text()
+    said = re.search(r"takes (\d+) ms on 2 nodes without and (\d+) with it, (.*) on 128\.", page)
+    pairs = re.findall(
+        r"(\d+) and (\d+) on (\d+)", f"{said[1]} and {said[2]} on 2, {said[3]} on 128"
+    )
+    assert [int(nodes) for *_, nodes in pairs] == [2, 8, 32, 128]
+    for whole, hybrid, nodes in pairs:
+        for ms, name in ((whole, "zero1_bf16"), (hybrid, "zero1_bf16_hybrid")):
+            tree = read_deepspeed(REPOSITORY / f"ds_configs/{name}.json")
+            found = evaluate(config, tree, Cluster(int(nodes), 8, H100))
+            assert ms == f"{1e3 * found.time.total:.0f}", (name, nodes)
+
+
 @pytest.mark.parametrize(
     ("hosts", "ep", "found"),
     [
