@@ -22,6 +22,7 @@ import torch.distributed as dist
 from diffmoe.config import RunConfig
 from diffmoe.parallel.collectives import EXIT_LOST, is_lost_peer
 from diffmoe.parallel.groups import build_groups, single_process
+from diffmoe.parallel.trace import Trace
 from diffmoe.training import limits
 from diffmoe.training.watchdog import Heartbeat, Watchdog, _runs
 from programs import Nursery
@@ -223,6 +224,26 @@ def test_what_the_judge_sleeps_through_is_nobodys_silence(monkeypatch):
         clock[0] += watchdog.interval
         watchdog._read([0])
     assert "has not answered" in watchdog._look()
+
+
+def test_a_slow_rank_that_falls_silent_is_dead_and_not_hung(monkeypatch):
+    """Its main thread stood still before: by then nobody knows whether the process lives."""
+    watchdog = Watchdog(single_process(), 12.0)
+    watchdog.world, watchdog.trace.warm = 2, True
+    assert watchdog.limit == watchdog.silence == 12.0
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    verdicts = []
+    for second in range(18):
+        clock[0] = float(second)
+        watchdog.trace.count += 1
+        watchdog._tell()
+        if second <= 4:
+            beat = Heartbeat(1, "host", 1, second, Trace(warm=True))
+            watchdog._store.set("beat/1", beat.dumps())
+        verdicts.append(watchdog._look())
+    assert verdicts[:17] == [None] * 17
+    assert "rank 1 on host (process 1) has not answered for 13 s" in verdicts[17]
 
 
 def test_which_processes_run():

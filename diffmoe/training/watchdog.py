@@ -276,12 +276,16 @@ class Watchdog:
             return self._hung()
         return None
 
-    def _hung(self) -> str:
-        """The report of those that do not wait for others; of the last where all do, or none."""
+    def _hung(self) -> str | None:
+        """The report of those that do not wait for others; of the last where all do, or none.
+        None while one of them is silent: whether it lives, its silence decides.
+        """
         stuck = [s for s in self._seen.values() if not s.beat.trace.waiting]
         if len(stuck) in (0, self.world):
             least = min(s.beat.trace.count for s in self._seen.values())
             stuck = [s for s in self._seen.values() if s.beat.trace.count == least]
+        if any(s.silent > 3 * self.interval for s in stuck):
+            return None
         lines = [f"{s.beat.who} has made no progress for {s.still:.0f} s" for s in stuck]
         return self._report(lines, stuck, _HUNG)
 
