@@ -316,8 +316,11 @@ def _run(trial: Trial, options: argparse.Namespace, start: str, pool: int | None
 
 def _execute(command: list[str], timeout: float) -> tuple[int | None, str]:
     """(exit code, or None when it had to be killed; its output)."""
+    # torchrun gives several ranks a thread each, and a single one all cores.
+    same_threads = {"OMP_NUM_THREADS": "1", **os.environ}
     process = subprocess.Popen(
         command,
+        env=same_threads,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -298,10 +298,12 @@ def test_plan_says_how_far_each_batch_scales(capsys):
 
 
 def test_simulation_stands_beside_what_was_measured(tmp_path, capsys):
-    """A point on one rank calibrates the other's prediction; both keep the table's."""
+    """A point on one rank calibrates the other's prediction; both keep the table's.  Of repeats
+    their median stands.
+    """
     records = tmp_path / "runs.jsonl"
-    pair = [_record(1, 1, 1.0, 1), _record(2, 2, 0.6, 1)]
-    records.write_text("".join(json.dumps(record) + "\n" for record in pair))
+    runs = [_record(1, 1, 1.0, 1), *(_record(2, 2, seconds, 1) for seconds in (0.5, 0.6, 0.9))]
+    records.write_text("".join(json.dumps(record) + "\n" for record in runs))
     assert (
         simulate.main([*DEMO, "--gpu", "cpu", "--max-gpus", "2", "--measured", str(records)]) == 0
     )

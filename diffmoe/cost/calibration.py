@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -216,7 +218,8 @@ class Checked:
 
 def checked(path: Path) -> list[Checked]:
     """The records of ``launcher scaling`` in a file beside the plan, one device's after the
-    other's; those of devices that the hardware table does not know are left out.  Raises UserError.
+    other's, the median of a point's repeats; those of devices that the hardware table does not
+    know are left out.  Raises UserError.
     """
     table, by_device, found = read_table(None), dict[str, list[dict]](), []
     for record in _read_records(path):
@@ -230,17 +233,23 @@ def checked(path: Path) -> list[Checked]:
         least = min(step.layout.ranks for step in steps)
         few = [step for step in steps if step.layout.ranks == least]
         fitted = calibrate(hardware, few, f"{len(few)} steps on {least} ranks")
+        repeats = defaultdict(list)
         for step, record in zip(steps, records):
+            repeats[step.layout.ranks, _label(step), step.layout.batch].append((step, record))
+        for (ranks, label, batch), runs in repeats.items():
+            step = runs[0][0]
             what = (step.config, step.layout, step.engine)
             plan, again = (step_time(*what, h, step.per_node).total for h in (hardware, fitted))
-            label = f"EP {step.layout.ep}, ZeRO {step.engine.stage}"
-            label += (
-                f" in groups of {step.engine.shard}" if step.engine.copies(step.layout) > 1 else ""
-            )
-            known = None if step in few else again
-            ranks, batch = step.layout.ranks, step.layout.batch
-            found.append(Checked(device, ranks, batch, label, record["step_s"], plan, known))
+            median = statistics.median(record["step_s"] for _, record in runs)
+            known = None if ranks == least else again
+            found.append(Checked(device, ranks, batch, label, median, plan, known))
     return found
+
+
+def _label(step: Measured) -> str:
+    shard = f" in groups of {step.engine.shard}" if step.engine.copies(step.layout) > 1 else ""
+    halves = ", halves" if step.config.parallel.overlap == "halves" else ""
+    return f"EP {step.layout.ep}, ZeRO {step.engine.stage}{shard}{halves}"
 
 
 # ------------------------------------------------------------------------------------------------
