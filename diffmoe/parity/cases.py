@@ -302,6 +302,7 @@ def compiled_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 1, "selective", 1, "global", 16, halves=True),
         Case(4, 2, 2, "block", 1, "1", 16, "ec", halves=True),
         Case(4, 2, 1, "none", 1, "rank", 16, "rich", halves=True),
+        Case(4, 4, 1, "selective", 1, "global", 16, per_host=2),
     ]
     return [replace(case, compiled=True) for case in cases if case.world in set(worlds)]
 
