@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.config_rules import check_guidance, validate
+from diffmoe.families import expert_hidden, inner_width, swiglu_hidden
 from diffmoe.paths import expand_path
 from diffmoe.schema import (
     Config,
@@ -26,8 +27,6 @@ from diffmoe.schema import (
     ScoreConfig,
     TrainConfig,
     attention_kept,
-    expert_hidden,
-    swiglu_hidden,
 )
 from diffmoe.strict_yaml import build, merge, read_yaml, tree_of_overrides
 
@@ -47,6 +46,7 @@ __all__ = [
     "config_from_tree",
     "config_to_tree",
     "expert_hidden",
+    "inner_width",
     "load_config",
     "load_tree",
     "override",

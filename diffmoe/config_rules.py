@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from diffmoe.errors import UserError
-from diffmoe.families import has_load_bias
-from diffmoe.schema import Config, MoEConfig, expert_hidden
+from diffmoe.families import expert_hidden, has_load_bias
+from diffmoe.schema import Config, MoEConfig
 
 
 def validate(config: Config) -> None:
@@ -57,6 +57,10 @@ def _model(config: Config) -> Rules:
     yield "model.width", divides, f"must be divisible by model.heads ({model.heads})"
     divides = model.width % 4 == 0
     yield "model.width", divides, "must be divisible by 4 for the 2-d sine position embedding"
+    head = model.width // model.heads
+    words = f"needs heads whose width (model.width / model.heads: {head}) is divisible by 4"
+    yield "model.positions", model.positions == "sincos" or head % 4 == 0, words
+    yield "model.position_scale", model.position_scale > 0, "must be above 0"
     words = f"x model.width ({model.width}) must be at least 1"
     yield "model.mlp_ratio", model.hidden >= 1, words
 

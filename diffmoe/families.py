@@ -66,3 +66,20 @@ def router_shape(model: ModelConfig, moe: MoEConfig) -> tuple[int, int]:
 def experts_per_token(model: ModelConfig, moe: MoEConfig) -> float:
     """How many routed experts a token meets on average in an MoE layer, as trained."""
     return moe.top_k if model.family in TOKENS_CHOOSE else moe.capacity
+
+
+def expert_hidden(model: ModelConfig, moe: MoEConfig) -> int:
+    """Inner width of an expert before SwiGLU's two thirds, and of one shared expert."""
+    return model.hidden if moe.mlp_ratio is None else int(model.width * moe.mlp_ratio)
+
+
+def inner_width(hidden: int, activation: str) -> int:
+    """Inner width of an MLP or expert whose GELU's would be ``hidden``."""
+    return hidden if activation == "gelu" else swiglu_hidden(hidden)
+
+
+def swiglu_hidden(hidden: int) -> int:
+    """Inner width that gives three matrices the parameters of two: 2/3, rounded up to a multiple of
+    8.
+    """
+    return -(-2 * hidden // 3 // 8) * 8

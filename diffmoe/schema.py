@@ -59,7 +59,17 @@ class ModelConfig:
         mlp_ratio: Inner width of an MLP and an expert, as a multiple of the width.
         classes: Without the null class.
         learn_sigma: Whether the output has channels for the variance; DDPM needs them.
-        qk_norm: Layer norm of queries and keys.
+        qk_norm: Norm of queries and keys, per head, before they are rotated.
+        positions: Sines and cosines of a token's row and column are added to it; `rope`: queries
+            and keys are rotated as well, half of a head's channels by the row, half by the column
+            (RoFormer, arXiv 2104.09864, equation 34; in two dimensions as LightningDiT, 2501.01423,
+            which keeps the sum, too).
+        position_scale: Multiplies rows and columns: at 0.5 a grid of twice the side spans what
+            another run's has, whose weights this one starts from (2306.15595; PixArt, 2310.00426).
+        norm: LayerNorm without parameters, as DiT's; `rms`: RMSNorm with a weight (1910.07467;
+            LightningDiT), also of queries and keys.
+        activation: Of the MLP of dense blocks, and of shared experts: GELU with biases, or SwiGLU
+            without at two thirds of the inner width (2002.05202).
     """
 
     family: Literal["dense", "tc", "ec", "diffmoe", "race", "prototype"] = "diffmoe"
@@ -73,6 +83,10 @@ class ModelConfig:
     classes: int = 1000
     learn_sigma: bool = True
     qk_norm: bool = False
+    positions: Literal["sincos", "rope"] = "sincos"
+    position_scale: float = 1.0
+    norm: Literal["layer", "rms"] = "layer"
+    activation: Literal["gelu", "swiglu"] = "gelu"
 
     @property
     def tokens(self) -> int:
@@ -170,18 +184,6 @@ class MoEConfig:
             return float(self.experts)
         share = (step - self.capacity_hold) / (self.capacity_until - self.capacity_hold)
         return self.experts + share * (self.capacity - self.experts)
-
-
-def expert_hidden(model: ModelConfig, moe: MoEConfig) -> int:
-    """Inner width of an expert before SwiGLU's two thirds, and of one shared expert."""
-    return model.hidden if moe.mlp_ratio is None else int(model.width * moe.mlp_ratio)
-
-
-def swiglu_hidden(hidden: int) -> int:
-    """Inner width that gives three matrices the parameters of two: 2/3, rounded up to a multiple of
-    8.
-    """
-    return -(-2 * hidden // 3 // 8) * 8
 
 
 @dataclass(frozen=True)

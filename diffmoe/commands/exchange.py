@@ -116,7 +116,7 @@ def import_research(
     from diffmoe.models.interchange import from_research, kept_as_they_were, observed_buffers
 
     model, moe = config.model, config.moe
-    _check_times(config)
+    _check_form(config)
     found = _fitted(path, file, model, moe, config.run.seed if drop_labels else None)
     count = len(next(iter(found.values())))
     text = f"read {path}: {' and '.join(found)}, {count} tensors each"
@@ -236,6 +236,7 @@ def import_dense(
     from diffmoe.models.logical import fresh_buffers, logical_pieces
 
     upcycling.check_upcycling(config)
+    _check_blocks(config.model)
     states = file.states
     which = weights or ("ema" if "ema" in states else "model")
     if which not in states:
@@ -346,7 +347,7 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
     from diffmoe.models.logical import whole_weights
 
     config = checkpoint.config()
-    _check_times(config)
+    _check_form(config)
     kept, buffers = checkpoint.tensors(RESEARCH), checkpoint.tensors(BUFFERS)
     states: dict[str, dict[str, Tensor]] = {}
     for which, weights in (("model", "raw"), ("ema", "ema")):
@@ -362,13 +363,26 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
     return len(states["model"])
 
 
-def _check_times(config: Config) -> None:
-    """The research code embeds t as it is, and its files have no place to say otherwise."""
+def _check_form(config: Config) -> None:
+    """The research code has DiT's blocks, embeds t as it is, and its files have no place to say
+    otherwise.
+    """
+    _check_blocks(config.model)
     if config.diffusion.time_scale != 1:
         raise UserError(
             f"diffusion.time_scale ({config.diffusion.time_scale:g}) must be 1 for a research "
             "checkpoint: that code embeds t unscaled"
         )
+
+
+def _check_blocks(model: ModelConfig) -> None:
+    for name in ("positions", "norm", "activation"):
+        value, theirs = getattr(model, name), getattr(ModelConfig, name)
+        if value != theirs:
+            raise UserError(
+                f"model.{name} ({value}) must be {theirs} for a research checkpoint, whose code "
+                "has no other; --format hf and --hf carry it"
+            )
 
 
 def parse_size(text: str) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from diffmoe.config import Config, attention_kept, expert_hidden
-from diffmoe.cost.parameters import inner_width, rank_parameters
+from diffmoe.config import Config, attention_kept, inner_width
+from diffmoe.cost.parameters import expert_width, rank_parameters, shared_width
 from diffmoe.deepspeed_json import reduction
 from diffmoe.deepspeed_keys import MICS
 from diffmoe.families import TOKENS_CHOOSE, has_predictor, has_target_head, is_moe_block
@@ -259,12 +259,17 @@ def _block_bytes(config: Config, layout: Layout, element: int, number: int) -> _
     model, moe, moved = config.model, config.moe, layout.ep > 1
     T, D = layout.micro_batch * model.tokens, model.width
     token = T * D * element
-    full = 12 * token + T * model.heads * _FP32 + (2 * token if model.qk_norm else 0)
+    full = 12 * token + T * model.heads * _FP32
+    if model.qk_norm or model.positions == "rope":
+        full += 2 * token  # q and k as attention takes them, beside what qkv gave
     selective = token  # the block's input
     if number < attention_kept(model.depth):
         selective += token + T * model.heads * _FP32
+    # Of inner widths: before and after GELU; SwiGLU's gate before and after SiLU, fc1, the product.
+    layers = {"gelu": 2, "swiglu": 4}
     if not is_moe_block(model, moe, number):
-        full += 2 * T * model.hidden * element
+        inner = inner_width(model.hidden, model.activation)
+        full += layers[model.activation] * T * inner * element
         return _Block(full, selective + token, token, 0, round(2.4 * token))
     # A schedule of the capacity begins with the most rows.
     tokens_choose = model.family in TOKENS_CHOOSE
@@ -273,10 +278,8 @@ def _block_bytes(config: Config, layout: Layout, element: int, number: int) -> _
     routing, outputs = rows * 8 * 2, rows * D * element
     # Outputs of experts, with EP also as they came home, and of the shared expert.
     second = outputs * (2 if moved else 1) + (token if moe.shared_experts else 0)
-    # Gathered rows, and what lies between the layers: before and after GELU; SwiGLU's gate before
-    # and after SiLU, fc1, their product.
-    layers = (2 if moe.activation == "gelu" else 4) * inner_width(model, moe)
-    full += rows * (D + layers) * element
+    # Gathered rows, and what lies between the layers.
+    full += rows * (D + layers[moe.activation] * expert_width(model, moe)) * element
     full += 0 if moved else outputs  # which wait for their gate's gradient; moved, those at home do
     full += T * moe.experts * (3 * _FP32 + 1)  # scores, logits, mask as numbers and as booleans
     if has_predictor(model, moe):
@@ -286,7 +289,7 @@ def _block_bytes(config: Config, layout: Layout, element: int, number: int) -> _
     if moe.router_input == "time_token":
         full += token  # the token before shift and scale, as the router keeps it
     if moe.shared_experts:
-        full += 2 * T * moe.shared_experts * expert_hidden(model, moe) * element + token
+        full += layers[model.activation] * T * shared_width(model, moe) * element + token
     # Selective recompute also keeps what passed through here of an exchange over two levels.
     passing = 2 * outputs if layout.per_host else 0
     return _Block(

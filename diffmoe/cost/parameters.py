@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from diffmoe.config import ModelConfig, MoEConfig, expert_hidden, swiglu_hidden
+from diffmoe.config import ModelConfig, MoEConfig, expert_hidden, inner_width
 from diffmoe.families import has_predictor, has_target_head, is_moe_block, router_shape
 
 _FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
@@ -32,6 +32,7 @@ def rank_parameters(model: ModelConfig, moe: MoEConfig, ep: int) -> tuple[Parame
     found.append(Parameter("y_embedder.embedding_table.weight", (model.classes + 1) * D))
     for i in range(model.depth):
         found += _block(f"blocks.{i}", model, moe, ep, is_moe_block(model, moe, i))
+    found += _norm("final_layer.norm", model)
     found += _linear("final_layer.linear", D, model.patch**2 * model.out_channels)
     return (*found, *_linear("final_layer.adaLN_modulation.1", D, 2 * D))
 
@@ -41,32 +42,49 @@ def moe_layers(model: ModelConfig, moe: MoEConfig) -> int:
     return sum(is_moe_block(model, moe, i) for i in range(model.depth))
 
 
-def inner_width(model: ModelConfig, moe: MoEConfig) -> int:
+def expert_width(model: ModelConfig, moe: MoEConfig) -> int:
     """Inner width of one routed expert."""
-    hidden = expert_hidden(model, moe)
-    return hidden if moe.activation == "gelu" else swiglu_hidden(hidden)
+    return inner_width(expert_hidden(model, moe), moe.activation)
+
+
+def shared_width(model: ModelConfig, moe: MoEConfig) -> int:
+    """Inner width of the shared experts, which are one MLP."""
+    return inner_width(moe.shared_experts * expert_hidden(model, moe), model.activation)
 
 
 def _linear(name: str, fan_in: int, fan_out: int) -> list[Parameter]:
     return [Parameter(f"{name}.weight", fan_in * fan_out), Parameter(f"{name}.bias", fan_out)]
 
 
+def _norm(name: str, model: ModelConfig) -> list[Parameter]:
+    return [Parameter(f"{name}.weight", model.width)] if model.norm == "rms" else []
+
+
+def _mlp(name: str, width: int, inner: int, activation: str) -> list[Parameter]:
+    if activation == "gelu":
+        return _linear(f"{name}.fc1", width, inner) + _linear(f"{name}.fc2", inner, width)
+    return [Parameter(f"{name}.{part}.weight", width * inner) for part in ("fc1", "fc2", "gate")]
+
+
 def _block(
     name: str, model: ModelConfig, moe: MoEConfig, ep: int, has_moe: bool
 ) -> list[Parameter]:
-    D, F, head = model.width, model.hidden, model.width // model.heads
-    found = _linear(f"{name}.attn.qkv", D, 3 * D) + _linear(f"{name}.attn.proj", D, D)
+    D, head = model.width, model.width // model.heads
+    found = _norm(f"{name}.norm1", model) + _norm(f"{name}.norm2", model)
+    found += _linear(f"{name}.attn.qkv", D, 3 * D) + _linear(f"{name}.attn.proj", D, D)
+    leaves = ("weight",) if model.norm == "rms" else ("weight", "bias")
     for norm in ("q_norm", "k_norm") if model.qk_norm else ():
-        found += [Parameter(f"{name}.attn.{norm}.{leaf}", head) for leaf in ("weight", "bias")]
+        found += [Parameter(f"{name}.attn.{norm}.{leaf}", head) for leaf in leaves]
     if has_moe:
         found += _moe_layer(f"{name}.mlp", model, moe, ep)
     else:
-        found += _linear(f"{name}.mlp.fc1", D, F) + _linear(f"{name}.mlp.fc2", F, D)
+        inner = inner_width(model.hidden, model.activation)
+        found += _mlp(f"{name}.mlp", D, inner, model.activation)
     return found + _linear(f"{name}.adaLN_modulation.1", D, 6 * D)
 
 
 def _moe_layer(name: str, model: ModelConfig, moe: MoEConfig, ep: int) -> list[Parameter]:
-    D, E, local, inner = model.width, moe.experts, moe.experts // ep, inner_width(model, moe)
+    D, E, local, inner = model.width, moe.experts, moe.experts // ep, expert_width(model, moe)
     sizes = {"fc1_weight": D * inner, "fc2_weight": D * inner}
     if moe.activation == "gelu":
         sizes |= {"fc1_bias": inner, "fc2_bias": D}
@@ -75,8 +93,7 @@ def _moe_layer(name: str, model: ModelConfig, moe: MoEConfig, ep: int) -> list[P
     found = [Parameter(f"{name}.router", math.prod(router_shape(model, moe)))]
     found += [Parameter(f"{name}.experts.{leaf}", local * n, True) for leaf, n in sizes.items()]
     if moe.shared_experts:
-        wide = moe.shared_experts * expert_hidden(model, moe)
-        found += _linear(f"{name}.shared.fc1", D, wide) + _linear(f"{name}.shared.fc2", wide, D)
+        found += _mlp(f"{name}.shared", D, shared_width(model, moe), model.activation)
     if has_target_head(model, moe):
         found += _linear(f"{name}.router_hidden", D, D)
         found += _linear(f"{name}.target_head", D, model.patch**2 * model.channels)

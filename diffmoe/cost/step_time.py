@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffmoe.config import Config, attention_kept, expert_hidden
+from diffmoe.config import Config, attention_kept, expert_hidden, inner_width
 from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, rank_memory
 from diffmoe.cost.overlap import Timed, Windows, exposed_exchange, exposed_reduction, halves
-from diffmoe.cost.parameters import inner_width, moe_layers, rank_parameters
+from diffmoe.cost.parameters import expert_width, moe_layers, rank_parameters, shared_width
 from diffmoe.cost.traffic import Message, step_traffic
 from diffmoe.families import experts_per_token
 from diffmoe.layout import Layout
@@ -186,9 +186,9 @@ def _inside(config: Config) -> tuple[float, float]:
     """
     model, moe = config.model, config.moe
     layers = moe_layers(model, moe)
-    always = (model.depth - layers) * model.hidden
-    always += layers * moe.shared_experts * expert_hidden(model, moe)
-    return always, layers * experts_per_token(model, moe) * inner_width(model, moe)
+    always = (model.depth - layers) * inner_width(model.hidden, model.activation)
+    always += layers * shared_width(model, moe)
+    return always, layers * experts_per_token(model, moe) * expert_width(model, moe)
 
 
 @functools.cache

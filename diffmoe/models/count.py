@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffmoe.config import ModelConfig, MoEConfig, expert_hidden, swiglu_hidden
+from diffmoe.config import ModelConfig, MoEConfig, expert_hidden, inner_width
 from diffmoe.families import (
     experts_per_token,
     has_predictor,
@@ -60,14 +60,10 @@ def _linear(fan_in: int, fan_out: int, bias: bool = True) -> _Part:
     return _Part(fan_in * fan_out + bias * fan_out, fan_in * fan_out)
 
 
-def _mlp(width: int, hidden: int) -> _Part:
-    return _linear(width, hidden) + _linear(hidden, width)
-
-
-def _expert(model: ModelConfig, moe: MoEConfig) -> _Part:
-    if moe.activation == "gelu":
-        return _mlp(model.width, expert_hidden(model, moe))
-    return _linear(model.width, swiglu_hidden(expert_hidden(model, moe)), bias=False) * 3
+def _mlp(width: int, hidden: int, activation: str) -> _Part:
+    if activation == "gelu":
+        return _linear(width, hidden) + _linear(hidden, width)
+    return _linear(width, inner_width(hidden, activation), bias=False) * 3
 
 
 def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> Counts:
@@ -85,7 +81,7 @@ def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> 
     per_token = (
         _linear(model.channels * model.patch**2, D)
         + (_linear(D, 3 * D) + _linear(D, D)) * model.depth
-        + _mlp(D, model.hidden) * (model.depth - moe_blocks)
+        + _mlp(D, model.hidden, model.activation) * (model.depth - moe_blocks)
         + _around_experts(model, moe) * moe_blocks
         + _linear(D, model.patch**2 * model.out_channels)
     )
@@ -96,10 +92,13 @@ def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> 
         + _linear(D, 2 * D)
     )
     unmultiplied = (model.classes + 1) * D
+    rms = model.norm == "rms"  # a weight where LayerNorm has none, or a weight and a bias
     if model.qk_norm:
-        unmultiplied += model.depth * 4 * (D // model.heads)
+        unmultiplied += model.depth * (2 if rms else 4) * (D // model.heads)
+    if rms:
+        unmultiplied += (2 * model.depth + 1) * D
     fixed = per_token.parameters + per_sample.parameters + unmultiplied
-    expert = _expert(model, moe) * moe_blocks
+    expert = _mlp(D, expert_hidden(model, moe), moe.activation) * moe_blocks
     attention = model.depth * 2 * tokens * tokens * D
     return Counts(
         total=fixed + moe.experts * expert.parameters,
@@ -125,5 +124,6 @@ def _around_experts(model: ModelConfig, moe: MoEConfig) -> _Part:
         part += _linear(model.width, model.width)
         part += _linear(model.width, model.patch**2 * model.channels)
     if moe.shared_experts:
-        part += _mlp(model.width, moe.shared_experts * expert_hidden(model, moe))
+        hidden = moe.shared_experts * expert_hidden(model, moe)
+        part += _mlp(model.width, hidden, model.activation)
     return part

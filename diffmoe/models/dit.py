@@ -24,6 +24,7 @@ from diffmoe.models.layers import (
     PatchEmbedding,
     TimestepEmbedding,
     modulate,
+    norm,
     sine_positions,
 )
 from diffmoe.moe.gating import Beside
@@ -70,9 +71,9 @@ class DiTBlock(nn.Module):
 
     def __init__(self, model: ModelConfig, mlp: nn.Module) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(model.width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(model.width, model.heads, model.qk_norm)
-        self.norm2 = nn.LayerNorm(model.width, elementwise_affine=False, eps=1e-6)
+        self.norm1 = norm(model, model.width)
+        self.attn = Attention(model)
+        self.norm2 = norm(model, model.width)
         self.mlp = mlp
         self.shows_plain = isinstance(mlp, MoELayer) and mlp.moe.router_input == "time_token"
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(model.width, 6 * model.width))
@@ -155,9 +156,9 @@ def _mlp(
 ) -> nn.Module:
     """What stands behind the attention of block ``index``."""
     if not is_moe_block(model, moe, index):
-        return Mlp(model.width, model.hidden)
+        return Mlp(model.width, model.hidden, model.activation)
     hidden = moe.shared_experts * expert_hidden(model, moe)
-    shared = Mlp(model.width, hidden) if hidden else None
+    shared = Mlp(model.width, hidden, model.activation) if hidden else None
     return MoELayer(model, moe, pool, groups, shared)
 
 
@@ -199,8 +200,9 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(
             DiTBlock(model, _mlp(model, moe, pool, groups, i)) for i in range(model.depth)
         )
-        self.final_layer = FinalLayer(model.width, model.patch, model.out_channels)
-        positions = sine_positions(model.width, model.input_size // model.patch)
+        self.final_layer = FinalLayer(model)
+        side = model.input_size // model.patch
+        positions = sine_positions(model.width, side, model.position_scale)
         self.register_buffer("pos_embed", positions.unsqueeze(0), persistent=False)
 
     @classmethod

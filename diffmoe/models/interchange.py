@@ -73,7 +73,7 @@ def to_research(
     ``tensors`` holds the thresholds too, where the family has them; fixed positions and the
     thresholds' decay come from the configuration.
     """
-    yield "pos_embed", _positions(model.width, model.input_size // model.patch)
+    yield "pos_embed", _positions(model)
     for name in logical_template(model, moe):
         value = tensors[name].t() if _EXPERT_MATRIX.search(name) else tensors[name]
         yield research_name(name, model, moe), value.contiguous()
@@ -113,10 +113,10 @@ def fit_research(
     """
     fitted, notes = dict(state), []
     there, table = fitted.get("pos_embed"), fitted.get(_LABELS)
-    ours = _positions(model.width, model.input_size // model.patch)
+    ours = _positions(model)
     if there is not None and there.ndim == 3 and there.shape != ours.shape:
         side = math.isqrt(there.shape[1])
-        theirs = _positions(model.width, side)
+        theirs = sine_positions(model.width, side).unsqueeze(0)
         if there.shape == theirs.shape and _rounds_to(there, theirs):
             fitted["pos_embed"] = ours
             notes.append(
@@ -140,9 +140,10 @@ def fit_research(
     return {name: value for name, value in whole if _COMPUTED.search(name)} | fitted, notes
 
 
-def _positions(width: int, side: int) -> Tensor:
+def _positions(model: ModelConfig) -> Tensor:
     """As the research code stores them."""
-    return sine_positions(width, side).unsqueeze(0)
+    side = model.input_size // model.patch
+    return sine_positions(model.width, side, model.position_scale).unsqueeze(0)
 
 
 def _furthest(value: Tensor, wanted: Tensor) -> float:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffmoe.config import ModelConfig, inner_width
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: x [B, N, D], shift and scale [B, D]."""
@@ -30,18 +32,34 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight) + (bias if x.dim() == 2 else bias.expand(len(x), 1, len(bias)))
 
 
+def norm(model: ModelConfig, width: int, learned: bool = False) -> nn.Module:
+    """``model.norm`` over the last ``width`` channels; LayerNorm has a weight and a bias where they
+    are ``learned``, RMSNorm always its weight.
+    """
+    if model.norm == "rms":
+        return nn.RMSNorm(width, eps=1e-6)
+    return nn.LayerNorm(width, elementwise_affine=learned, eps=1e-6)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over [B, N, D] with torch's fused kernels; ``qk_norm`` normalises
-    each head's q and k.
+    """Multi-head self-attention over [B, N, D] with torch's fused kernels; ``model.qk_norm``
+    normalises each head's q and k, and ``model.positions`` may rotate them.
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
+    turns: Tensor | None
+
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.heads = heads
+        width, head = model.width, model.width // model.heads
+        self.heads = model.heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = norm(model, head, learned=True) if model.qk_norm else nn.Identity()
+        self.k_norm = norm(model, head, learned=True) if model.qk_norm else nn.Identity()
+        turns = None
+        if model.positions == "rope":
+            turns = rotary_turns(head, model.input_size // model.patch, model.position_scale)
+        self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
@@ -51,22 +69,31 @@ class Attention(nn.Module):
             part.transpose(1, 2)
             for part in self.qkv(x).view(B, N, 3, self.heads, D // self.heads).unbind(2)
         )
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.turns is not None:
+            q, k = rotated(q, self.turns), rotated(k, self.turns)
+        y = F.scaled_dot_product_attention(q, k, v)
         return linear(self.proj, y.transpose(1, 2).reshape(B, N, D)).to(x.dtype)
 
 
 class Mlp(nn.Module):
-    """DiT's MLP: Linear, tanh-GELU, Linear.  Dense blocks and shared experts are this."""
+    """DiT's MLP: Linear, tanh-GELU, Linear; or SwiGLU without biases, fc2(silu(gate x) * fc1 x), as
+    experts have it.  Dense blocks and shared experts are this.
+    """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        inner, gelu = inner_width(hidden, activation), activation == "gelu"
+        self.fc1 = nn.Linear(width, inner, bias=gelu)
+        self.fc2 = nn.Linear(inner, width, bias=gelu)
+        self.gate = None if gelu else nn.Linear(width, inner, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         # As [T, D]: of more dimensions DeepSpeed's linear at ZeRO 3 adds the bias in place, into a
         # product that selective recompute keeps.
         rows = x if torch.compiler.is_compiling() else x.flatten(0, -2)
+        if self.gate is not None:
+            return self.fc2(F.silu(self.gate(rows)) * self.fc1(rows)).view_as(x)
         inner = F.gelu(linear(self.fc1, rows), approximate="tanh").to(x.dtype)
         return linear(self.fc2, inner).to(x.dtype).view_as(x)
 
@@ -137,10 +164,11 @@ class LabelEmbedding(nn.Module):
 class FinalLayer(nn.Module):
     """adaLN, then D -> patch * patch * out_channels per token."""
 
-    def __init__(self, width: int, patch: int, out_channels: int) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, patch * patch * out_channels)
+        width = model.width
+        self.norm = norm(model, width)
+        self.linear = nn.Linear(width, model.patch**2 * model.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -148,15 +176,36 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
-def sine_positions(width: int, side: int) -> Tensor:
+def _angles(width: int, side: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Of every token's row and of its column, fp64 [side * side, width / 4] each: ``scale`` times
+    the place times the rates 10000^(-4 i / width).
+    """
+    rates = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    places = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    row, column = (scale * place.reshape(-1, 1).double() * rates for place in places)
+    return row, column
+
+
+def sine_positions(width: int, side: int, scale: float = 1.0) -> Tensor:
     """Fixed 2-d sine-cosine positions [side * side, width] (MAE ``get_2d_sincos_pos_embed``): the
     first half of the channels codes the column, the second the row.  Computed in fp64, returned in
     fp32.
     """
-    rates = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    parts = []
-    for place in (column, row):
-        angles = place.reshape(-1, 1).double() * rates
-        parts += [angles.sin(), angles.cos()]
-    return torch.cat(parts, dim=1).float()
+    row, column = _angles(width, side, scale)
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
+
+
+def rotary_turns(width: int, side: int, scale: float = 1.0) -> Tensor:
+    """Cosines and sines [2, side * side, width / 2] by which a head of ``width`` channels turns its
+    pairs: the first half of them by the token's row, the second by its column.  In fp32.
+    """
+    angles = torch.cat(_angles(width, side, scale), dim=1)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotated(x: Tensor, turns: Tensor) -> Tensor:
+    """Channels 2 i and 2 i + 1 of x [..., N, d] turned as a pair by ``turns`` [2, N, d / 2]
+    (RoFormer, equation 34), in fp32 at least and rounded once.
+    """
+    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), turns
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)

@@ -8,6 +8,7 @@ buffers, `blocks.1.mlp.thresholds.value` and so on, and so are load biases.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def initialize_tensor(name: str, value: Tensor, seed: int, router_start: str = "
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     fresh = torch.empty(value.shape)
     leaf = name.rpartition(".")[2]
-    if "_norm.weight" in name:
+    if re.search(r"norm\d?\.weight$", name):
         fresh.fill_(1.0)
     elif "bias" in leaf or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
         fresh.zero_()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe.config import swiglu_hidden
+from diffmoe.config import inner_width
 from diffmoe.parallel.collectives import read_by_host
 
 
@@ -37,7 +37,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.experts, self.first, self.local, self.activation = experts, first, local, activation
-        inner = hidden if activation == "gelu" else swiglu_hidden(hidden)
+        inner = inner_width(hidden, activation)
         self.fc1_weight = nn.Parameter(torch.empty(local, width, inner))
         self.fc2_weight = nn.Parameter(torch.empty(local, inner, width))
         gelu = activation == "gelu"

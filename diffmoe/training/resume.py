@@ -34,6 +34,8 @@ _RECIPE_FIELDS = (
     *_MEANING_FIELDS,
     _POOL,
     _CONTENTS,
+    "model.input_size",
+    "model.position_scale",
     "moe.capacity_hold",
     "moe.capacity_until",
     "moe.balance_weight",
