@@ -23,6 +23,8 @@ VARIANTS = {
     "diffmoe": "",
     "rich": "moe.activation=swiglu moe.shared_experts=1 model.qk_norm=true moe.interleave=true "
     "model.depth=4 moe.capacity=1.5 train.recipe_batch=8",
+    "modern": "model.positions=rope model.norm=rms model.qk_norm=true model.activation=swiglu "
+    "moe.activation=swiglu moe.shared_experts=1 moe.interleave=true",
     "tc": "model.family=tc moe.top_k=2",
     # every expert takes every token: no decision that bf16's rounding could turn
     "tc-all": "model.family=tc moe.top_k=4",
@@ -138,7 +140,8 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
                 cases += [Case(world, ep, zero, recompute, accumulation, pool, 16, words=words)]
         others = (
             "rich global, tc global, tc rank, ec 1, dense 1, ddpm global, tc-bias global, "
-            "ec-time 1, threshold rank, race global, race rank, prototype global, prototype rank"
+            "ec-time 1, threshold rank, race global, race rank, prototype global, prototype rank, "
+            "modern global"
         ).split(", ")
         for (i, (variant, pool)), zero in product(enumerate(map(str.split, others)), range(4)):
             if variant != "dense" or ep == 1:
@@ -204,7 +207,8 @@ def _halves(world: int, ep: int) -> list[Case]:
     rows = (
         "1 none diffmoe, rank block rich, global selective diffmoe, global block tc, "
         "rank selective tc-bias, 1 none ec, 1 selective ec-time, rank block threshold, "
-        "global none race, rank selective race, global block prototype, global none ddpm"
+        "global none race, rank selective race, global block prototype, global none ddpm, "
+        "global selective modern"
     )
     cases = []
     for i, (pool, form, variant) in enumerate(map(str.split, rows.split(", "))):
@@ -233,6 +237,7 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 4, 0, "none", 2, "group", 16, "rich"),
         Case(4, 4, 2, "selective", 1, "2", 12),
         Case(4, 1, 3, "block", 2, "2", 24),
+        Case(4, 2, 3, "selective", 2, "global", 16, "modern"),
         Case(4, 2, 1, "selective", 2, "global", 16, "tc"),
         Case(4, 4, 3, "none", 1, "rank", 16, "tc"),
         Case(4, 2, 0, "block", 1, "1", 16, "ec"),
@@ -281,6 +286,7 @@ def compiled_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(1, 1, 0, "block", 1, "rank", 8, "tc"),
         Case(1, 1, 1, "selective", 1, "rank", 8, "tc"),
         Case(1, 1, 1, "selective", 1, "rank", 8, "rich"),
+        Case(1, 1, 1, "selective", 1, "rank", 8, "modern"),
         Case(1, 1, 0, "none", 1, "rank", 8, "ddpm"),
         Case(1, 1, 1, "selective", 1, "1", 8, "ec-time"),
         Case(1, 1, 1, "selective", 1, "rank", 8, "race"),
