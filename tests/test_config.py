@@ -246,6 +246,12 @@ def test_bad_overrides(override, message):
             "model.width (30) must be divisible by 4 for the 2-d sine position embedding",
         ),
         (
+            ["model.width=36", "model.heads=6", "model.positions=rope"],
+            "model.positions (rope) needs heads whose width (model.width / model.heads: 6) is "
+            "divisible by 4",
+        ),
+        (["model.position_scale=0"], "model.position_scale (0.0) must be above 0"),
+        (
             ["model.mlp_ratio=0.001"],
             "model.mlp_ratio (0.001) x model.width (384) must be at least 1",
         ),

@@ -84,6 +84,8 @@ def worlds():
             "model.qk_norm=true",
             "moe.interleave=false",
         ],
+        ["model.norm=rms", "model.activation=swiglu", "moe.shared_experts=2"],
+        ["model.family=dense", "model.norm=rms", "model.qk_norm=true", "model.activation=swiglu"],
         [
             "model.input_size=32",
             "model.width=64",

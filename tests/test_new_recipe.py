@@ -255,6 +255,8 @@ def test_other_data_are_a_new_recipe():
         "moe.capacity=2",
         "diffusion.time_scale=1000",
         "model.qk_norm=true",
+        "model.positions=rope",
+        "model.norm=rms",
     ],
 )
 def test_the_model_may_not(override):

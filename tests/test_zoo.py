@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffmoe.commands.train import main as train
 from diffmoe.compare.plan import read_plan
 from diffmoe.config import ModelConfig, MoEConfig, ParallelConfig, load_config, swiglu_hidden
+from diffmoe.cost.hardware import choose, read_table
+from diffmoe.cost.layouts import Cluster, Pins, candidates
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.environment import RankEnvironment
 from diffmoe.layout import resolve_layout
@@ -112,6 +114,9 @@ SMALL = ModelConfig(width=48, depth=5, heads=3, classes=10, input_size=8)
         ({"family": "ec"}, {"experts": 5, "pool": 1, "interleave": False}),
         ({"family": "diffmoe"}, {"experts": 6}),
         ({"family": "diffmoe", "qk_norm": True}, {"experts": 4, "activation": "swiglu"}),
+        ({"family": "diffmoe", "norm": "rms", "qk_norm": True}, {"activation": "swiglu"}),
+        ({"family": "tc", "norm": "rms", "activation": "swiglu"}, {"shared_experts": 1}),
+        ({"family": "dense", "positions": "rope", "activation": "swiglu"}, {}),
         ({"family": "diffmoe", "mlp_ratio": 2.5}, {"shared_experts": 2, "interleave": False}),
         (
             {"family": "tc", "patch": 4, "channels": 3},
@@ -124,13 +129,14 @@ def test_counts_equal_the_model(model: dict, moe: dict) -> None:
     assert replace(count(model, moe), forward_macs=0) == meta_counts(model, moe)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("family", ["dense", "diffmoe"])
-def test_macs_equal_half_of_torchs_flops(family: str) -> None:
+def test_macs_equal_half_of_torchs_flops(family: str, activation: str) -> None:
     """Every expert takes every token; attention spelled out, because torch does not count the CPU's
     fused kernel.
     """
     model, moe = (
-        replace(SMALL, family=family),
+        replace(SMALL, family=family, activation=activation, positions="rope"),
         MoEConfig(experts=4, activation="swiglu", shared_experts=1),
     )
     dit = DiT(model, moe, pool=2)
@@ -227,6 +233,37 @@ def test_the_shipped_128_has_the_pool_of_one_of_its_four_gpus() -> None:
         16,
         64,
     )
+
+
+@pytest.mark.parametrize("name", ["diffmoe_l_e16_flow", "diffmoe_xl_e16_flow"])
+def test_512_is_the_published_recipe_on_four_times_the_tokens_and_fits_a_node(name: str) -> None:
+    small, large = (load_config(ROOT / "configs" / f"{name}{end}.yaml") for end in ("", "_512"))
+    assert large.model == replace(small.model, input_size=64) and large.model.tokens == 1024
+    assert replace(large, model=small.model, run=small.run, data=small.data) == small
+    assert large.data == replace(small.data, shards="data/imagenet512_latents")
+    assert large.run.folder == f"runs/{name}_512"
+    few, many = (count(config.model, config.moe) for config in (small, large))
+    assert replace(many, positions=few.positions, forward_macs=few.forward_macs) == few
+    attention = 2 * small.model.depth * small.model.width  # MACs of a pair of tokens
+    once = 256**2 * attention
+    tokens = few.forward_macs - once  # all else is of a token, but for what is of a sample
+    assert many.forward_macs == pytest.approx(4 * tokens + 16 * once, rel=1e-2)
+    cluster = Cluster(1, 8, choose(read_table(None), "h100"))
+    found = candidates(large, read_deepspeed("ds_configs/zero1_bf16.json"), cluster, Pins(ep=8))
+    assert found[0].fits and found[0].layout.pool == 64
+
+
+def test_the_modern_block_differs_in_nothing_else() -> None:
+    """As many parameters as the published row to within what RMSNorm's weights add."""
+    name = "diffmoe_s_e16_flow"
+    before, after = (load_config(ROOT / "configs" / f"{name}{end}.yaml") for end in ("", "_modern"))
+    assert after.moe == replace(before.moe, activation="swiglu")
+    assert replace(after, model=before.model, moe=before.moe, run=before.run) == before
+    changed = {k for k, v in vars(after.model).items() if vars(before.model)[k] != v}
+    assert changed == {"positions", "norm", "qk_norm", "activation"}
+    old, new = (count(config.model, config.moe) for config in (before, after))
+    assert new.total == pytest.approx(old.total, rel=2e-3)
+    assert new.forward_macs == pytest.approx(old.forward_macs, rel=2e-3)
 
 
 @pytest.mark.parametrize("path", ZOO, ids=stem)
