@@ -40,6 +40,7 @@ from diffmoe.parallel.groups import ParallelGroups, build_groups, single_process
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH, EXPERTS, WIDTH, HIDDEN = 8, 8, 64, 256
+ROTATED = "diffmoe_s_e16_flow model.positions=rope model.qk_norm=true model.activation=swiglu"
 
 
 class OnlyOneDevice(TorchDispatchMode):
@@ -63,11 +64,11 @@ def training_pass(
     groups: ParallelGroups,
     compiled: bool = False,
     ddpm: bool = False,
+    **block: Any,
 ) -> None:
     """Forward, losses and backward, as a micro-batch has them."""
-    config = ModelConfig(
-        family=family, width=WIDTH, depth=4, heads=2, input_size=16, classes=10, learn_sigma=ddpm
-    )
+    sizes = {"width": WIDTH, "depth": 4, "heads": 2, "input_size": 16, "classes": 10}
+    config = ModelConfig(family=family, learn_sigma=ddpm, **sizes, **block)
     dit = fake_model(config, MoEConfig(experts=EXPERTS), BATCH, recompute, dtype, groups)
     loss = fake_loss(dit, BATCH, ddpm)
     if compiled:
@@ -117,7 +118,8 @@ def memory(name: str, recompute: str, samples: int) -> dict[str, int]:
         f"train.batch={samples}",
         "moe.pool=rank",
     ]
-    config = load_config(REPOSITORY / "configs" / f"{name}.yaml", overrides)
+    name, *changes = name.split()
+    config = load_config(REPOSITORY / "configs" / f"{name}.yaml", [*overrides, *changes])
     engine = engine_facts(read_deepspeed(str(REPOSITORY / "ds_configs" / "zero1_bf16.json")))
     plan = rank_memory(config, resolve_layout(config, 1), engine)
     dit = fake_model(config.model, config.moe, samples, recompute, torch.bfloat16, single_process())
@@ -204,6 +206,9 @@ def main() -> None:
         attempt(f"time embedding, {dtype}", time_embedding, dtype)
     attempt("ddpm", training_pass, "diffmoe", "none", torch.bfloat16, single_process(), False, True)
     attempt("tc", training_pass, "tc", "none", torch.bfloat16, single_process())
+    block = {"positions": "rope", "norm": "rms", "qk_norm": True, "activation": "swiglu"}
+    modern = functools.partial(training_pass, "diffmoe", "selective", torch.bfloat16, **block)
+    attempt("modern", modern, single_process())
     torch.compile = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     for recompute in ("none", "selective"):
         for family in ("diffmoe", "tc"):
@@ -216,6 +221,7 @@ def main() -> None:
                 single_process(),
                 True,
             )
+    attempt("compiled, modern", modern, single_process(), True)
     for activation in ("gelu", "swiglu"):
         attempt(f"grouped, {activation}", experts_pass, "grouped", activation)
     for config in (
@@ -223,6 +229,7 @@ def main() -> None:
         "diffmoe_l_e16_flow",
         "diffmoe_xl_e8_flow",
         "dense_l_flow",
+        ROTATED,
     ):
         for recompute in ("none", "block", "selective"):
             attempt(f"memory of {config}, {recompute}", memory, config, recompute, 64)

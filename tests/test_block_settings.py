@@ -6,15 +6,20 @@ from __future__ import annotations
 
 import cmath
 import math
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from sklearn.datasets import load_digits
 
 from diffmoe.checkpoints.reader import FIRST_MOMENT, MASTER, SECOND_MOMENT, Checkpoint, ema_kind
 from diffmoe.commands import exchange
 from diffmoe.config import ModelConfig, MoEConfig, load_config, swiglu_hidden
+from diffmoe.data.digits import DIGITS_META
+from diffmoe.data.shards import write_shards
 from diffmoe.models.dit import DiT
 from diffmoe.models.layers import Attention, Mlp, norm, rotary_turns, rotated, sine_positions
 from diffmoe.models.logical import initialize
@@ -114,8 +119,8 @@ def test_attention_is_its_equation():
     out = []
     for h in range(2):
         head = slice(16 * h, 16 * (h + 1))
-        turned_q = rotated(rms(q[..., head], layer.q_norm.weight), layer.turns)
-        turned_k = rotated(rms(k[..., head], layer.k_norm.weight), layer.turns)
+        turned_q = rotated(rms(q[..., head], layer.q_norm.weight), layer.turns[:, :, 0])
+        turned_k = rotated(rms(k[..., head], layer.k_norm.weight), layer.turns[:, :, 0])
         shares = torch.softmax(turned_q @ turned_k.transpose(1, 2) / math.sqrt(16), dim=-1)
         out.append(shares @ v[..., head])
     torch.testing.assert_close(layer(x), layer.proj(torch.cat(out, dim=-1)), rtol=1e-10, atol=1e-10)
@@ -250,6 +255,28 @@ def test_foreign_forms(written, tmp_path):
     assert there.config().model == replace(
         load_config(config).model, input_size=16, position_scale=0.5
     )
+
+
+@pytest.mark.full
+def test_a_run_goes_on_at_twice_the_side(written, tmp_path):
+    """The published 256x256 and 512x512 in small: other data, four times the tokens."""
+    folder, config = written
+    images, labels = load_digits(return_X_y=True)
+    large = images.reshape(-1, 1, 8, 8).repeat(2, 2).repeat(2, 3).astype(np.uint8)
+    samples = ((f"{i:04d}", *pair) for i, pair in enumerate(zip(large, labels.tolist())))
+    write_shards(samples, tmp_path / "large", samples_per_shard=200, meta=DIGITS_META)
+    shutil.copytree(folder, tmp_path / "run")
+    words = [f"run.folder={tmp_path / 'run'}", f"data.shards={tmp_path / 'large'}"]
+    words += ["train.steps=6", "model.input_size=16", "model.position_scale=0.5", "--new-recipe"]
+    (result,) = run_program(1, "--config", str(config), *words)
+    assert result.returncode == 0, result
+    assert "model.input_size: 8 -> 16" in result.stderr + result.stdout
+    found = losses(tmp_path / "run")
+    assert sorted(found) == list(range(1, 7)) and all(map(math.isfinite, found.values()))
+    (sampled,) = run_program(
+        1, "sample", "--checkpoint", str(tmp_path / "run"), "--count", "2", "--out", str(tmp_path)
+    )
+    assert sampled.returncode == 0, sampled
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,21 @@ CASES = [
     "loop",
     "tc",
     "ddpm",
+    "modern",
+    "compiled, modern",
     "EP 4 of 8 ranks, none",
     "EP 4 of 8 ranks, selective",
 ]
 PLANNED = [
     f"memory of {config}, {recompute}"
-    for config in ("diffmoe_s_e16_flow", "diffmoe_l_e16_flow", "diffmoe_xl_e8_flow", "dense_l_flow")
+    for config in (
+        "diffmoe_s_e16_flow",
+        "diffmoe_l_e16_flow",
+        "diffmoe_xl_e8_flow",
+        "dense_l_flow",
+        # RMSNorm is one kernel in a torch for CUDA, several in one for CPUs.
+        "diffmoe_s_e16_flow model.positions=rope model.qk_norm=true model.activation=swiglu",
+    )
     for recompute in ("none", "block", "selective")
 ]
 

@@ -227,6 +227,8 @@ def resumable(*overrides, new_recipe=True, data="a" * 64, **counters):
         ("data.flip=true", "data.flip: False -> True"),
         ("data.streams=8", "data.streams: 64 -> 8"),
         ("moe.pool=8", "moe.pool (samples): 16 -> 8"),
+        ("model.input_size=16", "model.input_size: 8 -> 16"),
+        ("model.position_scale=0.5", "model.position_scale: 1.0 -> 0.5"),
         ("moe.predictor_weight=0.5", "moe.predictor_weight: 1.0 -> 0.5"),
         (
             "diffusion.time_sampling=logit_normal",

@@ -58,7 +58,8 @@ class Attention(nn.Module):
         self.k_norm = norm(model, head, learned=True) if model.qk_norm else nn.Identity()
         turns = None
         if model.positions == "rope":
-            turns = rotary_turns(head, model.input_size // model.patch, model.position_scale)
+            side = model.input_size // model.patch
+            turns = rotary_turns(head, side, model.position_scale).unsqueeze(2)
         self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +72,8 @@ class Attention(nn.Module):
         )
         q, k = self.q_norm(q), self.k_norm(k)
         if self.turns is not None:
-            q, k = rotated(q, self.turns), rotated(k, self.turns)
+            # Token by token in memory: as q lies, so does the result, which proj then takes as is.
+            q, k = (rotated(part.transpose(1, 2), self.turns).transpose(1, 2) for part in (q, k))
         y = F.scaled_dot_product_attention(q, k, v)
         return linear(self.proj, y.transpose(1, 2).reshape(B, N, D)).to(x.dtype)
 
@@ -204,8 +206,8 @@ def rotary_turns(width: int, side: int, scale: float = 1.0) -> Tensor:
 
 
 def rotated(x: Tensor, turns: Tensor) -> Tensor:
-    """Channels 2 i and 2 i + 1 of x [..., N, d] turned as a pair by ``turns`` [2, N, d / 2]
-    (RoFormer, equation 34), in fp32 at least and rounded once.
+    """Channels 2 i and 2 i + 1 of x [..., d] turned as a pair by ``turns`` [2, ..., d / 2], which
+    broadcast (RoFormer, equation 34), in fp32 at least and rounded once.
     """
     (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), turns
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)

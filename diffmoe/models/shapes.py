@@ -102,8 +102,8 @@ def _inner_widths(
     expert = rows(r"experts\.0\.fc1") or rows(r"experts\.0\.up_proj")
     if dense_swiglu := rows("gate_proj"):
         obstacles.append(
-            f"the file's dense MLPs are SwiGLU of inner width {dense_swiglu}, and those here are "
-            "GELU MLPs"
+            f"the file's dense MLPs are SwiGLU of inner width {dense_swiglu}, and those that are "
+            "read are GELU MLPs"
         )
     if swiglu:
         fitting = [h for h in range(swiglu, 2 * swiglu) if swiglu_hidden(h) == swiglu]
