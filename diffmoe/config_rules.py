@@ -158,7 +158,16 @@ def _diffusion(config: Config) -> Rules:
     fitting = ("euler", "heun", "dopri5") if flow else ("ancestral", "ddim")
     words = f"must be one of {', '.join(fitting)} {process}"
     yield "sample.sampler", config.sample.sampler in fitting, words
+    yield "diffusion.time_shift", diffusion.time_shift > 0, "must be above 0"
+    words = f"must be none {process}: it is defined for the prediction of noise"
+    yield "diffusion.loss_weight", not flow or diffusion.loss_weight == "none", words
+    if config.train.direction_weight:
+        words = f"must be 0 {process}, which predicts no velocity"
+        yield "train.direction_weight", flow, words
+        words = "must be 0 with model.channels (1): one number has a sign, and no other direction"
+        yield "train.direction_weight", config.model.channels > 1, words
     if not flow:
+        yield "diffusion.time_shift", diffusion.time_shift == 1.0, f"must be 1 {process}"
         yield "model.learn_sigma", config.model.learn_sigma, f"must be true {process}"
         yield "diffusion.time_scale", diffusion.time_scale == 1.0, f"must be 1 {process}"
         uniform = diffusion.time_sampling == "uniform"
@@ -203,6 +212,7 @@ def _train(config: Config) -> Rules:
     periods = ("sample_every", "score_every", "validate_every", "save_every", "keep_every")
     yield from _at_least("train", train, 1, "validate_samples", "recipe_batch")
     yield from _at_least("train", train, 0, *numbers, *periods, "mirror_mb_s")
+    yield from _at_least("train", train, 0, "dispersive_weight", "direction_weight")
     good = not train.mirror or "://" in train.mirror
     yield "train.mirror", good, "must be an address, such as s3://bucket/runs/mine or file:///…"
     good = train.mirror_mb_s == 0 or train.mirror != ""

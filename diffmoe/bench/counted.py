@@ -75,10 +75,19 @@ def fake_model(
     dtype: torch.dtype,
     groups: ParallelGroups,
     overlap: str = "none",
+    dispersive: bool = False,
 ) -> DiT:
     """A model on the device, all parameters in ``dtype``.  Inside of a FakeTensorMode."""
     with torch.device("cuda"):
-        dit = DiT(config, moe, pool=pool, groups=groups, recompute=recompute, overlap=overlap)
+        dit = DiT(
+            config,
+            moe,
+            pool=pool,
+            groups=groups,
+            recompute=recompute,
+            overlap=overlap,
+            dispersive=dispersive,
+        )
     for module in dit.modules():  # Module.to cannot swap fake parameters
         for name, p in module._parameters.items():
             if p is not None:
@@ -105,6 +114,7 @@ def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor
         others = [each for r in output.moe for each in (r.predictor_loss, r.balance_loss)]
         heads = [r.target_TP for r in output.moe if r.target_TP is not None]
         others += [target_loss(heads, patchify(x, dit.model.patch))] if heads else []
+        others.append(output.dispersive)
         return denoising + sum(each for each in others if each is not None)
 
     return loss
@@ -142,6 +152,7 @@ def micro_batch(
             torch.bfloat16 if bf16 else torch.float32,
             groups,
             config.parallel.overlap,
+            config.train.dispersive_weight > 0,
         )
         loss = fake_loss(dit, layout.micro_batch, config.diffusion.process == "ddpm")
         if compiled:

@@ -225,6 +225,8 @@ def _activations(config: Config, layout: Layout, element: int) -> tuple[int, int
     model, recompute = config.model, config.parallel.recompute
     T = layout.micro_batch * model.tokens
     kept = 3 * T * model.width * element + T * model.patch**2 * model.channels * _FP32 * 4
+    if config.train.dispersive_weight:  # in fp32: every sample, and this rank's once more
+        kept += (layout.ranks + 1) * T * model.width * _FP32
     exchange = working = 0
     for number in range(model.depth):
         block = _block_bytes(config, layout, element, number)

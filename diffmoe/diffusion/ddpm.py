@@ -25,6 +25,7 @@ from diffmoe.random_streams import Use, philox
 
 Field = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
+_MIN_SNR = 5.0  # the paper's gamma
 
 
 # schedule
@@ -82,6 +83,13 @@ class Schedule:
     def posterior_mean_coef2(self) -> Tensor:
         """Factor of x_t in the mean of q(x_{t-1} | x_t, x_0)."""
         return (1 - self.alphas_cumprod_prev) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def min_snr_weight(self) -> Tensor:
+        """Of epsilon's squared error, min(SNR, 5) / SNR with SNR = abar / (1 - abar): early steps,
+        whose noise is easily told, count less (Hang et al. 2023, section 3.4).
+        """
+        return (_MIN_SNR * (1 - self.alphas_cumprod) / self.alphas_cumprod).clamp(max=1)
 
 
 def linear_schedule(num_timesteps: int = 1000) -> Schedule:
@@ -244,13 +252,18 @@ def ddpm_loss(
     y: Tensor,
     rule: RoutingRule,
     schedule: Schedule,
+    loss_weight: str = "none",
 ) -> tuple[Tensor, ModelOutput]:
     """Mean of ``training_losses`` over the batch, in fp32, and the model's output: the counterpart
     of ``flow_loss``.
 
-    x, noise [B, C, H, W]; t [B] int64 steps of ``schedule``; y [B]."""
+    x, noise [B, C, H, W]; t [B] int64 steps of ``schedule``; y [B]; ``loss_weight`` as
+    ``DiffusionConfig`` has it, of the squared error and not of the bound."""
     losses, output = ddpm_losses(model, x, noise, t, y, rule, schedule)
-    return losses.mean(), output
+    if loss_weight == "min_snr":
+        weight = schedule.min_snr_weight.to(t.device)[t].to(x.dtype)
+        return (weight * losses.mse + losses.vb).mean(), output
+    return losses.loss.mean(), output
 
 
 def ddpm_losses(
@@ -261,11 +274,11 @@ def ddpm_losses(
     y: Tensor,
     rule: RoutingRule,
     schedule: Schedule,
-) -> tuple[Tensor, ModelOutput]:
-    """``ddpm_loss`` before its mean: a loss a sample [B]."""
+) -> tuple[Losses, ModelOutput]:
+    """``ddpm_loss`` before weights and mean: losses a sample [B]."""
     x_t = q_sample(schedule, x, t, noise)
     output = model(x_t, schedule.timestep_map.to(t.device)[t], y, rule)
-    return training_losses(schedule, output.prediction, x, x_t, t, noise).loss, output
+    return training_losses(schedule, output.prediction, x, x_t, t, noise), output
 
 
 # sampling

@@ -3,13 +3,14 @@
 
 A flow's field is its velocity v(z, t), t [B] in [0, 1]: ``euler``, ``heun``, ``dopri5``.  A
 diffusion's field is [epsilon, v] (x, t), t [B] steps out of 1000: ``ancestral``, ``ddim``.
-``noise(i)`` gives the noise of step i; samplers that need none ignore it.  What only one sampler
-has (eta, tolerance) is a keyword with a default.
+``noise(i)`` gives the noise of step i; samplers that need none ignore it.  What only some samplers
+have (eta, tolerance, shift) is a keyword with a default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,20 +19,35 @@ from diffmoe.diffusion.ddpm import Field, Noise, ancestral, ddim
 from diffmoe.errors import UserError
 
 
-def euler(field: Field, z: Tensor, steps: int, noise: Noise | None = None) -> Tensor:
-    """Explicit Euler, first order, ``steps`` evaluations.  z [B, …]."""
-    for i in range(steps):
-        z = z + field(z, z.new_full((len(z),), i / steps)) / steps
+def euler(
+    field: Field, z: Tensor, steps: int, noise: Noise | None = None, *, shift: float = 1.0
+) -> Tensor:
+    """Explicit Euler, first order, ``steps`` evaluations at times that are even before ``shift``
+    (``times.shifted``).  z [B, …].
+    """
+    for start, _, rate in _grid(steps, shift):
+        z = z + field(z, z.new_full((len(z),), start)) / rate
     return z
 
 
-def heun(field: Field, z: Tensor, steps: int, noise: Noise | None = None) -> Tensor:
-    """Heun's trapezoid rule, second order, two evaluations a step."""
-    for i in range(steps):
-        here = field(z, z.new_full((len(z),), i / steps))
-        there = field(z + here / steps, z.new_full((len(z),), (i + 1) / steps))
-        z = z + (here + there) / (2 * steps)
+def heun(
+    field: Field, z: Tensor, steps: int, noise: Noise | None = None, *, shift: float = 1.0
+) -> Tensor:
+    """Heun's trapezoid rule, second order, two evaluations a step; ``shift`` as of ``euler``."""
+    for start, end, rate in _grid(steps, shift):
+        here = field(z, z.new_full((len(z),), start))
+        there = field(z + here / rate, z.new_full((len(z),), end))
+        z = z + (here + there) / (2 * rate)
     return z
+
+
+def _grid(steps: int, shift: float) -> Iterator[tuple[float, float, float]]:
+    """(start, end, 1 / (end - start)) of each step; the last by a formula that gives ``steps`` to
+    the bit where nothing is shifted.
+    """
+    for a, b in pairwise(i / steps for i in range(steps + 1)):
+        here, there = shift - (shift - 1) * a, shift - (shift - 1) * b
+        yield a / here, b / there, steps * here * there / shift
 
 
 # Dormand and Prince 1980: nodes, stages, and the difference of the fifth- and fourth-order weights.

@@ -18,6 +18,13 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     return torch.special.ndtri(u.double()).mul(std).add(mean).sigmoid().to(u.dtype)
 
 
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """t [B] in [0, 1] moved towards noise, t = 0, as SD3 does for larger images (Esser et al. 2024,
+    equation 23, where t = 1 is noise): of noise 1 - t becomes s (1 - t) / (1 + (s - 1) (1 - t)).
+    """
+    return t if shift == 1 else t / (shift - (shift - 1) * t)
+
+
 def uniform_steps(u: Tensor, num_timesteps: int) -> Tensor:
     """int64 steps [B], uniform in [0, num_timesteps), from u [B] uniform in [0, 1)."""
     # A fp64 draw just below 1 becomes 1 in fp32.

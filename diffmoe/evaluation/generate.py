@@ -95,7 +95,7 @@ def generate(
             contextlib.nullcontext() if meter is None else meter.watching(model, numbers[part])
         )
         step_noise = ancestral_noise(config.run.seed, numbers[part], shape, device)
-        sampler, options = SAMPLERS[sample.sampler], _options(sample, together, device)
+        sampler, options = SAMPLERS[sample.sampler], _options(config, together, device)
         with counting:
             images.append(sampler(field, noise, sample.steps, step_noise, **options).cpu())
     return torch.cat(images)
@@ -111,12 +111,15 @@ def _field(model: DiT, config: Config, y: Tensor) -> Callable[[Tensor, Tensor], 
     return guided_velocity(model, y, sample.cfg, rule)
 
 
-def _options(sample: SampleConfig, together: Group | None, device: torch.device) -> dict:
-    """What only one sampler takes.  dopri5's ranks go on until the last of them is done: passes may
+def _options(config: Config, together: Group | None, device: torch.device) -> dict:
+    """What only some samplers take.  dopri5's ranks go on until the last of them is done: passes may
     hold collectives.
     """
+    sample = config.sample
     if sample.sampler == "ddim":
         return {"eta": sample.eta}
+    if sample.sampler in ("euler", "heun"):
+        return {"shift": config.diffusion.time_shift}
     if sample.sampler != "dopri5":
         return {}
     if together is None or together.size == 1:

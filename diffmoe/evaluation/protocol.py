@@ -41,6 +41,9 @@ def departures(card: Card) -> list[str]:
         for name, value in published.items()
         if there.get(name) != value
     ]
+    shift = there.get("time_shift", 1)  # cards name it where it is not
+    if shift != 1:
+        differ.append(f"time_shift {shift} (published: none)")
     if card.cfg not in CFG:
         differ.append(f"cfg {card.cfg:g} (published: {' and '.join(f'{cfg:g}' for cfg in CFG)})")
     if card.extractor_sha256 != INCEPTION_SHA256:

@@ -111,13 +111,14 @@ def sampled_images(
         "decoder_sha256": decoder and decoder.sha256,
         "decoder": decoder and decoder.name,
     }
+    shift = config.diffusion.time_shift  # moves the sampler's times, too
     fields = ("cfg", "sampler", "steps", "routing", "capacity", "gamma", "batch")
     card = {
         **made_by,
         **{name: sample[name] for name in fields},
         "family": config.model.family,
         "process": config.diffusion.process,
-        "sampling": sample,
+        "sampling": {**sample, **({} if shift == 1 else {"time_shift": shift})},
         "vae": decoder and decoder.name,
         "vae_sha256": decoder and decoder.sha256,
     }

@@ -30,18 +30,22 @@ from diffmoe.models.layers import (
 from diffmoe.moe.gating import Beside
 from diffmoe.moe.layer import Late, MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
-from diffmoe.parallel.groups import ParallelGroups, single_process
+from diffmoe.parallel.collectives import gather_stack, sum_over
+from diffmoe.parallel.groups import Group, ParallelGroups, single_process
 from diffmoe.parallel.recompute import Run, at_once, forms, recomputed
+
+_DISPERSIVE_TAU = 0.5  # the paper's
 
 
 @dataclass(frozen=True)
 class ModelOutput:
     """``prediction`` [B, out_channels, H, W]; ``moe`` holds one report per MoE layer, in order of
-    depth.
+    depth; ``dispersive``: the loss of that name, in training with it.
     """
 
     prediction: Tensor
     moe: tuple[MoEStats, ...]
+    dispersive: Tensor | None = None
 
 
 class Condition(NamedTuple):
@@ -169,12 +173,30 @@ def patchify(x: Tensor, patch: int) -> Tensor:
     return parts.permute(0, 2, 4, 3, 5, 1).reshape(-1, patch * patch * C)
 
 
+def dispersive_loss(z_BND: Tensor, world: Group) -> Tensor:
+    """Dispersive loss in the form of InfoNCE with squared distances (Wang & He 2025, table 1): log
+    mean exp(-d_ij / tau) over all pairs of samples of all ranks, i = j included as in their code,
+    d_ij the mean squared difference over tokens and channels.  The same on every rank.
+
+    Ranks' gradients are averaged.  Each gives its own samples', which stand in a pair as i and as
+    j, so as often as there are ranks and twice, and nothing travels in backward.
+    """
+    mine = z_BND.flatten(1)
+    everyone = gather_stack(mine.detach(), world).flatten(0, 1)
+    mine, everyone = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (mine, everyone))
+    squares = mine.square().sum(1, keepdim=True) + everyone.square().sum(1) - 2 * mine @ everyone.T
+    part = (squares / (-_DISPERSIVE_TAU * mine.shape[1])).exp().sum()
+    total = sum_over(part.detach(), world) + 2 * world.size * (part - part.detach())
+    return (total / len(everyone) ** 2).log()
+
+
 class DiT(nn.Module):
     """Diffusion transformer (Peebles & Xie 2023) with DiffMoE's MoE layers.
 
     ``pool`` is in samples and only matters for the training rule; ``groups`` says which experts
-    live here; ``overlap``: ``parallel.overlap``, in training with EP.  ``run`` is how
-    its blocks are computed: ``run_plainly``, or what ``models.compiled`` puts there.
+    live here; ``overlap``: ``parallel.overlap``, in training with EP; ``dispersive``: training
+    passes report the dispersive loss.  ``run`` is how its blocks are computed: ``run_plainly``, or
+    what ``models.compiled`` puts there.
     """
 
     def __init__(
@@ -187,12 +209,15 @@ class DiT(nn.Module):
         recompute: str = "none",
         overlap: str = "none",
         time_scale: float = 1.0,
+        dispersive: bool = False,
     ) -> None:
         super().__init__()
         groups = groups or single_process()
         self.model, self.moe, self.time_scale = model, moe, time_scale
         self.recompute = forms(recompute, model.depth)  # of each block
         self.in_halves = overlap == "halves" and groups.ep.size > 1  # while training
+        self.world = groups.world
+        self.dispersed = -(-model.depth // 4) if dispersive else 0  # blocks before that loss
         self.run: BlockRun = run_plainly
         self.x_embedder = PatchEmbedding(model.channels, model.patch, model.width)
         self.t_embedder = TimestepEmbedding(model.width)
@@ -229,16 +254,21 @@ class DiT(nn.Module):
         time = self.t_embedder(t * self.time_scale)
         both = (time + self.y_embedder(y)).to(dtype)
         c = Condition(both, time.to(dtype), y == self.model.classes)
-        reports = []
+        reports, dispersive = [], None
         if self.in_halves and self.training:
             h = _here(*h.chunk(2))
-        for block, form in zip(self.blocks, self.recompute):
+        for number, (block, form) in enumerate(zip(self.blocks, self.recompute), 1):
             h, stats = block(h, c, rule, form if self.training else "none", self.run)
             if stats is not None:
                 reports.append(stats)
+            if number == self.dispersed and self.training:
+                if not isinstance(h, Tensor):  # rows are waited for here, and once
+                    h = _here(*(half() for half in h))
+                whole = h if isinstance(h, Tensor) else torch.cat([half() for half in h])
+                dispersive = dispersive_loss(whole, self.world)
         if not isinstance(h, Tensor):
             h = torch.cat([half() for half in h])
-        return ModelOutput(self._unpatchify(self.final_layer(h, both)), tuple(reports))
+        return ModelOutput(self._unpatchify(self.final_layer(h, both)), tuple(reports), dispersive)
 
     @contextlib.contextmanager
     def plainly(self) -> Iterator[None]:

@@ -128,6 +128,7 @@ def new_model(config: Config, pool: int, groups: ParallelGroups) -> DiT:
         recompute=config.parallel.recompute,
         overlap=config.parallel.overlap,
         time_scale=config.diffusion.time_scale,
+        dispersive=config.train.dispersive_weight > 0,
     )
     initialize(model, config.run.seed)
     return model

@@ -41,6 +41,11 @@ VARIANTS = {
     # gradient (tests/test_routers.py compares there, in fp64).
     "prototype": "model.family=prototype moe.contrast_temperature=0.5",
     "dense": "model.family=dense",
+    # losses beside the process's own, and times moved towards noise
+    "losses": "train.dispersive_weight=0.5 train.direction_weight=0.5 diffusion.time_shift=2 "
+    "moe.shared_experts=1",
+    "min-snr": "diffusion.process=ddpm diffusion.loss_weight=min_snr train.dispersive_weight=0.5 "
+    "sample.sampler=ancestral",
     "ddpm": "diffusion.process=ddpm diffusion.time_sampling=uniform diffusion.time_scale=1 "
     "sample.sampler=ancestral",
 }
@@ -141,7 +146,7 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         others = (
             "rich global, tc global, tc rank, ec 1, dense 1, ddpm global, tc-bias global, "
             "ec-time 1, threshold rank, race global, race rank, prototype global, prototype rank, "
-            "modern global"
+            "modern global, losses rank, min-snr global"
         ).split(", ")
         for (i, (variant, pool)), zero in product(enumerate(map(str.split, others)), range(4)):
             if variant != "dense" or ep == 1:
@@ -208,7 +213,7 @@ def _halves(world: int, ep: int) -> list[Case]:
         "1 none diffmoe, rank block rich, global selective diffmoe, global block tc, "
         "rank selective tc-bias, 1 none ec, 1 selective ec-time, rank block threshold, "
         "global none race, rank selective race, global block prototype, global none ddpm, "
-        "global selective modern"
+        "global selective modern, rank selective losses, global block losses"
     )
     cases = []
     for i, (pool, form, variant) in enumerate(map(str.split, rows.split(", "))):
@@ -249,6 +254,8 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 3, "block", 1, "global", 16, "prototype"),
         Case(2, 2, 3, "selective", 2, "global", 16, "ddpm"),
         Case(4, 2, 1, "block", 2, "group", 16, "ddpm"),
+        Case(4, 2, 1, "selective", 2, "rank", 16, "losses"),
+        Case(4, 2, 3, "block", 1, "global", 16, "min-snr"),
         Case(2, 2, 1, "none", 2, "1", 16, precision="bf16"),
         Case(4, 2, 3, "none", 2, "1", 16, precision="bf16"),
         Case(4, 2, 1, "selective", 2, "rank", 16, overlap=True),
@@ -267,6 +274,7 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 0, "block", 1, "rank", 16, "rich", halves=True),
         Case(4, 2, 3, "none", 1, "1", 16, "ec", halves=True),
         Case(4, 4, 2, "selective", 1, "global", 16, "tc", halves=True),
+        Case(4, 2, 1, "selective", 1, "global", 16, "losses", halves=True),
     ]
     return [case for case in cases if case.world in set(worlds)]
 
@@ -309,6 +317,7 @@ def compiled_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 2, "block", 1, "1", 16, "ec", halves=True),
         Case(4, 2, 1, "none", 1, "rank", 16, "rich", halves=True),
         Case(4, 4, 1, "selective", 1, "global", 16, per_host=2),
+        Case(4, 2, 1, "selective", 1, "rank", 16, "losses"),
     ]
     return [replace(case, compiled=True) for case in cases if case.world in set(worlds)]
 

@@ -119,13 +119,21 @@ def _loss(
     by_threshold = first is not None and step >= first
     rule = RoutingRule("threshold" if by_threshold else "train", config.moe.capacity)
     x, noise, y = (value.to(device) for value in (batch.x, draws.noise, y))
+    seen: list[Tensor] = []
+    quarter = model.blocks[math.ceil(config.model.depth / 4) - 1]
+    handle = quarter.register_forward_hook(lambda block, args, given: seen.append(given[0]))
     if config.diffusion.process == "ddpm":
         schedule = linear_schedule()
         t = uniform_steps(draws.t, len(schedule)).to(device)
-        denoising, output = ddpm_loss(model, x, noise, t, y, rule, schedule)
+        denoising, output = ddpm_loss(
+            model, x, noise, t, y, rule, schedule, config.diffusion.loss_weight
+        )
     else:
-        denoising, output = flow_loss(model, x, noise, draws.t.to(device), y, rule)
+        s = config.diffusion.time_shift  # SD3's t is 1 at noise, ours at data
+        t = 1 - s * (1 - draws.t) / (1 + (s - 1) * (1 - draws.t)) if s != 1 else draws.t
+        denoising, output = flow_loss(model, x, noise, t.to(device), y, rule)
         tokens = F.unfold(x - noise, config.model.patch, stride=config.model.patch).mT
+    handle.remove()
     none = torch.zeros((), device=device)
     predictor = sum((s.predictor_loss for s in output.moe if s.predictor_loss is not None), none)
     balance = sum((s.balance_loss for s in output.moe if s.balance_loss is not None), none)
@@ -134,15 +142,28 @@ def _loss(
         parts = tokens.unflatten(2, (config.model.channels, -1)).mT.flatten(2).flatten(0, 1)
         each = [F.mse_loss(s.target_TP, parts) for s in output.moe if s.target_TP is not None]
         target = sum(each, none) / layers
+    dispersive = direction = none
+    if config.train.dispersive_weight:
+        z = seen[0].flatten(1)
+        apart = (z.unsqueeze(0) - z.unsqueeze(1)).square().mean(dim=2)
+        dispersive = (-apart / 0.5).exp().mean().log()
+    if config.train.direction_weight:
+        v, wanted = output.prediction[:, : config.model.channels], x - noise
+        cosines = (v * wanted).sum(dim=1) / (v.norm(dim=1) * wanted.norm(dim=1))
+        direction = (1 - cosines).mean()
     numbers = {
         "loss": denoising.item(),
         "predictor_loss": predictor.item() / layers,
         "balance_loss": balance.item() / layers,
         "target_loss": target.item(),
+        "dispersive_loss": dispersive.item(),
+        "direction_loss": direction.item(),
     }
-    moe = config.moe
+    moe, train = config.moe, config.train
     total = denoising + moe.predictor_weight * predictor + moe.balance_weight * balance
-    return total + moe.target_weight * target, output, numbers
+    total = total + moe.target_weight * target
+    total = total + train.dispersive_weight * dispersive + train.direction_weight * direction
+    return total, output, numbers
 
 
 def _by_name(model: DiT, value: Callable[[torch.nn.Parameter], Any]) -> dict[str, Tensor]:

@@ -200,10 +200,11 @@ def progress_line(record: dict, total: int) -> str:
     if "predictor_loss" in record:
         trivial = record["trivial_predictor_loss"]
         parts.append(f"predictor {record['predictor_loss']:.3f} (trivial {trivial:.3f})")
-    if "balance_loss" in record:
-        parts.append(f"balance {record['balance_loss']:.3f}")
-    if "target_loss" in record:
-        parts.append(f"target {record['target_loss']:.3f}")
+    parts += [
+        f"{name} {record[f'{name}_loss']:.3f}"
+        for name in ("balance", "target", "dispersive", "direction")
+        if f"{name}_loss" in record
+    ]
     parts += [
         f"norm {record['grad_norm']:.3f}",
         f"lr {record['lr']:.2e}",

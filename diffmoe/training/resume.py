@@ -46,6 +46,8 @@ _RECIPE_FIELDS = (
     "diffusion.time_sampling",
     "diffusion.time_mean",
     "diffusion.time_std",
+    "diffusion.time_shift",
+    "diffusion.loss_weight",
 )
 # Resolved to numbers (moe.pool, micro-batches) or about this place only.
 _NO_CHANGE = ("moe.pool", "run.folder")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffmoe.config import Config, DiffusionConfig, MoEConfig, TrainConfig
@@ -16,7 +17,7 @@ from diffmoe.device import sent, synchronize
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.randomness import Draws, training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss
-from diffmoe.diffusion.times import logit_normal, uniform_steps
+from diffmoe.diffusion.times import logit_normal, shifted, uniform_steps
 from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, ModelOutput, patchify
 from diffmoe.moe.capacity import HISTOGRAM_BINS, histogram
@@ -36,7 +37,8 @@ _DIAL_EVERY = 256
 @dataclass(frozen=True)
 class StepReport:
     """Global means of one optimizer step.  ``predictor_loss`` (in nats), ``balance_loss`` (the
-    family's loss on routing) and ``target_loss`` (Expert Race's) are means over layers;
+    family's loss on routing) and ``target_loss`` (Expert Race's) are means over layers; 0: losses
+    that the run has not, ``dispersive_loss`` and ``direction_loss`` among them;
     ``stop``: some rank was asked to stop; ``save_failed``: some rank's save has failed;
     ``applied`` is false where loss or gradient was not finite and the step changed nothing.  All of
     these are the same on every rank.  ``load``: this rank's tokens by [layer, time bin, expert],
@@ -47,6 +49,8 @@ class StepReport:
     predictor_loss: float
     balance_loss: float
     target_loss: float
+    dispersive_loss: float
+    direction_loss: float
     grad_norm: float
     lr: float
     capacity: float
@@ -69,6 +73,8 @@ class MicroLoss:
     predictor: Tensor
     balance: Tensor
     target: Tensor
+    dispersive: Tensor
+    direction: Tensor
     output: ModelOutput
     time_bin_B: Tensor
 
@@ -85,30 +91,40 @@ def micro_loss(
     these, if somebody has made them already.
     """
     draws = draws or training_draws(config.run.seed, batch.positions, tuple(batch.x.shape[1:]))
-    y = torch.where(draws.drop < config.train.label_drop, config.model.classes, batch.y)
-    t = _training_time(draws.t, config.diffusion)
+    diffusion, train = config.diffusion, config.train
+    y = torch.where(draws.drop < train.label_drop, config.model.classes, batch.y)
+    t = _training_time(draws.t, diffusion)
     x, noise, t, y = (sent(value, device) for value in (batch.x, draws.noise, t, y))
-    if config.diffusion.process == "ddpm":
-        denoising, output = ddpm_loss(forward, x, noise, t, y, rule, _ddpm_on(device))
+    zero = torch.zeros((), device=device)
+    direction = zero
+    if diffusion.process == "ddpm":
+        denoising, output = ddpm_loss(
+            forward, x, noise, t, y, rule, _ddpm_on(device), diffusion.loss_weight
+        )
         progress = 1 - (t + 0.5) / len(_DDPM)  # like the flow's t: noise at 0, data at 1
         wanted = noise
     else:
         denoising, output = flow_loss(forward, x, noise, t, y, rule)
         progress, wanted = t, x - noise
-    zero = torch.zeros((), device=device)
+        if train.direction_weight:
+            direction = direction_loss(output.prediction, wanted)
     predictor = sum((r.predictor_loss for r in output.moe if r.predictor_loss is not None), zero)
     balance = sum((r.balance_loss for r in output.moe if r.balance_loss is not None), zero)
     heads = [r.target_TP for r in output.moe if r.target_TP is not None]
     target = target_loss(heads, patchify(wanted, config.model.patch)) if heads else zero
+    dispersive = zero if output.dispersive is None else output.dispersive
     moe = config.moe
     total = denoising + moe.predictor_weight * predictor + moe.balance_weight * balance
     total = total + moe.target_weight * target
+    total = total + train.dispersive_weight * dispersive + train.direction_weight * direction
     return MicroLoss(
         total,
         denoising.detach(),
         predictor.detach(),
         balance.detach(),
         target.detach(),
+        dispersive.detach(),
+        direction.detach(),
         output,
         (progress * TIME_BINS).long().clamp_(max=TIME_BINS - 1),
     )
@@ -119,8 +135,8 @@ def _training_time(u: Tensor, diffusion: DiffusionConfig) -> Tensor:
     if diffusion.process == "ddpm":
         return uniform_steps(u, len(_DDPM))
     if diffusion.time_sampling == "logit_normal":
-        return logit_normal(u, diffusion.time_mean, diffusion.time_std)
-    return u
+        u = logit_normal(u, diffusion.time_mean, diffusion.time_std)
+    return shifted(u, diffusion.time_shift)
 
 
 def train_step(
@@ -167,6 +183,8 @@ def train_step(
         means.predictor,
         means.balance,
         means.target,
+        means.dispersive,
+        means.direction,
         means.norm,
         lr,
         rule.capacity,
@@ -198,6 +216,14 @@ def target_loss(heads: Sequence[Tensor], patches_TP: Tensor) -> Tensor:
     """
     each = [(head.to(patches_TP.dtype) - patches_TP).square().mean() for head in heads]
     return torch.stack(each).mean()
+
+
+def direction_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
+    """FasterDiT's loss on the velocity's direction, 1 - cosine over channels, mean over positions:
+    of a prediction [B, C or 2 C, H, W] and the true velocity [B, C, H, W].
+    """
+    predicted = prediction[:, : velocity.shape[1]].to(velocity.dtype)
+    return 1 - F.cosine_similarity(predicted, velocity, dim=1).mean()
 
 
 def commit_observed(model: DiT, observed_LE: Tensor, pools: int) -> None:
@@ -262,6 +288,8 @@ class _Means:
     predictor: float
     balance: float
     target: float
+    dispersive: float
+    direction: float
     stop: bool
     save_failed: bool
     observed_LE: Tensor
@@ -275,7 +303,7 @@ class _Tally:
     def __init__(self, model: DiT, config: Config, device: torch.device) -> None:
         self.layers = len(list(model.moe_layers()))
         self.experts = config.moe.experts
-        self.parts = torch.zeros(4, dtype=torch.float64, device=device)
+        self.parts = torch.zeros(6, dtype=torch.float64, device=device)
         observing = self.layers if running_state(config.model, config.moe) else 0
         self.observed_LE = torch.zeros(observing, self.experts, dtype=torch.float64, device=device)
         self.load_LbE = torch.zeros(self.layers, TIME_BINS, self.experts, device=device)
@@ -283,6 +311,7 @@ class _Tally:
 
     def add(self, loss: MicroLoss) -> None:
         parts = [loss.denoising, loss.predictor, loss.balance, loss.target]
+        parts += [loss.dispersive, loss.direction]
         self.parts += torch.stack(parts).double()
         bins = loss.time_bin_B
         self.samples_b.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float32))
@@ -306,7 +335,8 @@ class _Tally:
         mine = torch.cat([squared_norm.view(1), self.parts, flags, self.observed_LE.flatten()])
         sums = sum_over(mine, groups.world)
         passes = layout.ranks * layout.accumulation
-        square, loss, predictor, balance, target, stopped, failed = sums[:7].tolist()
+        square, *parts, stopped, failed = sums[:9].tolist()
+        loss, predictor, balance, target, dispersive, direction = parts
         layers = max(1, self.layers)
         return _Means(
             math.sqrt(square),
@@ -314,7 +344,9 @@ class _Tally:
             predictor / passes / layers,
             balance / passes / layers,
             target / passes,
+            dispersive / passes,
+            direction / passes,
             stopped > 0,
             failed > 0,
-            sums[7:].view_as(self.observed_LE),
+            sums[9:].view_as(self.observed_LE),
         )

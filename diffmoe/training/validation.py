@@ -145,7 +145,8 @@ class Validator:
             squares, output = flow_errors(model, x, noise, t, y, rule)
             losses_B, progress = squares.flatten(1).mean(1), t
         else:
-            losses_B, output = ddpm_losses(model, x, noise, t, y, rule, self._schedule)
+            losses, output = ddpm_losses(model, x, noise, t, y, rule, self._schedule)
+            losses_B = losses.loss
             progress = 1 - (t + 0.5) / len(self._schedule)  # as the flow's: noise at 0, data at 1
         return losses_B, output, (progress * TIME_BINS).long().clamp_(max=TIME_BINS - 1)
 
