@@ -286,7 +286,16 @@ def test_a_spike_before_any_checkpoint_goes_back_to_the_start_and_going_back_has
 
 def report(loss, applied=True):
     return StepReport(
-        loss, 0.0, 0.0, 0.0, 1.0, 1e-3, 1.0, False, False, applied, torch.zeros(0), torch.zeros(0)
+        loss,
+        *[0.0] * 5,
+        1.0,
+        1e-3,
+        1.0,
+        False,
+        False,
+        applied,
+        torch.zeros(0),
+        torch.zeros(0),
     )
 
 

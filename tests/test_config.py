@@ -283,6 +283,27 @@ def test_bad_overrides(override, message):
         (["train.lr=-1e-4"], "train.lr (-0.0001) must be at least 0"),
         (["train.eps=-1"], "train.eps (-1.0) must be at least 0"),
         (["train.keep=0"], "train.keep (0) must be at least 1"),
+        (["train.dispersive_weight=-1"], "train.dispersive_weight (-1.0) must be at least 0"),
+        (
+            ["train.direction_weight=1", "model.channels=1"],
+            "train.direction_weight (1.0) must be 0 with model.channels (1): one number has a "
+            "sign, and no other direction",
+        ),
+        (
+            ["train.direction_weight=1", "diffusion.process=ddpm", "sample.sampler=ddim"],
+            "train.direction_weight (1.0) must be 0 for diffusion.process (ddpm), which predicts "
+            "no velocity",
+        ),
+        (["diffusion.time_shift=0"], "diffusion.time_shift (0.0) must be above 0"),
+        (
+            ["diffusion.time_shift=3", "diffusion.process=ddpm", "sample.sampler=ddim"],
+            "diffusion.time_shift (3.0) must be 1 for diffusion.process (ddpm)",
+        ),
+        (
+            ["diffusion.loss_weight=min_snr"],
+            "diffusion.loss_weight (min_snr) must be none for diffusion.process (flow): it is "
+            "defined for the prediction of noise",
+        ),
         (["train.betas=[0.9, 1]"], "train.betas ((0.9, 1.0)) must each be in [0, 1)"),
         (["train.label_drop=1.5"], "train.label_drop (1.5) must be in [0, 1]"),
         (["train.ema=1"], "train.ema (1.0) must be in [0, 1)"),

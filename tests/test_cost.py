@@ -262,6 +262,13 @@ def test_counted_bytes_of_ragged_routers_equal_the_formula(worlds, router, ranks
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(("bf16", "recompute"), [(False, "block"), (True, "selective")])
+def test_counted_bytes_of_the_dispersive_loss_equal_the_formula(worlds, bf16, recompute):
+    more = ["train.dispersive_weight=0.5"]
+    compare_bytes(worlds, 4, 2, "rank", 1, recompute, bf16, more)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("pool", "recompute", "router"),
     [("rank", "none", []), ("global", "block", []), ("rank", "selective", RAGGED["tc"])],

@@ -234,6 +234,7 @@ def resumable(*overrides, new_recipe=True, data="a" * 64, **counters):
             "diffusion.time_sampling=logit_normal",
             "diffusion.time_sampling: uniform -> logit_normal",
         ),
+        ("diffusion.time_shift=2", "diffusion.time_shift: 1.0 -> 2.0"),
     ],
 )
 def test_parts_of_the_recipe_may_change(override, change):

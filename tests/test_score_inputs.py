@@ -900,6 +900,8 @@ def test_each_departure_is_on_the_card(field: str, value: object) -> None:
     )
     (said,) = departures(card)
     assert said.startswith(field.removesuffix("_sha256"))
+    shifted = dataclasses.replace(card, sampling={**(card.sampling or {}), "time_shift": 2.0})
+    assert set(departures(shifted)) == {said, "time_shift 2.0 (published: none)"}
 
 
 def test_the_documents_evaluate_lines_of_the_zoo_are_published_protocols() -> None:

@@ -47,13 +47,12 @@ def step_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Me
     """Every kind of message of one rank, without scalars (norms, the step's statistics)."""
     found = exchange_traffic(config, layout, engine) + reduction_traffic(config, layout, engine)
     if config.train.dispersive_weight and layout.ranks > 1:
-        # Its arithmetic, 4 FLOPs a number and sample of the micro-batch on all ranks, is below a
-        # thousandth of a step's.
-        samples = layout.micro_batch * layout.accumulation
-        payload = samples * config.model.tokens * config.model.width * engine.element
+        # Its arithmetic, 4 FLOPs a number for every sample of the micro-batch on all ranks, is
+        # below a thousandth of a step's.
+        times, numbers = layout.accumulation, config.model.tokens * config.model.width
+        payload = times * layout.micro_batch * numbers * engine.element
         wire = _wire("all_gather", payload, layout.ranks)
-        times = layout.accumulation
-        found.append(Message("all_gather", "dispersive", "forward", "world", times, payload, wire))
+        found.append(Message("all_gather", "features", "step", "world", times, payload, wire))
     return found
 
 

@@ -129,4 +129,10 @@ def _attempt(
     return stage, slopes[-1], error
 
 
-SAMPLERS = {"euler": euler, "heun": heun, "dopri5": dopri5, "ancestral": ancestral, "ddim": ddim}
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "euler": euler,
+    "heun": heun,
+    "dopri5": dopri5,
+    "ancestral": ancestral,
+    "ddim": ddim,
+}

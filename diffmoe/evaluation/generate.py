@@ -112,8 +112,8 @@ def _field(model: DiT, config: Config, y: Tensor) -> Callable[[Tensor, Tensor], 
 
 
 def _options(config: Config, together: Group | None, device: torch.device) -> dict:
-    """What only some samplers take.  dopri5's ranks go on until the last of them is done: passes may
-    hold collectives.
+    """What only some samplers take.  dopri5's ranks go on until the last of them is done: passes
+    may hold collectives.
     """
     sample = config.sample
     if sample.sampler == "ddim":

@@ -173,6 +173,8 @@ class CommunicationCount(TorchDispatchMode):
             layer, purpose = self._arrived_by_node.get(node._sequence_nr(), ("", "rows"))
             return Kind(collective, layer, purpose, "backward")
         phase = "step" if node is None else "backward"
+        if namespace == _FUNCTIONAL and collective == "all_gather":
+            return Kind(collective, "", "features", phase)  # the dispersive loss's
         if namespace == _FUNCTIONAL:
             return Kind(collective, "", "norm" if tensor.dim() == 0 else "statistics", phase)
         if collective == "all_gather":
