@@ -87,7 +87,7 @@ class Schedule:
     @cached_property
     def min_snr_weight(self) -> Tensor:
         """Of epsilon's squared error, min(SNR, 5) / SNR with SNR = abar / (1 - abar): early steps,
-        whose noise is easily told, count less (Hang et al. 2023, section 3.4).
+        whose noise is easily told, count less (Hang et al. 2023).
         """
         return (_MIN_SNR * (1 - self.alphas_cumprod) / self.alphas_cumprod).clamp(max=1)
 

@@ -174,7 +174,7 @@ def patchify(x: Tensor, patch: int) -> Tensor:
 
 
 def dispersive_loss(z_BND: Tensor, world: Group) -> Tensor:
-    """Dispersive loss in the form of InfoNCE with squared distances (Wang & He 2025, table 1): log
+    """Dispersive loss in the form of InfoNCE with squared distances (Wang & He 2025): log
     mean exp(-d_ij / tau) over all pairs of samples of all ranks, i = j included as in their code,
     d_ij the mean squared difference over tokens and channels.  The same on every rank.
 

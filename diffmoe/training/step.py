@@ -37,8 +37,8 @@ _DIAL_EVERY = 256
 @dataclass(frozen=True)
 class StepReport:
     """Global means of one optimizer step.  ``predictor_loss`` (in nats), ``balance_loss`` (the
-    family's loss on routing) and ``target_loss`` (Expert Race's) are means over layers; 0: losses
-    that the run has not, ``dispersive_loss`` and ``direction_loss`` among them;
+    family's loss on routing) and ``target_loss`` (Expert Race's) are means over layers; these,
+    ``dispersive_loss`` and ``direction_loss`` are 0 where the run does not have them;
     ``stop``: some rank was asked to stop; ``save_failed``: some rank's save has failed;
     ``applied`` is false where loss or gradient was not finite and the step changed nothing.  All of
     these are the same on every rank.  ``load``: this rank's tokens by [layer, time bin, expert],
