@@ -213,6 +213,7 @@ def _train(config: Config) -> Rules:
     yield from _at_least("train", train, 1, "validate_samples", "recipe_batch")
     yield from _at_least("train", train, 0, *numbers, *periods, "mirror_mb_s")
     yield from _at_least("train", train, 0, "dispersive_weight", "direction_weight")
+    yield from _at_least("train", train, 0, "ema_snapshot_every")
     good = not train.mirror or "://" in train.mirror
     yield "train.mirror", good, "must be an address, such as s3://bucket/runs/mine or file:///…"
     good = train.mirror_mb_s == 0 or train.mirror != ""
@@ -225,6 +226,12 @@ def _train(config: Config) -> Rules:
     yield "train.ema", len(decays) > 0, "must have at least one decay"
     yield "train.ema", all(0 <= decay < 1 for decay in decays), "must be in [0, 1)"
     yield "train.ema", len(set(decays)) == len(decays), "must not name a decay twice"
+    lengths = train.ema_lengths
+    # 12^(-1/2) is the uniform average's.
+    yield "train.ema_lengths", all(0.001 <= s <= 0.28 for s in lengths), "must be in 0.001..0.28"
+    yield "train.ema_lengths", len(set(lengths)) == len(lengths), "must not name a length twice"
+    good = train.ema_snapshot_every == 0 or len(lengths) > 0
+    yield "train.ema_snapshot_every", good, "must be 0 without train.ema_lengths"
 
 
 def _run(config: Config) -> Rules:

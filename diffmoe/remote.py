@@ -28,6 +28,10 @@ class RemotePath:
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(self._system, f"{self._path}/{name}")
 
+    @property
+    def parent(self) -> RemotePath:
+        return RemotePath(self._system, self._path.rpartition("/")[0])
+
     def __str__(self) -> str:
         return self._system.unstrip_protocol(self._path)
 

@@ -283,8 +283,9 @@ class TrainConfig:
             checkpoint, and the step is left out from then on (0: off).
         spike_window: Steps of that median.
         spike_limit: The most times back to one checkpoint.
-        ema: Decay of the weights' moving average, or several; the first samples, every one is
-            scored.
+        ema: Decay of the weights' moving average, or several; the first samples, all are scored.
+        ema_lengths: Averages of these lengths (EDM2's sigma_rel, docs/training.md) beside them.
+        ema_snapshot_every: Steps between two copies of these alone, which stay (0: none).
         log_every: Steps between two lines of progress.
         sample_every: Steps between two sheets of samples (0: none).
         score_every: Steps between two scores (0: none).
@@ -325,6 +326,8 @@ class TrainConfig:
     spike_window: int = 64
     spike_limit: int = 3
     ema: float | tuple[float, ...] = 0.9999
+    ema_lengths: tuple[float, ...] = ()
+    ema_snapshot_every: int = 0
     log_every: int = 50
     sample_every: int = 0
     score_every: int = 0

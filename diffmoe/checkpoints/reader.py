@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 
 from diffmoe.checkpoints.manifest import MANIFEST, kind_of, read_manifest
+from diffmoe.checkpoints.power_averages import (
+    WORST_MISS,
+    Profile,
+    closest_sum,
+    length_kind,
+    lengths_of,
+)
 from diffmoe.checkpoints.tensor_file import Corrupt, Piece, TensorFile
 from diffmoe.config import Config, config_from_tree
 from diffmoe.errors import UserError
@@ -21,6 +28,9 @@ from diffmoe.paths import check_folder
 from diffmoe.remote import AnyPath, RemotePath
 
 MASTER, FIRST_MOMENT, SECOND_MOMENT, BUFFERS = "master", "exp_avg", "exp_avg_sq", "buffers"
+# A run's two folders of what it saves: whole states, and averages alone (`train.ema_lengths`).
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "averages"
+_NUMBER = re.compile(r"[0-9.]+(e-?[0-9]+)?")
 _FOLDER = re.compile(r"step_(\d{8})")
 P = TypeVar("P", Path, RemotePath, AnyPath)
 
@@ -118,6 +128,37 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._pieces)
 
+    def release(self) -> None:
+        """Lets the chunk in memory go."""
+        if self._last is not None:
+            self._last.release()
+        self._last = None
+
+
+class SumOfTensors(Mapping[str, Tensor]):
+    """Tensors by name, each the sum of those of several with their factors: added up in fp64, as
+    it is asked for, so that nothing but that tensor is in memory.
+    """
+
+    def __init__(self, parts: list[tuple[float, Tensors]]) -> None:
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> Tensor:
+        total = torch.zeros(self._parts[0][1].shape(name), dtype=torch.float64)
+        for factor, tensors in self._parts:
+            total.add_(tensors[name], alpha=factor)
+            tensors.release()
+        return total.float()
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)  # without adding it up
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts[0][1])
+
+    def __len__(self) -> int:
+        return len(self._parts[0][1])
+
 
 def open_tensors(paths: list[Path]) -> Tensors:
     """The tensors of safetensors files that belong to no checkpoint, by name.  Corrupt for a bad
@@ -141,7 +182,7 @@ class Checkpoint:
 
     def __init__(self, path: AnyPath) -> None:
         if not (path / MANIFEST).is_file():
-            newest = complete_folders(path / "checkpoints") or complete_folders(path)
+            newest = complete_folders(path / CHECKPOINTS) or complete_folders(path)
             if not newest:
                 if isinstance(path, Path):
                     check_folder(path, "checkpoint")
@@ -183,6 +224,11 @@ class Checkpoint:
     def counters(self) -> Mapping[str, Any]:
         return self.manifest.counters
 
+    @property
+    def updates(self) -> int:
+        """The steps that changed the weights."""
+        return self.counters.get("updates", self.step)
+
     def config(self) -> Config:
         """The resolved configuration of the run that wrote it."""
         return config_from_tree(dict(self.manifest.config))
@@ -199,18 +245,60 @@ class Checkpoint:
         pieces = [(piece, file) for name, file in files for piece in self.manifest.pieces(name)]
         return Tensors(pieces, f"{kind} of {self.path}")
 
-    def weights(self, which: str) -> Tensors:
-        """Weights of ``raw`` (what is trained), ``ema`` (the default EMA) or ``ema:0.999``.  Raises
-        UserError for others.
+    def weights(self, which: str) -> Mapping[str, Tensor]:
+        """Weights of ``raw`` (what is trained), ``ema`` (the default EMA), ``ema:0.999`` or
+        ``length:0.07`` (see :meth:`_of_length`).  Raises UserError for others.
         """
+        kind, _, number = which.partition(":")
+        if kind == "length" and _NUMBER.fullmatch(number):
+            return self._of_length(float(number))
         names = {"raw": MASTER, "ema": ema_kind(self.manifest.emas[0])}
         names |= {f"ema:{decay!r}": ema_kind(decay) for decay in self.manifest.emas}
-        kind, _, decay = which.partition(":")
-        if kind == "ema" and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", decay):
-            which = f"ema:{float(decay)!r}"  # 0.9990 is 0.999
+        if kind == "ema" and _NUMBER.fullmatch(number):
+            which = f"ema:{float(number)!r}"  # 0.9990 is 0.999
         if which not in names:
             raise UserError(f"weights {which!r} must be one of {', '.join(names)} for {self.path}")
         return self.tensors(names[which])
+
+    def _of_length(self, length: float) -> Mapping[str, Tensor]:
+        """The average that training would have kept for this length: the checkpoint's own, or made
+        of its own and the snapshots of its run before it (``power_averages``).  UserError where
+        their sum misses its profile by too much.
+        """
+        own = lengths_of(self.kinds())
+        if length in own:
+            return self.tensors(length_kind(length))
+        found, asked = [self], f"weights length:{length:g}"
+        if not 0.001 <= length <= 0.28:
+            raise UserError(f"{asked}: a length must be in 0.001..0.28")
+        if own and (folder := self._snapshots()) is not None:
+            there = complete_folders(folder)
+            found += [Checkpoint(path) for path in there if step_of(path) < self.step]
+        averages = [
+            (Profile(each, checkpoint.updates), checkpoint.tensors(length_kind(each)))
+            for checkpoint in found
+            if checkpoint.updates > 0
+            for each in lengths_of(checkpoint.kinds())
+        ]
+        if not averages:
+            raise UserError(f"{asked}: {self.path} has no averages of train.ema_lengths")
+        profiles = [profile for profile, _ in averages]
+        factors, missed = closest_sum(profiles, Profile(length, self.updates))
+        if missed > WORST_MISS:
+            raise UserError(
+                f"{asked} cannot be made for {self.path}: the best sum of {len(averages)} averages "
+                f"(lengths {', '.join(f'{each:g}' for each in own)}, {len(found) - 1} snapshots "
+                f"before it) misses its profile by {missed:.1%}, at most {WORST_MISS:.0%} may be"
+            )
+        parts = [(float(f), tensors) for f, (_, tensors) in zip(factors, averages, strict=True)]
+        return SumOfTensors(parts)
+
+    def _snapshots(self) -> AnyPath | None:
+        """Where the run that wrote it keeps snapshots of its averages; None for a checkpoint that
+        lies by itself.
+        """
+        path = self.path.absolute() if isinstance(self.path, Path) else self.path
+        return path.parent.parent / SNAPSHOTS if path.parent.name == CHECKPOINTS else None
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The bytes of a file, checked."""

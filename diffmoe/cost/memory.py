@@ -150,11 +150,12 @@ def rank_memory(config: Config, layout: Layout, engine: EngineFacts) -> Memory:
         weights = engine.element * (shard + persistent)
         gathered = engine.element * min(engine.live, whole - persistent)
     activations, exchange, working = _activations(config, layout, engine.element)
+    averages = len(config.train.ema_decays) + len(config.train.ema_lengths)
     return Memory(
         weights=weights,
         masters=0 if engine.stage == 0 else _FP32 * shard,
         moments=2 * _FP32 * shard,
-        ema=len(config.train.ema_decays) * _FP32 * shard,
+        ema=averages * _FP32 * shard,
         gathered=gathered,
         activations=activations,
         exchange=exchange,

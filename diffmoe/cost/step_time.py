@@ -228,10 +228,11 @@ def moved(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardwar
     weight = _per_weight(engine)
     parameters = sum(p.numel for p in rank_parameters(config.model, config.moe, layout.ep))
     shard = rank_memory(config, layout, engine).moments / 8
+    averages = len(config.train.ema_decays) + len(config.train.ema_lengths)
     return (
         activation_bytes(config, layout, engine, hardware)
         + parameters * (weight["micro_batch"] * layout.accumulation + weight["step"])
-        + shard * (weight["shard"] + weight["ema"] * len(config.train.ema_decays))
+        + shard * (weight["shard"] + weight["ema"] * averages)
     )
 
 

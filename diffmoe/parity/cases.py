@@ -46,6 +46,7 @@ VARIANTS = {
     "moe.shared_experts=1",
     "min-snr": "diffusion.process=ddpm diffusion.loss_weight=min_snr train.dispersive_weight=0.5 "
     "sample.sampler=ancestral",
+    "lengths": "train.ema_lengths=[0.1,0.2]",
     "ddpm": "diffusion.process=ddpm diffusion.time_sampling=uniform diffusion.time_scale=1 "
     "sample.sampler=ancestral",
 }
@@ -164,6 +165,8 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
             cases += [case, replace(case, variant="tc-all", precision="bf16")]
         cases += _hybrid(world, ep, 2) if world == 4 and ep <= 2 else []
         cases += _halves(world, ep) if ep > 1 else []
+        if ep == 2:
+            cases += [Case(world, ep, zero, "none", 1, "rank", 16, "lengths") for zero in range(4)]
         if ep == 1:  # counts that the host must ask for: where a GPU has it, the grouped matmul
             cases.append(Case(world, ep, 1, "none", 1, "rank", 16, "tc-all", precision="bf16"))
     return cases + two_level_table(worlds)
@@ -252,6 +255,7 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 2, "selective", 2, "rank", 16, "threshold"),
         Case(4, 2, 0, "selective", 2, "global", 16, "race"),
         Case(4, 2, 3, "block", 1, "global", 16, "prototype"),
+        Case(4, 2, 1, "none", 2, "rank", 16, "lengths"),
         Case(2, 2, 3, "selective", 2, "global", 16, "ddpm"),
         Case(4, 2, 1, "block", 2, "group", 16, "ddpm"),
         Case(4, 2, 1, "selective", 2, "rank", 16, "losses"),

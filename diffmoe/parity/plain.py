@@ -43,6 +43,7 @@ class Reference:
     ``gradient``: step 0's, averaged and clipped.  ``margin``: the smallest relative gap between the
     last score that an expert (token choice: a token) took and the first that it did not.
     ``clipped``: whether every step was.  ``running``: every layer's thresholds or load biases.
+    ``powers``: the averages of ``train.ema_lengths``.
     """
 
     seed: int
@@ -54,6 +55,7 @@ class Reference:
     weights: dict[str, Tensor]
     ema: dict[str, Tensor]
     running: list[Tensor]
+    powers: list[dict[str, Tensor]]
 
 
 def plain_training(
@@ -79,7 +81,7 @@ def plain_training(
     initial = _by_name(model, lambda p: p.data)
     gradient: dict[str, Tensor] = {}
     running: list[Tensor] = []
-    ema, done = initial, []
+    ema, done, history = initial, [], []
     for step in range(steps):
         adam.zero_grad()
         passes, observed = [], []
@@ -96,6 +98,7 @@ def plain_training(
         weights = _by_name(model, lambda p: p.data)
         decay = train.ema_decays[0] ** train.growth
         ema = {name: decay * ema[name] + (1 - decay) * weights[name] for name in weights}
+        history.append(weights)
         running = _moved(running, [torch.stack(layer) for layer in zip(*observed)], config)
         for (_, layer), value in zip(model.moe_layers(), running):
             layer.get_buffer(RUNNING[config.model.family]).copy_(value)
@@ -103,8 +106,35 @@ def plain_training(
         done.append({**means, "grad_norm": norm})
     clipped = all(numbers["grad_norm"] > train.clip for numbers in done)
     return Reference(
-        config.run.seed, min(margins), clipped, done, initial, gradient, weights, ema, running
+        config.run.seed,
+        min(margins),
+        clipped,
+        done,
+        initial,
+        gradient,
+        weights,
+        ema,
+        running,
+        [_power_average(history, length) for length in train.ema_lengths],
     )
+
+
+def _power_average(history: list[dict[str, Tensor]], length: float) -> dict[str, Tensor]:
+    """The weights after each step, averaged: the t-th of T counts (t/T)^(g+1) - ((t-1)/T)^(g+1),
+    the integral of (g + 1) t^g / T^(g + 1) over its step, with g so that the profile's deviation is
+    ``length`` T (found by halving an interval).
+    """
+    low, high = 0.0, 1 / length**2
+    for _ in range(200):
+        g = (low + high) / 2
+        wide = (g + 1) / ((g + 2) ** 2 * (g + 3)) > length**2
+        low, high = (g, high) if wide else (low, g)
+    ends = [(t / len(history)) ** (g + 1) for t in range(len(history) + 1)]
+    shares = [after - before for before, after in zip(ends, ends[1:])]
+    return {
+        name: sum(share * weights[name] for share, weights in zip(shares, history))
+        for name in history[0]
+    }
 
 
 def _loss(

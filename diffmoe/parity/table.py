@@ -9,7 +9,7 @@ without any of that.  Largest relative differences are printed:
 - gradient: every tensor's (every expert's) clipped averaged gradient of step 0, as the optimizer
   received it
 - norm: the gradient's norm before clipping, of every step
-- weights: every tensor's change over all steps; ema: the same for the moving average
+- weights: every tensor's change over all steps; ema: the same for the moving averages
 - thresholds: of the capacity predictor, or the load's biases, after all steps
 - images: of a compiled model after all steps, as the same ranks sample them, beside those of its
   eager form
@@ -125,6 +125,7 @@ def train_and_compare(
     for column, shards, tensors in (
         ("weights", engine.masters(), reference.weights),
         ("ema", training.ema.shards, reference.ema),
+        *(("ema", *pair) for pair in zip(training.ema.by_length.values(), reference.powers)),
     ):
         change = {name: tensors[name] - reference.initial[name] for name in tensors}
         compare(column, _tensor_pairs(_pieces(engine, shards), tensors, change))

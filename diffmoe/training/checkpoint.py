@@ -20,16 +20,19 @@ import torch
 from torch import Tensor
 
 from diffmoe.checkpoints import writer
+from diffmoe.checkpoints.power_averages import length_kind, lengths_of
 from diffmoe.checkpoints.reader import (
     BUFFERS,
     FIRST_MOMENT,
     MASTER,
     SECOND_MOMENT,
+    SNAPSHOTS,
     Checkpoint,
     Tensors,
     complete_folders,
     ema_kind,
     step_folder,
+    step_of,
 )
 from diffmoe.checkpoints.tensor_file import Corrupt
 from diffmoe.config import Config
@@ -112,7 +115,7 @@ def restore(
     number of steps done.
 
     An average with a decay that the checkpoint has not starts from its weights, which ``say`` hears
-    of.  Raises AgreedError.
+    of.  Raises AgreedError, also for a length that it has not, which has to begin with the run.
     """
     with agreed(groups.world):
         places = held(engine)
@@ -123,12 +126,17 @@ def restore(
                     shard.detach().zero_()
                 continue
             if not stored and kind not in (MASTER, FIRST_MOMENT, SECOND_MOMENT):
+                if checkpoint.updates and (lengths := lengths_of([kind])):
+                    raise UserError(
+                        f"train.ema_lengths ({lengths[0]:g}) can only begin with the run: "
+                        f"{checkpoint.path} was saved without it"
+                    )
                 say(f"{checkpoint.path} has no {kind}; it starts from the weights")
                 stored = checkpoint.tensors(MASTER)
             _load(places, shards, stored, f"{kind} of {checkpoint.path}")
         load_buffers(engine.model, checkpoint.tensors(BUFFERS))
     engine.publish()
-    engine.set_adam_step(checkpoint.counters.get("updates", checkpoint.step))
+    engine.set_adam_step(checkpoint.updates)
     return checkpoint.step
 
 
@@ -150,7 +158,12 @@ def _kinds(engine: Engine, ema: Ema) -> dict[str, list[Tensor]]:
     return {
         **{kind: engine.shards(kind) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)},
         **{ema_kind(decay): shards for decay, shards in ema.by_decay.items()},
+        **_averages(ema),
     }
+
+
+def _averages(ema: Ema) -> dict[str, list[Tensor]]:
+    return {length_kind(length): shards for length, shards in ema.by_length.items()}
 
 
 @dataclass(frozen=True)
@@ -195,6 +208,7 @@ class Saver:
         class_names: tuple[str, ...] = (),
     ) -> None:
         self.folder, self.config, self.layout, self.groups = folder, config, layout, groups
+        self.snapshots = folder.parent / SNAPSHOTS
         self.class_names = class_names
         self._job: _Job | None = None
         self._outcomes: list[Saved | SaveFailed] = []
@@ -240,19 +254,52 @@ class Saver:
         ``counters``: what else the loop counts, ready for JSON; rank 0's are kept.  What a disk may
         do is not raised but among the :meth:`outcomes`.
         """
+        self._begin(self.folder, step, engine, _kinds(engine, ema), counters)
+
+    def snapshot(
+        self, step: int, engine: Engine, ema: Ema, counters: Mapping[str, Any] | None = None
+    ) -> None:
+        """The same for the averages of ``train.ema_lengths`` alone, in a folder beside the
+        checkpoints' that nothing prunes.
+        """
+        self._begin(self.snapshots, step, engine, _averages(ema), counters)
+
+    def drop_snapshots(self, step: int) -> None:
+        """Removes those of steps after ``step``, which the run takes again."""
+        if self.groups.rank == 0:
+            for path in complete_folders(self.snapshots):
+                if step_of(path) > step:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _begin(
+        self,
+        folder: Path,
+        step: int,
+        engine: Engine,
+        kinds: Mapping[str, list[Tensor]],
+        counters: Mapping[str, Any] | None,
+    ) -> None:
         began = time.perf_counter()
         self.wait()
         problem = None
         if self.groups.rank == 0:
             try:
-                writer.prepare(self.folder, step)
+                writer.prepare(folder, step)
             except OSError as error:
                 problem = str(error)
         message = first_complaint(gather_objects(problem, self.groups.world), self.groups.world)
         if message is not None:
             self._outcomes.append(SaveFailed(step, message))
             return
-        self._job = _Job(self, step, self._shares(engine, ema), dict(counters or {}))
+        shares = self._shares(engine, kinds)
+        if self.groups.rank == 0 and folder == self.folder:
+            shares[BUFFERS] = writer.whole_tensors(
+                {
+                    name: v.detach().cpu().clone()
+                    for name, v in running_buffers(engine.model).items()
+                }
+            )
+        self._job = _Job(self, folder, step, shares, dict(counters or {}))
         self._job.stall_s = time.perf_counter() - began
         self._job.start()
         if not self.config.train.async_save:
@@ -285,7 +332,7 @@ class Saver:
             job.join()
             gather_objects(None, world)  # nobody writes any more
             if world.index == 0:
-                shutil.rmtree(writer.partial_folder(self.folder, job.step), ignore_errors=True)
+                shutil.rmtree(writer.partial_folder(job.folder, job.step), ignore_errors=True)
             gather_objects(None, world)
             self._outcomes.append(SaveFailed(job.step, message))
         else:
@@ -296,12 +343,12 @@ class Saver:
         if not job.told:
             job.told = True
             stall_s = job.stall_s if self.config.train.async_save else job.stall_s + job.write_s
-            path = step_folder(self.folder, job.step)
+            path = step_folder(job.folder, job.step)
             self._outcomes.append(Saved(job.step, path, stall_s, job.write_s))
 
-    def _shares(self, engine: Engine, ema: Ema) -> dict[str, writer.Share]:
+    def _shares(self, engine: Engine, kinds: Mapping[str, list[Tensor]]) -> dict[str, writer.Share]:
         places, shares = owned(engine), {}
-        for kind, shards in _kinds(engine, ema).items():
+        for kind, shards in kinds.items():
             values = [place.of(shards) for place in places]
             if self.config.train.async_save:
                 values = self._snapshot(kind, values, engine.device)
@@ -309,12 +356,6 @@ class Saver:
             shares[kind] = writer.Share(pieces, values)
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)  # the snapshots have arrived
-        if self.groups.rank == 0:
-            buffers = {
-                name: value.detach().cpu().clone()
-                for name, value in running_buffers(engine.model).items()
-            }
-            shares[BUFFERS] = writer.whole_tensors(buffers)
         return shares
 
     def _snapshot(self, kind: str, values: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -334,10 +375,15 @@ class _Job(threading.Thread):
     """One rank's part of a save; on rank 0 also the commit, when every part is there."""
 
     def __init__(
-        self, saver: Saver, step: int, shares: dict[str, writer.Share], counters: dict[str, Any]
+        self,
+        saver: Saver,
+        folder: Path,
+        step: int,
+        shares: dict[str, writer.Share],
+        counters: dict[str, Any],
     ) -> None:
         super().__init__(name=f"save-{step}", daemon=True)
-        self.saver, self.step, self.counters = saver, step, counters
+        self.saver, self.folder, self.step, self.counters = saver, folder, step, counters
         self.shares = {
             kind: writer.Share(share.pieces, self._until_stopped(share.values))
             for kind, share in shares.items()
@@ -366,16 +412,17 @@ class _Job(threading.Thread):
 
     def _write(self) -> None:
         saver, train = self.saver, self.saver.config.train
-        partial = writer.partial_folder(saver.folder, self.step)
+        partial = writer.partial_folder(self.folder, self.step)
         writer.write_part(partial, saver.groups.rank, self.shares)
         self.waits = True
         if saver.groups.rank == 0:
             found = writer.join_parts(partial, saver.groups.world.size, self.stop.is_set)
             self.waits = False
-            final = step_folder(saver.folder, self.step)
+            final = step_folder(self.folder, self.step)
             facts = (saver.config, saver.layout, self.counters, saver.class_names)
             writer.commit(partial, final, found, *facts)
-            writer.prune(saver.folder, self.step, train.keep, train.keep_every)
+            if self.folder == saver.folder:
+                writer.prune(saver.folder, self.step, train.keep, train.keep_every)
 
     def _until_stopped(self, values: Iterable[Tensor]) -> Iterator[Tensor]:
         for value in values:

@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 
+from diffmoe.checkpoints.power_averages import length_kind
 from diffmoe.checkpoints.reader import (
     BUFFERS,
     FIRST_MOMENT,
@@ -30,7 +31,7 @@ def expected_shapes(config: Config, moments: bool) -> dict[str, dict[str, tuple[
     weights = {name: tuple(value.shape) for name, value in template.items() if name not in buffers}
     kinds = [MASTER, *map(ema_kind, config.train.ema_decays)]
     if moments:
-        kinds += [FIRST_MOMENT, SECOND_MOMENT]
+        kinds += [FIRST_MOMENT, SECOND_MOMENT, *map(length_kind, config.train.ema_lengths)]
     return {**dict.fromkeys(kinds, weights), BUFFERS: buffers}
 
 
@@ -38,7 +39,8 @@ def check_tensors(checkpoint: Checkpoint) -> Iterator[str]:
     """One line for each tensor that is missing, has a gap, or has another shape than the
     configuration says.
     """
-    # Adam's moments need not be there before the first step (see ``writer.save_start``).
+    # Adam's moments and averages by length need not be there before the first step (see
+    # ``writer.save_start``).
     moments = checkpoint.step > 0 or FIRST_MOMENT in checkpoint.kinds()
     for kind, shapes in expected_shapes(checkpoint.config(), moments).items():
         source = f"{kind} of {checkpoint.path}"

@@ -187,7 +187,7 @@ def start(
         device,
         per_node or layout.ranks,
         engine,
-        Ema(engine, config.train.ema_decays, config.train.growth),
+        Ema(engine, config.train.ema_decays, config.train.growth, config.train.ema_lengths),
         reader,
         Saver(folder / "checkpoints", config, layout, groups, names),
         mirror,
@@ -202,6 +202,7 @@ def start(
     )
     if newest is not None:
         _restore(run, newest, accepted, skipped, begins)
+    run.saver.drop_snapshots(run.done)
     return run
 
 
