@@ -235,6 +235,7 @@ def _recipe(config: Config, step: int, weights: str) -> list[tuple[str, object]]
         if flow.time_scale != 1:
             process += f", t multiplied by {flow.time_scale:g} before its embedding"
     decays = ", ".join(f"{decay:g}" for decay in train.ema_decays)
+    decays += "".join(f", length {length:g}" for length in train.ema_lengths)
     return [
         ("process", process),
         (

@@ -262,8 +262,7 @@ class TrainConfig:
             averages' half-lives are as long in samples: `warmup` / k steps, decays to the power k.
         lr: Learning rate.
         warmup: Steps of linear warm-up.
-        schedule: Of the learning rate after the warm-up, down to 0 at the last step unless
-            constant.
+        schedule: Of the learning rate after the warm-up, to 0 at the last step unless constant.
         betas: AdamW's.
         eps: AdamW's.
         weight_decay: AdamW's.
@@ -358,9 +357,7 @@ class TrainConfig:
         return self.compile if isinstance(self.compile, bool) else device == "cuda" and stage < 3
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of optimizer step ``step`` (0-based): linear warm-up, then the schedule
-        down to 0.
-        """
+        """Learning rate of step ``step`` (0-based): linear warm-up, then the schedule down to 0."""
         lr, warmup = self.lr * math.sqrt(self.growth), round(self.warmup / self.growth)
         if step < warmup:
             return lr * (step + 1) / warmup

@@ -44,6 +44,8 @@ _EXAMPLES = {
     "sample": "python run.py sample --checkpoint runs/demo --classes 0-9 --count 100 --cfg 1.5",
     "evaluate": "python run.py evaluate --checkpoint runs/demo --reference data/digits "
     "--extractor digits --count 500 --out runs/demo/scores",
+    "sweep": "python run.py sweep --checkpoint runs/demo --ema-lengths 0.03,0.05,0.1 "
+    "--reference data/digits --extractor digits --count 500",
     "compare": "python run.py compare --config configs/compare/smoke.yaml --jobs 2\n"
     "python run.py compare --config configs/compare/fashion14.yaml --only dense-s0\n"
     "python run.py compare --config configs/compare/fashion14.yaml --table",
@@ -83,7 +85,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     `sampling_model`.
     """
     add = parser.add_argument
-    add("--weights", help="ema (default; the first of train.ema), ema:0.999 (by its decay) or raw")
+    weights = (
+        "ema (default; the first of train.ema), ema:0.999 (by its decay), length:0.07 (any that "
+        "train.ema_lengths' averages can make) or raw"
+    )
+    add("--weights", help=weights)
     add("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
     add("--seed", type=int, help="seed of noise and random classes (default: run.seed)")
     add("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")

@@ -58,7 +58,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
             _check_save_reference(Path(options.save_reference))
         extractor = open_extractor(options.extractor, device)
         if options.checkpoint is not None:
-            images = _sampled(checkpoint, config, options, device, first)
+            images = sampled(checkpoint, config, options, device, first)
         else:
             source = open_images(options.samples)
             images = given_images(source, options.count)
@@ -88,13 +88,14 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     return 0
 
 
-def _sampled(
+def sampled(
     checkpoint: Checkpoint,
     config: Config,
     options: argparse.Namespace,
     device: torch.device,
     first: bool,
 ) -> Images:
+    """The images of a checkpoint, unmade.  ``first``: this rank says what there is to say."""
     from diffmoe.evaluation.scored_images import Subject, sampled_images
 
     model, decoder, notes = sampling_model(checkpoint, config, options, device)

@@ -299,7 +299,8 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
     formats = "research: one .pt file with model and ema; hf: a Hugging Face folder"
     add("--format", required=True, choices=("research", "hf"), help=formats)
     add("--out", required=True, help="the file or folder to write; must not exist")
-    add("--weights", help="with hf: ema (default; the first), ema:0.999 (by its decay) or raw")
+    words = "with hf: ema (default; the first), ema:0.999 (by its decay), length:0.07 or raw"
+    add("--weights", help=words)
     add("--shard-size", help="with hf: largest file, such as 5GB or 500MB (default: 5GB)")
     scores = "with hf: card.json files of these weights"
     add("--scores", nargs="+", default=[], metavar="CARD", help=scores)

@@ -235,6 +235,21 @@ def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -
     _save(figure, path)
 
 
+def score_against(scores: Mapping[float, float], what: str, score: str, path: str | Path) -> None:
+    """Draw a score (less is better) at each value of a setting ``what``; the best is marked."""
+    figure = _figure(6.4, 4.2)
+    ax = figure.subplots()
+    ax.plot(list(scores), list(scores.values()), color=_BLUE, marker="o", markersize=4)
+    best = min(scores, key=scores.__getitem__)
+    ax.plot(
+        [best], [scores[best]], "o", color=_ORANGE, label=f"best: {scores[best]:.4g} at {best:g}"
+    )
+    ax.set_xlabel(what)
+    ax.legend(frameon=False)
+    _tidy(ax, score)
+    _save(figure, path)
+
+
 def _series(
     by_step: Mapping[object, Mapping[str, object]], name: str
 ) -> tuple[np.ndarray, np.ndarray]:
