@@ -25,6 +25,7 @@ from diffmoe.cost.memory import engine_facts, rank_memory
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.parallel.spawn import Ranks
+from diffmoe.remote import remote_path
 from made_checkpoints import made_whole, make_checkpoint
 from programs import digits, run_cases, tiny, tiny_config
 from test_run import train_here
@@ -156,7 +157,9 @@ def test_the_planner_counts_every_average(stage):
     for more in ([], ["train.ema_lengths=[0.05,0.1]"], ["train.ema=[0.7,0.8,0.9]"]):
         config = load_config(tiny_config(), more)
         layout = resolve_layout(config, 2)
-        plans.append(rank_memory(config, layout, engine_facts({"zero_optimization": {"stage": stage}})))
+        plans.append(
+            rank_memory(config, layout, engine_facts({"zero_optimization": {"stage": stage}}))
+        )
     assert plans[1] == plans[2] and plans[1].ema == 3 * plans[0].ema
     assert plans[1].masters == plans[0].masters
 
@@ -177,7 +180,8 @@ def run(tmp_path_factory):
         "train.schedule=constant",
     ]
     with Ranks(2, timeout=240.0) as ranks:
-        ranks.run(train_here, tiny(folder / "whole", *words), 2)
+        mirror = f"train.mirror=file://{folder}/mirror"
+        ranks.run(train_here, tiny(folder / "whole", *words, mirror), 2)
         ranks.run(train_here, tiny(folder / "halves", *words, "train.steps=6"), 2)
         last = folder / "halves/checkpoints"
         for step in (5, 6):  # as if it had been killed after a snapshot that it saved nothing of
@@ -211,6 +215,8 @@ def test_tracks_and_snapshots_of_a_run_are_what_its_weights_say(run):
         assert (off <= missed * norm * spread + 1e-6).all(), name
         moved = max(moved, spread.max().item())
     assert moved > 1e-2
+    away = Checkpoint(remote_path(f"file://{run}/mirror")).weights("length:0.15")
+    assert all(torch.equal(away[name], value) for name, value in made.items())
 
 
 @pytest.mark.full

@@ -311,6 +311,19 @@ def test_bad_overrides(override, message):
         (["train.ema=[0.9, 0.90]"], "train.ema ((0.9, 0.9)) must not name a decay twice"),
         (["train.ema=[]"], "train.ema ([]) must have at least one decay"),
         (["train.ema=[a]"], "train.ema = ['a'] must be a finite number or a list of numbers"),
+        (
+            ["train.ema_lengths=[0.05, 0.3]"],
+            "train.ema_lengths ((0.05, 0.3)) must be in 0.001..0.28",
+        ),
+        (
+            ["train.ema_lengths=[0.1, 0.10]"],
+            "train.ema_lengths ((0.1, 0.1)) must not name a length twice",
+        ),
+        (
+            ["train.ema_snapshot_every=8"],
+            "train.ema_snapshot_every (8) must be 0 without train.ema_lengths",
+        ),
+        (["train.ema_snapshot_every=-1"], "train.ema_snapshot_every (-1) must be at least 0"),
         (["train.keep_every=-1"], "train.keep_every (-1) must be at least 0"),
         (["data.window=0"], "data.window (0) must be at least 1"),
         (["data.prefetch=0"], "data.prefetch (0) must be at least 1"),

@@ -1,5 +1,6 @@
 """Finished checkpoints beyond the cluster's file system: ``train.mirror`` holds copies, laid out as
-the run folder is, and a run whose own folder has none starts from there.
+the run folder is, and a run whose own folder has none starts from there.  So are snapshots of
+averages (``train.ema_lengths``), which no start needs.
 
 Rank 0 copies, in a thread that touches no process group.  ``checkpoint.json`` goes last, so what
 has one is complete; while files are on their way it lies beside them as ``checkpoint.json.partial``
@@ -25,7 +26,15 @@ from pathlib import Path
 
 from diffmoe.checkpoints import writer
 from diffmoe.checkpoints.manifest import MANIFEST, read_manifest
-from diffmoe.checkpoints.reader import Checkpoint, complete_folders, sizes, step_folder, step_of
+from diffmoe.checkpoints.reader import (
+    CHECKPOINTS,
+    SNAPSHOTS,
+    Checkpoint,
+    complete_folders,
+    sizes,
+    step_folder,
+    step_of,
+)
 from diffmoe.checkpoints.tensor_file import Corrupt, TensorFile
 from diffmoe.config import Config
 from diffmoe.errors import UserError
@@ -215,44 +224,45 @@ class Mirror:
 
     def _copy_missing(self) -> None:
         """Newest first, and looks again after each: that is the one to go on from."""
-        there = self._place / "checkpoints"
         while (path := self._missing()) is not None:
+            there = self._place / _key(path)
             try:
-                self._copy(path, there / path.name)
+                self._copy(path, there)
             except (Corrupt, FileNotFoundError) as error:
                 if not path.exists():  # pruned meanwhile
-                    (there / path.name).remove()
+                    there.remove()
                 elif not isinstance(error, Corrupt):
                     raise
                 else:
                     self._corrupt.add((path / MANIFEST).read_bytes())
                     self._outcomes.append(CopyFailed(str(error)))
-        self._prune(there)
+        self._prune(self._place / CHECKPOINTS)
 
     def _missing(self) -> Path | None:
-        for path in reversed(complete_folders(self._run / "checkpoints")):
+        folders = (complete_folders(self._run / name) for name in (CHECKPOINTS, SNAPSHOTS))
+        for path in (path for folder in folders for path in reversed(folder)):
             if self._stop.is_set():
                 raise writer.Stopped
             with suppress(FileNotFoundError):  # pruned meanwhile
                 text = (path / MANIFEST).read_bytes()
-                if text not in self._corrupt and self._manifest(path.name) != text:
+                if text not in self._corrupt and self._manifest(_key(path)) != text:
                     return path
         return None
 
-    def _manifest(self, name: str) -> bytes | None:
+    def _manifest(self, key: str) -> bytes | None:
         """The manifest of a checkpoint that is complete at the mirror."""
-        if name not in self._there:
-            self._there[name] = None
+        if key not in self._there:
+            self._there[key] = None
             with suppress(FileNotFoundError):
-                self._there[name] = (self._place / "checkpoints" / name / MANIFEST).read_bytes()
-        return self._there[name]
+                self._there[key] = (self._place / key / MANIFEST).read_bytes()
+        return self._there[key]
 
     def _copy(self, path: Path, there: RemotePath) -> None:
         began, before = time.perf_counter(), self._sent
         text, files = (path / MANIFEST).read_bytes(), read_manifest(path / MANIFEST).files
-        if self._manifest(path.name) is not None:
+        if self._manifest(_key(path)) is not None:
             (there / MANIFEST).remove()  # of other tensors: complete no more
-            self._there[path.name] = None
+            self._there[_key(path)] = None
         begun = None
         with suppress(FileNotFoundError):
             begun = (there / _SENDING).read_bytes()
@@ -274,7 +284,7 @@ class Mirror:
                 data = (self._run / name).read_bytes()
                 retried(lambda: (self._place / name).write_bytes(data), name, "mirror")
         retried(lambda: (there / MANIFEST).write_bytes(text), str(there), "mirror")
-        self._there[path.name] = text
+        self._there[_key(path)] = text
         (there / _SENDING).remove()
         sent, seconds = self._sent - before, time.perf_counter() - began
         self._outcomes.append(Copied(step_of(path), sent, seconds))
@@ -291,7 +301,9 @@ class Mirror:
             self._sent += chunk.nbytes
 
     def _prune(self, there: RemotePath) -> None:
-        """By the rules of the run folder; also halves of what is no longer here."""
+        """Checkpoints by the rules of the run folder; also halves of what is no longer here.  Not
+        snapshots, of which all stay.
+        """
         here = complete_folders(self._run / "checkpoints")
         if not here:
             return
@@ -300,8 +312,13 @@ class Mirror:
         old = writer.dispensable(complete, step_of(here[-1]), train.keep, train.keep_every)
         for path in old:
             (path / MANIFEST).remove()  # first: complete no more
-            self._there[path.name] = None
+            self._there[_key(here[-1].with_name(path.name))] = None
         kept = {path.name for path in complete} - {path.name for path in old}
         for path in list(there.iterdir()):
             if path.name not in kept | names:
                 path.remove()
+
+
+def _key(path: Path) -> str:
+    """Of a checkpoint or a snapshot: its place in the run folder and at the mirror."""
+    return f"{path.parent.name}/{path.name}"
