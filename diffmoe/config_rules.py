@@ -36,6 +36,8 @@ def _shown(value: Any) -> str:
     return {"": "''", (): "[]", None: "null"}.get(value, str(value))
 
 
+# Of averages by power functions; the uniform one's is 12^(-1/2).
+EMA_LENGTHS = 0.001, 0.28
 # (Field, whether it is good, what it must be).  One that is not good ends them, so that later ones
 # may divide by it.
 Rules = Iterator[tuple[str, bool, str]]
@@ -227,8 +229,9 @@ def _train(config: Config) -> Rules:
     yield "train.ema", all(0 <= decay < 1 for decay in decays), "must be in [0, 1)"
     yield "train.ema", len(set(decays)) == len(decays), "must not name a decay twice"
     lengths = train.ema_lengths
-    # 12^(-1/2) is the uniform average's.
-    yield "train.ema_lengths", all(0.001 <= s <= 0.28 for s in lengths), "must be in 0.001..0.28"
+    low, high = EMA_LENGTHS
+    words = f"must be in {low}..{high}"
+    yield "train.ema_lengths", all(low <= s <= high for s in lengths), words
     yield "train.ema_lengths", len(set(lengths)) == len(lengths), "must not name a length twice"
     good = train.ema_snapshot_every == 0 or len(lengths) > 0
     yield "train.ema_snapshot_every", good, "must be 0 without train.ema_lengths"

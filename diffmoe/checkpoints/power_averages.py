@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Of the uniform average; schema and rules hold lengths below.
-LONGEST = 12**-0.5
 # The largest share of a profile (L2) that a sum of others may miss.
 WORST_MISS = 0.05
 _KIND = "ema_length_"
@@ -29,16 +27,11 @@ class Profile:
 
 
 def exponent(length: float) -> float:
-    """g of a length s: the root of g^3 + 7 g^2 + (16 - 1/s^2) g + (12 - 1/s^2) that is not
-    negative.
+    """g of a length s = (g + 1)^(1/2) / ((g + 2) (g + 3)^(1/2)): the root of
+    g^3 + 7 g^2 + (16 - 1/s^2) g + (12 - 1/s^2) that is not negative.
     """
     inverse = length**-2
     return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
-
-
-def length_of(g: float) -> float:
-    """The inverse: (g + 1)^(1/2) / ((g + 2) (g + 3)^(1/2))."""
-    return (g + 1) ** 0.5 / ((g + 2) * (g + 3) ** 0.5)
 
 
 def step_weight(g: float, update: int) -> float:

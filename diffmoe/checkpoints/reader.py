@@ -23,6 +23,7 @@ from diffmoe.checkpoints.power_averages import (
 )
 from diffmoe.checkpoints.tensor_file import Corrupt, Piece, TensorFile
 from diffmoe.config import Config, config_from_tree
+from diffmoe.config_rules import EMA_LENGTHS
 from diffmoe.errors import UserError
 from diffmoe.paths import check_folder
 from diffmoe.remote import AnyPath, RemotePath
@@ -265,23 +266,20 @@ class Checkpoint:
         of its own and the snapshots of its run before it (``power_averages``).  UserError where
         their sum misses its profile by too much.
         """
-        own = lengths_of(self.kinds())
+        own, asked = lengths_of(self.kinds()), f"weights length:{length:g}"
         if length in own:
             return self.tensors(length_kind(length))
-        found, asked = [self], f"weights length:{length:g}"
-        if not 0.001 <= length <= 0.28:
-            raise UserError(f"{asked}: a length must be in 0.001..0.28")
-        if own and (folder := self._snapshots()) is not None:
-            there = complete_folders(folder)
-            found += [Checkpoint(path) for path in there if step_of(path) < self.step]
+        if not own or not self.updates:
+            raise UserError(f"{asked}: {self.path} has no averages of train.ema_lengths")
+        low, high = EMA_LENGTHS
+        if not low <= length <= high:
+            raise UserError(f"{asked}: a length must be in {low}..{high}")
+        found = [*self._snapshots(), self]
         averages = [
             (Profile(each, checkpoint.updates), checkpoint.tensors(length_kind(each)))
             for checkpoint in found
-            if checkpoint.updates > 0
             for each in lengths_of(checkpoint.kinds())
         ]
-        if not averages:
-            raise UserError(f"{asked}: {self.path} has no averages of train.ema_lengths")
         profiles = [profile for profile, _ in averages]
         factors, missed = closest_sum(profiles, Profile(length, self.updates))
         if missed > WORST_MISS:
@@ -290,15 +288,15 @@ class Checkpoint:
                 f"(lengths {', '.join(f'{each:g}' for each in own)}, {len(found) - 1} snapshots "
                 f"before it) misses its profile by {missed:.1%}, at most {WORST_MISS:.0%} may be"
             )
-        parts = [(float(f), tensors) for f, (_, tensors) in zip(factors, averages, strict=True)]
-        return SumOfTensors(parts)
+        return SumOfTensors(list(zip(map(float, factors), (each for _, each in averages))))
 
-    def _snapshots(self) -> AnyPath | None:
-        """Where the run that wrote it keeps snapshots of its averages; None for a checkpoint that
-        lies by itself.
-        """
+    def _snapshots(self) -> list[Checkpoint]:
+        """Those of its run before it; none for a checkpoint that lies by itself."""
         path = self.path.absolute() if isinstance(self.path, Path) else self.path
-        return path.parent.parent / SNAPSHOTS if path.parent.name == CHECKPOINTS else None
+        if path.parent.name != CHECKPOINTS:
+            return []
+        there = map(Checkpoint, complete_folders(path.parent.parent / SNAPSHOTS))
+        return [each for each in there if each.step < self.step and each.updates]
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The bytes of a file, checked."""

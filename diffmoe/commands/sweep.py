@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,25 +43,21 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     world = build_groups(1, 1).world  # every rank holds the whole model
     with agreed(world):
         extractor = open_extractor(options.extractor, device)
-    reference, cards = None, {}
+    reference, cards, out = None, {}, Path(options.out)
     for length in lengths:
-        options.weights = f"length:{length!r}"
-        folder = Path(options.out, f"length_{length!r}")
+        options.weights, folder = f"length:{length!r}", out / f"length_{length!r}"
         with agreed(world):
             images = sampled(checkpoint, config, options, device, first)
         # Not kept: a sweep has many, and `evaluate` makes those of the best again.
-        how = {"keep_samples": False}
-        check_evaluation(images, extractor, folder, world, **how)
-        if reference is None:
-            source = options.reference
-            reference = load_reference(
-                source, extractor, world, device, size=images.size, progress=first
-            )
-        card = evaluate(images, reference, extractor, folder, world, device, progress=first, **how)
+        check_evaluation(images, extractor, folder, world, keep_samples=False)
+        measured = options.reference, extractor, world, device
+        reference = reference or load_reference(*measured, size=images.size, progress=first)
+        run = images, reference, extractor, folder, world, device
+        card = evaluate(*run, keep_samples=False, progress=first)
         if card is not None:
             cards[length] = card
     if first:
-        print(_report(cards, Path(options.out)), flush=True)
+        print(_report(cards, out), flush=True)
     leave()
     return 0
 
@@ -75,24 +70,23 @@ def _numbers(name: str, text: str) -> list[float]:
         raise UserError(f"{name} ({text}) must be numbers, such as 0.03,0.05,0.1") from None
 
 
-def _report(cards: Mapping[float, Card], out: Path) -> str:
+def _report(cards: dict[float, Card], out: Path) -> str:
     """Writes ``sweep.md`` and ``sweep.png`` and returns the table: every length's scores, the least
     Fréchet distance marked.
     """
     from diffmoe.evaluation.plots import score_against
     from diffmoe.markdown import table
 
-    names = next(iter(cards.values())).score_names
+    what, names = "length of the average", next(iter(cards.values())).score_names
     distances = {length: card.scores.frechet_distance for length, card in cards.items()}
     best = min(distances, key=distances.__getitem__)
     rows = [
         (f"{length:g}{' (best)' * (length == best)}", *(getattr(card.scores, n) for n in names))
         for length, card in cards.items()
     ]
-    text = "\n".join(table(("length of the average", *names.values()), rows)) + "\n"
+    text = "\n".join(table((what, *names.values()), rows)) + "\n"
     (out / "sweep.md").write_text(text)
-    axes = "length of the average", names["frechet_distance"]
-    score_against(distances, *axes, out / "sweep.png")
+    score_against(distances, what, names["frechet_distance"], out / "sweep.png")
     return f"{text}written to {out}"
 
 
@@ -100,16 +94,16 @@ def _parser() -> Parser:
     parser = Parser(
         prog="sweep",
         description="Scores of a checkpoint at several lengths of its average (train.ema_lengths), "
-        "with the same noise: a table, a curve and a folder each, OUT/length_0.05, whose card "
-        "says all. Interrupted, it resumes when the same command runs again.",
+        "with the same noise: a table, a curve, and a folder each with its card. Interrupted, it "
+        "resumes when the same command runs again.",
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help=CHECKPOINT_HELP)
     add("--ema-lengths", required=True, help="such as 0.03,0.05,0.1")
-    add("--reference", required=True, help="as for evaluate")
-    add("--extractor", required=True, help="as for evaluate")
+    for name in ("--reference", "--extractor"):
+        add(name, required=True, help="as for evaluate")
     add("--count", type=int, help="images of each length (default: 50,000)")
     add("--classes", dest="labels", choices=("balanced", "random"), help="as for evaluate")
-    add("--out", default="sweep", help="folder: sweep.md, sweep.png (default: %(default)s)")
+    add("--out", default="sweep", help="folder (default: %(default)s)")
     add_sampling_options(parser)
     return parser

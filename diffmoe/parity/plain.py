@@ -105,18 +105,9 @@ def plain_training(
         means = {name: sum(each[name] for each in passes) / accumulation for name in passes[0]}
         done.append({**means, "grad_norm": norm})
     clipped = all(numbers["grad_norm"] > train.clip for numbers in done)
-    return Reference(
-        config.run.seed,
-        min(margins),
-        clipped,
-        done,
-        initial,
-        gradient,
-        weights,
-        ema,
-        running,
-        [_power_average(history, length) for length in train.ema_lengths],
-    )
+    powers = [_power_average(history, length) for length in train.ema_lengths]
+    facts = config.run.seed, min(margins), clipped, done
+    return Reference(*facts, initial, gradient, weights, ema, running, powers)
 
 
 def _power_average(history: list[dict[str, Tensor]], length: float) -> dict[str, Tensor]:
@@ -130,11 +121,8 @@ def _power_average(history: list[dict[str, Tensor]], length: float) -> dict[str,
         wide = (g + 1) / ((g + 2) ** 2 * (g + 3)) > length**2
         low, high = (g, high) if wide else (low, g)
     ends = [(t / len(history)) ** (g + 1) for t in range(len(history) + 1)]
-    shares = [after - before for before, after in zip(ends, ends[1:])]
-    return {
-        name: sum(share * weights[name] for share, weights in zip(shares, history))
-        for name in history[0]
-    }
+    parts = [(after - before, weights) for before, after, weights in zip(ends, ends[1:], history)]
+    return {name: sum(share * weights[name] for share, weights in parts) for name in history[0]}
 
 
 def _loss(

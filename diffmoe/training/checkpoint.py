@@ -246,39 +246,21 @@ class Saver:
         return told
 
     def save(
-        self, step: int, engine: Engine, ema: Ema, counters: Mapping[str, Any] | None = None
+        self,
+        step: int,
+        engine: Engine,
+        ema: Ema,
+        counters: Mapping[str, Any] | None = None,
+        snapshot: bool = False,
     ) -> None:
         """Starts saving the state after ``step`` optimizer steps; all ranks together.  First waits
         for the save before it.
 
-        ``counters``: what else the loop counts, ready for JSON; rank 0's are kept.  What a disk may
-        do is not raised but among the :meth:`outcomes`.
+        ``counters``: what else the loop counts, ready for JSON; rank 0's are kept.  ``snapshot``:
+        the averages of ``train.ema_lengths`` alone, where nothing prunes them.  What a disk may do
+        is not raised but among the :meth:`outcomes`.
         """
-        self._begin(self.folder, step, engine, _kinds(engine, ema), counters)
-
-    def snapshot(
-        self, step: int, engine: Engine, ema: Ema, counters: Mapping[str, Any] | None = None
-    ) -> None:
-        """The same for the averages of ``train.ema_lengths`` alone, in a folder beside the
-        checkpoints' that nothing prunes.
-        """
-        self._begin(self.snapshots, step, engine, _averages(ema), counters)
-
-    def drop_snapshots(self, step: int) -> None:
-        """Removes those of steps after ``step``, which the run takes again."""
-        if self.groups.rank == 0:
-            for path in complete_folders(self.snapshots):
-                if step_of(path) > step:
-                    shutil.rmtree(path, ignore_errors=True)
-
-    def _begin(
-        self,
-        folder: Path,
-        step: int,
-        engine: Engine,
-        kinds: Mapping[str, list[Tensor]],
-        counters: Mapping[str, Any] | None,
-    ) -> None:
+        folder = self.snapshots if snapshot else self.folder
         began = time.perf_counter()
         self.wait()
         problem = None
@@ -291,19 +273,24 @@ class Saver:
         if message is not None:
             self._outcomes.append(SaveFailed(step, message))
             return
+        kinds = _averages(ema) if snapshot else _kinds(engine, ema)
         shares = self._shares(engine, kinds)
-        if self.groups.rank == 0 and folder == self.folder:
+        if self.groups.rank == 0 and not snapshot:
+            buffers = running_buffers(engine.model).items()
             shares[BUFFERS] = writer.whole_tensors(
-                {
-                    name: v.detach().cpu().clone()
-                    for name, v in running_buffers(engine.model).items()
-                }
+                {n: v.detach().cpu().clone() for n, v in buffers}
             )
         self._job = _Job(self, folder, step, shares, dict(counters or {}))
         self._job.stall_s = time.perf_counter() - began
         self._job.start()
         if not self.config.train.async_save:
             self.wait()
+
+    def drop_snapshots(self, step: int) -> None:
+        """Removes those of steps after ``step``, which the run takes again."""
+        later = [path for path in complete_folders(self.snapshots) if step_of(path) > step]
+        for path in later if self.groups.rank == 0 else ():
+            shutil.rmtree(path, ignore_errors=True)
 
     def wait(self) -> None:
         """Waits until the save in flight, if any, is complete or given up; all ranks together.
@@ -421,7 +408,7 @@ class _Job(threading.Thread):
             final = step_folder(self.folder, self.step)
             facts = (saver.config, saver.layout, self.counters, saver.class_names)
             writer.commit(partial, final, found, *facts)
-            if self.folder == saver.folder:
+            if self.folder == saver.folder:  # no snapshot
                 writer.prune(saver.folder, self.step, train.keep, train.keep_every)
 
     def _until_stopped(self, values: Iterable[Tensor]) -> Iterator[Tensor]:

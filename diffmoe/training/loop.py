@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -126,7 +126,7 @@ def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:
             if last or run.done % train.log_every == 0:
                 _record(run, last)
             if train.ema_snapshot_every and run.done % train.ema_snapshot_every == 0:
-                _save(run, run.saver.snapshot)
+                _save(run, snapshot=True)
             if _due(run.done, train.save_every, last):
                 _save(run)
             # Not at a stop, whose grace is for saving.
@@ -285,14 +285,14 @@ def _compare_ranks(run: Run) -> dict:
     return record
 
 
-def _save(run: Run, save: Callable[..., None] | None = None) -> None:
-    """Begins a save of the present state, or what else of the saver's ``save`` is; what became of
-    earlier ones is heard here.  A failed one is tried again when due.
+def _save(run: Run, snapshot: bool = False) -> None:
+    """Begins a save of the present state; what became of earlier ones is heard here.  A failed one
+    is tried again when due.
     """
     run.groups.trace.enter("saving")
     counters = run.guard.as_counters() | recipes_as_counters(run.recipes)
     counters |= {"updates": run.engine.updates, "data": run.reader.index.fingerprint}
-    (save or run.saver.save)(run.done, run.engine, run.ema, counters)
+    run.saver.save(run.done, run.engine, run.ema, counters, snapshot)
     _hear_of_saves(run)
 
 
