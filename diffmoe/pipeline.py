@@ -20,7 +20,9 @@ from diffmoe.evaluation.class_names import chosen_classes
 from diffmoe.evaluation.decoding import checkpoint_data, latent_numbers, open_vae
 from diffmoe.evaluation.features import to_uint8
 from diffmoe.evaluation.generate import generate, threshold_note
+from diffmoe.evaluation.guides import open_guide
 from diffmoe.huggingface import write_folder
+from diffmoe.models.dit import DiT
 from diffmoe.models.logical import logical_pieces, running_buffers
 from diffmoe.models.pretrained import Pretrained, open_pretrained
 from diffmoe.parallel.groups import single_process
@@ -58,6 +60,7 @@ class DiffMoEPipeline:
         self.transformer = pretrained.model().requires_grad_(False)
         self._pretrained = replace(pretrained, tensors={})  # the model has them
         self.vae = vae
+        self._guide: tuple[str, DiT] | None = None
 
     def __repr__(self) -> str:
         about, model = self._pretrained, self.config.model
@@ -153,6 +156,9 @@ class DiffMoEPipeline:
         num_images: int | None = None,
         *,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: str | None = None,
+        guide_capacity: float | None = None,
         num_inference_steps: int | None = None,
         capacity: float | None = None,
         routing: str | None = None,
@@ -166,7 +172,13 @@ class DiffMoEPipeline:
         Args:
             classes: numbers, names, or both (default: all classes).
             num_images: in all, the classes in turn (default: one of each).
-            guidance_scale: classifier-free guidance; 1 is none (``sample.cfg``).
+            guidance_scale: of guidance; 1 is none (``sample.cfg``).
+            guidance_interval: the times, 0 noise to 1 data, at which there is any
+                (``sample.cfg_interval``).
+            guide: what it leads away from: ``null``, the null class; ``capacity``, the same weights
+                with ``guide_capacity`` experts a token; or other weights, by a folder or hub id,
+                perhaps with ``@ema:0.999`` (``sample.guide``).
+            guide_capacity: (``sample.guide_capacity``)
             num_inference_steps: of the sampler (``sample.steps``).
             capacity: experts that a token gets on average, by thresholds from the predictors'
                 histograms (``sample.capacity``; the learned thresholds where that is null, too).
@@ -185,6 +197,9 @@ class DiffMoEPipeline:
         said: dict[str, dict[str, Any]] = {
             "sample": {
                 "cfg": guidance_scale,
+                "cfg_interval": guidance_interval,
+                "guide": guide,
+                "guide_capacity": guide_capacity,
                 "steps": num_inference_steps,
                 "capacity": capacity,
                 "routing": routing,
@@ -198,6 +213,8 @@ class DiffMoEPipeline:
             for name, value in fields.items():
                 if value is not None:  # numpy's and torch's numbers become Python's
                     tree[section][name] = value.item() if hasattr(value, "item") else value
+        if guide == "null":
+            tree["sample"]["guide"] = None
         config = config_from_tree(merge(config_to_tree(self.config), tree))
         validate(config)
         check_guidance(config)
@@ -221,7 +238,11 @@ class DiffMoEPipeline:
         meter = None
         if config.model.family != "dense":
             meter = CapacityMeter(self.transformer, config, count, self.device)
-        samples = generate(self.transformer, config, labels, range(count), self.device, meter=meter)
+        samples = generate(
+            *(self.transformer, config, labels, range(count), self.device),
+            meter=meter,
+            guide=self._opened_guide(config),
+        )
         used = None if meter is None else meter.merged(single_process().world)
         arrays = np.zeros((0, 0, 0, 3), np.uint8)
         if output_type == "pil":
@@ -237,6 +258,22 @@ class DiffMoEPipeline:
             None if used is None else used.mean(),
             used,
         )
+
+    def _opened_guide(self, config: Config) -> DiT | None:
+        """The guide's model, where it has weights of its own, as this one is; the last one stays
+        open.
+        """
+        name = config.sample.guide_checkpoint
+        if name is not None and (self._guide is None or self._guide[0] != name):
+            guide = open_guide(config)
+            assert guide is not None
+            self._guide = name, guide.requires_grad_(False)
+        if name is None or self._guide is None:
+            return None
+        guide = self._guide[1].to(self.device)
+        for parameter in guide.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        return guide
 
     def _decoded(self, samples: Tensor, pixels: bool, batch: int) -> Tensor:
         """uint8 [n, 3, H, W]"""

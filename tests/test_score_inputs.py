@@ -374,7 +374,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     batches: list[int] = []
     real = scored_images.generate
 
-    def counted_generate(model, config, labels, numbers, device):
+    def counted_generate(model, config, labels, numbers, device, guide):
         batches.append(numbers[0])
         if len(batches) == 4 and "interrupt" in os.environ.get("TEST_OF_SCORES", ""):
             raise KeyboardInterrupt

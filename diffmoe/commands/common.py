@@ -44,6 +44,9 @@ _EXAMPLES = {
     "sample": "python run.py sample --checkpoint runs/demo --classes 0-9 --count 100 --cfg 1.5",
     "evaluate": "python run.py evaluate --checkpoint runs/demo --reference data/digits "
     "--extractor digits --count 500 --out runs/demo/scores",
+    "sweep": "python run.py sweep --checkpoint runs/demo --guidance null,capacity "
+    "--scales 1,1.25,1.5,2,3 --reference data/digits --extractor digits --count 500 "
+    "--out runs/demo/sweep",
     "compare": "python run.py compare --config configs/compare/smoke.yaml --jobs 2\n"
     "python run.py compare --config configs/compare/fashion14.yaml --only dense-s0\n"
     "python run.py compare --config configs/compare/fashion14.yaml --table",
@@ -78,13 +81,23 @@ def one_process(name: str, environment: RankEnvironment) -> None:
         raise UserError(f"{name} runs in one process; WORLD_SIZE is {environment.world}")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser, guided: bool = True) -> None:
     """What subcommands that sample a checkpoint have in common; see `sampling_config` and
-    `sampling_model`.
+    `sampling_model`.  ``guided``: by one guide at one scale.
     """
     add = parser.add_argument
     add("--weights", help="ema (default; the first of train.ema), ema:0.999 (by its decay) or raw")
-    add("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
+    if guided:
+        add("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
+        guide = (
+            "what it leads away from: null (the null class), capacity (the same weights, fewer "
+            "experts a token) or a checkpoint, perhaps FOLDER@ema:0.999 (default: sample.guide)"
+        )
+        add("--guide", help=guide)
+    interval = "guidance only at these times, 0 noise to 1 data (default: sample.cfg_interval)"
+    add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
+    capacity = "experts per token of the guide 'capacity' (default: sample.guide_capacity)"
+    add("--guide-capacity", type=float, help=capacity)
     add("--seed", type=int, help="seed of noise and random classes (default: run.seed)")
     add("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
     for name in ("--latent-scale", "--latent-shift"):
@@ -262,7 +275,10 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
                 "may change"
             )
     said = {
-        "sample.cfg": options.cfg,
+        "sample.cfg": getattr(options, "cfg", None),
+        "sample.cfg_interval": options.cfg_interval,
+        "sample.guide": getattr(options, "guide", None),
+        "sample.guide_capacity": options.guide_capacity,
         "run.seed": options.seed,
         "run.fp32_precision": options.fp32_precision,
         "train.compile": options.compile,
@@ -276,9 +292,10 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
 
 def sampling_model(
     checkpoint: Checkpoint, config: Config, options: argparse.Namespace, device: torch.device
-) -> tuple[DiT, Decoder | None, list[str]]:
-    """The model of a checkpoint on the CPU, compiled if it is to be, the decoder of ``--vae``, and
-    what to say of both. UserError where they do not fit.
+) -> tuple[DiT, DiT | None, Decoder | None, list[str]]:
+    """The model of a checkpoint on the CPU, compiled if it is to be, its guide's where guidance
+    needs other weights (see `guide_model`), the decoder of ``--vae``, and what to say of them.
+    UserError where they do not fit.
     """
     from diffmoe.evaluation.decoding import checkpoint_data, open_decoder, vae_note
     from diffmoe.evaluation.generate import check_dial, threshold_note
@@ -295,7 +312,22 @@ def sampling_model(
         index = checkpoint_data(config, *numbers)
         decoder = open_decoder(options.vae, config, index, *numbers, device)
         notes.append(vae_note(config, decoder, index))
-    return model, decoder, [note for note in notes if note is not None]
+    return model, guide_model(config, device), decoder, [note for note in notes if note is not None]
+
+
+def guide_model(config: Config, device: torch.device) -> DiT | None:
+    """The guide's model on ``device``, compiled if the run's is to be, where guidance needs other
+    weights.  UserError where there are none such.
+    """
+    from diffmoe.evaluation.guides import open_guide
+    from diffmoe.models.compiled import compile_blocks, compiles
+
+    guide = open_guide(config)
+    if guide is None:
+        return None
+    if compiles(config.train, device)[0]:
+        compile_blocks(guide)
+    return guide.to(device)
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 # Options that say nothing of samples that exist.
 _OF_CHECKPOINT = (
-    "vae latent_scale latent_shift fp32_precision compile labels weights cfg seed no_samples "
-    "published"
+    "vae latent_scale latent_shift fp32_precision compile labels weights cfg cfg_interval guide "
+    "guide_capacity seed no_samples published"
 ).split()
 
 
@@ -97,13 +97,14 @@ def _sampled(
 ) -> Images:
     from diffmoe.evaluation.scored_images import Subject, sampled_images
 
-    model, decoder, notes = sampling_model(checkpoint, config, options, device)
+    model, guide, decoder, notes = sampling_model(checkpoint, config, options, device)
     for note in notes if first else ():
         print(note, flush=True)
     subject = Subject(str(checkpoint.path), checkpoint.step, options.weights or WEIGHTS)
     count = COUNT if options.count is None else options.count
     labels = options.labels or "balanced"
-    return sampled_images(model.to(device).eval(), config, subject, count, labels, device, decoder)
+    model.to(device).eval()
+    return sampled_images(model, config, subject, count, labels, device, decoder, guide)
 
 
 def _check_save_reference(path: Path) -> None:
@@ -179,6 +180,19 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--samples", help="instead, images that exist: npz (arr_0, as ADM's), .npy, or a folder")
     published = "sample as the published rows (docs/scores.md)"
     add("--published", action="store_true", help=published)
+    add_scoring_options(parser)
+    add("--save-reference", help="also write the reference's statistics here (npz), to use again")
+    no_samples = "do not write samples.npz; another reference then needs them made again"
+    add("--no-samples", action="store_true", help=no_samples)
+    out = "folder: card.json, card.md, samples.npz (default: %(default)s)"
+    add("--out", default="evaluation", help=out)
+    add_sampling_options(parser)
+    return parser
+
+
+def add_scoring_options(parser: argparse.ArgumentParser) -> None:
+    """What is scored and by what."""
+    add = parser.add_argument
     reference = "npz (ADM's, or one saved here), .npy of images, folder of images or pixel shards"
     add("--reference", required=True, help=reference)
     extractor = (
@@ -190,10 +204,3 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     classes = "balanced (default): in turn; random: as ADM, DiT and the research code"
     add("--classes", dest="labels", choices=("balanced", "random"), help=classes)
     add("--splits", type=int, help="of the Inception Score (default: one per 5,000 images)")
-    add("--save-reference", help="also write the reference's statistics here (npz), to use again")
-    no_samples = "do not write samples.npz; another reference then needs them made again"
-    add("--no-samples", action="store_true", help=no_samples)
-    out = "folder: card.json, card.md, samples.npz (default: %(default)s)"
-    add("--out", default="evaluation", help=out)
-    add_sampling_options(parser)
-    return parser

@@ -157,6 +157,7 @@ def capacity_used(
     path: str | Path,
     layer_names: Sequence[str],
     target: float | None = None,
+    guide: str = "null class",
 ) -> None:
     """Draw the capacity that sampling used (experts per token): over time, by layer and time, and
     by class.
@@ -167,6 +168,7 @@ def capacity_used(
             without, if there were any.
         ranking: (class, capacity) from the hardest class to the easiest.
         target: the capacity that was asked for, drawn as a line.
+        guide: what `null` is called.
     """
     layers, bins = layer_time.shape
     figure = _figure(11, 7.5)
@@ -174,7 +176,7 @@ def capacity_used(
     over_time, heat = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     centers = (np.arange(bins) + 0.5) / bins
     marker = "o" if bins <= 30 else ""
-    for values, color, label in ((conditional, _BLUE, "with class"), (null, _ORANGE, "null class")):
+    for values, color, label in ((conditional, _BLUE, "with class"), (null, _ORANGE, guide)):
         if values is not None:
             over_time.plot(centers, values, color=color, marker=marker, markersize=3.5, label=label)
     if target is not None:
@@ -219,6 +221,25 @@ def _class_ranking(ax: Axes, ranking: Sequence[tuple[int, float]]) -> None:
     ax.legend(frameon=False, fontsize=9, loc="upper right")
     ax.set_title("By class, passes with class (the axis does not start at 0)", fontsize=11)
     _tidy(ax, "experts per token")
+
+
+def score_by_scale(
+    curves: Mapping[str, Sequence[tuple[float, float]]], score: str, path: str | Path
+) -> None:
+    """Draw a score, of which less is better, against the scale of guidance: a curve a guide with
+    its points (scale, score), its best one a star.
+    """
+    figure = _figure(7, 4.6)
+    ax = figure.subplots()
+    for name, points in curves.items():
+        scale, best = min(points, key=lambda point: point[1])
+        label = f"{name}: {best:.4g} at {scale:g}"
+        (line,) = ax.plot(*zip(*sorted(points)), marker="o", markersize=4, label=label)
+        ax.plot([scale], [best], "*", markersize=14, color=line.get_color())
+    ax.legend(frameon=False, fontsize=9, title="guide: best")
+    ax.set_xlabel("scale of guidance (1: none)")
+    _tidy(ax, score)
+    _save(figure, path)
 
 
 def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -> None:
