@@ -78,6 +78,10 @@ def _help() -> str:
 
 def _main_of(name: str) -> Callable[[list[str], RankEnvironment], int]:
     """A subcommand's function; its module is imported only now, since several bring torch."""
+    if name == "sweep":
+        from diffmoe.commands.evaluate import sweep_main
+
+        return sweep_main
     if name in ("import", "export"):
         from diffmoe.commands import exchange
 

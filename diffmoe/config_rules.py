@@ -210,13 +210,12 @@ def _sample(config: Config) -> Rules:
     yield "sample.guide", sample.guide != "", "must be null, capacity or a checkpoint"
     if sample.guide == "capacity":
         dialled = family in ("diffmoe", "ec") or sample.routing == "static"
-        words = f"needs experts that take fewer tokens when asked, which model.family ({family}) "
-        words += "has with sample.routing (static) alone" if family == "race" else "has not"
+        routing = f"under sample.routing ({sample.routing})"
+        words = f"needs experts whose capacity can be lowered: not model.family {family} {routing}"
         yield "sample.guide", dialled, words
-        own, name = config.moe.capacity, "moe.capacity"
-        if sample.capacity is not None:
-            own, name = sample.capacity, "sample.capacity"
-        words = f"must be above 0 and below {name} ({own}), or it guides nowhere"
+        section = "moe" if sample.capacity is None else "sample"
+        own = vars(config)[section].capacity
+        words = f"must be above 0 and below {section}.capacity ({own})"
         yield "sample.guide_capacity", 0 < sample.guide_capacity < own, words
     if sample.capacity is not None:
         words = f"needs model.family diffmoe, not {family}: its thresholds are what it sets"

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from diffmoe.config import Config, check_guidance, config_from_tree, config_to_tree, validate
 from diffmoe.data.vae import Vae, decode_latents
+from diffmoe.diffusion.guidance import open_guide
 from diffmoe.errors import UserError
 from diffmoe.evaluation.capacity_report import CapacityMeter, CapacityUsed
 from diffmoe.evaluation.class_names import chosen_classes
 from diffmoe.evaluation.decoding import checkpoint_data, latent_numbers, open_vae
 from diffmoe.evaluation.features import to_uint8
 from diffmoe.evaluation.generate import generate, threshold_note
-from diffmoe.evaluation.guides import open_guide
 from diffmoe.huggingface import write_folder
 from diffmoe.models.dit import DiT
 from diffmoe.models.logical import logical_pieces, running_buffers
@@ -60,7 +60,6 @@ class DiffMoEPipeline:
         self.transformer = pretrained.model().requires_grad_(False)
         self._pretrained = replace(pretrained, tensors={})  # the model has them
         self.vae = vae
-        self._guide: tuple[str, DiT] | None = None
 
     def __repr__(self) -> str:
         about, model = self._pretrained, self.config.model
@@ -175,10 +174,8 @@ class DiffMoEPipeline:
             guidance_scale: of guidance; 1 is none (``sample.cfg``).
             guidance_interval: the times, 0 noise to 1 data, at which there is any
                 (``sample.cfg_interval``).
-            guide: what it leads away from: ``null``, the null class; ``capacity``, the same weights
-                with ``guide_capacity`` experts a token; or other weights, by a folder or hub id,
-                perhaps with ``@ema:0.999`` (``sample.guide``).
-            guide_capacity: (``sample.guide_capacity``)
+            guide: what it leads away from: ``null``, ``capacity`` (with ``guide_capacity``), or
+                other weights, a folder or hub id (``sample.guide``).
             num_inference_steps: of the sampler (``sample.steps``).
             capacity: experts that a token gets on average, by thresholds from the predictors'
                 histograms (``sample.capacity``; the learned thresholds where that is null, too).
@@ -241,7 +238,7 @@ class DiffMoEPipeline:
         samples = generate(
             *(self.transformer, config, labels, range(count), self.device),
             meter=meter,
-            guide=self._opened_guide(config),
+            guide=self._placed(open_guide(config)),
         )
         used = None if meter is None else meter.merged(single_process().world)
         arrays = np.zeros((0, 0, 0, 3), np.uint8)
@@ -259,21 +256,11 @@ class DiffMoEPipeline:
             used,
         )
 
-    def _opened_guide(self, config: Config) -> DiT | None:
-        """The guide's model, where it has weights of its own, as this one is; the last one stays
-        open.
-        """
-        name = config.sample.guide_checkpoint
-        if name is not None and (self._guide is None or self._guide[0] != name):
-            guide = open_guide(config)
-            assert guide is not None
-            self._guide = name, guide.requires_grad_(False)
-        if name is None or self._guide is None:
-            return None
-        guide = self._guide[1].to(self.device)
-        for parameter in guide.parameters():
+    def _placed(self, model: DiT | None) -> DiT | None:
+        """A guide, where and in which precision this model is."""
+        for parameter in [] if model is None else model.to(self.device).parameters():
             parameter.data = parameter.data.to(self.dtype)
-        return guide
+        return model
 
     def _decoded(self, samples: Tensor, pixels: bool, batch: int) -> Tensor:
         """uint8 [n, 3, H, W]"""

@@ -81,19 +81,15 @@ def one_process(name: str, environment: RankEnvironment) -> None:
         raise UserError(f"{name} runs in one process; WORLD_SIZE is {environment.world}")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, guided: bool = True) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """What subcommands that sample a checkpoint have in common; see `sampling_config` and
-    `sampling_model`.  ``guided``: by one guide at one scale.
+    `sampling_model`.
     """
     add = parser.add_argument
     add("--weights", help="ema (default; the first of train.ema), ema:0.999 (by its decay) or raw")
-    if guided:
-        add("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
-        guide = (
-            "what it leads away from: null (the null class), capacity (the same weights, fewer "
-            "experts a token) or a checkpoint, perhaps FOLDER@ema:0.999 (default: sample.guide)"
-        )
-        add("--guide", help=guide)
+    add("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
+    guide = "null (the null class), capacity (itself with fewer experts a token), a checkpoint"
+    add("--guide", help=f"what it leads away from: {guide} (default: sample.guide)")
     interval = "guidance only at these times, 0 noise to 1 data (default: sample.cfg_interval)"
     add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
     capacity = "experts per token of the guide 'capacity' (default: sample.guide_capacity)"
@@ -275,9 +271,9 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
                 "may change"
             )
     said = {
-        "sample.cfg": getattr(options, "cfg", None),
+        "sample.cfg": options.cfg,
         "sample.cfg_interval": options.cfg_interval,
-        "sample.guide": getattr(options, "guide", None),
+        "sample.guide": options.guide,
         "sample.guide_capacity": options.guide_capacity,
         "run.seed": options.seed,
         "run.fp32_precision": options.fp32_precision,
@@ -293,41 +289,29 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
 def sampling_model(
     checkpoint: Checkpoint, config: Config, options: argparse.Namespace, device: torch.device
 ) -> tuple[DiT, DiT | None, Decoder | None, list[str]]:
-    """The model of a checkpoint on the CPU, compiled if it is to be, its guide's where guidance
-    needs other weights (see `guide_model`), the decoder of ``--vae``, and what to say of them.
-    UserError where they do not fit.
+    """The model of a checkpoint on the CPU, on ``device`` its guide's where that has other weights,
+    both compiled if they are to be, the decoder of ``--vae``, and what to say of them. UserError
+    where they do not fit.
     """
+    from diffmoe.diffusion.guidance import open_guide
     from diffmoe.evaluation.decoding import checkpoint_data, open_decoder, vae_note
     from diffmoe.evaluation.generate import check_dial, threshold_note
     from diffmoe.models.compiled import compile_blocks, compiles
 
     model, decoder = whole_model(checkpoint, config, options.weights or "ema"), None
     check_dial(model, config.sample)
+    guide = open_guide(config)
     compiled, note = compiles(config.train, device)
     if compiled:
-        compile_blocks(model)
+        for each in filter(None, (model, guide)):
+            compile_blocks(each)
     notes = [threshold_note(model, config.sample), note]
     if options.vae is not None:
         numbers = (options.latent_scale, options.latent_shift)
         index = checkpoint_data(config, *numbers)
         decoder = open_decoder(options.vae, config, index, *numbers, device)
         notes.append(vae_note(config, decoder, index))
-    return model, guide_model(config, device), decoder, [note for note in notes if note is not None]
-
-
-def guide_model(config: Config, device: torch.device) -> DiT | None:
-    """The guide's model on ``device``, compiled if the run's is to be, where guidance needs other
-    weights.  UserError where there are none such.
-    """
-    from diffmoe.evaluation.guides import open_guide
-    from diffmoe.models.compiled import compile_blocks, compiles
-
-    guide = open_guide(config)
-    if guide is None:
-        return None
-    if compiles(config.train, device)[0]:
-        compile_blocks(guide)
-    return guide.to(device)
+    return model, guide and guide.to(device), decoder, [note for note in notes if note is not None]
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:

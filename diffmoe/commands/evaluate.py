@@ -1,8 +1,10 @@
-"""The subcommand ``evaluate``."""
+"""The subcommands ``evaluate`` and ``sweep``."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from diffmoe.checkpoints.reader import Checkpoint
+    from diffmoe.evaluation.card import Card
     from diffmoe.evaluation.scored_images import Images
 
 # Options that say nothing of samples that exist.
@@ -38,7 +41,51 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The subcommand ``evaluate``; returns the exit code.  UserError for bad input."""
     options = _described(Parser(prog="evaluate")).parse_intermixed_args(arguments)
     _check_options(options)
+    config = None
+    if options.checkpoint is not None:
+        config = evaluation_config(_checkpoint(options).config(), options)
+    for out, card in _scored(options, environment, {Path(options.out): config}).items():
+        print(f"{card.to_markdown()}\nwritten to {out}; protocol: {card.protocol}", flush=True)
+    leave()
+    return 0
+
+
+def sweep_main(arguments: list[str], environment: RankEnvironment) -> int:
+    """The subcommand ``sweep``, evaluations of a checkpoint at several scales of guidance; returns
+    the exit code.  UserError for bad input.
+    """
+    options = _swept(_described(Parser(prog="sweep"))).parse_intermixed_args(arguments)
+    if options.samples or options.cfg or options.guide:
+        raise UserError("sweep has --guidance and --scales in place of --guide, --cfg, --samples")
+    _check_options(options)
+    stored, out, points = _checkpoint(options).config(), Path(options.out), {}
+    for guide, options.cfg in itertools.product(options.guidance.split(","), options.scales):
+        name, options.guide = re.sub(r"[^\w.@:-]+", "_", guide), guide
+        # At scale 1, where none guides, they have one card.
+        folder = out / ("cfg1" if options.cfg == 1 else f"{name}_cfg{options.cfg:g}")
+        points[guide, options.cfg] = folder, evaluation_config(stored, options)
+    cards = _scored(options, environment, dict(points.values()))
+    if cards:
+        from diffmoe.evaluation.sweep import write_sweep
+
+        by_point = {point: cards[folder] for point, (folder, _) in points.items()}
+        print(f"{write_sweep(by_point, out)}\nwritten to {out}", flush=True)
+    leave()
+    return 0
+
+
+def _checkpoint(options: argparse.Namespace) -> Checkpoint:
     from diffmoe.checkpoints.reader import Checkpoint
+
+    return Checkpoint(any_path(options.checkpoint))
+
+
+def _scored(
+    options: argparse.Namespace, environment: RankEnvironment, configs: dict[Path, Config | None]
+) -> dict[Path, Card]:
+    """The cards by their folders, on rank 0: of the checkpoint under each configuration, or of the
+    given samples.  Joins the other ranks.
+    """
     from diffmoe.evaluation.evaluate import check_evaluation, evaluate
     from diffmoe.evaluation.features import open_extractor
     from diffmoe.evaluation.image_sources import open_images
@@ -47,56 +94,47 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.parallel.collectives import agreed
     from diffmoe.parallel.groups import build_groups
 
-    if options.checkpoint is not None:
-        checkpoint = Checkpoint(any_path(options.checkpoint))
-        config = evaluation_config(checkpoint.config(), options)
-    first, source = environment.rank == 0, None
+    first, source, reference, cards = environment.rank == 0, None, None, {}
     device = join(environment, asked=options.device)
     world = build_groups(1, 1).world  # every rank holds the whole model
-    with agreed(world):
-        if options.save_reference is not None:
-            _check_save_reference(Path(options.save_reference))
-        extractor = open_extractor(options.extractor, device)
-        if options.checkpoint is not None:
-            images = _sampled(checkpoint, config, options, device, first)
-        else:
-            source = open_images(options.samples)
-            images = given_images(source, options.count)
-    if source is not None:
-        source.check(world)
-    out, keep = Path(options.out), not options.no_samples
-    check_evaluation(images, extractor, out, world, splits=options.splits, keep_samples=keep)
-    reference = load_reference(
-        options.reference, extractor, world, device, size=images.size, progress=first
-    )
-    if options.save_reference is not None and first:
-        save_reference(reference, options.save_reference)
-    card = evaluate(
-        images,
-        reference,
-        extractor,
-        out,
-        world,
-        device,
-        splits=options.splits,
-        keep_samples=keep,
-        progress=first,
-    )
-    if card is not None:
-        print(f"{card.to_markdown()}\nwritten to {out}; protocol: {card.protocol}", flush=True)
-    leave()
-    return 0
+    for out, config in configs.items():
+        with agreed(world):
+            if reference is None:
+                if options.save_reference is not None:
+                    _check_save_reference(Path(options.save_reference))
+                extractor = open_extractor(options.extractor, device)
+            if config is not None:
+                images = _sampled(config, options, device, first and reference is None)
+            else:
+                source = open_images(options.samples)
+                images = given_images(source, options.count)
+        if source is not None:
+            source.check(world)
+        keep = not options.no_samples
+        check_evaluation(images, extractor, out, world, splits=options.splits, keep_samples=keep)
+        if reference is None:
+            reference = load_reference(
+                options.reference, extractor, world, device, size=images.size, progress=first
+            )
+            if options.save_reference is not None and first:
+                save_reference(reference, options.save_reference)
+        card = evaluate(
+            *(images, reference, extractor, out, world, device),
+            splits=options.splits,
+            keep_samples=keep,
+            progress=first,
+        )
+        if card is not None:
+            cards[out] = card
+    return cards
 
 
 def _sampled(
-    checkpoint: Checkpoint,
-    config: Config,
-    options: argparse.Namespace,
-    device: torch.device,
-    first: bool,
+    config: Config, options: argparse.Namespace, device: torch.device, first: bool
 ) -> Images:
     from diffmoe.evaluation.scored_images import Subject, sampled_images
 
+    checkpoint = _checkpoint(options)
     model, guide, decoder, notes = sampling_model(checkpoint, config, options, device)
     for note in notes if first else ():
         print(note, flush=True)
@@ -180,19 +218,6 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--samples", help="instead, images that exist: npz (arr_0, as ADM's), .npy, or a folder")
     published = "sample as the published rows (docs/scores.md)"
     add("--published", action="store_true", help=published)
-    add_scoring_options(parser)
-    add("--save-reference", help="also write the reference's statistics here (npz), to use again")
-    no_samples = "do not write samples.npz; another reference then needs them made again"
-    add("--no-samples", action="store_true", help=no_samples)
-    out = "folder: card.json, card.md, samples.npz (default: %(default)s)"
-    add("--out", default="evaluation", help=out)
-    add_sampling_options(parser)
-    return parser
-
-
-def add_scoring_options(parser: argparse.ArgumentParser) -> None:
-    """What is scored and by what."""
-    add = parser.add_argument
     reference = "npz (ADM's, or one saved here), .npy of images, folder of images or pixel shards"
     add("--reference", required=True, help=reference)
     extractor = (
@@ -204,3 +229,28 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     classes = "balanced (default): in turn; random: as ADM, DiT and the research code"
     add("--classes", dest="labels", choices=("balanced", "random"), help=classes)
     add("--splits", type=int, help="of the Inception Score (default: one per 5,000 images)")
+    add("--save-reference", help="also write the reference's statistics here (npz), to use again")
+    no_samples = "do not write samples.npz; another reference then needs them made again"
+    add("--no-samples", action="store_true", help=no_samples)
+    out = "folder: card.json, card.md, samples.npz (default: %(default)s)"
+    add("--out", default="evaluation", help=out)
+    add_sampling_options(parser)
+    return parser
+
+
+def _swept(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def scales(text: str) -> list[float]:
+        try:
+            return sorted({float(part) for part in text.split(",")})
+        except ValueError:
+            raise UserError(f"--scales ({text}) must be numbers with commas between") from None
+
+    parser.description = (
+        "The Fréchet distance against guidance's scale, a curve a guide, the best point marked: "
+        "OUT/sweep.md, .json and .png, and a folder of evaluate for each point. Interrupted, it "
+        "resumes when the same command runs again."
+    )
+    guides = "null, capacity, checkpoints (see --guide), with commas between"
+    parser.add_argument("--guidance", default="null", help=guides)
+    parser.add_argument("--scales", type=scales, default="1,1.25,1.5,2,3", help="as many of --cfg")
+    return parser

@@ -319,7 +319,7 @@ def guided_epsilon(
             conditional, weaker = both.chunk(2)
         else:
             conditional = model(x, t, y, rule).prediction.to(x.dtype)
-            weaker = guide.model(x, t, y, guide.rule).prediction.to(x.dtype)
+            weaker = guide[0](x, t, y, guide[1]).prediction.to(x.dtype)
         guided = x.shape[1] if channels is None else channels
         front = weaker[:, :guided] + cfg * (conditional[:, :guided] - weaker[:, :guided])
         return torch.cat([front, conditional[:, guided:]], dim=1)

@@ -68,7 +68,7 @@ def guided_velocity(
         conditional = run(model, y, rule)
         if not is_guided(t, cfg, interval):
             return conditional
-        weaker = run(model, null, rule) if guide is None else run(guide.model, y, guide.rule)
+        weaker = run(model, null, rule) if guide is None else run(guide[0], y, guide[1])
         return weaker + cfg * (conditional - weaker)
 
     return velocity

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from diffmoe.config import Config
 from diffmoe.diffusion.ddpm import progress
+from diffmoe.diffusion.guidance import lower_rule
 from diffmoe.errors import UserError
-from diffmoe.evaluation.guides import lower_rule
 from diffmoe.evaluation.plots import capacity_used
 from diffmoe.families import has_thresholds
 from diffmoe.markdown import table

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from diffmoe.config import Config, MoEConfig, SampleConfig
 from diffmoe.diffusion.ddpm import ancestral_noise, guided_epsilon
-from diffmoe.diffusion.guidance import Guide
+from diffmoe.diffusion.guidance import lower_rule
 from diffmoe.diffusion.randomness import sampling_noise
 from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import SAMPLERS
 from diffmoe.errors import UserError
 from diffmoe.evaluation.capacity_report import CapacityMeter
-from diffmoe.evaluation.guides import lower_rule
 from diffmoe.families import has_thresholds
 from diffmoe.models.dit import DiT
 from diffmoe.moe.routing import RoutingRule
@@ -122,10 +121,10 @@ def _field(
     sample, guide = config.sample, None
     rule = inference_rule(config.moe, sample)
     if sample.guided_by_capacity:
-        guide = Guide(model, lower_rule(sample))
+        guide = (model, lower_rule(sample))
     elif sample.guide_checkpoint:
         assert other is not None
-        guide = Guide(other, inference_rule(other.moe, sample))
+        guide = (other, inference_rule(other.moe, sample))
     how: dict[str, Any] = {"guide": guide, "interval": sample.cfg_interval}
     if config.diffusion.process == "ddpm":
         channels = min(sample.cfg_channels, config.model.channels)

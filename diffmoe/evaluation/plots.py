@@ -224,18 +224,18 @@ def _class_ranking(ax: Axes, ranking: Sequence[tuple[int, float]]) -> None:
 
 
 def score_by_scale(
-    curves: Mapping[str, Sequence[tuple[float, float]]], score: str, path: str | Path
+    curves: Mapping[str, Mapping[float, float]], score: str, path: str | Path
 ) -> None:
-    """Draw a score, of which less is better, against the scale of guidance: a curve a guide with
-    its points (scale, score), its best one a star.
+    """Draw a score, of which less is better, by the scale of guidance: a curve a guide, its best
+    point a star.
     """
     figure = _figure(7, 4.6)
     ax = figure.subplots()
-    for name, points in curves.items():
-        scale, best = min(points, key=lambda point: point[1])
-        label = f"{name}: {best:.4g} at {scale:g}"
-        (line,) = ax.plot(*zip(*sorted(points)), marker="o", markersize=4, label=label)
-        ax.plot([scale], [best], "*", markersize=14, color=line.get_color())
+    for name, curve in curves.items():
+        best = min(curve, key=lambda scale: (curve[scale], scale))
+        label = f"{name}: {curve[best]:.4g} at {best:g}"
+        (line,) = ax.plot(*zip(*sorted(curve.items())), marker="o", markersize=4, label=label)
+        ax.plot([best], [curve[best]], "*", markersize=14, color=line.get_color())
     ax.legend(frameon=False, fontsize=9, title="guide: best")
     ax.set_xlabel("scale of guidance (1: none)")
     _tidy(ax, score)

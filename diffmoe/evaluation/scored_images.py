@@ -149,18 +149,16 @@ def sampled_images(
 
 
 def _told(sample: SampleConfig) -> dict[str, Any]:
-    """The section as settings and cards have it: what makes no difference to the images is left
-    out, also so that those from before there was a choice of guides are the same still.
+    """The section as settings and cards have it, without what makes no difference to the images:
+    those from before there was a choice of guides stay the same.
     """
-    told = dataclasses.asdict(sample)
-    del told["columns"]
-    if sample.cfg == 1 or sample.cfg_interval is None:
-        del told["cfg_interval"]
-    if sample.cfg == 1 or sample.guide is None:
-        del told["guide"]
-    if not sample.guided_by_capacity:
-        del told["guide_capacity"]
-    return told
+    unused = {
+        "columns": True,
+        "cfg_interval": sample.cfg == 1 or sample.cfg_interval is None,
+        "guide": sample.cfg == 1 or sample.guide is None,
+        "guide_capacity": not sample.guided_by_capacity,
+    }
+    return {k: v for k, v in dataclasses.asdict(sample).items() if not unused.get(k)}
 
 
 def given_images(source: ImageSource, count: int | None) -> Images:
