@@ -19,7 +19,7 @@ SUBCOMMANDS = {
     "train": "train a model, or resume (the default)",
     "sample": "images from a checkpoint",
     "evaluate": "FID, sFID, Inception Score, precision and recall of a checkpoint, with a card",
-    "sweep": "scores of a checkpoint against the length of its average",
+    "sweep": "one score against guidance's scale or the average's length, the best marked",
     "compare": "routers side by side: every run of a YAML, one table",
     "encode": "images -> VAE moments (or pixels) in shards",
     "inspect-data": "a data set against its index: counts, checksums, classes, statistics, images",

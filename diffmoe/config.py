@@ -15,6 +15,7 @@ from typing import Any
 from diffmoe.config_rules import check_guidance, validate
 from diffmoe.families import expert_hidden, inner_width, swiglu_hidden
 from diffmoe.paths import expand_path
+from diffmoe.sample_schema import SampleConfig
 from diffmoe.schema import (
     Config,
     DataConfig,
@@ -23,7 +24,6 @@ from diffmoe.schema import (
     MoEConfig,
     ParallelConfig,
     RunConfig,
-    SampleConfig,
     ScoreConfig,
     TrainConfig,
     attention_kept,

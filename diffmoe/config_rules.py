@@ -21,12 +21,20 @@ def validate(config: Config) -> None:
             )
 
 
-def check_guidance(config: Config) -> None:
-    """Raises UserError for guidance by a null class that this configuration never trains."""
-    if config.train.label_drop == 0 and config.sample.cfg != 1:
+def check_guidance(config: Config, training: bool = False) -> None:
+    """Raises UserError for guidance by a null class that this configuration never trains, or,
+    beside ``training``, by weights that it does not load.
+    """
+    sample = config.sample
+    if config.train.label_drop == 0 and sample.cfg != 1 and sample.guide is None:
         raise UserError(
-            f"sample.cfg ({config.sample.cfg}) must be 1 where train.label_drop (0) never trains "
-            "the null class that guidance needs: say sample.cfg=1 (--cfg 1)"
+            f"sample.cfg ({sample.cfg}) must be 1 where train.label_drop (0) never trains "
+            "the null class that guidance needs: say sample.cfg=1 (--cfg 1), or sample.guide"
+        )
+    if training and sample.guide_checkpoint:
+        raise UserError(
+            f"sample.guide ({sample.guide}) must be null or capacity for images and scores while "
+            "training (train.sample_every, train.score_every), which holds no other weights"
         )
 
 
@@ -196,6 +204,21 @@ def _sample(config: Config) -> Rules:
         )
         yield "sample.gamma", sample.gamma is None, words
         yield "sample.capacity", sample.capacity is None, words
+    interval = sample.cfg_interval
+    words = "must be two times, the lower first, in [0, 1]"
+    yield "sample.cfg_interval", interval is None or 0 <= interval[0] < interval[1] <= 1, words
+    words = "must be null for sample.sampler (dopri5), whose samples have each their own time"
+    yield "sample.cfg_interval", interval is None or sample.sampler != "dopri5", words
+    yield "sample.guide", sample.guide != "", "must be null, capacity or a checkpoint"
+    if sample.guide == "capacity":
+        dialled = family in ("diffmoe", "ec") or sample.routing == "static"
+        routing = f"under sample.routing ({sample.routing})"
+        words = f"needs experts whose capacity can be lowered: not model.family {family} {routing}"
+        yield "sample.guide", dialled, words
+        section = "moe" if sample.capacity is None else "sample"
+        own = vars(config)[section].capacity
+        words = f"must be above 0 and below {section}.capacity ({own})"
+        yield "sample.guide_capacity", 0 < sample.guide_capacity < own, words
     if sample.capacity is not None:
         words = f"needs model.family diffmoe, not {family}: its thresholds are what it sets"
         yield "sample.capacity", family == "diffmoe", words

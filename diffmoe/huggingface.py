@@ -289,7 +289,7 @@ def _score_table(scores: Sequence[Card]) -> list[str]:
             (
                 *(getattr(card.scores, name) for name in names),
                 card.count,
-                f"{card.cfg:g}",
+                f"{card.cfg:g}{card.guidance}",
                 f"{card.sampler}, {card.steps}",
                 routing,
                 f"{card.reference} ({card.reference_sha256[:12]})",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffmoe.config import Config, check_guidance, config_from_tree, config_to_tree, validate
 from diffmoe.data.vae import Vae, decode_latents
+from diffmoe.diffusion.guidance import open_guide
 from diffmoe.errors import UserError
 from diffmoe.evaluation.capacity_report import CapacityMeter, CapacityUsed
 from diffmoe.evaluation.class_names import chosen_classes
@@ -21,6 +22,7 @@ from diffmoe.evaluation.decoding import checkpoint_data, latent_numbers, open_va
 from diffmoe.evaluation.features import to_uint8
 from diffmoe.evaluation.generate import generate, threshold_note
 from diffmoe.huggingface import write_folder
+from diffmoe.models.dit import DiT
 from diffmoe.models.logical import logical_pieces, running_buffers
 from diffmoe.models.pretrained import Pretrained, open_pretrained
 from diffmoe.parallel.groups import single_process
@@ -153,6 +155,9 @@ class DiffMoEPipeline:
         num_images: int | None = None,
         *,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: str | None = None,
+        guide_capacity: float | None = None,
         num_inference_steps: int | None = None,
         capacity: float | None = None,
         routing: str | None = None,
@@ -166,7 +171,11 @@ class DiffMoEPipeline:
         Args:
             classes: numbers, names, or both (default: all classes).
             num_images: in all, the classes in turn (default: one of each).
-            guidance_scale: classifier-free guidance; 1 is none (``sample.cfg``).
+            guidance_scale: of guidance; 1 is none (``sample.cfg``).
+            guidance_interval: the times, 0 noise to 1 data, at which there is any
+                (``sample.cfg_interval``).
+            guide: what it leads away from: ``null``, ``capacity`` (with ``guide_capacity``), or
+                other weights, a folder or hub id (``sample.guide``).
             num_inference_steps: of the sampler (``sample.steps``).
             capacity: experts that a token gets on average, by thresholds from the predictors'
                 histograms (``sample.capacity``; the learned thresholds where that is null, too).
@@ -185,6 +194,9 @@ class DiffMoEPipeline:
         said: dict[str, dict[str, Any]] = {
             "sample": {
                 "cfg": guidance_scale,
+                "cfg_interval": guidance_interval,
+                "guide": guide,
+                "guide_capacity": guide_capacity,
                 "steps": num_inference_steps,
                 "capacity": capacity,
                 "routing": routing,
@@ -198,6 +210,8 @@ class DiffMoEPipeline:
             for name, value in fields.items():
                 if value is not None:  # numpy's and torch's numbers become Python's
                     tree[section][name] = value.item() if hasattr(value, "item") else value
+        if guide == "null":
+            tree["sample"]["guide"] = None
         config = config_from_tree(merge(config_to_tree(self.config), tree))
         validate(config)
         check_guidance(config)
@@ -221,7 +235,11 @@ class DiffMoEPipeline:
         meter = None
         if config.model.family != "dense":
             meter = CapacityMeter(self.transformer, config, count, self.device)
-        samples = generate(self.transformer, config, labels, range(count), self.device, meter=meter)
+        samples = generate(
+            *(self.transformer, config, labels, range(count), self.device),
+            meter=meter,
+            guide=self._placed(open_guide(config)),
+        )
         used = None if meter is None else meter.merged(single_process().world)
         arrays = np.zeros((0, 0, 0, 3), np.uint8)
         if output_type == "pil":
@@ -237,6 +255,12 @@ class DiffMoEPipeline:
             None if used is None else used.mean(),
             used,
         )
+
+    def _placed(self, model: DiT | None) -> DiT | None:
+        """A guide, where and in which precision this model is."""
+        for parameter in [] if model is None else model.to(self.device).parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        return model
 
     def _decoded(self, samples: Tensor, pixels: bool, batch: int) -> Tensor:
         """uint8 [n, 3, H, W]"""

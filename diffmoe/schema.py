@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from diffmoe.sample_schema import SampleConfig
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -396,41 +398,6 @@ def attention_kept(depth: int) -> int:
     computed again (measured: docs/results).
     """
     return max(0, min(depth, 12 - depth // 2))
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Sampling.
-
-    Attributes:
-        sampler: `euler`, `heun` or `dopri5` of the flow; `ancestral` or `ddim` of DDPM.
-        steps: Of the sampler; the most that dopri5 may take.
-        cfg: Scale of classifier-free guidance (1: none).
-        cfg_channels: Channels that DDPM's guidance moves (published: the first 3; the flow guides
-            all).
-        eta: DDIM's noise.
-        tolerance: dopri5's error of a step.
-        routing: `batch`: the paper's rule; `token`: the same without any influence of the batch;
-            `static`: the paper's static top-k, every expert takes as many tokens of a rank's batch
-            as moe.capacity says.
-        gamma: One constant threshold for every expert, in place of the learned ones.
-        capacity: Experts that a token gets on average, by thresholds from the predictor's
-            histograms.
-        batch: Images at a time, on a rank.
-        columns: Of the sheet of samples, at most: fewer classes share them out evenly.
-    """
-
-    sampler: Literal["euler", "heun", "dopri5", "ancestral", "ddim"] = "euler"
-    steps: int = 50
-    cfg: float = 1.5
-    cfg_channels: int = 3
-    eta: float = 0.0
-    tolerance: float = 1e-4
-    routing: Literal["batch", "token", "static"] = "token"
-    gamma: float | None = None
-    capacity: float | None = None
-    batch: int = 64
-    columns: int = 10
 
 
 @dataclass(frozen=True)

@@ -253,8 +253,8 @@ def test_commands_take_lengths_and_a_sweep_marks_the_best(run, tmp_path):
     assert [case.returncode for case in found] == [0, 2, 0, 2, 2, 2, 2], found
     assert "step 8, length:0.15 weights" in found[0].stdout
     assert "misses its profile by" in found[1].stderr and "length:0.01" in found[3].stderr
-    assert "--ema-lengths (0.2,a) must be numbers" in found[4].stderr
-    assert "--weights (raw) goes with sample and evaluate" in found[5].stderr
+    assert "--ema-lengths: '0.2,a' must be numbers" in found[4].stderr
+    assert "--ema-lengths goes without --guidance, --scales and --weights" in found[5].stderr
     assert "train.ema_lengths (0.15) can only begin with the run" in found[6].stderr
     distances = {}
     for length in (0.1, 0.15, 0.2):
@@ -262,7 +262,7 @@ def test_commands_take_lengths_and_a_sweep_marks_the_best(run, tmp_path):
         assert card["weights"] == f"length:{length}" and card["count"] == 80
         distances[length] = card["scores"]["frechet_distance"]
     best = min(distances, key=distances.__getitem__)
-    rows = (out / "sweep.md").read_text().splitlines()[2:]
-    marked = [row for row in rows if "(best)" in row]
-    assert len(rows) == 3 and len(marked) == 1 and marked[0].startswith(f"| {best:g} (best) |")
-    assert f"{distances[best]:.4f}" in marked[0] and (out / "sweep.png").stat().st_size > 5000
+    text = (out / "sweep.md").read_text()
+    assert f"\n| {best:g} | **{distances[best]:.4f}** |" in text and text.count("**") == 2
+    assert json.loads((out / "sweep.json").read_text())["best"]["length of the average"] == best
+    assert (out / "sweep.png").stat().st_size > 5000

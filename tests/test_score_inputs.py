@@ -374,7 +374,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     batches: list[int] = []
     real = scored_images.generate
 
-    def counted_generate(model, config, labels, numbers, device):
+    def counted_generate(model, config, labels, numbers, device, guide):
         batches.append(numbers[0])
         if len(batches) == 4 and "interrupt" in os.environ.get("TEST_OF_SCORES", ""):
             raise KeyboardInterrupt
@@ -863,6 +863,8 @@ def test_published_is_the_published_protocol_and_the_default_says_what_differs(n
         ("--classes balanced", "--classes balanced contradicts --published, which has random"),
         ("--weights raw", "--weights raw contradicts --published, which has ema"),
         ("--cfg 4", "--cfg 4 contradicts --published"),
+        ("--guide capacity", r"sample.guide \(capacity\) contradicts --published, which has None"),
+        ("--cfg-interval 0.2 0.8", r"sample.cfg_interval \(\(0.2, 0.8\)\) contradicts --published"),
         ("sample.steps=50", r"sample.steps \(50\) contradicts --published, which has 250"),
         ("sample.routing=token", r"sample.routing \(token\) contradicts"),
         (

@@ -44,8 +44,11 @@ _EXAMPLES = {
     "sample": "python run.py sample --checkpoint runs/demo --classes 0-9 --count 100 --cfg 1.5",
     "evaluate": "python run.py evaluate --checkpoint runs/demo --reference data/digits "
     "--extractor digits --count 500 --out runs/demo/scores",
-    "sweep": "python run.py sweep --checkpoint runs/demo --ema-lengths 0.03,0.05,0.1 "
-    "--reference data/digits --extractor digits --count 500",
+    "sweep": "python run.py sweep --checkpoint runs/demo --guidance null,capacity "
+    "--scales 1,1.25,1.5,2,3 --reference data/digits --extractor digits --count 500 "
+    "--out runs/demo/sweep\n"
+    "python run.py sweep --checkpoint runs/demo --ema-lengths 0.03,0.05,0.1 "
+    "--reference data/digits --extractor digits --count 500 --out runs/demo/lengths",
     "compare": "python run.py compare --config configs/compare/smoke.yaml --jobs 2\n"
     "python run.py compare --config configs/compare/fashion14.yaml --only dense-s0\n"
     "python run.py compare --config configs/compare/fashion14.yaml --table",
@@ -91,6 +94,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--weights", help=weights)
     add("--cfg", type=float, help="guidance (default: sample.cfg of the run)")
+    guide = "null (the null class), capacity (itself with fewer experts a token), a checkpoint"
+    add("--guide", help=f"what it leads away from: {guide} (default: sample.guide)")
+    interval = "guidance only at these times, 0 noise to 1 data (default: sample.cfg_interval)"
+    add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
+    capacity = "experts per token of the guide 'capacity' (default: sample.guide_capacity)"
+    add("--guide-capacity", type=float, help=capacity)
     add("--seed", type=int, help="seed of noise and random classes (default: run.seed)")
     add("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
     for name in ("--latent-scale", "--latent-shift"):
@@ -269,6 +278,9 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
             )
     said = {
         "sample.cfg": options.cfg,
+        "sample.cfg_interval": options.cfg_interval,
+        "sample.guide": options.guide,
+        "sample.guide_capacity": options.guide_capacity,
         "run.seed": options.seed,
         "run.fp32_precision": options.fp32_precision,
         "train.compile": options.compile,
@@ -282,26 +294,30 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
 
 def sampling_model(
     checkpoint: Checkpoint, config: Config, options: argparse.Namespace, device: torch.device
-) -> tuple[DiT, Decoder | None, list[str]]:
-    """The model of a checkpoint on the CPU, compiled if it is to be, the decoder of ``--vae``, and
-    what to say of both. UserError where they do not fit.
+) -> tuple[DiT, DiT | None, Decoder | None, list[str]]:
+    """The model of a checkpoint on the CPU, on ``device`` its guide's where that has other weights,
+    both compiled if they are to be, the decoder of ``--vae``, and what to say of them. UserError
+    where they do not fit.
     """
+    from diffmoe.diffusion.guidance import open_guide
     from diffmoe.evaluation.decoding import checkpoint_data, open_decoder, vae_note
     from diffmoe.evaluation.generate import check_dial, threshold_note
     from diffmoe.models.compiled import compile_blocks, compiles
 
     model, decoder = whole_model(checkpoint, config, options.weights or "ema"), None
     check_dial(model, config.sample)
+    guide = open_guide(config)
     compiled, note = compiles(config.train, device)
     if compiled:
-        compile_blocks(model)
+        for each in filter(None, (model, guide)):
+            compile_blocks(each)
     notes = [threshold_note(model, config.sample), note]
     if options.vae is not None:
         numbers = (options.latent_scale, options.latent_shift)
         index = checkpoint_data(config, *numbers)
         decoder = open_decoder(options.vae, config, index, *numbers, device)
         notes.append(vae_note(config, decoder, index))
-    return model, decoder, [note for note in notes if note is not None]
+    return model, guide and guide.to(device), decoder, [note for note in notes if note is not None]
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:

@@ -1,4 +1,4 @@
-"""The subcommand ``evaluate``."""
+"""The subcommand ``evaluate``, and what ``sweep`` does many times."""
 
 from __future__ import annotations
 
@@ -25,20 +25,44 @@ if TYPE_CHECKING:
     import torch
 
     from diffmoe.checkpoints.reader import Checkpoint
+    from diffmoe.evaluation.card import Card
     from diffmoe.evaluation.scored_images import Images
 
 # Options that say nothing of samples that exist.
 _OF_CHECKPOINT = (
-    "vae latent_scale latent_shift fp32_precision compile labels weights cfg seed no_samples "
-    "published"
+    "vae latent_scale latent_shift fp32_precision compile labels weights cfg cfg_interval guide "
+    "guide_capacity seed no_samples published"
 ).split()
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The subcommand ``evaluate``; returns the exit code.  UserError for bad input."""
-    options = _described(Parser(prog="evaluate")).parse_intermixed_args(arguments)
-    _check_options(options)
+    options = evaluation_options(Parser(prog="evaluate")).parse_intermixed_args(arguments)
+    check_options(options)
+    config = None
+    if options.checkpoint is not None:
+        config = evaluation_config(checkpoint_of(options).config(), options)
+    points = {Path(options.out): (config, options.weights)}
+    for out, card in scored(options, environment, points).items():
+        print(f"{card.to_markdown()}\nwritten to {out}; protocol: {card.protocol}", flush=True)
+    leave()
+    return 0
+
+
+def checkpoint_of(options: argparse.Namespace) -> Checkpoint:
     from diffmoe.checkpoints.reader import Checkpoint
+
+    return Checkpoint(any_path(options.checkpoint))
+
+
+def scored(
+    options: argparse.Namespace,
+    environment: RankEnvironment,
+    points: dict[Path, tuple[Config | None, str | None]],
+) -> dict[Path, Card]:
+    """The cards by their folders, on rank 0: of the checkpoint under each configuration and with
+    its ``--weights``, or of the given samples.  Joins the other ranks.
+    """
     from diffmoe.evaluation.evaluate import check_evaluation, evaluate
     from diffmoe.evaluation.features import open_extractor
     from diffmoe.evaluation.image_sources import open_images
@@ -47,64 +71,55 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.parallel.collectives import agreed
     from diffmoe.parallel.groups import build_groups
 
-    if options.checkpoint is not None:
-        checkpoint = Checkpoint(any_path(options.checkpoint))
-        config = evaluation_config(checkpoint.config(), options)
-    first, source = environment.rank == 0, None
+    first, source, reference, cards = environment.rank == 0, None, None, {}
     device = join(environment, asked=options.device)
     world = build_groups(1, 1).world  # every rank holds the whole model
-    with agreed(world):
-        if options.save_reference is not None:
-            _check_save_reference(Path(options.save_reference))
-        extractor = open_extractor(options.extractor, device)
-        if options.checkpoint is not None:
-            images = sampled(checkpoint, config, options, device, first)
-        else:
-            source = open_images(options.samples)
-            images = given_images(source, options.count)
-    if source is not None:
-        source.check(world)
-    out, keep = Path(options.out), not options.no_samples
-    check_evaluation(images, extractor, out, world, splits=options.splits, keep_samples=keep)
-    reference = load_reference(
-        options.reference, extractor, world, device, size=images.size, progress=first
-    )
-    if options.save_reference is not None and first:
-        save_reference(reference, options.save_reference)
-    card = evaluate(
-        images,
-        reference,
-        extractor,
-        out,
-        world,
-        device,
-        splits=options.splits,
-        keep_samples=keep,
-        progress=first,
-    )
-    if card is not None:
-        print(f"{card.to_markdown()}\nwritten to {out}; protocol: {card.protocol}", flush=True)
-    leave()
-    return 0
+    for out, (config, options.weights) in points.items():
+        with agreed(world):
+            if reference is None:
+                if options.save_reference is not None:
+                    _check_save_reference(Path(options.save_reference))
+                extractor = open_extractor(options.extractor, device)
+            if config is not None:
+                images = _sampled(config, options, device, first and reference is None)
+            else:
+                source = open_images(options.samples)
+                images = given_images(source, options.count)
+        if source is not None:
+            source.check(world)
+        keep = not options.no_samples
+        check_evaluation(images, extractor, out, world, splits=options.splits, keep_samples=keep)
+        if reference is None:
+            reference = load_reference(
+                options.reference, extractor, world, device, size=images.size, progress=first
+            )
+            if options.save_reference is not None and first:
+                save_reference(reference, options.save_reference)
+        card = evaluate(
+            *(images, reference, extractor, out, world, device),
+            splits=options.splits,
+            keep_samples=keep,
+            progress=first,
+        )
+        if card is not None:
+            cards[out] = card
+    return cards
 
 
-def sampled(
-    checkpoint: Checkpoint,
-    config: Config,
-    options: argparse.Namespace,
-    device: torch.device,
-    first: bool,
+def _sampled(
+    config: Config, options: argparse.Namespace, device: torch.device, first: bool
 ) -> Images:
-    """The images of a checkpoint, unmade.  ``first``: this rank says what there is to say."""
     from diffmoe.evaluation.scored_images import Subject, sampled_images
 
-    model, decoder, notes = sampling_model(checkpoint, config, options, device)
+    checkpoint = checkpoint_of(options)
+    model, guide, decoder, notes = sampling_model(checkpoint, config, options, device)
     for note in notes if first else ():
         print(note, flush=True)
     subject = Subject(str(checkpoint.path), checkpoint.step, options.weights or WEIGHTS)
     count = COUNT if options.count is None else options.count
     labels = options.labels or "balanced"
-    return sampled_images(model.to(device).eval(), config, subject, count, labels, device, decoder)
+    model.to(device).eval()
+    return sampled_images(model, config, subject, count, labels, device, decoder, guide)
 
 
 def _check_save_reference(path: Path) -> None:
@@ -120,7 +135,7 @@ def _option(name: str) -> str:
     return "--classes" if name == "labels" else f"--{name.replace('_', '-')}"
 
 
-def _check_options(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace) -> None:
     """One of --checkpoint and --samples, and nothing of a checkpoint's beside the latter."""
     if (options.checkpoint is None) == (options.samples is None):
         raise UserError(
@@ -169,7 +184,7 @@ def evaluation_config(config: Config, options: argparse.Namespace) -> Config:
     return config
 
 
-def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def evaluation_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.description = (
         "FID, sFID, Inception Score, precision and recall of a checkpoint, or of samples that "
         "exist. Interrupted, it resumes when the same command runs again; with another reference, "

@@ -48,7 +48,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     out = Path(options.out.removesuffix(".npz").removesuffix(".png"))
     npz, png = Path(f"{out}.npz"), Path(f"{out}.png")  # with_suffix would cut cfg1.5 to cfg1
     with agreed(world):
-        model, decoder, notes = sampling_model(checkpoint, config, options, device)
+        model, guide, decoder, notes = sampling_model(checkpoint, config, options, device)
         meter = CapacityMeter(model, config, total, device) if options.report else None
         _check_out(npz, png)
     first = environment.rank == 0
@@ -60,7 +60,11 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     if decoder is not None:
         decode = lambda latents: decoder.function(latents).float() / 127.5 - 1
     images = generate_everywhere(
-        model, config, labels, world, device, progress=first, meter=meter, decode=decode
+        *(model, config, labels, world, device),
+        progress=first,
+        meter=meter,
+        decode=decode,
+        guide=guide,
     )
     used = None if meter is None else meter.merged(world)
     if first:
@@ -86,8 +90,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
             )
         print(
             f"step {checkpoint.step}, {weights} weights, {sample.sampler} {sample.steps} steps, "
-            f"cfg {sample.cfg}, {sample.routing} routing: {total} images in {npz}, "
-            f"{len(shown)} of them in {png}",
+            f"cfg {sample.cfg}{sample.guidance}, {sample.routing} routing: "
+            f"{total} images in {npz}, {len(shown)} of them in {png}",
             flush=True,
         )
         if used is not None:

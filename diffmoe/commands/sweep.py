@@ -1,109 +1,95 @@
-"""The subcommand ``sweep``: the scores of a checkpoint at several lengths of its average."""
+"""The subcommand ``sweep``: evaluations of a checkpoint at several scales of guidance, or with
+averages of several lengths.
+"""
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from diffmoe.commands.common import (
-    CHECKPOINT_HELP,
-    Parser,
-    add_sampling_options,
-    join,
-    leave,
-    sampling_config,
+from diffmoe.commands.common import Parser, leave
+from diffmoe.commands.evaluate import (
+    check_options,
+    checkpoint_of,
+    evaluation_config,
+    evaluation_options,
+    scored,
 )
-from diffmoe.commands.evaluate import sampled
+from diffmoe.config import Config
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
-from diffmoe.remote import any_path
 
-if TYPE_CHECKING:
-    from diffmoe.evaluation.card import Card
+_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
+# By (curve, where on it): the folder of the card, the configuration, and --weights.
+Points = dict[tuple[str, float], tuple[Path, tuple[Config, str | None]]]
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The subcommand ``sweep``; returns the exit code.  UserError for bad input."""
     options = _parser().parse_intermixed_args(arguments)
-    if options.weights is not None:
-        raise UserError(f"--weights ({options.weights}) goes with sample and evaluate")
-    lengths = _numbers("--ema-lengths", options.ema_lengths)
-    from diffmoe.checkpoints.reader import Checkpoint
-    from diffmoe.evaluation.evaluate import check_evaluation, evaluate
-    from diffmoe.evaluation.features import open_extractor
-    from diffmoe.evaluation.reference_statistics import load_reference
-    from diffmoe.parallel.collectives import agreed
-    from diffmoe.parallel.groups import build_groups
+    if options.samples:
+        raise UserError(f"sweep samples a checkpoint itself; --samples ({options.samples})")
+    check_options(options)
+    points = (_lengths if options.ema_lengths else _scales)(options)
+    cards = scored(options, environment, dict(points.values()))
+    if cards:
+        from diffmoe.evaluation.sweep import write_sweep
 
-    checkpoint = Checkpoint(any_path(options.checkpoint))
-    config = sampling_config(checkpoint.config(), options)
-    for length in lengths:
-        checkpoint.weights(f"length:{length!r}")  # or an error before hours of sampling
-    device, first = join(environment, asked=options.device), environment.rank == 0
-    world = build_groups(1, 1).world  # every rank holds the whole model
-    with agreed(world):
-        extractor = open_extractor(options.extractor, device)
-    reference, cards, out = None, {}, Path(options.out)
-    for length in lengths:
-        options.weights, folder = f"length:{length!r}", out / f"length_{length!r}"
-        with agreed(world):
-            images = sampled(checkpoint, config, options, device, first)
-        # Not kept: a sweep has many, and `evaluate` makes those of the best again.
-        check_evaluation(images, extractor, folder, world, keep_samples=False)
-        measured = options.reference, extractor, world, device
-        reference = reference or load_reference(*measured, size=images.size, progress=first)
-        run = images, reference, extractor, folder, world, device
-        card = evaluate(*run, keep_samples=False, progress=first)
-        if card is not None:
-            cards[length] = card
-    if first:
-        print(_report(cards, out), flush=True)
+        axis = "length of the average" if options.ema_lengths else "cfg"
+        by_point = {point: cards[folder] for point, (folder, _) in points.items()}
+        out = Path(options.out)
+        print(f"{write_sweep(by_point, axis, out)}\nwritten to {out}", flush=True)
     leave()
     return 0
 
 
-def _numbers(name: str, text: str) -> list[float]:
-    """Ascending, each once.  UserError for anything else than numbers with commas."""
+def _scales(options: argparse.Namespace) -> Points:
+    if options.cfg or options.guide:
+        raise UserError("sweep has --guidance and --scales in place of --guide and --cfg")
+    stored, out, points = checkpoint_of(options).config(), Path(options.out), Points()
+    scales = options.scales or _SCALES
+    for guide, options.cfg in itertools.product((options.guidance or "null").split(","), scales):
+        name, options.guide = re.sub(r"[^\w.@:-]+", "_", guide), guide
+        # At scale 1, where none guides, they have one card.
+        folder = out / ("cfg1" if options.cfg == 1 else f"{name}_cfg{options.cfg:g}")
+        config = evaluation_config(stored, options)
+        points[guide, options.cfg] = folder, (config, options.weights)
+    return points
+
+
+def _lengths(options: argparse.Namespace) -> Points:
+    if options.guidance or options.scales or options.weights:
+        raise UserError("--ema-lengths goes without --guidance, --scales and --weights")
+    checkpoint, points = checkpoint_of(options), Points()
+    config = evaluation_config(checkpoint.config(), options)
+    for length in options.ema_lengths:
+        weights = f"length:{length!r}"
+        checkpoint.weights(weights)  # or an error before hours of sampling
+        points["averages", length] = Path(options.out) / f"length_{length!r}", (config, weights)
+    return points
+
+
+def _numbers(text: str) -> list[float]:
+    """Ascending, each once."""
     try:
         return sorted({float(part) for part in text.split(",")})
     except ValueError:
-        raise UserError(f"{name} ({text}) must be numbers, such as 0.03,0.05,0.1") from None
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers such as 1,1.5,2") from None
 
 
-def _report(cards: dict[float, Card], out: Path) -> str:
-    """Writes ``sweep.md`` and ``sweep.png`` and returns the table: every length's scores, the least
-    Fréchet distance marked.
-    """
-    from diffmoe.evaluation.plots import score_against
-    from diffmoe.markdown import table
-
-    what, names = "length of the average", next(iter(cards.values())).score_names
-    distances = {length: card.scores.frechet_distance for length, card in cards.items()}
-    best = min(distances, key=distances.__getitem__)
-    rows = [
-        (f"{length:g}{' (best)' * (length == best)}", *(getattr(card.scores, n) for n in names))
-        for length, card in cards.items()
-    ]
-    text = "\n".join(table((what, *names.values()), rows)) + "\n"
-    (out / "sweep.md").write_text(text)
-    score_against(distances, what, names["frechet_distance"], out / "sweep.png")
-    return f"{text}written to {out}"
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="sweep",
-        description="Scores of a checkpoint at several lengths of its average (train.ema_lengths), "
-        "with the same noise: a table, a curve, and a folder each with its card. Interrupted, it "
-        "resumes when the same command runs again.",
+def _parser() -> argparse.ArgumentParser:
+    parser = evaluation_options(Parser(prog="sweep"))
+    parser.description = (
+        "The Fréchet distance against guidance's scale, a curve a guide, or against the length of "
+        "the average; the best is marked: OUT/sweep.md, .json and .png, and a folder of evaluate "
+        "for each point. Interrupted, it resumes when the same command runs again."
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help=CHECKPOINT_HELP)
-    add("--ema-lengths", required=True, help="such as 0.03,0.05,0.1")
-    for name in ("--reference", "--extractor"):
-        add(name, required=True, help="as for evaluate")
-    add("--count", type=int, help="images of each length (default: 50,000)")
-    add("--classes", dest="labels", choices=("balanced", "random"), help="as for evaluate")
-    add("--out", default="sweep", help="folder (default: %(default)s)")
-    add_sampling_options(parser)
+    guides = "null, capacity, checkpoints (see --guide), with commas between (default: null)"
+    add("--guidance", help=guides)
+    add("--scales", type=_numbers, help="as many of --cfg (default: 1,1.25,1.5,2,3)")
+    lengths = "instead: averages of these lengths, such as 0.03,0.05,0.1 (see train.ema_lengths)"
+    add("--ema-lengths", type=_numbers, help=lengths)
     return parser

@@ -78,7 +78,7 @@ def _train(arguments: list[str], environment: RankEnvironment, stop_requested: l
         raise UserError(f"--ranks ({options.ranks}) goes with --dry-run and must be at least 1")
     config = load_config(options.config, options.overrides)
     if config.train.sample_every or config.train.score_every:
-        check_guidance(config)
+        check_guidance(config, training=True)
     try:
         layout = resolve_layout(config, options.ranks or environment.world)
     except UserError as error:

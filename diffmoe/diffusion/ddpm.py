@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe.diffusion.guidance import Guide, Interval, is_guided
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.routing import RoutingRule
@@ -284,26 +285,43 @@ def ddpm_losses(
 # sampling
 
 
-def guided_epsilon(
-    model: DiT, y: Tensor, cfg: float, rule: RoutingRule, channels: int | None = 3
-) -> Field:
-    """The field (x [B, C, H, W], t [B]) -> [epsilon, v] with classifier-free guidance: null + cfg
-    (conditional - null).
+def progress(t: Tensor) -> Tensor:
+    """Steps t of the 1000 as times from 0 (noise) to 1 (data), each step's middle."""
+    return 1 - (t + 0.5) / 1000
 
-    Both halves run as one batch of 2 B, hence as one pool, and only the first ``channels`` of
-    epsilon are guided (None: all C), as published (DiT ``forward_with_cfg``, which samples 2 B
-    images and drops half); the rest and v come from the conditional half.  ``cfg = 1`` runs the
-    conditional pass alone.
+
+def guided_epsilon(
+    model: DiT,
+    y: Tensor,
+    cfg: float,
+    rule: RoutingRule,
+    channels: int | None = 3,
+    *,
+    guide: Guide | None = None,
+    interval: Interval | None = None,
+) -> Field:
+    """The field (x [B, C, H, W], t [B]) -> [epsilon, v] with guidance: guide + cfg (conditional -
+    guide); the guide is the null class where there is none.
+
+    With the null class both halves run as one batch of 2 B, hence as one pool, and only the first
+    ``channels`` of epsilon are guided (None: all C), as published (DiT ``forward_with_cfg``, which
+    samples 2 B images and drops half); the rest and v come from the conditional half.  Another
+    guide's pass is one by itself.  ``cfg = 1``, and steps t (of one value for all samples) outside
+    the ``interval`` of :func:`progress`, run the conditional pass alone.
     """
     labels = torch.cat([y, torch.full_like(y, model.model.classes)])
 
     def model_fn(x: Tensor, t: Tensor) -> Tensor:
-        if cfg == 1.0:
+        if not is_guided(progress(t), cfg, interval):
             return model(x, t, y, rule).prediction.to(x.dtype)
-        both = model(torch.cat([x, x]), torch.cat([t, t]), labels, rule).prediction.to(x.dtype)
-        conditional, null = both.chunk(2)
+        if guide is None:
+            both = model(torch.cat([x, x]), torch.cat([t, t]), labels, rule).prediction.to(x.dtype)
+            conditional, weaker = both.chunk(2)
+        else:
+            conditional = model(x, t, y, rule).prediction.to(x.dtype)
+            weaker = guide[0](x, t, y, guide[1]).prediction.to(x.dtype)
         guided = x.shape[1] if channels is None else channels
-        front = null[:, :guided] + cfg * (conditional[:, :guided] - null[:, :guided])
+        front = weaker[:, :guided] + cfg * (conditional[:, :guided] - weaker[:, :guided])
         return torch.cat([front, conditional[:, guided:]], dim=1)
 
     return model_fn

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffmoe.diffusion.guidance import Guide, Interval, is_guided
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.routing import RoutingRule
 
@@ -44,21 +45,30 @@ def flow_errors(
     return (velocity - (x - noise)).square(), output
 
 
-def guided_velocity(model: DiT, y: Tensor, cfg: float, rule: RoutingRule) -> Velocity:
-    """The field v(z, t) with classifier-free guidance: null + cfg (conditional - null) on all
-    channels.
+def guided_velocity(
+    model: DiT,
+    y: Tensor,
+    cfg: float,
+    rule: RoutingRule,
+    *,
+    guide: Guide | None = None,
+    interval: Interval | None = None,
+) -> Velocity:
+    """The field v(z, t) with guidance on all channels: guide + cfg (conditional - guide); the guide
+    is the null class where there is none.
 
-    The two passes are two pools, as published.  ``cfg = 1`` runs the conditional pass alone."""
+    The two passes are two pools, as published.  ``cfg = 1``, and times t outside the ``interval``
+    (of one value for all samples), run the conditional pass alone."""
     null = torch.full_like(y, model.model.classes)
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
-        def run(labels: Tensor) -> Tensor:
+        def run(model: DiT, labels: Tensor, rule: RoutingRule) -> Tensor:
             return model(z, t, labels, rule).prediction[:, : z.shape[1]].to(z.dtype)
 
-        conditional = run(y)
-        if cfg == 1.0:
+        conditional = run(model, y, rule)
+        if not is_guided(t, cfg, interval):
             return conditional
-        unconditional = run(null)
-        return unconditional + cfg * (conditional - unconditional)
+        weaker = run(model, null, rule) if guide is None else run(guide[0], y, guide[1])
+        return weaker + cfg * (conditional - weaker)
 
     return velocity

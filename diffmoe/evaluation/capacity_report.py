@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.config import Config
-from diffmoe.diffusion.ddpm import linear_schedule
+from diffmoe.diffusion.ddpm import progress
+from diffmoe.diffusion.guidance import lower_rule
 from diffmoe.errors import UserError
 from diffmoe.evaluation.plots import capacity_used
 from diffmoe.families import has_thresholds
@@ -35,7 +36,8 @@ CONDITIONAL, NULL = slice(0, -1), slice(-1, None)
 class CapacityUsed:
     """Sums over all images and passes of a sampling: ``taken_LbC``, the experts per token that
     samples got, by layer, time bin (noise to data) and class, and ``samples_bC``, how many samples
-    those are.  The last class is the null class of guidance.  float64.
+    those are.  The last class is the null class of guidance, or the guide of lower capacity.
+    float64.
     """
 
     taken_LbC: np.ndarray
@@ -60,7 +62,7 @@ class CapacityUsed:
 
     def by_class(self) -> list[tuple[int, float]]:
         """(class, capacity) of the classes that were sampled, from the hardest, which used most, to
-        the easiest.  Passes with the null class have no class and do not count.
+        the easiest.  The guide's passes do not count.
         """
         used = self._per_layer((0,), CONDITIONAL)
         pairs = [(c, float(value)) for c, value in enumerate(used) if np.isfinite(value)]
@@ -88,6 +90,7 @@ class CapacityMeter:
                 "reported"
             )
         self.images, self.process = images, config.diffusion.process
+        self.lower = lower_rule(config.sample) if config.sample.guided_by_capacity else None
         self.bins = min(config.sample.steps, MAX_TIME_BINS)
         shape = (self.bins, config.model.classes + 1)
         layers = len(self.layers)
@@ -101,7 +104,9 @@ class CapacityMeter:
         counted = torch.tensor(weights, device=self.samples_bC.device)
 
         def count(_: nn.Module, inputs: tuple, output: ModelOutput) -> None:
-            _, t, y, _ = inputs
+            _, t, y, rule = inputs
+            if rule == self.lower:
+                y = torch.full_like(y, self.samples_bC.shape[1] - 1)
             # DDPM's guidance runs both halves as one batch.
             both = counted.repeat(len(y) // len(counted))
             self.add(t, y, both, output.moe, model.model.tokens)
@@ -116,9 +121,9 @@ class CapacityMeter:
         self, t: Tensor, y: Tensor, counted: Tensor, reports: tuple[MoEStats, ...], tokens: int
     ) -> None:
         """One pass: times t [B], labels y [B], weights ``counted`` [B], and the layers' reports."""
-        progress = 1 - (t + 0.5) / len(linear_schedule()) if self.process == "ddpm" else t
+        time = progress(t) if self.process == "ddpm" else t
         # A step's start, i / steps, may round to just below the bin that it begins.
-        bins = (progress.double() * self.bins + 1e-3).long().clamp(0, self.bins - 1)
+        bins = (time.double() * self.bins + 1e-3).long().clamp(0, self.bins - 1)
         place, weight = bins * self.samples_bC.shape[1] + y, counted.to(self.samples_bC.dtype)
         self.samples_bC.view(-1).index_add_(0, place, weight)
         taken_LB = torch.stack([stats.tokens_BE.sum(1) for stats in reports]) * (weight / tokens)
@@ -146,6 +151,7 @@ def write_report(used: CapacityUsed, config: Config, stem: str) -> list[Path]:
         paths[2],
         used.layers,
         target=config.sample.capacity,
+        guide="guide" if config.sample.guided_by_capacity else "null class",
     )
     return paths
 
@@ -172,6 +178,8 @@ def report_tree(used: CapacityUsed, config: Config) -> dict:
         "sampler": sample.sampler,
         "steps": sample.steps,
         "cfg": sample.cfg,
+        "guidance": sample.guidance,
+        "guide": sample.guide,
         "passes": int(used.samples_bC.sum()),
         "by_layer": dict(zip(used.layers, map(float, used.by_layer()))),
         "by_time": [
@@ -200,14 +208,14 @@ def _markdown(tree: dict) -> str:
     lines = [
         f"# Capacity used: {tree['capacity']:.4f} experts per token{wanted}",
         "",
-        f"{tree['sampler']}, {tree['steps']} steps, cfg {tree['cfg']:g}, {tree['routing']} "
-        f"routing{thresholds}; {tree['passes']} passes of one image.",
+        f"{tree['sampler']}, {tree['steps']} steps, cfg {tree['cfg']:g}{tree['guidance']}, "
+        f"{tree['routing']} routing{thresholds}; {tree['passes']} passes of one image.",
         "",
         *table(("layer", "capacity"), tree["by_layer"].items()),
         "",
         "t is 0 at noise and 1 at data.",
         "",
-        *table(("t", "conditional", "null"), time_rows),
+        *table(("t", "conditional", "guide" if tree["guide"] == "capacity" else "null"), time_rows),
         "",
         f"Classes from the hardest (most capacity) to the easiest, conditional passes{which}",
         "",

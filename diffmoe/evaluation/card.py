@@ -31,7 +31,9 @@ class Card:
     """One evaluation, of a checkpoint or of samples that exist.
 
     `weights_sha256` is `logical.weights_digest` of the model. `sampling` is the whole configuration
-    section, for what has no field of its own. `capacity` is the dial at inference (with static
+    section, for what has no field of its own. `guidance`: what `cfg` leaves unsaid, in words:
+    another guide than the null class, of which `guide_sha256` is the weights' digest where they
+    are others, and an interval of times. `capacity` is the dial at inference (with static
     routing `moe.capacity`), `gamma` the constant threshold; with neither, the learned thresholds
     decided. `batch` images were sampled together, and with the batch and static routing rules they
     shape each other. `splits`: of the Inception Score. `reference_count` None: the file does not
@@ -55,6 +57,8 @@ class Card:
     latent_scale: float | None = None
     latent_shift: float | None = None
     cfg: float | None = None
+    guidance: str = ""
+    guide_sha256: str | None = None
     sampler: str | None = None
     steps: int | None = None
     sampling: dict[str, object] | None = None
@@ -116,7 +120,8 @@ class Card:
             if isinstance(value, dict):
                 value = ", ".join(f"{name} {entry}" for name, entry in value.items())
             settings.append((field.replace("_", " "), None if value is None else str(value)))
-        what = f"{self.family} at step {self.step}, {self.weights} weights, cfg {self.cfg}"
+        what = f"{self.family} at step {self.step}, {self.weights} weights, "
+        what += f"cfg {self.cfg}{self.guidance}"
         lines = [
             f"# {self.count} images of {self.samples or what}",
             "",

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffmoe.config import Config, MoEConfig, SampleConfig
 from diffmoe.diffusion.ddpm import ancestral_noise, guided_epsilon
+from diffmoe.diffusion.guidance import lower_rule
 from diffmoe.diffusion.randomness import sampling_noise
 from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import SAMPLERS
@@ -35,15 +37,22 @@ def inference_rule(moe: MoEConfig, sample: SampleConfig) -> RoutingRule:
 
 
 def check_dial(model: DiT, sample: SampleConfig) -> None:
-    """Raises UserError where the capacity dial is asked for and a layer has no histogram of its
-    predictor's outputs.
+    """Raises UserError where the capacity dial is asked for, by the model or its guide, and a layer
+    has no histogram of its predictor's outputs.
     """
-    layers = [layer for _, layer in model.moe_layers()]
-    if sample.capacity is not None and not all(x.thresholds.has_histogram for x in layers):
+    if sample.capacity is not None:
+        asked, otherwise = f"sample.capacity ({sample.capacity})", "set sample.gamma"
+    elif sample.guided_by_capacity and sample.routing != "static":
+        asked = f"sample.guide (capacity {sample.guide_capacity})"
+        otherwise = "set another sample.guide"
+    else:
+        return
+    layers = [layer for _, layer in model.moe_layers() if has_thresholds(layer.model)]
+    if not all(layer.thresholds.has_histogram for layer in layers):
         raise UserError(
-            f"sample.capacity ({sample.capacity}) needs histograms of the predictors' outputs, "
+            f"{asked} needs histograms of the predictors' outputs, "
             "which training writes into its checkpoints; this one has none (an older or an "
-            "imported one): train on from it, or set sample.gamma"
+            f"imported one): train on from it, or {otherwise}"
         )
 
 
@@ -74,14 +83,18 @@ def generate(
     progress: bool = False,
     meter: CapacityMeter | None = None,
     together: Group | None = None,
+    guide: DiT | None = None,
 ) -> Tensor:
     """Images [n, C, H, W], fp32 on the CPU, of classes ``labels`` from the noise of images
     ``numbers``.
 
     ``together``: ranks whose passes must keep step, since the model communicates in them.
-    ``meter`` counts the capacity used.  Raises UserError where :func:`check_dial` does.
+    ``meter`` counts the capacity used.  ``guide``: whole, where guidance needs other weights.
+    Raises UserError where :func:`check_dial` does.
     """
     check_dial(model, config.sample)
+    if guide is not None:
+        check_dial(guide, config.sample)
     sizes, sample = config.model, config.sample
     shape = (sizes.channels, sizes.input_size, sizes.input_size)
     images = []
@@ -90,7 +103,7 @@ def generate(
         part = slice(start, start + sample.batch)
         noise = sampling_noise(config.run.seed, numbers[part], shape).to(device)
         y = torch.tensor(labels[part], device=device)
-        field = _field(model, config, y)
+        field = _field(model, config, y, guide)
         counting = (
             contextlib.nullcontext() if meter is None else meter.watching(model, numbers[part])
         )
@@ -101,14 +114,22 @@ def generate(
     return torch.cat(images)
 
 
-def _field(model: DiT, config: Config, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _field(
+    model: DiT, config: Config, y: Tensor, other: DiT | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """What the sampler integrates.  The flow is guided on all channels, as published."""
-    sample = config.sample
+    sample, guide = config.sample, None
     rule = inference_rule(config.moe, sample)
+    if sample.guided_by_capacity:
+        guide = (model, lower_rule(sample))
+    elif sample.guide_checkpoint:
+        assert other is not None
+        guide = (other, inference_rule(other.moe, sample))
+    how: dict[str, Any] = {"guide": guide, "interval": sample.cfg_interval}
     if config.diffusion.process == "ddpm":
         channels = min(sample.cfg_channels, config.model.channels)
-        return guided_epsilon(model, y, sample.cfg, rule, channels=channels)
-    return guided_velocity(model, y, sample.cfg, rule)
+        return guided_epsilon(model, y, sample.cfg, rule, channels, **how)
+    return guided_velocity(model, y, sample.cfg, rule, **how)
 
 
 def _options(config: Config, together: Group | None, device: torch.device) -> dict:
@@ -140,6 +161,7 @@ def generate_everywhere(
     progress: bool = False,
     meter: CapacityMeter | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
+    guide: DiT | None = None,
 ) -> Tensor:
     """Images 0 … len(labels) - 1, an equal share on every rank (surplus numbers fill the last), all
     of them on all ranks.  Ranks make the same number of passes, so the experts may be spread over
@@ -148,7 +170,7 @@ def generate_everywhere(
     each = -(-len(labels) // world.size)
     numbers = range(world.index * each, (world.index + 1) * each)
     my_labels = [labels[i % len(labels)] for i in numbers]
-    mine = generate(model, config, my_labels, numbers, device, progress, meter, world)
+    mine = generate(model, config, my_labels, numbers, device, progress, meter, world, guide)
     if decode is not None:
         mine = torch.cat([decode(part) for part in mine.split(config.sample.batch)])
     return gather_stack(mine.to(device), world).flatten(0, 1)[: len(labels)].cpu()

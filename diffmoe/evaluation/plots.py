@@ -157,6 +157,7 @@ def capacity_used(
     path: str | Path,
     layer_names: Sequence[str],
     target: float | None = None,
+    guide: str = "null class",
 ) -> None:
     """Draw the capacity that sampling used (experts per token): over time, by layer and time, and
     by class.
@@ -167,6 +168,7 @@ def capacity_used(
             without, if there were any.
         ranking: (class, capacity) from the hardest class to the easiest.
         target: the capacity that was asked for, drawn as a line.
+        guide: what `null` is called.
     """
     layers, bins = layer_time.shape
     figure = _figure(11, 7.5)
@@ -174,7 +176,7 @@ def capacity_used(
     over_time, heat = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     centers = (np.arange(bins) + 0.5) / bins
     marker = "o" if bins <= 30 else ""
-    for values, color, label in ((conditional, _BLUE, "with class"), (null, _ORANGE, "null class")):
+    for values, color, label in ((conditional, _BLUE, "with class"), (null, _ORANGE, guide)):
         if values is not None:
             over_time.plot(centers, values, color=color, marker=marker, markersize=3.5, label=label)
     if target is not None:
@@ -221,6 +223,23 @@ def _class_ranking(ax: Axes, ranking: Sequence[tuple[int, float]]) -> None:
     _tidy(ax, "experts per token")
 
 
+def score_curves(
+    curves: Mapping[str, Mapping[float, float]], axis: str, score: str, path: str | Path
+) -> None:
+    """Draw a score, of which less is better, by the setting ``axis``; a star is a curve's best."""
+    figure = _figure(7, 4.6)
+    ax = figure.subplots()
+    for name, curve in curves.items():
+        best = min(curve, key=lambda x: (curve[x], x))
+        label = f"{name}: {curve[best]:.4g} at {best:g}"
+        (line,) = ax.plot(*zip(*sorted(curve.items())), marker="o", markersize=4, label=label)
+        ax.plot([best], [curve[best]], "*", markersize=14, color=line.get_color())
+    ax.legend(frameon=False, fontsize=9)
+    ax.set_xlabel(axis)
+    _tidy(ax, score)
+    _save(figure, path)
+
+
 def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -> None:
     """Draw one horizontal bar for each name, with its figure, top down in the given order."""
     figure = _figure(8, 1.2 + 0.36 * len(values))
@@ -232,21 +251,6 @@ def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -
     ax.set_xlabel(unit)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(title, fontsize=12)
-    _save(figure, path)
-
-
-def score_against(scores: Mapping[float, float], what: str, score: str, path: str | Path) -> None:
-    """Draw a score (less is better) at each value of a setting ``what``; the best is marked."""
-    figure = _figure(6.4, 4.2)
-    ax = figure.subplots()
-    ax.plot(list(scores), list(scores.values()), color=_BLUE, marker="o", markersize=4)
-    best = min(scores, key=scores.__getitem__)
-    ax.plot(
-        [best], [scores[best]], "o", color=_ORANGE, label=f"best: {scores[best]:.4g} at {best:g}"
-    )
-    ax.set_xlabel(what)
-    ax.legend(frameon=False)
-    _tidy(ax, score)
     _save(figure, path)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe.config import Config
+from diffmoe.config import Config, SampleConfig
 from diffmoe.device import set_fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.evaluation.decoding import Decoder
@@ -79,8 +79,10 @@ def sampled_images(
     labels: str,
     device: torch.device,
     decoder: Decoder | None = None,
+    guide: DiT | None = None,
 ) -> Images:
-    """Images of a whole model: every rank holds all of it.
+    """Images of a whole model, and of a whole ``guide`` where guidance needs other weights: every
+    rank holds all of them.
 
     `config`: the run's, with `sample` and `run.seed` as wanted; `sample.batch` images are sampled
     together. `labels`: `balanced`: image i is of class i modulo classes; `random`: a uniform class
@@ -91,8 +93,7 @@ def sampled_images(
         raise UserError(f"count ({count}) must be at least 1")
     set_fp32_precision(config.run.fp32_precision)
     classes, seed = config.model.classes, config.run.seed
-    sample = dataclasses.asdict(config.sample)
-    del sample["columns"]
+    sample = _told(config.sample)
     made_by = {
         **dataclasses.asdict(subject),
         "weights_sha256": weights_digest(model),
@@ -111,22 +112,27 @@ def sampled_images(
         "decoder_sha256": decoder and decoder.sha256,
         "decoder": decoder and decoder.name,
     }
+    if guide is not None:
+        settings["guide_sha256"] = weights_digest(guide)
     shift = config.diffusion.time_shift  # moves the sampler's times, too
     fields = ("cfg", "sampler", "steps", "routing", "capacity", "gamma", "batch")
     card = {
         **made_by,
         **{name: sample[name] for name in fields},
+        "guidance": config.sample.guidance,
         "family": config.model.family,
         "process": config.diffusion.process,
         "sampling": {**sample, **({} if shift == 1 else {"time_shift": shift})},
         "vae": decoder and decoder.name,
         "vae_sha256": decoder and decoder.sha256,
+        "guide_sha256": settings.get("guide_sha256"),
     }
     if config.sample.routing == "static":
         card["capacity"] = config.moe.capacity
 
     def make(numbers: range) -> Tensor:
-        x = generate(model, config, class_labels(labels, numbers, classes, seed), numbers, device)
+        asked = class_labels(labels, numbers, classes, seed)
+        x = generate(model, config, asked, numbers, device, guide=guide)
         if bad := int((~torch.isfinite(x)).flatten(1).any(1).sum()):
             raise UserError(f"{bad} of {len(x)} samples are not finite")
         return to_uint8(x) if decoder is None else decoder.function(x)
@@ -140,6 +146,19 @@ def sampled_images(
         card,
         lambda: class_labels(labels, range(count), classes, seed),
     )
+
+
+def _told(sample: SampleConfig) -> dict[str, Any]:
+    """The section as settings and cards have it, without what makes no difference to the images:
+    those from before there was a choice of guides stay the same.
+    """
+    unused = {
+        "columns": True,
+        "cfg_interval": sample.cfg == 1 or sample.cfg_interval is None,
+        "guide": sample.cfg == 1 or sample.guide is None,
+        "guide_capacity": not sample.guided_by_capacity,
+    }
+    return {k: v for k, v in dataclasses.asdict(sample).items() if not unused.get(k)}
 
 
 def given_images(source: ImageSource, count: int | None) -> Images:

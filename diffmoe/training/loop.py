@@ -364,7 +364,7 @@ def _sample(run: Run) -> None:
     unasked: guidance that training does not allow is an event there and no error.
     """
     try:
-        check_guidance(run.config)
+        check_guidance(run.config, training=True)
     except UserError as error:
         return run.event("not sampled", f"no images: {error}")
     run.groups.trace.enter("sampling")
