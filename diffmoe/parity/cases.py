@@ -46,6 +46,7 @@ VARIANTS = {
     "moe.shared_experts=1",
     "min-snr": "diffusion.process=ddpm diffusion.loss_weight=min_snr train.dispersive_weight=0.5 "
     "sample.sampler=ancestral",
+    "muon": "train.optimizer=muon model.width=16 moe.shared_experts=1",
     "ddpm": "diffusion.process=ddpm diffusion.time_sampling=uniform diffusion.time_scale=1 "
     "sample.sampler=ancestral",
 }
