@@ -217,6 +217,12 @@ def _check_together(tree: dict, config: Config) -> None:
             "train.optimizer (apex) must be torch or deepspeed with DeepSpeed's "
             "zero_optimization.stage (3)"
         )
+    if train.optimizer == "muon" and stage == 3:
+        # There every tensor is cut over all ranks, and none of a step's matrices would be whole.
+        raise UserError(
+            "train.optimizer (muon) needs a DeepSpeed zero_optimization.stage (3) of at most 2: "
+            "it orthogonalizes whole matrices"
+        )
     if train.compile is True and stage == 3:  # see TrainConfig.compiles
         raise UserError(
             "train.compile (true) needs a DeepSpeed zero_optimization.stage (3) of at most 2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+MUON = "muon"  # train.optimizer
 _QKV = re.compile(r"blocks\.\d+\.attn\.qkv\.weight")
 _OTHERS = re.compile(
     r"blocks\.\d+\.(attn\.proj\.weight|mlp\.(shared\.)?fc[12]\.weight"

@@ -26,7 +26,7 @@ from diffmoe.families import TOKENS_CHOOSE, has_load_bias, has_thresholds
 from diffmoe.layout import pairs_taken, rows_taken
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.models.logical import LogicalTensor, logical_tensors
-from diffmoe.models.matrices import is_matrix
+from diffmoe.models.matrices import MUON, is_matrix
 from diffmoe.moe.gating import Beside, scored
 from diffmoe.moe.layer import MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
@@ -63,9 +63,7 @@ def plain_training(
     """``steps`` optimizer steps with pools of ``pool`` samples, ``accumulation`` passes each."""
     train, rows = config.train, config.train.batch // accumulation
     model = build_model(config, pool, single_process()).to(device)
-    matrices = [
-        t for t in logical_tensors(model) if train.optimizer == "muon" and is_matrix(t.name)
-    ]
+    matrices = [t for t in logical_tensors(model) if train.optimizer == MUON and is_matrix(t.name)]
     momenta: dict[str, Tensor] = {}
     muons = {id(t.parameter) for t in matrices}
     adam = torch.optim.AdamW(

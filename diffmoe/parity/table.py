@@ -40,14 +40,14 @@ from diffmoe.device import set_fp32_precision
 from diffmoe.evaluation.generate import generate
 from diffmoe.models.compiled import compile_blocks, compiles
 from diffmoe.models.dit import run_plainly
-from diffmoe.models.matrices import is_matrix
+from diffmoe.models.matrices import MUON, is_matrix
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import RankError, Ranks
 from diffmoe.parity.cases import STEPS, Case
 from diffmoe.parity.plain import RUNNING, Reference, plain_training
 from diffmoe.parity.synthetic import Training, build_model
 from diffmoe.training.engine import FIRST_MOMENT, Engine
-from diffmoe.training.muon import MOMENTUM, MUON
+from diffmoe.training.muon import MOMENTUM
 
 BOUND, FLOOR = 1e-5, 1e-3
 # bf16 keeps 8 bits: one rounding is up to 2^-9, and a forward and backward of this model chain some

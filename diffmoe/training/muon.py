@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from diffmoe.checkpoints.reader import FIRST_MOMENT
+from diffmoe.models.matrices import MUON
 from diffmoe.parallel.collectives import exchange_parts, gather_objects
 from diffmoe.parallel.groups import Group
 
 MOMENTUM, SCALE = 0.95, 0.2
 STEPS, COEFFICIENTS, _SMALLEST = 5, (3.4445, -4.7750, 2.0315), 1e-7
-MUON = "muon"  # a parameter group's mark
 
 
 def newton_schulz(stack: Tensor) -> Tensor:

@@ -27,10 +27,10 @@ from diffmoe.config import TrainConfig
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.models.logical import LogicalTensor
-from diffmoe.models.matrices import is_matrix
+from diffmoe.models.matrices import MUON, is_matrix
 from diffmoe.parallel.groups import Group, ShardGroups
 from diffmoe.parallel.traffic import only_counting
-from diffmoe.training.muon import MUON, Muon
+from diffmoe.training.muon import Muon
 
 _ROW = 4096
 
