@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffmoe.checkpoints.reader import FIRST_MOMENT
 from diffmoe.models.matrices import MUON
-from diffmoe.parallel.collectives import exchange_parts, gather_objects
+from diffmoe.parallel.collectives import exchange_parts
 from diffmoe.parallel.groups import Group
 
 MOMENTUM, SCALE = 0.95, 0.2
@@ -81,8 +81,8 @@ class _Cut:
 
 
 class Matrices:
-    """Stacks of matrices that the ranks of ``group`` share: each holds a run of their elements, as
-    ZeRO cuts them.  Collective: every rank of the group makes one and calls :meth:`update`.
+    """Stacks of matrices of which the ranks of ``group`` hold a run of elements each, as ZeRO cuts
+    them: shards of one size, one after the other.  Every rank of the group calls :meth:`update`.
 
     A matrix that lies on one rank is its business alone.  Of one that is cut every rank that has a
     part gets the rest from the others and orthogonalizes it too, so that no update travels back: at
@@ -93,9 +93,8 @@ class Matrices:
         self.group, self._cuts = group, list[_Cut]()
         self._whole: list[tuple[Held, range]] = []
         self._empty = held[0].flat.new_empty(0)
-        spans = zip(*gather_objects([each.span for each in held], group))
-        for each, by_rank in zip(held, spans, strict=True):
-            size, span = each.shape[1] * each.shape[2], each.span
+        for each in held:
+            size, span, shard = each.shape[1] * each.shape[2], each.span, each.flat.numel()
             if not span:
                 continue
             first, last = -(-span.start // size), span.stop // size
@@ -104,7 +103,9 @@ class Matrices:
             for number in sorted({span.start // size, (span.stop - 1) // size}):
                 if not first <= number < last:
                     elements = range(number * size, (number + 1) * size)
-                    parts = [_common(elements, other) for other in by_rank]
+                    begin = group.index * shard + each.offset - span.start  # of the stack
+                    shards = (range(k * shard, (k + 1) * shard) for k in range(group.size))
+                    parts = [_common(elements, s.start - begin, s.stop - begin) for s in shards]
                     self._cuts.append(_Cut(each, elements, parts))
 
     def update(self, lr: float) -> None:
@@ -134,9 +135,8 @@ class Matrices:
         pieces = [iter(part.split(each)) for part, each in zip(arrived, sizes, strict=True)]
         found = []
         for cut, mine in zip(self._cuts, own, strict=True):
-            held = [(rank, part) for rank, part in enumerate(cut.parts) if part]
-            held.sort(key=lambda pair: pair[1].start)
-            found.append(torch.cat([mine if r == me else next(pieces[r]) for r, _ in held]))
+            ranks = [rank for rank, part in enumerate(cut.parts) if part]
+            found.append(torch.cat([mine if r == me else next(pieces[r]) for r in ranks]))
         return found
 
 
@@ -149,8 +149,8 @@ def _scale(held: Held) -> float:
     return SCALE * math.sqrt(max(held.shape[1:]))
 
 
-def _common(one: range, other: range) -> range:
-    return range(max(one.start, other.start), min(one.stop, other.stop))
+def _common(elements: range, start: int, stop: int) -> range:
+    return range(max(elements.start, start), min(elements.stop, stop))
 
 
 def of_muon(optimizer: torch.optim.Optimizer) -> set[int]:
