@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from diffmoe.config import Config
 from diffmoe.cost.memory import EngineFacts, shard_numel, shared_parts
-from diffmoe.cost.parameters import inner_width, rank_parameters
+from diffmoe.cost.parameters import expert_width, rank_parameters
 from diffmoe.layout import Layout
 from diffmoe.models.matrices import is_matrix
 
@@ -27,7 +27,7 @@ def matrix_sizes(config: Config, ep: int, experts: bool) -> list[int]:
         if is_matrix(p.name) and (ep > 1 and p.expert) == experts:
             size = p.numel
             if p.expert:
-                size = width * inner_width(config.model, config.moe)
+                size = width * expert_width(config.model, config.moe)
             elif ".attn." in p.name:  # q's, k's and v's are three
                 size = width * width
             found += [size] * (p.numel // size)

@@ -7,7 +7,7 @@ import re
 MUON = "muon"  # train.optimizer
 _QKV = re.compile(r"blocks\.\d+\.attn\.qkv\.weight")
 _OTHERS = re.compile(
-    r"blocks\.\d+\.(attn\.proj\.weight|mlp\.(shared\.)?fc[12]\.weight"
+    r"blocks\.\d+\.(attn\.proj\.weight|mlp\.(shared\.)?(fc[12]|gate)\.weight"
     r"|mlp\.experts\.(\d+\.)?(fc1|fc2|gate)_weight)"
 )
 
