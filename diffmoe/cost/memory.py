@@ -16,7 +16,7 @@ from diffmoe.deepspeed_json import reduction
 from diffmoe.deepspeed_keys import MICS
 from diffmoe.families import TOKENS_CHOOSE, has_predictor, has_target_head, is_moe_block
 from diffmoe.layout import Layout
-from diffmoe.models.matrices import MUON, is_matrix
+from diffmoe.models.matrices import MUON, is_matrix, matrices_in
 
 _FP32 = 4
 
@@ -125,7 +125,7 @@ class Memory:
 
 class Part(NamedTuple):
     """Sizes of a rank's tensors that DeepSpeed shards together, and how many ranks hold the same:
-    of what all ranks share, or of experts shared out; Muon's matrices apart.
+    of what all ranks share, or of experts shared out; apart from these Muon's, matrix by matrix.
     """
 
     numels: list[int]
@@ -140,7 +140,9 @@ def shared_parts(config: Config, layout: Layout) -> list[Part]:
     muon = config.train.optimizer == MUON
     for p in rank_parameters(config.model, config.moe, layout.ep):
         key = layout.ep > 1 and p.expert, muon and is_matrix(p.name)
-        sizes.setdefault(key, []).append(p.numel)
+        number = matrices_in(p.name, config.moe.experts // layout.ep if p.expert else 1)
+        number = number if key[1] else 1
+        sizes.setdefault(key, []).extend([p.numel // number] * number)
     return [
         Part(sizes[key], layout.ranks // (layout.ep if key[0] else 1), *key)
         for key in sorted(sizes)
@@ -152,6 +154,7 @@ def rank_memory(config: Config, layout: Layout, engine: EngineFacts) -> Memory:
     copies = engine.copies(layout)
     parts = [part._replace(ranks=part.ranks // copies) for part in shared_parts(config, layout)]
     numels = [n for part in parts for n in part.numels]
+    largest = max(p.numel for p in rank_parameters(config.model, config.moe, layout.ep))
     whole = sum(numels)
     shard = sum(shard_numel(part.numels, part.ranks, engine) for part in parts)
     muon = sum(shard_numel(part.numels, part.ranks, engine) for part in parts if part.muon)
@@ -171,7 +174,7 @@ def rank_memory(config: Config, layout: Layout, engine: EngineFacts) -> Memory:
         gathered=gathered,
         activations=activations,
         exchange=exchange,
-        working=working + engine.element * max(numels),  # a gradient, before it is in its bucket
+        working=working + engine.element * largest,  # a gradient, before it is in its bucket
         **_gradients(whole, shard, padded, engine, layout.accumulation > 1, copies > 1),
     )
 

@@ -145,8 +145,9 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
     sums = engine.stage == 1 and engine.bf16
     shards = shard_messages = 0
     groups = ("world", "edp") if copies == 1 else ("shard", "expert shard")
-    for numels, holders, experts, muon in shared_parts(config, layout):
-        whole, ranks, group = sum(numels), holders // copies, groups[experts]
+    for part in shared_parts(config, layout):
+        numels, ranks, group = part.numels, part.ranks // copies, groups[part.experts]
+        whole = sum(numels)
         buckets = -(-whole // engine.bucket)
         shards += whole // ranks if sums else shard_numel(numels, ranks, engine)
         shard_messages += -(-(buckets + ranks - 1) // ranks)
@@ -170,9 +171,8 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
             payload = gathered // ranks * engine.element
             wire = _wire("all_gather", payload, ranks)
             found.append(Message("all_gather", "parameters", "step", group, gathers, payload, wire))
-        if engine.stage and muon:  # pieces of cut matrices, to the other ranks that have some
-            cut = cut_matrices(config, layout.ep, experts, ranks, gathered // ranks)
-            wire = sum(cut) * _MOMENTA // ranks
+        if engine.stage and part.muon:
+            wire = sum(cut_matrices(part, ranks, engine)) * _MOMENTA // ranks
             found.append(Message("all_to_all", "momenta", "step", group, 1, wire, wire))
     if copies > 1:
         payload, messages = shards * engine.reduced, shard_messages if sums else 1

@@ -31,11 +31,11 @@ from diffmoe.device import synchronize
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.models.logical import LogicalTensor, logical_tensors
-from diffmoe.models.matrices import is_matrix, stacked
+from diffmoe.models.matrices import MUON
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import agreed, anyone
 from diffmoe.parallel.groups import Group, ParallelGroups, shard_groups
-from diffmoe.training.muon import Held, Matrices, Muon, of_muon
+from diffmoe.training.muon import Muon
 
 _SWAPPED = 2**22  # elements at a time
 
@@ -156,25 +156,9 @@ class Engine:
         self._start_adam()
         self._assert_weights_survived(given)
         if isinstance(self._adam, Muon):
-            self._adam.matrices = self._muon_matrices()
+            self._adam.share(self.sharding if self.stage else None)
 
     # --------------------------------------------------------------------------------------- start
-
-    def _muon_matrices(self) -> list[Matrices]:
-        """Where Muon's matrices lie in what the optimizer steps: what all ranks share, experts."""
-        shards, keys = self.sharding, self._state_keys()
-        own = Group((self.groups.rank,), 0)  # has all of its tensors at ZeRO 0
-        found: dict[bool, list[Held]] = {}
-        for index, tensor in enumerate(self.tensors):
-            if is_matrix(tensor.name):
-                span, shape = self.span(index), stacked(tensor.name, self.shape(index))
-                elements = range(span.start, span.start + span.count)
-                held = Held(shape, elements, keys[span.shard], span.offset)
-                found.setdefault(self.expert_parallel and bool(tensor.experts), []).append(held)
-        groups = (
-            {False: shards.dense, True: shards.experts} if self.stage else dict.fromkeys(found, own)
-        )
-        return [Matrices(held, groups[experts]) for experts, held in sorted(found.items())]
 
     def _find_masters(self) -> list[Tensor]:
         if self.stage == 0:
@@ -199,7 +183,8 @@ class Engine:
         start, which would shift the bias correction; others have no state yet, which a checkpoint
         could not fill.
         """
-        momenta = of_muon(self._adam)
+        groups = (group for group in self._adam.param_groups if group[MUON])
+        momenta = {id(key) for group in groups for key in group["params"]}
         for key in self._state_keys():
             state = self._adam.state[key]
             for name in (FIRST_MOMENT, SECOND_MOMENT)[: 1 if id(key) in momenta else 2]:

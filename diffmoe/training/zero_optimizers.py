@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import accumulate
 from typing import Any
 
 import deepspeed.runtime.engine
@@ -27,7 +27,7 @@ from diffmoe.config import TrainConfig
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.models.logical import LogicalTensor
-from diffmoe.models.matrices import MUON, is_matrix
+from diffmoe.models.matrices import MUON, is_matrix, matrices_in
 from diffmoe.parallel.groups import Group, ShardGroups
 from diffmoe.parallel.traffic import only_counting
 from diffmoe.training.muon import Muon
@@ -350,18 +350,17 @@ def parameter_groups(tensors: list[LogicalTensor], ep: Group, optimizer: str) ->
     """A rank's parameters: experts apart where expert parallelism shares them out, and Muon's
     matrices from the rest, since they have no second moment.
     """
-    groups: list[dict] = []
-    for experts, matrices in product((False, True), repeat=2):
-        chosen = [
-            t.parameter
-            for t in tensors
-            if (ep.size > 1 and t.experts is not None) == experts
-            and (optimizer == MUON and is_matrix(t.name)) == matrices
-        ]
-        if chosen:
-            name = {"name": _ep_name(ep), "moe": True} if experts else {"name": "dense"}
-            groups.append({"params": chosen, **name, MUON: matrices})
-    return groups
+    found: dict[tuple[bool, bool], dict] = {}
+    for t in tensors:
+        key = ep.size > 1 and t.experts is not None, optimizer == MUON and is_matrix(t.name)
+        name = {"name": _ep_name(ep), "moe": True} if key[0] else {"name": "dense"}
+        group = found.setdefault(key, {"params": [], **name, MUON: []})
+        group["params"].append(t.parameter)
+        if key[1]:
+            *_, rows, columns = t.parameter.shape
+            number = matrices_in(t.name, t.experts.local if t.experts else 1)
+            group[MUON].append((number, t.parameter.numel() // number // columns, columns))
+    return [found[key] for key in sorted(found)]
 
 
 def _ep_name(ep: Group) -> str:
