@@ -35,7 +35,7 @@ Stack = tuple[int, int, int]  # so many matrices of rows, columns
 
 def newton_schulz(stack: Tensor) -> Tensor:
     """Each matrix of [n, rows, columns] with its singular values brought to between 0.68 and 1.21,
-    but for those below 1/300 of its norm.
+    but for those below 1/500 of its norm.
 
     A CPU computes in the precision given: small singular values are multiplied by up to 3.4445^5 =
     485, and with them what rounding makes differ over ranks.  2^-9, bf16's, would not survive that.
