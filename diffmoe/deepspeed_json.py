@@ -217,12 +217,19 @@ def _check_together(tree: dict, config: Config) -> None:
             "train.optimizer (apex) must be torch or deepspeed with DeepSpeed's "
             "zero_optimization.stage (3)"
         )
+    if train.optimizer == "muon" and stage == 3:  # where every matrix is cut over all ranks
+        raise UserError(
+            "train.optimizer (muon) needs a DeepSpeed zero_optimization.stage (3) of at most 2: "
+            "it orthogonalizes whole matrices"
+        )
     if train.compile is True and stage == 3:  # see TrainConfig.compiles
         raise UserError(
             "train.compile (true) needs a DeepSpeed zero_optimization.stage (3) of at most 2"
         )
     # (key, what it must be, where)
     rules: list[tuple[str, float, str]] = []
+    if train.optimizer == "muon":
+        rules.append((f"{ZERO}.parameter_alignment", False, "with train.optimizer muon"))
     if stage >= 2 and _found(tree, f"{ZERO}.reduce_scatter") is not False:
         where = f"at ZeRO stage {stage}, unless zero_optimization.reduce_scatter is false"
         rules += [("prescale_gradients", False, where), ("gradient_predivide_factor", 1, where)]

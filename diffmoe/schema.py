@@ -258,7 +258,9 @@ class TrainConfig:
         batch: Global batch of one optimizer step, micro_batch x ranks x accumulation.
         micro_batch: Samples of a rank's pass (null: batch / ranks / accumulation).
         accumulation: Passes of an optimizer step (null: 1, or what micro_batch asks for).
-        optimizer: Whose AdamW: torch's fused one, DeepSpeed's or NVIDIA apex's.
+        optimizer: Whose AdamW: torch's fused one, DeepSpeed's or NVIDIA apex's; or Muon (K. Jordan
+            2024) for the matrices in blocks, scaled as J. Liu et al. (arXiv 2502.16982) do so that
+            `lr` and `weight_decay` are AdamW's, and torch's AdamW for the rest. ZeRO 0 to 2.
         recipe_batch: The batch that `lr`, `warmup` and `ema` are stated for (null: `batch`). With
             k times as large a batch the learning rate is sqrt(k) times as high, and warm-up and the
             averages' half-lives are as long in samples: `warmup` / k steps, decays to the power k.
@@ -309,7 +311,7 @@ class TrainConfig:
     batch: int = 256
     micro_batch: int | None = None
     accumulation: int | None = None
-    optimizer: Literal["torch", "deepspeed", "apex"] = "torch"
+    optimizer: Literal["torch", "deepspeed", "apex", "muon"] = "torch"
     recipe_batch: int | None = None
     lr: float = 1e-4
     warmup: int = 0

@@ -165,6 +165,22 @@ REFUSED = {
         "train.optimizer (apex) must be torch or deepspeed with DeepSpeed's "
         "zero_optimization.stage (3)",
     ),
+    "muon at 3": (
+        stage(3),
+        ["train.optimizer=muon"],
+        "train.optimizer (muon) needs a DeepSpeed zero_optimization.stage (3) of at most 2: it "
+        "orthogonalizes whole matrices",
+    ),
+    "muon on the host": (
+        stage(2, offload_optimizer={"device": "cpu"}),
+        ["train.optimizer=muon"],
+        "train.optimizer (muon) must be deepspeed",
+    ),
+    "muon between gaps": (
+        stage(1, parameter_alignment=True),
+        ["train.optimizer=muon"],
+        "parameter_alignment (true) must be false with train.optimizer muon",
+    ),
     "offload at 0": (
         stage(0, offload_optimizer={"device": "cpu"}),
         ["train.optimizer=deepspeed"],

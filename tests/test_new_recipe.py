@@ -268,6 +268,12 @@ def test_the_model_may_not(override):
     assert "--new-recipe" not in str(caught.value) and "run.seed" not in str(caught.value)
 
 
+def test_muon_and_adamw_do_not_take_each_others_moments():
+    change = r"belongs to another run \(train.optimizer: torch -> muon, which keeps other moments\)"
+    with pytest.raises(UserError, match=change):
+        resumable("train.optimizer=muon")
+
+
 def test_the_same_recipe_is_none():
     earlier = {"step": 2, "shift": 3, "changes": ["run.seed: 4 -> 0"]}
     assert (

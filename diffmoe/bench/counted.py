@@ -55,6 +55,7 @@ from diffmoe.training.step import target_loss, training_rule
 # fits.
 _SOURCES = {
     "EMA": r"training/ema|\bema",
+    "Muon": r"training/muon:(update|_|newton)",
     "Adam": r"/optim/|fused_adam|adam",
     "gradient's norm": r"norm",
     "reduction, its casts and copies": r"reduce",
@@ -63,7 +64,9 @@ _SOURCES = {
     "gradient hook": r"hook|accumulate",
     "weights in bf16": r"update_lp|lp_params|publish|gather",
 }
-_ENGINES = re.compile(r"/deepspeed/|diffmoe/training/(engine|ema|zero_optimizers)|/torch/optim/")
+_ENGINES = re.compile(
+    r"/deepspeed/|diffmoe/training/(engine|ema|muon|zero_optimizers)|/torch/optim/"
+)
 _MODEL = re.compile(r"diffmoe/(models|moe|diffusion|parallel/recompute)")
 
 

@@ -35,7 +35,7 @@ from diffmoe.bench.step import FixedTraining, Variant
 from diffmoe.config import Config, config_to_tree, load_config, override
 from diffmoe.cost.hardware import Hardware, choose, read_table
 from diffmoe.cost.memory import engine_facts, rank_memory
-from diffmoe.cost.step_time import COUNTED, StepTime, peak_flops, rates, step_time
+from diffmoe.cost.step_time import COUNTED, StepTime, muon_seconds, peak_flops, rates, step_time
 from diffmoe.deepspeed_json import check_shards, read_deepspeed, zero_stage
 from diffmoe.device import local_device
 from diffmoe.layout import Layout, over_hosts, resolve_layout
@@ -130,7 +130,9 @@ class Counted:
             found[_PARTS[kernel[0]]] += self._seconds(kernel)
         hardware = self.hardware
         weights = sum(self.sources().values()) * self.micro["parameters"]
-        found["weights"] = weights / self.rates["memory"]
+        found["weights"] = weights / self.rates["memory"] + muon_seconds(
+            self.config, self.layout, engine_facts(self.deepspeed), hardware
+        )
         found["exposed messages"] = self.planned.all_to_all + self.planned.reduction
         launches = self.launches * self.layout.accumulation
         launches += sum(k[5] for k in self.engine["kernels"])

@@ -8,6 +8,7 @@ T tokens of a micro-batch, D width, F inner width, R rows that this rank's exper
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from diffmoe.config import Config, attention_kept, inner_width
 from diffmoe.cost.parameters import expert_width, rank_parameters, shared_width
@@ -15,6 +16,7 @@ from diffmoe.deepspeed_json import reduction
 from diffmoe.deepspeed_keys import MICS
 from diffmoe.families import TOKENS_CHOOSE, has_predictor, has_target_head, is_moe_block
 from diffmoe.layout import Layout
+from diffmoe.models.matrices import MUON, is_matrix, matrices_in
 
 _FP32 = 4
 
@@ -77,13 +79,13 @@ def engine_facts(deepspeed_tree: dict) -> EngineFacts:
 class Memory:
     """Bytes of one rank.
 
-    Live between steps (``static``): ``weights``, fp32 ``masters``, ``moments`` (two), ``ema`` (of
-    every decay), ``gradient_sums`` and ZeRO 3's bucket.  During a step: ``gathered`` weights (ZeRO
-    3); ``buckets`` in which gradients are collected; ``accumulated`` gradients of earlier
-    micro-batches; ``activations`` that forward keeps; ``exchange``: rows that arrived from other
-    ranks, kept too; ``working``: a block's temporaries, recomputed activations included;
-    ``gradients`` that have gathered when backward ends; ``reduction``: what reducing them and
-    handing them to the optimizer takes then.
+    Live between steps (``static``): ``weights``, fp32 ``masters``, ``moments`` (two; of Muon's
+    matrices one), ``ema`` (of every decay), ``gradient_sums`` and ZeRO 3's bucket.  During a step:
+    ``gathered`` weights (ZeRO 3); ``buckets`` in which gradients are collected; ``accumulated``
+    gradients of earlier micro-batches; ``activations`` that forward keeps; ``exchange``: rows that
+    arrived from other ranks, kept too; ``working``: a block's temporaries, recomputed activations
+    included; ``gradients`` that have gathered when backward ends; ``reduction``: what reducing them
+    and handing them to the optimizer takes then.
     """
 
     weights: int
@@ -121,28 +123,42 @@ class Memory:
         return {**asdict(self), "static": self.static, "peak": self.peak}
 
 
-def shared_parts(
-    config: Config, layout: Layout
-) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
-    """(sizes of a rank's tensors, ranks that hold the same) of what all ranks share, and of experts
-    shared out.
+class Part(NamedTuple):
+    """Sizes of a rank's tensors that DeepSpeed shards together, and how many ranks hold the same:
+    of what all ranks share, or of experts shared out; apart from these Muon's, matrix by matrix.
     """
-    parameters = rank_parameters(config.model, config.moe, layout.ep)
-    split = layout.ep > 1
-    return (
-        ([p.numel for p in parameters if not (split and p.expert)], layout.ranks),
-        ([p.numel for p in parameters if split and p.expert], layout.ranks // layout.ep),
-    )
+
+    numels: list[int]
+    ranks: int
+    experts: bool
+    muon: bool
+
+
+def shared_parts(config: Config, layout: Layout) -> list[Part]:
+    """All that a rank trains."""
+    sizes: dict[tuple[bool, bool], list[int]] = {}
+    muon = config.train.optimizer == MUON
+    for p in rank_parameters(config.model, config.moe, layout.ep):
+        key = layout.ep > 1 and p.expert, muon and is_matrix(p.name)
+        number = matrices_in(p.name, config.moe.experts // layout.ep if p.expert else 1)
+        number = number if key[1] else 1
+        sizes.setdefault(key, []).extend([p.numel // number] * number)
+    return [
+        Part(sizes[key], layout.ranks // (layout.ep if key[0] else 1), *key)
+        for key in sorted(sizes)
+    ]
 
 
 def rank_memory(config: Config, layout: Layout, engine: EngineFacts) -> Memory:
     """Memory of one rank of ``layout``."""
     copies = engine.copies(layout)
-    parts = [(part, ranks // copies) for part, ranks in shared_parts(config, layout)]
-    numels = [n for part, _ in parts for n in part]
+    parts = [part._replace(ranks=part.ranks // copies) for part in shared_parts(config, layout)]
+    numels = [n for part in parts for n in part.numels]
+    largest = max(p.numel for p in rank_parameters(config.model, config.moe, layout.ep))
     whole = sum(numels)
-    shard = sum(shard_numel(part, ranks, engine) for part, ranks in parts)
-    padded = sum(padded_numel(part, ranks, engine) for part, ranks in parts)
+    shard = sum(shard_numel(part.numels, part.ranks, engine) for part in parts)
+    muon = sum(shard_numel(part.numels, part.ranks, engine) for part in parts if part.muon)
+    padded = sum(padded_numel(part.numels, part.ranks, engine) for part in parts)
     weights, gathered = engine.element * padded, 0
     if engine.stage == 3:
         # Small tensors stay whole beside their shard.
@@ -154,12 +170,12 @@ def rank_memory(config: Config, layout: Layout, engine: EngineFacts) -> Memory:
     return Memory(
         weights=weights,
         masters=0 if engine.stage == 0 else _FP32 * shard,
-        moments=2 * _FP32 * shard,
+        moments=_FP32 * (2 * shard - muon),
         ema=averages * _FP32 * shard,
         gathered=gathered,
         activations=activations,
         exchange=exchange,
-        working=working + engine.element * max(numels),  # a gradient, before it is in its bucket
+        working=working + engine.element * largest,  # a gradient, before it is in its bucket
         **_gradients(whole, shard, padded, engine, layout.accumulation > 1, copies > 1),
     )
 

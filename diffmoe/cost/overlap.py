@@ -95,7 +95,7 @@ def exposed_reduction(
     if under == 0:
         return waited
     copies = engine.copies(layout)
-    sizes = [sum(part) for part, ranks in shared_parts(config, layout) if ranks > 1]
+    sizes = [sum(part.numels) for part in shared_parts(config, layout) if part.ranks > 1]
     buckets = sum(-(-size // engine.bucket) for size in sizes)
     last = min(1.0, (2 if copies > 1 and in_buckets else 1) / buckets)
     times = layout.accumulation if engine.stage in (2, 3) else 1

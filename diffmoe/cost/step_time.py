@@ -12,6 +12,7 @@ from typing import Any
 from diffmoe.config import Config, attention_kept, expert_hidden, inner_width
 from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, rank_memory
+from diffmoe.cost.muon import newton_schulz_flops
 from diffmoe.cost.overlap import Timed, Windows, exposed_exchange, exposed_reduction, halves
 from diffmoe.cost.parameters import expert_width, moe_layers, rank_parameters, shared_width
 from diffmoe.cost.traffic import Message, step_traffic
@@ -77,7 +78,8 @@ def step_time(
     for message in step_traffic(config, layout, engine):
         alpha, beta = message_time(message, layout, engine, hardware, per_node)
         latency += alpha
-        kind = rows if message.collective == "all_to_all" else others
+        exchanged = message.collective == "all_to_all" and message.purpose != "momenta"
+        kind = rows if exchanged else others
         kind.append((message, alpha + beta))
     windows = message_windows(config, layout, engine, hardware)
     cost = hardware.overlap_cost
@@ -125,10 +127,17 @@ def kernel_seconds(
     """
     speed, (products, attention) = rates(config, hardware, engine), step_flops(config, layout)
     return {
-        "products": products / speed["product"],
+        "products": products / speed["product"] + muon_seconds(config, layout, engine, hardware),
         "attention": attention / speed["attention"],
         "memory": moved(config, layout, engine, hardware) / speed["memory"],
     }
+
+
+def muon_seconds(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware) -> float:
+    """Of Newton-Schulz's products, which a GPU does in bf16 whatever the run's precision."""
+    flops = newton_schulz_flops(config, layout, engine)
+    bf16 = hardware.tflops_bf16 * 1e12 * hardware.matmul
+    return flops / (bf16 if hardware.asynchronous else rates(config, hardware, engine)["product"])
 
 
 def peak_flops(config: Config, hardware: Hardware, engine: EngineFacts) -> float:
@@ -227,8 +236,8 @@ def moved(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardwar
     """
     weight = _per_weight(engine)
     parameters = sum(p.numel for p in rank_parameters(config.model, config.moe, layout.ep))
-    shard = rank_memory(config, layout, engine).moments / 8
     averages = len(config.train.ema_decays) + len(config.train.ema_lengths)
+    shard = rank_memory(config, layout, engine).ema / averages / 4
     return (
         activation_bytes(config, layout, engine, hardware)
         + parameters * (weight["micro_batch"] * layout.accumulation + weight["step"])

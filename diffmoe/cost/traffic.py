@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 
 from diffmoe.config import Config
 from diffmoe.cost.memory import EngineFacts, padded_numel, shard_numel, shared_parts
+from diffmoe.cost.muon import cut_matrices
 from diffmoe.cost.parameters import moe_layers
 from diffmoe.families import TOKENS_CHOOSE, has_router_loss
 from diffmoe.layout import Layout, pairs_taken, rows_taken
 
 _FP32, _INT64 = 4, 8
+_MOMENTA = 2  # bf16, as a GPU orthogonalizes (a CPU: fp32)
 ROWS = ("dispatch", "combine")
 
 
@@ -137,15 +139,15 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
     all-reduces whole buckets at ZeRO 0 to 2, of which ZeRO 1 and 2 then keep a part; ZeRO 2 and 3
     do it after every micro-batch.  Where groups of ranks have a copy of the optimizer's state each,
     all that stays inside a group, and once a step a rank's shard is all-reduced over the copies.
+    Of Muon's momenta the mean over ranks.
     """
     found, copies = [], engine.copies(layout)
     sums = engine.stage == 1 and engine.bf16
     shards = shard_messages = 0
     groups = ("world", "edp") if copies == 1 else ("shard", "expert shard")
-    for (numels, holders), group in zip(shared_parts(config, layout), groups):
-        whole, ranks = sum(numels), holders // copies
-        if whole == 0:
-            continue
+    for part in shared_parts(config, layout):
+        numels, ranks, group = part.numels, part.ranks // copies, groups[part.experts]
+        whole = sum(numels)
         buckets = -(-whole // engine.bucket)
         shards += whole // ranks if sums else shard_numel(numels, ranks, engine)
         shard_messages += -(-(buckets + ranks - 1) // ranks)
@@ -169,6 +171,9 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
             payload = gathered // ranks * engine.element
             wire = _wire("all_gather", payload, ranks)
             found.append(Message("all_gather", "parameters", "step", group, gathers, payload, wire))
+        if engine.stage and part.muon:
+            wire = sum(cut_matrices(part, ranks, engine)) * _MOMENTA // ranks
+            found.append(Message("all_to_all", "momenta", "step", group, 1, wire, wire))
     if copies > 1:
         payload, messages = shards * engine.reduced, shard_messages if sums else 1
         wire = _wire("all_reduce", payload, copies)
@@ -199,7 +204,7 @@ def least_traffic(config: Config, layout: Layout, engine: EngineFacts) -> Least:
     )
     outside = layout.ep - layout.per_host if layout.per_host else 0  # of ep - 1 other ranks
     reduction = sum(
-        2 * sum(numels) * engine.element * (ranks - 1) // ranks
-        for numels, ranks in shared_parts(config, layout)
+        2 * sum(part.numels) * engine.element * (part.ranks - 1) // part.ranks
+        for part in shared_parts(config, layout)
     )
     return Least(rows, rows * outside // max(1, layout.ep - 1), reduction)

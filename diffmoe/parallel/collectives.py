@@ -230,6 +230,15 @@ def exchange_equal(parts: Tensor, group: Group, home: bool = False) -> tuple[Ten
         return _inside(passed, None, None, levels), passed
 
 
+def exchange_parts(parts: list[Tensor], receive: list[int], group: Group) -> list[Tensor]:
+    """Not differentiable: flat ``parts[r]`` goes to rank r, of which ``receive[r]`` elements come;
+    what came, in rank order.  Every rank of the group must call it, also with nothing to send.
+    """
+    with group.trace.inside("all-to-all of momenta", group.ranks):
+        coming = _begin(torch.cat(parts), [part.numel() for part in parts], receive, group)
+        return list(_functional.wait_tensor(coming).split(receive))
+
+
 def gather_stack(part: Tensor, group: Group) -> Tensor:
     """Not differentiable: every rank's ``part``, stacked in rank order [size, …]."""
     if group.size == 1:

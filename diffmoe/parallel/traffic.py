@@ -52,8 +52,8 @@ _QUIET = {"wait_tensor", "_wrap_tensor_autograd", "barrier"}  # move nothing by 
 class Kind:
     """What a message was: ``collective``; ``layer``, an MoE layer's name, or "" outside;
     ``purpose``: scores, mask, counts, dispatch, combine, owners, balance (in an MoE layer),
-    gradients, parameters, norm, statistics (outside); ``phase``: forward, backward, recompute,
-    step; ``level``: "ep across", "ep inside" where an exchange has two, else "".
+    gradients, parameters, momenta, norm, statistics (outside); ``phase``: forward, backward,
+    recompute, step; ``level``: "ep across", "ep inside" where an exchange has two, else "".
     """
 
     collective: str
@@ -175,6 +175,8 @@ class CommunicationCount(TorchDispatchMode):
         phase = "step" if node is None else "backward"
         if namespace == _FUNCTIONAL and collective == "all_gather":
             return Kind(collective, "", "features", phase)  # the dispersive loss's
+        if collective == "all_to_all":
+            return Kind(collective, "", "momenta", phase)
         if namespace == _FUNCTIONAL:
             return Kind(collective, "", "norm" if tensor.dim() == 0 else "statistics", phase)
         if collective == "all_gather":

@@ -47,6 +47,10 @@ VARIANTS = {
     "min-snr": "diffusion.process=ddpm diffusion.loss_weight=min_snr train.dispersive_weight=0.5 "
     "sample.sampler=ancestral",
     "lengths": "train.ema_lengths=[0.1,0.2]",
+    # Narrow: Newton-Schulz multiplies a matrix's small singular values, and rounding with them, by
+    # up to 485, and wide matrices have smaller ones (at width 32 its rows reach 1e-5).
+    "muon": "train.optimizer=muon model.width=16 moe.shared_experts=1",
+    "muon-all": "train.optimizer=muon model.width=16 model.family=tc moe.top_k=4",
     "ddpm": "diffusion.process=ddpm diffusion.time_sampling=uniform diffusion.time_scale=1 "
     "sample.sampler=ancestral",
 }
@@ -159,6 +163,9 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
             batch = 3 * world * accumulation
             cases += [Case(world, ep, zero, recompute, accumulation, pool, batch)]
         cases += [Case(world, ep, zero, "none", 2, "1", 16, precision="bf16") for zero in (1, 2, 3)]
+        for zero in range(3):  # at ZeRO 3 it is refused
+            cases.append(Case(world, ep, zero, RECOMPUTE[zero], 1 + zero % 2, "rank", 16, "muon"))
+        cases.append(Case(world, ep, 1, "none", 2, "1", 16, "muon-all", precision="bf16"))
         for zero, accumulation in product((1, 2), (1, 2)) if world > 1 else ():
             case = Case(world, ep, zero, RECOMPUTE[zero - 1], accumulation, "rank", 16)
             case = replace(case, overlap=True)
@@ -256,6 +263,8 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 0, "selective", 2, "global", 16, "race"),
         Case(4, 2, 3, "block", 1, "global", 16, "prototype"),
         Case(4, 2, 1, "none", 2, "rank", 16, "lengths"),
+        Case(4, 2, 0, "block", 2, "rank", 16, "muon"),
+        Case(4, 2, 1, "none", 1, "global", 16, "muon"),
         Case(2, 2, 3, "selective", 2, "global", 16, "ddpm"),
         Case(4, 2, 1, "block", 2, "group", 16, "ddpm"),
         Case(4, 2, 1, "selective", 2, "rank", 16, "losses"),

@@ -1,8 +1,8 @@
 """What the parity table compares with: training in one plain PyTorch process, as a reader would
 write it.
 
-Every expert and the whole batch live here.  torch's AdamW and clip_grad_norm_, a moving average and
-thresholds by hand; no DeepSpeed, no collective, nothing of ``training/``.
+Every expert and the whole batch live here.  torch's AdamW and clip_grad_norm_, Muon, a moving
+average and thresholds by hand; no DeepSpeed, no collective, nothing of ``training/``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from diffmoe.diffusion.times import uniform_steps
 from diffmoe.families import TOKENS_CHOOSE, has_load_bias, has_thresholds
 from diffmoe.layout import pairs_taken, rows_taken
 from diffmoe.models.dit import DiT, ModelOutput
-from diffmoe.models.logical import logical_tensors
+from diffmoe.models.logical import LogicalTensor, logical_tensors
+from diffmoe.models.matrices import MUON, is_matrix
 from diffmoe.moe.gating import Beside, scored
 from diffmoe.moe.layer import MoELayer, MoEStats
 from diffmoe.moe.routing import RoutingRule
@@ -64,8 +65,11 @@ def plain_training(
     """``steps`` optimizer steps with pools of ``pool`` samples, ``accumulation`` passes each."""
     train, rows = config.train, config.train.batch // accumulation
     model = build_model(config, pool, single_process()).to(device)
+    matrices = [t for t in logical_tensors(model) if train.optimizer == MUON and is_matrix(t.name)]
+    momenta: dict[str, Tensor] = {}
+    muons = {id(t.parameter) for t in matrices}
     adam = torch.optim.AdamW(
-        model.parameters(),
+        [p for p in model.parameters() if id(p) not in muons],
         lr=train.lr_at(0),  # the rows' rate is constant
         betas=train.betas,
         eps=train.eps,
@@ -83,7 +87,7 @@ def plain_training(
     running: list[Tensor] = []
     ema, done, history = initial, [], []
     for step in range(steps):
-        adam.zero_grad()
+        model.zero_grad()
         passes, observed = [], []
         for j in range(accumulation):
             first = step * train.batch + j * rows
@@ -95,6 +99,7 @@ def plain_training(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip).item()
         gradient = gradient or _by_name(model, lambda p: p.grad)
         adam.step()
+        _step_of_muon(matrices, momenta, train.lr_at(0), train.weight_decay)
         weights = _by_name(model, lambda p: p.data)
         decay = train.ema_decays[0] ** train.growth
         ema = {name: decay * ema[name] + (1 - decay) * weights[name] for name in weights}
@@ -123,6 +128,31 @@ def _power_average(history: list[dict[str, Tensor]], length: float) -> dict[str,
     ends = [(t / len(history)) ** (g + 1) for t in range(len(history) + 1)]
     parts = [(after - before, weights) for before, after, weights in zip(ends, ends[1:], history)]
     return {name: sum(share * weights[name] for share, weights in parts) for name in history[0]}
+
+
+@torch.no_grad()
+def _step_of_muon(
+    matrices: list[LogicalTensor], momenta: dict[str, Tensor], lr: float, decay: float
+) -> None:
+    """Muon as published, momentum a sum and one matrix after another.  Newton-Schulz's polynomial
+    leaves singular vectors alone, so here it is applied to the singular values, in fp64.
+    """
+    for tensor in matrices:
+        gradient = tensor.parameter.grad
+        assert gradient is not None
+        pieces = zip(tensor.pieces(tensor.parameter.data), tensor.pieces(gradient), strict=True)
+        for (name, weights), (_, slope) in pieces:
+            parts = 3 if name.endswith("attn.qkv.weight") else 1
+            momentum = momenta.setdefault(name, torch.zeros_like(slope))
+            momentum.mul_(0.95).add_(slope)
+            update = slope + 0.95 * momentum
+            for weight, part in zip(weights.chunk(parts), update.chunk(parts), strict=True):
+                left, sigma, right = torch.linalg.svd(part.double(), full_matrices=False)
+                sigma = sigma / sigma.square().sum().sqrt()
+                for _ in range(5):
+                    sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+                scale = 0.2 * math.sqrt(max(weight.shape))
+                weight.mul_(1 - lr * decay).sub_(lr * scale * (left * sigma) @ right)
 
 
 def _loss(

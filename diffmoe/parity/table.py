@@ -35,16 +35,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffmoe.config import TrainConfig
 from diffmoe.device import set_fp32_precision
 from diffmoe.evaluation.generate import generate
 from diffmoe.models.compiled import compile_blocks, compiles
 from diffmoe.models.dit import run_plainly
+from diffmoe.models.matrices import MUON, is_matrix
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import RankError, Ranks
 from diffmoe.parity.cases import STEPS, Case
 from diffmoe.parity.plain import RUNNING, Reference, plain_training
 from diffmoe.parity.synthetic import Training, build_model
 from diffmoe.training.engine import FIRST_MOMENT, Engine
+from diffmoe.training.muon import MOMENTUM
 
 BOUND, FLOOR = 1e-5, 1e-3
 # bf16 keeps 8 bits: one rounding is up to 2^-9, and a forward and backward of this model chain some
@@ -118,8 +121,8 @@ def train_and_compare(
             compare(column, [(abs(getattr(report, name) - value), value)])
         if step == 0:
             # The first moment starts at 0, so after one step it is (1 - beta1) times the gradient.
-            scale = 1 - training.config.train.betas[0]
-            received = [(n, v / scale) for n, v in _pieces(engine, engine.shards(FIRST_MOMENT))]
+            first = _pieces(engine, engine.shards(FIRST_MOMENT))
+            received = [(n, v / (1 - _fading(training.config.train, n))) for n, v in first]
             compare("gradient", _tensor_pairs(received, reference.gradient, reference.gradient))
             names = [name for name, _ in received]
     for column, shards, tensors in (
@@ -137,6 +140,11 @@ def train_and_compare(
         compare("images", [((compiled - eager).abs().max().item(), eager.abs().max().item())])
     engine.engine.destroy()
     return found, names
+
+
+def _fading(train: TrainConfig, name: str) -> float:
+    """How much of a tensor's first moment a step keeps."""
+    return MOMENTUM if train.optimizer == MUON and is_matrix(name) else train.betas[0]
 
 
 def _sampled(training: Training) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ from diffmoe.remote import AnyPath
 from diffmoe.training.checkpoint_check import check_tensors
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
-from diffmoe.training.state import Place, held, owned
+from diffmoe.training.state import Place, filled, held, owned
 
 _POLL_S = 0.05
 _GRACE_S = 30.0
@@ -133,7 +133,7 @@ def restore(
                     )
                 say(f"{checkpoint.path} has no {kind}; it starts from the weights")
                 stored = checkpoint.tensors(MASTER)
-            _load(places, shards, stored, f"{kind} of {checkpoint.path}")
+            _load(filled(places, shards), shards, stored, f"{kind} of {checkpoint.path}")
         load_buffers(engine.model, checkpoint.tensors(BUFFERS))
     engine.publish()
     engine.set_adam_step(checkpoint.updates)
@@ -336,10 +336,11 @@ class Saver:
     def _shares(self, engine: Engine, kinds: Mapping[str, list[Tensor]]) -> dict[str, writer.Share]:
         places, shares = owned(engine), {}
         for kind, shards in kinds.items():
-            values = [place.of(shards) for place in places]
+            here = filled(places, shards)
+            values = [place.of(shards) for place in here]
             if self.config.train.async_save:
                 values = self._snapshot(kind, values, engine.device)
-            pieces = [(place.piece, torch.float32) for place in places]
+            pieces = [(place.piece, torch.float32) for place in here]
             shares[kind] = writer.Share(pieces, values)
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)  # the snapshots have arrived

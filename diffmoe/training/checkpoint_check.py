@@ -21,6 +21,7 @@ from diffmoe.checkpoints.reader import (
 from diffmoe.checkpoints.tensor_file import CHUNK, Corrupt
 from diffmoe.config import Config
 from diffmoe.models.logical import fresh_buffers, logical_template
+from diffmoe.models.matrices import MUON, is_matrix
 
 
 def expected_shapes(config: Config, moments: bool) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -32,7 +33,10 @@ def expected_shapes(config: Config, moments: bool) -> dict[str, dict[str, tuple[
     kinds = [MASTER, *map(ema_kind, config.train.ema_decays)]
     if moments:
         kinds += [FIRST_MOMENT, SECOND_MOMENT, *map(length_kind, config.train.ema_lengths)]
-    return {**dict.fromkeys(kinds, weights), BUFFERS: buffers}
+    found = {**dict.fromkeys(kinds, weights), BUFFERS: buffers}
+    if moments and config.train.optimizer == MUON:
+        found[SECOND_MOMENT] = {n: shape for n, shape in weights.items() if not is_matrix(n)}
+    return found
 
 
 def check_tensors(checkpoint: Checkpoint) -> Iterator[str]:

@@ -31,9 +31,11 @@ from diffmoe.device import synchronize
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.models.logical import LogicalTensor, logical_tensors
+from diffmoe.models.matrices import MUON
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import agreed, anyone
 from diffmoe.parallel.groups import Group, ParallelGroups, shard_groups
+from diffmoe.training.muon import Muon
 
 _SWAPPED = 2**22  # elements at a time
 
@@ -114,14 +116,17 @@ class Engine:
             self.offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
             self.sharding = shard_groups(groups, zero.get(MICS))
             self._adam = zero_optimizers.build_adam(
-                self._parameter_groups(), config.train, device, self.offload
+                zero_optimizers.parameter_groups(self.tensors, groups.ep, config.train.optimizer),
+                config.train,
+                device,
+                self.offload,
             )
         if self.sharding.replicas.size > 1 and self.stage == 3:
             for tensor in self.tensors:  # experts', the next line overwrites
                 parameter: Any = tensor.parameter
                 parameter.ds_zero_partition_process_group = self.sharding.dense.handle
         if self.expert_parallel:
-            self._declare_experts()
+            zero_optimizers.declare_experts(model, self.tensors, groups.ep, self.sharding.experts)
         given = [t.parameter.detach().clone() for t in self.tensors]
         assert dist.is_initialized(), "init_process_group comes first"
         self.deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -150,42 +155,10 @@ class Engine:
         self._masters = self._find_masters()
         self._start_adam()
         self._assert_weights_survived(given)
+        if isinstance(self._adam, Muon):
+            self._adam.share(self.sharding if self.stage else None)
 
     # --------------------------------------------------------------------------------------- start
-
-    def _parameter_groups(self) -> list[dict]:
-        dense = [t.parameter for t in self.tensors if not (self.expert_parallel and t.experts)]
-        groups: list[dict] = [{"params": dense, "name": "dense"}]
-        if self.expert_parallel:
-            experts = [t.parameter for t in self.tensors if t.experts]
-            groups.append({"params": experts, "name": self._ep_name, "moe": True})
-        return groups
-
-    @property
-    def _ep_name(self) -> str:
-        return f"ep_size_{self.groups.ep.size}"
-
-    def _declare_experts(self) -> None:
-        """Tags, groups and marker: all that makes DeepSpeed reduce, clip and shard experts over
-        their EDP group, or its part that shares a copy of their state.
-        """
-        from deepspeed.utils import groups as registry
-
-        name, ep, edp = self._ep_name, self.groups.ep, self.sharding.experts
-        registry._EXPERT_PARALLEL_GROUP[name] = ep.handle
-        registry._EXPERT_DATA_PARALLEL_GROUP[name] = edp.handle
-        registry._EXPERT_PARALLEL_GROUP_RANKS[name] = list(ep.ranks)
-        registry._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(edp.ranks)
-        for tensor in self.tensors:
-            if tensor.experts is not None:
-                parameter: Any = tensor.parameter
-                parameter.allreduce = False
-                parameter.group_name = parameter.ds_zero_partition_group_name = name
-                parameter.ds_zero_placement_family = "autoep_expert"
-                parameter.ds_zero_partition_process_group = edp.handle
-        self.model.add_module(
-            "deepspeed_marker", self._zero.expert_marker(self.model.moe.experts, ep, name)
-        )
 
     def _find_masters(self) -> list[Tensor]:
         if self.stage == 0:
@@ -210,9 +183,11 @@ class Engine:
         start, which would shift the bias correction; others have no state yet, which a checkpoint
         could not fill.
         """
+        groups = (group for group in self._adam.param_groups if group[MUON])
+        momenta = {id(key) for group in groups for key in group["params"]}
         for key in self._state_keys():
             state = self._adam.state[key]
-            for name in (FIRST_MOMENT, SECOND_MOMENT):
+            for name in (FIRST_MOMENT, SECOND_MOMENT)[: 1 if id(key) in momenta else 2]:
                 state[name] = state[name].zero_() if name in state else torch.zeros_like(key.data)
         self.set_adam_step(0)
 
@@ -323,10 +298,12 @@ class Engine:
         return self._masters
 
     def shards(self, kind: str) -> list[Tensor]:
-        """The shards of ``master``, ``exp_avg`` or ``exp_avg_sq``, congruent with each other."""
+        """The shards of ``master``, ``exp_avg`` or ``exp_avg_sq``, congruent with each other; empty
+        ones of what has none (Muon's second moment).
+        """
         if kind == MASTER:
             return self._masters
-        return [self._adam.state[key][kind] for key in self._state_keys()]
+        return [self._adam.state[k].get(kind, k.data.new_empty(0)) for k in self._state_keys()]
 
     def set_adam_step(self, step: int) -> None:
         """Adam's count of updates, on which bias correction depends."""

@@ -19,6 +19,7 @@ from diffmoe.config import Config, config_to_tree
 from diffmoe.deepspeed_json import precision, zero_stage
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout
+from diffmoe.models.matrices import MUON
 
 # What may not change: the model, the data and their order, the noise.  Whole sections, then single
 # fields.
@@ -96,6 +97,11 @@ def check_resumable(
     there = checkpoint.counters.get("data", data)
     if there != data:
         broken.append(f"{_CONTENTS}: {there[:12]} -> {data[:12]}")
+    optimizers = checkpoint.config().train.optimizer, config.train.optimizer
+    if checkpoint.step and optimizers[0] != optimizers[1] and MUON in optimizers:
+        change = "train.optimizer: {} -> {}".format(*optimizers)
+        accepted.remove(change)
+        broken.append(f"{change}, which keeps other moments")
     if checkpoint.ranks != layout.ranks:
         accepted.append(f"ranks: {checkpoint.ranks} -> {layout.ranks}")
     recipes = [Recipe(**recipe) for recipe in checkpoint.counters.get("recipes", [])]

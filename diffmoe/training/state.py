@@ -59,6 +59,11 @@ def owned(engine: Engine) -> list[Place]:
     return places
 
 
+def filled(places: list[Place], shards: list[Tensor]) -> list[Place]:
+    """Those that are in these shards: of a kind that not every tensor has, some are empty."""
+    return [place for place in places if shards[place.shard].numel()]
+
+
 def _places(engine: Engine, index: int, first: int = 0, last: int = sys.maxsize) -> Iterator[Place]:
     """What this rank holds of a parameter between two of its elements, cut where one expert ends
     and the next begins.

@@ -19,13 +19,18 @@ import deepspeed.runtime.engine
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero import utils as supported
 from deepspeed.utils import groups as registry
 from torch import Tensor, nn
 
 from diffmoe.config import TrainConfig
 from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
+from diffmoe.models.logical import LogicalTensor
+from diffmoe.models.matrices import MUON, is_matrix, matrices_in
 from diffmoe.parallel.groups import Group, ShardGroups
 from diffmoe.parallel.traffic import only_counting
+from diffmoe.training.muon import Muon
 
 _ROW = 4096
 
@@ -311,7 +316,7 @@ def average(
 
 
 def build_adam(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool):
-    """AdamW: torch's fused one, DeepSpeed's, or NVIDIA's Apex, built from its source."""
+    """AdamW: torch's fused one, DeepSpeed's, or NVIDIA's Apex, built from its source; or Muon."""
     common: dict[str, Any] = dict(
         lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
     )
@@ -335,10 +340,53 @@ def build_adam(groups: list[dict], train: TrainConfig, device: torch.device, off
                 "PyPI's apex is another package"
             ) from None
         return ApexAdam(groups, adam_w_mode=True, **common)
+    if train.optimizer == MUON:
+        supported.ZERO_SUPPORTED_OPTIMIZERS.append(Muon)  # by type
+        return Muon(groups, fused=True, **common)
     return torch.optim.AdamW(groups, fused=True, **common)
 
 
-def expert_marker(experts: int, ep, name: str) -> nn.Module:
+def parameter_groups(tensors: list[LogicalTensor], ep: Group, optimizer: str) -> list[dict]:
+    """A rank's parameters: experts apart where expert parallelism shares them out, and Muon's
+    matrices from the rest, since they have no second moment.
+    """
+    found: dict[tuple[bool, bool], dict] = {}
+    for t in tensors:
+        key = ep.size > 1 and t.experts is not None, optimizer == MUON and is_matrix(t.name)
+        name = {"name": _ep_name(ep), "moe": True} if key[0] else {"name": "dense"}
+        group = found.setdefault(key, {"params": [], **name, MUON: []})
+        group["params"].append(t.parameter)
+        if key[1]:
+            *_, rows, columns = t.parameter.shape
+            number = matrices_in(t.name, t.experts.local if t.experts else 1)
+            group[MUON].append((number, t.parameter.numel() // number // columns, columns))
+    return [found[key] for key in sorted(found)]
+
+
+def _ep_name(ep: Group) -> str:
+    return f"ep_size_{ep.size}"
+
+
+def declare_experts(model: DiT, tensors: list[LogicalTensor], ep: Group, edp: Group) -> None:
+    """Tags, groups and marker: all that makes DeepSpeed reduce, clip and shard experts over their
+    EDP group, or its part that shares a copy of their state.
+    """
+    name = _ep_name(ep)
+    registry._EXPERT_PARALLEL_GROUP[name] = ep.handle
+    registry._EXPERT_DATA_PARALLEL_GROUP[name] = edp.handle
+    registry._EXPERT_PARALLEL_GROUP_RANKS[name] = list(ep.ranks)
+    registry._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(edp.ranks)
+    for tensor in tensors:
+        if tensor.experts is not None:
+            parameter: Any = tensor.parameter
+            parameter.allreduce = False
+            parameter.group_name = parameter.ds_zero_partition_group_name = name
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_process_group = edp.handle
+    model.add_module("deepspeed_marker", _expert_marker(model.moe.experts, ep, name))
+
+
+def _expert_marker(experts: int, ep, name: str) -> nn.Module:
     """A parameterless module that DeepSpeed takes for one of its expert layers: it switches on
     reduction, clipping and sharding of tagged parameters at every ZeRO stage.  Its forward is never
     called.
