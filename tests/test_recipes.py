@@ -45,7 +45,7 @@ REFUSED = [
             ("logit-normal", "diffusion.time_sampling"),
         )
     ),
-    ("dense", "halves", "parallel.overlap (halves) must be none with parallel.ep (1)"),
+    ("dense", "halves", "parallel.overlap (halves) must be none for model.family (dense)"),
     ("dense", "low capacity", "sample.guide (capacity) needs experts"),
     ("token choice", "low capacity", "sample.guide (capacity) needs experts"),
 ]
