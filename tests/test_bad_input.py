@@ -33,8 +33,8 @@ def assert_one_line(results: list[Result], *texts: str) -> None:
 BEFORE_JOINING = {
     "verb": (
         ["trian"],
-        "subcommand 'trian' must be one of train, sample, evaluate, compare, encode, inspect-data, "
-        "import, export, check-checkpoint, bench, profile, verify",
+        "subcommand 'trian' must be one of train, sample, evaluate, sweep, compare, encode, "
+        "inspect-data, import, export, check-checkpoint, bench, profile, verify",
     ),
     "no config": (["train.steps=3"], "train needs --config"),
     "unknown option": (

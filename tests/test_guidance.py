@@ -232,6 +232,7 @@ def test_other_weights_by_their_place(tmp_path):
     for guide, asked, complaint in (
         ("./nowhere", (), "model (./nowhere) does not exist"),
         (f"{KEPT}@ema:0.5", (), "ema:0.5"),
+        (f"{KEPT}@length:0.1", (), "has no averages of train.ema_lengths"),
         (str(KEPT), ("model.classes=7",), "its model.classes (10) is not the model's (7)"),
         (str(KEPT), ("model.learn_sigma=true", *DDPM), "for diffusion.process (flow)"),
     ):
@@ -334,12 +335,15 @@ def test_the_sweep_marks_the_best_scale_of_each_guide(tmp_path):
         *("--scales", "2,1,4", "--guide-capacity", "0.3", "--count", "70"),
         *("--reference", tmp_path / "digits", "--extractor", "digits", "sample.batch=35"),
     ]
-    one, bad, again = (
+    one, bad, nowhere, again = (
         [*sweep, "--out", tmp_path / "one"],
         [*sweep, "--out", tmp_path / "bad", "sample.sampler=dopri5", "--cfg-interval", "0", "0.5"],
+        [*sweep, "--out", tmp_path / "bad", "--guidance", "null,./nowhere"],
         [*sweep, "--out", tmp_path / "one"],
     )
-    [[result], [refused], [repeated]] = run_cases(1, [one, bad, again])
+    [[result], [refused], [absent], [repeated]] = run_cases(1, [one, bad, nowhere, again])
+    assert absent.returncode == 2 and "sample.guide (./nowhere): " in absent.stderr
+    assert not (tmp_path / "bad").exists(), "said before an image is made"
     assert result.returncode == repeated.returncode == 0, (result, repeated)
     assert refused.returncode == 2 and "sample.sampler (dopri5)" in refused.stderr
     tree = json.loads((tmp_path / "one" / "sweep.json").read_text())

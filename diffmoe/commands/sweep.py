@@ -46,6 +46,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
 
 def _scales(options: argparse.Namespace) -> Points:
+    from diffmoe.diffusion.guidance import open_guide
+
     if options.cfg or options.guide:
         raise UserError("sweep has --guidance and --scales in place of --guide and --cfg")
     stored, out, points = checkpoint_of(options).config(), Path(options.out), Points()
@@ -55,6 +57,8 @@ def _scales(options: argparse.Namespace) -> Points:
         # At scale 1, where none guides, they have one card.
         folder = out / ("cfg1" if options.cfg == 1 else f"{name}_cfg{options.cfg:g}")
         config = evaluation_config(stored, options)
+        if options.cfg == scales[-1]:
+            open_guide(config)  # or an error before hours of sampling
         points[guide, options.cfg] = folder, (config, options.weights)
     return points
 

@@ -46,7 +46,7 @@ def open_guide(config: Config) -> DiT | None:
     name = config.sample.guide_checkpoint
     if name is None:
         return None
-    found = re.fullmatch(r"(.+)@(raw|ema|ema:.+)", name)
+    found = re.fullmatch(r"(.+)@(raw|ema|(?:ema|length):.+)", name)
     try:
         opened = open_pretrained(*(found.groups() if found else (name, None)))
         # Its experts follow the same rule, with thresholds or histograms of its own; the sampler
