@@ -19,13 +19,15 @@ from diffmoe.checkpoints.power_averages import (
 )
 from diffmoe.checkpoints.reader import Checkpoint, complete_folders
 from diffmoe.checkpoints.tensor_file import Corrupt
+from diffmoe.commands.common import whole_model
 from diffmoe.config import load_config
 from diffmoe.cost.memory import engine_facts, rank_memory
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.remote import remote_path
-from made_checkpoints import made_whole, make_checkpoint
+from diffmoe.training.checkpoint import STREAMING_BYTES
+from made_checkpoints import made_whole, make_checkpoint, peak_growth
 from programs import digits, run_cases, tiny, tiny_config
 from test_run import train_here
 
@@ -164,6 +166,26 @@ def test_the_planner_counts_every_average(stage):
         )
     assert plans[1] == plans[2] and plans[1].ema == 3 * plans[0].ema
     assert plans[1].masters == plans[0].masters
+
+
+@pytest.mark.full
+def test_a_model_is_filled_with_no_more_than_its_own_copy_in_memory(tmp_path):
+    """Of four averages."""
+    words = [
+        "model.depth=2",
+        "moe.experts=8",
+        "moe.interleave=false",
+        "moe.pool=1",
+        "parallel.ep=1",
+    ]
+    config = load_config(None, [*words, "train.ema_lengths=[0.05,0.1]"])
+    for step in range(10, 50, 10):
+        make_checkpoint(tmp_path / "averages", config, step)
+    make_checkpoint(tmp_path / "checkpoints", config, 50)
+    checkpoint, models = Checkpoint(tmp_path), []
+    growth = peak_growth(lambda: models.append(whole_model(checkpoint, config, "length:0.06")))
+    copy = sum(4 * parameter.numel() for parameter in models[0].parameters())
+    assert copy > 5e7 and growth < copy + STREAMING_BYTES, (copy, growth)
 
 
 # ------------------------------------------------------------------------------------------------
