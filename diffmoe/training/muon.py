@@ -119,14 +119,13 @@ class Muon(torch.optim.AdamW):
 
     def share(self, sharding: ShardGroups | None) -> None:
         """Who has shards of the groups' flat buffers; None: parameters are as they were given."""
-        for group in self.param_groups:
-            parts = [(group[MUON], group["params"][0])] if group[MUON] else []
-            ranks = Group((0,), 0)
-            if sharding is not None:
+        for group in (each for each in self.param_groups if each[MUON]):
+            if sharding is None:
+                pairs = zip(group[MUON], group["params"], strict=True)
+                self._matrices += [Matrices([stack], p, Group((0,), 0)) for stack, p in pairs]
+            else:
                 ranks = sharding.experts if "moe" in group else sharding.dense
-            elif group[MUON]:
-                parts = [([each], p) for each, p in zip(group[MUON], group["params"], strict=True)]
-            self._matrices += [Matrices(stacks, shard, ranks) for stacks, shard in parts]
+                self._matrices.append(Matrices(group[MUON], group["params"][0], ranks))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -137,6 +136,7 @@ class Muon(torch.optim.AdamW):
         finally:
             self.param_groups = groups
         rate, decay = groups[0]["lr"], groups[0]["weight_decay"]
+        # DeepSpeed steps a group at a time at ZeRO 1 and 2: only that has gradients.
         weights = [each.shard for each in self._matrices if each.shard.grad is not None]
         if not weights:
             return
