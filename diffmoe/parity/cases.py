@@ -91,6 +91,7 @@ class Case:
     shard: int = 0
     per_host: int = 0
     halves: bool = False  # parallel.overlap
+    settings: str = ""  # beside the variant's
 
     def config(self, seed: int = 0, steps: int = STEPS) -> Config:
         """The configuration of this row.  Raises UserError where the numbers do not fit."""
@@ -99,7 +100,8 @@ class Case:
             f"parallel.overlap={'halves' if self.halves else 'none'} "
             f"moe.pool={self.pool} train.batch={self.batch} train.accumulation={self.accumulation} "
             f"train.steps={steps} train.compile={str(self.compiled).lower()} "
-            f"sample.routing={self.routing} moe.experts={self.experts} {VARIANTS[self.variant]}"
+            f"sample.routing={self.routing} moe.experts={self.experts} {VARIANTS[self.variant]} "
+            f"{self.settings}"
         )
         return load_config(None, text.split())
 
@@ -135,7 +137,12 @@ class Case:
     @property
     def kind(self) -> str:
         words = [self.variant, "bf16" * (self.precision == "bf16")]
-        words += ["compiled" * self.compiled, "overlap" * self.overlap, "halves" * self.halves]
+        words += [
+            self.settings,
+            "compiled" * self.compiled,
+            "overlap" * self.overlap,
+            "halves" * self.halves,
+        ]
         words.append(f"shards of {self.shard}" if self.shard else "")
         words.append(f"hosts of {self.per_host}" if self.per_host else "")
         return " ".join(filter(None, words))

@@ -231,7 +231,8 @@ def _run_case(
     folder: Path,
     tamper: Callable[[Training], None] | None,
 ) -> Row:
-    key = (case.variant, case.experts, case.batch, case.accumulation, case.layout().pool)
+    what = (case.variant, case.settings, case.experts)
+    key = (*what, case.batch, case.accumulation, case.layout().pool)
     if key not in references:
         references[key] = str(folder / f"{len(references)}.pt")
         torch.save(reference_for(case, torch.device(ranks.device)), references[key])
