@@ -146,8 +146,6 @@ def _save_full_state(path: Path, engine: Engine, ema: Ema) -> int:
 
     Experts of other ranks are sent to rank 0 as well."""
     kinds = {kind: engine.shards(kind) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)}
-    # Muon's second moment has holes, where read() would find weights.
-    kinds = {kind: shards for kind, shards in kinds.items() if all(s.numel() for s in shards)}
     kinds["ema"] = ema.shards
     ep, first = engine.groups.ep, engine.groups.rank == 0
     state: dict[str, torch.Tensor] = {}

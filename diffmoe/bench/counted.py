@@ -55,7 +55,7 @@ from diffmoe.training.step import target_loss, training_rule
 # fits.
 _SOURCES = {
     "EMA": r"training/ema|\bema",
-    "Muon": r"training/muon:(update|_|newton)",
+    "Muon": r"training/muon\.py:(update|newton_schulz|_whole)",
     "Adam": r"/optim/|fused_adam|adam",
     "gradient's norm": r"norm",
     "reduction, its casts and copies": r"reduce",

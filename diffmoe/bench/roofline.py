@@ -111,7 +111,9 @@ class Counted:
     def sources(self) -> dict[str, float]:
         """Bytes a parameter and step of the weights' traffic, by source, largest first."""
         found: dict[str, float] = {}
-        for _, _, size, _, source, times in self.engine["kernels"]:
+        for kind, _, size, _, source, times in self.engine["kernels"]:
+            if kind == "product":  # Muon's, see parts
+                continue
             each = size * times / self.engine["parameters"]
             found[source] = found.get(source, 0.0) + each
         ordered = sorted(found.items(), key=lambda item: -item[1])
