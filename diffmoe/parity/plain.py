@@ -148,7 +148,7 @@ def _step_of_muon(
             update = slope + 0.95 * momentum
             for weight, part in zip(weights.chunk(parts), update.chunk(parts), strict=True):
                 left, sigma, right = torch.linalg.svd(part.double(), full_matrices=False)
-                sigma = sigma / sigma.square().sum().sqrt()
+                sigma = sigma / sigma.square().sum().sqrt().clamp(min=1e-30)  # 0 of no tokens
                 for _ in range(5):
                     sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
                 scale = 0.2 * math.sqrt(max(weight.shape))
@@ -178,7 +178,12 @@ def _loss(
         )
     else:
         s = config.diffusion.time_shift  # SD3's t is 1 at noise, ours at data
-        t = 1 - s * (1 - draws.t) / (1 + (s - 1) * (1 - draws.t)) if s != 1 else draws.t
+        t = draws.t
+        if config.diffusion.time_sampling == "logit_normal":
+            normal = math.sqrt(2) * torch.erfinv(2 * t.double() - 1)
+            mean, std = config.diffusion.time_mean, config.diffusion.time_std
+            t = (1 / (1 + (-(mean + std * normal)).exp())).to(t.dtype)
+        t = 1 - s * (1 - t) / (1 + (s - 1) * (1 - t)) if s != 1 else t
         denoising, output = flow_loss(model, x, noise, t.to(device), y, rule)
         tokens = F.unfold(x - noise, config.model.patch, stride=config.model.patch).mT
     handle.remove()
