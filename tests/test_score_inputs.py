@@ -781,9 +781,7 @@ def config_of(family: str, process: str) -> Config:
 
 
 def asked(line: str) -> argparse.Namespace:
-    from diffmoe.commands.common import Parser
-
-    return command.evaluation_options(Parser(prog="evaluate")).parse_intermixed_args(line.split())
+    return command._parser().parse_intermixed_args(line.split())
 
 
 def card_of(config: Config, options: argparse.Namespace, **changes: object):

@@ -37,8 +37,8 @@ _OF_CHECKPOINT = (
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The subcommand ``evaluate``; returns the exit code.  UserError for bad input."""
-    options = evaluation_options(Parser(prog="evaluate")).parse_intermixed_args(arguments)
-    check_options(options)
+    options = _parser().parse_intermixed_args(arguments)
+    _check_options(options)
     config = None
     if options.checkpoint is not None:
         config = evaluation_config(checkpoint_of(options).config(), options)
@@ -50,6 +50,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
 
 def checkpoint_of(options: argparse.Namespace) -> Checkpoint:
+    """What ``--checkpoint`` names.  UserError where it is none."""
     from diffmoe.checkpoints.reader import Checkpoint
 
     return Checkpoint(any_path(options.checkpoint))
@@ -135,7 +136,7 @@ def _option(name: str) -> str:
     return "--classes" if name == "labels" else f"--{name.replace('_', '-')}"
 
 
-def check_options(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     """One of --checkpoint and --samples, and nothing of a checkpoint's beside the latter."""
     if (options.checkpoint is None) == (options.samples is None):
         raise UserError(
@@ -184,15 +185,23 @@ def evaluation_config(config: Config, options: argparse.Namespace) -> Config:
     return config
 
 
-def evaluation_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.description = (
+def _parser() -> Parser:
+    description = (
         "FID, sFID, Inception Score, precision and recall of a checkpoint, or of samples that "
         "exist. Interrupted, it resumes when the same command runs again; with another reference, "
         "it scores the images that are there."
     )
+    parser = Parser(prog="evaluate", description=description)
+    samples = "instead, images that exist: npz (arr_0, as ADM's), .npy, or a folder"
+    parser.add_argument("--checkpoint", help=CHECKPOINT_HELP)
+    parser.add_argument("--samples", help=samples)
+    add_evaluation_options(parser)
+    return parser
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``evaluate`` beside what is scored; ``sweep`` has them too."""
     add = parser.add_argument
-    add("--checkpoint", help=CHECKPOINT_HELP)
-    add("--samples", help="instead, images that exist: npz (arr_0, as ADM's), .npy, or a folder")
     published = "sample as the published rows (docs/scores.md)"
     add("--published", action="store_true", help=published)
     reference = "npz (ADM's, or one saved here), .npy of images, folder of images or pixel shards"
@@ -212,4 +221,3 @@ def evaluation_options(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     out = "folder: card.json, card.md, samples.npz (default: %(default)s)"
     add("--out", default="evaluation", help=out)
     add_sampling_options(parser)
-    return parser

@@ -9,12 +9,11 @@ import itertools
 import re
 from pathlib import Path
 
-from diffmoe.commands.common import Parser, leave
+from diffmoe.commands.common import CHECKPOINT_HELP, Parser, leave
 from diffmoe.commands.evaluate import (
-    check_options,
+    add_evaluation_options,
     checkpoint_of,
     evaluation_config,
-    evaluation_options,
     scored,
 )
 from diffmoe.config import Config
@@ -29,9 +28,6 @@ Points = dict[tuple[str, float], tuple[Path, tuple[Config, str | None]]]
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The subcommand ``sweep``; returns the exit code.  UserError for bad input."""
     options = _parser().parse_intermixed_args(arguments)
-    if options.samples:
-        raise UserError(f"sweep samples a checkpoint itself; --samples ({options.samples})")
-    check_options(options)
     points = (_lengths if options.ema_lengths else _scales)(options)
     cards = scored(options, environment, dict(points.values()))
     if cards:
@@ -83,17 +79,19 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r} must be numbers such as 1,1.5,2") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = evaluation_options(Parser(prog="sweep"))
-    parser.description = (
+def _parser() -> Parser:
+    description = (
         "The Fréchet distance against guidance's scale, a curve a guide, or against the length of "
         "the average; the best is marked: OUT/sweep.md, .json and .png, and a folder of evaluate "
         "for each point. Interrupted, it resumes when the same command runs again."
     )
+    parser = Parser(prog="sweep", description=description)
     add = parser.add_argument
+    add("--checkpoint", required=True, help=CHECKPOINT_HELP)
     guides = "null, capacity, checkpoints (see --guide), with commas between (default: null)"
     add("--guidance", help=guides)
     add("--scales", type=_numbers, help="as many of --cfg (default: 1,1.25,1.5,2,3)")
     lengths = "instead: averages of these lengths, such as 0.03,0.05,0.1 (see train.ema_lengths)"
     add("--ema-lengths", type=_numbers, help=lengths)
+    add_evaluation_options(parser)
     return parser
