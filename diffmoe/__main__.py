@@ -51,6 +51,10 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("DIFFMOE_TRACEBACK"):
             raise
         _complain(error, environment)
+        if _agreed(error):
+            from diffmoe.commands.common import leave
+
+            leave()
         return 2
     except RuntimeError as error:
         # Outside training's watchdog: while the ranks meet, and in the other subcommands.
@@ -97,17 +101,21 @@ def _subcommand(arguments: list[str]) -> tuple[str, list[str]]:
 
 def _complain(error: UserError, environment: RankEnvironment | None) -> None:
     """One line for an error that every rank has; one line a rank for an error of its own."""
-    agreed = type(error).__name__ == "AgreedError" or not _started()
     text = " ".join(str(error).splitlines())  # a name with a line break in it, say
     if environment is None or environment.rank == 0:
         print(f"error: {text}", file=sys.stderr, flush=True)
-    elif not agreed or environment.local_rank == 0:
+    elif (_started() and not _agreed(error)) or environment.local_rank == 0:
         print(f"error: rank {environment.rank}: {text}", file=sys.stderr, flush=True)
 
 
 def _started() -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_initialized()
+
+
+def _agreed(error: UserError) -> bool:
+    """Whether the ranks have joined, and every one of them has this error."""
+    return _started() and type(error).__name__ == "AgreedError"
 
 
 def command() -> int:

@@ -378,8 +378,8 @@ def test_plan_and_submit_say_when_ep_groups_span_hosts(gpus, ep, spans, monkeypa
 
 @pytest.mark.full
 def test_ranks_exchange_over_the_hosts_that_they_tell_each_other(tmp_path):
-    def ends(folder, per_host, form):
-        words = ["run.py", *tiny(folder, "parallel.ep=4", "train.steps=2", form)]
+    def ends(folder, per_host, form, program=("run.py",)):
+        words = [*program, *tiny(folder, "parallel.ep=4", "train.steps=2", form)]
         start = f"export SLURMD_NODENAME=node$((RANK / {per_host})); exec {sys.executable} "
         with Program(["sh", "-c", start + shlex.join(words)], 4) as program:
             return program.wait(400)
@@ -394,7 +394,12 @@ def test_ranks_exchange_over_the_hosts_that_they_tell_each_other(tmp_path):
         found[form] = losses(tmp_path / form)
         assert per_host == (2 if form == "auto" else 0) and len(found[form]) == 2
     assert found["auto"] == found["direct"]
-    refused = ends(tmp_path / "refused", 1, "parallel.exchange=two_level")
+    # Ranks that all refuse part in order: with the group still there one in a few aborts at exit.
+    parted = (
+        "import sys, torch.distributed as dist; from diffmoe.__main__ import main; "
+        "code = main(sys.argv[1:]); sys.exit(9 if dist.is_initialized() else code)"
+    )
+    refused = ends(tmp_path / "refused", 1, "parallel.exchange=two_level", ("-c", parted))
     assert [end.returncode for end in refused] == [2] * 4
     said = "".join(end.stderr for end in refused)
     assert said.count("\n") == 1 and "parallel.ep is 4, and hosts hold 1 consecutive ranks" in said

@@ -248,8 +248,9 @@ def on_our_hosts(config: Config, layout: Layout) -> Layout:
 
 
 def leave() -> None:
-    """Waits for the other ranks and parts from them.  This rank's work is done: one that is lost on
-    its way out is noted, and its own exit code tells its launcher.
+    """Waits for the other ranks and parts from them: a rank that still has its group now and then
+    aborts at its exit.  This rank's work is done: one that is lost on its way out is noted, and its
+    own exit code tells its launcher.
     """
     import torch.distributed as dist
 
