@@ -5,8 +5,9 @@ see diffmoe/__main__.py.
 
 import sys
 
-from diffmoe.__main__ import main
-from diffmoe.errors import run_command
+from diffmoe.__main__ import command, main
+
+__all__ = ["command", "main"]
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

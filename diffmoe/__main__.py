@@ -119,8 +119,14 @@ def _agreed(error: UserError) -> bool:
 
 
 def command() -> int:
-    """The installed command."""
-    return run_command(main)
+    """The installed command, and run.py.  A rank that ends without the others ends at once: with
+    gloo's threads still there, Python's exit now and then aborts, which hides the exit code.
+    """
+    code = run_command(main)
+    if code and _started():
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":
