@@ -7,7 +7,7 @@ from typing import Any
 
 from diffmoe.errors import UserError
 from diffmoe.families import expert_hidden, has_load_bias
-from diffmoe.schema import Config, MoEConfig
+from diffmoe.schema import Config, DiffusionConfig, MoEConfig
 
 
 def validate(config: Config) -> None:
@@ -22,20 +22,27 @@ def validate(config: Config) -> None:
 
 
 def check_guidance(config: Config, training: bool = False) -> None:
-    """Raises UserError for guidance by a null class that this configuration never trains, or,
-    beside ``training``, by weights that it does not load.
+    """Raises UserError for guidance by a null class that this configuration never trains, for times
+    that the model has not learned, or, beside ``training``, for weights that it does not load.
     """
-    sample = config.sample
+    sample, learned = config.sample, config.diffusion.time_range
+    if (sample.pair is None) != (learned == DiffusionConfig.time_range):
+        raise UserError(
+            f"sample.pair ({_shown(sample.pair)}) must be the model of the times that "
+            f"diffusion.time_range {list(learned)} leaves out, and null where it leaves none out"
+        )
     if config.train.label_drop == 0 and sample.cfg != 1 and sample.guide is None:
         raise UserError(
             f"sample.cfg ({sample.cfg}) must be 1 where train.label_drop (0) never trains "
             "the null class that guidance needs: say sample.cfg=1 (--cfg 1), or sample.guide"
         )
-    if training and sample.guide_checkpoint:
-        raise UserError(
-            f"sample.guide ({sample.guide}) must be null or capacity for images and scores while "
-            "training (train.sample_every, train.score_every), which holds no other weights"
-        )
+    others = {"guide": (sample.guide_checkpoint, "null or capacity"), "pair": (sample.pair, "null")}
+    for name, (place, allowed) in others.items():
+        if training and place:
+            raise UserError(
+                f"sample.{name} ({place}) must be {allowed} for images and scores while training "
+                "(train.sample_every, train.score_every), which holds no other weights"
+            )
 
 
 def _shown(value: Any) -> str:
@@ -169,6 +176,10 @@ def _diffusion(config: Config) -> Rules:
     words = f"must be one of {', '.join(fitting)} {process}"
     yield "sample.sampler", config.sample.sampler in fitting, words
     yield "diffusion.time_shift", diffusion.time_shift > 0, "must be above 0"
+    low, high = diffusion.time_range
+    words = "must be two times, the lower first, that begin at 0 or end at 1: two models cover all"
+    good = 0 <= low < high <= 1 and (low == 0 or high == 1)
+    yield "diffusion.time_range", good, words
     words = f"must be none {process}: it is defined for the prediction of noise"
     yield "diffusion.loss_weight", not flow or diffusion.loss_weight == "none", words
     if config.train.direction_weight:
@@ -178,6 +189,7 @@ def _diffusion(config: Config) -> Rules:
         yield "train.direction_weight", config.model.channels > 1, words
     if not flow:
         yield "diffusion.time_shift", diffusion.time_shift == 1.0, f"must be 1 {process}"
+        yield "diffusion.time_range", (low, high) == (0, 1), f"must be [0, 1] {process}"
         yield "model.learn_sigma", config.model.learn_sigma, f"must be true {process}"
         yield "diffusion.time_scale", diffusion.time_scale == 1.0, f"must be 1 {process}"
         uniform = diffusion.time_sampling == "uniform"
@@ -209,6 +221,9 @@ def _sample(config: Config) -> Rules:
     yield "sample.cfg_interval", interval is None or 0 <= interval[0] < interval[1] <= 1, words
     words = "must be null for sample.sampler (dopri5), whose samples have each their own time"
     yield "sample.cfg_interval", interval is None or sample.sampler != "dopri5", words
+    words = "must be null for sample.sampler (dopri5), whose samples have each their own time"
+    yield "sample.pair", sample.pair is None or sample.sampler != "dopri5", words
+    yield "sample.pair", sample.pair != "", "must be null or a checkpoint"
     yield "sample.guide", sample.guide != "", "must be null, capacity or a checkpoint"
     if sample.guide == "capacity":
         dialled = family in ("diffmoe", "ec") or sample.routing == "static"

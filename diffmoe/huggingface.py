@@ -232,6 +232,8 @@ def _recipe(config: Config, step: int, weights: str) -> list[tuple[str, object]]
         process += f", {flow.time_sampling.replace('_', '-')} times"
         if flow.time_shift != 1:
             process += f" shifted by {flow.time_shift:g}"
+        if flow.time_range != (0, 1):
+            process += f" in {list(flow.time_range)}"
         if flow.time_scale != 1:
             process += f", t multiplied by {flow.time_scale:g} before its embedding"
     decays = ", ".join(f"{decay:g}" for decay in train.ema_decays)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffmoe.config import Config, check_guidance, config_from_tree, config_to_tree, validate
 from diffmoe.data.vae import Vae, decode_latents
-from diffmoe.diffusion.guidance import open_guide
+from diffmoe.diffusion.guidance import open_others
 from diffmoe.errors import UserError
 from diffmoe.evaluation.capacity_report import CapacityMeter, CapacityUsed
 from diffmoe.evaluation.class_names import chosen_classes
@@ -238,7 +238,7 @@ class DiffMoEPipeline:
         samples = generate(
             *(self.transformer, config, labels, range(count), self.device),
             meter=meter,
-            guide=self._placed(open_guide(config)),
+            others=open_others(config).each(self._placed),
         )
         used = None if meter is None else meter.merged(single_process().world)
         arrays = np.zeros((0, 0, 0, 3), np.uint8)
@@ -256,9 +256,9 @@ class DiffMoEPipeline:
             used,
         )
 
-    def _placed(self, model: DiT | None) -> DiT | None:
-        """A guide, where and in which precision this model is."""
-        for parameter in [] if model is None else model.to(self.device).parameters():
+    def _placed(self, model: DiT) -> DiT:
+        """Another model, where and in which precision this one is."""
+        for parameter in model.to(self.device).parameters():
             parameter.data = parameter.data.to(self.dtype)
         return model
 

@@ -22,6 +22,8 @@ class SampleConfig:
         guide: What guidance leads away from: the null class (null), the same weights with fewer
             experts a token (`capacity`), or other weights, as FOLDER of a checkpoint or
             FOLDER@ema:0.999; all but the null class with the class asked for.
+        pair: The model for the times that `diffusion.time_range` leaves out: FOLDER or
+            FOLDER@ema:0.999 of a checkpoint.
         guide_capacity: Experts that a token gets on average in the guide `capacity`.
         eta: DDIM's noise.
         tolerance: dopri5's error of a step.
@@ -42,6 +44,7 @@ class SampleConfig:
     cfg_interval: tuple[float, float] | None = None
     guide: str | None = None
     guide_capacity: float = 0.5
+    pair: str | None = None
     eta: float = 0.0
     tolerance: float = 1e-4
     routing: Literal["batch", "token", "static"] = "token"

@@ -201,6 +201,9 @@ class DiffusionConfig:
         time_shift: For the flow: s of t' = t / (s - (s - 1) t), which moves times towards noise, in
             training and on the grid of euler and heun (SD3, Esser et al. 2024, equation 23, whose t
             is our 1 - t; there sqrt(tokens / tokens that times are tuned for)). 1: none.
+        time_range: For the flow: training draws times between these alone, by t' = low + (high -
+            low) t after all else; for a model of its own at high noise and at low (Wan 2.2, Wan
+            et al. 2025; eDiff-I, Balaji et al. 2022). Sampling needs the other: `sample.pair`.
         loss_weight: For DDPM: of epsilon's squared error; `min_snr`: min(SNR, 5) / SNR (Hang et al.
             2023: 3.4 times as fast to the same FID as earlier weights).
     """
@@ -211,6 +214,7 @@ class DiffusionConfig:
     time_mean: float = 0.0
     time_std: float = 1.0
     time_shift: float = 1.0
+    time_range: tuple[float, float] = (0.0, 1.0)
     loss_weight: Literal["none", "min_snr"] = "none"
 
 

@@ -294,6 +294,14 @@ def test_bad_overrides(override, message):
             "train.direction_weight (1.0) must be 0 for diffusion.process (ddpm), which predicts "
             "no velocity",
         ),
+        *(
+            (
+                [f"diffusion.time_range={list(times)}"],
+                f"diffusion.time_range ({times}) must be two times, the lower first, that begin "
+                "at 0 or end at 1: two models cover all",
+            )
+            for times in ((0.5, 0.5), (0.2, 0.8), (-1.0, 1.0), (0.0, 1.5))
+        ),
         (["diffusion.time_shift=0"], "diffusion.time_shift (0.0) must be above 0"),
         (
             ["diffusion.time_shift=3", "diffusion.process=ddpm", "sample.sampler=ddim"],

@@ -15,7 +15,7 @@ from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.config import SampleConfig, check_guidance, load_config, override
 from diffmoe.data.digits import write_digits
 from diffmoe.diffusion.ddpm import ancestral
-from diffmoe.diffusion.guidance import open_guide
+from diffmoe.diffusion.guidance import Others, open_others
 from diffmoe.diffusion.sampling import euler, heun
 from diffmoe.errors import UserError
 from diffmoe.evaluation.capacity_report import CONDITIONAL, NULL, CapacityMeter, write_report
@@ -62,10 +62,15 @@ class Known:
         return SimpleNamespace(prediction=value.view(-1, 1, 1, 1).expand(shape).float())
 
 
+def others_of(config, log):
+    pair = Known(config, log, factor=3.0) if config.sample.pair else None
+    return Others(Known(config, log, factor=2.0), pair)
+
+
 def known_field(*overrides):
     """The field of class 1 out of three, a function of time alone, and the log of its passes."""
     config, log = tiny(*overrides), []
-    field = _field(Known(config, log), config, torch.tensor([1]), Known(config, log, factor=2.0))
+    field = _field(Known(config, log), config, torch.tensor([1]), others_of(config, log))
     return lambda t: field(torch.zeros(1, 1, 8, 8), torch.tensor([t])), log
 
 
@@ -117,12 +122,51 @@ def test_times_outside_the_interval_cost_one_pass(sampler, overrides, passes):
     assert len(log) == passes
 
 
+@pytest.mark.parametrize("learned", [(0.25, 1.0), (0.0, 0.25)])
+def test_each_of_a_pair_samples_at_the_times_that_it_has_learned(learned):
+    pair = (f"diffusion.time_range={list(learned)}", "sample.pair=other", "sample.cfg=3")
+    field, log = known_field(*pair, *BY_CAPACITY)
+    times = (0.0, 0.24, 0.25, 1.0)
+    mine = [(t >= 0.25) == (learned[1] == 1) for t in times]
+    for t, own in zip(times, mine):
+        weaker, full = (110.25, 110.0) if own else (310.25, 310.0)
+        assert field(t).unique().tolist() == [weaker + 3 * (full - weaker)]
+    assert [factor for factor, _ in log[::2]] == [1.0 if own else 3.0 for own in mine]
+    assert log[::2] == log[1::2], "each is its own guide"
+
+
+def test_a_pair_by_its_place_has_learned_the_other_times(tmp_path):
+    """Here twice the same weights, so that images are those of one model."""
+    pipe, part = (DiffMoEPipeline.from_pretrained(KEPT) for _ in range(2))
+    for name, learned in (("late", (0.4, 1.0)), ("early", (0.0, 0.5)), ("first", (0.0, 0.3))):
+        diffusion = dataclasses.replace(pipe.config.diffusion, time_range=learned)
+        config = dataclasses.replace(pipe.config, diffusion=diffusion)
+        part._pretrained = dataclasses.replace(part._pretrained, config=config)
+        part.save_pretrained(tmp_path / name)
+    how = {"num_images": 3, "guidance_scale": 1.0, "num_inference_steps": 4}
+    late = DiffMoEPipeline.from_pretrained(tmp_path / "late")
+    with pytest.raises(UserError, match=r"sample.pair \(null\) must be the model of the times"):
+        late(**how)
+    config = override(late.config, [f"sample.pair={tmp_path / 'early'}"])
+    late._pretrained = dataclasses.replace(late._pretrained, config=config)
+    torch.testing.assert_close(late(**how).samples, pipe(**how).samples, atol=1e-6, rtol=0)
+    for pair, words in (
+        ("first", "its diffusion.time_range [0.0, 0.3] leaves times out that it is asked for, "),
+        ("late", "beside the model's [0.4, 1.0]"),
+    ):
+        with pytest.raises(UserError) as caught:
+            open_others(override(config, [f"sample.pair={tmp_path / pair}"]))
+        assert words in str(caught.value)
+    with pytest.raises(UserError, match=r"its diffusion.time_range \[0.4, 1.0\] leaves times out"):
+        pipe(guide=str(tmp_path / "late"), **{**how, "guidance_scale": 2.0})
+
+
 @pytest.mark.parametrize(("guide", "weaker", "its"), GUIDES.values(), ids=GUIDES)
 @pytest.mark.parametrize("process", [(), DDPM])
 def test_scale_1_is_the_model_alone(guide, weaker, its, process):
     field, log = known_field("sample.cfg=1", *guide, *process)
     assert field(0.5).unique().tolist() == [110.0] and log == [OWN]
-    assert open_guide(tiny("sample.cfg=1", *guide)) is None
+    assert open_others(tiny("sample.cfg=1", *guide)) == Others()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,16 +230,16 @@ def over_ranks(*overrides):
     config = tiny("sample.cfg=2", "sample.batch=2", *overrides)
     groups = build_groups(2, 1)
     model, labels = lively(config, groups), [0, 1, 2, 0]
-    return generate_everywhere(model, config, labels, groups.world, CPU, guide=another(config))
+    return generate_everywhere(model, config, labels, groups.world, CPU, others=another(config))
 
 
 def another(config):
     """The model of other weights, where guidance needs it."""
     if config.sample.guide_checkpoint is None:
-        return None
+        return Others()
     model = DiT(config.model, config.moe).eval()
     initialize(model, 1)
-    return model
+    return Others(model)
 
 
 @pytest.mark.full
@@ -203,7 +247,7 @@ def another(config):
 def test_ranks_that_share_experts_make_the_images_of_one(guide):
     guide = (*guide, "sample.cfg_interval=[0.2, 0.6]")
     config = tiny("sample.cfg=2", *guide)
-    alone = generate(lively(config), config, [0, 1, 2, 0], range(4), CPU, guide=another(config))
+    alone = generate(lively(config), config, [0, 1, 2, 0], range(4), CPU, others=another(config))
     with Ranks(2) as ranks:
         for images in ranks.run(over_ranks, *guide):
             torch.testing.assert_close(images, alone, atol=1e-5, rtol=0)
@@ -237,7 +281,7 @@ def test_other_weights_by_their_place(tmp_path):
         (str(KEPT), ("model.learn_sigma=true", *DDPM), "for diffusion.process (flow)"),
     ):
         with pytest.raises(UserError) as caught:
-            open_guide(override(config, [f"sample.guide={guide}", *asked]))
+            open_others(override(config, [f"sample.guide={guide}", *asked]))
         assert str(caught.value).startswith(f"sample.guide ({guide}): ")
         assert complaint in str(caught.value)
 
@@ -296,17 +340,17 @@ def test_guidance_that_cannot_be_is_one_line(overrides, words):
 # cards and the sweep
 
 
-def images_of(*overrides, guide=None):
+def images_of(*overrides, others=Others()):
     config = tiny(*overrides)
     subject, model = Subject("run/step_00000008", 8, "ema"), DiT(config.model, config.moe)
     initialize(model, 0)
-    return sampled_images(model, config, subject, 70, "balanced", CPU, None, guide)
+    return sampled_images(model, config, subject, 70, "balanced", CPU, None, others)
 
 
 def test_other_guidance_is_another_card_and_no_published_one():
     plain = images_of("sample.cfg=1.5")
     known = {field.name for field in dataclasses.fields(SampleConfig)}
-    new = {"cfg_interval", "guide", "guide_capacity"}
+    new = {"cfg_interval", "guide", "guide_capacity", "pair"}
     assert set(plain.settings["sample"]) == known - new - {"columns"}, (
         "as before there was a choice"
     )
@@ -316,7 +360,7 @@ def test_other_guidance_is_another_card_and_no_published_one():
         (BY_CAPACITY, None),
         (["sample.guide=runs/other"], other),
     ):
-        made = images_of("sample.cfg=1.5", *overrides, guide=guide)
+        made = images_of("sample.cfg=1.5", *overrides, others=Others(guide))
         assert made.settings != plain.settings
         card = SimpleNamespace(**made.card, count=70, splits=1, extractor="x", extractor_sha256="")
         asked = "cfg_interval" if "interval" in overrides[0] else "guide"

@@ -130,6 +130,13 @@ def test_times_are_shifted_as_sd3_does_towards_noise():
     assert shifted(t, 1.0) is t
 
 
+def test_training_draws_times_of_its_range():
+    u = torch.linspace(0, 1, 5)
+    words = ["diffusion.time_range=[0.25, 1]", "diffusion.time_shift=2"]
+    trained = training_step._training_time(u, load_config(None, words).diffusion)
+    torch.testing.assert_close(trained, 0.25 + 0.75 * shifted(u, 2))
+
+
 def test_training_and_samplers_have_the_same_shift():
     u, times = torch.tensor([0.0, 0.25, 0.5, 0.75]), []
     words = ["diffusion.time_shift=2", "model.family=dense"]

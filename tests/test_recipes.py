@@ -20,6 +20,7 @@ RECIPES = {
     "dispersive": "train.dispersive_weight=0.5",
     "direction": "train.direction_weight=1",
     "shift": "diffusion.time_shift=2",
+    "time range": "diffusion.time_range=[0.25,1]",
     "logit-normal": "diffusion.time_sampling=logit_normal",
     "ddpm": "diffusion.process=ddpm model.learn_sigma=true sample.sampler=ancestral",
     "min-SNR": "diffusion.process=ddpm model.learn_sigma=true sample.sampler=ancestral "
@@ -42,6 +43,7 @@ REFUSED = [
         for one, field in (
             ("direction", "train.direction_weight"),
             ("shift", "diffusion.time_shift"),
+            ("time range", "diffusion.time_range"),
             ("logit-normal", "diffusion.time_sampling"),
         )
     ),

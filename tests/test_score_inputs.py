@@ -374,7 +374,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     batches: list[int] = []
     real = scored_images.generate
 
-    def counted_generate(model, config, labels, numbers, device, guide):
+    def counted_generate(model, config, labels, numbers, device, others):
         batches.append(numbers[0])
         if len(batches) == 4 and "interrupt" in os.environ.get("TEST_OF_SCORES", ""):
             raise KeyboardInterrupt

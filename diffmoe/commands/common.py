@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
     from diffmoe.checkpoints.reader import Checkpoint
+    from diffmoe.diffusion.guidance import Others
     from diffmoe.evaluation.decoding import Decoder
     from diffmoe.models.dit import DiT
 
@@ -295,22 +296,22 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
 
 def sampling_model(
     checkpoint: Checkpoint, config: Config, options: argparse.Namespace, device: torch.device
-) -> tuple[DiT, DiT | None, Decoder | None, list[str]]:
-    """The model of a checkpoint on the CPU, on ``device`` its guide's where that has other weights,
-    both compiled if they are to be, the decoder of ``--vae``, and what to say of them. UserError
+) -> tuple[DiT, Others, Decoder | None, list[str]]:
+    """The model of a checkpoint on the CPU, on ``device`` the others that sampling needs, all
+    compiled if they are to be, the decoder of ``--vae``, and what to say of them. UserError
     where they do not fit.
     """
-    from diffmoe.diffusion.guidance import open_guide
+    from diffmoe.diffusion.guidance import open_others
     from diffmoe.evaluation.decoding import checkpoint_data, open_decoder, vae_note
     from diffmoe.evaluation.generate import check_dial, threshold_note
     from diffmoe.models.compiled import compile_blocks, compiles
 
     model, decoder = whole_model(checkpoint, config, options.weights or "ema"), None
     check_dial(model, config.sample)
-    guide = open_guide(config)
+    others = open_others(config)
     compiled, note = compiles(config.train, device)
     if compiled:
-        for each in filter(None, (model, guide)):
+        for each in filter(None, (model, *others)):
             compile_blocks(each)
     notes = [threshold_note(model, config.sample), note]
     if options.vae is not None:
@@ -318,7 +319,8 @@ def sampling_model(
         index = checkpoint_data(config, *numbers)
         decoder = open_decoder(options.vae, config, index, *numbers, device)
         notes.append(vae_note(config, decoder, index))
-    return model, guide and guide.to(device), decoder, [note for note in notes if note is not None]
+    others = others.each(lambda other: other.to(device))
+    return model, others, decoder, [note for note in notes if note is not None]
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:

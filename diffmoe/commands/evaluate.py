@@ -113,14 +113,14 @@ def _sampled(
     from diffmoe.evaluation.scored_images import Subject, sampled_images
 
     checkpoint = checkpoint_of(options)
-    model, guide, decoder, notes = sampling_model(checkpoint, config, options, device)
+    model, others, decoder, notes = sampling_model(checkpoint, config, options, device)
     for note in notes if first else ():
         print(note, flush=True)
     subject = Subject(str(checkpoint.path), checkpoint.step, options.weights or WEIGHTS)
     count = COUNT if options.count is None else options.count
     labels = options.labels or "balanced"
     model.to(device).eval()
-    return sampled_images(model, config, subject, count, labels, device, decoder, guide)
+    return sampled_images(model, config, subject, count, labels, device, decoder, others)
 
 
 def _check_save_reference(path: Path) -> None:

@@ -48,7 +48,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     out = Path(options.out.removesuffix(".npz").removesuffix(".png"))
     npz, png = Path(f"{out}.npz"), Path(f"{out}.png")  # with_suffix would cut cfg1.5 to cfg1
     with agreed(world):
-        model, guide, decoder, notes = sampling_model(checkpoint, config, options, device)
+        model, others, decoder, notes = sampling_model(checkpoint, config, options, device)
         meter = CapacityMeter(model, config, total, device) if options.report else None
         _check_out(npz, png)
     first = environment.rank == 0
@@ -64,7 +64,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         progress=first,
         meter=meter,
         decode=decode,
-        guide=guide,
+        others=others,
     )
     used = None if meter is None else meter.merged(world)
     if first:

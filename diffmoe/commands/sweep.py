@@ -42,7 +42,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
 
 
 def _scales(options: argparse.Namespace) -> Points:
-    from diffmoe.diffusion.guidance import open_guide
+    from diffmoe.diffusion.guidance import open_others
 
     if options.cfg or options.guide:
         raise UserError("sweep has --guidance and --scales in place of --guide and --cfg")
@@ -54,7 +54,7 @@ def _scales(options: argparse.Namespace) -> Points:
         folder = out / ("cfg1" if options.cfg == 1 else f"{name}_cfg{options.cfg:g}")
         config = evaluation_config(stored, options)
         if options.cfg == scales[-1]:
-            open_guide(config)  # or an error before hours of sampling
+            open_others(config)  # or an error before hours of sampling
         points[guide, options.cfg] = folder, (config, options.weights)
     return points
 

@@ -1,14 +1,18 @@
-"""Guidance: a field moved away from a weaker one, guide + cfg (model - guide).
+"""Other models beside the one that samples.
+
+Guidance: a field moved away from a weaker one, guide + cfg (model - guide).
 
 The guide is the null class (Ho and Salimans 2022) or a worse model of the same class (Karras et al.
 2024, arXiv 2406.02507), perhaps in an interval of times alone (Kynkäänniemi et al. 2024, arXiv
-2404.07724).
+2404.07724).  The pair: the model of the times that this one has not learned.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,6 +24,17 @@ from diffmoe.moe.routing import RoutingRule
 
 Interval = tuple[float, float]
 Guide = tuple[DiT, RoutingRule]  # perhaps the guided model, under a rule of fewer experts a token
+
+
+class Others(NamedTuple):
+    """The whole models beside the one that samples, where it needs them."""
+
+    guide: DiT | None = None
+    pair: DiT | None = None
+
+    def each(self, place: Callable[[DiT], DiT]) -> Others:
+        """Both after ``place``."""
+        return Others(*(model and place(model) for model in self))
 
 
 def is_guided(time: Tensor, cfg: float, interval: Interval | None) -> bool:
@@ -39,11 +54,17 @@ def lower_rule(sample: SampleConfig) -> RoutingRule:
     return RoutingRule(sample.routing, capacity=capacity, dial=capacity)
 
 
-def open_guide(config: Config) -> DiT | None:
-    """The model of ``sample.guide``, fp32 on the CPU, where guidance needs other weights.
-    UserError where there are none such, or they model something else.
+def open_others(config: Config) -> Others:
+    """The models of ``sample.guide`` and ``sample.pair``, fp32 on the CPU, where other weights are
+    needed.  UserError where there are none such, or they model something else.
     """
-    name = config.sample.guide_checkpoint
+    return Others(
+        _open("guide", config.sample.guide_checkpoint, config),
+        _open("pair", config.sample.pair, config),
+    )
+
+
+def _open(role: str, name: str | None, config: Config) -> DiT | None:
     if name is None:
         return None
     found = re.fullmatch(r"(.+)@(raw|ema|(?:ema|length):.+)", name)
@@ -57,6 +78,13 @@ def open_guide(config: Config) -> DiT | None:
             own, its = (vars(c.model)[field] for c in (config, theirs))
             if own != its:
                 raise UserError(f"its model.{field} ({its}) is not the model's ({own})")
+        own, its = (c.diffusion.time_range for c in (config, theirs))
+        first, last = sorted((own, its)) if role == "pair" else (its, its)
+        if first[0] > 0 or last[1] < 1 or first[1] < last[0]:
+            raise UserError(
+                f"its diffusion.time_range {list(its)} leaves times out that it is asked for"
+                + f", beside the model's {list(own)}" * (role == "pair")
+            )
         return opened.model()
     except UserError as error:
-        raise UserError(f"sample.guide ({name}): {error}") from error
+        raise UserError(f"sample.{role} ({name}): {error}") from error

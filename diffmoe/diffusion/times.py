@@ -25,6 +25,12 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return t if shift == 1 else t / (shift - (shift - 1) * t)
 
 
+def within(t: Tensor, interval: tuple[float, float]) -> Tensor:
+    """t [B] in [0, 1], squeezed into the interval."""
+    low, high = interval
+    return t if interval == (0.0, 1.0) else low + (high - low) * t
+
+
 def uniform_steps(u: Tensor, num_timesteps: int) -> Tensor:
     """int64 steps [B], uniform in [0, num_timesteps), from u [B] uniform in [0, 1)."""
     # A fp64 draw just below 1 becomes 1 in fp32.

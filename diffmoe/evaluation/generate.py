@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffmoe.config import Config, MoEConfig, SampleConfig
 from diffmoe.diffusion.ddpm import ancestral_noise, guided_epsilon
-from diffmoe.diffusion.guidance import lower_rule
+from diffmoe.diffusion.guidance import Others, lower_rule
 from diffmoe.diffusion.randomness import sampling_noise
 from diffmoe.diffusion.rectified_flow import guided_velocity
 from diffmoe.diffusion.sampling import SAMPLERS
@@ -83,18 +83,18 @@ def generate(
     progress: bool = False,
     meter: CapacityMeter | None = None,
     together: Group | None = None,
-    guide: DiT | None = None,
+    others: Others = Others(),
 ) -> Tensor:
     """Images [n, C, H, W], fp32 on the CPU, of classes ``labels`` from the noise of images
     ``numbers``.
 
     ``together``: ranks whose passes must keep step, since the model communicates in them.
-    ``meter`` counts the capacity used.  ``guide``: whole, where guidance needs other weights.
+    ``meter`` counts the capacity used.  ``others``: whole, where sampling needs them.
     Raises UserError where :func:`check_dial` does.
     """
     check_dial(model, config.sample)
-    if guide is not None:
-        check_dial(guide, config.sample)
+    for other in filter(None, others):
+        check_dial(other, config.sample)
     sizes, sample = config.model, config.sample
     shape = (sizes.channels, sizes.input_size, sizes.input_size)
     images = []
@@ -103,7 +103,7 @@ def generate(
         part = slice(start, start + sample.batch)
         noise = sampling_noise(config.run.seed, numbers[part], shape).to(device)
         y = torch.tensor(labels[part], device=device)
-        field = _field(model, config, y, guide)
+        field = _field(model, config, y, others)
         counting = (
             contextlib.nullcontext() if meter is None else meter.watching(model, numbers[part])
         )
@@ -115,11 +115,29 @@ def generate(
 
 
 def _field(
-    model: DiT, config: Config, y: Tensor, other: DiT | None = None
+    model: DiT, config: Config, y: Tensor, others: Others
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """What the sampler integrates.  The flow is guided on all channels, as published."""
+    """What the sampler integrates; at times that the model has not learned, its pair's field."""
+    field = _field_of(model, config, y, others.guide)
+    if others.pair is None:
+        return field
+    rest, (low, high) = _field_of(others.pair, config, y, others.guide), config.diffusion.time_range
+
+    def by_time(z: Tensor, t: Tensor) -> Tensor:
+        learned = t[0] < high if low == 0 else t[0] >= low
+        return (field if learned else rest)(z, t)
+
+    return by_time
+
+
+def _field_of(
+    model: DiT, config: Config, y: Tensor, other: DiT | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """With guidance, by ``other`` where that needs other weights.  The flow is guided on all
+    channels, as published.
+    """
     sample, guide = config.sample, None
-    rule = inference_rule(config.moe, sample)
+    rule = inference_rule(model.moe, sample)
     if sample.guided_by_capacity:
         guide = (model, lower_rule(sample))
     elif sample.guide_checkpoint:
@@ -161,7 +179,7 @@ def generate_everywhere(
     progress: bool = False,
     meter: CapacityMeter | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
-    guide: DiT | None = None,
+    others: Others = Others(),
 ) -> Tensor:
     """Images 0 … len(labels) - 1, an equal share on every rank (surplus numbers fill the last), all
     of them on all ranks.  Ranks make the same number of passes, so the experts may be spread over
@@ -170,7 +188,7 @@ def generate_everywhere(
     each = -(-len(labels) // world.size)
     numbers = range(world.index * each, (world.index + 1) * each)
     my_labels = [labels[i % len(labels)] for i in numbers]
-    mine = generate(model, config, my_labels, numbers, device, progress, meter, world, guide)
+    mine = generate(model, config, my_labels, numbers, device, progress, meter, world, others)
     if decode is not None:
         mine = torch.cat([decode(part) for part in mine.split(config.sample.batch)])
     return gather_stack(mine.to(device), world).flatten(0, 1)[: len(labels)].cpu()

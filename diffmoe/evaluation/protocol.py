@@ -23,7 +23,7 @@ def published_sampling(family: str | None, process: str | None) -> dict[str, obj
     published: dict[str, object] = {"sampler": "ancestral", "cfg_channels": 3}
     if process == "flow":
         published = {"sampler": "euler"}
-    published |= {"steps": 250, "guide": None, "cfg_interval": None}
+    published |= {"steps": 250, "guide": None, "cfg_interval": None, "pair": None}
     if family == "diffmoe":
         published |= {"routing": "batch", "batch": 125, "gamma": None, "capacity": None}
     return published

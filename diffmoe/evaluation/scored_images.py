@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffmoe.config import Config, SampleConfig
 from diffmoe.device import set_fp32_precision
+from diffmoe.diffusion.guidance import Others
 from diffmoe.errors import UserError
 from diffmoe.evaluation.decoding import Decoder
 from diffmoe.evaluation.features import to_uint8
@@ -79,10 +80,10 @@ def sampled_images(
     labels: str,
     device: torch.device,
     decoder: Decoder | None = None,
-    guide: DiT | None = None,
+    others: Others = Others(),
 ) -> Images:
-    """Images of a whole model, and of a whole ``guide`` where guidance needs other weights: every
-    rank holds all of them.
+    """Images of a whole model, and of whole ``others`` where sampling needs them: every rank holds
+    all of them.
 
     `config`: the run's, with `sample` and `run.seed` as wanted; `sample.batch` images are sampled
     together. `labels`: `balanced`: image i is of class i modulo classes; `random`: a uniform class
@@ -112,9 +113,12 @@ def sampled_images(
         "decoder_sha256": decoder and decoder.sha256,
         "decoder": decoder and decoder.name,
     }
-    if guide is not None:
-        settings["guide_sha256"] = weights_digest(guide)
-    shift = config.diffusion.time_shift  # moves the sampler's times, too
+    for role, other in others._asdict().items():
+        if other is not None:
+            settings[f"{role}_sha256"] = weights_digest(other)
+    more = {"pair_sha256": settings["pair_sha256"]} if others.pair else {}
+    if config.diffusion.time_shift != 1:  # moves the sampler's times, too
+        more["time_shift"] = config.diffusion.time_shift
     fields = ("cfg", "sampler", "steps", "routing", "capacity", "gamma", "batch")
     card = {
         **made_by,
@@ -122,7 +126,7 @@ def sampled_images(
         "guidance": config.sample.guidance,
         "family": config.model.family,
         "process": config.diffusion.process,
-        "sampling": {**sample, **({} if shift == 1 else {"time_shift": shift})},
+        "sampling": {**sample, **more},
         "vae": decoder and decoder.name,
         "vae_sha256": decoder and decoder.sha256,
         "guide_sha256": settings.get("guide_sha256"),
@@ -132,7 +136,7 @@ def sampled_images(
 
     def make(numbers: range) -> Tensor:
         asked = class_labels(labels, numbers, classes, seed)
-        x = generate(model, config, asked, numbers, device, guide=guide)
+        x = generate(model, config, asked, numbers, device, others=others)
         if bad := int((~torch.isfinite(x)).flatten(1).any(1).sum()):
             raise UserError(f"{bad} of {len(x)} samples are not finite")
         return to_uint8(x) if decoder is None else decoder.function(x)
@@ -157,6 +161,7 @@ def _told(sample: SampleConfig) -> dict[str, Any]:
         "cfg_interval": sample.cfg == 1 or sample.cfg_interval is None,
         "guide": sample.cfg == 1 or sample.guide is None,
         "guide_capacity": not sample.guided_by_capacity,
+        "pair": sample.pair is None,
     }
     return {k: v for k, v in dataclasses.asdict(sample).items() if not unused.get(k)}
 

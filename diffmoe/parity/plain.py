@@ -184,6 +184,8 @@ def _loss(
             mean, std = config.diffusion.time_mean, config.diffusion.time_std
             t = (1 / (1 + (-(mean + std * normal)).exp())).to(t.dtype)
         t = 1 - s * (1 - t) / (1 + (s - 1) * (1 - t)) if s != 1 else t
+        low, high = config.diffusion.time_range
+        t = torch.lerp(torch.full_like(t, low), torch.full_like(t, high), t)
         denoising, output = flow_loss(model, x, noise, t.to(device), y, rule)
         tokens = F.unfold(x - noise, config.model.patch, stride=config.model.patch).mT
     handle.remove()

@@ -48,6 +48,7 @@ _RECIPE_FIELDS = (
     "diffusion.time_mean",
     "diffusion.time_std",
     "diffusion.time_shift",
+    "diffusion.time_range",
     "diffusion.loss_weight",
 )
 # Resolved to numbers (moe.pool, micro-batches) or about this place only.

@@ -17,7 +17,7 @@ from diffmoe.device import sent, synchronize
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.randomness import Draws, training_draws
 from diffmoe.diffusion.rectified_flow import flow_loss
-from diffmoe.diffusion.times import logit_normal, shifted, uniform_steps
+from diffmoe.diffusion.times import logit_normal, shifted, uniform_steps, within
 from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, ModelOutput, patchify
 from diffmoe.moe.capacity import HISTOGRAM_BINS, histogram
@@ -136,7 +136,7 @@ def _training_time(u: Tensor, diffusion: DiffusionConfig) -> Tensor:
         return uniform_steps(u, len(_DDPM))
     if diffusion.time_sampling == "logit_normal":
         u = logit_normal(u, diffusion.time_mean, diffusion.time_std)
-    return shifted(u, diffusion.time_shift)
+    return within(shifted(u, diffusion.time_shift), diffusion.time_range)
 
 
 def train_step(

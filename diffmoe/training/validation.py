@@ -28,7 +28,7 @@ from diffmoe.device import sent
 from diffmoe.diffusion.ddpm import ddpm_losses, linear_schedule
 from diffmoe.diffusion.randomness import validation_draws
 from diffmoe.diffusion.rectified_flow import flow_errors
-from diffmoe.diffusion.times import uniform_steps
+from diffmoe.diffusion.times import uniform_steps, within
 from diffmoe.errors import UserError
 from diffmoe.evaluation.generate import check_dial, inference_rule
 from diffmoe.models.dit import DiT, ModelOutput
@@ -137,7 +137,9 @@ class Validator:
         """A loss a sample [B], the output, and each sample's tenth of time [B]."""
         draws = validation_draws(batch.positions, tuple(batch.x.shape[1:]))
         flow, t = self.config.diffusion.process == "flow", draws.t
-        if not flow:
+        if flow:
+            t = within(t, self.config.diffusion.time_range)
+        else:
             t = uniform_steps(t, len(self._schedule))
         x, noise, t, y = (sent(v, self.device) for v in (batch.x, draws.noise, t, batch.y))
         rule = inference_rule(self.config.moe, self.config.sample)
