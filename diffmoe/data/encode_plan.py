@@ -87,7 +87,7 @@ class Plan:
             )
 
 
-def make_plan(request: Request, source: Source, vae: Vae | None) -> Plan:
+def make_plan(request: Request, source: Source, vae: Vae | None, features_sha256: str = "") -> Plan:
     """The plan of a request for what its source holds."""
     encoding = Encoding(
         source.sha256,
@@ -97,13 +97,14 @@ def make_plan(request: Request, source: Source, vae: Vae | None) -> Plan:
         vae="",
         vae_sha256="",
         precision="",
-        batch=0,
+        batch=request.batch if features_sha256 else 0,
         samples_per_shard=request.samples_per_shard,
         class_names=source.class_names,
         storage="uint8",
         left_out=tuple(map(str, source.left_out)),
         shuffled=request.shuffle_seed,
         fp32_precision=request.fp32_precision,
+        features_sha256=features_sha256,
     )
     if vae is None:
         return Plan(ShardMeta("pixels", source.classes, scale=1 / 127.5, mean=127.5), encoding)

@@ -42,7 +42,12 @@ def synthetic_batch(config: Config, numbers: Sequence[int]) -> Batch:
     x = torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(1 + 2 * n)) for n in numbers]
     )
-    return Batch(x, torch.tensor([(3 * n + 1) % model.classes for n in numbers]), tuple(numbers))
+    y = torch.tensor([(3 * n + 1) % model.classes for n in numbers])
+    if config.projector is None:
+        return Batch(x, y, tuple(numbers))
+    sizes = (model.tokens, config.train.repa_width)
+    features = [torch.randn(sizes, generator=torch.Generator().manual_seed(2 * n)) for n in numbers]
+    return Batch(x, y, tuple(numbers), torch.stack(features).half())
 
 
 class Training:
