@@ -64,7 +64,9 @@ class Plan:
         counts by its weights. What was left out decides no bytes; stamps are `_check_stamps`'s.
         """
         pairs = ((self.encoding, other.encoding), (self.meta, other.meta))
-        for ours, theirs, name in ((*pair, f.name) for pair in pairs for f in fields(pair[0])):
+        named = [(*pair, field.name) for pair in pairs for field in fields(pair[0])]
+        named.sort(key=lambda each: each[2] != "features_sha256")  # which decides what batch means
+        for ours, theirs, name in named:
             mine, found = getattr(ours, name), getattr(theirs, name)
             if mine == found or name in ("vae", "left_out", "source_stamps"):
                 continue

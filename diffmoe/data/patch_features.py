@@ -28,7 +28,7 @@ class PatchNetwork:
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> np.ndarray:
         """Features, float16 [B, N, d], of uint8 images [B, 1 or 3, S, S]."""
-        return _patches(self.module, images.to(self.device)).half().cpu().numpy()
+        return _patches(self.module, images.to(self.device)).half().contiguous().cpu().numpy()
 
 
 def load_patch_network(path: Path, channels: int, size: int, device: torch.device) -> PatchNetwork:
