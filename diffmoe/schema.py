@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from diffmoe.sample_schema import SampleConfig
 
@@ -434,15 +434,6 @@ class ScoreConfig:
     count: int = 10_000
 
 
-class Projector(NamedTuple):
-    """Three linear layers, behind ``block`` blocks; ``sizes``: of tokens, inside twice, of
-    features.
-    """
-
-    block: int
-    sizes: tuple[int, int, int, int]
-
-
 @dataclass(frozen=True)
 class Config:
     """The whole tree."""
@@ -456,13 +447,3 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
-
-    @property
-    def projector(self) -> Projector | None:
-        """What `train.repa_weight` trains beside the model; None where it is 0."""
-        train, model = self.train, self.model
-        if train.repa_weight == 0:
-            return None
-        block = train.repa_block or max(1, min(8, model.depth // 3))
-        inner = train.repa_hidden
-        return Projector(block, (model.width, inner, inner, train.repa_width))

@@ -24,6 +24,7 @@ from diffmoe.data.shards import load_index
 from diffmoe.data.share import Share
 from diffmoe.data.stream import BatchStream
 from diffmoe.errors import UserError
+from diffmoe.families import projector_of
 from diffmoe.files import sha256
 from diffmoe.models.logical import logical_pieces, new_model, weights_digest
 from diffmoe.moe.routing import RoutingRule
@@ -185,7 +186,7 @@ def test_the_loss_is_minus_the_mean_cosine_of_patches():
 @pytest.mark.parametrize(("depth", "block"), [(28, 8), (24, 8), (12, 4), (2, 1)])
 def test_the_block_is_the_papers(depth, block):
     words = [f"model.depth={depth}", "train.repa_weight=0.5"]
-    assert load_config(None, words).projector == (block, (384, 2048, 2048, 768))
+    assert projector_of(load_config(None, words)) == (block, (384, 2048, 2048, 768))
 
 
 def test_only_training_passes_project_and_nothing_else_of_the_model_changes():

@@ -35,12 +35,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import diffmoe.moe.dispatch
 from diffmoe.bench.kernels import Counting, Kernel, as_on_a_gpu
 from diffmoe.bench.measure import Allocations
-from diffmoe.config import Config, ModelConfig, MoEConfig, Projector, config_from_tree, override
+from diffmoe.config import Config, ModelConfig, MoEConfig, config_from_tree, override
 from diffmoe.cost.traffic import rows_sent
 from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.rectified_flow import flow_loss
-from diffmoe.families import TOKENS_CHOOSE
+from diffmoe.families import TOKENS_CHOOSE, Projector, projector_of
 from diffmoe.layout import Layout, over_hosts, resolve_layout
 from diffmoe.models.compiled import compile_blocks
 from diffmoe.models.dit import DiT, patchify
@@ -160,7 +160,7 @@ def micro_batch(
             groups,
             config.parallel.overlap,
             config.train.dispersive_weight > 0,
-            config.projector,
+            projector_of(config),
         )
         loss = fake_loss(dit, layout.micro_batch, config.diffusion.process == "ddpm")
         if compiled:

@@ -93,7 +93,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         f"{index.where}: {index.count} samples of {index.meta.classes} classes in "
         f"{len(index.shards)} shards, {index.dtype} {list(index.shape)} ({index.meta.kind}"
         f"{', with flips' * index.flips}"
-        f"{f', features {list(index.features)}' if index.features else ''}), fingerprint {index.fingerprint[:16]}"
+        f"{f', features {list(index.features)}' if index.features else ''}), "
+        f"fingerprint {index.fingerprint[:16]}"
     )
 
     def report(problem: str) -> None:

@@ -14,7 +14,13 @@ from diffmoe.config import Config, attention_kept, inner_width
 from diffmoe.cost.parameters import expert_width, shared_width, trained_parameters
 from diffmoe.deepspeed_json import reduction
 from diffmoe.deepspeed_keys import MICS
-from diffmoe.families import TOKENS_CHOOSE, has_predictor, has_target_head, is_moe_block
+from diffmoe.families import (
+    TOKENS_CHOOSE,
+    has_predictor,
+    has_target_head,
+    is_moe_block,
+    projector_of,
+)
 from diffmoe.layout import Layout
 from diffmoe.models.matrices import MUON, is_matrix, matrices_in
 
@@ -244,8 +250,8 @@ def _activations(config: Config, layout: Layout, element: int) -> tuple[int, int
     kept = 3 * T * model.width * element + T * model.patch**2 * model.channels * _FP32 * 4
     if config.train.dispersive_weight:  # in fp32: every sample, and this rank's once more
         kept += (layout.ranks + 1) * T * model.width * _FP32
-    if config.projector:  # its input, both inner layers before and after SiLU, two copies in fp32
-        tokens, *inner, features = config.projector.sizes
+    if projector := projector_of(config):  # inner layers before and after SiLU, two fp32 copies
+        tokens, *inner, features = projector.sizes
         kept += T * ((tokens + 2 * sum(inner)) * element + 3 * features * _FP32)
     exchange = working = 0
     for number in range(model.depth):

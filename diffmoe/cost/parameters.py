@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from diffmoe.config import Config, ModelConfig, MoEConfig, expert_hidden, inner_width
-from diffmoe.families import has_predictor, has_target_head, is_moe_block, router_shape
+from diffmoe.families import (
+    has_predictor,
+    has_target_head,
+    is_moe_block,
+    projector_of,
+    router_shape,
+)
 
 _FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
 
@@ -41,7 +47,8 @@ def rank_parameters(model: ModelConfig, moe: MoEConfig, ep: int) -> tuple[Parame
 def trained_parameters(config: Config, ep: int) -> tuple[Parameter, ...]:
     """``rank_parameters``, and the projector's of ``train.repa_weight``."""
     found = list(rank_parameters(config.model, config.moe, ep))
-    for number, sizes in enumerate(pairwise(config.projector.sizes) if config.projector else ()):
+    projector = projector_of(config)
+    for number, sizes in enumerate(pairwise(projector.sizes) if projector else ()):
         found += _linear(f"projector.{2 * number}", *sizes)
     return tuple(found)
 

@@ -17,7 +17,7 @@ from diffmoe.cost.muon import newton_schulz_flops
 from diffmoe.cost.overlap import Timed, Windows, exposed_exchange, exposed_reduction, halves
 from diffmoe.cost.parameters import expert_width, moe_layers, shared_width, trained_parameters
 from diffmoe.cost.traffic import Message, step_traffic
-from diffmoe.families import experts_per_token
+from diffmoe.families import experts_per_token, projector_of
 from diffmoe.layout import Layout
 from diffmoe.models.count import count
 
@@ -173,8 +173,8 @@ def forward_macs(config: Config) -> Macs:
     attention = 2 * model.depth * model.tokens**2 * model.width
     products = count(model, config.moe).forward_macs - attention
     again = products  # not the projector, which is outside of blocks
-    if config.projector:
-        products += model.tokens * sum(a * b for a, b in pairwise(config.projector.sizes))
+    if projector := projector_of(config):
+        products += model.tokens * sum(a * b for a, b in pairwise(projector.sizes))
     if recompute == "block":
         return Macs(products, attention, again, attention)
     if recompute == "selective":

@@ -252,22 +252,20 @@ class _Encoder:
         for start in range(0, len(shard), batch):
             window = shard[start : start + batch]
             read = list(itertools.islice(images, len(window)))
-            found, features = self._arrays(read)
-            for slot, (i, image, arrays) in enumerate(zip(window, read, found, strict=True)):
+            for i, image, arrays in zip(window, read, self._arrays(read), strict=True):
                 address, label = self.source.images[i].address, self.source.images[i].label
                 if isinstance(image, BadImage):
                     skipped.append(address)
                     print(f"bad image: {address}: {image}", file=sys.stderr, flush=True)
                     continue
                 storage = self.plan.encoding.storage
-                values = [to_float(array, storage) for array in arrays.values()]
+                kinds = [name for name in arrays if name != FEATURES]
+                values = [to_float(arrays[name], storage) for name in kinds]
                 if not all(np.isfinite(value).all() for value in values):
                     raise UserError(f"image {address} has moments that are not finite in {storage}")
+                if not np.isfinite(arrays.get(FEATURES, 0)).all():
+                    raise UserError(f"image {address} has features not finite in float16")
                 samples[f"{i:08d}"] = {"npy": arrays["npy"], "cls": label, **arrays}
-                if features is not None:
-                    if not np.isfinite(features[slot]).all():
-                        raise UserError(f"image {address} has features not finite in float16")
-                    samples[f"{i:08d}"][FEATURES] = features[slot]
                 sums = sums + sum(channel_sums(value, kind) for value in values)
             self._tick(start + len(window))
         tar, size, digest = self.request.out / tar_name(number), 0, ""
@@ -279,11 +277,9 @@ class _Encoder:
         write_record(self.request.out, record)
         return record
 
-    def _arrays(
-        self, read: list[np.ndarray | BadImage]
-    ) -> tuple[list[dict[str, np.ndarray]], np.ndarray | None]:
+    def _arrays(self, read: list[np.ndarray | BadImage]) -> list[dict[str, np.ndarray]]:
         """Each image's arrays by extension (of no meaning for a bad one): uint8 [C, S, S], or
-        moments [2L, s, s] and the flip's; and all their features [batch, N, d].
+        moments [2L, s, s] and the flip's; and its features.
         """
         request, vae = self.request, self.vae
         # Always the full batch, zeros where no image is: kernels are chosen by shape, and so
@@ -293,15 +289,19 @@ class _Encoder:
         for slot, image in enumerate(read):
             if not isinstance(image, BadImage):
                 pixels[slot] = image
-        features = None if self.features is None else self.features(torch.from_numpy(pixels))
+        features: list[dict[str, np.ndarray]] = [{}] * len(read)
+        if self.features is not None:
+            features = [{FEATURES: each} for each in self.features(torch.from_numpy(pixels))]
         if vae is None:
-            return [{"npy": array} for array in pixels[: len(read)]], features
+            return [{"npy": array, **more} for array, more in zip(pixels[: len(read)], features)]
         x = torch.from_numpy(pixels).to(vae.device)
         moments, flipped = (
             _to_storage(encode_moments(vae, part), request.storage) for part in (x, x.flip(-1))
         )
-        both = zip(moments[: len(read)], flipped)
-        return [{"npy": array, "flip.npy": flip} for array, flip in both], features
+        return [
+            {"npy": moments[slot], "flip.npy": flipped[slot], **features[slot]}
+            for slot in range(len(read))
+        ]
 
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The channels' mean and standard deviation over the values of the shards so far."""

@@ -42,7 +42,7 @@ def open_reader(config: Config, before: DataConfig | None = None) -> ShardReader
         raise UserError("data.shards ('') must name a folder of shards with an index.json")
     index = load_index(data.shards, data.index, check_files=data.on_bad_shard == "stop")
     _check_fits(index, config, f"data.shards ({data.shards})")
-    if config.projector:
+    if config.train.repa_weight:
         _check_features(index, config)
     streams, window = _order_of(data, before, index, config.train.batch)
     return ShardReader(
@@ -53,7 +53,7 @@ def open_reader(config: Config, before: DataConfig | None = None) -> ShardReader
         window=window,
         flip=data.flip,
         cache=cache_of(data),
-        features=config.projector is not None,
+        features=config.train.repa_weight > 0,
     )
 
 

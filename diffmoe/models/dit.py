@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffmoe.config import ModelConfig, MoEConfig, Projector, expert_hidden
-from diffmoe.families import is_moe_block
+from diffmoe.config import ModelConfig, MoEConfig, expert_hidden
+from diffmoe.families import Projector, is_moe_block
 from diffmoe.models.layers import (
     Attention,
     FinalLayer,

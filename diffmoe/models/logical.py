@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import Config, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
-from diffmoe.families import is_moe_block
+from diffmoe.families import is_moe_block, projector_of
 from diffmoe.models.dit import DiT, new_projector
 from diffmoe.moe.experts import Experts
 from diffmoe.moe.layer import running_state
@@ -130,7 +130,7 @@ def new_model(config: Config, pool: int, groups: ParallelGroups) -> DiT:
         overlap=config.parallel.overlap,
         time_scale=config.diffusion.time_scale,
         dispersive=config.train.dispersive_weight > 0,
-        projector=config.projector,
+        projector=projector_of(config),
     )
     initialize(model, config.run.seed)
     return model
@@ -138,9 +138,9 @@ def new_model(config: Config, pool: int, groups: ParallelGroups) -> DiT:
 
 def fresh_projector(config: Config) -> dict[str, Tensor]:
     """The weights of a new model's projector by logical name; none where it has none."""
-    if config.projector is None:
+    if (projector := projector_of(config)) is None:
         return {}
-    state = new_projector(config.projector).state_dict()
+    state = new_projector(projector).state_dict()
     found = {f"{PROJECTOR}.{name}": value for name, value in state.items()}
     for name, value in found.items():
         initialize_tensor(name, value, config.run.seed)

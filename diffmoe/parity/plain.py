@@ -210,8 +210,8 @@ def _loss(
         cosines = (v * wanted).sum(dim=1) / (v.norm(dim=1) * wanted.norm(dim=1))
         direction = (1 - cosines).mean()
     repa = none
-    if config.projector and batch.features is not None:
-        given, z = dict(model.projector.named_parameters()), seen[config.projector.block - 1]
+    if batch.features is not None:
+        given, z = dict(model.projector.named_parameters()), seen[model.projected - 1]
         for number in (0, 2, 4):
             z = z @ given[f"{number}.weight"].T + given[f"{number}.bias"]
             z = z / (1 + (-z).exp()) if number < 4 else z
