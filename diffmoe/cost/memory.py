@@ -251,8 +251,8 @@ def _activations(config: Config, layout: Layout, element: int) -> tuple[int, int
     if config.train.dispersive_weight:  # in fp32: every sample, and this rank's once more
         kept += (layout.ranks + 1) * T * model.width * _FP32
     if projector := projector_of(config):  # inner layers before and after SiLU, two fp32 copies
-        tokens, *inner, features = projector.sizes
-        kept += T * ((tokens + 2 * sum(inner)) * element + 3 * features * _FP32)
+        _, *inner, features = projector.sizes
+        kept += T * (2 * sum(inner) * element + 2 * features * _FP32)
     exchange = working = 0
     for number in range(model.depth):
         block = _block_bytes(config, layout, element, number)
