@@ -252,7 +252,11 @@ def _train(config: Config) -> Rules:
     periods = ("sample_every", "score_every", "validate_every", "save_every", "keep_every")
     yield from _at_least("train", train, 1, "validate_samples", "recipe_batch")
     yield from _at_least("train", train, 0, *numbers, *periods, "mirror_mb_s")
-    yield from _at_least("train", train, 0, "dispersive_weight", "direction_weight")
+    yield from _at_least("train", train, 0, "dispersive_weight", "direction_weight", "repa_weight")
+    yield from _at_least("train", train, 1, "repa_block", "repa_width", "repa_hidden")
+    block, depth = train.repa_block, config.model.depth
+    words = f"must be at most model.depth ({depth})"
+    yield "train.repa_block", block is None or block <= depth, words
     yield from _at_least("train", train, 0, "ema_snapshot_every")
     good = not train.mirror or "://" in train.mirror
     yield "train.mirror", good, "must be an address, such as s3://bucket/runs/mine or file:///…"
@@ -296,6 +300,9 @@ def _data(config: Config) -> Rules:
     every = config.train.validate_every
     words = f"must be given for train.validate_every ({every})"
     yield "data.validation", every == 0 or data.validation != "", words
+    weight = config.train.repa_weight
+    words = f"must be false with train.repa_weight ({weight}): features are of unflipped images"
+    yield "data.flip", weight == 0 or not data.flip, words
 
 
 def _score(config: Config) -> Rules:

@@ -16,7 +16,9 @@ prototype   tokens of the null class have an expert of their own; the others tak
 
 from __future__ import annotations
 
-from diffmoe.schema import ModelConfig, MoEConfig
+from typing import NamedTuple
+
+from diffmoe.schema import Config, ModelConfig, MoEConfig
 
 TOKENS_CHOOSE = ("tc", "prototype")
 
@@ -83,3 +85,19 @@ def swiglu_hidden(hidden: int) -> int:
     8.
     """
     return -(-2 * hidden // 3 // 8) * 8
+
+
+class Projector(NamedTuple):
+    """Three linear layers behind ``block`` blocks; ``sizes``: of tokens, inside twice, features."""
+
+    block: int
+    sizes: tuple[int, int, int, int]
+
+
+def projector_of(config: Config) -> Projector | None:
+    """What `train.repa_weight` trains beside a model of any family; None where it is 0."""
+    train, model = config.train, config.model
+    if train.repa_weight == 0:
+        return None
+    block = train.repa_block or max(1, min(8, model.depth // 3))
+    return Projector(block, (model.width, train.repa_hidden, train.repa_hidden, train.repa_width))

@@ -282,6 +282,13 @@ class TrainConfig:
         direction_weight: For the flow: of 1 - cosine of predicted and true velocity, over channels
             (FasterDiT, Yao et al. 2024: part of what reaches DiT's FID in a seventh of its steps;
             LightningDiT has 1). 0: off.
+        repa_weight: Of representation alignment (REPA, Yu et al. 2024, 3.2): minus the mean over
+            patches of the cosine of features that lie in the shards (`encode --features`) and what
+            a projector makes of a block's tokens. The paper has 0.5, DINOv2's features, and
+            SiT-XL/2's FID of 7M steps before step 400k. 0: off, and no projector.
+        repa_block: Blocks before it (null: a third of them, at most 8, as the paper's).
+        repa_width: Of the features (768: DINOv2-B's).
+        repa_hidden: Inner width of the projector, three linear layers with SiLU between them.
         label_drop: Share of samples that train the null class, which guidance needs.
         on_nonfinite: A step whose loss or gradient is not finite changes nothing and is skipped, or
             ends the run.
@@ -326,6 +333,10 @@ class TrainConfig:
     clip: float = 0.0
     dispersive_weight: float = 0.0
     direction_weight: float = 0.0
+    repa_weight: float = 0.0
+    repa_block: int | None = None
+    repa_width: int = 768
+    repa_hidden: int = 2048
     label_drop: float = 0.1
     on_nonfinite: Literal["skip", "stop"] = "stop"
     nonfinite_limit: int = 10

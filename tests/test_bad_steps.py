@@ -287,7 +287,7 @@ def test_a_spike_before_any_checkpoint_goes_back_to_the_start_and_going_back_has
 def report(loss, applied=True):
     return StepReport(
         loss,
-        *[0.0] * 5,
+        *[0.0] * 6,
         1.0,
         1e-3,
         1.0,

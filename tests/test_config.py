@@ -284,6 +284,14 @@ def test_bad_overrides(override, message):
         (["train.eps=-1"], "train.eps (-1.0) must be at least 0"),
         (["train.keep=0"], "train.keep (0) must be at least 1"),
         (["train.dispersive_weight=-1"], "train.dispersive_weight (-1.0) must be at least 0"),
+        (["train.repa_weight=-1"], "train.repa_weight (-1.0) must be at least 0"),
+        (["train.repa_block=0"], "train.repa_block (0) must be at least 1"),
+        (["train.repa_block=13"], "train.repa_block (13) must be at most model.depth (12)"),
+        (
+            ["train.repa_weight=0.5", "data.flip=true"],
+            "data.flip (true) must be false with train.repa_weight (0.5): features are of "
+            "unflipped images",
+        ),
         (
             ["train.direction_weight=1", "model.channels=1"],
             "train.direction_weight (1.0) must be 0 with model.channels (1): one number has a "

@@ -18,6 +18,7 @@ RECIPES = {
     "512": "model.position_scale=0.5",
     "muon": "train.optimizer=muon model.width=16 train.clip=0.1",
     "dispersive": "train.dispersive_weight=0.5",
+    "repa": "train.repa_weight=0.5 train.repa_width=12 train.repa_hidden=24",
     "direction": "train.direction_weight=1",
     "shift": "diffusion.time_shift=2",
     "time range": "diffusion.time_range=[0.25,1]",

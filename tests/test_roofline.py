@@ -158,7 +158,7 @@ def test_reads_by_the_host_and_collectives_of_a_pool_over_ranks(recompute):
     [
         "model.family=tc moe.balance=bias moe.score=sigmoid moe.top_k=2 moe.gates=normalized",
         "model.family=ec moe.pool=1 moe.capacity=2 moe.router_input=time_token",
-        "moe.pool=rank moe.threshold_from=1",
+        "moe.pool=rank moe.threshold_from=1 train.repa_weight=0.5 data.flip=false",
         "model.family=race moe.score=identity moe.target_weight=0.01",
         "model.family=prototype train.dispersive_weight=0.5",
     ],

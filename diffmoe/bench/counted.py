@@ -40,7 +40,7 @@ from diffmoe.cost.traffic import rows_sent
 from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.rectified_flow import flow_loss
-from diffmoe.families import TOKENS_CHOOSE
+from diffmoe.families import TOKENS_CHOOSE, Projector, projector_of
 from diffmoe.layout import Layout, over_hosts, resolve_layout
 from diffmoe.models.compiled import compile_blocks
 from diffmoe.models.dit import DiT, patchify
@@ -49,7 +49,7 @@ from diffmoe.parallel.groups import ParallelGroups, build_groups
 from diffmoe.parallel.traffic import only_counting
 from diffmoe.parity.synthetic import Training, build_model
 from diffmoe.training.engine import Engine
-from diffmoe.training.step import target_loss, training_rule
+from diffmoe.training.step import alignment_loss, target_loss, training_rule
 
 # Whose an operator of the engine's step is, by files and functions that called it, the first that
 # fits.
@@ -79,6 +79,7 @@ def fake_model(
     groups: ParallelGroups,
     overlap: str = "none",
     dispersive: bool = False,
+    projector: Projector | None = None,
 ) -> DiT:
     """A model on the device, all parameters in ``dtype``.  Inside of a FakeTensorMode."""
     with torch.device("cuda"):
@@ -90,6 +91,7 @@ def fake_model(
             recompute=recompute,
             overlap=overlap,
             dispersive=dispersive,
+            projector=projector,
         )
     for module in dit.modules():  # Module.to cannot swap fake parameters
         for name, p in module._parameters.items():
@@ -118,6 +120,8 @@ def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor
         heads = [r.target_TP for r in output.moe if r.target_TP is not None]
         others += [target_loss(heads, patchify(x, dit.model.patch))] if heads else []
         others.append(output.dispersive)
+        if output.projected is not None:
+            others.append(alignment_loss(output.projected, torch.empty_like(output.projected)))
         return denoising + sum(each for each in others if each is not None)
 
     return loss
@@ -156,6 +160,7 @@ def micro_batch(
             groups,
             config.parallel.overlap,
             config.train.dispersive_weight > 0,
+            projector_of(config),
         )
         loss = fake_loss(dit, layout.micro_batch, config.diffusion.process == "ddpm")
         if compiled:

@@ -43,7 +43,9 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     )
     add("--scale", type=float, help="x = (z - shift) * scale (default: the VAE's scaling_factor)")
     add("--shift", type=float, help="(default: the VAE's shift_factor)")
-    add("--batch", type=int, default=32, help="images that pass the VAE together")
+    about = "TorchScript network whose features of each image are written, for train.repa_weight"
+    add("--features", type=Path, metavar="FILE", help=about)
+    add("--batch", type=int, default=32, help="images that pass a network together")
     add("--samples-per-shard", type=int, default=1024, help="images of a shard")
     order = parser.add_mutually_exclusive_group()
     of = "of the permutation in which images are written (default 0)"

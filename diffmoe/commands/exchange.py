@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,11 +156,16 @@ def _save(
     kept: Pieces | None = None,
     class_names: tuple[str, ...] = (),
 ) -> Path:
-    """The checkpoint of step 0 that ``run.folder`` starts from; every EMA is the ``average``."""
+    """The checkpoint of step 0 that ``run.folder`` starts from; every EMA is the ``average``.  A
+    projector (``train.repa_weight``) is new.
+    """
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
+    from diffmoe.models.logical import fresh_projector
 
-    kinds = {MASTER: weights(), **{ema_kind(d): average() for d in config.train.ema_decays}}
+    new = fresh_projector(config).items()
+    averages = {ema_kind(d): chain(average(), new) for d in config.train.ema_decays}
+    kinds: dict[str, Pieces] = {MASTER: chain(weights(), new), **averages}
     if kept is not None:
         kinds[RESEARCH] = kept
     folder = Path(config.run.folder) / "checkpoints"

@@ -92,7 +92,9 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     print(
         f"{index.where}: {index.count} samples of {index.meta.classes} classes in "
         f"{len(index.shards)} shards, {index.dtype} {list(index.shape)} ({index.meta.kind}"
-        f"{', with flips' * index.flips}), fingerprint {index.fingerprint[:16]}"
+        f"{', with flips' * index.flips}"
+        f"{f', features {list(index.features)}' if index.features else ''}), "
+        f"fingerprint {index.fingerprint[:16]}"
     )
 
     def report(problem: str) -> None:

@@ -11,10 +11,16 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from diffmoe.config import Config, attention_kept, inner_width
-from diffmoe.cost.parameters import expert_width, rank_parameters, shared_width
+from diffmoe.cost.parameters import expert_width, shared_width, trained_parameters
 from diffmoe.deepspeed_json import reduction
 from diffmoe.deepspeed_keys import MICS
-from diffmoe.families import TOKENS_CHOOSE, has_predictor, has_target_head, is_moe_block
+from diffmoe.families import (
+    TOKENS_CHOOSE,
+    has_predictor,
+    has_target_head,
+    is_moe_block,
+    projector_of,
+)
 from diffmoe.layout import Layout
 from diffmoe.models.matrices import MUON, is_matrix, matrices_in
 
@@ -138,7 +144,7 @@ def shared_parts(config: Config, layout: Layout) -> list[Part]:
     """All that a rank trains."""
     sizes: dict[tuple[bool, bool], list[int]] = {}
     muon = config.train.optimizer == MUON
-    for p in rank_parameters(config.model, config.moe, layout.ep):
+    for p in trained_parameters(config, layout.ep):
         key = layout.ep > 1 and p.expert, muon and is_matrix(p.name)
         number = matrices_in(p.name, config.moe.experts // layout.ep if p.expert else 1)
         number = number if key[1] else 1
@@ -154,7 +160,7 @@ def rank_memory(config: Config, layout: Layout, engine: EngineFacts) -> Memory:
     copies = engine.copies(layout)
     parts = [part._replace(ranks=part.ranks // copies) for part in shared_parts(config, layout)]
     numels = [n for part in parts for n in part.numels]
-    largest = max(p.numel for p in rank_parameters(config.model, config.moe, layout.ep))
+    largest = max(p.numel for p in trained_parameters(config, layout.ep))
     whole = sum(numels)
     shard = sum(shard_numel(part.numels, part.ranks, engine) for part in parts)
     muon = sum(shard_numel(part.numels, part.ranks, engine) for part in parts if part.muon)
@@ -244,6 +250,9 @@ def _activations(config: Config, layout: Layout, element: int) -> tuple[int, int
     kept = 3 * T * model.width * element + T * model.patch**2 * model.channels * _FP32 * 4
     if config.train.dispersive_weight:  # in fp32: every sample, and this rank's once more
         kept += (layout.ranks + 1) * T * model.width * _FP32
+    if projector := projector_of(config):  # inner layers before and after SiLU, two fp32 copies
+        _, *inner, features = projector.sizes
+        kept += T * (2 * sum(inner) * element + 2 * features * _FP32)
     exchange = working = 0
     for number in range(model.depth):
         block = _block_bytes(config, layout, element, number)

@@ -5,9 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
-from diffmoe.config import ModelConfig, MoEConfig, expert_hidden, inner_width
-from diffmoe.families import has_predictor, has_target_head, is_moe_block, router_shape
+from diffmoe.config import Config, ModelConfig, MoEConfig, expert_hidden, inner_width
+from diffmoe.families import (
+    has_predictor,
+    has_target_head,
+    is_moe_block,
+    projector_of,
+    router_shape,
+)
 
 _FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
 
@@ -35,6 +42,15 @@ def rank_parameters(model: ModelConfig, moe: MoEConfig, ep: int) -> tuple[Parame
     found += _norm("final_layer.norm", model)
     found += _linear("final_layer.linear", D, model.patch**2 * model.out_channels)
     return (*found, *_linear("final_layer.adaLN_modulation.1", D, 2 * D))
+
+
+def trained_parameters(config: Config, ep: int) -> tuple[Parameter, ...]:
+    """``rank_parameters``, and the projector's of ``train.repa_weight``."""
+    found = list(rank_parameters(config.model, config.moe, ep))
+    projector = projector_of(config)
+    for number, sizes in enumerate(pairwise(projector.sizes) if projector else ()):
+        found += _linear(f"projector.{2 * number}", *sizes)
+    return tuple(found)
 
 
 def moe_layers(model: ModelConfig, moe: MoEConfig) -> int:

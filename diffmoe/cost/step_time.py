@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, rank_memory
 from diffmoe.cost.muon import newton_schulz_flops
 from diffmoe.cost.overlap import Timed, Windows, exposed_exchange, exposed_reduction, halves
-from diffmoe.cost.parameters import expert_width, moe_layers, rank_parameters, shared_width
+from diffmoe.cost.parameters import expert_width, moe_layers, shared_width, trained_parameters
 from diffmoe.cost.traffic import Message, step_traffic
-from diffmoe.families import experts_per_token
+from diffmoe.families import experts_per_token, projector_of
 from diffmoe.layout import Layout
 from diffmoe.models.count import count
 
@@ -171,12 +172,15 @@ def forward_macs(config: Config) -> Macs:
     model, recompute = config.model, config.parallel.recompute
     attention = 2 * model.depth * model.tokens**2 * model.width
     products = count(model, config.moe).forward_macs - attention
+    again = products  # not the projector, which is outside of blocks
+    if projector := projector_of(config):
+        products += model.tokens * sum(a * b for a, b in pairwise(projector.sizes))
     if recompute == "block":
-        return Macs(products, attention, products, attention)
+        return Macs(products, attention, again, attention)
     if recompute == "selective":
         inside = model.tokens * model.width * sum(_inside(config))
         kept = attention_kept(model.depth) / model.depth
-        return Macs(products, attention, products - inside, attention * (1 - kept))
+        return Macs(products, attention, again - inside, attention * (1 - kept))
     return Macs(products, attention)
 
 
@@ -235,7 +239,7 @@ def moved(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardwar
     holds.
     """
     weight = _per_weight(engine)
-    parameters = sum(p.numel for p in rank_parameters(config.model, config.moe, layout.ep))
+    parameters = sum(p.numel for p in trained_parameters(config, layout.ep))
     averages = len(config.train.ema_decays) + len(config.train.ema_lengths)
     shard = rank_memory(config, layout, engine).ema / averages / 4
     return (
@@ -261,7 +265,7 @@ def launches(config: Config, layout: Layout, engine: EngineFacts, hardware: Hard
     each, weight = _per_block(config, engine, hardware)["kernels"], _per_weight(engine)
     blocks = each["block"] * model.depth + each["mixture"] * moe_layers(model, moe)
     micro_batch = each["outside"] + blocks * (2 if halves(config) else 1)
-    tensors = len(rank_parameters(model, moe, layout.ep))
+    tensors = len(trained_parameters(config, layout.ep))
     micro_batch += tensors * weight["kernels_micro_batch"]
     return micro_batch * layout.accumulation + tensors * weight["kernels_step"]
 

@@ -64,7 +64,9 @@ class Plan:
         counts by its weights. What was left out decides no bytes; stamps are `_check_stamps`'s.
         """
         pairs = ((self.encoding, other.encoding), (self.meta, other.meta))
-        for ours, theirs, name in ((*pair, f.name) for pair in pairs for f in fields(pair[0])):
+        named = [(*pair, field.name) for pair in pairs for field in fields(pair[0])]
+        named.sort(key=lambda each: each[2] != "features_sha256")  # which decides what batch means
+        for ours, theirs, name in named:
             mine, found = getattr(ours, name), getattr(theirs, name)
             if mine == found or name in ("vae", "left_out", "source_stamps"):
                 continue
@@ -87,7 +89,7 @@ class Plan:
             )
 
 
-def make_plan(request: Request, source: Source, vae: Vae | None) -> Plan:
+def make_plan(request: Request, source: Source, vae: Vae | None, features_sha256: str = "") -> Plan:
     """The plan of a request for what its source holds."""
     encoding = Encoding(
         source.sha256,
@@ -97,13 +99,14 @@ def make_plan(request: Request, source: Source, vae: Vae | None) -> Plan:
         vae="",
         vae_sha256="",
         precision="",
-        batch=0,
+        batch=request.batch if features_sha256 else 0,
         samples_per_shard=request.samples_per_shard,
         class_names=source.class_names,
         storage="uint8",
         left_out=tuple(map(str, source.left_out)),
         shuffled=request.shuffle_seed,
         fp32_precision=request.fp32_precision,
+        features_sha256=features_sha256,
     )
     if vae is None:
         return Plan(ShardMeta("pixels", source.classes, scale=1 / 127.5, mean=127.5), encoding)

@@ -19,7 +19,8 @@ STORAGES = {"fp16": "float16", "bf16": "bfloat16"}
 class Request:
     """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own;
     `shuffle_seed` None leaves the images in the listing's order; `first_class` is the label of
-    class 0 in tars.
+    class 0 in tars; `features`: the file of a `patch_features` network, whose features of every
+    image are written, too.
 
     Raises:
         UserError: a field out of its range, by name.
@@ -45,6 +46,7 @@ class Request:
     shuffle_seed: int | None = 0
     fp32_precision: str = "ieee"
     first_class: int = 0
+    features: Path | None = None
 
     def __post_init__(self) -> None:
         choices = {

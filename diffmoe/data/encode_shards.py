@@ -39,6 +39,8 @@ from diffmoe.data.image_source import Source, file_stamps
 from diffmoe.data.images import BadImage, read_image
 from diffmoe.data.listing import list_source, read_class_names
 from diffmoe.data.meaning import ACCEPT, ENOUGH_ARRAYS, scale_fault
+from diffmoe.data.members import FEATURES
+from diffmoe.data.patch_features import PatchNetwork, load_patch_network
 from diffmoe.data.shards import INDEX_NAME, ShardIndex, load_index, write_index
 from diffmoe.data.tar import ShardFile, write_tar
 from diffmoe.data.vae import Vae, encode_moments, load_vae
@@ -77,7 +79,11 @@ def encode(
             first_class=request.first_class,
         )
         vae = _load_vae(request, device)
-        plan = make_plan(request, source, vae)
+        features = None
+        if request.features is not None:
+            sizes = request.channels, request.image_size
+            features = load_patch_network(request.features, *sizes, device)
+        plan = make_plan(request, source, vae, features.sha256 if features else "")
         records: dict[int, ShardRecord] | None = {}
         if group.index == 0:
             stamps = file_stamps(source, request.workers)
@@ -94,7 +100,7 @@ def encode(
         report(f"encode: {request.out} is finished already")
         index = load_index(request.out)
     else:
-        encoder = _Encoder(request, plan, source, vae, records, group, report)
+        encoder = _Encoder(request, plan, source, vae, features, records, group, report)
         encoder.encode_pending()
         index = encoder.index()
     with agreed(group):
@@ -149,11 +155,13 @@ class _Encoder:
         plan: Plan,
         source: Source,
         vae: Vae | None,
+        features: PatchNetwork | None,
         records: dict[int, ShardRecord],
         group: Group,
         report: Callable[[str], None],
     ) -> None:
         self.request, self.plan, self.source, self.vae = request, plan, source, vae
+        self.features = features
         self.records, self.group, self.report = records, group, report
         self.channels = request.channels if vae is None else vae.latent_channels
         self.side = request.image_size // (1 if vae is None else vae.factor)
@@ -251,9 +259,12 @@ class _Encoder:
                     print(f"bad image: {address}: {image}", file=sys.stderr, flush=True)
                     continue
                 storage = self.plan.encoding.storage
-                values = [to_float(array, storage) for array in arrays.values()]
+                kinds = [name for name in arrays if name != FEATURES]
+                values = [to_float(arrays[name], storage) for name in kinds]
                 if not all(np.isfinite(value).all() for value in values):
                     raise UserError(f"image {address} has moments that are not finite in {storage}")
+                if not np.isfinite(arrays.get(FEATURES, 0)).all():
+                    raise UserError(f"image {address} has features not finite in float16")
                 samples[f"{i:08d}"] = {"npy": arrays["npy"], "cls": label, **arrays}
                 sums = sums + sum(channel_sums(value, kind) for value in values)
             self._tick(start + len(window))
@@ -268,7 +279,7 @@ class _Encoder:
 
     def _arrays(self, read: list[np.ndarray | BadImage]) -> list[dict[str, np.ndarray]]:
         """Each image's arrays by extension (of no meaning for a bad one): uint8 [C, S, S], or
-        moments [2L, s, s] and the flip's.
+        moments [2L, s, s] and the flip's; and its features.
         """
         request, vae = self.request, self.vae
         # Always the full batch, zeros where no image is: kernels are chosen by shape, and so
@@ -278,13 +289,19 @@ class _Encoder:
         for slot, image in enumerate(read):
             if not isinstance(image, BadImage):
                 pixels[slot] = image
+        features: list[dict[str, np.ndarray]] = [{}] * len(read)
+        if self.features is not None:
+            features = [{FEATURES: each} for each in self.features(torch.from_numpy(pixels))]
         if vae is None:
-            return [{"npy": array} for array in pixels[: len(read)]]
+            return [{"npy": array, **more} for array, more in zip(pixels[: len(read)], features)]
         x = torch.from_numpy(pixels).to(vae.device)
         moments, flipped = (
             _to_storage(encode_moments(vae, part), request.storage) for part in (x, x.flip(-1))
         )
-        return [{"npy": moments[slot], "flip.npy": flipped[slot]} for slot in range(len(read))]
+        return [
+            {"npy": moments[slot], "flip.npy": flipped[slot], **features[slot]}
+            for slot in range(len(read))
+        ]
 
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The channels' mean and standard deviation over the values of the shards so far."""
@@ -317,6 +334,7 @@ class _Encoder:
                 if r.count
             ),
             encoding,
+            features=self.features.shape if self.features else (),
         )
 
 

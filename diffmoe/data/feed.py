@@ -42,6 +42,8 @@ def open_reader(config: Config, before: DataConfig | None = None) -> ShardReader
         raise UserError("data.shards ('') must name a folder of shards with an index.json")
     index = load_index(data.shards, data.index, check_files=data.on_bad_shard == "stop")
     _check_fits(index, config, f"data.shards ({data.shards})")
+    if config.train.repa_weight:
+        _check_features(index, config)
     streams, window = _order_of(data, before, index, config.train.batch)
     return ShardReader(
         index,
@@ -51,6 +53,7 @@ def open_reader(config: Config, before: DataConfig | None = None) -> ShardReader
         window=window,
         flip=data.flip,
         cache=cache_of(data),
+        features=config.train.repa_weight > 0,
     )
 
 
@@ -90,6 +93,28 @@ def _check_fits(index: ShardIndex, config: Config, name: str) -> None:
             difference = f": it has {printable(names[0])} to {printable(names[-1])}"
         raise UserError(
             f"{name} has {index.meta.classes} classes; model.classes is {model.classes}{difference}"
+        )
+
+
+def _check_features(index: ShardIndex, config: Config) -> None:
+    """UserError where the data set has no features, or not one of the right width for each token of
+    the model.
+    """
+    train, where = config.train, f"data.shards ({config.data.shards})"
+    if not index.features:
+        raise UserError(
+            f"train.repa_weight ({train.repa_weight}) needs features, of which {where} has none: "
+            "encode --features writes them"
+        )
+    patches, width = index.features
+    if patches != config.model.tokens:
+        raise UserError(
+            f"{where} has features of {patches} patches; a sample of the model has "
+            f"{config.model.tokens} tokens, which must be as many"
+        )
+    if width != train.repa_width:
+        raise UserError(
+            f"{where} has features {width} wide; train.repa_width is {train.repa_width}"
         )
 
 

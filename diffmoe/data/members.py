@@ -14,6 +14,7 @@ import numpy as np
 from diffmoe.errors import UserError
 
 LAYOUTS = ("chw", "hwc")
+FEATURES = "features.npy"  # of the image as it is; only `encode` writes them
 _PLACE = re.compile(r"[^/:.][^/:]*(:[^:]+)?")
 
 
@@ -59,9 +60,10 @@ class Members:
         own = Members(layout=self.layout, first_class=self.first_class)
         return self == own
 
-    def arrays(self, flips: bool) -> tuple[str, ...]:
+    def arrays(self, flips: bool, features: bool = False) -> tuple[str, ...]:
         """The places of a sample's arrays, in a table's order."""
-        return (self.array, self.flip_array) if flips else (self.array,)
+        images = (self.array, self.flip_array) if flips else (self.array,)
+        return (*images, FEATURES) if features else images
 
     def channels_first(self, array: np.ndarray) -> np.ndarray:
         """A stored array as [C, H, W]; a view."""

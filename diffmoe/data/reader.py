@@ -45,6 +45,7 @@ class ShardReader:
         batch, streams, window: see `SampleOrder`.
         flip: mirror about half of the samples, each by its position's own coin.
         cache: where copies of remote shards are held; not needed for local ones.
+        features: read these as well, which the data set has.
         excluded: shards by name, each with the step from which its samples are replaced by others,
             drawn by position.
 
@@ -63,6 +64,7 @@ class ShardReader:
         window: int = 1,
         flip: bool = False,
         cache: Cache | None = None,
+        features: bool = False,
         excluded: Mapping[str, int] | None = None,
     ) -> None:
         if flip and index.meta.kind != "pixels" and not index.flips:
@@ -79,9 +81,11 @@ class ShardReader:
             "window": window,
             "flip": flip,
             "cache": cache,
+            "features": features,
         }
         self.index, self.seed, self.flip, self.cache = index, seed, flip, cache
         self.batch, self.streams, self.window = batch, streams, window
+        self.features = index.features if features else ()  # shape of a sample's
         self.excluded = dict(excluded or {})
         numbers = {shard.name: number for number, shard in enumerate(index.shards)}
         self._excluded = {
@@ -136,8 +140,14 @@ class ShardReader:
         self.fill(positions, x, y)
         return x, y
 
-    def fill(self, positions: Sequence[int], x: np.ndarray, y: np.ndarray) -> None:
-        """`read` into given arrays.
+    def fill(
+        self,
+        positions: Sequence[int],
+        x: np.ndarray,
+        y: np.ndarray,
+        features: np.ndarray | None = None,
+    ) -> None:
+        """`read` into given arrays, and the samples' features, float16 [n, N, d], with `features`.
 
         Raises:
             BadShard: a shard or member that is missing, corrupt or unsafe, by name.
@@ -153,11 +163,15 @@ class ShardReader:
         mirrored = [self.flip and int(self._coins.at(p, 1)[0]) >> 63 == 1 for p in positions]
         for (number, row), mirror in zip(places, mirrored):
             self._shard(number).advise(row, int(mirror and flips))
+            if features is not None:
+                self._shard(number).advise(row, -1)
         for i, (number, row) in enumerate(places):
             shard = self._shard(number)
             kind = int(mirrored[i] and flips)
             try:
                 stored = retried(lambda: shard.array(row, kind), f"shard {shard.name}")
+                if features is not None:
+                    features[i] = retried(lambda: shard.features(row), f"shard {shard.name}")
             except OSError as error:
                 raise BadShard(shard.name, f", row {row}: {error}") from error
             y[i] = shard.table.labels[row]
@@ -274,7 +288,8 @@ class ShardReader:
         file = self.index.shards[number]
         descriptor = self.descriptor(file)
         try:
-            shard = self.index.opened(descriptor, file, flipped=self.flip and self.index.flips)
+            flipped, features = self.flip and self.index.flips, bool(self.features)
+            shard = self.index.opened(descriptor, file, flipped=flipped, features=features)
             # Without the rows' own checksums, the whole file's: once a run, since it costs a pass
             # over the file.
             if shard.scanned and number not in self._verified:

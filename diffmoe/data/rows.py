@@ -9,6 +9,7 @@ opening scans their headers and compares the whole file's SHA-256.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
@@ -42,9 +43,9 @@ class BadShard(UserError):
 
 @dataclass(frozen=True)
 class RowTable:
-    """Labels from 0, int64 [n]; for each row and kind of array (`npy`, then perhaps `flip.npy`),
-    [n, kinds]: byte of the member's header block in the tar, bytes of its payload, CRC-32 of header
-    block and payload (None: unknown).
+    """Labels from 0, int64 [n]; for each row and kind of array (`npy`, then perhaps `flip.npy`
+    and `features.npy`), [n, kinds]: byte of the member's header block in the tar, bytes of its
+    payload, CRC-32 of header block and payload (None: unknown).
     """
 
     labels: np.ndarray
@@ -91,7 +92,7 @@ def unpack_table(
     if count is not None and len(packed) != count:
         raise UserError(f"{len(packed)} rows, its index says {count}")
     if packed["offset"].shape[1] < kinds:
-        raise UserError("it has no flipped arrays")
+        raise UserError("it has no flipped arrays, or no features")
     labels = packed["label"] - first_class
     bad = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(bad):
@@ -115,20 +116,22 @@ def scan_rows(
     count: int | None,
     classes: int,
     members: Members = Members(),
+    features: bool = False,
 ) -> RowTable:
     """The table of a tar from its headers and labels alone, no CRC-32; members of other kinds are
     skipped.
 
     Args:
         name: of the shard, for messages.
-        flips: whether samples have the flipped image's array too.
+        flips, features: whether samples have the flipped image's array, and features, too.
         count: samples that it must hold (None: any number above 0).
 
     Raises:
         BadShard: not an intact tar, unsafe names, a sample without label or array, twice, or too
             many of them.
     """
-    kinds, label = [ending_of(place) for place in members.arrays(flips)], ending_of(members.label)
+    kinds = [ending_of(place) for place in members.arrays(flips, features)]
+    label = ending_of(members.label)
     wanted = dict.fromkeys([*kinds, label])
     others: dict[str, None] = {}
     found: dict[str, dict[str, tarfile.TarInfo]] = {}
@@ -224,6 +227,7 @@ class OpenShard:
         name, count, size: the shard's name, rows (None: any number) and bytes as its index says.
         shape, dtype: of an array, as stored ("bfloat16" is stored as uint16).
         flipped: whether the flips' arrays will be asked for.
+        features: shape of those that will be asked for, which come last; (): none.
         members: where arrays and labels are.
 
     Raises:
@@ -242,15 +246,14 @@ class OpenShard:
         classes: int,
         flipped: bool,
         members: Members = Members(),
+        features: tuple[int, ...] = (),
     ) -> None:
         self.name, self._descriptor, self._shape, self._members = name, descriptor, shape, members
         self._dtype = stored_dtype(dtype)
-        stream = io.BytesIO()
-        np.lib.format.write_array(stream, np.empty(shape, self._dtype))
-        self._bytes = int(np.prod(shape)) * self._dtype.itemsize
-        self._npy_header = stream.getvalue()[: stream.tell() - self._bytes]
+        self._npy_header, self._bytes = _npy_form(shape, self._dtype)
         self._body = BLOCK + len(self._npy_header)
-        self._places = members.arrays(flipped)
+        self._features = features
+        self._places = members.arrays(flipped, bool(features))
         table, problem = None, ""
         if members.ours and has_table(descriptor):
             try:
@@ -270,7 +273,7 @@ class OpenShard:
         self.scanned = table is None
         if table is None:
             with open(os.dup(descriptor), "rb") as whole:
-                table = scan_rows(whole, name, flipped, count, classes, members)
+                table = scan_rows(whole, name, flipped, count, classes, members, bool(features))
         self.table = table
 
     def _first_lost(self, table: RowTable, length: int) -> str:
@@ -290,10 +293,18 @@ class OpenShard:
         offset, size = int(self.table.offsets[row, kind]), int(self.table.sizes[row, kind])
         os.posix_fadvise(self._descriptor, offset, BLOCK + size, os.POSIX_FADV_WILLNEED)
 
-    def array(self, row: int, kind: int = 0) -> np.ndarray:
-        """Row's array [C, H, W], read-only; kind 1 is the flip's. BadShard, naming member and
-        bytes, when it is not as it was written.
-        """
+    def features(self, row: int) -> np.ndarray:
+        """Row's features [N, d], float16, read-only. BadShard as `array`."""
+        data = self._read(row, len(self._places) - 1)
+        header, size = _npy_form(self._features, np.dtype("<f2"))
+        body = BLOCK + len(header)
+        if data[BLOCK:body] != header or len(data) != body + size:
+            wanted = f"float16 {self._features}"
+            raise self._bad(data, row, f"features are not the index's, {wanted}")
+        return np.frombuffer(data, np.float16, offset=body).reshape(self._features)
+
+    def _read(self, row: int, kind: int) -> bytes:
+        """Header block and payload of a row's array. BadShard where they were altered."""
         table = self.table
         offset, size = int(table.offsets[row, kind]), int(table.sizes[row, kind])
         data = os.pread(self._descriptor, BLOCK + size, offset)
@@ -306,10 +317,14 @@ class OpenShard:
                 )
             if data[0] == 47 or b".." in data[:100]:
                 check_name(self.name, member_name(data))
-        if (
-            data[BLOCK : self._body] == self._npy_header
-            and size == self._body - BLOCK + self._bytes
-        ):
+        return data
+
+    def array(self, row: int, kind: int = 0) -> np.ndarray:
+        """Row's array [C, H, W], read-only; kind 1 is the flip's. BadShard, naming member and
+        bytes, when it is not as it was written.
+        """
+        data = self._read(row, kind)
+        if data[BLOCK : self._body] == self._npy_header and len(data) == self._body + self._bytes:
             stored = np.frombuffer(data, self._dtype, offset=self._body).reshape(self._shape)
             return self._members.channels_first(stored)
         try:
@@ -330,6 +345,15 @@ class OpenShard:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+@functools.cache
+def _npy_form(shape: tuple[int, ...], dtype: np.dtype) -> tuple[bytes, int]:
+    """The .npy header of such an array, and its values' bytes."""
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.empty(shape, dtype))
+    size = int(np.prod(shape)) * dtype.itemsize
+    return stream.getvalue()[: stream.tell() - size], size
 
 
 def stored_dtype(dtype: str) -> np.dtype:

@@ -89,7 +89,7 @@ class Encoding:
     moments (both mirror images), before shift and scale; of pixels as stored. `left_out` says what
     of the source was not taken, a line a reason; `source_stamps` are those of `listing.file_stamps`
     (none in older data sets). `shuffled`: seed of the permutation of the source in which samples
-    were written (None: in its order).
+    were written (None: in its order). `features_sha256`: of the network that made the features.
     """
 
     source_sha256: str
@@ -110,6 +110,7 @@ class Encoding:
     source_stamps: tuple[str, ...] = ()
     shuffled: int | None = None
     fp32_precision: str = "ieee"
+    features_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class ShardIndex:
     """A finished data set. `shape` is the stored array's; `x_shape` is the model input's.
 
     `dtype` is numpy's name, or "bfloat16". `place` is where the tars are when that is not `folder`:
-    an address with `{name}`.
+    an address with `{name}`. `features`: shape [N, d] of a sample's, () where it has none.
     """
 
     folder: Path
@@ -129,6 +130,7 @@ class ShardIndex:
     shards: tuple[ShardFile, ...]
     encoding: Encoding | None = None
     place: str = ""
+    features: tuple[int, ...] = ()
 
     def address(self, shard: ShardFile) -> str:
         """Path or URL of a shard's tar."""
@@ -165,9 +167,11 @@ class ShardIndex:
             channels, height, width = self.shape
         return (channels // 2 if self.meta.kind == "moments" else channels, height, width)
 
-    def opened(self, descriptor: int, file: ShardFile, *, flipped: bool) -> OpenShard:
-        """A shard's open file, to be read by row; `flipped`: also the flipped images' arrays.
-        BadShard.
+    def opened(
+        self, descriptor: int, file: ShardFile, *, flipped: bool, features: bool = False
+    ) -> OpenShard:
+        """A shard's open file, to be read by row; `flipped`: also the flipped images' arrays;
+        `features`: also these. BadShard.
         """
         return OpenShard(
             descriptor,
@@ -177,8 +181,9 @@ class ShardIndex:
             shape=self.shape,
             dtype=self.dtype,
             classes=self.meta.classes,
-            flipped=flipped,
+            flipped=self.flips if features else flipped,  # which come before features
             members=self.meta.members,
+            features=self.features if features else (),
         )
 
 
@@ -255,6 +260,10 @@ def write_index(index: ShardIndex) -> None:
     del record["folder"], record["place"]
     if index.encoding is None:
         del record["encoding"]
+    elif not index.encoding.features_sha256:  # later than the format: others stay byte for byte
+        del record["encoding"]["features_sha256"]
+    if not index.features:
+        del record["features"]
     with replacing(index.folder / INDEX_NAME) as stream:
         stream.write(json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
 
@@ -356,6 +365,7 @@ def _parse(record: dict, folder: Path, place: str) -> ShardIndex:
         shards,
         from_json(Encoding, record["encoding"]) if "encoding" in record else None,
         place,
+        tuple(record.get("features", ())),
     )
     stored_dtype(index.dtype)
     moments, total = index.meta.kind == "moments", sum(shard.count for shard in shards)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,25 +61,34 @@ class Part:
 @dataclass(frozen=True)
 class Ring:
     """Room for the samples of some steps in one block of memory: all x (float32), then all y
-    (int64).
+    (int64), then all features (float16) where there are some.
     """
 
     slots: int
     count: int
     shape: tuple[int, ...]
+    features: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
-        return self.slots * self.count * (4 * int(np.prod(self.shape)) + 8) + 64
+        numbers = int(np.prod(self.features)) if self.features else 0
+        return self.slots * self.count * (4 * int(np.prod(self.shape)) + 8 + 2 * numbers) + 64
 
-    def arrays(self, memory: memoryview) -> tuple[np.ndarray, np.ndarray]:
-        """Views of the block: x [slots, count, *shape], y [slots, count]."""
+    def arrays(self, memory: memoryview) -> tuple[np.ndarray, ...]:
+        """Views of the block: x [slots, count, *shape], y [slots, count], and perhaps features
+        [slots, count, *features].
+        """
         values = self.slots * self.count * int(np.prod(self.shape))
         y_at = -(-4 * values // 64) * 64
         x = np.frombuffer(memory, np.float32, values)
         y = np.frombuffer(memory, np.int64, self.slots * self.count, y_at)
         each = (self.slots, self.count)
-        return x.reshape(*each, *self.shape), y.reshape(each)
+        found = x.reshape(*each, *self.shape), y.reshape(each)
+        if not self.features:
+            return found
+        numbers = self.slots * self.count * int(np.prod(self.features))
+        z = np.frombuffer(memory, np.float16, numbers, y_at + y.nbytes)
+        return (*found, z.reshape(*each, *self.features))
 
 
 def allow_open_files(reader: ShardReader, share: Share, workers: int) -> None:
@@ -92,10 +102,10 @@ def allow_open_files(reader: ShardReader, share: Share, workers: int) -> None:
 
 
 def fill_step(
-    reader: ShardReader, part: Part, step: int, ahead: int, x: np.ndarray, y: np.ndarray
+    reader: ShardReader, part: Part, step: int, ahead: int, arrays: Iterable[np.ndarray]
 ) -> None:
-    """Reads the worker's samples of a step into its slots of that step's [count, …] arrays; brings
-    nearer what step + ahead needs.
+    """Reads the worker's samples of a step into its slots of that step's [count, …] arrays (x, y,
+    perhaps features); brings nearer what step + ahead needs.
     """
     reader.fetch_ahead(part.positions(step + ahead))
-    reader.fill(part.positions(step), x[part.slots], y[part.slots])
+    reader.fill(part.positions(step), *(array[part.slots] for array in arrays))

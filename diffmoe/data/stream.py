@@ -13,11 +13,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import torch
 
 from diffmoe.data.reader import ShardReader
@@ -30,11 +31,14 @@ _FETCH_AHEAD = 16  # steps, of remote shards
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples in the order of `positions`: x float32 [n, C, H, W], y int64 [n]."""
+    """Samples in the order of `positions`: x float32 [n, C, H, W], y int64 [n]; `features`: theirs,
+    float16 [n, N, d], where they were asked for.
+    """
 
     x: torch.Tensor
     y: torch.Tensor
     positions: tuple[int, ...]
+    features: torch.Tensor | None = None
 
 
 class BatchStream(Iterator[list[Batch]]):
@@ -64,13 +68,13 @@ class BatchStream(Iterator[list[Batch]]):
         pin: bool = False,
     ) -> None:
         self._share, self.step = share, start_step  # the step that `next` returns next
-        self._ring = Ring(prefetch + HELD, share.count, reader.index.x_shape)
+        self._ring = Ring(prefetch + HELD, share.count, reader.index.x_shape, reader.features)
         self._memory_file = os.memfd_create("diffmoe-batches")
         os.ftruncate(self._memory_file, self._ring.bytes)
         self._memory = mmap.mmap(self._memory_file, self._ring.bytes)
-        x, y = self._ring.arrays(memoryview(self._memory))
-        self._x, self._y = torch.from_numpy(x), torch.from_numpy(y)
-        self._pinned = pin and _pin(self._x, self._ring.bytes)
+        arrays = self._ring.arrays(memoryview(self._memory))
+        self._tensors = [torch.from_numpy(array) for array in arrays]
+        self._pinned = pin and _pin(self._tensors[0], self._ring.bytes)
         self._failure: BaseException | None = None
         self._closed = False
         self._workers: list[_Thread | _Process] = []
@@ -80,7 +84,7 @@ class BatchStream(Iterator[list[Batch]]):
                 if workers:
                     self._workers.append(_Process(reader, part, self._ring, self._memory_file))
                 else:
-                    self._workers.append(_Thread(reader, part, x, y))
+                    self._workers.append(_Thread(reader, part, arrays))
             for step in range(start_step, start_step + prefetch):
                 self._ask(step)
         except BaseException:
@@ -107,8 +111,11 @@ class BatchStream(Iterator[list[Batch]]):
             raise self._failure
         slot, positions = self.step % self._ring.slots, self._share.positions(self.step)
         self.step += 1
-        parts = zip(*(part[slot].split(self._share.micro_batch) for part in (self._x, self._y)))
-        return [Batch(x, y, tuple(row.tolist())) for (x, y), row in zip(parts, positions)]
+        parts = zip(*(part[slot].split(self._share.micro_batch) for part in self._tensors))
+        return [
+            Batch(x, y, tuple(row.tolist()), *features)
+            for (x, y, *features), row in zip(parts, positions)
+        ]
 
     def _ask(self, step: int) -> None:
         for worker in self._workers:
@@ -125,7 +132,7 @@ class BatchStream(Iterator[list[Batch]]):
             worker.join()
         if self._pinned:
             torch.cuda.synchronize()  # copies under way
-            torch.cuda.cudart().cudaHostUnregister(self._x.data_ptr())
+            torch.cuda.cudart().cudaHostUnregister(self._tensors[0].data_ptr())
         os.close(self._memory_file)
 
     def __enter__(self) -> BatchStream:
@@ -153,8 +160,8 @@ class _Thread:
     order.
     """
 
-    def __init__(self, reader: ShardReader, part: Part, x, y) -> None:
-        self._reader, self._part, self._x, self._y = reader, part, x, y
+    def __init__(self, reader: ShardReader, part: Part, arrays: Sequence[np.ndarray]) -> None:
+        self._reader, self._part, self._arrays = reader, part, arrays
         self._asked: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._stopped = False
@@ -178,9 +185,9 @@ class _Thread:
     def _work(self) -> None:
         while (task := self._asked.get()) is not None and not self._stopped:
             step, slot = task
-            x, y = self._x[slot], self._y[slot]
+            arrays = [array[slot] for array in self._arrays]
             try:
-                fill_step(self._reader, self._part, step, _FETCH_AHEAD, x, y)
+                fill_step(self._reader, self._part, step, _FETCH_AHEAD, arrays)
                 self._answers.put(None)
             # Every error belongs to the caller: a thread that dies silently is a hang.
             except BaseException as error:

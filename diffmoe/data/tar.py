@@ -1,5 +1,5 @@
-"""One shard file: a webdataset tar of `<key>.npy`, `<key>.cls` and perhaps `<key>.flip.npy`,
-written completely or not at all (`rows.py` reads it).
+"""One shard file: a webdataset tar of `<key>.npy`, `<key>.cls` and perhaps `<key>.flip.npy` and
+`<key>.features.npy`, written completely or not at all (`rows.py` reads it).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from diffmoe.data.members import FEATURES
 from diffmoe.data.rows import BLOCK, ROWS_NAME, RowTable, pack_table, scan_rows
 from diffmoe.files import replacing
 
@@ -29,8 +30,8 @@ class ShardFile:
 
 
 def write_tar(path: Path, samples: Mapping[str, Mapping[str, object]]) -> None:
-    """Write key → {"npy": array, "cls": label, perhaps "flip.npy": array} to `path`, atomically,
-    and the table of its rows first; equal samples give equal bytes.
+    """Write key → {"npy": array, "cls": label, perhaps "flip.npy" and "features.npy": arrays} to
+    `path`, atomically, and the table of its rows first; equal samples give equal bytes.
     """
     with replacing(path) as stream:
         write_tar_to(stream, path.name, samples)
@@ -42,7 +43,8 @@ def write_tar_to(stream: BinaryIO, name: str, samples: Mapping[str, Mapping[str,
     from webdataset import TarWriter
 
     flips = any("flip.npy" in members for members in samples.values())
-    nothing = np.zeros((len(samples), 1 + flips), np.int64)
+    features = any(FEATURES in members for members in samples.values())
+    nothing = np.zeros((len(samples), 1 + flips + features), np.int64)
     blank = pack_table(RowTable(np.zeros(len(samples), np.int64), nothing, nothing, None))
     # An integer time: a float one makes tarfile put a 1 KiB extended header before every member.
     with TarWriter(stream, user="", group="", mtime=0, compress=False) as tar:
@@ -52,7 +54,7 @@ def write_tar_to(stream: BinaryIO, name: str, samples: Mapping[str, Mapping[str,
         for key, members in samples.items():
             tar.write({"__key__": key, **members})
     # The table is of what is there, and takes the room that was kept for it.
-    table = scan_rows(stream, name, flips, len(samples), 2**62)
+    table = scan_rows(stream, name, flips, len(samples), 2**62, features=features)
     packed = pack_table(replace(table, crcs=_checksums(stream, table)))
     stream.seek(BLOCK)
     stream.write(packed)

@@ -29,12 +29,12 @@ def main() -> None:
     commands, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints goes where errors go
     reader, part, ring, ahead = pickle.load(commands)
-    x, y = ring.arrays(memoryview(mmap.mmap(int(sys.argv[1]), ring.bytes)))
+    arrays = ring.arrays(memoryview(mmap.mmap(int(sys.argv[1]), ring.bytes)))
     for line in commands:
         step, slot = map(int, line.split())
         failure: BaseException | None = None
         try:
-            fill_step(reader, part, step, ahead, x[slot], y[slot])
+            fill_step(reader, part, step, ahead, [array[slot] for array in arrays])
         except (UserError, OSError) as error:
             failure = error
         try:

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig, expert_hidden
-from diffmoe.families import is_moe_block
+from diffmoe.families import Projector, is_moe_block
 from diffmoe.models.layers import (
     Attention,
     FinalLayer,
@@ -40,12 +41,14 @@ _DISPERSIVE_TAU = 0.5  # the paper's
 @dataclass(frozen=True)
 class ModelOutput:
     """``prediction`` [B, out_channels, H, W]; ``moe`` holds one report per MoE layer, in order of
-    depth; ``dispersive``: the loss of that name, in training with it.
+    depth; ``dispersive``: the loss of that name, in training with it; ``projected``: what the
+    projector makes of every token [B, N, d], in training with one.
     """
 
     prediction: Tensor
     moe: tuple[MoEStats, ...]
     dispersive: Tensor | None = None
+    projected: Tensor | None = None
 
 
 class Condition(NamedTuple):
@@ -190,12 +193,21 @@ def dispersive_loss(z_BND: Tensor, world: Group) -> Tensor:
     return (total / len(everyone) ** 2).log()
 
 
+def new_projector(projector: Projector) -> nn.Sequential:
+    """Its linear layers, with SiLU between them (REPA)."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(projector.sizes):
+        layers += [nn.Linear(fan_in, fan_out), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
 class DiT(nn.Module):
     """Diffusion transformer (Peebles & Xie 2023) with DiffMoE's MoE layers.
 
     ``pool`` is in samples and only matters for the training rule; ``groups`` says which experts
     live here; ``overlap``: ``parallel.overlap``, in training with EP; ``dispersive``: training
-    passes report the dispersive loss.  ``run`` is how its blocks are computed: ``run_plainly``, or
+    passes report the dispersive loss; ``projector``: and what this makes of tokens, which nothing
+    but the loss on it sees.  ``run`` is how its blocks are computed: ``run_plainly``, or
     what ``models.compiled`` puts there.
     """
 
@@ -210,6 +222,7 @@ class DiT(nn.Module):
         overlap: str = "none",
         time_scale: float = 1.0,
         dispersive: bool = False,
+        projector: Projector | None = None,
     ) -> None:
         super().__init__()
         groups = groups or single_process()
@@ -226,6 +239,9 @@ class DiT(nn.Module):
             DiTBlock(model, _mlp(model, moe, pool, groups, i)) for i in range(model.depth)
         )
         self.final_layer = FinalLayer(model)
+        self.projected = projector.block if projector else 0  # blocks before it
+        if projector:
+            self.projector = new_projector(projector)
         side = model.input_size // model.patch
         positions = sine_positions(model.width, side, model.position_scale)
         self.register_buffer("pos_embed", positions.unsqueeze(0), persistent=False)
@@ -254,21 +270,25 @@ class DiT(nn.Module):
         time = self.t_embedder(t * self.time_scale)
         both = (time + self.y_embedder(y)).to(dtype)
         c = Condition(both, time.to(dtype), y == self.model.classes)
-        reports, dispersive = [], None
+        reports, dispersive, projected = [], None, None
         if self.in_halves and self.training:
             h = _here(*h.chunk(2))
         for number, (block, form) in enumerate(zip(self.blocks, self.recompute), 1):
             h, stats = block(h, c, rule, form if self.training else "none", self.run)
             if stats is not None:
                 reports.append(stats)
-            if number == self.dispersed and self.training:
+            if number in (self.dispersed, self.projected) and self.training:
                 if not isinstance(h, Tensor):  # rows are waited for here, and once
                     h = _here(*(half() for half in h))
                 whole = h if isinstance(h, Tensor) else torch.cat([half() for half in h])
-                dispersive = dispersive_loss(whole, self.world)
+                if number == self.dispersed:
+                    dispersive = dispersive_loss(whole, self.world)
+                if number == self.projected:
+                    projected = self.projector(whole)
         if not isinstance(h, Tensor):
             h = torch.cat([half() for half in h])
-        return ModelOutput(self._unpatchify(self.final_layer(h, both)), tuple(reports), dispersive)
+        prediction = self._unpatchify(self.final_layer(h, both))
+        return ModelOutput(prediction, tuple(reports), dispersive, projected)
 
     @contextlib.contextmanager
     def plainly(self) -> Iterator[None]:

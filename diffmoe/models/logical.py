@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from diffmoe.config import Config, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
-from diffmoe.families import is_moe_block
-from diffmoe.models.dit import DiT
+from diffmoe.families import is_moe_block, projector_of
+from diffmoe.models.dit import DiT, new_projector
 from diffmoe.moe.experts import Experts
 from diffmoe.moe.layer import running_state
 from diffmoe.moe.running import RunningState
@@ -27,6 +27,7 @@ from diffmoe.parallel.groups import ParallelGroups
 
 # the first, without a prefix, saw 4,096 entries of a tensor: other weights could have the same
 _HASH_VERSION = "v2"
+PROJECTOR = "projector"  # the module's name in a model that is trained with one
 _HASHED_AT_ONCE = 1 << 22  # entries: 16 MiB as fp32
 
 
@@ -129,9 +130,21 @@ def new_model(config: Config, pool: int, groups: ParallelGroups) -> DiT:
         overlap=config.parallel.overlap,
         time_scale=config.diffusion.time_scale,
         dispersive=config.train.dispersive_weight > 0,
+        projector=projector_of(config),
     )
     initialize(model, config.run.seed)
     return model
+
+
+def fresh_projector(config: Config) -> dict[str, Tensor]:
+    """The weights of a new model's projector by logical name; none where it has none."""
+    if (projector := projector_of(config)) is None:
+        return {}
+    state = new_projector(projector).state_dict()
+    found = {f"{PROJECTOR}.{name}": value for name, value in state.items()}
+    for name, value in found.items():
+        initialize_tensor(name, value, config.run.seed)
+    return found
 
 
 def initialize(model: DiT, seed: int) -> None:
@@ -213,6 +226,8 @@ def weights_digest(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        if name.startswith(f"{PROJECTOR}."):
+            continue  # of training alone: what is sampled from has none
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         for piece in value.detach().flatten().split(_HASHED_AT_ONCE):
             digest.update(piece.float().cpu().numpy())

@@ -46,6 +46,8 @@ VARIANTS = {
     "moe.shared_experts=1",
     "min-snr": "diffusion.process=ddpm diffusion.loss_weight=min_snr train.dispersive_weight=0.5 "
     "sample.sampler=ancestral",
+    "repa": "train.repa_weight=0.5 train.repa_block=1 train.repa_width=12 train.repa_hidden=24 "
+    "moe.shared_experts=1",
     "lengths": "train.ema_lengths=[0.1,0.2]",
     # Sizes of which shards cut some matrices, shared ones and experts'.  Narrow: Newton-Schulz
     # multiplies small singular values, and rounding with them, by up to 485, and wide matrices have
@@ -161,7 +163,7 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         others = (
             "rich global, tc global, tc rank, ec 1, dense 1, ddpm global, tc-bias global, "
             "ec-time 1, threshold rank, race global, race rank, prototype global, prototype rank, "
-            "modern global, losses rank, min-snr global"
+            "modern global, losses rank, min-snr global, repa rank"
         ).split(", ")
         for (i, (variant, pool)), zero in product(enumerate(map(str.split, others)), range(4)):
             if variant != "dense" or ep == 1:
@@ -281,6 +283,8 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 1, "block", 2, "group", 16, "ddpm"),
         Case(4, 2, 1, "selective", 2, "rank", 16, "losses"),
         Case(4, 2, 3, "block", 1, "global", 16, "min-snr"),
+        Case(2, 2, 0, "selective", 2, "global", 16, "repa"),
+        Case(4, 2, 3, "block", 1, "rank", 16, "repa"),
         Case(2, 2, 1, "none", 2, "1", 16, precision="bf16"),
         Case(4, 2, 3, "none", 2, "1", 16, precision="bf16"),
         Case(4, 2, 1, "selective", 2, "rank", 16, overlap=True),
@@ -300,6 +304,7 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 3, "none", 1, "1", 16, "ec", halves=True),
         Case(4, 4, 2, "selective", 1, "global", 16, "tc", halves=True),
         Case(4, 2, 1, "selective", 1, "global", 16, "losses", halves=True),
+        Case(2, 2, 2, "block", 1, "global", 16, "repa", halves=True),
     ]
     return [case for case in cases if case.world in set(worlds)]
 
@@ -343,6 +348,7 @@ def compiled_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 1, "none", 1, "rank", 16, "rich", halves=True),
         Case(4, 4, 1, "selective", 1, "global", 16, per_host=2),
         Case(4, 2, 1, "selective", 1, "rank", 16, "losses"),
+        Case(2, 2, 1, "selective", 1, "rank", 16, "repa"),
     ]
     return [replace(case, compiled=True) for case in cases if case.world in set(worlds)]
 

@@ -167,9 +167,11 @@ def _loss(
     by_threshold = first is not None and step >= first
     rule = RoutingRule("threshold" if by_threshold else "train", config.moe.capacity)
     x, noise, y = (value.to(device) for value in (batch.x, draws.noise, y))
-    seen: list[Tensor] = []
-    quarter = model.blocks[math.ceil(config.model.depth / 4) - 1]
-    handle = quarter.register_forward_hook(lambda block, args, given: seen.append(given[0]))
+    seen: list[Tensor] = []  # tokens after each block
+    handles = [
+        block.register_forward_hook(lambda block, args, given: seen.append(given[0]))
+        for block in model.blocks
+    ]
     if config.diffusion.process == "ddpm":
         schedule = linear_schedule()
         t = uniform_steps(draws.t, len(schedule)).to(device)
@@ -188,7 +190,8 @@ def _loss(
         t = torch.lerp(torch.full_like(t, low), torch.full_like(t, high), t)
         denoising, output = flow_loss(model, x, noise, t.to(device), y, rule)
         tokens = F.unfold(x - noise, config.model.patch, stride=config.model.patch).mT
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     none = torch.zeros((), device=device)
     predictor = sum((s.predictor_loss for s in output.moe if s.predictor_loss is not None), none)
     balance = sum((s.balance_loss for s in output.moe if s.balance_loss is not None), none)
@@ -199,13 +202,21 @@ def _loss(
         target = sum(each, none) / layers
     dispersive = direction = none
     if config.train.dispersive_weight:
-        z = seen[0].flatten(1)
+        z = seen[math.ceil(config.model.depth / 4) - 1].flatten(1)
         apart = (z.unsqueeze(0) - z.unsqueeze(1)).square().mean(dim=2)
         dispersive = (-apart / 0.5).exp().mean().log()
     if config.train.direction_weight:
         v, wanted = output.prediction[:, : config.model.channels], x - noise
         cosines = (v * wanted).sum(dim=1) / (v.norm(dim=1) * wanted.norm(dim=1))
         direction = (1 - cosines).mean()
+    repa = none
+    if batch.features is not None:
+        given, z = dict(model.projector.named_parameters()), seen[model.projected - 1]
+        for number in (0, 2, 4):
+            z = z @ given[f"{number}.weight"].T + given[f"{number}.bias"]
+            z = z / (1 + (-z).exp()) if number < 4 else z
+        wanted = batch.features.to(device).float()
+        repa = -((z * wanted).sum(dim=2) / z.norm(dim=2) / wanted.norm(dim=2)).mean()
     numbers = {
         "loss": denoising.item(),
         "predictor_loss": predictor.item() / layers,
@@ -213,11 +224,13 @@ def _loss(
         "target_loss": target.item(),
         "dispersive_loss": dispersive.item(),
         "direction_loss": direction.item(),
+        "repa_loss": repa.item(),
     }
     moe, train = config.moe, config.train
     total = denoising + moe.predictor_weight * predictor + moe.balance_weight * balance
     total = total + moe.target_weight * target
     total = total + train.dispersive_weight * dispersive + train.direction_weight * direction
+    total = total + train.repa_weight * repa
     return total, output, numbers
 
 

@@ -11,6 +11,7 @@ from diffmoe.config import Config
 from diffmoe.data.stream import Batch
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.diffusion.randomness import Draws
+from diffmoe.families import projector_of
 from diffmoe.layout import resolve_layout
 from diffmoe.models.dit import DiT
 from diffmoe.models.logical import logical_tensors, new_model
@@ -42,7 +43,13 @@ def synthetic_batch(config: Config, numbers: Sequence[int]) -> Batch:
     x = torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(1 + 2 * n)) for n in numbers]
     )
-    return Batch(x, torch.tensor([(3 * n + 1) % model.classes for n in numbers]), tuple(numbers))
+    y = torch.tensor([(3 * n + 1) % model.classes for n in numbers])
+    if projector_of(config) is None:
+        return Batch(x, y, tuple(numbers))
+    sizes = (model.tokens, config.train.repa_width)
+    features = [torch.randn(sizes, generator=torch.Generator().manual_seed(2 * n)) for n in numbers]
+    # Of a common direction: a mean of cosines near 0 would be rounding's alone.
+    return Batch(x, y, tuple(numbers), (torch.stack(features) + 1).half())
 
 
 class Training:

@@ -118,7 +118,7 @@ def train_and_compare(
         report = training.step(step)
         for name, value in wanted.items():
             column = "norm" if name == "grad_norm" else "loss"
-            compare(column, [(abs(getattr(report, name) - value), value)])
+            compare(column, [(abs(getattr(report, name) - value), abs(value))])
         if step == 0:
             # The first moment starts at 0, so after one step it is (1 - beta1) times the gradient.
             first = _pieces(engine, engine.shards(FIRST_MOMENT))

@@ -20,7 +20,7 @@ from diffmoe.checkpoints.reader import (
 )
 from diffmoe.checkpoints.tensor_file import CHUNK, Corrupt
 from diffmoe.config import Config
-from diffmoe.models.logical import fresh_buffers, logical_template
+from diffmoe.models.logical import fresh_buffers, fresh_projector, logical_template
 from diffmoe.models.matrices import MUON, is_matrix
 
 
@@ -28,7 +28,7 @@ def expected_shapes(config: Config, moments: bool) -> dict[str, dict[str, tuple[
     """Shapes by kind and logical name of all that training resumes from."""
     fresh = fresh_buffers(config.model, config.moe)
     buffers = {name: tuple(value.shape) for name, value in fresh.items()}
-    template = logical_template(config.model, config.moe)
+    template = {**logical_template(config.model, config.moe), **fresh_projector(config)}
     weights = {name: tuple(value.shape) for name, value in template.items() if name not in buffers}
     kinds = [MASTER, *map(ema_kind, config.train.ema_decays)]
     if moments:

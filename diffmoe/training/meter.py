@@ -88,7 +88,7 @@ class Meter:
             record["capacity"] = last.capacity
         if has_target_head(model, moe):
             record["target_loss"] = float(np.mean([r.target_loss for r in reports]))
-        for name in ("dispersive", "direction"):
+        for name in ("dispersive", "direction", "repa"):
             if getattr(train, f"{name}_weight"):
                 record[f"{name}_loss"] = float(
                     np.mean([getattr(r, f"{name}_loss") for r in reports])

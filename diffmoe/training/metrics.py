@@ -202,7 +202,7 @@ def progress_line(record: dict, total: int) -> str:
         parts.append(f"predictor {record['predictor_loss']:.3f} (trivial {trivial:.3f})")
     parts += [
         f"{name} {record[f'{name}_loss']:.3f}"
-        for name in ("balance", "target", "dispersive", "direction")
+        for name in ("balance", "target", "dispersive", "direction", "repa")
         if f"{name}_loss" in record
     ]
     parts += [

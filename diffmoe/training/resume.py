@@ -25,6 +25,8 @@ from diffmoe.models.matrices import MUON
 # fields.
 _MEANING_SECTIONS = ("model", "moe", "diffusion")
 _MEANING_FIELDS = ("run.seed", "train.batch", "data.streams", "data.window", "data.flip")
+# Of the projector, which a checkpoint has or has not.
+_PROJECTOR = ("train.repa_block", "train.repa_width", "train.repa_hidden")
 # Chosen at the first start where they are null (imported weights, which no run has read data for).
 _CHOSEN = ("data.streams", "data.window")
 # What only a fresh model asks for.
@@ -77,7 +79,10 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
         if old[name] == value or name in _NO_CHANGE or chosen:
             continue
         meaning = name.partition(".")[0] in _MEANING_SECTIONS and name not in _START_FIELDS
-        kind = broken if meaning or name in _MEANING_FIELDS else accepted
+        meaning = meaning or name in (*_MEANING_FIELDS, *_PROJECTOR)
+        if name == "train.repa_weight":
+            meaning = old[name] == 0  # no projector there; one that is there may rest
+        kind = broken if meaning else accepted
         kind.append(f"{name}: {old[name]} -> {value}")
     return broken, accepted
 

@@ -38,7 +38,7 @@ _DIAL_EVERY = 256
 class StepReport:
     """Global means of one optimizer step.  ``predictor_loss`` (in nats), ``balance_loss`` (the
     family's loss on routing) and ``target_loss`` (Expert Race's) are means over layers; these,
-    ``dispersive_loss`` and ``direction_loss`` are 0 where the run does not have them;
+    ``dispersive_loss``, ``direction_loss`` and ``repa_loss`` are 0 where the run has them not;
     ``stop``: some rank was asked to stop; ``save_failed``: some rank's save has failed;
     ``applied`` is false where loss or gradient was not finite and the step changed nothing.  All of
     these are the same on every rank.  ``load``: this rank's tokens by [layer, time bin, expert],
@@ -51,6 +51,7 @@ class StepReport:
     target_loss: float
     dispersive_loss: float
     direction_loss: float
+    repa_loss: float
     grad_norm: float
     lr: float
     capacity: float
@@ -75,6 +76,7 @@ class MicroLoss:
     target: Tensor
     dispersive: Tensor
     direction: Tensor
+    repa: Tensor
     output: ModelOutput
     time_bin_B: Tensor
 
@@ -113,10 +115,15 @@ def micro_loss(
     heads = [r.target_TP for r in output.moe if r.target_TP is not None]
     target = target_loss(heads, patchify(wanted, config.model.patch)) if heads else zero
     dispersive = zero if output.dispersive is None else output.dispersive
+    repa = zero
+    if output.projected is not None:
+        assert batch.features is not None
+        repa = alignment_loss(output.projected, sent(batch.features, device))
     moe = config.moe
     total = denoising + moe.predictor_weight * predictor + moe.balance_weight * balance
     total = total + moe.target_weight * target
     total = total + train.dispersive_weight * dispersive + train.direction_weight * direction
+    total = total + train.repa_weight * repa
     return MicroLoss(
         total,
         denoising.detach(),
@@ -125,6 +132,7 @@ def micro_loss(
         target.detach(),
         dispersive.detach(),
         direction.detach(),
+        repa.detach(),
         output,
         (progress * TIME_BINS).long().clamp_(max=TIME_BINS - 1),
     )
@@ -185,6 +193,7 @@ def train_step(
         means.target,
         means.dispersive,
         means.direction,
+        means.repa,
         means.norm,
         lr,
         rule.capacity,
@@ -224,6 +233,14 @@ def direction_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
     """
     predicted = prediction[:, : velocity.shape[1]].to(velocity.dtype)
     return 1 - F.cosine_similarity(predicted, velocity, dim=1).mean()
+
+
+def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
+    """REPA's (equation 9): minus the cosine of each projected token and its patch's features, both
+    [B, N, d], mean over samples and patches.
+    """
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    return -F.cosine_similarity(projected.to(dtype), features.to(dtype), dim=2).mean()
 
 
 def commit_observed(model: DiT, observed_LE: Tensor, pools: int) -> None:
@@ -290,6 +307,7 @@ class _Means:
     target: float
     dispersive: float
     direction: float
+    repa: float
     stop: bool
     save_failed: bool
     observed_LE: Tensor
@@ -303,7 +321,7 @@ class _Tally:
     def __init__(self, model: DiT, config: Config, device: torch.device) -> None:
         self.layers = len(list(model.moe_layers()))
         self.experts = config.moe.experts
-        self.parts = torch.zeros(6, dtype=torch.float64, device=device)
+        self.parts = torch.zeros(7, dtype=torch.float64, device=device)
         observing = self.layers if running_state(config.model, config.moe) else 0
         self.observed_LE = torch.zeros(observing, self.experts, dtype=torch.float64, device=device)
         self.load_LbE = torch.zeros(self.layers, TIME_BINS, self.experts, device=device)
@@ -311,7 +329,7 @@ class _Tally:
 
     def add(self, loss: MicroLoss) -> None:
         parts = [loss.denoising, loss.predictor, loss.balance, loss.target]
-        parts += [loss.dispersive, loss.direction]
+        parts += [loss.dispersive, loss.direction, loss.repa]
         self.parts += torch.stack(parts).double()
         bins = loss.time_bin_B
         self.samples_b.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float32))
@@ -335,8 +353,8 @@ class _Tally:
         mine = torch.cat([squared_norm.view(1), self.parts, flags, self.observed_LE.flatten()])
         sums = sum_over(mine, groups.world)
         passes = layout.ranks * layout.accumulation
-        square, *parts, stopped, failed = sums[:9].tolist()
-        loss, predictor, balance, target, dispersive, direction = parts
+        square, *parts, stopped, failed = sums[:10].tolist()
+        loss, predictor, balance, target, dispersive, direction, repa = parts
         layers = max(1, self.layers)
         return _Means(
             math.sqrt(square),
@@ -346,7 +364,8 @@ class _Tally:
             target / passes,
             dispersive / passes,
             direction / passes,
+            repa / passes,
             stopped > 0,
             failed > 0,
-            sums[9:].view_as(self.observed_LE),
+            sums[10:].view_as(self.observed_LE),
         )
