@@ -91,9 +91,7 @@ def main(arguments: list[str]) -> int:
 def _measure(
     folder: str, config: Config, stage: int, repeats: int
 ) -> tuple[int, list[dict[str, tuple[float, float]]]]:
-    """(bytes of state on all ranks, (stall, total) seconds by way and round); every rank, between
-    barriers.
-    """
+    """(bytes of state of all ranks, (stall, total) seconds by way and round)."""
     layout = resolve_layout(config, torch.distributed.get_world_size())
     groups = build_groups(layout.ep, layout.pool_ranks)
     model = new_model(config, layout.pool, groups)
@@ -130,9 +128,7 @@ def _measure(
 
 
 def _save_full_state(path: Path, engine: Engine, ema: Ema) -> int:
-    """What a script without shards does: everything on rank 0, in one file, experts
-    of other ranks too.  Returns its bytes, on rank 0.
-    """
+    """As scripts without shards do: all on rank 0, in one file.  Its bytes, on rank 0."""
     kinds = {kind: engine.shards(kind) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)}
     kinds["ema"] = ema.shards
     ep, first = engine.groups.ep, engine.groups.rank == 0
