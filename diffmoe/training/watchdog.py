@@ -409,7 +409,7 @@ def _runs(pid: int) -> bool:
 
 
 def _main_thread_at() -> str:
-    """``at collectives.py:27 send_rows``: the main thread's innermost frame, of ours if there is one."""
+    """``at collectives.py:27 send_rows``: the main thread's innermost frame, ours if any."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     own = found = frame
     while own is not None and not own.f_code.co_filename.startswith(str(Path(__file__).parents[1])):
