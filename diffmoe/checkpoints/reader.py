@@ -19,7 +19,7 @@ from diffmoe.checkpoints.power_averages import (
     length_kind,
     lengths_of,
 )
-from diffmoe.checkpoints.tensor_file import Corrupt, Piece, TensorFile
+from diffmoe.checkpoints.tensor_file import Corrupt, FileRecord, Piece, TensorFile
 from diffmoe.config import Config, config_from_tree
 from diffmoe.config_rules import EMA_LENGTHS
 from diffmoe.errors import UserError
@@ -57,9 +57,11 @@ def complete_folders(folder: P) -> list[P]:
     return sorted((path for path in there if (path / MANIFEST).is_file()), key=lambda p: p.name)
 
 
-def sizes(folder: AnyPath) -> dict[str, int]:
-    """The bytes of the files in a folder, by name; one listing at a store."""
-    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+def misfits(folder: AnyPath, files: Mapping[str, FileRecord]) -> dict[str, int | str]:
+    """Those of ``files`` that a folder has not in their size: its bytes, or "no".  One listing."""
+    there = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    wrong = (name for name, record in files.items() if there.get(name) != record.bytes)
+    return {name: there.get(name, "no") for name in wrong}
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -189,13 +191,10 @@ class Checkpoint:
             path = newest[-1]
         self.path = path
         self.manifest = read_manifest(path / MANIFEST)
-        self._files: dict[str, TensorFile] = {}
-        there = sizes(path)
-        for name, record in self.manifest.files.items():
-            if there.get(name) != record.bytes:
-                found = there.get(name, "no")
-                raise Corrupt(f"{path / name} must have {record.bytes} bytes and has {found}")
-            self._files[name] = TensorFile(path / name, record)
+        files = self.manifest.files
+        for name, found in misfits(path, files).items():
+            raise Corrupt(f"{path / name} must have {files[name].bytes} bytes and has {found}")
+        self._files = {name: TensorFile(path / name, record) for name, record in files.items()}
 
     @property
     def step(self) -> int:

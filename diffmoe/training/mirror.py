@@ -31,7 +31,7 @@ from diffmoe.checkpoints.reader import (
     SNAPSHOTS,
     Checkpoint,
     complete_folders,
-    sizes,
+    misfits,
     step_folder,
     step_of,
 )
@@ -258,16 +258,11 @@ class Mirror:
         if begun != text:
             there.remove()
             retried(lambda: (there / _SENDING).write_bytes(text), str(there), "mirror")
-        found = sizes(there)
-        for name, record in files.items():
-            if found.get(name) != record.bytes:
-                source, target = TensorFile(path / name, record), there / name
-                retried(lambda: target.write_chunks(self._paced(source)), str(target), "mirror")
-        found = sizes(there)
-        for name, record in files.items():
-            if found.get(name) != record.bytes:
-                size = found.get(name, "no")
-                raise OSError(f"{there / name} must have {record.bytes} bytes and has {size}")
+        for name in misfits(there, files):
+            source, target = TensorFile(path / name, files[name]), there / name
+            retried(lambda: target.write_chunks(self._paced(source)), str(target), "mirror")
+        for name, size in misfits(there, files).items():
+            raise OSError(f"{there / name} must have {files[name].bytes} bytes and has {size}")
         for name in _BESIDES:
             if (self._run / name).exists():
                 data = (self._run / name).read_bytes()
