@@ -161,18 +161,13 @@ def start(
     for text in filter(None, notes):
         tell(text)
     scorer, validator = _measuring(config, reader, groups, device)
-    model = new_model(config, layout.pool, groups)
-    if compiled:
-        compile_blocks(model)
-    engine = Engine(model, config, deepspeed_tree, groups, device)
-    lengthen_timeouts(config.run.timeout_s)
-    watch_layers(model.blocks, groups.trace)
+    engine = _new_engine(config, layout, deepspeed_tree, groups, device, compiled)
     guard = Guard.from_counters(config.train, counters)
     begins = len(recipes) > len(counters.get("recipes", []))
     if begins:
         guard.losses = []  # of another recipe
     guard.left_out = sorted({*guard.left_out, *gather_objects(left_out, groups.world)[0]})
-    layers = [f"block {i}" for i, _ in model.moe_layers()]
+    layers = [f"block {i}" for i, _ in engine.model.moe_layers()]
     writer = Writer(folder, config.train.steps, layers) if groups.rank == 0 else None
     names = reader.index.class_names or (newest.manifest.class_names if newest is not None else ())
     run = Run(
@@ -200,6 +195,24 @@ def start(
         _restore(run, newest, accepted, skipped, begins)
     run.saver.drop_snapshots(run.done)
     return run
+
+
+def _new_engine(
+    config: Config,
+    layout: Layout,
+    deepspeed_tree: dict,
+    groups: ParallelGroups,
+    device: torch.device,
+    compiled: bool,
+) -> Engine:
+    """A fresh model's, with its blocks watched."""
+    model = new_model(config, layout.pool, groups)
+    if compiled:
+        compile_blocks(model)
+    engine = Engine(model, config, deepspeed_tree, groups, device)
+    lengthen_timeouts(config.run.timeout_s)
+    watch_layers(model.blocks, groups.trace)
+    return engine
 
 
 def _restore(
