@@ -181,7 +181,7 @@ def _main_after(arguments: list[str]) -> int:
     parser.add_argument("status", type=int, help="srun's exit code")
     parser.add_argument("--out", type=Path, help="not a training job: the folder that it fills")
     options = parser.parse_args(arguments)
-    folder, out = options.folder, options.out
+    folder, status, out = options.folder, options.status, options.out
     if not folder.is_dir():
         raise UserError(f"folder ({folder}) does not exist")
     if out is None and not (folder / "config.yaml").is_file():
@@ -189,9 +189,6 @@ def _main_after(arguments: list[str]) -> int:
             f"folder ({folder}) has no config.yaml: it is not a training job's (of another: "
             "--out OUT)"
         )
-    if out is None:
-        verdict = after_training(folder, options.status)
-    else:
-        verdict = after_writing(folder, options.status, out)
+    verdict = after_writing(folder, status, out) if out else after_training(folder, status)
     print(verdict.text)
     return verdict.code

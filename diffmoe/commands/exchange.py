@@ -317,9 +317,8 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
             from diffmoe.huggingface import export_folder
 
             files = export_folder(checkpoint, out, weights, limit, list(map(Path, options.scores)))
-            what = f"{weights} weights of step {checkpoint.step} in {files} file" + "s" * (
-                files > 1
-            )
+            plural = "s" * (files > 1)
+            what = f"{weights} weights of step {checkpoint.step} in {files} file{plural}"
     print(f"saved {out}: {what}", flush=True)
     return 0
 
