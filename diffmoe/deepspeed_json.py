@@ -188,10 +188,7 @@ def _check_together(tree: dict, config: Config) -> None:
                 f"DeepSpeed's data_types.{name} ({value}) must be {dtypes[0]} with bf16.enabled "
                 f"({json.dumps(bf16)}){why}"
             )
-    for name, least, words in (
-        ("offload_optimizer", 1, "1 or above"),
-        ("offload_param", 3, "3"),
-    ):
+    for name, least, words in (("offload_optimizer", 1, "1 or above"), ("offload_param", 3, "3")):
         device = _found(tree, f"{ZERO}.{name}.device") or "none"
         if device == "nvme":
             raise UserError(

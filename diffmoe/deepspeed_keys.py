@@ -1,6 +1,4 @@
-"""The keys of the DeepSpeed JSON: what 0.19.8 reads, what the YAML owns, what is old, what a run
-here cannot use.
-"""
+"""DeepSpeed's keys: what 0.19.8 reads, the YAML owns, is old, or cannot be used here."""
 
 from __future__ import annotations
 

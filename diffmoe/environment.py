@@ -111,9 +111,7 @@ def typed_at_a_terminal() -> bool:
 
 
 def check_master(env: RankEnvironment) -> None:
-    """Raises UserError where the address at which the ranks are to meet means nothing on this
-    machine.
-    """
+    """Raises UserError where the address of rank 0 means nothing on this machine."""
     if env.world == 1 or env.init_method is not None:
         return
     try:
@@ -127,9 +125,7 @@ def check_master(env: RankEnvironment) -> None:
 
 
 def missed(env: RankEnvironment) -> str:
-    """What to look at when the other ranks do not come: where they are waited for, what says that
-    there are any, what to type.
-    """
+    """Where the ranks that do not come are waited for, what says there are any, what to type."""
     where = f"MASTER_ADDR ({env.master_addr}), MASTER_PORT ({env.master_port})"
     if env.init_method:
         where = f"DIFFMOE_STORE ({env.init_method.removeprefix('file://')})"
@@ -243,9 +239,7 @@ def _from_srun(environ: Mapping[str, str]) -> RankEnvironment:
 
 
 def _srun_local_world(environ: Mapping[str, str], world: int) -> int:
-    name = _first_set(
-        environ, ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"), "SLURM_STEP_ID"
-    )
+    name = _first_set(environ, ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"))
     counts = expand_task_counts(environ[name])
     if sum(counts) != world:
         raise UserError(f"{name} ({environ[name]}) must add up to SLURM_NTASKS ({world})")
@@ -259,7 +253,7 @@ def _srun_master(environ: Mapping[str, str]) -> tuple[str, int]:
     if "MASTER_ADDR" in environ:
         address = environ["MASTER_ADDR"]
     else:
-        name = _first_set(environ, ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), "SLURM_STEP_ID")
+        name = _first_set(environ, ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"))
         address = expand_nodelist(environ[name])[0]
     if "MASTER_PORT" in environ:
         return address, _master_port(environ, _integer(environ, "SLURM_NTASKS", "SLURM_STEP_ID"))
@@ -299,11 +293,12 @@ def _expand_range(item: str) -> list[str]:
     return [str(number).zfill(len(first)) for number in numbers]
 
 
-def _first_set(environ: Mapping[str, str], names: tuple[str, str], companion: str) -> str:
+def _first_set(environ: Mapping[str, str], names: tuple[str, str]) -> str:
     for name in names:
         if name in environ:
             return name
-    raise UserError(f"{' and '.join(names)} are unset but {companion} is {environ[companion]}")
+    step = environ["SLURM_STEP_ID"]
+    raise UserError(f"{' and '.join(names)} are unset but SLURM_STEP_ID is {step}")
 
 
 def _integer(environ: Mapping[str, str], name: str, companion: str) -> int:

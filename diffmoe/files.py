@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from diffmoe.errors import UserError
+
 TRIES = 5
 FIRST_PAUSE = 1.0  # seconds before the second try; doubled each time
 T = TypeVar("T")
@@ -35,11 +37,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename is durable only with its folder."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(directory)  # a rename is durable only with its folder
+        os.fsync(handle)
     finally:
-        os.close(directory)
+        os.close(handle)
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Raises UserError for an OSError in the block: ``what`` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error}") from error
 
 
 def check_writable(path: Path) -> None:

@@ -1,3 +1,1 @@
-"""How a run is started: ranks from the environment, submission, checks. Imports no torch: a login
-node has none.
-"""
+"""How a run is started: submission, checks.  Imports no torch: a login node has none."""

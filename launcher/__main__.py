@@ -22,9 +22,7 @@ SUBCOMMANDS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a subcommand.  Returns the exit code: 0, 1 (it found something wrong), 2 (bad input, one
-    line on stderr).
-    """
+    """Returns the exit code: 0, 1 (something found wrong), 2 (bad input, one line on stderr)."""
     try:
         if arguments[:1] in ([], ["-h"], ["--help"]):
             print(_help())

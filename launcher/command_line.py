@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe.errors import UserError
+from diffmoe.files import writing
 from diffmoe.paths import PathParser
 
 if TYPE_CHECKING:  # they need yaml, which doctor does without
@@ -21,12 +22,8 @@ class Parser(PathParser):
     """The parser of a subcommand, whose help ends with an example that works."""
 
     def __init__(self, name: str, description: str, example: str) -> None:
-        super().__init__(
-            example,
-            prog=f"python -m launcher {name}",
-            description=description,
-            allow_abbrev=False,
-        )
+        prog = f"python -m launcher {name}"
+        super().__init__(example, prog=prog, description=description, allow_abbrev=False)
 
 
 def check_above_0(options: argparse.Namespace, *names: str) -> None:
@@ -70,9 +67,7 @@ def add_planner_options(parser: Parser) -> None:
 _POSITIVE = ("gpus_per_node", "ep", "micro_batch", "shard")
 
 
-def read_planner_options(
-    options: argparse.Namespace,
-) -> tuple[Config, dict, Hardware, int, Pins]:
+def read_planner_options(options: argparse.Namespace) -> tuple[Config, dict, Hardware, int, Pins]:
     """(configuration, DeepSpeed's JSON, machine, GPUs of a node, what is pinned).  UserError."""
     check_above_0(options, *_POSITIVE)
     from diffmoe.config import load_config
@@ -101,7 +96,5 @@ def read_planner_options(
 
 def write_text(option: str, path: Path, text: str) -> None:
     """Writes a file that ``option`` names.  Raises UserError."""
-    try:
+    with writing(f"{option} ({path})"):
         path.write_text(text)
-    except OSError as error:
-        raise UserError(f"{option} ({path}) cannot be written: {error}") from None

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,9 +45,7 @@ print(json.dumps(torch_facts()))
 
 @dataclass(frozen=True)
 class Facts:
-    """What was seen on this machine.  ``torch``: ``device.torch_facts()``, its error as text, or
-    None where there is no torch.
-    """
+    """``torch``: ``device.torch_facts()``, its error as text, or None where there is none."""
 
     python: tuple[int, int]
     executable: str
@@ -77,17 +76,12 @@ class Finding:
     fix: str = ""
 
 
-def _good(what: str, text: str) -> Finding:
-    return Finding("good", what, text)
+_good, _wrong = partial(Finding, "good"), partial(Finding, "wrong")
 
 
 def _bad(facts: Facts, what: str, text: str, fix: str) -> Finding:
     """Wrong where there are GPUs, else worth knowing."""
-    return Finding("wrong", what, text, fix) if facts.gpus else Finding("note", what, text)
-
-
-def _wrong(what: str, text: str, fix: str) -> Finding:
-    return Finding("wrong", what, text, fix)
+    return _wrong(what, text, fix) if facts.gpus else Finding("note", what, text)
 
 
 def judge(facts: Facts) -> list[Finding]:
@@ -129,12 +123,11 @@ def _torch(facts: Facts) -> list[Finding]:
         found = [_good("torch", f"{version}, {f'CUDA {cuda}' if cuda else 'CPU build'}")]
     else:
         found = [_wrong("torch", f"{version}; {wanted} is needed", _NEW_PACKAGES)]
-    if not torch["gloo"]:
-        text = "torch was built without it: ranks on CPUs cannot meet"
-        found.append(_wrong("gloo", text, _NEW_VENV))
-    if cuda and not torch["nccl"]:
-        text = "torch was built without it: GPUs cannot talk to each other"
-        found.append(_wrong("nccl", text, _NEW_VENV))
+    whom = {"gloo": "ranks on CPUs cannot meet"}
+    whom |= {"nccl": "GPUs cannot talk to each other"} if cuda else {}
+    for name, text in whom.items():
+        if not torch[name]:
+            found.append(_wrong(name, f"torch was built without it: {text}", _NEW_VENV))
     return found
 
 

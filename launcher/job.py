@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from diffmoe.code_version import commit
 from diffmoe.errors import UserError
+from diffmoe.files import writing
 from launcher.command_line import Parser
 
 # The exit code that asks the job's script for a requeue (EX_TEMPFAIL of sysexits.h); 2 is bad
@@ -64,7 +65,7 @@ def prepare(
     folder, partial = run / "jobs" / job, run / "jobs" / f".{job}.partial"
     if folder.is_dir():
         return folder
-    try:
+    with writing(f"run.folder ({config.run.folder})"):
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "logs").mkdir(parents=True)
         for name in CODE:
@@ -76,8 +77,6 @@ def prepare(
         (partial / "deepspeed.json").write_text(json.dumps(tree, indent=1) + "\n")
         _write_state(partial, newest_step(run), 0)
         partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"run.folder ({config.run.folder}) cannot be written: {error}") from error
     return folder
 
 
@@ -92,9 +91,7 @@ def newest_step(run: Path) -> int:
 
 
 def after_training(folder: Path, status: int) -> Verdict:
-    """The verdict on training job ``folder`` whose ranks ended with ``status``: is the run at its
-    last step?
-    """
+    """The verdict on a training job: has the run reached its last step?"""
     import yaml
 
     last = yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"]
@@ -104,9 +101,7 @@ def after_training(folder: Path, status: int) -> Verdict:
 
 
 def after_writing(folder: Path, status: int, out: Path) -> Verdict:
-    """The verdict on a job that fills a folder (scores, shards, a comparison's run), and resumes by
-    what is there.
-    """
+    """The verdict on a job that fills a folder and resumes by what is there."""
     files = sum(path.is_file() for path in out.rglob("*"))
     progress = files + max(0, newest_step(out))  # a training run's files are soon as many as ever
     where = f"{files} files in {out}"
@@ -145,9 +140,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """``job prepare`` prints the job's folder; ``job after`` prints the verdict and returns its
-    code.
-    """
+    """``prepare`` prints the job's folder; ``after`` prints the verdict and returns its code."""
     subcommands = {"prepare": _main_prepare, "after": _main_after}
     if arguments[:1] and arguments[0] in subcommands:
         return subcommands[arguments[0]](arguments[1:])
@@ -188,7 +181,7 @@ def _main_after(arguments: list[str]) -> int:
     parser.add_argument("status", type=int, help="srun's exit code")
     parser.add_argument("--out", type=Path, help="not a training job: the folder that it fills")
     options = parser.parse_args(arguments)
-    folder, out = options.folder, options.out
+    folder, status, out = options.folder, options.status, options.out
     if not folder.is_dir():
         raise UserError(f"folder ({folder}) does not exist")
     if out is None and not (folder / "config.yaml").is_file():
@@ -196,9 +189,6 @@ def _main_after(arguments: list[str]) -> int:
             f"folder ({folder}) has no config.yaml: it is not a training job's (of another: "
             "--out OUT)"
         )
-    if out is None:
-        verdict = after_training(folder, options.status)
-    else:
-        verdict = after_writing(folder, options.status, out)
+    verdict = after_writing(folder, status, out) if out else after_training(folder, status)
     print(verdict.text)
     return verdict.code

@@ -1,6 +1,4 @@
-"""``launcher plan``: whether a run fits a cluster, what a step costs, and which layouts are best.
-No torch.
-"""
+"""``launcher plan``: does a run fit, what does a step cost, which layouts are best?  No torch."""
 
 from __future__ import annotations
 
@@ -51,9 +49,7 @@ python -m launcher plan --config configs/demo.yaml --gpu a100 --memory 40 --ep 1
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, or 1 when nothing fits as asked (the nearest layout that would is printed).
-    UserError for bad input.
-    """
+    """Returns 1 when nothing fits as asked (the nearest is printed).  UserError: bad input."""
     options = _parse(arguments)
     config, tree, hardware, per_node, pins = read_planner_options(options)
     cluster = Cluster(options.nodes, per_node, hardware)
@@ -121,9 +117,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--top", type=int, default=8, help="layouts to print")
     add("--write-hardware", type=Path, help="put the (calibrated) entry of --gpu into this table")
     options = parser.parse_intermixed_args(arguments)
-    check_above_0(
-        options, "nodes", "gpus_per_node", "ep", "micro_batch", "shard", "steps", "top", "memory"
-    )
+    check_above_0(options, "nodes", "steps", "top", "memory")
     return options
 
 

@@ -59,9 +59,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Expected:
-    """GB/s that a rank should reach to one on another node, and on its own; None: they are compared
-    with each other.
-    """
+    """GB/s to a rank of another node, and of one's own; None: compared with each other."""
 
     between_nodes: float | None = None
     within_nodes: float | None = None
@@ -95,9 +93,7 @@ def judge(reports: list[Report], links: Links, expected: Expected, kind: str) ->
 
 
 def _judge_own(reports: list[Report]) -> list[Problem]:
-    """What nodes say of themselves.  What all of several say is no fault of a node: a data folder
-    that is nowhere, say.
-    """
+    """What nodes say of themselves.  What all of several say is no fault of a node."""
     nodes, problems = {report.host for report in reports}, []
     for text in dict.fromkeys(text for report in reports for text in report.problems):
         hosts = dict.fromkeys(report.host for report in reports if text in report.problems)
@@ -127,9 +123,7 @@ def _judge_versions(reports: list[Report]) -> list[Problem]:
 
 
 def _judge_sharing(reports: list[Report]) -> list[Problem]:
-    """Rank 0's node is the odd one when most others do not see its file; of two nodes nobody knows
-    which.
-    """
+    """Rank 0's node is odd when most others do not see its file; of two nobody knows which."""
     nodes, first = {report.host for report in reports}, reports[0].host
     blind = tuple(dict.fromkeys(report.host for report in reports if not report.shares))
     if not blind:
@@ -188,9 +182,7 @@ def _judge_links(
 
 
 def blame(slow: list[tuple[Any, Any]]) -> set[Any]:
-    """The fewest ends that explain the slow links, as far as greed finds them; both ends of a link
-    that stands alone.
-    """
+    """The fewest ends that explain the slow links, by greed; both of one that stands alone."""
     guilty: set[Any] = set()
     left = list(slow)
     while left:
@@ -316,9 +308,7 @@ def _demands(config_path: str, overrides: list[str], base: Path) -> tuple[Config
 
 
 def figures(reports: list[Report], links: Links) -> list[dict[str, Any]]:
-    """What was measured of each rank: rank, host, its GPU's TFLOP/s, and GB/s of the slowest link
-    of its node, and of its own inside it; without what was not measured.
-    """
+    """A row a rank: TFLOP/s, GB/s of its node's and its own slowest link; only what is known."""
 
     def least(speeds: dict[Any, float], end: Any) -> float:
         return min((speed for pair, speed in speeds.items() if end in pair), default=0.0)

@@ -38,9 +38,7 @@ _MOST_ROUNDS = 15
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank knows about itself.  ``shares``: it sees rank 0's run folder; ``clock``:
-    seconds ahead of rank 0; ``speed``: FLOP/s of its GPU, 0 on CPUs.
-    """
+    """``shares``: it sees rank 0's folder; ``clock``: s ahead of rank 0; ``speed``: FLOP/s."""
 
     rank: int
     host: str
@@ -73,9 +71,7 @@ class Absent(Exception):
 
 
 def meet(environment: RankEnvironment, device: torch.device, timeout: float, host: str) -> None:
-    """Joins the ranks, NCCL on GPUs with gloo beside it.  Raises Absent on all that came where
-    others did not.
-    """
+    """Joins the ranks (NCCL and gloo).  Raises Absent on all that came where some did not."""
     import torch.distributed as dist
 
     from diffmoe.device import bound, share
@@ -149,9 +145,7 @@ def _host_of(rank: int, environment: RankEnvironment) -> str | None:
 
 
 def versions(root: Path, device: torch.device) -> dict[str, str]:
-    """What must be the same everywhere: interpreter, packages, device, driver, and the code (a
-    digest of its files).
-    """
+    """What must be the same everywhere; ``code``: a digest of its files."""
     import torch
 
     found = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
@@ -196,9 +190,7 @@ def shard_problems(data: DataConfig, base: Path) -> list[str]:
 
 
 def disk_problems(run: Path, needed: int) -> list[str]:
-    """Too little room where checkpoints go (``needed`` bytes), for temporary files, or in shared
-    memory.
-    """
+    """Too little room for checkpoints (``needed`` bytes), in /tmp or in shared memory."""
     wrong, run = [], _existing(run)
     for folder, least in ((run, needed), (Path("/tmp"), GIB), (Path("/dev/shm"), GIB // 16)):
         free = shutil.disk_usage(folder).free if folder.is_dir() else least
@@ -210,9 +202,7 @@ def disk_problems(run: Path, needed: int) -> list[str]:
 
 
 def sees_rank_0(run: Path, environment: RankEnvironment, patience: float = 3.0) -> bool:
-    """Whether a file that rank 0 writes into the run folder is seen from here, as checkpoints must
-    be.  Collective.
-    """
+    """Whether rank 0's file in the run folder is seen from here.  Collective."""
     import torch.distributed as dist
 
     folder, token = _existing(run), [f".preflight-{os.getpid()}-{time.time_ns()}"]
@@ -262,9 +252,7 @@ def matmul_speed(device: torch.device) -> float:
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Every pair of ``count`` players once, in rounds in which nobody plays twice (at most
-    _MOST_ROUNDS, evenly chosen).
-    """
+    """Every pair of players once; nobody plays twice in a round (at most _MOST_ROUNDS)."""
     seats: list[int | None] = [*range(count), *([None] if count % 2 else [])]
     played = []
     for _ in range(len(seats) - 1):
@@ -278,9 +266,7 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 
 
 class Exchange:
-    """The timed part: this rank and ``partner`` swap a buffer by the all-to-all that the model
-    uses; None: nothing to send.
-    """
+    """Swaps a buffer with ``partner`` (None: nobody) by the model's all-to-all."""
 
     def __init__(self, environment: RankEnvironment, device: torch.device, size: int) -> None:
         import torch
@@ -336,13 +322,9 @@ def measure_links(
     together, experts = {}, {}
     if world > 1:  # bus bandwidth: what each rank moves to others
         everyone = list(range(world))
+        moved = 2 * size * (world - 1) / world
         together = {
-            "all-reduce": 2
-            * (world - 1)
-            / world
-            * size
-            / _best_time(exchange, exchange.all_reduce)
-            / 1e9,
+            "all-reduce": moved / _best_time(exchange, exchange.all_reduce) / 1e9,
             "all-to-all": _all_to_all_speed(exchange, rank, everyone),
         }
     if world % ep == 0 and spanned(hosts, ep)[0] > 1:

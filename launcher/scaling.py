@@ -68,9 +68,7 @@ class Trial:
 
 
 def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
-    """Returns 0, or 1 when a run failed (its line says why, the others stand).  UserError for bad
-    input.
-    """
+    """Returns 1 when a run failed (its line says why).  UserError for bad input."""
     options = _parse(arguments)
     config = load_config(options.config, options.overrides)
     tree = read_deepspeed(options.deepspeed_config)

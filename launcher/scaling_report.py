@@ -1,6 +1,4 @@
-"""What ``launcher scaling`` says about its runs: repeats together, efficiencies, a table, plots.
-matplotlib is imported only to draw.
-"""
+"""Repeats of ``launcher scaling`` together: efficiencies, a table, plots."""
 
 from __future__ import annotations
 
@@ -8,16 +6,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diffmoe.config import config_from_tree
 from diffmoe.cost.memory import engine_facts
 from diffmoe.cost.traffic import least_traffic
+from diffmoe.evaluation.plots import new_figure
 from diffmoe.layout import Layout
 from diffmoe.markdown import table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _COLOURS = {
     "compute": "#1f5fa8",
@@ -27,8 +22,6 @@ _COLOURS = {
     "other": "#8a8a8a",
 }
 _MARKS = "osD^vP*X"
-
-
 _KIND = ("mode", "zero", "shard", "ep", "overlap", "ranks", "nodes", "batch")
 _OLDER = {"shard": 0, "overlap": ""}  # what records of an earlier version do not say
 
@@ -119,9 +112,7 @@ def _over_least(by_rank: list[list[dict]]) -> float | None:
 
 
 def _reduced_over_least(record: dict) -> float | None:
-    """Counted bytes of gradients and weights over those of each gradient to its owner and each
-    weight from there, once.
-    """
+    """Counted bytes of gradients and weights over each one's to its owner and back, once."""
     layout, engine = Layout(**record["layout"]), engine_facts(record["deepspeed"])
     least = least_traffic(config_from_tree(record["config"]), layout, engine).reduction
     sent = sum(
@@ -134,9 +125,7 @@ def _reduced_over_least(record: dict) -> float | None:
 
 
 def write_report(records: list[dict], folder: Path) -> str:
-    """Writes ``table.md`` and, where matplotlib is installed, the plots into ``folder``; returns
-    what to print.
-    """
+    """Writes ``table.md`` and, with matplotlib, plots into ``folder``; returns what to print."""
     groups = grouped(records)
     if not groups:
         return "no run ended well; nothing to tabulate"
@@ -186,7 +175,7 @@ def _draw_efficiency(groups: Sequence[Group], path: Path) -> None:
     """Efficiency by ranks, a panel a mode, a line a layout, and the ideal line."""
     modes = sorted({g.mode for g in groups})
     ticks = sorted({g.ranks for g in groups})
-    figure = _figure(5.2 * len(modes), 4.2)
+    figure = new_figure(5.2 * len(modes), 4.2)
     for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes):
         lines: dict[str, list[Group]] = {}
         for g in groups:
@@ -208,7 +197,7 @@ def _draw_efficiency(groups: Sequence[Group], path: Path) -> None:
 
 def _draw_split(groups: Sequence[Group], path: Path) -> None:
     """Where a step's time goes: a bar a kind of run, milliseconds by phase."""
-    figure = _figure(max(6.0, 0.62 * len(groups) + 2), 4.6)
+    figure = new_figure(max(6.0, 0.62 * len(groups) + 2), 4.6)
     axes, places, base = figure.add_subplot(), range(len(groups)), [0.0] * len(groups)
     for phase in groups[0].split:
         heights = [1e3 * g.step_s * g.split[phase] for g in groups]
@@ -224,12 +213,3 @@ def _draw_split(groups: Sequence[Group], path: Path) -> None:
     axes.legend(fontsize=8, ncols=5, loc="upper center", handlelength=1, columnspacing=1)
     axes.set_ylabel("ms a step")
     figure.savefig(path, dpi=150)
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

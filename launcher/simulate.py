@@ -1,6 +1,4 @@
-"""``launcher simulate``: extends measured (or assumed) compute and link figures to thousands of
-GPUs.  No torch.
-"""
+"""``launcher simulate``: measured (or assumed) figures extended to thousands of GPUs.  No torch."""
 
 from __future__ import annotations
 

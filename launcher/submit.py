@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from diffmoe.errors import UserError
+from diffmoe.files import writing
 from launcher.command_line import Parser
 
 # What Slurm reads as a time: minutes, [days-]hours:minutes:seconds and their shorter forms.
@@ -127,11 +128,9 @@ def main(arguments: list[str]) -> int:
             "with --dry-run"
         )
     path = Path(config.run.folder) / "submit.sh"
-    try:
+    with writing(f"run.folder ({config.run.folder})"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(script)
-    except OSError as error:
-        raise UserError(f"run.folder ({config.run.folder}) cannot be written: {error}") from error
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if done.returncode:
         print(f"error: sbatch refused {path}: {' '.join(done.stderr.split())}", file=sys.stderr)

@@ -666,7 +666,7 @@ def test_restart_equals_undisturbed_and_skips_what_is_done(
     calls: list[int] = []
     real = scored_images.generate
 
-    def counted(model, config, labels, numbers, device, guide):
+    def counted(model, config, labels, numbers, device, others):
         calls.append(numbers[0])
         if len(calls) == 4:
             raise KeyboardInterrupt

@@ -1,3 +1,1 @@
-"""Measurements side by side in one process: ``run.py bench KIND …``, one module a kind with
-``main(arguments) -> int``.
-"""
+"""``run.py bench KIND …``, one module a kind with ``main(arguments) -> int``."""

@@ -11,7 +11,6 @@ beside it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import statistics
@@ -21,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from diffmoe.commands.common import Parser
+from diffmoe.bench.measure import report, table
+from diffmoe.bench.options import bench_parser
 from diffmoe.config import Config, load_config
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
-from diffmoe.markdown import table
 from diffmoe.models.logical import new_model
 from diffmoe.parallel.collectives import raise_together
 from diffmoe.parallel.groups import build_groups
@@ -41,10 +40,8 @@ WAYS = ("full state dict", "streamed", "beside training")
 
 def main(arguments: list[str]) -> int:
     """The kind ``checkpoint``; returns the exit code.  UserError for bad input."""
-    parser = Parser(
-        prog="bench checkpoint",
-        description="Stall and total time of a save against torch.save of a full state dict.",
-    )
+    description = "Stall and total time of a save against torch.save of a full state dict."
+    parser = bench_parser("checkpoint", description, of="machine")
     add = parser.add_argument
     add("--model", choices=["s", "b", "l", "xl"], default="s", help="size (default s)")
     add("--experts", type=int, default=4, help="default 4")
@@ -52,7 +49,6 @@ def main(arguments: list[str]) -> int:
     add("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default 1)")
     add("--repeats", type=int, default=5, help="timed rounds (default 5)")
     add("--folder", help="on the disk that is meant (default: the system's temporary folder)")
-    add("--json", action="store_true", help="one line of JSON in place of the table")
     options = parser.parse_args(arguments)
     for name in ("ranks", "repeats"):
         if getattr(options, name) < 1:
@@ -68,43 +64,34 @@ def main(arguments: list[str]) -> int:
     medians = {}
     for way in WAYS:
         stalls, totals = zip(*(found[way] for found in rounds))
-        medians[way] = {
-            "stall_s": statistics.median(stalls),
-            "total_s": statistics.median(totals),
-        }
-    if options.json:
-        facts = {name: getattr(options, name) for name in FACTS} | {
-            "bytes": size,
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "medians": medians,
-            "rounds": rounds,
-        }
-        print(json.dumps({"bench": "checkpoint", **facts}), flush=True)
-        return 0
+        medians[way] = {"stall_s": statistics.median(stalls), "total_s": statistics.median(totals)}
+    facts = {name: getattr(options, name) for name in FACTS} | {
+        "bytes": size,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "medians": medians,
+        "rounds": rounds,
+    }
     rows = []
     for way, found in medians.items():
         cells = [way]
         for what, seconds in found.items():
             cells += [f"{seconds:.3f}", f"{seconds / medians[WAYS[0]][what]:.2f}"]
         rows.append((*cells, f"{size / found['total_s'] / 1e9:.2f}"))
-    print(
+    heads = ("way", "stall s", "ratio", "total s", "ratio", "GB/s")
+    text = (
         f"{options.model} with {options.experts} experts, {options.ranks} ranks, ZeRO "
         f"{options.zero}: {size / 1e9:.2f} GB of fp32 state (weights, EMA, moments); medians of "
-        f"{options.repeats} rounds\n"
+        f"{options.repeats} rounds\n\n{table(heads, rows)}"
     )
-    heads = ("way", "stall s", "ratio", "total s", "ratio", "GB/s")
-    print("\n".join(table(heads, rows)), flush=True)
-    return 0
+    return report("checkpoint", facts, text, {}, "", options)
 
 
 def _measure(
     folder: str, config: Config, stage: int, repeats: int
 ) -> tuple[int, list[dict[str, tuple[float, float]]]]:
-    """(bytes of state on all ranks, (stall, total) seconds by way and round); every rank, between
-    barriers.
-    """
+    """(bytes of state of all ranks, (stall, total) seconds by way and round)."""
     layout = resolve_layout(config, torch.distributed.get_world_size())
     groups = build_groups(layout.ep, layout.pool_ranks)
     model = new_model(config, layout.pool, groups)
@@ -141,10 +128,7 @@ def _measure(
 
 
 def _save_full_state(path: Path, engine: Engine, ema: Ema) -> int:
-    """What a script without shards does: everything on rank 0, in one file.  Returns its bytes, on
-    rank 0.
-
-    Experts of other ranks are sent to rank 0 as well."""
+    """As scripts without shards do: all on rank 0, in one file.  Its bytes, on rank 0."""
     kinds = {kind: engine.shards(kind) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)}
     kinds["ema"] = ema.shards
     ep, first = engine.groups.ep, engine.groups.rank == 0

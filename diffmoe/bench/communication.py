@@ -149,11 +149,7 @@ def main(arguments: list[str]) -> int:
                     took = [name, calls, size / 2**20, 1e3 * s]
                     rows.append([*place.values(), 1e3 * seconds, *took])
     head = ["ranks", "EP", "pool", "exchange", "pass ms", "collective", "calls", "MiB", "ms"]
-    facts = {
-        "samples": options.samples,
-        "cases": cases,
-        **common_facts(options, config, device),
-    }
+    facts = {"samples": options.samples, "cases": cases, **common_facts(options, config, device)}
     title = f"communication_{options.model}_e{config.moe.experts}"
     text = measure.table(head, rows)
     return measure.report(title, facts, text, bars, "ms in collectives", options)

@@ -187,9 +187,7 @@ def _layout(config: Config, ranks: int, per_node: int) -> Layout:
 
 
 def engine(config: Config, ranks: int, per_node: int, deepspeed: dict) -> dict[str, Any]:
-    """Kernels of a step outside of the model by source, host reads by place, collectives by name;
-    parameters of the rank.
-    """
+    """A step outside of the model: kernels by source, reads by place, collectives; sizes."""
     model = config.model
     narrow = [
         f"model.width={min(model.width, 4 * model.heads)}",
@@ -233,9 +231,7 @@ def _ones_come(begin: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def _owner() -> tuple[str, str]:
-    """(source of the running operator: "model" or a part of the weights' traffic; place: forward,
-    backward, outside).
-    """
+    """(source: "model" or a part of the weights' traffic; place: forward, backward, outside)."""
     frame: FrameType | None = sys._getframe(1)
     calls: list[str] = []
     place, model = "outside", False

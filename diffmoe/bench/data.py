@@ -8,7 +8,6 @@ samples nothing.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -23,7 +22,8 @@ import numpy as np
 import psutil
 import torch
 
-from diffmoe.commands.common import Parser
+from diffmoe.bench.measure import report, table
+from diffmoe.bench.options import bench_parser
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_index, write_shards
 from diffmoe.data.share import Share
@@ -38,7 +38,7 @@ GOAL = 0.95  # of plain tar reading
 
 def main(arguments: list[str]) -> int:
     """``run.py bench data``: prints the table; 0 when both goals are met."""
-    parser = Parser(prog="bench data", description=__doc__)
+    parser = bench_parser("data", __doc__ or "", of="machine")
     add = parser.add_argument
     shards = f"measured, in whole shards of {_PER_SHARD} (default 8192)"
     add("--samples", type=int, default=8192, help=shards)
@@ -46,8 +46,6 @@ def main(arguments: list[str]) -> int:
     cold = "drop the files from the page cache before each timing"
     add("--cold", action="store_true", help=cold)
     add("--folder", type=Path, help="where the data are written (default: a temporary folder)")
-    add("--json", action="store_true", help="one line of JSON in place of the table")
-    add("--out", type=Path, help="folder that keeps data.json and data.md")
     options = parser.parse_args(arguments)
     for name in ("samples", "repeats"):
         if getattr(options, name) < 1:
@@ -60,12 +58,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="diffmoe-bench-", dir=options.folder) as folder:
         record = measure(Path(folder), options.samples, options.repeats, options.cold)
-    table = _table(record)
-    print(json.dumps(record) if options.json else table, flush=True)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "data.json").write_text(json.dumps(record, indent=1) + "\n")
-        (options.out / "data.md").write_text(table + "\n")
+    report("data", record, _table(record), {}, "", options)
     slow = record["ratio_to_tar"]["loader"] < GOAL or record["resume_seconds_max"] > RESUME_LIMIT
     return 1 if slow else 0
 
@@ -241,21 +234,20 @@ def _memory(index: ShardIndex) -> list[float]:
 def _table(record: dict) -> str:
     rates, ratios = record["samples_per_second"], record["ratio_to_tar"]
     cache = "dropped" if record["cold"] else "warm"
-    lines = [
-        f"{record['machine']}, Python {record['python']}, torch {record['torch']}; "
-        f"{record['samples']} samples, median of {record['repeats']}, page cache {cache}, one core",
-        "",
-        "| way | samples/s | of tar | lowest to highest |",
-        "|---|---|---|---|",
+    rows = [
+        [name, f"{rate:,.0f}", f"{ratios[name]:.2f}", f"{low:,.0f} to {high:,.0f}"]
+        for (name, rate), (low, high) in zip(rates.items(), record["spread"].values())
     ]
-    for (name, rate), (low, high) in zip(rates.items(), record["spread"].values()):
-        lines.append(f"| {name} | {rate:,.0f} | {ratios[name]:.2f} | {low:,.0f} to {high:,.0f} |")
     resumes = "; ".join(
         f"{workers} workers " + ", ".join(f"{s:.2f}" for s in times)
         for workers, times in record["resume_seconds"].items()
     )
     memory = ", ".join(f"{m:.0f}" for m in record["memory_mib"])
-    lines += [
+    lines = [
+        f"{record['machine']}, Python {record['python']}, torch {record['torch']}; "
+        f"{record['samples']} samples, median of {record['repeats']}, page cache {cache}, one core",
+        "",
+        table(["way", "samples/s", "of tar", "lowest to highest"], rows),
         "",
         f"The loader is {record['ratio_to_webdataset']:.1f} x webdataset's pipeline, "
         f"{record['ratio_to_npz']:.1f} x one npz an image.",

@@ -78,9 +78,7 @@ class Kernel:
 
 
 class Counting(TorchDispatchMode):
-    """Counts what passes while it is active.  ``owner`` says of the running operator (source of a
-    kernel, place of a read).
-    """
+    """Counts what passes; ``owner``: (source of a kernel, place of a read) of an operator."""
 
     def __init__(
         self, owner: Callable[[], tuple[str, str]] = lambda: ("model", "anywhere")
@@ -133,9 +131,7 @@ class Counting(TorchDispatchMode):
         return out
 
     def backend(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
-        """For ``torch.compile(backend=…)``: what is compiled counts, whenever it runs, as Inductor
-        would fuse it on a GPU.
-        """
+        """For ``torch.compile``: compiled code counts as Inductor would fuse it on a GPU."""
         from torch._inductor.compile_fx import compile_fx
 
         # Its stubs know only Inductor's own inner compiler.
@@ -238,9 +234,7 @@ def _moved(name: str, read: list[Tensor], written: list[Tensor], given: dict[str
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """What Inductor asks about device and Triton is answered for an H100, unless this machine can
-    answer itself.
-    """
+    """Inductor hears of an H100, unless this machine can answer itself."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import config
 
@@ -336,9 +330,7 @@ def _bytes_as_one(nodes: list[Any]) -> int:
 
 
 def _of_node(node: Any) -> list[Kernel]:
-    """Kernels of a scheduled node.  One that Inductor calls: by the rules of eager operators, for
-    the graph's node that it came from.
-    """
+    """Kernels of a scheduled node; a library call counts as the operator that it came from."""
     from torch._inductor.ir import MultiOutput
     from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
 

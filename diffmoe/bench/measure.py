@@ -1,6 +1,4 @@
-"""How things are measured: interleaved repeats in one process, medians, bytes kept for backward,
-real peak.
-"""
+"""How things are measured: medians of interleaved repeats, bytes kept, real peaks."""
 
 from __future__ import annotations
 
@@ -65,9 +63,7 @@ def interleaved(
 
 
 def kept_for_backward(forward: Callable[[], object], modules: Iterable[nn.Module]) -> int:
-    """Bytes that autograd holds after ``forward``: every storage that it saved counted once,
-    weights left out.  The layer's input counts.
-    """
+    """Bytes that autograd holds after ``forward``, each storage once, without weights."""
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     weights = {t.untyped_storage().data_ptr() for t in tensors}
     held: dict[int, int] = {}
@@ -86,9 +82,7 @@ def kept_for_backward(forward: Callable[[], object], modules: Iterable[nn.Module
 
 
 class Allocations(TorchDispatchMode):
-    """Every storage that an operation returns, from then until it dies.  What a kernel needs inside
-    is not seen.
-    """
+    """Every storage that operations return while it lives; not what a kernel needs inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,17 +156,13 @@ _KINDS = {
 
 
 def kind_of(kernel: str) -> str:
-    """attention, messages, products or memory, by the name that the profiler gives a GPU's kernel
-    or a CPU's operator.
-    """
+    """attention, messages, products or memory, by a GPU kernel's or CPU operator's name."""
     found = (kind for kind, words in _KINDS.items() if re.search(words, kernel.lower()))
     return next(found, "memory")
 
 
 def traced(pass_: Callable[[], object], device: torch.device) -> list[tuple[str, float, int]]:
-    """What one pass runs: (kernel or, on a CPU, operator; ms in it alone; calls), most expensive
-    first.
-    """
+    """(kernel or, on a CPU, operator; ms in it alone; calls) of one pass, longest first."""
     cuda = device.type == "cuda"
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     synchronize(device)
@@ -192,9 +182,7 @@ def traced(pass_: Callable[[], object], device: torch.device) -> list[tuple[str,
 def profiles(
     passes: Passes, device: torch.device, top: int = 16
 ) -> tuple[dict[str, list[tuple[str, float, int]]], str]:
-    """Where each pass's time goes: (operator or, on a GPU, kernel; ms; calls) of the most
-    expensive, and tables of them.
-    """
+    """The most expensive of each pass, as :func:`traced` has them, and tables of them."""
     found, text = {}, ""
     head = ["kernel" if device.type == "cuda" else "operator", "ms", "%", "calls"]
     for name, pass_ in passes.items():

@@ -42,9 +42,7 @@ _BOUNDS = {torch.bfloat16: 3e-2, torch.float32: 1e-5}
 
 
 def main(arguments: list[str]) -> int:
-    """The kind ``probe``; returns the exit code, 1 where something is wrong.  UserError for bad
-    input.
-    """
+    """The kind ``probe``; returns 1 where something is wrong.  UserError for bad input."""
     parser = bench_parser(
         "probe", "What this machine can do, and whether it does it right.", of="machine"
     )

@@ -188,9 +188,7 @@ _KEYS = {"bound": _parity, "ratio_to_tar": _data, "real_accuracy": _digits}
 
 
 def facts(record: dict) -> list[Fact]:
-    """What a record says; nothing where it is of a kind that nobody knows.  UserError where it
-    lacks something.
-    """
+    """What a record says; nothing of an unknown kind.  UserError where it lacks something."""
     bench = str(record.get("bench", ""))
     found = next((f for name, f in _BENCHES.items() if bench.startswith(name)), None)
     found = found or next((f for key, f in _KEYS.items() if key in record), None)
@@ -252,9 +250,7 @@ def rewrite(readme: Path, results: Path) -> None:
 
 
 def summary(folder: Path) -> str:
-    """A folder's ``summary.md``: how every command ended, the last lines of failing ones, the
-    table, and what to do with it.
-    """
+    """A folder's ``summary.md``: how commands ended, the table, and what to do with it."""
     found = list(records(folder))
     about = next((record for _, record in found if "device" in record), {})
     versions = ", ".join(f"{key} {about[key]}" for key in _VERSIONS if key in about)

@@ -197,8 +197,6 @@ class Counted:
 
 
 Cases = dict[tuple[str, str], Counted]  # (model | dense, eager | compiled) -> counts
-
-
 _DENSE = ["model.family=dense", "parallel.ep=1", "parallel.exchange=auto", "parallel.overlap=none"]
 
 

@@ -9,14 +9,16 @@ filled by a pass over the same samples, so that ragged counts are what they are 
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from diffmoe.bench import measure
-from diffmoe.bench.options import bench_parser, sized_config
+from diffmoe.bench.options import bench_parser, common_facts, sized_config
 from diffmoe.device import synchronize
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
@@ -28,35 +30,20 @@ from diffmoe.parity.plain import build_model
 CAPACITIES = (1.0, 0.7)
 
 
-class _Clock:
-    """Seconds inside the MoE layers of one model, while it is entered: the device is waited for
-    around each.
-    """
+@contextlib.contextmanager
+def _clocked(model: DiT, device: torch.device) -> Iterator[list[float]]:
+    """When the MoE layers began and ended, in turn: the device is waited for around each."""
+    times: list[float] = []
 
-    def __init__(self, model: DiT, device: torch.device) -> None:
-        self.model, self.device, self.start, self.seconds = model, device, 0.0, 0.0
+    def note(*_: object) -> None:
+        synchronize(device)
+        times.append(time.perf_counter())
 
-    def __enter__(self) -> _Clock:
-        self._hooks = [
-            hook
-            for _, layer in self.model.moe_layers()
-            for hook in (
-                layer.register_forward_pre_hook(lambda *_: self._now("start")),
-                layer.register_forward_hook(lambda *_: self._now("stop")),
-            )
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _now(self, what: str) -> None:
-        synchronize(self.device)
-        if what == "start":
-            self.start = time.perf_counter()
-        else:
-            self.seconds += time.perf_counter() - self.start
+    with contextlib.ExitStack() as hooks:
+        for _, layer in model.moe_layers():
+            hooks.callback(layer.register_forward_pre_hook(note).remove)
+            hooks.callback(layer.register_forward_hook(note).remove)
+        yield times
 
 
 def main(arguments: list[str]) -> int:
@@ -65,13 +52,8 @@ def main(arguments: list[str]) -> int:
         "sampling", "A sampler's pass at capacity 1.0 and lower, per-token routing.", profile=True
     )
     parser.add_argument("--samples", type=int, default=16, help="images a pass (default 16)")
-    parser.add_argument(
-        "--capacities",
-        type=float,
-        nargs="+",
-        default=CAPACITIES,
-        help="default 1.0 0.7; the first is the base",
-    )
+    capacities = "default 1.0 0.7; the first is the base"
+    parser.add_argument("--capacities", type=float, nargs="+", default=CAPACITIES, help=capacities)
     options = parser.parse_args(arguments)
     config, device, dtype = sized_config(options)
     if options.samples < 1 or not all(0 < c <= config.moe.experts for c in options.capacities):
@@ -100,11 +82,11 @@ def main(arguments: list[str]) -> int:
         }
         whole = measure.interleaved(passes, options.repeats, device)
         inside: dict[str, list[float]] = {name: [] for name in passes}
-        with _Clock(model, device) as clock:
+        with _clocked(model, device) as times:
             for name in [*passes] * options.repeats:
-                clock.seconds = 0.0
+                times.clear()
                 passes[name]()
-                inside[name].append(clock.seconds)
+                inside[name].append(sum(times[1::2]) - sum(times[::2]))
         profiles, tables = measure.profiles(passes, device) if options.profile else ({}, "")
     inside_moe = {name: statistics.median(values) for name, values in inside.items()}
     base = f"{options.capacities[0]:g}"
@@ -115,11 +97,7 @@ def main(arguments: list[str]) -> int:
     head = ["capacity", "experts", "MoE ms", f"of {base}", "pass ms", f"of {base}"]
     text = measure.table(head, rows) + tables
     facts = {
-        "model": options.model,
-        "experts": config.moe.experts,
         "samples": options.samples,
-        "dtype": options.dtype,
-        "repeats": options.repeats,
         "mixtures_over_first": {n: s / inside_moe[base] for n, s in inside_moe.items()},
         "pass_over_first": {n: s / whole[base] for n, s in whole.items()},
         "experts_met": met,
@@ -127,14 +105,8 @@ def main(arguments: list[str]) -> int:
         "pass_seconds": whole,
         "images_per_second": {n: options.samples / s for n, s in whole.items()},
         **({"profile": profiles} if profiles else {}),
-        **measure.surroundings(device),
+        **common_facts(options, config, device),
     }
     bars = {f"capacity {name}": 1e3 * s for name, s in inside_moe.items()}
-    return measure.report(
-        f"sampling_{options.model}_e{config.moe.experts}_{options.samples}",
-        facts,
-        text,
-        bars,
-        "ms in the MoE layers, one pass",
-        options,
-    )
+    title = f"sampling_{options.model}_e{config.moe.experts}_{options.samples}"
+    return measure.report(title, facts, text, bars, "ms in the MoE layers, one pass", options)

@@ -166,9 +166,7 @@ def _utilization(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Images a second, and each model's own arithmetic (6 x MACs, recompute not counted) as a share
-    of the measured ceiling.
-    """
+    """Images/s; a model's arithmetic (6 x MACs, no recompute) over the measured ceiling."""
     ceiling = measured_flops(device, dtype, *((8192, 20) if device.type == "cuda" else (1024, 50)))
     images, shares = {}, {}
     for name, variant in variants.items():

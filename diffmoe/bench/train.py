@@ -43,9 +43,7 @@ class Program:
 
 
 def main(arguments: list[str]) -> int:
-    """The kind ``train``; returns the exit code, 1 where something is wrong.  UserError for bad
-    input.
-    """
+    """The kind ``train``; returns 1 where something is wrong.  UserError for bad input."""
     parser = bench_parser(
         "train",
         "A training that is stopped in the middle and resumed: loss and memory.",
@@ -111,9 +109,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _samples(number: int) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Moments [8, 32, 32] as an autoencoder's: smooth means of a class, and deviations.  A model
-    can learn them.
-    """
+    """Moments [8, 32, 32] that can be learned: smooth means of a class, and deviations."""
     rng, deviations = np.random.default_rng(0), np.full((4, 32, 32), 0.5)
     for i in range(number):
         rough = np.random.default_rng(i % 10).standard_normal((4, 4, 4))
@@ -128,9 +124,7 @@ def _records(work: Path) -> list[dict]:
 
 
 def _run(command: list[str], work: Path, stop: int | None, host: list[float]) -> list[str]:
-    """One program, told to stop once it has recorded step ``stop``; ``host`` gets its memory over
-    time in GiB.
-    """
+    """What is wrong with a program told to stop at step ``stop``; ``host``: its GiB over time."""
     with open(work / "run.log", "a") as log:
         program = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:

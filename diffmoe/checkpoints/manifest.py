@@ -1,6 +1,4 @@
-"""``checkpoint.json``: what a complete checkpoint consists of, and nothing that could lead out of
-its folder.
-"""
+"""``checkpoint.json``: what a checkpoint consists of, and nothing outside of its folder."""
 
 from __future__ import annotations
 
@@ -64,9 +62,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def read_manifest(path: AnyPath) -> Manifest:
-    """Raises Corrupt for a file that is not what was written, and UserError for one of another
-    format.
-    """
+    """Raises Corrupt where it is not what was written, UserError for another format."""
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:

@@ -64,9 +64,7 @@ def closest_sum(averages: Sequence[Profile], wanted: Profile) -> tuple[np.ndarra
 
 
 def _products(g: np.ndarray, T: np.ndarray, h: np.ndarray, U: np.ndarray) -> np.ndarray:
-    """Integrals of the products of profiles (g, T) [n] and (h, U) [m] over the time that both have:
-    [n, m].
-    """
+    """Integrals of profiles (g, T) [n] times (h, U) [m] over the time that both have: [n, m]."""
     g, T, h, U = g[:, None], T[:, None], h[None], U[None]
     m = np.minimum(T, U)
     powers = (m / T) ** g * (m / U) ** h * m / (T * U)

@@ -1,6 +1,4 @@
-"""Reading checkpoints: nothing is read before it is asked for, everything is checked as it is read,
-nothing is ever executed.
-"""
+"""Reading checkpoints: only what is asked for, checked as it is read, never executed."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from diffmoe.checkpoints.power_averages import (
     length_kind,
     lengths_of,
 )
-from diffmoe.checkpoints.tensor_file import Corrupt, Piece, TensorFile
+from diffmoe.checkpoints.tensor_file import Corrupt, FileRecord, Piece, TensorFile
 from diffmoe.config import Config, config_from_tree
 from diffmoe.config_rules import EMA_LENGTHS
 from diffmoe.errors import UserError
@@ -52,18 +50,18 @@ def ema_kind(decay: float) -> str:
 
 
 def complete_folders(folder: P) -> list[P]:
-    """The complete checkpoints in a folder, oldest first: found by their step, never by a pointer
-    that could be old.
-    """
+    """Complete checkpoints, oldest first, by their steps: a pointer to one could be old."""
     if not folder.is_dir():
         return []
     there = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)]
     return sorted((path for path in there if (path / MANIFEST).is_file()), key=lambda p: p.name)
 
 
-def sizes(folder: AnyPath) -> dict[str, int]:
-    """The bytes of the files in a folder, by name; one listing at a store."""
-    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+def misfits(folder: AnyPath, files: Mapping[str, FileRecord]) -> dict[str, int | str]:
+    """Those of ``files`` that a folder has not in their size: its bytes, or "no".  One listing."""
+    there = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    wrong = (name for name, record in files.items() if there.get(name) != record.bytes)
+    return {name: there.get(name, "no") for name in wrong}
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -102,9 +100,7 @@ class Tensors(Mapping[str, Tensor]):
         return self._use(file).entry(piece.key).dtype
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Copies the elements from ``start`` on into the flat tensor ``out``, on any device, and
-        touches no others.
-        """
+        """Copies the elements from ``start`` on into the flat tensor ``out``, on any device."""
         stop = start + out.numel()
         for piece, file in self._pieces[name]:
             first, last = max(start, piece.start), min(stop, piece.stop)
@@ -113,9 +109,9 @@ class Tensors(Mapping[str, Tensor]):
                 self._use(file).read_into(piece.key, first - piece.start, part)
 
     def _use(self, file: TensorFile) -> TensorFile:
-        if self._last is not None and self._last is not file:
-            self._last.release()
-        self._last = file
+        if self._last is not file:
+            self.release()
+            self._last = file
         return file
 
     def __getitem__(self, name: str) -> Tensor:
@@ -162,9 +158,7 @@ class SumOfTensors(Mapping[str, Tensor]):
 
 
 def open_tensors(paths: list[Path]) -> Tensors:
-    """The tensors of safetensors files that belong to no checkpoint, by name.  Corrupt for a bad
-    file or a doubled name.
-    """
+    """Of files that are no checkpoint's.  Raises Corrupt for a bad file or a doubled name."""
     pieces = []
     for file in map(TensorFile, paths):
         for key, entry in file.entries.items():
@@ -197,13 +191,10 @@ class Checkpoint:
             path = newest[-1]
         self.path = path
         self.manifest = read_manifest(path / MANIFEST)
-        self._files: dict[str, TensorFile] = {}
-        there = sizes(path)
-        for name, record in self.manifest.files.items():
-            if there.get(name) != record.bytes:
-                found = there.get(name, "no")
-                raise Corrupt(f"{path / name} must have {record.bytes} bytes and has {found}")
-            self._files[name] = TensorFile(path / name, record)
+        files = self.manifest.files
+        for name, found in misfits(path, files).items():
+            raise Corrupt(f"{path / name} must have {files[name].bytes} bytes and has {found}")
+        self._files = {name: TensorFile(path / name, record) for name, record in files.items()}
 
     @property
     def step(self) -> int:
@@ -239,9 +230,7 @@ class Checkpoint:
         return list(dict.fromkeys(map(kind_of, self.manifest.files)))
 
     def tensors(self, kind: str) -> Tensors:
-        """Tensors of ``master``, ``exp_avg``, ``exp_avg_sq``, ``buffers`` or an :func:`ema_kind`;
-        empty if there are none.
-        """
+        """Tensors of ``master``, ``exp_avg``, ``buffers``, an :func:`ema_kind`, …; maybe none."""
         files = [(name, file) for name, file in self._files.items() if kind_of(name) == kind]
         pieces = [(piece, file) for name, file in files for piece in self.manifest.pieces(name)]
         return Tensors(pieces, f"{kind} of {self.path}")
@@ -303,9 +292,7 @@ class Checkpoint:
         return self._files[name].chunks()
 
     def check_file(self, name: str) -> None:
-        """Reads a whole file.  Raises Corrupt unless its bytes and its header are what the manifest
-        says.
-        """
+        """Reads all of it.  Raises Corrupt unless bytes and header are as the manifest says."""
         file = self._files[name]
         file.check()
         shapes = {piece.key: piece.stored_shape for piece in self.manifest.pieces(name)}

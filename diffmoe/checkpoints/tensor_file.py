@@ -78,9 +78,7 @@ def whole_piece(name: str, value: Tensor) -> Piece:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What was written: the size of the file, the CRC-32 of each of its chunks in order, and the
-    elements [start, stop) that it holds of each tensor.
-    """
+    """A file's size, the CRC-32 of its chunks, and the elements [start, stop) of each tensor."""
 
     bytes: int
     crc32: tuple[int, ...]
@@ -157,9 +155,8 @@ class Entry(NamedTuple):
 
 class TensorFile:
     """A safetensors file, read range by range; every chunk is checked as it is read, if its
-    checksums are known.
-
-    Keeps one chunk in memory until :meth:`release`."""
+    checksums are known.  Keeps one chunk in memory until :meth:`release`.
+    """
 
     def __init__(self, path: AnyPath, written: FileRecord | None = None) -> None:
         self.path, self._written = path, written
@@ -167,9 +164,7 @@ class TensorFile:
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
-        """What the header says, by key.  Raises Corrupt unless it is a safetensors header that fits
-        the file.
-        """
+        """What the header says, by key.  Raises Corrupt unless it is one that fits the file."""
         total = self.path.stat().st_size if self.path.exists() else 0
         length = int.from_bytes(self._read(0, 8), "little") if total >= 8 else total
         if length > min(_MAX_HEADER, total - 8):
@@ -195,9 +190,7 @@ class TensorFile:
         return self.entries[key]
 
     def read_into(self, key: str, first: int, out: Tensor) -> None:
-        """Copies the elements of an entry from ``first`` on into the flat tensor ``out`` (any
-        device).
-        """
+        """An entry's elements from ``first`` on, into the flat tensor ``out`` (any device)."""
         entry = self.entry(key)
         if out.dtype != entry.dtype:
             raise Corrupt(f"{self.path}: {key} is {entry.dtype}, not {out.dtype}")

@@ -25,6 +25,7 @@ from diffmoe.checkpoints.reader import BUFFERS, P, complete_folders, step_folder
 from diffmoe.checkpoints.tensor_file import FileRecord, Piece, whole_piece, write_tensors
 from diffmoe.config import Config, config_to_tree
 from diffmoe.errors import UserError
+from diffmoe.files import replacing, sync_folder
 from diffmoe.layout import Layout
 
 _PART_BYTES = 2**30
@@ -33,9 +34,7 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank writes of a kind of tensors: pieces, their types, and flat values that may be
-    made one by one, in order.
-    """
+    """What one rank writes of a kind of tensors; flat values may be made one by one, in order."""
 
     pieces: Sequence[tuple[Piece, torch.dtype]]
     values: Iterable[Tensor]
@@ -51,9 +50,7 @@ def partial_folder(folder: Path, step: int) -> Path:
 
 
 def prepare(folder: Path, step: int) -> Path:
-    """Removes what saves of earlier, dead runs left and makes an empty folder to write in; one
-    rank.  Raises OSError.
-    """
+    """Removes what dead runs left, makes an empty folder to write in; one rank.  Raises OSError."""
     for left in folder.glob(".step_*.partial"):
         shutil.rmtree(left, ignore_errors=True)
     partial = partial_folder(folder, step)
@@ -89,9 +86,7 @@ def write_part(partial: Path, part: int, kinds: Mapping[str, Share]) -> None:
 def join_parts(
     partial: Path, parts: int, stopped: Callable[[], bool]
 ) -> tuple[dict[str, FileRecord], dict[str, tuple[int, ...]]]:
-    """Waits for all records; returns the files and the shapes that they name.
-
-    Raises Stopped when another part failed or ``stopped()`` says so."""
+    """Waits for all records: (files, shapes).  Raises Stopped, also where another part failed."""
     wanted = {_record_name(part) for part in range(parts)}
     while not wanted <= set(os.listdir(partial)):  # a listing is fresh on network file systems
         if stopped():
@@ -138,12 +133,11 @@ def commit(
         class_names=class_names,
     )
     _write_text(partial / MANIFEST, manifest_text(manifest))
-    for record in partial.glob(_record_name("*")):
+    for record in partial.glob("part-*.json"):
         record.unlink()
-    _sync(partial)
     _remove(final)
     partial.rename(final)
-    _sync(final.parent)
+    sync_folder(final.parent)
 
 
 def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
@@ -223,8 +217,8 @@ def _parts(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[s
         yield part
 
 
-def _record_name(part: int | str) -> str:
-    return f"part-{part:05d}.json" if isinstance(part, int) else f"part-{part}.json"
+def _record_name(part: int) -> str:
+    return f"part-{part:05d}.json"
 
 
 def _remove(folder: Path) -> None:
@@ -237,18 +231,5 @@ def _remove(folder: Path) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Appears whole under its name, synced."""
-    temporary = path.with_name(f".{path.name}")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(path)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with replacing(path) as stream:
+        stream.write(text.encode())

@@ -18,6 +18,7 @@ from diffmoe.config import Config, ModelConfig, MoEConfig, load_config
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.families import has_predictor
+from diffmoe.files import writing
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.remote import any_path
 
@@ -218,10 +219,7 @@ def import_hf(folder: Path, config: Config, layout: Layout) -> Path:
         "both start from them",
         flush=True,
     )
-
-    def pieces() -> Pieces:
-        return ((name, tensors[name]) for name in template if name not in buffers)
-
+    pieces = lambda: ((name, tensors[name]) for name in template if name not in buffers)
     return _save(config, layout, pieces, pieces, buffers, class_names=class_names)
 
 
@@ -266,10 +264,7 @@ def import_dense(
     if scale:
         factor = upcycling.balancing_factor(config.moe, config.model.family)
         upcycling.copy_experts(model, dense, factor)
-
-    def pieces() -> Pieces:
-        return logical_pieces(model)
-
+    pieces = lambda: logical_pieces(model)
     return _save(config, layout, pieces, pieces, fresh_buffers(config.model, config.moe))
 
 
@@ -296,9 +291,7 @@ def describe_report(report: Report, scale: bool) -> str:
 
 
 def export_main(arguments: list[str], environment: RankEnvironment) -> int:
-    """``run.py export``: a checkpoint as a research file or a Hugging Face folder.  UserError for
-    bad input.
-    """
+    """``run.py export``: to a research file or Hugging Face folder.  UserError for bad input."""
     parser = Parser(prog="export", description="A checkpoint in other people's formats.")
     add = parser.add_argument
     add("--checkpoint", required=True, help=CHECKPOINT_HELP)
@@ -321,7 +314,7 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.checkpoints.reader import Checkpoint
 
     checkpoint = Checkpoint(any_path(options.checkpoint))
-    try:
+    with writing(f"--out {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         if options.format == "research":
             tensors = export_research(checkpoint, out)
@@ -330,11 +323,8 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
             from diffmoe.huggingface import export_folder
 
             files = export_folder(checkpoint, out, weights, limit, list(map(Path, options.scores)))
-            what = f"{weights} weights of step {checkpoint.step} in {files} file" + "s" * (
-                files > 1
-            )
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from error
+            plural = "s" * (files > 1)
+            what = f"{weights} weights of step {checkpoint.step} in {files} file{plural}"
     print(f"saved {out}: {what}", flush=True)
     return 0
 
@@ -371,9 +361,7 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
 
 
 def _check_form(config: Config) -> None:
-    """The research code has DiT's blocks, embeds t as it is, and its files have no place to say
-    otherwise.
-    """
+    """The research code has DiT's blocks, t as it is, and no place to say otherwise."""
     _check_blocks(config.model)
     if config.diffusion.time_scale != 1:
         raise UserError(

@@ -1,6 +1,4 @@
-"""The subcommand ``profile``: where the time, memory and traffic of real training steps go, beside
-the plan and the lower bound.
-"""
+"""The subcommand ``profile``: time, memory and traffic of real steps, beside the plan."""
 
 from __future__ import annotations
 
@@ -99,9 +97,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _measure(
     config: Config, layout: Layout, tree: dict, device: torch.device, options: argparse.Namespace
 ) -> dict:
-    """A fresh model's steps, of which nothing is left, as all ranks saw them: the slowest rank's
-    step time, the mean split, the most memory, all traffic.
-    """
+    """A fresh model's steps: the slowest time, mean split, most memory, all ranks' traffic."""
     import torch.distributed as dist
 
     from diffmoe.data.share import Share
@@ -156,9 +152,7 @@ def _measure(
 def _batches(
     config: Config, share: Share, groups: ParallelGroups, synthetic: bool
 ) -> Iterator[Sequence[Batch]]:
-    """Micro-batches a step at a time: of the run's own shards, or the same made-up ones again and
-    again.
-    """
+    """A step's micro-batches: of the run's own shards, or the same made-up ones every time."""
     from diffmoe.data.feed import open_reader
     from diffmoe.data.stream import BatchStream
     from diffmoe.parallel.collectives import agreed
@@ -175,9 +169,7 @@ def _batches(
 
 
 def describe(record: dict) -> str:
-    """A record for people: time, memory beside the plan, and traffic beside the formula and the
-    lower bound.
-    """
+    """For people: time, memory beside the plan, traffic beside formula and lower bound."""
     config, layout = config_from_tree(record["config"]), Layout(**record["layout"])
     engine = engine_facts(record["deepspeed"])
     plan = rank_memory(config, layout, engine)

@@ -5,9 +5,6 @@ good: mistakes and ``--dry-run`` answer at once, also where there is no torch.
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import yaml
 
@@ -16,35 +13,10 @@ from diffmoe.config import Config, check_guidance, config_to_tree, load_config
 from diffmoe.data.sources import missing_shards
 from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed, zero_stage
 from diffmoe.environment import RankEnvironment
-from diffmoe.errors import UserError
+from diffmoe.errors import UserError, stop_requests
 from diffmoe.layout import Layout, resolve_layout
 from diffmoe.models.count import count
 from diffmoe.placement import describe as describe_place
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """The signals received so far, in order: the run stops, saved, at the next step boundary (or
-    where its start allows).
-
-    Only the second Ctrl-C interrupts at once.  Schedulers and launchers send SIGTERM several times,
-    and a save that is under way must survive that.
-    """
-    received: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    kept = {number: signal.signal(number, note) for number in _SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
@@ -52,7 +24,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     UserError for bad input.
     """
     # From the first lines on: importing torch and joining take a while.
-    with _stop_requests() as stop_requested:
+    with stop_requests() as stop_requested:
         return _train(arguments, environment, stop_requested)
 
 

@@ -44,16 +44,8 @@ _OWN = {
 # What may differ between two starts of a run: where it is, how it is read and how it is scored, not
 # what it is.
 _FREE = (
-    "score.reference",
-    "score.extractor",
-    "score.vae",
-    "score.count",
-    "run.folder",
-    "run.timeout_s",
-    "data.workers",
-    "data.prefetch",
-    "data.cache",
-    "data.cache_gib",
+    "score.reference score.extractor score.vae score.count run.folder run.timeout_s data.workers "
+    "data.prefetch data.cache data.cache_gib".split()
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 
@@ -171,9 +163,7 @@ def parameters(config: Config, capacity: float | None = None) -> Parameters:
 
 
 def read_plan(path: str, overrides: list[str]) -> Plan:
-    """The plan of a YAML file.  Overrides are of its own fields (``samples=640``) or of the recipe
-    (``train.lr=1e-3``).  UserError names what is wrong.
-    """
+    """Overrides: of own fields (``samples=640``) or the recipe (``train.lr=1e-3``).  UserError."""
     sections = config_to_tree(Config())
     own = [text for text in overrides if text.partition("=")[0].partition(".")[0] not in sections]
     more = [text for text in overrides if text not in own]
@@ -320,9 +310,7 @@ def _nested(name: str, value: Any) -> dict:
 
 
 def _same_in_samples(train: Any, growth: float) -> Any:
-    """The recipe at ``growth`` times its batch, with warm-up and averages as long in samples as
-    they were, so that the batch alone is varied.
-    """
+    """At ``growth`` times the batch; warm-up and averages are as long in samples as they were."""
     if train.recipe_batch is not None:  # then they are, and the rate grows
         return train
     decays = tuple(decay**growth for decay in train.ema_decays)
@@ -358,9 +346,7 @@ def _check_fed(runs: list[PlannedRun]) -> None:
 def _confounds(
     comparison: Comparison, base: dict, routers: dict[str, dict], runs: list[PlannedRun]
 ) -> dict[str, list[tuple[Any, str]]]:
-    """The axes of the second table; their runs are added to ``runs``.  A value that the router has
-    anyway is its own run.
-    """
+    """The second table's axes; adds their runs, unless a value is the router's anyway."""
     axes: dict[str, list[tuple[Any, str]]] = {}
     router = comparison.confounds.router
     for axis, values in comparison.confounds.axes.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -29,15 +30,9 @@ def draw_routers(rows: list[dict], path: Path) -> None:
     for place, row in enumerate(rows):
         samples, each = row["curve"]["samples"], np.array(row["curve"]["each"])
         style = "-" if place < len(_COLORS) else "--"  # colours come round
-        curves.plot(
-            *(samples, each.mean(axis=0), style),
-            color=_color(place),
-            label=row["router"],
-            marker=".",
-        )
-        curves.fill_between(
-            samples, each.min(axis=0), each.max(axis=0), color=_color(place), alpha=0.2, linewidth=0
-        )
+        color, name, low, high = _color(place), row["router"], each.min(axis=0), each.max(axis=0)
+        curves.plot(samples, each.mean(axis=0), style, color=color, label=name, marker=".")
+        curves.fill_between(samples, low, high, color=color, alpha=0.2, linewidth=0)
     curves.set_xlabel("samples")
     curves.set_ylabel("validation loss")
     curves.set_yscale("log")
@@ -55,19 +50,11 @@ def draw_routers(rows: list[dict], path: Path) -> None:
 
 def _points(ax: Axes, rows: list[dict], spreads: list[dict], title: str) -> None:
     """Names along the axis; a dot a seed, the mean with its standard deviation."""
-    for place, (row, spread) in enumerate(zip(rows, spreads)):
-        ax.scatter(
-            [place] * len(spread["each"]), spread["each"], color=_color(place), s=14, alpha=0.5
-        )
-        ax.errorbar(
-            [place],
-            [spread["mean"]],
-            yerr=[spread["spread"] or 0.0],
-            color=_color(place),
-            marker="_",
-            markersize=16,
-            capsize=5,
-        )
+    mean: dict[str, Any] = {"marker": "_", "markersize": 16, "capsize": 5}
+    for place, spread in enumerate(spreads):
+        each, color = spread["each"], _color(place)
+        ax.scatter([place] * len(each), each, color=color, s=14, alpha=0.5)
+        ax.errorbar(place, spread["mean"], yerr=spread["spread"] or 0.0, color=color, **mean)
     names = [row["router"] for row in rows]
     ax.set_xticks(range(len(rows)), names, rotation=35, ha="right", fontsize=9)
     ax.set_title(title, fontsize=11)

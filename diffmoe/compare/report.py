@@ -20,7 +20,7 @@ from diffmoe.compare.runs import card_of, check, codes, is_trained, state, verdi
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import read_card
 from diffmoe.evaluation.scores import score_names
-from diffmoe.files import replacing
+from diffmoe.files import replacing, writing
 from diffmoe.markdown import table
 from diffmoe.training.metrics import read_metrics
 from diffmoe.training.validation import read_validations
@@ -33,7 +33,7 @@ def write_report(plan: Plan) -> str:
     """Writes the files and returns the Markdown.  UserError for a folder that cannot be written."""
     found = collect(plan)
     text = to_markdown(plan, found)
-    try:
+    with writing(f"folder ({plan.folder})"):
         plan.folder.mkdir(parents=True, exist_ok=True)
         for name, content in (
             ("compare.json", json.dumps(found, indent=1) + "\n"),
@@ -45,8 +45,6 @@ def write_report(plan: Plan) -> str:
             draw_routers(rows, plan.folder / "compare.png")
         if any(len(rows) > 1 for rows in found["confounds"].values()):
             draw_confounds(found["confounds"], plan.folder / "confounds.png")
-    except OSError as error:
-        raise UserError(f"folder ({plan.folder}) cannot be written: {error}") from error
     return text
 
 
@@ -158,9 +156,7 @@ def _busiest(shares: np.ndarray) -> np.ndarray:
 
 
 def _scores(runs: list[PlannedRun]) -> dict:
-    """Scores of ``evaluate`` by field, of the runs that have them; what they are called, and of how
-    many images.
-    """
+    """Scores of ``evaluate`` by field, their names, and how many images; where there are any."""
     paths = [card_of(run) for run in runs if run.config.score.reference]
     cards = [read_card(path) for path in paths if path.exists()]
     if not cards:
@@ -343,18 +339,11 @@ def _number(value: float | None, form: str) -> str | None:
 def _parameters_table(rows: list[dict]) -> list[str]:
     first = rows[0]["router"]
     head = (
-        "router",
-        "parameters",
-        "activated",
-        f"of {first}'s",
-        "without shared experts",
-        f"of {first}'s",
-        "activated as used",
-        "MFLOPs a sample",
-        "as used",
+        f"router|parameters|activated|of {first}'s|without shared experts|of {first}'s|"
+        "activated as used|MFLOPs a sample|as used"
     )
     return table(
-        head,
+        head.split("|"),
         [
             (
                 row["router"],

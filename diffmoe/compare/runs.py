@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -32,8 +32,8 @@ from diffmoe.code_version import ROOT, digest
 from diffmoe.compare.plan import Comparison, PlannedRun, check_unchanged
 from diffmoe.config import ScoreConfig, config_from_tree, config_to_tree
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
-from diffmoe.errors import UserError
-from diffmoe.files import replacing
+from diffmoe.errors import UserError, stop_requests
+from diffmoe.files import replacing, writing
 from diffmoe.layout import resolve_layout
 from diffmoe.strict_yaml import read_yaml
 from diffmoe.training.resume import engine_changes
@@ -42,15 +42,8 @@ from diffmoe.training.validation import read_validations
 SETTINGS, LOG = "compare.yaml", "compare.log"
 _PR_SET_PDEATHSIG = 1  # of Linux's include/uapi/linux/prctl.h
 _LOOK_S = 0.1
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _OF_RANKS = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "DIFFMOE_STORE",
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT DIFFMOE_STORE".split()
 )
 
 
@@ -75,13 +68,11 @@ def check(run: PlannedRun, comparison: Comparison) -> None:
 
 def _begin(run: PlannedRun) -> None:
     """Writes the run's settings into its folder."""
-    try:
+    with writing(f"folder ({run.folder})"):
         run.folder.mkdir(parents=True, exist_ok=True)
         with replacing(run.folder / SETTINGS) as stream:
             text = yaml.safe_dump(config_to_tree(run.config), sort_keys=False)
             stream.write(text.encode())
-    except OSError as error:
-        raise UserError(f"folder ({run.folder}) cannot be written: {error}") from error
 
 
 def is_trained(run: PlannedRun) -> bool:
@@ -187,7 +178,7 @@ def carry_out(
     say(f"{len(runs) - left} of {len(runs)} runs are finished, {left} to go, {jobs} at a time")
     active: list[_Started] = []
     troubles: list[str] = []
-    with _stop_requests() as stops:
+    with stop_requests() as stops:
         handed_on = 0
         try:
             while waiting or active:
@@ -221,24 +212,6 @@ def carry_out(
     return troubles
 
 
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """The signals received so far; a second Ctrl-C ends everything at once."""
-    received: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    kept = {number: signal.signal(number, note) for number in _STOPS}
-    try:
-        yield received
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
 def _start(run: PlannedRun, comparison: Comparison, jobs: int) -> _Started:
     command = next_command(run, comparison)
     assert command is not None
@@ -268,18 +241,14 @@ def _spawn(command: list[str], log: IO[bytes], ranks: int) -> subprocess.Popen:
 
 
 def _end_with_parent() -> None:
-    """A comparison that is killed leaves no run that the next one would find in its way; they save
-    before they go.
-    """
+    """Killed comparisons leave no run in the next one's way; they save before they go."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _trouble(started: _Started, comparison: Comparison, stopping: bool) -> str | None:
     """What to say of a process that has ended and did not do its work."""
     code, run = started.process.returncode, started.run
-    if code == 0 and (stopping or next_command(run, comparison) != started.command):
-        return None
-    if stopping:
+    if stopping or (code == 0 and next_command(run, comparison) != started.command):
         return None
     with (run.folder / LOG).open("rb") as log:
         log.seek(started.log_at)

@@ -1,3 +1,1 @@
-"""What a run will cost, computed from its configuration: parameters, bytes, messages, seconds.  No
-torch: a login node asks.
-"""
+"""What a run will cost: parameters, bytes, messages, seconds.  No torch: a login node asks."""

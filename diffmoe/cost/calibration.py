@@ -257,9 +257,7 @@ def _label(step: Measured) -> str:
 
 
 def _read_records(path: Path) -> list[dict]:
-    """The good records of a file of JSON lines, or of every JSON file in a folder or tar archive (a
-    run that failed has ``error``).  Raises UserError.
-    """
+    """The good ones (no ``error``) of JSON lines, or a folder's or archive's files.  UserError."""
     try:
         found = [record for name, text in _texts(path) for record in _records(text, name)]
     except (OSError, UnicodeDecodeError, tarfile.TarError) as error:

@@ -1,6 +1,4 @@
-"""From one node to many: EP groups that span hosts, runs that fit on more nodes or are faster on
-fewer, and how throughput extends to thousands of ranks.
-"""
+"""EP groups that span hosts, fewer and more nodes, and scaling to thousands of ranks."""
 
 from __future__ import annotations
 
@@ -122,9 +120,7 @@ def nearest_fit(config: Config, tree: dict, cluster: Cluster, pins: Pins) -> Nea
 def fewer_nodes(
     config: Config, tree: dict, cluster: Cluster, seconds: float, pins: Pins = Pins()
 ) -> str | None:
-    """A line where a step, which takes ``seconds`` on the cluster, would be faster on fewer of its
-    nodes; else None.
-    """
+    """A line where a step, here of ``seconds``, would be faster on fewer nodes; else None."""
     best = None
     for nodes in node_counts(config, replace(cluster, nodes=1), cluster.nodes - 1):
         for c in candidates(config, tree, replace(cluster, nodes=nodes), pins)[:1]:
@@ -141,9 +137,7 @@ def fewer_nodes(
 def larger_batches(
     config: Config, tree: dict, hardware: Hardware, per_node: int, pins: Pins
 ) -> list[str]:
-    """Lines about how far the batch that the recipe is stated for scales, and what 4 and 16 times
-    as large a one buys.
-    """
+    """Lines: how far the recipe's batch scales, and 4 and 16 times as large a one."""
     lines, stated = [], config.train.recipe_batch or config.train.batch
     for batch in (stated, 4 * stated, 16 * stated):
         sized = override(config, [f"train.batch={batch}", f"train.recipe_batch={stated}"])
@@ -223,9 +217,7 @@ def extrapolate(
 
 
 def stops(points: Sequence[Point]) -> tuple[int, str] | None:
-    """(ranks, why) of the first size that brings less than GAIN times the throughput of half as
-    many; None: it never stops.
-    """
+    """(ranks, why) of the first size that brings less than GAIN for twice the ranks, or None."""
     for before, point in zip(points, points[1:]):
         if before.candidate is None:
             continue

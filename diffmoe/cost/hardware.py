@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from diffmoe.errors import UserError
+from diffmoe.files import writing
 from diffmoe.strict_yaml import build, read_yaml
 
 TABLE = Path(__file__).with_name("hardware.yaml")
@@ -18,9 +19,7 @@ _MAY_BE_0 = ("reserve_gib", "latency_us", "operator_us", "read_us")
 
 @dataclass(frozen=True)
 class Link:
-    """One direction of a rank's link: 1e9 bytes a second, and microseconds until the first byte
-    arrives.
-    """
+    """One direction of a rank's link: 1e9 bytes/s, and microseconds until the first byte."""
 
     gb_s: float
     latency_us: float
@@ -76,9 +75,7 @@ class Hardware:
 
 
 def read_table(path: str | Path | None) -> dict[str, Hardware]:
-    """The table in a YAML file (default: the repository's).  Raises UserError naming machine and
-    field.
-    """
+    """A table's machines (default: the repository's).  UserError names machine and field."""
     table = {}
     for name, entry in read_yaml(TABLE if path is None else path).items():
         try:
@@ -117,16 +114,12 @@ def named_like(table: dict[str, Hardware], device_name: str) -> Hardware | None:
 
 
 def write_entry(path: str | Path, name: str, hardware: Hardware) -> None:
-    """Puts one entry into a table file, which may be new; other entries and the comment at its head
-    stay.  Raises UserError.
-    """
+    """Puts an entry into a (new) table file; others and its first comment stay.  UserError."""
     path = Path(path)
     tree = read_yaml(path) if path.exists() else {}
     values = asdict(hardware).items()
     tree[name] = {k: value for k, value in values if value is not None or k == "calibrated"}
-    try:
+    with writing(f"--write-hardware ({path})"):
         lines = path.read_text().splitlines(True) if path.exists() else []
         head = "".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
         path.write_text(head + yaml.safe_dump(tree, sort_keys=False, width=140))
-    except OSError as error:
-        raise UserError(f"--write-hardware ({path}) cannot be written: {error}") from None

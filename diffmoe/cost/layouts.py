@@ -39,9 +39,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Pins:
-    """What the user insists on; None: free.  ``shard``: ranks that share a copy of the optimizer's
-    state.
-    """
+    """What is asked for; None: free.  ``shard``: ranks to a copy of the optimizer's state."""
 
     ep: int | None = None
     zero: int | None = None
@@ -136,9 +134,7 @@ class Candidate:
 
 
 def evaluate(config: Config, deepspeed_tree: dict, cluster: Cluster) -> Candidate:
-    """The cost of exactly this configuration.  Raises UserError when it does not resolve on so many
-    ranks.
-    """
+    """The cost as configured.  UserError where it does not resolve on so many ranks."""
     layout, engine = resolve_layout(config, cluster.ranks), engine_facts(deepspeed_tree)
     check_shards(deepspeed_tree, config, cluster.ranks)
     layout = over_hosts(layout, config.parallel.exchange, [cluster.per_node])
@@ -153,9 +149,7 @@ def evaluate(config: Config, deepspeed_tree: dict, cluster: Cluster) -> Candidat
 
 
 def fixed_pool(config: Config, ranks: int) -> Config:
-    """``config`` with its pool as a number of samples: a word would mean another model in every
-    layout.
-    """
+    """With the pool as a number of samples: a word would mean another model in every layout."""
     if isinstance(config.moe.pool, int) or config.model.family == "dense":
         return config
     return override(config, [f"moe.pool={resolve_layout(config, ranks).pool}"])
@@ -214,9 +208,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def reasons(candidate: Candidate, best: Candidate) -> str:
-    """Why a layout stands where it stands, in a few words: what it costs more than the best, or
-    what fills its memory.
-    """
+    """In a few words: what a layout costs more than the best, or what fills its memory."""
     time, left = candidate.time, (candidate.usable - candidate.memory.peak) / GIB
     if not candidate.fits:
         return f"{-left:.1f} GiB too much; most of it: {largest_parts(candidate.memory)}"

@@ -204,9 +204,7 @@ def shard_numel(numels: list[int], ranks: int, engine: EngineFacts) -> int:
 def _gradients(
     whole: int, shard: int, padded: int, engine: EngineFacts, accumulates: bool, replicated: bool
 ) -> dict[str, int]:
-    """What gradients take, see :class:`Memory`, from elements: of this rank's weights, of its share
-    of the optimizer's state, of DeepSpeed's flat weights.
-    """
+    """What gradients take, see :class:`Memory`, from elements: weights, shard, flat weights."""
     element, reduced = engine.element, engine.reduced
     bucket = min(whole, engine.bucket)  # of which so much is ever used
     copied = (reduced + (element if reduced != element else 0)) * bucket  # and a copy to cast
@@ -269,9 +267,7 @@ def _activations(config: Config, layout: Layout, element: int) -> tuple[int, int
 
 @dataclass(frozen=True)
 class _Block:
-    """Bytes of one block: kept without recompute, with selective and with block recompute; rows
-    that arrived; temporaries in backward.
-    """
+    """Bytes of a block: kept by recompute mode; rows that arrived; backward's temporaries."""
 
     full: int
     selective: int

@@ -71,12 +71,7 @@ def exposed_exchange(
 
 
 def exposed_reduction(
-    config: Config,
-    layout: Layout,
-    engine: EngineFacts,
-    windows: Windows,
-    cost: float,
-    timed: Timed,
+    config: Config, layout: Layout, engine: EngineFacts, windows: Windows, cost: float, timed: Timed
 ) -> float:
     """Of ``timed`` gradients and weights.  n buckets become ready one after the other through
     backward (of each micro-batch at ZeRO 2 and 3) and leave one after the other: all but the first

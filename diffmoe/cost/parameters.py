@@ -21,9 +21,7 @@ _FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor of ``DiT``: its name, its elements on one rank, whether expert parallelism shares it
-    out.
-    """
+    """A tensor of ``DiT``; ``numel``: of one rank; ``expert``: shared out by EP."""
 
     name: str
     numel: int

@@ -67,9 +67,7 @@ class StepTime:
 def step_time(
     config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware, per_node: int
 ) -> StepTime:
-    """Predicted time of one step; messages overlap with kernels as :mod:`diffmoe.cost.overlap`
-    says, and not with each other.
-    """
+    """Messages overlap with kernels (:mod:`diffmoe.cost.overlap`), and not with each other."""
     compute = sum(kernel_seconds(config, layout, engine, hardware).values())
     launching = launches(config, layout, engine, hardware) * hardware.operator_us * 1e-6
     host = max(0.0, launching - compute) if hardware.asynchronous else launching
@@ -123,9 +121,7 @@ def message_windows(
 def kernel_seconds(
     config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware
 ) -> dict[str, float]:
-    """Matrix products and attention at the reached shares of the peak, everything else at that of
-    the memory's bandwidth.
-    """
+    """Products and attention at reached shares of the peak, the rest at the memory's."""
     speed, (products, attention) = rates(config, hardware, engine), step_flops(config, layout)
     return {
         "products": products / speed["product"] + muon_seconds(config, layout, engine, hardware),
@@ -185,18 +181,14 @@ def forward_macs(config: Config) -> Macs:
 
 
 def step_flops(config: Config, layout: Layout) -> tuple[float, float]:
-    """FLOPs of a rank's step in products and in attention, of which backward is 2 and 2.5 times
-    forward, and what is recomputed.
-    """
+    """FLOPs (products, attention) of a rank's step; backward is 2 and 2.5 times forward."""
     macs, samples = forward_macs(config), layout.micro_batch * layout.accumulation
     products = 3 * macs.products + macs.products_again
     return 2 * products * samples, 2 * (3.5 * macs.attention + macs.attention_again) * samples
 
 
 def _inside(config: Config) -> tuple[float, float]:
-    """Inner widths of a token's MLPs over all blocks: dense ones and shared experts, routed
-    experts.
-    """
+    """Inner widths of a token's MLPs over all blocks: dense and shared ones; routed experts."""
     model, moe = config.model, config.moe
     layers = moe_layers(model, moe)
     always = (model.depth - layers) * inner_width(model.hidden, model.activation)
@@ -272,14 +264,6 @@ def launches(config: Config, layout: Layout, engine: EngineFacts, hardware: Hard
 
 # ------------------------------------------------------------------------------------------------
 # the network
-
-
-def exchange_seconds(
-    config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware, per_node: int
-) -> float:
-    """Of all messages of a step, one after another."""
-    messages = step_traffic(config, layout, engine)
-    return sum(sum(message_time(m, layout, engine, hardware, per_node)) for m in messages)
 
 
 def message_time(

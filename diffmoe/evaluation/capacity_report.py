@@ -61,9 +61,7 @@ class CapacityUsed:
         return _ratio(self.taken_LbC.sum(2), self.samples_bC.sum(1))
 
     def by_class(self) -> list[tuple[int, float]]:
-        """(class, capacity) of the classes that were sampled, from the hardest, which used most, to
-        the easiest.  The guide's passes do not count.
-        """
+        """(class, capacity) from the hardest, which used most; without the guide's passes."""
         used = self._per_layer((0,), CONDITIONAL)
         pairs = [(c, float(value)) for c, value in enumerate(used) if np.isfinite(value)]
         return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))

@@ -174,20 +174,14 @@ def find_card(folder: Path, scoring: tuple[str, str, int]) -> Card | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that can move a score ("absent" where not
-    installed), and the commit of a git checkout that this runs from.
-    """
+    """Of all that can move a score, and the commit of a git checkout that this runs from."""
     found = {
         "diffmoe": diffmoe.__version__,
         "commit": code_version.commit(Path(diffmoe.__file__).parent.parent),
         "python": platform.python_version(),
     }
-    for package in ("torch", "deepspeed", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    packages = ("torch", "deepspeed", "numpy")
+    return found | {package: importlib.metadata.version(package) for package in packages}
 
 
 def hardware(device: torch.device) -> str:

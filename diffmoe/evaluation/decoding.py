@@ -66,9 +66,7 @@ def checkpoint_data(config: Config, scale: float | None, shift: float | None) ->
 
 
 def vae_note(config: Config, decoder: Decoder, index: ShardIndex | None) -> str | None:
-    """What to say where nothing shows that this VAE encoded the training data whose `index` this
-    is; None where it is shown.
-    """
+    """A note where nothing shows that this VAE encoded the data of `index`; else None."""
     why = "is not here, or was not opened"
     if index is not None:
         if index.encoding is not None and index.encoding.vae_sha256:
@@ -125,9 +123,7 @@ def open_vae(path: str | Path, config: Config, device: torch.device) -> Vae:
 def latent_numbers(
     vae: Vae, config: Config, index: ShardIndex | None, scale: float | None, shift: float | None
 ) -> tuple[float, float]:
-    """Scale and shift of latents: as given, else the training data's, else the VAE's own. UserError
-    for another VAE than the training data was encoded with.
-    """
+    """(scale, shift): as given, else the data's, else the VAE's.  UserError for another VAE."""
     own = (vae.scale, vae.shift)
     if index is not None:
         own = (index.meta.scale, index.meta.mean)

@@ -54,9 +54,7 @@ _ANOTHER = "choose another folder, or remove it"
 
 
 def check_plan(count: int, splits: int, size: tuple[int, int], extractor: Extractor) -> None:
-    """UserError for what is known before an image is made: too few of them, splits outside
-    1..count, or images of a `size` that is not for this extractor.
-    """
+    """UserError for too few images, splits outside 1..count, or a `size` of another network."""
     check_enough(f"count ({count})", count, extractor.widths(*size))
     if count <= NEIGHBOURS:
         raise UserError(
@@ -168,9 +166,7 @@ def evaluate(
 
 
 def _settings(images: Images, extractor: Extractor, keep_samples: bool) -> dict[str, Any]:
-    """What a folder that is not finished is of. Where images are not kept its chunks are features,
-    and belong to their extractor.
-    """
+    """What a folder is of.  Chunks without images are features and belong to an extractor."""
     if images.labels is None:
         return images.settings
     settings = {**images.settings, "keep_samples": keep_samples}
@@ -273,9 +269,7 @@ def _chunk_path(out: Path, index: int) -> Path:
 
 
 def _make_chunk(images: Images, index: int, extractor: Extractor, out: Path, keep: bool) -> None:
-    """Unless it is there: a batch's features and its images' SHA-256s [n, 32], with the images
-    where they are to be kept.
-    """
+    """Unless there: a batch's features, its images' SHA-256s [n, 32], images to be kept."""
     path, numbers = _chunk_path(out, index), images.numbers(index)
     there = _read_chunk(path, "extractor", "images") if path.is_file() else {}
     if str(there.get("extractor")) == extractor.sha256:
@@ -312,9 +306,7 @@ def _read_chunk(path: Path, *names: str) -> dict[str, np.ndarray]:
 def _scores(
     out: Path, images: Images, splits: int, reference: Reference, world: Group, device: torch.device
 ) -> Scores | None:
-    """The scores on rank 0, None elsewhere: sums of every rank's share of the chunks, added over
-    ranks.
-    """
+    """The scores on rank 0, None elsewhere; every rank sums its share of the chunks."""
     tally = Tally(images.count, splits)
     mine = range(world.index, images.chunks, world.size)
     with agreed(world):
@@ -345,9 +337,7 @@ def _column(out: Path, images: Images, name: str) -> np.ndarray:
 
 
 def _write_samples(out: Path, images: Images) -> None:
-    """ADM's npz, written chunk by chunk: 50,000 images of 256 x 256 are 10 GB and need not fit into
-    memory.
-    """
+    """ADM's npz, chunk by chunk: 50,000 images of 256 x 256 are 10 GB."""
     assert images.labels is not None
     header = {"descr": "|u1", "fortran_order": False, "shape": (images.count, *images.size, 3)}
     with replacing(out / SAMPLES_NAME) as stream, zipfile.ZipFile(stream, "w") as archive:

@@ -45,9 +45,7 @@ _WALK_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Features:
-    """Of B images: `pool` [B, d], `spatial` [B, s] or None, `probabilities` [B, c] or None; float
-    arrays on the CPU.
-    """
+    """`pool` [B, d], `spatial` [B, s] or None, `probabilities` [B, c] or None; on the CPU."""
 
     pool: np.ndarray
     spatial: np.ndarray | None = None
@@ -156,9 +154,7 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
 
 
 def open_extractor(name: str, device: torch.device) -> Extractor:
-    """`digits`, `efficientnet-lite0`, or the TorchScript file of that name.  UserError as
-    `efficientnet_extractor` and `load_extractor`.
-    """
+    """`digits`, `efficientnet-lite0`, or a TorchScript file.  UserError as theirs."""
     if name == EFFICIENTNET_OPTION:
         return efficientnet_extractor(device)
     return digits_extractor() if name == DIGITS_NAME else load_extractor(name, device)
@@ -180,9 +176,7 @@ def _tensorflow_input(images: Tensor) -> Tensor:
 
 
 def _walk(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Pool features [B, d] and spatial features [B, s]: layer by layer, since hooks do not run
-    inside TorchScript.
-    """
+    """Pool [B, d] and spatial features [B, s]; hooks do not run inside TorchScript."""
     spatial = x
     layers: Any = module.layers
     for name, layer in layers.named_children():

@@ -37,9 +37,7 @@ def inference_rule(moe: MoEConfig, sample: SampleConfig) -> RoutingRule:
 
 
 def check_dial(model: DiT, sample: SampleConfig) -> None:
-    """Raises UserError where the capacity dial is asked for, by the model or its guide, and a layer
-    has no histogram of its predictor's outputs.
-    """
+    """UserError where model or guide need the capacity dial and a layer has no histogram."""
     if sample.capacity is not None:
         asked, otherwise = f"sample.capacity ({sample.capacity})", "set sample.gamma"
     elif sample.guided_by_capacity and sample.routing != "static":
@@ -57,9 +55,7 @@ def check_dial(model: DiT, sample: SampleConfig) -> None:
 
 
 def threshold_note(model: DiT, sample: SampleConfig) -> str | None:
-    """What to say where learned thresholds decide that no training step has ever observed; None
-    where none do.
-    """
+    """A note where thresholds decide that no training step has observed; else None."""
     if sample.gamma is not None or sample.capacity is not None or sample.routing == "static":
         return None
     predicting = [x.thresholds for _, x in model.moe_layers() if has_thresholds(x.model)]
@@ -151,9 +147,7 @@ def _field_of(
 
 
 def _options(config: Config, together: Group | None, device: torch.device) -> dict:
-    """What only some samplers take.  dopri5's ranks go on until the last of them is done: passes
-    may hold collectives.
-    """
+    """What some samplers take.  dopri5's ranks end together: passes may hold collectives."""
     sample = config.sample
     if sample.sampler == "ddim":
         return {"eta": sample.eta}

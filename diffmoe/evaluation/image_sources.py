@@ -56,9 +56,7 @@ class ImageSource:
     left_out: tuple[LeftOut, ...] = ()
 
     def check(self, world: Group) -> None:
-        """Whether images are of one size, by their headers; all ranks together, each an equal
-        share of them. AgreedError where one is of another size, or cannot be read.
-        """
+        """Compares sizes by headers, each rank a share.  AgreedError: another, or a bad image."""
         with agreed(world):
             for path in self.files[world.index :: world.size] if self.one_each else ():
                 _check_size(path, _size_of(path), self.files[0], self.size)
@@ -75,10 +73,7 @@ def open_images(path: str | Path) -> ImageSource:
     path = Path(path)
     if path.is_file():
         shape, rows = open_array(path)
-
-        def read_rows(start: int, stop: int) -> Tensor:
-            return channels_first(rows(start, stop))
-
+        read_rows = lambda start, stop: channels_first(rows(start, stop))
         return ImageSource(str(path), shape[0], (shape[1], shape[2]), read_rows, (path,))
     if (path / INDEX_NAME).is_file():
         return _open_shards(path)
@@ -223,9 +218,7 @@ def open_array(path: Path) -> tuple[tuple[int, ...], Callable[[int, int], np.nda
 
 
 def _start_of_member(path: Path, header: int) -> int:
-    """Where the bytes of a zip's member begin, whose local header is at `header`: after its name
-    and its extra field.
-    """
+    """Where a zip member's bytes begin: after local `header`, name and extra field."""
     with open(path, "rb") as file:
         file.seek(header + 26)
         return header + 30 + sum(struct.unpack("<2H", file.read(4)))

@@ -1,6 +1,4 @@
-"""Images: grids of samples, loss curves, expert load. Figures are plain objects; pyplot's state
-is not used.
-"""
+"""Grids of samples, loss curves, expert load, as plain figures without pyplot's state."""
 
 from __future__ import annotations
 
@@ -57,9 +55,7 @@ def image_grid(
 
 
 def class_columns(columns: int, classes: int) -> int:
-    """``columns`` at most, so that images of ``classes`` in turn have each class in columns of its
-    own, where there are enough.
-    """
+    """``columns`` at most; classes in turn have columns of their own, if there are enough."""
     return columns - columns % classes if classes < columns else columns
 
 
@@ -93,7 +89,7 @@ def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path) -> Non
         raise UserError(
             f"records ({len(records)} of them) must hold at least one step with a finite loss"
         )
-    figure = _figure(8, 1.4 + 2.2 * len(drawn))
+    figure = new_figure(8, 1.4 + 2.2 * len(drawn))
     shares = [share for _, _, share in drawn]
     axes = figure.subplots(len(drawn), 1, squeeze=False, sharex=True, height_ratios=shares)[:, 0]
     for ax, (title, curves, _) in zip(axes, drawn):
@@ -123,7 +119,7 @@ def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) 
     layers, bins, experts = load.shape
     rows = math.ceil(layers / 4)
     columns = math.ceil(layers / rows)
-    figure = _figure(1.6 + 2.5 * columns, 1.5 + 2.3 * rows)
+    figure = new_figure(1.6 + 2.5 * columns, 1.5 + 2.3 * rows)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     from matplotlib.colors import TwoSlopeNorm
 
@@ -171,7 +167,7 @@ def capacity_used(
         guide: what `null` is called.
     """
     layers, bins = layer_time.shape
-    figure = _figure(11, 7.5)
+    figure = new_figure(11, 7.5)
     grid = figure.add_gridspec(2, 2, height_ratios=[1.2, 1])
     over_time, heat = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     centers = (np.arange(bins) + 0.5) / bins
@@ -197,9 +193,7 @@ def capacity_used(
 
 
 def _class_ranking(ax: Axes, ranking: Sequence[tuple[int, float]]) -> None:
-    """Bars with class numbers where they can be read, else a curve with the three classes at either
-    end named.
-    """
+    """Bars with class numbers if they can be read, else a curve with three at either end."""
     values = np.array([value for _, value in ranking])
     places = np.arange(1, len(values) + 1)
     if len(values) <= 40:
@@ -227,7 +221,7 @@ def score_curves(
     curves: Mapping[str, Mapping[float, float]], axis: str, score: str, path: str | Path
 ) -> None:
     """Draw a score, of which less is better, by the setting ``axis``; a star is a curve's best."""
-    figure = _figure(7, 4.6)
+    figure = new_figure(7, 4.6)
     ax = figure.subplots()
     for name, curve in curves.items():
         best = min(curve, key=lambda x: (curve[x], x))
@@ -242,7 +236,7 @@ def score_curves(
 
 def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -> None:
     """Draw one horizontal bar for each name, with its figure, top down in the given order."""
-    figure = _figure(8, 1.2 + 0.36 * len(values))
+    figure = new_figure(8, 1.2 + 0.36 * len(values))
     ax = figure.subplots()
     drawn = ax.barh(list(values), list(values.values()), color=_BLUE)
     ax.bar_label(drawn, fmt=" {:.3g}", fontsize=9)
@@ -283,7 +277,8 @@ def _heat(
     return ax.imshow(np.ma.masked_invalid(values), aspect="auto", extent=extent, **how)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty one, in inches, which needs no window."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

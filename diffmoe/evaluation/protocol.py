@@ -1,6 +1,4 @@
-"""How the published rows were sampled and scored (arXiv 2503.14487; ADM's evaluation), and in what
-a score differs from that.
-"""
+"""The published protocol (arXiv 2503.14487; ADM's evaluation), and what differs from it."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ def published_sampling(family: str | None, process: str | None) -> dict[str, obj
 
 
 def departures(card: Card) -> list[str]:
-    """In what a score of a checkpoint differs from the published protocol, each with the published
-    value; empty: in nothing.
-    """
+    """In what a checkpoint's score differs from the published protocol, with its values."""
     published = {"weights": WEIGHTS, "labels": LABELS, "count": COUNT, "splits": SPLITS}
     published |= published_sampling(card.family, card.process)
     there = {**vars(card), **(card.sampling or {})}
@@ -52,9 +48,7 @@ def departures(card: Card) -> list[str]:
 
 
 def protocol(card: Card) -> str:
-    """The card's field `protocol`: `published`, or what differs from it; of samples that were given
-    only the scoring is known.
-    """
+    """`published`, or what differs from it; of given samples only the scoring is known."""
     if card.samples is not None:
         return "not known: the samples were given"
     differ = departures(card)

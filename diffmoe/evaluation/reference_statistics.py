@@ -110,9 +110,7 @@ def _check(
     extractor: Extractor,
     size: tuple[int, int] | None,
 ) -> None:
-    """What is known before an image is measured. UserError, naming the file, for what could not be
-    compared with the samples.
-    """
+    """Before an image is measured: UserError, naming the file, for what cannot be compared."""
     own = source.size if source is not None else stored.size if stored is not None else None
     if own is not None and size is not None and own != size:
         raise UserError(
@@ -185,9 +183,7 @@ def _measure(
     batch: int,
     progress: bool,
 ) -> tuple[Tally, np.ndarray, str]:
-    """Sums of pool (and spatial) features, features [n, d] of every k-th image, SHA-256 of all
-    images' SHA-256s.
-    """
+    """(sums, features [n, d] of every k-th image, SHA-256 of all images' SHA-256s)."""
     each = -(-source.count // world.size)
     mine = range(min(source.count, world.index * each), min(source.count, (world.index + 1) * each))
     stride = -(-source.count // NEIGHBOUR_FEATURES)
@@ -220,9 +216,7 @@ def _gather_rows(rows: np.ndarray, world: Group, device: torch.device) -> np.nda
 
 
 def save_reference(reference: Reference, path: str | Path) -> None:
-    """Write a reference as npz, under ADM's names (`mu`, `sigma`, `mu_s`, `sigma_s`) and with a
-    hash of its content.
-    """
+    """As npz, under ADM's names (`mu`, `sigma`, `mu_s`, `sigma_s`), with a hash of its content."""
     named = {
         "mu": reference.pool.mean,
         "sigma": reference.pool.covariance,

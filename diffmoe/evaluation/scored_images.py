@@ -34,9 +34,7 @@ _LABEL_WORD = 1  # second word of the sampling stream; the noise has 0
 
 @dataclass(frozen=True)
 class Subject:
-    """Whose images: the checkpoint's path and step, and which of its weights (`ema`, `ema:0.999` or
-    `raw`).
-    """
+    """Whose images; `weights`: which of the checkpoint's (`ema`, `ema:0.999`, `raw`)."""
 
     checkpoint: str
     step: int
@@ -178,17 +176,12 @@ def given_images(source: ImageSource, count: int | None) -> Images:
         found = path.stat()
         state.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
     settings = {"samples": source.name, "samples_state": state.hexdigest(), "count": count}
-
-    def make(numbers: range) -> Tensor:
-        return source.read(numbers.start, numbers.stop)
-
+    make = lambda numbers: source.read(numbers.start, numbers.stop)
     return Images(count, _GIVEN_BATCH, source.size, make, settings, {"samples": source.name})
 
 
 def image_size(config: Config, decoder: Decoder | None) -> tuple[int, int]:
-    """(height, width) of the images that a model makes. UserError for latents without a decoder, or
-    one that does not fit them.
-    """
+    """(height, width) of a model's images.  UserError: latents without a decoder that fits."""
     channels, side = config.model.channels, config.model.input_size
     if decoder is not None:
         height, width = decoder.function(torch.zeros(1, channels, side, side)).shape[2:]

@@ -70,9 +70,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Moments:
-    """`count` samples of width d: their mean [d] and `scatter` [d, d], the summed outer products of
-    deviations.
-    """
+    """Of `count` samples: mean [d], `scatter` [d, d] (summed outer products of deviations)."""
 
     count: int
     mean: np.ndarray
@@ -123,9 +121,7 @@ def merge(first: Moments | None, second: Moments) -> Moments:
 
 
 def merge_over(moments: Moments, group: Group, device: torch.device = _CPU) -> Moments:
-    """Moments of all ranks' samples, on every rank; a rank may hold none. `device` is where the
-    group's backend works.
-    """
+    """On every rank; a rank may hold no samples.  `device`: where the group's backend works."""
     if group.size == 1:
         return moments
     totals = _sum(np.concatenate([[moments.count], moments.count * moments.mean]), group, device)
@@ -240,9 +236,7 @@ class Tally:
         self.totals: np.ndarray | None = None
 
     def add(self, features: Features, numbers: range) -> None:
-        """The first features of a batch, as many as there are `numbers`. UserError for values that
-        are not finite.
-        """
+        """A batch's first len(`numbers`) features.  UserError for values that are not finite."""
         rows = slice(len(numbers))
         self.pool = merge(self.pool, moments_of(features.pool[rows]))
         if features.spatial is not None:

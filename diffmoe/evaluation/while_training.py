@@ -37,9 +37,7 @@ class Scorer:
 
 
 def open_scorer(config: Config, index: ShardIndex, world: Group, device: torch.device) -> Scorer:
-    """All ranks together, before hours of training; `index` is the training data's.  Raises
-    AgreedError.
-    """
+    """All ranks together; `index` is the training data's.  Raises AgreedError."""
     score = config.score
     with agreed(world):
         extractor = open_extractor(score.extractor, device)

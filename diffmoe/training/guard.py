@@ -1,6 +1,4 @@
-"""Steps that go wrong: not finite, or a spike of the loss.  Every decision comes from numbers that
-all ranks share.
-"""
+"""Steps that go wrong: not finite, or spikes.  All ranks decide by the same numbers."""
 
 from __future__ import annotations
 

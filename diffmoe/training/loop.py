@@ -56,10 +56,7 @@ def train(
     state cannot be saved; a rank that dies or hangs ends the process with ``EXIT_LOST``.
     """
     folder = Path(config.run.folder)
-    with (
-        Watchdog(groups, config.run.timeout_s, folder),
-        RunLock(folder, groups.world) as lock,
-    ):
+    with Watchdog(groups, config.run.timeout_s, folder), RunLock(folder, groups.world) as lock:
         if anyone(bool(stop_requested), groups.world):
             return say(groups, "stopped cleanly before the start; the same command begins again")
         lock.take()
@@ -185,9 +182,7 @@ def _step(run: Run, batches: list[Batch], draws: StepDraws, stop: bool) -> tuple
 
 
 def _not_finite(run: Run, report: StepReport, batches: list[Batch]) -> None:
-    """The step has changed nothing anywhere; says where it went wrong, and raises AgreedError
-    unless the run may go on.
-    """
+    """Says where a step went wrong, which changed nothing; AgreedError if the run must end."""
     train, in_a_row = run.config.train, run.guard.in_a_row
     where = find_nonfinite(run.engine, batches, run.config, run.groups, run.done)
     text = f"loss is {report.loss} and gradient norm {report.grad_norm} at step {run.done}, {where}"
@@ -202,9 +197,7 @@ def _not_finite(run: Run, report: StepReport, batches: list[Batch]) -> None:
 
 
 def _go_back(run: Run, spiked: int) -> None:
-    """Restores the newest checkpoint, from which the run goes on without step ``spiked``.  All
-    ranks together.
-    """
+    """Back to the newest checkpoint, without step ``spiked`` from there.  All ranks together."""
     run.groups.trace.enter("going back")
     _wait_for_save(run)
     folder = run.saver.folder
@@ -268,9 +261,7 @@ def _record(run: Run, last: bool) -> None:
 
 
 def _compare_ranks(run: Run) -> dict:
-    """What the record says of the ranks' times; a straggler is an event, and with
-    ``run.on_straggler: requeue`` the end of this start.
-    """
+    """A record of the ranks' times; ``on_straggler: requeue``: a straggler ends this start."""
     if not run.stragglers.on:
         return {}
     record, news = run.stragglers.collect()
@@ -286,9 +277,7 @@ def _compare_ranks(run: Run) -> dict:
 
 
 def _save(run: Run, snapshot: bool = False) -> None:
-    """Begins a save of the present state; what became of earlier ones is heard here.  A failed one
-    is tried again when due.
-    """
+    """Begins a save, and hears of earlier ones; a failed one is tried again when due."""
     run.groups.trace.enter("saving")
     counters = run.guard.as_counters() | recipes_as_counters(run.recipes)
     counters |= {"updates": run.engine.updates, "data": run.reader.index.fingerprint}
@@ -378,9 +367,7 @@ def _sample(run: Run) -> None:
 
 
 def _score(run: Run) -> None:
-    """Scores of every average, a line of ``scores.jsonl`` each.  What cannot be scored is said, and
-    the run goes on.
-    """
+    """A line of ``scores.jsonl`` for each average.  The run goes on where it cannot be scored."""
     if run.scorer is None:
         return
     run.groups.trace.enter("scoring")
@@ -412,9 +399,7 @@ def _validate_where_missed(run: Run) -> None:
 
 
 def _validate(run: Run) -> None:
-    """The validation loss of the first average, a line of ``validation.jsonl``.  What cannot be
-    measured is said, and the run goes on.
-    """
+    """Validation loss of the first average; where it cannot be measured the run goes on."""
     if run.validator is None:
         return
     run.groups.trace.enter("validating")

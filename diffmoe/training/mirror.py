@@ -31,14 +31,14 @@ from diffmoe.checkpoints.reader import (
     SNAPSHOTS,
     Checkpoint,
     complete_folders,
-    sizes,
+    misfits,
     step_folder,
     step_of,
 )
 from diffmoe.checkpoints.tensor_file import Corrupt, TensorFile
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.files import replacing, retried
+from diffmoe.files import replacing, retried, writing
 from diffmoe.parallel.collectives import agreed, gather_objects
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.parallel.trace import Trace
@@ -66,18 +66,13 @@ class Copied:
 
 @dataclass(frozen=True)
 class CopyFailed:
-    """The newest checkpoint is not at the mirror; the next time that something is to be copied all
-    that is missing is tried again.
-    """
+    """The newest checkpoint is not at the mirror; the next copy tries all that is missing."""
 
     message: str
 
 
 class Mirror:
-    """The copies of a run's checkpoints.  All ranks hold one; rank 0's copies.
-
-    Raises AgreedError where the place cannot be written.
-    """
+    """All ranks hold one; rank 0's copies.  AgreedError where the place cannot be written."""
 
     def __init__(self, config: Config, groups: ParallelGroups) -> None:
         self.config, self.groups = config, groups
@@ -96,13 +91,9 @@ class Mirror:
 
     def _probe(self) -> None:
         probe = self._place / ".probe"
-        try:
+        with writing(f"train.mirror ({self.config.train.mirror})"):
             probe.write_bytes(b"probe")
             probe.remove()
-        except OSError as error:
-            raise UserError(
-                f"train.mirror ({self.config.train.mirror}) cannot be written: {error}"
-            ) from error
 
     def fetch(self, lock: RunLock | None, new_recipe: bool, say: Say) -> None:
         """Where the run folder has no checkpoint: the newest complete one of the mirror that is
@@ -164,9 +155,7 @@ class Mirror:
             )
 
     def copy(self) -> None:
-        """Rank 0: begins to copy what the mirror lacks, or goes on to once the copy under way is
-        done.
-        """
+        """Rank 0: begins to copy what the mirror lacks, after what is under way."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
             self._thread.start()
@@ -269,16 +258,11 @@ class Mirror:
         if begun != text:
             there.remove()
             retried(lambda: (there / _SENDING).write_bytes(text), str(there), "mirror")
-        found = sizes(there)
-        for name, record in files.items():
-            if found.get(name) != record.bytes:
-                source, target = TensorFile(path / name, record), there / name
-                retried(lambda: target.write_chunks(self._paced(source)), str(target), "mirror")
-        found = sizes(there)
-        for name, record in files.items():
-            if found.get(name) != record.bytes:
-                size = found.get(name, "no")
-                raise OSError(f"{there / name} must have {record.bytes} bytes and has {size}")
+        for name in misfits(there, files):
+            source, target = TensorFile(path / name, files[name]), there / name
+            retried(lambda: target.write_chunks(self._paced(source)), str(target), "mirror")
+        for name, size in misfits(there, files).items():
+            raise OSError(f"{there / name} must have {files[name].bytes} bytes and has {size}")
         for name in _BESIDES:
             if (self._run / name).exists():
                 data = (self._run / name).read_bytes()
@@ -301,9 +285,7 @@ class Mirror:
             self._sent += chunk.nbytes
 
     def _prune(self, there: RemotePath) -> None:
-        """Checkpoints by the rules of the run folder; also halves of what is no longer here.  Not
-        snapshots, of which all stay.
-        """
+        """As in the run folder, and halves of what is no longer here.  Snapshots stay."""
         here = complete_folders(self._run / "checkpoints")
         if not here:
             return

@@ -108,9 +108,7 @@ def _trace(step: Callable[[], None], times: int, device: torch.device) -> tuple[
 
 
 def live_bytes(device: torch.device) -> int:
-    """Bytes of all tensors' memory on the device.  On the CPU every tensor that Python can see,
-    each storage once.
-    """
+    """Bytes of all tensors; on the CPU of those that Python can see, each storage once."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()
@@ -126,9 +124,7 @@ def live_bytes(device: torch.device) -> int:
 
 
 def _peak(events: Iterable[Any], static: int, device: torch.device) -> int:
-    """The most bytes allocated at once: on CUDA the allocator's own figure; on the CPU what lived
-    before, and what the traced steps allocated and freed from there.
-    """
+    """CUDA: the allocator's figure; CPU: what lived before, and what traced steps added to it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

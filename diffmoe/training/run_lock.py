@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from diffmoe.errors import UserError
+from diffmoe.files import writing
 from diffmoe.parallel.collectives import agreed
 from diffmoe.parallel.groups import Group
 
@@ -67,14 +68,10 @@ class RunLock:
         """
         if self._thread is not None:
             return
-        try:
+        with writing(f"run.folder ({self._path.parent})"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             while not self._try():
                 pass
-        except OSError as error:
-            raise UserError(
-                f"run.folder ({self._path.parent}) cannot be written: {error}"
-            ) from error
         self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
         self._thread.start()
 

@@ -1,6 +1,4 @@
-"""The start of a run: what its folder, data and configuration say, agreed by all ranks before
-anything is overwritten; then model, engine and averages, from the newest usable checkpoint.
-"""
+"""The start of a run, agreed by all ranks before anything is overwritten."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ from diffmoe.data.share import Share, allow_open_files
 from diffmoe.deepspeed_json import reduction, zero_stage
 from diffmoe.device import set_fp32_precision
 from diffmoe.environment import host_name
-from diffmoe.errors import UserError
 from diffmoe.evaluation.while_training import Scorer, open_scorer
+from diffmoe.files import writing
 from diffmoe.layout import Layout
 from diffmoe.models.compiled import compile_blocks, compiles
 from diffmoe.models.logical import new_model
@@ -163,21 +161,14 @@ def start(
     for text in filter(None, notes):
         tell(text)
     scorer, validator = _measuring(config, reader, groups, device)
-    model = new_model(config, layout.pool, groups)
-    if compiled:
-        compile_blocks(model)
-    engine = Engine(model, config, deepspeed_tree, groups, device)
-    lengthen_timeouts(config.run.timeout_s)
-    watch_layers(model.blocks, groups.trace)
+    engine = _new_engine(config, layout, deepspeed_tree, groups, device, compiled)
     guard = Guard.from_counters(config.train, counters)
     begins = len(recipes) > len(counters.get("recipes", []))
     if begins:
         guard.losses = []  # of another recipe
     guard.left_out = sorted({*guard.left_out, *gather_objects(left_out, groups.world)[0]})
-    writer = None
-    if groups.rank == 0:
-        layers = [f"block {i}" for i, _ in model.moe_layers()]
-        writer = Writer(folder, config.train.steps, layers)
+    layers = [f"block {i}" for i, _ in engine.model.moe_layers()]
+    writer = Writer(folder, config.train.steps, layers) if groups.rank == 0 else None
     names = reader.index.class_names or (newest.manifest.class_names if newest is not None else ())
     run = Run(
         config,
@@ -204,6 +195,24 @@ def start(
         _restore(run, newest, accepted, skipped, begins)
     run.saver.drop_snapshots(run.done)
     return run
+
+
+def _new_engine(
+    config: Config,
+    layout: Layout,
+    deepspeed_tree: dict,
+    groups: ParallelGroups,
+    device: torch.device,
+    compiled: bool,
+) -> Engine:
+    """A fresh model's, with its blocks watched."""
+    model = new_model(config, layout.pool, groups)
+    if compiled:
+        compile_blocks(model)
+    engine = Engine(model, config, deepspeed_tree, groups, device)
+    lengthen_timeouts(config.run.timeout_s)
+    watch_layers(model.blocks, groups.trace)
+    return engine
 
 
 def _restore(
@@ -257,9 +266,7 @@ def machine_of(device: torch.device) -> Hardware:
 def _with_order(
     config: Config, reader: ShardReader, before: DataConfig | None
 ) -> tuple[Config, str | None]:
-    """The configuration with the reader's streams and window as numbers, and what is to be said of
-    them.
-    """
+    """With the reader's streams and window as numbers, and what is to be said of them."""
     data = replace(config.data, streams=reader.streams, window=reader.window)
     if data == config.data:
         return config, None
@@ -288,10 +295,8 @@ def _reduction(deepspeed_tree: dict, layout: Layout) -> str | None:
 
 def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> None:
     folder = Path(config.run.folder)
-    try:
+    with writing(f"run.folder ({folder})"):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config_to_tree(config), sort_keys=False))
         for name, tree in (("deepspeed.json", deepspeed_tree), ("layout.json", vars(layout))):
             (folder / name).write_text(json.dumps(tree, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"run.folder ({folder}) cannot be written: {error}") from error

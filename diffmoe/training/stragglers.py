@@ -26,15 +26,8 @@ MOST_EXCLUDED = 3
 # In a job's folder: what preflight measured, and the hosts that the job's script is to exclude.
 PREFLIGHT_NAME, EXCLUDED_NAME = "preflight.json", "exclude.txt"
 _BACKEND_METHODS = (
-    "all_reduce",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "broadcast",
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_coalesced",
-    "all_to_all_single",
+    "all_reduce reduce reduce_scatter reduce_scatter_tensor broadcast all_gather "
+    "all_gather_into_tensor all_gather_coalesced all_to_all_single".split()
 )
 
 
@@ -51,9 +44,7 @@ def find_straggler(busy_SR: Tensor, factor: float) -> int | None:
 
 
 class Stragglers:
-    """Gathers what the ranks' clocks say, and names a rank that stays behind.  ``hosts``: of all
-    ranks.  All ranks call it, and know the same.
-    """
+    """Names a rank that stays behind; all ranks know the same.  ``hosts``: of all ranks."""
 
     def __init__(
         self,
@@ -72,9 +63,7 @@ class Stragglers:
             _note_waits(engine, groups.trace.clock)
 
     def collect(self) -> tuple[dict[str, Any], tuple[str, str] | None]:
-        """What a record says of the steps since the last call, and an event: a straggler is found,
-        or is none any more.  Collective.
-        """
+        """A record of the steps since the last call, and a straggler's event.  Collective."""
         mine = torch.tensor(self.groups.trace.clock.read(), device=self.device)
         if not len(mine):
             return {}, None
@@ -140,9 +129,7 @@ class Stragglers:
         return folder if folder.is_dir() else None
 
     def exclude(self) -> str | None:
-        """Asks the job's script to start again without the straggler's host; the reason where it
-        cannot.  On rank 0.
-        """
+        """Asks the job's script to exclude the straggler's host; why it cannot.  On rank 0."""
         assert self.named is not None
         job, host = self._job_folder(), self.hosts[self.named]
         if job is None:

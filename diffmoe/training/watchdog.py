@@ -25,10 +25,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,7 @@ class Heartbeat:
 
 @dataclass
 class _Seen:
-    """A rank's last heartbeat, when it was read, and the seconds since its thread (``silent``) and
-    its main thread (``still``) moved.
-    """
+    """Seconds since its thread (``silent``) and its main thread (``still``) moved."""
 
     beat: Heartbeat
     read: float
@@ -166,9 +165,7 @@ class Watchdog:
             time.sleep(2 * self.interval)
 
     def stop(self) -> None:
-        """Ends the watch; every rank calls it before any of them leaves, since rank 0 may hold the
-        store.
-        """
+        """Ends the watch, on every rank before any leaves: rank 0 may hold the store."""
         self._stopping.set()
         self._hurry.set()
         for thread in (self._thread, self._talker):
@@ -312,9 +309,7 @@ class Watchdog:
         return self._report([line + self._store_error], first, _DEAD)
 
     def _report(self, headlines: list[str], first: list[_Seen], kind: str = "") -> str:
-        """One line that names the culprits and the ``kind`` of their end, then where each rank is,
-        culprits first.
-        """
+        """A line of the culprits and their ``kind`` of end; then where each is, culprits first."""
         others = [s for _, s in sorted(self._seen.items()) if s not in first]
         line = (
             f"watchdog: {'; '.join(headlines[:_SHOWN])} (run.timeout_s {self.timeout_s:g}); the job"
@@ -353,9 +348,7 @@ class Watchdog:
     # --------------------------------------------------------------------------------- main thread
 
     def _check_lost(self, error: BaseException) -> None:
-        """Where ``error`` says that a peer is gone the thread finds out who; then this never
-        returns.
-        """
+        """Where ``error`` says that a peer is gone: never returns; the thread finds out who."""
         if self.world == 1 or not is_lost_peer(error):
             return
         self._state = "lost"
@@ -380,27 +373,24 @@ class Watchdog:
 def watch_layers(blocks: nn.ModuleList, trace: Trace) -> None:
     """Notes which block the main thread is in, forward and backward."""
     for number, block in enumerate(blocks):
-        name = f"block {number}"
+        _watch_layer(block, partial(trace.at, f"block {number}"))
 
-        def entering(_module: nn.Module, _inputs: Any, name: str = name) -> None:
-            trace.at(name)
 
-        def noting(x: Tensor, name: str = name) -> Tensor:
-            if x.requires_grad:
-                x.register_hook(lambda _gradient: trace.at(name))
-            return x
+def _watch_layer(block: nn.Module, enter: Callable[[], None]) -> None:
+    def noting(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(lambda _gradient: enter())
+        return x
 
-        def leaving(
-            _module: nn.Module, _inputs: Any, output: tuple[Any, Any], noting: Any = noting
-        ) -> tuple[Any, Any] | None:
-            if isinstance(output[0], Tensor):
-                noting(output[0])
-                return None
-            first, second = output[0]  # halves, of which the second one is last in forward
-            return (first, lambda: noting(second())), output[1]
+    def leaving(_module: nn.Module, _inputs: Any, output: Any) -> tuple[Any, Any] | None:
+        if isinstance(output[0], Tensor):
+            noting(output[0])
+            return None
+        first, second = output[0]  # halves, of which the second one is last in forward
+        return (first, lambda: noting(second())), output[1]
 
-        block.register_forward_pre_hook(entering)
-        block.register_forward_hook(leaving)
+    block.register_forward_pre_hook(lambda _module, _inputs: enter())
+    block.register_forward_hook(leaving)
 
 
 def _short(error: BaseException) -> str:
@@ -408,9 +398,7 @@ def _short(error: BaseException) -> str:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process of this host is there and neither stopped nor about to end, which may take
-    a while.
-    """
+    """Whether a process of this host is there, not stopped, and not on its (long) way out."""
     try:
         state, *more = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         status = Path(f"/proc/{pid}/status").read_text()
@@ -421,9 +409,7 @@ def _runs(pid: int) -> bool:
 
 
 def _main_thread_at() -> str:
-    """``at collectives.py:27 send_rows``: this program's innermost frame of the main thread, or
-    else the innermost.
-    """
+    """``at collectives.py:27 send_rows``: the main thread's innermost frame, ours if any."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     own = found = frame
     while own is not None and not own.f_code.co_filename.startswith(str(Path(__file__).parents[1])):
