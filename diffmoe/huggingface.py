@@ -229,6 +229,7 @@ def _recipe(config: Config, step: int, weights: str) -> list[tuple[str, object]]
     train, flow = config.train, config.diffusion
     process: str = flow.process
     if process == "flow":
+        process += ", predicts x" if flow.prediction == "x" else ""
         process += f", {flow.time_sampling.replace('_', '-')} times"
         if flow.time_shift != 1:
             process += f" shifted by {flow.time_shift:g}"

@@ -194,6 +194,10 @@ class DiffusionConfig:
 
     Attributes:
         process: Rectified flow, or ADM's 1000 linear steps with learned range.
+        prediction: For the flow: what the network predicts, the velocity or `x`, the clean sample,
+            from which loss and samplers make the velocity, 1 - t no less than 0.05 (JiT, Li & He
+            2025, arXiv 2511.13720: on large patches of pixels others fail, and this comes to FID
+            1.82).
         time_scale: For the flow: multiplies t in [0, 1] before the embedding (published: 1).
         time_sampling: For the flow: how training draws t.
         time_mean: Of the logit-normal.
@@ -209,6 +213,7 @@ class DiffusionConfig:
     """
 
     process: Literal["flow", "ddpm"] = "flow"
+    prediction: Literal["velocity", "x"] = "velocity"
     time_scale: float = 1.0
     time_sampling: Literal["uniform", "logit_normal"] = "uniform"
     time_mean: float = 0.0

@@ -19,6 +19,7 @@ RECIPES = {
     "muon": "train.optimizer=muon model.width=16 train.clip=0.1",
     "dispersive": "train.dispersive_weight=0.5",
     "direction": "train.direction_weight=1",
+    "x": "diffusion.prediction=x",
     "shift": "diffusion.time_shift=2",
     "time range": "diffusion.time_range=[0.25,1]",
     "logit-normal": "diffusion.time_sampling=logit_normal",
@@ -42,6 +43,10 @@ REFUSED = [
         for process in ("ddpm", "min-SNR")
         for one, field in (
             ("direction", "train.direction_weight"),
+            (
+                "x",
+                "diffusion.prediction (x) must be left alone for diffusion.process (ddpm), which",
+            ),
             ("shift", "diffusion.time_shift"),
             ("time range", "diffusion.time_range"),
             ("logit-normal", "diffusion.time_sampling"),

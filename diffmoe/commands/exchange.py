@@ -369,6 +369,11 @@ def _check_form(config: Config) -> None:
     otherwise.
     """
     _check_blocks(config.model)
+    if config.diffusion.prediction != "velocity":
+        raise UserError(
+            f"diffusion.prediction ({config.diffusion.prediction}) must be velocity for a research "
+            "checkpoint, whose code has no other; --format hf and --hf carry it"
+        )
     if config.diffusion.time_scale != 1:
         raise UserError(
             f"diffusion.time_scale ({config.diffusion.time_scale:g}) must be 1 for a research "
