@@ -788,6 +788,8 @@ def test_a_decoder_takes_out_what_the_training_data_put_in(
     ):
         decoder = decoding.open_decoder("vae", config, *arguments, CPU)
         assert (decoder.scale, decoder.shift) == wanted
+    note = decoding.vae_note(config, decoding.Decoder("vae", "", (0.5, 2.0), 0.0, abs), index)
+    assert note and note.endswith("latents have scale 0.5 to 2 by channel, shift 0")
 
 
 def test_card_names_everything_that_moves_the_score(tmp_path: Path) -> None:

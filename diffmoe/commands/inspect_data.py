@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffmoe.commands.common import Parser, add_device, one_process
+from diffmoe.data.values import numbers_of
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
     from diffmoe.data.vae import Vae
 
 # Options that go with --write-index: type and help.
-_MEANING = {
+_MEANING: dict[str, tuple[Any, str]] = {
     "kind": (str, "pixels, latents, or moments (mean, then --spread)"),
     "classes": (int, "number of classes"),
-    "scale": (float, "x = (value - mean) * scale"),
-    "mean": (float, "(default 0)"),
+    "scale": (numbers_of, "x = (value - mean) * scale; by channel: 0.5,0.25,…"),
+    "mean": (numbers_of, "(default 0)"),
     "spread": (str, "of moments, std or logvar (of its square)"),
 }
-_MEMBERS = {
+_MEMBERS: dict[str, tuple[Any, str]] = {
     "array": (str, "the array's member, by its ending: npy (default), latent.npy, npz:mean,std"),
     "flip_array": (str, "the flipped image's (default flip.npy, where the tars have it)"),
     "label": (str, "the label: cls (default), json:class_id, npz:label"),

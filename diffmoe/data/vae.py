@@ -7,14 +7,15 @@ A latent is model-ready as x = (z - shift) * scale, z drawn from the encoder's n
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe.data.values import Numbers, by_channel
 from diffmoe.errors import UserError
 from diffmoe.paths import check_hub_id
 
@@ -87,8 +88,8 @@ def load_vae(
             )
     if model.config.latents_mean is not None or model.config.latents_std is not None:
         raise UserError(
-            f"vae ({name}) normalises latents by channel (latents_mean); one scale and one shift "
-            "are supported"
+            f"vae ({name}) normalises latents by channel (latents_mean): take that out of its "
+            "config.json, and encode with --normalize channels"
         )
     # torch's own `to`: diffusers' would log a warning about modules to keep in fp32, of which
     # AutoencoderKL has none.
@@ -134,7 +135,7 @@ def encode_moments(vae: Vae, images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def decode_latents(vae: Vae, z: Tensor, scale: float, shift: float) -> Tensor:
+def decode_latents(vae: Vae, z: Tensor, scale: Numbers, shift: Numbers) -> Tensor:
     """Images of latents as the model samples them; one pass, so the caller chooses the batch.
 
     Args:
@@ -145,16 +146,20 @@ def decode_latents(vae: Vae, z: Tensor, scale: float, shift: float) -> Tensor:
         uint8 [B, C, h * factor, w * factor] on the CPU, rounded to the nearest of 256 levels.
 
     Raises:
-        UserError: channels that are not the VAE's, a scale or shift that cannot be undone, or
-            values that are not finite.
+        UserError: channels that are not the VAE's, or not as many as scale or shift, which cannot
+            be undone, or values that are not finite.
     """
     if z.dim() != 4 or z.shape[1] != vae.latent_channels:
         raise UserError(
             f"latents {tuple(z.shape)} must be [B, {vae.latent_channels}, h, w] for vae {vae.name}"
         )
-    if not (math.isfinite(scale) and math.isfinite(shift) and scale != 0):
+    if not (np.isfinite(np.append(scale, shift)).all() and np.all(scale)):
         raise UserError(f"scale ({scale}) and shift ({shift}) must be finite, scale not 0")
-    latents = z.to(vae.device).float() / scale + shift
+    factor, addend = (
+        torch.from_numpy(by_channel(n, z.shape[1])).to(vae.device) if isinstance(n, tuple) else n
+        for n in (scale, shift)
+    )
+    latents = z.to(vae.device).float() / factor + addend
     x = vae.model.decode(latents.to(vae.model.dtype)).sample.float()
     bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()) if len(x) else 0
     if bad:
