@@ -53,7 +53,7 @@ class ModelConfig:
         family: Dense DiT, token choice, expert choice inside a sample, DiffMoE, Expert Race, or
             ProMoE's prototypes; see diffmoe/families.py.
         input_size: Height and width of the input, in latent pixels.
-        channels: Of the input: 4 latents, 1 or 3 pixels.
+        channels: Of the input: 1 or 3 are pixels, others latents.
         patch: Side of the square of latent pixels that becomes a token.
         width: Of a token.
         depth: Blocks.

@@ -491,7 +491,9 @@ def test_channels_are_normalized_by_what_was_measured(
             request(out, normalize="channels", **changes)
 
 
-def test_tars_of_others_have_numbers_by_channel(tmp_path: Path) -> None:
+def test_tars_of_others_have_numbers_by_channel(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     generator = np.random.default_rng(0)
     samples = [
         (f"{i}", generator.normal((8, -3), (4, 0.5), (5, 5, 2)).transpose(2, 0, 1).copy(), 0)
@@ -511,6 +513,11 @@ def test_tars_of_others_have_numbers_by_channel(tmp_path: Path) -> None:
             inspect_main([*asked, "--scale", scale, "--mean", mean], detect({}))
     assert inspect_main([*asked, "--scale", "0.25,2", "--mean=8,-3"], detect({})) == 0
     assert load_index(tmp_path) == index
+    # What it prints are the options.
+    said = capsys.readouterr().out.split("by channel --scale ")[1].split("\n")[0]
+    scale, mean = said.split(" --mean=")
+    assert np.fromstring(scale, sep=",") == pytest.approx([0.25, 2], rel=0.05)
+    assert np.fromstring(mean, sep=",") == pytest.approx([8, -3], rel=0.05)
     with pytest.raises(UserError, match="by channel go with latents and moments, not pixels"):
         ShardMeta("pixels", 1, scale=(1.0, 2.0))
 
@@ -554,6 +561,9 @@ def test_bad_autoencoders(tmp_path: Path) -> None:
         (copy / "vae/config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message):
             load_vae(copy)
+    torch.jit.script(torch.nn.Identity()).save(copy / "decoder.pt")
+    with pytest.raises(UserError, match="is a decoder alone; for latents made elsewhere"):
+        run(Request(str(photographs()), tmp_path / "out", SIZE, vae=str(copy / "decoder.pt")))
     weights = next((copy / "vae").glob("*.safetensors"))
     torch.save({}, weights.with_suffix(".bin"))
     weights.unlink()

@@ -104,7 +104,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     capacity = "experts per token of the guide 'capacity' (default: sample.guide_capacity)"
     add("--guide-capacity", type=float, help=capacity)
     add("--seed", type=int, help="seed of noise and random classes (default: run.seed)")
-    add("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
+    add(
+        "--vae", help="what decodes latents: an AutoencoderKL (folder, hub id), or TorchScript file"
+    )
     for name in ("--latent-scale", "--latent-shift"):
         add(name, type=numbers_of, help="(default: the training data's, else the VAE's own)")
     fp32 = "of a GPU's fp32 matmuls (default: that of the run)"

@@ -146,6 +146,10 @@ def _print_found(index: ShardIndex, found: Inspection, cache: Cache) -> None:
     pairs = zip(found.channel_mean, found.channel_std)
     channels = ", ".join(f"{m:.4f} ± {s:.4f}" for m, s in pairs)
     print(f"channels {channels}, over {found.samples} samples")
+    if index.meta.kind != "pixels":
+        scales = [1 / std if std else 1.0 for std in found.channel_std]
+        scale, mean = (",".join(f"{n:.6g}" for n in x) for x in (scales, found.channel_mean))
+        print(f"by channel --scale {scale} --mean={mean}")
     if index.encoding and is_shuffled(index):
         print(f"order    shuffled when encoded, seed {index.encoding.shuffled}")
     else:

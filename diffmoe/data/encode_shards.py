@@ -113,6 +113,11 @@ def _load_vae(request: Request, device: torch.device) -> Vae | None:
         torch.set_num_threads(1)  # sums depend on the number of threads: more cores, more ranks
     dtype = torch.bfloat16 if request.precision == "bf16" else torch.float32
     vae = load_vae(request.vae, device=device, dtype=dtype)
+    if vae.factor == 0:
+        raise UserError(
+            f"vae ({vae.name}) is a decoder alone; for latents made elsewhere: inspect-data "
+            "--write-index"
+        )
     if request.image_size % vae.factor:
         raise UserError(
             f"image_size ({request.image_size}) must be divisible by {vae.factor}, the pixels a "

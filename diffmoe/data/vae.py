@@ -1,5 +1,5 @@
 """The autoencoder between images and latents: a diffusers `AutoencoderKL`, as encoding and
-evaluation use it.
+evaluation use it, or in evaluation any decoder as a TorchScript file.
 
 A latent is model-ready as x = (z - shift) * scale, z drawn from the encoder's normal distribution.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from diffmoe.data.values import Numbers, by_channel
 from diffmoe.errors import UserError
+from diffmoe.files import sha256
 from diffmoe.paths import check_hub_id
 
 
 @dataclass(frozen=True)
 class Vae:
     """An `AutoencoderKL` with what its configuration says. `name` is what `load_vae` was given;
-    `factor` pixels a latent.
+    `factor` pixels a latent. A decoder alone says nothing: `latent_channels` and `factor` are 0.
 
     `sha256` is of the weights as fp32 tensors, whatever file they came from.
     """
@@ -49,16 +51,18 @@ def load_vae(
     dtype: torch.dtype = torch.float32,
 ) -> Vae:
     """Load an `AutoencoderKL` from a folder (its own, or a pipeline's with `vae/`) or from the hub
-    by `owner/name`.
+    by `owner/name`; or a decoder from a TorchScript file, which runs in fp32.
 
     Only safetensors are read, never pickles. A folder is never looked up on the hub.
 
     Raises:
         UserError: no such folder or hub id, another kind of model, weights that do not fit or are
-            not finite, or latents normalised by channel, which one scale and one shift cannot
-            express.
+            not finite, or latents normalised by channel in its configuration, which is not read.
     """
     name, folder = str(path), Path(path)
+    if folder.is_file():
+        decoder = _ScriptedDecoder(folder, device)
+        return Vae(decoder, name, sha256(folder), 3, 0, 0, scale=1.0, shift=0.0)
     local = folder.is_dir()
     if not local:
         check_hub_id(name, "vae")
@@ -108,6 +112,44 @@ def load_vae(
     )
 
 
+class _ScriptedDecoder:
+    """A TorchScript file as far as `decode_latents` knows an `AutoencoderKL`."""
+
+    dtype = torch.float32
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path, self.device = path, device
+        try:
+            self.module = torch.jit.load(str(path), map_location=device).eval()
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            raise UserError(f"vae ({path}) is not a TorchScript file: {said}") from None
+
+    def to(self, device: torch.device) -> None:
+        self.device = torch.device(device)
+        self.module.to(device)
+
+    def decode(self, z: Tensor) -> SimpleNamespace:
+        try:
+            x = self.module(z)
+        except RuntimeError as error:
+            said = str(error).strip().splitlines()[-1]
+            raise UserError(
+                f"vae ({self.path}) fails on latents {tuple(z.shape)}: {said}"
+            ) from None
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[:2] != (len(z), 3):
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise UserError(
+                f"vae ({self.path}) must return images [{len(z)}, 3, H, W], not {shape}"
+            )
+        return SimpleNamespace(sample=x)
+
+    def save_pretrained(self, folder: Path) -> None:
+        raise UserError(
+            f"vae ({self.path}) is a program, which no folder of a model holds: leave it"
+        )
+
+
 def _weights_sha256(model: torch.nn.Module, name: str) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
@@ -149,7 +191,7 @@ def decode_latents(vae: Vae, z: Tensor, scale: Numbers, shift: Numbers) -> Tenso
         UserError: channels that are not the VAE's, or not as many as scale or shift, which cannot
             be undone, or values that are not finite.
     """
-    if z.dim() != 4 or z.shape[1] != vae.latent_channels:
+    if z.dim() != 4 or vae.latent_channels not in (0, z.shape[1]):
         raise UserError(
             f"latents {tuple(z.shape)} must be [B, {vae.latent_channels}, h, w] for vae {vae.name}"
         )

@@ -92,7 +92,7 @@ def open_decoder(
     shift: Numbers | None,
     device: torch.device,
 ) -> Decoder:
-    """The diffusers autoencoder at `path` as decoder of the run's latents.
+    """The diffusers autoencoder, or TorchScript decoder, at `path` as decoder of the run's latents.
 
     Where `scale` and `shift` are None they are those of the training data whose `index` this is,
     else the VAE's own.
@@ -119,7 +119,7 @@ def open_vae(path: str | Path, config: Config, device: torch.device) -> Vae:
             f"model.channels ({channels}) are pixels: there is nothing for vae {path} to decode"
         )
     vae = load_vae(path, device=device)
-    if vae.latent_channels != channels:
+    if vae.latent_channels not in (0, channels):
         raise UserError(
             f"vae {path} has {vae.latent_channels} latent channels, model.channels is {channels}"
         )
