@@ -182,6 +182,8 @@ def _diffusion(config: Config) -> Rules:
     yield "diffusion.time_range", good, words
     words = f"must be none {process}: it is defined for the prediction of noise"
     yield "diffusion.loss_weight", not flow or diffusion.loss_weight == "none", words
+    words = f"must be left alone {process}, which predicts the noise"
+    yield "diffusion.prediction", flow or diffusion.prediction == "velocity", words
     if config.train.direction_weight:
         words = f"must be 0 {process}, which predicts no velocity"
         yield "train.direction_weight", flow, words

@@ -19,6 +19,7 @@ from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, override
 from diffmoe.data.sources import runs_a_program
 from diffmoe.data.vae import Vae
+from diffmoe.data.values import Numbers
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import Card, read_card
 from diffmoe.evaluation.decoding import checkpoint_data
@@ -92,7 +93,7 @@ def write_folder(
     return files
 
 
-def _latents(config: Config) -> tuple[float, float] | None:
+def _latents(config: Config) -> tuple[Numbers, Numbers] | None:
     """Scale and shift of the training data, where they are latents and their index is here."""
     if config.model.channels in (1, 3) or runs_a_program(config.data.index or config.data.shards):
         return None
@@ -229,6 +230,7 @@ def _recipe(config: Config, step: int, weights: str) -> list[tuple[str, object]]
     train, flow = config.train, config.diffusion
     process: str = flow.process
     if process == "flow":
+        process += ", predicts x" if flow.prediction == "x" else ""
         process += f", {flow.time_sampling.replace('_', '-')} times"
         if flow.time_shift != 1:
             process += f" shifted by {flow.time_shift:g}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffmoe.config import Config, check_guidance, config_from_tree, config_to_tree, validate
 from diffmoe.data.vae import Vae, decode_latents
+from diffmoe.data.values import Numbers, numbers_of
 from diffmoe.diffusion.guidance import open_others
 from diffmoe.errors import UserError
 from diffmoe.evaluation.capacity_report import CapacityMeter, CapacityUsed
@@ -76,7 +77,7 @@ class DiffMoEPipeline:
         *,
         weights: str | None = None,
         vae: str | Path | None = None,
-        latents: tuple[float, float] | None = None,
+        latents: tuple[Numbers, Numbers] | None = None,
         revision: str | None = None,
         torch_dtype: torch.dtype = torch.float32,
     ) -> DiffMoEPipeline:
@@ -115,7 +116,7 @@ class DiffMoEPipeline:
         return self._pretrained.class_names
 
     @property
-    def latents(self) -> tuple[float, float] | None:
+    def latents(self) -> tuple[Numbers, Numbers] | None:
         """Scale and shift of latents (``x = (z - shift) * scale``), where they are known."""
         return self._pretrained.latents
 
@@ -155,7 +156,7 @@ class DiffMoEPipeline:
         num_images: int | None = None,
         *,
         guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] | None = None,
+        guidance_interval: tuple[Numbers, Numbers] | None = None,
         guide: str | None = None,
         guide_capacity: float | None = None,
         num_inference_steps: int | None = None,
@@ -308,9 +309,9 @@ class DiffMoEPipeline:
         return str(commit)
 
 
-def _two_numbers(latents: Any) -> tuple[float, float]:
+def _two_numbers(latents: Any) -> tuple[Numbers, Numbers]:
     try:
         scale, shift = latents
-        return float(scale), float(shift)
+        return numbers_of(scale), numbers_of(shift)
     except (TypeError, ValueError):
         raise UserError(f"latents ({latents!r}) must be two numbers, scale and shift") from None

@@ -358,10 +358,10 @@ def fed_to(path):
 
     original, digests = step.flow_loss, []
 
-    def flow_loss(model, x, noise, t, y, rule):
+    def flow_loss(model, x, noise, t, y, rule, predicts):
         parts = [value.numpy().tobytes() for value in (x, noise, t, y)]
         digests.append([hashlib.sha256(part).hexdigest() for part in parts])
-        return original(model, x, noise, t, y, rule)
+        return original(model, x, noise, t, y, rule, predicts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "flow_loss", flow_loss)

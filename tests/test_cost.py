@@ -93,6 +93,8 @@ def worlds():
             "model.heads=2",
             "model.learn_sigma=false",
         ],
+        ["model.patch=1", "model.channels=32", "diffusion.prediction=x"],
+        ["model.patch=1", "model.channels=768", "model.learn_sigma=false"],
     ],
 )
 @pytest.mark.parametrize("ep", [1, 4])

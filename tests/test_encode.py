@@ -443,6 +443,85 @@ def test_a_scale_that_does_not_fit_the_latents_is_refused_early(tmp_path: Path) 
     assert inspect_main([str(index.folder), "--grid", str(tmp_path / "grid.png")], detect({})) == 1
 
 
+def by_formula(index: ShardIndex) -> np.ndarray:
+    """What training reads, from the latents as they are drawn from the moments."""
+    plain = dataclasses.replace(index, meta=dataclasses.replace(index.meta, scale=1.0, mean=0.0))
+    z = ShardReader(plain, seed=0).read(range(29))[0].astype(np.float64)
+    mean, std = (np.array(n).reshape(4, 1, 1) for n in (index.meta.mean, index.meta.scale))
+    return (z - mean) * std
+
+
+def test_channels_are_normalized_by_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:  # killed where all but the index is written
+        patch.setattr("diffmoe.data.encode_shards._finish", None)
+        with pytest.raises(TypeError):
+            run(request(out, normalize="channels"))
+    with pytest.raises(UserError, match="was begun with --normalize channels: so resume it"):
+        run(request(out))
+    index = run(request(out, normalize="channels"))
+    made = index.encoding
+    assert made.channel_mean == encoded().encoding.channel_mean and index.meta.by_channel
+    assert index.meta.mean == made.channel_mean
+    assert index.meta.scale == tuple(1 / std for std in made.channel_std)
+    assert load_index(out) == index == run(request(out, normalize="channels"))
+    x = ShardReader(index, seed=0).read(range(29))[0]
+    np.testing.assert_allclose(x, by_formula(index), atol=1e-5)
+    assert np.abs(x.mean((0, 2, 3))).max() < 0.1 and np.abs(x.std((0, 2, 3)) - 1).max() < 0.1
+    # Decoding inverts it.
+    vae, numbers = load_vae(vae_folder()), (index.meta.scale, index.meta.mean)
+    z = torch.tensor(x / np.reshape(numbers[0], (4, 1, 1)) + np.reshape(numbers[1], (4, 1, 1)))
+    shown, expected = decode_latents(vae, torch.tensor(x), *numbers), decode_latents(vae, z, 1, 0)
+    assert (shown.int() - expected.int()).abs().max() <= 1
+    assert inspect_main([str(out), "--grid", str(tmp_path / "grid.png")], detect({})) == 0
+    # Held-out images take the training data's numbers.
+    other = run(request(tmp_path / "other", normalize=str(out), image_size=8))
+    assert (other.meta.scale, other.meta.mean) == numbers != (1, other.encoding.channel_mean)
+    few = dataclasses.replace(index.meta, scale=(1.0, 2.0), mean=0.0)
+    write_index(dataclasses.replace(other, meta=few))
+    with pytest.raises(UserError, match="2 numbers by channel do not fit 4 channels"):
+        run(request(tmp_path / "third", normalize=str(other.folder)))
+    for changes, message in (
+        ({"scale": 0.5}, r"scale \(0.5\) goes without normalize \(channels\)"),
+        ({"vae": False}, r"normalize \(channels\) goes with vae"),
+    ):
+        with pytest.raises(UserError, match=message):
+            request(out, normalize="channels", **changes)
+
+
+def test_tars_of_others_have_numbers_by_channel(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    generator = np.random.default_rng(0)
+    samples = [
+        (f"{i}", generator.normal((8, -3), (4, 0.5), (5, 5, 2)).transpose(2, 0, 1).copy(), 0)
+        for i in range(100)
+    ]
+    meta = ShardMeta("latents", 1, scale=(0.25, 2.0), mean=(8.0, -3.0))
+    index = write_shards(samples, tmp_path, samples_per_shard=50, meta=meta)
+    (tmp_path / "index.json").unlink()
+    asked = [str(tmp_path), "--write-index", "--kind", "latents", "--classes", "1"]
+    asked += ["--grid", str(tmp_path / "grid.png")]
+    for scale, mean, message in (
+        ("1,1,1", "0", "3 numbers by channel do not fit 2 channels"),
+        ("0.25,2", "0,300", "latents have deviation 3.*by channel.* where models take about 1"),
+        ("0.25,0", "0", "must be finite, scale not 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            inspect_main([*asked, "--scale", scale, "--mean", mean], detect({}))
+    assert inspect_main([*asked, "--scale", "0.25,2", "--mean=8,-3"], detect({})) == 0
+    assert load_index(tmp_path) == index
+    # What it prints are the options.
+    said = capsys.readouterr().out.split("by channel --scale ")[1].split("\n")[0]
+    scale, mean = said.split(" --mean=")
+    assert np.fromstring(scale, sep=",") == pytest.approx([0.25, 2], rel=0.05)
+    assert np.fromstring(mean, sep=",") == pytest.approx([8, -3], rel=0.05)
+    with pytest.raises(UserError, match="by channel go with latents and moments, not pixels"):
+        ShardMeta("pixels", 1, scale=(1.0, 2.0))
+
+
 def test_bf16_storage_is_the_rounded_moments(tmp_path: Path) -> None:
     index = run(request(tmp_path, storage="bfloat16"))
     assert (
@@ -482,6 +561,9 @@ def test_bad_autoencoders(tmp_path: Path) -> None:
         (copy / "vae/config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message):
             load_vae(copy)
+    torch.jit.script(torch.nn.Identity()).save(copy / "decoder.pt")
+    with pytest.raises(UserError, match="is a decoder alone; for latents made elsewhere"):
+        run(Request(str(photographs()), tmp_path / "out", SIZE, vae=str(copy / "decoder.pt")))
     weights = next((copy / "vae").glob("*.safetensors"))
     torch.save({}, weights.with_suffix(".bin"))
     weights.unlink()

@@ -59,6 +59,7 @@ from diffmoe.evaluation.scores import (
     split_numbers,
     split_totals,
 )
+from diffmoe.files import sha256
 from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT
 from diffmoe.models.logical import initialize, logical_tensors, weights_digest
@@ -788,6 +789,42 @@ def test_a_decoder_takes_out_what_the_training_data_put_in(
     ):
         decoder = decoding.open_decoder("vae", config, *arguments, CPU)
         assert (decoder.scale, decoder.shift) == wanted
+    note = decoding.vae_note(config, decoding.Decoder("vae", "", (0.5, 2.0), 0.0, abs), index)
+    assert note and note.endswith("latents have scale 0.5 to 2 by channel, shift 0")
+
+
+class Grey(torch.nn.Module):
+    """Decodes 768 channels: their mean, at twice the size; of small images what is no image."""
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.interpolate(z.view(-1, 768, z.shape[2], z.shape[3]), (8, 8))
+        return x.mean(1, keepdim=True).expand(-1, 3 if z.shape[2] > 2 else 2, -1, -1)
+
+
+def test_any_decoder_as_a_torchscript_file(tmp_path: Path) -> None:
+    """Of latents with 768 channels, normalized by channel."""
+    path, (_, config) = str(tmp_path / "decoder.pt"), setting()
+    torch.jit.script(Grey()).save(path)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=768))
+    std, mean = np.linspace(0.1, 4, 768), np.linspace(-1, 1, 768)
+    numbers = tuple(1 / std), tuple(mean)
+    decoder = decoding.open_decoder(path, config, None, *numbers, CPU)
+    z = torch.from_numpy(np.random.default_rng(0).normal(0, 0.1, (2, 768, 4, 4)))
+    x = ((z.numpy() - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)).astype(np.float32)
+    expected = to_uint8(Grey()(z.float()))
+    assert (decoder.function(torch.from_numpy(x)).int() - expected.int()).abs().max() <= 1
+    assert (decoder.sha256, decoder.scale) == (sha256(path), numbers[0])
+    for latents, message in (
+        (torch.zeros(2, 768, 2, 2), r"must return images \[2, 3, H, W\], not \(2, 2, 8, 8\)"),
+        (torch.zeros(1, 4, 4, 4), r"fails on latents \(1, 4, 4, 4\): .*shape"),
+    ):
+        with pytest.raises(UserError, match=message):
+            decoding.open_decoder(path, config, None, 1.0, 0.0, CPU).function(latents)
+    with pytest.raises(UserError, match="is a program, which no folder of a model holds"):
+        decoding.open_vae(path, config, CPU).model.save_pretrained(tmp_path)
+    (tmp_path / "text.pt").write_text("no network")
+    with pytest.raises(UserError, match="text.pt. is not a TorchScript file: "):
+        decoding.open_vae(tmp_path / "text.pt", config, CPU)
 
 
 def test_card_names_everything_that_moves_the_score(tmp_path: Path) -> None:

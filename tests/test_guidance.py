@@ -278,6 +278,7 @@ def test_other_weights_by_their_place(tmp_path):
         (f"{KEPT}@ema:0.5", (), "ema:0.5"),
         (f"{KEPT}@length:0.1", (), "has no averages of train.ema_lengths"),
         (str(KEPT), ("model.classes=7",), "its model.classes (10) is not the model's (7)"),
+        (str(KEPT), ("diffusion.prediction=x",), "its diffusion.prediction (velocity) is not the"),
         (str(KEPT), ("model.learn_sigma=true", *DDPM), "for diffusion.process (flow)"),
     ):
         with pytest.raises(UserError) as caught:

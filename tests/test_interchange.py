@@ -253,6 +253,8 @@ def test_times_must_be_those_of_the_research_code(tmp_path):
     )
     arguments = ("--research", tmp_path / "in.pt", "--config", config)
     assert message in refusal(exchange.import_main, *arguments, "diffusion.time_scale=1000")
+    velocity = "diffusion.prediction (x) must be velocity for a research checkpoint"
+    assert velocity in refusal(exchange.import_main, *arguments, "diffusion.prediction=x")
     call(
         exchange.import_main,
         "--dense",

@@ -5,12 +5,14 @@ the parity table.
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffmoe.config import load_config
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
+from diffmoe.diffusion.rectified_flow import flow_loss, guided_velocity
 from diffmoe.diffusion.sampling import euler, heun
 from diffmoe.diffusion.times import shifted
 from diffmoe.models.dit import ModelOutput, dispersive_loss
@@ -116,6 +118,58 @@ def test_direction_is_the_cosine_over_channels():
     expected = 1 - sum(cosines) / len(cosines)
     assert direction_loss(prediction, velocity).item() == pytest.approx(expected, rel=1e-12)
     assert direction_loss(3 * velocity, velocity).item() == pytest.approx(0, abs=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------
+# prediction of x
+
+
+class Constant(SimpleNamespace):
+    """Predicts ``x`` [B, 2 C, H, W] of any class, and three times it of the null class, 7."""
+
+    model = SimpleNamespace(classes=7)
+
+    def __call__(self, z, t, y, rule):
+        return ModelOutput(self.x * torch.where(y == 7, 3, 1).view(-1, 1, 1, 1), ())
+
+
+def test_the_loss_of_a_predicted_x_is_the_velocitys():
+    """At the last two times the clip holds in both velocities, so the right x still costs 0."""
+    x, noise, t = draw(4, 2, 3, 3), draw(4, 2, 3, 3, seed=1), torch.tensor([0, 0.5, 0.97, 1])
+    prediction = draw(4, 4, 3, 3, seed=2).requires_grad_()
+    given = x, noise, t.double(), torch.zeros(4)
+    loss, _ = flow_loss(Constant(x=prediction), *given, RoutingRule(), "x")
+    (gradient,) = torch.autograd.grad(loss, prediction)
+    total = 0.0
+    for i, time in enumerate(t.tolist()):
+        for p, clean, e in zip(*(v[i, :2].flatten().tolist() for v in (prediction, x, noise))):
+            z = time * clean + (1 - time) * e
+            left = 1 - time if time < 0.95 else 0.05
+            total += ((p - z) / left - (clean - z) / left) ** 2
+            if time < 0.95:
+                assert (clean - z) / left == pytest.approx(clean - e)
+    assert loss.item() == pytest.approx(total / 72, rel=1e-6)
+    left = torch.tensor([1, 0.5, 0.05, 0.05], dtype=torch.float64).view(-1, 1, 1, 1)
+    torch.testing.assert_close(gradient[:, :2], 2 * (prediction[:, :2] - x) / left**2 / 72)
+    assert gradient[:, 2:].abs().max() == 0
+    assert flow_loss(Constant(x=x), *given, RoutingRule(), "x")[0] == 0
+
+
+def test_samplers_go_to_the_predicted_x():
+    """dz/dt = (x - z) / (1 - t): the distance falls in proportion to 1 - t, which one step of the
+    clip's length ends, and two halve twice.
+    """
+    z, x = draw(3, 2, 2, 2), draw(3, 4, 2, 2, seed=1)
+    y, rule = torch.tensor([0, 1, 2]), RoutingRule()
+    for cfg, steps, sampler, left in (
+        (1, 20, euler, 0),
+        (2.5, 20, euler, 0),
+        (1, 40, euler, 0.05 / 4),
+        (1, 20, heun, 0.05 / 2),
+    ):
+        field = guided_velocity(Constant(x=x), y, cfg, rule, predicts="x")
+        goal = x[:, :2] * (3 + cfg * (1 - 3))
+        torch.testing.assert_close(sampler(field, z, steps), goal + left * (z - goal))
 
 
 # --------------------------------------------------------------------------------------------------

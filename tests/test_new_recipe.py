@@ -257,6 +257,7 @@ def test_other_data_are_a_new_recipe():
         "moe.activation=swiglu",
         "moe.capacity=2",
         "diffusion.time_scale=1000",
+        "diffusion.prediction=x",
         "model.qk_norm=true",
         "model.positions=rope",
         "model.norm=rms",

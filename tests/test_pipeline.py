@@ -3,6 +3,7 @@ line makes.
 """
 
 import copy
+import dataclasses
 import json
 import pickle
 import shutil
@@ -278,6 +279,14 @@ def test_latents_are_decoded(tmp_path, vae_folder):
     }
     whole = DiffMoEPipeline.from_pretrained(tmp_path / "whole")
     assert whole.latents == (2.0, 0.0) and np.array_equal(whole(**CALL).arrays, pipe(**CALL).arrays)
+    numbers = (1.0, 2.0, 3.0, 4.0), (0.0, 0.5, 0.0, 1.0)
+    write_folder(dataclasses.replace(made(channels=4), latents=numbers), tmp_path / "channels")
+    each = DiffMoEPipeline.from_pretrained(tmp_path / "channels", vae=vae_folder)
+    assert each.latents == numbers
+    z = out.samples / torch.tensor(numbers[0]).view(-1, 1, 1)
+    z = z + torch.tensor(numbers[1]).view(-1, 1, 1)
+    decoded = to_uint8(each.vae.model.decode(z).sample).permute(0, 2, 3, 1)
+    assert (torch.from_numpy(each(**CALL).arrays).int() - decoded.int()).abs().max() <= 1
     with pytest.raises(UserError, match=r"model.channels \(1\) are pixels"):
         DiffMoEPipeline.from_pretrained(KEPT, vae=vae_folder)
     write_folder(made(channels=16), tmp_path / "wide")

@@ -20,6 +20,7 @@ RECIPES = {
     "dispersive": "train.dispersive_weight=0.5",
     "repa": "train.repa_weight=0.5 train.repa_width=12 train.repa_hidden=24",
     "direction": "train.direction_weight=1",
+    "x": "diffusion.prediction=x",
     "shift": "diffusion.time_shift=2",
     "time range": "diffusion.time_range=[0.25,1]",
     "logit-normal": "diffusion.time_sampling=logit_normal",
@@ -43,6 +44,10 @@ REFUSED = [
         for process in ("ddpm", "min-SNR")
         for one, field in (
             ("direction", "train.direction_weight"),
+            (
+                "x",
+                "diffusion.prediction (x) must be left alone for diffusion.process (ddpm), which",
+            ),
             ("shift", "diffusion.time_shift"),
             ("time range", "diffusion.time_range"),
             ("logit-normal", "diffusion.time_sampling"),

@@ -88,6 +88,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """What subcommands that sample a checkpoint have in common; see `sampling_config` and
     `sampling_model`.
     """
+    from diffmoe.data.values import numbers_of
+
     add = parser.add_argument
     weights = (
         "ema (default; the first of train.ema), ema:0.999 (by its decay), length:0.07 (any that "
@@ -102,9 +104,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     capacity = "experts per token of the guide 'capacity' (default: sample.guide_capacity)"
     add("--guide-capacity", type=float, help=capacity)
     add("--seed", type=int, help="seed of noise and random classes (default: run.seed)")
-    add("--vae", help="AutoencoderKL that decodes latents: a folder, or the hub's owner/name")
+    add(
+        "--vae", help="what decodes latents: an AutoencoderKL (folder, hub id), or TorchScript file"
+    )
     for name in ("--latent-scale", "--latent-shift"):
-        add(name, type=float, help="(default: the training data's, else the VAE's own)")
+        add(name, type=numbers_of, help="(default: the training data's, else the VAE's own)")
     fp32 = "of a GPU's fp32 matmuls (default: that of the run)"
     add("--fp32-precision", choices=("ieee", "tf32"), help=fp32)
     compiled = "torch.compile the model; auto: on a GPU (default: train.compile of the run)"

@@ -43,6 +43,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     )
     add("--scale", type=float, help="x = (z - shift) * scale (default: the VAE's scaling_factor)")
     add("--shift", type=float, help="(default: the VAE's shift_factor)")
+    about = "x = (z - mean) / deviation, of each channel: `channels`, as measured; or a data set's"
+    add("--normalize", default="", metavar="channels | DATA", help=about)
     about = "TorchScript network whose features of each image are written, for train.repa_weight"
     add("--features", type=Path, metavar="FILE", help=about)
     add("--batch", type=int, default=32, help="images that pass a network together")

@@ -363,6 +363,11 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
 def _check_form(config: Config) -> None:
     """The research code has DiT's blocks, t as it is, and no place to say otherwise."""
     _check_blocks(config.model)
+    if config.diffusion.prediction != "velocity":
+        raise UserError(
+            f"diffusion.prediction ({config.diffusion.prediction}) must be velocity for a research "
+            "checkpoint, whose code has no other; --format hf and --hf carry it"
+        )
     if config.diffusion.time_scale != 1:
         raise UserError(
             f"diffusion.time_scale ({config.diffusion.time_scale:g}) must be 1 for a research "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffmoe.commands.common import Parser, add_device, one_process
+from diffmoe.data.values import numbers_of
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
     from diffmoe.data.vae import Vae
 
 # Options that go with --write-index: type and help.
-_MEANING = {
+_MEANING: dict[str, tuple[Any, str]] = {
     "kind": (str, "pixels, latents, or moments (mean, then --spread)"),
     "classes": (int, "number of classes"),
-    "scale": (float, "x = (value - mean) * scale"),
-    "mean": (float, "(default 0)"),
+    "scale": (numbers_of, "x = (value - mean) * scale; by channel: 0.5,0.25,…"),
+    "mean": (numbers_of, "(default 0)"),
     "spread": (str, "of moments, std or logvar (of its square)"),
 }
-_MEMBERS = {
+_MEMBERS: dict[str, tuple[Any, str]] = {
     "array": (str, "the array's member, by its ending: npy (default), latent.npy, npz:mean,std"),
     "flip_array": (str, "the flipped image's (default flip.npy, where the tars have it)"),
     "label": (str, "the label: cls (default), json:class_id, npz:label"),
@@ -147,6 +148,10 @@ def _print_found(index: ShardIndex, found: Inspection, cache: Cache) -> None:
     pairs = zip(found.channel_mean, found.channel_std)
     channels = ", ".join(f"{m:.4f} ± {s:.4f}" for m, s in pairs)
     print(f"channels {channels}, over {found.samples} samples")
+    if index.meta.kind != "pixels":
+        scales = [1 / std if std else 1.0 for std in found.channel_std]
+        scale, mean = (",".join(f"{n:.6g}" for n in x) for x in (scales, found.channel_mean))
+        print(f"by channel --scale {scale} --mean={mean}")
     if index.encoding and is_shuffled(index):
         print(f"order    shuffled when encoded, seed {index.encoding.shuffled}")
     else:

@@ -27,6 +27,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     import torch
 
     from diffmoe.checkpoints.reader import Checkpoint
+    from diffmoe.data.values import described
     from diffmoe.device import set_fp32_precision
     from diffmoe.evaluation.capacity_report import CapacityMeter, write_report
     from diffmoe.evaluation.features import to_uint8
@@ -85,8 +86,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
             )
         if decoder is not None:
             print(
-                f"decoded by vae {decoder.name} from latents of scale {decoder.scale:g}, "
-                f"shift {decoder.shift:g}"
+                f"decoded by vae {decoder.name} from latents of scale {described(decoder.scale)}, "
+                f"shift {described(decoder.shift)}"
             )
         print(
             f"step {checkpoint.step}, {weights} weights, {sample.sampler} {sample.steps} steps, "

@@ -13,11 +13,13 @@ from diffmoe.data.encode_request import Request
 from diffmoe.data.image_source import Source, describe_changes
 from diffmoe.data.shards import INDEX_NAME, Encoding, ShardMeta, from_json, load_index
 from diffmoe.data.vae import Vae
+from diffmoe.data.values import Numbers, by_channel
 from diffmoe.errors import UserError
 from diffmoe.files import replacing
 from diffmoe.random_streams import Use, permutation
 
 STATE_NAME, _PLAN_NAME = ".encode", "plan.json"
+MEASURED: tuple[float, ...] = ()  # scale and mean by channel, before they are known
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class Plan:
                     f"order, as older versions wrote): {option} resumes there, another folder "
                     "begins anew"
                 )
+            if MEASURED in (mine, found) and name == "scale":
+                instead = "without" if mine == MEASURED else "with"
+                raise UserError(f"{where} was begun {instead} --normalize channels: so resume it")
             raise UserError(
                 f"{name} ({str(mine)[:80]}) is not that of {where} ({str(found)[:80]}): "
                 "same settings and source to resume there, or another folder"
@@ -110,12 +115,17 @@ def make_plan(request: Request, source: Source, vae: Vae | None, features_sha256
     )
     if vae is None:
         return Plan(ShardMeta("pixels", source.classes, scale=1 / 127.5, mean=127.5), encoding)
+    scale: Numbers = vae.scale if request.scale is None else request.scale
+    mean: Numbers = vae.shift if request.shift is None else request.shift
+    if request.normalize == "channels":
+        scale = mean = MEASURED
+    elif request.normalize:
+        theirs = load_index(request.normalize, check_files=False).meta
+        scale, mean = theirs.scale, theirs.mean
+        for numbers in (scale, mean):
+            by_channel(numbers, vae.latent_channels)  # UserError where they are another VAE's
     meta = ShardMeta(
-        "moments",
-        source.classes,
-        scale=vae.scale if request.scale is None else request.scale,
-        mean=vae.shift if request.shift is None else request.shift,
-        accept_values=request.accept_values,
+        "moments", source.classes, scale=scale, mean=mean, accept_values=request.accept_values
     )
     made_by = replace(encoding, vae=vae.name, vae_sha256=vae.sha256, precision=request.precision)
     return Plan(meta, replace(made_by, batch=request.batch, storage=request.storage))
@@ -145,7 +155,10 @@ def open_folder(folder: Path, plan: Plan, source: Source) -> dict[int, ShardReco
         if index.encoding is None:
             raise UserError(f"out ({folder}) holds a finished data set that encode did not make")
         made = replace(index.encoding, channel_mean=(), channel_std=(), skipped=())
-        _check_begun(plan, Plan(index.meta, made), source, folder)
+        meta = index.meta
+        if meta.by_channel and meta.mean == index.encoding.channel_mean:
+            meta = replace(meta, scale=MEASURED, mean=MEASURED)
+        _check_begun(plan, Plan(meta, made), source, folder)
         return None
     state.mkdir(parents=True, exist_ok=True)
     tars, indexes = folder.glob(".shard-*.tar.*"), folder.glob(f".{INDEX_NAME}.*")

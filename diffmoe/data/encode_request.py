@@ -18,9 +18,10 @@ STORAGES = {"fp16": "float16", "bf16": "bfloat16"}
 @dataclass(frozen=True)
 class Request:
     """What to encode and how. `vae` None means pixels; `scale`, `shift` None mean the VAE's own;
-    `shuffle_seed` None leaves the images in the listing's order; `first_class` is the label of
-    class 0 in tars; `features`: the file of a `patch_features` network, whose features of every
-    image are written, too.
+    `normalize`: "channels" has mean and deviation of each channel measured in their place, a data
+    set's place takes its numbers; `shuffle_seed` None leaves the images in the listing's order;
+    `first_class` is the label of class 0 in tars; `features`: the file of a `patch_features`
+    network, whose features of every image are written, too.
 
     Raises:
         UserError: a field out of its range, by name.
@@ -47,6 +48,7 @@ class Request:
     fp32_precision: str = "ieee"
     first_class: int = 0
     features: Path | None = None
+    normalize: str = ""
 
     def __post_init__(self) -> None:
         choices = {
@@ -68,11 +70,13 @@ class Request:
             raise UserError(f"bad_share ({self.bad_share}) must lie in [0, 1)")
         if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**64:
             raise UserError(f"shuffle_seed ({self.shuffle_seed}) must lie in [0, 2^64)")
-        for name in ("scale", "shift", "accept_values"):
+        for name in ("normalize", "scale", "shift", "accept_values"):
             value = getattr(self, name)
-            if value is not None and value is not False and self.vae is None:
+            if value not in (None, False, "") and self.vae is None:
                 raise UserError(f"{name} ({value}) goes with vae (None): pixels become [-1, 1]")
-            if value is not None and not math.isfinite(value):
+            if self.normalize and name in ("scale", "shift") and value is not None:
+                raise UserError(f"{name} ({value}) goes without normalize ({self.normalize})")
+            if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{name} ({value}) must be finite")
         if self.fp32_precision != "ieee" and self.vae is None:
             raise UserError(

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from diffmoe.data.encode_plan import (
+    MEASURED,
     STATE_NAME,
     Plan,
     ShardRecord,
@@ -118,6 +119,11 @@ def _load_vae(request: Request, device: torch.device) -> Vae | None:
         torch.set_num_threads(1)  # sums depend on the number of threads: more cores, more ranks
     dtype = torch.bfloat16 if request.precision == "bf16" else torch.float32
     vae = load_vae(request.vae, device=device, dtype=dtype)
+    if vae.factor == 0:
+        raise UserError(
+            f"vae ({vae.name}) is a decoder alone; for latents made elsewhere: inspect-data "
+            "--write-index"
+        )
     if request.image_size % vae.factor:
         raise UserError(
             f"image_size ({request.image_size}) must be divisible by {vae.factor}, the pixels a "
@@ -233,7 +239,9 @@ class _Encoder:
         """After the first shards, not after days: latents that `scale` does not bring near the size
         that models take.
         """
-        if self.vae is None or sum(r.count for r in self.records.values()) < ENOUGH_ARRAYS:
+        if self.vae is None or self.plan.meta.by_channel:
+            return
+        if sum(r.count for r in self.records.values()) < ENOUGH_ARRAYS:
             return
         mean, std = self._statistics()
         std_of_all = float(np.sqrt(np.mean(np.square(std)) + np.var(mean)))
@@ -315,6 +323,11 @@ class _Encoder:
         """The index of all shards."""
         ordered = [self.records[number] for number in range(self.plan.shards)]
         mean, std = self._statistics()
+        meta = self.plan.meta
+        if meta.scale == MEASURED:  # what does not vary stays at 0
+            least = 1e-6 * max(std)
+            scale = tuple(1 / deviation if deviation > least else 1.0 for deviation in std)
+            meta = replace(meta, scale=scale, mean=mean)
         encoding = replace(
             self.plan.encoding,
             channel_mean=mean,
@@ -323,7 +336,7 @@ class _Encoder:
         )
         return ShardIndex(
             self.request.out,
-            self.plan.meta,
+            meta,
             (self.channels * (1 if self.vae is None else 2), self.side, self.side),
             self.plan.encoding.storage,
             self.vae is not None,

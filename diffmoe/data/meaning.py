@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffmoe.data.values import by_channel, described
 from diffmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,8 +59,17 @@ class Values:
     def add(self, array: np.ndarray) -> None:
         """One array [C, H, W], or of moments [2C, H, W]; all of its values finite."""
         self._arrays += 1
-        if self._meta.kind == "moments":
+        meta, spread = self._meta, None
+        if meta.kind == "moments":
             array, spread = np.split(array, 2)
+        if meta.by_channel:  # where x alone has one deviation
+            scale = by_channel(meta.scale, len(array))
+            array = (array - by_channel(meta.mean, len(array))) * scale
+            if spread is not None and meta.spread == "std":
+                spread = spread * np.abs(scale)
+            elif spread is not None:
+                spread = spread + 2 * np.log(np.abs(scale))
+        if spread is not None:
             self._spread.add(spread)
             self._variance.add(np.exp(np.minimum(spread, LOGVAR_LIMIT)))
         self._values.add(array)
@@ -90,6 +100,7 @@ class Values:
 
     def _pixels(self, enough: bool) -> str:
         meta, ends = self._meta, (self._values.low, self._values.high)
+        assert not isinstance(meta.scale, tuple) and not isinstance(meta.mean, tuple)
         low, high = sorted((float(value) - meta.mean) * meta.scale for value in ends)
         problem = ""
         if low < -1 - _ROUNDING or high > 1 + _ROUNDING:
@@ -151,8 +162,8 @@ def _latents(variance: float, meta: ShardMeta) -> str:
     """`scale_fault` with the scale that would be right."""
     std = variance**0.5
     fault = scale_fault(std, meta)
-    if not fault:
-        return ""
+    if not fault or meta.by_channel:
+        return fault
     if 0.6 <= std <= 1.6:
         return f"{fault}; they seem scaled already: --scale 1"
     if 0.6 <= std * _SD_SCALE <= 1.6:
@@ -165,15 +176,15 @@ def _latents(variance: float, meta: ShardMeta) -> str:
 
 def scale_fault(std: float, meta: ShardMeta) -> str:
     """Whether `meta.scale` does not bring latents near the size that models take, where their
-    values have this standard deviation before it; "" where it does. Values that are all the same
-    say nothing.
+    values have this standard deviation before it (after it where it is by channel); "" where it
+    does. Values that are all the same say nothing.
     """
-    x_std = std * abs(meta.scale)
+    x_std = std if meta.by_channel else std * float(np.abs(meta.scale))
     if meta.accept_values or std == 0 or X_STD[0] <= x_std <= X_STD[1]:
         return ""
     return (
-        f"latents have deviation {std:.3g}, with scale ({meta.scale:g}) {x_std:.3g}, where models "
-        f"take about 1 ({X_STD[0]} to {X_STD[1]})"
+        f"latents have deviation {std:.3g}, with scale ({described(meta.scale)}) {x_std:.3g}, "
+        f"where models take about 1 ({X_STD[0]} to {X_STD[1]})"
     )
 
 

@@ -24,7 +24,7 @@ from diffmoe.data.order import SampleOrder
 from diffmoe.data.rows import BadShard, OpenShard, has_table
 from diffmoe.data.shards import ShardIndex
 from diffmoe.data.tar import ShardFile
-from diffmoe.data.values import normals, std_of, to_float
+from diffmoe.data.values import by_channel, normals, std_of, to_float
 from diffmoe.errors import UserError
 from diffmoe.files import retried, sha256
 from diffmoe.random_streams import Use, Words, philox
@@ -84,6 +84,9 @@ class ShardReader:
             "features": features,
         }
         self.index, self.seed, self.flip, self.cache = index, seed, flip, cache
+        self._mean, self._scale = (
+            by_channel(numbers, index.x_shape[0]) for numbers in (index.meta.mean, index.meta.scale)
+        )
         self.batch, self.streams, self.window = batch, streams, window
         self.features = index.features if features else ()  # shape of a sample's
         self.excluded = dict(excluded or {})
@@ -182,8 +185,8 @@ class ShardReader:
                     stored = to_float(stored, self.index.dtype)
                 elif mirrored[i]:
                     stored = stored[..., ::-1]
-                np.subtract(stored, np.float32(meta.mean), out=x[i], dtype=np.float32)
-            np.multiply(x[i], np.float32(meta.scale), out=x[i])
+                np.subtract(stored, self._mean, out=x[i], dtype=np.float32)
+            np.multiply(x[i], self._scale, out=x[i])
 
     def _draw(self, stored: np.ndarray, position: int, x: np.ndarray) -> None:
         """A latent from its moments, with the position's own noise, minus the data set's mean."""
@@ -192,7 +195,7 @@ class ShardReader:
         np.multiply(std, normals(self._noise.at(position, -(-x.size // 4)), x.shape), out=x)
         np.add(mean, x, out=x)
         if meta.mean:
-            np.subtract(x, np.float32(meta.mean), out=x)
+            np.subtract(x, self._mean, out=x)
 
     def _files_of(self, positions: Sequence[int]) -> int:
         """What the windows of these positions' streams hold, and one each where a window ends and

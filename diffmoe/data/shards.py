@@ -19,7 +19,7 @@ from diffmoe.data.members import Members
 from diffmoe.data.rows import OpenShard, stored_dtype
 from diffmoe.data.sources import is_remote, read_all, resolve
 from diffmoe.data.tar import ShardFile, write_tar
-from diffmoe.data.values import to_float
+from diffmoe.data.values import Numbers, to_float
 from diffmoe.errors import UserError
 from diffmoe.files import replacing, sha256
 
@@ -41,12 +41,13 @@ class ShardMeta:
     `kind` "moments": arrays [2C, H, W] (VAE mean, then VAE standard deviation, or, with `spread`
     "logvar", the logarithm of its square), x = (mu + std * eps - mean) * scale. `accept_values`:
     they are meant as they are, also where they look as if they meant something else (`meaning.py`).
+    `scale` and `mean` of latents and moments may be lists, a number of each channel.
     """
 
     kind: str
     classes: int
-    scale: float = 1.0
-    mean: float = 0.0
+    scale: Numbers = 1.0
+    mean: Numbers = 0.0
     spread: str = "std"
     members: Members = Members()
     accept_values: bool = False
@@ -58,10 +59,17 @@ class ShardMeta:
             raise UserError(f"spread ({self.spread!r}) must be one of {', '.join(SPREADS)}")
         if self.classes < 1:
             raise UserError(f"classes ({self.classes}) must be at least 1")
-        if not (np.isfinite(self.scale) and np.isfinite(self.mean) and self.scale != 0):
+        if self.by_channel and self.kind == "pixels":
+            raise UserError("scale and mean by channel go with latents and moments, not pixels")
+        if not (np.isfinite(np.append(self.scale, self.mean)).all() and np.all(self.scale)):
             raise UserError(
                 f"scale ({self.scale}) and mean ({self.mean}) must be finite, scale not 0"
             )
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether scale or mean are a number of each channel."""
+        return isinstance(self.scale, tuple) or isinstance(self.mean, tuple)
 
     def record(self) -> dict:
         """The JSON form, without what came to the format later where it is as it always was: old
@@ -77,7 +85,9 @@ class ShardMeta:
     @staticmethod
     def of(record: dict) -> ShardMeta:
         """What `record` gave. TypeError where fields are missing or unknown."""
-        return ShardMeta(**(record | {"members": Members(**record.get("members", {}))}))
+        lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
+        members = Members(**record.get("members", {}))
+        return ShardMeta(**(record | lists | {"members": members}))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """The autoencoder between images and latents: a diffusers `AutoencoderKL`, as encoding and
-evaluation use it.
+evaluation use it, or in evaluation any decoder as a TorchScript file.
 
 A latent is model-ready as x = (z - shift) * scale, z drawn from the encoder's normal distribution.
 """
@@ -7,22 +7,25 @@ A latent is model-ready as x = (z - shift) * scale, z drawn from the encoder's n
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe.data.values import Numbers, by_channel
 from diffmoe.errors import UserError
+from diffmoe.files import sha256
 from diffmoe.paths import check_hub_id
 
 
 @dataclass(frozen=True)
 class Vae:
     """An `AutoencoderKL` with what its configuration says. `name` is what `load_vae` was given;
-    `factor` pixels a latent.
+    `factor` pixels a latent. A decoder alone says nothing: `latent_channels` and `factor` are 0.
 
     `sha256` is of the weights as fp32 tensors, whatever file they came from.
     """
@@ -48,16 +51,18 @@ def load_vae(
     dtype: torch.dtype = torch.float32,
 ) -> Vae:
     """Load an `AutoencoderKL` from a folder (its own, or a pipeline's with `vae/`) or from the hub
-    by `owner/name`.
+    by `owner/name`; or a decoder from a TorchScript file, which runs in fp32.
 
     Only safetensors are read, never pickles. A folder is never looked up on the hub.
 
     Raises:
         UserError: no such folder or hub id, another kind of model, weights that do not fit or are
-            not finite, or latents normalised by channel, which one scale and one shift cannot
-            express.
+            not finite, or latents normalised by channel in its configuration, which is not read.
     """
     name, folder = str(path), Path(path)
+    if folder.is_file():
+        decoder = _ScriptedDecoder(folder, device)
+        return Vae(decoder, name, sha256(folder), 3, 0, 0, scale=1.0, shift=0.0)
     local = folder.is_dir()
     if not local:
         check_hub_id(name, "vae")
@@ -87,8 +92,8 @@ def load_vae(
             )
     if model.config.latents_mean is not None or model.config.latents_std is not None:
         raise UserError(
-            f"vae ({name}) normalises latents by channel (latents_mean); one scale and one shift "
-            "are supported"
+            f"vae ({name}) normalises latents by channel (latents_mean): take that out of its "
+            "config.json, and encode with --normalize channels"
         )
     # torch's own `to`: diffusers' would log a warning about modules to keep in fp32, of which
     # AutoencoderKL has none.
@@ -105,6 +110,44 @@ def load_vae(
         float(config.scaling_factor),
         float(config.shift_factor or 0.0),
     )
+
+
+class _ScriptedDecoder:
+    """A TorchScript file as far as `decode_latents` knows an `AutoencoderKL`."""
+
+    dtype = torch.float32
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path, self.device = path, device
+        try:
+            self.module = torch.jit.load(str(path), map_location=device).eval()
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            raise UserError(f"vae ({path}) is not a TorchScript file: {said}") from None
+
+    def to(self, device: torch.device) -> None:
+        self.device = torch.device(device)
+        self.module.to(device)
+
+    def decode(self, z: Tensor) -> SimpleNamespace:
+        try:
+            x = self.module(z)
+        except RuntimeError as error:
+            said = str(error).strip().splitlines()[-1]
+            raise UserError(
+                f"vae ({self.path}) fails on latents {tuple(z.shape)}: {said}"
+            ) from None
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[:2] != (len(z), 3):
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise UserError(
+                f"vae ({self.path}) must return images [{len(z)}, 3, H, W], not {shape}"
+            )
+        return SimpleNamespace(sample=x)
+
+    def save_pretrained(self, folder: Path) -> None:
+        raise UserError(
+            f"vae ({self.path}) is a program, which no folder of a model holds: leave it"
+        )
 
 
 def _weights_sha256(model: torch.nn.Module, name: str) -> str:
@@ -134,7 +177,7 @@ def encode_moments(vae: Vae, images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def decode_latents(vae: Vae, z: Tensor, scale: float, shift: float) -> Tensor:
+def decode_latents(vae: Vae, z: Tensor, scale: Numbers, shift: Numbers) -> Tensor:
     """Images of latents as the model samples them; one pass, so the caller chooses the batch.
 
     Args:
@@ -145,16 +188,20 @@ def decode_latents(vae: Vae, z: Tensor, scale: float, shift: float) -> Tensor:
         uint8 [B, C, h * factor, w * factor] on the CPU, rounded to the nearest of 256 levels.
 
     Raises:
-        UserError: channels that are not the VAE's, a scale or shift that cannot be undone, or
-            values that are not finite.
+        UserError: channels that are not the VAE's, or not as many as scale or shift, which cannot
+            be undone, or values that are not finite.
     """
-    if z.dim() != 4 or z.shape[1] != vae.latent_channels:
+    if z.dim() != 4 or vae.latent_channels not in (0, z.shape[1]):
         raise UserError(
             f"latents {tuple(z.shape)} must be [B, {vae.latent_channels}, h, w] for vae {vae.name}"
         )
-    if not (math.isfinite(scale) and math.isfinite(shift) and scale != 0):
+    if not (np.isfinite(np.append(scale, shift)).all() and np.all(scale)):
         raise UserError(f"scale ({scale}) and shift ({shift}) must be finite, scale not 0")
-    latents = z.to(vae.device).float() / scale + shift
+    factor, addend = (
+        torch.from_numpy(by_channel(n, z.shape[1])).to(vae.device) if isinstance(n, tuple) else n
+        for n in (scale, shift)
+    )
+    latents = z.to(vae.device).float() / factor + addend
     x = vae.model.decode(latents.to(vae.model.dtype)).sample.float()
     bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()) if len(x) else 0
     if bad:

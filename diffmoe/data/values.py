@@ -7,12 +7,43 @@ from __future__ import annotations
 import functools
 import math
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
+
+from diffmoe.errors import UserError
+
+# A data set's scale or mean: one number, or one of each channel.
+Numbers = float | tuple[float, ...]
 
 # numpy converts half floats one by one in software; a table of all 65,536 is faster. None of its
 # indices can lie outside: "wrap" spares the look whether one does.
 _FLOAT_OF_HALF = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+def numbers_of(value: Any) -> Numbers:
+    """A number, a list of them, or text of either ("0.5", "0.5,0.25"). TypeError, ValueError."""
+    if isinstance(value, str) and "," in value:
+        value = value.split(",")
+    return tuple(map(float, value)) if isinstance(value, (list, tuple)) else float(value)
+
+
+def by_channel(numbers: Numbers, channels: int) -> np.float32 | np.ndarray:
+    """`numbers` in fp32 as they go with an array [C, H, W]. UserError where there are neither one
+    nor C of them.
+    """
+    if not isinstance(numbers, tuple):
+        return np.float32(numbers)
+    if len(numbers) != channels:
+        raise UserError(f"{len(numbers)} numbers by channel do not fit {channels} channels")
+    return np.array(numbers, np.float32).reshape(-1, 1, 1)
+
+
+def described(numbers: Numbers) -> str:
+    """For messages."""
+    if not isinstance(numbers, tuple):
+        return f"{numbers:g}"
+    return f"{min(numbers):.4g} to {max(numbers):.4g} by channel" if numbers else "by channel"
 
 
 @functools.cache

@@ -78,6 +78,9 @@ def _open(role: str, name: str | None, config: Config) -> DiT | None:
             own, its = (vars(c.model)[field] for c in (config, theirs))
             if own != its:
                 raise UserError(f"its model.{field} ({its}) is not the model's ({own})")
+        own, its = (c.diffusion.prediction for c in (config, theirs))
+        if own != its:
+            raise UserError(f"its diffusion.prediction ({its}) is not the model's ({own})")
         own, its = (c.diffusion.time_range for c in (config, theirs))
         first, last = sorted((own, its)) if role == "pair" else (its, its)
         if first[0] > 0 or last[1] < 1 or first[1] < last[0]:

@@ -16,6 +16,7 @@ import torch
 
 import diffmoe
 from diffmoe import code_version
+from diffmoe.data.values import Numbers
 from diffmoe.errors import UserError
 from diffmoe.evaluation.scores import Scores, score_names
 from diffmoe.files import replacing
@@ -54,8 +55,8 @@ class Card:
     process: str | None = None
     vae: str | None = None
     vae_sha256: str | None = None
-    latent_scale: float | None = None
-    latent_shift: float | None = None
+    latent_scale: Numbers | None = None
+    latent_shift: Numbers | None = None
     cfg: float | None = None
     guidance: str = ""
     guide_sha256: str | None = None

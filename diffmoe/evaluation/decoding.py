@@ -13,6 +13,7 @@ from diffmoe.config import Config
 from diffmoe.data.shards import ShardIndex, load_index
 from diffmoe.data.sources import is_remote, runs_a_program
 from diffmoe.data.vae import Vae, decode_latents, load_vae
+from diffmoe.data.values import Numbers, described
 from diffmoe.errors import UserError
 
 
@@ -24,12 +25,14 @@ class Decoder:
 
     name: str
     sha256: str
-    scale: float
-    shift: float
+    scale: Numbers
+    shift: Numbers
     function: Callable[[Tensor], Tensor]
 
 
-def checkpoint_data(config: Config, scale: float | None, shift: float | None) -> ShardIndex | None:
+def checkpoint_data(
+    config: Config, scale: Numbers | None, shift: Numbers | None
+) -> ShardIndex | None:
     """The index of the training data that a checkpoint's configuration names; None where it is not
     here (`vae_note` says so).
 
@@ -74,7 +77,8 @@ def vae_note(config: Config, decoder: Decoder, index: ShardIndex | None) -> str 
         why = "does not say which VAE encoded it"
     return (
         f"note: the training data ({config.data.shards}) {why}: vae {decoder.name} is not compared "
-        f"with it; latents have scale {decoder.scale:g}, shift {decoder.shift:g}"
+        f"with it; latents have scale {described(decoder.scale)}, shift "
+        f"{described(decoder.shift)}"
     )
 
 
@@ -82,11 +86,11 @@ def open_decoder(
     path: str,
     config: Config,
     index: ShardIndex | None,
-    scale: float | None,
-    shift: float | None,
+    scale: Numbers | None,
+    shift: Numbers | None,
     device: torch.device,
 ) -> Decoder:
-    """The diffusers autoencoder at `path` as decoder of the run's latents.
+    """The diffusers autoencoder, or TorchScript decoder, at `path` as decoder of the run's latents.
 
     Where `scale` and `shift` are None they are those of the training data whose `index` this is,
     else the VAE's own.
@@ -113,7 +117,7 @@ def open_vae(path: str | Path, config: Config, device: torch.device) -> Vae:
             f"model.channels ({channels}) are pixels: there is nothing for vae {path} to decode"
         )
     vae = load_vae(path, device=device)
-    if vae.latent_channels != channels:
+    if vae.latent_channels not in (0, channels):
         raise UserError(
             f"vae {path} has {vae.latent_channels} latent channels, model.channels is {channels}"
         )
@@ -121,10 +125,10 @@ def open_vae(path: str | Path, config: Config, device: torch.device) -> Vae:
 
 
 def latent_numbers(
-    vae: Vae, config: Config, index: ShardIndex | None, scale: float | None, shift: float | None
-) -> tuple[float, float]:
+    vae: Vae, config: Config, index: ShardIndex | None, scale: Numbers | None, shift: Numbers | None
+) -> tuple[Numbers, Numbers]:
     """(scale, shift): as given, else the data's, else the VAE's.  UserError for another VAE."""
-    own = (vae.scale, vae.shift)
+    own: tuple[Numbers, Numbers] = (vae.scale, vae.shift)
     if index is not None:
         own = (index.meta.scale, index.meta.mean)
         if index.encoding is not None and index.encoding.vae_sha256 not in ("", vae.sha256):

@@ -143,7 +143,7 @@ def _field_of(
     if config.diffusion.process == "ddpm":
         channels = min(sample.cfg_channels, config.model.channels)
         return guided_epsilon(model, y, sample.cfg, rule, channels, **how)
-    return guided_velocity(model, y, sample.cfg, rule, **how)
+    return guided_velocity(model, y, sample.cfg, rule, **how, predicts=config.diffusion.prediction)
 
 
 def _options(config: Config, together: Group | None, device: torch.device) -> dict:

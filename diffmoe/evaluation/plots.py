@@ -29,13 +29,13 @@ def image_grid(
 ) -> None:
     """Write images [n, C, H, W] in [-1, 1] (values beyond are clipped) as one PNG, row by row.
 
-    C is 1 (grey), 3 (RGB) or 4 (latents: the first three channels). Every value becomes `upscale` x
-    `upscale` pixels; left out, small images grow to about 56 pixels. UserError for another shape,
-    values that are not finite, or columns or upscale below 1.
+    C is 1 (grey), 3 (RGB) or more (latents: the first three channels). Every value becomes
+    `upscale` x `upscale` pixels; left out, small images grow to about 56 pixels. UserError for
+    another shape, values that are not finite, or columns or upscale below 1.
     """
     images = np.asarray(images, np.float32)
-    if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3, 4):
-        raise UserError(f"images {images.shape} must be [n, C, H, W] with n > 0 and C 1, 3 or 4")
+    if images.ndim != 4 or len(images) == 0 or images.shape[1] in (0, 2):
+        raise UserError(f"images {images.shape} must be [n, C, H, W] with n > 0 and C 1, 3 or more")
     upscale = max(1, 56 // images.shape[2]) if upscale is None else upscale
     if columns < 1 or upscale < 1:
         raise UserError(f"columns ({columns}) and upscale ({upscale}) must be at least 1")

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class Pretrained:
     step: int
     pool: int
     class_names: tuple[str, ...]
-    latents: tuple[float, float] | None
+    latents: tuple[Any, Any] | None
     source: AnyPath
 
     def model(self) -> DiT:
@@ -157,7 +158,10 @@ def read_description(folder: Path) -> dict:
             raise UserError(f"{path}: {name} ({tree[name]!r}) must be {_KINDS[kind]}")
     if (latents := tree.get("latents")) is not None:
         try:
-            tree["latents"] = float(latents["scale"]), float(latents["shift"])
+            both = latents["scale"], latents["shift"]  # each a number, or a list by channel
+            tree["latents"] = tuple(
+                tuple(map(float, each)) if isinstance(each, list) else float(each) for each in both
+            )
         except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"{path}: latents ({latents!r}) must hold the numbers scale and shift"

@@ -44,6 +44,8 @@ VARIANTS = {
     # losses beside the process's own, and times moved towards noise
     "losses": "train.dispersive_weight=0.5 train.direction_weight=0.5 diffusion.time_shift=2 "
     "moe.shared_experts=1",
+    "x": "diffusion.prediction=x train.direction_weight=0.5 model.family=race moe.score=identity "
+    "moe.target_weight=0.1",
     "min-snr": "diffusion.process=ddpm diffusion.loss_weight=min_snr train.dispersive_weight=0.5 "
     "sample.sampler=ancestral",
     "repa": "train.repa_weight=0.5 train.repa_block=1 train.repa_width=12 train.repa_hidden=24 "
@@ -163,7 +165,7 @@ def full_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         others = (
             "rich global, tc global, tc rank, ec 1, dense 1, ddpm global, tc-bias global, "
             "ec-time 1, threshold rank, race global, race rank, prototype global, prototype rank, "
-            "modern global, losses rank, min-snr global, repa rank"
+            "modern global, losses rank, min-snr global, repa rank, x global"
         ).split(", ")
         for (i, (variant, pool)), zero in product(enumerate(map(str.split, others)), range(4)):
             if variant != "dense" or ep == 1:
@@ -285,6 +287,7 @@ def quick_table(worlds: Iterable[int] = WORLDS) -> list[Case]:
         Case(4, 2, 3, "block", 1, "global", 16, "min-snr"),
         Case(2, 2, 0, "selective", 2, "global", 16, "repa"),
         Case(4, 2, 3, "block", 1, "rank", 16, "repa"),
+        Case(4, 2, 2, "selective", 2, "global", 16, "x"),
         Case(2, 2, 1, "none", 2, "1", 16, precision="bf16"),
         Case(4, 2, 3, "none", 2, "1", 16, precision="bf16"),
         Case(4, 2, 1, "selective", 2, "rank", 16, overlap=True),

@@ -188,8 +188,17 @@ def _loss(
         t = 1 - s * (1 - t) / (1 + (s - 1) * (1 - t)) if s != 1 else t
         low, high = config.diffusion.time_range
         t = torch.lerp(torch.full_like(t, low), torch.full_like(t, high), t)
-        denoising, output = flow_loss(model, x, noise, t.to(device), y, rule)
-        tokens = F.unfold(x - noise, config.model.patch, stride=config.model.patch).mT
+        t = t.to(device)
+        if config.diffusion.prediction == "x":
+            time, wanted = t.view(-1, 1, 1, 1), x
+            z, left = time * x + (1 - time) * noise, torch.clamp(1 - time, min=0.05)
+            output = model(z, t, y, rule)
+            v = (output.prediction[:, : config.model.channels] - z) / left
+            denoising = (v - (x - z) / left).square().mean()
+        else:
+            denoising, output = flow_loss(model, x, noise, t, y, rule)
+            v, wanted = output.prediction[:, : config.model.channels], x - noise
+        tokens = F.unfold(wanted, config.model.patch, stride=config.model.patch).mT
     for handle in handles:
         handle.remove()
     none = torch.zeros((), device=device)
@@ -206,8 +215,8 @@ def _loss(
         apart = (z.unsqueeze(0) - z.unsqueeze(1)).square().mean(dim=2)
         dispersive = (-apart / 0.5).exp().mean().log()
     if config.train.direction_weight:
-        v, wanted = output.prediction[:, : config.model.channels], x - noise
-        cosines = (v * wanted).sum(dim=1) / (v.norm(dim=1) * wanted.norm(dim=1))
+        true = x - noise
+        cosines = (v * true).sum(dim=1) / (v.norm(dim=1) * true.norm(dim=1))
         direction = (1 - cosines).mean()
     repa = none
     if batch.features is not None:

@@ -16,7 +16,7 @@ from diffmoe.data.stream import Batch
 from diffmoe.device import sent, synchronize
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.randomness import Draws, training_draws
-from diffmoe.diffusion.rectified_flow import flow_loss
+from diffmoe.diffusion.rectified_flow import flow_loss, noisy, velocity_of
 from diffmoe.diffusion.times import logit_normal, shifted, uniform_steps, within
 from diffmoe.layout import Layout
 from diffmoe.models.dit import DiT, ModelOutput, patchify
@@ -106,10 +106,12 @@ def micro_loss(
         progress = 1 - (t + 0.5) / len(_DDPM)  # like the flow's t: noise at 0, data at 1
         wanted = noise
     else:
-        denoising, output = flow_loss(forward, x, noise, t, y, rule)
-        progress, wanted = t, x - noise
+        predicts = diffusion.prediction
+        denoising, output = flow_loss(forward, x, noise, t, y, rule, predicts)
+        progress, wanted = t, x if predicts == "x" else x - noise
         if train.direction_weight:
-            direction = direction_loss(output.prediction, wanted)
+            velocity = velocity_of(output.prediction, noisy(x, noise, t), t, predicts)
+            direction = direction_loss(velocity, x - noise)
     predictor = sum((r.predictor_loss for r in output.moe if r.predictor_loss is not None), zero)
     balance = sum((r.balance_loss for r in output.moe if r.balance_loss is not None), zero)
     heads = [r.target_TP for r in output.moe if r.target_TP is not None]

@@ -144,7 +144,9 @@ class Validator:
         x, noise, t, y = (sent(v, self.device) for v in (batch.x, draws.noise, t, batch.y))
         rule = inference_rule(self.config.moe, self.config.sample)
         if flow:
-            squares, output = flow_errors(model, x, noise, t, y, rule)
+            squares, output = flow_errors(
+                model, x, noise, t, y, rule, self.config.diffusion.prediction
+            )
             losses_B, progress = squares.flatten(1).mean(1), t
         else:
             losses, output = ddpm_losses(model, x, noise, t, y, rule, self._schedule)
