@@ -194,10 +194,9 @@ class DiffusionConfig:
 
     Attributes:
         process: Rectified flow, or ADM's 1000 linear steps with learned range.
-        prediction: For the flow: what the network predicts, the velocity or `x`, the clean sample,
-            from which loss and samplers make the velocity, 1 - t no less than 0.05 (JiT, Li & He
-            2025, arXiv 2511.13720: on large patches of pixels others fail, and this comes to FID
-            1.82).
+        prediction: For the flow: the network's, the velocity or `x`, the clean sample, of which
+            loss and samplers make the velocity, 1 - t no less than 0.05 (JiT, Li & He 2025, arXiv
+            2511.13720: for large patches of pixels, where others fail; FID 1.82).
         time_scale: For the flow: multiplies t in [0, 1] before the embedding (published: 1).
         time_sampling: For the flow: how training draws t.
         time_mean: Of the logit-normal.
@@ -206,8 +205,8 @@ class DiffusionConfig:
             training and on the grid of euler and heun (SD3, Esser et al. 2024, equation 23, whose t
             is our 1 - t; there sqrt(tokens / tokens that times are tuned for)). 1: none.
         time_range: For the flow: training draws times between these alone, by t' = low + (high -
-            low) t after all else; for a model of its own at high noise and at low (Wan 2.2, Wan
-            et al. 2025; eDiff-I, Balaji et al. 2022). Sampling needs the other: `sample.pair`.
+            low) t; for a model of its own at high noise and at low (Wan 2.2, Wan et al. 2025).
+            Sampling needs the other: `sample.pair`.
         loss_weight: For DDPM: of epsilon's squared error; `min_snr`: min(SNR, 5) / SNR (Hang et al.
             2023: 3.4 times as fast to the same FID as earlier weights).
     """
@@ -285,12 +284,11 @@ class TrainConfig:
             after a quarter of the blocks (Wang & He 2025, where it is 0.5 and takes FID of SiT-B/2
             from 36.49 to 32.35, of SiT-XL/2 from 6.02 to 5.09). 0: off.
         direction_weight: For the flow: of 1 - cosine of predicted and true velocity, over channels
-            (FasterDiT, Yao et al. 2024: part of what reaches DiT's FID in a seventh of its steps;
-            LightningDiT has 1). 0: off.
+            (FasterDiT, Yao et al. 2024: a part of DiT's FID in a seventh of its steps). 0: off.
         repa_weight: Of representation alignment (REPA, Yu et al. 2024, 3.2): minus the mean over
             patches of the cosine of features that lie in the shards (`encode --features`) and what
-            a projector makes of a block's tokens. The paper has 0.5, DINOv2's features, and
-            SiT-XL/2's FID of 7M steps before step 400k. 0: off, and no projector.
+            a projector makes of a block's tokens (0.5: SiT-XL/2's FID of 7M steps before step
+            400k). 0: off, and no projector.
         repa_block: Blocks before it (null: a third of them, at most 8, as the paper's).
         repa_width: Of the features (768: DINOv2-B's).
         repa_hidden: Inner width of the projector, three linear layers with SiLU between them.
