@@ -2,6 +2,7 @@
 becomes of the run, the store or the run folder.
 """
 
+import io
 import json
 import shutil
 import signal
@@ -39,18 +40,26 @@ class Store:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def begin(self):
-        self.sent, self.delay, self.quota = [], 0.0, float("inf")
+        self.sent, self.in_hand, self.delay, self.quota = [], [], 0.0, float("inf")
 
     def _serve(self, environ, respond):
         path, size = environ["PATH_INFO"], int(environ.get("CONTENT_LENGTH") or 0)
-        if environ["REQUEST_METHOD"] == "PUT" and path.endswith(".safetensors"):
-            time.sleep(self.delay)
-            if sum(bytes for _, bytes in self.sent) + size > self.quota:
-                environ["wsgi.input"].read(size)
-                respond("507 Insufficient Storage", [("Content-Type", "application/xml")])
-                return [QUOTA]
-            self.sent.append((path, size))
-        return self._app(environ, respond)
+        self.in_hand.append(path)
+        try:
+            if environ["REQUEST_METHOD"] == "PUT" and path.endswith(".safetensors"):
+                time.sleep(self.delay)
+                body = environ["wsgi.input"].read(size)
+                if len(body) < size:  # its sender is dead: S3 keeps nothing of it
+                    respond("400 Bad Request", [("Content-Type", "text/plain")])
+                    return []
+                if sum(bytes for _, bytes in self.sent) + size > self.quota:
+                    respond("507 Insufficient Storage", [("Content-Type", "application/xml")])
+                    return [QUOTA]
+                self.sent.append((path, size))
+                environ["wsgi.input"] = io.BytesIO(body)
+            return self._app(environ, respond)
+        finally:
+            self.in_hand.remove(path)
 
     def close(self):
         self._server.shutdown()
@@ -191,7 +200,9 @@ def test_killed_while_copying_the_next_start_sends_what_is_missing(nursery, stor
         for rank in (0, 1):
             program.signal(rank, signal.SIGKILL)
         program.wait()
-    time.sleep(1.0)  # what the server still had in hand
+    time.sleep(0.5)  # what was on its way to the server
+    while store.in_hand and time.monotonic() < deadline:
+        time.sleep(0.02)
     before = {path for path, _ in store.sent}
     assert len(before) >= 3 and copies(place) == []
     store.delay = 0.0
