@@ -22,6 +22,7 @@ from diffmoe.diffusion.ddpm import (
     training_losses,
     vb_terms_bpd,
 )
+from diffmoe.diffusion.guidance import Others
 from diffmoe.diffusion.sampling import ancestral, ddim
 from diffmoe.errors import UserError
 from diffmoe.evaluation import generate
@@ -208,7 +209,7 @@ def test_the_configuration_says_which_channels_are_guided() -> None:
         )
         config = replace(config, model=dit.model, moe=dit.moe)
         with torch.no_grad():
-            epsilon[cfg, channels] = generate._field(dit.eval(), config, y)(x, t)[:, :4]
+            epsilon[cfg, channels] = generate._field(dit.eval(), config, y, Others())(x, t)[:, :4]
     plain, three, four = epsilon.values()
     torch.testing.assert_close(three[:, 3], plain[:, 3], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(three[:, :3], four[:, :3])

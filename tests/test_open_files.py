@@ -13,6 +13,7 @@ import pytest
 
 from diffmoe.data.cache import Cache
 from diffmoe.data.reader import ShardReader
+from diffmoe.data.shards import ShardMeta
 from diffmoe.data.share import Share, allow_open_files
 from diffmoe.data.tar import ShardFile
 from diffmoe.errors import UserError
@@ -37,7 +38,12 @@ def many_shards(count: int, **settings: int) -> ShardReader:
     """A reader of an index of so many shards, whose files are not there."""
     shards = [ShardFile(f"shard-{i:06d}.tar", 16, 1, "0" * 64) for i in range(count)]
     index = SimpleNamespace(
-        shards=shards, meta=SimpleNamespace(kind="pixels"), flips=False, place="", where="here"
+        shards=shards,
+        meta=ShardMeta("pixels", 10),
+        x_shape=(1, 8, 8),
+        flips=False,
+        place="",
+        where="here",
     )
     return ShardReader(index, seed=0, **settings)
 
@@ -160,7 +166,8 @@ def test_remote_shards_in_use_that_the_cache_cannot_hold_are_counted_before_the_
     shards = [ShardFile(f"shard-{i:06d}.tar", 1024, 2**30 // 5, "0" * 64) for i in range(1251)]
     index = SimpleNamespace(
         shards=shards,
-        meta=SimpleNamespace(kind="pixels"),
+        meta=ShardMeta("pixels", 10),
+        x_shape=(1, 8, 8),
         flips=False,
         place="s3://b/{name}",
         where="s3://b",
