@@ -156,7 +156,7 @@ class DiffMoEPipeline:
         num_images: int | None = None,
         *,
         guidance_scale: float | None = None,
-        guidance_interval: tuple[Numbers, Numbers] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         guide: str | None = None,
         guide_capacity: float | None = None,
         num_inference_steps: int | None = None,

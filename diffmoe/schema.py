@@ -194,9 +194,9 @@ class DiffusionConfig:
 
     Attributes:
         process: Rectified flow, or ADM's 1000 linear steps with learned range.
-        prediction: For the flow: the network's, the velocity or `x`, the clean sample, of which
-            loss and samplers make the velocity, 1 - t no less than 0.05 (JiT, Li & He 2025, arXiv
-            2511.13720: for large patches of pixels, where others fail; FID 1.82).
+        prediction: For the flow: what the network predicts, the velocity or `x`, the clean sample;
+            loss and samplers then take its velocity, with 1 - t at least 0.05 (JiT, Li & He 2025,
+            arXiv 2511.13720: for large patches of pixels; FID 1.82).
         time_scale: For the flow: multiplies t in [0, 1] before the embedding (published: 1).
         time_sampling: For the flow: how training draws t.
         time_mean: Of the logit-normal.
@@ -204,9 +204,8 @@ class DiffusionConfig:
         time_shift: For the flow: s of t' = t / (s - (s - 1) t), which moves times towards noise, in
             training and on the grid of euler and heun (SD3, Esser et al. 2024, equation 23, whose t
             is our 1 - t; there sqrt(tokens / tokens that times are tuned for)). 1: none.
-        time_range: For the flow: training draws times between these alone, by t' = low + (high -
-            low) t; for a model of its own at high noise and at low (Wan 2.2, Wan et al. 2025).
-            Sampling needs the other: `sample.pair`.
+        time_range: For the flow: the times that are trained, for a model of its own at high noise
+            and at low (Wan 2.2, Wan et al. 2025). Sampling needs the other: `sample.pair`.
         loss_weight: For DDPM: of epsilon's squared error; `min_snr`: min(SNR, 5) / SNR (Hang et al.
             2023: 3.4 times as fast to the same FID as earlier weights).
     """
@@ -291,7 +290,7 @@ class TrainConfig:
             400k). 0: off, and no projector.
         repa_block: Blocks before it (null: a third of them, at most 8, as the paper's).
         repa_width: Of the features (768: DINOv2-B's).
-        repa_hidden: Inner width of the projector, three linear layers with SiLU between them.
+        repa_hidden: Inner width of the projector's three linear layers.
         label_drop: Share of samples that train the null class, which guidance needs.
         on_nonfinite: A step whose loss or gradient is not finite changes nothing and is skipped, or
             ends the run.

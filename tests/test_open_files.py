@@ -34,18 +34,18 @@ def limits(monkeypatch: pytest.MonkeyPatch):
     return state
 
 
-def many_shards(count: int, **settings: int) -> ShardReader:
-    """A reader of an index of so many shards, whose files are not there."""
-    shards = [ShardFile(f"shard-{i:06d}.tar", 16, 1, "0" * 64) for i in range(count)]
-    index = SimpleNamespace(
-        shards=shards,
-        meta=ShardMeta("pixels", 10),
-        x_shape=(1, 8, 8),
-        flips=False,
-        place="",
-        where="here",
+def index_of(shards: list[ShardFile], place: str = "", where: str = "here") -> SimpleNamespace:
+    """What a reader asks of an index whose files are not there."""
+    meta, shape = ShardMeta("pixels", 10), (1, 8, 8)
+    return SimpleNamespace(
+        shards=shards, meta=meta, x_shape=shape, flips=False, place=place, where=where
     )
-    return ShardReader(index, seed=0, **settings)
+
+
+def many_shards(count: int, **settings: int) -> ShardReader:
+    """A reader of an index of so many shards."""
+    shards = [ShardFile(f"shard-{i:06d}.tar", 16, 1, "0" * 64) for i in range(count)]
+    return ShardReader(index_of(shards), seed=0, **settings)
 
 
 @pytest.mark.parametrize(
@@ -164,14 +164,7 @@ def test_remote_shards_in_use_that_the_cache_cannot_hold_are_counted_before_the_
 ) -> None:
     """Shards of 0.2 GiB; not hours later, when the cache is full."""
     shards = [ShardFile(f"shard-{i:06d}.tar", 1024, 2**30 // 5, "0" * 64) for i in range(1251)]
-    index = SimpleNamespace(
-        shards=shards,
-        meta=ShardMeta("pixels", 10),
-        x_shape=(1, 8, 8),
-        flips=False,
-        place="s3://b/{name}",
-        where="s3://b",
-    )
+    index = index_of(shards, "s3://b/{name}", "s3://b")
     for limit in (gib * 2**30, 2**40):
         reader = ShardReader(index, seed=0, cache=Cache(Path("nowhere"), limit), **settings)
         for rank in range(world):

@@ -63,7 +63,7 @@ class Plan:
 
     def check_same(self, other: Plan, where: Path | str) -> None:
         """UserError naming the first field in which `other`, found in `where`, differs; the VAE
-        counts by its weights. What was left out decides no bytes; stamps are `_check_stamps`'s.
+        counts by its weights. What was left out decides no bytes; stamps are `_check_begun`'s.
         """
         pairs = ((self.encoding, other.encoding), (self.meta, other.meta))
         named = [(*pair, field.name) for pair in pairs for field in fields(pair[0])]

@@ -38,7 +38,7 @@ _DIAL_EVERY = 256
 class StepReport:
     """Global means of one optimizer step.  ``predictor_loss`` (in nats), ``balance_loss`` (the
     family's loss on routing) and ``target_loss`` (Expert Race's) are means over layers; these,
-    ``dispersive_loss``, ``direction_loss`` and ``repa_loss`` are 0 where the run has them not;
+    ``dispersive_loss``, ``direction_loss`` and ``repa_loss`` are 0 where a run has none;
     ``stop``: some rank was asked to stop; ``save_failed``: some rank's save has failed;
     ``applied`` is false where loss or gradient was not finite and the step changed nothing.  All of
     these are the same on every rank.  ``load``: this rank's tokens by [layer, time bin, expert],

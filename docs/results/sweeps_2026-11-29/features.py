@@ -14,6 +14,8 @@ from diffmoe.data.shards import load_index
 
 
 class Features(nn.Module):
+    """Two convolutions and a layer of 64 features; ``head`` tells the ten classes from these."""
+
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
@@ -29,6 +31,7 @@ class Features(nn.Module):
 
 
 def main(path: str) -> None:
+    """Trains the network, prints its accuracy on test images, writes it to ``path``."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     parts = {}
