@@ -26,12 +26,7 @@ from diffmoe.evaluation.decoding import checkpoint_data
 from diffmoe.families import TOKENS_CHOOSE
 from diffmoe.markdown import table
 from diffmoe.models.count import count
-from diffmoe.models.logical import (
-    digest_note,
-    fresh_buffers,
-    logical_template,
-    weights_digest,
-)
+from diffmoe.models.logical import digest_note, fresh_buffers, logical_template, weights_digest
 from diffmoe.models.pretrained import Pretrained, of_checkpoint, read_description
 from diffmoe.training.resume import changes, is_of_recipe
 

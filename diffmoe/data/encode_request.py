@@ -51,11 +51,7 @@ class Request:
     normalize: str = ""
 
     def __post_init__(self) -> None:
-        choices = {
-            "channels": (1, 3),
-            "precision": PRECISIONS,
-            "fp32_precision": FP32_PRECISIONS,
-        }
+        choices = {"channels": (1, 3), "precision": PRECISIONS, "fp32_precision": FP32_PRECISIONS}
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:

@@ -329,10 +329,7 @@ class _Encoder:
             scale = tuple(1 / deviation if deviation > least else 1.0 for deviation in std)
             meta = replace(meta, scale=scale, mean=mean)
         encoding = replace(
-            self.plan.encoding,
-            channel_mean=mean,
-            channel_std=std,
-            skipped=tuple(self._skipped()),
+            self.plan.encoding, channel_mean=mean, channel_std=std, skipped=tuple(self._skipped())
         )
         return ShardIndex(
             self.request.out,

@@ -198,11 +198,7 @@ class ShardIndex:
 
 
 def write_shards(
-    samples: Iterable[tuple],
-    folder: str | Path,
-    *,
-    samples_per_shard: int,
-    meta: ShardMeta,
+    samples: Iterable[tuple], folder: str | Path, *, samples_per_shard: int, meta: ShardMeta
 ) -> ShardIndex:
     """Write samples as shards and, last of all, the index; equal samples give equal bytes.
 

@@ -22,10 +22,7 @@ def write_sweep(cards: dict[tuple[str, float], Card], axis: str, folder: Path) -
     card = cards[winner, best[winner]]
     score = card.score_names["frechet_distance"]
     rows = [
-        (
-            f"{x:g}",
-            *(f"**{c[x]:.4f}**" if x == best[name] else c[x] for name, c in curves.items()),
-        )
+        (f"{x:g}", *(f"**{c[x]:.4f}**" if x == best[name] else c[x] for name, c in curves.items()))
         for x in sorted(curves[winner])
     ]
     lines = [
