@@ -9,35 +9,19 @@ ROOT = Path(__file__).resolve().parents[1]  # run.py's folder; of an installed p
 
 def commit(root: Path) -> str:
     """The commit of the tree and whether it was changed since, or ``unknown (why)``."""
+    options = "--always --dirty --abbrev=40 --exclude=*".split()
+    command = ["git", "-C", str(root), "describe", *options]
     try:
-        done = subprocess.run(
-            [
-                "git",
-                "-C",
-                str(root),
-                "describe",
-                "--always",
-                "--dirty",
-                "--abbrev=40",
-                "--exclude=*",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"unknown ({error})"
-    return (
-        done.stdout.strip()
-        if done.returncode == 0
-        else f"unknown ({done.stderr.strip().splitlines()[0]})"
-    )
+    if done.returncode:
+        return f"unknown ({done.stderr.strip().splitlines()[0]})"
+    return done.stdout.strip()
 
 
 def digest(root: Path) -> str:
-    """Twelve hexadecimal digits over run.py and every module of the tree in ``root``: two nodes
-    that agree run the same code.
-    """
+    """Twelve hex digits over run.py and all modules in ``root``: equal ones, equal code."""
     found = hashlib.sha256()
     modules = (
         path for package in ("diffmoe", "launcher") for path in (root / package).rglob("*.py")

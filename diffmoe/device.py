@@ -125,9 +125,7 @@ def check_free(device: torch.device) -> None:
 
 
 def _opened(device: torch.device) -> tuple[str, str, int, int] | str:
-    """A GPU's name, UUID, free bytes and all of them; CUDA's error where another process has it for
-    itself, or all of its memory.
-    """
+    """A GPU's name, UUID, free and all bytes; CUDA's error where another process has it whole."""
     try:
         name = torch.cuda.get_device_name(device)
         uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -160,9 +158,7 @@ def share(value: Any, name: str, store: Store, rank: int, world: int) -> list[An
 
 
 def set_fp32_precision(precision: str) -> None:
-    """What this process's GPU does from now on with fp32 matmuls and convolutions: ``ieee`` or
-    ``tf32``.
-    """
+    """How this process's GPU does fp32 matmuls and convolutions from now on: ``ieee``, ``tf32``."""
     # Not the newer torch.backends.*.fp32_precision = …, which sets the same state: after it torch
     # (2.13) refuses whoever reads allow_tf32 or get_float32_matmul_precision, as Inductor, Dynamo
     # and torch.backends.cudnn.flags do.
@@ -211,9 +207,7 @@ def bound(device: torch.device, world: int) -> torch.device | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory so far, GiB: on a GPU what torch has allocated there, on a CPU what this process
-    has held.
-    """
+    """Most memory so far, GiB: allocated by torch on a GPU, or held by this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

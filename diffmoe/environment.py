@@ -70,14 +70,12 @@ def export(env: RankEnvironment, environ: MutableMapping[str, str] = os.environ)
     placeholders.
     """
     environ.update(
-        {
-            "RANK": str(env.rank),
-            "WORLD_SIZE": str(env.world),
-            "LOCAL_RANK": str(env.local_rank),
-            "LOCAL_WORLD_SIZE": str(env.local_world),
-            "MASTER_ADDR": env.master_addr,
-            "MASTER_PORT": str(env.master_port),
-        }
+        RANK=str(env.rank),
+        WORLD_SIZE=str(env.world),
+        LOCAL_RANK=str(env.local_rank),
+        LOCAL_WORLD_SIZE=str(env.local_world),
+        MASTER_ADDR=env.master_addr,
+        MASTER_PORT=str(env.master_port),
     )
     if not any(name in environ for name in _ALLOCATOR):
         environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -58,12 +58,18 @@ def writing(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written: {error}") from error
 
 
-def check_writable(path: Path) -> None:
-    """OSError, before hours of work, where `replacing` could not write `path` after them."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+def check_writable(path: Path, what: str, make: bool = True) -> None:
+    """UserError, which says ``what``, where `replacing` could not write `path`: before hours of
+    work, not after them.  ``make``: its folder, where there is none.
+    """
+    try:
+        if make:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror}") from error
 
 
 def sha256(path: Path) -> str:

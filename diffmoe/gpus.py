@@ -1,6 +1,4 @@
-"""What nvidia-smi says about this machine's GPUs, and what a run, preflight and doctor say of those
-that it cannot have.  No torch here.
-"""
+"""What nvidia-smi says of this machine's GPUs, and why a run cannot have them.  No torch here."""
 
 import os
 import re
@@ -13,14 +11,9 @@ from pathlib import Path
 from diffmoe.errors import UserError
 
 _FIELDS = (
-    "index",
-    "name",
-    "driver_version",
-    "memory.total",
-    "temperature.gpu",
-    "ecc.errors.uncorrected.volatile.total",
-    "clocks_throttle_reasons.active",
-)
+    "index name driver_version memory.total temperature.gpu ecc.errors.uncorrected.volatile.total "
+    "clocks_throttle_reasons.active"
+).split()
 # Bits of NVML's clock event reasons that mean a problem; idle, application clocks and the power cap
 # are daily life.
 _FAULTS = {
@@ -50,9 +43,7 @@ class Gpu:
 
 
 def query() -> list[Gpu] | None:
-    """This machine's GPUs; None where there is no nvidia-smi.  UserError with its message when it
-    fails.
-    """
+    """This machine's GPUs; None without nvidia-smi.  UserError with its message when it fails."""
     text = _ask(f"--query-gpu={','.join(_FIELDS)}")
     return None if text is None else parse(text)
 

@@ -1,6 +1,4 @@
-"""Hugging Face folders: safetensors (sharded when large) under this trainer's names, config.json,
-and a model card.
-"""
+"""Hugging Face folders: safetensors under this trainer's names, config.json, a model card."""
 
 from __future__ import annotations
 
@@ -33,6 +31,13 @@ from diffmoe.training.resume import changes, is_of_recipe
 LARGEST_FILE = 5 * 10**9  # bytes, as other libraries write
 # Paths of the machine that trained.
 _PRIVATE = (("run", "folder"), ("data", "shards"), ("data", "index"))
+_USE = """```python
+from diffmoe import DiffMoEPipeline
+
+folder = "."  # where this file is; or owner/name, on the hub
+pipe = DiffMoEPipeline.from_pretrained(folder)
+pipe(num_images=4).images
+```"""
 
 
 def export_folder(
@@ -157,23 +162,19 @@ def _read_card(path: Path, model: Pretrained, digest: str) -> Card:
 
 
 def model_card(config: Config, step: int, weights: str, pool: int, scores: Sequence[Card]) -> str:
-    """README.md of a folder: what the model is, the recipe that trained it, its scores, and how to
-    use it.
-    """
+    """README.md of a folder: the model, its recipe and scores, and how to use it."""
     model, moe = config.model, config.moe
     counts = count(model, moe)
     total, active = (
         f"{(n + counts.positions) / 1e6:.2f} M" for n in (counts.total, counts.activated)
     )
-    side, tags = model.input_size, ["diffusion-transformer", "class-conditional-image-generation"]
+    shape = f"{model.channels} x {model.input_size} x {model.input_size}"
+    tags = ["diffusion-transformer", "class-conditional-image-generation"]
     rows: list[tuple[str, object]] = [
         ("family", model.family),
         ("depth x width, heads", f"{model.depth} x {model.width}, {model.heads}"),
         ("parameters (activated)", f"{total} ({active})"),
-        (
-            "input",
-            f"{model.channels} x {side} x {side}, patch {model.patch}, {model.classes} classes",
-        ),
+        ("input", f"{shape}, patch {model.patch}, {model.classes} classes"),
     ]
     if model.family != "dense":
         tags.append("mixture-of-experts")
@@ -195,29 +196,15 @@ def model_card(config: Config, step: int, weights: str, pool: int, scores: Seque
         "",
         "A class-conditional diffusion transformer trained with the DiffMoE trainer (method: arXiv "
         "2503.14487).",
-        "",
-        "## Model",
-        "",
-        *table(("", ""), rows),
-        "",
-        "## Recipe",
-        "",
-        *table(("", ""), _recipe(config, step, weights)),
-        "",
-        "## Scores",
-        "",
-        *_score_tables(scores),
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from diffmoe import DiffMoEPipeline",
-        "",
-        'folder = "."  # where this file is; or owner/name, on the hub',
-        "pipe = DiffMoEPipeline.from_pretrained(folder)",
-        "pipe(num_images=4).images",
-        "```",
     ]
+    sections = {
+        "Model": table(("", ""), rows),
+        "Recipe": table(("", ""), _recipe(config, step, weights)),
+        "Scores": _score_tables(scores),
+        "Use": _USE.splitlines(),
+    }
+    for title, text in sections.items():
+        lines += ["", f"## {title}", "", *text]
     return "\n".join(lines) + "\n"
 
 

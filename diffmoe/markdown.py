@@ -11,9 +11,7 @@ def table(
     floats: str = ".4f",
     aligned: bool = False,
 ) -> list[str]:
-    """A Markdown table's lines.  Floats as the format says, None as a dash; ``aligned``: columns
-    filled up with spaces, for a terminal.
-    """
+    """Lines; floats as the format says, None as a dash; ``aligned``: filled up, for a terminal."""
 
     def text(cell: object) -> str:
         return "–" if cell is None else f"{cell:{floats}}" if isinstance(cell, float) else str(cell)

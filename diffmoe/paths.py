@@ -1,6 +1,4 @@
-"""Paths that a person writes, on a command line or in YAML: ``~`` and ``$VAR`` mean the same
-everywhere.
-"""
+"""Paths that a person writes: ``~`` and ``$VAR`` mean the same on command lines and in YAML."""
 
 from __future__ import annotations
 
@@ -68,9 +66,7 @@ def check_folder(path: str | Path, what: str) -> None:
 
 
 def check_hub_id(name: str, what: str) -> None:
-    """Raises UserError where ``name``, at which no folder lies, was meant as one: nobody wants to
-    hear what the hub says of a mistyped path.
-    """
+    """UserError where ``name`` was meant as a folder: nobody wants the hub's word on a typo."""
     if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         check_folder(name, what)
     if not _HUB_ID.fullmatch(name):

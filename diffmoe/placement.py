@@ -23,9 +23,7 @@ _SHOWN = {
 
 
 def place(environment: RankEnvironment, device: torch.device) -> None:
-    """Moves this process near its GPU (:func:`bind_near`); says why it stays far, on the first node
-    for all.
-    """
+    """Moves this process near its GPU (:func:`bind_near`); the first node says why it stays far."""
     note = bind_near(device)
     if note and environment.rank < environment.local_world:
         print(f"note: rank {environment.rank}: {note}", file=sys.stderr, flush=True)
@@ -74,16 +72,12 @@ def cores_each(local_world: int) -> int:
 
 
 def _cores() -> int:
-    """Cores of this node, or of this Slurm job on it: a process that may run on fewer has been
-    bound by somebody.
-    """
+    """This node's cores, or the Slurm job's on it: who may run on fewer was bound by somebody."""
     return int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
 
 
 def describe(device: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Cores of this process, and what the environment says to gloo and OpenMP, on ``cuda`` to NCCL
-    and torch's allocator too, in one line.
-    """
+    """This process's cores; what is set for gloo and OpenMP, on ``cuda`` NCCL and the allocator."""
     shown = _SHOWN[device]
     said = [f"{name}={value}" for name, value in sorted(environ.items()) if shown.fullmatch(name)]
     cores = f"CPUs {ranges(os.sched_getaffinity(0))} of {os.cpu_count()}"

@@ -116,9 +116,7 @@ AnyPath = Path | RemotePath
 
 
 def any_path(text: str) -> AnyPath:
-    """A local path, or a place of a store where ``text`` has ``://``.  UserError for a store that
-    nothing here opens.
-    """
+    """A local path, or with ``://`` a store's.  UserError for a store that nothing here opens."""
     return remote_path(text) if "://" in text else Path(text)
 
 

@@ -85,9 +85,7 @@ def one_process(name: str, environment: RankEnvironment) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """What subcommands that sample a checkpoint have in common; see `sampling_config` and
-    `sampling_model`.
-    """
+    """What subcommands that sample have in common (`sampling_config`, `sampling_model`)."""
     from diffmoe.data.values import numbers_of
 
     add = parser.add_argument
@@ -104,9 +102,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     capacity = "experts per token of the guide 'capacity' (default: sample.guide_capacity)"
     add("--guide-capacity", type=float, help=capacity)
     add("--seed", type=int, help="seed of noise and random classes (default: run.seed)")
-    add(
-        "--vae", help="what decodes latents: an AutoencoderKL (folder, hub id), or TorchScript file"
-    )
+    add("--vae", help="decoder of latents: an AutoencoderKL (folder, hub id), or TorchScript file")
     for name in ("--latent-scale", "--latent-shift"):
         add(name, type=numbers_of, help="(default: the training data's, else the VAE's own)")
     fp32 = "of a GPU's fp32 matmuls (default: that of the run)"
@@ -119,12 +115,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``, of subcommands whose device no configuration says."""
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto (default): a GPU if there is one",
-    )
+    words = "auto (default): a GPU if there is one"
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=words)
 
 
 def join(
@@ -193,9 +185,7 @@ def _check_devices(
     store: Store,
     environment: RankEnvironment,
 ) -> None:
-    """Raises AgreedError on all ranks where one has a problem with its device, or they have
-    different ones.
-    """
+    """AgreedError on all ranks where one's device has a problem, or they have different ones."""
     from diffmoe.device import share
     from diffmoe.parallel.collectives import AgreedError
 
@@ -223,9 +213,7 @@ def _check_devices(
 
 @contextlib.contextmanager
 def _note_where_it_takes_long(environment: RankEnvironment) -> Iterator[None]:
-    """One line a node, once the ranks should have met: their patience is long, since a large job
-    starts slowly.
-    """
+    """One line a node where ranks stay away: they may, for long, as a large job starts slowly."""
     note = threading.Timer(
         _NOTE_S, lambda: print(f"note: {missed(environment)}", file=sys.stderr, flush=True)
     )
@@ -239,9 +227,7 @@ def _note_where_it_takes_long(environment: RankEnvironment) -> Iterator[None]:
 
 
 def on_our_hosts(config: Config, layout: Layout) -> Layout:
-    """The layout with ``parallel.exchange`` as it is on the hosts of the ranks, which have joined.
-    AgreedError where they do not allow it.
-    """
+    """The layout with ``parallel.exchange`` as on the joined ranks' hosts, or AgreedError."""
     from diffmoe.parallel.collectives import AgreedError, gather_objects
     from diffmoe.parallel.groups import build_groups
 
@@ -328,9 +314,7 @@ def sampling_model(
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:
-    """A model with all experts on the CPU, holding a checkpoint's ``raw``, ``ema`` or ``ema:0.999``
-    weights.  UserError where there are none such or they do not fit.
-    """
+    """A checkpoint's ``weights`` as a whole model on the CPU.  UserError where they do not fit."""
     from diffmoe.checkpoints.reader import BUFFERS
     from diffmoe.models.dit import DiT
     from diffmoe.models.logical import load_buffers, load_logical

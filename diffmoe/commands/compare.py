@@ -10,9 +10,7 @@ from diffmoe.markdown import table
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The subcommand ``compare``; returns the exit code: 1 where a run did not end well.  UserError
-    for bad input.
-    """
+    """The exit code: 1 where a run did not end well.  UserError for bad input."""
     options = _parser().parse_intermixed_args(arguments)
     one_process("compare", environment)
     if options.jobs < 1:

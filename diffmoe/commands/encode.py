@@ -24,23 +24,15 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         "Interrupted, it resumes when the same command runs again.",
     )
     add = parser.add_argument
-    add(
-        "--source",
-        required=True,
-        help="folder of class folders, folder of tars, or tars by pattern",
-    )
+    add("--source", required=True, help="folder of class folders or tars, or tars by pattern")
     add("--out", required=True, type=Path, help="folder of the shards, seen by all ranks")
     add("--image-size", required=True, type=int, help="side of the square that is cut out, pixels")
     add("--channels", type=int, default=3, help="1 (grey) or 3")
     add("--vae", help="AutoencoderKL: a folder, or the hub's owner/name")
     add("--precision", default="fp32", help="fp32 or bf16, of the VAE")
     add("--fp32-precision", default="ieee", help="ieee (default) or tf32, of an fp32 VAE on a GPU")
-    add(
-        "--storage",
-        default="fp16",
-        type=lambda text: STORAGES.get(text, text),
-        help="fp16 or bf16, of the moments",
-    )
+    stored = lambda text: STORAGES.get(text, text)
+    add("--storage", default="fp16", type=stored, help="fp16 or bf16, of the moments")
     add("--scale", type=float, help="x = (z - shift) * scale (default: the VAE's scaling_factor)")
     add("--shift", type=float, help="(default: the VAE's shift_factor)")
     about = "x = (z - mean) / deviation, of each channel: `channels`, as measured; or a data set's"
@@ -49,16 +41,11 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     add("--features", type=Path, metavar="FILE", help=about)
     add("--batch", type=int, default=32, help="images that pass a network together")
     add("--samples-per-shard", type=int, default=1024, help="images of a shard")
-    order = parser.add_mutually_exclusive_group()
+    order = parser.add_mutually_exclusive_group().add_argument
     of = "of the permutation in which images are written (default 0)"
-    order.add_argument("--shuffle-seed", type=int, default=0, help=of)
-    order.add_argument(
-        "--no-shuffle",
-        dest="shuffle_seed",
-        action="store_const",
-        const=None,
-        help="write them in the source's order",
-    )
+    order("--shuffle-seed", type=int, default=0, help=of)
+    as_listed = "write them in the source's order"
+    order("--no-shuffle", dest="shuffle_seed", action="store_const", const=None, help=as_listed)
     add("--classes", type=int, help="number of classes (default: what the source has)")
     names = "their names, one a line (default: the class folders')"
     add("--class-names", type=Path, metavar="FILE", help=names)

@@ -19,6 +19,7 @@ from diffmoe.config import Config
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.evaluation.protocol import CFG, COUNT, LABELS, SPLITS, WEIGHTS, published_sampling
+from diffmoe.files import check_writable
 from diffmoe.remote import any_path
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ def scored(
     for out, (config, options.weights) in points.items():
         with agreed(world):
             if reference is None:
-                if options.save_reference is not None:
-                    _check_save_reference(Path(options.save_reference))
+                if (saved := options.save_reference) is not None:
+                    check_writable(Path(saved), f"--save-reference {saved}", make=False)
                 extractor = open_extractor(options.extractor, device)
             if config is not None:
                 images = _sampled(config, options, device, first and reference is None)
@@ -121,15 +122,6 @@ def _sampled(
     labels = options.labels or "balanced"
     model.to(device).eval()
     return sampled_images(model, config, subject, count, labels, device, decoder, others)
-
-
-def _check_save_reference(path: Path) -> None:
-    from diffmoe.files import check_writable
-
-    try:
-        check_writable(path)
-    except OSError as error:
-        raise UserError(f"--save-reference {path} cannot be written: {error.strerror}") from error
 
 
 def _option(name: str) -> str:

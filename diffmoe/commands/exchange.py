@@ -157,9 +157,7 @@ def _save(
     kept: Pieces | None = None,
     class_names: tuple[str, ...] = (),
 ) -> Path:
-    """The checkpoint of step 0 that ``run.folder`` starts from; every EMA is the ``average``.  A
-    projector (``train.repa_weight``) is new.
-    """
+    """``run.folder``'s checkpoint of step 0; every EMA is the ``average``, a projector is new."""
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
     from diffmoe.models.logical import fresh_projector

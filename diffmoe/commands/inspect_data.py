@@ -39,9 +39,7 @@ _DECODED = 8  # images together: all 64 of a published autoencoder would take te
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """Runs ``inspect-data``; 0 when all is as it should be, 1 for bad data.  UserError for bad
-    input.
-    """
+    """Returns 0 when all is as it should be, 1 for bad data.  UserError for bad input."""
     parser = Parser(
         prog="inspect-data",
         description="Checks counts, checksums, classes and statistics of a data set against its "
@@ -60,12 +58,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     add("--cache-gib", type=float, default=64.0, help="what --cache may hold")
     write = "first write index.json for a folder of tars that has none"
     add("--write-index", action="store_true", help=write)
-    add(
-        "--accept-values",
-        action="store_true",
-        help="the values are meant as they are, also where they look like something else; with "
-        "--write-index for good",
-    )
+    accept = "the values are meant so, whatever they look like; with --write-index for good"
+    add("--accept-values", action="store_true", help=accept)
     for name, (kind, text) in (_MEANING | _MEMBERS).items():
         add(f"--{name.replace('_', '-')}", type=kind, help=f"with --write-index: {text}")
     options = parser.parse_args(arguments)
@@ -78,8 +72,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     from diffmoe.data.shards import ShardMeta, load_index
 
     if options.write_index:
-        accept = options.accept_values
-        meta = ShardMeta(**meaning, members=Members(**members), accept_values=accept)
+        accepted = options.accept_values
+        meta = ShardMeta(**meaning, members=Members(**members), accept_values=accepted)
         made = index_tars(Path(options.shards), meta)
         where = made.folder / "index.json"
         print(f"wrote {where}: {made.count} samples in {len(made.shards)} shards")

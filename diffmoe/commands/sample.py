@@ -16,7 +16,7 @@ from diffmoe.commands.common import (
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
 from diffmoe.evaluation.class_names import parse_classes
-from diffmoe.files import replacing
+from diffmoe.files import check_writable, replacing
 from diffmoe.remote import any_path
 
 
@@ -51,7 +51,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     with agreed(world):
         model, others, decoder, notes = sampling_model(checkpoint, config, options, device)
         meter = CapacityMeter(model, config, total, device) if options.report else None
-        _check_out(npz, png)
+        for path in (npz, png):
+            check_writable(path, f"--out: {path}")
     first = environment.rank == 0
     for note in notes if first else ():
         print(note, flush=True)
@@ -118,14 +119,3 @@ def _parser() -> Parser:
     add("--report", action="store_true", help=report)
     add_sampling_options(parser)
     return parser
-
-
-def _check_out(*paths: Path) -> None:
-    from diffmoe.files import check_writable
-
-    for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            check_writable(path)
-        except OSError as error:
-            raise UserError(f"--out: {path} cannot be written: {error.strerror}") from error

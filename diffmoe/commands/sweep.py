@@ -1,6 +1,4 @@
-"""The subcommand ``sweep``: evaluations of a checkpoint at several scales of guidance, or with
-averages of several lengths.
-"""
+"""The subcommand ``sweep``: evaluations at several scales of guidance or lengths of average."""
 
 from __future__ import annotations
 

@@ -20,9 +20,7 @@ from diffmoe.placement import describe as describe_place
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """The subcommand ``train``; returns the exit code, 0 also for a run that was asked to stop.
-    UserError for bad input.
-    """
+    """The exit code, 0 also for a run that was asked to stop.  UserError for bad input."""
     # From the first lines on: importing torch and joining take a while.
     with stop_requests() as stop_requested:
         return _train(arguments, environment, stop_requested)
@@ -34,12 +32,8 @@ def _train(arguments: list[str], environment: RankEnvironment, stop_requested: l
     add = parser.add_argument
     add("--config", help="YAML file, see configs/")
     add("--deepspeed_config", help="DeepSpeed JSON, see ds_configs/ (default: ZeRO 1, fp32)")
-    add(
-        "--new-recipe",
-        action="store_true",
-        help="resume also where batch, seed, data or other parts of the recipe have changed: "
-        "weights, moments and averages stay",
-    )
+    recipe = "resume where batch, seed, data, … have changed: weights, moments and averages stay"
+    add("--new-recipe", action="store_true", help=recipe)
     add("--dry-run", action="store_true", help="print everything that would be run, and exit")
     add("--ranks", type=int, help="with --dry-run: the number of ranks to resolve for")
     add("overrides", nargs="*", metavar="section.field=value")
@@ -105,9 +99,7 @@ def _train(arguments: list[str], environment: RankEnvironment, stop_requested: l
 
 
 def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: bool) -> str:
-    """What is about to run: sizes, batch arithmetic, pool; with ``complete`` the whole resolved
-    configuration. ``deepspeed_tree``: the merged one.
-    """
+    """Sizes, batch, pool; with ``complete`` the whole configuration and the merged JSON."""
     model, moe = config.model, config.moe
     counts = count(model, moe)
     lines = []
@@ -130,10 +122,8 @@ def describe(config: Config, layout: Layout, deepspeed_tree: dict, complete: boo
             f"in {layout.ranks // layout.ep} copies"
         )
         lines.append(
-            f"pool     {layout.pool} samples = {layout.pool * model.tokens} tokens "
-            f"(moe.pool: {moe.pool}), held by {layout.pool_ranks} rank"
-            + "s"
-            * (layout.pool_ranks > 1)
+            f"pool     {layout.pool} samples = {layout.pool * model.tokens} tokens (moe.pool: "
+            f"{moe.pool}), held by {layout.pool_ranks} rank{'s' * (layout.pool_ranks > 1)}"
         )
     return "\n".join(lines)
 

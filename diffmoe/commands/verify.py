@@ -51,9 +51,7 @@ def _line(number: int, total: int, row: Row) -> str:
 
 
 def main(arguments: list[str], environment: RankEnvironment) -> int:
-    """Prints the table as it grows; 0 when every number is within the bound.  UserError for bad
-    input.
-    """
+    """Prints the table; 0 when every number is within the bound.  UserError for bad input."""
     parser = Parser(prog="verify", description="Training over ranks equals one plain process.")
     add = parser.add_argument
     add("--quick", action="store_true", help="about a minute: fewer rows, or with --compile one")

@@ -24,9 +24,7 @@ MEASURED: tuple[float, ...] = ()  # scale and mean by channel, before they are k
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard: its tar (none if `count` is 0), the addresses left out, and the channels'
-    sums over its values.
-    """
+    """A finished shard: its tar (none if `count` is 0), addresses left out, the channels' sums."""
 
     number: int
     count: int
@@ -187,9 +185,7 @@ def open_folder(folder: Path, plan: Plan, source: Source) -> dict[int, ShardReco
 
 
 def _check_begun(plan: Plan, begun: Plan, source: Source, folder: Path) -> None:
-    """UserError for another plan, or files of another size or time, than `folder` was begun with;
-    older data sets do not know the times.
-    """
+    """UserError for another plan, or files of other sizes or times (which old data sets lack)."""
     plan.check_same(begun, folder)
     now, before = plan.encoding.source_stamps, begun.encoding.source_stamps
     if before and now != before:

@@ -1,6 +1,4 @@
-"""What is to be encoded, and how: checked before anything is opened, without torch. The work is in
-`encode_shards`.
-"""
+"""What to encode, and how: checked before anything is opened, without torch."""
 
 from __future__ import annotations
 

@@ -236,9 +236,7 @@ class _Encoder:
             )
 
     def _check_scale(self) -> None:
-        """After the first shards, not after days: latents that `scale` does not bring near the size
-        that models take.
-        """
+        """Soon, not after days: latents that `scale` does not bring near models' usual size."""
         if self.vae is None or self.plan.meta.by_channel:
             return
         if sum(r.count for r in self.records.values()) < ENOUGH_ARRAYS:
@@ -349,9 +347,7 @@ class _Encoder:
 
 
 def _read_ahead(source: Source, numbers: Iterable[int], request: Request) -> Images:
-    """The images of these numbers in order, read by threads: uint8 [C, S, S] each, or why there is
-    none.
-    """
+    """Images of these numbers in order, read by threads: uint8 [C, S, S], or why there is none."""
 
     def read(number: int) -> np.ndarray | BadImage:
         image = source.images[number]

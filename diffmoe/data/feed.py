@@ -97,9 +97,7 @@ def _check_fits(index: ShardIndex, config: Config, name: str) -> None:
 
 
 def _check_features(index: ShardIndex, config: Config) -> None:
-    """UserError where the data set has no features, or not one of the right width for each token of
-    the model.
-    """
+    """UserError for no features, or not one of the right width for each token of the model."""
     train, where = config.train, f"data.shards ({config.data.shards})"
     if not index.features:
         raise UserError(
@@ -206,9 +204,7 @@ class Feed:
         self.failure: AgreedError | None = None  # why the run must end, the same on every rank
 
     def first(self) -> list[Batch] | None:
-        """The first step's micro-batches, or None where there is no step left; collective. Raises
-        AgreedError.
-        """
+        """The first step's micro-batches, None where no step is left; collective. AgreedError."""
         self._agree_on_data()
         self.read_ahead()
         self.decide_together(False)
@@ -217,9 +213,7 @@ class Feed:
         return self.take()
 
     def read_ahead(self) -> bool:
-        """Reads the step after the one that was taken last, if there is one; whether this rank
-        cannot.
-        """
+        """Reads the step after the one taken last, if there is one; whether this rank cannot."""
         self._upcoming, self._problem = None, None
         if self._next >= self._steps.stop:
             return False

@@ -32,9 +32,7 @@ Leaving = dict[str, list[str]]  # reason → addresses of what is left out for i
 
 
 class SourceImage(NamedTuple):
-    """One image of a source: in `file` as a whole, or, in a tar, its `size` bytes from `offset`
-    on.
-    """
+    """An image of a source: all of `file`, or, in a tar, its `size` bytes from `offset` on."""
 
     label: int
     file: str
@@ -44,17 +42,13 @@ class SourceImage(NamedTuple):
 
     @property
     def address(self) -> str:
-        """Where it is, for messages: path below the source's root, with the tar's member; always
-        printable.
-        """
+        """For messages: path below the source's root, with the tar's member; always printable."""
         return printable(f"{self.file}:{self.member}" if self.member else self.file)
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What was not taken for one reason: how many, the first few by name, and whether they count as
-    bad.
-    """
+    """What was not taken for one reason: how many, the first few, whether they count as bad."""
 
     reason: str
     bad: bool
@@ -85,9 +79,7 @@ class Source:
         return sum(left.count for left in self.left_out if left.bad)
 
     def describe_classes(self) -> str:
-        """Number and name of the classes, the first and the last where they are many, and which
-        have no image.
-        """
+        """Number and name of the classes (of many, the first and last), and which have no image."""
         named = [f"{number} {printable(name)}" for number, name in enumerate(self.class_names)]
         text = shorten(named, 20) if named else f"0 to {self.classes - 1}, without names"
         empty = sorted(set(range(self.classes)) - {image.label for image in self.images})

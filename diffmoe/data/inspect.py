@@ -1,6 +1,4 @@
-"""A look at a finished data set against its index, shard by shard; and an index for tars that have
-none.
-"""
+"""A look at a finished data set against its index; and an index for tars that have none."""
 
 from __future__ import annotations
 
@@ -173,9 +171,7 @@ def index_tars(folder: Path, meta: ShardMeta) -> ShardIndex:
 
 
 def _has_flips(tar: Path, meta: ShardMeta) -> bool:
-    """Whether the flipped images' arrays are there: so it is said, or so the first tar looks.
-    Pixels need none.
-    """
+    """Whether there are flipped arrays: as is said, or as the first tar looks. Pixels need none."""
     flip_array = meta.members.flip_array
     said = flip_array != Members.flip_array
     if meta.kind == "pixels" and said:

@@ -115,9 +115,7 @@ def _count_classes(
     class_names: Sequence[str],
     allow_empty: bool,
 ) -> int:
-    """How many classes there are, by what the user says and by what was found; UserError where the
-    two do not agree.
-    """
+    """The number of classes; UserError where what is said and what was found do not agree."""
     found = max(len(folders), 1 + max(image.label for image in images))
     wanted = (len(class_names) or found) if classes is None else classes
     what = f"classes ({wanted})"
@@ -152,9 +150,7 @@ def _count_classes(
 
 
 def _check_first(images: list[SourceImage], first: int, source: str, sure: bool) -> None:
-    """UserError for tars' labels below class 0's, and, unless the user is `sure` of the classes,
-    for labels that all are above it.
-    """
+    """UserError for labels below class 0's, or, unless `sure` of the classes, all above it."""
     labels = [image.label for image in images]
     low, high = min(labels), max(labels)
     if low < first or (low > first and not sure):
@@ -203,9 +199,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _list_root(root: Path, leaving: Leaving) -> tuple[list[str], dict[str, list[str]]]:
-    """Names of the tars in a source's root, and the images of each class folder by its name, in
-    order.
-    """
+    """Names of a source's tars, and the images of each class folder by its name, in order."""
     tars, folders, broken, rest = [], [], [], []
     above = frozenset([_identity(root)])
     for entry in _entries(root):
@@ -240,9 +234,7 @@ def _list_root(root: Path, leaving: Leaving) -> tuple[list[str], dict[str, list[
 def _walk(
     root: Path, inner: str, above: frozenset[tuple[int, int]], leaving: Leaving
 ) -> Iterator[str]:
-    """Paths below `root` of the images in its folder `inner`, links followed but for those to the
-    folders `above`.
-    """
+    """Paths below `root` of images in its folder `inner`; no links to the folders `above`."""
     for entry in _entries(root / inner):
         path = os.path.join(inner, entry.name)
         kind, ending = _kind_of(entry), ending_of(entry.name)

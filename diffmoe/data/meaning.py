@@ -47,9 +47,7 @@ class _Sums:
 
 
 class Values:
-    """What stored values of a data set are like, array by array; the arrays as float32, channels
-    first.
-    """
+    """What stored values of a data set are like; arrays come as float32, channels first."""
 
     def __init__(self, meta: ShardMeta) -> None:
         self._meta, self._arrays = meta, 0
@@ -189,9 +187,7 @@ def scale_fault(std: float, meta: ShardMeta) -> str:
 
 
 def shape_fault(shape: tuple[int, ...], meta: ShardMeta) -> str:
-    """Whether arrays seem to have their channels elsewhere than `meta` says: square in the two axes
-    that go with it.
-    """
+    """Whether channels seem to be elsewhere than `meta` says: by which two axes are square."""
     first, second, third = shape
     layout = meta.members.layout
     if not meta.accept_values and layout == "chw" and first == second != third:

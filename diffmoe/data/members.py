@@ -122,9 +122,7 @@ def _json_label(text: bytes, path: str) -> int:
 
 
 def decode(payload: bytes, place: str, layout: str = "chw") -> np.ndarray:
-    """The array at `place` of a sample, from its member's bytes. ValueError, EOFError or TypeError
-    for others.
-    """
+    """The array at `place`, of its member's bytes. ValueError, EOFError, TypeError for others."""
     if _format(place) == "npy":
         parts = [_read_npy(payload)]
     else:

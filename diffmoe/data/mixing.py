@@ -1,6 +1,4 @@
-"""How well an order mixes classes: what a pool holds and how long a class is away, beside a
-permutation.
-"""
+"""How well an order mixes classes: how many a pool holds, how long one is away."""
 
 from __future__ import annotations
 
@@ -99,9 +97,7 @@ def distinct(labels: np.ndarray) -> np.ndarray:
 
 
 def expected_distinct(counts: np.ndarray, pool: int) -> float:
-    """The expected number of distinct classes among `pool` samples drawn without replacement;
-    counts [classes].
-    """
+    """Expected distinct classes among `pool` samples without replacement; counts [classes]."""
     total = int(counts.sum())
     absent = np.ones(len(counts))
     for drawn in range(min(pool, total)):

@@ -135,9 +135,7 @@ class ShardReader:
         return number, draw - int(ends[number] - counts[number])
 
     def read(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Samples at `positions` (any integers >= 0, over any epochs): x float32 [n, C, H, W], y
-        int64 [n].
-        """
+        """Samples at `positions` (>= 0, over any epochs): x float32 [n, C, H, W], y int64 [n]."""
         x = np.empty((len(positions), *self.index.x_shape), np.float32)
         y = np.empty(len(positions), np.int64)
         self.fill(positions, x, y)
@@ -249,9 +247,7 @@ class ShardReader:
             )
 
     def fetch_ahead(self, positions: Sequence[int]) -> None:
-        """Begins to bring what these positions need, where it is remote; failures show when the
-        positions are read.
-        """
+        """Begins to fetch what is remote of these; failures show when the positions are read."""
         if not self.index.place:
             return
         self._ahead = self._ahead or ThreadPoolExecutor(2, thread_name_prefix="fetch-ahead")
@@ -355,9 +351,7 @@ class ShardReader:
             os.close(descriptor)
 
     def descriptor(self, file: ShardFile) -> int:
-        """An open descriptor of a shard's tar, which the caller closes. BadShard where it cannot be
-        had.
-        """
+        """A descriptor of a shard's tar, which the caller closes. BadShard where there is none."""
         address = self.index.address(file)
         if self.cache and self.index.place:
             return self.cache.open(file, address)

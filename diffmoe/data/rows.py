@@ -29,9 +29,7 @@ BLOCK = tarfile.BLOCKSIZE
 
 
 class BadShard(UserError):
-    """A shard that cannot be read as its index says; `shard` is its name, the message says what is
-    wrong and where.
-    """
+    """The shard of this name cannot be read as its index says; the message says what and where."""
 
     def __init__(self, shard: str, problem: str) -> None:
         super().__init__(f"shard {shard}{problem}")
@@ -55,9 +53,7 @@ class RowTable:
 
 
 def pack_table(table: RowTable) -> bytes:
-    """The payload of `__rows__`: a structured .npy, then its CRC-32; the same length for as many
-    rows and kinds.
-    """
+    """The payload of `__rows__`: an .npy, then its CRC-32; as long for as many rows and kinds."""
     packed = np.zeros(len(table.labels), _packed_dtype(table.offsets.shape[1]))
     packed["label"], packed["offset"], packed["size"] = table.labels, table.offsets, table.sizes
     packed["crc"] = 0 if table.crcs is None else table.crcs
@@ -76,9 +72,7 @@ def _packed_dtype(kinds: int) -> np.dtype:
 def unpack_table(
     payload: bytes, count: int | None, classes: int, kinds: int, first_class: int = 0
 ) -> RowTable:
-    """The table again. UserError when it is corrupt or is not one of `count` rows, `kinds` arrays
-    and `classes` classes.
-    """
+    """The table. UserError if corrupt, or not of `count` rows, `kinds` arrays and `classes`."""
     array = payload[:-4]
     if len(payload) < 4 or zlib.crc32(array) != int.from_bytes(payload[-4:], "little"):
         raise UserError("its CRC-32 is wrong")
@@ -287,9 +281,7 @@ class OpenShard:
         return f"; member {lost} is the first that is not intact"
 
     def advise(self, row: int, kind: int = 0) -> None:
-        """Tells the system that this array will be read: what lies on a disk is then fetched while
-        others are worked on.
-        """
+        """Tells the system to fetch this array from the disk while others are worked on."""
         offset, size = int(self.table.offsets[row, kind]), int(self.table.sizes[row, kind])
         os.posix_fadvise(self._descriptor, offset, BLOCK + size, os.POSIX_FADV_WILLNEED)
 
@@ -320,9 +312,7 @@ class OpenShard:
         return data
 
     def array(self, row: int, kind: int = 0) -> np.ndarray:
-        """Row's array [C, H, W], read-only; kind 1 is the flip's. BadShard, naming member and
-        bytes, when it is not as it was written.
-        """
+        """[C, H, W], read-only; kind 1 is the flip's. BadShard, by member and bytes, if altered."""
         data = self._read(row, kind)
         if data[BLOCK : self._body] == self._npy_header and len(data) == self._body + self._bytes:
             stored = np.frombuffer(data, self._dtype, offset=self._body).reshape(self._shape)

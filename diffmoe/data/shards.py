@@ -1,6 +1,4 @@
-"""A data set: a place with webdataset tars plus `index.json`, written last: a folder without it is
-unfinished.
-"""
+"""A data set: a place with webdataset tars, and `index.json`, without which it is unfinished."""
 
 from __future__ import annotations
 
@@ -72,9 +70,7 @@ class ShardMeta:
         return isinstance(self.scale, tuple) or isinstance(self.mean, tuple)
 
     def record(self) -> dict:
-        """The JSON form, without what came to the format later where it is as it always was: old
-        fingerprints stay.
-        """
+        """The JSON form, without later fields that say nothing new: old fingerprints stay."""
         record = asdict(self)
         if self.members == Members():
             del record["members"]
@@ -85,9 +81,7 @@ class ShardMeta:
     @staticmethod
     def of(record: dict) -> ShardMeta:
         """What `record` gave. TypeError where fields are missing or unknown."""
-        lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
-        members = Members(**record.get("members", {}))
-        return ShardMeta(**(record | lists | {"members": members}))
+        return from_json(ShardMeta, record | {"members": Members(**record.get("members", {}))})
 
 
 @dataclass(frozen=True)
@@ -259,9 +253,7 @@ def write_shards(
 
 
 def write_index(index: ShardIndex) -> None:
-    """Write `index.json`, which makes the data set in `index.folder` a finished one; atomic, equal
-    indexes equal bytes.
-    """
+    """Write `index.json`, which finishes the data set; atomic, equal indexes equal bytes."""
     record = {"format": FORMAT_VERSION, **asdict(index), "meta": index.meta.record()}
     del record["folder"], record["place"]
     if index.encoding is None:
@@ -402,8 +394,6 @@ def _pick(index: ShardIndex, names: tuple[str, ...]) -> ShardIndex:
 
 
 def from_json(kind: type[T], record: dict) -> T:
-    """A dataclass of numbers, texts and tuples from its JSON form. TypeError where fields are
-    missing or unknown.
-    """
+    """A dataclass of plain values from its JSON. TypeError for missing or unknown fields."""
     lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
     return kind(**(record | lists))

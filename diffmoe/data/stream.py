@@ -1,6 +1,4 @@
-"""The batches of one rank, step after step, read ahead by a thread or by processes into one block
-of memory.
-"""
+"""The batches of one rank, read ahead by a thread or by processes into one block of memory."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ _FETCH_AHEAD = 16  # steps, of remote shards
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples in the order of `positions`: x float32 [n, C, H, W], y int64 [n]; `features`: theirs,
-    float16 [n, N, d], where they were asked for.
-    """
+    """By `positions`: x float32 [n, C, H, W], y int64 [n], perhaps `features` float16 [n, N, d]."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -156,9 +152,7 @@ def _pin(x: torch.Tensor, size: int) -> bool:
 
 
 class _Thread:
-    """The worker of this process: fills its slots of the steps that it is asked for, in that
-    order.
-    """
+    """The worker of this process: fills its slots of the steps asked for, in that order."""
 
     def __init__(self, reader: ShardReader, part: Part, arrays: Sequence[np.ndarray]) -> None:
         self._reader, self._part, self._arrays = reader, part, arrays

@@ -1,6 +1,4 @@
-"""What stored arrays are as numbers: floats, and the channels' sums that a data set's statistics
-are made of.
-"""
+"""Stored arrays as numbers: floats, and the channels' sums behind a data set's statistics."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ def numbers_of(value: Any) -> Numbers:
 
 
 def by_channel(numbers: Numbers, channels: int) -> np.float32 | np.ndarray:
-    """`numbers` in fp32 as they go with an array [C, H, W]. UserError where there are neither one
-    nor C of them.
-    """
+    """`numbers` in fp32 to go with an array [C, H, W]. UserError for neither one nor C of them."""
     if not isinstance(numbers, tuple):
         return np.float32(numbers)
     if len(numbers) != channels:
@@ -48,9 +44,7 @@ def described(numbers: Numbers) -> str:
 
 @functools.cache
 def _normal_table() -> np.ndarray:
-    """The normal distribution's quantiles in the middle of 65,536 equal shares, scaled to variance
-    1.
-    """
+    """The normal distribution's quantiles amid 65,536 equal shares, scaled to variance 1."""
     upper = np.array([NormalDist().inv_cdf(0.5 + (i + 0.5) / 65536) for i in range(32768)])
     upper = (upper / np.sqrt(np.mean(upper**2))).astype(np.float32)
     return np.concatenate([-upper[::-1], upper])
@@ -78,16 +72,12 @@ def to_float(stored: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def std_of(spread: np.ndarray, kind: str) -> np.ndarray:
-    """Standard deviation from what moments store of it: itself ("std") or the logarithm of its
-    square ("logvar").
-    """
+    """Standard deviation from its stored form: itself ("std") or its square's log ("logvar")."""
     return np.exp(0.5 * spread).astype(spread.dtype) if kind == "logvar" else spread
 
 
 def channel_sums(values: np.ndarray, kind: str, spread: str = "std") -> np.ndarray:
-    """[2, C]: the channels' sums of expected values and of expected squares of one array (float);
-    of moments, over the latents' noise too.
-    """
+    """[2, C]: channels' sums of expected values and squares of a float array (moments: noise too)."""
     values = values.astype(np.float64)
     mean, std = np.split(values, 2) if kind == "moments" else (values, None)
     variance = 0.0 if std is None else std_of(std, spread) ** 2

@@ -1,6 +1,4 @@
-"""A score with everything that moves it: two people with the same card have the same number, or one
-of them has a bug.
-"""
+"""A score with everything that moves it: the same card means the same number, or a bug."""
 
 from __future__ import annotations
 

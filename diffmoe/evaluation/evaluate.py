@@ -177,11 +177,7 @@ def _settings(images: Images, extractor: Extractor, keep_samples: bool) -> dict[
 
 def _check_folder(out: Path, images: Images, settings: dict[str, Any]) -> None:
     """UserError for a folder of other images, or one that cannot be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        check_writable(out / SETTINGS_NAME)
-    except OSError as error:
-        raise UserError(f"out ({out}) cannot be written: {error.strerror}") from error
+    check_writable(out / SETTINGS_NAME, f"out ({out})")
     there = _read_settings(out)
     if there is None:
         for name in (JSON_NAME, SAMPLES_NAME):

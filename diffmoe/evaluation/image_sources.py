@@ -29,14 +29,8 @@ from diffmoe.parallel.groups import Group
 
 # What zipfile and numpy raise for files that are not intact.
 UNREADABLE = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
+    *(OSError, ValueError, EOFError, KeyError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
 )
 
 

@@ -102,9 +102,7 @@ def moments_of(features: np.ndarray) -> Moments:
 
 
 def merge(first: Moments | None, second: Moments) -> Moments:
-    """Moments of both sets together, by Chan, Golub and LeVeque's pairwise update: no difference of
-    large sums. UserError for different widths.
-    """
+    """Of both sets, by Chan, Golub and LeVeque's pairwise update. UserError for other widths."""
     if first is None:
         return second
     if len(first.mean) != len(second.mean):
