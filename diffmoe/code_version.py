@@ -21,7 +21,7 @@ def commit(root: Path) -> str:
 
 
 def digest(root: Path) -> str:
-    """Twelve hex digits over run.py and all modules in ``root``: equal ones, equal code."""
+    """Twelve hex digits over run.py and every module: two nodes that agree run the same code."""
     found = hashlib.sha256()
     modules = (
         path for package in ("diffmoe", "launcher") for path in (root / package).rglob("*.py")

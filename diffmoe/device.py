@@ -125,7 +125,7 @@ def check_free(device: torch.device) -> None:
 
 
 def _opened(device: torch.device) -> tuple[str, str, int, int] | str:
-    """A GPU's name, UUID, free and all bytes; CUDA's error where another process has it whole."""
+    """A GPU's name, UUID, free and all bytes; CUDA's error where another process has all of it."""
     try:
         name = torch.cuda.get_device_name(device)
         uuid = str(torch.cuda.get_device_properties(device).uuid)

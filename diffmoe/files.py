@@ -59,8 +59,8 @@ def writing(what: str) -> Iterator[None]:
 
 
 def check_writable(path: Path, what: str, make: bool = True) -> None:
-    """UserError, which says ``what``, where `replacing` could not write `path`: before hours of
-    work, not after them.  ``make``: its folder, where there is none.
+    """UserError that ``what`` cannot be written, before hours of work, where `replacing` could not
+    write `path` after them.  ``make``: first the folder, where there is none.
     """
     try:
         if make:

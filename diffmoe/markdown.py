@@ -11,7 +11,7 @@ def table(
     floats: str = ".4f",
     aligned: bool = False,
 ) -> list[str]:
-    """Lines; floats as the format says, None as a dash; ``aligned``: filled up, for a terminal."""
+    """Its lines; floats as the format says, None a dash; ``aligned`` by spaces, for a terminal."""
 
     def text(cell: object) -> str:
         return "–" if cell is None else f"{cell:{floats}}" if isinstance(cell, float) else str(cell)

@@ -213,7 +213,9 @@ def _check_devices(
 
 @contextlib.contextmanager
 def _note_where_it_takes_long(environment: RankEnvironment) -> Iterator[None]:
-    """One line a node where ranks stay away: they may, for long, as a large job starts slowly."""
+    """One line a node, once the ranks should have met: their patience is long, since a large job
+    starts slowly.
+    """
     note = threading.Timer(
         _NOTE_S, lambda: print(f"note: {missed(environment)}", file=sys.stderr, flush=True)
     )

@@ -185,7 +185,7 @@ def open_folder(folder: Path, plan: Plan, source: Source) -> dict[int, ShardReco
 
 
 def _check_begun(plan: Plan, begun: Plan, source: Source, folder: Path) -> None:
-    """UserError for another plan, or files of other sizes or times (which old data sets lack)."""
+    """UserError for another plan, or other sizes or times (old data sets have none) of files."""
     plan.check_same(begun, folder)
     now, before = plan.encoding.source_stamps, begun.encoding.source_stamps
     if before and now != before:

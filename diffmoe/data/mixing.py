@@ -1,4 +1,4 @@
-"""How well an order mixes classes: how many a pool holds, how long one is away."""
+"""How well an order mixes classes: what a pool holds, absences; a permutation's beside them."""
 
 from __future__ import annotations
 

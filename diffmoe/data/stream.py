@@ -29,7 +29,7 @@ _FETCH_AHEAD = 16  # steps, of remote shards
 
 @dataclass(frozen=True)
 class Batch:
-    """By `positions`: x float32 [n, C, H, W], y int64 [n], perhaps `features` float16 [n, N, d]."""
+    """Samples by `positions`: x float32 [n, C, H, W], y int64 [n], `features` float16 [n, N, d]."""
 
     x: torch.Tensor
     y: torch.Tensor

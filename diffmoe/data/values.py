@@ -44,7 +44,7 @@ def described(numbers: Numbers) -> str:
 
 @functools.cache
 def _normal_table() -> np.ndarray:
-    """The normal distribution's quantiles amid 65,536 equal shares, scaled to variance 1."""
+    """Normal quantiles in the middle of 65,536 equal shares, scaled to variance 1."""
     upper = np.array([NormalDist().inv_cdf(0.5 + (i + 0.5) / 65536) for i in range(32768)])
     upper = (upper / np.sqrt(np.mean(upper**2))).astype(np.float32)
     return np.concatenate([-upper[::-1], upper])
@@ -77,7 +77,9 @@ def std_of(spread: np.ndarray, kind: str) -> np.ndarray:
 
 
 def channel_sums(values: np.ndarray, kind: str, spread: str = "std") -> np.ndarray:
-    """[2, C]: channels' sums of expected values and squares of a float array (moments: noise too)."""
+    """[2, C]: the channels' sums of expected values and of expected squares of one array (float);
+    of moments, over the latents' noise too.
+    """
     values = values.astype(np.float64)
     mean, std = np.split(values, 2) if kind == "moments" else (values, None)
     variance = 0.0 if std is None else std_of(std, spread) ** 2

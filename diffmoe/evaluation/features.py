@@ -66,7 +66,7 @@ class Extractor:
     function: Callable[[Tensor], Features]
 
     def __call__(self, images: Tensor) -> Features:
-        """Of uint8 images [B, 3, H, W] in 0..255. UserError for others, or not B finite rows."""
+        """Features of uint8 [B, 3, H, W] in 0..255. UserError for others, or not B finite rows."""
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
             raise UserError(
                 f"images ({images.dtype} {tuple(images.shape)}) must be uint8 [B, 3, H, W]"

@@ -102,7 +102,9 @@ def moments_of(features: np.ndarray) -> Moments:
 
 
 def merge(first: Moments | None, second: Moments) -> Moments:
-    """Of both sets, by Chan, Golub and LeVeque's pairwise update. UserError for other widths."""
+    """Moments of both sets together, by Chan, Golub and LeVeque's pairwise update: no difference of
+    large sums. UserError for different widths.
+    """
     if first is None:
         return second
     if len(first.mean) != len(second.mean):
