@@ -234,7 +234,7 @@ def _list_root(root: Path, leaving: Leaving) -> tuple[list[str], dict[str, list[
 def _walk(
     root: Path, inner: str, above: frozenset[tuple[int, int]], leaving: Leaving
 ) -> Iterator[str]:
-    """Paths below `root` of `inner`'s images; links are followed, but not to the folders `above`."""
+    """Paths below `root` of `inner`'s images; links are followed, but not to folders `above`."""
     for entry in _entries(root / inner):
         path = os.path.join(inner, entry.name)
         kind, ending = _kind_of(entry), ending_of(entry.name)

@@ -312,7 +312,7 @@ class OpenShard:
         return data
 
     def array(self, row: int, kind: int = 0) -> np.ndarray:
-        """Row's [C, H, W], read-only; kind 1: the flip's. BadShard, by member and bytes, if altered."""
+        """Row's [C, H, W], read-only; kind 1: the flip's. BadShard, by member, if altered."""
         data = self._read(row, kind)
         if data[BLOCK : self._body] == self._npy_header and len(data) == self._body + self._bytes:
             stored = np.frombuffer(data, self._dtype, offset=self._body).reshape(self._shape)
