@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Fashion-MNIST as shards of pixels: OUT/train (60,000) and OUT/test (10,000), grey, 28 x 28.  Usage: fashion.sh [OUT]
+# Fashion-MNIST as shards of pixels: OUT/train (60,000) and OUT/test (10,000), grey, 28 x 28.
+# Usage: fashion.sh [OUT [OPTIONS of run.py encode]]
 #   OUT                where they are put (default: data/fashion)
 #   FASHION=PLACE      Debian's dataset-fashion-mnist_*.deb, or a folder with the four *-ubyte.gz files
 #                      (default: apt-get fetches the package, 31 MB; nothing is installed, no root is needed)
@@ -34,5 +35,5 @@ fi
 python -m diffmoe.data.fashion "$place" "$scratch/images"
 for part in train test; do
     python run.py encode --source "$scratch/images/$part" --class-names "$scratch/images/class_names.txt" \
-        --image-size "$size" --channels 1 --out "$out/$part"
+        --image-size "$size" --channels 1 --out "$out/$part" "${@:2}"
 done

@@ -310,6 +310,7 @@ def fail_on(folder: str, which: int, background: str) -> list[str]:
     return [failed.message, *there, str(failed_here)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("which", "background"), [(0, "true"), (1, "true"), (1, "false")])
 def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_harms_nothing(
     two_ranks, tmp_path, which, background

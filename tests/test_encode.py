@@ -855,6 +855,7 @@ def kill_and_finish(
     assert halfway >= trials // 4, "kills between the first shard and the last"
 
 
+@pytest.mark.full
 def test_killed_at_random_moments_it_ends_the_same(tmp_path: Path) -> None:
     kill_and_finish(tmp_path, 5, 1, checksums(encoded().folder))
 

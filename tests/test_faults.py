@@ -408,6 +408,7 @@ def train_with_small_files(arguments, world):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.full
 def test_a_state_that_cannot_be_saved_at_the_end_is_an_error_on_every_rank(two_ranks, tmp_path):
     shutil.copytree(
         first_half(two_ranks, tmp_path / "whole"), tmp_path / "run/checkpoints/step_00000004"

@@ -271,6 +271,7 @@ def test_buckets_leave_during_backward_in_the_precision_that_the_json_says(
         assert messages >= 5 * times and payload >= 0.7 * times * numel * element
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("named", ["fp32", "bf16"])
 def test_zero_3_reduces_in_the_precision_that_the_json_says(worlds, named):
     tree = {

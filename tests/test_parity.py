@@ -208,6 +208,7 @@ def test_spoiled_training_is_a_miss(compare, tamper, columns):
     assert {column for column in COLUMNS if found[column] > BOUND} == columns, found
 
 
+@pytest.mark.full
 def test_what_was_spoiled_does_not_stay(compare):
     assert max(compare(None).values()) <= BOUND
 

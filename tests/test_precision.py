@@ -182,6 +182,7 @@ def test_sample_takes_the_runs_or_what_is_said(alone, monkeypatch, tmp_path, pre
     assert allowed() == (precision, precision)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("said", [True, False], ids=["said", "the run's"])
 def test_evaluate_takes_the_runs_or_what_is_said_and_the_card_has_it(
     alone, monkeypatch, tmp_path, precision, said

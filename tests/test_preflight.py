@@ -87,6 +87,7 @@ def test_healthy_nodes_pass(played):
     assert [rank["said"] for rank in played["healthy"][1:]] == ["", "", ""]
 
 
+@pytest.mark.full
 def test_ep_groups_that_span_nodes_are_measured_beside_the_inside_of_one(played):
     measured = r"^  experts   all-to-all of EP groups, GB/s a rank: over hosts [\d.e+-]+"
     said = played["healthy"][0]["said"]  # four nodes of one rank: none has an inside
@@ -107,6 +108,7 @@ def test_ep_groups_that_span_nodes_are_measured_beside_the_inside_of_one(played)
     )
 
 
+@pytest.mark.full
 def test_another_version_on_one_node(played):
     assert_found(
         played["versions"],
@@ -116,6 +118,7 @@ def test_another_version_on_one_node(played):
     )
 
 
+@pytest.mark.full
 def test_a_slow_link_is_blamed_on_the_node_that_all_slow_pairs_share(played):
     assert_found(
         played["link"],
@@ -126,14 +129,17 @@ def test_a_slow_link_is_blamed_on_the_node_that_all_slow_pairs_share(played):
     )
 
 
+@pytest.mark.full
 def test_a_node_without_the_shards(played):
     assert_found(played["shards"], "node3", "node3: shards: data folder")
 
 
+@pytest.mark.full
 def test_a_clock_that_is_off(played):
     assert_found(played["clock"], "node2", "node2: its clock is +90 s off")
 
 
+@pytest.mark.full
 def test_a_run_folder_that_is_not_shared(played):
     assert_found(
         played["own_disk"],
@@ -142,6 +148,7 @@ def test_a_run_folder_that_is_not_shared(played):
     )
 
 
+@pytest.mark.full
 def test_a_node_that_does_not_come(played):
     assert_found(
         played["absent"], "node3", "ranks 3 of 4 did not come within 3 s: node3", codes=(1, 1, 1, 0)

@@ -440,6 +440,7 @@ def complaint(arguments: list[str], world: int) -> tuple[str, str]:
     return "", ""
 
 
+@pytest.mark.full
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(two_ranks, tmp_path):
     arguments = tiny(
         tmp_path, "train.lr=1e30", "train.clip=0", "train.warmup=0", "train.save_every=3"

@@ -74,6 +74,7 @@ def test_a_start_that_another_overtook_writes_nothing(tmp_path, monkeypatch, the
         assert [path.name for path in folder.iterdir()] == [FILE_NAME]
 
 
+@pytest.mark.full
 def test_what_a_dead_run_left_is_passed_over(tmp_path, monkeypatch):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()

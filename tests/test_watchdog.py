@@ -174,6 +174,7 @@ def test_a_process_that_is_gone_or_stopped_is_dead_long_before_the_timeout(ends,
     assert found and int(found[1]) <= DEATH_S, line
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["all sleep", "a C call"])
 def test_a_process_that_lives_is_hung_after_the_timeout_and_not_before(ends, name):
     """Also one whose thread has no chance to say so."""
@@ -187,6 +188,7 @@ def test_a_process_that_lives_is_hung_after_the_timeout_and_not_before(ends, nam
     assert found and int(found[1]) >= SHORT, line
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["a C call that ends", "a C call of the judge's that ends"])
 def test_a_pause_longer_than_a_dead_process_is_waited_for_ends_nothing(ends, name):
     _, _, results = ends[name]
@@ -195,6 +197,7 @@ def test_a_pause_longer_than_a_dead_process_is_waited_for_ends_nothing(ends, nam
     ], results
 
 
+@pytest.mark.full
 def test_each_rank_leaves_the_flight_recorder_where_the_report_says(ends):
     folder, processes, results = ends["all sleep"]
     assert (
