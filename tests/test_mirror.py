@@ -143,6 +143,26 @@ def test_a_checkpoint_is_read_where_it_lies_and_checked(kind, store, tmp_path):
         Checkpoint(there)
 
 
+@pytest.mark.full
+def test_a_large_file_goes_in_parts_and_what_is_given_up_leaves_none(place):
+    chunk, there = bytes(range(256)) * 2**12, remote_path(place)  # 1 MiB of 110
+    (there / "whole").write_chunks(chunk for _ in range(110))
+    assert (there / "whole").read_bytes() == chunk * 110
+    client = boto3.client("s3")
+    parts = client.head_object(Bucket=BUCKET, Key=f"{there.name}/whole", PartNumber=1)
+    assert parts["PartsCount"] > 1
+
+    def given_up():
+        yield from [chunk] * 70
+        assert client.list_multipart_uploads(Bucket=BUCKET)["Uploads"]
+        raise ConnectionError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        (there / "half").write_chunks(given_up())
+    assert not (there / "half").exists()
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=BUCKET)
+
+
 def test_an_address_that_nothing_opens(tmp_path):
     with pytest.raises(UserError, match=r"train.mirror \(nosuch://x\) cannot be used: .*nosuch"):
         remote_path("nosuch://x", "train.mirror")
