@@ -71,7 +71,8 @@ class ModelConfig:
         norm: LayerNorm without parameters, as DiT's; `rms`: RMSNorm with a weight (1910.07467;
             LightningDiT), also of queries and keys.
         activation: Of the MLP of dense blocks, and of shared experts: GELU with biases, or SwiGLU
-            without at two thirds of the inner width (2002.05202).
+            without at two thirds of the inner width (2002.05202); `swiglu_bias`: with them, as
+            LightningDiT's weights have it.
     """
 
     family: Literal["dense", "tc", "ec", "diffmoe", "race", "prototype"] = "diffmoe"
@@ -88,7 +89,7 @@ class ModelConfig:
     positions: Literal["sincos", "rope"] = "sincos"
     position_scale: float = 1.0
     norm: Literal["layer", "rms"] = "layer"
-    activation: Literal["gelu", "swiglu"] = "gelu"
+    activation: Literal["gelu", "swiglu", "swiglu_bias"] = "gelu"
 
     @property
     def tokens(self) -> int:

@@ -359,7 +359,9 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
 
 
 def _check_form(config: Config) -> None:
-    """The research code has DiT's blocks, t as it is, and no place to say otherwise."""
+    """The research code has DiT's or LightningDiT's blocks, t as it is, and no place to say
+    otherwise.
+    """
     _check_blocks(config.model)
     if config.diffusion.prediction != "velocity":
         raise UserError(
@@ -376,10 +378,13 @@ def _check_form(config: Config) -> None:
 def _check_blocks(model: ModelConfig) -> None:
     for name in ("positions", "norm", "activation"):
         value, theirs = getattr(model, name), getattr(ModelConfig, name)
+        if model.family == "dense":  # LightningDiT's
+            theirs = "gelu or swiglu_bias" if value == "swiglu" else value
         if value != theirs:
             raise UserError(
-                f"model.{name} ({value}) must be {theirs} for a research checkpoint, whose code "
-                "has no other; --format hf and --hf carry it"
+                f"model.{name} ({value}) must be {theirs} for a research checkpoint of "
+                f"model.family ({model.family}), whose code has no other; --format hf and --hf "
+                "carry it"
             )
 
 
