@@ -359,9 +359,7 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
 
 
 def _check_form(config: Config) -> None:
-    """The research code has DiT's or LightningDiT's blocks, t as it is, and no place to say
-    otherwise.
-    """
+    """These codes have their own blocks, t as it is, and no place to say otherwise."""
     _check_blocks(config.model)
     if config.diffusion.prediction != "velocity":
         raise UserError(
@@ -382,9 +380,8 @@ def _check_blocks(model: ModelConfig) -> None:
             theirs = "gelu or swiglu_bias" if value == "swiglu" else value
         if value != theirs:
             raise UserError(
-                f"model.{name} ({value}) must be {theirs} for a research checkpoint of "
-                f"model.family ({model.family}), whose code has no other; --format hf and --hf "
-                "carry it"
+                f"model.{name} ({value}) must be {theirs} for a research checkpoint of family "
+                f"{model.family}, whose code has no other; --format hf and --hf carry it"
             )
 
 

@@ -1,6 +1,5 @@
 """Weights in and out under logical names, and the research code's names for the same tensors
-(``prototype``: ProMoE's, ali-vilab/ProMoE; ``dense`` with newer blocks: LightningDiT's,
-hustvl/LightningDiT; both MIT).
+(``prototype``: ProMoE's, ali-vilab; newer dense blocks: LightningDiT's, hustvl; both MIT).
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ def from_research(
     state: Mapping[str, Tensor], model: ModelConfig, moe: MoEConfig
 ) -> dict[str, Tensor]:
     """What a research state dict has of a model's tensors, under logical names.  Expert matrices
-    are stored [in, out] here, [out, in] there; LightningDiT's w12 is gate and fc1, one upon the
-    other.
+    are stored [in, out] here, [out, in] there; LightningDiT's w12 is gate, then fc1.
     """
     found = {}
     for name in logical_template(model, moe):
