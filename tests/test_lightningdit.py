@@ -148,6 +148,7 @@ def test_an_import_computes_what_lightningdit_computes(tmp_path, model):
     torch.save({**file, "opt": {}, "config": {"train": {"ckpt": None}}}, tmp_path / "in.pt")
     said = call(exchange.import_main, *asked(tmp_path, model))
     assert "(ema) is up to 0.00016 off the table" in said and "not used: opt, config" in said
+    assert "no tensor of the file can confirm: diffusion.process (flow)" in said
     checkpoint = Checkpoint(tmp_path / "run")
     x = torch.randn(4, 5, model.input_size, model.input_size, dtype=torch.float64)
     t, y = torch.tensor([0.0, 0.31, 0.31, 0.9], dtype=torch.float64), torch.tensor([0, 3, 7, 7])

@@ -129,11 +129,9 @@ def import_research(
         )
     print(text, flush=True)
     _say_places(file)
-    print(
-        f"model.heads ({model.heads}) and diffusion.process ({config.diffusion.process}) are the "
-        "configuration's: no tensor of the file can confirm them",
-        flush=True,
-    )
+    heads = f"model.heads ({model.heads}), " * (model.positions != "rope" and not model.qk_norm)
+    said = f"{heads}diffusion.process ({config.diffusion.process})"
+    print(f"the configuration's, which no tensor of the file can confirm: {said}", flush=True)
     states = {which: found.get(which) or next(iter(found.values())) for which in ("model", "ema")}
     # The EMA's, which published samples are drawn with; those of the weights come back with a few
     # steps of training.
