@@ -64,14 +64,13 @@ class ModelConfig:
         qk_norm: Norm of queries and keys, per head, before they are rotated.
         positions: Sines and cosines of a token's row and column are added to it; `rope`: queries
             and keys are rotated as well, half of a head's channels by the row, half by the column
-            (RoFormer, arXiv 2104.09864, equation 34; in two dimensions as LightningDiT, 2501.01423,
-            which keeps the sum, too).
+            (RoFormer, 2104.09864, equation 34; as in LightningDiT, 2501.01423, with the sum kept).
         position_scale: Multiplies rows and columns: at 0.5 a grid of twice the side spans what
             another run's has, whose weights this one starts from (2306.15595; PixArt, 2310.00426).
         norm: LayerNorm without parameters, as DiT's; `rms`: RMSNorm with a weight (1910.07467;
             LightningDiT), also of queries and keys.
-        activation: Of the MLP of dense blocks, and of shared experts: GELU with biases, or SwiGLU
-            without at two thirds of the inner width (2002.05202).
+        activation: Of the MLP of dense blocks, and of shared experts: GELU, or SwiGLU at two thirds
+            of its inner width, without biases (2002.05202) or, as LightningDiT has it, with them.
     """
 
     family: Literal["dense", "tc", "ec", "diffmoe", "race", "prototype"] = "diffmoe"
@@ -88,7 +87,7 @@ class ModelConfig:
     positions: Literal["sincos", "rope"] = "sincos"
     position_scale: float = 1.0
     norm: Literal["layer", "rms"] = "layer"
-    activation: Literal["gelu", "swiglu"] = "gelu"
+    activation: Literal["gelu", "swiglu", "swiglu_bias"] = "gelu"
 
     @property
     def tokens(self) -> int:

@@ -284,7 +284,8 @@ def test_a_run_goes_on_at_twice_the_side(written, tmp_path):
     [
         ("positions=rope", "model.positions (rope) must be sincos"),
         ("norm=rms", "model.norm (rms) must be layer"),
-        ("activation=swiglu", "model.activation (swiglu) must be gelu"),
+        ("activation=swiglu", "model.activation (swiglu) must be gelu for"),
+        ("activation=swiglu_bias", "model.activation (swiglu_bias) must be gelu for"),
     ],
 )
 @pytest.mark.parametrize("verb", ["--research", "--dense"])

@@ -86,6 +86,7 @@ def worlds():
         ],
         ["model.norm=rms", "model.activation=swiglu", "moe.shared_experts=2"],
         ["model.family=dense", "model.norm=rms", "model.qk_norm=true", "model.activation=swiglu"],
+        ["model.activation=swiglu_bias", "moe.shared_experts=1"],
         [
             "model.input_size=32",
             "model.width=64",

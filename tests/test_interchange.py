@@ -112,8 +112,8 @@ def imported(request, tmp_path_factory):
     )
     assert f"model and ema, {len(states['ema'])} tensors each" in said and "step_00000000" in said
     assert (
-        "model.heads (2) and diffusion.process (flow) are the configuration's: no tensor of the "
-        "file can confirm them" in said
+        "the configuration's, which no tensor of the file can confirm: model.heads (2), "
+        "diffusion.process (flow)\n" in said
     )
     return family, folder, states
 

@@ -117,6 +117,7 @@ SMALL = ModelConfig(width=48, depth=5, heads=3, classes=10, input_size=8)
         ({"family": "diffmoe", "norm": "rms", "qk_norm": True}, {"activation": "swiglu"}),
         ({"family": "tc", "norm": "rms", "activation": "swiglu"}, {"shared_experts": 1}),
         ({"family": "dense", "positions": "rope", "activation": "swiglu"}, {}),
+        ({"family": "tc", "activation": "swiglu_bias"}, {"shared_experts": 1}),
         ({"family": "diffmoe", "mlp_ratio": 2.5}, {"shared_experts": 2, "interleave": False}),
         (
             {"family": "tc", "patch": 4, "channels": 3},
@@ -264,6 +265,12 @@ def test_the_modern_block_differs_in_nothing_else() -> None:
     old, new = (count(config.model, config.moe) for config in (before, after))
     assert new.total == pytest.approx(old.total, rel=2e-3)
     assert new.forward_macs == pytest.approx(old.forward_macs, rel=2e-3)
+
+
+def test_lightningdit_has_the_parameters_of_its_published_log() -> None:
+    config = load_config(ROOT / "configs" / "lightningdit_xl.yaml")
+    counts = count(config.model, config.moe)
+    assert like("675.26", (counts.total + counts.positions) / 1e6) == "675.26"
 
 
 @pytest.mark.parametrize("path", ZOO, ids=stem)

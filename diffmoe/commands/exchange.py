@@ -129,11 +129,9 @@ def import_research(
         )
     print(text, flush=True)
     _say_places(file)
-    print(
-        f"model.heads ({model.heads}) and diffusion.process ({config.diffusion.process}) are the "
-        "configuration's: no tensor of the file can confirm them",
-        flush=True,
-    )
+    heads = f"model.heads ({model.heads}), " * (model.positions != "rope" and not model.qk_norm)
+    said = f"{heads}diffusion.process ({config.diffusion.process})"
+    print(f"the configuration's, which no tensor of the file can confirm: {said}", flush=True)
     states = {which: found.get(which) or next(iter(found.values())) for which in ("model", "ema")}
     # The EMA's, which published samples are drawn with; those of the weights come back with a few
     # steps of training.
@@ -359,7 +357,7 @@ def export_research(checkpoint: Checkpoint, out: Path) -> int:
 
 
 def _check_form(config: Config) -> None:
-    """The research code has DiT's blocks, t as it is, and no place to say otherwise."""
+    """These codes have their own blocks, t as it is, and no place to say otherwise."""
     _check_blocks(config.model)
     if config.diffusion.prediction != "velocity":
         raise UserError(
@@ -376,10 +374,12 @@ def _check_form(config: Config) -> None:
 def _check_blocks(model: ModelConfig) -> None:
     for name in ("positions", "norm", "activation"):
         value, theirs = getattr(model, name), getattr(ModelConfig, name)
+        if model.family == "dense":  # LightningDiT's
+            theirs = "gelu or swiglu_bias" if value == "swiglu" else value
         if value != theirs:
             raise UserError(
-                f"model.{name} ({value}) must be {theirs} for a research checkpoint, whose code "
-                "has no other; --format hf and --hf carry it"
+                f"model.{name} ({value}) must be {theirs} for a research checkpoint of family "
+                f"{model.family}, whose code has no other; --format hf and --hf carry it"
             )
 
 

@@ -290,7 +290,7 @@ def _block_bytes(config: Config, layout: Layout, element: int, number: int) -> _
     if number < attention_kept(model.depth):
         selective += token + T * model.heads * _FP32
     # Of inner widths: before and after GELU; SwiGLU's gate before and after SiLU, fc1, the product.
-    layers = {"gelu": 2, "swiglu": 4}
+    layers = {"gelu": 2, "swiglu": 4, "swiglu_bias": 4}
     if not is_moe_block(model, moe, number):
         inner = inner_width(model.hidden, model.activation)
         full += layers[model.activation] * T * inner * element

@@ -75,9 +75,9 @@ def _norm(name: str, model: ModelConfig) -> list[Parameter]:
 
 
 def _mlp(name: str, width: int, inner: int, activation: str) -> list[Parameter]:
-    if activation == "gelu":
-        return _linear(f"{name}.fc1", width, inner) + _linear(f"{name}.fc2", inner, width)
-    return [Parameter(f"{name}.{part}.weight", width * inner) for part in ("fc1", "fc2", "gate")]
+    found = _linear(f"{name}.fc1", width, inner) + _linear(f"{name}.fc2", inner, width)
+    found += _linear(f"{name}.gate", width, inner) if activation != "gelu" else []
+    return [p for p in found if activation != "swiglu" or not p.name.endswith("bias")]
 
 
 def _block(

@@ -63,7 +63,8 @@ def _linear(fan_in: int, fan_out: int, bias: bool = True) -> _Part:
 def _mlp(width: int, hidden: int, activation: str) -> _Part:
     if activation == "gelu":
         return _linear(width, hidden) + _linear(hidden, width)
-    return _linear(width, inner_width(hidden, activation), bias=False) * 3
+    bias, inner = activation == "swiglu_bias", inner_width(hidden, activation)
+    return _linear(width, inner, bias) * 2 + _linear(inner, width, bias)
 
 
 def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> Counts:

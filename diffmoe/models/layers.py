@@ -26,7 +26,7 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     One sum over all tokens would be a pass of its own: 5 % of the elementwise traffic of L-E16
     (counted by Inductor's scheduler, bf16, 64 samples).
     """
-    if not torch.compiler.is_compiling():
+    if layer.bias is None or not torch.compiler.is_compiling():
         return layer(x)
     bias = layer.bias.to(torch.promote_types(x.dtype, torch.float32))
     return F.linear(x, layer.weight) + (bias if x.dim() == 2 else bias.expand(len(x), 1, len(bias)))
@@ -79,25 +79,26 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """DiT's MLP: Linear, tanh-GELU, Linear; or SwiGLU without biases, fc2(silu(gate x) * fc1 x), as
-    experts have it.  Dense blocks and shared experts are this.
+    """DiT's MLP: Linear, tanh-GELU, Linear; or SwiGLU, fc2(silu(gate x) * fc1 x), without biases as
+    experts have it, or with.  Dense blocks and shared experts are this.
     """
 
     def __init__(self, width: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
-        inner, gelu = inner_width(hidden, activation), activation == "gelu"
-        self.fc1 = nn.Linear(width, inner, bias=gelu)
-        self.fc2 = nn.Linear(inner, width, bias=gelu)
-        self.gate = None if gelu else nn.Linear(width, inner, bias=False)
+        inner, bias = inner_width(hidden, activation), activation != "swiglu"
+        self.fc1 = nn.Linear(width, inner, bias)
+        self.fc2 = nn.Linear(inner, width, bias)
+        self.gate = None if activation == "gelu" else nn.Linear(width, inner, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         # As [T, D]: of more dimensions DeepSpeed's linear at ZeRO 3 adds the bias in place, into a
         # product that selective recompute keeps.
         rows = x if torch.compiler.is_compiling() else x.flatten(0, -2)
         if self.gate is not None:
-            return self.fc2(F.silu(self.gate(rows)) * self.fc1(rows)).view_as(x)
-        inner = F.gelu(linear(self.fc1, rows), approximate="tanh").to(x.dtype)
-        return linear(self.fc2, inner).to(x.dtype).view_as(x)
+            inner = F.silu(linear(self.gate, rows)) * linear(self.fc1, rows)
+        else:
+            inner = F.gelu(linear(self.fc1, rows), approximate="tanh")
+        return linear(self.fc2, inner.to(x.dtype)).to(x.dtype).view_as(x)
 
 
 class PatchEmbedding(nn.Module):

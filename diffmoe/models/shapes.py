@@ -47,6 +47,7 @@ def _sizes(shapes: Shapes) -> dict[str, Any]:
     last = shapes.get("final_layer.linear.weight", ())
     blocks = [int(name.split(".")[1]) for name in shapes if re.match(r"blocks\.\d+\.", name)]
     norm = _first(shapes, r".*\.attn\.q_norm\.weight")
+    rope = shapes.get("feat_rope.freqs_cos", ())
     if len(patches) == 4:
         width, channels, patch = patches[:3]
         needed |= {"model.width": width, "model.channels": channels, "model.patch": patch}
@@ -58,8 +59,13 @@ def _sizes(shapes: Shapes) -> dict[str, Any]:
         needed["model.classes"] = table[0] - 1
     if shapes:
         needed["model.qk_norm"] = bool(norm)
-    if norm and "model.width" in needed and needed["model.width"] % norm[0] == 0:
-        needed["model.heads"] = needed["model.width"] // norm[0]
+        needed["model.positions"] = "rope" if rope else "sincos"
+        needed["model.norm"] = "rms" if _first(shapes, r".*\.norm1\.weight") else "layer"
+        swiglu = _first(shapes, r".*\.mlp\.w12\..*")
+        needed["model.activation"] = "swiglu_bias" if swiglu else "gelu"
+    head = (norm or rope or (0,))[-1]
+    if head and "model.width" in needed and needed["model.width"] % head == 0:
+        needed["model.heads"] = needed["model.width"] // head
     return needed
 
 
@@ -98,7 +104,7 @@ def _inner_widths(
         return shape[0] if shape else None
 
     needed: dict[str, Any] = {}
-    dense, swiglu = rows("fc1"), rows(r"experts\.0\.gate_proj")
+    dense, swiglu = rows("fc1"), rows(r"experts\.0\.gate_proj") or (rows("w12") or 0) // 2
     expert = rows(r"experts\.0\.fc1") or rows(r"experts\.0\.up_proj")
     if dense_swiglu := rows("gate_proj"):
         obstacles.append(
@@ -114,7 +120,7 @@ def _inner_widths(
         expert = next(iter([*likely, *whole, *fitting]), None)
         if expert is None:
             obstacles.append(
-                f"the file's SwiGLU experts have inner width {swiglu}, which is not a multiple of 8"
+                f"the file's SwiGLU has inner width {swiglu}, which is not a multiple of 8"
             )
     hidden = dense or expert
     if hidden:
