@@ -151,7 +151,7 @@ def test_the_first_step_starts_from_these_weights_and_moments(switched):
     loss.total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip)
     adam.step()
-    assert losses(one)[5] == pytest.approx(loss.denoising.item(), rel=1e-4)
+    assert losses(one)[5] == pytest.approx(loss.parts["loss"].item(), rel=1e-4)
     average = before.weights("ema")
     for tensor in tensors:
         for name, value in tensor.pieces(tensor.parameter.detach()):
