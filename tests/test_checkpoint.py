@@ -136,7 +136,7 @@ def everything(
                 if not torch.equal(piece, made_whole(kind, name, tuple(piece.shape)))
             ]
     with engine.weights(
-        engine.masters()
+        engine.masters
     ) as model:  # the parameters are published: what computes is what was loaded
         assert all(layer.thresholds.value.ne(0.25).all() for _, layer in model.moe_layers())
     saver = Saver(Path(folder), config, layout, groups)
@@ -439,7 +439,7 @@ def resumed(arguments: list[str]) -> list[str]:
     said: list[str] = []
     found = newest_usable(Path(config.run.folder) / "checkpoints", groups, said.append)
     restore(found, engine, ema, groups, said.append)
-    same = all(torch.equal(a, b) for a, b in zip(ema.by_decay[0.2], engine.masters()))
+    same = all(torch.equal(a, b) for a, b in zip(ema.by_decay[0.2], engine.masters))
     engine.engine.destroy()
     return [*said, str(same), str(len(ema.by_decay))]
 
