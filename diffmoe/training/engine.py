@@ -330,11 +330,6 @@ class Engine:
             return self.sharding.replicas
         return self.groups.edp if experts else self.groups.world
 
-    def shape(self, index: int) -> tuple[int, ...]:
-        """The shape of parameter number ``index``, also where ZeRO 3 has it in parts."""
-        parameter: Any = self.tensors[index].parameter
-        return tuple(parameter.ds_shape if self.stage == 3 else parameter.shape)
-
     @contextlib.contextmanager
     def _in_place_of_masters(self, shards: list[Tensor]) -> Iterator[None]:
         _swap(self.masters, shards)

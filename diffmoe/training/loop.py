@@ -23,11 +23,12 @@ from diffmoe.evaluation.while_training import score
 from diffmoe.layout import Layout
 from diffmoe.parallel.collectives import AgreedError, anyone
 from diffmoe.parallel.groups import ParallelGroups
-from diffmoe.training.checkpoint import SaveFailed, newest_usable, restore
+from diffmoe.training.checkpoint import newest_usable, restore
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
 from diffmoe.training.mirror import Copied
 from diffmoe.training.resume import check_resumable, recipes_as_counters, write_left_out
 from diffmoe.training.run_lock import RunLock
+from diffmoe.training.saver import SaveFailed
 from diffmoe.training.start import Run, say, share, start
 from diffmoe.training.step import StepReport, train_step
 from diffmoe.training.validation import read_validations

@@ -25,11 +25,11 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -370,13 +370,9 @@ class Watchdog:
         return ""
 
 
-def watch_layers(blocks: nn.ModuleList, trace: Trace) -> None:
-    """Notes which block the main thread is in, forward and backward."""
-    for number, block in enumerate(blocks):
-        _watch_layer(block, partial(trace.at, f"block {number}"))
+def watch_layer(block: nn.Module, enter: Callable[[], None]) -> None:
+    """Calls ``enter`` when the main thread enters a block, forward and backward."""
 
-
-def _watch_layer(block: nn.Module, enter: Callable[[], None]) -> None:
     def noting(x: Tensor) -> Tensor:
         if x.requires_grad:
             x.register_hook(lambda _gradient: enter())
@@ -410,11 +406,9 @@ def _runs(pid: int) -> bool:
 
 def _main_thread_at() -> str:
     """``at collectives.py:27 send_rows``: the main thread's innermost frame, ours if any."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    own = found = frame
-    while own is not None and not own.f_code.co_filename.startswith(str(Path(__file__).parents[1])):
-        own = own.f_back
-    if (found := own or found) is None:
-        return ""
-    code = found.f_code
-    return f"at {Path(code.co_filename).name}:{found.f_lineno} {code.co_name}"
+    innermost = sys._current_frames()[threading.main_thread().ident or 0]
+    frames = [(frame.f_code, line) for frame, line in traceback.walk_stack(innermost)]
+    ours = str(Path(__file__).parents[1])
+    own = (each for each in frames if each[0].co_filename.startswith(ours))
+    code, line = next(own, frames[0])
+    return f"at {Path(code.co_filename).name}:{line} {code.co_name}"
