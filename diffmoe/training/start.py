@@ -28,6 +28,7 @@ from diffmoe.models.compiled import compile_blocks, compiles
 from diffmoe.models.logical import new_model
 from diffmoe.parallel.collectives import agreed, gather_objects
 from diffmoe.parallel.groups import ParallelGroups
+from diffmoe.parallel.trace import watch_layer
 from diffmoe.training.checkpoint import newest_usable, restore
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
@@ -41,7 +42,6 @@ from diffmoe.training.run_lock import RunLock
 from diffmoe.training.saver import Saver
 from diffmoe.training.stragglers import Stragglers
 from diffmoe.training.validation import Validator, open_validator
-from diffmoe.training.watchdog import watch_layer
 
 
 @dataclass

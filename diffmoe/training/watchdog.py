@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from diffmoe.parallel.collectives import EXIT_LOST, AgreedError, is_lost_peer
 from diffmoe.parallel.groups import ParallelGroups
@@ -150,7 +149,12 @@ class Watchdog:
             self._check_lost(error)
             if not isinstance(error, AgreedError):
                 self._announce(error)
-        self.stop()
+        # On every rank before any leaves: rank 0 may hold the store.
+        self._stopping.set()
+        self._hurry.set()
+        for thread in (self._thread, self._talker):
+            if thread.is_alive():
+                thread.join(2 * self.interval + 5)
 
     def _announce(self, error: BaseException) -> None:
         """Tells the others, which may be waiting for this rank, that it ends, and why."""
@@ -163,14 +167,6 @@ class Watchdog:
                 self._tell()
         if self.rank == 0:  # the store may end with this process: the others read it first
             time.sleep(2 * self.interval)
-
-    def stop(self) -> None:
-        """Ends the watch, on every rank before any leaves: rank 0 may hold the store."""
-        self._stopping.set()
-        self._hurry.set()
-        for thread in (self._thread, self._talker):
-            if thread.is_alive():
-                thread.join(2 * self.interval + 5)
 
     @property
     def limit(self) -> float:
@@ -368,25 +364,6 @@ class Watchdog:
             found = (limits.pending_collective(), _main_thread_at())
             return ", ".join(part for part in found if part)
         return ""
-
-
-def watch_layer(block: nn.Module, enter: Callable[[], None]) -> None:
-    """Calls ``enter`` when the main thread enters a block, forward and backward."""
-
-    def noting(x: Tensor) -> Tensor:
-        if x.requires_grad:
-            x.register_hook(lambda _gradient: enter())
-        return x
-
-    def leaving(_module: nn.Module, _inputs: Any, output: Any) -> tuple[Any, Any] | None:
-        if isinstance(output[0], Tensor):
-            noting(output[0])
-            return None
-        first, second = output[0]  # halves, of which the second one is last in forward
-        return (first, lambda: noting(second())), output[1]
-
-    block.register_forward_pre_hook(lambda _module, _inputs: enter())
-    block.register_forward_hook(leaving)
 
 
 def _short(error: BaseException) -> str:
