@@ -1,9 +1,9 @@
 """run.py as its users start it: one process a rank, which meet through a file and never through a
 port.
 
-``run_program`` starts fresh processes; ``start_program`` lets a test signal them while they run;
-``run_cases`` gives many command lines to one set of processes, since importing torch takes longer
-than most mistakes take to be found.
+``run_program`` starts fresh processes; ``start_program`` lets a test signal them while they run; a
+``Nursery`` forks them, for ``run_cases`` and whoever starts many, since importing torch takes
+longer than most mistakes take to be found.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import atexit
 import contextlib
 import functools
 import importlib
-import io
 import json
 import multiprocessing.forkserver
 import os
@@ -21,9 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -211,11 +209,17 @@ class Nursery:
         with mock.patch.dict(os.environ, environment(), clear=True):
             multiprocessing.forkserver.ensure_running()
 
-    def start(self, world: int, *arguments: str) -> Program:
-        return Program(arguments, world, start=self._fork)
+    def start(self, world: int, *arguments: str, env: Mapping[str, str] | None = None) -> Program:
+        return Program(arguments, world, env, self._fork)
 
-    def run(self, world: int, *arguments: str, timeout: float = 240.0) -> list[Result]:
-        with self.start(world, *arguments) as program:
+    def run(
+        self,
+        world: int,
+        *arguments: str,
+        timeout: float = 240.0,
+        env: Mapping[str, str] | None = None,
+    ) -> list[Result]:
+        with self.start(world, *arguments, env=env) as program:
             return program.wait(timeout)
 
     def _fork(self, arguments: Sequence[str], env: dict[str, str], out: Path, err: Path) -> _Forked:
@@ -291,47 +295,9 @@ def run_cases(
     timeout: float = 240.0,
     env: Mapping[str, str] | None = None,
 ) -> list[list[Result]]:
-    """Each command line in turn on the same ``world`` processes: results [case][rank].  ``timeout``
-    is for all.
-    """
-    with tempfile.TemporaryDirectory(prefix="diffmoe-cases-") as folder:
-        (Path(folder) / "cases.json").write_text(
-            json.dumps([list(map(str, case)) for case in cases])
-        )
-        with Program(
-            [sys.executable, str(Path(__file__).resolve()), folder], world, env
-        ) as program:
-            ends = program.wait(timeout)
-            assert all(end.returncode == 0 for end in ends), ends
-        return [
-            [
-                Result(**json.loads((Path(folder) / f"{case}.{rank}.json").read_text()))
-                for rank in range(world)
-            ]
-            for case in range(len(cases))
-        ]
-
-
-def _serve_cases(folder: Path) -> None:
-    sys.path.insert(0, str(REPOSITORY))
-    import run
-
-    rank = os.environ["RANK"]
-    for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
-        os.environ["DIFFMOE_STORE"] = str(folder / f"store{number}")
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = run.main(case)
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        (folder / f"{number}.{rank}.json").write_text(
-            json.dumps(asdict(Result(code, out.getvalue(), err.getvalue())))
-        )
+    """Each command line in turn on ``world`` ranks of a nursery: results [case][rank]."""
+    nursery = Nursery()
+    return [nursery.run(world, *case, timeout=timeout, env=env) for case in cases]
 
 
 def environment() -> dict[str, str]:
@@ -385,10 +351,3 @@ def losses(folder: Path) -> dict[int, float]:
     """Loss by step, from metrics.jsonl."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record["loss"] for record in records}
-
-
-if __name__ == "__main__":
-    _serve_cases(Path(sys.argv[1]))
-    # Every case's own exit code is on disk.  Threads of dozens of destroyed process groups may
-    # abort an ordinary exit.
-    os._exit(0)
