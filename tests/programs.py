@@ -202,8 +202,8 @@ class Nursery:
     """
 
     def __init__(self, main: str = "run:main") -> None:
-        self._main, self._context = main, multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(
+        self._main = main
+        multiprocessing.forkserver.set_forkserver_preload(
             ["diffmoe.training.loop", "diffmoe.training.zero_optimizers", "pytest"]
         )
         with mock.patch.dict(os.environ, environment(), clear=True):
@@ -224,22 +224,19 @@ class Nursery:
 
     def _fork(self, arguments: Sequence[str], env: dict[str, str], out: Path, err: Path) -> _Forked:
         given = (self._main, list(map(str, arguments)), env, out, err)
-        return _Forked(self._context.Process(target=_be_rank, args=given))
-
-
-class _Forked:
-    """As much of subprocess.Popen as Program needs."""
-
-    def __init__(self, process: Any) -> None:
-        self._process = process
+        process = _Forked(target=_be_rank, args=given)
         process.start()
-        self.pid = process.pid
+        return process
+
+
+class _Forked(multiprocessing.context.ForkServerProcess):
+    """With as much of subprocess.Popen as Program needs."""
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        return self.exitcode
 
     def wait(self, timeout: float = 60.0) -> int:
-        self._process.join(timeout)
+        self.join(timeout)
         if (code := self.poll()) is None:
             raise subprocess.TimeoutExpired(str(self.pid), timeout)
         return code

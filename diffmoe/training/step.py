@@ -299,11 +299,11 @@ class _Tally:
 
     def __init__(self, model: DiT, config: Config, device: torch.device) -> None:
         self.layers = len(list(model.moe_layers()))
-        self.experts = config.moe.experts
+        experts = config.moe.experts
         self.parts = torch.zeros(len(_PARTS), dtype=torch.float64, device=device)
         observing = self.layers if running_state(config.model, config.moe) else 0
-        self.observed_LE = torch.zeros(observing, self.experts, dtype=torch.float64, device=device)
-        self.load_LbE = torch.zeros(self.layers, TIME_BINS, self.experts, device=device)
+        self.observed_LE = torch.zeros(observing, experts, dtype=torch.float64, device=device)
+        self.load_LbE = torch.zeros(self.layers, TIME_BINS, experts, device=device)
         self.samples_b = torch.zeros(TIME_BINS, device=device)
 
     def add(self, loss: MicroLoss) -> None:

@@ -68,12 +68,7 @@ class Validation:
     def as_record(self) -> dict:
         """For a line of JSON."""
         load = self.load.round(_DECIMALS).tolist() if np.isfinite(self.load).all() else None
-        return {
-            "loss": self.loss,
-            "loss_by_time": self.loss_by_time,
-            "experts_per_token": self.experts_per_token,
-            "load": load,
-        }
+        return vars(self) | {"load": load}
 
 
 class Validator:
