@@ -25,10 +25,10 @@ from diffmoe.schema import (
     ParallelConfig,
     RunConfig,
     ScoreConfig,
-    TrainConfig,
     attention_kept,
 )
 from diffmoe.strict_yaml import build, merge, read_yaml, tree_of_overrides
+from diffmoe.train_schema import TrainConfig
 
 __all__ = [
     "Config",

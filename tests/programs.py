@@ -1,9 +1,9 @@
 """run.py as its users start it: one process a rank, which meet through a file and never through a
 port.
 
-``run_program`` starts fresh processes; ``start_program`` lets a test signal them while they run;
-``run_cases`` gives many command lines to one set of processes, since importing torch takes longer
-than most mistakes take to be found.
+``run_program`` starts fresh processes; ``start_program`` lets a test signal them while they run; a
+``Nursery`` forks them, for ``run_cases`` and whoever starts many, since importing torch takes
+longer than most mistakes take to be found.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ import atexit
 import contextlib
 import functools
 import importlib
-import io
 import json
+import multiprocessing.forkserver
 import os
-import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
+from unittest import mock
 
 import yaml
 
@@ -91,39 +90,45 @@ class Result:
     stderr: str
 
 
+def _start_process(
+    command: Sequence[str], env: dict[str, str], out: Path, err: Path
+) -> subprocess.Popen:
+    with out.open("w") as stdout, err.open("w") as stderr:
+        return subprocess.Popen(
+            command,
+            stdout=stdout,
+            stderr=stderr,
+            stdin=subprocess.DEVNULL,
+            cwd=REPOSITORY,
+            start_new_session=True,
+            env=env,
+        )
+
+
 class Program:
     """A started run.py; a context manager that leaves no process behind."""
 
     def __init__(
-        self, command: Sequence[str], world: int, env: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        world: int,
+        env: Mapping[str, str] | None = None,
+        start: Callable[[Sequence[str], dict[str, str], Path, Path], Any] = _start_process,
     ) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="diffmoe-program-")
         self._folder = Path(self._scratch.name)
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[Any] = []
         for rank in range(world):
-            with (
-                open(self._folder / f"out{rank}", "w") as out,
-                open(self._folder / f"err{rank}", "w") as err,
-            ):
-                self.processes.append(
-                    subprocess.Popen(
-                        command,
-                        stdout=out,
-                        stderr=err,
-                        stdin=subprocess.DEVNULL,
-                        cwd=REPOSITORY,
-                        start_new_session=True,
-                        env={
-                            **environment(),
-                            "RANK": str(rank),
-                            "WORLD_SIZE": str(world),
-                            "LOCAL_RANK": str(rank),
-                            "LOCAL_WORLD_SIZE": str(world),
-                            "DIFFMOE_STORE": str(self._folder / "store"),
-                            **(env or {}),
-                        },
-                    )
-                )
+            about = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(world),
+                "DIFFMOE_STORE": str(self._folder / "store"),
+            }
+            out, err = (self._folder / f"{name}{rank}" for name in ("out", "err"))
+            out.touch(), err.touch()
+            self.processes.append(start(command, environment() | about | dict(env or {}), out, err))
 
     def signal(self, rank: int, number: int) -> None:
         self.processes[rank].send_signal(number)
@@ -188,22 +193,52 @@ class Program:
         self._scratch.cleanup()
 
 
-class _Forked:
-    """As much of subprocess.Popen as Program needs, of a process that the nursery forked."""
+class Nursery:
+    """Forks ranks of run.py from a process that has imported torch and DeepSpeed, the same for all
+    nurseries: a start takes a second, not ten.
 
-    def __init__(self, pid: int, code: Path) -> None:
-        self.pid, self._code = pid, code
+    For tests that kill ranks over and over.  ``main`` is ``module:function`` in tests/, called in
+    place of run.py's.
+    """
+
+    def __init__(self, main: str = "run:main") -> None:
+        self._main = main
+        multiprocessing.forkserver.set_forkserver_preload(
+            ["diffmoe.training.loop", "diffmoe.training.zero_optimizers", "pytest"]
+        )
+        with mock.patch.dict(os.environ, environment(), clear=True):
+            multiprocessing.forkserver.ensure_running()
+
+    def start(self, world: int, *arguments: str, env: Mapping[str, str] | None = None) -> Program:
+        return Program(arguments, world, env, self._fork)
+
+    def run(
+        self,
+        world: int,
+        *arguments: str,
+        timeout: float = 240.0,
+        env: Mapping[str, str] | None = None,
+    ) -> list[Result]:
+        with self.start(world, *arguments, env=env) as program:
+            return program.wait(timeout)
+
+    def _fork(self, arguments: Sequence[str], env: dict[str, str], out: Path, err: Path) -> _Forked:
+        given = (self._main, list(map(str, arguments)), env, out, err)
+        process = _Forked(target=_be_rank, args=given)
+        process.start()
+        return process
+
+
+class _Forked(multiprocessing.context.ForkServerProcess):
+    """With as much of subprocess.Popen as Program needs."""
 
     def poll(self) -> int | None:
-        text = self._code.read_text() if self._code.exists() else ""
-        return int(text) if text.endswith("\n") else None
+        return self.exitcode
 
     def wait(self, timeout: float = 60.0) -> int:
-        deadline = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(str(self.pid), timeout)
-            time.sleep(0.01)
+        self.join(timeout)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
         return code
 
     def send_signal(self, number: int) -> None:
@@ -211,116 +246,16 @@ class _Forked:
             os.kill(self.pid, number)
 
 
-class _ForkedProgram(Program):
-    def __init__(self, nursery: Nursery, world: int, arguments: Sequence[str]) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="diffmoe-program-")
-        self._folder = Path(self._scratch.name)
-        for rank in range(world):
-            (self._folder / f"out{rank}").touch()
-            (self._folder / f"err{rank}").touch()
-        pids = nursery.ask(
-            {"folder": str(self._folder), "world": world, "arguments": list(map(str, arguments))}
-        )
-        self.processes = [
-            _Forked(pid, self._folder / f"code{rank}") for rank, pid in enumerate(pids)
-        ]
-
-
-class Nursery:
-    """A process that has imported torch and DeepSpeed and forks ranks of run.py: a start takes a
-    second, not ten.
-
-    For tests that kill ranks over and over.  ``main`` is ``module:function`` in tests/, called in
-    place of run.py's.
-    """
-
-    def __init__(self, main: str = "run:main") -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "nursery", main],
-            cwd=REPOSITORY,
-            env=environment(),
-            start_new_session=True,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-
-    def start(self, world: int, *arguments: str) -> Program:
-        return _ForkedProgram(self, world, arguments)
-
-    def run(self, world: int, *arguments: str, timeout: float = 240.0) -> list[Result]:
-        with self.start(world, *arguments) as program:
-            return program.wait(timeout)
-
-    def ask(self, request: dict) -> list[int]:
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def __enter__(self) -> Nursery:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
-        self._process.wait(30)
-        self._process.stdout.close()
-
-
-def _serve_nursery(main: str) -> None:
-    """Forks ranks as asked on stdin; leaves each one's exit code in the program's folder."""
-    sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
-    import diffmoe.training.loop  # noqa: F401  the point of all this
-    from diffmoe.training.engine import import_deepspeed
-
-    import_deepspeed()
-    module, function = main.split(":")
-    function = getattr(importlib.import_module(module), function)
-    children: dict[int, Path] = {}
-    while True:
-        ready, _, _ = select.select([sys.stdin], [], [], 0.02)
-        while children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                break
-            children.pop(pid).write_text(f"{os.waitstatus_to_exitcode(status)}\n")
-        if not ready:
-            continue
-        line = sys.stdin.readline()
-        if not line:
-            return
-        request = json.loads(line)
-        pids = []
-        for rank in range(request["world"]):
-            pid = os.fork()
-            if pid == 0:
-                _be_rank(rank, request, function)
-            pids.append(pid)
-            children[pid] = Path(request["folder"]) / f"code{rank}"
-        print(json.dumps(pids), flush=True)
-
-
-def _be_rank(rank: int, request: dict, function: Callable[[list[str]], int]) -> NoReturn:
+def _be_rank(main: str, arguments: list[str], env: dict[str, str], out: Path, err: Path) -> None:
     os.setsid()
-    folder = Path(request["folder"])
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(request["world"]),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(request["world"]),
-        DIFFMOE_STORE=str(folder / "store"),
-    )
-    code = 1
-    try:
-        code = function(request["arguments"])
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY), number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(REPOSITORY)
+    sys.path.insert(0, str(REPOSITORY))
+    module, function = main.split(":")
+    sys.exit(getattr(importlib.import_module(module), function)(arguments))
 
 
 def start_program(world: int, *arguments: str, env: Mapping[str, str] | None = None) -> Program:
@@ -357,47 +292,9 @@ def run_cases(
     timeout: float = 240.0,
     env: Mapping[str, str] | None = None,
 ) -> list[list[Result]]:
-    """Each command line in turn on the same ``world`` processes: results [case][rank].  ``timeout``
-    is for all.
-    """
-    with tempfile.TemporaryDirectory(prefix="diffmoe-cases-") as folder:
-        (Path(folder) / "cases.json").write_text(
-            json.dumps([list(map(str, case)) for case in cases])
-        )
-        with Program(
-            [sys.executable, str(Path(__file__).resolve()), folder], world, env
-        ) as program:
-            ends = program.wait(timeout)
-            assert all(end.returncode == 0 for end in ends), ends
-        return [
-            [
-                Result(**json.loads((Path(folder) / f"{case}.{rank}.json").read_text()))
-                for rank in range(world)
-            ]
-            for case in range(len(cases))
-        ]
-
-
-def _serve_cases(folder: Path) -> None:
-    sys.path.insert(0, str(REPOSITORY))
-    import run
-
-    rank = os.environ["RANK"]
-    for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
-        os.environ["DIFFMOE_STORE"] = str(folder / f"store{number}")
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = run.main(case)
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        (folder / f"{number}.{rank}.json").write_text(
-            json.dumps(asdict(Result(code, out.getvalue(), err.getvalue())))
-        )
+    """Each command line in turn on ``world`` ranks of a nursery: results [case][rank]."""
+    nursery = Nursery()
+    return [nursery.run(world, *case, timeout=timeout, env=env) for case in cases]
 
 
 def environment() -> dict[str, str]:
@@ -451,12 +348,3 @@ def losses(folder: Path) -> dict[int, float]:
     """Loss by step, from metrics.jsonl."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record["loss"] for record in records}
-
-
-if __name__ == "__main__" and sys.argv[1] == "nursery":
-    _serve_nursery(sys.argv[2])
-elif __name__ == "__main__":
-    _serve_cases(Path(sys.argv[1]))
-    # Every case's own exit code is on disk.  Threads of dozens of destroyed process groups may
-    # abort an ordinary exit.
-    os._exit(0)

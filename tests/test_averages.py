@@ -26,7 +26,7 @@ from diffmoe.errors import UserError
 from diffmoe.layout import resolve_layout
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.remote import remote_path
-from diffmoe.training.checkpoint import STREAMING_BYTES
+from diffmoe.training.saver import STREAMING_BYTES
 from made_checkpoints import made_whole, make_checkpoint, peak_growth
 from programs import digits, run_cases, tiny, tiny_config
 from test_run import train_here

@@ -24,17 +24,10 @@ from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.parity.cases import Case
 from diffmoe.parity.table import start_training
-from diffmoe.training import checkpoint as training_checkpoint
-from diffmoe.training.checkpoint import (
-    STREAMING_BYTES,
-    Saved,
-    SaveFailed,
-    Saver,
-    newest_usable,
-    restore,
-)
+from diffmoe.training.checkpoint import kinds_of, newest_usable, restore
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine
+from diffmoe.training.saver import STREAMING_BYTES, Saved, SaveFailed, Saver
 from diffmoe.training.state import filled, held, owned
 from made_checkpoints import made, made_whole, make_checkpoint, peak_growth
 from programs import run_cases, tiny, tiny_config, trained, zero
@@ -88,7 +81,7 @@ def start(config: Config, world: int, stage: int = 1, bf16: bool = False, shard:
 
 
 def shards_of(engine: Engine, ema: Ema) -> dict[str, list[torch.Tensor]]:
-    return training_checkpoint._kinds(engine, ema)
+    return kinds_of(engine, ema)
 
 
 def fill(engine: Engine, ema: Ema) -> None:
@@ -136,7 +129,7 @@ def everything(
                 if not torch.equal(piece, made_whole(kind, name, tuple(piece.shape)))
             ]
     with engine.weights(
-        engine.masters()
+        engine.masters
     ) as model:  # the parameters are published: what computes is what was loaded
         assert all(layer.thresholds.value.ne(0.25).all() for _, layer in model.moe_layers())
     saver = Saver(Path(folder), config, layout, groups)
@@ -247,14 +240,14 @@ def save_both_ways(folder: str) -> tuple[bool, float]:
         with Saver(Path(folder) / background, config, layout, groups) as saver:
             saver.save(3, engine, ema)
             if background == "true":
-                assert saver.in_flight
+                assert saver._job is not None
             else:
-                assert not saver.in_flight, "nothing is left to do"
+                assert saver._job is None, "nothing is left to do"
             for shards in shards_of(engine, ema).values():
                 for shard in shards:
                     shard.detach().add_(1)
             saver.wait()
-            assert not saver.in_flight and not saver.failed
+            assert saver._job is None and not saver.failed
             found += saver.outcomes()
         engine.engine.destroy()
     assert [type(outcome) for outcome in found] == [Saved, Saved]
@@ -439,7 +432,7 @@ def resumed(arguments: list[str]) -> list[str]:
     said: list[str] = []
     found = newest_usable(Path(config.run.folder) / "checkpoints", groups, said.append)
     restore(found, engine, ema, groups, said.append)
-    same = all(torch.equal(a, b) for a, b in zip(ema.by_decay[0.2], engine.masters()))
+    same = all(torch.equal(a, b) for a, b in zip(ema.by_decay[0.2], engine.masters))
     engine.engine.destroy()
     return [*said, str(same), str(len(ema.by_decay))]
 

@@ -40,8 +40,7 @@ def fail_in_a_step(arguments):
 
 @pytest.fixture(scope="module")
 def nursery():
-    with Nursery("test_errors:fail_in_a_step") as nursery:
-        yield nursery
+    return Nursery("test_errors:fail_in_a_step")
 
 
 def verdict(folder, code, starts=1):

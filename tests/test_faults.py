@@ -26,8 +26,7 @@ from test_run import assert_same_tensors, steps, train_here
 
 @pytest.fixture(scope="module")
 def nursery():
-    with Nursery() as nursery:
-        yield nursery
+    return Nursery()
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +201,11 @@ def misbehave(arguments):
 
 @pytest.mark.full
 def test_a_rank_that_hangs_or_fails_alone_is_named_with_what_it_did(tmp_path):
-    with Nursery("test_faults:misbehave") as nursery:
-        hung, failed = (
-            nursery.run(2, how, *tiny(tmp_path / how, "run.timeout_s=10", "train.save_every=0"))
-            for how in ("hang", "fail")
-        )
+    nursery = Nursery("test_faults:misbehave")
+    hung, failed = (
+        nursery.run(2, how, *tiny(tmp_path / how, "run.timeout_s=10", "train.save_every=0"))
+        for how in ("hang", "fail")
+    )
     assert [r.returncode for r in hung] == [EXIT_LOST] * 2, hung
     assert re.search(
         r"watchdog: rank 1 on \S+ \(process \d+\) has made no progress for \d+ s", hung[0].stderr
@@ -234,8 +233,8 @@ def test_a_rank_that_hangs_or_fails_alone_is_named_with_what_it_did(tmp_path):
 @pytest.mark.slow
 def test_a_disk_that_answers_no_more_is_a_hang_too(tmp_path):
     """The thread that saves hangs; training goes on until it needs the save to be over."""
-    with Nursery("test_faults:misbehave") as nursery:
-        results = nursery.run(2, "disk", *tiny(tmp_path, "run.timeout_s=10", "train.save_every=2"))
+    nursery = Nursery("test_faults:misbehave")
+    results = nursery.run(2, "disk", *tiny(tmp_path, "run.timeout_s=10", "train.save_every=2"))
     assert [r.returncode for r in results] == [EXIT_LOST] * 2, results
     assert "step 4/" in results[0].stdout and "step 5/" not in results[0].stdout, results
     assert re.search(
@@ -270,17 +269,15 @@ def lose_a_rank(arguments):
 
 @pytest.mark.full
 def test_a_rank_that_is_lost_before_or_after_the_work_is_one_line(tmp_path):
-    with Nursery("test_faults:lose_a_rank") as nursery:
-        start, end = (
-            nursery.run(
-                2,
-                when,
-                *tiny(
-                    tmp_path / when, "run.timeout_s=1" if when == "start" else "run.timeout_s=20"
-                ),
-            )
-            for when in ("start", "end")
+    nursery = Nursery("test_faults:lose_a_rank")
+    start, end = (
+        nursery.run(
+            2,
+            when,
+            *tiny(tmp_path / when, "run.timeout_s=1" if when == "start" else "run.timeout_s=20"),
         )
+        for when in ("start", "end")
+    )
     assert start[0].returncode == EXIT_LOST, start
     assert re.fullmatch(
         r"error: rank 0: another rank is lost or does not answer: .*\n", start[0].stderr

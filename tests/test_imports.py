@@ -45,7 +45,7 @@ LAYERS = [
     ["diffmoe.config_rules"],
     ["diffmoe.families"],
     ["diffmoe.schema"],
-    ["diffmoe.sample_schema"],
+    ["diffmoe.sample_schema", "diffmoe.train_schema"],
     ["diffmoe.strict_yaml", "diffmoe.environment", "diffmoe.gpus", "diffmoe.code_version"],
     ["diffmoe"],
     ["diffmoe.remote"],

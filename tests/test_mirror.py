@@ -80,8 +80,7 @@ def store():
 
 @pytest.fixture(scope="module")
 def nursery(store):
-    with Nursery() as nursery:  # which inherits the store's address
-        yield nursery
+    return Nursery()  # which inherits the store's address
 
 
 @pytest.fixture

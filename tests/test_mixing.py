@@ -261,17 +261,17 @@ def test_a_run_keeps_its_order_and_says_so(tmp_path: Path) -> None:
         f"run.folder={tmp_path / 'run'}",
         tmp_path / "fresh",
     )
-    with Nursery() as nursery:
-        results = [
-            nursery.run(2, *common, *more)
-            for more in (
-                [*older, f"run.folder={tmp_path / 'whole'}"],
-                [*older, kept, "train.steps=4"],
-                [kept],
-                [kept, "data.window=8"],
-                [f"run.folder={fresh}"],
-            )
-        ]
+    nursery = Nursery()
+    results = [
+        nursery.run(2, *common, *more)
+        for more in (
+            [*older, f"run.folder={tmp_path / 'whole'}"],
+            [*older, kept, "train.steps=4"],
+            [kept],
+            [kept, "data.window=8"],
+            [f"run.folder={fresh}"],
+        )
+    ]
     assert [[end.returncode for end in ends] for ends in results] == [
         [0, 0],
         [0, 0],

@@ -60,12 +60,12 @@ def switched(tmp_path_factory):
     learning rate, and what the second start said; beside it what a start without the option said.
     """
     folder = tmp_path_factory.mktemp("switched")
-    with Nursery() as nursery:
-        assert [r.returncode for r in nursery.run(2, *tiny(folder, *OLD))] == [0, 0]
-        refused = nursery.run(2, *tiny(folder, *NEW))
-        said = nursery.run(2, *tiny(folder, *NEW, "--new-recipe"))
-        assert [r.returncode for r in said] == [0, 0], said
-        yield folder, refused, said, nursery
+    nursery = Nursery()
+    assert [r.returncode for r in nursery.run(2, *tiny(folder, *OLD))] == [0, 0]
+    refused = nursery.run(2, *tiny(folder, *NEW))
+    said = nursery.run(2, *tiny(folder, *NEW, "--new-recipe"))
+    assert [r.returncode for r in said] == [0, 0], said
+    yield folder, refused, said, nursery
 
 
 def test_without_the_option_it_is_refused_and_named(switched):
@@ -151,7 +151,7 @@ def test_the_first_step_starts_from_these_weights_and_moments(switched):
     loss.total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip)
     adam.step()
-    assert losses(one)[5] == pytest.approx(loss.denoising.item(), rel=1e-4)
+    assert losses(one)[5] == pytest.approx(loss.parts["loss"].item(), rel=1e-4)
     average = before.weights("ema")
     for tensor in tensors:
         for name, value in tensor.pieces(tensor.parameter.detach()):

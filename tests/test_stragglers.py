@@ -43,8 +43,7 @@ def slowed(arguments):
 
 @pytest.fixture(scope="module")
 def nursery():
-    with Nursery("test_stragglers:slowed") as started:
-        yield started
+    return Nursery("test_stragglers:slowed")
 
 
 def ran(nursery, folder, world, victim, where, *more, deepspeed=None):

@@ -105,7 +105,8 @@ def ends(tmp_path_factory):
     """Each case's folder, victim, and results; all cases at once, since they wait most of the
     time.
     """
-    with Nursery("test_watchdog:watched") as nursery, contextlib.ExitStack() as running:
+    nursery = Nursery("test_watchdog:watched")
+    with contextlib.ExitStack() as running:
         programs = {}
         for name, (world, timeout_s, how, victim, number) in CASES.items():
             folder = tmp_path_factory.mktemp("watched")

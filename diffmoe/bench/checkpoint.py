@@ -30,9 +30,9 @@ from diffmoe.models.logical import new_model
 from diffmoe.parallel.collectives import raise_together
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks
-from diffmoe.training.checkpoint import Saved, Saver
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine
+from diffmoe.training.saver import Saved, Saver
 
 FACTS = ("model", "experts", "ranks", "zero", "repeats")
 WAYS = ("full state dict", "streamed", "beside training")

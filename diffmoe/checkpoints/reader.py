@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -190,31 +190,12 @@ class Checkpoint:
                 raise UserError(message)
             path = newest[-1]
         self.path = path
-        self.manifest = read_manifest(path / MANIFEST)
-        files = self.manifest.files
+        self.manifest = manifest = read_manifest(path / MANIFEST)
+        self.step, self.samples, self.pool = manifest.step, manifest.samples, manifest.pool
+        self.ranks, self.counters, files = manifest.ranks, manifest.counters, manifest.files
         for name, found in misfits(path, files).items():
             raise Corrupt(f"{path / name} must have {files[name].bytes} bytes and has {found}")
         self._files = {name: TensorFile(path / name, record) for name, record in files.items()}
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step
-
-    @property
-    def samples(self) -> int:
-        return self.manifest.samples
-
-    @property
-    def pool(self) -> int:
-        return self.manifest.pool
-
-    @property
-    def ranks(self) -> int:
-        return self.manifest.ranks
-
-    @property
-    def counters(self) -> Mapping[str, Any]:
-        return self.manifest.counters
 
     @property
     def updates(self) -> int:

@@ -4,9 +4,12 @@ torch's collectives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
 
 from diffmoe.parallel.step_clock import StepClock
 
@@ -55,6 +58,25 @@ class Trace:
         self.clock.end("exchange", began)
         self.waiting = False
         self.count += 1
+
+
+def watch_layer(block: nn.Module, enter: Callable[[], None]) -> None:
+    """Calls ``enter`` when the main thread enters a block, forward and backward."""
+
+    def noting(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(lambda _gradient: enter())
+        return x
+
+    def leaving(_module: nn.Module, _inputs: Any, output: Any) -> tuple[Any, Any] | None:
+        if isinstance(output[0], Tensor):
+            noting(output[0])
+            return None
+        first, second = output[0]  # halves, of which the second one is last in forward
+        return (first, lambda: noting(second())), output[1]
+
+    block.register_forward_pre_hook(lambda _module, _inputs: enter())
+    block.register_forward_hook(leaving)
 
 
 def shortened(ranks: tuple[int, ...]) -> str:

@@ -126,7 +126,7 @@ def train_and_compare(
             compare("gradient", _tensor_pairs(received, reference.gradient, reference.gradient))
             names = [name for name, _ in received]
     for column, shards, tensors in (
-        ("weights", engine.masters(), reference.weights),
+        ("weights", engine.masters, reference.weights),
         ("ema", training.ema.shards, reference.ema),
         *(("ema", *pair) for pair in zip(training.ema.by_length.values(), reference.powers)),
     ):

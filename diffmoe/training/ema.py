@@ -33,7 +33,7 @@ class Ema:
         self.by_length = {length: self._weights() for length in lengths}
 
     def _weights(self) -> list[Tensor]:
-        return [master.detach().clone() for master in self.engine.masters()]
+        return [master.detach().clone() for master in self.engine.masters]
 
     @property
     def shards(self) -> list[Tensor]:
@@ -45,7 +45,7 @@ class Ema:
         """ema <- d ema + (1 - d) weights, once per optimizer step, with d = decay^growth: as long a
         half-life in samples; for a length d as its power function has it at the engine's update.
         """
-        masters = [master.detach() for master in self.engine.masters()]
+        masters = [master.detach() for master in self.engine.masters]
         for decay, shards in self.by_decay.items():
             torch._foreach_lerp_(shards, masters, 1.0 - decay**self.growth)
         for length, shards in self.by_length.items():

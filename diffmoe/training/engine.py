@@ -2,10 +2,10 @@
 only one that imports deepspeed.
 
 Experts that DeepSpeed does not know as experts are overwritten with rank 0's at ``initialize``,
-silently.  So expert tensors are tagged, their groups registered, a
-parameterless marker tells the engine that there are experts, and after start every tensor is
-compared with what was given.  Leans on DeepSpeed 0.19.8's private names; the parity table (``run.py
-verify``) is the first thing to run on an upgrade.
+silently.  So expert tensors are tagged, their groups registered, a parameterless marker tells the
+engine that there are experts, and after start every tensor is compared with what was given.  Leans
+on DeepSpeed 0.19.8's private names; the parity table (``run.py verify``) is the first thing to run
+on an upgrade.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import logging
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,6 @@ def import_deepspeed():
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed 0.19.8 calls torch 2.13's collectives by their older names.
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed"
@@ -109,6 +109,7 @@ class Engine:
         self._zero, self._decision = zero_optimizers, zero_optimizers.Decision()
         self.model, self.groups, self.device, self.clip = model, groups, device, config.train.clip
         self.tensors = logical_tensors(model)
+        parameters: list[Any] = [tensor.parameter for tensor in self.tensors]
         self.expert_parallel = groups.ep.size > 1
         with agreed(groups.world):
             zero = deepspeed_tree["zero_optimization"]
@@ -122,12 +123,11 @@ class Engine:
                 self.offload,
             )
         if self.sharding.replicas.size > 1 and self.stage == 3:
-            for tensor in self.tensors:  # experts', the next line overwrites
-                parameter: Any = tensor.parameter
+            for parameter in parameters:  # experts', the next line overwrites
                 parameter.ds_zero_partition_process_group = self.sharding.dense.handle
         if self.expert_parallel:
             zero_optimizers.declare_experts(model, self.tensors, groups.ep, self.sharding.experts)
-        given = [t.parameter.detach().clone() for t in self.tensors]
+        given = [parameter.detach().clone() for parameter in parameters]
         assert dist.is_initialized(), "init_process_group comes first"
         self.deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         with agreed(groups.world):
@@ -142,7 +142,7 @@ class Engine:
         self._sums = isinstance(self.optimizer, zero_optimizers.Bf16Optimizer)
         if self._sums:
             self.optimizer.reduce_in_buckets(
-                [t.parameter for t in self.tensors],
+                parameters,
                 zero["reduce_bucket_size"],
                 self.engine.communication_data_type,
                 zero["overlap_comm"],
@@ -152,31 +152,16 @@ class Engine:
             zero_optimizers.decide_by(self._decision, self.optimizer, self.stage)
         if self.stage == 3:
             zero_optimizers.hide_gathers_from_recompute(self.optimizer.parameter_offload)
-        self._masters = self._find_masters()
+        # This rank's flat fp32 shards of the weights (the parameters themselves at ZeRO 0).
+        whole = [parameter.data for parameter in parameters]
+        self.masters = zero_optimizers.masters(self.optimizer, self.stage) if self.stage else whole
+        self._state_keys = self.masters if self.stage else parameters
         self._start_adam()
         self._assert_weights_survived(given)
         if isinstance(self._adam, Muon):
             self._adam.share(self.sharding if self.stage else None)
 
     # --------------------------------------------------------------------------------------- start
-
-    def _find_masters(self) -> list[Tensor]:
-        if self.stage == 0:
-            return [t.parameter.data for t in self.tensors]
-        for name in (
-            "single_partition_of_fp32_groups",
-            "fp32_groups_flat_partition",
-            "fp32_partitioned_groups_flat",
-        ):
-            shards = getattr(self.optimizer, name, None)
-            if shards:
-                return list(shards)
-        raise AssertionError(
-            f"no fp32 masters in {type(self.optimizer).__name__}: another DeepSpeed than 0.19.8?"
-        )
-
-    def _state_keys(self) -> list[Tensor]:
-        return [t.parameter for t in self.tensors] if self.stage == 0 else self._masters
 
     def _start_adam(self) -> None:
         """Zero moments and step 0, on every rank: some DeepSpeed optimizers take a dummy step at
@@ -185,7 +170,7 @@ class Engine:
         """
         groups = (group for group in self._adam.param_groups if group[MUON])
         momenta = {id(key) for group in groups for key in group["params"]}
-        for key in self._state_keys():
+        for key in self._state_keys:
             state = self._adam.state[key]
             for name in (FIRST_MOMENT, SECOND_MOMENT)[: 1 if id(key) in momenta else 2]:
                 state[name] = state[name].zero_() if name in state else torch.zeros_like(key.data)
@@ -196,15 +181,17 @@ class Engine:
         it in full.
         """
         changed = []
-        for tensor, before in zip(self.tensors, given, strict=True):
-            now = self._full(tensor)
+        for index, (tensor, before) in enumerate(zip(self.tensors, given, strict=True)):
+            now, span = self._full(tensor), self.span(index)
             if not torch.equal(now, before.to(now.device, tensor.parameter.dtype).float()):
                 changed.append(tensor.name)
+            flat = self.masters[span.shard].detach().view(-1)
+            part = before.reshape(-1)[span.start : span.start + span.count]
+            flat[span.offset : span.offset + span.count].copy_(part)
         if anyone(bool(changed), self.groups.world):  # all of them, each with its own traceback
             raise AssertionError(
                 f"DeepSpeed overwrote {changed[:3] or 'tensors of another rank'} at initialize"
             )
-        self._write_masters(given)
 
     # ---------------------------------------------------------------------------------------- step
 
@@ -226,39 +213,48 @@ class Engine:
             with self.groups.trace.clock.waiting("exchange"):
                 self._average_over_replicas()
 
-    def _average_over_replicas(self) -> None:
-        """The shards of the gradient, so far averages over this rank's shard group."""
+    def _gradients(self) -> list[Tensor]:
+        """What ZeRO 1 to 3 hold of them on this rank, after the last backward: averages, or a
+        ``Bf16Optimizer``'s sums.
+        """
+        if self._sums:
+            return self.optimizer.sums()
         if self.offload:
-            synchronize(self.device)  # gradients are on their way to the host
-        self._zero.average(
-            self._zero.gradients(self.optimizer, self.stage, self.offload),
-            self.sharding.replicas.handle,
-            self.engine.communication_data_type,
-            self.device,
-        )
+            synchronize(self.device)  # they are on their way to the host
+            masters: list[Any] = self.masters  # which all have one by now
+            return [master.grad for master in masters]
+        return [
+            gradient for group in self.optimizer.averaged_gradients.values() for gradient in group
+        ]
+
+    @torch.no_grad()
+    def _average_over_replicas(self) -> None:
+        """The shards of the gradient, so far averages over this rank's shard group, which may lie
+        on the host: as one message from the device.
+        """
+        shards, replicas = self._gradients(), self.sharding.replicas
+        dtype = self.engine.communication_data_type
+        flat = torch.cat([shard.reshape(-1).to(self.device, dtype) for shard in shards])
+        dist.all_reduce(flat, group=replicas.handle)
+        parts = flat.div_(replicas.size).split([shard.numel() for shard in shards])
+        for shard, part in zip(shards, parts, strict=True):
+            shard.copy_(part.view_as(shard))
 
     def squared_norm(self) -> Tensor:
         """This rank's share (fp64, on the device) of the squared norm of the step's gradient before
         clipping: summed over all ranks, every dense tensor counts once and every expert once.
         """
-        world = self.groups.world.size
-        parts: list[tuple[list[Tensor], int]] = []  # gradients, and what their square counts for
-        if self.stage == 0:
-            by_copies: dict[int, list[Tensor]] = {}
+        held: dict[int, list[Tensor]] = defaultdict(list)  # by what their squares are divided by
+        if self.stage:
+            counted = self.groups.world.size**2 if self._sums else 1
+            held[self.sharding.replicas.size * counted] = self._gradients()
+        else:
             for t in self.tensors:
                 if t.parameter.grad is not None:
-                    shared = self.expert_parallel and t.experts
-                    copies = self.groups.edp.size if shared else world
-                    by_copies.setdefault(copies, []).append(t.parameter.grad)
-            parts = [(by_copies[copies], copies) for copies in set(by_copies)]
-        else:
-            if self.offload:
-                synchronize(self.device)  # gradients are on their way to the host
-            held = self._zero.gradients(self.optimizer, self.stage, self.offload)
-            copies = self.sharding.replicas.size
-            parts = [(held, copies * (world**2 if self._sums else 1))]
+                    copies = self.holders(self.expert_parallel and t.experts is not None).size
+                    held[copies].append(t.parameter.grad)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for gradients, divisor in parts:
+        for divisor, gradients in held.items():
             squares = [self._zero.square(gradient.detach().reshape(-1)) for gradient in gradients]
             total += sum(square.to(self.device) for square in squares) / divisor
         return total
@@ -273,8 +269,12 @@ class Engine:
         decision.factor = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
         for group in self._adam.param_groups:
             group["lr"] = lr
-        if self.stage == 0:
-            self._clip_unsharded()
+        if self.stage == 0 and not decision.applies:
+            for tensor in self.tensors:
+                tensor.parameter.grad = None  # what no optimizer touches
+        elif self.stage == 0 and decision.factor < 1:
+            grads = [t.parameter.grad for t in self.tensors if t.parameter.grad is not None]
+            torch._foreach_mul_(grads, decision.factor)
         self.engine.step()
         if decision.applies:
             self.updates += 1
@@ -283,41 +283,27 @@ class Engine:
         assert self.stage == 0 or self.engine.was_step_applied() == decision.applies, norm
         return decision.applies
 
-    def _clip_unsharded(self) -> None:
-        if not self._decision.applies:
-            for tensor in self.tensors:
-                tensor.parameter.grad = None  # what no optimizer touches
-        elif self._decision.factor < 1:
-            grads = [t.parameter.grad for t in self.tensors if t.parameter.grad is not None]
-            torch._foreach_mul_(grads, self._decision.factor)
-
     # --------------------------------------------------------------------------------------- state
-
-    def masters(self) -> list[Tensor]:
-        """This rank's flat fp32 shards of the weights (the parameters themselves at ZeRO 0)."""
-        return self._masters
 
     def shards(self, kind: str) -> list[Tensor]:
         """The shards of ``master``, ``exp_avg`` or ``exp_avg_sq``, congruent with each other; empty
         ones of what has none (Muon's second moment).
         """
         if kind == MASTER:
-            return self._masters
-        return [self._adam.state[k].get(kind, k.data.new_empty(0)) for k in self._state_keys()]
+            return self.masters
+        return [self._adam.state[k].get(kind, k.data.new_empty(0)) for k in self._state_keys]
 
     def set_adam_step(self, step: int) -> None:
         """Adam's count of updates, on which bias correction depends."""
         self.updates = step
-        for key in self._state_keys():
+        fused = any(group.get("fused") for group in self._adam.param_groups)
+        for key in self._state_keys:
             # Each its own tensor: a shared one would count once per shard.
-            self._adam.state[key]["step"] = torch.tensor(float(step), device=self._step_device(key))
+            device = key.device if fused else torch.device("cpu")
+            self._adam.state[key]["step"] = torch.tensor(float(step), device=device)
         for group in self._adam.param_groups:
             if "step" in group or type(self._adam).__module__.startswith("apex"):
                 group["step"] = step  # Apex counts here
-
-    def _step_device(self, key: Tensor) -> torch.device:
-        fused = any(group.get("fused") for group in self._adam.param_groups)
-        return key.device if fused else torch.device("cpu")
 
     def span(self, index: int) -> Span:
         """What this rank holds of parameter number ``index`` of ``tensors``, perhaps nothing.  Not
@@ -344,20 +330,13 @@ class Engine:
             return self.sharding.replicas
         return self.groups.edp if experts else self.groups.world
 
-    def shape(self, index: int) -> tuple[int, ...]:
-        """The shape of parameter number ``index``, also where ZeRO 3 has it in parts."""
-        parameter: Any = self.tensors[index].parameter
-        return tuple(parameter.ds_shape if self.stage == 3 else parameter.shape)
-
     @contextlib.contextmanager
     def _in_place_of_masters(self, shards: list[Tensor]) -> Iterator[None]:
-        if shards is not self._masters:
-            _swap(self._masters, shards)
+        _swap(self.masters, shards)
         try:
             yield
         finally:
-            if shards is not self._masters:
-                _swap(self._masters, shards)
+            _swap(self.masters, shards)
 
     def read(self, shards: list[Tensor]) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """(logical tensor, full fp32 value of this rank's layout) one by one.  Collective: every
@@ -367,14 +346,6 @@ class Engine:
             for tensor in self.tensors:
                 self.groups.trace.at(tensor.name)
                 yield tensor, self._full(tensor)
-
-    def _write_masters(self, values: list[Tensor]) -> None:
-        """Full fp32 values in the order of the logical tensors, into the masters."""
-        for index, value in enumerate(values):
-            span = self.span(index)
-            flat = self._masters[span.shard].detach().view(-1)
-            part = value.reshape(-1)[span.start : span.start + span.count]
-            flat[span.offset : span.offset + span.count].copy_(part)
 
     def _full(self, tensor: LogicalTensor) -> Tensor:
         if self.stage == 0:
@@ -390,7 +361,7 @@ class Engine:
             # All of them: parameters that the trace of modules wants again soon stay whole after a
             # pass without backward, and the next forward would take them as they are.
             self.optimizer._partition_all_parameters()
-            for i in range(len(self._masters)):
+            for i in range(len(self.masters)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
             persistent = self.optimizer.persistent_parameters
             if persistent:
@@ -415,6 +386,8 @@ def _swap(left: list[Tensor], right: list[Tensor]) -> None:
     """Exchanges contents in place: other code holds views of both.  A piece at a time: a shard may
     be all that a rank has.
     """
+    if left is right:
+        return
     with torch.no_grad():
         for a, b in zip(left, right, strict=True):
             parts = (tensor.data.view(-1).split(_SWAPPED) for tensor in (a, b))

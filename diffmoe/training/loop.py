@@ -1,40 +1,29 @@
-"""Training: the loop over steps, and what is done between them."""
+"""Training: the loop over steps, and those that go wrong."""
 
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from diffmoe.config import Config, check_guidance
-from diffmoe.cost.calibration import plan_error
+from diffmoe.config import Config
 from diffmoe.data.feed import Feed
 from diffmoe.data.stream import Batch
-from diffmoe.device import peak_memory_gib
 from diffmoe.diffusion.randomness import StepDraws
-from diffmoe.errors import UserError
-from diffmoe.evaluation.generate import generate_everywhere
-from diffmoe.evaluation.plots import class_columns
-from diffmoe.evaluation.while_training import score
 from diffmoe.layout import Layout
 from diffmoe.parallel.collectives import AgreedError, anyone
 from diffmoe.parallel.groups import ParallelGroups
-from diffmoe.training.checkpoint import SaveFailed, newest_usable, restore
+from diffmoe.training import between_steps
+from diffmoe.training.checkpoint import newest_usable, restore
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
-from diffmoe.training.mirror import Copied
-from diffmoe.training.resume import check_resumable, recipes_as_counters, write_left_out
+from diffmoe.training.resume import check_resumable, write_left_out
 from diffmoe.training.run_lock import RunLock
 from diffmoe.training.start import Run, say, share, start
 from diffmoe.training.step import StepReport, train_step
-from diffmoe.training.validation import read_validations
 from diffmoe.training.watchdog import Watchdog
-
-# Optimizer steps after which a run compares itself with its plan.
-AFTER_STEPS = 20
 
 
 def train(
@@ -68,16 +57,16 @@ def train(
                 f"stopped cleanly at step {run.done}, before the first step of this start; "
                 "the same command resumes from there"
             )
-        _validate_where_missed(run)
-        _copy(run)  # what an earlier start left
+        between_steps.validate_where_missed(run)
+        between_steps.copy(run)  # what an earlier start left
         with run.saver, contextlib.closing(run.mirror) if run.mirror else contextlib.nullcontext():
             if config.train.spike_factor > 0 and run.fresh:
-                _save(run)  # so that there is always something to go back to
+                between_steps.save(run)  # so that there is always something to go back to
             spiked = _train_steps(run, stop_requested)
             while spiked is not None:
                 _go_back(run, spiked)
                 spiked = _train_steps(run, stop_requested)
-            _finish_copying(run, stop_requested)
+            between_steps.finish_copying(run, stop_requested)
 
 
 def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:
@@ -118,23 +107,23 @@ def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:
             finished = run.done == train.steps
             stop = stop and feed.decide_together(bool(stop_requested) or run.leaving)
             batches = feed.take()
-            _compare_with_plan(run, time.perf_counter() - began)
+            between_steps.compare_with_plan(run, time.perf_counter() - began)
             last = stop or finished
             if last or run.done % train.log_every == 0:
-                _record(run, last)
+                between_steps.record(run, last)
             if train.ema_snapshot_every and run.done % train.ema_snapshot_every == 0:
-                _save(run, snapshot=True)
-            if _due(run.done, train.save_every, last):
-                _save(run)
+                between_steps.save(run, snapshot=True)
+            if between_steps.due(run.done, train.save_every, last):
+                between_steps.save(run)
             # Not at a stop, whose grace is for saving.
-            if _due(run.done, train.sample_every, finished):
-                _sample(run)
-            if _due(run.done, train.score_every, finished):
-                _score(run)
-            if _due(run.done, train.validate_every, finished):
-                _validate(run)
+            if between_steps.due(run.done, train.sample_every, finished):
+                between_steps.sample(run)
+            if between_steps.due(run.done, train.score_every, finished):
+                between_steps.score(run)
+            if between_steps.due(run.done, train.validate_every, finished):
+                between_steps.validate(run)
             if last:
-                _finish_saving(run)
+                between_steps.finish_saving(run)
             if run.done % train.log_every == 0:
                 meter.restart_clock()  # saving, sampling and drawing are not training
             if stop:
@@ -165,7 +154,7 @@ def _step(run: Run, batches: list[Batch], draws: StepDraws, stop: bool) -> tuple
         draws.of(run.done),
     )
     if report.save_failed:
-        _wait_for_save(run)
+        between_steps.wait_for_save(run)
     verdict = run.guard.judge(report, run.done)
     if verdict == "good":
         run.meter.add(report)
@@ -192,14 +181,14 @@ def _not_finite(run: Run, report: StepReport, batches: list[Batch]) -> None:
             return run.event("skipped", text)
         limit = train.nonfinite_limit
         text += f" (train.nonfinite_limit ({limit}) steps in a row were skipped before)"
-    _wait_for_save(run)
+    between_steps.wait_for_save(run)
     raise AgreedError(f"{text}; the last checkpoint is untouched")
 
 
 def _go_back(run: Run, spiked: int) -> None:
     """Back to the newest checkpoint, without step ``spiked`` from there.  All ranks together."""
     run.groups.trace.enter("going back")
-    _wait_for_save(run)
+    between_steps.wait_for_save(run)
     folder = run.saver.folder
     newest = newest_usable(folder, run.groups, lambda text: run.event("passed over", text))
     if newest is None:
@@ -218,198 +207,3 @@ def _go_back(run: Run, spiked: int) -> None:
     if run.writer:
         with run.writer.unless_refused("left_out.json"):
             write_left_out(run.folder, run.guard.left_out)
-
-
-def _compare_with_plan(run: Run, seconds: float) -> None:
-    """After the first steps of a start: what the planner says of them beside what they took."""
-    if len(run.step_times) == AFTER_STEPS:
-        return
-    run.step_times.append(seconds)
-    if len(run.step_times) < AFTER_STEPS:
-        return
-    # A CPU's figure is the whole process's, Python and libraries included: nothing that a plan
-    # speaks of.
-    name, peak = "cpu", 0.0
-    if run.device.type == "cuda":
-        name = torch.cuda.get_device_name(run.device)
-        peak = peak_memory_gib(run.device) * 2**30
-    median = statistics.median(run.step_times)
-    entries, line = plan_error(
-        run.config, run.layout, run.deepspeed, name, run.per_node, median, peak
-    )
-    run.next_record |= entries
-    run.say(line)
-
-
-def _record(run: Run, last: bool) -> None:
-    """Numbers since the last record; every rank takes part, rank 0 writes."""
-    run.groups.trace.enter("recording")
-    record, load = run.meter.collect(run.done, run.samples)
-    _hear_of_saves(run)
-    record |= {
-        "skipped_steps": run.guard.skipped(run.done),
-        "rollbacks": run.guard.rollbacks,
-        "failed_saves": run.failed_saves,
-        **_compare_ranks(run),
-        **run.next_record,
-    }
-    run.next_record = {}
-    if run.writer:
-        run.writer.record(record)
-        if _due(run.done, 10 * run.config.train.log_every, last):  # drawing takes a while
-            run.writer.draw_load(load, run.done)
-
-
-def _compare_ranks(run: Run) -> dict:
-    """A record of the ranks' times; ``on_straggler: requeue``: a straggler ends this start."""
-    if not run.stragglers.on:
-        return {}
-    record, news = run.stragglers.collect()
-    if news is not None:
-        run.event(*news)
-        rule = run.config.run.on_straggler == "requeue" and not run.leaving
-        if rule and run.stragglers.named is not None:
-            refusal = run.stragglers.exclude() if run.writer else None
-            run.leaving = anyone(run.writer is not None and refusal is None, run.groups.world)
-            then = f"its node stays: {refusal}" if refusal else "saves, and asks for other nodes"
-            run.event("requeue", f"run.on_straggler (requeue): {then}")
-    return record
-
-
-def _save(run: Run, snapshot: bool = False) -> None:
-    """Begins a save, and hears of earlier ones; a failed one is tried again when due."""
-    run.groups.trace.enter("saving")
-    counters = run.guard.as_counters() | recipes_as_counters(run.recipes)
-    counters |= {"updates": run.engine.updates, "data": run.reader.index.fingerprint}
-    run.saver.save(run.done, run.engine, run.ema, counters, snapshot)
-    _hear_of_saves(run)
-
-
-def _finish_saving(run: Run) -> None:
-    """Waits for the last save.  Raises AgreedError when it failed: this state would be lost."""
-    run.groups.trace.enter("waiting for the last save")
-    _wait_for_save(run)
-    if run.done == run.unsaved:
-        raise AgreedError(
-            f"the state of step {run.done} could not be saved; "
-            "what the run has is the checkpoint before"
-        )
-
-
-def _wait_for_save(run: Run) -> None:
-    run.saver.wait()
-    _hear_of_saves(run)
-
-
-def _hear_of_saves(run: Run) -> None:
-    for outcome in run.saver.outcomes():
-        if isinstance(outcome, SaveFailed):
-            run.failed_saves, run.unsaved = run.failed_saves + 1, outcome.step
-            run.event(
-                "save failed",
-                f"error: step {outcome.step} was NOT saved: {outcome.message}; training goes on, "
-                "the checkpoint before stays, the next save is tried as planned",
-            )
-        else:
-            run.unsaved = None
-            stall_s, write_s = outcome.stall_s, outcome.write_s
-            run.next_record |= {"save_stall_s": stall_s, "save_write_s": write_s}
-            run.say(
-                f"saved {outcome.path}: training stood still for {stall_s:.2f} s, "
-                f"written in {write_s:.2f} s"
-            )
-            _copy(run)
-    for copy in run.mirror.outcomes() if run.mirror else ():
-        place = run.config.train.mirror
-        if isinstance(copy, Copied):
-            run.say(f"copied step {copy.step} to {place}: {copy.bytes} bytes, {copy.seconds:.2f} s")
-        else:
-            run.event(
-                "not copied",
-                f"error: train.mirror ({place}) is behind: {copy.message}; training goes on, the "
-                "next save tries again",
-            )
-
-
-def _copy(run: Run) -> None:
-    if run.mirror and run.groups.rank == 0:
-        run.mirror.copy()
-
-
-def _finish_copying(run: Run, stop_requested: Sequence[int]) -> None:
-    if run.mirror:
-        run.groups.trace.enter("copying to train.mirror")
-        run.mirror.wait(stop_requested)
-        _hear_of_saves(run)
-
-
-def _due(step: int, every: int, last: bool) -> bool:
-    """Every ``every`` steps, and at the end; 0 means only at the end."""
-    return last or (every > 0 and step % every == 0)
-
-
-def _sample(run: Run) -> None:
-    """A grid from the EMA weights, classes in turn; every rank makes its share.  The last one comes
-    unasked: guidance that training does not allow is an event there and no error.
-    """
-    try:
-        check_guidance(run.config, training=True)
-    except UserError as error:
-        return run.event("not sampled", f"no images: {error}")
-    run.groups.trace.enter("sampling")
-    classes = run.config.model.classes
-    columns = class_columns(run.config.sample.columns, classes)
-    labels = [i % classes for i in range(columns * min(classes, columns))]
-    with run.engine.weights(run.ema.shards) as model:
-        images = generate_everywhere(model, run.config, labels, run.groups.world, run.device)
-    if run.writer:
-        run.writer.draw_samples(images.numpy(), columns, run.done)
-
-
-def _score(run: Run) -> None:
-    """A line of ``scores.jsonl`` for each average.  The run goes on where it cannot be scored."""
-    if run.scorer is None:
-        return
-    run.groups.trace.enter("scoring")
-    for decay, shards in run.ema.by_decay.items():
-        weights = f"ema:{decay!r}"
-        try:
-            with run.engine.weights(shards) as model:
-                scores = score(model, run.config, run.scorer, run.groups.world, run.device)
-        except AgreedError as error:
-            run.event("not scored", f"no scores of {weights}: {error}")
-            continue
-        if run.writer:
-            run.writer.scores(run.done, weights, run.scorer.count, run.scorer.extractor, scores)
-
-
-def _validate_where_missed(run: Run) -> None:
-    """The validation loss of the step that the run resumed at, where it was due and is not there:
-    a stop saves and does not measure, and a kill may come between.
-    """
-    finished = run.done == run.config.train.steps
-    due = run.done > 0 and _due(run.done, run.config.train.validate_every, finished)
-    if run.validator is None or not due:
-        return
-    there = run.writer is not None and any(
-        r["step"] == run.done for r in read_validations(run.folder)
-    )
-    if not anyone(there, run.groups.world):
-        _validate(run)
-
-
-def _validate(run: Run) -> None:
-    """Validation loss of the first average; where it cannot be measured the run goes on."""
-    if run.validator is None:
-        return
-    run.groups.trace.enter("validating")
-    began = time.perf_counter()
-    try:
-        with run.engine.weights(run.ema.shards) as model:
-            found = run.validator.measure(model)
-    except AgreedError as error:
-        return run.event("not validated", f"no validation loss: {error}")
-    run.meter.leave_out(time.perf_counter() - began)
-    run.next_record |= {"validation_loss": found.loss}
-    if run.writer:
-        run.writer.validation(run.done, run.samples, run.validator.count, found.as_record())

@@ -71,10 +71,14 @@ class Meter:
         images = len(reports) * train.batch / seconds
         capacity = None if model.family in TOKENS_CHOOSE else last.capacity
         macs = count(model, moe, capacity=capacity).forward_macs
+
+        def mean(name: str) -> float:
+            return float(np.mean([getattr(report, name) for report in reports]))
+
         record = {
             "step": step,
             "samples": samples,
-            "loss": float(np.mean([r.loss for r in reports])),
+            "loss": mean("loss"),
             "grad_norm": last.grad_norm,
             "lr": last.lr,
             "images_per_s": images,
@@ -82,19 +86,17 @@ class Meter:
             "memory_gib": peak_memory_gib(self.device),
         }
         if has_predictor(model, moe):
-            record["predictor_loss"] = float(np.mean([r.predictor_loss for r in reports]))
+            record["predictor_loss"] = mean("predictor_loss")
             record["trivial_predictor_loss"] = trivial_predictor_loss(moe.experts, last.capacity)
         if has_thresholds(model):
             record["capacity"] = last.capacity
         if has_target_head(model, moe):
-            record["target_loss"] = float(np.mean([r.target_loss for r in reports]))
+            record["target_loss"] = mean("target_loss")
         for name in ("dispersive", "direction", "repa"):
             if getattr(train, f"{name}_weight"):
-                record[f"{name}_loss"] = float(
-                    np.mean([getattr(r, f"{name}_loss") for r in reports])
-                )
+                record[f"{name}_loss"] = mean(f"{name}_loss")
         if has_router_loss(model, moe):
-            record["balance_loss"] = float(np.mean([r.balance_loss for r in reports]))
+            record["balance_loss"] = mean("balance_loss")
         if load.size:
             record["load_max"] = float(per_expert.max())
             record["load_min"] = float(per_expert.min())

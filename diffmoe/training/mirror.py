@@ -112,7 +112,7 @@ class Mirror:
         if not gather_objects(begins, groups.world)[0]:
             return
 
-        def take(checkpoint: Checkpoint, groups: ParallelGroups) -> str | None:
+        def take(checkpoint: Checkpoint, groups: ParallelGroups) -> None:
             self._check_own(checkpoint, new_recipe)
             partial = writer.partial_folder(folder, checkpoint.step)
             partial.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,6 @@ class Mirror:
                         groups.trace.at("files")
                     file.flush()
                     os.fsync(file.fileno())
-            return None
 
         found = newest_usable(away, groups, say, take)
         if found is None:

@@ -10,7 +10,6 @@ the least that repeats no number of the recipe before.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from diffmoe.config import Config, config_to_tree
 from diffmoe.deepspeed_json import precision, zero_stage
 from diffmoe.errors import UserError
+from diffmoe.files import replacing
 from diffmoe.layout import Layout
 from diffmoe.models.matrices import MUON
 
@@ -171,9 +171,8 @@ def read_left_out(folder: Path) -> list[int]:
 
 def write_left_out(folder: Path, steps: list[int]) -> None:
     """So that a start that finds only older checkpoints leaves the same steps out."""
-    partial = folder / f".{_LEFT_OUT}.partial"
-    partial.write_text(json.dumps(steps) + "\n")
-    os.replace(partial, folder / _LEFT_OUT)
+    with replacing(folder / _LEFT_OUT) as file:
+        file.write(json.dumps(steps).encode() + b"\n")
 
 
 def _flat(tree: dict) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from diffmoe.models.compiled import compile_blocks, compiles
 from diffmoe.models.logical import new_model
 from diffmoe.parallel.collectives import agreed, gather_objects
 from diffmoe.parallel.groups import ParallelGroups
-from diffmoe.training.checkpoint import Saver, newest_usable, restore
+from diffmoe.parallel.trace import watch_layer
+from diffmoe.training.checkpoint import newest_usable, restore
 from diffmoe.training.ema import Ema
 from diffmoe.training.engine import Engine
 from diffmoe.training.guard import Guard
@@ -38,9 +39,9 @@ from diffmoe.training.metrics import Writer
 from diffmoe.training.mirror import Mirror
 from diffmoe.training.resume import Recipe, check_resumable, engine_changes, read_left_out
 from diffmoe.training.run_lock import RunLock
+from diffmoe.training.saver import Saver
 from diffmoe.training.stragglers import Stragglers
 from diffmoe.training.validation import Validator, open_validator
-from diffmoe.training.watchdog import watch_layers
 
 
 @dataclass
@@ -211,7 +212,8 @@ def _new_engine(
         compile_blocks(model)
     engine = Engine(model, config, deepspeed_tree, groups, device)
     lengthen_timeouts(config.run.timeout_s)
-    watch_layers(model.blocks, groups.trace)
+    for number, block in enumerate(model.blocks):
+        watch_layer(block, partial(groups.trace.at, f"block {number}"))
     return engine
 
 

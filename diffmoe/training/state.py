@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -68,8 +69,10 @@ def _places(engine: Engine, index: int, first: int = 0, last: int = sys.maxsize)
     """What this rank holds of a parameter between two of its elements, cut where one expert ends
     and the next begins.
     """
-    tensor, shape, span = engine.tensors[index], engine.shape(index), engine.span(index)
-    shape = shape if tensor.experts is None else shape[1:]
+    tensor, span = engine.tensors[index], engine.span(index)
+    parameter: Any = tensor.parameter
+    whole = tuple(parameter.ds_shape if engine.stage == 3 else parameter.shape)
+    shape = whole if tensor.experts is None else whole[1:]
     each = math.prod(shape)
     for number, name in enumerate(tensor.piece_names()):
         start = max(span.start, number * each, first)

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,16 @@ TIME_BINS = 10
 _DDPM = linear_schedule()
 _ddpm_on = functools.lru_cache(maxsize=None)(_DDPM.to)
 _DIAL_EVERY = 256
+# The parts of a loss, by their names in a report.
+_PARTS = (
+    "loss",
+    "predictor_loss",
+    "balance_loss",
+    "target_loss",
+    "dispersive_loss",
+    "direction_loss",
+    "repa_loss",
+)
 
 
 @dataclass(frozen=True)
@@ -64,19 +75,13 @@ class StepReport:
 
 @dataclass(frozen=True)
 class MicroLoss:
-    """Parts of one micro-batch's loss; ``total`` carries the gradient.  ``denoising``: the flow's
-    mean squared error, or DDPM's with the variational bound of its variance.  Predictor and balance
-    are summed over layers; target is their mean.
+    """One micro-batch's loss: ``total`` carries the gradient, ``parts`` are by the names of
+    :class:`StepReport`: ``loss`` is the flow's mean squared error, or DDPM's with the variational
+    bound of its variance; predictor and balance are summed over layers, target is their mean.
     """
 
     total: Tensor
-    denoising: Tensor
-    predictor: Tensor
-    balance: Tensor
-    target: Tensor
-    dispersive: Tensor
-    direction: Tensor
-    repa: Tensor
+    parts: dict[str, Tensor]
     output: ModelOutput
     time_bin_B: Tensor
 
@@ -126,18 +131,14 @@ def micro_loss(
     total = total + moe.target_weight * target
     total = total + train.dispersive_weight * dispersive + train.direction_weight * direction
     total = total + train.repa_weight * repa
-    return MicroLoss(
-        total,
-        denoising.detach(),
-        predictor.detach(),
-        balance.detach(),
-        target.detach(),
-        dispersive.detach(),
-        direction.detach(),
-        repa.detach(),
-        output,
-        (progress * TIME_BINS).long().clamp_(max=TIME_BINS - 1),
-    )
+    parts = (denoising, predictor, balance, target, dispersive, direction, repa)
+    named = {name: part.detach() for name, part in zip(_PARTS, parts, strict=True)}
+    return MicroLoss(total, named, output, time_bin(progress))
+
+
+def time_bin(progress_B: Tensor) -> Tensor:
+    """Tenths of time from noise (0) to data (1)."""
+    return (progress_B * TIME_BINS).long().clamp_(max=TIME_BINS - 1)
 
 
 def _training_time(u: Tensor, diffusion: DiffusionConfig) -> Tensor:
@@ -179,31 +180,22 @@ def train_step(
         engine.backward(_all_or_nothing(loss.total))
         tally.add(loss)
     groups.trace.enter("optimizer step")
-    means = tally.reduce(engine.squared_norm(), groups, layout, stop, save_failed)
-    applied = engine.step(lr, means.norm)
-    assert applied <= math.isfinite(means.loss), (means.loss, means.norm)
+    means, observed_LE = tally.reduce(engine.squared_norm(), groups, layout, stop, save_failed)
+    applied = engine.step(lr, means["grad_norm"])
+    assert applied <= math.isfinite(means["loss"]), means
     if applied:
-        commit_observed(engine.model, means.observed_LE, layout.pools * layout.accumulation)
+        commit_observed(engine.model, observed_LE, layout.pools * layout.accumulation)
         ema.update()
         if config.model.family == "diffmoe" and counts_for_dial(config.train, step):
             groups.trace.enter("counting for the dial")
             _count_for_dial(engine, ema, batches, config, groups, step)
     return StepReport(
-        means.loss,
-        means.predictor,
-        means.balance,
-        means.target,
-        means.dispersive,
-        means.direction,
-        means.repa,
-        means.norm,
-        lr,
-        rule.capacity,
-        means.stop,
-        means.save_failed,
-        applied,
-        tally.load_LbE,
-        tally.samples_b,
+        **means,
+        lr=lr,
+        capacity=rule.capacity,
+        applied=applied,
+        load_LbE=tally.load_LbE,
+        samples_b=tally.samples_b,
     )
 
 
@@ -300,21 +292,6 @@ def _count_for_dial(
         layer.thresholds.commit_histogram(layer_counts, step)
 
 
-@dataclass(frozen=True)
-class _Means:
-    norm: float
-    loss: float
-    predictor: float
-    balance: float
-    target: float
-    dispersive: float
-    direction: float
-    repa: float
-    stop: bool
-    save_failed: bool
-    observed_LE: Tensor
-
-
 class _Tally:
     """Sums over a step's micro-batches, on the device; one small reduction for all layers at the
     end.
@@ -322,17 +299,15 @@ class _Tally:
 
     def __init__(self, model: DiT, config: Config, device: torch.device) -> None:
         self.layers = len(list(model.moe_layers()))
-        self.experts = config.moe.experts
-        self.parts = torch.zeros(7, dtype=torch.float64, device=device)
+        experts = config.moe.experts
+        self.parts = torch.zeros(len(_PARTS), dtype=torch.float64, device=device)
         observing = self.layers if running_state(config.model, config.moe) else 0
-        self.observed_LE = torch.zeros(observing, self.experts, dtype=torch.float64, device=device)
-        self.load_LbE = torch.zeros(self.layers, TIME_BINS, self.experts, device=device)
+        self.observed_LE = torch.zeros(observing, experts, dtype=torch.float64, device=device)
+        self.load_LbE = torch.zeros(self.layers, TIME_BINS, experts, device=device)
         self.samples_b = torch.zeros(TIME_BINS, device=device)
 
     def add(self, loss: MicroLoss) -> None:
-        parts = [loss.denoising, loss.predictor, loss.balance, loss.target]
-        parts += [loss.dispersive, loss.direction, loss.repa]
-        self.parts += torch.stack(parts).double()
+        self.parts += torch.stack(list(loss.parts.values())).double()
         bins = loss.time_bin_B
         self.samples_b.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float32))
         for layer, stats in enumerate(loss.output.moe):
@@ -347,27 +322,17 @@ class _Tally:
         layout: Layout,
         stop: bool,
         save_failed: bool,
-    ) -> _Means:
-        """Sums over ranks and gives means; the one time in a step that the host waits for the
-        device.
+    ) -> tuple[dict[str, Any], Tensor]:
+        """Sums over ranks and gives means, by the names of :class:`StepReport`, and what layers
+        observed; the one time in a step that the host waits for the device.
         """
         flags = torch.tensor([stop, save_failed], dtype=torch.float64, device=self.parts.device)
-        mine = torch.cat([squared_norm.view(1), self.parts, flags, self.observed_LE.flatten()])
-        sums = sum_over(mine, groups.world)
+        mine = torch.cat([squared_norm.view(1), flags, self.parts, self.observed_LE.flatten()])
+        scalars, observed = sum_over(mine, groups.world).tensor_split([3 + len(_PARTS)])
+        square, stopped, failed, *parts = scalars.tolist()
         passes = layout.ranks * layout.accumulation
-        square, *parts, stopped, failed = sums[:10].tolist()
-        loss, predictor, balance, target, dispersive, direction, repa = parts
-        layers = max(1, self.layers)
-        return _Means(
-            math.sqrt(square),
-            loss / passes,
-            predictor / passes / layers,
-            balance / passes / layers,
-            target / passes,
-            dispersive / passes,
-            direction / passes,
-            repa / passes,
-            stopped > 0,
-            failed > 0,
-            sums[10:].view_as(self.observed_LE),
-        )
+        means: dict[str, Any] = {n: part / passes for n, part in zip(_PARTS, parts, strict=True)}
+        for name in ("predictor_loss", "balance_loss"):
+            means[name] /= max(1, self.layers)
+        means |= {"grad_norm": math.sqrt(square), "stop": stopped > 0, "save_failed": failed > 0}
+        return means, observed.view_as(self.observed_LE)

@@ -151,14 +151,7 @@ def _note_waits(engine: Engine, clock: StepClock) -> None:
     """Lets the clock see DeepSpeed's collectives: where its backend calls torch, and the whole
     reduction after a backward and ZeRO 3's fetches, which may wait on streams of their own.
     """
-    backend = engine.deepspeed.comm.comm.cdb
-
-    def timed(call: Callable) -> Callable:
-        def waiting(*args: Any, **kwargs: Any) -> Any:
-            with clock.waiting("exchange"):
-                return call(*args, **kwargs)
-
-        return waiting
+    backend, timed = engine.deepspeed.comm.comm.cdb, clock.waiting("exchange")
 
     def begun(call: Callable) -> Callable:
         def beginning(*args: Any, **kwargs: Any) -> Any:

@@ -41,7 +41,7 @@ from diffmoe.parallel.collectives import (
 )
 from diffmoe.parallel.groups import Group
 from diffmoe.training.metrics import VALIDATION_NAME, read_metrics
-from diffmoe.training.step import TIME_BINS
+from diffmoe.training.step import TIME_BINS, time_bin
 
 # Decimals of the load's shares, which nobody reads further.
 _DECIMALS = 6
@@ -68,12 +68,7 @@ class Validation:
     def as_record(self) -> dict:
         """For a line of JSON."""
         load = self.load.round(_DECIMALS).tolist() if np.isfinite(self.load).all() else None
-        return {
-            "loss": self.loss,
-            "loss_by_time": self.loss_by_time,
-            "experts_per_token": self.experts_per_token,
-            "load": load,
-        }
+        return vars(self) | {"load": load}
 
 
 class Validator:
@@ -152,7 +147,7 @@ class Validator:
             losses, output = ddpm_losses(model, x, noise, t, y, rule, self._schedule)
             losses_B = losses.loss
             progress = 1 - (t + 0.5) / len(self._schedule)  # as the flow's: noise at 0, data at 1
-        return losses_B, output, (progress * TIME_BINS).long().clamp_(max=TIME_BINS - 1)
+        return losses_B, output, time_bin(progress)
 
     def _means(self, losses_b: Tensor, samples_b: Tensor, taken_LbE: Tensor) -> Validation:
         tokens = self.config.model.tokens

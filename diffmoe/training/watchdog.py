@@ -25,16 +25,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from diffmoe.parallel.collectives import EXIT_LOST, AgreedError, is_lost_peer
 from diffmoe.parallel.groups import ParallelGroups
@@ -150,7 +149,12 @@ class Watchdog:
             self._check_lost(error)
             if not isinstance(error, AgreedError):
                 self._announce(error)
-        self.stop()
+        # On every rank before any leaves: rank 0 may hold the store.
+        self._stopping.set()
+        self._hurry.set()
+        for thread in (self._thread, self._talker):
+            if thread.is_alive():
+                thread.join(2 * self.interval + 5)
 
     def _announce(self, error: BaseException) -> None:
         """Tells the others, which may be waiting for this rank, that it ends, and why."""
@@ -163,14 +167,6 @@ class Watchdog:
                 self._tell()
         if self.rank == 0:  # the store may end with this process: the others read it first
             time.sleep(2 * self.interval)
-
-    def stop(self) -> None:
-        """Ends the watch, on every rank before any leaves: rank 0 may hold the store."""
-        self._stopping.set()
-        self._hurry.set()
-        for thread in (self._thread, self._talker):
-            if thread.is_alive():
-                thread.join(2 * self.interval + 5)
 
     @property
     def limit(self) -> float:
@@ -370,29 +366,6 @@ class Watchdog:
         return ""
 
 
-def watch_layers(blocks: nn.ModuleList, trace: Trace) -> None:
-    """Notes which block the main thread is in, forward and backward."""
-    for number, block in enumerate(blocks):
-        _watch_layer(block, partial(trace.at, f"block {number}"))
-
-
-def _watch_layer(block: nn.Module, enter: Callable[[], None]) -> None:
-    def noting(x: Tensor) -> Tensor:
-        if x.requires_grad:
-            x.register_hook(lambda _gradient: enter())
-        return x
-
-    def leaving(_module: nn.Module, _inputs: Any, output: Any) -> tuple[Any, Any] | None:
-        if isinstance(output[0], Tensor):
-            noting(output[0])
-            return None
-        first, second = output[0]  # halves, of which the second one is last in forward
-        return (first, lambda: noting(second())), output[1]
-
-    block.register_forward_pre_hook(lambda _module, _inputs: enter())
-    block.register_forward_hook(leaving)
-
-
 def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
@@ -410,11 +383,9 @@ def _runs(pid: int) -> bool:
 
 def _main_thread_at() -> str:
     """``at collectives.py:27 send_rows``: the main thread's innermost frame, ours if any."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    own = found = frame
-    while own is not None and not own.f_code.co_filename.startswith(str(Path(__file__).parents[1])):
-        own = own.f_back
-    if (found := own or found) is None:
-        return ""
-    code = found.f_code
-    return f"at {Path(code.co_filename).name}:{found.f_lineno} {code.co_name}"
+    innermost = sys._current_frames()[threading.main_thread().ident or 0]
+    frames = [(frame.f_code, line) for frame, line in traceback.walk_stack(innermost)]
+    ours = str(Path(__file__).parents[1])
+    own = (each for each in frames if each[0].co_filename.startswith(ours))
+    code, line = next(own, frames[0])
+    return f"at {Path(code.co_filename).name}:{line} {code.co_name}"

@@ -9,7 +9,7 @@ private names.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed.runtime.engine
 import torch
 import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero import utils as supported
 from deepspeed.utils import groups as registry
@@ -211,27 +212,16 @@ class Bf16Optimizer(BF16_Optimizer):
             return  # what was summed is overwritten by the next step's
         for partition, gradient in zip(self.fp32_groups_flat_partition, self.sums(), strict=True):
             partition.grad = gradient
-        with self._scaled(self.decision.factor / self.ranks):
-            self.optimizer.step()
-        self._lazy_init_hp_params_optimizer_state()
-        self.update_lp_params()
-
-    @contextmanager
-    def _scaled(self, factor: float) -> Iterator[None]:
-        """Gradients ``factor`` times as large for the optimizer inside: by torch's own kernel, or
-        in a pass before it.
-        """
+        factor = self.decision.factor / self.ranks
         fused = isinstance(self.optimizer, torch.optim.AdamW)
-        if factor != 1 and fused:
-            device = self.sums()[0].device
-            self.optimizer.grad_scale = torch.full((), 1 / factor, device=device)
+        if fused:  # its kernel divides on its way
+            scale = torch.full((), 1 / factor, device=self.sums()[0].device)
+            self.optimizer.grad_scale = None if factor == 1 else scale
         elif factor != 1:
             torch._foreach_mul_(self.sums(), factor)
-        try:
-            yield
-        finally:
-            if fused:
-                self.optimizer.grad_scale = None
+        self.optimizer.step()
+        self._lazy_init_hp_params_optimizer_state()
+        self.update_lp_params()
 
     def clear_hp_grads(self) -> None:
         """Nothing is cleared: the first gradient of the next step overwrites what is there."""
@@ -279,16 +269,13 @@ def decide_by(decision: Decision, optimizer, stage: int) -> None:
         optimizer.unscale_and_clip_grads = lambda gradients, norm: clip(gradients)
 
 
-def gradients(optimizer, stage: int, offload: bool) -> list[Tensor]:
-    """What an optimizer of ZeRO 1 to 3 holds of the gradients on this rank, after the last
-    backward: averages, or a :class:`Bf16Optimizer`'s sums.
-    """
+def masters(optimizer, stage: int) -> list[Tensor]:
+    """The flat fp32 shards of the weights in an optimizer of ZeRO 1 to 3."""
     if isinstance(optimizer, Bf16Optimizer):
-        return optimizer.sums()
-    if offload:
-        name = "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups"
-        return [shard.grad for shard in getattr(optimizer, name)]
-    return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
+        return list(optimizer.fp32_groups_flat_partition)
+    if stage == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return list(optimizer.single_partition_of_fp32_groups)
 
 
 def square(values: Tensor) -> Tensor:
@@ -299,20 +286,6 @@ def square(values: Tensor) -> Tensor:
     rows = torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
     rest = torch.linalg.vector_norm(values[whole:], dtype=torch.float32)
     return torch.cat([rows, rest.view(1)]).double().square().sum()
-
-
-@torch.no_grad()
-def average(
-    shards: list[Tensor], ranks: dist.ProcessGroup, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Averages tensors in place over ranks that hold congruent ones, which may lie on the host: as
-    one message in ``dtype``, from ``device``.
-    """
-    flat = torch.cat([shard.reshape(-1).to(device, dtype) for shard in shards])
-    dist.all_reduce(flat, group=ranks)
-    parts = flat.div_(dist.get_world_size(ranks)).split([shard.numel() for shard in shards])
-    for shard, part in zip(shards, parts, strict=True):
-        shard.copy_(part.view_as(shard))
 
 
 def build_adam(groups: list[dict], train: TrainConfig, device: torch.device, offload: bool):
@@ -383,28 +356,24 @@ def declare_experts(model: DiT, tensors: list[LogicalTensor], ep: Group, edp: Gr
             parameter.group_name = parameter.ds_zero_partition_group_name = name
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_process_group = edp.handle
-    model.add_module("deepspeed_marker", _expert_marker(model.moe.experts, ep, name))
+    model.add_module("deepspeed_marker", _ExpertMarker(model.moe.experts, ep, name))
 
 
-def _expert_marker(experts: int, ep, name: str) -> nn.Module:
+class _ExpertMarker(AutoEPMoELayer):
     """A parameterless module that DeepSpeed takes for one of its expert layers: it switches on
     reduction, clipping and sharding of tagged parameters at every ZeRO stage.  Its forward is never
     called.
     """
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
-    class ExpertMarker(AutoEPMoELayer):
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.num_experts, self.num_local_experts = experts, experts // ep.size
-            self.ep_size, self.ep_rank = ep.size, ep.index
-            self.ep_group, self.ep_group_name = ep.handle, name
-            self.folding_group_handles = self.tp_group = None
+    def __init__(self, experts: int, ep: Group, name: str) -> None:
+        nn.Module.__init__(self)
+        self.num_experts, self.num_local_experts = experts, experts // ep.size
+        self.ep_size, self.ep_rank = ep.size, ep.index
+        self.ep_group, self.ep_group_name = ep.handle, name
+        self.folding_group_handles = self.tp_group = None
 
-        def set_deepspeed_parallelism(self, *_args, **_kwargs) -> None:
-            """The groups are registered already."""
-
-    return ExpertMarker()
+    def set_deepspeed_parallelism(self, *_args, **_kwargs) -> None:
+        """The groups are registered already."""
 
 
 def hide_gathers_from_recompute(offload) -> None:
@@ -412,13 +381,5 @@ def hide_gathers_from_recompute(offload) -> None:
     a block again it may gather what the first pass already had (after a restore, say).  Selective
     recompute insists that both passes run the same operators, so these stay out of its sight.
     """
-
-    def hidden(function: Callable) -> Callable:
-        def call(*args):
-            with only_counting():
-                return function(*args)
-
-        return call
-
     for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
-        setattr(offload, name, hidden(getattr(offload, name)))
+        setattr(offload, name, only_counting()(getattr(offload, name)))
