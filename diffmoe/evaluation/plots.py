@@ -102,7 +102,7 @@ def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path) -> Non
         _tidy(ax, title)
     figure.suptitle("Training", fontsize=13)
     axes[-1].set_xlabel("step")
-    _save(figure, path)
+    save(figure, path)
 
 
 def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) -> None:
@@ -142,7 +142,7 @@ def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) 
     bar = figure.colorbar(mesh, ax=axes, shrink=0.9, pad=0.02)
     bar.set_label("load (1.0 = average expert)", fontsize=10)
     bar.ax.tick_params(labelsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def capacity_used(
@@ -189,7 +189,7 @@ def capacity_used(
     figure.colorbar(mesh, ax=heat, shrink=0.95, pad=0.02).set_label("experts per token")
     _class_ranking(figure.add_subplot(grid[1, :]), ranking)
     figure.suptitle("Capacity used in sampling", fontsize=13)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _class_ranking(ax: Axes, ranking: Sequence[tuple[int, float]]) -> None:
@@ -231,7 +231,7 @@ def score_curves(
     ax.legend(frameon=False, fontsize=9)
     ax.set_xlabel(axis)
     _tidy(ax, score)
-    _save(figure, path)
+    save(figure, path)
 
 
 def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -> None:
@@ -245,7 +245,7 @@ def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -
     ax.set_xlabel(unit)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(title, fontsize=12)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _series(
@@ -286,11 +286,17 @@ def new_figure(width: float, height: float) -> Figure:
 
 def _tidy(ax: Axes, ylabel: str) -> None:
     ax.set_ylabel(ylabel)
-    ax.grid(True, color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax)
     ax.margins(x=0.01)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def tidy(ax: Axes) -> None:
+    """A light grid, and no frame above and on the right."""
+    ax.grid(True, color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """As PNG."""
     figure.savefig(path, format="png", dpi=150)
