@@ -65,7 +65,7 @@ def inspect(
     for file in shown(index.shards, "inspect-data", True):
         try:
             with reader.opened(file) as descriptor:
-                shard = index.opened(descriptor, file, flipped=index.flips)
+                shard = OpenShard(descriptor, file, index, flipped=index.flips)
                 if not quick:
                     _check_bytes(descriptor, file, shard, index)
                 rows = sorted({0, file.count - 1}) if quick else range(file.count)
@@ -133,21 +133,15 @@ def index_tars(folder: Path, meta: ShardMeta) -> ShardIndex:
         raise UserError(f"data folder ({folder}) holds no .tar")
     flips = _has_flips(tars[0], meta)
     shape, dtype = _first_array(tars[0], meta, flips)
+    members = replace(meta.members, first_class=0)
+    any_class = replace(meta, classes=_ANY_CLASS, members=members)
+    unknown = ShardIndex(folder, any_class, shape, dtype, flips, 0, ())
     values = Values(meta)
     counts, low, high = [], _ANY_CLASS, 0
     for path in shown(tars, "inspect-data", True):
         with open(path, "rb") as stream:
-            shard = OpenShard(
-                stream.fileno(),
-                path.name,
-                count=None,
-                size=path.stat().st_size,
-                shape=shape,
-                dtype=dtype,
-                classes=_ANY_CLASS,
-                flipped=flips,
-                members=replace(meta.members, first_class=0),
-            )
+            file = ShardFile(path.name, 0, path.stat().st_size, "")
+            shard = OpenShard(stream.fileno(), file, unknown, flipped=flips, counted=False)
             labels = shard.table.labels
             some = np.linspace(0, len(labels) - 1, max(1, _SAMPLED // len(tars))).astype(int)
             for row in np.unique(some):

@@ -281,7 +281,7 @@ class ShardReader:
         descriptor = self.descriptor(file)
         try:
             flipped, features = self.flip and self.index.flips, bool(self.features)
-            shard = self.index.opened(descriptor, file, flipped=flipped, features=features)
+            shard = OpenShard(descriptor, file, self.index, flipped=flipped, features=features)
             # Without the rows' own checksums, the whole file's: once a run, since it costs a pass
             # over the file.
             if shard.scanned and number not in self._verified:
@@ -317,7 +317,7 @@ class ShardReader:
         def labels(number: int) -> np.ndarray | None:
             file = shards[number]
             return self._look(
-                file, lambda opened: self.index.opened(opened, file, flipped=False).table.labels
+                file, lambda opened: OpenShard(opened, file, self.index, flipped=False).table.labels
             )
 
         # Scans may parse headers of arrays, which is for one thread (see `rows.unpack_table`).

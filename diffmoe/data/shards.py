@@ -14,7 +14,7 @@ import numpy as np
 
 from diffmoe.data.meaning import Values, shape_fault
 from diffmoe.data.members import Members
-from diffmoe.data.rows import OpenShard, stored_dtype
+from diffmoe.data.rows import stored_dtype
 from diffmoe.data.sources import is_remote, read_all, resolve
 from diffmoe.data.tar import ShardFile, write_tar
 from diffmoe.data.values import Numbers, to_float
@@ -170,25 +170,6 @@ class ShardIndex:
         if self.meta.members.layout == "chw":
             channels, height, width = self.shape
         return (channels // 2 if self.meta.kind == "moments" else channels, height, width)
-
-    def opened(
-        self, descriptor: int, file: ShardFile, *, flipped: bool, features: bool = False
-    ) -> OpenShard:
-        """A shard's open file, to be read by row; `flipped`: also the flipped images' arrays;
-        `features`: also these. BadShard.
-        """
-        return OpenShard(
-            descriptor,
-            file.name,
-            count=file.count,
-            size=file.bytes,
-            shape=self.shape,
-            dtype=self.dtype,
-            classes=self.meta.classes,
-            flipped=self.flips if features else flipped,  # which come before features
-            members=self.meta.members,
-            features=self.features if features else (),
-        )
 
 
 def write_shards(

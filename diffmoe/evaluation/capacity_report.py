@@ -142,16 +142,11 @@ def write_report(used: CapacityUsed, config: Config, stem: str) -> list[Path]:
     tree = report_tree(used, config)
     paths[0].write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
     paths[1].write_text(_markdown(tree))
-    capacity_used(
-        used.by_layer_and_time(),
-        used.by_time(CONDITIONAL),
-        used.by_time(NULL) if used.samples_bC[:, NULL].any() else None,
-        used.by_class(),
-        paths[2],
-        used.layers,
-        target=config.sample.capacity,
-        guide="guide" if config.sample.guided_by_capacity else "null class",
-    )
+    over_time = {"with class": used.by_time(CONDITIONAL)}
+    if used.samples_bC[:, NULL].any():
+        guide = "guide" if config.sample.guided_by_capacity else "null class"
+        over_time[guide] = used.by_time(NULL)
+    capacity_used(used, over_time, config.sample.capacity, paths[2])
     return paths
 
 
