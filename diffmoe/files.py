@@ -40,6 +40,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """The whole file, by `replacing`."""
+    with replacing(path) as stream:
+        stream.write(text.encode())
+
+
 def sync_folder(folder: Path) -> None:
     """A rename is durable only with its folder."""
     handle = os.open(folder, os.O_RDONLY)
@@ -56,6 +62,15 @@ def writing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what} cannot be written: {error}") from error
+
+
+@contextmanager
+def well_formed(what: object) -> Iterator[None]:
+    """Raises UserError for what a block raises that parses ``what`` and expected something else."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{what} is malformed: {type(error).__name__}: {error}") from error
 
 
 def check_writable(path: Path, what: str, make: bool = True) -> None:

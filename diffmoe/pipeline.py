@@ -192,30 +192,18 @@ class DiffMoEPipeline:
         Raises:
             UserError: a value that the model does not allow, or latents without a VAE.
         """
-        said: dict[str, dict[str, Any]] = {
-            "sample": {
-                "cfg": guidance_scale,
-                "cfg_interval": guidance_interval,
-                "guide": guide,
-                "guide_capacity": guide_capacity,
-                "steps": num_inference_steps,
-                "capacity": capacity,
-                "routing": routing,
-                "sampler": sampler,
-                "batch": batch_size,
-            },
-            "run": {"seed": generator_seed},
-        }
-        tree: dict[str, dict[str, object]] = {"sample": {}, "run": {}}
-        for section, fields in said.items():
-            for name, value in fields.items():
-                if value is not None:  # numpy's and torch's numbers become Python's
-                    tree[section][name] = value.item() if hasattr(value, "item") else value
-        if guide == "null":
-            tree["sample"]["guide"] = None
-        config = config_from_tree(merge(config_to_tree(self.config), tree))
-        validate(config)
-        check_guidance(config)
+        config = self._configured(
+            generator_seed,
+            cfg=guidance_scale,
+            cfg_interval=guidance_interval,
+            guide=guide,
+            guide_capacity=guide_capacity,
+            steps=num_inference_steps,
+            capacity=capacity,
+            routing=routing,
+            sampler=sampler,
+            batch=batch_size,
+        )
         if num_images is not None and type(num_images) is not int:
             raise UserError(f"num_images ({num_images!r}) must be an integer")
         chosen = chosen_classes(classes, config.model.classes, self.class_names)
@@ -244,18 +232,26 @@ class DiffMoEPipeline:
         used = None if meter is None else meter.merged(single_process().world)
         arrays = np.zeros((0, 0, 0, 3), np.uint8)
         if output_type == "pil":
-            decoded = self._decoded(samples, pixels, config.sample.batch)
-            arrays = decoded.permute(0, 2, 3, 1).numpy()
+            arrays = self._decoded(samples, pixels, config.sample.batch)
         from PIL import Image
 
-        return DiffMoEPipelineOutput(
-            [Image.fromarray(array) for array in arrays],
-            arrays,
-            samples,
-            labels,
-            None if used is None else used.mean(),
-            used,
-        )
+        images = [Image.fromarray(array) for array in arrays]
+        mean = None if used is None else used.mean()
+        return DiffMoEPipelineOutput(images, arrays, samples, labels, mean, used)
+
+    def _configured(self, seed: int | None, **sample: Any) -> Config:
+        """The run's, with what is said of these fields.  UserError for what cannot be."""
+        tree = {"sample": sample, "run": {"seed": seed}}
+        for section, fields in tree.items():
+            said = {name: value for name, value in fields.items() if value is not None}
+            # numpy's and torch's numbers become Python's
+            tree[section] = {n: v.item() if hasattr(v, "item") else v for n, v in said.items()}
+        if sample["guide"] == "null":
+            tree["sample"]["guide"] = None
+        config = config_from_tree(merge(config_to_tree(self.config), tree))
+        validate(config)
+        check_guidance(config)
+        return config
 
     def _placed(self, model: DiT) -> DiT:
         """Another model, where and in which precision this one is."""
@@ -263,13 +259,13 @@ class DiffMoEPipeline:
             parameter.data = parameter.data.to(self.dtype)
         return model
 
-    def _decoded(self, samples: Tensor, pixels: bool, batch: int) -> Tensor:
-        """uint8 [n, 3, H, W]"""
+    def _decoded(self, samples: Tensor, pixels: bool, batch: int) -> np.ndarray:
+        """uint8 [n, H, W, 3]"""
         if pixels:
-            return to_uint8(samples)
+            return to_uint8(samples).permute(0, 2, 3, 1).numpy()
         assert self.vae is not None and self.latents is not None
         parts = [decode_latents(self.vae, part, *self.latents) for part in samples.split(batch)]
-        return torch.cat(parts).expand(-1, 3, -1, -1)
+        return torch.cat(parts).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the folder that ``export --format hf`` writes, weights in fp32, and the VAE beside

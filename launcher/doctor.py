@@ -27,14 +27,7 @@ _SHM_LEAST = 2**30  # NCCL and data workers of a whole node
 _SETUP = "make setup"
 _NEW_VENV = f"rm -r .venv && {_SETUP}"
 _NEW_PACKAGES = f"rm -f .venv/.installed && {_SETUP}"
-_COMPARE = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    "==": operator.eq,
-    "!=": operator.ne,
-    ">": operator.gt,
-    "<": operator.lt,
-}
+_COMPARE = {">=": "ge", "<=": "le", "==": "eq", "!=": "ne", ">": "gt", "<": "lt"}  # operator's
 _ASK_TORCH = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -221,7 +214,7 @@ def _machine(facts: Facts) -> list[Finding]:
 def satisfies(version: str, wanted: str) -> bool:
     """Whether ``version`` meets ``>=a,<b,==c``; by the numbers of the release only."""
     return all(
-        _COMPARE[sign](_release(version), _release(limit))
+        getattr(operator, _COMPARE[sign])(_release(version), _release(limit))
         for sign, limit in re.findall(r"(>=|<=|==|!=|<|>) *([\w.]+)", wanted)
     )
 

@@ -30,6 +30,7 @@ from diffmoe.environment import (
 )
 from diffmoe.errors import UserError
 from diffmoe.placement import place
+from launcher import probe
 from launcher.command_line import Parser, check_above_0
 from launcher.probe import OVER_HOSTS, Absent, Exchange, Links, Report
 
@@ -68,10 +69,7 @@ class Expected:
 def judge(reports: list[Report], links: Links, expected: Expected, kind: str) -> list[Problem]:
     """What is wrong with these nodes.  ``kind``: cuda or cpu, by which links are compared."""
     hosts = [report.host for report in reports]
-
-    def name(a: int, b: int) -> str:
-        return f"{hosts[a]}: rank {a} - rank {b}"
-
+    name = lambda a, b: f"{hosts[a]}: rank {a} - rank {b}"
     between, within = expected.between_nodes, expected.within_nodes
     problems = [
         *_judge_own(reports),
@@ -112,13 +110,10 @@ def _judge_versions(reports: list[Report]) -> list[Problem]:
     """The commonest version is right; where two are as common, that of the lower rank."""
     problems = []
     for name in dict.fromkeys(name for report in reports for name in report.versions):
-        found = {report.rank: report.versions.get(name, "none") for report in reports}
-        common = Counter(found.values()).most_common(1)[0][0]
-        problems += [
-            _of(report.host, f"{name} is {found[report.rank]}, elsewhere {common}")
-            for report in reports
-            if found[report.rank] != common
-        ]
+        found = [(report.host, report.versions.get(name, "none")) for report in reports]
+        common = Counter(version for _, version in found).most_common(1)[0][0]
+        odd = [(host, version) for host, version in found if version != common]
+        problems += [_of(host, f"{name} is {own}, elsewhere {common}") for host, own in odd]
     return problems
 
 
@@ -149,12 +144,9 @@ def _judge_speeds(reports: list[Report]) -> list[Problem]:
     if len(on_gpus) < _ENOUGH:
         return []
     middle = statistics.median(report.speed for report in on_gpus)
+    text = f"the GPU of rank {{}} computes {{:.0f}} TFLOP/s, others {middle / 1e12:.0f}"
     return [
-        _of(
-            report.host,
-            f"the GPU of rank {report.rank} computes {report.speed / 1e12:.0f} TFLOP/s, others "
-            f"{middle / 1e12:.0f}",
-        )
+        _of(report.host, text.format(report.rank, report.speed / 1e12))
         for report in on_gpus
         if report.speed < SLOW_GPU * middle
     ]
@@ -201,8 +193,7 @@ def exclude_line(problems: list[Problem]) -> str | None:
 
 def preflight(
     environment: RankEnvironment,
-    config_path: str | None,
-    overrides: list[str],
+    config: Config | None,
     base: Path,
     expected: Expected,
     timeout: float,
@@ -221,16 +212,19 @@ def preflight(
     ``host``, ``clock`` and ``exchange_with`` stand in for this machine's own: one machine can then
     play several, some of them ill.
     """
-    from launcher import probe
+    import torch
+    import torch.distributed as dist
 
-    started, host = time.monotonic(), host or host_name()
-    config, run, needed, problems = None, base, 0, []
+    from diffmoe.device import check_free, local_device, measured_flops
+    from diffmoe.models.count import count
+
+    started, host, problems = time.monotonic(), host or host_name(), []
+    run, needed, asked, ep = base, 0, "auto", 1
+    if config:
+        run, asked, ep = base / config.run.folder, config.run.device, config.parallel.ep
+        each = _CHECKPOINT_BYTES * count(config.model, config.moe).total
+        needed = int(each * (config.train.keep + 1))
     try:
-        if config_path is not None:
-            config, run, needed = _demands(config_path, overrides, base)
-        from diffmoe.device import check_free, local_device
-
-        asked = config.run.device if config else "auto"
         device = local_device(environment.local_rank, environment.local_world, asked)
         if device.type == "cuda":
             check_free(device)
@@ -238,15 +232,15 @@ def preflight(
     except UserError as error:
         if environment.world == 1:
             raise
-        import torch
-
         problems, device = [str(error)], torch.device("cpu")
     try:
         probe.meet(environment, device, timeout, host)
-    except Absent as absent:
-        return _absent(absent, environment)
-    import torch.distributed as dist
-
+    except Absent as absent:  # one line from each node that did come, the exclusion from rank 0
+        if environment.local_rank == 0:
+            print(f"preflight: {absent}", file=sys.stderr, flush=True)
+        if environment.rank == 0 and absent.hosts:
+            print(exclude_line([Problem(absent.hosts, "")]), flush=True)
+        return 1
     if environment.local_rank == 0:
         problems += gpus.problems() if device.type == "cuda" else []
         problems += probe.disk_problems(run, needed)
@@ -260,7 +254,7 @@ def preflight(
         tuple(problems),
         shares,
         probe.clock_offset(clock),
-        probe.matmul_speed(device),
+        0.0 if device.type == "cpu" else measured_flops(device, torch.bfloat16, 8192, 20),
     )
     reports: list[Any] = [None] * environment.world
     dist.all_gather_object(reports, report)
@@ -268,7 +262,6 @@ def preflight(
     links, hosts = Links(), [report.host for report in reports]
     if len({report.versions["device"] == "cpu" for report in reports}) == 1:
         exchange = exchange_with(environment, device, megabytes * 2**20)
-        ep = config.parallel.ep if config else 1
         links = probe.measure_links(environment, hosts, exchange, ep)
     found = judge(reports, links, expected, device.type)
     if environment.rank == 0:
@@ -297,42 +290,23 @@ def _spanning(config: Config, tree: dict, device: torch.device, hosts: list[str]
         return None
 
 
-def _demands(config_path: str, overrides: list[str], base: Path) -> tuple[Config, Path, int]:
-    """The configuration, its run folder, and the bytes that its checkpoints will take."""
-    from diffmoe.config import load_config
-    from diffmoe.models.count import count
-
-    config = load_config(config_path, overrides)
-    each = _CHECKPOINT_BYTES * count(config.model, config.moe).total
-    return config, base / config.run.folder, int(each * (config.train.keep + 1))
-
-
 def figures(reports: list[Report], links: Links) -> list[dict[str, Any]]:
     """A row a rank: TFLOP/s, GB/s of its node's and its own slowest link; only what is known."""
 
     def least(speeds: dict[Any, float], end: Any) -> float:
         return min((speed for pair, speed in speeds.items() if end in pair), default=0.0)
 
-    rows = []
-    for report in reports:
-        measured = {
+    rows = [
+        {
+            "rank": report.rank,
+            "host": report.host,
             "TFLOP/s": report.speed / 1e12,
             "GB/s to another node": least(links.between_nodes, report.host),
             "GB/s inside the node": least(links.within_nodes, report.rank),
         }
-        known = {name: value for name, value in measured.items() if value > 0}
-        rows.append({"rank": report.rank, "host": report.host, **known})
-    return rows
-
-
-def _absent(absent: Absent, environment: RankEnvironment) -> int:
-    """One line from each node that did come, the exclusion from rank 0."""
-    if environment.local_rank == 0:
-        print(f"preflight: {absent}", file=sys.stderr, flush=True)
-    line = exclude_line([Problem(absent.hosts, "")])
-    if environment.rank == 0 and line:
-        print(line, flush=True)
-    return 1
+        for report in reports
+    ]
+    return [{k: v for k, v in row.items() if v or k == "rank"} for row in rows]
 
 
 def _print(
@@ -362,12 +336,13 @@ def _print(
     if note:
         lines.append(f"  experts   {note}")
     lines += [f"  wrong     {problem.text}" for problem in problems] or ["  nothing wrong"]
-    line = exclude_line(problems)
-    print("\n".join(lines + ([line] if line else [])), flush=True)
+    print("\n".join(filter(None, [*lines, exclude_line(problems)])), flush=True)
 
 
 def main(arguments: list[str]) -> int:
     """Returns 0, or 1 when something is wrong.  UserError for bad input."""
+    from diffmoe.config import load_config
+
     parser = Parser(
         "preflight",
         "Checks the nodes of a job: versions and code, GPUs, links, shards, disks, clocks.  Exit "
@@ -396,27 +371,25 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"override {options.overrides[0]!r} needs --config")
     if not options.base.is_dir():
         raise UserError(f"--from ({options.base}) does not exist")
-    deepspeed_tree, asked = read_deepspeed(options.deepspeed_config), "auto"
+    deepspeed_tree, config = read_deepspeed(options.deepspeed_config), None
     if options.record is not None:
         options.record = options.record.absolute()
         if not options.record.parent.is_dir():
             raise UserError(f"--record ({options.record}): its folder does not exist")
-    if options.config is not None:
-        options.config = str(Path(options.config).absolute())
-        # Bad input is found before any rank waits.
-        asked = _demands(options.config, options.overrides, options.base)[0].run.device
+    if options.config is not None:  # bad input is found before any rank waits
+        config = load_config(options.config, options.overrides)
     os.chdir(options.base)  # as the run will: pipe: may name relative paths
     environment = detect()
     check_started(environment, typed_at_a_terminal())
     import torch
 
+    asked = config and config.run.device
     on_gpu = torch.cuda.is_available() and "cpu" not in (asked, os.environ.get("DS_ACCELERATOR"))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return preflight(
         environment,
-        options.config,
-        options.overrides,
+        config,
         Path.cwd(),
         Expected(options.between_nodes, options.within_nodes),
         options.timeout,

@@ -38,7 +38,9 @@ _MOST_ROUNDS = 15
 
 @dataclass(frozen=True)
 class Report:
-    """``shares``: it sees rank 0's folder; ``clock``: s ahead of rank 0; ``speed``: FLOP/s."""
+    """``shares``: it sees rank 0's folder; ``clock``: s ahead of rank 0; ``speed``: FLOP/s of the
+    GPU's bf16 matmuls, 0 on a CPU.
+    """
 
     rank: int
     host: str
@@ -131,17 +133,12 @@ def _roll_call(store: Store, environment: RankEnvironment, timeout: float) -> No
     store.wait(["missing"], timedelta(seconds=timeout + 15))
     text = store.get("missing").decode()
     if text:
-        names = [_host_of(int(rank), environment) for rank in text.split(",")]
-        hosts = tuple(dict.fromkeys(filter(None, names)))
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+        known = expand_nodelist(nodes) if environment.source == "srun" and nodes else []
+        numbers = dict.fromkeys(int(rank) // environment.local_world for rank in text.split(","))
+        hosts = tuple(known[number] for number in numbers if number < len(known))
         line = f"ranks {text.replace(',', ', ')} of {world} did not come within {timeout:g} s"
         raise Absent(hosts, f"{line}: {', '.join(hosts)}" if hosts else line)
-
-
-def _host_of(rank: int, environment: RankEnvironment) -> str | None:
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
-    if environment.source != "srun" or not nodes:
-        return None
-    return dict(enumerate(expand_nodelist(nodes))).get(rank // environment.local_world)
 
 
 def versions(root: Path, device: torch.device) -> dict[str, str]:
@@ -240,15 +237,6 @@ def clock_offset(clock: Callable[[], float]) -> float:
         dist.broadcast(reference, src=0)
         offsets.append(float(now - reference))
     return statistics.median(offsets)
-
-
-def matmul_speed(device: torch.device) -> float:
-    """FLOP/s of bf16 matmuls on this rank's GPU; 0 on a CPU."""
-    import torch
-
-    from diffmoe.device import measured_flops
-
-    return 0.0 if device.type == "cpu" else measured_flops(device, torch.bfloat16, 8192, 20)
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:

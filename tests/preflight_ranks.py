@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from diffmoe.config import load_config  # noqa: E402
 from diffmoe.environment import RankEnvironment  # noqa: E402
 from launcher import probe  # noqa: E402
 from launcher.preflight import Expected, preflight  # noqa: E402
@@ -67,8 +68,7 @@ def run(
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             code = preflight(
                 environment,
-                "configs/demo.yaml",
-                ["run.folder=run", f"parallel.ep={ep}"],
+                load_config("configs/demo.yaml", ["run.folder=run", f"parallel.ep={ep}"]),
                 base,
                 Expected(told),
                 timeout,

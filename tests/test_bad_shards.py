@@ -323,7 +323,7 @@ def test_ranks_that_see_different_data_do_not_start(tmp_path: Path) -> None:
             "diffmoe.data.feed.gather_objects", lambda value, group: [value, ([], "0" * 64)]
         )
         patch.setattr("diffmoe.data.feed.agreed", contextlib.nullcontext)
-        object.__setattr__(feed._group, "ranks", (0, 1))
+        object.__setattr__(feed.group, "ranks", (0, 1))
         with pytest.raises(UserError, match="rank 1 sees another data set .0000"):
             feed._agree_on_data()
 

@@ -772,7 +772,7 @@ def test_close_ends_the_workers(tmp_path: Path, workers: int) -> None:
     if workers:
         assert [worker._process.returncode for worker in stream._workers] == [0, 0]
     else:
-        assert not stream._workers[0]._thread.is_alive()
+        assert not any(t.is_alive() for t in stream._workers[0]._pool._threads)
     assert torch.isfinite(batch.x).all()
     with pytest.raises(RuntimeError, match="closed"):
         next(stream)

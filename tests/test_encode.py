@@ -141,16 +141,8 @@ def stored(index: ShardIndex, flipped: bool = False) -> tuple[np.ndarray, np.nda
     """
     arrays, labels, keys = [], [], []
     for file in index.shards:
-        shard = OpenShard(
-            os.open(index.folder / file.name, os.O_RDONLY),
-            file.name,
-            count=file.count,
-            size=file.bytes,
-            shape=index.shape,
-            dtype=index.dtype,
-            classes=index.meta.classes,
-            flipped=index.flips,
-        )
+        opened = os.open(index.folder / file.name, os.O_RDONLY)
+        shard = OpenShard(opened, file, index, flipped=index.flips)
         arrays += [shard.array(row, int(flipped)) for row in range(file.count)]
         labels.append(shard.table.labels)
         keys += [

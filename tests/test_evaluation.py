@@ -83,18 +83,21 @@ def random_gaussian(rng: np.random.Generator, width: int) -> tuple[np.ndarray, n
 def test_frechet_distance_closed_forms() -> None:
     rng = np.random.default_rng(0)
     mean, covariance = random_gaussian(rng, 12)
-    assert frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-12)
+    assert frechet_distance(
+        Gaussian(mean, covariance), Gaussian(mean, covariance)
+    ) == pytest.approx(0, abs=1e-12)
     shift = rng.normal(size=12)
-    assert frechet_distance(mean + shift, covariance, mean, covariance) == pytest.approx(
-        shift @ shift
-    )
+    assert frechet_distance(
+        Gaussian(mean + shift, covariance), Gaussian(mean, covariance)
+    ) == pytest.approx(shift @ shift)
     # Covariances that commute: the sum of (standard deviation differences)².
     basis, _ = np.linalg.qr(rng.normal(size=(12, 12)))
     first, second = rng.uniform(0, 3, 12), rng.uniform(0, 3, 12)
     second[:5] = 0  # singular
     expected = ((np.sqrt(first) - np.sqrt(second)) ** 2).sum() + shift @ shift
     got = frechet_distance(
-        mean, (basis * first) @ basis.T, mean + shift, (basis * second) @ basis.T
+        Gaussian(mean, (basis * first) @ basis.T),
+        Gaussian(mean + shift, (basis * second) @ basis.T),
     )
     assert got == pytest.approx(expected, rel=1e-9)
     # Two dimensions, any covariances: tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)).
@@ -102,32 +105,38 @@ def test_frechet_distance_closed_forms() -> None:
     product = one @ two
     trace = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
     zero = np.zeros(2)
-    assert frechet_distance(zero, one, zero, two) == pytest.approx(
+    assert frechet_distance(Gaussian(zero, one), Gaussian(zero, two)) == pytest.approx(
         np.trace(one) + np.trace(two) - 2 * trace, rel=1e-9
     )
-    assert frechet_distance(zero, one, zero, two) == pytest.approx(
-        frechet_distance(zero, two, zero, one)
+    assert frechet_distance(Gaussian(zero, one), Gaussian(zero, two)) == pytest.approx(
+        frechet_distance(Gaussian(zero, two), Gaussian(zero, one))
     )
 
 
 def test_frechet_distance_of_identical_singular_covariances_is_zero() -> None:
     thin = np.random.default_rng(1).normal(size=(100, 3))
     covariance = thin @ thin.T  # rank 3 of 100: the eigenvalues of C1 C2 alone would leave 1e-5
-    assert frechet_distance(np.zeros(100), covariance, np.zeros(100), covariance) < 1e-6
+    assert (
+        frechet_distance(Gaussian(np.zeros(100), covariance), Gaussian(np.zeros(100), covariance))
+        < 1e-6
+    )
 
 
 def test_frechet_distance_refuses_what_is_no_gaussian() -> None:
     mean, covariance = np.zeros(3), np.eye(3)
     with pytest.raises(UserError, match=r"\(3,\) does not fit the reference's mean of \(4,\)"):
-        frechet_distance(mean, covariance, np.zeros(4), np.eye(4))
+        frechet_distance(Gaussian(mean, covariance), Gaussian(np.zeros(4), np.eye(4)))
     with pytest.raises(UserError, match="second covariance .4, 4. does not fit"):
-        frechet_distance(mean, covariance, mean, np.eye(4))
+        frechet_distance(Gaussian(mean, covariance), Gaussian(mean, np.eye(4)))
     with pytest.raises(UserError, match="first covariance must be positive"):
-        frechet_distance(mean, np.diag([1.0, 1.0, -0.1]), mean, covariance)
+        frechet_distance(Gaussian(mean, np.diag([1.0, 1.0, -0.1])), Gaussian(mean, covariance))
     with pytest.raises(UserError, match="symmetric"):
-        frechet_distance(mean, np.array([[1, 0.5, 0], [0, 1, 0], [0, 0, 1]]), mean, covariance)
+        frechet_distance(
+            Gaussian(mean, np.array([[1, 0.5, 0], [0, 1, 0], [0, 0, 1]])),
+            Gaussian(mean, covariance),
+        )
     with pytest.raises(UserError, match="second covariance holds 1 values"):
-        frechet_distance(mean, covariance, mean, np.diag([1.0, np.nan, 1.0]))
+        frechet_distance(Gaussian(mean, covariance), Gaussian(mean, np.diag([1.0, np.nan, 1.0])))
 
 
 def test_moments_in_any_cut_are_numpys() -> None:
@@ -142,10 +151,10 @@ def test_moments_in_any_cut_are_numpys() -> None:
         assert total.count == 203
         np.testing.assert_allclose(total.mean, x.mean(axis=0), rtol=1e-14)
         np.testing.assert_allclose(
-            total.covariance(), np.cov(x, rowvar=False), rtol=1e-8, atol=1e-9
+            total.gaussian().covariance, np.cov(x, rowvar=False), rtol=1e-8, atol=1e-9
         )
     with pytest.raises(UserError, match=r"samples \(7\) must be at least feature width \+ 1 \(8\)"):
-        moments_of(x[:7]).covariance()
+        moments_of(x[:7]).gaussian()
     with pytest.raises(UserError, match="width 7 and 6"):
         merge(total, moments_of(x[:, :6]))
     with pytest.raises(UserError, match="features holds 1 values"):
@@ -596,7 +605,7 @@ def test_moments_and_totals_over_ranks_are_those_of_all(ranks, counts: list[int]
     p = np.random.default_rng(7).dirichlet(np.ones(3), size=33)
     for moments, score in ranks.run(merge_on_ranks, counts)[: len(counts)]:
         np.testing.assert_allclose(
-            moments.covariance(), np.cov(x, rowvar=False), rtol=1e-9, atol=1e-12
+            moments.gaussian().covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-12
         )
         assert moments.count == 33 and score == pytest.approx(inception_score(p, 4))
 
@@ -635,7 +644,8 @@ def test_scores_are_those_of_the_written_images(tmp_path: Path) -> None:
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:
         return frechet_distance(
-            a.mean(axis=0), np.cov(a, rowvar=False), b.mean(axis=0), np.cov(b, rowvar=False)
+            Gaussian(a.mean(axis=0), np.cov(a, rowvar=False)),
+            Gaussian(b.mean(axis=0), np.cov(b, rowvar=False)),
         )
 
     precision, recall = precision_recall(real.pool, fake.pool)

@@ -86,8 +86,7 @@ def their_distance(fidelity, first, second):
 
 
 def our_distance(first, second):
-    one, two = moments_of(first).gaussian(), moments_of(second).gaussian()
-    return frechet_distance(one.mean, one.covariance, two.mean, two.covariance)
+    return frechet_distance(moments_of(first).gaussian(), moments_of(second).gaussian())
 
 
 @pytest.mark.parametrize("part", ["pool", "spatial"])

@@ -19,7 +19,7 @@ from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import ShardMeta, load_index, write_shards
 from diffmoe.errors import UserError
 from diffmoe.evaluation import scores
-from diffmoe.evaluation.judge import JudgeReport, judge_by_shards, judge_digits, main
+from diffmoe.evaluation.judge import JudgeReport, judge, main
 from diffmoe.evaluation.plots import GRID_GAP, class_columns, expert_load, image_grid, loss_curve
 from diffmoe.evaluation.scores import nearest_distances, precision_recall
 
@@ -85,9 +85,9 @@ def test_judge_knows_real_digits_and_calls_them_copies(
     digits: tuple[np.ndarray, np.ndarray],
 ) -> None:
     images, labels = digits
-    report = judge_digits(1.5 * (images + 1) - 1, labels)  # brighter than white: must be clipped
+    report = judge(1.5 * (images + 1) - 1, labels)  # brighter than white: must be clipped
     assert report.accuracy < 1.0
-    report = judge_digits(images, labels)
+    report = judge(images, labels)
     assert report.accuracy > 0.98 and report.real_accuracy > 0.95
     assert report.precision == 1.0 and report.recall > 0.6
     assert report.median_nn_generated == 0.0 and report.median_nn_real > 5.0
@@ -100,11 +100,11 @@ def test_judge_knows_real_digits_and_calls_them_copies(
 
 def test_judge_sees_wrong_labels_noise_and_one_mode(digits: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = digits
-    assert judge_digits(images, np.random.default_rng(0).permutation(labels)).accuracy < 0.25
-    noise = judge_digits(np.random.default_rng(0).uniform(-1, 1, images.shape), labels)
+    assert judge(images, np.random.default_rng(0).permutation(labels)).accuracy < 0.25
+    noise = judge(np.random.default_rng(0).uniform(-1, 1, images.shape), labels)
     assert noise.precision < 0.05 and noise.accuracy < 0.25
     zeros = np.flatnonzero(labels == 0)
-    one_class = judge_digits(images[zeros], labels[zeros])
+    one_class = judge(images[zeros], labels[zeros])
     assert one_class.accuracy > 0.95 and one_class.recall < 0.2
 
 
@@ -113,19 +113,19 @@ def test_judge_clips(digits: tuple[np.ndarray, np.ndarray]) -> None:
     stretched = np.where(
         np.abs(images) == 1, 5 * images, images
     )  # black and white far out of range
-    assert judge_digits(stretched, labels) == judge_digits(images, labels)
+    assert judge(stretched, labels) == judge(images, labels)
 
 
 def test_judge_refuses_what_it_cannot_judge(digits: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = digits
     with pytest.raises(UserError, match="must be"):
-        judge_digits(images, labels[:-1])
+        judge(images, labels[:-1])
     with pytest.raises(UserError, match=r"asked \(1\.\.10\)"):
-        judge_digits(images, labels + 1)
+        judge(images, labels + 1)
     spoiled = images.copy()
     spoiled[3, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match="1 of 500"):
-        judge_digits(spoiled, labels)
+        judge(spoiled, labels)
 
 
 def test_report_thresholds() -> None:
@@ -191,7 +191,7 @@ def test_judge_by_shards(shards: tuple[Path, Path]) -> None:
     images, labels = squares(200, 7)
     x = images / 127.5 - 1
     before = torch.random.get_rng_state()
-    report = judge_by_shards(x, labels, *shards)
+    report = judge(x, labels, *shards)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert report.what == "images" and report.count == 200
     assert report.real_accuracy > 0.98 and report.accuracy > 0.98
@@ -199,11 +199,11 @@ def test_judge_by_shards(shards: tuple[Path, Path]) -> None:
     share = f"{100 * report.accuracy:.1f} %"
     assert report.format().endswith(f"judge: {share} of 200 images are what was asked")
     assert "nearest training image " in report.format()
-    wrong = judge_by_shards(x, (labels + 1) % 4, *shards)
+    wrong = judge(x, (labels + 1) % 4, *shards)
     assert wrong.accuracy < 0.02
     assert any(line.startswith("accuracy") and "below 0.850" in line for line in wrong.failures())
     known = ShardReader(load_index(shards[0]), seed=0).read(range(200))
-    copies = judge_by_shards(*known, *shards)
+    copies = judge(*known, *shards)
     assert copies.median_nn_generated < 1e-2
     assert [line.split(" ")[0] for line in copies.failures()] == ["median_nn_generated"]
 
@@ -213,18 +213,18 @@ def test_judge_by_shards_refuses(shards: tuple[Path, Path], digits, tmp_path, ca
     images, labels = squares(20, 7)
     x = images / 127.5 - 1
     with pytest.raises(UserError, match=r"images \(20, 1, 12, 12\) must be \[n, 3, 12, 12\]"):
-        judge_by_shards(x[:, :1], labels, *shards)
+        judge(x[:, :1], labels, *shards)
     with pytest.raises(UserError, match=r"asked \(4..7\) must lie in 0..3"):
-        judge_by_shards(x, np.arange(20) % 4 + 4, *shards)
+        judge(x, np.arange(20) % 4 + 4, *shards)
     write_digits(tmp_path / "digits")
     with pytest.raises(UserError, match=r"\(\(3, 12, 12\), 4 classes\) and .*\(\(1, 8, 8\), 10 cl"):
-        judge_by_shards(x, labels, shards[0], tmp_path / "digits")
+        judge(x, labels, shards[0], tmp_path / "digits")
     pairs = zip(*squares(600, 3))
     mixed = ((f"{i:05d}", image, i * 7 % 4) for i, (image, _) in enumerate(pairs))
     meta = ShardMeta("pixels", 4, scale=1 / 127.5, mean=127.5)
     write_shards(mixed, tmp_path / "mixed", samples_per_shard=600, meta=meta)
     with pytest.raises(UserError, match=r"accuracy on real images \(0.*\) must be above 0.9"):
-        judge_by_shards(x, labels, tmp_path / "mixed", tmp_path / "mixed")
+        judge(x, labels, tmp_path / "mixed", tmp_path / "mixed")
     np.savez(tmp_path / "samples.npz", images=x, labels=labels)
     samples = str(tmp_path / "samples.npz")
     assert main([samples, "--train", str(shards[0])]) == 2

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from diffmoe import markdown
 from diffmoe.device import backend, synchronize
 from diffmoe.evaluation import plots
-from diffmoe.files import replacing
+from diffmoe.files import write_text
 from diffmoe.training.profiling import surroundings as surroundings
 
 Passes = Mapping[Any, Callable[[], object]]
@@ -213,6 +213,5 @@ def report(
         (folder / f"{name}.md").write_text(f"{text}\n\n`run.py bench {' '.join(sys.argv[2:])}`\n")
         if bars:
             plots.bars(bars, unit, name.replace("_", " "), folder / f"{name}.png")
-        with replacing(folder / f"{name}.json") as record:
-            record.write(line.encode() + b"\n")
+        write_text(folder / f"{name}.json", line + "\n")
     return 0

@@ -98,13 +98,13 @@ class Counted:
 
     def kinds(self) -> dict[str, list[float]]:
         """[ms, kernels] of a step by kind of kernel."""
-        parts, launches = self.parts(), {"memory": sum(k[5] for k in self.engine["kernels"])}
+        parts, launches = self.parts(), dict.fromkeys(_PARTS, 0)
+        launches["memory"] = sum(k[5] for k in self.engine["kernels"])
         for kernel in self.micro["kernels"]:
-            more = kernel[5] * self.layout.accumulation
-            launches[kernel[0]] = launches.get(kernel[0], 0) + more
+            launches[kernel[0]] += kernel[5] * self.layout.accumulation
         return {
-            "products": [1e3 * parts["products"], launches.get("product", 0)],
-            "attention": [1e3 * parts["attention"], launches.get("attention", 0)],
+            "products": [1e3 * parts["products"], launches["product"]],
+            "attention": [1e3 * parts["attention"], launches["attention"]],
             "memory": [1e3 * (parts["elementwise"] + parts["weights"]), launches["memory"]],
         }
 
@@ -114,8 +114,7 @@ class Counted:
         for kind, _, size, _, source, times in self.engine["kernels"]:
             if kind == "product":  # Muon's, see parts
                 continue
-            each = size * times / self.engine["parameters"]
-            found[source] = found.get(source, 0.0) + each
+            found[source] = found.get(source, 0.0) + size * times / self.engine["parameters"]
         ordered = sorted(found.items(), key=lambda item: -item[1])
         return {source: size for source, size in ordered if size >= 0.05}
 
@@ -300,30 +299,22 @@ def tables(title: str, cases: Cases, measured: dict[tuple[str, str], dict]) -> s
         row = [reads.get(place, 0) for place in ("forward", "backward", "outside")]
         by_source = ", ".join(f"{source} {size:.3g}" for source, size in sources.items())
         outside.append([name, *row, sum(sources.values()), by_source])
-    for head, rows in (
-        (
-            "a micro-batch|kernels|elementwise GB|of dense|ideal GB|TFLOP|kept GiB|of dense|"
-            "collectives",
-            micro,
-        ),
-        (
-            f"a step, ms|{'|'.join(one.parts())}|hidden messages|predicted|images/s|MFU|"
-            "measured|MFU ",
-            steps,
-        ),
-        (
-            "outside of the model, a step|reads in forward|in backward|elsewhere|"
-            "bytes a parameter|by source",
-            outside[:: len({way for _, way in cases})],
-        ),
-    ):
-        text += "\n\n" + measure.table(head.split("|"), rows)
+    head = "a micro-batch|kernels|elementwise GB|of dense|ideal GB|TFLOP|kept GiB|of dense|"
+    text += _table(f"{head}collectives", micro)
+    head = f"a step, ms|{'|'.join(one.parts())}|hidden messages|predicted|images/s|MFU|"
+    text += _table(f"{head}measured|MFU ", steps)
+    head = "outside of the model, a step|reads in forward|in backward|elsewhere|"
+    ways = len({way for _, way in cases})
+    text += _table(f"{head}bytes a parameter|by source", outside[::ways])
     for (name, way), each in cases.items():
         if name == "model":
-            head = "operators of a kernel|launches|GB|ms a step"
-            text += f"\n\nMost expensive, {way}:\n\n"
-            text += measure.table(head.split("|"), each.most_expensive())
+            text += f"\n\nMost expensive, {way}:"
+            text += _table("operators of a kernel|launches|GB|ms a step", each.most_expensive())
     return text + (_beside(cases, measured) if measured else "")
+
+
+def _table(head: str, rows: list) -> str:
+    return "\n\n" + measure.table(head.split("|"), rows)
 
 
 def _beside(cases: Cases, measured: dict[tuple[str, str], dict]) -> str:
@@ -337,12 +328,12 @@ def _beside(cases: Cases, measured: dict[tuple[str, str], dict]) -> str:
             kinds.append([f"{name}, {way}", kind, *wanted, ms, launches, ratio])
         plan = rank_memory(each.config, each.layout, engine_facts(each.deepspeed))
         memory.append([f"{name}, {way}", plan.peak / 2**30, took["peak_bytes"] / 2**30])
-        table = measure.table(["kernel", "launches", "ms"], took["kernels"])
-        kernels += f"\n\nMeasured, {name}, {way}:\n\n{table}"
+        kernels += f"\n\nMeasured, {name}, {way}:"
+        kernels += _table("kernel|launches|ms", took["kernels"])
     head = "a step|kind|predicted ms|kernels|measured ms|kernels |of predicted"
-    text = f"\n\nMeasured on {took['device']}:\n\n{measure.table(head.split('|'), kinds)}"
+    text = f"\n\nMeasured on {took['device']}:{_table(head, kinds)}"
     if took["peak_bytes"]:
-        text += "\n\n" + measure.table(["peak", "planned GiB", "measured GiB"], memory)
+        text += _table("peak|planned GiB|measured GiB", memory)
     return text + kernels
 
 

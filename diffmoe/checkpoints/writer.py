@@ -25,7 +25,7 @@ from diffmoe.checkpoints.reader import BUFFERS, P, complete_folders, step_folder
 from diffmoe.checkpoints.tensor_file import FileRecord, Piece, whole_piece, write_tensors
 from diffmoe.config import Config, config_to_tree
 from diffmoe.errors import UserError
-from diffmoe.files import replacing, sync_folder
+from diffmoe.files import sync_folder, write_text
 from diffmoe.layout import Layout
 
 _PART_BYTES = 2**30
@@ -73,13 +73,13 @@ def write_part(partial: Path, part: int, kinds: Mapping[str, Share]) -> None:
             files[name] = write_tensors(partial / name, content.pieces, content.values)
             shapes.update({piece.name: piece.shape for piece, _ in content.pieces})
         record = {"files": {name: asdict(file) for name, file in files.items()}, "shapes": shapes}
-        _write_text(partial / _record_name(part), json.dumps(record))
+        write_text(partial / _record_name(part), json.dumps(record))
     except Exception as error:
         with suppress(OSError):  # make room first: the disk may be full
             for kind in kinds:
                 (partial / file_name(kind, part)).unlink(missing_ok=True)
             problem = {"problem": f"{type(error).__name__}: {error}"}
-            _write_text(partial / _record_name(part), json.dumps(problem))
+            write_text(partial / _record_name(part), json.dumps(problem))
         raise
 
 
@@ -132,7 +132,7 @@ def commit(
         files=written[0],
         class_names=class_names,
     )
-    _write_text(partial / MANIFEST, manifest_text(manifest))
+    write_text(partial / MANIFEST, manifest_text(manifest))
     for record in partial.glob("part-*.json"):
         record.unlink()
     _remove(final)
@@ -228,8 +228,3 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         folder.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as stream:
-        stream.write(text.encode())

@@ -63,11 +63,11 @@ def import_main(arguments: list[str], environment: RankEnvironment) -> int:
         from diffmoe.models.research_file import read_research
 
         file = read_research(path, {"model": options.model_key, "ema": options.ema_key})
+        given = path, file, config, layout, options.drop_labels
         if options.research:
-            written = import_research(path, file, config, layout, options.drop_labels)
+            written = import_research(*given)
         else:
-            which, scale = options.weights, options.scale_experts
-            written = import_dense(path, file, config, layout, which, scale, options.drop_labels)
+            written = import_dense(*given, options.weights, options.scale_experts)
     pool = "" if config.model.family == "dense" else f", pool {layout.pool} samples"
     print(
         f"saved {written} (step 0{pool}); training with this configuration and run.folder starts "
@@ -107,7 +107,7 @@ def _import_parser() -> Parser:
 
 
 def import_research(
-    path: Path, file: ResearchFile, config: Config, layout: Layout, drop_labels: bool = False
+    path: Path, file: ResearchFile, config: Config, layout: Layout, drop_labels: bool
 ) -> Path:
     """A research checkpoint of the model in ``config`` becomes ``run.folder``'s checkpoint of step
     0.  Returns its folder.  ``drop_labels``: the classes' embeddings start anew.
@@ -120,19 +120,16 @@ def import_research(
     model, moe = config.model, config.moe
     _check_form(config)
     found = _fitted(path, file, model, moe, config.run.seed if drop_labels else None)
-    count = len(next(iter(found.values())))
-    text = f"read {path}: {' and '.join(found)}, {count} tensors each"
+    which, first = next(iter(found.items()))
+    said = f"{' and '.join(found)}, {len(first)} tensors each"
     if len(found) == 1:
-        text = (
-            f"read {path}: only {next(iter(found))}, {count} tensors; weights and EMA both start "
-            "from it"
-        )
-    print(text, flush=True)
+        said = f"only {which}, {len(first)} tensors; weights and EMA both start from it"
+    print(f"read {path}: {said}", flush=True)
     _say_places(file)
     heads = f"model.heads ({model.heads}), " * (model.positions != "rope" and not model.qk_norm)
     said = f"{heads}diffusion.process ({config.diffusion.process})"
     print(f"the configuration's, which no tensor of the file can confirm: {said}", flush=True)
-    states = {which: found.get(which) or next(iter(found.values())) for which in ("model", "ema")}
+    states = {which: found.get(which) or first for which in ("model", "ema")}
     # The EMA's, which published samples are drawn with; those of the weights come back with a few
     # steps of training.
     buffers = observed_buffers(states["ema"], model, moe)
@@ -143,26 +140,27 @@ def import_research(
                 yield name, value.float()
 
     kept = kept_as_they_were(states, buffers, model, moe)
-    return _save(config, layout, lambda: weights("model"), lambda: weights("ema"), buffers, kept)
+    return _save(config, layout, weights, buffers, kept)
 
 
 def _save(
     config: Config,
     layout: Layout,
-    weights: Callable[[], Pieces],
-    average: Callable[[], Pieces],
+    pieces: Callable[[str], Pieces],
     buffers: Mapping[str, Tensor],
     kept: Pieces | None = None,
     class_names: tuple[str, ...] = (),
 ) -> Path:
-    """``run.folder``'s checkpoint of step 0; every EMA is the ``average``, a projector is new."""
+    """``run.folder``'s checkpoint of step 0, of the ``pieces`` of "model" and, for every EMA, of
+    "ema"; a projector is new.
+    """
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
     from diffmoe.models.logical import fresh_projector
 
     new = fresh_projector(config).items()
-    averages = {ema_kind(d): chain(average(), new) for d in config.train.ema_decays}
-    kinds: dict[str, Pieces] = {MASTER: chain(weights(), new), **averages}
+    averages = {ema_kind(d): chain(pieces("ema"), new) for d in config.train.ema_decays}
+    kinds: dict[str, Pieces] = {MASTER: chain(pieces("model"), new), **averages}
     if kept is not None:
         kinds[RESEARCH] = kept
     folder = Path(config.run.folder) / "checkpoints"
@@ -215,8 +213,8 @@ def import_hf(folder: Path, config: Config, layout: Layout) -> Path:
         "both start from them",
         flush=True,
     )
-    pieces = lambda: ((name, tensors[name]) for name in template if name not in buffers)
-    return _save(config, layout, pieces, pieces, buffers, class_names=class_names)
+    pieces = lambda _: ((name, tensors[name]) for name in template if name not in buffers)
+    return _save(config, layout, pieces, buffers, class_names=class_names)
 
 
 def import_dense(
@@ -224,9 +222,9 @@ def import_dense(
     file: ResearchFile,
     config: Config,
     layout: Layout,
-    weights: str | None = None,
-    scale: bool = False,
-    drop_labels: bool = False,
+    drop_labels: bool,
+    weights: str | None,
+    scale: bool,
 ) -> Path:
     """A dense research checkpoint starts the MoE model of ``config``: writes ``run.folder``'s
     checkpoint of step 0 and prints how far the function moved.  ``weights``: ``ema`` or ``model``
@@ -260,8 +258,8 @@ def import_dense(
     if scale:
         factor = upcycling.balancing_factor(config.moe, config.model.family)
         upcycling.copy_experts(model, dense, factor)
-    pieces = lambda: logical_pieces(model)
-    return _save(config, layout, pieces, pieces, fresh_buffers(config.model, config.moe))
+    buffers = fresh_buffers(config.model, config.moe)
+    return _save(config, layout, lambda _: logical_pieces(model), buffers)
 
 
 def describe_report(report: Report, scale: bool) -> str:
@@ -319,8 +317,7 @@ def export_main(arguments: list[str], environment: RankEnvironment) -> int:
             from diffmoe.huggingface import export_folder
 
             files = export_folder(checkpoint, out, weights, limit, list(map(Path, options.scores)))
-            plural = "s" * (files > 1)
-            what = f"{weights} weights of step {checkpoint.step} in {files} file{plural}"
+            what = f"{weights} weights of step {checkpoint.step} in {files} file{'s' * (files > 1)}"
     print(f"saved {out}: {what}", flush=True)
     return 0
 

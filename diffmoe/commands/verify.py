@@ -14,7 +14,7 @@ from diffmoe.commands.common import Parser, one_process
 from diffmoe.device import local_device, set_fp32_precision
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
-from diffmoe.files import replacing
+from diffmoe.files import write_text
 from diffmoe.models.compiled import check_compiler
 from diffmoe.parity.cases import (
     WORLDS,
@@ -94,8 +94,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
                 for row in rows
             ],
         }
-        with replacing(options.json) as stream:
-            stream.write(json.dumps(tree, indent=1).encode() + b"\n")
+        write_text(options.json, json.dumps(tree, indent=1) + "\n")
     for name in ("fp32", "bf16"):
         some = [row.differences for row in rows if row.case.precision == name]
         worst = ", ".join(f"{c} {max(d.get(c, 0.0) for d in some):.1e}" for c in COLUMNS if some)

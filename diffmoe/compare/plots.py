@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+
+from diffmoe.evaluation.plots import new_figure, save, tidy
 
 _FRECHET = "frechet_distance"
 _COLORS = ("#1f5fa8", "#d9731a", "#2e8b57", "#a83279", "#8a8a8a", "#c9a227", "#5b4bb5", "#7a4a2b")
@@ -25,7 +26,7 @@ def draw_routers(rows: list[dict], path: Path) -> None:
     """
     scored = [row for row in rows if row["scores"].get(_FRECHET)]
     panels = 3 if scored else 2
-    figure = Figure(figsize=(4.8 * panels, 4.2), layout="constrained")
+    figure = new_figure(4.8 * panels, 4.2)
     curves, last, *others = figure.subplots(1, panels)
     for place, row in enumerate(rows):
         samples, each = row["curve"]["samples"], np.array(row["curve"]["each"])
@@ -44,8 +45,8 @@ def draw_routers(rows: list[dict], path: Path) -> None:
         name = scored[0]["scores"]["names"][_FRECHET]
         _points(others[0], scored, [row["scores"][_FRECHET] for row in scored], name)
     for ax in (curves, last, *others):
-        _tidy(ax)
-    figure.savefig(path, format="png", dpi=150)
+        tidy(ax)
+    save(figure, path)
 
 
 def _points(ax: Axes, rows: list[dict], spreads: list[dict], title: str) -> None:
@@ -64,17 +65,11 @@ def _points(ax: Axes, rows: list[dict], spreads: list[dict], title: str) -> None
 def draw_confounds(axes: dict[str, list[dict]], path: Path) -> None:
     """A panel an axis: the last validation loss at each value, as dots, mean and deviation."""
     drawn = {axis: rows for axis, rows in axes.items() if rows}
-    figure = Figure(figsize=(4.2 * len(drawn), 4.0), layout="constrained")
+    figure = new_figure(4.2 * len(drawn), 4.0)
     panels = figure.subplots(1, len(drawn), squeeze=False)[0]
     for ax, (axis, rows) in zip(panels, drawn.items()):
         named = [{"router": str(row["value"])} for row in rows]
         _points(ax, named, [row["validation_loss"] for row in rows], axis)
-        _tidy(ax)
+        tidy(ax)
     panels[0].set_ylabel("validation loss at the end")
-    figure.savefig(path, format="png", dpi=150)
-
-
-def _tidy(ax: Axes) -> None:
-    ax.grid(True, color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    save(figure, path)

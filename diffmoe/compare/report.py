@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,16 @@ from diffmoe.compare.runs import card_of, check, codes, is_trained, state, verdi
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import read_card
 from diffmoe.evaluation.scores import score_names
-from diffmoe.files import replacing, writing
+from diffmoe.files import write_text, writing
 from diffmoe.markdown import table
 from diffmoe.training.metrics import read_metrics
 from diffmoe.training.validation import read_validations
 
 _FRECHET = "frechet_distance"
+_PARAMETERS = (
+    "router|parameters|activated|of {}'s|without shared experts|of {}'s |activated as used|"
+    "MFLOPs a sample|as used"
+)
 _EQUAL = 0.05  # activated parameters that differ by less are called equal
 
 
@@ -35,12 +39,8 @@ def write_report(plan: Plan) -> str:
     text = to_markdown(plan, found)
     with writing(f"folder ({plan.folder})"):
         plan.folder.mkdir(parents=True, exist_ok=True)
-        for name, content in (
-            ("compare.json", json.dumps(found, indent=1) + "\n"),
-            ("compare.md", text),
-        ):
-            with replacing(plan.folder / name) as stream:
-                stream.write(content.encode())
+        write_text(plan.folder / "compare.json", json.dumps(found, indent=1) + "\n")
+        write_text(plan.folder / "compare.md", text)
         if rows := found["routers"]:
             draw_routers(rows, plan.folder / "compare.png")
         if any(len(rows) > 1 for rows in found["confounds"].values()):
@@ -211,9 +211,7 @@ def _against(row: dict, first: dict) -> None:
     both = [seed for seed in ours if seed in theirs]
     row["against"] = {
         "router": first["router"],
-        "activated": row["activated"] / first["activated"],
-        "activated_without_shared": row["activated_without_shared"]
-        / first["activated_without_shared"],
+        **{name: row[name] / first[name] for name in ("activated", "activated_without_shared")},
         "loss": spread_of([ours[seed] - theirs[seed] for seed in both]),
     }
 
@@ -225,10 +223,8 @@ def _against(row: dict, first: dict) -> None:
 def _shown(spread: dict | None, form: str = ".4f") -> str | None:
     if spread is None:
         return None
-    text = f"{spread['mean']:{form}}"
-    return (
-        text if spread["spread"] is None else f"{text} ± {abs(spread['spread']):{form.lstrip('+')}}"
-    )
+    text, more = f"{spread['mean']:{form}}", spread["spread"]
+    return text if more is None else f"{text} ± {abs(more):{form.lstrip('+')}}"
 
 
 def to_markdown(plan: Plan, found: dict) -> str:
@@ -256,7 +252,7 @@ def to_markdown(plan: Plan, found: dict) -> str:
     if missing := [f"{name} ({told})" for name, told in found["missing"].items()]:
         lines += ["", f"Missing: {', '.join(missing)}."]
     if rows:
-        lines += ["", *_routers_table(rows), "", *_parameters_table(rows)]
+        lines += ["", *_routers_table(rows), "", *_columns(rows, _PARAMETERS)]
         lines += ["", *_unequal(rows), *_load_tables(rows)]
         lines += [*_scores_table(rows, "scores"), *_scores_table(rows, "judge")]
     for axis, varied in found["confounds"].items():
@@ -287,38 +283,61 @@ def _own_recipes(plan: Plan) -> dict[str, str]:
     return {router: text for router, text in told.items() if text}
 
 
-def _routers_table(rows: list[dict]) -> list[str]:
+# Columns of the tables by their heads; the first router's name goes into {}.
+_COLUMNS: dict[str, Callable[[dict], object]] = {
+    "router": lambda row: row["router"],
+    "seeds": lambda row: len(row["seeds"]),
+    "steps": lambda row: row["steps"],
+    "validation loss": lambda row: _shown(row["validation_loss"], ".5f"),
+    "less {}'s, seed by seed": lambda row: (
+        None
+        if row["router"] == row["against"]["router"]
+        else _shown(row["against"]["loss"], "+.5f")
+    ),
+    "judge: accuracy": lambda row: _shown(row["judge"].get("accuracy")),
+    "experts a token, as used": lambda row: _shown(row["experts_per_token"], ".3f"),
+    "busiest expert / mean": lambda row: (
+        row["load"] and f"{statistics.fmean(row['load']['busiest_by_layer']):.2f}"
+    ),
+    "ms a step": lambda row: _number(row["machine"]["ms_a_step"], ".1f"),
+    "peak GiB": lambda row: _number(row["machine"]["memory_gib"], ".2f"),
+    "parameters": lambda row: f"{row['parameters']:,}",
+    "activated": lambda row: f"{row['activated']:,}",
+    "of {}'s": lambda row: f"{row['against']['activated']:.3f}",
+    "without shared experts": lambda row: f"{row['activated_without_shared']:,}",
+    "of {}'s ": lambda row: f"{row['against']['activated_without_shared']:.3f}",
+    "activated as used": lambda row: f"{row['activated_as_used']:,}",
+    "MFLOPs a sample": lambda row: f"{row['flops'] / 1e6:.1f}",
+    "as used": lambda row: f"{row['flops_as_used'] / 1e6:.1f}",
+}
+
+
+def _columns(rows: list[dict], heads: str, **more: Callable[[dict], object]) -> list[str]:
+    """The table of these columns, each named as in ``_COLUMNS`` or ``more``, with a | between."""
+    found = _COLUMNS | more
+    cells = [[found[head](row) for head in heads.split("|")] for row in rows]
     first = rows[0]["router"]
-    head = ["router", "seeds", "validation loss", f"less {first}'s, seed by seed"]
-    scored: dict = next((row["scores"] for row in rows if row["scores"]), {})
-    judged: dict = next((row["judge"] for row in rows if row["judge"]), {})
-    if _FRECHET in scored:
-        head.append(_frechet(scored))
-    if judged:
-        head.append("judge: accuracy")
-    head += ["experts a token, as used", "busiest expert / mean", "ms a step", "peak GiB"]
-    cells = []
-    for row in rows:
-        load, machine = row["load"], row["machine"]
-        cells.append(
-            [
-                row["router"],
-                len(row["seeds"]),
-                _shown(row["validation_loss"], ".5f"),
-                None if row["router"] == first else _shown(row["against"]["loss"], "+.5f"),
-                *([_shown(row["scores"].get(_FRECHET))] if _FRECHET in scored else []),
-                *([_shown(row["judge"].get("accuracy"))] if judged else []),
-                _shown(row["experts_per_token"], ".3f"),
-                None if load is None else f"{statistics.fmean(load['busiest_by_layer']):.2f}",
-                _number(machine["ms_a_step"], ".1f"),
-                _number(machine["memory_gib"], ".2f"),
-            ]
-        )
-    return table(head, cells)
+    return table([head.replace("{}", first).strip() for head in heads.split("|")], cells)
 
 
-def _frechet(scored: dict) -> str:
-    return f"{scored['names'][_FRECHET]}, {scored['count']} images"
+def _routers_table(rows: list[dict]) -> list[str]:
+    scores, frechet = _frechet(rows)
+    judged = "judge: accuracy|" if any(row["judge"] for row in rows) else ""
+    return _columns(
+        rows,
+        f"router|seeds|validation loss|less {{}}'s, seed by seed|{scores}{judged}"
+        "experts a token, as used|busiest expert / mean|ms a step|peak GiB",
+        **frechet,
+    )
+
+
+def _frechet(rows: list[dict]) -> tuple[str, dict[str, Callable[[dict], object]]]:
+    """The head of the Fréchet distance's column with its |, and the column; where there is one."""
+    scored: dict = next((row["scores"] for row in rows if _FRECHET in row["scores"]), {})
+    if not scored:
+        return "", {}
+    head = f"{scored['names'][_FRECHET]}, {scored['count']} images"
+    return f"{head}|", {head: lambda row: _shown(row["scores"].get(_FRECHET))}
 
 
 def _scores_table(rows: list[dict], kind: str) -> list[str]:
@@ -336,43 +355,14 @@ def _number(value: float | None, form: str) -> str | None:
     return None if value is None else f"{value:{form}}"
 
 
-def _parameters_table(rows: list[dict]) -> list[str]:
-    first = rows[0]["router"]
-    head = (
-        f"router|parameters|activated|of {first}'s|without shared experts|of {first}'s|"
-        "activated as used|MFLOPs a sample|as used"
-    )
-    return table(
-        head.split("|"),
-        [
-            (
-                row["router"],
-                f"{row['parameters']:,}",
-                f"{row['activated']:,}",
-                f"{row['against']['activated']:.3f}",
-                f"{row['activated_without_shared']:,}",
-                f"{row['against']['activated_without_shared']:.3f}",
-                f"{row['activated_as_used']:,}",
-                f"{row['flops'] / 1e6:.1f}",
-                f"{row['flops_as_used'] / 1e6:.1f}",
-            )
-            for row in rows
-        ],
-    )
-
-
 def _unequal(rows: list[dict]) -> list[str]:
     """A sentence on whether the routers activate equally many parameters."""
     first = rows[0]["router"]
-    off = {
-        row["router"]: row["against"]["activated"] - 1
-        for row in rows
-        if abs(row["against"]["activated"] - 1) > _EQUAL
-    }
-    if not off:
-        most = max(abs(row["against"]["activated"] - 1) for row in rows)
+    off = {row["router"]: row["against"]["activated"] - 1 for row in rows}
+    most = max(map(abs, off.values()))
+    if most <= _EQUAL:
         return [f"Activated parameters are equal to {first}'s within {most:.1%}."]
-    told = ", ".join(f"{name} {share:+.1%}" for name, share in off.items())
+    told = ", ".join(f"{name} {share:+.1%}" for name, share in off.items() if abs(share) > _EQUAL)
     return [
         "Activated parameters, routers and predictors included, are NOT equal to "
         f"{first}'s: {told}."
@@ -383,55 +373,28 @@ def _load_tables(rows: list[dict]) -> list[str]:
     sparse = [row for row in rows if row["load"]]
     if not sparse:
         return []
-    layers = len(sparse[0]["load"]["busiest_by_layer"])
+    load = lambda key: [(row["router"], *row["load"][key]) for row in sparse]
+    layers = {len(row["load"]["busiest_by_layer"]) for row in sparse}
     tenths = len(sparse[0]["load"]["busiest_by_time"])
     lines = ["", "The busiest expert's load over the mean, by MoE layer:", ""]
-    if all(len(row["load"]["busiest_by_layer"]) == layers for row in sparse):
-        head = ("router", *(f"layer {i}" for i in range(layers)))
-        lines += table(
-            head, [(row["router"], *row["load"]["busiest_by_layer"]) for row in sparse], ".2f"
-        )
+    if len(layers) == 1:
+        head = ("router", *(f"layer {i}" for i in range(layers.pop())))
+        lines += table(head, load("busiest_by_layer"), ".2f")
     head = ("router", *(f"t {i / tenths:.1f}" for i in range(tenths)))
-    for title, key in (
-        ("The same by time (0 noise, 1 data), mean of layers:", "busiest_by_time"),
-        ("Experts a token by time, as used:", "experts_per_token_by_time"),
-    ):
-        lines += ["", title, ""]
-        lines += table(head, [(row["router"], *row["load"][key]) for row in sparse], ".2f")
+    lines += ["", "The same by time (0 noise, 1 data), mean of layers:", ""]
+    lines += table(head, load("busiest_by_time"), ".2f")
+    lines += ["", "Experts a token by time, as used:", ""]
+    lines += table(head, load("experts_per_token_by_time"), ".2f")
     lines += ["", "Validation loss by time:", ""]
     return lines + table(head, [(row["router"], *row["loss_by_time"]) for row in rows], ".4f")
 
 
 def _confound_table(axis: str, rows: list[dict]) -> list[str]:
     field = axis.rpartition(".")[2]
-    scored: dict = next((row["scores"] for row in rows if _FRECHET in row["scores"]), {})
-    head = (
-        field,
-        "seeds",
-        "steps",
-        "validation loss",
-        *([_frechet(scored)] if scored else []),
-        "experts a token, as used",
-        "busiest expert / mean",
-        "parameters",
-        "activated",
-        "ms a step",
-    )
-    return table(
-        head,
-        [
-            (
-                row["value"],
-                len(row["seeds"]),
-                row["steps"],
-                _shown(row["validation_loss"], ".5f"),
-                *([_shown(row["scores"].get(_FRECHET))] if scored else []),
-                _shown(row["experts_per_token"], ".3f"),
-                row["load"] and f"{statistics.fmean(row['load']['busiest_by_layer']):.2f}",
-                f"{row['parameters']:,}",
-                f"{row['activated']:,}",
-                _number(row["machine"]["ms_a_step"], ".1f"),
-            )
-            for row in rows
-        ],
+    scores, frechet = _frechet(rows)
+    return _columns(
+        rows,
+        f"{field}|seeds|steps|validation loss|{scores}experts a token, as used|"
+        "busiest expert / mean|parameters|activated|ms a step",
+        **{field: lambda row: row["value"], **frechet},
     )

@@ -33,7 +33,7 @@ from diffmoe.compare.plan import Comparison, PlannedRun, check_unchanged
 from diffmoe.config import ScoreConfig, config_from_tree, config_to_tree
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.errors import UserError, stop_requests
-from diffmoe.files import replacing, writing
+from diffmoe.files import write_text, writing
 from diffmoe.layout import resolve_layout
 from diffmoe.strict_yaml import read_yaml
 from diffmoe.training.resume import engine_changes
@@ -70,9 +70,8 @@ def _begin(run: PlannedRun) -> None:
     """Writes the run's settings into its folder."""
     with writing(f"folder ({run.folder})"):
         run.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(run.folder / SETTINGS) as stream:
-            text = yaml.safe_dump(config_to_tree(run.config), sort_keys=False)
-            stream.write(text.encode())
+        text = yaml.safe_dump(config_to_tree(run.config), sort_keys=False)
+        write_text(run.folder / SETTINGS, text)
 
 
 def is_trained(run: PlannedRun) -> bool:

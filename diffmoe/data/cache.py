@@ -81,16 +81,15 @@ class Cache:
         with _locked(self.folder / ".lock"):
             part.unlink(missing_ok=True)  # of a process that was killed: the shard's lock is ours
             self._make_room(file)
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            os.ftruncate(descriptor, file.bytes)
-        try:
-            yield descriptor
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(descriptor)
+            stream = open(part, "x+b")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            stream.truncate(file.bytes)
+        with stream:
+            try:
+                yield stream.fileno()
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
 
     def _make_room(self, file: ShardFile) -> None:
         held = []
@@ -116,17 +115,14 @@ class Cache:
 
 def _remove_unused(path: str) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
     except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
         return True
     except BlockingIOError:
         return False
-    finally:
-        os.close(descriptor)
+    return True
 
 
 def _download(descriptor: int, file: ShardFile, address: str) -> None:
@@ -146,9 +142,6 @@ def _download(descriptor: int, file: ShardFile, address: str) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ from diffmoe.data.shards import INDEX_NAME, Encoding, ShardMeta, from_json, load
 from diffmoe.data.vae import Vae
 from diffmoe.data.values import Numbers, by_channel
 from diffmoe.errors import UserError
-from diffmoe.files import replacing
+from diffmoe.files import well_formed, write_text
 from diffmoe.random_streams import Use, permutation
 
 STATE_NAME, _PLAN_NAME = ".encode", "plan.json"
@@ -99,13 +99,13 @@ def make_plan(request: Request, source: Source, vae: Vae | None, features_sha256
         len(source.images),
         request.image_size,
         request.channels,
-        vae="",
-        vae_sha256="",
-        precision="",
-        batch=request.batch if features_sha256 else 0,
+        vae=vae.name if vae else "",
+        vae_sha256=vae.sha256 if vae else "",
+        precision=request.precision if vae else "",
+        batch=request.batch if vae or features_sha256 else 0,
         samples_per_shard=request.samples_per_shard,
         class_names=source.class_names,
-        storage="uint8",
+        storage=request.storage if vae else "uint8",
         left_out=tuple(map(str, source.left_out)),
         shuffled=request.shuffle_seed,
         fp32_precision=request.fp32_precision,
@@ -122,23 +122,14 @@ def make_plan(request: Request, source: Source, vae: Vae | None, features_sha256
         scale, mean = theirs.scale, theirs.mean
         for numbers in (scale, mean):
             by_channel(numbers, vae.latent_channels)  # UserError where they are another VAE's
-    meta = ShardMeta(
-        "moments", source.classes, scale=scale, mean=mean, accept_values=request.accept_values
-    )
-    made_by = replace(encoding, vae=vae.name, vae_sha256=vae.sha256, precision=request.precision)
-    return Plan(meta, replace(made_by, batch=request.batch, storage=request.storage))
+    accept = request.accept_values
+    meta = ShardMeta("moments", source.classes, scale=scale, mean=mean, accept_values=accept)
+    return Plan(meta, encoding)
 
 
 def tar_name(number: int) -> str:
     """The file name of shard ``number``."""
     return f"shard-{number:06d}.tar"
-
-
-def write_record(folder: Path, record: ShardRecord) -> None:
-    """Makes a shard count as finished; its tar is there already."""
-    path = folder / STATE_NAME / f"shard-{record.number:06d}.json"
-    with replacing(path) as stream:
-        stream.write(json.dumps(asdict(record)).encode())
 
 
 def open_folder(folder: Path, plan: Plan, source: Source) -> dict[int, ShardRecord] | None:
@@ -168,18 +159,15 @@ def open_folder(folder: Path, plan: Plan, source: Source) -> dict[int, ShardReco
                 f"out ({folder}) must be empty, or begun by encode; it holds {others[0]}"
             )
         record = {"meta": plan.meta.record(), "encoding": asdict(plan.encoding)}
-        with replacing(path) as stream:
-            stream.write(json.dumps(record).encode())
+        write_text(path, json.dumps(record))
         return {}
-    try:
+    with well_formed(state):
         tree = json.loads(path.read_text())
         begun = Plan(ShardMeta.of(tree["meta"]), from_json(Encoding, tree["encoding"]))
         records = [
             from_json(ShardRecord, json.loads(path.read_text()))
             for path in sorted(state.glob("shard-*.json"))
         ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{state} is malformed: {type(error).__name__}: {error}") from error
     _check_begun(plan, begun, source, folder)
     return {record.number: record for record in records if _is_intact(folder, record)}
 

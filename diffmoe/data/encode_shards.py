@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,6 @@ from diffmoe.data.encode_plan import (
     make_plan,
     open_folder,
     tar_name,
-    write_record,
 )
 from diffmoe.data.encode_request import Request
 from diffmoe.data.image_source import Source, file_stamps
@@ -48,7 +48,7 @@ from diffmoe.data.vae import Vae, encode_moments, load_vae
 from diffmoe.data.values import channel_sums, mean_and_std, to_float
 from diffmoe.device import set_fp32_precision
 from diffmoe.errors import UserError
-from diffmoe.files import sha256
+from diffmoe.files import sha256, write_text
 from diffmoe.parallel.collectives import AgreedError, agreed, gather_objects
 from diffmoe.parallel.groups import Group
 
@@ -127,8 +127,7 @@ def _load_vae(request: Request, device: torch.device) -> Vae | None:
     if request.image_size % vae.factor:
         raise UserError(
             f"image_size ({request.image_size}) must be divisible by {vae.factor}, the pixels a "
-            "latent "
-            f"of {vae.name}"
+            f"latent of {vae.name}"
         )
     if request.channels != vae.channels:
         raise UserError(
@@ -152,26 +151,24 @@ def _finish(folder: Path, index: ShardIndex) -> None:
         shutil.rmtree(folder / STATE_NAME)
 
 
+@dataclass
 class _Encoder:
     """Encodes the shards that `records` lacks, in rounds of one a rank, and adds them there."""
 
-    def __init__(
-        self,
-        request: Request,
-        plan: Plan,
-        source: Source,
-        vae: Vae | None,
-        features: PatchNetwork | None,
-        records: dict[int, ShardRecord],
-        group: Group,
-        report: Callable[[str], None],
-    ) -> None:
-        self.request, self.plan, self.source, self.vae = request, plan, source, vae
-        self.features = features
-        self.records, self.group, self.report = records, group, report
-        self.channels = request.channels if vae is None else vae.latent_channels
-        self.side = request.image_size // (1 if vae is None else vae.factor)
-        self.done = self.resumed = sum(len(plan.shard(number)) for number in records)
+    request: Request
+    plan: Plan
+    source: Source
+    vae: Vae | None
+    features: PatchNetwork | None
+    records: dict[int, ShardRecord]
+    group: Group
+    report: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        vae = self.vae
+        self.channels = self.request.channels if vae is None else vae.latent_channels
+        self.side = self.request.image_size // (1 if vae is None else vae.factor)
+        self.done = self.resumed = sum(len(self.plan.shard(number)) for number in self.records)
         self.began = self.said = time.monotonic()
 
     def encode_pending(self) -> None:
@@ -209,9 +206,8 @@ class _Encoder:
         self.said = now
         done = min(total, self.done + own * self.group.size)
         rate = (done - self.resumed) / max(now - self.began, 1e-9)
-        left = "unknown"
-        if rate or done == total:
-            left = f"{(total - done) / (rate or 1):.0f} s"
+        known = rate or done == total
+        left = f"{(total - done) / (rate or 1):.0f} s" if known else "unknown"
         self.report(
             f"encode: {done} of {total} images ({done / total:.1%}), {rate:.1f} images/s, "
             f"{left} left, {len(self._skipped())} bad"
@@ -225,9 +221,7 @@ class _Encoder:
         skipped, lost = self._skipped(), self.source.lost
         bad, images = len(skipped) + lost, self.plan.encoding.images + lost
         if bad > self.request.bad_share * images:
-            some = []
-            if skipped:
-                some = [", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")]
+            some = [", ".join(skipped[:3]) + ", …" * (len(skipped) > 3)] if skipped else []
             some += [f"left out, {left}" for left in self.source.left_out if left.bad]
             raise AgreedError(
                 f"{bad} of {images} images are bad, more than bad_share "
@@ -280,7 +274,8 @@ class _Encoder:
             size, digest = tar.stat().st_size, sha256(tar)
         total, squares = (tuple(map(float, row)) for row in sums)
         record = ShardRecord(number, len(samples), size, digest, tuple(skipped), total, squares)
-        write_record(self.request.out, record)
+        path = self.request.out / STATE_NAME / f"shard-{number:06d}.json"
+        write_text(path, json.dumps(asdict(record)))
         return record
 
     def _arrays(self, read: list[np.ndarray | BadImage]) -> list[dict[str, np.ndarray]]:
@@ -329,18 +324,15 @@ class _Encoder:
         encoding = replace(
             self.plan.encoding, channel_mean=mean, channel_std=std, skipped=tuple(self._skipped())
         )
+        files = [ShardFile(tar_name(r.number), r.count, r.bytes, r.sha256) for r in ordered]
         return ShardIndex(
             self.request.out,
             meta,
             (self.channels * (1 if self.vae is None else 2), self.side, self.side),
-            self.plan.encoding.storage,
+            encoding.storage,
             self.vae is not None,
-            sum(record.count for record in ordered),
-            tuple(
-                ShardFile(tar_name(r.number), r.count, r.bytes, r.sha256)
-                for r in ordered
-                if r.count
-            ),
+            sum(file.count for file in files),
+            tuple(file for file in files if file.count),
             encoding,
             features=self.features.shape if self.features else (),
         )

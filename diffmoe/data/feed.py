@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from diffmoe.config import Config, DataConfig
@@ -25,7 +26,7 @@ from diffmoe.data.shards import ShardIndex, load_index
 from diffmoe.data.share import Share
 from diffmoe.data.stream import Batch, BatchStream
 from diffmoe.errors import UserError
-from diffmoe.files import replacing
+from diffmoe.files import write_text
 from diffmoe.parallel.collectives import AgreedError, agreed, gather_objects, raise_together
 from diffmoe.parallel.groups import Group
 
@@ -169,6 +170,7 @@ def cache_of(data: DataConfig) -> Cache:
     return Cache(Path(data.cache) if data.cache else default, int(data.cache_gib * 2**30))
 
 
+@dataclass
 class Feed:
     """The batches of a run's steps, in order, for this rank; a context manager that leaves no
     worker behind.
@@ -183,21 +185,18 @@ class Feed:
         say: takes a line for the user, on rank 0.
     """
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        share: Share,
-        group: Group,
-        folder: Path,
-        steps: range,
-        data: DataConfig,
-        *,
-        pin: bool,
-        say: Callable[[str], None],
-    ) -> None:
-        self._reader, self._share, self._group, self._data = reader, share, group, data
-        self._record, self._steps, self._pin, self._say = folder / RECORD_NAME, steps, pin, say
-        self._next = steps.start
+    reader: ShardReader
+    share: Share
+    group: Group
+    folder: Path
+    steps: range
+    data: DataConfig
+    _: KW_ONLY
+    pin: bool
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self._record, self._next = self.folder / RECORD_NAME, self.steps.start
         self._stream: BatchStream | None = None
         self._upcoming: list[Batch] | None = None
         self._problem: Exception | None = None
@@ -215,16 +214,16 @@ class Feed:
     def read_ahead(self) -> bool:
         """Reads the step after the one taken last, if there is one; whether this rank cannot."""
         self._upcoming, self._problem = None, None
-        if self._next >= self._steps.stop:
+        if self._next >= self.steps.stop:
             return False
         try:
             self._stream = self._stream or BatchStream(
-                self._reader,
-                self._share,
+                self.reader,
+                self.share,
                 start_step=self._next,
-                pin=self._pin,
-                workers=self._data.workers,
-                prefetch=self._data.prefetch,
+                pin=self.pin,
+                workers=self.data.workers,
+                prefetch=self.data.prefetch,
             )
             self._upcoming = next(self._stream)
         except (UserError, OSError) as error:
@@ -242,9 +241,9 @@ class Feed:
         found bad, from the step that was read ahead.
         """
         while True:
-            states = gather_objects((stop_requested, self._bad_shard()), self._group)
+            states = gather_objects((stop_requested, self._bad_shard()), self.group)
             try:
-                raise_together(None if self._bad_shard() else self._problem, self._group)
+                raise_together(None if self._bad_shard() else self._problem, self.group)
                 if any(requested for requested, _ in states):
                     return True
                 found = dict(bad for _, bad in states if bad)
@@ -258,7 +257,7 @@ class Feed:
 
     def _bad_shard(self) -> tuple[str, str] | None:
         """Name and problem of the shard that this rank may do without."""
-        if self._data.on_bad_shard == "skip" and isinstance(self._problem, BadShard):
+        if self.data.on_bad_shard == "skip" and isinstance(self._problem, BadShard):
             return self._problem.shard, self._problem.problem
         return None
 
@@ -267,44 +266,43 @@ class Feed:
             {"shard": name, "step": self._next, "problem": found[name]} for name in sorted(found)
         ]
         excluded = {entry["shard"]: entry["step"] for entry in entries}
-        lost = sum(shard.count for shard in self._reader.index.shards if shard.name in excluded)
-        total = self._reader.index.count
-        if lost > self._data.bad_share * total:
+        lost = sum(shard.count for shard in self.reader.index.shards if shard.name in excluded)
+        total = self.reader.index.count
+        if lost > self.data.bad_share * total:
             raise AgreedError(
                 f"{len(excluded)} bad shards hold {lost} of {total} samples, more than "
-                f"data.bad_share ({self._data.bad_share}) allows; the last: shard "
+                f"data.bad_share ({self.data.bad_share}) allows; the last: shard "
                 f"{max(found)}{found[max(found)]}"
             )
-        with agreed(self._group):
-            if self._group.index == 0:
-                with replacing(self._record) as stream:
-                    stream.write(json.dumps(entries, indent=1).encode() + b"\n")
+        with agreed(self.group):
+            if self.group.index == 0:
+                write_text(self._record, json.dumps(entries, indent=1) + "\n")
         for name in sorted(found):
-            self._say(
+            self.say(
                 f"left out from step {self._next} on: shard {name}{found[name]} ({self._record})"
             )
         self._read_without(excluded)
 
     def _read_without(self, excluded: dict[str, int]) -> None:
         self.close()
-        self._reader = self._reader.without(
-            {name: step + self._share.shift for name, step in excluded.items()}
+        self.reader = self.reader.without(
+            {name: step + self.share.shift for name, step in excluded.items()}
         )
 
     def _agree_on_data(self) -> None:
         """The same data set on every rank, and the same shards left out."""
-        with agreed(self._group):
+        with agreed(self.group):
             entries = self._entries()
-        seen = gather_objects((entries, self._reader.index.fingerprint), self._group)
+        seen = gather_objects((entries, self.reader.index.fingerprint), self.group)
         entries, first = seen[0]
-        for rank, (_, other) in zip(self._group.ranks, seen):
+        for rank, (_, other) in zip(self.group.ranks, seen):
             if other != first:
                 raise AgreedError(
-                    f"data.shards ({self._data.shards}): rank {rank} sees another data set "
-                    f"({other[:12]}) than rank {self._group.ranks[0]} ({first[:12]})"
+                    f"data.shards ({self.data.shards}): rank {rank} sees another data set "
+                    f"({other[:12]}) than rank {self.group.ranks[0]} ({first[:12]})"
                 )
         if entries:
-            self._say(f"{len(entries)} bad shards are left out, as {self._record} says")
+            self.say(f"{len(entries)} bad shards are left out, as {self._record} says")
             self._read_without({entry["shard"]: entry["step"] for entry in entries})
 
     def _entries(self) -> list[dict]:

@@ -65,7 +65,7 @@ def inspect(
     for file in shown(index.shards, "inspect-data", True):
         try:
             with reader.opened(file) as descriptor:
-                shard = index.opened(descriptor, file, flipped=index.flips)
+                shard = OpenShard(descriptor, file, index, flipped=index.flips)
                 if not quick:
                     _check_bytes(descriptor, file, shard, index)
                 rows = sorted({0, file.count - 1}) if quick else range(file.count)
@@ -112,11 +112,8 @@ def _check_bytes(descriptor: int, file: ShardFile, shard: OpenShard, index: Shar
         found = scan_rows(stream, file.name, index.flips, file.count, meta.classes, meta.members)
     if sha256(path) != file.sha256:
         raise BadShard(file.name, f": SHA-256 is not the index's ({file.sha256})")
-    same = [
-        np.array_equal(getattr(found, name), getattr(shard.table, name))
-        for name in ("labels", "offsets")
-    ]
-    if not all(same):
+    same = np.array_equal(found.labels, shard.table.labels)
+    if not same or not np.array_equal(found.offsets, shard.table.offsets):
         raise BadShard(file.name, ": its table of rows is not that of its members")
 
 
@@ -136,21 +133,15 @@ def index_tars(folder: Path, meta: ShardMeta) -> ShardIndex:
         raise UserError(f"data folder ({folder}) holds no .tar")
     flips = _has_flips(tars[0], meta)
     shape, dtype = _first_array(tars[0], meta, flips)
+    members = replace(meta.members, first_class=0)
+    any_class = replace(meta, classes=_ANY_CLASS, members=members)
+    unknown = ShardIndex(folder, any_class, shape, dtype, flips, 0, ())
     values = Values(meta)
     counts, low, high = [], _ANY_CLASS, 0
     for path in shown(tars, "inspect-data", True):
         with open(path, "rb") as stream:
-            shard = OpenShard(
-                stream.fileno(),
-                path.name,
-                count=None,
-                size=path.stat().st_size,
-                shape=shape,
-                dtype=dtype,
-                classes=_ANY_CLASS,
-                flipped=flips,
-                members=replace(meta.members, first_class=0),
-            )
+            file = ShardFile(path.name, 0, path.stat().st_size, "")
+            shard = OpenShard(stream.fileno(), file, unknown, flipped=flips, counted=False)
             labels = shard.table.labels
             some = np.linspace(0, len(labels) - 1, max(1, _SAMPLED // len(tars))).astype(int)
             for row in np.unique(some):

@@ -18,6 +18,7 @@ from diffmoe.data.image_source import (
     ending_of,
     is_leftover,
 )
+from diffmoe.data.rows import split_name
 from diffmoe.errors import UserError
 
 _NO_LABEL, _NO_IMAGE = "images without .cls", ".cls without an image"
@@ -94,7 +95,7 @@ def _pair(
         key = image
         while key not in claims and "." in key.rpartition("/")[2]:
             key = key.rpartition(".")[0]
-        claims.get(key, alone.setdefault(_webdataset_key(image), [])).append(image)
+        claims.get(key, alone.setdefault(split_name(image)[0], [])).append(image)
     pairs: dict[str, str] = {}
     lost: list[tuple[str, str]] = []
     for label, members in claims.items():
@@ -103,11 +104,11 @@ def _pair(
         pairs.update(dict.fromkeys(chosen, label))
         reason = FURTHER if chosen else _SHARED
         lost += [(reason, member) for member in members if member not in chosen]
-    taken = {_webdataset_key(image) for image in pairs}
+    taken = {split_name(image)[0] for image in pairs}
     unused: dict[str, list[str]] = {}
     for label, members in claims.items():
         if not members:
-            unused.setdefault(_webdataset_key(label), []).append(label)
+            unused.setdefault(split_name(label)[0], []).append(label)
     for key, members in alone.items():
         if len(members) == 1 and len(unused.get(key, ())) == 1:
             pairs[members[0]] = unused.pop(key)[0]
@@ -117,9 +118,3 @@ def _pair(
         reason = FURTHER if key in taken else _NO_IMAGE
         lost += [(reason, f"{label}.cls") for label in keys]
     return pairs, lost
-
-
-def _webdataset_key(name: str) -> str:
-    """The name up to the first dot of its last part."""
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.partition(".")[0]

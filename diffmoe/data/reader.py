@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -74,15 +74,6 @@ class ShardReader:
             )
         if index.place and cache is None:
             raise UserError(f"the data set {index.where} is remote and needs a cache")
-        self._settings: dict[str, Any] = {
-            "seed": seed,
-            "batch": batch,
-            "streams": streams,
-            "window": window,
-            "flip": flip,
-            "cache": cache,
-            "features": features,
-        }
         self.index, self.seed, self.flip, self.cache = index, seed, flip, cache
         self._mean, self._scale = (
             by_channel(numbers, index.x_shape[0]) for numbers in (index.meta.mean, index.meta.scale)
@@ -108,12 +99,14 @@ class ShardReader:
         self._ahead: ThreadPoolExecutor | None = None
 
     def __reduce__(self) -> tuple:
-        make = partial(ShardReader, **self._settings, excluded=self.excluded)
-        return make, (self.index,)
+        names = ("seed", "batch", "streams", "window", "flip", "cache", "excluded")
+        settings = {name: getattr(self, name) for name in names}
+        return partial(ShardReader, features=bool(self.features), **settings), (self.index,)
 
     def without(self, excluded: Mapping[str, int]) -> ShardReader:
         """A reader of the same data that leaves out these shards, each from its step on."""
-        return ShardReader(self.index, **self._settings, excluded=excluded)
+        make, (index,) = self.__reduce__()
+        return make(index, excluded=excluded)
 
     def places(self, positions: Sequence[int]) -> list[tuple[int, int]]:
         """Shard number and row in it of each position, after exclusions."""
@@ -288,7 +281,7 @@ class ShardReader:
         descriptor = self.descriptor(file)
         try:
             flipped, features = self.flip and self.index.flips, bool(self.features)
-            shard = self.index.opened(descriptor, file, flipped=flipped, features=features)
+            shard = OpenShard(descriptor, file, self.index, flipped=flipped, features=features)
             # Without the rows' own checksums, the whole file's: once a run, since it costs a pass
             # over the file.
             if shard.scanned and number not in self._verified:
@@ -324,7 +317,7 @@ class ShardReader:
         def labels(number: int) -> np.ndarray | None:
             file = shards[number]
             return self._look(
-                file, lambda opened: self.index.opened(opened, file, flipped=False).table.labels
+                file, lambda opened: OpenShard(opened, file, self.index, flipped=False).table.labels
             )
 
         # Scans may parse headers of arrays, which is for one thread (see `rows.unpack_table`).
@@ -344,11 +337,8 @@ class ShardReader:
     @contextmanager
     def opened(self, file: ShardFile) -> Iterator[int]:
         """`descriptor`, closed at the end."""
-        descriptor = self.descriptor(file)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+        with open(self.descriptor(file), "rb") as stream:
+            yield stream.fileno()
 
     def descriptor(self, file: ShardFile) -> int:
         """A descriptor of a shard's tar, which the caller closes. BadShard where there is none."""

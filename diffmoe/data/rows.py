@@ -17,12 +17,16 @@ import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from diffmoe.data.members import Members, decode, ending_of, wrong_label
 from diffmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from diffmoe.data.shards import ShardIndex
+    from diffmoe.data.tar import ShardFile
 
 ROWS_NAME = "__rows__"
 BLOCK = tarfile.BLOCKSIZE
@@ -213,16 +217,13 @@ def has_table(descriptor: int) -> bool:
 
 
 class OpenShard:
-    """An open shard file of which rows are read by number; `ShardIndex.opened` gives one of a data
-    set.
+    """An open shard `file` of a data set, of which rows are read by number.
 
     Args:
         descriptor: of the open file; closed by `close`.
-        name, count, size: the shard's name, rows (None: any number) and bytes as its index says.
-        shape, dtype: of an array, as stored ("bfloat16" is stored as uint16).
         flipped: whether the flips' arrays will be asked for.
-        features: shape of those that will be asked for, which come last; (): none.
-        members: where arrays and labels are.
+        features: whether features will be, which come last.
+        counted: whether it is known how many rows the file has.
 
     Raises:
         BadShard: the file is shorter or longer, or has no table that fits.
@@ -231,23 +232,22 @@ class OpenShard:
     def __init__(
         self,
         descriptor: int,
-        name: str,
+        file: ShardFile,
+        index: ShardIndex,
         *,
-        count: int | None,
-        size: int,
-        shape: tuple[int, ...],
-        dtype: str,
-        classes: int,
         flipped: bool,
-        members: Members = Members(),
-        features: tuple[int, ...] = (),
+        features: bool = False,
+        counted: bool = True,
     ) -> None:
-        self.name, self._descriptor, self._shape, self._members = name, descriptor, shape, members
-        self._dtype = stored_dtype(dtype)
-        self._npy_header, self._bytes = _npy_form(shape, self._dtype)
+        name, members, classes = file.name, index.meta.members, index.meta.classes
+        count = file.count if counted else None
+        flipped = index.flips if features else flipped  # which come before features
+        self.name, self._descriptor, self._members = name, descriptor, members
+        self._shape, self._dtype = index.shape, stored_dtype(index.dtype)
+        self._npy_header, self._bytes = _npy_form(self._shape, self._dtype)
         self._body = BLOCK + len(self._npy_header)
-        self._features = features
-        self._places = members.arrays(flipped, bool(features))
+        self._features = index.features
+        self._places = members.arrays(flipped, features)
         table, problem = None, ""
         if members.ours and has_table(descriptor):
             try:
@@ -259,15 +259,15 @@ class OpenShard:
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 problem = str(error)
         length = os.fstat(descriptor).st_size
-        if length != size:
+        if length != file.bytes:
             lost = self._first_lost(table, length) if table else ""
-            raise BadShard(name, f" has {length} bytes, its index says {size}{lost}")
+            raise BadShard(name, f" has {length} bytes, its index says {file.bytes}{lost}")
         if problem:
             raise BadShard(name, f", member {ROWS_NAME}: {problem}")
         self.scanned = table is None
         if table is None:
             with open(os.dup(descriptor), "rb") as whole:
-                table = scan_rows(whole, name, flipped, count, classes, members, bool(features))
+                table = scan_rows(whole, name, flipped, count, classes, members, features)
         self.table = table
 
     def _first_lost(self, table: RowTable, length: int) -> str:

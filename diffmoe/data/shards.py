@@ -14,12 +14,12 @@ import numpy as np
 
 from diffmoe.data.meaning import Values, shape_fault
 from diffmoe.data.members import Members
-from diffmoe.data.rows import OpenShard, stored_dtype
+from diffmoe.data.rows import stored_dtype
 from diffmoe.data.sources import is_remote, read_all, resolve
 from diffmoe.data.tar import ShardFile, write_tar
 from diffmoe.data.values import Numbers, to_float
 from diffmoe.errors import UserError
-from diffmoe.files import replacing, sha256
+from diffmoe.files import sha256, well_formed, write_text
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -171,25 +171,6 @@ class ShardIndex:
             channels, height, width = self.shape
         return (channels // 2 if self.meta.kind == "moments" else channels, height, width)
 
-    def opened(
-        self, descriptor: int, file: ShardFile, *, flipped: bool, features: bool = False
-    ) -> OpenShard:
-        """A shard's open file, to be read by row; `flipped`: also the flipped images' arrays;
-        `features`: also these. BadShard.
-        """
-        return OpenShard(
-            descriptor,
-            file.name,
-            count=file.count,
-            size=file.bytes,
-            shape=self.shape,
-            dtype=self.dtype,
-            classes=self.meta.classes,
-            flipped=self.flips if features else flipped,  # which come before features
-            members=self.meta.members,
-            features=self.features if features else (),
-        )
-
 
 def write_shards(
     samples: Iterable[tuple], folder: str | Path, *, samples_per_shard: int, meta: ShardMeta
@@ -262,8 +243,8 @@ def write_index(index: ShardIndex) -> None:
         del record["encoding"]["features_sha256"]
     if not index.features:
         del record["features"]
-    with replacing(index.folder / INDEX_NAME) as stream:
-        stream.write(json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
+    text = json.dumps(record, indent=1, sort_keys=True)
+    write_text(index.folder / INDEX_NAME, text + "\n")
 
 
 def _checked_members(sample: tuple, first: tuple, meta: ShardMeta) -> dict[str, object]:
@@ -326,10 +307,8 @@ def load_index(path: str | Path, index_at: str = "", check_files: bool = True) -
             f"unfinished{tars}"
         )
     text = read_all(index_at)
-    try:
+    with well_formed(index_at):
         index = _parse(json.loads(text), folder, place if remote else "")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{index_at} is malformed: {type(error).__name__}: {error}") from error
     if names is not None:
         index = _pick(index, names)
     for shard in index.shards:

@@ -6,15 +6,14 @@ import contextlib
 import mmap
 import os
 import pickle
-import queue
 import signal
 import subprocess
 import sys
-import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -156,44 +155,28 @@ class _Thread:
 
     def __init__(self, reader: ShardReader, part: Part, arrays: Sequence[np.ndarray]) -> None:
         self._reader, self._part, self._arrays = reader, part, arrays
-        self._asked: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._work, name="batch-stream", daemon=True)
-        self._thread.start()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batch-stream")
+        self._asked: deque[Future[None]] = deque()
 
     def ask(self, step: int, slot: int) -> None:
-        self._asked.put((step, slot))
+        arrays = [array[slot] for array in self._arrays]
+        of = self._reader, self._part
+        self._asked.append(self._pool.submit(fill_step, *of, step, _FETCH_AHEAD, arrays))
 
     def wait(self) -> BaseException | None:
         """Until the oldest step asked for is filled: why it could not be, or None."""
-        return self._answers.get()
+        return self._asked.popleft().exception()
 
     def stop(self) -> None:
-        self._stopped = True
-        self._asked.put(None)
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def join(self) -> None:
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (task := self._asked.get()) is not None and not self._stopped:
-            step, slot = task
-            arrays = [array[slot] for array in self._arrays]
-            try:
-                fill_step(self._reader, self._part, step, _FETCH_AHEAD, arrays)
-                self._answers.put(None)
-            # Every error belongs to the caller: a thread that dies silently is a hang.
-            except BaseException as error:
-                self._answers.put(error)
+        self._pool.shutdown()
         self._reader.close()
 
 
 class _Process:
     """A worker like `_Thread` in a process of its own: see `worker.py`."""
-
-    _commands: IO[bytes]
-    _answers: IO[bytes]
 
     def __init__(self, reader: ShardReader, part: Part, ring: Ring, memory_file: int) -> None:
         self._name = f"data worker {part.number} of rank {part.share.rank}"

@@ -29,6 +29,7 @@ from diffmoe.parallel.groups import Group
 
 MAX_TIME_BINS = 100
 _TABLE_TIMES, _TABLE_CLASSES = 20, 50
+_OF_SAMPLE = ("gamma", "routing", "sampler", "steps", "cfg", "guidance", "guide")
 CONDITIONAL, NULL = slice(0, -1), slice(-1, None)
 
 
@@ -141,16 +142,11 @@ def write_report(used: CapacityUsed, config: Config, stem: str) -> list[Path]:
     tree = report_tree(used, config)
     paths[0].write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
     paths[1].write_text(_markdown(tree))
-    capacity_used(
-        used.by_layer_and_time(),
-        used.by_time(CONDITIONAL),
-        used.by_time(NULL) if used.samples_bC[:, NULL].any() else None,
-        used.by_class(),
-        paths[2],
-        used.layers,
-        target=config.sample.capacity,
-        guide="guide" if config.sample.guided_by_capacity else "null class",
-    )
+    over_time = {"with class": used.by_time(CONDITIONAL)}
+    if used.samples_bC[:, NULL].any():
+        guide = "guide" if config.sample.guided_by_capacity else "null class"
+        over_time[guide] = used.by_time(NULL)
+    capacity_used(used, over_time, config.sample.capacity, paths[2])
     return paths
 
 
@@ -159,11 +155,8 @@ def report_tree(used: CapacityUsed, config: Config) -> dict:
     sample, bins = config.sample, len(used.samples_bC)
     thresholds = None
     if has_thresholds(config.model) and sample.routing != "static":
-        thresholds = "learned"
-        if sample.capacity is not None:
-            thresholds = "dial"
-        elif sample.gamma is not None:
-            thresholds = "gamma"
+        constant = "learned" if sample.gamma is None else "gamma"
+        thresholds = constant if sample.capacity is None else "dial"
     times = zip(used.by_time(CONDITIONAL), used.by_time(NULL), used.by_layer_and_time().T)
     return {
         "capacity": used.mean(),
@@ -171,13 +164,7 @@ def report_tree(used: CapacityUsed, config: Config) -> dict:
         "null": _number(used.mean(NULL)),
         "thresholds": thresholds,
         "dial": sample.capacity,
-        "gamma": sample.gamma,
-        "routing": sample.routing,
-        "sampler": sample.sampler,
-        "steps": sample.steps,
-        "cfg": sample.cfg,
-        "guidance": sample.guidance,
-        "guide": sample.guide,
+        **{name: getattr(sample, name) for name in _OF_SAMPLE},
         "passes": int(used.samples_bC.sum()),
         "by_layer": dict(zip(used.layers, map(float, used.by_layer()))),
         "by_time": [

@@ -17,7 +17,7 @@ from diffmoe import code_version
 from diffmoe.data.values import Numbers
 from diffmoe.errors import UserError
 from diffmoe.evaluation.scores import Scores, score_names
-from diffmoe.files import replacing
+from diffmoe.files import write_text
 from diffmoe.markdown import table
 
 JSON_NAME, MARKDOWN_NAME = "card.json", "card.md"
@@ -160,9 +160,8 @@ def write_card(card: Card, folder: Path) -> None:
         for path in (folder / MARKDOWN_NAME, folder / JSON_NAME):
             if path.is_file():
                 os.replace(path, folder / f"card-{own}{path.suffix}")
-    for name, text in ((MARKDOWN_NAME, card.to_markdown()), (JSON_NAME, card.to_json())):
-        with replacing(folder / name) as stream:
-            stream.write(text.encode())
+    write_text(folder / MARKDOWN_NAME, card.to_markdown())
+    write_text(folder / JSON_NAME, card.to_json())
 
 
 def find_card(folder: Path, scoring: tuple[str, str, int]) -> Card | None:

@@ -43,7 +43,7 @@ from diffmoe.evaluation.protocol import protocol
 from diffmoe.evaluation.reference_statistics import Reference, check_enough
 from diffmoe.evaluation.scored_images import Images
 from diffmoe.evaluation.scores import NEIGHBOURS, Scores, Tally, default_splits, precision_recall
-from diffmoe.files import check_writable, replacing
+from diffmoe.files import check_writable, replacing, write_text
 from diffmoe.models.logical import digest_note
 from diffmoe.parallel.collectives import agreed, gather_objects, raise_together
 from diffmoe.parallel.groups import Group
@@ -226,8 +226,7 @@ def _claim(out: Path, images: Images, settings: dict[str, Any], finished: bool) 
     """Take a folder that `_check_folder` found fit."""
     there = _read_settings(out)
     if there is None:
-        with replacing(out / SETTINGS_NAME) as stream:
-            stream.write(json.dumps(settings, indent=1).encode() + b"\n")
+        write_text(out / SETTINGS_NAME, json.dumps(settings, indent=1) + "\n")
     elif not finished and (out / JSON_NAME).is_file() and images.labels is not None:
         _check_kept(out, there)
     (out / CHUNKS_NAME).mkdir(exist_ok=True)

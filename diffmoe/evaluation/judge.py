@@ -28,7 +28,7 @@ from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import load_index
 from diffmoe.errors import UserError
 from diffmoe.evaluation.scores import NEIGHBOURS, nearest_distances, precision_recall
-from diffmoe.files import replacing
+from diffmoe.files import write_text
 from diffmoe.paths import PathParser
 
 # Of the network that reads images of shards: three passes get 91.7 % on Fashion-MNIST.
@@ -109,8 +109,8 @@ class JudgeReport:
 @dataclass(frozen=True)
 class _Real:
     """The real images [n, d] in levels: `known` to the generator, `like` which its images should
-    be (for precision and recall), `train` and `held_out` of the classifier that `fit` makes of
-    images and labels.
+    be (for precision and recall), `train` and `held_out`, with labels, of the classifier that `fit`
+    makes of images and labels.
     """
 
     what: str
@@ -119,38 +119,24 @@ class _Real:
     classes: int
     known: np.ndarray
     like: np.ndarray
-    train: np.ndarray
-    train_labels: np.ndarray
-    held_out: np.ndarray
-    held_out_labels: np.ndarray
+    train: tuple[np.ndarray, np.ndarray]
+    held_out: tuple[np.ndarray, np.ndarray]
     fit: Callable[[np.ndarray, np.ndarray], Classifier]
 
 
-def judge_digits(images: np.ndarray, asked: np.ndarray) -> JudgeReport:
-    """Judge generated `images` [n, 1, 8, 8] (clipped to [-1, 1]) that were asked to be the digits
-    `asked` [n].
-
-    Raises:
-        UserError: shapes that do not fit, labels outside 0..9, images that are not finite, too few
-            of them, or a classifier that fails on real digits.
-    """
-    return _judge(images, asked, _real_digits())
-
-
-def judge_by_shards(
-    images: np.ndarray, asked: np.ndarray, train: Path, held_out: Path
+def judge(
+    images: np.ndarray, asked: np.ndarray, train: Path | None = None, held_out: Path | None = None
 ) -> JudgeReport:
     """Judge generated `images` [n, C, H, W] (clipped to [-1, 1]) that were asked to be of the
-    classes `asked` [n], by a small network fitted to the pixel shards `train` and tested on
-    `held_out`: a minute on one core for 60,000 images of 28 x 28.
+    classes `asked` [n]: digits [n, 1, 8, 8], or what the pixel shards `train` and `held_out` hold,
+    by a small network fitted to the former and tested on the latter: a minute on one core for
+    60,000 images of 28 x 28.
 
     Raises:
-        UserError: as `judge_digits`; shards that are not pixels, or not of the images' shape.
+        UserError: shapes that do not fit, labels of no class, images that are not finite, too few
+            of them, a classifier that fails on real images; shards that are not pixels.
     """
-    return _judge(images, asked, _real_shards(train, held_out))
-
-
-def _judge(images: np.ndarray, asked: np.ndarray, real: _Real) -> JudgeReport:
+    real = _real_shards(train, held_out) if train and held_out else _real_digits()
     images, asked = np.asarray(images), np.asarray(asked)
     shape = ", ".join(map(str, real.shape))
     if images.ndim != 4 or images.shape[1:] != real.shape or asked.shape != images.shape[:1]:
@@ -162,22 +148,22 @@ def _judge(images: np.ndarray, asked: np.ndarray, real: _Real) -> JudgeReport:
     flat = images.reshape(len(images), -1).astype(np.float64)
     generated = (np.clip(flat, -1.0, 1.0) + 1.0) * (real.levels / 2)
     precision, recall = precision_recall(real.like, generated)
-    classify = real.fit(real.train, real.train_labels)
-    real_accuracy = float(np.mean(classify(real.held_out) == real.held_out_labels))
+    classify = real.fit(*real.train)
+    real_accuracy = float(np.mean(classify(real.held_out[0]) == real.held_out[1]))
     least = MINIMA[real.what].real_accuracy
     if real_accuracy <= least:
         raise UserError(
             f"the judge's classifier: accuracy on real {real.what} ({real_accuracy:.3f}) must be "
             f"above {least}"
         )
-    fresh = real.held_out[:_HELD_OUT_NEIGHBOURS]
+    fresh = real.held_out[0][:_HELD_OUT_NEIGHBOURS]
     return JudgeReport(
         accuracy=float(np.mean(classify(generated) == asked)),
         real_accuracy=real_accuracy,
         precision=precision,
         recall=recall,
         median_nn_generated=float(np.median(nearest_distances(generated, real.known))),
-        median_nn_real=float(np.median(nearest_distances(fresh, real.train))),
+        median_nn_real=float(np.median(nearest_distances(fresh, real.train[0]))),
         count=len(images),
         what=real.what,
     )
@@ -192,10 +178,8 @@ def _real_digits() -> _Real:
     def fit(images: np.ndarray, classes: np.ndarray) -> Classifier:
         return SVC(gamma=0.001, C=10.0, random_state=0).fit(images, classes).predict
 
-    return _Real(
-        *("digits", (1, 8, 8), 16.0, 10, pixels, pixels),
-        *(train, train_labels, held_out, held_out_labels, fit),
-    )
+    pairs = (train, train_labels), (held_out, held_out_labels)
+    return _Real("digits", (1, 8, 8), 16.0, 10, pixels, pixels, *pairs, fit)
 
 
 def _real_shards(train: Path, held_out: Path) -> _Real:
@@ -210,16 +194,13 @@ def _real_shards(train: Path, held_out: Path) -> _Real:
             f"shards {train} ({here[0]}, {here[1]} classes) and {held_out} ({there[0]}, {there[1]} "
             "classes) must be alike"
         )
-    parts = []
+    pairs = []
     for index in indexes:
         x, labels = ShardReader(index, seed=0).read(range(index.count))
-        parts += [(x.reshape(len(x), -1) + 1) * 127.5, labels]
-    pixels, labels, others, other_labels = parts
-    return _Real(
-        *("images", first.x_shape, 255.0, first.meta.classes, pixels, others),
-        *(pixels, labels, others, other_labels),
-        lambda images, classes: _fit_network(images, classes, first.x_shape, first.meta.classes),
-    )
+        pairs.append(((x.reshape(len(x), -1) + 1) * 127.5, labels))
+    known, like = (pixels for pixels, _ in pairs)
+    fit = lambda images, labels: _fit_network(images, labels, *here)
+    return _Real("images", here[0], 255.0, here[1], known, like, pairs[0], pairs[1], fit)
 
 
 def _fit_network(
@@ -290,18 +271,13 @@ def main(arguments: list[str] | None = None) -> int:
         train, held_out = options.train, options.held_out
         if (train is None) != (held_out is None):
             raise UserError(f"--train ({train}) and --held-out ({held_out}) go together")
-        samples = _read_samples(options.samples)
-        if train is None:
-            report = judge_digits(*samples)
-        else:
-            report = judge_by_shards(*samples, train, held_out)
+        report = judge(*_read_samples(options.samples), train, held_out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report.format())
     if options.json is not None:
-        with replacing(options.json) as stream:
-            stream.write(json.dumps(asdict(report), indent=1).encode() + b"\n")
+        write_text(options.json, json.dumps(asdict(report), indent=1) + "\n")
     if options.require and report.failures():
         print(f"judge: not good enough: {'; '.join(report.failures())}", file=sys.stderr)
         return 1

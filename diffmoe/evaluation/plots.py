@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+    from diffmoe.evaluation.capacity_report import CapacityUsed
+
 GRID_GAP = 4  # pixels between the images of a grid
 _SMOOTHING_SHARE = 0.005  # of the records: standard deviation of the curves' smoothing
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f5fa8", "#d9731a", "#2e8b57", "#8a8a8a"
@@ -102,7 +104,7 @@ def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path) -> Non
         _tidy(ax, title)
     figure.suptitle("Training", fontsize=13)
     axes[-1].set_xlabel("step")
-    _save(figure, path)
+    save(figure, path)
 
 
 def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) -> None:
@@ -142,54 +144,40 @@ def expert_load(load: np.ndarray, path: str | Path, layer_names: Sequence[str]) 
     bar = figure.colorbar(mesh, ax=axes, shrink=0.9, pad=0.02)
     bar.set_label("load (1.0 = average expert)", fontsize=10)
     bar.ax.tick_params(labelsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def capacity_used(
-    layer_time: np.ndarray,
-    conditional: np.ndarray,
-    null: np.ndarray | None,
-    ranking: Sequence[tuple[int, float]],
-    path: str | Path,
-    layer_names: Sequence[str],
-    target: float | None = None,
-    guide: str = "null class",
+    used: CapacityUsed, over_time: Mapping[str, np.ndarray], target: float | None, path: str | Path
 ) -> None:
-    """Draw the capacity that sampling used (experts per token): over time, by layer and time, and
-    by class.
-
-    Args:
-        layer_time: [layers, time_bins], time from noise (0) to data (1); NaN where nothing ran.
-        conditional: [time_bins], mean over layers of the passes with a class; `null`: of those
-            without, if there were any.
-        ranking: (class, capacity) from the hardest class to the easiest.
-        target: the capacity that was asked for, drawn as a line.
-        guide: what `null` is called.
+    """Draw the capacity that sampling used (experts per token): over time, which is one or two
+    curves [time_bins] by name, with a line at the capacity that was asked for; by layer and time;
+    and by class.
     """
+    layer_time = used.by_layer_and_time()
     layers, bins = layer_time.shape
     figure = new_figure(11, 7.5)
     grid = figure.add_gridspec(2, 2, height_ratios=[1.2, 1])
-    over_time, heat = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+    ax, heat = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     centers = (np.arange(bins) + 0.5) / bins
     marker = "o" if bins <= 30 else ""
-    for values, color, label in ((conditional, _BLUE, "with class"), (null, _ORANGE, guide)):
-        if values is not None:
-            over_time.plot(centers, values, color=color, marker=marker, markersize=3.5, label=label)
+    for color, (label, values) in zip((_BLUE, _ORANGE), over_time.items()):
+        ax.plot(centers, values, color=color, marker=marker, markersize=3.5, label=label)
     if target is not None:
-        over_time.axhline(target, color=_GREY, linestyle="--", label=f"dialled {target:g}")
-    over_time.legend(frameon=False, fontsize=9)
-    over_time.set_xlabel("time t (0 noise, 1 data)")
-    over_time.set_title("Over time, mean of layers", fontsize=11)
-    _tidy(over_time, "experts per token")
+        ax.axhline(target, color=_GREY, linestyle="--", label=f"dialled {target:g}")
+    ax.legend(frameon=False, fontsize=9)
+    ax.set_xlabel("time t (0 noise, 1 data)")
+    ax.set_title("Over time, mean of layers", fontsize=11)
+    _tidy(ax, "experts per token")
     mesh = _heat(heat, layer_time, (0.0, 1.0, layers - 0.5, -0.5), cmap="viridis")
     every = max(1, math.ceil(layers / 16))
-    heat.set_yticks(range(0, layers, every), layer_names[::every], fontsize=9)
+    heat.set_yticks(range(0, layers, every), used.layers[::every], fontsize=9)
     heat.set_xlabel("time t (0 noise, 1 data)")
     heat.set_title("By layer and time, all passes", fontsize=11)
     figure.colorbar(mesh, ax=heat, shrink=0.95, pad=0.02).set_label("experts per token")
-    _class_ranking(figure.add_subplot(grid[1, :]), ranking)
+    _class_ranking(figure.add_subplot(grid[1, :]), used.by_class())
     figure.suptitle("Capacity used in sampling", fontsize=13)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _class_ranking(ax: Axes, ranking: Sequence[tuple[int, float]]) -> None:
@@ -231,7 +219,7 @@ def score_curves(
     ax.legend(frameon=False, fontsize=9)
     ax.set_xlabel(axis)
     _tidy(ax, score)
-    _save(figure, path)
+    save(figure, path)
 
 
 def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -> None:
@@ -245,7 +233,7 @@ def bars(values: Mapping[str, float], unit: str, title: str, path: str | Path) -
     ax.set_xlabel(unit)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(title, fontsize=12)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _series(
@@ -286,11 +274,17 @@ def new_figure(width: float, height: float) -> Figure:
 
 def _tidy(ax: Axes, ylabel: str) -> None:
     ax.set_ylabel(ylabel)
-    ax.grid(True, color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax)
     ax.margins(x=0.01)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def tidy(ax: Axes) -> None:
+    """A light grid, and no frame above and on the right."""
+    ax.grid(True, color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """As PNG."""
     figure.savefig(path, format="png", dpi=150)

@@ -97,10 +97,9 @@ def load_reference(
     if source is None:
         assert stored is not None
         return stored
-    if stored is None:
-        return measure_reference(source, extractor, world, device, batch=batch, progress=progress)
-    _, features, _ = _measure(source, extractor, world, device, batch, progress)
-    return replace(stored, features=features, extractor=extractor.sha256, size=source.size)
+    return measure_reference(
+        source, extractor, world, device, stored, batch=batch, progress=progress
+    )
 
 
 def _check(
@@ -152,38 +151,16 @@ def measure_reference(
     extractor: Extractor,
     world: Group,
     device: torch.device,
+    stored: Reference | None = None,
     *,
     batch: int = 64,
     progress: bool = False,
 ) -> Reference:
     """Features of all of a source's images, an equal run of them on each rank; the same reference
-    on every rank. Precision and recall get every k-th image, at most `NEIGHBOUR_FEATURES`.
-    UserError on every rank: an image that cannot be read, or fewer images than feature width + 1.
+    on every rank. Precision and recall get every k-th image, at most `NEIGHBOUR_FEATURES`; where
+    there is a `stored` reference, they are what it lacks. UserError on every rank: an image that
+    cannot be read, or fewer images than feature width + 1.
     """
-    tally, features, digest = _measure(source, extractor, world, device, batch, progress)
-    assert tally.pool is not None
-    spatial = None if tally.spatial is None else tally.spatial.gaussian()
-    return Reference(
-        source=source.name,
-        sha256=digest,
-        count=source.count,
-        pool=tally.pool.gaussian(),
-        spatial=spatial,
-        features=features,
-        extractor=extractor.sha256,
-        size=source.size,
-    )
-
-
-def _measure(
-    source: ImageSource,
-    extractor: Extractor,
-    world: Group,
-    device: torch.device,
-    batch: int,
-    progress: bool,
-) -> tuple[Tally, np.ndarray, str]:
-    """(sums, features [n, d] of every k-th image, SHA-256 of all images' SHA-256s)."""
     each = -(-source.count // world.size)
     mine = range(min(source.count, world.index * each), min(source.count, (world.index + 1) * each))
     stride = -(-source.count // NEIGHBOUR_FEATURES)
@@ -195,15 +172,20 @@ def _measure(
         for start in shown(mine[::batch] or range(1), f"reference, batches of {batch}", progress):
             images = source.read(start, min(start + batch, mine.stop) if mine else 1)
             rows = range(start, start + len(images)) if mine else range(0)
-            features = extractor(images)
-            tally.add(Features(features.pool, features.spatial), rows)
-            kept.append(features.pool[: len(rows)][-start % stride :: stride])
+            found = extractor(images)
+            tally.add(Features(found.pool, found.spatial), rows)
+            kept.append(found.pool[: len(rows)][-start % stride :: stride])
             hashes += [hashlib.sha256(image.numpy()).digest() for image in images[: len(rows)]]
     tally.add_ranks(world, device)
     digests = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
     every_digest = _gather_rows(digests, world, device)
-    features_nd = _gather_rows(np.concatenate(kept), world, device)
-    return tally, features_nd, hashlib.sha256(every_digest.tobytes()).hexdigest()
+    if stored is None:
+        assert tally.pool is not None
+        spatial = None if tally.spatial is None else tally.spatial.gaussian()
+        digest = hashlib.sha256(every_digest.tobytes()).hexdigest()
+        stored = Reference(source.name, digest, source.count, tally.pool.gaussian(), spatial)
+    features = _gather_rows(np.concatenate(kept), world, device)
+    return replace(stored, features=features, extractor=extractor.sha256, size=source.size)
 
 
 def _gather_rows(rows: np.ndarray, world: Group, device: torch.device) -> np.ndarray:
@@ -295,7 +277,7 @@ def _gaussian(what: str, read: dict[str, np.ndarray], mean: str, covariance: str
         if read[name].dtype.kind not in "fiu":
             raise UserError(f"{what}: {name} ({read[name].dtype}) must be numbers")
     gaussian = Gaussian(read[mean].astype(np.float64), read[covariance].astype(np.float64))
-    covariance_root(gaussian.mean, gaussian.covariance, f"{what}, {mean} and {covariance}:")
+    covariance_root(gaussian, f"{what}, {mean} and {covariance}:")
     if not gaussian.covariance.any():
         raise UserError(f"{what}: {covariance} is all zeros, as of one image")
     return gaussian

@@ -76,8 +76,8 @@ class Moments:
     mean: np.ndarray
     scatter: np.ndarray
 
-    def covariance(self) -> np.ndarray:
-        """The unbiased covariance [d, d], as numpy's `cov`. UserError for fewer than d + 1 samples:
+    def gaussian(self) -> Gaussian:
+        """With the unbiased covariance, as numpy's `cov`. UserError for fewer than d + 1 samples:
         it would not have full rank, and the distance would be biased.
         """
         width = len(self.mean)
@@ -85,11 +85,7 @@ class Moments:
             raise UserError(
                 f"samples ({self.count}) must be at least feature width + 1 ({width + 1})"
             )
-        return self.scatter / (self.count - 1)
-
-    def gaussian(self) -> Gaussian:
-        """UserError as `covariance`."""
-        return Gaussian(self.mean, self.covariance())
+        return Gaussian(self.mean, self.scatter / (self.count - 1))
 
 
 def moments_of(features: np.ndarray) -> Moments:
@@ -133,36 +129,30 @@ def merge_over(moments: Moments, group: Group, device: torch.device = _CPU) -> M
     return Moments(count, mean, _sum(scatter, group, device))
 
 
-def frechet_distance(
-    mean_1: np.ndarray, covariance_1: np.ndarray, mean_2: np.ndarray, covariance_2: np.ndarray
-) -> float:
-    """Squared Fréchet distance of two Gaussians: means [d], covariances [d, d] (Heusel et al. 2017,
-    equation 6).
+def frechet_distance(one: Gaussian, two: Gaussian) -> float:
+    """Squared Fréchet distance of two Gaussians (Heusel et al. 2017, equation 6).
 
     |m1 - m2|² + tr C1 + tr C2 - 2 tr (C1^½ C2 C1^½)^½. The last trace is the sum of the singular
     values of C1^½ C2^½, which loses no digits where a covariance is singular, and has no complex
     part as the square root of C1 C2 has. UserError for what is not a Gaussian's, or other widths.
     """
-    mean_1, mean_2 = np.asarray(mean_1, np.float64), np.asarray(mean_2, np.float64)
-    if mean_1.shape != mean_2.shape:
-        raise UserError(
-            f"mean of {mean_1.shape} does not fit the reference's mean of {mean_2.shape}"
-        )
-    root_1 = covariance_root(mean_1, covariance_1, "first")
-    root_2 = covariance_root(mean_2, covariance_2, "second")
-    overlap = np.linalg.svd(root_1 @ root_2, compute_uv=False).sum()
-    spread = np.trace(covariance_1) + np.trace(covariance_2)
-    distance = float(np.square(mean_1 - mean_2).sum() + spread - 2.0 * overlap)
+    here, there = one.mean.shape, two.mean.shape
+    if here != there:
+        raise UserError(f"mean of {here} does not fit the reference's mean of {there}")
+    roots = covariance_root(one, "first") @ covariance_root(two, "second")
+    overlap = np.linalg.svd(roots, compute_uv=False).sum()
+    spread = np.trace(one.covariance) + np.trace(two.covariance)
+    distance = float(np.square(one.mean - two.mean).sum() + spread - 2.0 * overlap)
     assert np.isfinite(distance) and distance > -_ROUNDING * max(1.0, spread), (distance, spread)
     return max(0.0, distance)
 
 
-def covariance_root(mean: np.ndarray, covariance: np.ndarray, name: str) -> np.ndarray:
+def covariance_root(gaussian: Gaussian, name: str) -> np.ndarray:
     """The symmetric square root [d, d] of the covariance of a Gaussian that messages call `name`.
     UserError for other shapes, values that are not finite, a matrix that is not symmetric or not
     positive.
     """
-    covariance = np.asarray(covariance, np.float64)
+    mean, covariance = gaussian.mean, gaussian.covariance
     if mean.ndim != 1 or not len(mean):
         raise UserError(f"{name} mean {mean.shape} must be [d], one number a feature")
     if covariance.shape != (len(mean), len(mean)):
@@ -262,14 +252,10 @@ class Tally:
         assert self.pool is not None and self.pool.count == self.count, self.pool
         spatial = None
         if self.spatial is not None and reference.spatial is not None:
-            spatial = _distance(self.spatial, reference.spatial)
+            spatial = frechet_distance(self.spatial.gaussian(), reference.spatial)
         score, spread = (None, None) if self.totals is None else inception_score_of(self.totals)
-        distance = _distance(self.pool, reference.pool)
+        distance = frechet_distance(self.pool.gaussian(), reference.pool)
         return Scores(distance, spatial, score, spread, precision, recall)
-
-
-def _distance(moments: Moments, other: Gaussian) -> float:
-    return frechet_distance(moments.mean, moments.covariance(), other.mean, other.covariance)
 
 
 def precision_recall(

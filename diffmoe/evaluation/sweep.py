@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffmoe.evaluation.card import Card
 from diffmoe.evaluation.plots import score_curves
-from diffmoe.files import replacing
+from diffmoe.files import write_text
 from diffmoe.markdown import table
 
 
@@ -41,8 +41,7 @@ def write_sweep(cards: dict[tuple[str, float], Card], axis: str, folder: Path) -
     ]
     tree = {"score": score, "best": {"curve": winner, axis: best[winner]}, "points": points}
     text = "\n".join(lines) + "\n"
-    for ending, content in (("json", json.dumps(tree, indent=1) + "\n"), ("md", text)):
-        with replacing(folder / f"sweep.{ending}") as stream:
-            stream.write(content.encode())
+    write_text(folder / "sweep.json", json.dumps(tree, indent=1) + "\n")
+    write_text(folder / "sweep.md", text)
     score_curves(curves, axis, score, folder / "sweep.png")
     return text
