@@ -1,7 +1,5 @@
 """The subcommands import and export: weights from and to the published research code's files and
-Hugging Face folders.
-
-torch comes in once the command line and configuration are known to be good.
+Hugging Face folders.  torch comes in once command line and configuration are known to be good.
 """
 
 from __future__ import annotations
@@ -31,8 +29,7 @@ if TYPE_CHECKING:
 
     Pieces = Iterator[tuple[str, Tensor]]
 
-# What a checkpoint holds beside its weights so that an export gives the imported file back bit for
-# bit.
+# What a checkpoint holds beside its weights, so that an export gives the file back bit for bit.
 RESEARCH = "research"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
