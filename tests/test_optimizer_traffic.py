@@ -2,6 +2,8 @@
 and how ranks add up.
 """
 
+import contextlib
+import io
 import math
 
 import pytest
@@ -209,6 +211,19 @@ def test_the_host_waits_once_a_step(worlds, stage, bf16, ranks, ep, accumulation
     ):
         # DeepSpeed's ZeRO 3 makes a host tensor of the norm that it is given, and looks at that.
         assert seen == ["tolist", "__bool__"][: 1 + (stage == 3)]
+
+
+def what_a_start_says(tree):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        start(tree)
+    return said.getvalue()
+
+
+@pytest.mark.full
+def test_deepspeed_prints_nothing_at_a_start(worlds):
+    """Its bf16 optimizer measures and prints memory on its way, five times."""
+    tree = {**FP32_SUMS, "zero_optimization": {"stage": 1}}
+    assert worlds(1).run(what_a_start_says, tree) == [""]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import deepspeed.runtime.bf16_optimizer as bf16_optimizer
 import deepspeed.runtime.engine
 import torch
 import torch.distributed as dist
@@ -236,6 +237,7 @@ def in_place_of_deepspeeds(sharding: ShardGroups) -> Iterator[None]:
     """
     module, whole = deepspeed.runtime.engine, registry._get_sequence_data_parallel_group
     module.BF16_Optimizer = Bf16Optimizer
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # five prints of three lines at a start
     if sharding.replicas.size > 1:
         registry._get_sequence_data_parallel_group = lambda: sharding.dense.handle
     try:
