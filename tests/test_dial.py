@@ -292,6 +292,7 @@ def test_the_dial_is_met_on_held_out_data(trained, kind):
     assert (capacity_of(model, config, RoutingRule(kind, dial=EXPERTS), passes=1) == EXPERTS).all()
 
 
+@pytest.mark.full
 def test_sampling_dials_and_reports(trained):
     folder, results = trained
     assert [r[0].returncode for r in results] == [0, 0, 0, 2, 2], results
@@ -333,6 +334,7 @@ def sampled(folder):
     return report_tree(meter.merged(world), config)
 
 
+@pytest.mark.full
 def test_ranks_report_together(trained, two):
     one = json.loads((trained[0] / "one.capacity.json").read_text())
     found = two.run(sampled, trained[0])
@@ -346,6 +348,7 @@ def test_ranks_report_together(trained, two):
     )
 
 
+@pytest.mark.full
 def test_a_checkpoint_keeps_histograms_and_older_ones_still_load(trained):
     folder, _ = trained
     model, config = sampling_model(folder)

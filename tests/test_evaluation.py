@@ -614,6 +614,7 @@ def close(first: Scores, second: Scores) -> None:
     assert dataclasses.asdict(first) == pytest.approx(dataclasses.asdict(second), rel=1e-6)
 
 
+@pytest.mark.full
 def test_one_two_and_four_ranks_have_the_same_scores_and_images(tmp_path: Path, ranks) -> None:
     alone = run_once(tmp_path / "1", labels="random", splits=3)
     with np.load(tmp_path / "1" / SAMPLES_NAME) as samples:
