@@ -54,7 +54,7 @@ class TrainConfig:
         ema_lengths: Averages of these lengths (EDM2's sigma_rel, docs/training.md) beside them.
         ema_snapshot_every: Steps between two copies of these alone, which stay (0: none).
         log_every: Steps between two lines of progress.
-        sample_every: Steps between two sheets of samples (0: none).
+        sample_every: Steps between two sheets of samples (0: only one at the end).
         score_every: Steps between two scores (0: none).
         validate_every: Steps between two measurements of the validation loss (0: none): of the
             first average, on held-out samples at times and noise that are the same in every run,

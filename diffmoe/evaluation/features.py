@@ -273,7 +273,8 @@ def digits_extractor() -> Extractor:
     def extract(images: Tensor) -> Features:
         if images.shape[2:] != (8, 8):
             raise UserError(
-                f"images {tuple(images.shape)} must be [B, 3, 8, 8] for the digits extractor"
+                f"images {tuple(images.shape)} must be [B, 3, 8, 8] for the extractor digits; "
+                "efficientnet-lite0 or a TorchScript file takes others"
             )
         x = images.double().mean(dim=1).flatten(1).cpu().numpy() * (16.0 / 255.0)
         pool = (hidden(x) - mean) @ axes

@@ -154,7 +154,7 @@ def judge(
     if real_accuracy <= least:
         raise UserError(
             f"the judge's classifier: accuracy on real {real.what} ({real_accuracy:.3f}) must be "
-            f"above {least}"
+            f"above {least}; more images to train it on may help"
         )
     fresh = real.held_out[0][:_HELD_OUT_NEIGHBOURS]
     return JudgeReport(
