@@ -39,7 +39,8 @@ def draw_routers(rows: list[dict], path: Path) -> None:
     curves.set_yscale("log")
     for axis in (curves.yaxis.set_major_formatter, curves.yaxis.set_minor_formatter):
         axis(ScalarFormatter())
-    curves.legend(frameon=False, fontsize=9)
+    crowded = len(rows) > 9
+    curves.legend(frameon=False, fontsize=7 if crowded else 9, ncols=1 + crowded, handlelength=3)
     _points(last, rows, [row["validation_loss"] for row in rows], "validation loss at the end")
     if scored:
         name = scored[0]["scores"]["names"][_FRECHET]
