@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 # The tests' ranks share the machine: one thread each, and the CPU even where there is a GPU.  Two files of tests at a time,
-# since much of a test is ranks that start or wait for each other.
+# since much of a test is ranks that start or wait for each other; in their order, or one of few and long tests would come last, alone.
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}
 
 .PHONY: help setup demo cards fashion fashion-demo docs lint test test-all test-torch check-torch test-operators test-slow test-slurm clean
@@ -72,10 +72,10 @@ lint: setup
 	@$(BIN)/mypy
 
 test: setup
-	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: test
-	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m full $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m full $(ARGS)
 
 # Another torch, in an environment of its own: the lock but for its torch, and for the setuptools that this torch wants.
 # Its tests: the parity table's quick rows, and whatever calls an operator, a collective or Inductor.
@@ -96,7 +96,7 @@ $(OTHER)/requirements.lock: requirements.lock
 test-operators: setup
 	@$(BIN)/python -c 'import platform, torch; print("torch", torch.__version__, "Python", platform.python_version())'
 	@$(TEST_ENV) $(BIN)/python run.py verify --quick
-	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not slurm" $(OPERATOR_TESTS) $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm" $(OPERATOR_TESTS) $(ARGS)
 
 test-slow: setup
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -101,7 +101,7 @@ def state(run):
     values |= {name: value.clone() for name, value in engine.model.named_buffers()}
     values |= {
         f"adam step {i}": engine._adam.state[key]["step"].clone()
-        for i, key in enumerate(engine._state_keys())
+        for i, key in enumerate(engine._state_keys)
     }
     return values
 

@@ -48,6 +48,7 @@ def records():
     return {kind: json.loads(case[0].stdout.splitlines()[-1]) for kind, case in zip(KINDS, found)}
 
 
+@pytest.mark.full
 def test_the_layer_beside_its_baselines(records):
     record = records["moe-layer"]
     layers = record["contenders"]  # the records' word
@@ -68,6 +69,7 @@ def test_the_layer_beside_its_baselines(records):
     assert {"torch", "deepspeed", "device", "cores", "threads"} <= set(record)
 
 
+@pytest.mark.full
 def test_a_step_with_recompute(records):
     record = records["step"]
     assert set(record["seconds"]) == {"ours", "dense", "block", "selective"}
@@ -101,6 +103,7 @@ def test_bad_command_lines(arguments, message):
         bench.main(arguments, detect())
 
 
+@pytest.mark.full
 def test_a_profile_says_where_the_time_goes(records):
     profile = records["step"]["profile"]
     assert set(profile) == set(records["step"]["seconds"])
@@ -123,12 +126,14 @@ def test_a_profile_counts_calls():
     ) and "aten::addmm" in text
 
 
+@pytest.mark.full
 def test_sampling_meets_as_many_experts_as_it_is_asked(records):
     met = records["sampling"]["experts_met"]
     assert met["0.7"] < met["1"]
     assert set(records["sampling"]["mixtures_over_first"]) == {"1", "0.7"}
 
 
+@pytest.mark.full
 def test_communication_counts_what_leaves(records):
     cases = records["communication"]["cases"]
     calls = {
@@ -270,6 +275,7 @@ def metrics(steps=range(10, 101, 10), loss=lambda s: 2 - s / 100, memory=lambda 
 FLAT = [Program(0, [1.0] * 8), Program(5, [1.1] * 8)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("records", "programs", "words"),
     [

@@ -279,7 +279,10 @@ def test_a_finished_run_does_nothing_and_a_folder_of_another_run_is_refused(tmp_
     ("world", "stage", "overrides"),
     [
         (1, 0, ["parallel.ep=1"]),
-        (4, 3, ["parallel.ep=2", "parallel.recompute=selective", "train.sample_every=3"]),
+        pytest.param(
+            *(4, 3, ["parallel.ep=2", "parallel.recompute=selective", "train.sample_every=3"]),
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_another_layout_goes_on_with_the_same_losses(tmp_path, world, stage, overrides):
