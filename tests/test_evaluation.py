@@ -671,6 +671,7 @@ def test_scores_are_those_of_the_written_images(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.full
 def test_restart_equals_undisturbed_and_skips_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks
 ) -> None:

@@ -15,6 +15,7 @@ def cells():
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.full
 def test_every_cell_runs(cells, monkeypatch):
     matplotlib.use("Agg")
     drawn = []

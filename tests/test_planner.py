@@ -284,6 +284,7 @@ def test_the_documents_say_how_far_it_scales(case, reduced):
     assert how_far(case, reduced) in (REPOSITORY / "docs/planner.md").read_text()
 
 
+@pytest.mark.full
 def test_plan_says_how_far_each_batch_scales(capsys):
     """The published batch, and 4 and 16 times as large ones, under either configuration."""
     assert plan.main([*XL, "--nodes", "2"]) == 0
