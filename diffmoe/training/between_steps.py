@@ -103,6 +103,7 @@ def finish_saving(run: Run) -> None:
 
 
 def wait_for_save(run: Run) -> None:
+    """Until no save is under way, and says how it went.  All ranks together."""
     run.saver.wait()
     _hear_of_saves(run)
 
@@ -138,11 +139,13 @@ def _hear_of_saves(run: Run) -> None:
 
 
 def copy(run: Run) -> None:
+    """Begins to copy to ``train.mirror`` what it lacks."""
     if run.mirror and run.groups.rank == 0:
         run.mirror.copy()
 
 
 def finish_copying(run: Run, stop_requested: Sequence[int]) -> None:
+    """Waits for the mirror, after a stop request not for long.  All ranks together."""
     if run.mirror:
         run.groups.trace.enter("copying to train.mirror")
         run.mirror.wait(stop_requested)
