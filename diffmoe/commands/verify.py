@@ -54,7 +54,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     """Prints the table; 0 when every number is within the bound.  UserError for bad input."""
     parser = Parser(prog="verify", description="Training over ranks equals one plain process.")
     add = parser.add_argument
-    add("--quick", action="store_true", help="about a minute: fewer rows, or with --compile one")
+    add("--quick", action="store_true", help="a minute or two: fewer rows, or with --compile one")
     add("--compile", action="store_true", help="other rows: training under torch.compile")
     add("--worlds", help="numbers of ranks, of 1, 2 and 4 (default: all that have a device)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU a rank")
