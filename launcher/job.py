@@ -55,6 +55,7 @@ def prepare(
     import yaml
 
     from diffmoe.config import config_to_tree, load_config
+    from diffmoe.data.fit import check_local_index
     from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
     from diffmoe.layout import resolve_layout
 
@@ -65,6 +66,7 @@ def prepare(
     folder, partial = run / "jobs" / job, run / "jobs" / f".{job}.partial"
     if folder.is_dir():
         return folder
+    check_local_index(config)
     with writing(f"run.folder ({config.run.folder})"):
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "logs").mkdir(parents=True)

@@ -101,6 +101,7 @@ def main(arguments: list[str]) -> int:
     from diffmoe.cost.extrapolation import fewer_nodes, hosts_of, spanning
     from diffmoe.cost.hardware import choose, read_table
     from diffmoe.cost.layouts import Cluster, evaluate, fixed_pool
+    from diffmoe.data.fit import check_local_index
     from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
     from diffmoe.layout import resolve_layout
 
@@ -109,6 +110,7 @@ def main(arguments: list[str]) -> int:
     layout = resolve_layout(config, job.nodes * job.ranks_per_node)
     tree = read_deepspeed(job.deepspeed_config)
     merge_deepspeed(tree, config, layout)
+    check_local_index(config)
     hardware = choose(read_table(None), job.gpu if job.gpus_per_node else "cpu")
     cluster = Cluster(job.nodes, job.ranks_per_node, hardware)
     seconds = evaluate(config, tree, cluster).time.total

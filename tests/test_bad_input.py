@@ -2,11 +2,19 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import diffmoe.__main__ as run
+from diffmoe.config import load_config
+from diffmoe.data.feed import open_reader
+from diffmoe.errors import UserError
+from launcher.__main__ import main as launcher_main
 from programs import (
+    REPOSITORY,
     Result,
     digits,
     run_cases,
@@ -180,6 +188,77 @@ def damaged_run(to: Path, file: str, content: bytes | None = None, cut: int | No
     path = to / "checkpoints/step_00000008" / file
     path.write_bytes(path.read_bytes()[:cut] if content is None else content)
     return to
+
+
+BEFORE_A_JOB = (
+    (run.main, ["train", "--dry-run"]),
+    (launcher_main, ["submit", "--dry-run", "--gpus-per-node", "1"]),
+    (launcher_main, ["job", "prepare", "--ranks", "1"]),
+)
+
+
+def checked(tmp_path, monkeypatch, main, words: list[str], *more: str) -> int:
+    """The exit code of a subcommand that starts no training."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(run, "export", lambda _environment: None)
+    return main([*words, *tiny(tmp_path / "run", "parallel.ep=1", *more)])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("model.channels=3", "of shape (1, 8, 8); model.channels and model.input_size make (3, 8"),
+        ("model.input_size=16", "model.channels and model.input_size make (1, 16, 16)"),
+        ("model.classes=12", "has 10 classes; model.classes is 12"),
+        ("train.repa_weight=0.5", "train.repa_weight (0.5) needs features, of which data.shards"),
+        ("data.shards=GARBAGE", "index.json is malformed: "),
+    ],
+)
+def test_a_dry_run_and_a_job_refuse_the_data_that_training_would(
+    tmp_path, monkeypatch, capsys, change, text
+):
+    (tmp_path / "garbage").mkdir()
+    (tmp_path / "garbage/index.json").write_text('{"format": 1, "shards": [')
+    change = change.replace("GARBAGE", f"{tmp_path}/garbage")
+    with pytest.raises(UserError) as caught:
+        open_reader(load_config(str(tiny_config()), ["parallel.ep=1", change]))
+    assert text in str(caught.value)
+    for main, words in BEFORE_A_JOB:
+        assert checked(tmp_path, monkeypatch, main, words, change) == 2, words
+        assert capsys.readouterr() == ("", f"error: {caught.value}\n"), words
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ["data.shards=/nowhere"],
+        ["data.shards=s3://nowhere/set"],
+        ["data.shards=http://127.0.0.1:9/{0..3}.tar"],
+        ["data.index=/nowhere.json"],
+        ["data.index=http://127.0.0.1:9/index.json"],
+    ],
+)
+def test_data_that_are_not_at_hand_are_not_compared(tmp_path, monkeypatch, data):
+    for main, words in BEFORE_A_JOB:
+        assert checked(tmp_path, monkeypatch, main, words, "model.channels=3", *data) == 0, words
+
+
+def test_a_dry_run_reads_the_index_alone_and_without_torch(tmp_path):
+    (tmp_path / "index.json").write_bytes((digits() / "index.json").read_bytes())
+    code = "import sys; sys.modules['torch'] = None; import run; sys.exit(run.main(sys.argv[1:]))"
+    words = tiny(tmp_path / "run", "--dry-run", "--ranks", "2", f"data.shards={tmp_path}")
+    for change, status, text in (("classes=10", 0, ""), ("classes=12", 2, "has 10 classes; ")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words, f"model.{change}"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == status and text in done.stderr, done
+        assert "note:" not in done.stdout
 
 
 @pytest.fixture(scope="module")

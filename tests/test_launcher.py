@@ -127,10 +127,11 @@ def test_without_torch_and_yaml_doctor_works_and_others_say_what_to_do():
 
 
 def test_submit_needs_no_torch(tmp_path):
-    """A site with PyYAML only."""
+    """A site with PyYAML only, which cannot compare data with the model."""
     import yaml
 
     shutil.copytree(Path(yaml.__file__).parent, tmp_path / "yaml")
+    (tmp_path / "index.json").write_text("{}")
     done = launcher(
         "submit",
         *DEMO,
@@ -138,12 +139,14 @@ def test_submit_needs_no_torch(tmp_path):
         "2",
         "--dry-run",
         "train.lr=1e-3",
+        f"data.shards={tmp_path}",
         PYTHONPATH=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
     assert (
         "#SBATCH --gpus-per-node=2\n" in done.stdout
-        and "train configs/demo.yaml \\\n  train.lr=1e-3 \\\n  run.folder=runs/demo" in done.stdout
+        and "train configs/demo.yaml \\\n  train.lr=1e-3 \\\n" in done.stdout
+        and f"data.shards={tmp_path} \\\n  run.folder=runs/demo" in done.stdout
     )
 
 

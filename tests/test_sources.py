@@ -22,8 +22,10 @@ import numpy as np
 import pytest
 
 from diffmoe import files
+from diffmoe.config import load_config
 from diffmoe.data import sources
 from diffmoe.data.cache import Cache
+from diffmoe.data.fit import check_local_index
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import BadShard
 from diffmoe.data.shards import ShardIndex, ShardMeta, load_index, write_shards
@@ -33,6 +35,7 @@ from diffmoe.errors import UserError
 from programs import REPOSITORY
 
 SHARD = 30_720  # bytes
+FIT = ["model.input_size=8", "model.channels=1", "model.classes=10"]  # with `index`
 
 
 @pytest.fixture
@@ -304,19 +307,23 @@ def test_bad_addresses(address: str, message: str) -> None:
 
 
 def test_what_a_local_data_set_lacks(index: ShardIndex, tmp_path: Path) -> None:
-    """Seen without reading anything; a remote one is not asked."""
+    """A remote one is not asked."""
+
+    def lacking(address: str, *more: str) -> str | None:
+        return check_local_index(load_config(None, [f"data.shards={address}", *FIT, *more]))
+
     here, empty = index.folder, tmp_path / "empty"
     empty.mkdir()
     for address in (str(here), f"{here}/*.tar", f"{here}/index.json", "s3://bucket/set"):
-        assert sources.missing_shards(address) is None
-    assert sources.missing_shards(str(empty), "elsewhere/index.json") is None
-    assert sources.missing_shards("") == "data.shards is not set"
+        assert lacking(address) is None
+    assert lacking(str(empty), "data.index=elsewhere/index.json") is None
+    assert lacking("''") == "data.shards is not set"
     for address, lacks in {
         f"{tmp_path}/gone": "nothing is there",
         f"{empty}": "no index.json is there",
         f"{empty}/*.tar": f"{empty}/*.tar does not exist",
     }.items():
-        assert sources.missing_shards(address) == f"data.shards ({address}): {lacks}"
+        assert lacking(address) == f"data.shards ({address}): {lacks}"
 
 
 def test_a_shard_that_the_index_does_not_know(index: ShardIndex) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from diffmoe.commands.common import Parser, join, leave, on_our_hosts
 from diffmoe.config import Config, check_guidance, config_to_tree, load_config
-from diffmoe.data.sources import missing_shards
+from diffmoe.data.fit import check_local_index
 from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed, zero_stage
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError, stop_requests
@@ -53,6 +53,7 @@ def _train(arguments: list[str], environment: RankEnvironment, stop_requested: l
         raise
     deepspeed_tree = read_deepspeed(options.deepspeed_config)
     merged = merge_deepspeed(deepspeed_tree, config, layout)
+    not_compared = check_local_index(config) if options.dry_run else None
     if environment.rank == 0:
         print(describe(config, layout, merged, complete=options.dry_run), flush=True)
         before, stage = zero_stage(deepspeed_tree), zero_stage(merged)
@@ -69,8 +70,8 @@ def _train(arguments: list[str], environment: RankEnvironment, stop_requested: l
                 print(
                     f"note: resolved for world size {layout.ranks}; --ranks N resolves for N ranks"
                 )
-            if (missing := missing_shards(config.data.shards, config.data.index)) is not None:
-                print(f"note: {missing}")
+            if not_compared is not None:
+                print(f"note: {not_compared}")
         return 0
     # c10d prints a stack of its own for every broken connection; the watchdog says it in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

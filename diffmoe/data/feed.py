@@ -18,7 +18,7 @@ from pathlib import Path
 
 from diffmoe.config import Config, DataConfig
 from diffmoe.data.cache import Cache
-from diffmoe.data.image_source import printable, shorten
+from diffmoe.data.fit import check_fits, check_fits_training
 from diffmoe.data.mixing import SHUFFLED_ORDER, better_order, completed, measure, order_for
 from diffmoe.data.reader import ShardReader
 from diffmoe.data.rows import BadShard
@@ -42,9 +42,7 @@ def open_reader(config: Config, before: DataConfig | None = None) -> ShardReader
     if not data.shards:
         raise UserError("data.shards ('') must name a folder of shards with an index.json")
     index = load_index(data.shards, data.index, check_files=data.on_bad_shard == "stop")
-    _check_fits(index, config, f"data.shards ({data.shards})")
-    if config.train.repa_weight:
-        _check_features(index, config)
+    check_fits_training(index, config)
     streams, window = _order_of(data, before, index, config.train.batch)
     return ShardReader(
         index,
@@ -65,7 +63,7 @@ def open_validation(config: Config) -> ShardReader:
     """
     data, samples = config.data, config.train.validate_samples
     index = load_index(data.validation)
-    _check_fits(index, config, f"data.validation ({data.validation})")
+    check_fits(index, config, f"data.validation ({data.validation})")
     if samples is not None and samples > index.count:
         raise UserError(
             f"train.validate_samples ({samples}) must be at most the {index.count} samples of "
@@ -73,48 +71,6 @@ def open_validation(config: Config) -> ShardReader:
         )
     window = min(len(index.shards), _VALIDATION_WINDOW)
     return ShardReader(index, seed=0, window=window, cache=cache_of(data))
-
-
-def _check_fits(index: ShardIndex, config: Config, name: str) -> None:
-    """UserError where the data set `name` does not have the model's shape and classes."""
-    model = config.model
-    wanted = (model.channels, model.input_size, model.input_size)
-    if tuple(index.x_shape) != wanted:
-        raise UserError(
-            f"{name} holds samples of shape {tuple(index.x_shape)}; "
-            f"model.channels and model.input_size make {wanted}"
-        )
-    if index.meta.classes != model.classes:
-        names = [f"{number} ({name})" for number, name in enumerate(index.class_names)]
-        difference = ""
-        if len(names) > model.classes:
-            surplus = names[model.classes :]
-            difference = f": surplus {'is' if len(surplus) == 1 else 'are'} {shorten(surplus, 4)}"
-        elif names:
-            difference = f": it has {printable(names[0])} to {printable(names[-1])}"
-        raise UserError(
-            f"{name} has {index.meta.classes} classes; model.classes is {model.classes}{difference}"
-        )
-
-
-def _check_features(index: ShardIndex, config: Config) -> None:
-    """UserError for no features, or not one of the right width for each token of the model."""
-    train, where = config.train, f"data.shards ({config.data.shards})"
-    if not index.features:
-        raise UserError(
-            f"train.repa_weight ({train.repa_weight}) needs features, of which {where} has none: "
-            "encode --features writes them"
-        )
-    patches, width = index.features
-    if patches != config.model.tokens:
-        raise UserError(
-            f"{where} has features of {patches} patches; a sample of the model has "
-            f"{config.model.tokens} tokens, which must be as many"
-        )
-    if width != train.repa_width:
-        raise UserError(
-            f"{where} has features {width} wide; train.repa_width is {train.repa_width}"
-        )
 
 
 def _order_of(

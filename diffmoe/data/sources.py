@@ -80,25 +80,6 @@ def resolve(address: str) -> tuple[str, tuple[str, ...] | None]:
     return places.pop(), tuple(names)
 
 
-def missing_shards(address: str, index: str = "") -> str | None:
-    """What a local data set at ``address`` lacks at first sight, None if nothing; remote ones are
-    not asked.  ``index``: where its index is, if not beside the tars.
-    """
-    if not address:
-        return "data.shards is not set"
-    try:
-        place, _ = resolve(address)
-    except UserError as error:
-        return str(error)
-    if is_remote(address):
-        return None
-    if not os.path.isdir(os.path.dirname(place)):
-        return f"data.shards ({address}): nothing is there"
-    if not index and not os.path.isfile(place.replace("{name}", "index.json")):
-        return f"data.shards ({address}): no index.json is there"
-    return None
-
-
 def _place(address: str, name: str) -> str:
     before, _, after = address.rpartition(name)
     return f"{before}{{name}}{after}"
@@ -106,8 +87,6 @@ def _place(address: str, name: str) -> str:
 
 def read_all(address: str, limit: int = 1 << 28) -> bytes:
     """The whole of a small file (an index). UserError when it cannot be had."""
-    if not is_remote(address):
-        return Path(address).read_bytes()
 
     def once() -> bytes:
         data = bytearray()
@@ -119,7 +98,7 @@ def read_all(address: str, limit: int = 1 << 28) -> bytes:
         return bytes(data)
 
     try:
-        return retried(once, address)
+        return retried(once, address) if is_remote(address) else Path(address).read_bytes()
     except OSError as error:
         raise UserError(f"{address} cannot be read: {error}") from error
 
