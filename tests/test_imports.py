@@ -30,7 +30,7 @@ LAYERS = [
     ["diffmoe.models"],
     ["diffmoe.checkpoints"],
     ["diffmoe.moe"],
-    ["diffmoe.parallel"],
+    ["diffmoe.parallel", "diffmoe.gradient_sums"],
     ["diffmoe.deepspeed_json"],
     ["diffmoe.deepspeed_keys"],
     ["diffmoe.layout"],

@@ -37,10 +37,11 @@ from diffmoe.bench.kernels import Counting, Kernel, as_on_a_gpu
 from diffmoe.bench.measure import Allocations
 from diffmoe.config import Config, ModelConfig, MoEConfig, config_from_tree, override
 from diffmoe.cost.traffic import rows_sent
-from diffmoe.deepspeed_json import read_deepspeed
+from diffmoe.deepspeed_json import read_deepspeed, zero_stage
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.families import TOKENS_CHOOSE, Projector, projector_of
+from diffmoe.gradient_sums import give_sum
 from diffmoe.layout import Layout, over_hosts, resolve_layout
 from diffmoe.models.compiled import compile_blocks
 from diffmoe.models.dit import DiT, patchify
@@ -128,10 +129,10 @@ def fake_loss(dit: DiT, samples: int, ddpm: bool = False) -> Callable[[], Tensor
 
 
 def micro_batch(
-    config: Config, ranks: int, per_node: int, bf16: bool, compiled: bool
+    config: Config, ranks: int, per_node: int, bf16: bool, sums: bool, compiled: bool
 ) -> dict[str, Any]:
     """Kernels of a rank's micro-batch, of compiled graphs also with the ideal fusion; bytes of
-    activations kept; collectives; parameters.
+    activations kept; collectives; parameters.  ``sums``: products add up weights' gradients.
     """
     # As if other ranks' tokens were like this one's.
     if resolve_layout(config, ranks).pool_ranks > 1 and config.model.family not in TOKENS_CHOOSE:
@@ -162,6 +163,9 @@ def micro_batch(
             config.train.dispersive_weight > 0,
             projector_of(config),
         )
+        if sums:
+            for p in dit.parameters():
+                give_sum(p, torch.empty_like(p, dtype=torch.float32))
         loss = fake_loss(dit, layout.micro_batch, config.diffusion.process == "ddpm")
         if compiled:
             compile_blocks(dit)
@@ -267,7 +271,8 @@ def count(config: dict, deepspeed: str, ranks: int, per_node: int, part: str) ->
     if part == "engine":
         return engine(given, ranks, per_node, tree)
     bf16 = bool((tree.get("bf16") or {}).get("enabled"))
-    return micro_batch(given, ranks, per_node, bf16, part == "compiled")
+    sums = bf16 and zero_stage(tree) <= 1
+    return micro_batch(given, ranks, per_node, bf16, sums, part == "compiled")
 
 
 if __name__ == "__main__":

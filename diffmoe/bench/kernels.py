@@ -80,6 +80,8 @@ class Kernel:
 class Counting(TorchDispatchMode):
     """Counts what passes; ``owner``: (source of a kernel, place of a read) of an operator."""
 
+    supports_higher_order_operators = True  # compiled graphs have some
+
     def __init__(
         self, owner: Callable[[], tuple[str, str]] = lambda: ("model", "anywhere")
     ) -> None:
@@ -343,7 +345,8 @@ def _of_node(node: Any) -> list[Kernel]:
         if origin is not None and isinstance(origin.target, torch._ops.OpOverload):
             value = lambda x: x.meta.get("val") if isinstance(x, torch.fx.Node) else x
             args, kwargs = tree_map(value, (tuple(origin.args), dict(origin.kwargs)))
-            return kernels_of(origin.target, args, kwargs, origin.meta["val"])
+            out = origin.meta["val"] if origin.target._schema.returns else None
+            return kernels_of(origin.target, args, kwargs, out)
     return [Kernel("memory", _origins(node), node.get_read_write_buffers_sizes())]
 
 

@@ -84,6 +84,8 @@ def kept_for_backward(forward: Callable[[], object], modules: Iterable[nn.Module
 class Allocations(TorchDispatchMode):
     """Every storage that operations return while it lives; not what a kernel needs inside."""
 
+    supports_higher_order_operators = True  # compiled graphs have some
+
     def __init__(self) -> None:
         super().__init__()
         # (number of the storage, bytes: less than 0 when it dies)

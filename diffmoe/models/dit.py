@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig, expert_hidden
 from diffmoe.families import Projector, is_moe_block
+from diffmoe.gradient_sums import Linear
 from diffmoe.models.layers import (
     Attention,
     FinalLayer,
@@ -24,6 +26,7 @@ from diffmoe.models.layers import (
     Mlp,
     PatchEmbedding,
     TimestepEmbedding,
+    adaln,
     modulate,
     norm,
     sine_positions,
@@ -52,11 +55,12 @@ class ModelOutput:
 
 
 class Condition(NamedTuple):
-    """What a block is told of its samples: ``sum_BD``, the embeddings of time and class, added up;
-    for routers, ``time_BD``, that of the time alone, and ``null_B``, which are of the null class.
+    """What a block is told of its samples: ``silu_BD``, SiLU of the sum of the embeddings of time
+    and class, from which adaLN's linear layers start; for routers, ``time_BD``, the embedding of
+    the time alone, and ``null_B``, which are of the null class.
     """
 
-    sum_BD: Tensor
+    silu_BD: Tensor
     time_BD: Tensor
     null_B: Tensor
 
@@ -83,7 +87,7 @@ class DiTBlock(nn.Module):
         self.norm2 = norm(model, model.width)
         self.mlp = mlp
         self.shows_plain = isinstance(mlp, MoELayer) and mlp.moe.router_input == "time_token"
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(model.width, 6 * model.width))
+        self.adaLN_modulation = adaln(model.width, 6)
 
     def forward(
         self, x: Tensor | Halves, c: Condition, rule: RoutingRule, form: str, run: BlockRun
@@ -100,11 +104,19 @@ class DiTBlock(nn.Module):
         """x [B, N, D] -> x after attention and MLP, and the layer's report.  ``run`` is given what
         lies between exchanges, a part at a time.
         """
-        x, h, gate, plain = run(self.attend, x, c.sum_BD)
-        if not isinstance(self.mlp, MoELayer):
-            return run(_gated_sum, x, gate, self.mlp(h)), None
-        y, stats = self.mlp(h, rule, run, Beside(c.time_BD, plain, c.null_B))
-        return run(_gated_sum, x, gate, y), stats
+        return self.compute_and_show(x, c, rule, run)[:2]
+
+    def compute_and_show(
+        self, x: Tensor, c: Condition, rule: RoutingRule, run: Run = at_once
+    ) -> tuple[Tensor, MoEStats | None, Tensor]:
+        """As ``compute``, and x between attention and MLP, without a gradient."""
+        x, h, gate, plain = run(self.attend, x, c.silu_BD)
+        middle, stats = x.detach(), None
+        if isinstance(self.mlp, MoELayer):
+            y, stats = self.mlp(h, rule, run, Beside(c.time_BD, plain, c.null_B))
+        else:
+            y = self.mlp(h)
+        return run(_gated_sum, x, gate, y), stats, middle
 
     def compute_halves(
         self, halves: Halves, c: Condition, rule: RoutingRule, run: Run, arrived: bool
@@ -112,18 +124,20 @@ class DiTBlock(nn.Module):
         """Both halves through a block with an MoE layer.  Their last rows come home while the next
         block attends to the first half, unless all must have ``arrived``.
         """
-        parts = (run(self.attend, half(), c_BD) for half, c_BD in zip(halves, c.sum_BD.chunk(2)))
+        parts = (run(self.attend, half(), each) for half, each in zip(halves, c.silu_BD.chunk(2)))
         x, h, gate, plain = zip(*parts)
         beside = Beside(c.time_BD, torch.cat(plain) if self.shows_plain else None, c.null_B)
         late, stats = self.mlp(h, rule, run, beside)
         a, b = (partial(_late_sum, *each, run) for each in zip(x, gate, late))
         return _here(a(), b()) if arrived else (a, b), stats
 
-    def attend(self, x: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def attend(self, x: Tensor, silu_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Everything before the MLP: (x after attention, the MLP's input, the gate [B, D] of its
         output, the input before shift and scale where a router looks at that).
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(silu_BD).chunk(
+            6, dim=1
+        )
         x = _gated_sum(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
         plain = self.norm2(x)
         return x, modulate(plain, shift2, scale2), gate2, plain if self.shows_plain else None
@@ -197,7 +211,7 @@ def new_projector(projector: Projector) -> nn.Sequential:
     """Its linear layers, with SiLU between them (REPA)."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(projector.sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.SiLU()]
+        layers += [Linear(fan_in, fan_out), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -268,8 +282,8 @@ class DiT(nn.Module):
         dtype = self.final_layer.linear.bias.dtype
         h = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)
         time = self.t_embedder(t * self.time_scale)
-        both = (time + self.y_embedder(y)).to(dtype)
-        c = Condition(both, time.to(dtype), y == self.model.classes)
+        silu = F.silu(time + self.y_embedder(y)).to(dtype)  # once for all blocks
+        c = Condition(silu, time.to(dtype), y == self.model.classes)
         reports, dispersive, projected = [], None, None
         if self.in_halves and self.training:
             h = _here(*h.chunk(2))
@@ -287,7 +301,7 @@ class DiT(nn.Module):
                     projected = self.projector(whole)
         if not isinstance(h, Tensor):
             h = torch.cat([half() for half in h])
-        prediction = self._unpatchify(self.final_layer(h, both))
+        prediction = self._unpatchify(self.final_layer(h, silu))
         return ModelOutput(prediction, tuple(reports), dispersive, projected)
 
     @contextlib.contextmanager

@@ -11,11 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, inner_width
+from diffmoe.gradient_sums import Linear, summed
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: x [B, N, D], shift and scale [B, D]."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def adaln(width: int, parts: int) -> nn.Sequential:
+    """SiLU of the condition [B, D] -> shifts, scales and gates, ``parts`` D wide together.
+
+    The linear layer is number 1, as in DiT's files, where SiLU comes before it: the model computes
+    that once.
+    """
+    return nn.Sequential(nn.Identity(), Linear(width, parts * width))
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -29,7 +39,8 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     if layer.bias is None or not torch.compiler.is_compiling():
         return layer(x)
     bias = layer.bias.to(torch.promote_types(x.dtype, torch.float32))
-    return F.linear(x, layer.weight) + (bias if x.dim() == 2 else bias.expand(len(x), 1, len(bias)))
+    y = summed(lambda weight: F.linear(x, weight), x, layer.weight)
+    return y + (bias if x.dim() == 2 else bias.expand(len(x), 1, len(bias)))
 
 
 def norm(model: ModelConfig, width: int, learned: bool = False) -> nn.Module:
@@ -52,8 +63,8 @@ class Attention(nn.Module):
         super().__init__()
         width, head = model.width, model.width // model.heads
         self.heads = model.heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.q_norm = norm(model, head, learned=True) if model.qk_norm else nn.Identity()
         self.k_norm = norm(model, head, learned=True) if model.qk_norm else nn.Identity()
         turns = None
@@ -86,9 +97,9 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
         inner, bias = inner_width(hidden, activation), activation != "swiglu"
-        self.fc1 = nn.Linear(width, inner, bias)
-        self.fc2 = nn.Linear(inner, width, bias)
-        self.gate = None if activation == "gelu" else nn.Linear(width, inner, bias)
+        self.fc1 = Linear(width, inner, bias)
+        self.fc2 = Linear(inner, width, bias)
+        self.gate = None if activation == "gelu" else Linear(width, inner, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         # As [T, D]: of more dimensions DeepSpeed's linear at ZeRO 3 adds the bias in place, into a
@@ -171,11 +182,11 @@ class FinalLayer(nn.Module):
         super().__init__()
         width = model.width
         self.norm = norm(model, width)
-        self.linear = nn.Linear(width, model.patch**2 * model.out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = Linear(width, model.patch**2 * model.out_channels)
+        self.adaLN_modulation = adaln(width, 2)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+    def forward(self, x: Tensor, silu_BD: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(silu_BD).chunk(2, dim=1)
         return self.linear(modulate(self.norm(x), shift, scale))
 
 

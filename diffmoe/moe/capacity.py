@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffmoe.gradient_sums import Linear
 from diffmoe.moe.running import RunningState
 
 # A trained predictor is sure: nearly all its outputs lie next to 0 or 1, a third of them below
@@ -38,7 +39,7 @@ class CapacityPredictor(nn.Sequential):
     """
 
     def __init__(self, width: int, experts: int) -> None:
-        super().__init__(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, experts))
+        super().__init__(Linear(width, width), nn.SiLU(), Linear(width, experts))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         logits = super().forward(x_TD.detach())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import inner_width
+from diffmoe.gradient_sums import summed
 from diffmoe.parallel.collectives import read_by_host
 
 
@@ -96,12 +97,14 @@ def _mlp(
 def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """x w + b of one expert, or of all with equally many rows."""
     if b is None:
-        return x @ w
+        return summed(partial(torch.matmul, x), x, w)
     if x.dim() == 2:
         return torch.addmm(b, x, w)
-    if torch.compiler.is_compiling():
-        return x @ w + b.unsqueeze(1)  # becomes part of the activation; eager it would be a pass
-    return torch.baddbmm(b.unsqueeze(1), x, w)
+    if (
+        torch.compiler.is_compiling()
+    ):  # the bias becomes part of the activation; else it would be a pass
+        return summed(partial(torch.matmul, x), x, w) + b.unsqueeze(1)
+    return summed(partial(torch.baddbmm, b.unsqueeze(1), x), x, w)
 
 
 def _grouped_affine(x_RI: Tensor, w_eIO: Tensor, b_eO: Tensor | None, ends_e: Tensor) -> Tensor:

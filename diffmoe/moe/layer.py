@@ -21,6 +21,7 @@ from diffmoe.families import (
     has_thresholds,
     router_shape,
 )
+from diffmoe.gradient_sums import Linear
 from diffmoe.layout import pairs_taken, rows_taken
 from diffmoe.moe.balance import LoadBias, balance_loss, contrastive_loss, similarity_loss
 from diffmoe.moe.capacity import CapacityPredictor, Thresholds, predictor_loss
@@ -137,8 +138,8 @@ class MoELayer(nn.Module):
         )
         self.router_hidden = self.target_head = None
         if has_target_head(model, moe):
-            self.router_hidden = nn.Linear(width, width)
-            self.target_head = nn.Linear(width, model.patch**2 * model.channels)
+            self.router_hidden = Linear(width, width)
+            self.target_head = Linear(width, model.patch**2 * model.channels)
         for name, state in running_state(model, moe).items():
             self.add_module(name, state)
 

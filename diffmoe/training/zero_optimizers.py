@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import deepspeed.runtime.bf16_optimizer as bf16_optimizer
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import TrainConfig
 from diffmoe.errors import UserError
+from diffmoe.gradient_sums import give_sum
 from diffmoe.models.dit import DiT
 from diffmoe.models.logical import LogicalTensor
 from diffmoe.models.matrices import MUON, is_matrix, matrices_in
@@ -77,8 +78,9 @@ class _Reduced:
 class Bf16Optimizer(BF16_Optimizer):
     """ZeRO 1 with bf16 weights and fp32 sums of gradients, as DeepSpeed's, but
 
-    - a step's first gradient overwrites the sum and later ones are added as they are: 6 and 10
-      bytes a parameter instead of 18, and nothing to clear;
+    - a step's first gradient overwrites the sum and nothing is cleared; products of bf16 matrices
+      add the gradients that they make (``gradient_sums``), what else there is is added as it is:
+      6 and 10 bytes a parameter instead of 18;
     - gradients are reduced to their owner only, in buckets, while the last micro-batch's backward
       still runs; not at all in a group of one; where groups of ranks have a copy of the state each,
       the owners of the same shard add theirs up;
@@ -101,6 +103,9 @@ class Bf16Optimizer(BF16_Optimizer):
         same shards.
         """
         self._dtype, self._overlap, self._launched = dtype, overlap, 0
+        groups = zip(self.bf16_groups, self.fp32_groups_gradients, strict=True)
+        self._sums = [[give_sum(*pair) for pair in zip(*group, strict=True)] for group in groups]
+        self.clear_hp_grads()
         self._replicas = replicas.handle if replicas.size > 1 else None
         self.ranks = dist.get_world_size(self.dp_process_group) * replicas.size
         self._reduced: list[_Reduced] = []
@@ -143,13 +148,15 @@ class Bf16Optimizer(BF16_Optimizer):
         self, lp_param: nn.Parameter, group_idx: int, param_idx: int
     ) -> None:
         """Called in backward, when a parameter's gradient is complete."""
-        gradient, lp_param.grad = lp_param.grad, None
-        summed = self.fp32_groups_gradients[group_idx][param_idx].view_as(gradient)
-        if self.fp32_groups_has_gradients[group_idx][param_idx]:
-            summed.add_(gradient)
-        else:
-            summed.copy_(gradient)
-            self.fp32_groups_has_gradients[group_idx][param_idx] = True
+        gradient: Any = lp_param.grad
+        lp_param.grad = None
+        held = self._sums[group_idx][param_idx]
+        before = self._products[group_idx][param_idx]
+        if held.products == before:  # no product has added it
+            held.total.copy_(gradient) if before == 0 else held.total.add_(gradient)
+            held.products += 1
+        self._products[group_idx][param_idx] = held.products
+        self.fp32_groups_has_gradients[group_idx][param_idx] = True
         bucket = self._bucket_of.get((group_idx, param_idx))
         if bucket is not None and self._overlap and self.is_gradient_accumulation_boundary():
             bucket.missing -= 1
@@ -227,6 +234,9 @@ class Bf16Optimizer(BF16_Optimizer):
     def clear_hp_grads(self) -> None:
         """Nothing is cleared: the first gradient of the next step overwrites what is there."""
         self.fp32_groups_has_gradients = [[False] * len(s) for s in self.fp32_groups_gradients]
+        self._products = [[0] * len(s) for s in self.fp32_groups_gradients]  # at the last hook
+        for held in chain.from_iterable(self._sums):
+            held.products = 0
 
 
 @contextmanager
