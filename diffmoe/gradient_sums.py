@@ -61,21 +61,24 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
         ctx.total = total  # which other products write to until then
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), total = ctx.saved_tensors, ctx.total
+        (x,), total = ctx.saved_tensors, ctx.total
         if total.dim() == 3:
             add_product(total, x.mT, d)
         else:
             add_product(total, d.flatten(0, -2).mT, x.flatten(0, -2))
-        return d, None, torch.empty_like(weight), None
+        return d, None, x.new_empty(total.shape), None
 
 
-@torch.library.custom_op("diffmoe::add_product", mutates_args=("total",))
+# Products take any strides.  Without the tag a graph would copy operands into those that it traced.
+@torch.library.custom_op(
+    "diffmoe::add_product", mutates_args=("total",), tags=torch.Tag.flexible_layout
+)
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, matrices or stacks of them; of a :class:`GradientSum` the first overwrites."""
     held, stack = _SUMS[total.data_ptr()], total.dim() == 3

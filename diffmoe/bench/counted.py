@@ -41,7 +41,7 @@ from diffmoe.deepspeed_json import read_deepspeed, zero_stage
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.families import TOKENS_CHOOSE, Projector, projector_of
-from diffmoe.gradient_sums import give_sum
+from diffmoe.gradient_sums import GradientSum
 from diffmoe.layout import Layout, over_hosts, resolve_layout
 from diffmoe.models.compiled import compile_blocks
 from diffmoe.models.dit import DiT, patchify
@@ -165,7 +165,8 @@ def micro_batch(
         )
         if sums:
             for p in dit.parameters():
-                give_sum(p, torch.empty_like(p, dtype=torch.float32))
+                total = torch.empty_like(p, dtype=torch.float32)
+                p.gradient_sum = GradientSum(total)  # type: ignore[attr-defined]
         loss = fake_loss(dit, layout.micro_batch, config.diffusion.process == "ddpm")
         if compiled:
             compile_blocks(dit)

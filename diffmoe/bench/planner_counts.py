@@ -18,7 +18,12 @@ _SMALL = (
     "parallel.ep=1 moe.pool=rank train.batch=32 train.micro_batch=32 model.width=512 model.heads=8 "
     "model.depth=2"
 )
-_BF16, _FP32 = "ds_configs/zero1_bf16.json", "ds_configs/zero0_fp32.json"
+_BF16 = "ds_configs/zero1_bf16.json"
+_WEIGHTS = {
+    "bf16": _BF16,
+    "bf16_zero2": "ds_configs/zero2_bf16.json",
+    "fp32": "ds_configs/zero0_fp32.json",
+}
 
 
 def planner_counts() -> dict[str, Any]:
@@ -41,7 +46,7 @@ def planner_counts() -> dict[str, Any]:
             kernels = [sum(k[5] for k in m["kernels"]) for m in micros]
             elements = [size / elements_each for size in bytes_]
             found[way][recompute] = _solved(cases, elements, kernels)
-    found["weights"] = {"bf16": _weights_of(small, _BF16), "fp32": _weights_of(small, _FP32)}
+    found["weights"] = {name: _weights_of(small, json) for name, json in _WEIGHTS.items()}
     return found
 
 

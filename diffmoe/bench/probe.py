@@ -28,6 +28,7 @@ from torch.utils.benchmark import Timer
 from diffmoe.bench import measure
 from diffmoe.bench.options import bench_parser, count
 from diffmoe.device import backend, local_device, synchronize
+from diffmoe.gradient_sums import add_product, give_sum
 from diffmoe.moe.dispatch import by_expert, by_source, combine, dispatch, make_plan
 from diffmoe.moe.experts import Experts, has_grouped_matmul
 from diffmoe.moe.routing import Routing
@@ -145,6 +146,7 @@ def experts(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str
         for rows in _ROWS
         if how != "bmm" or rows != "some"
     ]
+    cases += [(form, "sums", "all", dtype) for dtype in _BOUNDS for form in ("matrix", "stack")]
     found, wrong, table = [], [], []
     for activation, how, rows, dtype in cases:
         used = how != "grouped" or has_grouped_matmul(device, dtype)
@@ -154,6 +156,8 @@ def experts(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str
         try:
             if how == "dispatch":
                 largest = _dispatched(device, rows, dtype)
+            elif how == "sums":
+                largest = _summed(device, (8,) if activation == "stack" else (), dtype)
             else:
                 largest = _arranged(device, activation, how, rows, dtype)
         except (RuntimeError, ValueError) as raised:  # of torch's own kernels: the rest goes on
@@ -222,6 +226,20 @@ def _dispatched(device: torch.device, rows: str, dtype: torch.dtype) -> float:
     plain = lambda x: x * (exact * mask).sum(1, keepdim=True)
     found = _passed(lambda x: ours(x, s).to(dtype), x.to(device), dy.to(device), [s])
     return _largest(found, _passed(plain, x.double(), dy.double(), [exact]))
+
+
+def _summed(device: torch.device, stack: tuple[int, ...], dtype: torch.dtype) -> float:
+    """Two products of matrices, or of stacks of them, that ``add_product`` adds up."""
+    generator, held = torch.Generator().manual_seed(0), torch.empty(*stack, 64, 32, device=device)
+    held.fill_(math.nan)
+    weight = torch.empty_like(held)  # while it lives, the sum does
+    give_sum(weight, held)
+    wanted = torch.zeros(held.shape, dtype=torch.float64)
+    for _ in range(2):
+        a, b = (torch.randn(*stack, 24, n, generator=generator).to(device, dtype) for n in (64, 32))
+        add_product(held, a.mT, b)
+        wanted += a.cpu().double().mT @ b.cpu().double()
+    return _largest([held.cpu().double()], [wanted])
 
 
 def _passed(

@@ -51,6 +51,11 @@ class EngineFacts:
         return layout.ranks // (self.shard or layout.ranks)
 
     @property
+    def sums_in_products(self) -> bool:
+        """Whether products add up weights' gradients (``gradient_sums``)."""
+        return self.bf16 and self.stage <= 1
+
+    @property
     def overlaps(self) -> bool:
         """Whether gradients leave while backward still runs."""
         return self.stage == 3 or self.buckets == 2

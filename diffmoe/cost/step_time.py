@@ -123,11 +123,32 @@ def kernel_seconds(
 ) -> dict[str, float]:
     """Products and attention at reached shares of the peak, the rest at the memory's."""
     speed, (products, attention) = rates(config, hardware, engine), step_flops(config, layout)
+    more = muon_seconds(config, layout, engine, hardware) + sum_seconds(
+        config, layout, engine, speed
+    )
     return {
-        "products": products / speed["product"] + muon_seconds(config, layout, engine, hardware),
+        "products": products / speed["product"] + more,
         "attention": attention / speed["attention"],
         "memory": moved(config, layout, engine, hardware) / speed["memory"],
     }
+
+
+def sum_seconds(
+    config: Config, layout: Layout, engine: EngineFacts, speed: dict[str, float]
+) -> float:
+    """What products that add up weights' gradients take beyond their FLOPs: 8 bytes of every
+    parameter are read and written, few rows an expert or sample are less work than that.
+    """
+    if not engine.sums_in_products:
+        return 0.0
+    tokens = layout.micro_batch * config.model.tokens
+    routed = tokens * experts_per_token(config.model, config.moe) * layout.ep / config.moe.experts
+    longer = 0.0
+    for p in trained_parameters(config, layout.ep):
+        if p.name.endswith("weight"):
+            rows = routed if p.expert else layout.micro_batch if "adaLN" in p.name else tokens
+            longer += p.numel * max(0.0, 8 / speed["memory"] - 2 * rows / speed["product"])
+    return longer * layout.accumulation
 
 
 def muon_seconds(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware) -> float:
@@ -209,7 +230,8 @@ def _per_block(config: Config, engine: EngineFacts, hardware: Hardware) -> dict[
 
 
 def _per_weight(engine: EngineFacts) -> dict[str, float]:
-    return _counted()["weights"]["bf16" if engine.bf16 else "fp32"]
+    way = "fp32" if not engine.bf16 else "bf16" if engine.sums_in_products else "bf16_zero2"
+    return _counted()["weights"][way]
 
 
 def terms(config: Config) -> dict[str, float]:
