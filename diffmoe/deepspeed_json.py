@@ -328,17 +328,24 @@ class Reduction:
     overlap: bool
 
 
+def accumulation(tree: dict) -> str:
+    """In which precision a DeepSpeed JSON adds up micro-batches: where it says nothing, the
+    weights'.
+    """
+    return _found(tree, "data_types.grad_accum_dtype") or precision(tree)
+
+
 def reduction(tree: dict) -> Reduction:
     """What a DeepSpeed JSON says of it.  Where it says nothing: the precision of accumulation, and
     from ZeRO 1 on buckets that are small enough to leave during backward (DeepSpeed's own default
     is one of 2 GB, after it).
     """
     zero = tree.get("zero_optimization") or {}
-    accumulation = _found(tree, "data_types.grad_accum_dtype") or precision(tree)
     sharded = zero_stage(tree) > 0 or precision(tree) == "bf16"  # see _resolve
     bucket, overlap = zero.get("reduce_bucket_size"), zero.get("overlap_comm")
     return Reduction(
-        tree.get("communication_data_type") or ("bf16" if accumulation in BF16_NAMES else "fp32"),
+        tree.get("communication_data_type")
+        or ("bf16" if accumulation(tree) in BF16_NAMES else "fp32"),
         int(bucket or (5e7 if sharded else 5e8)),
         sharded if overlap is None else overlap,
     )

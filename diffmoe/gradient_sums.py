@@ -7,7 +7,8 @@ and micro-batch, and rounded before it is added.  (Megatron-LM: gradient accumul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -39,12 +40,26 @@ def give_sum(weight: Tensor, total: Tensor) -> GradientSum:
     return held
 
 
+_adding = True
+
+
+@contextmanager
+def ordinary_gradients() -> Iterator[None]:
+    """Inside, sums stay as they are, and autograd reports every gradient."""
+    global _adding
+    before, _adding = _adding, False
+    try:
+        yield
+    finally:
+        _adding = before
+
+
 def summed(product: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
     """``product(weight)``: of x [..., in] and weight [out, in], or x [e, rows, in] and weight
     [e, in, out].
     """
     held = getattr(weight, "gradient_sum", None)
-    if held is None or not torch.is_grad_enabled():
+    if held is None or not _adding or not torch.is_grad_enabled():
         return product(weight)
     return _Summed.apply(product(weight.detach()), x.detach(), weight, held.total)
 

@@ -115,7 +115,9 @@ def bad_steps(folder, stage, bf16, accumulation):
     )
     layout = resolve_layout(config, 4)
     groups = build_groups(layout.ep, layout.pool_ranks)
-    merged = merge_deepspeed(zero(stage, bf16), config, layout)
+    # With fp32 sums bf16 at ZeRO 1 has an optimizer of its own.
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and stage == 1 else {}
+    merged = merge_deepspeed(zero(stage, bf16) | sums, config, layout)
     first, second = (
         loop.start(config, layout, merged, groups, torch.device("cpu")) for _ in range(2)
     )
@@ -141,7 +143,8 @@ def bad_steps(folder, stage, bf16, accumulation):
         if groups.rank == 1 and kind != "expert":
             given[0] = replace(given[0], x=given[0].x * (math.nan if kind == "nan" else 1e22))
         elif groups.rank == 1:  # a gradient that one rank of one EP group alone has
-            expert = next(t for t in first.engine.tensors if t.experts is not None)
+            tensors = first.engine.tensors
+            expert = next(t for t in tensors if t.experts is not None and t.name.endswith("bias"))
             handles = [expert.parameter.register_hook(lambda gradient: gradient * math.nan)]
         report = train(first, 1, given)
         found.append((report.applied, find_nonfinite(first.engine, given, config, groups, 1)))

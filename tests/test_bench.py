@@ -246,12 +246,12 @@ def test_what_is_timed_is_of_the_family_and_json_that_are_priced(config, tree, m
 
 
 def test_the_probe_of_experts_finds_what_is_wrong(monkeypatch):
-    """38 arrangements are right; where the definition's weights differ, all that have rows are
+    """42 cases are right; where the definition's weights differ, all that have rows are
     wrong.
     """
     facts, _, wrong = probe.experts(torch.device("cpu"), None)
     assert (
-        len(facts["cases"]) == 38
+        len(facts["cases"]) == 42
         and wrong == []
         and max(case["difference"] for case in facts["cases"]) > 0
     )

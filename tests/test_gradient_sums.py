@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffmoe.gradient_sums import GradientSum, Linear, give_sum
+from diffmoe.gradient_sums import GradientSum, Linear, give_sum, ordinary_gradients
 from diffmoe.moe.experts import Experts
 
 MICRO_BATCHES = 3
@@ -84,6 +84,9 @@ def test_no_sum_no_gradient_no_difference():
     (held, _) = with_sums(model)
     with torch.no_grad():
         assert torch.equal(model(x), plain(x))
+    with ordinary_gradients():
+        found = torch.autograd.grad(model(x).sum(), [model.weight])
+    assert torch.equal(found[0], plain.weight.grad)
     assert held.products == 0 and held.total.isnan().all()
 
 

@@ -36,8 +36,9 @@ import diffmoe.moe.dispatch
 from diffmoe.bench.kernels import Counting, Kernel, as_on_a_gpu
 from diffmoe.bench.measure import Allocations
 from diffmoe.config import Config, ModelConfig, MoEConfig, config_from_tree, override
+from diffmoe.cost.memory import engine_facts
 from diffmoe.cost.traffic import rows_sent
-from diffmoe.deepspeed_json import read_deepspeed, zero_stage
+from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.diffusion.ddpm import ddpm_loss, linear_schedule
 from diffmoe.diffusion.rectified_flow import flow_loss
 from diffmoe.families import TOKENS_CHOOSE, Projector, projector_of
@@ -272,7 +273,7 @@ def count(config: dict, deepspeed: str, ranks: int, per_node: int, part: str) ->
     if part == "engine":
         return engine(given, ranks, per_node, tree)
     bf16 = bool((tree.get("bf16") or {}).get("enabled"))
-    sums = bf16 and zero_stage(tree) <= 1
+    sums = engine_facts(tree).sums_in_products
     return micro_batch(given, ranks, per_node, bf16, sums, part == "compiled")
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from diffmoe.config import Config, attention_kept, inner_width
 from diffmoe.cost.parameters import expert_width, shared_width, trained_parameters
-from diffmoe.deepspeed_json import reduction
+from diffmoe.deepspeed_json import BF16_NAMES, accumulation, reduction
 from diffmoe.deepspeed_keys import MICS
 from diffmoe.families import (
     TOKENS_CHOOSE,
@@ -35,6 +35,7 @@ class EngineFacts:
     elements of a gradient bucket, of which there are ``buckets``. ``persistent``: ZeRO 3 keeps
     tensors up to that many elements whole; ``live``: elements of the others that it may hold.
     ``shard``: ranks that share a copy of the optimizer's state (None: all of them).
+    ``sums_in_products``: products add up weights' gradients (``gradient_sums``).
     """
 
     stage: int
@@ -45,15 +46,11 @@ class EngineFacts:
     persistent: int
     live: int
     shard: int | None = None
+    sums_in_products: bool = False
 
     def copies(self, layout: Layout) -> int:
         """Of the optimizer's state (at ZeRO 0 every rank has one, which is not meant)."""
         return layout.ranks // (self.shard or layout.ranks)
-
-    @property
-    def sums_in_products(self) -> bool:
-        """Whether products add up weights' gradients (``gradient_sums``)."""
-        return self.bf16 and self.stage <= 1
 
     @property
     def overlaps(self) -> bool:
@@ -83,6 +80,11 @@ def engine_facts(deepspeed_tree: dict) -> EngineFacts:
         persistent=number("param_persistence_threshold", 1e5),
         live=number("max_live_parameters", 1e9),
         shard=int(zero.get(MICS) or 0) or None,
+        # Otherwise DeepSpeed takes another optimizer.
+        sums_in_products=bf16
+        and stage <= 1
+        and accumulation(deepspeed_tree) not in BF16_NAMES
+        and (zero.get("offload_optimizer") or {}).get("device", "none") == "none",
     )
 
 

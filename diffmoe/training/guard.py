@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import Config, TrainConfig
 from diffmoe.data.stream import Batch
+from diffmoe.gradient_sums import ordinary_gradients
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import AgreedError, gather_objects
 from diffmoe.parallel.groups import ParallelGroups
@@ -103,7 +104,8 @@ def find_nonfinite(
     groups.trace.enter("looking for what is not finite", step)
     rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
     finds: list[tuple[int, int, str]] = []
-    with engine.model.plainly():  # compiled code calls no hooks of the modules in it
+    # Compiled code calls no hooks of the modules in it.
+    with engine.model.plainly(), ordinary_gradients():
         for batch in batches:
             finds += _run_watched(engine, batch, config, rule)
     everywhere = gather_objects(min(finds, default=None), groups.world)
