@@ -81,7 +81,7 @@ test-all: test
 # Its tests: the parity table's quick rows, and whatever calls an operator, a collective or Inductor.
 OTHER := .venv-torch-$(subst *,x,$(TORCH))
 OPERATOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,cuda_paths fast_paths moe_parallel pools parity precision \
-  optimizer_traffic groups checkpoint checkpoint_format old_checkpoint compile))
+  gradient_sums optimizer_traffic groups checkpoint checkpoint_format old_checkpoint compile))
 
 test-torch: check-torch $(OTHER)/requirements.lock
 	@$(MAKE) --no-print-directory VENV=$(OTHER) LOCK=$(OTHER)/requirements.lock test-operators

@@ -92,7 +92,7 @@ class _Summed(torch.autograd.Function):
 
 # Products take any strides.  Without the tag a graph would copy operands into those that it traced.
 @torch.library.custom_op(
-    "diffmoe::add_product", mutates_args=("total",), tags=torch.Tag.flexible_layout
+    "diffmoe::add_product", mutates_args=("total",), tags=[torch.Tag.flexible_layout]
 )
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, matrices or stacks of them; of a :class:`GradientSum` the first overwrites."""
