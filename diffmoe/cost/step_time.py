@@ -16,7 +16,7 @@ from diffmoe.cost.memory import EngineFacts, rank_memory
 from diffmoe.cost.muon import newton_schulz_flops
 from diffmoe.cost.overlap import Timed, Windows, exposed_exchange, exposed_reduction, halves
 from diffmoe.cost.parameters import expert_width, moe_layers, shared_width, trained_parameters
-from diffmoe.cost.traffic import Message, step_traffic
+from diffmoe.cost.traffic import Message, has_equal_rows, step_traffic
 from diffmoe.families import experts_per_token, projector_of
 from diffmoe.layout import Layout
 from diffmoe.models.count import count
@@ -141,13 +141,14 @@ def sum_seconds(
     """
     if not engine.sums_in_products:
         return 0.0
-    tokens = layout.micro_batch * config.model.tokens
+    products = 1 + halves(config)  # of a weight in a micro-batch
+    tokens, longer = layout.micro_batch * config.model.tokens, 0.0
     routed = tokens * experts_per_token(config.model, config.moe) * layout.ep / config.moe.experts
-    longer = 0.0
     for p in trained_parameters(config, layout.ep):
-        if p.name.endswith("weight"):
+        if p.name.endswith("weight") and (not p.expert or has_equal_rows(config, layout)):
             rows = routed if p.expert else layout.micro_batch if "adaLN" in p.name else tokens
-            longer += p.numel * max(0.0, 8 / speed["memory"] - 2 * rows / speed["product"])
+            work = 2 * rows / products / speed["product"]
+            longer += products * p.numel * max(0.0, 8 / speed["memory"] - work)
     return longer * layout.accumulation
 
 
@@ -248,16 +249,21 @@ def terms(config: Config) -> dict[str, float]:
 
 def moved(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware) -> float:
     """Bytes of a rank's step between chip and memory beside the products: passes over activations,
-    and the traffic of gradients, optimizer, EMA and new weights: some of every parameter of the
-    rank, after each micro-batch and once a step, and some of those whose optimizer state the rank
-    holds.
+    sums of both halves' gradients, and the traffic of gradients, optimizer, EMA and new weights:
+    some of every parameter of the rank, after each micro-batch and once a step, and some of those
+    whose optimizer state the rank holds.
     """
-    weight = _per_weight(engine)
-    parameters = sum(p.numel for p in trained_parameters(config, layout.ep))
+    weight, all_of_them = _per_weight(engine), trained_parameters(config, layout.ep)
+    parameters = sum(p.numel for p in all_of_them)
+    gradients = halves(config) * 3 * engine.element * parameters * layout.accumulation
+    if engine.sums_in_products and not has_equal_rows(config, layout):
+        # As the optimizer adds up what no product does: the first overwrites.
+        gradients += (10 * layout.accumulation - 4) * sum(p.numel for p in all_of_them if p.expert)
     averages = len(config.train.ema_decays) + len(config.train.ema_lengths)
     shard = rank_memory(config, layout, engine).ema / averages / 4
     return (
         activation_bytes(config, layout, engine, hardware)
+        + gradients
         + parameters * (weight["micro_batch"] * layout.accumulation + weight["step"])
         + shard * (weight["shard"] + weight["ema"] * averages)
     )

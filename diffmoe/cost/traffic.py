@@ -121,6 +121,15 @@ def exchange_traffic(config: Config, layout: Layout, engine: EngineFacts) -> lis
     return found
 
 
+def has_equal_rows(config: Config, layout: Layout) -> bool:
+    """Whether every expert of a rank computes equally many rows in training."""
+    if config.model.family not in ("diffmoe", "ec") or config.moe.threshold_from is not None:
+        return False
+    if config.parallel.overlap == "halves":
+        return layout.pool_ranks == 1 and layout.micro_batch // 2 % layout.pool == 0
+    return layout.pool_ranks <= layout.ep
+
+
 def rows_sent(config: Config, layout: Layout) -> int:
     """R: rows of one rank in one MoE layer and micro-batch, the mean over ranks."""
     T = layout.micro_batch * config.model.tokens

@@ -100,9 +100,7 @@ def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return summed(partial(torch.matmul, x), x, w)
     if x.dim() == 2:
         return torch.addmm(b, x, w)
-    if (
-        torch.compiler.is_compiling()
-    ):  # the bias becomes part of the activation; else it would be a pass
+    if torch.compiler.is_compiling():  # becomes part of the activation; eager it would be a pass
         return summed(partial(torch.matmul, x), x, w) + b.unsqueeze(1)
     return summed(partial(torch.baddbmm, b.unsqueeze(1), x), x, w)
 
