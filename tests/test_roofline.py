@@ -21,6 +21,7 @@ from diffmoe.config import load_config, override
 from diffmoe.cost.hardware import choose, read_table
 from diffmoe.cost.memory import engine_facts
 from diffmoe.cost.step_time import moved, rates
+from diffmoe.deepspeed_json import read_deepspeed
 from diffmoe.layout import resolve_layout
 from diffmoe.models.count import count
 
@@ -199,7 +200,7 @@ def test_the_planner_moves_what_is_counted(change):
     weights = (
         sum(k[2] * k[5] for k in engine["kernels"]) * micro["parameters"] / engine["parameters"]
     )
-    facts = engine_facts({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}})
+    facts = engine_facts(read_deepspeed(BF16))
     assert moved(config, layout, facts, hardware) == pytest.approx(size + weights, rel=0.05), (
         "count anew: run.py bench roofline --planner"
     )
