@@ -307,7 +307,7 @@ def test_the_planner_takes_the_form_of_exchange_that_is_faster():
     ("name", "nodes", "fewer"),
     [
         ("diffmoe_s_e16_flow", 2, 1),
-        pytest.param("diffmoe_l_e8_flow", 8, 2, marks=pytest.mark.full),
+        pytest.param("diffmoe_l_e8_flow", 8, 4, marks=pytest.mark.full),
         pytest.param("diffmoe_xl_e16_flow", 8, 4, marks=pytest.mark.full),
         ("diffmoe_s_e16_flow", 1, None),
         ("diffmoe_l_e16_flow", 2, None),
