@@ -19,8 +19,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 class GradientSum:
-    """Of one weight: ``total``, fp32 and of its shape, and how many ``products`` are in it; before
-    the first one ``total`` is whatever lies there.
+    """Of one weight: ``total``, fp32 and of its shape, and how many ``products`` are in it, or
+    ordinary gradients that were added in their place; before the first ``total`` is whatever lies
+    there.
     """
 
     def __init__(self, total: Tensor) -> None:

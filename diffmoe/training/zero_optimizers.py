@@ -234,7 +234,8 @@ class Bf16Optimizer(BF16_Optimizer):
     def clear_hp_grads(self) -> None:
         """Nothing is cleared: the first gradient of the next step overwrites what is there."""
         self.fp32_groups_has_gradients = [[False] * len(s) for s in self.fp32_groups_gradients]
-        self._products = [[0] * len(s) for s in self.fp32_groups_gradients]  # at the last hook
+        # What each sum's ``products`` were after its last hook.
+        self._products = [[0] * len(s) for s in self.fp32_groups_gradients]
         for held in chain.from_iterable(self._sums):
             held.products = 0
 
