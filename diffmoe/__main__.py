@@ -7,6 +7,8 @@ Installed, it is ``diffmoe [SUBCOMMAND] …``.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
 import os
 import sys
@@ -119,14 +121,25 @@ def _agreed(error: UserError) -> bool:
 
 
 def command() -> int:
-    """The installed command, and run.py.  A rank that ends without the others ends at once: with
-    gloo's threads still there, Python's exit now and then aborts, which hides the exit code.
+    """The installed command, and run.py.  A rank ends before Python takes its interpreter apart:
+    with gloo's threads still there that aborts now and then, which hides the exit code.  They
+    outlive `leave` where something refers to their group: DeepSpeed's engine, or a module that has
+    it as a default argument.
     """
-    code = run_command(main)
-    if code and _started():
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    codes: list[int] = []
+    atexit.register(_end_rank, codes)  # the first to be registered runs last
+    codes.append(run_command(main))
+    if codes[0] and _started():  # without the others: at once
+        _end_rank(codes)
+    return codes[0]
+
+
+def _end_rank(codes: list[int]) -> None:
+    if codes and "torch" in sys.modules:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # whoever read it has gone
+                stream.flush()
+        os._exit(codes[0])
 
 
 if __name__ == "__main__":

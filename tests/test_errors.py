@@ -128,3 +128,37 @@ def test_another_broken_pipe_keeps_its_traceback():
 
     with pytest.raises(BrokenPipeError, match="of a worker"):
         run_command(main)
+
+
+LAST = """
+import atexit, builtins, os, sys
+import diffmoe.__main__ as run
+
+class Held:
+    def __del__(self):
+        os.write(2, b"taken apart")
+
+def main(_arguments):
+    if "rank" in sys.argv:
+        import torch
+    builtins.held = Held()
+    atexit.register(print, "cleared up")
+    print("done")
+    return 3
+
+run.main = main
+sys.exit(run.command())
+"""
+
+
+@pytest.mark.parametrize(("words", "left"), [(["rank"], ""), ([], "taken apart")])
+def test_a_rank_ends_before_python_takes_its_interpreter_apart(words, left):
+    """Where a thread of gloo's might still run; what is to happen at exit has happened."""
+    program = subprocess.run(
+        [sys.executable, "-c", LAST, *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (program.returncode, program.stdout, program.stderr) == (3, "done\ncleared up\n", left)
