@@ -83,6 +83,8 @@ def check_writable(path: Path, what: str, make: bool = True) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
         tempfile.TemporaryFile(dir=path.parent).close()
+    except FileExistsError as error:
+        raise UserError(f"{what} cannot be written: {path.parent} is a file") from error
     except OSError as error:
         raise UserError(f"{what} cannot be written: {error.strerror}") from error
 

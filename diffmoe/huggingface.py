@@ -97,7 +97,7 @@ def _latents(config: Config) -> tuple[Numbers, Numbers] | None:
     """Scale and shift of the training data, where they are latents and their index is here."""
     if config.model.channels in (1, 3) or runs_a_program(config.data.index or config.data.shards):
         return None
-    index = checkpoint_data(config, None, None)
+    index = checkpoint_data(config)
     return None if index is None else (index.meta.scale, index.meta.mean)
 
 

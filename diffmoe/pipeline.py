@@ -101,7 +101,7 @@ class DiffMoEPipeline:
             return cls(opened).to(dtype=torch_dtype)
         autoencoder = open_vae(vae, opened.config, torch.device("cpu"))
         scale, shift = opened.latents or (None, None)
-        index = checkpoint_data(opened.config, scale, shift)
+        index = checkpoint_data(opened.config, scale, shift, "latents")
         numbers = latent_numbers(autoencoder, opened.config, index, scale, shift)
         return cls(replace(opened, latents=numbers), autoencoder).to(dtype=torch_dtype)
 

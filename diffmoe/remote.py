@@ -71,12 +71,12 @@ class RemotePath:
         return self._read(lambda: self._system.cat_file(self._path, start=start, end=stop))
 
     def write_bytes(self, data: bytes) -> None:
-        with _translated():
+        with translated():
             self._system.pipe_file(self._path, data)
 
     def write_chunks(self, chunks: Iterable[bytes | memoryview]) -> None:
         """A file of what may be larger than memory.  Where it fails there may be a shorter one."""
-        with _translated():
+        with translated():
             file = self._system.open(self._path, "wb")
             try:
                 for chunk in chunks:
@@ -91,7 +91,7 @@ class RemotePath:
 
     def remove(self) -> None:
         """The file, or the folder with all that is in it; nothing where there is none."""
-        with contextlib.suppress(FileNotFoundError), _translated():
+        with contextlib.suppress(FileNotFoundError), translated():
             self._system.rm(self._path, recursive=True)
 
     def _known(self) -> dict:
@@ -101,7 +101,7 @@ class RemotePath:
 
     def _read(self, action: Any) -> Any:
         def once() -> Any:
-            with _translated():
+            with translated():
                 return action()
 
         try:
@@ -137,7 +137,7 @@ def remote_path(url: str, what: str = "address") -> RemotePath:
 
 
 @contextlib.contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
     """OSErrors of whatever a store's client raises."""
     try:
         yield

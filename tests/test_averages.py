@@ -135,6 +135,7 @@ def test_a_length_is_read_from_the_snapshots_up_to_the_checkpoint(made_run, tmp_
     [
         ("length:0.01", "(lengths 0.05, 0.1, 7 snapshots before it) misses its profile by 5"),
         ("length:0.5", "weights length:0.5: a length must be in 0.001..0.28"),
+        ("length:0.0.5", "weights 'length:0.0.5' must be one of raw, ema, ema:0.7 for"),
         ("length:x", "weights 'length:x' must be one of raw, ema, ema:0.7 for"),
     ],
 )

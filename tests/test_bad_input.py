@@ -17,6 +17,7 @@ from programs import (
     REPOSITORY,
     Result,
     digits,
+    environment,
     run_cases,
     run_program,
     start_launcher,
@@ -94,6 +95,10 @@ BEFORE_JOINING = {
         ["--config", "TINY", "--deepspeed_config", "JSON"],
         "DeepSpeed's train_batch_size (32) contradicts the YAML's train.batch (16)",
     ),
+    "an old JSON": (
+        ["profile", "--config", "TINY", "--deepspeed_config", "OLD", "--zero", "2"],
+        "DeepSpeed's zero_optimization (true) is an old form",
+    ),
     "sampling from nothing": (["sample"], "the following arguments are required: --checkpoint"),
 }
 
@@ -103,12 +108,35 @@ def test_mistakes_on_the_command_line(tmp_path, name):
     arguments, text = BEFORE_JOINING[name]
     (tmp_path / "list.yaml").write_text("- model\n- train\n")
     (tmp_path / "ds.json").write_text('{"train_batch_size": 32}')
+    (tmp_path / "old.json").write_text('{"zero_optimization": true}')
     files = {
         "TINY": str(tiny_config()),
         "LIST": str(tmp_path / "list.yaml"),
         "JSON": str(tmp_path / "ds.json"),
+        "OLD": str(tmp_path / "old.json"),
     }
     assert_one_line(run_program(2, *(files.get(a, a) for a in arguments)), text)
+
+
+def test_where_nothing_can_be_written_it_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    there = str(tmp_path / "file" / "x")
+    for option, *words in (
+        ("--json", "run.py", "verify", "--quick"),
+        ("--grid", "run.py", "inspect-data", str(digits())),
+        ("--json", "-m", "diffmoe.evaluation.judge", "gone.npz"),
+    ):
+        result = subprocess.run(
+            [sys.executable, *words, option, there],
+            cwd=REPOSITORY,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (result.returncode, result.stdout) == (2, "")
+        line = f"error: {option} ({there}) cannot be written: {tmp_path / 'file'} is a file\n"
+        assert result.stderr.endswith(line)
 
 
 def test_every_rank_says_what_is_wrong_with_its_own_environment():

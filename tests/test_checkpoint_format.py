@@ -214,7 +214,7 @@ def test_every_tensor_comes_back_bit_for_bit_and_by_ranges(folder):
             checkpoint.weights(which)["t_embedder.mlp.0.weight"],
             checkpoint.tensors(kind)["t_embedder.mlp.0.weight"],
         )
-    for which in ("ema:0.8", "ema:", "ema:x", "model", "master"):
+    for which in ("ema:0.8", "ema:", "ema:x", "ema:0..9", "ema:.", "model", "master"):
         with pytest.raises(
             UserError, match=rf"weights '{which}' must be one of raw, ema, ema:0.9, ema:0.5 for "
         ):

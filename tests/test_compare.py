@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from diffmoe.commands.compare import main
-from diffmoe.compare.plan import check_unchanged, fed, parameters, read_plan
+from diffmoe.compare.plan import differences, fed, parameters, read_plan
 from diffmoe.compare.report import collect, to_markdown, write_report
-from diffmoe.compare.runs import card_of, check, next_command, state, verdict_of
+from diffmoe.compare.runs import SETTINGS, card_of, check, next_command, state, verdict_of
 from diffmoe.config import config_from_tree, config_to_tree
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
@@ -336,14 +336,17 @@ def test_what_comes_next(tmp_path):
 
 
 def test_a_changed_setting_is_refused_and_a_new_field_is_none(tmp_path):
-    run = planned(tmp_path).runs[0]
+    plan = planned(tmp_path)
+    run = plan.runs[0]
     tree = config_to_tree(run.config)
     del tree["train"]["validate_samples"], tree["data"]["bad_share"]  # of an older version
     tree["train"]["validate_samples"], tree["run"]["timeout_s"] = 200, 7.0
-    check_unchanged(run, config_from_tree(tree))
+    assert differences(config_from_tree(tree), run.config) == []
     tree["train"]["lr"] = 0.5
+    run.folder.mkdir(parents=True)
+    (run.folder / SETTINGS).write_text(yaml.safe_dump(tree))
     with pytest.raises(UserError, match=r"run dense-s0 .*: train.lr \(0.5\) is now 0.002; choose"):
-        check_unchanged(run, config_from_tree(tree))
+        check(run, plan.comparison)
 
 
 # ----------------------------------------------------------------------------------------- the runs

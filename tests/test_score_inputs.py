@@ -28,7 +28,7 @@ from diffmoe.data.shards import INDEX_NAME, ShardMeta, write_shards
 from diffmoe.errors import UserError
 from diffmoe.evaluation import scored_images
 from diffmoe.evaluation.card import Card, card_from_json, read_card, write_card
-from diffmoe.evaluation.decoding import Decoder, checkpoint_data, vae_note
+from diffmoe.evaluation.decoding import Decoder, checkpoint_data, data_class_names, vae_note
 from diffmoe.evaluation.evaluate import SAMPLES_NAME, evaluate
 from diffmoe.evaluation.features import Extractor, digits_extractor
 from diffmoe.evaluation.image_sources import open_array, open_images
@@ -1021,13 +1021,14 @@ def test_an_unreadable_index_never_skips_the_check_of_the_vae(
     }[form]
     assert checkpoint_data(config, None, None).meta.scale == 0.2
     DAMAGED[damage](tmp_path / "data")
-    with pytest.raises(
-        UserError, match="cannot be read: .*; restore it, or say --latent-scale and --latent-shift"
-    ):
-        checkpoint_data(config, None, None)
+    with pytest.raises(UserError, match="cannot be read: .*; restore it; with --scale it is not n"):
+        checkpoint_data(config, None, None, "--scale")
+    with pytest.raises(UserError, match="cannot be read: .*; restore it$"):
+        checkpoint_data(config)
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint_data(config, 0.2, None)
     assert checkpoint_data(config, 0.2, 1.5) is None
+    assert data_class_names(config) == ()  # which nothing depends on
 
 
 def test_a_vae_that_is_not_compared_is_said(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ cache of bounded size.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import http.server
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from diffmoe import files
 from diffmoe.config import load_config
@@ -84,7 +87,12 @@ def serving(folder: Path, *faults: str) -> Iterator[Server]:
                 content = content[: len(content) // 2] + (
                     b"x" * (len(content) // 2) if fault == "alters" else b""
                 )
+                if fault == "babbles":
+                    return
                 self.send_response(200)
+                if fault == "cuts a chunk":
+                    self.send_header("Transfer-Encoding", "chunked")
+                    content = b"%x\r\n%s" % (2 * len(content), content)
                 if fault == "cuts":
                     self.send_header("Content-Length", str(2 * len(content)))
                 self.end_headers()
@@ -153,6 +161,18 @@ def test_pipes_braces_globs_and_a_far_index(index: ShardIndex, tmp_path: Path) -
     assert sorted(numbers(some, None, range(30))) == list(range(10, 40))
 
 
+def test_a_pipe_is_read_by_a_process_with_a_thousand_open_files(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, limits[1]), limits[1]))
+    held = [os.open(tmp_path, os.O_RDONLY) for _ in range(1030)]
+    try:
+        assert b"".join(sources.chunks("pipe:printf abc")) == b"abc"
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_what_fsspec_opens_is_read(index: ShardIndex, tmp_path: Path) -> None:
     for path in index.folder.iterdir():
         with fsspec.open(f"memory://bucket/set/{path.name}", "wb") as stream:
@@ -162,7 +182,25 @@ def test_what_fsspec_opens_is_read(index: ShardIndex, tmp_path: Path) -> None:
         load_index("memory://nowhere")
 
 
-@pytest.mark.parametrize("fault", ["503", "429", "dies", "cuts", "ends", "alters"])
+def test_what_a_stores_client_raises_is_tried_again_and_then_said(monkeypatch) -> None:
+    class NoCredentials(Exception):
+        pass
+
+    asked = []
+
+    def fail(*_: object, **__: object) -> None:
+        asked.append(1)
+        raise NoCredentials("who are you")
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", fail)
+    with pytest.raises(UserError, match="index.json cannot be read: NoCredentials: who are you"):
+        load_index("memory://bucket/set")
+    assert len(asked) == files.TRIES
+
+
+@pytest.mark.parametrize(
+    "fault", ["503", "429", "dies", "cuts", "cuts a chunk", "babbles", "ends", "alters"]
+)
 def test_a_server_that_fails_and_then_works(
     index: ShardIndex, tmp_path: Path, capfd: pytest.CaptureFixture, fault: str
 ) -> None:
@@ -209,6 +247,21 @@ def test_a_source_that_stays_bad_is_an_error_that_names_it(
         store = cache(tmp_path)
         store.open(index.shards[0], "pipe:exit 3")
     assert not [path for path in store.folder.iterdir() if path.suffix == ".part"]
+
+
+def test_a_local_disk_that_is_full_is_no_bad_shard(
+    index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = f"pipe:cat {index.folder}/{index.shards[0].name}"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda _file, data, _place: len(data) - 1)  # what is left
+        with pytest.raises(UserError, match=f"data.cache .*{os.strerror(errno.ENOSPC)}") as full:
+            cache(tmp_path).open(index.shards[0], place)
+    assert not isinstance(full.value, BadShard)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data.cache \(.*file/cache\) cannot be written"):
+        cache(tmp_path / "file").open(index.shards[0], place)
+    os.close(cache(tmp_path).open(index.shards[0], place))
 
 
 def test_the_cache_is_bounded_and_what_is_open_stays(index: ShardIndex, tmp_path: Path) -> None:
@@ -298,6 +351,8 @@ def test_workers_read_remote_shards(index: ShardIndex, tmp_path: Path) -> None:
         ("/nowhere/a.tar", "a.tar does not exist"),
         ("pipe:cat x", "must name a .tar"),
         ("pipe:cat /{a,b}/x.tar", "lies in 2 places"),
+        ("/data/{000..010.tar", r"data.shards \(/data/\{000..010.tar\): Unbalanced braces"),
+        ("http://no where/set", "index.json cannot be read: URL can't contain control characters"),
         ("odd://host/set", "odd://host/set/index.json cannot be read: Protocol not known: odd"),
     ],
 )

@@ -29,7 +29,7 @@ from diffmoe.remote import AnyPath, RemotePath
 MASTER, FIRST_MOMENT, SECOND_MOMENT, BUFFERS = "master", "exp_avg", "exp_avg_sq", "buffers"
 # A run's two folders of what it saves: whole states, and averages alone (`train.ema_lengths`).
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "averages"
-_NUMBER = re.compile(r"[0-9.]+(e-?[0-9]+)?")
+_NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?")
 _FOLDER = re.compile(r"step_(\d{8})")
 P = TypeVar("P", Path, RemotePath, AnyPath)
 
@@ -55,6 +55,25 @@ def complete_folders(folder: P) -> list[P]:
         return []
     there = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)]
     return sorted((path for path in there if (path / MANIFEST).is_file()), key=lambda p: p.name)
+
+
+def checkpoints_at(path: AnyPath) -> list[AnyPath]:
+    """The checkpoint that ``path`` is, or the complete ones of a run's folder or of its
+    ``checkpoints``, oldest first.  UserError where there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return [path]
+    if found := complete_folders(path / CHECKPOINTS) or complete_folders(path):
+        return found
+    if isinstance(path, Path):
+        check_folder(path, "checkpoint")
+    message = f"no complete checkpoint in {path}"
+    if (path / "config.json").is_file():
+        message += (
+            ", but an exported model: run.py import --hf makes a checkpoint of it,"
+            " DiffMoEPipeline reads it as it is"
+        )
+    raise UserError(message)
 
 
 def misfits(folder: AnyPath, files: Mapping[str, FileRecord]) -> dict[str, int | str]:
@@ -176,19 +195,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: AnyPath) -> None:
-        if not (path / MANIFEST).is_file():
-            newest = complete_folders(path / CHECKPOINTS) or complete_folders(path)
-            if not newest:
-                if isinstance(path, Path):
-                    check_folder(path, "checkpoint")
-                message = f"no complete checkpoint in {path}"
-                if (path / "config.json").is_file():
-                    message += (
-                        ", but an exported model: run.py import --hf makes a checkpoint of it,"
-                        " DiffMoEPipeline reads it as it is"
-                    )
-                raise UserError(message)
-            path = newest[-1]
+        path = checkpoints_at(path)[-1]
         self.path = path
         self.manifest = manifest = read_manifest(path / MANIFEST)
         self.step, self.samples, self.pool = manifest.step, manifest.samples, manifest.pool

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from diffmoe.commands.common import Parser, one_process
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
-from diffmoe.paths import check_folder
 from diffmoe.remote import AnyPath, any_path
 
 
@@ -25,19 +22,11 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     parser.add_argument("--values", action="store_true", help=words)
     options = parser.parse_args(arguments)
     one_process("check-checkpoint", environment)
-    from diffmoe.checkpoints.manifest import MANIFEST
-    from diffmoe.checkpoints.reader import complete_folders
+    from diffmoe.checkpoints.reader import checkpoints_at
 
     problems = 0
     for folder in map(any_path, options.folder):
-        found = complete_folders(folder / "checkpoints") or complete_folders(folder)
-        if (folder / MANIFEST).is_file():
-            found = [folder]
-        if not found:
-            if isinstance(folder, Path):
-                check_folder(folder, "checkpoint")
-            raise UserError(f"no complete checkpoint in {folder}")
-        for path in found:
+        for path in checkpoints_at(folder):
             problems += _check(path, options.values)
     return 1 if problems else 0
 

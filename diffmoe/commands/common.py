@@ -308,7 +308,7 @@ def sampling_model(
     notes = [threshold_note(model, config.sample), note]
     if options.vae is not None:
         numbers = (options.latent_scale, options.latent_shift)
-        index = checkpoint_data(config, *numbers)
+        index = checkpoint_data(config, *numbers, "--latent-scale and --latent-shift")
         decoder = open_decoder(options.vae, config, index, *numbers, device)
         notes.append(vae_note(config, decoder, index))
     others = others.each(lambda other: other.to(device))

@@ -153,6 +153,7 @@ def _save(
     """
     from diffmoe.checkpoints.reader import MASTER, ema_kind
     from diffmoe.checkpoints.writer import save_start
+    from diffmoe.evaluation.decoding import data_class_names
     from diffmoe.models.logical import fresh_projector
 
     new = fresh_projector(config).items()
@@ -161,7 +162,8 @@ def _save(
     if kept is not None:
         kinds[RESEARCH] = kept
     folder = Path(config.run.folder) / "checkpoints"
-    return save_start(folder, config, layout, kinds, buffers, class_names or _class_names(config))
+    names = class_names or data_class_names(config)
+    return save_start(folder, config, layout, kinds, buffers, names)
 
 
 def _fitted(
@@ -386,15 +388,3 @@ def parse_size(text: str) -> int:
             f"--shard-size {text!r} must be a size such as 5GB, 500MB or 1000000 (bytes)"
         )
     return size
-
-
-def _class_names(config: Config) -> tuple[str, ...]:
-    """Those of the data set that the configuration names, where it is here and has them."""
-    from diffmoe.data.sources import is_remote
-    from diffmoe.evaluation.decoding import checkpoint_data
-
-    data = config.data
-    if not data.shards or is_remote(data.index or data.shards):
-        return ()
-    index = checkpoint_data(config, None, None)
-    return index.class_names if index and index.meta.classes == config.model.classes else ()

@@ -11,6 +11,7 @@ from diffmoe.commands.common import Parser, add_device, one_process
 from diffmoe.data.values import numbers_of
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
+from diffmoe.files import check_writable
 
 if TYPE_CHECKING:
     from diffmoe.data.cache import Cache
@@ -64,6 +65,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
         add(f"--{name.replace('_', '-')}", type=kind, help=f"with --write-index: {text}")
     options = parser.parse_args(arguments)
     one_process("inspect-data", environment)
+    check_writable(options.grid, f"--grid ({options.grid})")
     meaning, members = _claims(options)
     from diffmoe.config import DataConfig
     from diffmoe.data.feed import cache_of

@@ -43,7 +43,9 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     tree = read_deepspeed(options.deepspeed_config)
     given = {"stage": options.zero, MICS: options.shard}
     zero = {key: value for key, value in given.items() if value is not None}
-    tree["zero_optimization"] = {**(tree.get("zero_optimization") or {}), **zero}
+    section = tree.get("zero_optimization") or {}
+    if isinstance(section, dict):  # any other is refused below
+        tree["zero_optimization"] = {**section, **zero}
     merge_deepspeed(tree, config, layout)
     device = join(environment, asked=config.run.device)
     layout = on_our_hosts(config, layout)

@@ -14,7 +14,7 @@ from diffmoe.commands.common import Parser, one_process
 from diffmoe.device import local_device, set_fp32_precision
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
-from diffmoe.files import write_text
+from diffmoe.files import check_writable, write_text
 from diffmoe.models.compiled import check_compiler
 from diffmoe.parity.cases import (
     WORLDS,
@@ -60,6 +60,8 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU a rank")
     add("--json", type=Path, help="also write the table here")
     options = parser.parse_args(arguments)
+    if options.json:
+        check_writable(options.json, f"--json ({options.json})")
     one_process("verify", environment)  # it starts its own ranks
     worlds = _parse_worlds(options.worlds, options.device)
     for rank in range(max(worlds) if options.device == "cuda" else 0):

@@ -360,7 +360,7 @@ def _confounds(
             plain = {run.seed: run for run in runs if run.variant == router}
             same = [plain.get(r.seed) for r in made]
             if all(
-                p is not None and not _differences(p.config, r.config) for p, r in zip(same, made)
+                p is not None and not differences(p.config, r.config) for p, r in zip(same, made)
             ):
                 axes[axis].append((value, router))
                 continue
@@ -377,15 +377,7 @@ def settings(config: Config) -> dict[str, Any]:
     return {name: value for name, value in leaves.items() if name not in _FREE}
 
 
-def _differences(before: Config, now: Config) -> list[str]:
+def differences(before: Config, now: Config) -> list[str]:
+    """A text for each of the :func:`settings` that is not what it was."""
     old, new = settings(before), settings(now)
     return [f"{name} ({old[name]}) is now {new[name]}" for name in new if old[name] != new[name]]
-
-
-def check_unchanged(run: PlannedRun, before: Config) -> None:
-    """UserError that names a setting of a run which was begun with another."""
-    if changed := _differences(before, run.config):
-        raise UserError(
-            f"run {run.name} was begun with other settings: {'; '.join(changed)}; choose another "
-            f"folder, or remove {run.folder}"
-        )

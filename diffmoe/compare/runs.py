@@ -29,7 +29,7 @@ import yaml
 from diffmoe.checkpoints.manifest import MANIFEST
 from diffmoe.checkpoints.reader import complete_folders, step_folder, step_of
 from diffmoe.code_version import ROOT, digest
-from diffmoe.compare.plan import Comparison, PlannedRun, check_unchanged
+from diffmoe.compare.plan import Comparison, PlannedRun, differences
 from diffmoe.config import ScoreConfig, config_from_tree, config_to_tree
 from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
 from diffmoe.errors import UserError, stop_requests
@@ -52,10 +52,10 @@ def check(run: PlannedRun, comparison: Comparison) -> None:
     path, ranks = run.folder / SETTINGS, comparison.ranks
     if not path.exists():
         return
-    check_unchanged(run, config_from_tree(read_yaml(path)))
+    changed = differences(config_from_tree(read_yaml(path)), run.config)
     layout = run.folder / "layout.json"
     before = json.loads(layout.read_text())["ranks"] if layout.exists() else ranks
-    changed = [f"ranks ({before}) is now {ranks}"] if before != ranks else []
+    changed += [f"ranks ({before}) is now {ranks}"] if before != ranks else []
     tree = read_deepspeed(comparison.deepspeed or None)
     merged = merge_deepspeed(tree, run.config, resolve_layout(run.config, ranks))
     changed += [f"deepspeed: {change}" for change in engine_changes(run.folder, merged)]

@@ -8,6 +8,7 @@ one on the unfinished file, which takes its full size at once, so that it is cou
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -20,7 +21,7 @@ from diffmoe.data.rows import BadShard
 from diffmoe.data.sources import chunks
 from diffmoe.data.tar import ShardFile
 from diffmoe.errors import UserError
-from diffmoe.files import retried
+from diffmoe.files import check_writable, retried, writing
 
 _PART = ".part"
 
@@ -38,14 +39,13 @@ class Cache:
 
         Raises:
             BadShard: it cannot be had, or is not what its index says.
-            UserError: the cache is too small for what is in use.
+            UserError: the cache is too small for what is in use, or cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{file.sha256}.tar"
         while True:
             try:
                 descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 self._fetch(file, address, path)
                 continue
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -62,6 +62,7 @@ class Cache:
         return (self.folder / f"{file.sha256}.tar").exists()
 
     def _fetch(self, file: ShardFile, address: str, path: Path) -> None:
+        check_writable(path, f"data.cache ({self.folder})")
         # One process of the node fetches, the others wait here.
         with _locked(self.folder / f"{file.sha256}.lock"):
             if path.exists():
@@ -132,7 +133,9 @@ def _download(descriptor: int, file: ShardFile, address: str) -> None:
             if got + len(chunk) > file.bytes:
                 raise OSError(f"more than the {file.bytes} bytes of its index")
             digest.update(chunk)
-            os.pwrite(descriptor, chunk, got)
+            with writing(f"data.cache (shard {file.name})"):  # a full disk is no bad shard
+                if os.pwrite(descriptor, chunk, got) != len(chunk):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             got += len(chunk)
     if got != file.bytes:
         raise OSError(f"ended after {got} of {file.bytes} bytes")

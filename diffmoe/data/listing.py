@@ -9,7 +9,6 @@ where it looks like a sample.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from diffmoe.data.image_source import (
     shorten,
 )
 from diffmoe.data.listing_tars import list_tar
+from diffmoe.data.sources import expanded
 from diffmoe.errors import UserError
 from diffmoe.files import is_final
 
@@ -187,9 +187,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def _expand(pattern: str) -> list[str]:
-    from braceexpand import braceexpand
-
-    tars = [name for part in braceexpand(pattern) for name in (sorted(glob.glob(part)) or [part])]
+    tars = expanded(pattern, "source")
     for name in tars:
         if not Path(name).is_file():
             raise UserError(f"source ({pattern}): {name} does not exist")

@@ -8,6 +8,7 @@ file's name goes.
 from __future__ import annotations
 
 import glob
+import http.client
 import os
 import re
 import select
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from diffmoe.errors import UserError
 from diffmoe.files import Refused, retried
+from diffmoe.remote import translated
 
 STALL = 60.0  # seconds without a byte after which a transfer counts as dead
 _CHUNK = 1 << 20
@@ -57,11 +59,8 @@ def resolve(address: str) -> tuple[str, tuple[str, ...] | None]:
     if not address.startswith("pipe:") and not path.endswith(".tar"):
         # In a local path a brace or a star may be part of a folder's name.
         return f"{address.rstrip('/')}/{{name}}", None
-    from braceexpand import braceexpand
-
-    found = list(braceexpand(address))
+    found = expanded(address, "data.shards")
     if not remote:
-        found = [name for part in found for name in (sorted(glob.glob(part)) or [part])]
         gone = [name for name in found if not Path(name).is_file()]
         if gone:
             raise UserError(f"data.shards ({address}): {gone[0]} does not exist")
@@ -78,6 +77,21 @@ def resolve(address: str) -> tuple[str, tuple[str, ...] | None]:
             f"({', '.join(sorted(places)[:2])}); a data set has one, with its index.json"
         )
     return places.pop(), tuple(names)
+
+
+def expanded(pattern: str, what: str) -> list[str]:
+    """The names that a pattern with braces means, and a local one with stars.  UserError, which
+    calls the pattern `what`, for a brace without its other half.
+    """
+    from braceexpand import braceexpand
+
+    try:
+        parts = list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{what} ({pattern}): {error}") from None
+    if is_remote(pattern):
+        return parts
+    return [name for part in parts for name in (sorted(glob.glob(part)) or [part])]
 
 
 def _place(address: str, name: str) -> str:
@@ -127,19 +141,18 @@ def _http(url: str) -> Generator[bytes, None, None]:
         raise kind(f"HTTP status {error.code} ({error.reason})") from None
     except urllib.error.URLError as error:
         raise OSError(f"{error.reason}") from None
-    except (ValueError, EOFError) as error:  # http.client's own complaints are neither
-        raise OSError(str(error)) from error
+    except http.client.InvalidURL as error:
+        raise Refused(str(error)) from None
+    except (ValueError, EOFError, http.client.HTTPException) as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _filesystem(url: str) -> Generator[bytes, None, None]:
     import fsspec
 
-    try:
-        with fsspec.open(url, "rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                yield chunk
-    except (ImportError, ValueError) as error:  # a package for it is missing, or no such protocol
-        raise Refused(str(error)) from error
+    with translated(), fsspec.open(url, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            yield chunk
 
 
 def _command(command: str) -> Generator[bytes, None, None]:
@@ -151,8 +164,10 @@ def _command(command: str) -> Generator[bytes, None, None]:
         start_new_session=True,
     )
     assert process.stdout is not None
+    poll = select.poll()  # select.select takes no descriptor above 1,023
+    poll.register(process.stdout, select.POLLIN)
     try:
-        while select.select([process.stdout], [], [], STALL)[0]:
+        while poll.poll(STALL * 1000):
             chunk = os.read(process.stdout.fileno(), _CHUNK)
             if not chunk:
                 break

@@ -33,12 +33,6 @@ def write_tar(path: Path, samples: Mapping[str, Mapping[str, object]]) -> None:
     """Write key → {"npy": array, "cls": label, perhaps "flip.npy" and "features.npy": arrays} to
     `path`, atomically, and the table of its rows first; equal samples give equal bytes.
     """
-    with replacing(path) as stream:
-        write_tar_to(stream, path.name, samples)
-
-
-def write_tar_to(stream: BinaryIO, name: str, samples: Mapping[str, Mapping[str, object]]) -> None:
-    """`write_tar` into an open file that can be read and sought."""
     # Seconds, since it brings torch: the loader's processes do without.
     from webdataset import TarWriter
 
@@ -46,18 +40,20 @@ def write_tar_to(stream: BinaryIO, name: str, samples: Mapping[str, Mapping[str,
     features = any(FEATURES in members for members in samples.values())
     nothing = np.zeros((len(samples), 1 + flips + features), np.int64)
     blank = pack_table(RowTable(np.zeros(len(samples), np.int64), nothing, nothing, None))
-    # An integer time: a float one makes tarfile put a 1 KiB extended header before every member.
-    with TarWriter(stream, user="", group="", mtime=0, compress=False) as tar:
-        header = tarfile.TarInfo(ROWS_NAME)
-        header.size, header.mode = len(blank), 0o444
-        tar.tarstream.addfile(header, io.BytesIO(blank))
-        for key, members in samples.items():
-            tar.write({"__key__": key, **members})
-    # The table is of what is there, and takes the room that was kept for it.
-    table = scan_rows(stream, name, flips, len(samples), 2**62, features=features)
-    packed = pack_table(replace(table, crcs=_checksums(stream, table)))
-    stream.seek(BLOCK)
-    stream.write(packed)
+    with replacing(path) as stream:
+        # An integer time: a float one makes tarfile put a 1 KiB extended header before every
+        # member.
+        with TarWriter(stream, user="", group="", mtime=0, compress=False) as tar:
+            header = tarfile.TarInfo(ROWS_NAME)
+            header.size, header.mode = len(blank), 0o444
+            tar.tarstream.addfile(header, io.BytesIO(blank))
+            for key, members in samples.items():
+                tar.write({"__key__": key, **members})
+        # The table is of what is there, and takes the room that was kept for it.
+        table = scan_rows(stream, path.name, flips, len(samples), 2**62, features=features)
+        packed = pack_table(replace(table, crcs=_checksums(stream, table)))
+        stream.seek(BLOCK)
+        stream.write(packed)
 
 
 def _checksums(stream: BinaryIO, table: RowTable) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,13 @@ class Decoder:
 
 
 def checkpoint_data(
-    config: Config, scale: Numbers | None, shift: Numbers | None
+    config: Config,
+    scale: Numbers | None = None,
+    shift: Numbers | None = None,
+    options: str = "",
 ) -> ShardIndex | None:
     """The index of the training data that a checkpoint's configuration names; None where it is not
-    here (`vae_note` says so).
+    here (`vae_note` says so).  `options`: those of the caller that say scale and shift.
 
     A checkpoint may be anybody's: an address for which a program would be started is not opened.
 
@@ -45,12 +49,12 @@ def checkpoint_data(
     name = "index" if config.data.index else "shards"
     address = getattr(config.data, name)
     known = scale is not None and shift is not None
+    instead = f"; with {options} it is not needed" if options else ""
     if runs_a_program(address):
         if known:
             return None
         raise UserError(
-            f"data.{name} ({address}) would start a program, which no checkpoint may: say "
-            "--latent-scale and --latent-shift"
+            f"data.{name} ({address}) would start a program, which no checkpoint may{instead}"
         )
     folder = Path(address)
     if folder.suffix in (".tar", ".json"):
@@ -64,8 +68,18 @@ def checkpoint_data(
             return None
         raise UserError(
             "the training data's index, by which VAE and scale are checked, cannot be read: "
-            f"{error}; restore it, or say --latent-scale and --latent-shift"
+            f"{error}; restore it{instead}"
         ) from error
+
+
+def data_class_names(config: Config) -> tuple[str, ...]:
+    """The names of the training data's classes, where its index is here and has them."""
+    with contextlib.suppress(UserError):  # data that are not whole yet, say
+        if not is_remote(config.data.index or config.data.shards):
+            index = checkpoint_data(config)
+            if index and index.meta.classes == config.model.classes:
+                return index.class_names
+    return ()
 
 
 def vae_note(config: Config, decoder: Decoder, index: ShardIndex | None) -> str | None:

@@ -28,7 +28,7 @@ from diffmoe.data.reader import ShardReader
 from diffmoe.data.shards import load_index
 from diffmoe.errors import UserError
 from diffmoe.evaluation.scores import NEIGHBOURS, nearest_distances, precision_recall
-from diffmoe.files import write_text
+from diffmoe.files import check_writable, write_text
 from diffmoe.paths import PathParser
 
 # Of the network that reads images of shards: three passes get 91.7 % on Fashion-MNIST.
@@ -271,6 +271,8 @@ def main(arguments: list[str] | None = None) -> int:
         train, held_out = options.train, options.held_out
         if (train is None) != (held_out is None):
             raise UserError(f"--train ({train}) and --held-out ({held_out}) go together")
+        if options.json:
+            check_writable(options.json, f"--json ({options.json})")
         report = judge(*_read_samples(options.samples), train, held_out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
