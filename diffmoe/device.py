@@ -214,18 +214,17 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 @functools.cache
-def peak_flops(device: torch.device) -> tuple[float, str]:
-    """(FLOP/s, where the figure comes from): the data sheet's bf16 peak of a known GPU, else
-    :func:`measured_flops` in the precision that training uses there, bf16 on a GPU and fp32 on a
-    CPU.
+def peak_flops(device: torch.device) -> float:
+    """FLOP/s: the data sheet's bf16 peak of a known GPU, else :func:`measured_flops` in the
+    precision that training uses there, bf16 on a GPU and fp32 on a CPU.
     """
     if device.type == "cpu":
-        return measured_flops(device, torch.float32, 512, 100), "measured fp32 matmul"
+        return measured_flops(device, torch.float32, 512, 100)
     name = torch.cuda.get_device_name(device)
     for known, flops in _PEAKS.items():
         if known in name:
-            return flops, f"{name} data sheet"
-    return measured_flops(device, torch.bfloat16, 8192, 20), f"{name}, measured bf16 matmul"
+            return flops
+    return measured_flops(device, torch.bfloat16, 8192, 20)
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int, tries: int) -> float:

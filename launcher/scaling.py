@@ -76,12 +76,11 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
     start = _start(options, environ)
     per_node = options.per_node or _ranks_per_node(environ)
     sizes = _sizes(options, environ, per_node, start)
-    trials, left_out = plan_trials(config, tree, options, sizes)
+    pool, trials, left_out = plan_trials(config, tree, options, sizes)
     for text in left_out:
         print(f"left out: {text}", flush=True)
     if not trials:
         raise UserError("no layout of --ranks, --ep and --zero divides evenly; nothing to measure")
-    pool = _pool(config, trials[0])
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         lines = (options.out / "runs.jsonl").open("x")
@@ -217,9 +216,12 @@ def _doubling(most: int) -> list[int]:
 
 def plan_trials(
     config: Config, tree: dict, options: argparse.Namespace, sizes: list[tuple[int, int]]
-) -> tuple[list[Trial], list[str]]:
-    """(trials in the order to run them, what does not divide and is left out)."""
-    zero_block = tree.get("zero_optimization") or {}
+) -> tuple[int | None, list[Trial], list[str]]:
+    """(the pool in samples, trials in the order to run them, what does not divide and is left out).
+
+    The pool is that of the first trial: a word would mean another model in each.  None: dense.
+    """
+    zero_block, smallest = tree.get("zero_optimization") or {}, sizes[0][0]
     kinds = itertools.product(
         options.mode,
         sizes,
@@ -228,31 +230,27 @@ def plan_trials(
         options.shard,
         options.overlap.split(","),
     )
-    trials, left_out = [], []
+    pool, trials, left_out = None, [], []
     for mode, (ranks, nodes), ep, zero, shard, overlap in kinds:
-        batch = config.train.batch * (ranks // sizes[0][0] if mode == "weak" else 1)
-        trial = Trial(mode, ranks, nodes, ep, zero, batch, 1, shard, overlap)
+        batch = config.train.batch * (ranks if mode == "weak" else smallest)
+        trial = Trial(mode, ranks, nodes, ep, zero, batch // smallest, 1, shard, overlap)
         block = {**zero_block, "stage": zero, **({MICS: shard} if shard else {})}
-        smallest = Trial(mode, *sizes[0], 1, zero, config.train.batch, 1)
         try:
-            sized = override(config, _overrides(trial, _pool(config, smallest)))
-            sharded = {**tree, "zero_optimization": block}
-            merge_deepspeed(sharded, sized, resolve_layout(sized, ranks))
-            trials.append(trial)
+            if batch % smallest:
+                raise UserError(
+                    f"train.batch ({config.train.batch}) x ranks ({ranks}) must be divisible by "
+                    f"those of the smallest run ({smallest})"
+                )
+            sized = override(config, _overrides(trial, pool))
+            layout = resolve_layout(sized, ranks)
+            merge_deepspeed({**tree, "zero_optimization": block}, sized, layout)
         except UserError as error:
             left_out.append(f"{trial.label.rpartition(',')[0]}: {error}")
+            continue
+        trials.append(trial)
+        pool = None if config.model.family == "dense" else layout.pool
     repeats = range(1, options.repeats + 1)
-    return [replace(trial, repeat=repeat) for repeat in repeats for trial in trials], left_out
-
-
-def _pool(config: Config, smallest: Trial) -> int | None:
-    """The pool in samples, the same in every run: a word would mean another model in each."""
-    if config.model.family == "dense":
-        return None
-    if isinstance(config.moe.pool, int):
-        return config.moe.pool
-    sized = override(config, [f"train.batch={smallest.batch}", f"parallel.ep={smallest.ep}"])
-    return resolve_layout(sized, smallest.ranks).pool
+    return pool, [replace(trial, repeat=repeat) for repeat in repeats for trial in trials], left_out
 
 
 def _overrides(trial: Trial, pool: int | None) -> list[str]:

@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from diffmoe.layout import resolve_layout
 from diffmoe.parallel.collectives import AgreedError
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks
-from diffmoe.training import loop
+from diffmoe.training import guard, loop
 from diffmoe.training.guard import Guard, find_nonfinite
 from diffmoe.training.step import StepReport, train_step
 from programs import losses, tiny, tiny_config, zero
@@ -30,6 +31,17 @@ from test_run import assert_same_tensors, steps, train_here
 pytestmark = pytest.mark.full  # its fixtures take their time
 
 BATCH = 16
+
+
+def test_the_second_look_is_by_the_rule_of_the_step(monkeypatch):
+    rules = []
+    monkeypatch.setattr(guard, "_run_watched", lambda *given: rules.append(given[-1]) or [])
+    monkeypatch.setattr(guard, "gather_objects", lambda mine, _group: [mine])
+    config = load_config(None, ["moe.threshold_from=3"])
+    for step in (2, 3):
+        where = find_nonfinite(mock.MagicMock(), [None], config, mock.MagicMock(), step)
+        assert where == "a second pass over the same samples is finite"
+    assert [rule.kind for rule in rules] == ["train", "threshold"]
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def start(config: Config, world: int, stage: int = 1, bf16: bool = False, shard:
         groups,
         torch.device("cpu"),
     )
-    return engine, Ema(engine, config.train.ema_decays), layout, groups
+    return engine, Ema(engine, config.train), layout, groups
 
 
 def shards_of(engine: Engine, ema: Ema) -> dict[str, list[torch.Tensor]]:

@@ -126,11 +126,9 @@ def _deepspeed(zero, bf16, bucket, shard=None):
             "mics_shard_size": shard,
         }
     }
-    return (
-        {**tree, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-        if bf16
-        else tree
-    )
+    sums = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    narrow = {"bf16": {"enabled": True}}  # gradients are accumulated in bf16, too
+    return {**tree, **{False: {}, True: sums, "narrow": narrow}[bf16]}
 
 
 def _measured_memory(overrides, tree):
@@ -145,7 +143,7 @@ def _measured_memory(overrides, tree):
     before = live_bytes(CPU)
     merged = merge_deepspeed(tree, config, layout)
     engine = Engine(build_model(config, layout.pool, groups), config, merged, groups, CPU)
-    ema = Ema(engine, config.train.ema_decays)
+    ema = Ema(engine, config.train)
     micro = layout.micro_batch
     batches = [
         synthetic_batch(config, range(groups.rank * micro, (groups.rank + 1) * micro))
@@ -181,6 +179,7 @@ def _measured_memory(overrides, tree):
         pytest.param(1, 1, 1, "none", True, 1, 200_000, None, marks=pytest.mark.slow),
         (2, 2, 1, "none", False, 2, 5_000_000, None),
         (2, 2, 1, "selective", True, 1, 5_000_000, None),
+        (2, 2, 1, "none", "narrow", 2, 200_000, None),
         (2, 2, 2, "none", True, 2, 200_000, None),
         pytest.param(2, 1, 2, "block", False, 1, 200_000, None, marks=pytest.mark.slow),
         (2, 2, 3, "selective", False, 1, 200_000, None),
@@ -301,6 +300,7 @@ def test_halves_send_as_many_bytes_in_twice_as_many_messages(worlds, pool, recom
         (4, 2, "global", 2, "none", False),
         (4, 4, "global", 1, "selective", False),
         (4, 2, "rank", 1, "none", True),
+        (4, 2, "rank", 1, "none", "narrow"),
         (2, 2, "rank", 2, "none", True),
         pytest.param(4, 2, "rank", 0, "none", False, marks=pytest.mark.slow),
         pytest.param(4, 4, "rank", 3, "none", False, marks=pytest.mark.slow),
@@ -687,6 +687,13 @@ def test_every_router_is_planned_near_the_published_one(router):
     best = candidates(published, BF16, cluster)[0].time.total
     found = candidates(override(published, router.split()), BF16, cluster)
     assert found[0].fits and 0.5 * best < found[0].time.total < 2.5 * best
+
+
+def test_experts_are_shared_out_evenly_or_not_at_all():
+    cluster = Cluster(1, 6, choose(read_table(None), "h100"))
+    config = load_config("configs/diffmoe_l_e16_flow.yaml", ["train.batch=252", "moe.pool=6"])
+    assert candidates(config, BF16, cluster, Pins(ep=2))
+    assert candidates(config, BF16, cluster, Pins(ep=3)) == []
 
 
 def test_less_memory_is_answered_with_recompute_then_with_more_nodes():

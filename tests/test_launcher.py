@@ -286,6 +286,27 @@ def test_a_job_comes_to_its_conclusion(tmp_path, before, step, said):
 
 
 @pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("evaluate --checkpoint c", "evaluation"),
+        ("sample --checkpoint c", "samples"),
+        ("sample --out=a/b", "a/b"),
+        ("encode --out d --source s", "d"),
+    ],
+)
+def test_the_folder_whose_files_are_progress_is_the_one_that_is_filled(tmp_path, words, folder):
+    script = (
+        "set -euo pipefail; source scripts/slurm/_common.sh; SLURM_JOB_ID=1 SLURM_JOB_NAME=j; "
+        f"enter_repository() {{ cd {tmp_path}; }}; on_ranks() {{ :; }}; "
+        f'conclude() {{ printf "<%s>" "$@"; }}; run_verb {words}'
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0 and done.stdout.endswith(f"<--out><{folder}>"), done
+
+
+@pytest.mark.parametrize(
     "script", sorted((REPOSITORY / "scripts/slurm").glob("*.sh")), ids=lambda path: path.stem
 )
 def test_job_scripts_parse_and_ask_for_ranks_that_their_configuration_divides(script, tmp_path):

@@ -49,7 +49,7 @@ def start(tree, *overrides):
     groups = build_groups(layout.ep, layout.pool_ranks)
     merged = merge_deepspeed(tree, config, layout)
     engine = Engine(build_model(config, layout.pool, groups), config, merged, groups, CPU)
-    ema, micro = Ema(engine, config.train.ema_decays), layout.micro_batch
+    ema, micro = Ema(engine, config.train), layout.micro_batch
     batches = [
         synthetic_batch(config, range(groups.rank * micro, (groups.rank + 1) * micro))
     ] * layout.accumulation

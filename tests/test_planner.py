@@ -336,7 +336,7 @@ def _options(*arguments):
 def test_every_size_trains_the_same_pool_and_repeats_are_interleaved():
     options = _options("--ep", "1,2", "--zero", "1,2", "--repeats", "2")
     config, sizes = scaling.load_config(options.config, []), [(1, 1), (2, 1), (4, 2)]
-    trials, left_out = scaling.plan_trials(
+    pool, trials, left_out = scaling.plan_trials(
         config, {"zero_optimization": {"stage": 1}}, options, sizes
     )
     assert {(t.ranks, t.ep) for t in trials} == {(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)} and len(
@@ -352,17 +352,32 @@ def test_every_size_trains_the_same_pool_and_repeats_are_interleaved():
         (4, 512),
     }
     assert {t.batch for t in trials if t.mode == "strong"} == {128}
-    assert scaling._pool(config, trials[0]) == 128  # moe.pool: global
+    assert pool == 128  # moe.pool: global
+
+
+def test_one_pool_for_all_runs_and_weak_batches_in_proportion():
+    options = _options("--ep", "1", "--repeats", "1")
+    config = scaling.load_config(options.config, ["moe.pool=rank", "train.batch=16"])
+    pool, trials, left_out = scaling.plan_trials(config, {}, options, [(3, 1), (4, 1)])
+    assert pool == 4 and [(t.mode, t.ranks) for t in trials] == [("strong", 4)]
+    assert "train.batch (16) must be divisible by ranks (3)" in left_out[0]
+    assert "train.batch (16) x ranks (4) must be divisible by those of the smallest" in left_out[2]
+    config = scaling.load_config(options.config, ["moe.pool=2", "train.batch=12"])
+    _, trials, _ = scaling.plan_trials(config, {}, options, [(2, 1), (3, 1)])
+    assert [t.batch for t in trials] == [12, 12, 12, 18]
+    config = scaling.load_config(options.config, ["moe.pool=group", "train.batch=16"])
+    pool, *_ = scaling.plan_trials(config, {}, _options("--ep", "2"), [(2, 1), (4, 1)])
+    assert pool == 16  # as in the runs, of two ranks
 
 
 def test_shards_and_overlap_are_varied_too(tmp_path):
     options = _options("--ep", "1,2", "--shard", "0,2", "--ranks", "4", "--repeats", "1")
-    trials, left_out = scaling.plan_trials(
+    _, trials, left_out = scaling.plan_trials(
         scaling.load_config(options.config, []), {}, options, [(4, 1)]
     )
     assert left_out and all("zero_optimization.stage 1 or above" in text for text in left_out)
     options.zero = [1]
-    trials, left_out = scaling.plan_trials(
+    _, trials, left_out = scaling.plan_trials(
         scaling.load_config(options.config, []), {}, options, [(4, 1)]
     )
     assert left_out == [] and {(t.ep, t.shard) for t in trials} == {(1, 0), (1, 2), (2, 0), (2, 2)}
@@ -374,7 +389,7 @@ def test_the_helps_example_leaves_nothing_out():
     example = shlex.split(scaling._EXAMPLE.replace("\\\n", " ").strip().splitlines()[0])
     options = scaling._parse(example[example.index("scaling") + 1 :])
     config = scaling.load_config(options.config, options.overrides)
-    trials, left_out = scaling.plan_trials(
+    _, trials, left_out = scaling.plan_trials(
         config, {}, options, scaling._sizes(options, {}, 2, "torchrun")
     )
     assert left_out == [] and {trial.ranks for trial in trials} == {1, 2} and options.synthetic

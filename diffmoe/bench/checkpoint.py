@@ -97,7 +97,7 @@ def _measure(
     model = new_model(config, layout.pool, groups)
     tree = merge_deepspeed({"zero_optimization": {"stage": stage}}, config, layout)
     engine = Engine(model, config, tree, groups, torch.device("cpu"))
-    ema = Ema(engine, config.train.ema_decays)
+    ema = Ema(engine, config.train)
     savers = {}
     for way in WAYS[1:]:
         train = dataclasses.replace(config.train, async_save=way == "beside training", keep=1)

@@ -203,7 +203,8 @@ def engine(config: Config, ranks: int, per_node: int, deepspeed: dict) -> dict[s
     small = override(config, narrow)
     layout = _layout(small, ranks, per_node)
     groups = build_groups(layout.ep, layout.pool_ranks, per_host=layout.per_host)
-    os.environ.setdefault("LOCAL_RANK", "0")
+    # A CPU's DeepSpeed also where there is a GPU: what is counted lies on the CPU.
+    os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR="cpu")
     # Other ranks' shards are not there: DeepSpeed gathers this rank's in their place.
     with (
         contextlib.redirect_stdout(io.StringIO()),

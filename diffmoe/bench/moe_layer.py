@@ -32,8 +32,8 @@ from diffmoe.device import backend
 from diffmoe.errors import UserError
 from diffmoe.layout import rows_taken
 from diffmoe.models.layers import Mlp
+from diffmoe.moe import gating
 from diffmoe.moe.capacity import CapacityPredictor, predictor_loss
-from diffmoe.moe.gating import gate_scores
 from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.groups import single_process
@@ -59,7 +59,7 @@ class TextbookLoop(nn.Module):
         """(output [T, D], predictor loss, K-th largest sigmoids [E]); all tokens are one pool."""
         (T, D), E = x_TD.shape, len(self.experts)
         K = rows_taken(T, E, capacity)
-        scores = gate_scores(x_TD, self.router.weight)
+        scores = gating.logits(x_TD, self.router.weight).softmax(dim=1)
         gates, chosen = scores.t().topk(K, dim=1)
         each = [gates[i, :, None] * f(x_TD[chosen[i]]) for i, f in enumerate(self.experts)]
         place = torch.cat([i * T + chosen[i] for i in range(E)])

@@ -208,7 +208,8 @@ def extrapolate(
         else:
             best = found[0]
             first = first or best
-            ideal = best.samples_per_rank / first.samples_per_rank
+            of, to = first.layout, best.layout  # samples a rank
+            ideal = to.batch * of.ranks / (to.ranks * of.batch)
             lost = {p: getattr(best.time, p) - ideal * getattr(first.time, p) for p in WORDS}
             efficiency = ideal * first.time.total / best.time.total
             point = replace(point, candidate=best, efficiency=efficiency, lost=lost)

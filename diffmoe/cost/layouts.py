@@ -69,10 +69,6 @@ class Candidate:
         return self.layout.batch / self.time.total
 
     @property
-    def samples_per_rank(self) -> float:
-        return self.layout.batch / self.layout.ranks
-
-    @property
     def recompute(self) -> str:
         return self.config.parallel.recompute
 
@@ -182,8 +178,8 @@ def candidates(
         if shard is not None:
             block[MICS] = math.lcm(ep, cluster.per_node) if shard == _WHOLE_NODES else shard
         tree = {**deepspeed_tree, "zero_optimization": block}
-        if ep == 1 and overlap == "halves":
-            continue  # no rows travel
+        if experts % ep or (ep == 1 and overlap == "halves"):
+            continue  # no such shares; no rows travel
         try:
             candidate = evaluate(changed, tree, cluster)
         except UserError:

@@ -224,17 +224,17 @@ def _gradients(
         return dict(
             gradient_sums=_FP32 * shard + reduced * engine.bucket, reduction=max(copied, across)
         )
-    if engine.stage == 1 and engine.bf16:
+    if engine.sums_in_products:
         # Fp32 sums of all gradients, always; they are reduced in place, or as copies that all wait
         # for the end of backward.
         copies = reduced * whole if reduced < _FP32 else 0
         return dict(gradient_sums=_FP32 * padded, reduction=copies)
     if engine.stage == 1:
         return dict(
-            buckets=_FP32 * engine.bucket * engine.buckets,
-            accumulated=_FP32 * whole if accumulates else 0,
-            gradients=_FP32 * max(0, whole - engine.bucket),  # what does not fit into a bucket
-            reduction=_FP32 * (bucket + shard),
+            buckets=element * engine.bucket * engine.buckets,
+            accumulated=element * whole if accumulates else 0,
+            gradients=element * max(0, whole - engine.bucket),  # what does not fit into a bucket
+            reduction=copied + _FP32 * shard,
         )
     return dict(
         buckets=element * engine.bucket * engine.buckets,

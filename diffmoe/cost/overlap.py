@@ -79,7 +79,7 @@ def exposed_reduction(
     state add up theirs, a bucket goes there when the next one has left.  What copies add up in one
     message, after backward, is waited for, as weights are.
     """
-    in_buckets = engine.stage == 1 and engine.bf16
+    in_buckets = engine.sums_in_products
     under = waited = 0.0
     for message, seconds in timed:
         late = message.group == "replicas" and not in_buckets

@@ -15,8 +15,7 @@ from diffmoe.families import (
     projector_of,
     router_shape,
 )
-
-_FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
+from diffmoe.models.count import FREQUENCIES
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ def rank_parameters(model: ModelConfig, moe: MoEConfig, ep: int) -> tuple[Parame
     """Every parameter of ``DiT(model, moe)`` on a rank that holds ``moe.experts / ep`` experts."""
     D = model.width
     found = _linear("x_embedder.proj", model.channels * model.patch**2, D)
-    found += _linear("t_embedder.mlp.0", _FREQUENCIES, D) + _linear("t_embedder.mlp.2", D, D)
+    found += _linear("t_embedder.mlp.0", FREQUENCIES, D) + _linear("t_embedder.mlp.2", D, D)
     found.append(Parameter("y_embedder.embedding_table.weight", (model.classes + 1) * D))
     for i in range(model.depth):
         found += _block(f"blocks.{i}", model, moe, ep, is_moe_block(model, moe, i))

@@ -153,10 +153,9 @@ def sum_seconds(
 
 
 def muon_seconds(config: Config, layout: Layout, engine: EngineFacts, hardware: Hardware) -> float:
-    """Of Newton-Schulz's products, which a GPU does in bf16 whatever the run's precision."""
+    """Of Newton-Schulz's products."""
     flops = newton_schulz_flops(config, layout, engine)
-    bf16 = hardware.tflops_bf16 * 1e12 * hardware.matmul
-    return flops / (bf16 if hardware.asynchronous else rates(config, hardware, engine)["product"])
+    return flops / rates(config, hardware, engine)["product"]
 
 
 def peak_flops(config: Config, hardware: Hardware, engine: EngineFacts) -> float:

@@ -144,14 +144,14 @@ def rows_sent(config: Config, layout: Layout) -> int:
 
 
 def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> list[Message]:
-    """Gradients and weights.  ZeRO 1 in bf16 reduces gradients to their owner; DeepSpeed 0.19.8
-    all-reduces whole buckets at ZeRO 0 to 2, of which ZeRO 1 and 2 then keep a part; ZeRO 2 and 3
-    do it after every micro-batch.  Where groups of ranks have a copy of the optimizer's state each,
-    all that stays inside a group, and once a step a rank's shard is all-reduced over the copies.
-    Of Muon's momenta the mean over ranks.
+    """Gradients and weights.  ZeRO 1 in bf16, with sums in products, reduces them to their owner;
+    DeepSpeed 0.19.8 all-reduces whole buckets at ZeRO 0 to 2, of which ZeRO 1 and 2 then keep a
+    part; ZeRO 2 and 3 do it after every micro-batch.  Where groups of ranks have a copy of the
+    optimizer's state each, all that stays inside a group, and once a step a rank's shard is
+    all-reduced over the copies.  Of Muon's momenta the mean over ranks.
     """
     found, copies = [], engine.copies(layout)
-    sums = engine.stage == 1 and engine.bf16
+    sums = engine.sums_in_products
     shards = shard_messages = 0
     groups = ("world", "edp") if copies == 1 else ("shard", "expert shard")
     for part in shared_parts(config, layout):

@@ -16,7 +16,7 @@ from diffmoe.families import (
     router_shape,
 )
 
-_FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
+FREQUENCIES = 256  # of the time step, TimestepEmbedding.frequencies
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def count(model: ModelConfig, moe: MoEConfig, capacity: float | None = None) -> 
         + _linear(D, model.patch**2 * model.out_channels)
     )
     per_sample = (
-        _linear(_FREQUENCIES, D)
+        _linear(FREQUENCIES, D)
         + _linear(D, D)
         + _linear(D, 6 * D) * model.depth
         + _linear(D, 2 * D)

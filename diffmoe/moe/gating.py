@@ -20,22 +20,15 @@ class Beside(NamedTuple):
     null_B: Tensor | None = None
 
 
-def gate_scores(x_TD: Tensor, router_ED: Tensor, score: str = "softmax") -> Tensor:
-    """``score`` (softmax over experts: paper, equation 2; sigmoid; identity) of x W [T, E], in fp32
-    at least: bf16 scores tie by the thousand.
-    """
-    return scored(logits(x_TD, router_ED), score)
-
-
 def scored(logits_TE: Tensor, score: str) -> Tensor:
-    """The gate function of logits."""
+    """The gate function of logits: softmax over experts (paper, equation 2), sigmoid, identity."""
     if score == "identity":
         return logits_TE
     return logits_TE.sigmoid() if score == "sigmoid" else logits_TE.softmax(dim=-1)
 
 
 def logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:
-    """x W [T, E], in fp32 at least."""
+    """x W [T, E], in fp32 at least: bf16 scores tie by the thousand."""
     if x_TD.dtype.itemsize < 4:
         return _WideLogits.apply(x_TD, router_ED)
     return F.linear(x_TD, router_ED)

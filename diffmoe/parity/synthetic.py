@@ -64,9 +64,7 @@ class Training:
         self.layout = resolve_layout(config, groups.world.size)
         merged = merge_deepspeed(tree, config, self.layout)
         self.engine = Engine(model, config, merged, groups, device)
-        self.ema = Ema(
-            self.engine, config.train.ema_decays, config.train.growth, config.train.ema_lengths
-        )
+        self.ema = Ema(self.engine, config.train)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, of made-up samples."""

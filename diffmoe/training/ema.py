@@ -4,12 +4,11 @@ optimizer is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from diffmoe.checkpoints.power_averages import exponent, step_weight
+from diffmoe.config import TrainConfig
 from diffmoe.training.engine import Engine
 
 
@@ -21,16 +20,10 @@ class Ema:
     many times the batch is what the decays are stated for, by which averages are called; lengths
     have no unit of time and stay."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        decays: Sequence[float],
-        growth: float = 1.0,
-        lengths: Sequence[float] = (),
-    ) -> None:
-        self.engine, self.growth = engine, growth
-        self.by_decay = {decay: self._weights() for decay in decays}
-        self.by_length = {length: self._weights() for length in lengths}
+    def __init__(self, engine: Engine, train: TrainConfig) -> None:
+        self.engine, self.growth = engine, train.growth
+        self.by_decay = {decay: self._weights() for decay in train.ema_decays}
+        self.by_length = {length: self._weights() for length in train.ema_lengths}
 
     def _weights(self) -> list[Tensor]:
         return [master.detach().clone() for master in self.engine.masters]

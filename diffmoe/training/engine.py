@@ -159,7 +159,8 @@ class Engine:
         self._start_adam()
         self._assert_weights_survived(given)
         if isinstance(self._adam, Muon):
-            self._adam.share(self.sharding if self.stage else None)
+            dtype = parameters[0].dtype if self.device.type == "cuda" else None
+            self._adam.share(self.sharding if self.stage else None, dtype)
 
     # --------------------------------------------------------------------------------------- start
 

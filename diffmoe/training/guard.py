@@ -19,7 +19,7 @@ from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.collectives import AgreedError, gather_objects
 from diffmoe.parallel.groups import ParallelGroups
 from diffmoe.training.engine import Engine
-from diffmoe.training.step import StepReport, micro_loss
+from diffmoe.training.step import StepReport, micro_loss, training_rule
 
 Verdict = Literal["good", "not finite", "spike", "left out"]
 _REMEMBERED = ("nonfinite", "left_out", "losses", "in_a_row", "rollbacks")
@@ -102,7 +102,7 @@ def find_nonfinite(
     together.
     """
     groups.trace.enter("looking for what is not finite", step)
-    rule = RoutingRule("train", capacity=config.moe.capacity_at(step))
+    rule = training_rule(config.moe, step)
     finds: list[tuple[int, int, str]] = []
     # Compiled code calls no hooks of the modules in it.
     with engine.model.plainly(), ordinary_gradients():

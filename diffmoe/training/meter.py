@@ -34,7 +34,7 @@ class Meter:
 
     def __init__(self, config: Config, groups: ParallelGroups, device: torch.device) -> None:
         self.config, self.groups, self.device = config, groups, device
-        self.peak, _ = peak_flops(device)
+        self.peak = peak_flops(device)
         self._reports: list[StepReport] = []
         self._started = time.perf_counter()
 

@@ -37,8 +37,8 @@ def newton_schulz(stack: Tensor) -> Tensor:
     """Each matrix of [n, rows, columns] with its singular values brought to between 0.68 and 1.21,
     but for those below 1/500 of its norm.
 
-    A CPU computes in the precision given: small singular values are multiplied by up to 3.4445^5 =
-    485, and with them what rounding makes differ over ranks.  2^-9, bf16's, would not survive that.
+    Training in bf16 on a GPU does it in bf16, any other in fp32: small singular values are
+    multiplied by up to 3.4445^5 = 485, and with them what rounding makes differ over ranks.
     """
     a, b, c = _COEFFICIENTS
     tall = stack.shape[1] > stack.shape[2]
@@ -58,8 +58,11 @@ class Matrices:
     them orthogonalizes such a matrix: two a rank at most where a shard is longer than a matrix.
     """
 
-    def __init__(self, stacks: list[Stack], shard: Tensor, group: Group) -> None:
+    def __init__(
+        self, stacks: list[Stack], shard: Tensor, group: Group, dtype: torch.dtype | None = None
+    ) -> None:
         self.shard, self.group, size = shard, group, shard.numel()
+        self._dtype = dtype or shard.dtype
         begins = accumulate((math.prod(stack) for stack in stacks), initial=0)
         self._stacks = list(zip(begins, stacks))
         bounds = [begin + i * r * c for begin, (n, r, c) in self._stacks for i in range(n)]
@@ -86,7 +89,7 @@ class Matrices:
 
     def _whole(self, shard: Tensor) -> Tensor:
         """This rank's shard with what its cut matrices lack, in the precision of Newton-Schulz."""
-        shard, me = shard.to(torch.bfloat16) if shard.is_cuda else shard, self.group.index
+        shard, me = shard.to(self._dtype), self.group.index
         if self.group.size == 1:
             return _part(shard, 0, self._shards[me])
         start = self._shards[me].start
@@ -117,15 +120,19 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, **adam)
         self._matrices: list[Matrices] = []
 
-    def share(self, sharding: ShardGroups | None) -> None:
-        """Who has shards of the groups' flat buffers; None: parameters are as they were given."""
+    def share(self, sharding: ShardGroups | None, dtype: torch.dtype | None = None) -> None:
+        """Who has shards of the groups' flat buffers; None: parameters are as they were given.
+        ``dtype``: that of Newton-Schulz (default: of the shards).
+        """
         for group in (each for each in self.param_groups if each[MUON]):
             if sharding is None:
                 pairs = zip(group[MUON], group["params"], strict=True)
-                self._matrices += [Matrices([stack], p, Group((0,), 0)) for stack, p in pairs]
+                self._matrices += [
+                    Matrices([stack], p, Group((0,), 0), dtype) for stack, p in pairs
+                ]
             else:
                 ranks = sharding.experts if "moe" in group else sharding.dense
-                self._matrices.append(Matrices(group[MUON], group["params"][0], ranks))
+                self._matrices.append(Matrices(group[MUON], group["params"][0], ranks, dtype))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -84,13 +84,13 @@ def profile_rank(
         step_s.append(time.perf_counter() - began)
     static = live_bytes(device)
     events, traced_s = _trace(step, traced, device)
+    peak = _peak(events, static, device)
     count = CommunicationCount(
         (f"block {i}", layer, layer.experts) for i, layer in engine.model.moe_layers()
     )
     # Nothing compiled can run under the count; messages are the same.
     with engine.model.plainly(), count:
         step()
-    peak = _peak(events, static, device)
     return RankProfile(step_s, traced_s, split(events), static, peak, count.table())
 
 

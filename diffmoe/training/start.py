@@ -179,7 +179,7 @@ def start(
         device,
         per_node or layout.ranks,
         engine,
-        Ema(engine, config.train.ema_decays, config.train.growth, config.train.ema_lengths),
+        Ema(engine, config.train),
         reader,
         Saver(folder / "checkpoints", config, layout, groups, names),
         mirror,

@@ -36,12 +36,14 @@ train() {
 
 # run_verb VERB [options]: a job of another subcommand.  evaluate and encode go on from what lies in the folder after --out.
 run_verb() {
+  local out
+  out=$(option --out "$@")
   enter_repository
   job=$PWD/runs/jobs/$SLURM_JOB_NAME-$SLURM_JOB_ID code=$PWD
   mkdir -p "$job/logs"
   say "run.py $*, logs in $job/logs"
   on_ranks python run.py "$@"
-  conclude --out "$(option --out "$@")"
+  conclude --out "${out:-$([[ $1 == evaluate ]] && echo evaluation || echo samples)}"
 }
 
 # sbatch runs a copy of the script, so where it lies says nothing.
