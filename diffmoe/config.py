@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from diffmoe.config_rules import check_guidance, validate
+from diffmoe.config_rules import check_guidance, check_training, validate
 from diffmoe.families import expert_hidden, inner_width, swiglu_hidden
 from diffmoe.paths import expand_path
 from diffmoe.sample_schema import SampleConfig
@@ -43,6 +43,7 @@ __all__ = [
     "TrainConfig",
     "attention_kept",
     "check_guidance",
+    "check_training",
     "config_from_tree",
     "config_to_tree",
     "expert_hidden",

@@ -21,11 +21,23 @@ def validate(config: Config) -> None:
             )
 
 
+def check_training(config: Config) -> None:
+    """Raises UserError for images or scores while training that this configuration cannot give."""
+    if config.train.sample_every or config.train.score_every:
+        check_guidance(config, training=True)
+
+
 def check_guidance(config: Config, training: bool = False) -> None:
     """Raises UserError for guidance by a null class that this configuration never trains, for times
     that the model has not learned, or, beside ``training``, for weights that it does not load.
     """
     sample, learned = config.sample, config.diffusion.time_range
+    if training and learned != DiffusionConfig.time_range:
+        raise UserError(
+            f"diffusion.time_range ({list(learned)}) leaves times out: images and scores while "
+            "training (train.sample_every, train.score_every) need the model of those times, which "
+            "training does not hold; both must be 0"
+        )
     if (sample.pair is None) != (learned == DiffusionConfig.time_range):
         raise UserError(
             f"sample.pair ({_shown(sample.pair)}) must be the model of the times that "

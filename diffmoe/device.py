@@ -166,10 +166,10 @@ def set_fp32_precision(precision: str) -> None:
 
 
 @contextlib.contextmanager
-def ieee_fp32() -> Iterator[None]:
-    """For as long as this lasts, fp32 is ``ieee``."""
+def fp32_precision(precision: str = "ieee") -> Iterator[None]:
+    """:func:`set_fp32_precision` for as long as this lasts."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    set_fp32_precision("ieee")
+    set_fp32_precision(precision)
     try:
         yield
     finally:

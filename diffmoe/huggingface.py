@@ -15,22 +15,26 @@ from huggingface_hub import ModelCardData, save_torch_state_dict
 import diffmoe
 from diffmoe.checkpoints.reader import Checkpoint
 from diffmoe.config import Config, config_from_tree, config_to_tree, load_config, override
-from diffmoe.data.sources import runs_a_program
 from diffmoe.data.vae import Vae
-from diffmoe.data.values import Numbers
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import Card, read_card
-from diffmoe.evaluation.decoding import checkpoint_data
+from diffmoe.evaluation.decoding import data_latents
 from diffmoe.families import TOKENS_CHOOSE
 from diffmoe.markdown import table
 from diffmoe.models.count import count
 from diffmoe.models.logical import digest_note, fresh_buffers, logical_template, weights_digest
+from diffmoe.models.matrices import MUON
 from diffmoe.models.pretrained import Pretrained, of_checkpoint, read_description
 from diffmoe.training.resume import changes, is_of_recipe
 
 LARGEST_FILE = 5 * 10**9  # bytes, as other libraries write
-# Paths of the machine that trained.
-_PRIVATE = (("run", "folder"), ("data", "shards"), ("data", "index"))
+# Places of the machine that trained, and what cannot be without them.
+_PRIVATE = {
+    "run": ("folder",),
+    "data": ("shards", "index", "validation", "cache"),
+    "train": ("mirror", "mirror_mb_s", "validate_every", "score_every"),
+    "score": ("reference", "extractor", "vae"),
+}
 _USE = """```python
 from diffmoe import DiffMoEPipeline
 
@@ -56,7 +60,7 @@ def export_folder(
     model = of_checkpoint(checkpoint, weights)
     digest = weights_digest(model.model()) if cards else ""
     scores = [_read_card(path, model, digest) for path in cards]
-    return write_folder(replace(model, latents=_latents(model.config)), out, limit, scores)
+    return write_folder(replace(model, latents=data_latents(model.config)), out, limit, scores)
 
 
 def write_folder(
@@ -93,14 +97,6 @@ def write_folder(
     return files
 
 
-def _latents(config: Config) -> tuple[Numbers, Numbers] | None:
-    """Scale and shift of the training data, where they are latents and their index is here."""
-    if config.model.channels in (1, 3) or runs_a_program(config.data.index or config.data.shards):
-        return None
-    index = checkpoint_data(config)
-    return None if index is None else (index.meta.scale, index.meta.mean)
-
-
 def folder_config(folder: Path, file: str | None, overrides: list[str]) -> Config:
     """The configuration under which a run starts from such a folder: its own, or the YAML ``file``,
     and overrides.
@@ -112,7 +108,9 @@ def folder_config(folder: Path, file: str | None, overrides: list[str]) -> Confi
         theirs = override(theirs, [f"moe.pool={tree['pool']}"])
     config = override(theirs, overrides) if file is None else load_config(file, overrides)
     broken, _ = changes(theirs, config)
-    other = [change for change in broken if not is_of_recipe(change)]
+    # A projector is none of a folder's weights: whichever is asked for is new.
+    projector = "train.repa_"
+    other = [c for c in broken if not is_of_recipe(c) and not c.startswith(projector)]
     if other:
         raise UserError(
             f"{folder} holds another model ({'; '.join(other)}, folder -> {file or 'overrides'})"
@@ -122,8 +120,14 @@ def folder_config(folder: Path, file: str | None, overrides: list[str]) -> Confi
 
 def _description(model: Pretrained) -> dict:
     config = config_to_tree(model.config)
-    for section, key in _PRIVATE:
-        del config[section][key]
+    for section, keys in _PRIVATE.items():
+        for key in keys:
+            del config[section][key]
+    sample = model.config.sample
+    for key in ("guide", "pair"):  # those that are not here are the hub's
+        place = getattr(sample, key)
+        if place not in (None, "capacity") and Path(place.partition("@")[0]).exists():
+            del config["sample"][key]
     tree = {
         "model_type": "diffmoe",
         "architectures": ["DiT"],
@@ -150,7 +154,6 @@ def _read_card(path: Path, model: Pretrained, digest: str) -> Card:
     for name, ours in (
         ("family", model.config.model.family),
         ("step", model.step),
-        ("weights", model.weights),
         ("weights_sha256", digest),
     ):
         if (theirs := getattr(card, name)) != ours:
@@ -220,10 +223,14 @@ def _recipe(config: Config, step: int, weights: str) -> list[tuple[str, object]]
             process += f" in {list(flow.time_range)}"
         if flow.time_scale != 1:
             process += f", t multiplied by {flow.time_scale:g} before its embedding"
+    losses = {"dispersive": train.dispersive_weight, "direction": train.direction_weight}
+    losses["REPA"] = train.repa_weight
+    added = [f"{name} loss times {weight:g}" for name, weight in losses.items() if weight]
+    added += ["min-SNR weights"] if flow.loss_weight == "min_snr" else []
     decays = ", ".join(f"{decay:g}" for decay in train.ema_decays)
     decays += "".join(f", length {length:g}" for length in train.ema_lengths)
     return [
-        ("process", process),
+        ("process", ", ".join([process, *added])),
         (
             "steps",
             f"{step} of {train.steps}"
@@ -239,7 +246,8 @@ def _recipe(config: Config, step: int, weights: str) -> list[tuple[str, object]]
         ),
         (
             "optimizer",
-            f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup}, "
+            f"{'Muon and ' * (train.optimizer == MUON)}AdamW, lr {train.lr:g} {train.schedule}, "
+            f"warm-up {train.warmup}, "
             f"betas {train.betas}, weight decay {train.weight_decay:g}, clipping "
             + (f"{train.clip:g}" if train.clip else "off"),
         ),

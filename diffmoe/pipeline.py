@@ -15,11 +15,17 @@ from torch import Tensor
 from diffmoe.config import Config, check_guidance, config_from_tree, config_to_tree, validate
 from diffmoe.data.vae import Vae, decode_latents
 from diffmoe.data.values import Numbers, numbers_of
+from diffmoe.device import fp32_precision
 from diffmoe.diffusion.guidance import open_others
 from diffmoe.errors import UserError
 from diffmoe.evaluation.capacity_report import CapacityMeter, CapacityUsed
 from diffmoe.evaluation.class_names import chosen_classes
-from diffmoe.evaluation.decoding import checkpoint_data, latent_numbers, open_vae
+from diffmoe.evaluation.decoding import (
+    checkpoint_data,
+    data_latents,
+    latent_numbers,
+    open_vae,
+)
 from diffmoe.evaluation.features import to_uint8
 from diffmoe.evaluation.generate import generate, threshold_note
 from diffmoe.huggingface import write_folder
@@ -98,6 +104,8 @@ class DiffMoEPipeline:
         if vae is None and latent and (opened.source / "vae").is_dir():
             vae = str(opened.source / "vae")
         if vae is None:
+            if opened.latents is None:  # for whoever gets what is saved
+                opened = replace(opened, latents=data_latents(opened.config, "latents"))
             return cls(opened).to(dtype=torch_dtype)
         autoencoder = open_vae(vae, opened.config, torch.device("cpu"))
         scale, shift = opened.latents or (None, None)
@@ -224,15 +232,16 @@ class DiffMoEPipeline:
         meter = None
         if config.model.family != "dense":
             meter = CapacityMeter(self.transformer, config, count, self.device)
-        samples = generate(
-            *(self.transformer, config, labels, range(count), self.device),
-            meter=meter,
-            others=open_others(config).each(self._placed),
-        )
-        used = None if meter is None else meter.merged(single_process().world)
         arrays = np.zeros((0, 0, 0, 3), np.uint8)
-        if output_type == "pil":
-            arrays = self._decoded(samples, pixels, config.sample.batch)
+        with fp32_precision(config.run.fp32_precision):
+            samples = generate(
+                *(self.transformer, config, labels, range(count), self.device),
+                meter=meter,
+                others=open_others(config).each(self._placed),
+            )
+            if output_type == "pil":
+                arrays = self._decoded(samples, pixels, config.sample.batch)
+        used = None if meter is None else meter.merged(single_process().world)
         from PIL import Image
 
         images = [Image.fromarray(array) for array in arrays]
@@ -244,8 +253,8 @@ class DiffMoEPipeline:
         tree = {"sample": sample, "run": {"seed": seed}}
         for section, fields in tree.items():
             said = {name: value for name, value in fields.items() if value is not None}
-            # numpy's and torch's numbers become Python's
-            tree[section] = {n: v.item() if hasattr(v, "item") else v for n, v in said.items()}
+            # numpy's and torch's numbers, and arrays of them, become Python's
+            tree[section] = {n: v.tolist() if hasattr(v, "tolist") else v for n, v in said.items()}
         if sample["guide"] == "null":
             tree["sample"]["guide"] = None
         config = config_from_tree(merge(config_to_tree(self.config), tree))

@@ -78,6 +78,8 @@ def open_text(path: Path, what: str, origin: str = "") -> TextIO:
         raise UserError(f"{what} {path} cannot be read: {error.strerror}{origin}") from None
 
 
+# The last four are PyYAML's for a month of 13, an !!int that is none, an !!bool that is none.
+_NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError)
 _type_hints = functools.cache(typing.get_type_hints)
 
 
@@ -93,7 +95,9 @@ def read_yaml(path: str | Path, _stack: tuple[Path, ...] = ()) -> dict:
     with open_text(path, "config file", origin) as stream:
         try:
             tree = yaml.load(stream, _StrictLoader)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        except UserError:
+            raise
+        except _NOT_YAML as error:
             raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -129,7 +133,9 @@ def tree_of_overrides(overrides: list[str]) -> dict:
         stream.name = f"override {text!r}"  # what the loader calls it
         try:
             leaf: Any = yaml.load(stream, _StrictLoader)
-        except (yaml.YAMLError, RecursionError):
+        except UserError:
+            raise
+        except _NOT_YAML:
             raise UserError(f"override {text!r}: {value!r} is not a YAML value") from None
         for part in reversed(name.split(".")):
             leaf = {part: leaf}

@@ -54,12 +54,13 @@ def prepare(
     """
     import yaml
 
-    from diffmoe.config import config_to_tree, load_config
+    from diffmoe.config import check_training, config_to_tree, load_config
     from diffmoe.data.fit import check_local_index
     from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
     from diffmoe.layout import resolve_layout
 
     config = load_config(config_path, overrides)
+    check_training(config)
     tree = read_deepspeed(deepspeed_path)
     merge_deepspeed(tree, config, resolve_layout(config, ranks))
     run = Path(config.run.folder).absolute()

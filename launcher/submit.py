@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             f"{root} has no scripts/slurm/_common.sh: submit from the repository's root"
         )
-    from diffmoe.config import load_config
+    from diffmoe.config import check_training, load_config
     from diffmoe.cost.extrapolation import fewer_nodes, hosts_of, spanning
     from diffmoe.cost.hardware import choose, read_table
     from diffmoe.cost.layouts import Cluster, evaluate, fixed_pool
@@ -106,6 +106,7 @@ def main(arguments: list[str]) -> int:
     from diffmoe.layout import resolve_layout
 
     config = load_config(job.config, job.overrides)
+    check_training(config)
     _check(job)
     layout = resolve_layout(config, job.nodes * job.ranks_per_node)
     tree = read_deepspeed(job.deepspeed_config)

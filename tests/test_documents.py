@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import diffmoe.__main__ as run
-from diffmoe.config import Config, load_config, override
+from diffmoe.config import Config, check_training, load_config, override
 from launcher.__main__ import SUBCOMMANDS as LAUNCHER_SUBCOMMANDS
 from programs import REPOSITORY
 
@@ -110,7 +110,10 @@ def test_commands_name_verbs_options_fields_and_files_that_exist(page, options_o
         for word in rest:
             if word.startswith(("configs/", "ds_configs/", "scripts/")):
                 assert (REPOSITORY / word).is_file(), words
-        override(Config(), [word for word in rest if re.match(r"[a-z]+\.\w+=", word)])
+        said = [word for word in rest if re.match(r"[a-z]+\.\w+=", word)]
+        override(Config(), said)
+        if "run.py --config configs/" in " ".join(words):  # it trains
+            check_training(load_config(rest[1], said))
 
 
 def anchors(page: str) -> set[str]:

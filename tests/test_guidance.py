@@ -12,7 +12,7 @@ import torch
 
 from diffmoe import DiffMoEPipeline
 from diffmoe.checkpoints.reader import Checkpoint
-from diffmoe.config import SampleConfig, check_guidance, load_config, override
+from diffmoe.config import SampleConfig, check_guidance, check_training, load_config, override
 from diffmoe.data.digits import write_digits
 from diffmoe.diffusion.ddpm import ancestral
 from diffmoe.diffusion.guidance import Others, open_others
@@ -290,6 +290,10 @@ def test_other_weights_by_their_place(tmp_path):
 def test_label_drop_0_needs_another_guide_and_training_has_no_other_weights():
     undropped = tiny("train.label_drop=0", "sample.cfg=2", *BY_CAPACITY)
     check_guidance(undropped, training=True)
+    early = ("diffusion.time_range=[0,0.4]", "train.sample_every=0")
+    check_training(tiny(*early))
+    with pytest.raises(UserError, match=r"diffusion.time_range \(\[0.0, 0.4\]\) leaves times out"):
+        check_training(tiny(*early, "train.sample_every=5"))
     elsewhere = tiny("train.label_drop=0", "sample.cfg=2", "sample.guide=runs/other")
     check_guidance(elsewhere)
     with pytest.raises(UserError, match=r"sample.guide \(runs/other\) must be null or capacity"):

@@ -16,16 +16,18 @@ import torch
 from PIL import Image
 
 import diffmoe
-from diffmoe import DiffMoEPipeline, DiT
+from diffmoe import DiffMoEPipeline, DiT, pipeline
 from diffmoe.checkpoints.reader import Checkpoint
-from diffmoe.config import config_from_tree
+from diffmoe.config import config_from_tree, config_to_tree, load_config, override
+from diffmoe.data.shards import ShardMeta, write_shards
 from diffmoe.errors import UserError
 from diffmoe.evaluation.features import to_uint8
 from diffmoe.evaluation.plots import GRID_GAP
-from diffmoe.huggingface import export_folder, write_folder
+from diffmoe.huggingface import export_folder, folder_config, model_card, write_folder
 from diffmoe.models.logical import initialize, logical_tensors
 from diffmoe.models.pretrained import Pretrained
 from diffmoe.moe.routing import RoutingRule
+from diffmoe.strict_yaml import merge
 from programs import run_cases
 from reference_models import DATA
 
@@ -65,6 +67,38 @@ def made(family="diffmoe", channels=1, names=NAMES, **model) -> Pretrained:
     }
     buffers = {name: value for name, value in net.named_buffers() if ".thresholds." in name}
     return Pretrained(config, {**pieces, **buffers}, "ema", 7, 1, names, None, Path("nowhere"))
+
+
+def test_a_folder_names_no_place_of_the_machine_that_trained(tmp_path):
+    (tmp_path / "guide").mkdir()
+    private = {
+        "run": {"folder": "SECRET"},
+        "data": {"shards": "SECRET", "validation": "SECRET", "cache": "SECRET"},
+        "train": {
+            "mirror": "s3://SECRET",
+            "mirror_mb_s": 5.0,
+            "validate_every": 1,
+            "score_every": 1,
+        },
+        "score": {"reference": "SECRET", "extractor": "SECRET", "vae": "SECRET"},
+        "sample": {"guide": str(tmp_path / "guide"), "pair": "owner/late"},
+    }
+    model = made()
+    config = config_from_tree(merge(config_to_tree(model.config), private))
+    write_folder(dataclasses.replace(model, config=config), tmp_path / "out")
+    written = (tmp_path / "out" / "config.json").read_text()
+    assert "SECRET" not in written and str(tmp_path) not in written and "owner/late" in written
+    assert DiffMoEPipeline.from_pretrained(tmp_path / "out").config.sample.guide is None
+    config = folder_config(tmp_path / "out", None, ["train.repa_weight=0.5", "data.flip=false"])
+    assert config.train.repa_weight == 0.5, "whose projector is new"
+
+
+def test_the_card_says_optimizer_and_losses():
+    config = load_config(None, ["train.optimizer=muon", "train.dispersive_weight=0.5"])
+    card = model_card(config, 1, "ema", 1, ())
+    assert "Muon and AdamW, lr" in card and "dispersive loss times 0.5" in card
+    card = model_card(load_config(None, []), 1, "ema", 1, ())
+    assert "| AdamW, lr" in card and "loss times" not in card
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +281,7 @@ def test_routing_moves_the_capacity_used():
     assert dense.capacity is None and dense.capacity_used is None and len(dense.images) == 5
 
 
-def test_latents_are_decoded(tmp_path, vae_folder):
+def test_latents_are_decoded(tmp_path, vae_folder, monkeypatch):
     """By the VAE in the folder, with the scale and shift that it says; else by the VAE's own."""
     write_folder(made(channels=4), tmp_path / "latent")
     bare = DiffMoEPipeline.from_pretrained(tmp_path / "latent")
@@ -287,6 +321,20 @@ def test_latents_are_decoded(tmp_path, vae_folder):
     z = z + torch.tensor(numbers[1]).view(-1, 1, 1)
     decoded = to_uint8(each.vae.model.decode(z).sample).permute(0, 2, 3, 1)
     assert (torch.from_numpy(each(**CALL).arrays).int() - decoded.int()).abs().max() <= 1
+    data = write_shards(
+        [("0", np.zeros((8, 8, 8), np.float16), 0)],
+        tmp_path / "data",
+        samples_per_shard=1,
+        meta=ShardMeta("moments", 3, scale=0.2, mean=1.5),
+    )
+    run = dataclasses.replace(
+        made(channels=4), config=override(made(channels=4).config, [f"data.shards={data.folder}"])
+    )
+    monkeypatch.setattr(pipeline, "open_pretrained", lambda *_: run)
+    DiffMoEPipeline.from_pretrained("runs/l").save_pretrained(tmp_path / "shared")
+    kept = json.loads((tmp_path / "shared/config.json").read_text())
+    assert kept["latents"] == {"scale": 0.2, "shift": 1.5}
+    monkeypatch.undo()
     with pytest.raises(UserError, match=r"model.channels \(1\) are pixels"):
         DiffMoEPipeline.from_pretrained(KEPT, vae=vae_folder)
     write_folder(made(channels=16), tmp_path / "wide")

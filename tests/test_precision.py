@@ -23,7 +23,7 @@ from diffmoe.cost.hardware import choose, read_table
 from diffmoe.cost.memory import engine_facts
 from diffmoe.cost.step_time import step_time
 from diffmoe.data.shards import load_index
-from diffmoe.device import ieee_fp32, set_fp32_precision
+from diffmoe.device import fp32_precision, set_fp32_precision
 from diffmoe.environment import detect
 from diffmoe.errors import UserError
 from diffmoe.evaluation import features
@@ -93,7 +93,7 @@ def test_both_of_torchs_views_agree_and_none_of_them_raises(precision):
     assert torch.get_float32_matmul_precision() == {"ieee": "highest", "tf32": "high"}[precision]
     with torch.backends.cudnn.flags(enabled=True):
         pass
-    with ieee_fp32():
+    with fp32_precision():
         assert allowed() == ("ieee", "ieee")
     assert allowed() == (precision, precision)
     assert (

@@ -9,7 +9,7 @@ import os
 import yaml
 
 from diffmoe.commands.common import Parser, join, leave, on_our_hosts
-from diffmoe.config import Config, check_guidance, config_to_tree, load_config
+from diffmoe.config import Config, check_training, config_to_tree, load_config
 from diffmoe.data.fit import check_local_index
 from diffmoe.deepspeed_json import merge_deepspeed, precision, read_deepspeed, zero_stage
 from diffmoe.environment import RankEnvironment
@@ -43,8 +43,7 @@ def _train(arguments: list[str], environment: RankEnvironment, stop_requested: l
     if options.ranks is not None and (not options.dry_run or options.ranks < 1):
         raise UserError(f"--ranks ({options.ranks}) goes with --dry-run and must be at least 1")
     config = load_config(options.config, options.overrides)
-    if config.train.sample_every or config.train.score_every:
-        check_guidance(config, training=True)
+    check_training(config)
     try:
         layout = resolve_layout(config, options.ranks or environment.world)
     except UserError as error:

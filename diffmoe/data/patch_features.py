@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffmoe.device import ieee_fp32
+from diffmoe.device import fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.files import sha256
 
@@ -56,7 +56,7 @@ def load_patch_network(path: Path, channels: int, size: int, device: torch.devic
 
 def _patches(module: Any, images: torch.Tensor) -> torch.Tensor:
     """[B, N, d]; an optimizing executor may change kernels between its first calls."""
-    with ieee_fp32(), torch.jit.optimized_execution(False):
+    with fp32_precision(), torch.jit.optimized_execution(False):
         found = module(images.expand(-1, 3, -1, -1))
     if isinstance(found, torch.Tensor) and found.dim() == 4:
         found = found.flatten(2).mT

@@ -139,7 +139,6 @@ class PMeanVariance:
     """p(x_{t-1} | x_t) as the network sees it, and its estimate of x_0: all [B, C, H, W]."""
 
     mean: Tensor
-    variance: Tensor
     log_variance: Tensor
     pred_xstart: Tensor
 
@@ -175,9 +174,8 @@ def p_mean_variance(schedule: Schedule, prediction: Tensor, x: Tensor, t: Tensor
     )
     abar = schedule.alphas_cumprod
     pred_xstart = _at(abar.rsqrt(), t, x) * x - _at((1 / abar - 1).sqrt(), t, x) * epsilon
-    return PMeanVariance(
-        q_posterior_mean(schedule, pred_xstart, x, t), log_variance.exp(), log_variance, pred_xstart
-    )
+    mean = q_posterior_mean(schedule, pred_xstart, x, t)
+    return PMeanVariance(mean, log_variance, pred_xstart)
 
 
 # training
@@ -346,12 +344,10 @@ def ancestral_noise(
     return noise
 
 
-def ancestral(field: Field, z: Tensor, steps: int, noise: Noise | None = None) -> Tensor:
+def ancestral(field: Field, z: Tensor, steps: int, noise: Noise) -> Tensor:
     """ADM's ``p_sample_loop`` over ``steps`` of the 1000, one evaluation each, from z [B, C, H, W];
-    ``noise(i)`` is asked from the last step down to 1 (not at 0).  Raises UserError without it.
+    ``noise(i)`` is asked from the last step down to 1 (not at 0).
     """
-    if noise is None:
-        raise UserError("the ancestral sampler needs noise")
     schedule = respace(linear_schedule(), steps).to(z.device)
     for i in reversed(range(len(schedule))):
         t = torch.full((len(z),), i, device=z.device)

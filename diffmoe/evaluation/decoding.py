@@ -72,6 +72,16 @@ def checkpoint_data(
         ) from error
 
 
+def data_latents(config: Config, options: str = "") -> tuple[Numbers, Numbers] | None:
+    """Scale and shift of the training data, where they are latents and their index is here.
+    UserError as `checkpoint_data`.
+    """
+    if config.model.channels in (1, 3) or runs_a_program(config.data.index or config.data.shards):
+        return None
+    index = checkpoint_data(config, options=options)
+    return None if index is None else (index.meta.scale, index.meta.mean)
+
+
 def data_class_names(config: Config) -> tuple[str, ...]:
     """The names of the training data's classes, where its index is here and has them."""
     with contextlib.suppress(UserError):  # data that are not whole yet, say

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffmoe.device import ieee_fp32
+from diffmoe.device import fp32_precision
 from diffmoe.errors import UserError
 from diffmoe.evaluation.protocol import INCEPTION_SHA256
 from diffmoe.files import sha256
@@ -141,7 +141,7 @@ def load_extractor(path: str | Path, device: torch.device = torch.device("cpu"))
         images = images.to(device)
         # TF32 moves features in the third digit, and an optimizing executor may change kernels
         # between its first calls.
-        with ieee_fp32(), torch.jit.optimized_execution(False):
+        with fp32_precision(), torch.jit.optimized_execution(False):
             if not inner:
                 return Features(_array(module(images, return_features=True)))
             pool, spatial = _walk(module, _tensorflow_input(images))
@@ -189,7 +189,7 @@ def _check_walk(module: torch.nn.Module, path: Path, device: torch.device) -> No
     """The file's own forward is the authority; our way through its layers must agree with it."""
     ramp = torch.arange(3 * 64 * 48, device=device) * 7 % 256
     images = ramp.view(1, 3, 64, 48).to(torch.uint8)
-    with ieee_fp32(), torch.jit.optimized_execution(False):
+    with fp32_precision(), torch.jit.optimized_execution(False):
         own = module(images, return_features=True).float()
         ours, _ = _walk(module, _tensorflow_input(images))
     apart = float("inf")
@@ -234,7 +234,7 @@ def efficientnet_extractor(device: torch.device = torch.device("cpu")) -> Extrac
     def extract(images: Tensor) -> Features:
         size = (_EFFICIENTNET_SIZE, _EFFICIENTNET_SIZE)
         x = images.to(device).float()
-        with ieee_fp32():
+        with fp32_precision():
             x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255)
             return Features(_array(module.extract_features((x - 127) / 128).mean(dim=(2, 3))))
 
