@@ -2,15 +2,16 @@
 # Everything that a GPU should be asked, the cheapest truth first, kept in one folder and one archive of a few MB; no network.
 #   [WHEELS=folder] [BENCH_MINUTES=9] scripts/bench_gpu.sh FOLDER [PART...]
 # A part that takes longer than its limit is ended and noted, and so is what fails; the next part goes on.  The same command
-# again does what is not done yet; parts that are named are done anew.  FOLDER/summary.md says what came of it, FOLDER.tar.gz is
+# again does what was not tried yet, then what failed; parts that are named are done anew.  FOLDER/summary.md says what came of it, FOLDER.tar.gz is
 # to be taken home.
 # probe     versions, ceilings of products, copies and attention, experts without rows, new groups
-# parity    training on the GPU is the plain process's: a few cases, compiled, all
-# profile   steps of S, L and XL, eager and compiled: counted and priced, beside measured ones, by kernel
+# parity    training on the GPU is the plain process's: a few cases, then all
+# profile   steps of L, XL and S, eager and compiled: measured, then counted and priced, by kernel
 # layer     the MoE layer beside the dense MLP, the textbook loop and DeepSpeed's layer; where its time goes
 # step      the published batch of 256, eager, compiled, recomputed: share of the matmul ceiling, images/s, memory, kernels
 # sampling  capacity 0.7 beside 1.0
 # train     a thousand steps of S-E16 on made-up latents, stopped and resumed in the middle
+# compiled  parity of compiled training, which compiles every case anew
 # WHEELS: folder of wheels that the image lacks (docs/cluster.md); they go into a folder of their own.  PYTHON: interpreter.
 # BENCH_MINUTES: for everything; what finds no time is left out, and noted.  BENCH_LIMIT: seconds of every part.
 # BENCH_SAMPLES: of a micro-batch (64), a divisor of 256.  BENCH_TINY=1: a dry run of the same lines on a CPU.
@@ -21,8 +22,8 @@ out=${1:?usage: scripts/bench_gpu.sh FOLDER [PART...]}
 case $out in /*) ;; *) out=$start/$out ;; esac
 out=${out%/}
 shift
-declare -A limits=([probe]=180 [parity]=600 [profile]=600 [layer]=300 [step]=600 [sampling]=240 [train]=600)
-order="probe parity profile layer step sampling train"
+declare -A limits=([probe]=180 [parity]=300 [profile]=600 [layer]=300 [step]=600 [sampling]=240 [train]=600 [compiled]=900)
+order="probe parity profile layer step sampling train compiled"
 for part in "$@"; do
     [ -n "${limits[$part]:-}" ] || { echo "error: part ($part) must be one of $order" >&2; exit 2; }
 done
@@ -58,19 +59,25 @@ if [ -n "${BENCH_TINY:-}" ]; then
     train=(--samples 64 "${deep[@]}" train.batch=32 train.micro_batch=8 moe.pool=rank train.lr=0.003)
 else
     device=cuda; gpu=h100; dtype=bf16; zero=zero1_bf16; tokens=65536; samples=${BENCH_SAMPLES:-64}; repeats=11; steps=1000
-    sizes=("l 16" "xl 8"); zoo=(s_e16 l_e16 xl_e8)
+    sizes=("l 16" "xl 8"); zoo=(l_e16 xl_e8 s_e16)
     wide=(); deep=(); probe=(); priced=(); compile=(--compile); train=()
     accumulation=$((256 / samples))
     case $(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null) in *H200*) gpu=h200 ;; *A100*) gpu=a100 ;; esac
 fi
 
 failed=0; number=0; running=
+declare -A now=()  # what this call has tried
 tried() {  # ITEM COMMAND...: what the part may still take; its log and how it ended are kept
     local item=$1 log=$out/$1.log end=$out/status/$1.json began=$SECONDS rc=null
     local left=$(((part_end < deadline ? part_end : deadline) - began))
     shift
     number=$((number + 1))
-    if [ "$named" = 0 ] && grep -qs '"rc": 0,' "$end"; then return; fi
+    [ -z "${now[$item]:-}" ] || return
+    if [ "$named" = 0 ]; then
+        if grep -qs '"rc": 0,' "$end"; then return; fi
+        if [ "$turn" = new ] && grep -qs '"rc": [1-9]' "$end"; then return; fi
+    fi
+    now[$item]=1
     if [ "$left" -gt 0 ]; then
         echo "$part: $item"
         timeout -k 15 "$left" "$python" run.py "$@" > "$log" 2>&1 &
@@ -125,22 +132,25 @@ priced() {
         --repeats $repeats "${priced[@]}" "${deep[@]}"
 }
 
-for part in $order; do
-    number=$((10 * (number / 10 + 1)))  # the same whatever is named
-    [ "$named" = 0 ] || [[ " $* " = *" $part "* ]] || continue
-    part_end=$((SECONDS + ${BENCH_LIMIT:-${limits[$part]}}))
-    case $part in
-    probe) for what in machine experts nccl; do bench "probe_$what" probe $what "${probe[@]}"; done ;;
-    parity)
-        verify parity_quick --quick
-        verify parity_compiled --compile ${BENCH_TINY:+--quick}
-        [ -n "${BENCH_TINY:-}" ] || verify parity ;;
-    profile) for size in "${zoo[@]}"; do priced "$size"; done ;;
-    layer) each layer ;;
-    step) each step; recomputed ;;
-    sampling) each sampling ;;
-    train) bench train train --deepspeed_config ds_configs/$zero.json --steps $steps "${train[@]}" ;;
-    esac
+for turn in new again; do
+    number=0
+    for part in $order; do
+        number=$((10 * (number / 10 + 1)))  # the same whatever is named
+        [ "$named" = 0 ] || [[ " $* " = *" $part "* ]] || continue
+        part_end=$((SECONDS + ${BENCH_LIMIT:-${limits[$part]}}))
+        case $part in
+        probe) for what in machine experts nccl; do bench "probe_$what" probe $what "${probe[@]}"; done ;;
+        parity)
+            verify parity_quick --quick
+            [ -n "${BENCH_TINY:-}" ] || verify parity ;;
+        profile) for size in "${zoo[@]}"; do priced "$size"; done ;;
+        layer) each layer ;;
+        step) each step; recomputed ;;
+        sampling) each sampling ;;
+        train) bench train train --deepspeed_config ds_configs/$zero.json --steps $steps "${train[@]}" ;;
+        compiled) verify parity_compiled --compile ${BENCH_TINY:+--quick} ;;
+        esac
+    done
 done
 keep
 exit $failed

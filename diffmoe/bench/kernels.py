@@ -250,13 +250,13 @@ def as_on_a_gpu() -> Iterator[None]:
         # Its folding of constants computes them on the device; lowering writes them into the
         # kernels all the same.
         stack.enter_context(config.patch(joint_graph_constant_folding=False))
+        # Attention that backward computes again counts as random, for which a generator of the
+        # device would be asked, and the operator be hidden inside another.
+        functionalize = "torch._functorch.partitioners.functionalize_rng_ops"
+        as_it_is = lambda _, forward, backward, *__: (forward, backward)
+        stack.enter_context(mock.patch(functionalize, as_it_is))
         if not torch.cuda.is_available():
             stack.enter_context(mock.patch("torch._inductor.scheduler.has_triton", lambda: True))
-            # Attention that backward computes again counts as random, for which a generator of the
-            # device would be asked.
-            functionalize = "torch._functorch.partitioners.functionalize_rng_ops"
-            as_it_is = lambda _, forward, backward, *__: (forward, backward)
-            stack.enter_context(mock.patch(functionalize, as_it_is))
             for name, answer in answers.items():
                 says = staticmethod(lambda *_, answer=answer: answer)
                 for owner in (torch.cuda, CudaInterface):

@@ -65,6 +65,8 @@ def machine(device: torch.device, options: Any) -> tuple[dict[str, Any], str, li
     """(record, tables, what is wrong)."""
 
     def seconds(call: Callable[[], object]) -> float:
+        call()  # what a library or an allocator does once
+        synchronize(device)
         timer = Timer("call()", globals={"call": call})
         return timer.blocked_autorange(min_run_time=options.seconds).median
 
@@ -119,13 +121,12 @@ def _attention(
     """Forward and backward at the model's strides: FLOP/s (backward as 2.5 forward), kernels."""
     head = width // heads
     qkv = torch.randn(samples, _TOKENS, 3, heads, head, device=device).to(torch.bfloat16)
-    qkv.requires_grad_()
+    q, k, v = (part.transpose(1, 2).requires_grad_() for part in qkv.unbind(2))
     dy = torch.randn(samples, heads, _TOKENS, head, device=device).to(torch.bfloat16)
 
     def run() -> None:
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         y = F.scaled_dot_product_attention(q, k, v)
-        torch.autograd.grad(y, qkv, dy)
+        torch.autograd.grad(y, (q, k, v), dy)
 
     flops = 3.5 * 4 * samples * _TOKENS**2 * width / seconds(run)
     kernels = [key for key, _, _ in measure.traced(run, device)]
@@ -160,7 +161,7 @@ def experts(device: torch.device, _: Any) -> tuple[dict[str, Any], str, list[str
                 largest = _summed(device, (8,) if activation == "stack" else (), dtype)
             else:
                 largest = _arranged(device, activation, how, rows, dtype)
-        except (RuntimeError, ValueError) as raised:  # of torch's own kernels: the rest goes on
+        except Exception as raised:  # of torch's own kernels: the rest goes on
             error = " ".join(str(raised).split())[:200]
         name = f"{activation}, {how}, rows for {rows}, {str(dtype).removeprefix('torch.')}"
         difference = None if error else largest
@@ -249,7 +250,8 @@ def _passed(
     x = x.detach().requires_grad_()
     y = run(x)
     y.backward(dy)
-    found: list[Any] = [y, *(p.grad for p in (x, *others))]
+    gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in (x, *others))
+    found: list[Any] = [y, *gradients]
     return [t.detach().cpu().double() for t in found]
 
 

@@ -37,7 +37,7 @@ from diffmoe.cost.hardware import Hardware, choose, read_table
 from diffmoe.cost.memory import engine_facts, rank_memory
 from diffmoe.cost.step_time import COUNTED, StepTime, muon_seconds, peak_flops, rates, step_time
 from diffmoe.deepspeed_json import check_shards, read_deepspeed, zero_stage
-from diffmoe.device import local_device
+from diffmoe.device import local_device, set_fp32_precision
 from diffmoe.layout import Layout, over_hosts, resolve_layout
 from diffmoe.models.count import count as count_model
 
@@ -233,7 +233,7 @@ def timed(
     GPU the most bytes that tensors took.  Compiled at ZeRO 3, which no training is, is left out.
     """
     device, found = local_device(0, 1), {}
-    cuda = device.type == "cuda"
+    cuda, about = device.type == "cuda", measure.surroundings(device)
     measure.world_of_one(device)
     if zero_stage(tree) == 3:
         ways = [way for way in ways if way != "compiled"]
@@ -255,8 +255,10 @@ def timed(
                 "kinds": kinds,
                 "kernels": [[key[:100], calls, ms] for key, ms, calls in events[:16]],
                 "peak_bytes": peak,
-                "device": measure.surroundings(device)["device"],
+                "device": about["device"],
             }
+            print(f"measured: {name}, {way}: {1e3 * seconds[way]:.4g} ms a step", flush=True)
+        training.engine.engine.destroy()  # hooks on parameters hold it
         del training, steps, step
         gc.collect()
         if cuda:
@@ -374,11 +376,14 @@ def main(arguments: list[str]) -> int:
     if options.recompute:
         changes.append(f"parallel.recompute={options.recompute}")
     config = load_config(options.config, changes + options.set)
-    cases = compare(config, ranks, options.deepspeed_config, hardware, ways)
-    measured: dict[tuple[str, str], dict] = {}
-    if ranks == 1 and (options.time or torch.cuda.is_available()):
+    set_fp32_precision(config.run.fp32_precision)
+    about, measured = measure.surroundings(local_device(0, 1)), {}
+    if ranks == 1 and (
+        options.time or torch.cuda.is_available()
+    ):  # what a GPU is lent for is first
         tree = read_deepspeed(options.deepspeed_config)
         measured = timed(models_of(config), tree, ways, options.repeats)
+    cases = compare(config, ranks, options.deepspeed_config, hardware, ways)
     record: dict[str, dict[str, Any]] = {}
     for (name, way), each in cases.items():
         record.setdefault(name, {})[way] = each.record(way, measured.get((name, way)))
@@ -386,7 +391,7 @@ def main(arguments: list[str]) -> int:
     facts = {
         "cases": {title: record},
         "gpu": options.gpu,
-        **measure.surroundings(local_device(0, 1)),
+        **about,
     }
     text = tables(title, cases, measured)
     bars = {f"{title}: {name}, {way}": 1e3 * c.seconds for (name, way), c in cases.items()}

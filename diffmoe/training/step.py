@@ -326,7 +326,7 @@ class _Tally:
         """Sums over ranks and gives means, by the names of :class:`StepReport`, and what layers
         observed; the one time in a step that the host waits for the device.
         """
-        flags = torch.tensor([stop, save_failed], dtype=torch.float64, device=self.parts.device)
+        flags = sent(torch.tensor([stop, save_failed], dtype=torch.float64), self.parts.device)
         mine = torch.cat([squared_norm.view(1), flags, self.parts, self.observed_LE.flatten()])
         scalars, observed = sum_over(mine, groups.world).tensor_split([3 + len(_PARTS)])
         square, stopped, failed, *parts = scalars.tolist()

@@ -337,7 +337,8 @@ def parameter_groups(tensors: list[LogicalTensor], ep: Group, optimizer: str) ->
     matrices from the rest, since they have no second moment.
     """
     found: dict[tuple[bool, bool], dict] = {}
-    for t in tensors:
+    # DeepSpeed lays parameters end to end; kernels on a GPU want bf16 ones to begin at 16 bytes.
+    for t in sorted(tensors, key=lambda t: t.parameter.numel() % 8 > 0):
         key = ep.size > 1 and t.experts is not None, optimizer == MUON and is_matrix(t.name)
         name = {"name": _ep_name(ep), "moe": True} if key[0] else {"name": "dense"}
         group = found.setdefault(key, {"params": [], **name, MUON: []})
