@@ -18,12 +18,14 @@ from PIL import Image
 import diffmoe
 from diffmoe import DiffMoEPipeline, DiT, pipeline
 from diffmoe.checkpoints.reader import Checkpoint
+from diffmoe.commands.exchange import import_hf
 from diffmoe.config import config_from_tree, config_to_tree, load_config, override
 from diffmoe.data.shards import ShardMeta, write_shards
 from diffmoe.errors import UserError
 from diffmoe.evaluation.features import to_uint8
 from diffmoe.evaluation.plots import GRID_GAP
 from diffmoe.huggingface import export_folder, folder_config, model_card, write_folder
+from diffmoe.layout import resolve_layout
 from diffmoe.models.logical import initialize, logical_tensors
 from diffmoe.models.pretrained import Pretrained
 from diffmoe.moe.routing import RoutingRule
@@ -281,7 +283,7 @@ def test_routing_moves_the_capacity_used():
     assert dense.capacity is None and dense.capacity_used is None and len(dense.images) == 5
 
 
-def test_latents_are_decoded(tmp_path, vae_folder, monkeypatch):
+def test_latents_are_decoded(tmp_path, vae_folder, monkeypatch, capsys):
     """By the VAE in the folder, with the scale and shift that it says; else by the VAE's own."""
     write_folder(made(channels=4), tmp_path / "latent")
     bare = DiffMoEPipeline.from_pretrained(tmp_path / "latent")
@@ -315,6 +317,11 @@ def test_latents_are_decoded(tmp_path, vae_folder, monkeypatch):
     assert whole.latents == (2.0, 0.0) and np.array_equal(whole(**CALL).arrays, pipe(**CALL).arrays)
     numbers = (1.0, 2.0, 3.0, 4.0), (0.0, 0.5, 0.0, 1.0)
     write_folder(dataclasses.replace(made(channels=4), latents=numbers), tmp_path / "channels")
+    overrides = [f"run.folder={tmp_path / 'run'}", f"data.shards={tmp_path}"]  # no index there
+    config = folder_config(tmp_path / "channels", None, overrides)
+    import_hf(tmp_path / "channels", config, resolve_layout(config, 1))
+    options = "--latent-scale=1.0,2.0,3.0,4.0 --latent-shift=0.0,0.5,0.0,1.0"
+    assert options in capsys.readouterr().out
     each = DiffMoEPipeline.from_pretrained(tmp_path / "channels", vae=vae_folder)
     assert each.latents == numbers
     z = out.samples / torch.tensor(numbers[0]).view(-1, 1, 1)

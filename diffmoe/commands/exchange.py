@@ -193,7 +193,6 @@ def import_hf(folder: Path, config: Config, layout: Layout) -> Path:
     """What ``export --format hf`` wrote becomes ``run.folder``'s checkpoint of step 0, weights and
     EMA alike, with its thresholds, histograms and classes' names.  Returns its folder.
     """
-    from diffmoe.evaluation.decoding import data_latents
     from diffmoe.models.interchange import misshaped, not_finite_note
     from diffmoe.models.logical import fresh_buffers, logical_template, some, whole_weights
     from diffmoe.models.pretrained import folder_class_names, read_folder
@@ -213,10 +212,10 @@ def import_hf(folder: Path, config: Config, layout: Layout) -> Path:
         "both start from them",
         flush=True,
     )
-    if (latents := tree.get("latents")) and data_latents(config) is None:
+    if latents := tree.get("latents"):
         scale, shift = (str(each).replace(" ", "").strip("()") for each in latents)
         options = f"--latent-scale={scale} --latent-shift={shift}"
-        print(f"note: sample and score with the folder's {options}", flush=True)
+        print(f"note: without the training data, sample and score with {options}", flush=True)
     pieces = lambda _: ((name, tensors[name]) for name in template if name not in buffers)
     return _save(config, layout, pieces, buffers, class_names=class_names)
 
