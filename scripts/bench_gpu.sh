@@ -2,8 +2,8 @@
 # Everything that a GPU should be asked, the cheapest truth first, kept in one folder and one archive of a few MB; no network.
 #   [WHEELS=folder] [BENCH_MINUTES=9] scripts/bench_gpu.sh FOLDER [PART...]
 # A part that takes longer than its limit is ended and noted, and so is what fails; the next part goes on.  The same command
-# again does what was not tried yet, then what failed; parts that are named are done anew.  FOLDER/summary.md says what came of it, FOLDER.tar.gz is
-# to be taken home.
+# again does what was not tried yet, then what failed; parts that are named are done anew.  FOLDER/summary.md
+# says what came of it, FOLDER.tar.gz is to be taken home.
 # probe     versions, ceilings of products, copies and attention, experts without rows, new groups
 # parity    training on the GPU is the plain process's: a few cases, then all
 # profile   steps of L, XL and S, eager and compiled: measured, then counted and priced, by kernel

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -257,7 +258,8 @@ def timed(
                 "peak_bytes": peak,
                 "device": about["device"],
             }
-            print(f"measured: {name}, {way}: {1e3 * seconds[way]:.4g} ms a step", flush=True)
+            took = f"{1e3 * seconds[way]:.4g} ms a step"
+            print(f"measured: {name}, {way}: {took}", file=sys.stderr, flush=True)
         training.engine.engine.destroy()  # hooks on parameters hold it
         del training, steps, step
         gc.collect()
@@ -378,9 +380,8 @@ def main(arguments: list[str]) -> int:
     config = load_config(options.config, changes + options.set)
     set_fp32_precision(config.run.fp32_precision)
     about, measured = measure.surroundings(local_device(0, 1)), {}
-    if ranks == 1 and (
-        options.time or torch.cuda.is_available()
-    ):  # what a GPU is lent for is first
+    # First: on a borrowed GPU it is what cannot be done later.
+    if ranks == 1 and (options.time or torch.cuda.is_available()):
         tree = read_deepspeed(options.deepspeed_config)
         measured = timed(models_of(config), tree, ways, options.repeats)
     cases = compare(config, ranks, options.deepspeed_config, hardware, ways)
