@@ -29,7 +29,6 @@ from diffmoe.evaluation.decoding import (
 from diffmoe.evaluation.features import to_uint8
 from diffmoe.evaluation.generate import generate, threshold_note
 from diffmoe.huggingface import write_folder
-from diffmoe.models.dit import DiT
 from diffmoe.models.logical import logical_pieces, running_buffers
 from diffmoe.models.pretrained import Pretrained, open_pretrained
 from diffmoe.parallel.groups import single_process
@@ -154,8 +153,7 @@ class DiffMoEPipeline:
             if self.vae is not None:
                 self.vae.model.to(device)  # type: ignore[attr-defined]  # diffusers' stubs
         if dtype is not None:
-            for parameter in self.transformer.parameters():
-                parameter.data = parameter.data.to(dtype)
+            self.transformer.cast(dtype)
         return self
 
     def __call__(
@@ -237,7 +235,9 @@ class DiffMoEPipeline:
             samples = generate(
                 *(self.transformer, config, labels, range(count), self.device),
                 meter=meter,
-                others=open_others(config).each(self._placed),
+                others=open_others(config).each(
+                    lambda other: other.to(self.device).cast(self.dtype)
+                ),
             )
             if output_type == "pil":
                 arrays = self._decoded(samples, pixels, config.sample.batch)
@@ -261,12 +261,6 @@ class DiffMoEPipeline:
         validate(config)
         check_guidance(config)
         return config
-
-    def _placed(self, model: DiT) -> DiT:
-        """Another model, where and in which precision this one is."""
-        for parameter in model.to(self.device).parameters():
-            parameter.data = parameter.data.to(self.dtype)
-        return model
 
     def _decoded(self, samples: Tensor, pixels: bool, batch: int) -> np.ndarray:
         """uint8 [n, H, W, 3]"""

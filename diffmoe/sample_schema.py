@@ -33,6 +33,9 @@ class SampleConfig:
         gamma: One constant threshold for every expert, in place of the learned ones.
         capacity: Experts that a token gets on average, by thresholds from the predictor's
             histograms.
+        dtype: Of the weights in `sample`, `evaluate` and `sweep`: `fp32`, as the published rows, or
+            `bf16`, for speed on a GPU. Scores, thresholds and the sampler's own arithmetic stay
+            fp32.
         batch: Images at a time, on a rank.
         columns: Of the sheet of samples, at most: fewer classes share them out evenly.
     """
@@ -50,6 +53,7 @@ class SampleConfig:
     routing: Literal["batch", "token", "static"] = "token"
     gamma: float | None = None
     capacity: float | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
     batch: int = 64
     columns: int = 10
 

@@ -955,5 +955,11 @@ def test_the_verb_scores_a_checkpoint(
     arguments[3], arguments[9] = str(tmp_path / "digits.npz"), str(tmp_path / "again")
     assert command.main(arguments, detect()) == 0
     close(card_from_json((tmp_path / "again" / "card.json").read_text()).scores, card.scores)
+    arguments[9] = str(tmp_path / "rounded")
+    assert command.main([*arguments, "--dtype", "bf16"], detect()) == 0
+    rounded = card_from_json((tmp_path / "rounded" / "card.json").read_text())
+    assert rounded.weights_sha256 == card.weights_sha256
+    assert rounded.images_sha256 != card.images_sha256
+    assert "dtype bf16 (published: fp32)" in rounded.protocol and "dtype" not in card.protocol
     with pytest.raises(UserError, match="extractor file .nowhere.pt. does not exist"):
         command.main([*arguments[:5], "nowhere.pt", *arguments[6:]], detect())

@@ -355,7 +355,7 @@ def images_of(*overrides, others=Others()):
 def test_other_guidance_is_another_card_and_no_published_one():
     plain = images_of("sample.cfg=1.5")
     known = {field.name for field in dataclasses.fields(SampleConfig)}
-    new = {"cfg_interval", "guide", "guide_capacity", "pair"}
+    new = {"cfg_interval", "guide", "guide_capacity", "pair", "dtype"}
     assert set(plain.settings["sample"]) == known - new - {"columns"}, (
         "as before there was a choice"
     )

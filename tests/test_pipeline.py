@@ -123,7 +123,9 @@ def vae_folder(tmp_path_factory):
     return folder
 
 
-def test_it_makes_what_the_command_line_makes(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_makes_what_the_command_line_makes(tmp_path, dtype):
+    rounded = dtype == torch.bfloat16
     [[result]] = run_cases(
         1,
         [
@@ -141,6 +143,7 @@ def test_it_makes_what_the_command_line_makes(tmp_path):
                 "2",
                 "--out",
                 tmp_path / "theirs",
+                *["--dtype", "bf16"][: 2 * rounded],
                 "sample.steps=2",
                 "sample.columns=3",
             ]
@@ -149,11 +152,14 @@ def test_it_makes_what_the_command_line_makes(tmp_path):
     assert result.returncode == 0, result
     with Image.open(tmp_path / "theirs.png") as sheet:  # two classes: two columns
         assert sheet.size == (2 * (8 * 7 + GRID_GAP) + GRID_GAP, 3 * (8 * 7 + GRID_GAP) + GRID_GAP)
-    ours = DiffMoEPipeline.from_pretrained(KEPT)([3, 7], guidance_scale=2, **CALL)
+    pipe = DiffMoEPipeline.from_pretrained(KEPT, torch_dtype=dtype)
+    ours = pipe([3, 7], guidance_scale=2, **CALL)
     with np.load(tmp_path / "theirs.npz") as theirs:
         assert ours.labels == theirs["labels"].tolist() == [3, 7, 3, 7, 3]
         np.testing.assert_allclose(ours.samples.numpy(), theirs["images"], atol=1e-5)
         assert np.abs(ours.arrays.astype(int) - theirs["arr_0"]).max() <= 1
+        exact = pipe.to(torch.float32)([3, 7], guidance_scale=2, **CALL).samples
+        assert ((exact - ours.samples).abs().max() > 1e-4) == rounded
     assert [image.size for image in ours.images] == [(8, 8)] * 5 and isinstance(
         ours.images[0], Image.Image
     )

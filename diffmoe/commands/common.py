@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from diffmoe.config import Config, check_guidance, override
@@ -105,6 +105,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--vae", help="decoder of latents: an AutoencoderKL (folder, hub id), or TorchScript file")
     for name in ("--latent-scale", "--latent-shift"):
         add(name, type=numbers_of, help="(default: the training data's, else the VAE's own)")
+    dtype = "of the weights; bf16 is faster on a GPU (default: sample.dtype)"
+    add("--dtype", choices=("fp32", "bf16"), help=dtype)
     fp32 = "of a GPU's fp32 matmuls (default: that of the run)"
     add("--fp32-precision", choices=("ieee", "tf32"), help=fp32)
     compiled = "torch.compile the model; auto: on a GPU (default: train.compile of the run)"
@@ -275,6 +277,7 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
         "sample.cfg_interval": options.cfg_interval,
         "sample.guide": options.guide,
         "sample.guide_capacity": options.guide_capacity,
+        "sample.dtype": options.dtype,
         "run.seed": options.seed,
         "run.fp32_precision": options.fp32_precision,
         "train.compile": options.compile,
@@ -289,9 +292,9 @@ def sampling_config(config: Config, options: argparse.Namespace) -> Config:
 def sampling_model(
     checkpoint: Checkpoint, config: Config, options: argparse.Namespace, device: torch.device
 ) -> tuple[DiT, Others, Decoder | None, list[str]]:
-    """The model of a checkpoint on the CPU, on ``device`` the others that sampling needs, all
-    compiled if they are to be, the decoder of ``--vae``, and what to say of them. UserError
-    where they do not fit.
+    """The model of a checkpoint and the others that sampling needs, fp32 on the CPU and compiled if
+    they are to be (see :func:`to_device`), the decoder of ``--vae``, and what to say of them.
+    UserError where they do not fit.
     """
     from diffmoe.diffusion.guidance import open_others
     from diffmoe.evaluation.decoding import checkpoint_data, open_decoder, vae_note
@@ -311,8 +314,16 @@ def sampling_model(
         index = checkpoint_data(config, *numbers, "--latent-scale and --latent-shift")
         decoder = open_decoder(options.vae, config, index, *numbers, device)
         notes.append(vae_note(config, decoder, index))
-    others = others.each(lambda other: other.to(device))
     return model, others, decoder, [note for note in notes if note is not None]
+
+
+def to_device(models: Iterable[DiT | None], config: Config, device: torch.device) -> None:
+    """What samples goes to ``device``, in eval mode, its weights in ``sample.dtype``."""
+    import torch
+
+    dtype = torch.bfloat16 if config.sample.dtype == "bf16" else torch.float32
+    for model in filter(None, models):
+        model.to(device).eval().cast(dtype)
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:

@@ -14,6 +14,7 @@ from diffmoe.commands.common import (
     leave,
     sampling_config,
     sampling_model,
+    to_device,
 )
 from diffmoe.config import Config
 from diffmoe.environment import RankEnvironment
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 # Options that say nothing of samples that exist.
 _OF_CHECKPOINT = (
-    "vae latent_scale latent_shift fp32_precision compile labels weights cfg cfg_interval guide "
-    "guide_capacity seed no_samples published"
+    "vae latent_scale latent_shift dtype fp32_precision compile labels weights cfg cfg_interval "
+    "guide guide_capacity seed no_samples published"
 ).split()
 
 
@@ -120,8 +121,9 @@ def _sampled(
     subject = Subject(str(checkpoint.path), checkpoint.step, options.weights or WEIGHTS)
     count = COUNT if options.count is None else options.count
     labels = options.labels or "balanced"
-    model.to(device).eval()
-    return sampled_images(model, config, subject, count, labels, device, decoder, others)
+    images = sampled_images(model, config, subject, count, labels, device, decoder, others)
+    to_device((model, *others), config, device)  # their digests are the checkpoints'
+    return images
 
 
 def _option(name: str) -> str:

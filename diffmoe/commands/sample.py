@@ -12,6 +12,7 @@ from diffmoe.commands.common import (
     leave,
     sampling_config,
     sampling_model,
+    to_device,
 )
 from diffmoe.environment import RankEnvironment
 from diffmoe.errors import UserError
@@ -57,7 +58,7 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     for note in notes if first else ():
         print(note, flush=True)
     set_fp32_precision(config.run.fp32_precision)
-    model.to(device).eval()
+    to_device((model, *others), config, device)
     decode = None
     if decoder is not None:
         decode = lambda latents: decoder.function(latents).float() / 127.5 - 1

@@ -22,6 +22,7 @@ def published_sampling(family: str | None, process: str | None) -> dict[str, obj
     if process == "flow":
         published = {"sampler": "euler"}
     published |= {"steps": 250, "guide": None, "cfg_interval": None, "pair": None}
+    published |= {"dtype": "fp32"}
     if family == "diffmoe":
         published |= {"routing": "batch", "batch": 125, "gamma": None, "capacity": None}
     return published
@@ -31,7 +32,7 @@ def departures(card: Card) -> list[str]:
     """In what a checkpoint's score differs from the published protocol, with its values."""
     published = {"weights": WEIGHTS, "labels": LABELS, "count": COUNT, "splits": SPLITS}
     published |= published_sampling(card.family, card.process)
-    there = {**vars(card), **(card.sampling or {})}
+    there = {"dtype": "fp32", **vars(card), **(card.sampling or {})}  # cards name others
     differ = [
         f"{name} {there.get(name)} (published: {value})"
         for name, value in published.items()

@@ -151,8 +151,8 @@ def sampled_images(
 
 
 def _told(sample: SampleConfig) -> dict[str, Any]:
-    """The section as settings and cards have it, without what makes no difference to the images:
-    those from before there was a choice of guides stay the same.
+    """The section as settings and cards have it, without what makes no difference to the images,
+    which older ones have none of.
     """
     unused = {
         "columns": True,
@@ -160,6 +160,7 @@ def _told(sample: SampleConfig) -> dict[str, Any]:
         "guide": sample.cfg == 1 or sample.guide is None,
         "guide_capacity": not sample.guided_by_capacity,
         "pair": sample.pair is None,
+        "dtype": sample.dtype == "fp32",
     }
     return {k: v for k, v in dataclasses.asdict(sample).items() if not unused.get(k)}
 

@@ -321,6 +321,12 @@ class DiT(nn.Module):
         h = h.view(B, side, side, p, p, self.model.out_channels)
         return h.permute(0, 5, 1, 3, 2, 4).reshape(B, self.model.out_channels, side * p, side * p)
 
+    def cast(self, dtype: torch.dtype) -> DiT:
+        """Weights become ``dtype``; thresholds and other buffers stay.  Returns itself."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return self
+
     def moe_layers(self) -> Iterator[tuple[int, MoELayer]]:
         """(block index, layer) of every MoE layer, in order of depth."""
         for i, block in enumerate(self.blocks):
