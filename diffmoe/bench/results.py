@@ -69,17 +69,14 @@ def _parity(r: dict) -> Iterator[Fact]:
 
 
 def _layer(r: dict) -> Iterator[Fact]:
-    if "time_over_dense" not in r:  # of a sweep, which is not made any more
-        cost = r["microseconds_a_token"].values()
-        what = f"MoE layer of {r['model'].upper()}, {r['dtype']}, cost of a token"
-        yield what, f"{min(cost):.3g} to {max(cost):.3g} µs over tokens and experts"
-        return
     time, memory = r["time_over_dense"], r["activation_memory_over_dense"]
     told = f"{time:.2f} x dense's time, {memory:.2f} x its activations"
     if "loop_time_over_ours" in r:
         told += f"; {r['loop_time_over_ours']:.2f} x as fast as the textbook loop"
     if "deepspeed_time_over_ours" in r:
         told += f", DeepSpeed's layer {r['deepspeed_time_over_ours']:.2f} x our time"
+    if (same := "deepspeed_with_predictor_time_over_ours") in r:
+        told += f", with a predictor beside it {r[same]:.2f} x"
     yield f"MoE layer of {_name(r)}, {r['tokens']:,} tokens, {r['dtype']}, training pass", told
 
 
