@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -42,6 +43,7 @@ from launcher.command_line import (
     write_text,
 )
 
+_OFFLOADS = "  offload  the optimizer is on the host: its copies and Adam there are not in the time"
 _EXAMPLE = """
 python -m launcher plan --config configs/diffmoe_xl_e16_flow.yaml --gpu h100 --nodes 2
 python -m launcher plan --config configs/demo.yaml --gpu a100 --memory 40 --ep 1 --recompute none
@@ -64,10 +66,11 @@ def main(arguments: list[str]) -> int:
         configured = evaluate(config, tree, cluster)
         merge_deepspeed(tree, config, configured.layout)
         lines += _configured(configured, tree, cluster, steps)
-        config = fixed_pool(config, cluster.ranks)
     except UserError as error:
         configured = None
         lines.append(f"configured does not resolve: {error}")
+    with contextlib.suppress(UserError):  # then no layout is found either
+        config = fixed_pool(config, cluster.ranks)
     found = candidates(config, tree, cluster, pins)
     fitting = [c for c in found if c.fits]
     kept = f"{len(found)} keep batch {config.train.batch} and pool {config.moe.pool}"
@@ -145,7 +148,7 @@ def _configured(candidate: Candidate, tree: dict, cluster: Cluster, steps: int) 
     parts = [f"{name} {value / GIB:.2f}" for name, value in memory.parts().items() if value]
     levels = {name: 0 for name in ("ep", "ep across", "ep inside")}
     for m in traffic:
-        if m.collective == "all_to_all":
+        if m.collective == "all_to_all" and m.group in levels:  # not Muon's momenta
             levels[m.group] += m.wire
     reduced = sum(m.wire for m in traffic if m.purpose in ("gradients", "parameters"))
     shared = sum(m.wire for m in traffic if m.purpose == "owners")
@@ -176,6 +179,7 @@ def _configured(candidate: Candidate, tree: dict, cluster: Cluster, steps: int) 
         f"  run      {candidate.images_per_s:.0f} images/s; {steps} steps: {days:.2f} days, "
         f"{24 * days * layout.ranks:.0f} GPU-hours",
         *([f"  hosts    {across}"] if across else []),
+        *([_OFFLOADS] if candidate.engine.state_on_host else []),
     ]
 
 

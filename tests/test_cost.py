@@ -629,6 +629,77 @@ def test_a_calibrated_plan_meets_its_record(kind):
         calibrate(hardware, [], "an empty file")
 
 
+def test_a_launch_on_a_gpu_takes_no_longer_than_the_shortest_step_leaves_it():
+    config = load_config("configs/demo.yaml", [])
+    layout, engine = resolve_layout(config, 2), engine_facts({"zero_optimization": {"stage": 1}})
+    short = Measured(config, layout, engine, 2, compute=0.01, all_to_all=0, reduction=0, other=0)
+    long = dataclasses.replace(short, compute=1.0)
+    h100 = choose(read_table(None), "h100")
+    alone, both = (calibrate(h100, records, "a test") for records in ([short], [long, short]))
+    assert alone.operator_us == pytest.approx(both.operator_us)
+
+
+def test_the_plans_own_error_follows_the_schedule_of_the_capacity():
+    words = ["moe.capacity_hold=100", "moe.capacity_until=200"]
+    config, tree = load_config("configs/demo.yaml", words), {"zero_optimization": {"stage": 1}}
+    layout = resolve_layout(config, 2)
+    early, late = (
+        plan_error(config, layout, tree, "cpu", 2, 0.5, 0, step=step)[0]["plan_step_s"]
+        for step in (10, 200)
+    )
+    assert early > 1.5 * late
+
+
+@pytest.mark.parametrize(
+    "tree,stage,overlaps",
+    [
+        ({}, 0, False),
+        ({"zero_optimization": {"stage": None, "stage3_max_live_parameters": None}}, 0, False),
+        ({"bf16": {"enabled": True}}, 1, True),  # as ZeRO 1
+        ({"zero_optimization": {"stage": 2}}, 2, True),
+        ({"zero_optimization": {"stage": 3}}, 3, True),
+        ({"zero_optimization": {"stage": 3, "overlap_comm": False}}, 3, False),
+    ],
+)
+def test_when_gradients_leave_under_backward(tree, stage, overlaps):
+    engine = engine_facts(tree)
+    assert (engine.stage, engine.overlaps) == (stage, overlaps)
+    assert engine.buckets == (2 if overlaps and stage < 3 else 1)
+
+
+def test_what_is_offloaded_takes_no_memory_of_the_gpu():
+    config = load_config("configs/diffmoe_s_e16_flow.yaml", ["train.optimizer=deepspeed"])
+    layout, cpu = resolve_layout(config, 8), {"device": "cpu"}
+    zero = {"stage": 3}
+    kept, state, all_of_it = (
+        rank_memory(config, layout, engine_facts({"zero_optimization": {**zero, **more}}))
+        for more in (
+            {},
+            {"offload_optimizer": cpu},
+            {"offload_optimizer": cpu, "offload_param": cpu},
+        )
+    )
+    assert kept.masters and kept.moments and kept.ema
+    assert (state.masters, state.moments, state.ema) == (0, 0, 0)
+    assert state.weights == kept.weights > all_of_it.weights
+
+
+def test_zero_3_gathers_twice_where_all_weights_together_are_too_many():
+    config = load_config("configs/diffmoe_s_e16_flow.yaml", ["parallel.ep=4"])
+    layout = resolve_layout(config, 8)
+    parameters = rank_parameters(config.model, config.moe, layout.ep)
+    whole = sum(p.numel for p in parameters)
+    experts = sum(p.numel for p in parameters if p.expert)
+    largest = max(experts, whole - experts)
+
+    def gathered(live):
+        tree = {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": live}}
+        found = step_traffic(config, layout, engine_facts(tree))
+        return sum(m.wire for m in found if m.purpose == "parameters")
+
+    assert gathered(largest + 1000) == 2 * gathered(whole + 1000)
+
+
 def test_the_plans_own_error():
     config = load_config("configs/demo.yaml", [])
     layout, tree = resolve_layout(config, 2), {"zero_optimization": {"stage": 1}}

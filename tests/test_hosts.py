@@ -15,6 +15,7 @@ from diffmoe.cost.extrapolation import (
     extrapolate,
     fewer_nodes,
     hosts_of,
+    larger_batches,
     spanned,
     spanning,
     stops,
@@ -275,6 +276,45 @@ def test_where_an_exchange_has_two_levels(hosts, ep, per_host):
         over_hosts(layout, "two_level", runs)
     assert "\n" not in str(raised.value)
     assert f"parallel.ep is {ep}, and {per_host} consecutive ranks" in str(raised.value)
+
+
+def test_groups_that_nodes_cut_in_unequal_parts_are_priced_as_they_lie():
+    config = configuration("diffmoe_l_e16_flow", "train.batch=192", "moe.pool=16")
+    config = override(config, ["parallel.ep=4"])
+    tree = read_deepspeed(BF16)
+    found = evaluate(config, tree, Cluster(2, 6, H100))  # ranks 4, 5 and 6, 7 are one group
+    inside = evaluate(config, tree, Cluster(3, 4, H100))
+    assert found.time.all_to_all > 2 * inside.time.all_to_all
+    line = spanning(config, found.layout, tree, H100, hosts_of(12, 6))
+    assert f"all-to-all takes {1e3 * found.time.all_to_all:.1f} of" in line
+
+
+def test_unequal_hosts_are_not_taken_for_another_order_of_ranks():
+    config = configuration("diffmoe_l_e16_flow", "train.batch=192", "moe.pool=8")
+    hosts = [0] * 8 + [1] * 8 + [2] * 4 + [3] * 4
+    layout = resolve_layout(config, len(hosts))
+    line = spanning(config, layout, read_deepspeed(BF16), H100, hosts)
+    assert "with parallel.ep=4, inside hosts" in line and "consecutive" not in line
+
+
+@pytest.mark.parametrize(
+    "words,stage",
+    [("train.optimizer=muon", 3), ("train.optimizer=apex", 3), ("train.compile=true", 3)],
+)
+def test_no_layout_is_offered_that_no_run_takes(words, stage):
+    tree, cluster = read_deepspeed(BF16), Cluster(1, 8, H100)
+    for more, refused in (((), False), ((words,), True)):
+        config = configuration("diffmoe_s_e16_flow", *more)
+        stages = {c.engine.stage for c in candidates(config, tree, cluster, WHOLE)}
+        assert (stage not in stages) == refused and {1, 2} <= stages
+
+
+def test_the_efficiency_is_that_of_the_first_size_with_a_layout():
+    config = configuration("diffmoe_l_e16_flow", "train.batch=192", "moe.pool=16")
+    lines = larger_batches(config, read_deepspeed(BF16), H100, 6, Pins(ep=4, overlap="none"))
+    assert "of 12 GPUs' efficiency (EP 4" in lines[0] and "of 6 GPUs'" not in "".join(lines)
+    small = override(config, ["train.recipe_batch=4", "train.batch=192"])
+    assert "does not start" in larger_batches(small, read_deepspeed(BF16), H100, 6, WHOLE)[0]
 
 
 def test_the_planner_takes_the_form_of_exchange_that_is_faster():

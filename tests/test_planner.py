@@ -370,6 +370,27 @@ def test_one_pool_for_all_runs_and_weak_batches_in_proportion():
     assert pool == 16  # as in the runs, of two ranks
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*XL, "train.optimizer=muon"],
+        [*DEMO, "--gpus-per-node", "1"],  # where its parallel.ep cannot be
+        [*XL, "--nodes", "2", "train.recipe_batch=4"],
+    ],
+)
+def test_what_runs_is_planned(arguments, capsys):
+    assert plan.main([*arguments, "--gpu", "h100", "--top", "1"]) == 0
+    assert "  1 " in capsys.readouterr().out
+
+
+def test_what_is_offloaded_is_said(tmp_path, capsys):
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    (tmp_path / "offload.json").write_text(json.dumps({"zero_optimization": offload}))
+    words = ["--deepspeed_config", str(tmp_path / "offload.json"), "train.optimizer=deepspeed"]
+    assert plan.main([*DEMO, *words, "--gpu", "h100"]) == 0
+    assert "Adam there are not in the time" in capsys.readouterr().out
+
+
 def test_shards_and_overlap_are_varied_too(tmp_path):
     options = _options("--ep", "1,2", "--shard", "0,2", "--ranks", "4", "--repeats", "1")
     _, trials, left_out = scaling.plan_trials(

@@ -97,11 +97,14 @@ def calibrate(hardware: Hardware, records: list[Measured], origin: str) -> Hardw
     sent = sum(r.all_to_all + r.reduction for r in records)
     if sent > 0 and any(p.whole_all_to_all + p.whole_reduction for p in planned):
         bare = _link_scaled(bare, records, sent)
-    # What the host needs hides behind a device that computes meanwhile.
-    hidden = computed if hardware.asynchronous else 0.0
-    launched = sum(launches(r.config, r.layout, r.engine, hardware) for r in records)
-    operator_us = 1e6 * (hidden + sum(r.other for r in records)) / launched
-    return replace(bare, operator_us=operator_us, calibrated=origin)
+    launched = [launches(r.config, r.layout, r.engine, hardware) for r in records]
+    if hardware.asynchronous:
+        # What the host needs hides behind a device that computes meanwhile: no launch takes longer
+        # than the shortest step leaves it.
+        each = min((r.compute + r.other) / n for r, n in zip(records, launched))
+    else:
+        each = sum(r.other for r in records) / sum(launched)
+    return replace(bare, operator_us=1e6 * each, calibrated=origin)
 
 
 def _scaled(hardware: Hardware, compute: float, link: float) -> Hardware:
@@ -169,9 +172,11 @@ def plan_error(
     per_node: int,
     step_s: float,
     peak_bytes: float,
+    step: int = 0,
 ) -> tuple[dict[str, float], str]:
     """(entries for the metrics, a line for people): predicted and measured step time, and memory
-    where it was measured (``peak_bytes`` 0: it was not).  Errors are predicted / measured - 1.
+    where it was measured (``peak_bytes`` 0: it was not), around ``step`` of a schedule of the
+    capacity.  Errors are predicted / measured - 1.
 
     ``device_name``: torch's name of the GPU, or ``cpu``; one that the hardware table does not know
     has no plan: ({}, why).
@@ -181,7 +186,8 @@ def plan_error(
     if hardware is None:
         return {}, f"plan: diffmoe/cost/hardware.yaml has no entry for {device_name!r}"
     engine = engine_facts(deepspeed_tree)
-    seconds = step_time(config, layout, engine, hardware, per_node).total
+    then = replace(config, moe=replace(config.moe, capacity=config.moe.capacity_at(step)))
+    seconds = step_time(then, layout, engine, hardware, per_node).total
     gib = rank_memory(config, layout, engine).peak / 2**30
     error = seconds / step_s - 1
     entries = {"plan_step_s": seconds, "plan_step_error": error, "plan_memory_gib": gib}

@@ -75,7 +75,7 @@ def spanning(
     )
     if layout.per_host:
         text += f"; it goes over two levels, directly it would take {1e3 * plain.all_to_all:.1f} ms"
-    smaller = math.gcd(layout.ep, per_node)
+    smaller = math.gcd(layout.ep, *Counter(hosts).values())
     if spanned(hosts, smaller)[0] > 1:
         return f"{text}; ranks of a host are not consecutive (srun --distribution=block)"
     try:
@@ -153,7 +153,7 @@ def larger_batches(
         lines.append(
             f"batch {batch}: up to {last.ranks} GPUs, {best.images_per_s:.0f} images/s, "
             f"{1e3 * best.time.total:.1f} ms a step, {100 * last.efficiency:.0f} % of "
-            f"{points[0].ranks} GPUs' efficiency ({best.label})"
+            f"{good[0].ranks} GPUs' efficiency ({best.label})"
         )
     return lines
 
@@ -188,7 +188,7 @@ def extrapolate(
     strong: train.batch stays.  weak: train.batch grows with the ranks from the first size on, so
     that a rank's share stays.
     """
-    config = fixed_pool(config, sizes[0])
+    config = fixed_pool(config, sizes[0]) if sizes else config
     first: Candidate | None = None
     points = []
     for ranks in sizes:

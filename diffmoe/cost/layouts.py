@@ -13,7 +13,7 @@ from diffmoe.cost.hardware import Hardware
 from diffmoe.cost.memory import EngineFacts, Memory, engine_facts, rank_memory
 from diffmoe.cost.step_time import StepTime, step_time
 from diffmoe.cost.traffic import least_traffic, step_traffic
-from diffmoe.deepspeed_json import check_shards
+from diffmoe.deepspeed_json import check_deepspeed, check_shards
 from diffmoe.deepspeed_keys import MICS
 from diffmoe.errors import UserError
 from diffmoe.layout import Layout, over_hosts, resolve_layout
@@ -145,10 +145,22 @@ def evaluate(config: Config, deepspeed_tree: dict, cluster: Cluster) -> Candidat
 
 
 def fixed_pool(config: Config, ranks: int) -> Config:
-    """With the pool as a number of samples: a word would mean another model in every layout."""
+    """With the pool as a number of samples: a word would mean another model in every layout.  As
+    configured, or as near to that as so many ranks allow; UserError where nothing is.
+    """
     if isinstance(config.moe.pool, int) or config.model.family == "dense":
         return config
-    return override(config, [f"moe.pool={resolve_layout(config, ranks).pool}"])
+    try:
+        pool = resolve_layout(config, ranks).pool
+    except UserError:
+        ep = math.gcd(ranks, config.parallel.ep)
+        near = replace(
+            config,
+            parallel=replace(config.parallel, ep=ep),
+            train=replace(config.train, micro_batch=None, accumulation=None),
+        )
+        pool = resolve_layout(near, ranks).pool
+    return override(config, [f"moe.pool={pool}"])
 
 
 def candidates(
@@ -181,9 +193,10 @@ def candidates(
         if experts % ep or (ep == 1 and overlap == "halves"):
             continue  # no such shares; no rows travel
         try:
+            check_deepspeed(tree, changed)
             candidate = evaluate(changed, tree, cluster)
         except UserError:
-            continue  # sizes that do not divide
+            continue  # sizes that do not divide, or what no run takes at this stage
         if candidate.layout.per_host and config.parallel.exchange == "auto":  # or the other form
             directly = replace(changed, parallel=replace(changed.parallel, exchange="direct"))
             other = evaluate(directly, tree, cluster)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from diffmoe.config import Config, attention_kept, inner_width
 from diffmoe.cost.parameters import expert_width, shared_width, trained_parameters
-from diffmoe.deepspeed_json import BF16_NAMES, accumulation, reduction
+from diffmoe.deepspeed_json import BF16_NAMES, accumulation, precision, reduction, zero_stage
 from diffmoe.deepspeed_keys import MICS
 from diffmoe.families import (
     TOKENS_CHOOSE,
@@ -32,10 +32,11 @@ class EngineFacts:
     """What the DeepSpeed JSON says, as the engine will run it (bf16 at ZeRO 0 runs as ZeRO 1).
 
     ``element``: bytes of a weight; ``reduced``: of a gradient that ranks add up.  ``bucket``:
-    elements of a gradient bucket, of which there are ``buckets``. ``persistent``: ZeRO 3 keeps
-    tensors up to that many elements whole; ``live``: elements of the others that it may hold.
-    ``shard``: ranks that share a copy of the optimizer's state (None: all of them).
-    ``sums_in_products``: products add up weights' gradients (``gradient_sums``).
+    elements of a gradient bucket, of which there are ``buckets``; ``overlaps``: whether they leave
+    while backward still runs. ``persistent``: ZeRO 3 keeps tensors up to that many elements whole;
+    ``live``: elements of the others that it may hold.  ``shard``: ranks that share a copy of the
+    optimizer's state (None: all of them).  ``sums_in_products``: products add up weights' gradients
+    (``gradient_sums``).  ``state_on_host``, ``weights_on_host``: what DeepSpeed offloads.
     """
 
     stage: int
@@ -43,19 +44,17 @@ class EngineFacts:
     reduced: int
     bucket: int
     buckets: int
+    overlaps: bool
     persistent: int
     live: int
-    shard: int | None = None
-    sums_in_products: bool = False
+    shard: int | None
+    sums_in_products: bool
+    state_on_host: bool
+    weights_on_host: bool
 
     def copies(self, layout: Layout) -> int:
         """Of the optimizer's state (at ZeRO 0 every rank has one, which is not meant)."""
         return layout.ranks // (self.shard or layout.ranks)
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether gradients leave while backward still runs."""
-        return self.stage == 3 or self.buckets == 2
 
     @property
     def bf16(self) -> bool:
@@ -64,27 +63,35 @@ class EngineFacts:
 
 def engine_facts(deepspeed_tree: dict) -> EngineFacts:
     """Facts of a DeepSpeed JSON that ``merge_deepspeed`` accepts."""
-    zero = deepspeed_tree.get("zero_optimization") or {}
-    bf16 = bool((deepspeed_tree.get("bf16") or {}).get("enabled"))
-    stage, how = zero.get("stage", 0), reduction(deepspeed_tree)
+    said = (deepspeed_tree.get("zero_optimization") or {}).items()
+    zero = {name: value for name, value in said if value is not None}
+    bf16, how = precision(deepspeed_tree) == "bf16", reduction(deepspeed_tree)
+    stage = max(zero_stage(deepspeed_tree), int(bf16))
+    offloaded = {
+        name: (zero.get(f"offload_{name}") or {}).get("device") not in (None, "none")
+        for name in ("optimizer", "param")
+    }
 
     def number(name: str, default: float) -> int:
         return int(float(zero.get(f"stage3_{name}", zero.get(name, default))))
 
     return EngineFacts(
-        stage=max(stage, 1) if bf16 else stage,
+        stage=stage,
         element=2 if bf16 else _FP32,
         reduced=_FP32 if how.precision == "fp32" else 2,
         bucket=how.bucket,
         buckets=2 if how.overlap and stage in (1, 2) else 1,
+        overlaps=how.overlap and stage > 0,
         persistent=number("param_persistence_threshold", 1e5),
         live=number("max_live_parameters", 1e9),
         shard=int(zero.get(MICS) or 0) or None,
         # Otherwise DeepSpeed takes another optimizer.
         sums_in_products=bf16
-        and stage <= 1
+        and stage == 1
         and accumulation(deepspeed_tree) not in BF16_NAMES
-        and (zero.get("offload_optimizer") or {}).get("device", "none") == "none",
+        and not offloaded["optimizer"],
+        state_on_host=offloaded["optimizer"],
+        weights_on_host=offloaded["param"],
     )
 
 
@@ -176,15 +183,16 @@ def rank_memory(config: Config, layout: Layout, engine: EngineFacts) -> Memory:
     if engine.stage == 3:
         # Small tensors stay whole beside their shard.
         persistent = sum(n for n in numels if n <= engine.persistent)
-        weights = engine.element * (shard + persistent)
+        weights = engine.element * (persistent + (0 if engine.weights_on_host else shard))
         gathered = engine.element * min(engine.live, whole - persistent)
     activations, exchange, working = _activations(config, layout, engine.element)
     averages = len(config.train.ema_decays) + len(config.train.ema_lengths)
+    state = 0 if engine.state_on_host else _FP32
     return Memory(
         weights=weights,
-        masters=0 if engine.stage == 0 else _FP32 * shard,
-        moments=_FP32 * (2 * shard - muon),
-        ema=averages * _FP32 * shard,
+        masters=0 if engine.stage == 0 else state * shard,
+        moments=state * (2 * shard - muon),
+        ema=averages * state * shard,
         gathered=gathered,
         activations=activations,
         exchange=exchange,

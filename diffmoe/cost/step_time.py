@@ -321,8 +321,9 @@ def _placement(group: str, layout: Layout, engine: EngineFacts, per_node: int) -
     """(ranks of the group, how many of them share a node)."""
     if group == "world":
         return layout.ranks, min(layout.ranks, per_node)
-    if group == "ep":
-        return layout.ep, min(layout.ep, per_node)
+    if group == "ep":  # where nodes fill one after the other, the group with the fewest on one
+        here = layout.ep if layout.ranks <= per_node else math.gcd(layout.ep, per_node)
+        return layout.ep, here
     if group == "ep across":
         return layout.ep // layout.per_host, 1
     if group == "ep inside":

@@ -151,10 +151,11 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
     all-reduced over the copies.  Of Muon's momenta the mean over ranks.
     """
     found, copies = [], engine.copies(layout)
-    sums = engine.sums_in_products
+    sums, parts = engine.sums_in_products, shared_parts(config, layout)
     shards = shard_messages = 0
     groups = ("world", "edp") if copies == 1 else ("shard", "expert shard")
-    for part in shared_parts(config, layout):
+    stay = sum(sum(p.numels) for p in parts if p.ranks > copies) <= engine.live
+    for part in parts:
         numels, ranks, group = part.numels, part.ranks // copies, groups[part.experts]
         whole = sum(numels)
         buckets = -(-whole // engine.bucket)
@@ -169,7 +170,7 @@ def reduction_traffic(config: Config, layout: Layout, engine: EngineFacts) -> li
             elements = sum(-(-n // ranks) * ranks for n in numels)
             collective = "reduce_scatter"
             # Weights stay from forward to backward if they may; else backward gathers again.
-            again = times if elements <= engine.live else 2 * times
+            again = times if stay else 2 * times
             gathers, gathered = again * len(numels), again * elements
         elif sums:  # in parts of one owner each
             collective, messages = "reduce", buckets + ranks - 1

@@ -41,7 +41,8 @@ def compare_with_plan(run: Run, seconds: float) -> None:
         peak = peak_memory_gib(run.device) * 2**30
     median = statistics.median(run.step_times)
     entries, line = plan_error(
-        run.config, run.layout, run.deepspeed, name, run.per_node, median, peak
+        *(run.config, run.layout, run.deepspeed, name, run.per_node, median, peak),
+        step=run.done - AFTER_STEPS // 2,
     )
     run.next_record |= entries
     run.say(line)
