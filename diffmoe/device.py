@@ -19,6 +19,7 @@ from torch.distributed import Store
 from diffmoe import gpus
 from diffmoe.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of weights, by their names here
 _LEAVING_S = 20.0  # in which a process that was ended gives back a GPU's memory
 
 # Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity).

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffmoe.config import Config, check_guidance, config_from_tree, config_to_tree, validate
 from diffmoe.data.vae import Vae, decode_latents
 from diffmoe.data.values import Numbers, numbers_of
-from diffmoe.device import fp32_precision
+from diffmoe.device import DTYPES, fp32_precision
 from diffmoe.diffusion.guidance import open_others
 from diffmoe.errors import UserError
 from diffmoe.evaluation.capacity_report import CapacityMeter, CapacityUsed
@@ -84,11 +84,11 @@ class DiffMoEPipeline:
         vae: str | Path | None = None,
         latents: tuple[Numbers, Numbers] | None = None,
         revision: str | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        torch_dtype: torch.dtype | None = None,
     ) -> DiffMoEPipeline:
         """The pipeline of an exported folder, a checkpoint's or run's folder (its newest
         checkpoint), or a repository of the hub (owner/name, at ``revision``); on the CPU, see
-        :meth:`to` for ``torch_dtype``.
+        :meth:`to` for ``torch_dtype`` (default: the run's ``sample.dtype``).
 
         ``weights``: ``raw``, ``ema`` or ``ema:0.999`` of a checkpoint (default: its first EMA).
         ``vae``: a diffusers AutoencoderKL, folder or hub id (default: the folder's own ``vae/``,
@@ -97,6 +97,7 @@ class DiffMoEPipeline:
         or the VAE is not the one that encoded the training data.
         """
         opened = open_pretrained(name, weights, revision)
+        dtype = torch_dtype or DTYPES[opened.config.sample.dtype]
         if latents is not None:
             opened = replace(opened, latents=_two_numbers(latents))
         latent = opened.config.model.channels not in (1, 3)
@@ -105,12 +106,12 @@ class DiffMoEPipeline:
         if vae is None:
             if opened.latents is None:  # for whoever gets what is saved
                 opened = replace(opened, latents=data_latents(opened.config, "latents"))
-            return cls(opened).to(dtype=torch_dtype)
+            return cls(opened).to(dtype=dtype)
         autoencoder = open_vae(vae, opened.config, torch.device("cpu"))
         scale, shift = opened.latents or (None, None)
         index = checkpoint_data(opened.config, scale, shift, "latents")
         numbers = latent_numbers(autoencoder, opened.config, index, scale, shift)
-        return cls(replace(opened, latents=numbers), autoencoder).to(dtype=torch_dtype)
+        return cls(replace(opened, latents=numbers), autoencoder).to(dtype=dtype)
 
     @property
     def config(self) -> Config:

@@ -34,8 +34,8 @@ class SampleConfig:
         capacity: Experts that a token gets on average, by thresholds from the predictor's
             histograms.
         dtype: Of the weights in `sample`, `evaluate` and `sweep`: `fp32`, as the published rows, or
-            `bf16`, for speed on a GPU. Scores, thresholds and the sampler's own arithmetic stay
-            fp32.
+            `bf16`, for speed on a GPU. The gate's scores, thresholds and the sampler's own
+            arithmetic stay fp32.
         batch: Images at a time, on a rank.
         columns: Of the sheet of samples, at most: fewer classes share them out evenly.
     """

@@ -356,6 +356,18 @@ def test_the_loader_reads_it() -> None:
         decode_latents(load_vae(vae_folder()), torch.from_numpy(x).repeat(1, 2, 1, 1), 0.5, 0.25)
 
 
+def test_a_large_batch_is_decoded_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, z = load_vae(vae_folder()), torch.randn(7, 4, 8, 8)
+    whole, sizes, decode = decode_latents(vae, z, 1.0, 0.0), [], vae.model.decode
+    monkeypatch.setattr("diffmoe.data.vae._AT_ONCE", 3 * 8 * 8 + 5)
+    monkeypatch.setattr(vae.model, "decode", lambda x: sizes.append(len(x)) or decode(x))
+    parts = decode_latents(vae, z, 1.0, 0.0)
+    assert sizes == [3, 3, 1] and (parts.int() - whole.int()).abs().max() <= 1
+    z[4] = torch.nan
+    with pytest.raises(UserError, match="1 of 7 decoded images"):
+        decode_latents(vae, z, 1.0, 0.0)
+
+
 def test_inspect_data_shows_decoded_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -377,6 +377,15 @@ def test_to_moves_weights_and_leaves_thresholds():
         other.to(torch.float16)
 
 
+def test_weights_are_loaded_as_the_run_samples(tmp_path):
+    opened = made()
+    config = override(opened.config, ["sample.dtype=bf16"])
+    write_folder(dataclasses.replace(opened, config=config), tmp_path / "rounded")
+    load = DiffMoEPipeline.from_pretrained
+    assert load(tmp_path / "rounded").dtype == torch.bfloat16
+    assert load(tmp_path / "rounded", torch_dtype=torch.float32).dtype == torch.float32
+
+
 def test_it_is_copied_and_pickled():
     """Also from a checkpoint, whose files do not stay open."""
     pipe = DiffMoEPipeline.from_pretrained(KEPT)

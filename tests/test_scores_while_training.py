@@ -108,6 +108,15 @@ def test_every_average_gets_the_scores_of_the_verb_and_training_stays_the_same(
             ), kind
 
 
+def test_a_sampler_that_does_not_finish_is_an_event_and_training_goes_on(two_ranks, tmp_path):
+    words = ["sample.sampler=dopri5", "sample.steps=1", "train.sample_every=4"]
+    (_, complaint), _ = two_ranks.run(heard, tiny(tmp_path, *SCORES, *words), 2)
+    assert complaint == "" and losses(tmp_path) == losses(trained()[0])
+    found = [(e["step"], e["event"]) for e in events(tmp_path)]
+    assert sorted(found) == [(s, f"not {word}") for s in (4, 8) for word in ("sampled", "scored")]
+    assert all("dopri5 did not finish" in e["text"] for e in events(tmp_path))
+
+
 def test_what_scores_need_is_asked_for_before_the_first_step(two_ranks, tmp_path):
     with pytest.raises(
         UserError, match=r"score.reference \(''\) must be given for train.score_every \(5\)"

@@ -319,11 +319,10 @@ def sampling_model(
 
 def to_device(models: Iterable[DiT | None], config: Config, device: torch.device) -> None:
     """What samples goes to ``device``, in eval mode, its weights in ``sample.dtype``."""
-    import torch
+    from diffmoe.device import DTYPES
 
-    dtype = torch.bfloat16 if config.sample.dtype == "bf16" else torch.float32
     for model in filter(None, models):
-        model.to(device).eval().cast(dtype)
+        model.to(device).eval().cast(DTYPES[config.sample.dtype])
 
 
 def whole_model(checkpoint: Checkpoint, config: Config, weights: str) -> DiT:

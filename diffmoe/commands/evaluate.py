@@ -77,7 +77,9 @@ def scored(
     first, source, reference, cards = environment.rank == 0, None, None, {}
     device = join(environment, asked=options.device)
     world = build_groups(1, 1).world  # every rank holds the whole model
+    images: Images | None = None
     for out, (config, options.weights) in points.items():
+        del images  # and with them the models of the last point
         with agreed(world):
             if reference is None:
                 if (saved := options.save_reference) is not None:

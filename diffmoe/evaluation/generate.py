@@ -176,13 +176,23 @@ def generate_everywhere(
     others: Others = Others(),
 ) -> Tensor:
     """Images 0 … len(labels) - 1, an equal share on every rank (surplus numbers fill the last), all
-    of them on all ranks.  Ranks make the same number of passes, so the experts may be spread over
-    them.  ``decode`` turns a batch of samples into the images, each rank's share on that rank.
+    of them on rank 0, on others none.  Ranks make the same number of passes, so the experts may be
+    spread over them.  ``decode`` turns a batch of samples into the images, each rank's share on
+    that rank.
     """
     each = -(-len(labels) // world.size)
     numbers = range(world.index * each, (world.index + 1) * each)
     my_labels = [labels[i % len(labels)] for i in numbers]
     mine = generate(model, config, my_labels, numbers, device, progress, meter, world, others)
-    if decode is not None:
-        mine = torch.cat([decode(part) for part in mine.split(config.sample.batch)])
-    return gather_stack(mine.to(device), world).flatten(0, 1)[: len(labels)].cpu()
+    gathered = []
+    for part in mine.split(config.sample.batch):  # on the device no more at once
+        images = part if decode is None else decode(part)
+        if world.size == 1:
+            gathered.append(images.unsqueeze(0))
+            continue
+        everyones = gather_stack(images.to(device), world)
+        if world.index == 0:
+            gathered.append(everyones.cpu())
+    if not gathered:
+        return mine[:0]
+    return torch.cat(gathered, dim=1).flatten(0, 1)[: len(labels)]

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 3  # k of precision and recall
 SPLIT_SIZE = 5_000  # samples of one split of the Inception Score (ADM: 10 splits of 50,000)
-_CHUNK_ENTRIES = 1 << 22  # distances held at once: 32 MiB of float64
+# Distances held at once: 512 MiB of float64.  cdist goes through all columns for every block.
+_CHUNK_ENTRIES = 1 << 26
 _WIDE = 64  # from this width on distances are matrix products: else 50,000 x 2048 take hours
 _ROUNDING = 1e-6  # of the largest eigenvalue: a more negative one is no rounding error
 _CPU = torch.device("cpu")

@@ -55,8 +55,8 @@ def score(model: DiT, config: Config, scorer: Scorer, world: Group, device: torc
     which need all features in one place.
 
     Raises:
-        AgreedError: images or features that are not finite, on any rank; all have made their
-            passes.
+        AgreedError: images or features that are not finite, on any rank, or a sampler that does not
+            finish, which ends on all alike; all have made their passes.
     """
     batch, tally = config.sample.batch, Tally(scorer.count, default_splits(scorer.count))
     rounds = -(-scorer.count // (batch * world.size))
@@ -64,8 +64,8 @@ def score(model: DiT, config: Config, scorer: Scorer, world: Group, device: torc
     for index in range(world.index, rounds * world.size, world.size):
         numbers = range(index * batch, (index + 1) * batch)
         labels = class_labels("balanced", numbers, config.model.classes, config.run.seed)
-        x = generate(model, config, labels, numbers, device, together=world)
         try:
+            x = generate(model, config, labels, numbers, device, together=world)
             images = to_uint8(x) if scorer.decoder is None else scorer.decoder.function(x)
             asked = range(scorer.count)[numbers.start : numbers.stop]  # the last rounds have more
             tally.add(scorer.extractor(images), asked)

@@ -39,9 +39,9 @@ from diffmoe.moe.layer import MoELayer
 from diffmoe.moe.routing import RoutingRule
 from diffmoe.parallel.recompute import recomputed
 
-# A graph is of one batch size, for which kernels are chosen: the micro-batch's, sampling's, a
-# smaller last one's, one more.
-_MOST_SIZES = 4
+# A graph is of one batch size, for which kernels are chosen: the micro-batch's; those of a sheet of
+# samples and of scores, twice where guidance doubles them at some times; a smaller last one's.
+_MOST_SIZES = 6
 # Graphs of one function, kinds of blocks, forms of recompute and routing rules for each size; torch
 # raises beyond that.
 _MOST_GRAPHS = 16 * _MOST_SIZES

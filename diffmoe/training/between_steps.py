@@ -159,8 +159,9 @@ def due(step: int, every: int, last: bool) -> bool:
 
 
 def sample(run: Run) -> None:
-    """A grid from the EMA weights, classes in turn; every rank makes its share.  The last one comes
-    unasked: guidance that training does not allow is an event there and no error.
+    """A grid from the EMA weights, classes in turn; every rank makes its share.  What cannot be
+    sampled is an event and no error: guidance that training does not allow, since the last grid
+    comes unasked, and a sampler that does not finish.
     """
     try:
         check_guidance(run.config, training=True)
@@ -170,8 +171,11 @@ def sample(run: Run) -> None:
     classes = run.config.model.classes
     columns = class_columns(run.config.sample.columns, classes)
     labels = [i % classes for i in range(columns * min(classes, columns))]
-    with run.engine.weights(run.ema.shards) as model:
-        images = generate_everywhere(model, run.config, labels, run.groups.world, run.device)
+    try:
+        with run.engine.weights(run.ema.shards) as model:
+            images = generate_everywhere(model, run.config, labels, run.groups.world, run.device)
+    except UserError as error:  # dopri5's on all ranks, where it does not finish
+        return run.event("not sampled", f"no images: {error}")
     if run.writer:
         run.writer.draw_samples(images.numpy(), columns, run.done)
 
