@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
             raise
         print(
             f"error: rank {environment.rank}: another rank is lost or does not answer: "
-            f"{' '.join(str(error).split())[:200]}",
+            f"{' '.join(str(error).split())[:2000]}",  # of NCCL's words the last say what it was
             file=sys.stderr,
             flush=True,
         )

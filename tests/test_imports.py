@@ -55,7 +55,11 @@ LAYERS = [
 HEIGHT = {entry: -i for i, entries in enumerate(LAYERS) for entry in entries}
 # Packages that only some may import, wherever in the module it stands.
 ONLY = {
-    "deepspeed": ["diffmoe.training.engine", "diffmoe.training.zero_optimizers"],
+    "deepspeed": [
+        "diffmoe.training.engine",
+        "diffmoe.training.zero_optimizers",
+        "diffmoe.training.zero_parameters",
+    ],
     "diffmoe.commands": ["diffmoe.__main__", "diffmoe.commands", "diffmoe.bench"],
 }
 

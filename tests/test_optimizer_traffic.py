@@ -5,6 +5,7 @@ and how ranks add up.
 import contextlib
 import io
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from diffmoe.config import load_config
 from diffmoe.deepspeed_json import merge_deepspeed
 from diffmoe.gradient_sums import Linear
 from diffmoe.layout import resolve_layout
+from diffmoe.parallel.collectives import AgreedError
 from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.parallel.traffic import CommunicationCount
@@ -395,3 +397,31 @@ def test_the_resolved_json_says_in_which_precision_ranks_add(tree, wanted, stage
     resolved = merge_deepspeed({**tree, "zero_optimization": {"stage": stage}}, config, layout)
     assert resolved["communication_data_type"] == wanted
     assert merge_deepspeed(resolved, config, layout) == resolved
+
+
+@pytest.mark.parametrize(
+    "error,published", [(None, 2), (AgreedError("all of them"), 2), (RuntimeError("this one"), 1)]
+)
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others(error, published):
+    engine, times = Engine.__new__(Engine), []
+    engine.masters, engine.model, engine.engine = [], "the model", torch.nn.Linear(1, 1)
+    engine.publish = lambda: times.append(1)
+    with contextlib.suppress(AgreedError, RuntimeError), engine.weights([]) as model:
+        assert model == "the model" and not engine.engine.training
+        if error is not None:
+            raise error
+    assert len(times) == published and engine.engine.training
+
+
+def test_zero_3_gathers_parameters_in_one_order():
+    from diffmoe.training.zero_parameters import gather_in_one_order
+
+    seen = []
+    parameters = [SimpleNamespace(ds_id=i) for i in range(5)]
+    for parameter in parameters:
+        parameter.all_gather_coalesced = lambda some, quantize: seen.append(
+            ([p.ds_id for p in some], quantize)
+        )
+    gather_in_one_order(parameters)
+    parameters[3].all_gather_coalesced([parameters[i] for i in (3, 1, 4, 0)], quantize=False)
+    assert seen == [([0, 1, 3, 4], False)]

@@ -491,6 +491,10 @@ def test_what_torch_says_of_a_lost_peer(error):
             "'out of memory'"
         ),
         dist.DistBackendError(
+            NCCL + "unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function failed."
+        ),
+        dist.DistBackendError(NCCL + "internal error\nncclInternalError: Internal check failed."),
+        dist.DistBackendError(
             NCCL + "invalid usage\nncclInvalidUsage: Duplicate GPU detected : rank 1 and rank 0"
         ),
         OurError("Wait timeout"),

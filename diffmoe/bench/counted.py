@@ -66,9 +66,7 @@ _SOURCES = {
     "gradient hook": r"hook|accumulate",
     "weights in bf16": r"update_lp|lp_params|publish|gather",
 }
-_ENGINES = re.compile(
-    r"/deepspeed/|diffmoe/training/(engine|ema|muon|zero_optimizers)|/torch/optim/"
-)
+_ENGINES = re.compile(r"/deepspeed/|diffmoe/training/(engine|ema|muon|zero_\w+)|/torch/optim/")
 _MODEL = re.compile(r"diffmoe/(models|moe|diffusion|parallel/recompute)")
 
 

@@ -276,14 +276,14 @@ class Feed:
                 f"{self._record} is malformed: {type(error).__name__}: {error}"
             ) from error
 
-    def close(self) -> None:
-        """Ends the workers; harmless when repeated."""
+    def close(self, waits: bool = True) -> None:
+        """Ends the workers; harmless when repeated.  ``waits``: see :meth:`BatchStream.close`."""
         if self._stream is not None:
-            self._stream.close()
+            self._stream.close(waits)
             self._stream = None
 
     def __enter__(self) -> Feed:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self.close(waits=error is None)

@@ -116,8 +116,10 @@ class BatchStream(Iterator[list[Batch]]):
         for worker in self._workers:
             worker.ask(step, step % self._ring.slots)
 
-    def close(self) -> None:
-        """Ends the workers; harmless when repeated. Batches stay readable."""
+    def close(self, waits: bool = True) -> None:
+        """Ends the workers; harmless when repeated. Batches stay readable.  Not ``waits``: not for
+        the device, which after an error may itself wait for another rank.
+        """
         if self._closed:
             return
         self._closed = True
@@ -125,7 +127,7 @@ class BatchStream(Iterator[list[Batch]]):
             worker.stop()
         for worker in self._workers:
             worker.join()
-        if self._pinned:
+        if self._pinned and waits:
             torch.cuda.synchronize()  # copies under way
             torch.cuda.cudart().cudaHostUnregister(self._tensors[0].data_ptr())
         os.close(self._memory_file)

@@ -42,7 +42,9 @@ _LOST_PEER = re.compile(
     r"|Watchdog caught collective operation timeout)"
 )
 # NCCL's one type is for all that it complains of.
-_OWN_FAULT = re.compile(r"ncclInvalidUsage|ncclInvalidArgument|out of memory")
+_OWN_FAULT = re.compile(
+    r"ncclInvalidUsage|ncclInvalidArgument|ncclInternalError|ncclUnhandledCudaError|out of memory"
+)
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""DeepSpeed's engine as this trainer needs it; with ``zero_optimizers.py``, which it loads, the
-only one that imports deepspeed.
+"""DeepSpeed's engine as this trainer needs it; with ``zero_optimizers.py`` and
+``zero_parameters.py``, which it loads, the only one that imports deepspeed.
 
 Experts that DeepSpeed does not know as experts are overwritten with rank 0's at ``initialize``,
 silently.  So expert tensors are tagged, their groups registered, a parameterless marker tells the
@@ -73,9 +73,7 @@ def import_deepspeed():
 
 
 def check_by_deepspeed(tree: dict) -> None:
-    """Raises UserError where DeepSpeed's own models of its JSON refuse the merged ``tree``: what
-    :func:`check_deepspeed` let pass.
-    """
+    """Raises UserError where DeepSpeed's own models of its JSON refuse the merged ``tree``."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     try:
@@ -104,7 +102,7 @@ class Engine:
     ) -> None:
         self.deepspeed = import_deepspeed()
         # It imports deepspeed: not before import_deepspeed has.
-        from diffmoe.training import zero_optimizers
+        from diffmoe.training import zero_optimizers, zero_parameters
 
         self._zero, self._decision = zero_optimizers, zero_optimizers.Decision()
         self.model, self.groups, self.device, self.clip = model, groups, device, config.train.clip
@@ -117,7 +115,7 @@ class Engine:
             self.offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
             self.sharding = shard_groups(groups, zero.get(MICS))
             self._adam = zero_optimizers.build_adam(
-                zero_optimizers.parameter_groups(self.tensors, groups.ep, config.train.optimizer),
+                zero_parameters.parameter_groups(self.tensors, groups.ep, config.train.optimizer),
                 config.train,
                 device,
                 self.offload,
@@ -126,7 +124,7 @@ class Engine:
             for parameter in parameters:  # experts', the next line overwrites
                 parameter.ds_zero_partition_process_group = self.sharding.dense.handle
         if self.expert_parallel:
-            zero_optimizers.declare_experts(model, self.tensors, groups.ep, self.sharding.experts)
+            zero_parameters.declare_experts(model, self.tensors, groups.ep, self.sharding.experts)
         given = [parameter.detach().clone() for parameter in parameters]
         assert dist.is_initialized(), "init_process_group comes first"
         self.deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -151,7 +149,8 @@ class Engine:
         if self.stage:
             zero_optimizers.decide_by(self._decision, self.optimizer, self.stage)
         if self.stage == 3:
-            zero_optimizers.hide_gathers_from_recompute(self.optimizer.parameter_offload)
+            zero_parameters.hide_gathers_from_recompute(self.optimizer.parameter_offload)
+            zero_parameters.gather_in_one_order(parameters)
         # This rank's flat fp32 shards of the weights (the parameters themselves at ZeRO 0).
         whole = [parameter.data for parameter in parameters]
         self.masters = zero_optimizers.masters(self.optimizer, self.stage) if self.stage else whole
@@ -161,8 +160,6 @@ class Engine:
         if isinstance(self._adam, Muon):
             dtype = parameters[0].dtype if self.device.type == "cuda" else None
             self._adam.share(self.sharding if self.stage else None, dtype)
-
-    # --------------------------------------------------------------------------------------- start
 
     def _start_adam(self) -> None:
         """Zero moments and step 0, on every rank: some DeepSpeed optimizers take a dummy step at
@@ -193,8 +190,6 @@ class Engine:
             raise AssertionError(
                 f"DeepSpeed overwrote {changed[:3] or 'tensors of another rank'} at initialize"
             )
-
-    # ---------------------------------------------------------------------------------------- step
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, rule: RoutingRule) -> ModelOutput:
         """The model's forward, through the engine (ZeRO 3 gathers parameters on the way)."""
@@ -277,14 +272,14 @@ class Engine:
             grads = [t.parameter.grad for t in self.tensors if t.parameter.grad is not None]
             torch._foreach_mul_(grads, decision.factor)
         self.engine.step()
+        if self.stage == 3 and not self.optimizer.persistent_parameters:
+            synchronize(self.device)  # gathers are on a stream of their own, and nothing else waits
         if decision.applies:
             self.updates += 1
         elif self.stage == 0:
             self.set_adam_step(self.updates)  # some optimizers count for a group, gradients or none
         assert self.stage == 0 or self.engine.was_step_applied() == decision.applies, norm
         return decision.applies
-
-    # --------------------------------------------------------------------------------------- state
 
     def shards(self, kind: str) -> list[Tensor]:
         """The shards of ``master``, ``exp_avg`` or ``exp_avg_sq``, congruent with each other; empty
@@ -372,15 +367,22 @@ class Engine:
 
     @contextlib.contextmanager
     def weights(self, shards: list[Tensor]) -> Iterator[DiT]:
-        """The model with these weights (EMA, say) in eval mode; all ranks together."""
+        """The model with these weights (EMA, say) in eval mode; all ranks together.  They have
+        every UserError in it; after another error the others do not come to publish.
+        """
+        together = True
         try:
             with self._in_place_of_masters(shards), torch.no_grad():
                 self.publish()
                 self.engine.eval()
                 yield self.model
+        except BaseException as error:
+            together = isinstance(error, UserError)
+            raise
         finally:
             self.engine.train()
-            self.publish()
+            if together:
+                self.publish()
 
 
 def _swap(left: list[Tensor], right: list[Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from diffmoe.data.stream import Batch
 from diffmoe.diffusion.randomness import StepDraws
 from diffmoe.layout import Layout
 from diffmoe.parallel.collectives import AgreedError, anyone
-from diffmoe.parallel.groups import ParallelGroups
+from diffmoe.parallel.groups import Group, ParallelGroups
 from diffmoe.training import between_steps
 from diffmoe.training.checkpoint import newest_usable, restore
 from diffmoe.training.guard import Guard, Verdict, find_nonfinite
@@ -45,7 +45,8 @@ def train(
     state cannot be saved; a rank that dies or hangs ends the process with ``EXIT_LOST``.
     """
     folder = Path(config.run.folder)
-    with Watchdog(groups, config.run.timeout_s, folder), RunLock(folder, groups.world) as lock:
+    watchdog, together = Watchdog(groups, config.run.timeout_s, folder), _ending(groups.world)
+    with watchdog, together, RunLock(folder, groups.world) as lock:
         if anyone(bool(stop_requested), groups.world):
             return say(groups, "stopped cleanly before the start; the same command begins again")
         lock.take()
@@ -67,6 +68,13 @@ def train(
                 _go_back(run, spiked)
                 spiked = _train_steps(run, stop_requested)
             between_steps.finish_copying(run, stop_requested)
+
+
+@contextlib.contextmanager
+def _ending(world: Group) -> Iterator[None]:
+    """Who is done waits for rank 0's last files here, where the watchdog still hears from all."""
+    yield
+    anyone(False, world)
 
 
 def _train_steps(run: Run, stop_requested: Sequence[int]) -> int | None:

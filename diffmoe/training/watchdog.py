@@ -349,6 +349,8 @@ class Watchdog:
             return
         self._state = "lost"
         self._lost_at = time.monotonic()
+        # Whole: of NCCL's words the last say what it was.
+        print(f"rank {self.rank}: {error}", file=sys.stderr, flush=True)
         if not self._thread.is_alive():
             self._begin()
         self._thread.join(8 * self.interval + 10)
