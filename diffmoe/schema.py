@@ -115,8 +115,8 @@ class MoEConfig:
         shared_experts: Experts that every token goes through, as one MLP so many times as wide.
         mlp_ratio: Inner width of an expert, as a multiple of the width (null: model.mlp_ratio).
         interleave: Every second block has an MoE layer, not every block.
-        pool: Samples out of which an expert chooses; or all of a rank, of an expert-parallel group,
-            of the global batch.
+        pool: Samples out of which an expert chooses; or all of one pass (a micro-batch) of a rank,
+            of an expert-parallel group, of all ranks.
         capacity: Tokens that an expert takes, as a multiple of pool tokens / experts.
         capacity_hold: Steps for which every expert first takes every token.
         capacity_until: Step at which the capacity, falling linearly since then, has arrived.

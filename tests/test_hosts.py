@@ -152,6 +152,13 @@ def test_the_documents_say_the_planners_times(script):
     assert cells[3:] == [f"{ms} (EP {ep})" if ep > 1 else ms for ms, ep in found]
 
 
+def test_the_documents_say_what_spanning_hosts_costs():
+    config, tree = configuration("diffmoe_xl_e16_flow", "parallel.ep=8"), read_deepspeed(BF16)
+    line = spanning(config, resolve_layout(config, 8), tree, H100, hosts_of(8, 4))
+    text = (REPOSITORY / "docs/cluster.md").read_text()
+    assert f"`{line.replace(H100.name, 'H100 ...')}`" in text, line
+
+
 def test_the_documents_say_what_shards_of_a_node_cost():
     """docs/cluster.md, "Many nodes": XL-E16 at EP 8 and a batch of 4,096."""
     config = override(configuration("diffmoe_xl_e16_flow"), ["train.batch=4096", "parallel.ep=8"])

@@ -13,7 +13,7 @@
 # A comparison (run.py compare --help), a run a task of the array; begun again, a run goes on. Runs of several ranks (ranks: 8 in the
 # YAML) have as many GPUs of one node: sbatch --gpus-per-node=8. From the repository's root:
 #   python run.py compare --config configs/compare/fashion14.yaml --list                           # the runs by number
-#   sbatch --array=0-11 scripts/slurm/compare.sh --config configs/compare/fashion14.yaml
+#   sbatch --array=0-33 scripts/slurm/compare.sh --config configs/compare/fashion14.yaml
 #   python run.py compare --config configs/compare/fashion14.yaml --table                          # the table of what there is
 set -euo pipefail
 root=${DIFFMOE_ROOT:-${SLURM_SUBMIT_DIR:?is unset: start this with sbatch}}
