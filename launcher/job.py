@@ -9,6 +9,7 @@ configuration that it runs from (a requeued job takes the same ones, whatever be
 tree), the commit, a log for each node.  No torch here.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 from diffmoe.code_version import commit
 from diffmoe.errors import UserError
-from diffmoe.files import writing
+from diffmoe.files import write_text, writing
 from launcher.command_line import Parser
 
 # The exit code that asks the job's script for a requeue (EX_TEMPFAIL of sysexits.h); 2 is bad
@@ -59,6 +60,14 @@ def prepare(
     from diffmoe.deepspeed_json import merge_deepspeed, read_deepspeed
     from diffmoe.layout import resolve_layout
 
+    for text in overrides:
+        begun = Path(text.removeprefix("run.folder=")).absolute() / "jobs" / job
+        if text.startswith("run.folder=") and begun.is_dir():
+            # A requeue: whatever has become of the files that it was made from.
+            config = load_config(str(begun / "config.yaml"), [])
+            tree = read_deepspeed(str(begun / "deepspeed.json"))
+            merge_deepspeed(tree, config, resolve_layout(config, ranks))
+            return begun
     config = load_config(config_path, overrides)
     check_training(config)
     tree = read_deepspeed(deepspeed_path)
@@ -118,7 +127,7 @@ def _verdict(folder: Path, status: int, progress: int, finished: bool, where: st
         return Verdict(BAD_INPUT, f"refused ({where}): its input is wrong, see the logs")
     try:
         state = json.loads((folder / _STATE).read_text())
-    except FileNotFoundError:
+    except (OSError, ValueError):  # none yet; or a full disk cut it
         state = {"progress": -1, "fruitless": 0}
     fruitless = 0 if progress > state["progress"] else state["fruitless"] + 1
     _write_state(folder, progress, fruitless)
@@ -131,7 +140,9 @@ def _verdict(folder: Path, status: int, progress: int, finished: bool, where: st
 
 
 def _write_state(folder: Path, progress: int, fruitless: int) -> None:
-    (folder / _STATE).write_text(json.dumps({"progress": progress, "fruitless": fruitless}) + "\n")
+    state = {"progress": progress, "fruitless": fruitless}
+    with contextlib.suppress(OSError):  # a full disk must not end the job for good
+        write_text(folder / _STATE, json.dumps(state) + "\n")
 
 
 def _copy(source: Path, target: Path) -> None:

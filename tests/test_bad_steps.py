@@ -24,6 +24,7 @@ from diffmoe.parallel.groups import build_groups
 from diffmoe.parallel.spawn import Ranks
 from diffmoe.training import guard, loop
 from diffmoe.training.guard import Guard, find_nonfinite
+from diffmoe.training.start import remembered
 from diffmoe.training.step import StepReport, train_step
 from programs import losses, tiny, tiny_config, zero
 from test_run import assert_same_tensors, steps, train_here
@@ -312,6 +313,14 @@ def report(loss, applied=True):
         torch.zeros(0),
         torch.zeros(0),
     )
+
+
+def test_another_recipes_losses_are_no_measure_of_a_spike():
+    config = load_config("configs/demo.yaml", ["train.spike_factor=2", "train.spike_window=3"])
+    counters = {"losses": [9.0, 1.0, 1.0], "nonfinite": [1], "recipes": [{"samples": 3}]}
+    same, other = (remembered(config, counters, [None] * count) for count in (1, 2))
+    assert (same.losses, other.losses) == ([9.0, 1.0, 1.0], [])
+    assert same.nonfinite == other.nonfinite == [1]
 
 
 def test_the_guard_waits_for_its_window_and_forgets_what_it_went_back_over():

@@ -2,6 +2,7 @@
 is refused.
 """
 
+import errno
 import json
 import pickle
 import re
@@ -170,6 +171,21 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(Corrupt, match="x is not an intact safetensors file"):
         open_tensors([tmp_path / "x"])
+
+
+def test_a_disk_that_cannot_be_read_is_a_damaged_file(tmp_path, monkeypatch):
+    save_file({"a": torch.ones(4)}, tmp_path / "x")
+    tensors, code = open_tensors([tmp_path / "x"]), errno.EIO
+
+    def fails(*_):
+        raise OSError(code, "Input/output error")
+
+    monkeypatch.setattr("builtins.open", fails)
+    with pytest.raises(Corrupt, match="x cannot be read"):
+        tensors["a"]
+    code = errno.ESTALE  # which may pass
+    with pytest.raises(OSError, match="error"):
+        tensors["a"]
 
 
 # ----------------------------------------------------------------------------------------------- a

@@ -232,6 +232,10 @@ def test_a_jobs_folder_is_a_snapshot_that_a_requeue_finds_again(tmp_path):
     assert not (tmp_path / "run/jobs/.7.partial").exists()
     with pytest.raises(UserError, match=r"world size \(3\) must be divisible by parallel.ep \(2\)"):
         job.prepare(*arguments[:2], 3, *arguments[3:])
+    # A requeue asks for none of the files that it was made from.
+    assert job.prepare("renamed.yaml", "gone.json", *arguments[2:]) == folder
+    (folder / "starts.json").write_text("")  # cut by a full disk
+    assert job.after_training(folder, 1).code == job.START_AGAIN
     done = subprocess.run(
         [
             sys.executable,

@@ -198,6 +198,9 @@ def test_without_its_folder_a_run_goes_on_from_the_newest_copy_that_is_intact(
     data[-1] ^= 1
     (newest / name).write_bytes(bytes(data))
     (remote_path(place) / "checkpoints" / "step_00000006" / MANIFEST).remove()  # half a copy
+    left = folder / "checkpoints/step_00000004"  # of a folder that somebody cleaned
+    left.mkdir(parents=True)
+    (left / "rank_00000.safetensors").write_bytes(b"old")
     again = run(nursery, folder, place, *keep)[0].stdout
     assert "step_00000008 is corrupt (" in again and "falling back to step_00000004" in again
     assert f"resumed from {folder}/checkpoints/step_00000004 at step 4" in again

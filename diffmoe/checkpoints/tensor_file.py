@@ -10,6 +10,7 @@ and need not be: nothing that is read here is ever executed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -249,6 +250,10 @@ class TensorFile:
                     data = stream.read(CHUNK)
         except FileNotFoundError:
             raise Corrupt(f"{self.path} is missing") from None
+        except OSError as error:
+            if error.errno != errno.EIO or isinstance(self.path, RemotePath):
+                raise
+            raise Corrupt(f"{self.path} cannot be read: {error}") from None  # a bad disk
         if self._written and self._written.crc32[number : number + 1] != (zlib.crc32(data),):
             raise Corrupt(
                 f"{self.path} is not what was written: its checksum is wrong in bytes {start} to"

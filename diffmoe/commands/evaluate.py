@@ -43,12 +43,18 @@ def main(arguments: list[str], environment: RankEnvironment) -> int:
     _check_options(options)
     config = None
     if options.checkpoint is not None:
+        fix_checkpoint(options)
         config = evaluation_config(checkpoint_of(options).config(), options)
     points = {Path(options.out): (config, options.weights)}
     for out, card in scored(options, environment, points).items():
         print(f"{card.to_markdown()}\nwritten to {out}; protocol: {card.protocol}", flush=True)
     leave()
     return 0
+
+
+def fix_checkpoint(options: argparse.Namespace) -> None:
+    """From now on ``--checkpoint`` is the one that is a run's newest at this moment."""
+    options.checkpoint = str(checkpoint_of(options).path)
 
 
 def checkpoint_of(options: argparse.Namespace) -> Checkpoint:
@@ -71,12 +77,14 @@ def scored(
     from diffmoe.evaluation.image_sources import open_images
     from diffmoe.evaluation.reference_statistics import load_reference, save_reference
     from diffmoe.evaluation.scored_images import given_images
-    from diffmoe.parallel.collectives import agreed
+    from diffmoe.parallel.collectives import agreed, gather_objects
     from diffmoe.parallel.groups import build_groups
 
     first, source, reference, cards = environment.rank == 0, None, None, {}
     device = join(environment, asked=options.device)
     world = build_groups(1, 1).world  # every rank holds the whole model
+    # Ranks may see another one as the newest.
+    options.checkpoint = gather_objects(options.checkpoint, world)[0]
     images: Images | None = None
     for out, (config, options.weights) in points.items():
         del images  # and with them the models of the last point

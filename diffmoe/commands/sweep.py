@@ -12,6 +12,7 @@ from diffmoe.commands.evaluate import (
     add_evaluation_options,
     checkpoint_of,
     evaluation_config,
+    fix_checkpoint,
     scored,
 )
 from diffmoe.config import Config
@@ -26,6 +27,7 @@ Points = dict[tuple[str, float], tuple[Path, tuple[Config, str | None]]]
 def main(arguments: list[str], environment: RankEnvironment) -> int:
     """The subcommand ``sweep``; returns the exit code.  UserError for bad input."""
     options = _parser().parse_intermixed_args(arguments)
+    fix_checkpoint(options)
     points = (_lengths if options.ema_lengths else _scales)(options)
     cards = scored(options, environment, dict(points.values()))
     if cards:

@@ -74,6 +74,7 @@ class Cache:
                 except OSError as error:
                     problem = f" cannot be fetched from {address}: {error}"
                     raise BadShard(file.name, problem) from error
+                os.fsync(descriptor)  # or a node that loses power has a whole file of zeros
                 os.rename(part, path)
 
     @contextmanager

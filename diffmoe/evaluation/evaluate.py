@@ -20,13 +20,14 @@ import json
 import shutil
 import time
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from diffmoe.config import DiffusionConfig
 from diffmoe.errors import UserError
 from diffmoe.evaluation.card import (
     JSON_NAME,
@@ -186,6 +187,9 @@ def _check_folder(out: Path, images: Images, settings: dict[str, Any]) -> None:
                     f"out ({out}) holds {name} but no {SETTINGS_NAME}: choose another folder"
                 )
         return
+    if "diffusion" in there:  # fields that an older version had none of
+        fields = {**json.loads(json.dumps(asdict(DiffusionConfig()))), **there["diffusion"]}
+        there = {**there, "diffusion": fields}
     names = sorted({*settings, *there}, key=lambda name: (name != "weights_sha256", name))
     if (out / JSON_NAME).is_file():  # finished: other images are refused, another extractor not
         names = [name for name in names if name in images.settings]

@@ -18,10 +18,10 @@ from diffmoe.parallel.collectives import AgreedError, anyone
 from diffmoe.parallel.groups import Group, ParallelGroups
 from diffmoe.training import between_steps
 from diffmoe.training.checkpoint import newest_usable, restore
-from diffmoe.training.guard import Guard, Verdict, find_nonfinite
+from diffmoe.training.guard import Verdict, find_nonfinite
 from diffmoe.training.resume import check_resumable, write_left_out
 from diffmoe.training.run_lock import RunLock
-from diffmoe.training.start import Run, say, share, start
+from diffmoe.training.start import Run, remembered, say, share, start
 from diffmoe.training.step import StepReport, train_step
 from diffmoe.training.watchdog import Watchdog
 
@@ -205,7 +205,7 @@ def _go_back(run: Run, spiked: int) -> None:
         )
     data = run.reader.index.fingerprint
     _, run.recipes = check_resumable(newest, run.config, run.layout, data, new_recipe=True)
-    run.guard.go_back(spiked, newest.step, Guard.from_counters(run.config.train, newest.counters))
+    run.guard.go_back(spiked, newest.step, remembered(run.config, newest.counters, run.recipes))
     run.done = restore(newest, run.engine, run.ema, run.groups, run.say)
     run.saver.drop_snapshots(run.done)
     run.meter.discard()

@@ -50,7 +50,7 @@ from diffmoe.training.run_lock import RunLock
 
 _SENDING = f"{MANIFEST}.partial"
 # What else a run that goes on elsewhere has of its past.
-_BESIDES = (*RECORDS, "deepspeed.json", "left_out.json")
+_BESIDES = (*RECORDS, "deepspeed.json", "left_out.json", "bad_shards.json")
 _POLL_S = 0.25
 _GRACE_S = 30.0
 
@@ -136,11 +136,14 @@ class Mirror:
                     with suppress(FileNotFoundError):
                         data = (self._place / name).read_bytes()
                         if not (self._run / name).exists():
-                            (self._run / name).write_bytes(data)
+                            with replacing(self._run / name) as file:
+                                file.write(data)
                 partial = writer.partial_folder(folder, found.step)
                 with replacing(partial / MANIFEST) as file:
                     file.write((away / found.path.name / MANIFEST).read_bytes())
-                partial.rename(step_folder(folder, found.step))
+                final = step_folder(folder, found.step)
+                shutil.rmtree(final, ignore_errors=True)  # what is left of one: it is not complete
+                partial.rename(final)
         say(f"fetched {found.path} into {folder}")
 
     def _check_own(self, checkpoint: Checkpoint, new_recipe: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from diffmoe.deepspeed_json import reduction, zero_stage
 from diffmoe.device import set_fp32_precision
 from diffmoe.environment import host_name
 from diffmoe.evaluation.while_training import Scorer, open_scorer
-from diffmoe.files import writing
+from diffmoe.files import write_text, writing
 from diffmoe.layout import Layout
 from diffmoe.models.compiled import compile_blocks, compiles
 from diffmoe.models.logical import new_model
@@ -163,10 +164,8 @@ def start(
         tell(text)
     scorer, validator = _measuring(config, reader, groups, device)
     engine = _new_engine(config, layout, deepspeed_tree, groups, device, compiled)
-    guard = Guard.from_counters(config.train, counters)
+    guard = remembered(config, counters, recipes)
     begins = len(recipes) > len(counters.get("recipes", []))
-    if begins:
-        guard.losses = []  # of another recipe
     guard.left_out = sorted({*guard.left_out, *gather_objects(left_out, groups.world)[0]})
     layers = [f"block {i}" for i, _ in engine.model.moe_layers()]
     writer = Writer(folder, config.train.steps, layers) if groups.rank == 0 else None
@@ -295,10 +294,18 @@ def _reduction(deepspeed_tree: dict, layout: Layout) -> str | None:
     )
 
 
+def remembered(config: Config, counters: Mapping[str, Any], recipes: list[Recipe]) -> Guard:
+    """What a checkpoint's guard knew; of another recipe's losses nothing."""
+    guard = Guard.from_counters(config.train, counters)
+    if len(recipes) > len(counters.get("recipes", [])):
+        guard.losses = []
+    return guard
+
+
 def _write_resolved(config: Config, layout: Layout, deepspeed_tree: dict) -> None:
     folder = Path(config.run.folder)
     with writing(f"run.folder ({folder})"):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config_to_tree(config), sort_keys=False))
         for name, tree in (("deepspeed.json", deepspeed_tree), ("layout.json", vars(layout))):
-            (folder / name).write_text(json.dumps(tree, indent=1) + "\n")
+            write_text(folder / name, json.dumps(tree, indent=1) + "\n")
