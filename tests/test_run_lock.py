@@ -37,6 +37,7 @@ def test_a_living_run_keeps_its_folder(tmp_path, monkeypatch):
     with RunLock(tmp_path, ALONE) as first:
         first.take()
         first.take()
+        first.check()
         with RunLock(tmp_path, ALONE) as second, pytest.raises(AgreedError) as caught:
             second.take()
         assert str(caught.value) == (
@@ -109,6 +110,8 @@ def test_a_folder_that_another_run_took_meanwhile_is_left_to_it(tmp_path, monkey
             assert time.monotonic() < deadline
             left(tmp_path)
             run._thread.join(0.1)
+        with pytest.raises(AgreedError, match=r"was taken by process 7 on elsewhere meanwhile"):
+            run.check()
     assert json.loads((tmp_path / FILE_NAME).read_text())["host"] == "elsewhere"
 
 

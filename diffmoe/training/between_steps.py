@@ -84,8 +84,12 @@ def _compare_ranks(run: Run) -> dict:
 
 
 def save(run: Run, snapshot: bool = False) -> None:
-    """Begins a save, and hears of earlier ones; a failed one is tried again when due."""
+    """Begins a save, and hears of earlier ones; a failed one is tried again when due.  Raises
+    AgreedError where another run has the folder by now.
+    """
     run.groups.trace.enter("saving")
+    if run.lock is not None:
+        run.lock.check()
     counters = run.guard.as_counters() | recipes_as_counters(run.recipes)
     counters |= {"updates": run.engine.updates, "data": run.reader.index.fingerprint}
     run.saver.save(run.done, run.engine, run.ema, counters, snapshot)

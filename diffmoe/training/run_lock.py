@@ -75,6 +75,22 @@ class RunLock:
         self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
         self._thread.start()
 
+    def check(self) -> None:
+        """Before anything is saved, all ranks together.  Raises AgreedError where another run has
+        taken the folder: this one stood still for too long, or its job was started again elsewhere.
+        """
+        with agreed(self._world):
+            if self._thread is None:
+                return
+            found: dict = {}
+            with contextlib.suppress(OSError), self._locked() as file:
+                found = _record(file.read())
+            if found and not self._is_mine(found):
+                raise UserError(
+                    f"run.folder ({self._path.parent}) was taken by process {found.get('process')} "
+                    f"on {found.get('host')} meanwhile: nothing is saved here any more"
+                )
+
     def __exit__(self, *_error: object) -> None:
         if self._thread is not None:
             self._leaving.set()

@@ -74,6 +74,7 @@ class Run:
     validator: Validator | None
     fresh: bool
     recipes: list[Recipe]
+    lock: RunLock | None = None
     done: int = 0
     failed_saves: int = 0
     leaving: bool = False
@@ -190,6 +191,7 @@ def start(
         validator,
         newest is None,
         recipes,
+        lock,
     )
     if newest is not None:
         _restore(run, newest, accepted, skipped, begins)
