@@ -175,18 +175,18 @@ def test_sampling_is_compiled_and_a_short_last_batch_adds_one_size(
     assert counters["stats"]["unique_graphs"] == compiled and not counters["graph_break"]
 
 
-def test_sizes_beyond_the_fourth_stay_eager_and_are_said(without_kernels):
+def test_sizes_beyond_the_sixth_stay_eager_and_are_said(without_kernels):
     dit = small_model("dense").eval()
     compile_blocks(dit)
-    sizes = [1, 2, 3, 4]
+    sizes = [1, 2, 3, 4, 5, 6]
     for size in sizes:
         sampling_pass(dit, size)
-    assert counters["stats"]["unique_graphs"] == 4
-    with pytest.warns(UserWarning, match="a batch of 5 samples runs eager"):
-        sampling_pass(dit, 5)
+    assert counters["stats"]["unique_graphs"] == 6
+    with pytest.warns(UserWarning, match="a batch of 7 samples runs eager"):
+        sampling_pass(dit, 7)
     for size in sizes:
         sampling_pass(dit, size)
-    assert counters["stats"]["unique_graphs"] == 4
+    assert counters["stats"]["unique_graphs"] == 6
 
 
 @torch.no_grad()
