@@ -187,7 +187,7 @@ def _check_folder(out: Path, images: Images, settings: dict[str, Any]) -> None:
                     f"out ({out}) holds {name} but no {SETTINGS_NAME}: choose another folder"
                 )
         return
-    if "diffusion" in there:  # fields that an older version had none of
+    if isinstance(there.get("diffusion"), dict):  # an older version had fewer fields
         fields = {**json.loads(json.dumps(asdict(DiffusionConfig()))), **there["diffusion"]}
         there = {**there, "diffusion": fields}
     names = sorted({*settings, *there}, key=lambda name: (name != "weights_sha256", name))

@@ -32,7 +32,7 @@ def departures(card: Card) -> list[str]:
     """In what a checkpoint's score differs from the published protocol, with its values."""
     published = {"weights": WEIGHTS, "labels": LABELS, "count": COUNT, "splits": SPLITS}
     published |= published_sampling(card.family, card.process)
-    there = {"dtype": "fp32", **vars(card), **(card.sampling or {})}  # cards name others
+    there = {"dtype": "fp32", **vars(card), **(card.sampling or {})}  # a card names another
     differ = [
         f"{name} {there.get(name)} (published: {value})"
         for name, value in published.items()
