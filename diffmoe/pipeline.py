@@ -232,13 +232,12 @@ class DiffMoEPipeline:
         if config.model.family != "dense":
             meter = CapacityMeter(self.transformer, config, count, self.device)
         arrays = np.zeros((0, 0, 0, 3), np.uint8)
+        place = lambda other: other.to(self.device).cast(self.dtype)
         with fp32_precision(config.run.fp32_precision):
             samples = generate(
                 *(self.transformer, config, labels, range(count), self.device),
                 meter=meter,
-                others=open_others(config).each(
-                    lambda other: other.to(self.device).cast(self.dtype)
-                ),
+                others=open_others(config).each(place),
             )
             if output_type == "pil":
                 arrays = self._decoded(samples, pixels, config.sample.batch)

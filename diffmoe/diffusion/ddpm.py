@@ -330,8 +330,8 @@ def ancestral_noise(
     seed: int, numbers: Sequence[int], shape: tuple[int, ...], device: torch.device
 ) -> Noise:
     """noise(step) [B, *shape], fp32, of the images with these numbers: image i gets the same in any
-    batch.  Steps go down: a thread draws the next one's meanwhile (4 ms for 64
-    latents of 4 x 32 x 32).
+    batch.  Steps go down: a thread draws the next one's meanwhile (4 ms for 64 latents of 4 x 32 x
+    32).
     """
     thread = ThreadPoolExecutor(1, "noise")
     coming: dict[int, Future[Tensor]] = {}
